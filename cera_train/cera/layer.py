@@ -1,0 +1,138 @@
+"""y = W0 x + s B dropout(gate(A x)): a branch that is non-linear in x, so it is never merged into W0.
+
+W0 is never read, only called: the same layer stands on nn.Linear, transformers' Conv1D and bitsandbytes' 4-bit and
+8-bit linears. All adapters of a projection live in one layer, by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import CeraConfig
+
+GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Identity}
+
+BASE_ADAPTER = "__base__"
+"""PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
+
+
+class CeraLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear projection with CeRA branches beside it.
+
+    Args:
+        base_layer: the projection W0, [..., d_in] -> [..., d_out].
+        adapter_name: the first adapter.
+        config: its settings.
+
+    Raises:
+        TypeError: the base layer is not a linear projection.
+    """
+
+    adapter_layer_names = ("cera_A", "cera_B")
+    other_param_names = ("r", "scaling", "cera_gate", "cera_dropout")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: CeraConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.cera_A = nn.ModuleDict()
+        self.cera_B = nn.ModuleDict()
+        self.cera_gate = nn.ModuleDict()
+        self.cera_dropout = nn.ModuleDict()
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
+        """Adds an adapter, or replaces the one of that name."""
+        self.r[adapter_name] = config.r
+        self.scaling[adapter_name] = config.scaling
+        self.cera_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
+        self.cera_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
+        self.cera_gate[adapter_name] = GATES[config.activation]()
+        self.cera_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.reset_parameters(adapter_name, config.init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """Draws A from a Kaiming normal (fan-in, gain of relu); B starts at zero, so update 0 is the base model."""
+        nn.init.kaiming_normal_(self.cera_A[adapter_name].weight, nonlinearity="relu")
+        if init_weights:
+            nn.init.zeros_(self.cera_B[adapter_name].weight)
+        else:
+            nn.init.kaiming_normal_(self.cera_B[adapter_name].weight, nonlinearity="linear")
+
+    def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """What one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
+        A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
+        gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
+        if not torch.is_autocast_enabled(x.device.type):
+            # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at once.
+            x = self._cast_input_dtype(x, A.weight.dtype)
+        return self.scaling[adapter_name] * B(dropout(gate(A(x))))
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The projection with its active branches; with `adapter_names`, one adapter for each row of the batch."""
+        result = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._forward_by_row(x, result, adapter_names)
+        dtype = result.dtype
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.cera_A:
+                result = result + self.branch(x, adapter_name)
+        return result.to(dtype)
+
+    def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names must name one adapter for each row: expected {len(x)} names, got {len(adapter_names)}."
+            )
+        for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
+            rows = torch.tensor([name == adapter_name for name in adapter_names], device=x.device)
+            result[rows] += self.branch(x[rows], adapter_name).to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the branch is not a matrix."""
+        raise ValueError(MERGE_REFUSAL)
+
+    def __repr__(self) -> str:
+        return "cera." + super().__repr__()
+
+
+MERGE_REFUSAL = (
+    "CeRA cannot be merged: its branch is non-linear in x, so no weight matrix equals W0 plus the branch. "
+    "Keep the adapter loaded beside the base model, or call unload() to get the base model back."
+)
+
+
+def linear_features(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of a linear projection.
+
+    Raises:
+        TypeError: the layer is of another kind (an embedding, a convolution, attention).
+    """
+    if isinstance(layer, Conv1D):  # stores W transposed: [d_in, d_out]
+        return layer.weight.shape[0], layer.weight.shape[1]
+    if isinstance(layer, nn.Linear):  # bitsandbytes' linears too
+        return layer.in_features, layer.out_features
+    raise TypeError(
+        f"CeRA adapts linear projections (nn.Linear, Conv1D, bitsandbytes 4-bit and 8-bit), not {type(layer).__name__}."
+    )

@@ -1,0 +1,317 @@
+"""The run's folder: config, metrics, checkpoints, best and final adapter, result.
+
+Every file and folder in it appears whole or not at all: it is written under another name, flushed to the disk and
+renamed. One process writes, under a lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import peft
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from cera_train.data.batches import Plan
+from cera_train.secrets import redact
+
+WRITING = ".writing-"
+"""Prefix of what is not whole yet."""
+
+DOES_NOT_MATTER = (
+    "name",
+    "output_dir",
+    "tracker.",
+    "train.resume",
+    "train.keep",
+    "train.save_every",
+    "train.micro_batch_tokens",
+    "train.batch_layout",
+    "model.gradient_checkpointing",
+)
+"""Settings that a resumed run may change: they decide where and how it runs, not what it computes."""
+
+
+@dataclass
+class Progress:
+    """What resuming needs beside adapter and optimizer. The order of the rows, the learning rate and every process's
+    random numbers follow from the seed and `update`, so neither they nor a data loader have a state to save."""
+
+    update: int = 0
+    """Updates done."""
+    epoch: int = 0
+    seconds: float = 0.0
+    """Time spent in updates."""
+    tokens: int = 0
+    """Tokens seen in updates, padding not counted."""
+    perplexity_before: float | None = None
+    perplexity: float | None = None
+    """Of the last evaluation."""
+    best_perplexity: float | None = None
+    best_update: int = 0
+    evaluations_since_best: int = 0
+
+    def updated(self, tokens: int, seconds: float, plan: Plan) -> None:
+        """Counts one more update."""
+        self.update += 1
+        self.epoch = plan.epoch(self.update)
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def evaluated(self, perplexity: float) -> bool:
+        """Takes in an evaluation; returns whether it is the best so far."""
+        self.perplexity = perplexity
+        if self.perplexity_before is None:
+            self.perplexity_before = perplexity
+        is_best = self.best_perplexity is None or perplexity < self.best_perplexity
+        if is_best:
+            self.best_perplexity, self.best_update = perplexity, self.update
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        return is_best
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought no lower perplexity."""
+        return patience is not None and self.evaluations_since_best >= patience
+
+
+class RunFolder:
+    """`output_dir/name`, locked while it is open. A folder that this run made and left empty is removed again."""
+
+    def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
+        self.path = path
+        self.config = yaml.safe_load(redact(yaml.safe_dump(config)))
+        self.is_main = is_main
+
+    def __enter__(self) -> RunFolder:
+        if self.is_main:
+            self._is_new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / ".lock")
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(
+                    f"another run is writing to {self.path}: wait for it, or choose another name=..."
+                ) from None
+            for leftover in [*self.path.glob(f"{WRITING}*"), *self.path.glob(f"checkpoints/{WRITING}*")]:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if not self.is_main:
+            return
+        if kind is not None and self._is_new and not (self.path / "metrics.jsonl").exists():
+            shutil.rmtree(self.path)
+        else:
+            (self.path / ".lock").unlink()  # while it is held: another run opens a file of its own
+        self._lock.release()
+
+    # --- resuming ----------------------------------------------------------------------------------------------------
+
+    def result(self) -> dict[str, Any] | None:
+        """What a finished run left."""
+        path = self.path / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        found = (self.path / "checkpoints").glob("[0-9]*")
+        return sorted(found, key=lambda path: int(path.name))
+
+    def start_over(self) -> None:
+        """Removes what an unfinished run left."""
+        for name in ("checkpoints", "best", "adapter"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / "metrics.jsonl").unlink(missing_ok=True)
+
+    def remove_checkpoints_after(self, checkpoint: Path) -> None:
+        """Goes back to one of this folder's checkpoints."""
+        for later in self.checkpoints():
+            if int(later.name) > int(checkpoint.name):
+                shutil.rmtree(later)
+
+    def check_same_config(self) -> None:
+        """Raises ValueError where the folder was begun with a config that computes something else."""
+        path = self.path / "config.yaml"
+        if not path.exists():
+            return
+        before, now = flatten(yaml.safe_load(path.read_text())), flatten(self.config)
+        different = [
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(DOES_NOT_MATTER)
+        ]
+        if different:
+            raise ValueError(
+                f"{self.path} holds a run with another config: {'; '.join(different)}. Choose another name=..., "
+                "or set these back to go on with it."
+            )
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def write_config(self, environment: dict[str, Any]) -> None:
+        """The resolved config and what it runs on, before the first update."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        write_text(self.path / "environment.json", redact(json.dumps(environment, indent=2)) + "\n")
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_text(self.path / name, redact(json.dumps(content, indent=2)) + "\n")
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def cut_metrics(self, update: int) -> None:
+        """Removes the lines after a checkpoint's update: the resumed run writes them again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            write_text(path, "".join(line for line in lines if json.loads(line)["update"] <= update))
+
+    def save_checkpoint(
+        self,
+        model: peft.PeftModel,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        data_digest: str,
+        keep: int,
+    ) -> None:
+        """checkpoints/<update>: adapter, optimizer, progress and config; then removes all but the last `keep`."""
+
+        def write(folder: Path) -> None:
+            save_adapter(model, folder)
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            (folder / "progress.json").write_text(json.dumps({**asdict(progress), "data_digest": data_digest}))
+            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+
+        write_folder(self.path / "checkpoints" / str(progress.update), write)
+        for old in self.checkpoints()[:-keep]:
+            shutil.rmtree(old)
+
+    def save_best(self, model: peft.PeftModel, metrics: dict[str, Any]) -> None:
+        """best/: the adapter of the lowest perplexity so far."""
+
+        def write(folder: Path) -> None:
+            save_adapter(model, folder)
+            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+        write_folder(self.path / "best", write)
+
+    def save_final(self, model: peft.PeftModel) -> None:
+        """adapter/: the adapter after the last update."""
+        write_folder(self.path / "adapter", lambda folder: save_adapter(model, folder))
+
+
+def load_checkpoint(
+    folder: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer, data_digest: str
+) -> Progress:
+    """Puts a checkpoint's adapter and optimizer in place.
+
+    Raises:
+        ValueError: the folder is no checkpoint, belongs to another adapter, or its rows were others.
+    """
+    try:
+        saved = json.loads((folder / "progress.json").read_text())
+        weights = peft.load_peft_weights(str(folder), device="cpu")
+        optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is not a checkpoint that can be resumed: {error}") from error
+    if saved.pop("data_digest") != data_digest:
+        raise ValueError(
+            f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
+            "Restore the files, or choose another name=... for a new run."
+        )
+    load_adapter(model, weights)
+    optimizer.load_state_dict(optimizer_state)
+    return Progress(**saved)
+
+
+def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Sets an adapter's weights; a missing, extra or misshapen tensor is a ValueError."""
+    try:
+        loaded = peft.set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit this adapter: {' '.join(str(error).split())}") from error
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    wrong = sorted(own.keys() ^ weights.keys())
+    if wrong or loaded.unexpected_keys:
+        raise ValueError(f"the checkpoint does not fit this adapter: {len(wrong)} tensors differ, first {wrong[:1]}.")
+
+
+def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+    """An adapter in PEFT's format."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    part = path.with_name(WRITING + path.name)
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder by `write` and puts it in the place of `path`."""
+    part, old = path.with_name(WRITING + path.name), path.with_name(f"{WRITING}old-{path.name}")
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir(parents=True)
+    write(part)
+    for file in part.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    sync_folder(part)
+    if path.exists():
+        path.rename(old)
+    part.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def environment() -> dict[str, Any]:
+    """The versions and the machine a run used."""
+    import platform
+    import sys
+    from importlib.metadata import version
+
+    packages = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cpu_threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,158 @@
+"""Rows -> token ids and loss masks in Arrow files, tokenised once and cached by content."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from filelock import FileLock
+
+from cera_train.config import DataConfig
+from cera_train.data.format import encode, segmenter
+from cera_train.data.sources import Source, open_sources
+
+CACHE_VERSION = 1
+"""Raised when the same rows would be tokenised differently than before."""
+
+ROWS_AT_ONCE = 1000
+
+
+@dataclass
+class RowCounts:
+    """What became of the rows of a split."""
+
+    read: int = 0
+    empty: int = 0
+    """Dropped: no answer."""
+    answer_truncated: int = 0
+    """Dropped: the answer lies wholly beyond max_length."""
+    truncated: int = 0
+    """Kept, but cut at max_length."""
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+    @property
+    def kept(self) -> int:
+        return self.read - self.empty - self.answer_truncated
+
+
+@dataclass
+class TokenizedRows:
+    """A split, memory-mapped: columns `input_ids` and `loss_mask` of equal lengths, and by row `length` and
+    `supervised` (tokens) and `prompt_key`."""
+
+    rows: datasets.Dataset
+    counts: RowCounts
+    digest: str
+    """Of the rows and of all that decides how they are tokenised."""
+
+    def column(self, name: str) -> list:
+        """One of the columns with a value a row."""
+        return self.rows.with_format("arrow")[:][name].to_pylist()
+
+
+@dataclass
+class TokenizedData:
+    train: TokenizedRows
+    evaluation: TokenizedRows
+    shared_prompts: int
+    """Evaluation rows whose prompt is also a training row's."""
+
+
+def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
+    """Tokenises both splits, or takes them from the cache.
+
+    Raises:
+        ValueError: rows are missing, malformed or all dropped, or a prompt stands in both splits.
+    """
+    train_source, eval_source = open_sources(config)
+    train = _tokenize(train_source, "training", config, tokenizer)
+    evaluation = _tokenize(eval_source, "evaluation", config, tokenizer)
+    train_keys = set(train.column("prompt_key"))
+    shared = sum(key in train_keys for key in evaluation.column("prompt_key"))
+    if shared and not config.allow_overlap:
+        raise ValueError(
+            f"{shared} of {evaluation.counts.kept} evaluation prompts are also training prompts, so the perplexity "
+            "would measure memory. Remove them from one side, or set data.allow_overlap=true."
+        )
+    return TokenizedData(train, evaluation, shared)
+
+
+def cache_dir() -> Path:
+    """Where tokenised rows and converted weights lie: $CERA_TRAIN_CACHE, else the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
+
+
+def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any) -> TokenizedRows:
+    settings = {
+        key: value
+        for key, value in asdict(config).items()
+        if key in ("layout", "prompt", "completion", "turns", "loss_on", "max_length")
+    }
+    vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
+    key = [CACHE_VERSION, source.fingerprint, settings, vocabulary, tokenizer.chat_template]
+    digest = hashlib.sha256(json.dumps([*key, tokenizer.special_tokens_map]).encode()).hexdigest()[:32]
+    folder = cache_dir() / "tokens" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # several processes of a machine start together: one of them tokenises
+        if not folder.is_dir():
+            _write(source, split, config, tokenizer, folder)
+    counts = RowCounts(**json.loads((folder / "counts.json").read_text()))
+    return TokenizedRows(datasets.load_from_disk(str(folder)), counts, digest)
+
+
+def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folder: Path) -> None:
+    counts = RowCounts()
+    columns: dict[str, list] = {"input_ids": [], "loss_mask": [], "prompt_key": [], "length": [], "supervised": []}
+    to_segments = segmenter(config, tokenizer)
+    rows = enumerate(source.read())
+    while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        rows_segments = []
+        for number, row in chunk:
+            try:
+                rows_segments.append(to_segments(row))
+            except ValueError as error:
+                raise ValueError(f"{split} row {number}: {error}") from error
+        counts.read += len(chunk)
+        counts.empty += sum(not segments for segments in rows_segments)
+        for example in encode([segments for segments in rows_segments if segments], config, tokenizer):
+            if not example.supervised_tokens:
+                counts.answer_truncated += 1
+                continue
+            counts.truncated += example.truncated
+            counts.tokens += len(example.input_ids)
+            counts.supervised_tokens += example.supervised_tokens
+            columns["input_ids"].append(example.input_ids)
+            columns["loss_mask"].append(example.loss_mask)
+            columns["prompt_key"].append(example.prompt_key)
+            columns["length"].append(len(example.input_ids))
+            columns["supervised"].append(example.supervised_tokens)
+    if not counts.kept:
+        raise ValueError(
+            f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, "
+            f"{counts.answer_truncated} whose answer lies beyond data.max_length={config.max_length}."
+        )
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "loss_mask": datasets.List(datasets.Value("bool")),
+            "prompt_key": datasets.Value("string"),
+            "length": datasets.Value("int32"),
+            "supervised": datasets.Value("int32"),
+        }
+    )
+    # Written beside its place and renamed: a cut leaves nothing that looks whole.
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+        part = Path(temporary) / "rows"
+        datasets.disable_progress_bars()
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(part))
+        (part / "counts.json").write_text(json.dumps(asdict(counts)))
+        part.rename(folder)

@@ -1,0 +1,31 @@
+"""Errors that are the user's to mend, and what to say about each. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+
+
+class UserError(ValueError):
+    """The message is one line: what was expected, what came, what to do."""
+
+
+OUT_OF_MEMORY = (
+    "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
+    "model.quantization=nf4, or lower adapter.r or data.max_length."
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can mend; None for any other."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'while writing'}). Free some space and run the command again."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"cannot write {error.filename}: {error.strerror}. Set output_dir to a folder you may write to."
+    if type(error).__name__ == "OutOfMemoryError":
+        return OUT_OF_MEMORY.format(where=" on the GPU")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        return OUT_OF_MEMORY.format(where="")
+    if isinstance(error, ValueError):
+        return text
+    return None

@@ -1,0 +1,82 @@
+"""Next-token loss on supervised tokens only: - sum over supervised t of log p(x_t | x_<t).
+
+Only the hidden states that predict a supervised token go through the LM head, in chunks, so the logits of a long
+sequence over a large vocabulary never stand in memory whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from cera_train.data.batches import Batch, flat_batch, padded_batch
+
+CHUNK_TOKENS = 1024
+"""Supervised tokens whose logits stand in memory at once."""
+
+
+class SupervisedLoss(nn.Module):
+    """A causal language model that answers a micro-batch with its summed loss, so that DDP can wrap it whole.
+
+    Args:
+        model: the model with its adapter; the adapter sits inside `causal_lm`.
+        causal_lm: the transformers model.
+    """
+
+    def __init__(self, model: nn.Module, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        # Not registered: these are parts of `model`, and their parameters must not appear twice.
+        self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
+        self.chunks_head = False
+        self.flattens = False
+
+    def probe(self) -> None:
+        """Finds out by trying what this architecture allows: a head applied apart from the model's own forward, which
+        a model that changes its logits afterwards does not; and sequences end to end in one row, which a model that
+        ignores position ids or carries a state does not."""
+        causal_lm = self._parts["causal_lm"]
+        vocabulary = causal_lm.get_input_embeddings().num_embeddings
+        first, second = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3))
+        masks = [[False] + [True] * 7] * 2
+        device = causal_lm.device
+        apart = padded_batch([first, second], masks).to(device)
+        with torch.no_grad():
+            expected = causal_lm(**apart.inputs, use_cache=False).logits
+            hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
+            self.chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
+            flat = flat_batch([first, second], masks).to(device)
+            logits = causal_lm(**flat.inputs, use_cache=False).logits.view_as(expected)
+            # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
+            tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
+            self.flattens = _close(logits, expected, tolerance)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar."""
+        targets = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+        causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
+        if not self.chunks_head:
+            logits = causal_lm(**batch.inputs, use_cache=False).logits[:, :-1][batch.loss_mask[:, 1:]]
+            return cross_entropy(logits.float(), targets, reduction="sum")
+
+        hidden_states = decoder(**batch.inputs, use_cache=False).last_hidden_state
+        hidden_states = hidden_states[:, :-1][batch.loss_mask[:, 1:]]
+        head = causal_lm.get_output_embeddings()
+        chunks = zip(hidden_states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
+        if len(targets) <= CHUNK_TOKENS or not torch.is_grad_enabled():
+            return torch.stack([head_loss(head, *chunk) for chunk in chunks]).sum()
+        # The backward pass makes each chunk's logits again.
+        return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def _close(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether the difference is small against the expected values, both as a whole."""
+    return bool((values.float() - expected.float()).norm() <= tolerance * expected.float().norm())
+
+
+def head_loss(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of [N, d] hidden states against N token ids, in float32."""
+    return cross_entropy(head(hidden_states).float(), targets, reduction="sum")

@@ -1,0 +1,1 @@
+"""One file per benchmark: its problems and its prompt."""

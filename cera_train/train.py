@@ -1,0 +1,295 @@
+"""The training loop, top to bottom: build everything, then update, evaluate, save; then leave what the next command
+needs."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator
+
+from cera_train import console
+from cera_train.checkpoint import Progress, RunFolder, environment, load_checkpoint
+from cera_train.config import BatchLayout, Config, Dtype, ModelConfig, TrainConfig, to_plain
+from cera_train.data import prepare_data
+from cera_train.data.batches import MicroBatches, Plan, share
+from cera_train.interruption import Interruption
+from cera_train.loss import SupervisedLoss
+from cera_train.model import add_adapter, check_length, load_model, load_tokenizer, parameter_counts
+from cera_train.optimizer import build_optimizer, learning_rate
+from cera_train.perplexity import mean_loss, perplexity
+from cera_train.picture import draw_run
+from cera_train.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
+from cera_train.tracking import Tracker, start_tracker
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Fine-tunes an adapter as the config says, or goes on where an earlier call was cut.
+
+    Returns:
+        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...
+
+    Raises:
+        ValueError: the config, the data or the run's folder is not usable; the message says how to mend it.
+        SystemExit: interrupted by SIGINT (status 130) or SIGTERM (143), after the update in progress was saved.
+    """
+    quiet_libraries()
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    path = Path(config.output_dir) / config.name
+    with RunFolder(path, to_plain(config), is_main) as folder:
+        # --- is there anything to do? ---
+        resume_from = where_to_resume(folder, config.train.resume)
+        if (result := folder.result()) is not None:
+            if is_main:
+                console.say("finished", f"{path}: perplexity {result['eval/perplexity']:.2f}. Its result stands.")
+            return result
+
+        # --- build everything; the rows before a process group exists ---
+        tokenizer = load_tokenizer(config.model)
+        check_length(config.model, config.data.max_length)
+        data = prepare_data(config.data, tokenizer)
+        accelerator = Accelerator(mixed_precision=mixed_precision(config.model, config.train))
+        device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
+        base = load_model(config.model, device)
+        torch.manual_seed(config.train.seed)
+        model = add_adapter(base, config.adapter)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(parameters, config.optimizer, device)
+        progress = Progress()
+        if resume_from is not None:
+            progress = load_checkpoint(resume_from, model, optimizer, data.train.digest)
+
+        loss = SupervisedLoss(model, base)
+        is_flat = choose_layout(config.train.batch_layout, loss, device) == BatchLayout.flat
+        loss, stepper = accelerator.prepare(loss, optimizer)
+        train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
+        eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
+        eval_rows = share(range(len(data.evaluation.rows)), eval_batches.lengths, processes, process)
+        probe_rows = eval_batches.first(config.train.probe_tokens)
+        plan = Plan(len(data.train.rows), config.train.batch_size, config.train.seed)
+        updates = config.train.max_updates or config.train.epochs * plan.updates_per_epoch
+
+        tracker = Tracker()
+        if is_main:
+            folder.write_config(environment())
+            folder.cut_metrics(progress.update)
+            tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
+            console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
+            console.say_data(data, tokenizer)
+        bar = console.ProgressBar(updates, progress.update, visible=is_main)
+
+        # --- what happens beside updates ---
+        def log(metrics: dict[str, float]) -> None:
+            if is_main:
+                folder.append_metrics({"update": progress.update, "epoch": progress.epoch} | metrics)
+                tracker.log({name: value for name, value in metrics.items() if is_summary(name)}, progress.update)
+
+        def measure() -> dict[str, Any]:
+            with accelerator.autocast():
+                return measure_spectra(model, lambda batch: loss(batch), eval_batches.all(probe_rows))
+
+        def evaluate() -> None:
+            loss_per_token = mean_loss(loss, eval_batches.all(eval_rows), accelerator)
+            metrics = {"eval/loss": loss_per_token, "eval/perplexity": perplexity(loss_per_token)}
+            metrics |= spectrum_metrics(measure())
+            log(metrics)
+            if progress.evaluated(metrics["eval/perplexity"]) and is_main:
+                folder.save_best(model, {"update": progress.update, "eval/perplexity": progress.perplexity})
+            bar.note(
+                f"evaluation at update {progress.update}: perplexity {progress.perplexity:.3f}, effective rank "
+                f"{metrics['spectrum/effective_rank/mean']:.1f} mean, {metrics['spectrum/effective_rank/max']:.1f} max"
+            )
+
+        def save() -> None:
+            if is_main:
+                folder.save_checkpoint(model, optimizer, progress, data.train.digest, config.train.keep)
+
+        # --- the loop ---
+        with Interruption() as interruption:
+            if progress.update == 0:
+                evaluate()
+            loss.train()
+            while progress.update < updates and not progress.out_of_patience(config.train.patience):
+                started = time.perf_counter()
+                rows = plan.sequences(progress.update)
+                supervised = sum(train_batches.supervised[row] for row in rows)
+                seed_update(config.train.seed, progress.update, process)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config.optimizer, progress.update, updates)
+
+                summed = torch.zeros((), device=device)
+                groups = train_batches.groups(share(rows, train_batches.lengths, processes, process))
+                for group in groups:
+                    is_last = group is groups[-1]
+                    with contextlib.nullcontext() if is_last else accelerator.no_sync(loss):
+                        batch_loss = loss(train_batches.load(group))
+                        # Gradients are averaged over processes, while the loss is a mean over the tokens of them all.
+                        accelerator.backward(batch_loss * (processes / supervised))
+                    summed += batch_loss.detach()
+                grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
+                loss_per_token = accelerator.reduce(summed, reduction="sum").item() / supervised
+                if not math.isfinite(loss_per_token):
+                    raise ValueError(not_finite(progress.update + 1, rows, folder.checkpoints()))
+                stepper.step()
+                stepper.zero_grad()
+
+                tokens = sum(train_batches.lengths[row] for row in rows)
+                seconds = time.perf_counter() - started
+                progress.updated(tokens, seconds, plan)
+                metrics = {
+                    "train/loss": loss_per_token,
+                    "train/perplexity": perplexity(loss_per_token),
+                    "train/grad_norm": grad_norm,
+                    "train/lr": optimizer.param_groups[0]["lr"],
+                    "train/tokens_per_s": tokens / seconds,
+                    "train/seconds": progress.seconds,
+                }
+                log(metrics)
+                bar.step(metrics, seconds_left=progress.seconds / progress.update * (updates - progress.update))
+
+                if is_due(progress.update, config.train.eval_every) or progress.update == updates:
+                    evaluate()
+                if is_due(progress.update, config.train.save_every) or interruption.signal:
+                    save()
+                if interruption.signal and progress.update < updates:
+                    bar.close()
+                    tracker.finish()
+                    if is_main:
+                        console.say("stopped", f"after update {progress.update}, saved. The same command goes on.")
+                    sys.exit(128 + interruption.signal)
+        bar.close()
+
+        # --- leave what the next command needs ---
+        save()
+        spectra = measure()
+        trainable, total = parameter_counts(model)
+        result = {
+            "eval/perplexity": progress.perplexity,
+            "perplexity_before": progress.perplexity_before,
+            "best_perplexity": progress.best_perplexity,
+            "best_update": progress.best_update,
+            **{name: value for name, value in spectrum_metrics(spectra).items() if is_summary(name)},
+            "adapter_kind": config.adapter.kind.value,
+            "adapter_r": config.adapter.r,
+            "trainable_parameters": trainable,
+            "trainable_share": trainable / total,
+            "updates": progress.update,
+            "epochs": progress.update / plan.updates_per_epoch,
+            "tokens": progress.tokens,
+            "tokens_per_s": progress.tokens / progress.seconds,
+            "seconds": progress.seconds,
+            "peak_memory_bytes": peak_memory(device),
+            "folder": str(path),
+        }
+        if is_main:
+            folder.save_final(model)
+            folder.write_json("spectrum.json", module_spectra(spectra))
+            tracker.picture("run", draw_run(path, mean_spectrum(spectra), config.name), progress.update)
+            tracker.adapter(path / "adapter")
+            tracker.finish()
+            folder.write_json("result.json", result)
+            console.say_result(result)
+        return result
+
+
+def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None for a new run, for which what an unfinished one left is removed.
+
+    Raises:
+        ValueError: the folder holds a finished run that must not be overwritten, or a run with another config.
+    """
+    if resume == "auto":
+        if folder.result() is not None:
+            folder.check_same_config()
+            return None
+        if checkpoints := folder.checkpoints():
+            folder.check_same_config()
+            return checkpoints[-1]
+        folder.start_over()
+        return None
+    if folder.result() is not None:
+        raise ValueError(f"{folder.path} holds a finished run: choose another name=..., or remove the folder.")
+    if resume == "never":
+        folder.start_over()
+        return None
+    checkpoint = Path(resume)
+    if not (checkpoint / "progress.json").is_file():
+        raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
+    if checkpoint.resolve().parent == folder.path.resolve() / "checkpoints":
+        folder.check_same_config()
+        folder.remove_checkpoints_after(checkpoint)
+    else:
+        folder.start_over()
+    return checkpoint
+
+
+def mixed_precision(model: ModelConfig, train: TrainConfig) -> str:
+    """Accelerate's name for the precision of matrix products over float32 weights."""
+    wanted = model.dtype != Dtype.float32 if train.autocast is None else train.autocast
+    if not wanted:
+        return "no"
+    if model.dtype == Dtype.float16:
+        return "fp16" if torch.cuda.is_available() else "no"  # needs a gradient scaler, which the CPU has not
+    return "bf16"
+
+
+def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> BatchLayout:
+    """Flat where it is correct and fast.
+
+    Raises:
+        ValueError: flat was asked for, and this model would let sequences see each other.
+    """
+    loss.probe()
+    if wanted == BatchLayout.flat and not loss.flattens:
+        raise ValueError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
+    if wanted == BatchLayout.auto:
+        # On a CPU, attention over one long row costs more than the padding of rows of near-equal length.
+        return BatchLayout.flat if loss.flattens and device.type != "cpu" else BatchLayout.padded
+    return wanted
+
+
+def seed_update(seed: int, update: int, process: int) -> None:
+    """Dropout follows from (seed, update, process): a resumed run draws what an uninterrupted one draws."""
+    torch.manual_seed((seed * 1_000_003 + update) * 1_009 + process)
+
+
+def is_due(update: int, every: int | None) -> bool:
+    return every is not None and update % every == 0
+
+
+def is_summary(name: str) -> bool:
+    """Whether a metric is about the whole model rather than one module."""
+    return not name.startswith("spectrum/") or name.endswith(("/mean", "/max"))
+
+
+def not_finite(update: int, rows: list[int], checkpoints: list[Path]) -> str:
+    kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
+    return (
+        f"the loss of update {update} is not finite (training rows {', '.join(map(str, rows))}). {kept}. "
+        "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
+    )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to this program: errors still show."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
