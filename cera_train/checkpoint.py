@@ -20,6 +20,7 @@ import torch
 import yaml
 from filelock import FileLock, Timeout
 
+from cera_train.config import flatten
 from cera_train.data.batches import Plan
 from cera_train.secrets import redact
 
@@ -250,14 +251,6 @@ def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Non
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     """An adapter in PEFT's format."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 # --- whole or not at all ---------------------------------------------------------------------------------------------

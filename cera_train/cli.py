@@ -5,23 +5,26 @@ Nothing here imports torch: `--help` and a config error answer at once.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterable
+import traceback
+import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from cera_train.config import Config
+from cera_train.config import Config, flatten
 from cera_train.errors import UserError, explain
 from cera_train.secrets import redact
 
@@ -47,8 +50,11 @@ def to_config(composed: DictConfig) -> Config:
     """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf.
 
     Raises:
-        ValueError: a value is out of range, or values contradict each other.
+        ValueError: a key is unknown, a value is out of range, or values contradict each other.
     """
+    unknown = flatten(OmegaConf.to_container(composed)).keys() - set(config_keys())
+    for key in sorted(unknown):  # Hydra lets +key=value add anything
+        raise UserError(unknown_setting(key, f"+{key}"))
     return OmegaConf.to_object(composed)
 
 
@@ -62,8 +68,7 @@ def run(composed: DictConfig) -> float | None:
 
         return train(config)["eval/perplexity"]
     except Exception as error:
-        # Hydra would print its own report of an error that left this function.
-        fail(error)
+        fail(error)  # Hydra would print a report of its own about an error that left this function
 
 
 def main() -> None:
@@ -79,20 +84,19 @@ def main() -> None:
         run()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(UserError(explain_composition(error, sys.argv[1:])) if not debug else error)
+    except Exception as error:
+        fail(error)
 
 
 def fail(error: Exception) -> NoReturn:
     """Prints what went wrong in one line and exits with status 2; anything unexpected keeps its traceback."""
-    message = explain(error)
+    is_composition = isinstance(error, (HydraException, OmegaConfBaseException))
+    message = explain_composition(error, sys.argv[1:]) if is_composition else explain(error)
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
-        import traceback
-
         traceback.print_exception(error)
     if message is not None:
         print(f"cera-train: {redact(message)}", file=sys.stderr)
-    sys.exit(2 if message is not None else 1)
+    sys.exit(1 if message is None else 2)
 
 
 # --- what Hydra and OmegaConf say, said for people -------------------------------------------------------------------
@@ -100,35 +104,39 @@ def fail(error: Exception) -> NoReturn:
 
 def explain_composition(error: Exception, arguments: list[str]) -> str:
     """One line for an error while composing: what was expected, what came, the nearest names."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = " ".join(str(error).split())
-    detail = " ".join(str(cause).split("\n")[0].split())
-
+    if isinstance(error, OverrideParseException):
+        return f"cannot read the argument {error.override!r}: quote values that hold brackets, commas, = or spaces."
+    text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^/']+)'", text):
         group, name = match.groups()
-        return f"unknown {group} {name!r}{nearest(name, options(group))}. There are: {', '.join(options(group))}."
-    if match := re.search(r"[Cc]ould not override '([\w/@.]+)'", text) or re.search(
-        r"Key '([\w.]+)' (?:is not in struct|not in '\w+')", text
-    ):
-        key = match[1]
-        if "full_key" in text and (full := re.search(r"full_key: ([\w.]+)", text)):
-            key = full[1]
-        source = next((argument for argument in arguments if argument.lstrip("+~").startswith(key)), None)
-        where = f" (from {source!r})" if source else ""
-        known = [*config_keys(), *groups()]
-        return f"unknown setting {key!r}{where}{nearest(key, known)}. `cera-train --help` lists all."
-    if cause is not error or "full_key" in text:
-        key = re.search(r"full_key: ([\w.\[\]]+)", str(cause) + " " + text)
-        return f"{key[1] + ': ' if key else ''}{detail}."
-    return text
+        return f"unknown {group} {name!r}. {did_you_mean(name, options(group))}There are: {', '.join(options(group))}."
+    if match := re.search(r"Multiple values for ([\w/]+)", text):
+        return f"{match[1]} is chosen twice: write {match[1]}=NAME once, without a plus sign."
+    full_key = re.search(r"full_key: ([\w.\[\]]+)", text)
+    if match := re.search(r"Could not override '([\w/@.]+)'|Key '([\w.]+)' (?:is )?not in", text):
+        key = full_key[1] if full_key else match[1] or match[2]
+        argument = next((argument for argument in arguments if argument.lstrip("+~").startswith(key)), key)
+        return unknown_setting(key, argument)
+    detail = str(error.__cause__ or error).split("\n")[0].rstrip(".")
+    if "is not a ListConfig" in detail:
+        detail = "expected a list, such as [a,b]"
+    return f"{full_key[1] + ': ' if full_key else ''}{detail}."
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def unknown_setting(key: str, argument: str) -> str:
+    """The message about a key that no setting has."""
+    if key == "recipe":
+        return f"a recipe is added with a plus sign: write +{argument}."
+    known = config_keys() if "." in key else [*groups(), *config_keys()]
+    return f"unknown setting {key!r} (from {argument!r}). {did_you_mean(key, known)}`cera-train --help` lists all."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
-    found = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     last = name.rsplit(".", 1)[-1]
-    found += [key for key in known if key.rsplit(".", 1)[-1] == last and key not in found]
-    return f": did you mean {' or '.join(found[:3])}?" if found else ""
+    near = [key for key in known if key.rsplit(".", 1)[-1] == last]
+    near += [key for key in difflib.get_close_matches(name, known, n=3, cutoff=0.7) if key not in near]
+    return f"Did you mean {' or '.join(near[:3])}? " if near else ""
 
 
 def options(group: str) -> list[str]:
@@ -144,16 +152,12 @@ def groups() -> list[str]:
 def config_keys() -> list[str]:
     """Every dotted key of the schema."""
 
-    def walk(schema: Any, prefix: str) -> Iterable[str]:
-        import dataclasses
-        import typing
-
-        hints = typing.get_type_hints(schema)
+    def walk(schema: type, prefix: str) -> Iterator[str]:
+        types = typing.get_type_hints(schema)
         for field in dataclasses.fields(schema):
-            key = f"{prefix}{field.name}"
-            if dataclasses.is_dataclass(hints[field.name]):
-                yield from walk(hints[field.name], f"{key}.")
+            if dataclasses.is_dataclass(types[field.name]):
+                yield from walk(types[field.name], f"{prefix}{field.name}.")
             else:
-                yield key
+                yield prefix + field.name
 
     return list(walk(Config, ""))

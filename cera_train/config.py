@@ -1,4 +1,5 @@
-"""The settings of a run. The dataclasses are the schema: Hydra fills them from conf/ and recipes/, `__post_init__` checks.
+"""The settings of a run. The dataclasses are the schema: Hydra fills them from conf/ and recipes/, and every
+`__post_init__` checks.
 
 Every builder takes its own part; only `train()` sees the whole `Config`.
 """
@@ -268,7 +269,7 @@ class TrainConfig:
     """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length; auto: flat on a GPU
     where the model allows it."""
     autocast: bool | None = None
-    """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that the adapter computes as it does."""
+    """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter is too."""
     epochs: int = 3
     max_updates: int | None = None
     """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
@@ -346,3 +347,11 @@ def to_plain(config: Config) -> dict[str, Any]:
         return value
 
     return plain(asdict(config))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

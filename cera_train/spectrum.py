@@ -26,7 +26,7 @@ class ModuleSpectrum:
     """One adapted projection."""
 
     singular_values: torch.Tensor
-    """Of the centred branch output, descending, [min(r, d_out)], float64."""
+    """Of the centred branch output, descending, float64: [min(r, d_out)], for DoRA [d_out]."""
     dead_units: float | None
     """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where there is no gate."""
 
@@ -149,8 +149,8 @@ def _spectrum(layer: nn.Module, moments: _Moments) -> ModuleSpectrum:
         B = layer.scaling[ADAPTER] * layer.lora_B[ADAPTER].weight.double()
     values = scatter if B is None else _psd_root(B.T @ B) @ scatter @ _psd_root(B.T @ B)
     singular_values = torch.linalg.eigvalsh(values).clamp(min=0).sqrt().flip(0)
-    # h B^T has at most min(r, d_out) directions, DoRA's too: the rest is rounding.
-    return ModuleSpectrum(singular_values[: min(layer.r[ADAPTER], layer.out_features)].cpu(), dead_units)
+    # h B^T has at most d_out directions: with r above that, the rest is rounding.
+    return ModuleSpectrum(singular_values[: layer.out_features].cpu(), dead_units)
 
 
 def _psd_root(matrix: torch.Tensor) -> torch.Tensor:

@@ -120,3 +120,42 @@ def write_jsonl(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def compose():
+    """compose("adapter.r=4", ...) -> Config, the way the command line does it."""
+    import hydra
+
+    from cera_train.cli import config_dir, register_configs, to_config
+
+    register_configs()
+
+    def compose(*overrides: str):
+        with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+            return to_config(hydra.compose("config", list(overrides)))
+
+    return compose
+
+
+@pytest.fixture
+def tiny_config(compose, tiny_folder: Path, tmp_path: Path):
+    """tiny_config("adapter.r=4", ...): the tiny model on the logistic map in float32, into tmp_path."""
+
+    def tiny_config(*overrides: str):
+        return compose(
+            f"model.path={tiny_folder}",
+            "model.dtype=float32",
+            "data.max_length=256",
+            "adapter.r=4",
+            "optimizer.lr=1e-2",
+            "train.max_updates=12",
+            "train.batch_size=16",
+            "train.eval_every=4",
+            "train.save_every=4",
+            "name=run",
+            f"output_dir={tmp_path / 'outputs'}",
+            *overrides,
+        )
+
+    return tiny_config

@@ -57,8 +57,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         """Adds an adapter, or replaces the one of that name."""
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.scaling
-        self.cera_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False)
-        self.cera_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False)
+        dtype = self.base_dtype if self.base_dtype.itemsize >= 4 else torch.float32
+        self.cera_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False, dtype=dtype)
+        self.cera_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False, dtype=dtype)
         self.cera_gate[adapter_name] = GATES[config.activation]()
         self.cera_dropout[adapter_name] = nn.Dropout(config.dropout)
         self.reset_parameters(adapter_name, config.init_weights)
@@ -72,6 +73,26 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(self.cera_B[adapter_name].weight)
         else:
             nn.init.kaiming_normal_(self.cera_B[adapter_name].weight, nonlinearity="linear")
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """What the base computes in; float32 where a quantised weight does not say."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point else torch.float32
+
+    def cast_to_base_dtype(self, adapter_name: str) -> None:
+        """Gives up float32 adapter weights over a 16-bit base: PEFT's `autocast_adapter_dtype=False`."""
+        for linears in (self.cera_A, self.cera_B):
+            if adapter_name in linears:
+                linears[adapter_name].to(self.base_dtype)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """The device only. PEFT calls this on loaded weights too, and its own would round them to a 16-bit base."""
+        if device is None:
+            device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        for linears in (self.cera_A, self.cera_B):
+            if adapter_name in linears and not linears[adapter_name].weight.is_meta:
+                linears[adapter_name].to(device)
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """What one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
@@ -105,8 +126,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
                 f"adapter_names must name one adapter for each row: expected {len(x)} names, got {len(adapter_names)}."
             )
         for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
-            rows = torch.tensor([name == adapter_name for name in adapter_names], device=x.device)
-            result[rows] += self.branch(x[rows], adapter_name).to(result.dtype)
+            rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
+            result[rows] = (result[rows] + self.branch(x[rows], adapter_name)).to(result.dtype)
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

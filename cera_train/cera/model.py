@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -23,14 +24,25 @@ class CeraModel(BaseTuner):
     tuner_layer_cls = CeraLayer
     target_module_mapping = {}
 
-    def __init__(self, model: nn.Module, config: Any, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(model, config, adapter_name, **kwargs)
-        self.register_load_state_dict_pre_hook(_refuse_wrong_tensors)
+    # --- building ----------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
         if config.target_modules is None:
             config.target_modules = ["q_proj", "v_proj"]  # the paper's, for every architecture
         return config
+
+    @staticmethod
+    def _check_target_module_exists(config: CeraConfig, key: str) -> Any:
+        found = BaseTuner._check_target_module_exists(config, key)
+        if found and config.layers_to_transform is not None and key in config.target_modules:
+            # PEFT forgets the layers for a module given by its whole name, and all-linear gives whole names.
+            config = replace(config, target_modules=[key.rpartition(".")[2]])
+            found = BaseTuner._check_target_module_exists(config, key)
+        return found
+
+    def _check_target_module_compatiblity(self, config: CeraConfig, model: nn.Module, target_name: str) -> None:
+        # Mamba's kernels read some weights past their module. PEFT knows which, but checks for LoRA only.
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
     def _create_and_replace(
         self,
@@ -53,6 +65,15 @@ class CeraModel(BaseTuner):
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.modules():
+                if isinstance(layer, CeraLayer):
+                    layer.cast_to_base_dtype(adapter_name)
+
+    # --- a different adapter for each row of a batch ------------------------------------------------------------------
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hands `adapter_names` to the layers: a different adapter for each row of a batch, as serving needs it."""
@@ -68,14 +89,18 @@ class CeraModel(BaseTuner):
                 f"adapter_names has {', '.join(sorted(unknown))}; the adapters of this model are "
                 f"{', '.join(sorted(self.peft_config))}, and {BASE_ADAPTER} for none."
             )
+        copies = self._copies_of_a_row(kwargs)
 
-        def add_names(names: list[str], layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            # beam search repeats every row `num_beams` times
-            repeats = max(1, len(args[0]) // max(1, len(names)))
-            return args, kwargs | {"adapter_names": [name for name in names for _ in range(repeats)]}
+        def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            # an encoder still runs on the rows themselves
+            repeats = 1 if len(args[0]) == len(adapter_names) else copies
+            names = [name for name in adapter_names for _ in range(repeats)]
+            if isinstance(layer, AuxiliaryTrainingWrapper):  # fails on an adapter that has no module to save here
+                names = [name if name in layer._get_available_adapters() else BASE_ADAPTER for name in names]
+            return args, kwargs | {"adapter_names": names}
 
         hooks = [
-            layer.register_forward_pre_hook(partial(add_names, adapter_names), with_kwargs=True)
+            layer.register_forward_pre_hook(add_names, with_kwargs=True)
             for layer in self.modules()
             if isinstance(layer, (CeraLayer, AuxiliaryTrainingWrapper))
         ]
@@ -84,6 +109,21 @@ class CeraModel(BaseTuner):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _copies_of_a_row(self, generate_kwargs: dict[str, Any]) -> int:
+        """How often generate() repeats every row: for its beams, or for the sequences it returns."""
+        sources = [
+            generate_kwargs,
+            vars(generate_kwargs.get("generation_config") or object),
+            vars(getattr(self.model, "generation_config", object)),
+        ]
+        given = {
+            name: next((source[name] for source in sources if source.get(name) is not None), 1)
+            for name in ("num_beams", "num_return_sequences")
+        }
+        return max(given.values())
+
+    # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)
@@ -95,31 +135,33 @@ class CeraModel(BaseTuner):
             "rank. Make both active instead: model.base_model.set_adapter([...])."
         )
 
+    # --- loading -----------------------------------------------------------------------------------------------------
 
-def _refuse_wrong_tensors(model: CeraModel, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """Refuses a checkpoint that lacks a tensor of an adapter it holds, or holds one the model has no place for.
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: CeraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Refuses a checkpoint that lacks a tensor of the adapter, or holds one the model has no place for.
 
-    PEFT loads with `strict=False`, since an adapter's checkpoint never has the base weights. A wrong checkpoint would
-    then silently evaluate the base model.
-    """
-    given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-    own = set(model.state_dict(keep_vars=True))
-    own_cera = {key for key in own if ".cera_A." in key or ".cera_B." in key}
-    adapters = {_adapter_of(key) for key in given & own_cera}
-    missing = sorted(key for key in own_cera - given if _adapter_of(key) in adapters)
-    extra = sorted(given - own)
-    if not adapters and not (given & own):
-        missing = sorted(own_cera)
-    if missing or extra:
-        raise ValueError(
-            f"the checkpoint does not fit this CeRA adapter: {len(missing)} tensors missing"
-            f"{_first(missing)}, {len(extra)} without a place in the model{_first(extra)}. "
-            "Check that it belongs to this base model, rank and target_modules."
+        PEFT loads with `strict=False`, since an adapter's checkpoint never has the base weights. A wrong checkpoint
+        would then silently evaluate the base model.
+        """
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        places = set(model.state_dict())
+        needed = {
+            key for key in places if key.endswith((f".cera_A.{adapter_name}.weight", f".cera_B.{adapter_name}.weight"))
+        }
+        missing = sorted(needed - set(state_dict))
+        extra = sorted(
+            key for key in state_dict if key not in places and key.removeprefix("base_model.model.") not in places
         )
-
-
-def _adapter_of(key: str) -> str:
-    return key.split(".")[-2]  # ...cera_A.<adapter>.weight
+        if missing or extra:
+            raise ValueError(
+                f"the checkpoint does not fit this CeRA adapter: {len(missing)} tensors missing{_first(missing)}, "
+                f"{len(extra)} without a place in the model{_first(extra)}. "
+                "Check that it belongs to this base model and to these target_modules."
+            )
+        return state_dict
 
 
 def _first(keys: list[str]) -> str:

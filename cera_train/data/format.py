@@ -7,10 +7,13 @@ where the prompt stands alone. The end token is appended by id: it is always sup
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jinja2
 
 from cera_train.config import DataConfig, Layout, LossOn, Turns
 
@@ -23,6 +26,9 @@ class Segment:
 
     text: str
     supervised: bool
+
+    def __post_init__(self) -> None:
+        self.text.encode()  # raises ValueError for half of a surrogate pair, which JSON can hold and no tokenizer takes
 
 
 @dataclass
@@ -71,11 +77,9 @@ def templates(prompt: str, completion: str) -> Callable[[Row], list[Segment]]:
         raise ValueError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
 
     def segments(row: Row) -> list[Segment]:
-        for name in needed:
-            column(row, name)
-        if all(row[name] is None or not str(row[name]).strip() for name in answers):
+        values = {name: text_of(row, name) for name in needed}
+        if not any(values[name].strip() for name in answers):
             return []
-        values = {name: "" if row[name] is None else row[name] for name in needed}
         return [Segment(prompt.format_map(values), False), Segment(completion.format_map(values), True)]
 
     return segments
@@ -85,16 +89,18 @@ def columns_of(template: str) -> list[str]:
     """The columns a template names.
 
     Raises:
-        ValueError: the template is malformed, or reaches into a value (`{a.b}`, `{a[0]}`).
+        ValueError: the template is malformed, or does more than name columns (`{a.b}`, `{a[0]}`, `{a:>{b}}`).
     """
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
         raise ValueError(f"template {template!r} is malformed: {error}. Write a literal brace twice.") from None
-    for name in names:
-        if not name.isidentifier():
-            raise ValueError(f"template {template!r}: {{{name}}} is not a column name.")
-    return names
+    for _, name, format_spec, conversion in fields:
+        if format_spec or conversion or not re.fullmatch(r"[^\W\d][^.\[{]*", name):
+            raise ValueError(
+                f"template {template!r}: {{{name}}} is not just the name of a column. Write a literal brace twice."
+            )
+    return [name for _, name, _, _ in fields]
 
 
 def first_turns(row: Row) -> list[Segment]:
@@ -111,36 +117,43 @@ def all_turns(row: Row) -> list[Segment]:
     """Layout `conversations` whole: the system prompt and every turn, every answer supervised."""
     segments, context = [], ""
     for role, text in turns_of(row):
-        if role == "gpt":
+        if role == "gpt" and text.strip():
             segments += [Segment(f"{context}Assistant:", False), Segment(f" {text}", True)]
             context = "\n"
         else:
-            context += f"{'System' if role == 'system' else 'User'}: {text}\n"
-    has_answer = any(segment.supervised and segment.text.strip() for segment in segments)
-    return segments if has_answer else []
+            context += f"{SPEAKERS[role]}: {text}\n"
+    return segments
+
+
+SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
 
 
 def turns_of(row: Row) -> Iterable[tuple[str, str]]:
-    for turn in column(row, "conversations"):
-        role, text = column(turn, "from"), column(turn, "value")
-        if role not in ("system", "human", "gpt"):
-            raise ValueError(f"a turn is from {role!r}: expected system, human or gpt.")
-        yield role, text or ""
+    for turn in list_of(row, "conversations"):
+        role = text_of(turn, "from")
+        if role not in SPEAKERS:
+            raise ValueError(f"a turn is from {role!r}: expected {', '.join(SPEAKERS)}.")
+        yield role, text_of(turn, "value")
 
 
 def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
     """Layout `messages`: the tokenizer's chat template. What an assistant turn adds to the rendered conversation so far
     is supervised, so no marker has to be searched for."""
-    messages = column(row, "messages")
+    messages = list_of(row, "messages")
     segments, rendered = [], ""
 
     def render(count: int, add_generation_prompt: bool) -> str:
-        return tokenizer.apply_chat_template(
-            messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     for index, message in enumerate(messages):
-        if column(message, "role") != "assistant" or not (column(message, "content") or "").strip():
+        has_text = bool(text_of(message, "content").strip())
+        # An opening line of the assistant's answers nothing: like an empty turn it is context.
+        if text_of(message, "role") != "assistant" or not has_text or index == 0:
             continue
         before, after = render(index, True), render(index + 1, False)
         if not (before.startswith(rendered) and after.startswith(before)):
@@ -148,9 +161,27 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
                 "the chat template renders earlier turns differently once an answer follows, so answers cannot be "
                 "told apart. Keep one assistant turn a row, or use data.layout=text."
             )
+        # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
+        after = after.rstrip()
         segments += [Segment(before.removeprefix(rendered), False), Segment(after.removeprefix(before), True)]
         rendered = after
     return segments
+
+
+def text_of(row: Row, name: str) -> str:
+    """A column as text; null is empty."""
+    value = column(row, name)
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f"column {name!r} holds a {type(value).__name__}: expected text.")
+    return "" if value is None else str(value)
+
+
+def list_of(row: Row, name: str) -> list[Row]:
+    """A column of turns; null is empty."""
+    value = column(row, name)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"column {name!r} holds a {type(value).__name__}: expected a list of turns.")
+    return value or []
 
 
 def column(row: Row, name: str) -> Any:
@@ -178,33 +209,28 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
     is_chat = config.layout == Layout.messages
     # A chat template writes the start token itself.
     start = [] if is_chat or tokenizer.bos_token_id not in tokenizer("").input_ids else [tokenizer.bos_token_id]
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     texts = [segment.text for segments in rows_segments for segment in segments]
-    ids_of = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids if texts else [])
-    special = set(tokenizer.all_special_ids)
+    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids_of = iter(tokenizer(texts, **plain).input_ids if texts else [])
 
     examples = []
     for segments in rows_segments:
         input_ids, loss_mask = list(start), [False] * len(start)
         for segment in segments:
-            ids = list(next(ids_of))
-            supervised = [segment.supervised] * len(ids)
-            if segment.supervised:
-                if not (is_chat and special.intersection(ids)):
-                    ids, supervised = [*ids, end], [*supervised, True]
-                # A template may write a line break after its end token: nobody generates that.
-                last = max(index for index, token in enumerate(ids) if token in special)
-                supervised[last + 1 :] = [False] * (len(ids) - last - 1)
+            ids = next(ids_of)
+            if segment.supervised and not (is_chat and ids and ids[-1] in special):  # a chat template may write its own
+                ids = [*ids, end]
             input_ids += ids
-            loss_mask += supervised
+            loss_mask += [segment.supervised] * len(ids)
         if config.loss_on == LossOn.all:
             loss_mask = [True] * len(input_ids)
         loss_mask[0] = False
-        prompt = segments[0].text if not segments[0].supervised else ""
         examples.append(
             Example(
                 input_ids[: config.max_length],
                 loss_mask[: config.max_length],
-                hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest(),
+                hashlib.blake2b(segments[0].text.encode(), digest_size=16).hexdigest(),
                 truncated=len(input_ids) > config.max_length,
             )
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,9 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """
     if config.layout == Layout.logistic_map:
         train, evaluation = logistic_map.problems(config.logistic_map, config.eval_rows or DEFAULT_GENERATED_EVAL_ROWS)
-        settings = json.dumps(asdict(config.logistic_map))
-        sources = Source(f"train {settings}", lambda: train), Source(f"eval {settings}", lambda: evaluation)
+        sources = Source(json.dumps(train), lambda: train), Source(json.dumps(evaluation), lambda: evaluation)
     elif config.train_files and not config.eval_files:
-        return _held_out(_from_files(config.train_files), config.train_rows, config.eval_rows)
+        sources = _held_out(_from_files(config.train_files), config.eval_rows)
     elif config.train_files:
         sources = _from_files(config.train_files), _from_files(config.eval_files)
     else:
@@ -48,18 +49,25 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
 def _head(source: Source, count: int | None) -> Source:
     if count is None:
         return source
-    return Source(f"{source.fingerprint} [:{count}]", lambda: [row for _, row in zip(range(count), source.read())])
+    return Source(f"{source.fingerprint} [:{count}]", lambda: itertools.islice(source.read(), count))
 
 
-def _held_out(source: Source, train_rows: int | None, eval_rows: int) -> tuple[Source, Source]:
-    """The last `eval_rows` rows evaluate, the first `train_rows` of the others train."""
-    rows = list(source.read())
-    if eval_rows >= len(rows):
-        raise ValueError(
-            f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {len(rows)} rows."
-        )
-    train = Source(f"{source.fingerprint} [:-{eval_rows}]", lambda: rows[:-eval_rows])
-    return _head(train, train_rows), Source(f"{source.fingerprint} [-{eval_rows}:]", lambda: rows[-eval_rows:])
+def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
+    """The last `eval_rows` rows evaluate, the others train."""
+
+    @functools.cache
+    def rows() -> list[Row]:
+        rows = list(source.read())
+        if eval_rows >= len(rows):
+            raise ValueError(
+                f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {len(rows)} rows."
+            )
+        return rows
+
+    return (
+        Source(f"{source.fingerprint} [:-{eval_rows}]", lambda: rows()[:-eval_rows]),
+        Source(f"{source.fingerprint} [-{eval_rows}:]", lambda: rows()[-eval_rows:]),
+    )
 
 
 # --- local files -----------------------------------------------------------------------------------------------------
@@ -69,12 +77,13 @@ def _from_files(names: list[str]) -> Source:
     paths = [Path(name) for name in names]
     digest = hashlib.sha256()
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"data file {path} does not exist (looked in {Path.cwd()}).")
         if path.suffix not in READERS:
             raise ValueError(f"data file {path} is of an unknown kind: expected {', '.join(READERS)}.")
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"cannot read data file {path} (from {Path.cwd()}): {error.strerror}.") from error
     return Source(digest.hexdigest(), lambda: (row for path in paths for row in READERS[path.suffix](path)))
 
 
@@ -86,9 +95,8 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    if not path.read_bytes().strip():
-        return
-    rows = _parse(path.read_bytes(), path, 1)
+    text = path.read_bytes()
+    rows = _parse(text, path, 1) if text.strip() else []
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}. One row a line is .jsonl.")
     for number, row in enumerate(rows):
@@ -100,8 +108,8 @@ def _read_parquet(path: Path) -> Iterable[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
 
 
 READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
@@ -114,12 +122,13 @@ READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
 def _parse(text: bytes, path: Path, first_line: int) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{first_line + error.lineno - 1}: broken JSON: {error.msg}.") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{first_line}: not UTF-8: {error.reason}.") from None
-    except RecursionError:
-        raise ValueError(f"{path}:{first_line}: broken JSON: nested too deep.") from None
+        line, reason = text.count(b"\n", 0, error.start), f"not UTF-8: {error.reason}"
+    except json.JSONDecodeError as error:
+        line, reason = error.lineno - 1, f"broken JSON: {error.msg}"
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        line, reason = 0, f"unusable JSON: {error}"
+    raise ValueError(f"{path}:{first_line + line}: {reason}.")
 
 
 def _as_row(value: Any, where: str) -> Row:
@@ -133,11 +142,10 @@ def _as_row(value: Any, where: str) -> Row:
 
 def _from_hub(config: DataConfig, split: str) -> Source:
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         dataset = datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
-    except (datasets.exceptions.DatasetNotFoundError, HfHubHTTPError, OSError, ConnectionError) as error:
+    except (datasets.exceptions.DatasetsError, OSError) as error:  # HfHubHTTPError and ConnectionError are OSErrors
         raise ValueError(
             f"cannot load data set {config.path!r} from the Hub ({str(error).splitlines()[0]}). Log in with "
             "`hf auth login` if it is gated, or set data.train_files and data.eval_files to local files."
