@@ -17,6 +17,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from cera_train import console
 from cera_train.checkpoint import Progress, RunFolder, environment, load_checkpoint
@@ -58,6 +59,7 @@ def train(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length)
         data = prepare_data(config.data, tokenizer)
+        AcceleratorState._reset_state()  # else the precision of a process's first run would bind every later one
         accelerator = Accelerator(mixed_precision=mixed_precision(config.model, config.train))
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
         base = load_model(config.model, device)

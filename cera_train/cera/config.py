@@ -60,12 +60,12 @@ class CeraConfig(PeftConfig):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform: set that too.")
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            if self.layers_to_transform is not None:
-                raise ValueError(
-                    "layers_to_transform cannot be combined with a regular expression in target_modules: "
-                    "name the layers in the expression."
-                )
+        is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_expression and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform cannot be combined with a regular expression in target_modules: "
+                "name the layers in the expression."
+            )
 
     @property
     def scaling(self) -> float:

@@ -61,7 +61,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.cera_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False, dtype=dtype)
         self.cera_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False, dtype=dtype)
         self.cera_gate[adapter_name] = GATES[config.activation]()
-        self.cera_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.cera_dropout[adapter_name] = nn.Dropout(config.dropout).train(self.training)
         self.reset_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -152,6 +152,8 @@ def linear_features(layer: nn.Module) -> tuple[int, int]:
     """
     if isinstance(layer, Conv1D):  # stores W transposed: [d_in, d_out]
         return layer.weight.shape[0], layer.weight.shape[1]
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError("nn.MultiheadAttention reads this weight without calling its module: a branch would never run.")
     if isinstance(layer, nn.Linear):  # bitsandbytes' linears too
         return layer.in_features, layer.out_features
     raise TypeError(

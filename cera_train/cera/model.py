@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
@@ -22,7 +22,7 @@ class CeraModel(BaseTuner):
 
     prefix = "cera_"
     tuner_layer_cls = CeraLayer
-    target_module_mapping = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # --- building ----------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class CeraModel(BaseTuner):
         if found and config.layers_to_transform is not None and key in config.target_modules:
             # PEFT forgets the layers for a module given by its whole name, and all-linear gives whole names.
             config = replace(config, target_modules=[key.rpartition(".")[2]])
-            found = BaseTuner._check_target_module_exists(config, key)
+            found = "." in key and BaseTuner._check_target_module_exists(config, key)
         return found
 
     def _check_target_module_compatiblity(self, config: CeraConfig, model: nn.Module, target_name: str) -> None:
@@ -112,16 +112,13 @@ class CeraModel(BaseTuner):
 
     def _copies_of_a_row(self, generate_kwargs: dict[str, Any]) -> int:
         """How often generate() repeats every row: for its beams, or for the sequences it returns."""
-        sources = [
-            generate_kwargs,
-            vars(generate_kwargs.get("generation_config") or object),
-            vars(getattr(self.model, "generation_config", object)),
-        ]
-        given = {
-            name: next((source[name] for source in sources if source.get(name) is not None), 1)
-            for name in ("num_beams", "num_return_sequences")
-        }
-        return max(given.values())
+        configs = generate_kwargs.get("generation_config"), getattr(self.model, "generation_config", None)
+
+        def setting(name: str) -> int:
+            given = [generate_kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+            return next((value for value in given if value is not None), 1)
+
+        return max(setting("num_beams"), setting("num_return_sequences"))
 
     # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from filelock import FileLock
 
 from cera_train.config import DataConfig
@@ -22,6 +23,16 @@ CACHE_VERSION = 1
 """Raised when the same rows would be tokenised differently than before."""
 
 ROWS_AT_ONCE = 1000
+
+SCHEMA = pyarrow.schema(
+    {
+        "input_ids": pyarrow.list_(pyarrow.int32()),
+        "loss_mask": pyarrow.list_(pyarrow.bool_()),
+        "prompt_key": pyarrow.string(),
+        "length": pyarrow.int32(),
+        "supervised": pyarrow.int32(),
+    }
+)
 
 
 @dataclass
@@ -55,7 +66,7 @@ class TokenizedRows:
 
     def column(self, name: str) -> list:
         """One of the columns with a value a row."""
-        return self.rows.with_format("arrow")[:][name].to_pylist()
+        return self.rows.data.column(name).to_pylist()
 
 
 @dataclass
@@ -73,8 +84,9 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         ValueError: rows are missing, malformed or all dropped, or a prompt stands in both splits.
     """
     train_source, eval_source = open_sources(config)
-    train = _tokenize(train_source, "training", config, tokenizer)
-    evaluation = _tokenize(eval_source, "evaluation", config, tokenizer)
+    digest = _tokenization_digest(config, tokenizer)
+    train = _tokenize(train_source, "training", config, tokenizer, digest)
+    evaluation = _tokenize(eval_source, "evaluation", config, tokenizer, digest)
     train_keys = set(train.column("prompt_key"))
     shared = sum(key in train_keys for key in evaluation.column("prompt_key"))
     if shared and not config.allow_overlap:
@@ -91,15 +103,23 @@ def cache_dir() -> Path:
     return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
 
 
-def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any) -> TokenizedRows:
+def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:
+    """Of all that decides how a row is tokenised."""
     settings = {
         key: value
         for key, value in asdict(config).items()
         if key in ("layout", "prompt", "completion", "turns", "loss_on", "max_length")
     }
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
-    key = [CACHE_VERSION, source.fingerprint, settings, vocabulary, tokenizer.chat_template]
-    digest = hashlib.sha256(json.dumps([*key, tokenizer.special_tokens_map]).encode()).hexdigest()[:32]
+    return _digest(CACHE_VERSION, settings, vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any, tokenization: str) -> TokenizedRows:
+    digest = _digest(tokenization, source.fingerprint)
     folder = cache_dir() / "tokens" / digest
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):  # several processes of a machine start together: one of them tokenises
@@ -111,7 +131,7 @@ def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any) ->
 
 def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folder: Path) -> None:
     counts = RowCounts()
-    columns: dict[str, list] = {"input_ids": [], "loss_mask": [], "prompt_key": [], "length": [], "supervised": []}
+    tables = []
     to_segments = segmenter(config, tokenizer)
     rows = enumerate(source.read())
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
@@ -123,36 +143,29 @@ def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folde
                 raise ValueError(f"{split} row {number}: {error}") from error
         counts.read += len(chunk)
         counts.empty += sum(not segments for segments in rows_segments)
-        for example in encode([segments for segments in rows_segments if segments], config, tokenizer):
-            if not example.supervised_tokens:
-                counts.answer_truncated += 1
-                continue
-            counts.truncated += example.truncated
-            counts.tokens += len(example.input_ids)
-            counts.supervised_tokens += example.supervised_tokens
-            columns["input_ids"].append(example.input_ids)
-            columns["loss_mask"].append(example.loss_mask)
-            columns["prompt_key"].append(example.prompt_key)
-            columns["length"].append(len(example.input_ids))
-            columns["supervised"].append(example.supervised_tokens)
+        examples = encode([segments for segments in rows_segments if segments], config, tokenizer)
+        kept = [example for example in examples if example.supervised_tokens]
+        counts.answer_truncated += len(examples) - len(kept)
+        counts.truncated += sum(example.truncated for example in kept)
+        columns = {
+            "input_ids": [example.input_ids for example in kept],
+            "loss_mask": [example.loss_mask for example in kept],
+            "prompt_key": [example.prompt_key for example in kept],
+            "length": [len(example.input_ids) for example in kept],
+            "supervised": [example.supervised_tokens for example in kept],
+        }
+        counts.tokens += sum(columns["length"])
+        counts.supervised_tokens += sum(columns["supervised"])
+        tables.append(pyarrow.table(columns, schema=SCHEMA))
     if not counts.kept:
         raise ValueError(
             f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, "
             f"{counts.answer_truncated} whose answer lies beyond data.max_length={config.max_length}."
         )
-    features = datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.Value("int32")),
-            "loss_mask": datasets.List(datasets.Value("bool")),
-            "prompt_key": datasets.Value("string"),
-            "length": datasets.Value("int32"),
-            "supervised": datasets.Value("int32"),
-        }
-    )
     # Written beside its place and renamed: a cut leaves nothing that looks whole.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
         part = Path(temporary) / "rows"
         datasets.disable_progress_bars()
-        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(part))
+        datasets.Dataset(pyarrow.concat_tables(tables)).save_to_disk(str(part))
         (part / "counts.json").write_text(json.dumps(asdict(counts)))
         part.rename(folder)
