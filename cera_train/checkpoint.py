@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from cera_train.config import flatten
 from cera_train.data.batches import Plan
-from cera_train.secrets import redact
+from cera_train.secrets import redact_tree
 
 WRITING = ".writing-"
 """Prefix of what is not whole yet."""
@@ -88,7 +88,7 @@ class RunFolder:
 
     def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
         self.path = path
-        self.config = yaml.safe_load(redact(yaml.safe_dump(config)))
+        self.config = redact_tree(config)  # no secret reaches the disk or a tracker
         self.is_main = is_main
 
     def __enter__(self) -> RunFolder:
@@ -161,10 +161,10 @@ class RunFolder:
     def write_config(self, environment: dict[str, Any]) -> None:
         """The resolved config and what it runs on, before the first update."""
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-        write_text(self.path / "environment.json", redact(json.dumps(environment, indent=2)) + "\n")
+        self.write_json("environment.json", environment)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_text(self.path / name, redact(json.dumps(content, indent=2)) + "\n")
+        write_text(self.path / name, json.dumps(redact_tree(content), indent=2) + "\n")
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -190,7 +190,8 @@ class RunFolder:
 
         def write(folder: Path) -> None:
             save_adapter(model, folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+            with (folder / "optimizer.pt").open("wb") as file:
+                torch.save(optimizer.state_dict(), file)
             (folder / "progress.json").write_text(json.dumps({**asdict(progress), "data_digest": data_digest}))
             (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
 

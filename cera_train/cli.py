@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -90,7 +91,7 @@ def main() -> None:
 
 def fail(error: Exception) -> NoReturn:
     """Prints what went wrong in one line and exits with status 2; anything unexpected keeps its traceback."""
-    is_composition = isinstance(error, (HydraException, OmegaConfBaseException))
+    is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
     message = explain_composition(error, sys.argv[1:]) if is_composition else explain(error)
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
         traceback.print_exception(error)
@@ -110,25 +111,30 @@ def explain_composition(error: Exception, arguments: list[str]) -> str:
     if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^/']+)'", text):
         group, name = match.groups()
         return f"unknown {group} {name!r}. {did_you_mean(name, options(group))}There are: {', '.join(options(group))}."
+    if isinstance(error, yaml.YAMLError):
+        return f"broken YAML: {text}."
     if match := re.search(r"Multiple values for ([\w/]+)", text):
         return f"{match[1]} is chosen twice: write {match[1]}=NAME once, without a plus sign."
     full_key = re.search(r"full_key: ([\w.\[\]]+)", text)
+    in_file = re.search(r"In '([\w./-]+)': \w+ raised while composing", text)
     if match := re.search(r"Could not override '([\w/@.]+)'|Key '([\w.]+)' (?:is )?not in", text):
         key = full_key[1] if full_key else match[1] or match[2]
-        argument = next((argument for argument in arguments if argument.lstrip("+~").startswith(key)), key)
-        return unknown_setting(key, argument)
+        argument = next((argument for argument in arguments if argument.lstrip("+~").startswith(key)), None)
+        return unknown_setting(key, argument or (f"{in_file[1]}.yaml" if in_file else key))
     detail = str(error.__cause__ or error).split("\n")[0].rstrip(".")
+    if in_file:
+        detail = f"{str(error).splitlines()[1].rstrip('.')} (in {in_file[1]}.yaml)"
     if "is not a ListConfig" in detail:
         detail = "expected a list, such as [a,b]"
     return f"{full_key[1] + ': ' if full_key else ''}{detail}."
 
 
-def unknown_setting(key: str, argument: str) -> str:
-    """The message about a key that no setting has."""
+def unknown_setting(key: str, source: str) -> str:
+    """The message about a key that no setting has, and the argument or file it came from."""
     if key == "recipe":
-        return f"a recipe is added with a plus sign: write +{argument}."
+        return f"a recipe is added with a plus sign: write +{source}."
     known = config_keys() if "." in key else [*groups(), *config_keys()]
-    return f"unknown setting {key!r} (from {argument!r}). {did_you_mean(key, known)}`cera-train --help` lists all."
+    return f"unknown setting {key!r} (from {source!r}). {did_you_mean(key, known)}`cera-train --help` lists all."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

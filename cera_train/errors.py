@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 
 class UserError(ValueError):
@@ -18,8 +19,9 @@ OUT_OF_MEMORY = (
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'while writing'}). Free some space and run the command again."
+    # safetensors wraps the system's error in one of its own
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or os.strerror(errno.ENOSPC) in text:
+        return f"the disk is full ({text}). Free some space; the same command then goes on from the last checkpoint."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return f"cannot write {error.filename}: {error.strerror}. Set output_dir to a folder you may write to."
     if type(error).__name__ == "OutOfMemoryError":

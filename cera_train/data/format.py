@@ -162,9 +162,9 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
                 "told apart. Keep one assistant turn a row, or use data.layout=text."
             )
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
-        after = after.rstrip()
-        segments += [Segment(before.removeprefix(rendered), False), Segment(after.removeprefix(before), True)]
-        rendered = after
+        answer = after.removeprefix(before).rstrip()
+        segments += [Segment(before.removeprefix(rendered), False), Segment(answer, True)]
+        rendered = before + answer
     return segments
 
 

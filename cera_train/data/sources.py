@@ -91,7 +91,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _as_row(_parse(line, path, number), f"{path}:{number}")
+                yield _as_row(_parse(line.rstrip(), path, number), f"{path}:{number}")
 
 
 def _read_json(path: Path) -> Iterator[Row]:

@@ -1,0 +1,118 @@
+"""CeRA under the two usual trainers, unchanged: transformers' Trainer and TRL's SFTTrainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from cera_train.cera import CeraConfig
+
+pytestmark = pytest.mark.filterwarnings(
+    "error",
+    # names that PEFT, TRL and transformers' releases do not agree on yet
+    "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
+)
+
+CONFIG = {"r": 4, "dropout": 0.2, "task_type": "CAUSAL_LM"}
+ROWS = [f"Question: what is the next value?\nAnswer: it is 0.{number}" for number in range(16)]
+
+
+def arguments(folder: Path) -> dict:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "seed": 7,
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+@pytest.fixture
+def ids(tokenizer) -> torch.Tensor:
+    rows = tokenizer(ROWS, padding=True, return_tensors="pt").input_ids
+    assert len(rows) == 16
+    return rows
+
+
+def tensors(model: nn.Module, adapter: bool) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items() if ("cera_" in key) is adapter}
+
+
+def plain(tiny_folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model.eval()(input_ids=ids).logits
+
+
+def assert_the_adapter_alone_moved(model: PeftModel, base: nn.Module) -> None:
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(
+        tensors(model, adapter=True)
+    )
+    for name, value in tensors(model, adapter=True).items():
+        assert value.abs().max() > 0, name  # B has left zero
+        assert value.isfinite().all(), name
+    expected = base.state_dict()
+    for name, value in tensors(model, adapter=False).items():
+        assert torch.equal(value, expected[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
+
+
+def trainer_of(folder: Path, tiny_folder: Path, ids: torch.Tensor) -> Trainer:
+    torch.manual_seed(1)
+    model = get_peft_model(plain(tiny_folder), CeraConfig(**CONFIG))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    return Trainer(model=model, args=TrainingArguments(**arguments(folder)), train_dataset=rows)
+
+
+def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, tmp_path, ids):
+    trainer = trainer_of(tmp_path / "run", tiny_folder, ids)
+    start = tensors(trainer.model, adapter=True)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert_the_adapter_alone_moved(trainer.model, plain(tiny_folder))
+    end = tensors(trainer.model, adapter=True)
+    assert not any(torch.equal(end[key], value) for key, value in start.items())
+
+    loaded = PeftModel.from_pretrained(plain(tiny_folder), tmp_path / "run/checkpoint-4")
+    assert torch.equal(logits(loaded, ids), logits(trainer.model, ids))
+
+    resumed = trainer_of(tmp_path / "run", tiny_folder, ids)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert all(torch.equal(value, end[key]) for key, value in tensors(resumed.model, adapter=True).items())
+
+
+def test_sft_trainer_trains_from_a_cera_config_and_saves(tiny_folder, tmp_path, tokenizer, ids):
+    trl = pytest.importorskip("trl")
+    trainer = trl.SFTTrainer(
+        model=plain(tiny_folder),
+        args=trl.SFTConfig(**arguments(tmp_path / "run"), max_length=64),
+        train_dataset=Dataset.from_list([{"text": row} for row in ROWS]),
+        processing_class=tokenizer,
+        peft_config=CeraConfig(**CONFIG),
+    )
+    assert isinstance(trainer.model, PeftModel)
+    assert torch.equal(logits(trainer.model, ids), logits(plain(tiny_folder), ids))  # B starts at zero
+    trainer.train()
+    assert_the_adapter_alone_moved(trainer.model, plain(tiny_folder))
+
+    checkpoint = tmp_path / "run/checkpoint-4"
+    expected = logits(trainer.model, ids)
+    assert not torch.equal(expected, logits(plain(tiny_folder), ids))
+    assert torch.equal(logits(PeftModel.from_pretrained(plain(tiny_folder), checkpoint), ids), expected)
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(checkpoint), ids), expected)

@@ -1,0 +1,214 @@
+"""Every row once, shares and micro-batches that partition them, and the cheapest cut against brute force."""
+
+from __future__ import annotations
+
+import random
+from itertools import chain, combinations, pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cera_train.data.batches import (
+    OVERHEAD_TOKENS,
+    MicroBatches,
+    Plan,
+    flat_batch,
+    flat_micro_batches,
+    padded_batch,
+    padded_micro_batches,
+    share,
+)
+
+
+def random_lengths(seed: int, count: int, longest: int = 300) -> list[int]:
+    return random.Random(seed).choices(range(1, longest + 1), k=count)
+
+
+# --- epochs and updates ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (9, 3), (1, 4), (4, 4), (7, 1), (100, 64)])
+def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
+    plan = Plan(rows, batch_size, seed=0)
+    for epoch in range(3):
+        first = epoch * plan.updates_per_epoch
+        updates = [plan.sequences(update) for update in range(first, first + plan.updates_per_epoch)]
+        assert sorted(chain.from_iterable(updates)) == list(range(rows))
+        assert {plan.epoch(update) for update in range(first, first + plan.updates_per_epoch)} == {epoch}
+        assert all(len(update) == batch_size for update in updates[:-1])
+        assert len(updates[-1]) == (rows % batch_size or batch_size)
+
+
+def test_order_follows_from_the_seed_and_the_epoch():
+    plan = Plan(50, 50, seed=1)
+    orders = [plan.sequences(update) for update in range(3)]
+    assert orders == [Plan(50, 50, seed=1).sequences(update) for update in range(3)]
+    assert len({tuple(order) for order in [*orders, Plan(50, 50, seed=2).sequences(0)]}) == 4
+    assert list(range(50)) not in orders
+
+
+def test_an_update_does_not_depend_on_those_before_it_nor_on_torchs_seed():
+    plan = Plan(20, 6, seed=0)
+    in_order = [plan.sequences(update) for update in range(12)]
+    torch.manual_seed(5)
+    assert [plan.sequences(update) for update in reversed(range(12))] == in_order[::-1]
+    before = torch.get_rng_state()
+    plan.sequences(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 64])
+def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes, count):
+    for seed in range(5):
+        lengths = random_lengths(seed, 100)
+        rows = random.Random(seed).sample(range(100), count)
+        shares = [share(rows, lengths, processes, process) for process in range(processes)]
+        assert sorted(chain.from_iterable(shares)) == sorted(rows)
+        tokens = [sum(lengths[row] for row in rows) for rows in shares]
+        assert max(tokens) - min(tokens) <= max((lengths[row] for row in rows), default=0)
+
+
+def test_a_share_does_not_depend_on_the_order_of_the_rows():
+    lengths = random_lengths(0, 30)
+    assert share(range(30), lengths, 3, 1) == share(range(29, -1, -1), lengths, 3, 1)
+
+
+# --- micro-batches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 300, 1000, 10**6])
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_flat_micro_batches_partition_the_rows_within_the_bound(max_tokens, count):
+    for seed in range(5):
+        lengths = random_lengths(seed, 100)
+        rows = random.Random(seed).sample(range(100), count)
+        groups = flat_micro_batches(rows, lengths, max_tokens)
+        assert sorted(chain.from_iterable(groups)) == sorted(rows)
+        for group in groups:
+            assert sum(lengths[row] for row in group) <= max_tokens or len(group) == 1
+        # No two could be one: first-fit would have put the later's rows into the earlier.
+        tokens = [sum(lengths[row] for row in group) for group in groups]
+        assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 100, 300, 1000, 10**6])
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+def test_padded_micro_batches_partition_the_rows_within_the_bound(max_tokens, count):
+    for seed in range(5):
+        lengths = random_lengths(seed, 100)
+        rows = random.Random(seed).sample(range(100), count)
+        groups = padded_micro_batches(rows, lengths, max_tokens)
+        assert sorted(chain.from_iterable(groups)) == sorted(rows)
+        for group in groups:
+            assert max(lengths[row] for row in group) * len(group) <= max_tokens or len(group) == 1
+
+
+@pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
+def test_a_row_longer_than_the_bound_stands_alone(cut):
+    assert sorted(map(sorted, cut(range(4), [5, 500, 5, 600], 100))) == [[0, 2], [1], [3]]
+
+
+@pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
+def test_micro_batches_do_not_depend_on_the_order_of_the_rows(cut):
+    lengths = random_lengths(0, 30)
+    assert cut(range(30), lengths, 700) == cut(range(29, -1, -1), lengths, 700)
+
+
+def padded_cost(groups: list[list[int]], lengths: list[int]) -> int:
+    return sum(OVERHEAD_TOKENS + len(group) * max(lengths[row] for row in group) for group in groups)
+
+
+@pytest.mark.parametrize("longest", [8, 100, 400])
+@pytest.mark.parametrize("max_tokens", [300, 700, 10**6])
+def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
+    for seed in range(8):
+        lengths = random_lengths(seed, 9, longest)
+        ordered = sorted(range(9), key=lambda row: lengths[row])
+        costs = []
+        for count in range(9):
+            for ends in combinations(range(1, 9), count):
+                groups = [ordered[start:end] for start, end in pairwise([0, *ends, 9])]
+                if all(len(group) == 1 or len(group) * lengths[group[-1]] <= max_tokens for group in groups):
+                    costs.append(padded_cost(groups, lengths))
+        assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(costs)
+
+
+# --- tensors ---------------------------------------------------------------------------------------------------------
+
+IDS = [[7, 8, 9], [5], [3, 4]]
+MASKS = [[False, True, True], [False], [False, True]]
+
+
+def test_flat_batch_lays_sequences_end_to_end_with_positions_that_restart():
+    batch = flat_batch(IDS, MASKS)
+    assert batch.input_ids.tolist() == [[7, 8, 9, 5, 3, 4]]
+    assert batch.loss_mask.tolist() == [[False, True, True, False, False, True]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert set(batch.inputs) == {"input_ids", "position_ids"}
+
+
+def test_padded_batch_masks_padding_from_attention_and_loss():
+    batch = padded_batch(IDS, MASKS)
+    assert batch.input_ids.tolist() == [[7, 8, 9], [5, 0, 0], [3, 4, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch.loss_mask.tolist() == [[False, True, True], [False, False, False], [False, True, False]]
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+
+
+def test_padded_batch_of_one_length_needs_no_mask():
+    batch = padded_batch([[1, 2], [3, 4]], [[False, True], [False, True]])
+    assert batch.attention_mask is None
+    assert set(batch.inputs) == {"input_ids"}
+
+
+@pytest.mark.parametrize("make", [flat_batch, padded_batch])
+def test_batches_have_the_types_a_model_takes(make):
+    batch = make(IDS, MASKS)
+    assert batch.input_ids.dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.bool
+    on_cpu = batch.to(torch.device("cpu"))
+    assert all(torch.equal(value, on_cpu.inputs[name]) for name, value in batch.inputs.items())
+    assert torch.equal(on_cpu.loss_mask, batch.loss_mask)
+
+
+# --- a tokenised split -----------------------------------------------------------------------------------------------
+
+
+def split_of(lengths: list[int]) -> SimpleNamespace:
+    """Rows whose tokens are 1000 times their number, and what TokenizedRows offers of them."""
+    import datasets
+
+    columns = {
+        "input_ids": [[1000 * row + place for place in range(length)] for row, length in enumerate(lengths)],
+        "loss_mask": [[place > 0 for place in range(length)] for length in lengths],
+        "length": lengths,
+        "supervised": [length - 1 for length in lengths],
+    }
+    return SimpleNamespace(rows=datasets.Dataset.from_dict(columns), column=columns.get)
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_micro_batches_load_every_supervised_token_of_the_rows_once(is_flat):
+    lengths = random_lengths(0, 30, longest=50)
+    batches = MicroBatches(split_of(lengths), is_flat, 120, torch.device("cpu"))
+    rows = list(range(3, 28))
+    loaded = list(batches.all(rows))
+    supervised = [token for batch in loaded for token in batch.input_ids[batch.loss_mask].tolist()]
+    assert sorted(supervised) == [1000 * row + place for row in rows for place in range(1, lengths[row])]
+    assert sum(batches.supervised[row] for row in rows) == len(supervised)
+    assert all(batch.input_ids.numel() <= 120 for batch in loaded)
+    assert len(loaded) == len(batches.groups(rows)) > 1
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "rows"),
+    [(1, [0]), (10, [0]), (29, [0]), (30, [0, 1]), (34, [0, 1]), (35, [0, 1, 2]), (999, [0, 1, 2, 3])],
+)
+def test_first_takes_as_many_rows_from_the_start_as_fit(max_tokens, rows):
+    batches = MicroBatches(split_of([10, 20, 5, 40]), True, 100, torch.device("cpu"))
+    assert batches.first(max_tokens) == rows
