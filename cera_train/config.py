@@ -295,7 +295,7 @@ class TrainConfig:
             *("batch_size", "micro_batch_tokens", "epochs", "max_updates", "eval_every", "save_every"),
             *("keep", "patience", "probe_tokens"),
         )
-        require(self.seed >= 0, f"train.seed must not be negative, got {self.seed}.")
+        require(0 <= self.seed < 2**32, f"train.seed must be between 0 and 2**32 - 1, got {self.seed}.")
 
 
 @dataclass

@@ -23,7 +23,10 @@ def explain(error: BaseException) -> str | None:
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or os.strerror(errno.ENOSPC) in text:
         return f"the disk is full ({text}). Free some space; the same command then goes on from the last checkpoint."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return f"cannot write {error.filename}: {error.strerror}. Set output_dir to a folder you may write to."
+        return (
+            f"no access to {error.filename}: {error.strerror}. Runs are written to output_dir, tokens and converted "
+            "weights to $CERA_TRAIN_CACHE: set these to folders you may write to."
+        )
     if type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY.format(where=" on the GPU")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:

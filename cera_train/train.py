@@ -140,7 +140,9 @@ def train(config: Config) -> dict[str, Any]:
                     summed += batch_loss.detach()
                 grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
                 loss_per_token = accelerator.reduce(summed, reduction="sum").item() / supervised
-                if not math.isfinite(loss_per_token):
+                # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
+                gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
+                if not (math.isfinite(loss_per_token) and gradient_is_finite):
                     raise ValueError(not_finite(progress.update + 1, rows, folder.checkpoints()))
                 stepper.step()
                 stepper.zero_grad()
@@ -277,7 +279,7 @@ def is_summary(name: str) -> bool:
 def not_finite(update: int, rows: list[int], checkpoints: list[Path]) -> str:
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
     return (
-        f"the loss of update {update} is not finite (training rows {', '.join(map(str, rows))}). {kept}. "
+        f"the loss of update {update} or its gradient is not finite (training rows {', '.join(map(str, rows))}). {kept}. "
         "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
 

@@ -109,7 +109,10 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
         (["adapter.target_modules=[q_porj]"], "'q_porj' matches no module.*q_proj, k_proj"),
         (["model.path=nobody/nothing"], "cannot load model.path='nobody/nothing'.*hf auth login.*local folder"),
         (["data=gsm8k"], "cannot load data set 'openai/gsm8k'.*data.train_files"),
-        (["data=gsm8k", "data.train_files=[no.jsonl]", "data.eval_rows=1"], "cannot read data file no.jsonl .*No such file"),
+        (
+            ["data=gsm8k", "data.train_files=[no.jsonl]", "data.eval_rows=1"],
+            "cannot read data file no.jsonl .*No such file",
+        ),
         (["data=gsm8k", "data.train_files=[broken.jsonl]", "data.eval_rows=1"], "broken.jsonl:2: broken JSON"),
         (["data=math", "data.train_files=[rows.jsonl]", "data.eval_rows=1"], "'problem' is missing.*question, answer"),
         (
@@ -121,7 +124,7 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
         (["data.max_length=4"], "no training rows are left.*beyond data.max_length=4"),
         (["data.max_length=300"], "data.max_length=300 is beyond the 256 positions"),
         (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
-        (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d is not finite"),
+        (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d or its gradient is not finite"),
         (["train.resume=no/such/folder"], "expected auto, never or the folder of a checkpoint"),
     ],
 )

@@ -283,9 +283,25 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
         )
 
     monkeypatch.setattr(train_module.Accelerator, "reduce", poisoned)
-    with pytest.raises(ValueError, match=r"loss of update 6 is not finite \(training rows \d+.*checkpoints/4, is kept"):
+    with pytest.raises(
+        ValueError, match=r"loss of update 6 or its gradient is not finite \(training rows \d+.*checkpoints/4, is kept"
+    ):
         train(config)
     assert (folder_of(config) / "checkpoints" / "4" / "adapter_model.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tiny_config, monkeypatch):
+    config = tiny_config()
+    clip = train_module.Accelerator.clip_grad_norm_
+    updates = iter(range(1, 100))
+
+    def overflowing(self, parameters, max_norm):
+        norm = clip(self, parameters, max_norm)
+        return norm * float("inf") if next(updates) == 6 else norm
+
+    monkeypatch.setattr(train_module.Accelerator, "clip_grad_norm_", overflowing)
+    with pytest.raises(ValueError, match=r"update 6 or its gradient is not finite"):
+        train(config)
 
 
 def test_a_learning_rate_that_explodes_is_stopped(tiny_config):

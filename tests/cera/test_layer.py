@@ -163,14 +163,16 @@ def test_under_autocast_the_output_has_the_format_of_the_base_layers():
     assert layer(x).dtype == torch.float32
 
 
-def test_under_autocast_the_branch_computes_in_16_bits():
+def test_under_autocast_the_branch_takes_and_gives_16_bits():
     layer, seen = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)), []
-    layer.cera_A["default"].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    layer.cera_A["default"].register_forward_hook(
+        lambda module, args, output: seen.append((args[0].dtype, output.dtype))
+    )
     x = x_of(dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
     layer(x)
-    assert seen == [torch.bfloat16, torch.float32]
+    assert seen == [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)]
 
 
 # --- base layers -----------------------------------------------------------------------------------------------------

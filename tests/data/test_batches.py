@@ -113,6 +113,11 @@ def test_a_row_longer_than_the_bound_stands_alone(cut):
     assert sorted(map(sorted, cut(range(4), [5, 500, 5, 600], 100))) == [[0, 2], [1], [3]]
 
 
+def test_micro_batches_are_filled_to_the_last_token():
+    assert flat_micro_batches(range(3), [60, 40, 1], 100) == [[0, 1], [2]]
+    assert padded_micro_batches(range(3), [50, 50, 51], 100) == [[0, 1], [2]]
+
+
 @pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
 def test_micro_batches_do_not_depend_on_the_order_of_the_rows(cut):
     lengths = random_lengths(0, 30)

@@ -137,6 +137,11 @@ def test_the_end_token_is_always_supervised_though_it_is_the_padding_token(token
         assert example.input_ids.count(tokenizer.eos_token_id) == 1
 
 
+def test_an_answer_that_ends_in_a_special_token_gets_the_end_token_all_the_same(tokenizer):
+    example = example_of({"question": "a", "answer": "see <|im_start|>"}, tokenizer)
+    assert supervised_text(example, tokenizer) == " see <|im_start|></s>"
+
+
 def test_loss_on_all_supervises_every_token_but_the_first(tokenizer):
     example = example_of({"question": "a", "answer": "b"}, tokenizer, loss_on="all")
     assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
@@ -271,7 +276,13 @@ def test_an_empty_answer_between_others_is_context(tokenizer):
 @pytest.mark.parametrize("turns", ["first", "all"])
 @pytest.mark.parametrize(
     "conversations",
-    [None, [], [{"from": "human", "value": "a"}], [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]],
+    [
+        None,
+        [],
+        [{"from": "human", "value": "a"}],
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}],
+        [{"from": "human", "value": "a"}, {"from": "gpt", "value": " \n"}],
+    ],
 )
 def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns, conversations):
     segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
@@ -352,14 +363,23 @@ def test_an_opening_line_and_an_empty_turn_of_the_assistant_are_context(tokenize
     assert segmenter(data_config(layout="messages"), tokenizer)({"messages": None}) == []
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_shortens_earlier_turns_is_refused(tokenizer, role):
     template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] if loop.last else m['content'][:2] }}</s>{% endfor %}"
+        f"{{% for m in messages %}}{{% set shorten = m['role'] == '{role}' and not loop.last %}}"
+        "{{ m['role'] }}: {{ m['content'][:2] if shorten else m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    rewriting = with_changes(tokenizer, chat_template=template)
     with pytest.raises(ValueError, match="renders earlier turns differently"):
-        example_of(CHAT, rewriting, layout="messages")
+        example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
+
+
+def test_a_template_that_asks_with_more_than_an_answer_begins_with_is_refused(tokenizer):
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: <think>{% endif %}"
+    one_answer = {"messages": CHAT["messages"][:3]}
+    with pytest.raises(ValueError, match="renders earlier turns differently"):
+        example_of(one_answer, with_changes(tokenizer, chat_template=template), layout="messages")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -146,16 +147,23 @@ def test_a_bad_row_is_refused_by_its_split_and_number(config_of, tokenizer, cach
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
-def test_long_rows_are_tokenised_without_a_warning(config_of, tokenizer, capfd):
-    import transformers
+def test_long_rows_are_tokenised_without_a_warning(config_of, tokenizer):
+    from transformers.utils import logging as transformers_logging
 
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append
     short = copy.deepcopy(tokenizer)
     short.model_max_length = 4
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_warning()
-    prepare_data(config_of(), short)
-    transformers.logging.set_verbosity(verbosity)
-    assert capfd.readouterr() == ("", "")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.add_handler(handler)
+    try:
+        prepare_data(config_of(), short)
+    finally:
+        transformers_logging.remove_handler(handler)
+        transformers_logging.set_verbosity(verbosity)
+    assert said == []
 
 
 # --- overlap ---------------------------------------------------------------------------------------------------------

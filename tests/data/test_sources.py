@@ -182,6 +182,8 @@ def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
     ]
     assert len({first, *others}) == 4
     assert len({fingerprint for pair in (first, *others) for fingerprint in pair}) == 8
+    train, evaluation = fingerprints(rows, train_rows=1)
+    assert train != evaluation
     cut = fingerprints(rows, train_rows=2)
     assert cut[0] != first[0]
     assert cut[1] == first[1]
