@@ -1,15 +1,12 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all: it is written under another name, flushed to the disk and
-renamed. One process writes, under a lock.
+Every file and folder in it appears whole or not at all. One process writes, under a lock.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,10 +19,8 @@ from filelock import FileLock, Timeout
 
 from cera_train.config import flatten
 from cera_train.data.batches import Plan
+from cera_train.files import WRITING, write_folder, write_text
 from cera_train.secrets import redact_tree
-
-WRITING = ".writing-"
-"""Prefix of what is not whole yet."""
 
 DOES_NOT_MATTER = (
     "name",
@@ -252,46 +247,6 @@ def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Non
 def save_adapter(model: peft.PeftModel, folder: Path) -> None:
     """An adapter in PEFT's format."""
     model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-# --- whole or not at all ---------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_name(WRITING + path.name)
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    sync_folder(path.parent)
-
-
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder by `write` and puts it in the place of `path`."""
-    part, old = path.with_name(WRITING + path.name), path.with_name(f"{WRITING}old-{path.name}")
-    for folder in (part, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    part.mkdir(parents=True)
-    write(part)
-    for file in part.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    sync_folder(part)
-    if path.exists():
-        path.rename(old)
-    part.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def environment() -> dict[str, Any]:

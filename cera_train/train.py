@@ -279,7 +279,7 @@ def is_summary(name: str) -> bool:
 def not_finite(update: int, rows: list[int], checkpoints: list[Path]) -> str:
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
     return (
-        f"the loss of update {update} or its gradient is not finite (training rows {', '.join(map(str, rows))}). {kept}. "
+        f"the loss of update {update} or its gradient is not finite (training rows {rows}). {kept}. "
         "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
 

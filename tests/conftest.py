@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests write no tokens into the user's cache, but take converted weights from it: they cost 20 seconds."""
-    from cera_train.data import cache_dir
+    from cera_train.files import cache_dir
 
     models = cache_dir() / "models"
     models.mkdir(parents=True, exist_ok=True)

@@ -92,8 +92,10 @@ def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
 
 @pytest.mark.parametrize(
     ("kind", "alpha", "scaling"),
-    [("cera", None, 1.0), ("cera", 8, 2.0), ("lora", None, 1.0), ("lora", 8, 2.0), ("dora", None, 1.0)]
-    + [("rslora", None, 1.0), ("rslora", 8, 4.0)],
+    [
+        *[("cera", None, 1.0), ("cera", 8, 2.0), ("lora", None, 1.0), ("lora", 8, 2.0), ("dora", None, 1.0)],
+        *[("rslora", None, 1.0), ("rslora", 8, 4.0)],
+    ],
 )
 def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, scaling):
     model = add_adapter(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))

@@ -284,7 +284,8 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
 
     monkeypatch.setattr(train_module.Accelerator, "reduce", poisoned)
     with pytest.raises(
-        ValueError, match=r"loss of update 6 or its gradient is not finite \(training rows \d+.*checkpoints/4, is kept"
+        ValueError,
+        match=r"loss of update 6 or its gradient is not finite \(training rows \[\d+.*checkpoints/4, is kept",
     ):
         train(config)
     assert (folder_of(config) / "checkpoints" / "4" / "adapter_model.safetensors").exists()

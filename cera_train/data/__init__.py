@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
-from filelock import FileLock
 
 from cera_train.config import DataConfig
 from cera_train.data.format import encode, segmenter
 from cera_train.data.sources import Source, open_sources
+from cera_train.files import cached_folder
 
 CACHE_VERSION = 1
 """Raised when the same rows would be tokenised differently than before."""
@@ -97,12 +95,6 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     return TokenizedData(train, evaluation, shared)
 
 
-def cache_dir() -> Path:
-    """Where tokenised rows and converted weights lie: $CERA_TRAIN_CACHE, else the user's cache folder."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
-
-
 def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:
     """Of all that decides how a row is tokenised."""
     settings = {
@@ -120,11 +112,7 @@ def _digest(*parts: Any) -> str:
 
 def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any, tokenization: str) -> TokenizedRows:
     digest = _digest(tokenization, source.fingerprint)
-    folder = cache_dir() / "tokens" / digest
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # several processes of a machine start together: one of them tokenises
-        if not folder.is_dir():
-            _write(source, split, config, tokenizer, folder)
+    folder = cached_folder(f"tokens/{digest}", lambda part: _write(source, split, config, tokenizer, part))
     counts = RowCounts(**json.loads((folder / "counts.json").read_text()))
     return TokenizedRows(datasets.load_from_disk(str(folder)), counts, digest)
 
@@ -162,10 +150,6 @@ def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folde
             f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, "
             f"{counts.answer_truncated} whose answer lies beyond data.max_length={config.max_length}."
         )
-    # Written beside its place and renamed: a cut leaves nothing that looks whole.
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
-        part = Path(temporary) / "rows"
-        datasets.disable_progress_bars()
-        datasets.Dataset(pyarrow.concat_tables(tables)).save_to_disk(str(part))
-        (part / "counts.json").write_text(json.dumps(asdict(counts)))
-        part.rename(folder)
+    datasets.disable_progress_bars()
+    datasets.Dataset(pyarrow.concat_tables(tables)).save_to_disk(str(folder))
+    (folder / "counts.json").write_text(json.dumps(asdict(counts)))

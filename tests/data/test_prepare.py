@@ -12,8 +12,9 @@ import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 
 from cera_train.config import DataConfig
-from cera_train.data import cache_dir, prepare_data, sources
+from cera_train.data import prepare_data, sources
 from cera_train.data.format import encode, segmenter
+from cera_train.files import cache_dir
 
 TRAIN = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(6)]
 EVALUATION = [{"question": f"next to {number}?", "answer": f"it is {number}"} for number in range(3)]
@@ -290,7 +291,7 @@ def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, cache
     import datasets
 
     def save_half(rows: datasets.Dataset, folder: str) -> None:
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
         (Path(folder) / "data-00000-of-00001.arrow").write_bytes(b"half")
         raise cut
 
@@ -327,7 +328,7 @@ def slow_read(path):
     return read(path)
 
 def save_half(rows, folder):
-    os.mkdir(folder)
+    os.makedirs(folder, exist_ok=True)
     open(os.path.join(folder, "data-00000-of-00001.arrow"), "w").write("half")
     os.kill(os.getpid(), signal.SIGKILL)
 

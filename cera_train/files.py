@@ -1,0 +1,70 @@
+"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+WRITING = ".writing-"
+"""Prefix of what is not whole yet."""
+
+
+def write_text(path: Path, text: str) -> None:
+    part = path.with_name(WRITING + path.name)
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder by `write` and puts it in the place of `path`. Where `write` fails, nothing is left of it."""
+    part, old = path.with_name(WRITING + path.name), path.with_name(f"{WRITING}old-{path.name}")
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for file in part.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+    sync_folder(part)
+    if path.exists():
+        path.rename(old)
+    part.rename(path)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_dir() -> Path:
+    """Where tokenised rows and converted weights lie: $CERA_TRAIN_CACHE, else the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
+
+
+def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by `write` the first time. Processes that want it together wait for one of them."""
+    folder = cache_dir() / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            write_folder(folder, write)
+    return folder
