@@ -281,7 +281,6 @@ def names(projections: list[str], layers: tuple[int, ...] = (0, 1)) -> set[str]:
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
         ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": [0]}, names(["q_proj"], (0,))),
     ],
-    ids=str,
 )
 def test_the_right_modules_are_adapted_now_and_after_loading(tiny_llama, tmp_path, settings, expected):
     model = adapted(tiny_llama, **settings)
