@@ -122,17 +122,9 @@ class RunFolder:
         found = (self.path / "checkpoints").glob("[0-9]*")
         return sorted(found, key=lambda path: int(path.name))
 
-    def start_over(self) -> None:
-        """Removes what an unfinished run left."""
-        for name in ("checkpoints", "best", "adapter"):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / "metrics.jsonl").unlink(missing_ok=True)
-
-    def remove_checkpoints_after(self, checkpoint: Path) -> None:
-        """Goes back to one of this folder's checkpoints."""
-        for later in self.checkpoints():
-            if int(later.name) > int(checkpoint.name):
-                shutil.rmtree(later)
+    def __contains__(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this folder's."""
+        return checkpoint.resolve().parent == self.path.resolve() / "checkpoints"
 
     def check_same_config(self) -> None:
         """Raises ValueError where the folder was begun with a config that computes something else."""
@@ -166,10 +158,17 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    def cut_metrics(self, update: int) -> None:
-        """Removes the lines after a checkpoint's update: the resumed run writes them again."""
+    def rewind(self, update: int | None) -> None:
+        """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything."""
+        for checkpoint in self.checkpoints():
+            if update is None or int(checkpoint.name) > update:
+                shutil.rmtree(checkpoint)
         path = self.path / "metrics.jsonl"
-        if path.exists():
+        if update is None:
+            for name in ("best", "adapter"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            path.unlink(missing_ok=True)
+        elif path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             write_text(path, "".join(line for line in lines if json.loads(line)["update"] <= update))
 

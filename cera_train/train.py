@@ -83,8 +83,8 @@ def train(config: Config) -> dict[str, Any]:
 
         tracker = Tracker()
         if is_main:
+            folder.rewind(progress.update if resume_from is not None and resume_from in folder else None)
             folder.write_config(environment())
-            folder.cut_metrics(progress.update)
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
             console.say_data(data, tokenizer)
@@ -207,33 +207,25 @@ def train(config: Config) -> dict[str, Any]:
 
 
 def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a new run, for which what an unfinished one left is removed.
+    """The checkpoint to go on from, or None for a new run.
 
     Raises:
         ValueError: the folder holds a finished run that must not be overwritten, or a run with another config.
     """
     if resume == "auto":
-        if folder.result() is not None:
+        checkpoints = folder.checkpoints()
+        if checkpoints or folder.result() is not None:
             folder.check_same_config()
-            return None
-        if checkpoints := folder.checkpoints():
-            folder.check_same_config()
-            return checkpoints[-1]
-        folder.start_over()
-        return None
+        return checkpoints[-1] if checkpoints else None
     if folder.result() is not None:
         raise ValueError(f"{folder.path} holds a finished run: choose another name=..., or remove the folder.")
     if resume == "never":
-        folder.start_over()
         return None
     checkpoint = Path(resume)
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
-    if checkpoint.resolve().parent == folder.path.resolve() / "checkpoints":
+    if checkpoint in folder:
         folder.check_same_config()
-        folder.remove_checkpoints_after(checkpoint)
-    else:
-        folder.start_over()
     return checkpoint
 
 

@@ -326,6 +326,26 @@ def test_a_path_that_is_no_checkpoint_is_refused(tiny_config, tmp_path):
         train(tiny_config(f"train.resume={tmp_path}"))
 
 
+def test_a_mistake_costs_an_unfinished_run_nothing(tiny_config, monkeypatch):
+    config = tiny_config()
+    train_and_die_after(config, 6, monkeypatch)
+    for settings in (["train.resume=never", "adapter.target_modules=[none]"], ["adapter.r=8"]):
+        with pytest.raises(ValueError, match=r"matches no module|adapter.r was 4"):
+            train(tiny_config(*settings))
+    assert (folder_of(config) / "checkpoints" / "4").is_dir()
+    assert len(metrics_of(config)) == 8
+
+
+def test_resume_from_an_earlier_checkpoint_of_the_folder_goes_back(tiny_config, monkeypatch):
+    whole, config = tiny_config("name=whole"), tiny_config("train.keep=9")
+    train(whole)
+    train_and_die_after(config, 11, monkeypatch)
+    result = train(tiny_config("train.keep=9", f"train.resume={folder_of(config) / 'checkpoints' / '4'}"))
+    assert result["updates"] == 12
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
+    assert adapter_bytes(config) == adapter_bytes(whole)
+
+
 def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config):
     config = tiny_config("adapter.target_modules=[no_such_module]")
     with pytest.raises(ValueError, match="no_such_module"):
