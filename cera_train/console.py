@@ -91,7 +91,7 @@ class ProgressBar:
             disable=not (visible and sys.stderr.isatty()),
             unit="update",
             dynamic_ncols=True,
-            bar_format="{n}/{total} |{bar}| {postfix}",
+            bar_format="{n}/{total} |{bar:24}| {desc}",
         )
 
     def step(self, metrics: dict[str, float], seconds_left: float) -> None:
@@ -101,7 +101,7 @@ class ProgressBar:
             f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:.2f}  "
             f"{metrics['train/tokens_per_s']:,.0f} tokens/s  {duration(seconds_left)} left"
         )
-        self.bar.set_postfix_str(shown, refresh=False)
+        self.bar.set_description_str(shown, refresh=False)
         self.bar.update()
         if self.visible and self.bar.disable and (self.done % self.every == 0 or self.done == self.total):
             print(f"update {self.done:>{len(str(self.total))}}/{self.total}  {shown}", flush=True)
