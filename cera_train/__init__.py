@@ -5,7 +5,6 @@ PEFT is loaded already, otherwise the moment it is. The command line imports thi
 not wait seconds for PEFT and torch.
 """
 
-import importlib.util
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -14,13 +13,16 @@ __version__ = "0.1.0"
 
 
 class _RegisterOnImport:
-    """A finder that lets Python's own import PEFT, and then registers CeRA with it."""
+    """A finder that has the others find PEFT, and registers CeRA once PEFT has run.
+
+    It stays in place: transformers asks for PEFT's spec, to know whether there is a PEFT, long before it imports it.
+    """
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, specs), None)
         if spec is None:
             return None
         run_peft = spec.loader.exec_module
