@@ -60,7 +60,9 @@ def train(config: Config) -> dict[str, Any]:
         check_length(config.model, config.data.max_length)
         data = prepare_data(config.data, tokenizer)
         AcceleratorState._reset_state()  # else the precision of a process's first run would bind every later one
-        accelerator = Accelerator(mixed_precision=mixed_precision(config.model, config.train))
+        precision = mixed_precision(config.model, config.train)
+        # Without being told, Accelerate does not join several processes of a machine that has only CPUs.
+        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
         base = load_model(config.model, device)
         torch.manual_seed(config.train.seed)
@@ -129,17 +131,20 @@ def train(config: Config) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config.optimizer, progress.update, updates)
 
-                summed = torch.zeros((), device=device)
-                groups = train_batches.groups(share(rows, train_batches.lengths, processes, process))
+                mine = share(rows, train_batches.lengths, processes, process)
+                # The loss is a mean over the tokens of all processes, whose gradients are averaged. A process without
+                # rows runs one for nothing, since the others wait for its gradient.
+                weight = processes / supervised if mine else 0.0
+                loss_per_token = torch.zeros((), device=device)
+                groups = train_batches.groups(mine or rows[:1])
                 for group in groups:
                     is_last = group is groups[-1]
                     with contextlib.nullcontext() if is_last else accelerator.no_sync(loss):
-                        batch_loss = loss(train_batches.load(group))
-                        # Gradients are averaged over processes, while the loss is a mean over the tokens of them all.
-                        accelerator.backward(batch_loss * (processes / supervised))
-                    summed += batch_loss.detach()
+                        batch_loss = weight * loss(train_batches.load(group))
+                        accelerator.backward(batch_loss)
+                    loss_per_token += batch_loss.detach()
+                loss_per_token = accelerator.reduce(loss_per_token, reduction="mean").item()
                 grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
-                loss_per_token = accelerator.reduce(summed, reduction="sum").item() / supervised
                 # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
                 gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
                 if not (math.isfinite(loss_per_token) and gradient_is_finite):

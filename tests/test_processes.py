@@ -1,0 +1,42 @@
+"""Two real processes over gloo, started by torchrun, compute what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("train/loss", line.get("eval/loss")) for line in lines]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_and_write_once(tmp_path, tiny_folder):
+    arguments = [
+        *("-m", "cera_train", f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256"),
+        # 79 rows in batches of 13: uneven shares, and epochs that end in a batch of one, with nothing for one process
+        *("train.batch_size=13", "train.max_updates=20", "train.eval_every=8", "train.micro_batch_tokens=300"),
+        *("adapter.r=4", "adapter.dropout=0"),
+    ]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, command in (("one", [sys.executable]), ("two", launcher)):
+        done = subprocess.run(
+            [*command, *arguments, f"name={name}"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout
+    assert done.stdout.count("folder          ") == 1
+    one, two = losses(tmp_path / "outputs" / "one"), losses(tmp_path / "outputs" / "two")
+    assert len(one) == 24
+    assert two == pytest.approx(one, rel=1e-5)
