@@ -37,5 +37,5 @@ class _RegisterOnImport:
 
 if "peft" in sys.modules:
     import cera_train.cera  # noqa: F401
-else:
+elif not any(type(finder).__name__ == _RegisterOnImport.__name__ for finder in sys.meta_path):  # not after a reload
     sys.meta_path.insert(0, _RegisterOnImport())

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import peft
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig
 from cera_train.config import AdapterConfig, AdapterKind, ModelConfig, Quantization
@@ -141,6 +144,10 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> peft.PeftModel
         ValueError: a target matches no module, or one that cannot be adapted.
     """
     _check_targets(model, config)
+    if config.target_modules == "all-linear" and config.layers is not None:
+        # PEFT's LoRA takes layers with named modules only; the head is in no layer.
+        layers = {name: module for name, module in model.named_modules() if re.search(r"\.\d+\.", name)}
+        config = replace(config, target_modules=linear_names(layers.items()))
     return peft.get_peft_model(model, adapter_config(config))
 
 
@@ -179,7 +186,7 @@ def _check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
     if unmatched:
         raise ValueError(
             f"adapter.target_modules: {', '.join(map(repr, unmatched))} matches no module of this model. "
-            f"Its linear projections are {', '.join(linear_names(model))}."
+            f"Its linear projections are {', '.join(linear_names(model.named_modules()))}."
         )
     layers = model.config.get_text_config().num_hidden_layers
     outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
@@ -187,15 +194,10 @@ def _check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
         raise ValueError(f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}.")
 
 
-def linear_names(model: nn.Module) -> Sequence[str]:
-    """The last part of the names of the linear projections, each once, in the order of the model."""
-    from transformers.pytorch_utils import Conv1D
-
-    return list(
-        dict.fromkeys(
-            name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
-        )
-    )
+def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    """The last part of the names of the linear projections, each once, in their order."""
+    names = (name for name, module in named_modules if isinstance(module, (nn.Linear, Conv1D)))
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -100,7 +100,9 @@ def measure_spectra(
 
     def counted(output: torch.Tensor) -> torch.Tensor:
         rows = output.reshape(-1, output.shape[-1])
-        return rows if batch.attention_mask is None else rows[batch.attention_mask.reshape(-1).bool()]
+        if batch.attention_mask is None or output.ndim == 2:  # [N, R]: an adapted head sees supervised positions only
+            return rows
+        return rows[batch.attention_mask.reshape(-1).bool()]
 
     def watch(moment: _Moments, gate: nn.Module | None) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:

@@ -7,13 +7,9 @@ import json
 import os
 from pathlib import Path
 
-# Before any library reads them: no network, no telemetry, and one thread for each of pytest's two workers.
-os.environ |= {
-    "HF_HUB_OFFLINE": "1",
-    "WANDB_MODE": "offline",
-    "WANDB_SILENT": "true",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+# Before any library reads them: no network, and one thread for each of pytest's workers, else they wait in turns.
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

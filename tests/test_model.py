@@ -134,7 +134,7 @@ def test_a_layer_outside_the_model_is_refused(tiny_llama):
 
 def test_linear_names_of_a_model_with_conv1d():
     config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
-    assert linear_names(GPT2LMHeadModel(config)) == ["c_attn", "c_proj", "c_fc", "lm_head"]
+    assert linear_names(GPT2LMHeadModel(config).named_modules()) == ["c_attn", "c_proj", "c_fc", "lm_head"]
 
 
 def test_a_4_bit_parameter_counts_as_the_numbers_it_stands_for(tiny_folder):

@@ -390,9 +390,17 @@ def test_gradient_checkpointing_changes_nothing(tiny_config):
     assert adapter_bytes(plain) == adapter_bytes(recomputed)
 
 
-def test_only_the_chosen_layers_are_adapted(tiny_config):
-    config = tiny_config("adapter.layers=[1]", "adapter.target_modules=all-linear")
+@pytest.mark.parametrize("adapter", ["cera", "lora"])
+def test_only_the_chosen_layers_are_adapted(tiny_config, adapter):
+    config = tiny_config(f"adapter={adapter}", "adapter.layers=[1]", "adapter.target_modules=all-linear")
     train(config)
     names = json.loads((folder_of(config) / "spectrum.json").read_text())
     assert len(names) == 7
     assert all(name.startswith("model.layers.1.") for name in names)
+
+
+def test_an_adapted_head_learns_and_has_a_spectrum(tiny_config):
+    config = tiny_config("adapter.target_modules=[q_proj,lm_head]")
+    result = train(config)
+    assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
+    assert "lm_head" in json.loads((folder_of(config) / "spectrum.json").read_text())

@@ -47,9 +47,6 @@ class CeraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CERA")
-        # The order of a set of strings changes from process to process: a list is saved as it was given.
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"r must be a positive integer, got {self.r!r}.")
         if self.alpha is not None and not self.alpha > 0:

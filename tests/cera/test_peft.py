@@ -543,11 +543,12 @@ def test_heads_saved_with_adapters_follow_the_rows_too():
     ids=["merge_and_unload", "merge_adapter", "layer"],
 )
 def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
-    model = adapted()
-    before = logits(model)
+    model = adapted(modules_to_save=["embed_tokens"])
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match="CeRA cannot be merged: its branch is non-linear in x"):
         merge(model)
     assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_modules()] == modules
 
 
 def test_a_weighted_sum_of_adapters_is_refused_with_a_reason():
@@ -670,7 +671,9 @@ import hashlib, importlib, sys, warnings
 warnings.simplefilter("error", RuntimeWarning)
 order, folder, base, out = sys.argv[1:]
 for name in order.split(","):
-    importlib.import_module(name)
+    module = importlib.import_module(name)
+    if name == "cera_train":
+        importlib.reload(module)
 import peft
 import torch
 from transformers import AutoModelForCausalLM
@@ -851,6 +854,10 @@ def test_the_new_member_behaves_like_a_member():
     assert json.dumps(member) == '"CERA"'
     assert repr(member) == "<PeftType.CERA: 'CERA'>"
     assert list(PeftType)[-1] is member
+    assert vars(member).keys() == vars(PeftType.LORA).keys()
+    assert member._sort_order_ == list(PeftType).index(member)
+    if sys.version_info >= (3, 12):
+        assert "CERA" in PeftType
 
 
 @pytest.mark.parametrize(
