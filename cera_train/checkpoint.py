@@ -6,6 +6,8 @@ Every file and folder in it appears whole or not at all. One process writes, und
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +18,11 @@ import peft
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from cera_train.config import flatten
 from cera_train.data.batches import Plan
-from cera_train.files import WRITING, write_folder, write_text
+from cera_train.files import WRITING, remove_folder, write_folder, write_text
 from cera_train.secrets import redact_tree
 
 DOES_NOT_MATTER = (
@@ -54,6 +57,8 @@ class Progress:
     best_perplexity: float | None = None
     best_update: int = 0
     evaluations_since_best: int = 0
+    evaluation_pending: bool = False
+    """An evaluation of `update` was due when a signal came."""
 
     def updated(self, tokens: int, seconds: float, plan: Plan) -> None:
         """Counts one more update."""
@@ -64,7 +69,7 @@ class Progress:
 
     def evaluated(self, perplexity: float) -> bool:
         """Takes in an evaluation; returns whether it is the best so far."""
-        self.perplexity = perplexity
+        self.perplexity, self.evaluation_pending = perplexity, False
         if self.perplexity_before is None:
             self.perplexity_before = perplexity
         is_best = self.best_perplexity is None or perplexity < self.best_perplexity
@@ -72,6 +77,10 @@ class Progress:
             self.best_perplexity, self.best_update = perplexity, self.update
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         return is_best
+
+    def forget_best(self) -> None:
+        """Lets the next evaluation be the best so far."""
+        self.best_perplexity, self.best_update, self.evaluations_since_best = None, 0, 0
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations brought no lower perplexity."""
@@ -89,7 +98,12 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+                raise ValueError(
+                    f"cannot make the run's folder {self.path}: {error.strerror}. Set output_dir to another folder."
+                ) from error
             self._lock = FileLock(self.path / ".lock")
             try:
                 self._lock.acquire(timeout=0)
@@ -122,26 +136,38 @@ class RunFolder:
         found = (self.path / "checkpoints").glob("[0-9]*")
         return sorted(found, key=lambda path: int(path.name))
 
-    def __contains__(self, checkpoint: Path) -> bool:
+    def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this folder's."""
         return checkpoint.resolve().parent == self.path.resolve() / "checkpoints"
 
     def check_same_config(self) -> None:
         """Raises ValueError where the folder was begun with a config that computes something else."""
-        path = self.path / "config.yaml"
-        if not path.exists():
-            return
-        before, now = flatten(yaml.safe_load(path.read_text())), flatten(self.config)
-        different = [
-            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(DOES_NOT_MATTER)
-        ]
+        different = self._different(self.path / "config.yaml", ("",))
         if different:
             raise ValueError(
-                f"{self.path} holds a run with another config: {'; '.join(different)}. Choose another name=..., "
+                f"{self.path} holds a run with another config: {different}. Choose another name=..., "
                 "or set these back to go on with it."
             )
+
+    def check_compatible(self, checkpoint: Path) -> None:
+        """Raises ValueError where another run's checkpoint has another adapter, or other rows at the same update."""
+        different = self._different(
+            checkpoint / "config.yaml", ("adapter.", "optimizer.kind", "train.batch_size", "train.seed")
+        )
+        if different:
+            raise ValueError(
+                f"{checkpoint} was made with another config: {different}. Set these back to go on from it."
+            )
+
+    def _different(self, path: Path, matters: tuple[str, ...]) -> str:
+        """The settings under these prefixes that differ from those in a file, in words."""
+        before = flatten(yaml.safe_load(path.read_text())) if path.exists() else flatten(self.config)
+        now = flatten(self.config)
+        return "; ".join(
+            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.startswith(matters) and not key.startswith(DOES_NOT_MATTER)
+        )
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -155,19 +181,25 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
+        # JSON has no infinity: an overflowing perplexity is null.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in metrics.items()
+        }
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything."""
-        for checkpoint in self.checkpoints():
+        for checkpoint in reversed(self.checkpoints()):
             if update is None or int(checkpoint.name) > update:
-                shutil.rmtree(checkpoint)
+                remove_folder(checkpoint)
         path = self.path / "metrics.jsonl"
         if update is None:
-            for name in ("best", "adapter"):
+            for name in ("best", "adapter", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            path.unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "wandb-run-id"):
+                (self.path / name).unlink(missing_ok=True)
         elif path.exists():
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             write_text(path, "".join(line for line in lines if json.loads(line)["update"] <= update))
@@ -191,7 +223,7 @@ class RunFolder:
 
         write_folder(self.path / "checkpoints" / str(progress.update), write)
         for old in self.checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
 
     def save_best(self, model: peft.PeftModel, metrics: dict[str, Any]) -> None:
         """best/: the adapter of the lowest perplexity so far."""
@@ -207,6 +239,10 @@ class RunFolder:
         write_folder(self.path / "adapter", lambda folder: save_adapter(model, folder))
 
 
+DAMAGED = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
+"""What reading a truncated or foreign checkpoint raises."""
+
+
 def load_checkpoint(
     folder: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer, data_digest: str
 ) -> Progress:
@@ -219,16 +255,19 @@ def load_checkpoint(
         saved = json.loads((folder / "progress.json").read_text())
         weights = peft.load_peft_weights(str(folder), device="cpu")
         optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is not a checkpoint that can be resumed: {error}") from error
+    except (*DAMAGED, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
     if saved.pop("data_digest") != data_digest:
         raise ValueError(
             f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
             "Restore the files, or choose another name=... for a new run."
         )
     load_adapter(model, weights)
-    optimizer.load_state_dict(optimizer_state)
-    return Progress(**saved)
+    try:
+        optimizer.load_state_dict(optimizer_state)
+        return Progress(**saved)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} does not fit this optimizer or this version: {error!r}.") from error
 
 
 def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> None:

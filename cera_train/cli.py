@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from cera_train.config import Config, flatten
-from cera_train.errors import UserError, explain
+from cera_train.errors import explain
 from cera_train.secrets import redact
 
 PACKAGE = Path(__file__).resolve().parent
@@ -55,7 +55,7 @@ def to_config(composed: DictConfig) -> Config:
     """
     unknown = flatten(OmegaConf.to_container(composed)).keys() - set(config_keys())
     for key in sorted(unknown):  # Hydra lets +key=value add anything
-        raise UserError(unknown_setting(key, f"+{key}"))
+        raise ValueError(unknown_setting(key, f"+{key}"))
     return OmegaConf.to_object(composed)
 
 
@@ -94,7 +94,7 @@ def fail(error: Exception) -> NoReturn:
     is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
     message = explain_composition(error, sys.argv[1:]) if is_composition else explain(error)
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
-        traceback.print_exception(error)
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
     if message is not None:
         print(f"cera-train: {redact(message)}", file=sys.stderr)
     sys.exit(1 if message is None else 2)

@@ -143,6 +143,11 @@ class AdapterConfig:
             "adapter.target_modules must be a list of module names, a regular expression or all-linear, "
             f"got {self.target_modules!r}.",
         )
+        require(self.layers != [], "adapter.layers=[] adapts nothing: name layers, or leave it null for all.")
+        require(
+            self.kind == AdapterKind.cera or self.activation == Activation.silu,
+            f"adapter.activation={self.activation} is the gate of cera; adapter.kind={self.kind} has none: leave it.",
+        )
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             try:
                 re.compile(self.target_modules)
@@ -220,7 +225,9 @@ class DataConfig:
                 "data.layout=text needs data.prompt and data.completion, such as "
                 "data.prompt='Question: {question}\\nAnswer:' data.completion=' {answer}'.",
             )
-        if self.layout != Layout.logistic_map:
+        if self.layout == Layout.logistic_map:
+            require(self.eval_rows is not None, "data.layout=logistic_map needs data.eval_rows, such as 20.")
+        else:
             require(
                 bool(self.path or self.train_files),
                 "there is no training data: set data.train_files to local files or data.path to a Hub data set.",
@@ -264,7 +271,7 @@ class TrainConfig:
     batch_size: int = 64
     """Sequences per update."""
     micro_batch_tokens: int = 4096
-    """Tokens in one forward and backward pass. Bounds memory; never changes the result."""
+    """Tokens in one forward and backward pass. Bounds memory; changes nothing but which units dropout drops."""
     batch_layout: BatchLayout = BatchLayout.auto
     """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length; auto: flat on a GPU
     where the model allows it."""

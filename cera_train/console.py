@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,16 @@ class ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
+
+
+class Clock:
+    """How long the rest takes, evaluations and checkpoints included, if it goes on as since the start."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self.first, self.total, self.started = done, total, time.perf_counter()
+
+    def seconds_left(self, done: int) -> float:
+        return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
 
 
 def duration(seconds: float) -> str:

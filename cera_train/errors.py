@@ -1,14 +1,12 @@
-"""Errors that are the user's to mend, and what to say about each. Everything else is a bug and keeps its traceback."""
+"""Errors that are the user's to mend, and what to say about each. Everything else is a bug and keeps its traceback.
+
+A ValueError is the user's: ours say what was expected, what came and what to do, and so do most of the libraries'.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-
-
-class UserError(ValueError):
-    """The message is one line: what was expected, what came, what to do."""
-
 
 OUT_OF_MEMORY = (
     "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "

@@ -46,6 +46,13 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a cut leaves none that looks whole."""
+    old = path.with_name(f"{WRITING}old-{path.name}")
+    path.rename(old)
+    shutil.rmtree(old)
+
+
 def sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

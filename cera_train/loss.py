@@ -43,6 +43,8 @@ class SupervisedLoss(nn.Module):
         first, second = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3))
         masks = [[False] + [True] * 7] * 2
         device = causal_lm.device
+        was_training = self.training
+        self.eval()  # dropout would make any two passes differ
         apart = padded_batch([first, second], masks).to(device)
         with torch.no_grad():
             expected = causal_lm(**apart.inputs, use_cache=False).logits
@@ -53,6 +55,7 @@ class SupervisedLoss(nn.Module):
             # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
             tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
             self.flattens = _close(logits, expected, tolerance)
+        self.train(was_training)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """The loss summed over the supervised tokens of a micro-batch, a float32 scalar."""

@@ -93,6 +93,8 @@ def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any
     path = _pypi_folder(config.path) if config.path.startswith(PYPI) else config.path
     try:
         return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
+    except ImportError as error:  # such as flash attention that is not installed
+        raise ValueError(f"model.path={config.path!r} cannot be loaded as asked: {error}") from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

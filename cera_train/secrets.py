@@ -7,13 +7,13 @@ import re
 from typing import Any
 
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 SHORTEST_SECRET = 8
 """Characters. Shorter values ("1", "true") are settings, and would blot out ordinary words."""
 
 
 def redact(text: str) -> str:
-    """The text with `***` for every secret of the environment and every `user:password@` of a URL in it."""
+    """The text with `***` for every secret of the environment and the credentials of every URL in it."""
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, "***")

@@ -1,8 +1,9 @@
 """How many directions an adapter uses: the singular values of its branch's centred output on a fixed probe.
 
-For CeRA and LoRA the output is h B^T with h of width r. Its singular values are the square roots of the eigenvalues of
-N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out. DoRA's branch is not of
-that form: its output's own covariance is taken. The definition is the same for all three.
+The branch's output is h B^T with h of width r. Its singular values are the square roots of the eigenvalues of
+N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out: one definition for CeRA, LoRA
+and DoRA. DoRA also rescales the rows of W0 + s B A to a learned magnitude m. Its branch is s B A x times
+m / |W0 + s B A|; the rescaled W0 x is of full rank whatever the adapter learns, and would drown it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from cera_train.cera import CeraLayer
@@ -26,7 +28,7 @@ class ModuleSpectrum:
     """One adapted projection."""
 
     singular_values: torch.Tensor
-    """Of the centred branch output, descending, float64: [min(r, d_out)], for DoRA [d_out]."""
+    """Of the centred branch output, descending, float64, [min(r, d_out)]."""
     dead_units: float | None
     """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where there is no gate."""
 
@@ -98,27 +100,23 @@ def measure_spectra(
     moments = {name: _Moments() for name in layers}
     batch: Batch
 
-    def counted(output: torch.Tensor) -> torch.Tensor:
-        rows = output.reshape(-1, output.shape[-1])
-        if batch.attention_mask is None or output.ndim == 2:  # [N, R]: an adapted head sees supervised positions only
-            return rows
-        return rows[batch.attention_mask.reshape(-1).bool()]
+    def watch(layer: nn.Module, moments: _Moments) -> Callable[..., None]:
+        A, gate = (layer.cera_A, layer.cera_gate[ADAPTER]) if isinstance(layer, CeraLayer) else (layer.lora_A, None)
 
-    def watch(moment: _Moments, gate: nn.Module | None) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            rows = counted(output).float()
-            if gate is None:
-                moment.add(rows)
-            else:
-                moment.see_gate(rows)
-                moment.add(gate(rows))
+        def hook(module: nn.Module, args: tuple) -> None:
+            # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
+            x = args[0].reshape(-1, args[0].shape[-1])
+            is_padded = batch.attention_mask is not None and args[0].ndim > 2  # a head gets [N, d_in], without padding
+            if is_padded:
+                x = x[batch.attention_mask.reshape(-1).bool()]
+            z_NR = nn.functional.linear(x.to(A[ADAPTER].weight.dtype), A[ADAPTER].weight).float()
+            if gate is not None:
+                moments.see_gate(z_NR)
+            moments.add(z_NR if gate is None else gate(z_NR))
 
         return hook
 
-    hooks = []
-    for name, layer in layers.items():
-        gate = layer.cera_gate[ADAPTER] if isinstance(layer, CeraLayer) else None
-        hooks.append(_watched(layer).register_forward_hook(watch(moments[name], gate)))
+    hooks = [layer.register_forward_pre_hook(watch(layer, moments[name])) for name, layer in layers.items()]
     was_training = model.training
     model.eval()
     try:
@@ -131,28 +129,28 @@ def measure_spectra(
     return {name: _spectrum(layer, moments[name]) for name, layer in layers.items()}
 
 
-def _watched(layer: nn.Module) -> nn.Module:
-    """The module whose output is h, or for DoRA the branch's output."""
-    if isinstance(layer, CeraLayer):
-        return layer.cera_A[ADAPTER]
-    return layer.lora_magnitude_vector[ADAPTER] if layer.use_dora[ADAPTER] else layer.lora_A[ADAPTER]
-
-
 def _spectrum(layer: nn.Module, moments: _Moments) -> ModuleSpectrum:
-    scatter = moments.scatter()
     dead_units = None
     if isinstance(layer, CeraLayer):
-        B = layer.scaling[ADAPTER] * layer.cera_B[ADAPTER].weight.double()
+        B = layer.cera_B[ADAPTER].weight.double()
         if not isinstance(layer.cera_gate[ADAPTER], nn.Identity):
             dead_units = 1 - moments.ever_positive.double().mean().item()
-    elif layer.use_dora[ADAPTER]:
-        B = None
     else:
-        B = layer.scaling[ADAPTER] * layer.lora_B[ADAPTER].weight.double()
-    values = scatter if B is None else _psd_root(B.T @ B) @ scatter @ _psd_root(B.T @ B)
-    singular_values = torch.linalg.eigvalsh(values).clamp(min=0).sqrt().flip(0)
+        B = layer.lora_B[ADAPTER].weight.double()
+        if layer.use_dora[ADAPTER]:
+            B = _dora_scale(layer)[:, None] * B
+    root = _psd_root(layer.scaling[ADAPTER] ** 2 * B.T @ B)
+    singular_values = torch.linalg.eigvalsh(root @ moments.scatter() @ root).clamp(min=0).sqrt().flip(0)
     # h B^T has at most d_out directions: with r above that, the rest is rounding.
     return ModuleSpectrum(singular_values[: layer.out_features].cpu(), dead_units)
+
+
+def _dora_scale(layer: LoraLayer) -> torch.Tensor:
+    """m / |W0 + s B A|, [d_out]: what DoRA multiplies the rows of its weight by."""
+    magnitude = layer.lora_magnitude_vector[ADAPTER]
+    update = layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight
+    weight = dequantize_module_weight(layer.get_base_layer()).to(update.dtype)
+    return (magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])).double()
 
 
 def _psd_root(matrix: torch.Tensor) -> torch.Tensor:

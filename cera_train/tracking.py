@@ -3,11 +3,13 @@ one line that says so, and training goes on."""
 
 from __future__ import annotations
 
-import hashlib
+import netrc
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from cera_train.config import TrackerConfig, TrackerKind
 from cera_train.secrets import redact
@@ -35,18 +37,21 @@ class WandbTracker(Tracker):
     def __init__(self, config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path) -> None:
         import wandb
 
-        online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-        self.wandb, self.log_adapter = wandb, config.log_adapter
+        self.wandb, self.log_adapter, self.folder = wandb, config.log_adapter, folder
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        self.is_offline = mode == "offline"
+        id_file = folder / "wandb-run-id"  # a resumed run goes on in the same W&B run
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(6))
         self.run = wandb.init(
             project=config.project,
             entity=config.entity,
             name=name,
-            # The same folder is the same run, also when it is resumed.
-            id=hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12],
+            id=id_file.read_text(),
             resume="allow",
             dir=str(folder),
             config=run_config,
-            mode=os.environ.get("WANDB_MODE") or ("online" if online else "offline"),
+            mode=mode,
             settings=wandb.Settings(console="off", silent=True),
         )
         self.run.define_metric("update")
@@ -65,10 +70,22 @@ class WandbTracker(Tracker):
             self.run.log_artifact(artifact)
 
     def finish(self) -> None:
-        offline, folder = self.run.settings._offline, Path(self.run.dir).parent
         self.run.finish()
-        if offline:
-            print(f"W&B was offline. To upload this run: wandb sync {folder}")
+        if self.is_offline:
+            # A run that was resumed offline has a part for every time it ran.
+            first, *others = sorted((self.folder / "wandb").glob("offline-run-*"))
+            commands = [f"wandb sync {first}", *(f"wandb sync --append {part}" for part in others)]
+            print(f"W&B was offline. To upload this run: {' && '.join(commands)}")
+
+
+def has_key() -> bool:
+    """Whether W&B can log in without asking: by its environment variable or by `wandb login`'s entry in netrc."""
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        hosts = {}
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    return bool(os.environ.get("WANDB_API_KEY")) or host in hosts
 
 
 class TensorBoardTracker(Tracker):
@@ -77,9 +94,9 @@ class TensorBoardTracker(Tracker):
     def __init__(self, run_config: dict[str, Any], folder: Path, first_update: int) -> None:
         import json
 
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # of the extra `tensorboard`
 
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_update or None)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_update + 1)
         self.writer.add_text("config", f"```json\n{json.dumps(run_config, indent=2)}\n```")
 
     def log(self, metrics: dict[str, float], update: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -18,6 +18,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, get_int_from_env
 
 from cera_train import console
 from cera_train.checkpoint import Progress, RunFolder, environment, load_checkpoint
@@ -33,6 +34,9 @@ from cera_train.picture import draw_run
 from cera_train.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
 from cera_train.tracking import Tracker, start_tracker
 
+RANK_VARIABLES = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
+"""Where launchers say which process this is; Accelerate reads the same."""
+
 
 def train(config: Config) -> dict[str, Any]:
     """Fine-tunes an adapter as the config says, or goes on where an earlier call was cut.
@@ -45,9 +49,9 @@ def train(config: Config) -> dict[str, Any]:
         SystemExit: interrupted by SIGINT (status 130) or SIGTERM (143), after the update in progress was saved.
     """
     quiet_libraries()
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    is_main = get_int_from_env(RANK_VARIABLES, 0) == 0
     path = Path(config.output_dir) / config.name
-    with RunFolder(path, to_plain(config), is_main) as folder:
+    with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
         # --- is there anything to do? ---
         resume_from = where_to_resume(folder, config.train.resume)
         if (result := folder.result()) is not None:
@@ -63,6 +67,7 @@ def train(config: Config) -> dict[str, Any]:
         precision = mixed_precision(config.model, config.train)
         # Without being told, Accelerate does not join several processes of a machine that has only CPUs.
         accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+        check_distribution(accelerator)
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
         base = load_model(config.model, device)
         torch.manual_seed(config.train.seed)
@@ -72,10 +77,13 @@ def train(config: Config) -> dict[str, Any]:
         progress = Progress()
         if resume_from is not None:
             progress = load_checkpoint(resume_from, model, optimizer, data.train.digest)
+            if not folder.holds(resume_from):
+                progress.forget_best()  # that adapter lies in another folder
 
         loss = SupervisedLoss(model, base)
         is_flat = choose_layout(config.train.batch_layout, loss, device) == BatchLayout.flat
         loss, stepper = accelerator.prepare(loss, optimizer)
+        local_loss = accelerator.unwrap_model(loss)  # evaluates without waiting for other processes
         train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
         eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
         eval_rows = share(range(len(data.evaluation.rows)), eval_batches.lengths, processes, process)
@@ -85,12 +93,14 @@ def train(config: Config) -> dict[str, Any]:
 
         tracker = Tracker()
         if is_main:
-            folder.rewind(progress.update if resume_from is not None and resume_from in folder else None)
+            folder.rewind(progress.update if resume_from is not None and folder.holds(resume_from) else None)
             folder.write_config(environment())
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
             console.say_data(data, tokenizer)
+        at_exit.callback(tracker.finish)
         bar = console.ProgressBar(updates, progress.update, visible=is_main)
+        at_exit.callback(bar.close)
 
         # --- what happens beside updates ---
         def log(metrics: dict[str, float]) -> None:
@@ -99,11 +109,10 @@ def train(config: Config) -> dict[str, Any]:
                 tracker.log({name: value for name, value in metrics.items() if is_summary(name)}, progress.update)
 
         def measure() -> dict[str, Any]:
-            with accelerator.autocast():
-                return measure_spectra(model, lambda batch: loss(batch), eval_batches.all(probe_rows))
+            return measure_spectra(model, local_loss, eval_batches.all(probe_rows))
 
         def evaluate() -> None:
-            loss_per_token = mean_loss(loss, eval_batches.all(eval_rows), accelerator)
+            loss_per_token = mean_loss(local_loss, eval_batches.all(eval_rows), accelerator)
             metrics = {"eval/loss": loss_per_token, "eval/perplexity": perplexity(loss_per_token)}
             metrics |= spectrum_metrics(measure())
             log(metrics)
@@ -120,9 +129,10 @@ def train(config: Config) -> dict[str, Any]:
 
         # --- the loop ---
         with Interruption() as interruption:
-            if progress.update == 0:
+            if progress.update == 0 or progress.evaluation_pending:
                 evaluate()
             loss.train()
+            clock = console.Clock(progress.update, updates)
             while progress.update < updates and not progress.out_of_patience(config.train.patience):
                 started = time.perf_counter()
                 rows = plan.sequences(progress.update)
@@ -136,6 +146,7 @@ def train(config: Config) -> dict[str, Any]:
                 # rows runs one for nothing, since the others wait for its gradient.
                 weight = processes / supervised if mine else 0.0
                 loss_per_token = torch.zeros((), device=device)
+                interrupted = torch.tensor(float(interruption.signal is not None), device=device)
                 groups = train_batches.groups(mine or rows[:1])
                 for group in groups:
                     is_last = group is groups[-1]
@@ -143,7 +154,8 @@ def train(config: Config) -> dict[str, Any]:
                         batch_loss = weight * loss(train_batches.load(group))
                         accelerator.backward(batch_loss)
                     loss_per_token += batch_loss.detach()
-                loss_per_token = accelerator.reduce(loss_per_token, reduction="mean").item()
+                both = accelerator.reduce(torch.stack([loss_per_token, interrupted]), reduction="mean")
+                loss_per_token, interrupted = both.tolist()  # a signal to one process stops all at the same update
                 grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
                 # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
                 gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
@@ -164,18 +176,24 @@ def train(config: Config) -> dict[str, Any]:
                     "train/seconds": progress.seconds,
                 }
                 log(metrics)
-                bar.step(metrics, seconds_left=progress.seconds / progress.update * (updates - progress.update))
+                bar.step(metrics, clock.seconds_left(progress.update))
 
-                if is_due(progress.update, config.train.eval_every) or progress.update == updates:
-                    evaluate()
-                if is_due(progress.update, config.train.save_every) or interruption.signal:
+                is_evaluation = is_due(progress.update, config.train.eval_every) or progress.update == updates
+                if interrupted and progress.update < updates:
+                    progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
                     save()
-                if interruption.signal and progress.update < updates:
-                    bar.close()
-                    tracker.finish()
                     if is_main:
-                        console.say("stopped", f"after update {progress.update}, saved. The same command goes on.")
-                    sys.exit(128 + interruption.signal)
+                        how = (
+                            "The same command"
+                            if config.train.resume == "auto"
+                            else "The command with train.resume=auto"
+                        )
+                        console.say("stopped", f"after update {progress.update}, saved. {how} goes on.")
+                    sys.exit(128 + (interruption.signal or signal.SIGTERM))
+                if is_evaluation:
+                    evaluate()
+                if is_due(progress.update, config.train.save_every):
+                    save()
         bar.close()
 
         # --- leave what the next command needs ---
@@ -203,10 +221,9 @@ def train(config: Config) -> dict[str, Any]:
         if is_main:
             folder.save_final(model)
             folder.write_json("spectrum.json", module_spectra(spectra))
+            folder.write_json("result.json", result)  # from here on the run is finished
             tracker.picture("run", draw_run(path, mean_spectrum(spectra), config.name), progress.update)
             tracker.adapter(path / "adapter")
-            tracker.finish()
-            folder.write_json("result.json", result)
             console.say_result(result)
         return result
 
@@ -229,9 +246,25 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     checkpoint = Path(resume)
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
-    if checkpoint in folder:
+    if folder.holds(checkpoint):
         folder.check_same_config()
+    else:
+        folder.check_compatible(checkpoint)
     return checkpoint
+
+
+def check_distribution(accelerator: Accelerator) -> None:
+    """Takes what a user's `accelerate config` or launcher may have set, as far as this loop can follow it.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed and the like.
+    """
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"distributed training by {accelerator.distributed_type} is not supported: every process holds the whole "
+            "model. Start with torchrun, or choose DDP in `accelerate config`."
+        )
+    accelerator.gradient_accumulation_steps = 1  # train.batch_size and train.micro_batch_tokens say it
 
 
 def mixed_precision(model: ModelConfig, train: TrainConfig) -> str:

@@ -123,6 +123,7 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
         (["data=gsm8k", "data.train_files=[rows.jsonl]", "data.eval_files=[rows.jsonl]"], "3 of 3 evaluation prompts"),
         (["data.max_length=4"], "no training rows are left.*beyond data.max_length=4"),
         (["data.max_length=300"], "data.max_length=300 is beyond the 256 positions"),
+        (["model.attn_implementation=flash_attention_2"], "cannot be loaded as asked"),
         (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
         (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d or its gradient is not finite"),
         (["train.resume=no/such/folder"], "expected auto, never or the folder of a checkpoint"),

@@ -86,6 +86,7 @@ def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijk")
     monkeypatch.setenv("MY_API_KEY", "short")
     assert redact("token=hf_abcdefghijk short") == "token=*** short"
+    assert redact("https://hf_abc@host/x") == "https://***@host/x"
     assert redact("see https://user:pass@host/x and https://host/y") == "see https://***@host/x and https://host/y"
 
 

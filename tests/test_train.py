@@ -266,7 +266,7 @@ def test_an_interrupted_run_finishes_the_update_saves_and_goes_on(tiny_config, m
         with pytest.raises(SystemExit) as exit_info:
             train(config)
     assert exit_info.value.code == status
-    assert (folder_of(config) / "checkpoints" / "6").is_dir()
+    assert (folder_of(config) / "checkpoints" / "7").is_dir()  # the signal came when update 6 was over
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
 
@@ -277,7 +277,7 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
     updates = iter(range(1, 100))
 
     def poisoned(self, value, reduction):
-        is_training_loss = value.ndim == 0
+        is_training_loss = reduction == "mean"  # an evaluation sums
         return reduce(self, value, reduction=reduction) * (
             float("nan") if is_training_loss and next(updates) == 6 else 1
         )
@@ -314,10 +314,13 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_config):
     whole = tiny_config("name=whole")
     train(whole)
     checkpoint = folder_of(whole) / "checkpoints" / "8"
+    with pytest.raises(ValueError, match="adapter.r was 4, is 8"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
+    with pytest.raises(ValueError, match="adapter.kind was 'cera', is 'lora'"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter=lora", "adapter.r=4"))
+    (checkpoint / "config.yaml").unlink()  # without it, the tensors tell
     with pytest.raises(ValueError, match="does not fit this"):
         train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
-    with pytest.raises(ValueError, match="does not fit this"):
-        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter=lora", "adapter.r=4"))
     assert not folder_of(tiny_config("name=other")).exists()
 
 
@@ -404,3 +407,85 @@ def test_an_adapted_head_learns_and_has_a_spectrum(tiny_config):
     result = train(config)
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
     assert "lm_head" in json.loads((folder_of(config) / "spectrum.json").read_text())
+
+
+@pytest.mark.parametrize("adapter", ["cera", "lora"])
+def test_resume_of_flat_batches_is_bit_exact_with_dropout(tiny_config, monkeypatch, adapter):
+    settings = [f"adapter={adapter}", "adapter.dropout=0.3", "train.batch_layout=flat"]
+    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    train(whole)
+    train_and_die_after(cut, 7, monkeypatch)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+
+
+def test_a_signal_at_an_evaluation_saves_first_and_evaluates_on_resuming(tiny_config, monkeypatch):
+    whole, config = tiny_config("name=whole"), tiny_config()
+    train(whole)
+    log = RunFolder.append_metrics
+
+    def append(self, metrics):
+        log(self, metrics)
+        if metrics["update"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", append)
+        with pytest.raises(SystemExit):
+            train(config)
+    lines = metrics_of(config)
+    assert lines[-1]["update"] == 8
+    assert "eval/loss" not in lines[-1]
+    train(config)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+    assert [line["update"] for line in metrics_of(config) if "eval/loss" in line] == [0, 4, 8, 12]
+
+
+def test_a_branch_from_another_folder_has_a_best_of_its_own(tiny_config):
+    whole = tiny_config("name=whole", "train.keep=9")
+    train(whole)
+    checkpoint = folder_of(whole) / "checkpoints" / "8"
+    branch = tiny_config("name=branch", f"train.resume={checkpoint}")
+    assert train(branch)["best_update"] == 12
+    assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match=r"another config: train.batch_size was 16, is 8; train.seed was 0, is 1"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "train.batch_size=8", "train.seed=1"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_is_named(tiny_config, monkeypatch, name):
+    config = tiny_config()
+    train_and_die_after(config, 6, monkeypatch)
+    file = folder_of(config) / "checkpoints" / "4" / name
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"checkpoints/4 is damaged or no checkpoint"):
+        train(config)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny_config):
+    whole = tiny_config("name=whole", "adapter.r=128", "train.max_updates=4")
+    train(whole)
+    checkpoint = folder_of(whole) / "checkpoints" / "4"
+    with pytest.raises(ValueError, match="optimizer.kind was 'adamw', is 'adamw_8bit'"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=128", "optimizer=adamw_8bit"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot make the run's folder .*Set output_dir"):
+        train(tiny_config(f"output_dir={tmp_path / 'file'}"))
+
+
+def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
+    with RunFolder(tmp_path / "run", {}) as folder:
+        folder.append_metrics({"update": 1, "eval/perplexity": float("inf")})
+        line = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"update": 1, "eval/perplexity": None}
+
+
+def test_an_engine_that_shards_the_model_is_refused():
+    class Sharded:
+        distributed_type = train_module.DistributedType.FSDP
+
+    with pytest.raises(ValueError, match="FSDP is not supported"):
+        train_module.check_distribution(Sharded())

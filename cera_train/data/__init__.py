@@ -17,7 +17,7 @@ from cera_train.data.format import encode, segmenter
 from cera_train.data.sources import Source, open_sources
 from cera_train.files import cached_folder
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised when the same rows would be tokenised differently than before."""
 
 ROWS_AT_ONCE = 1000
@@ -132,7 +132,7 @@ def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folde
         counts.read += len(chunk)
         counts.empty += sum(not segments for segments in rows_segments)
         examples = encode([segments for segments in rows_segments if segments], config, tokenizer)
-        kept = [example for example in examples if example.supervised_tokens]
+        kept = [example for example in examples if example.has_answer]
         counts.answer_truncated += len(examples) - len(kept)
         counts.truncated += sum(example.truncated for example in kept)
         columns = {

@@ -40,6 +40,8 @@ class Example:
     prompt_key: str
     """A digest of the text before the first supervised token: equal prompts have equal keys."""
     truncated: bool
+    has_answer: bool
+    """Whether a token of an answer is left, also where the loss is on all tokens."""
 
     @property
     def supervised_tokens(self) -> int:
@@ -223,6 +225,7 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
                 ids = [*ids, end]
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)
+        has_answer = any(loss_mask[1 : config.max_length])
         if config.loss_on == LossOn.all:
             loss_mask = [True] * len(input_ids)
         loss_mask[0] = False
@@ -232,6 +235,7 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
                 loss_mask[: config.max_length],
                 hashlib.blake2b(segments[0].text.encode(), digest_size=16).hexdigest(),
                 truncated=len(input_ids) > config.max_length,
+                has_answer=has_answer,
             )
         )
     return examples

@@ -16,8 +16,6 @@ from cera_train.tasks import logistic_map
 
 Row = dict[str, Any]
 
-DEFAULT_GENERATED_EVAL_ROWS = 20
-
 
 @dataclass
 class Source:
@@ -35,7 +33,7 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
         ValueError: a file or data set is missing, unreadable or of an unknown kind.
     """
     if config.layout == Layout.logistic_map:
-        train, evaluation = logistic_map.problems(config.logistic_map, config.eval_rows or DEFAULT_GENERATED_EVAL_ROWS)
+        train, evaluation = logistic_map.problems(config.logistic_map, config.eval_rows)
         sources = Source(json.dumps(train), lambda: train), Source(json.dumps(evaluation), lambda: evaluation)
     elif config.train_files and not config.eval_files:
         sources = _held_out(_from_files(config.train_files), config.eval_rows)

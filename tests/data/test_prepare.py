@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 
-from cera_train.config import DataConfig
+from cera_train.config import DataConfig, LossOn
 from cera_train.data import prepare_data, sources
 from cera_train.data.format import encode, segmenter
 from cera_train.files import cache_dir
@@ -375,6 +375,14 @@ def test_what_a_killed_process_left_is_not_taken_for_rows(start, cache, config_o
     assert killed.returncode == -9
     assert [path.name.startswith(".writing-") for path in cache.iterdir() if path.is_dir()] == [True]
     assert len(prepare_data(config_of(), tokenizer).train.rows) == len(TRAIN)
+
+
+def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_counts(config_of, tokenizer):
+    long = {"question": "what is the next value? " * 40, "answer": "0.84"}
+    config = config_of([*TRAIN, long], EVALUATION)
+    config.loss_on, config.max_length = LossOn.all, 60
+    counts = prepare_data(config, tokenizer).train.counts
+    assert (counts.kept, counts.answer_truncated) == (len(TRAIN), 1)
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
