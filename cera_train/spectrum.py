@@ -1,8 +1,8 @@
 """How many directions an adapter uses: the singular values of its branch's centred output on a fixed probe.
 
 The branch's output is h B^T with h of width r. Its singular values are the square roots of the eigenvalues of
-N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out: one definition for CeRA, LoRA
-and DoRA. DoRA also rescales the rows of W0 + s B A to a learned magnitude m. Its branch is s B A x times
+N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out: one definition for CeRA,
+LoRA and DoRA. DoRA also rescales the rows of W0 + s B A to a learned magnitude m. Its branch is s B A x times
 m / |W0 + s B A|; the rescaled W0 x is of full rank whatever the adapter learns, and would drown it.
 """
 
