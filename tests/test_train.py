@@ -71,7 +71,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished, tiny_folder)
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "spectrum.json").read_text())) == 4
     environment = json.loads((folder / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_metrics_have_the_promised_names(finished):
