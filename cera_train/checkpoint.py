@@ -1,6 +1,7 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all. One process writes, under a lock.
+Every file and folder in it appears whole or not at all, but for metrics.jsonl, which grows by lines and is cut back to
+the checkpoint that a run resumes from. One process writes, under a lock.
 """
 
 from __future__ import annotations

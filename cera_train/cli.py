@@ -54,7 +54,8 @@ def to_config(composed: DictConfig) -> Config:
         ValueError: a key is unknown, a value is out of range, or values contradict each other.
     """
     unknown = flatten(OmegaConf.to_container(composed)).keys() - set(config_keys())
-    for key in sorted(unknown):  # Hydra lets +key=value add anything
+    if unknown:  # Hydra lets +key=value add anything
+        key = min(unknown)
         raise ValueError(unknown_setting(key, f"+{key}"))
     return OmegaConf.to_object(composed)
 

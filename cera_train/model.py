@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils.other import match_target_against_key
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -179,8 +180,6 @@ def _check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
         wanted = config.target_modules
         unmatched = [want for want in wanted if not any(name == want or name.endswith(f".{want}") for name in names)]
     elif config.target_modules != "all-linear":
-        from peft.utils.other import match_target_against_key
-
         matches = any(match_target_against_key(config.target_modules, name) for name in names)
         unmatched = [] if matches else [config.target_modules]
     else:

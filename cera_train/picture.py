@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cera_train.files import WRITING
+
 BLUE, ORANGE, GREY = "#2563a8", "#d9730d", "#8a8a8a"
 
 
@@ -32,7 +34,7 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / "run.png"
-    part = folder / ".writing-run.png"
+    part = folder / f"{WRITING}run.png"
     figure.savefig(part, dpi=150, format="png")
     pyplot.close(figure)
     part.replace(path)

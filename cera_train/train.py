@@ -75,9 +75,10 @@ def train(config: Config) -> dict[str, Any]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = build_optimizer(parameters, config.optimizer, device)
         progress = Progress()
+        goes_on_here = resume_from is not None and folder.holds(resume_from)
         if resume_from is not None:
             progress = load_checkpoint(resume_from, model, optimizer, data.train.digest)
-            if not folder.holds(resume_from):
+            if not goes_on_here:
                 progress.forget_best()  # that adapter lies in another folder
 
         loss = SupervisedLoss(model, base)
@@ -93,7 +94,7 @@ def train(config: Config) -> dict[str, Any]:
 
         tracker = Tracker()
         if is_main:
-            folder.rewind(progress.update if resume_from is not None and folder.holds(resume_from) else None)
+            folder.rewind(progress.update if goes_on_here else None)
             folder.write_config(environment())
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
@@ -183,17 +184,13 @@ def train(config: Config) -> dict[str, Any]:
                     progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
                     save()
                     if is_main:
-                        how = (
-                            "The same command"
-                            if config.train.resume == "auto"
-                            else "The command with train.resume=auto"
-                        )
-                        console.say("stopped", f"after update {progress.update}, saved. {how} goes on.")
+                        command = "same command" if config.train.resume == "auto" else "command with train.resume=auto"
+                        console.say("stopped", f"after update {progress.update}, saved. The {command} goes on.")
                     sys.exit(128 + (interruption.signal or signal.SIGTERM))
                 if is_evaluation:
                     evaluate()
-                if is_due(progress.update, config.train.save_every):
-                    save()
+                if is_due(progress.update, config.train.save_every) and progress.update < updates:
+                    save()  # the last update is saved below
         bar.close()
 
         # --- leave what the next command needs ---
