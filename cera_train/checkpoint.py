@@ -21,23 +21,10 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from cera_train.config import flatten
+from cera_train.config import CHANGES_NO_RESULT, flatten
 from cera_train.data.batches import Plan
 from cera_train.files import WRITING, remove_folder, write_folder, write_text
 from cera_train.secrets import redact_tree
-
-DOES_NOT_MATTER = (
-    "name",
-    "output_dir",
-    "tracker.",
-    "train.resume",
-    "train.keep",
-    "train.save_every",
-    "train.micro_batch_tokens",
-    "train.batch_layout",
-    "model.gradient_checkpointing",
-)
-"""Settings that a resumed run may change: they decide where and how it runs, not what it computes."""
 
 
 @dataclass
@@ -167,7 +154,7 @@ class RunFolder:
         return "; ".join(
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and key.startswith(matters) and not key.startswith(DOES_NOT_MATTER)
+            if before.get(key) != now.get(key) and key.startswith(matters) and not key.startswith(CHANGES_NO_RESULT)
         )
 
     # --- writing -----------------------------------------------------------------------------------------------------

@@ -10,10 +10,30 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 MISSING: Any = "???"
 """OmegaConf's mark for a value that has to be given."""
+
+CHANGES_NO_RESULT = (
+    "name",
+    "output_dir",
+    "published",
+    "tracker",
+    "train.resume",
+    "train.keep",
+    "train.save_every",
+    "train.micro_batch_tokens",
+    "train.batch_layout",
+    "model.gradient_checkpointing",
+    "model.license",
+    "model.facts",
+    "data.facts",
+)
+"""What these settings start with decides where and how a run computes, not what: resuming may change them."""
 
 
 class Dtype(StrEnum):
@@ -83,6 +103,27 @@ class TrackerKind(StrEnum):
     tensorboard = "tensorboard"
 
 
+class GpuKind(StrEnum):
+    h100 = "h100"
+    a100 = "a100"
+    l40s = "l40s"
+    rtx4090 = "rtx4090"
+    cpu = "cpu"
+
+
+class CompareAt(StrEnum):
+    rank = "rank"
+    budget = "budget"
+
+
+class TaskKind(StrEnum):
+    math = "math"
+    gsm8k = "gsm8k"
+    logistic_map = "logistic_map"
+    perplexity = "perplexity"
+    text = "text"
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ValueError: `message` names the key, what was expected and what came."""
     if not condition:
@@ -92,7 +133,39 @@ def require(condition: bool, message: str) -> None:
 def require_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value is None or value > 0, f"{section}.{name} must be positive, got {value}.")
+        key = f"{section}.{name}" if section else name
+        require(value is None or value > 0, f"{key} must be positive, got {value}.")
+
+
+@dataclass
+class ModelFacts:
+    """A model's architecture, so that cera-plan needs neither its weights nor the Hub. Names and values are those of
+    its config.json."""
+
+    of: str = MISSING
+    """The `model.path` that these are facts of."""
+    model_type: str = "llama"
+    """llama, mistral, qwen2 or qwen3."""
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    tie_word_embeddings: bool = MISSING
+    """The head has no weights of its own: it reads the embeddings'."""
+    max_position_embeddings: int = MISSING
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "model.facts",
+            self,
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("head_dim", "vocab_size", "max_position_embeddings"),
+        )
 
 
 @dataclass
@@ -110,6 +183,10 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
+    license: str | None = None
+    """Of the base weights, for the adapter's model card: an identifier of the Hub's, such as apache-2.0."""
+    facts: ModelFacts | None = None
+    """For cera-plan only."""
 
     def __post_init__(self) -> None:
         require(
@@ -187,6 +264,27 @@ class LogisticMapConfig:
 
 
 @dataclass
+class DataFacts:
+    """The size of a data set, so that cera-plan needs neither the rows nor a tokenizer."""
+
+    of: str | None = None
+    """The `data.path` that these are facts of."""
+    train_rows: int = MISSING
+    """Of the split that data.train_split names, before it is sliced."""
+    eval_rows: int = MISSING
+    tokens_per_row: float = MISSING
+    """On average, truncated at the file's max_length."""
+    supervised: float = MISSING
+    """Share of the tokens that belong to completions, end token included."""
+    estimated: bool = False
+    """Whether tokens_per_row and supervised are estimates; the comment in the file says what they rest on."""
+
+    def __post_init__(self) -> None:
+        require_positive("data.facts", self, "train_rows", "eval_rows", "tokens_per_row", "supervised")
+        require(self.supervised <= 1, f"data.facts.supervised is a share, at most 1, got {self.supervised}.")
+
+
+@dataclass
 class DataConfig:
     layout: Layout = Layout.text
     """How a row reads. text: columns by template; conversations: ShareGPT's from/value; messages: chat template."""
@@ -216,6 +314,8 @@ class DataConfig:
     allow_overlap: bool = False
     """Let prompts of the evaluation rows stand among the training rows too."""
     logistic_map: LogisticMapConfig = field(default_factory=LogisticMapConfig)
+    facts: DataFacts | None = None
+    """For cera-plan only."""
 
     def __post_init__(self) -> None:
         require_positive("data", self, "max_length", "train_rows", "eval_rows")
@@ -328,12 +428,12 @@ class Config:
     name: str = "default"
     """The run's name: its folder is output_dir/name."""
     output_dir: str = "outputs"
+    published: dict[str, float] = field(default_factory=dict)
+    """The paper's figures for this recipe, for cera-report: a key of result.json, or TASK/METRIC of an evaluation.
+    Any override of a setting that changes what is computed empties it."""
 
     def __post_init__(self) -> None:
-        require(
-            self.name not in ("", ".", "..") and "/" not in self.name and "\\" not in self.name,
-            f"name must be the name of one folder, got {self.name!r}. Set output_dir for the folder it lies in.",
-        )
+        require_folder_name(self.name)
         require(
             self.train.micro_batch_tokens >= self.data.max_length,
             f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than data.max_length="
@@ -341,8 +441,171 @@ class Config:
         )
 
 
-def to_plain(config: Config) -> dict[str, Any]:
-    """The config as nested dicts of plain values, for YAML, JSON and trackers."""
+@dataclass
+class PlanConfig:
+    """On what a run is planned, and beside which other adapters."""
+
+    gpu: GpuKind = GpuKind.h100
+    """cpu: this machine's, whose speed is measured for a second."""
+    gpus: int = 1
+    mfu: float | None = None
+    """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share seen for SmolLM2-135M."""
+    price_per_hour: float | None = None
+    """Of one GPU, in any currency."""
+    compare: list[AdapterKind] = field(default_factory=list)
+    """Other adapters, side by side with this one."""
+    compare_at: CompareAt = CompareAt.rank
+    """rank: at the same rank; budget: at the rank that comes closest to the same number of parameters."""
+    tokens_per_row: float | None = None
+    """null: what data.facts or the data files say."""
+
+    def __post_init__(self) -> None:
+        require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
+        require(self.mfu is None or self.mfu <= 1, f"plan.mfu is a share of the peak, at most 1, got {self.mfu}.")
+
+
+@dataclass
+class PlanRun(Config):
+    """What `cera-plan` does: a run's settings and what to plan it on."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    run: str | None = None
+    """The folder of a finished run: what would have been predicted, beside what was measured."""
+
+
+@dataclass
+class TaskConfig:
+    """A benchmark of cera-eval."""
+
+    kind: TaskKind = MISSING
+    """math, gsm8k, logistic_map: problems with answers to generate; perplexity: rows as in training; text: perplexity
+    of running text."""
+    name: str = MISSING
+    """The results lie in RUN/eval/name."""
+    path: str | None = None
+    """A data set's id on the Hub. Not needed with files."""
+    subset: str | None = None
+    revision: str | None = None
+    split: str = "test"
+    files: list[str] = field(default_factory=list)
+    """Local json, jsonl or parquet files with the same columns; for kind text also .txt."""
+    limit: int | None = None
+    """Take only so many problems (of text: windows) from the start. null: all."""
+    prompt: str | None = None
+    """Template with {column} for a row's columns."""
+    level: int | None = None
+    """Of math: only problems of this level. null: all."""
+    growths: list[float] = field(default_factory=list)
+    """Of logistic_map: the values of r in x' = r x (1 - x)."""
+    max_new_tokens: int = 1024
+    window: int = 1024
+    """Of text: tokens in a window. Every token but a window's first is predicted."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end an answer besides the end token, for models that do not stop by themselves."""
+
+    def __post_init__(self) -> None:
+        require_positive("task", self, "limit", "max_new_tokens", "window")
+        if self.kind in (TaskKind.math, TaskKind.gsm8k):
+            require(bool(self.prompt), "task.prompt is empty: a template such as 'Question: {question}\\nAnswer:'.")
+        if self.kind in (TaskKind.math, TaskKind.gsm8k, TaskKind.text):
+            require(bool(self.path or self.files), "set task.files to local files, or task.path to a Hub data set.")
+        if self.kind == TaskKind.logistic_map:
+            require(
+                bool(self.growths) and all(0 < growth <= 4 for growth in self.growths),
+                f"task.growths must be numbers above 0 and up to 4, got {self.growths}.",
+            )
+
+
+@dataclass
+class GenerationConfig:
+    """How answers are generated."""
+
+    samples: int = 1
+    """Answers to every problem."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that have this probability together."""
+    seed: int = 0
+    """Every sample has random numbers of its own, from (seed, problem, sample)."""
+    batch_tokens: int = 16384
+    """Tokens of one batch, prompts and answers at their longest: bounds the memory of the cache."""
+
+    def __post_init__(self) -> None:
+        require_positive("generation", self, "samples", "batch_tokens")
+        require(self.temperature >= 0, f"generation.temperature must not be negative, got {self.temperature}.")
+        require(0 < self.top_p <= 1, f"generation.top_p must be above 0 and at most 1, got {self.top_p}.")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            f"generation.samples={self.samples} greedy answers would all be the same: choose generation=sample, or set "
+            "generation.temperature.",
+        )
+        require(
+            self.top_p == 1 or self.temperature > 0,
+            f"generation.top_p={self.top_p} has no meaning for greedy answers: set generation.temperature too.",
+        )
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation: what `cera-eval` does."""
+
+    run: str | None = None
+    """The folder of a run, the folder of an adapter, or `base` for the untouched model."""
+    task: TaskConfig | None = None
+    grade: str | None = None
+    """Instead of run and task: the folder of an evaluation whose answers are to be graded again, without a model."""
+    generation: GenerationConfig = MISSING
+    model: ModelConfig | None = None
+    """null: the run's."""
+    data: DataConfig | None = None
+    """Of task=perplexity: whose evaluation rows. null: the run's."""
+    grading_seconds: float = 5.0
+    """How long the verification of one answer may take; one that takes longer is wrong."""
+    name: str | None = None
+    """The results lie in RUN/eval/name. null: the task's name."""
+    output_dir: str = "outputs"
+    """Of run=base: its results lie in output_dir/base-MODEL."""
+
+    def __post_init__(self) -> None:
+        require_positive("", self, "grading_seconds")
+        if self.name is not None:
+            require_folder_name(self.name)
+        if self.grade is not None:
+            require(
+                self.run is None and self.task is None, "grade=... takes neither run= nor task=: both are on record."
+            )
+            return
+        require(
+            self.run is not None,
+            "run=... is missing: the folder of a run, the folder of an adapter, or base (with model=...).",
+        )
+        require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
+        require(
+            self.run != "base" or self.model is not None, "run=base needs model=..., such as model=smollm2_135m_pypi."
+        )
+        if self.task.kind == TaskKind.perplexity:
+            require(
+                self.data is not None or self.run != "base",
+                "task=perplexity with run=base needs data=..., since there is no run whose rows to take.",
+            )
+        else:
+            require(self.data is None, f"data=... belongs to task=perplexity; task={self.task.name} has task.files.")
+
+    @property
+    def folder_name(self) -> str:
+        return self.name or self.task.name
+
+
+def require_folder_name(name: str) -> None:
+    require(
+        name not in ("", ".", "..") and "/" not in name and "\\" not in name,
+        f"name must be the name of one folder, got {name!r}.",
+    )
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config as nested dicts of plain values, for YAML, JSON and trackers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, StrEnum):
@@ -354,6 +617,22 @@ def to_plain(config: Config) -> dict[str, Any]:
         return value
 
     return plain(asdict(config))
+
+
+def load_config(path: Path, schema: type = Config) -> Any:
+    """A config as it stands in a run's folder.
+
+    Raises:
+        ValueError: the file is missing, broken, or of another version.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ValueError(f"cannot read {path}: {reason}.") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,30 +83,27 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any, 
 class ProgressBar:
     """A bar in a terminal; elsewhere a plain line now and then."""
 
-    def __init__(self, total: int, done: int, visible: bool = True) -> None:
-        self.total, self.done = total, done
+    def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
+        self.unit, self.total, self.done = unit, total, done
         self.visible = visible
         self.every = max(1, total // PLAIN_LINES)
         self.bar = tqdm(
             total=total,
             initial=done,
             disable=not (visible and sys.stderr.isatty()),
-            unit="update",
+            unit=unit,
             dynamic_ncols=True,
             bar_format="{n}/{total} |{bar:24}| {desc}",
         )
 
-    def step(self, metrics: dict[str, float], seconds_left: float) -> None:
-        """Shows one more update."""
-        self.done += 1
-        shown = (
-            f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:.2f}  "
-            f"{metrics['train/tokens_per_s']:,.0f} tokens/s  {duration(seconds_left)} left"
-        )
+    def step(self, shown: str, count: int = 1) -> None:
+        """Shows what has been done since the last call, and a text about it."""
+        tenths = self.done // self.every
+        self.done += count
         self.bar.set_description_str(shown, refresh=False)
-        self.bar.update()
-        if self.visible and self.bar.disable and (self.done % self.every == 0 or self.done == self.total):
-            print(f"update {self.done:>{len(str(self.total))}}/{self.total}  {shown}", flush=True)
+        self.bar.update(count)
+        if self.visible and self.bar.disable and (self.done // self.every > tenths or self.done == self.total):
+            print(f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {shown}", flush=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -115,6 +113,13 @@ class ProgressBar:
 
     def close(self) -> None:
         self.bar.close()
+
+
+def describe_update(metrics: dict[str, float], seconds_left: float) -> str:
+    return (
+        f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:.2f}  "
+        f"{metrics['train/tokens_per_s']:,.0f} tokens/s  {duration(seconds_left)} left"
+    )
 
 
 class Clock:
@@ -149,3 +154,86 @@ def say_result(result: dict[str, Any]) -> None:
     print()
     for name, value in rows.items():
         print(f"{name:<16}{value}")
+
+
+class EvaluationProgress:
+    """Answers done, how many are right so far by the exact rule, and the time left.
+
+    Args:
+        total: answers of this process.
+        processes: that share the answers; the others are as fast as this one.
+    """
+
+    def __init__(self, total: int, visible: bool, processes: int) -> None:
+        self.total, self.left, self.others = total, total, processes - 1
+        self.answered, self.correct, self.started = 0, 0, time.perf_counter()
+        self.bar = ProgressBar("answer", total, 0, visible)
+
+    def skip(self, count: int) -> None:
+        """Answers that an earlier call gave."""
+        self.left -= count
+        self.bar.step("done before", count)
+
+    def step(self, correct: Sequence[bool]) -> None:
+        """A batch of answers."""
+        self.answered += len(correct)
+        self.correct += sum(correct)
+        seconds_left = (time.perf_counter() - self.started) / self.answered * (self.left - self.answered)
+        sharing = f" of this process's, {self.others} more at work" if self.others else ""
+        self.bar.step(f"exact {self.correct / self.answered:.1%}{sharing}  {duration(seconds_left)} left", len(correct))
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def say_evaluation(result: dict[str, Any], folder: Path) -> None:
+    """The table at the end of an evaluation."""
+    rows = _perplexity_rows(result) if result["kind"] == "perplexity" else _accuracy_rows(result)
+    print()
+    for name, value in (rows | {"folder": str(folder)}).items():
+        print(f"{name:<16}{value}")
+    if case := result.get("paper_case"):
+        print("\nr = 3.5, x0 = 0.4")
+        print("step    truth   answer")
+        for step, (true, answer) in enumerate(zip(case["truth"], case["answer"], strict=True), start=1):
+            print(f"x{step:<4}{true:>8}{answer or '-':>9}")
+
+
+def _accuracy_rows(result: dict[str, Any]) -> dict[str, str]:
+    answers = result["problems"] * result["samples"] - result["missing"]
+    rows = {"problems": f"{result['problems']:,}, {result['samples']:,} answers each"}
+    if result["samples"] == 1:
+        rows["problems"] = f"{result['problems']:,}"
+    for name, value in result.items():
+        if "/pass@" in name and not name.endswith("/interval"):
+            lower, upper = result[f"{name}/interval"]
+            label = name.replace("/", " ") if result["samples"] > 1 else name.split("/")[0]
+            rows[label] = f"{value:.1%}  (95 % interval {lower:.1%} to {upper:.1%})"
+    if "step_accuracy" in result:
+        rows["by step"] = "  ".join(f"{value:.0%}" for value in result["step_accuracy"])
+        for growth, own in result["by_growth"].items():
+            error = "none given" if own["absolute_error/mean"] is None else f"{own['absolute_error/mean']:.4f}"
+            rows[f"r = {growth}"] = (
+                f"steps right {own['step_accuracy/mean']:.1%}, absolute error {error}, "
+                f"state collapse {own['state_collapse']:.1%}"
+            )
+    rows["truncated"] = f"{result['truncated']:,} of {answers:,} answers"
+    rows["no answer"] = f"{result['no_answer']:,}"
+    rows["grader failed"] = f"{result['grader_failures']:,}"
+    if result.get("tokens_per_s"):
+        rows["speed"] = f"{result['tokens_per_s']:,.0f} tokens/s"
+    return rows
+
+
+def _perplexity_rows(result: dict[str, Any]) -> dict[str, str]:
+    rows = {"perplexity": f"{result['perplexity']:.3f}"}
+    if "perplexity_base" in result:
+        rows["without adapter"] = f"{result['perplexity_base']:.3f}"
+    if "spectrum/effective_rank/mean" in result:
+        rows["effective rank"] = (
+            f"{result['spectrum/effective_rank/mean']:.1f} mean, {result['spectrum/effective_rank/max']:.1f} max"
+        )
+    return rows | {
+        "tokens": f"{result['tokens']:,} predicted, in {result['rows']:,} rows",
+        "time": duration(result["seconds"]),
+    }

@@ -10,7 +10,7 @@ import os
 
 OUT_OF_MEMORY = (
     "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
-    "model.quantization=nf4, or lower adapter.r or data.max_length."
+    "model.quantization=nf4, or lower adapter.r or data.max_length; of cera-eval, lower generation.batch_tokens."
 )
 
 

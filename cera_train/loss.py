@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from cera_train.config import BatchLayout
 from cera_train.data.batches import Batch, flat_batch, padded_batch
 
 CHUNK_TOKENS = 1024
@@ -73,6 +74,21 @@ class SupervisedLoss(nn.Module):
             return torch.stack([head_loss(head, *chunk) for chunk in chunks]).sum()
         # The backward pass makes each chunk's logits again.
         return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> BatchLayout:
+    """Flat where it is correct and fast.
+
+    Raises:
+        ValueError: flat was asked for, and this model would let sequences see each other.
+    """
+    loss.probe()
+    if wanted == BatchLayout.flat and not loss.flattens:
+        raise ValueError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
+    if wanted == BatchLayout.auto:
+        # On a CPU, attention over one long row costs more than the padding of rows of near-equal length.
+        return BatchLayout.flat if loss.flattens and device.type != "cpu" else BatchLayout.padded
+    return wanted
 
 
 def _close(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:

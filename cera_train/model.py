@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import re
@@ -66,6 +67,16 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells base models of one shape apart: a digest of the weights that no quantisation touches, such as norms."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            digest.update(f"{name} {parameter.dtype} ".encode())
+            digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def quantization_config(quantization: Quantization) -> BitsAndBytesConfig | None:

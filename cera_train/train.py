@@ -5,37 +5,29 @@ from __future__ import annotations
 
 import contextlib
 import math
-import resource
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, get_int_from_env
 
 from cera_train import console
+from cera_train.card import write_card
 from cera_train.checkpoint import Progress, RunFolder, environment, load_checkpoint
-from cera_train.config import BatchLayout, Config, Dtype, ModelConfig, TrainConfig, to_plain
+from cera_train.config import BatchLayout, Config, to_plain
 from cera_train.data import prepare_data
 from cera_train.data.batches import MicroBatches, Plan, share
 from cera_train.interruption import Interruption
-from cera_train.loss import SupervisedLoss
-from cera_train.model import add_adapter, check_length, load_model, load_tokenizer, parameter_counts
+from cera_train.loss import SupervisedLoss, choose_layout
+from cera_train.model import add_adapter, check_length, fingerprint, load_model, load_tokenizer, parameter_counts
 from cera_train.optimizer import build_optimizer, learning_rate
 from cera_train.perplexity import mean_loss, perplexity
 from cera_train.picture import draw_run
+from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
 from cera_train.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
 from cera_train.tracking import Tracker, start_tracker
-
-RANK_VARIABLES = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
-"""Where launchers say which process this is; Accelerate reads the same."""
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -49,7 +41,7 @@ def train(config: Config) -> dict[str, Any]:
         SystemExit: interrupted by SIGINT (status 130) or SIGTERM (143), after the update in progress was saved.
     """
     quiet_libraries()
-    is_main = get_int_from_env(RANK_VARIABLES, 0) == 0
+    is_main = is_main_process()
     path = Path(config.output_dir) / config.name
     with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
         # --- is there anything to do? ---
@@ -63,13 +55,10 @@ def train(config: Config) -> dict[str, Any]:
         tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length)
         data = prepare_data(config.data, tokenizer)
-        AcceleratorState._reset_state()  # else the precision of a process's first run would bind every later one
-        precision = mixed_precision(config.model, config.train)
-        # Without being told, Accelerate does not join several processes of a machine that has only CPUs.
-        accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-        check_distribution(accelerator)
+        accelerator = start_accelerator(config.model, config.train.autocast)
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
         base = load_model(config.model, device)
+        base_fingerprint = fingerprint(base)
         torch.manual_seed(config.train.seed)
         model = add_adapter(base, config.adapter)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -95,12 +84,12 @@ def train(config: Config) -> dict[str, Any]:
         tracker = Tracker()
         if is_main:
             folder.rewind(progress.update if goes_on_here else None)
-            folder.write_config(environment())
+            folder.write_config(environment() | {"base_fingerprint": base_fingerprint})
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
             console.say_data(data, tokenizer)
         at_exit.callback(tracker.finish)
-        bar = console.ProgressBar(updates, progress.update, visible=is_main)
+        bar = console.ProgressBar("update", updates, progress.update, visible=is_main)
         at_exit.callback(bar.close)
 
         # --- what happens beside updates ---
@@ -177,7 +166,7 @@ def train(config: Config) -> dict[str, Any]:
                     "train/seconds": progress.seconds,
                 }
                 log(metrics)
-                bar.step(metrics, clock.seconds_left(progress.update))
+                bar.step(console.describe_update(metrics, clock.seconds_left(progress.update)))
 
                 is_evaluation = is_due(progress.update, config.train.eval_every) or progress.update == updates
                 if interrupted and progress.update < updates:
@@ -219,6 +208,7 @@ def train(config: Config) -> dict[str, Any]:
             folder.save_final(model)
             folder.write_json("spectrum.json", module_spectra(spectra))
             folder.write_json("result.json", result)  # from here on the run is finished
+            write_card(path)
             tracker.picture("run", draw_run(path, mean_spectrum(spectra), config.name), progress.update)
             tracker.adapter(path / "adapter")
             console.say_result(result)
@@ -250,45 +240,6 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     return checkpoint
 
 
-def check_distribution(accelerator: Accelerator) -> None:
-    """Takes what a user's `accelerate config` or launcher may have set, as far as this loop can follow it.
-
-    Raises:
-        ValueError: FSDP, DeepSpeed and the like.
-    """
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"distributed training by {accelerator.distributed_type} is not supported: every process holds the whole "
-            "model. Start with torchrun, or choose DDP in `accelerate config`."
-        )
-    accelerator.gradient_accumulation_steps = 1  # train.batch_size and train.micro_batch_tokens say it
-
-
-def mixed_precision(model: ModelConfig, train: TrainConfig) -> str:
-    """Accelerate's name for the precision of matrix products over float32 weights."""
-    wanted = model.dtype != Dtype.float32 if train.autocast is None else train.autocast
-    if not wanted:
-        return "no"
-    if model.dtype == Dtype.float16:
-        return "fp16" if torch.cuda.is_available() else "no"  # needs a gradient scaler, which the CPU has not
-    return "bf16"
-
-
-def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> BatchLayout:
-    """Flat where it is correct and fast.
-
-    Raises:
-        ValueError: flat was asked for, and this model would let sequences see each other.
-    """
-    loss.probe()
-    if wanted == BatchLayout.flat and not loss.flattens:
-        raise ValueError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
-    if wanted == BatchLayout.auto:
-        # On a CPU, attention over one long row costs more than the padding of rows of near-equal length.
-        return BatchLayout.flat if loss.flattens and device.type != "cpu" else BatchLayout.padded
-    return wanted
-
-
 def seed_update(seed: int, update: int, process: int) -> None:
     """Dropout follows from (seed, update, process): a resumed run draws what an uninterrupted one draws."""
     torch.manual_seed((seed * 1_000_003 + update) * 1_009 + process)
@@ -309,18 +260,3 @@ def not_finite(update: int, rows: list[int], checkpoints: list[Path]) -> str:
         f"the loss of update {update} or its gradient is not finite (training rows {rows}). {kept}. "
         "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or resident on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def quiet_libraries() -> None:
-    """Leaves the terminal to this program: errors still show."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")

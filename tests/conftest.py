@@ -120,16 +120,18 @@ def write_jsonl(tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def compose():
-    """compose("adapter.r=4", ...) -> Config, the way the command line does it."""
+    """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of another command."""
     import hydra
 
-    from cera_train.cli import config_dir, register_configs, to_config
+    from cera_train.composition import config_dir, register_configs, to_config
+    from cera_train.config import Config, EvalConfig, PlanRun
 
     register_configs()
+    schemas = {"config": Config, "eval": EvalConfig, "plan": PlanRun}
 
-    def compose(*overrides: str):
+    def compose(*overrides: str, command: str = "config"):
         with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-            return to_config(hydra.compose("config", list(overrides)))
+            return to_config(hydra.compose(command, list(overrides)), schemas[command])
 
     return compose
 

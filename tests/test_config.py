@@ -8,8 +8,8 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from cera_train.cli import config_dir, config_keys, options
-from cera_train.config import Activation, AdapterKind, Config, LossOn, OptimizerKind, flatten, to_plain
+from cera_train.composition import config_dir, config_keys, options
+from cera_train.config import Activation, AdapterKind, Config, EvalConfig, LossOn, OptimizerKind, flatten, to_plain
 
 CHOICES = [(path.parent.name, path.stem) for path in sorted(config_dir("conf").glob("*/*.yaml"))]
 RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
@@ -19,8 +19,10 @@ NEEDED = {("data", "jsonl"): ["data.train_files=[rows.jsonl]", "data.eval_rows=5
 
 
 def test_the_globs_found_the_files():
-    assert len(CHOICES) >= 20
-    assert {"model", "adapter", "data", "optimizer", "tracker"} == {group for group, _ in CHOICES}
+    assert len(CHOICES) >= 29
+    assert {group for group, _ in CHOICES} == {
+        *("model", "adapter", "data", "optimizer", "tracker", "task", "generation"),
+    }
     assert {path.stem for path in RECIPES} == {
         *("quickstart", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
         *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
@@ -29,7 +31,12 @@ def test_the_globs_found_the_files():
 
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_choice_composes(compose, group, name):
-    assert isinstance(compose(f"{group}={name}", *NEEDED.get((group, name), [])), Config)
+    needed = NEEDED.get((group, name), [])
+    if group in ("task", "generation"):
+        config = compose("run=outputs/run", "task=math", f"{group}={name}", *needed, command="eval")
+        assert isinstance(config, EvalConfig)
+    else:
+        assert isinstance(compose(f"{group}={name}", *needed), Config)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -72,7 +79,7 @@ def test_a_recipe_yields_to_the_command_line(compose):
 
 
 def test_yaml_files_name_only_keys_of_the_schema():
-    keys = set(config_keys())
+    keys = {*config_keys(Config), *config_keys(EvalConfig)}
     for path in config_dir("conf").glob("*/*.yaml"):
         content = yaml.safe_load(path.read_text())
         assert content, path

@@ -12,11 +12,14 @@ import peft
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
 import cera_train.train as train_module
 from cera_train.checkpoint import RunFolder
 from cera_train.config import to_plain
+from cera_train.runtime import check_distribution
 from cera_train.train import train
 
 
@@ -273,7 +276,7 @@ def test_an_interrupted_run_finishes_the_update_saves_and_goes_on(tiny_config, m
 
 def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoint(tiny_config, monkeypatch):
     config = tiny_config()
-    reduce = train_module.Accelerator.reduce
+    reduce = Accelerator.reduce
     updates = iter(range(1, 100))
 
     def poisoned(self, value, reduction):
@@ -282,7 +285,7 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
             float("nan") if is_training_loss and next(updates) == 6 else 1
         )
 
-    monkeypatch.setattr(train_module.Accelerator, "reduce", poisoned)
+    monkeypatch.setattr(Accelerator, "reduce", poisoned)
     with pytest.raises(
         ValueError,
         match=r"loss of update 6 or its gradient is not finite \(training rows \[\d+.*checkpoints/4, is kept",
@@ -293,14 +296,14 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tiny_config, monkeypatch):
     config = tiny_config()
-    clip = train_module.Accelerator.clip_grad_norm_
+    clip = Accelerator.clip_grad_norm_
     updates = iter(range(1, 100))
 
     def overflowing(self, parameters, max_norm):
         norm = clip(self, parameters, max_norm)
         return norm * float("inf") if next(updates) == 6 else norm
 
-    monkeypatch.setattr(train_module.Accelerator, "clip_grad_norm_", overflowing)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflowing)
     with pytest.raises(ValueError, match=r"update 6 or its gradient is not finite"):
         train(config)
 
@@ -485,7 +488,7 @@ def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
 
 def test_an_engine_that_shards_the_model_is_refused():
     class Sharded:
-        distributed_type = train_module.DistributedType.FSDP
+        distributed_type = DistributedType.FSDP
 
     with pytest.raises(ValueError, match="FSDP is not supported"):
-        train_module.check_distribution(Sharded())
+        check_distribution(Sharded())

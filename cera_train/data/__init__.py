@@ -13,7 +13,7 @@ import datasets
 import pyarrow
 
 from cera_train.config import DataConfig
-from cera_train.data.format import encode, segmenter
+from cera_train.data.format import encode, segmenter, start_ids
 from cera_train.data.sources import Source, open_sources
 from cera_train.files import cached_folder
 
@@ -93,6 +93,36 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             "would measure memory. Remove them from one side, or set data.allow_overlap=true."
         )
     return TokenizedData(train, evaluation, shared)
+
+
+def prepare_evaluation(config: DataConfig, tokenizer: Any) -> TokenizedRows:
+    """Only the evaluation split of `prepare_data`."""
+    _, source = open_sources(config)
+    return _tokenize(source, "evaluation", config, tokenizer, _tokenization_digest(config, tokenizer))
+
+
+def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -> TokenizedRows:
+    """Running text in windows of at most `window` tokens, every token but a window's first supervised.
+
+    Raises:
+        ValueError: there is not enough text to predict a token.
+    """
+    start = start_ids(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    step = window - len(start)
+    windows = [start + ids[first : first + step] for first in range(0, len(ids), step)][:limit]
+    windows = [window for window in windows if len(window) > 1]
+    if not windows:
+        raise ValueError("the text has no token to predict: it is empty or a single token.")
+    columns = {
+        "input_ids": windows,
+        "loss_mask": [[False, *[True] * (len(window) - 1)] for window in windows],
+        "prompt_key": [""] * len(windows),
+        "length": [len(window) for window in windows],
+        "supervised": [len(window) - 1 for window in windows],
+    }
+    counts = RowCounts(len(windows), tokens=sum(columns["length"]), supervised_tokens=sum(columns["supervised"]))
+    return TokenizedRows(datasets.Dataset(pyarrow.table(columns, schema=SCHEMA)), counts, _digest(text, window, limit))
 
 
 def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:

@@ -196,6 +196,11 @@ def column(row: Row, name: str) -> Any:
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
+def start_ids(tokenizer: Any) -> list[int]:
+    """The start token, where this tokenizer puts one before a text."""
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
+
+
 def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer: Any) -> list[Example]:
     """Token ids and loss masks of many rows at once.
 
@@ -209,8 +214,7 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
     if end is None:
         raise ValueError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     is_chat = config.layout == Layout.messages
-    # A chat template writes the start token itself.
-    start = [] if is_chat or tokenizer.bos_token_id not in tokenizer("").input_ids else [tokenizer.bos_token_id]
+    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token itself
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     texts = [segment.text for segments in rows_segments for segment in segments]
     plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

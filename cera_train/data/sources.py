@@ -36,11 +36,12 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
         train, evaluation = logistic_map.problems(config.logistic_map, config.eval_rows)
         sources = Source(json.dumps(train), lambda: train), Source(json.dumps(evaluation), lambda: evaluation)
     elif config.train_files and not config.eval_files:
-        sources = _held_out(_from_files(config.train_files), config.eval_rows)
+        sources = _held_out(from_files(config.train_files), config.eval_rows)
     elif config.train_files:
-        sources = _from_files(config.train_files), _from_files(config.eval_files)
+        sources = from_files(config.train_files), from_files(config.eval_files)
     else:
-        sources = _from_hub(config, config.train_split), _from_hub(config, config.eval_split)
+        hub = (config.path, config.subset, config.revision)
+        sources = from_hub(*hub, config.train_split), from_hub(*hub, config.eval_split)
     return _head(sources[0], config.train_rows), _head(sources[1], config.eval_rows)
 
 
@@ -71,7 +72,12 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
 # --- local files -----------------------------------------------------------------------------------------------------
 
 
-def _from_files(names: list[str]) -> Source:
+def from_files(names: list[str]) -> Source:
+    """The rows of local files, one after the other.
+
+    Raises:
+        ValueError: a file is missing, unreadable or of an unknown kind.
+    """
     paths = [Path(name) for name in names]
     digest = hashlib.sha256()
     for path in paths:
@@ -110,10 +116,18 @@ def _read_parquet(path: Path) -> Iterable[Row]:
         raise ValueError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
 
 
+def _read_text(path: Path) -> Iterator[Row]:
+    try:
+        yield {"text": path.read_bytes().decode()}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
+
+
 READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,
+    ".txt": _read_text,  # one row of one column, `text`
 }
 
 
@@ -138,14 +152,20 @@ def _as_row(value: Any, where: str) -> Row:
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-def _from_hub(config: DataConfig, split: str) -> Source:
+def from_hub(path: str, subset: str | None, revision: str | None, split: str) -> Source:
+    """One split of a data set on the Hub.
+
+    Raises:
+        ValueError: it cannot be found, reached or read.
+    """
     import datasets
 
     try:
-        dataset = datasets.load_dataset(config.path, config.subset, split=split, revision=config.revision)
+        dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
     except (datasets.exceptions.DatasetsError, OSError) as error:  # HfHubHTTPError and ConnectionError are OSErrors
         raise ValueError(
-            f"cannot load data set {config.path!r} from the Hub ({str(error).splitlines()[0]}). Log in with "
-            "`hf auth login` if it is gated, or set data.train_files and data.eval_files to local files."
+            f"cannot load data set {path!r} from the Hub ({str(error).splitlines()[0]}). Log in with "
+            "`hf auth login` if it is gated, or set data.train_files and data.eval_files (cera-eval: task.files) to "
+            "local files."
         ) from error
-    return Source(f"{config.path} {split} {dataset._fingerprint}", lambda: dataset)
+    return Source(f"{path} {split} {dataset._fingerprint}", lambda: dataset)

@@ -1,1 +1,1 @@
-"""One file per benchmark: its problems and its prompt."""
+"""One file per benchmark: its prompt or gold answers, and how an answer is found and graded."""

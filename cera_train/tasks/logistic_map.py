@@ -6,9 +6,19 @@ for display, so an answer cannot be had by iterating on the rounded numbers for 
 
 from __future__ import annotations
 
+import itertools
 import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cera_train.config import LogisticMapConfig
+
+EVAL_ROWS = 20
+"""Starting points of an evaluation where the run was not trained on this task: those of conf/data/logistic_map.yaml."""
+
+PAPER_X0, PAPER_CASE = 0.4, LogisticMapConfig(growth=3.5, steps=5, decimals=4)
+"""The paper's case study of state collapse."""
 
 
 def trajectory(x0: float, growth: float, steps: int) -> list[float]:
@@ -31,8 +41,8 @@ def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
     }
 
 
-def problems(config: LogisticMapConfig, eval_rows: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and evaluation rows: all starting points of so many decimals, split at random by the seed.
+def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
+    """Training and evaluation starting points: all of so many decimals, split at random by the seed.
 
     Raises:
         ValueError: there are not more starting points than `eval_rows`.
@@ -45,5 +55,52 @@ def problems(config: LogisticMapConfig, eval_rows: int) -> tuple[list[dict[str, 
             f"{config.decimals} decimals. Lower it, or raise data.logistic_map.decimals."
         )
     random.Random(config.seed).shuffle(starts)
-    rows = [problem(x0, config) for x0 in starts]
-    return rows[eval_rows:], rows[:eval_rows]
+    return starts[eval_rows:], starts[:eval_rows]
+
+
+def problems(config: LogisticMapConfig, eval_rows: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and evaluation rows."""
+    train, evaluation = starting_points(config, eval_rows)
+    return [problem(x0, config) for x0 in train], [problem(x0, config) for x0 in evaluation]
+
+
+# --- grading ---------------------------------------------------------------------------------------------------------
+
+
+def extract(text: str, steps: int) -> list[float]:
+    """The first `steps` decimal numbers of an answer's first line; fewer where it gives fewer."""
+    lines = text.strip().splitlines()
+    return [float(number) for number in re.findall(r"-?\d*\.\d+", lines[0])][:steps] if lines else []
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An answer beside the truth, step by step."""
+
+    matches: list[bool]
+    """Whether a step agrees in every decimal; one that is missing does not."""
+    errors: list[float | None]
+    """Absolute error of a step; None where it is missing."""
+    collapsed: bool
+
+
+def compare(values: Sequence[float], gold: str, decimals: int) -> Steps:
+    """Grades an answer.
+
+    Args:
+        values: what `extract` found.
+        gold: the true iterates as a completion writes them, separated by commas.
+    """
+    truth = [number.strip() for number in gold.split(",")]
+    shown = [f"{value:.{decimals}f}" for value in values] + [None] * (len(truth) - len(values))
+    matches = [value == true for value, true in zip(shown, truth, strict=True)]
+    errors = [
+        None if value is None else abs(value - float(true)) for value, true in itertools.zip_longest(values, truth)
+    ]
+    return Steps(matches, errors, is_collapsed(shown[: len(values)], truth))
+
+
+def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
+    """State collapse: from some step on the answer repeats one value to its end, where the truth moves."""
+    repeated = len(list(itertools.takewhile(lambda value: value == answer[-1], reversed(answer))))
+    return repeated > 1 and len(set(truth[len(answer) - repeated : len(answer)])) > 1

@@ -117,7 +117,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.jsonl.gz"])
 def test_an_unknown_kind_of_file_names_the_known_ones(tmp_path, name):
     (tmp_path / name).write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"of an unknown kind: expected \.jsonl, \.json, \.parquet\."):
+    with pytest.raises(ValueError, match=r"of an unknown kind: expected \.jsonl, \.json, \.parquet, \.txt\."):
         open_sources(data_config([tmp_path / name], eval_rows=1))
 
 

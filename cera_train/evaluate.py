@@ -1,0 +1,377 @@
+"""Evaluation, top to bottom: what is evaluated; its answers or its perplexity; grades; the result.
+
+It takes a run's folder and needs nothing else: the folder holds the config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from cera_train import console
+from cera_train.card import write_card
+from cera_train.checkpoint import load_adapter
+from cera_train.config import BatchLayout, Config, EvalConfig, ModelConfig, TaskKind, TrainConfig, load_config
+from cera_train.data import TokenizedRows, prepare_evaluation, prepare_windows
+from cera_train.data.batches import MicroBatches, share
+from cera_train.data.format import start_ids, text_of
+from cera_train.evaluation_folder import EvaluationFolder, append_answers
+from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
+from cera_train.loss import SupervisedLoss, choose_layout
+from cera_train.model import fingerprint, load_model, load_tokenizer
+from cera_train.perplexity import mean_loss, perplexity
+from cera_train.problems import Problem, load_problems, open_task
+from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
+from cera_train.scores import grade_exactly, score, verify
+from cera_train.spectrum import measure_spectra, spectrum_metrics
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Measures a run on a task, or goes on where an earlier call was cut.
+
+    Returns:
+        The content of result.json: `exact/pass@1`, `verified/pass@1`, `perplexity`, ... by the kind of task.
+
+    Raises:
+        ValueError: the run, the task or its data is not usable; the message says how to mend it.
+    """
+    quiet_libraries()
+    if config.grade is not None:
+        return grade_again(Path(config.grade), config.grading_seconds)
+    subject = find_subject(config)
+    config = replace(config, model=subject.model)  # on record, as used
+    is_main = is_main_process()
+    accelerator = start_accelerator(subject.model, subject.train.autocast)
+    path = subject.folder / "eval" / config.folder_name
+    with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
+        measure = measure_perplexity if config.task.kind in (TaskKind.perplexity, TaskKind.text) else answer_and_grade
+        if is_main:
+            folder.write_config(config)
+            console.say("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}")
+        accelerator.wait_for_everyone()
+        result = folder.result()
+        if result is None:
+            result = measure(config, subject, folder, accelerator)
+            if is_main:
+                folder.write_result(result)
+                if subject.adapter == subject.folder / "adapter":
+                    write_card(subject.folder)
+        if is_main:
+            console.say_evaluation(result, path)
+        return result
+
+
+# --- what is evaluated -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter on its base model, or a base model alone."""
+
+    folder: Path
+    """Where its evaluations lie, in eval/."""
+    model: ModelConfig
+    adapter: Path | None
+    run: Config | None
+    """How it was trained, where that is on record."""
+
+    @property
+    def name(self) -> str:
+        return str(self.adapter or "the untouched model")
+
+    @property
+    def train(self) -> TrainConfig:
+        """Precision and micro-batches as in training, so that perplexity and spectra are those of training."""
+        return self.run.train if self.run else TrainConfig()
+
+
+def find_subject(config: EvalConfig) -> Subject:
+    """What `run=` and `model=` mean.
+
+    Raises:
+        ValueError: there is no such folder, or it is unfinished or holds no adapter.
+    """
+    if config.run == "base":
+        name = Path(config.model.path).name.removeprefix("pypi:")
+        return Subject(Path(config.output_dir) / f"base-{name}", config.model, None, None)
+    folder = Path(config.run)
+    if (folder / "adapter_config.json").is_file():  # a run's best adapter, a checkpoint, or an adapter from anywhere
+        record = next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), None)
+        run = load_config(record / "config.yaml") if record else None
+        return Subject(folder, config.model or (run.model if run else base_of(folder)), folder, run)
+    if not (folder / "config.yaml").is_file():
+        what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"run={config.run} {what}: expected a folder that cera-train left (with config.yaml), an adapter's folder "
+            "(with adapter_config.json), or base."
+        )
+    run = load_config(folder / "config.yaml")
+    if not (folder / "result.json").is_file():
+        best = f", or evaluate its best adapter so far, run={folder}/best" if (folder / "best").is_dir() else ""
+        raise ValueError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
+    return Subject(folder, config.model or run.model, folder / "adapter", run)
+
+
+def base_of(adapter: Path) -> ModelConfig:
+    """The base model that an adapter names.
+
+    Raises:
+        ValueError: its adapter_config.json is broken or names none.
+    """
+    try:
+        path = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{adapter}/adapter_config.json is broken: {error}") from error
+    if not path:
+        raise ValueError(f"{adapter} does not name its base model: set model=....")
+    return ModelConfig(path=path)
+
+
+def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:
+    """The model with its adapter, and the transformers model inside; the same model twice for an untouched one.
+
+    Raises:
+        ValueError: the adapter is damaged, or belongs to another base model.
+    """
+    base = load_model(subject.model, device)
+    if subject.adapter is None:
+        return base.eval(), base
+    _check_base(subject, base)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(subject.adapter))
+        weights = peft.load_peft_weights(str(subject.adapter), device="cpu")
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{subject.adapter} is damaged or no adapter: {error}") from error
+    own_base, config.base_model_name_or_path = (
+        config.base_model_name_or_path,
+        base.name_or_path,
+    )  # PEFT warns of another
+    try:
+        model = peft.get_peft_model(base, config)
+        load_adapter(model, weights)
+    except ValueError as error:
+        raise ValueError(
+            f"{subject.adapter} does not fit {subject.model.path}: it belongs to another base model, "
+            f"{own_base}. Leave out model=, or name that one. ({str(error)[:120]}...)"
+        ) from error
+    return model.eval(), base
+
+
+def _check_base(subject: Subject, base: PreTrainedModel) -> None:
+    """Two models of one shape take the same adapter without complaint; what the run wrote down tells them apart."""
+    record = subject.adapter.parent / "environment.json"
+    if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
+        return
+    expected = json.loads(record.read_text()).get("base_fingerprint")
+    if expected is not None and expected != fingerprint(base):
+        raise ValueError(
+            f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "
+            f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
+        )
+
+
+# --- answers and grades ----------------------------------------------------------------------------------------------
+
+
+def answer_and_grade(
+    config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Generates what is missing, then grades everything."""
+    problems = load_problems(config.task, subject.run.data if subject.run else None)
+    if accelerator.is_main_process:
+        folder.write_problems(problems)
+    answers, broken = folder.answers()
+    for line in broken if accelerator.is_main_process else []:
+        console.say("note", f"{line}: its problem is answered again.")
+    accelerator.wait_for_everyone()  # nobody writes while others read
+    keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
+    speed = {}
+    if any(key not in answers for key in keys):
+        started, tokens = time.perf_counter(), 0
+        with folder.append_to_answers() as file:
+            try:
+                for batch in generate_missing(config, subject, problems, answers.keys(), accelerator):
+                    append_answers(file, batch)
+                    tokens += sum(answer.tokens for answer in batch)
+            except (KeyboardInterrupt, SystemExit):
+                console.say("stopped", "every whole batch of answers is kept. The same command goes on.")
+                raise
+        speed = {"tokens_per_s": tokens / (time.perf_counter() - started)}
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return {}
+    answers, _ = folder.answers()
+    folder.finish_answers(answers[key] for key in keys)
+    return grade(config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
+
+
+def generate_missing(
+    config: EvalConfig,
+    subject: Subject,
+    problems: Sequence[Problem],
+    done: Any,
+    accelerator: Accelerator,
+) -> Iterator[list[Generation]]:
+    """This process's share of the answers that are not done, batch by batch.
+
+    A batch of which one answer is missing is generated whole, since the rounding of an answer follows from its batch.
+    """
+    tokenizer = load_tokenizer(subject.model)
+    model, base = load_subject(subject, accelerator.device)
+    prepare_generation(base, tokenizer, config.task.max_new_tokens, config.task.stop)
+    start = start_ids(tokenizer)
+    prompt_ids = tokenizer([problem.prompt for problem in problems], add_special_tokens=False).input_ids
+    requests = [
+        Request(problem.id, sample, (*start, *ids))
+        for problem, ids in zip(problems, prompt_ids, strict=True)
+        for sample in range(config.generation.samples)
+    ]
+    _check_positions(base, requests, config.task.max_new_tokens)
+    batches = cut_batches(requests, config.task.max_new_tokens, config.generation.batch_tokens)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+
+    by_id = {problem.id: problem for problem in problems}
+    progress = console.EvaluationProgress(
+        sum(map(len, mine)), visible=accelerator.is_main_process, processes=accelerator.num_processes
+    )
+    with contextlib.closing(progress):
+        for batch in mine:
+            missing = [request for request in batch if (request.problem, request.sample) not in done]
+            if not missing:
+                progress.skip(len(batch))
+                continue
+            with accelerator.autocast():
+                answers = generate(model, base, tokenizer, batch, config.generation)
+            correct = [grade_exactly(config.task.kind, by_id[answer.problem], answer).exact for answer in answers]
+            progress.step(correct)
+            wanted = {(request.problem, request.sample) for request in missing}
+            yield [answer for answer in answers if (answer.problem, answer.sample) in wanted]
+
+
+def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
+    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(request.prompt_ids) for request in requests)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens, and with task.max_new_tokens={max_new_tokens} it is beyond the "
+            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
+        )
+
+
+def grade(config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
+    """Grades the answers on record and writes grades.jsonl; returns the scores."""
+    problems = {problem.id: problem for problem in folder.problems()}
+    answers, _ = folder.answers()
+    answers = [answer for answer in answers.values() if answer.problem in problems]
+    grades = [grade_exactly(config.task.kind, problems[answer.problem], answer) for answer in answers]
+    if config.task.kind != TaskKind.logistic_map:
+        grades = verify(problems, answers, grades, config.grading_seconds)
+    folder.write_grades(grade.line() for grade in grades)
+    missing = len(problems) * config.generation.samples - len(answers)
+    return {
+        "task": config.folder_name,
+        "kind": config.task.kind.value,
+        "problems": len(problems),
+        "samples": config.generation.samples,
+        "missing": missing,
+        **score(config.task.kind, list(problems.values()), answers, grades),
+    }
+
+
+def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
+    """`cera-eval grade=DIR`: new grades for the answers on record, without a model.
+
+    Raises:
+        ValueError: the folder holds no answers.
+    """
+    if not path.is_dir():
+        raise ValueError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
+    with EvaluationFolder(path) as folder:
+        config = replace(folder.config(), grading_seconds=grading_seconds)
+        if config.task.kind in (TaskKind.perplexity, TaskKind.text):
+            raise ValueError(f"{path} measured perplexity: there are no answers to grade.")
+        answers, broken = folder.answers()
+        if not answers:
+            raise ValueError(f"{path} has no answers yet: run the evaluation first, with run= and task=.")
+        for line in broken:
+            console.say("note", f"{line} and left out; the evaluation's own command answers it again.")
+        before = folder.result() or {}
+        measured = {name: before[name] for name in ("tokens_per_s", "peak_memory_bytes") if name in before}
+        result = grade(config, folder) | measured
+        if result["missing"]:
+            console.say("note", f"{result['missing']} answers are missing: the scores are of the others.")
+        else:
+            folder.write_result(result)
+        console.say_evaluation(result, path)
+        return result
+
+
+# --- perplexity ------------------------------------------------------------------------------------------------------
+
+
+def measure_perplexity(
+    config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Perplexity with the adapter and without it; on rows as in training, its spectra too."""
+    tokenizer = load_tokenizer(subject.model)
+    rows = perplexity_rows(config, subject, tokenizer)
+    model, base = load_subject(subject, accelerator.device)
+    started = time.perf_counter()
+    loss = SupervisedLoss(model, base)
+    is_flat = choose_layout(subject.train.batch_layout, loss, accelerator.device) == BatchLayout.flat
+    loss = accelerator.unwrap_model(accelerator.prepare(loss))
+    longest = max(rows.column("length"))
+    batches = MicroBatches(rows, is_flat, max(subject.train.micro_batch_tokens, longest), accelerator.device)
+    mine = share(range(len(rows.rows)), batches.lengths, accelerator.num_processes, accelerator.process_index)
+
+    loss_per_token = mean_loss(loss, batches.all(mine), accelerator)
+    result = {
+        "task": config.folder_name,
+        "kind": "perplexity",
+        "perplexity": perplexity(loss_per_token),
+        "loss": loss_per_token,
+        "rows": len(rows.rows),
+        "tokens": sum(batches.supervised),
+    }
+    if subject.adapter is not None:
+        with model.disable_adapter():
+            result["perplexity_base"] = perplexity(mean_loss(loss, batches.all(mine), accelerator))
+        if config.task.kind == TaskKind.perplexity:
+            probe = batches.all(batches.first(subject.train.probe_tokens))
+            metrics = spectrum_metrics(measure_spectra(model, loss, probe))
+            result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
+    return result | {
+        "seconds": time.perf_counter() - started,
+        "peak_memory_bytes": peak_memory(accelerator.device),
+    }
+
+
+def perplexity_rows(config: EvalConfig, subject: Subject, tokenizer: Any) -> TokenizedRows:
+    """The rows to predict.
+
+    Raises:
+        ValueError: there are none, or they lack the columns that the layout needs.
+    """
+    task = config.task
+    if task.kind == TaskKind.text:
+        text = "\n\n".join(text_of(row, "text") for row in open_task(task).read())
+        return prepare_windows(text, tokenizer, task.window, task.limit)
+    data = config.data or (subject.run.data if subject.run else None)
+    if data is None:
+        raise ValueError(f"{subject.folder} does not say what it was trained on: choose the rows with data=....")
+    if task.files:
+        data = replace(data, train_files=task.files, eval_files=task.files, eval_rows=None)
+    return prepare_evaluation(replace(data, eval_rows=task.limit) if task.limit else data, tokenizer)

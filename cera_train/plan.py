@@ -1,0 +1,452 @@
+"""What a run will need, before it runs: parameters, memory, updates, time and cost, from its config alone. And after a
+run, what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from cera_train.architecture import (
+    adapted_linears,
+    adapter_parameters,
+    frozen_parameters,
+    model_facts,
+    rank_for_budget,
+)
+from cera_train.config import (
+    Activation,
+    AdapterConfig,
+    AdapterKind,
+    CompareAt,
+    Config,
+    Dtype,
+    GpuKind,
+    PlanConfig,
+    PlanRun,
+    Quantization,
+    flatten,
+    load_config,
+    to_plain,
+)
+from cera_train.estimate import DataSize, Memory, Work, data_size, flops_of, memory_of, setting_of, work_of
+
+GB = 1e9
+
+GPU_MFU, CPU_MFU = 0.4, 0.45
+"""The share of the peak speed that training reaches. On a GPU an assumption; on a CPU what two runs of SmolLM2-135M
+reached, 0.48 with CeRA and 0.41 with LoRA."""
+
+USABLE = 0.95
+"""Of a GPU's memory: the rest is for CUDA itself and the gaps of torch's allocator."""
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    memory: float
+    """Bytes."""
+    flops: float
+    """A second, at best."""
+
+
+GPUS = {
+    GpuKind.h100: Device("H100", 80 * GB, 989e12),
+    GpuKind.a100: Device("A100", 80 * GB, 312e12),
+    GpuKind.l40s: Device("L40S", 48 * GB, 362e12),
+    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12),
+}
+"""Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
+
+
+@functools.cache
+def this_cpu(is_16bit: bool, threads: int | None) -> Device:
+    """This machine: its memory, and how fast torch multiplies matrices on it, the best of half a second."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
+    best, start = 0.0, time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        began = time.perf_counter()
+        matrix @ matrix
+        best = max(best, 2 * 512**3 / (time.perf_counter() - began))
+    torch.set_num_threads(before)
+    return Device("this CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), best)
+
+
+# --- a plan ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, planned."""
+
+    config: PlanRun
+    device: Device
+    data: DataSize
+    frozen: dict[str, int]
+    """Parameters by kind of module."""
+    adapter: dict[str, int]
+    """Trainable parameters by target."""
+    work: Work
+    memory: Memory
+    other_activations: float
+    """Bytes of the activations with gradient checkpointing where the run has none, and without where it has it."""
+    flops: dict[str, float]
+    mfu: float
+    remedies: dict[str, float] = field(default_factory=dict)
+    """For a plan that does not fit: an override, and the peak memory with it."""
+    compared: list[Plan] = field(default_factory=list)
+
+    @property
+    def trainable(self) -> int:
+        return sum(self.adapter.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= USABLE * self.device.memory
+
+    @property
+    def update_seconds(self) -> float:
+        """Of one update, evaluations not counted."""
+        return self._seconds(sum(self.flops.values()) - self.flops["evaluations"]) / self.work.updates
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self._seconds(sum(self.flops.values()))
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds / 3600 * self.config.plan.gpus
+
+    @property
+    def cost(self) -> float | None:
+        price = self.config.plan.price_per_hour
+        return None if price is None else price * self.gpu_hours
+
+    def _seconds(self, flops: float) -> float:
+        return flops / (self.device.flops * self.mfu * self.config.plan.gpus)
+
+
+def make_plan(config: PlanRun, cpu_threads: int | None = None) -> Plan:
+    """Plans a run, and beside it the same run with each adapter of `plan.compare`.
+
+    Args:
+        cpu_threads: of a run on a CPU. None: as many as torch takes.
+
+    Raises:
+        ValueError: the model or the data is unknown, or a target matches no module.
+    """
+    plan = _plan(config, cpu_threads)
+    compared = [_plan(_with_adapter(config, kind)) for kind in config.plan.compare]
+    return replace(plan, compared=compared, remedies={} if plan.fits else _remedies(config))
+
+
+def _plan(config: PlanRun, cpu_threads: int | None = None) -> Plan:
+    model = config.model
+    facts = model_facts(model)
+    if config.data.max_length > facts.max_position_embeddings:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} is beyond the {facts.max_position_embeddings} positions of "
+            f"{model.path}: lower it."
+        )
+    data = data_size(config.data, config.plan.tokens_per_row)
+    on_gpu = config.plan.gpu != GpuKind.cpu
+    setting = setting_of(config, data, on_gpu, config.plan.gpus)
+    work = work_of(config, data)
+    other = replace(config, model=replace(model, gradient_checkpointing=not model.gradient_checkpointing))
+    return Plan(
+        config=config,
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(setting.base_bytes == 2, cpu_threads),
+        data=data,
+        frozen=frozen_parameters(facts),
+        adapter=adapter_parameters(adapted_linears(facts, config.adapter), config.adapter.kind, config.adapter.r),
+        work=work,
+        memory=memory_of(config, facts, data, setting),
+        other_activations=memory_of(other, facts, data, setting).training["activations"],
+        flops=flops_of(config, facts, data, work, setting),
+        mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
+    )
+
+
+def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
+    """The same run with another adapter, at the same rank or the same number of parameters."""
+    adapter, r = config.adapter, config.adapter.r
+    if config.plan.compare_at == CompareAt.budget:
+        adapted = adapted_linears(model_facts(config.model), adapter)
+        r = rank_for_budget(adapted, kind, sum(adapter_parameters(adapted, adapter.kind, r).values()))
+    gate = adapter.activation if kind == AdapterKind.cera else Activation.silu
+    return replace(config, adapter=replace(adapter, kind=kind, r=r, activation=gate))
+
+
+def _remedies(config: PlanRun) -> dict[str, float]:
+    """What lowers the peak, each by itself and all together: an override and the peak with it."""
+    model, train = config.model, config.train
+    fewer = max(config.data.max_length, train.micro_batch_tokens // 4)
+    changes: list[tuple[str, str, dict[str, Any]]] = []
+    if not model.gradient_checkpointing:
+        changes.append(("model.gradient_checkpointing=true", "model", {"gradient_checkpointing": True}))
+    if model.quantization != Quantization.nf4 and model.dtype != Dtype.float16:
+        changes.append(("model.quantization=nf4", "model", {"quantization": Quantization.nf4}))
+    if fewer < train.micro_batch_tokens:
+        changes.append((f"train.micro_batch_tokens={fewer}", "train", {"micro_batch_tokens": fewer}))
+
+    def peak(changes: list[tuple[str, str, dict[str, Any]]]) -> float:
+        changed = config
+        for _, section, values in changes:
+            changed = replace(changed, **{section: replace(getattr(changed, section), **values)})
+        return _plan(changed).memory.peak
+
+    peaks = {change[0]: peak([change]) for change in changes}
+    return peaks | ({"all of these": peak(changes)} if len(changes) > 1 else {})
+
+
+# --- what it prints --------------------------------------------------------------------------------------------------
+
+Cell = Callable[[Plan], str]
+
+
+def say_plan(plan: Plan) -> None:
+    """The plan, and the compared ones beside it."""
+    config, data, device = plan.config, plan.data, plan.device
+    quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
+    say("plan", f"{config.name}: {describe(config.adapter)} on {config.model.path}, {config.model.dtype}{quantization}")
+    where = config.data.path or ", ".join(config.data.train_files) or config.data.layout
+    say(
+        "data",
+        f"{where}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
+        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
+    )
+    seen = "seen with SmolLM2-135M" if config.plan.gpu == GpuKind.cpu else "an assumption"
+    assumed = "plan.mfu" if config.plan.mfu else f"{seen}; set plan.mfu"
+    say(
+        "device",
+        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, "
+        f"{_scaled(device.flops, 'FLOP/s')} at best, {plan.mfu:.0%} of it in training ({assumed})",
+    )
+    print()
+    plans = [plan, *plan.compared]
+    _table(plans, _rows(plans))
+    print()
+    _say_fit(plans)
+    if plan.cost is None and config.plan.gpu != GpuKind.cpu:
+        say("cost", "set plan.price_per_hour to the price of one GPU")
+
+
+def say(label: str, text: str) -> None:
+    """One aligned line."""
+    print(f"{label:<11}{text}")
+
+
+def describe(adapter: AdapterConfig) -> str:
+    """An adapter in a few words."""
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else " ".join(adapter.target_modules)
+    return f"{adapter.kind} r={adapter.r} on {targets}"
+
+
+def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
+    """Labels and cells; without a cell it is a heading."""
+    first = plans[0]
+
+    def count(part: str, name: str) -> Cell:
+        return lambda plan: f"{getattr(plan, part)[name]:,}"
+
+    def gigabytes(moment: str, name: str) -> Cell:
+        return lambda plan: _gigabytes(getattr(plan.memory, moment)[name])
+
+    rows: list[tuple[str, Cell | None]] = [("parameters", None)]
+    rows += [(f"  {name}", count("frozen", name)) for name, own in first.frozen.items() if own or name == "head"]
+    rows += [("  frozen", lambda plan: f"{sum(plan.frozen.values()):,}")]
+    rows += [(f"  adapter {name}", count("adapter", name)) for name in first.adapter]
+    rows += [
+        ("  trainable", lambda plan: f"{plan.trainable:,}"),
+        ("  share", lambda plan: f"{plan.trainable / (plan.trainable + sum(plan.frozen.values())):.2%}"),
+        ("memory of one process, GB (10^9 bytes)", None),
+        *((f"  {name}", gigabytes("training", name)) for name in first.memory.training),
+        ("  peak in training", lambda plan: _gigabytes(sum(plan.memory.training.values()))),
+        ("  peak in evaluation", lambda plan: _gigabytes(sum(plan.memory.evaluation.values()))),
+        (
+            f"  activations with{'out' * first.config.model.gradient_checkpointing} checkpointing",
+            lambda plan: _gigabytes(plan.other_activations),
+        ),
+        ("work", None),
+        ("  updates", lambda plan: f"{plan.work.updates:,}"),
+        ("  tokens", lambda plan: f"{plan.work.tokens:,.0f}"),
+        ("  evaluations", lambda plan: f"{plan.work.evaluations:,}"),
+        ("PFLOP", None),
+        *((f"  {name}", lambda plan, name=name: _petaflops(plan.flops.get(name, 0))) for name in _flop_names(plans)),
+        ("  in all", lambda plan: _petaflops(sum(plan.flops.values()))),
+        ("time and cost", None),
+        ("  an update", lambda plan: f"{plan.update_seconds:.2f} s"),
+        ("  the run", lambda plan: duration(plan.seconds)),
+    ]
+    if first.config.plan.gpu != GpuKind.cpu:
+        rows.append(("  GPU-hours", lambda plan: f"{plan.gpu_hours:,.2f}"))
+    if first.cost is not None:
+        rows.append(("  cost", lambda plan: f"{plan.cost:,.2f}"))
+    return rows
+
+
+def _flop_names(plans: list[Plan]) -> list[str]:
+    names = dict.fromkeys(name for plan in plans for name in plan.flops if name != "evaluations")
+    return [*names, "evaluations"]
+
+
+def _table(plans: list[Plan], rows: list[tuple[str, Cell | None]]) -> None:
+    columns = [[cell(plan) if cell else "" for _, cell in rows] for plan in plans]
+    widths = [max(16, *map(len, column)) for column in columns]
+    if len(plans) > 1:
+        heads = [f"{plan.config.adapter.kind} r={plan.config.adapter.r}" for plan in plans]
+        print(" " * 36 + "  ".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
+    for index, (label, cell) in enumerate(rows):
+        values = "  ".join(f"{column[index]:>{width}}" for column, width in zip(columns, widths, strict=True))
+        print(f"{label:<36}{values}" if cell else label)
+
+
+def _say_fit(plans: list[Plan]) -> None:
+    for plan in plans:
+        needs = f"{describe(plan.config.adapter)} needs {_gigabytes(plan.memory.peak)} GB"
+        there = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
+        if plan.fits:
+            say("fits", f"{needs} of the {there}")
+        else:
+            say("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
+    for override, peak in plans[0].remedies.items():
+        say("", f"{_gigabytes(peak)} GB with {override}")
+
+
+def say_sweep(plans: list[Plan]) -> None:
+    """The jobs of a sweep, one a line by what differs, and their sum."""
+    settings = [_settings(plan.config) for plan in plans]
+    keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
+    for path in ("model.path", "data.path"):  # says it all about its section
+        section = path.split(".")[0] + "."
+        keys = [key for key in keys if path not in keys or key == path or not key.startswith(section)]
+    names = [
+        " ".join(f"{key}={own.get(key)}" for key in keys) or plan.config.name
+        for own, plan in zip(settings, plans, strict=True)
+    ]
+    width = max(12, *map(len, names))
+    print(f"{'job':<{width}}{'trainable':>16}{'peak GB':>10}{'updates':>10}{'time':>12}{'GPU-hours':>12}{'cost':>12}")
+    for name, plan in zip(names, plans, strict=True):
+        mark = "" if plan.fits else f"  does not fit {plan.device.name}"
+        cost = "" if plan.cost is None else f"{plan.cost:,.2f}"
+        print(
+            f"{name:<{width}}{plan.trainable:>16,}{_gigabytes(plan.memory.peak):>10}{plan.work.updates:>10,}"
+            f"{duration(plan.seconds):>12}{plan.gpu_hours:>12,.2f}{cost:>12}{mark}"
+        )
+    costs = [plan.cost for plan in plans]
+    total = "" if None in costs else f"{sum(costs):,.2f}"
+    largest = _gigabytes(max(plan.memory.peak for plan in plans))
+    print(
+        f"{f'{len(plans)} jobs':<{width}}{'':>16}{largest:>10}{sum(plan.work.updates for plan in plans):>10,}"
+        f"{duration(sum(plan.seconds for plan in plans)):>12}{sum(plan.gpu_hours for plan in plans):>12,.2f}{total:>12}"
+    )
+
+
+def _settings(config: PlanRun) -> dict[str, Any]:
+    """What can tell jobs apart; the name repeats it, facts and published figures follow from it."""
+    left_out = ("name", "output_dir", "published", "model.facts", "data.facts")
+    return {key: value for key, value in flatten(to_plain(config)).items() if not key.startswith(left_out)}
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / GB:,.3f}" if count < GB else f"{count / GB:,.2f}"
+
+
+def _petaflops(flops: float) -> str:
+    return f"{flops / 1e15:,.3f}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
+
+
+def _scaled(value: float, unit: str) -> str:
+    return f"{value / 1e12:,.0f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.0f} G{unit}"
+
+
+# --- after a run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of a finished run beside its prediction."""
+
+    name: str
+    predicted: float
+    measured: float
+    unit: str
+
+    @property
+    def deviation(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
+    """The plan of a finished run on the device it ran on, and the predictions beside what it measured.
+
+    Args:
+        plan: its `mfu` counts; device and tokens are the run's.
+
+    Raises:
+        ValueError: the folder is missing, holds no run, or the run is unfinished.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"run={folder}: there is no config.yaml of a run. Name the folder of one, such as outputs/NAME."
+        )
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"run={folder} is unfinished: it has no result.json yet.")
+    config = load_config(folder / "config.yaml", Config)
+    result = json.loads((folder / "result.json").read_text())
+    machine = json.loads((folder / "environment.json").read_text())
+    gpus = machine["gpus"]
+    kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.name in gpus[0]), None)
+    if gpus and kind is None:
+        raise ValueError(
+            f"run={folder} ran on {gpus[0]}: cera-plan knows {', '.join(gpu.name for gpu in GPUS.values())}."
+        )
+    work = work_of(config, data_size(config.data))
+    plan = replace(
+        plan,
+        gpu=kind or GpuKind.cpu,
+        gpus=max(1, len(gpus)),
+        compare=[],
+        tokens_per_row=result["tokens"] / work.rows,
+    )
+    stopped = replace(config.train, max_updates=result["updates"])  # it may have run out of patience
+    predicted = make_plan(PlanRun(**vars(config) | {"train": stopped, "plan": plan}), machine["cpu_threads"])
+    return predicted, [
+        Measured("trainable parameters", predicted.trainable, result["trainable_parameters"], ""),
+        Measured("peak memory", predicted.memory.peak, result["peak_memory_bytes"], "GB"),
+        Measured("seconds an update", predicted.update_seconds, result["seconds"] / result["updates"], "s"),
+    ]
+
+
+def say_measured(folder: Path, plan: PlanConfig) -> None:
+    """Predicted beside measured, for a finished run."""
+    predicted, rows = measured(folder, plan)
+    show = {"": lambda value: f"{value:,.0f}", "GB": _gigabytes, "s": lambda value: f"{value:,.2f}"}
+    print(f"{'':<24}{'predicted':>16}{'measured':>16}{'deviation':>12}")
+    for row in rows:
+        label = f"{row.name}, {row.unit}" if row.unit == "GB" else row.name
+        value = show[row.unit]
+        deviation = "equal" if row.predicted == row.measured else f"{row.deviation:+.1%}"
+        print(f"{label:<24}{value(row.predicted):>16}{value(row.measured):>16}{deviation:>12}")
+    speed = f"{_scaled(predicted.device.flops, 'FLOP/s')} of {predicted.device.name} at {predicted.mfu:.0%}"
+    print(
+        f"Seconds for {speed} (plan.mfu); memory and seconds for the {predicted.data.tokens_per_row:,.0f} tokens a row had."
+    )
