@@ -332,7 +332,7 @@ def measure_perplexity(
     started = time.perf_counter()
     loss = SupervisedLoss(model, base)
     is_flat = choose_layout(subject.train.batch_layout, loss, accelerator.device) == BatchLayout.flat
-    loss = accelerator.unwrap_model(accelerator.prepare(loss))
+    loss = accelerator.prepare_model(loss, evaluation_mode=True)
     longest = max(rows.column("length"))
     batches = MicroBatches(rows, is_flat, max(subject.train.micro_batch_tokens, longest), accelerator.device)
     mine = share(range(len(rows.rows)), batches.lengths, accelerator.num_processes, accelerator.process_index)
