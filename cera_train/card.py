@@ -28,11 +28,13 @@ def write_card(run: Path) -> None:
 def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
     """The card's text, with the metadata that the Hub reads."""
     model, adapter = config.model, config.adapter
+    facts = model.facts if model.facts and model.facts.of == model.path else None
+    license_name = facts.license if facts else None
     is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
     metadata = {
         "library_name": "peft",
         "base_model": model.path if is_hub_id else None,
-        "license": model.license,
+        "license": license_name,
         "datasets": [config.data.path] if config.data.path and not config.data.train_files else None,
         "tags": [adapter.kind.value],
         "pipeline_tag": "text-generation",
@@ -57,8 +59,8 @@ def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any
     for evaluation in evaluations:
         measured |= evaluation_rows(evaluation)
     license_text = (
-        f"The base weights are under `{escape(model.license)}`; an adapter of theirs comes under its terms."
-        if model.license
+        f"The base weights are under `{escape(license_name)}`; an adapter of theirs comes under its terms."
+        if license_name
         else "The licence of the base weights is not on record here: see where they come from."
     )
     formula = (

@@ -24,7 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cera_train.composition import Composition, config_dir, register_configs, to_config
+from cera_train.composition import Composition, config_dir, is_about_a_null_section, register_configs, to_config
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
@@ -84,6 +84,7 @@ def errors_in_one_line(composition: Composition) -> Iterator[None]:
         yield
     except Exception as error:
         is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
+        is_composition = is_composition or is_about_a_null_section(error)
         message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
         if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
             print(redact("".join(traceback.format_exception(error))), file=sys.stderr)

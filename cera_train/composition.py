@@ -29,7 +29,9 @@ def config_dir(name: str) -> Path:
 
 
 def register_configs() -> None:
-    """Stores the schemas and every recipe with Hydra; a recipe `name` is then `+recipe=name`."""
+    """Stores the schemas and every recipe with Hydra; a recipe `name` is then `+recipe=name`. ${options:group} in a
+    help text lists the group's choices."""
+    OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="eval_schema", node=EvalConfig)
@@ -87,6 +89,11 @@ class Composition:
         if isinstance(error, OverrideParseException):
             return f"cannot read the argument {error.override!r}: quote values that hold brackets, commas, = or spaces."
         text = " ".join(f"{error} {error.__cause__ or ''}".split())
+        if is_about_a_null_section(error):
+            chosen = {argument.split("=")[0] for argument in arguments}
+            keys = [argument.split("=")[0] for argument in arguments if "." in argument.split("=")[0]]
+            key = next(key for key in keys if key.split(".")[0] not in chosen)
+            return self.unknown_setting(key, key)
         if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^/']+)'", text):
             group, name = match.groups()
             return (
@@ -127,8 +134,13 @@ class Composition:
         return [path.name for path in sorted(config_dir("conf").iterdir()) if path.is_dir() and path.name in fields]
 
 
+def is_about_a_null_section(error: Exception) -> bool:
+    """Whether a value was set in a section that is null, which OmegaConf takes for a bug of its own."""
+    return isinstance(error, AssertionError) and "Unexpected type for root: NoneType" in str(error)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    known = list(known)
+    known = list(dict.fromkeys(known))
     last = name.rsplit(".", 1)[-1]
     near = [key for key in known if key.rsplit(".", 1)[-1] == last]
     near += [key for key in difflib.get_close_matches(name, known, n=3, cutoff=0.7) if key not in near]

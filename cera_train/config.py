@@ -29,7 +29,6 @@ CHANGES_NO_RESULT = (
     "train.micro_batch_tokens",
     "train.batch_layout",
     "model.gradient_checkpointing",
-    "model.license",
     "model.facts",
     "data.facts",
 )
@@ -158,6 +157,8 @@ class ModelFacts:
     max_position_embeddings: int = MISSING
     attention_bias: bool = False
     mlp_bias: bool = False
+    license: str | None = None
+    """Of the weights, for an adapter's model card: an identifier of the Hub's, such as apache-2.0."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -183,8 +184,6 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
-    license: str | None = None
-    """Of the base weights, for the adapter's model card: an identifier of the Hub's, such as apache-2.0."""
     facts: ModelFacts | None = None
     """For cera-plan only."""
 
@@ -446,7 +445,7 @@ class PlanConfig:
     """On what a run is planned, and beside which other adapters."""
 
     gpu: GpuKind = GpuKind.h100
-    """cpu: this machine's, whose speed is measured for a second."""
+    """cpu: this machine's, whose speed is measured for half a second."""
     gpus: int = 1
     mfu: float | None = None
     """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share seen for SmolLM2-135M."""

@@ -121,7 +121,8 @@ def test_the_card_says_what_the_adapter_is(finished_run, tiny_folder):
     card = ModelCard.load(finished_run / "adapter" / "README.md")
     result = json.loads((finished_run / "result.json").read_text())
     assert card.data.library_name == "peft"
-    assert card.data.license == "apache-2.0"
+    assert card.data.license is None  # apache-2.0 is that of the model whose file of conf/model this config began with
+    assert "licence of the base weights is not on record" in card.text
     for part in (
         *(str(tiny_folder), "CeRA of rank 4 on q\\_proj, v\\_proj".replace("\\_", "_"), "the logistic map"),
         *(f"{result['eval/perplexity']:.3f}", f"{result['perplexity_before']:.3f}", "import cera_train"),
@@ -138,9 +139,9 @@ def test_the_card_loads_the_adapter_as_it_says(finished_run):
     assert any("cera_A" in name for name, _ in names["model"].named_parameters())
 
 
-def test_the_card_shows_hostile_names_as_text(tiny_config):
-    config = tiny_config("name='a|b <script> `x`'", "train.max_updates=1", "model.license=null")
+def test_the_card_shows_hostile_names_as_text(tiny_config, tiny_folder):
+    config = tiny_config("name='a|b <script> `x`'", "train.max_updates=1", f"model.facts.of={tiny_folder}")
     text = (Path(train(config)["folder"]) / "adapter" / "README.md").read_text()
     assert "<script>" not in text
     assert "a\\|b &lt;script> \\`x\\`" in text
-    assert "licence of the base weights is not on record" in text
+    assert "license: apache-2.0" in text  # the facts are of this model now

@@ -61,7 +61,13 @@ def test_two_processes_share_the_answers_of_an_evaluation(tmp_path, tiny_folder,
         *("adapter.r=4", "train.max_updates=2", "name=run"),
     )
     evaluate = [str(scripts / "cera-eval"), "run=outputs/run"]
-    answer = [*evaluate, "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8", "generation.batch_tokens=90"]
+    answer = [
+        *evaluate,
+        "task=gsm8k",
+        f"task.files=[{questions}]",
+        "task.max_new_tokens=8",
+        "generation.batch_tokens=90",
+    ]
     measure = [*evaluate, "task=perplexity"]
     out = {"one": [run(*answer, "name=one"), run(*measure, "name=perplexity_one")]}
     out["two"] = [run(*launcher, *answer, "name=two"), run(*launcher, *measure, "name=perplexity_two")]
