@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,11 +51,13 @@ def main_eval() -> None:
 
 def main_plan() -> None:
     """`cera-plan`: what a run would need, or with -m the runs of a sweep."""
-    start(PLAN, plan)
-    if len(PLANS) > 1:
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv.append(f"hydra.sweep.dir={folder}")  # Hydra writes a multirun.yaml there
+        start(PLAN, plan)
+    if SWEEP:
         from cera_train.plan import say_sweep
 
-        say_sweep(PLANS)
+        say_sweep(SWEEP)
 
 
 def main_report() -> None:
@@ -130,8 +134,8 @@ def evaluate(composed: DictConfig) -> None:
         evaluate(config)
 
 
-PLANS: list[Any] = []
-"""One for each job of a sweep, which Hydra runs one after the other in this process."""
+SWEEP: list[Any] = []
+"""The plans of a sweep's jobs, which Hydra runs one after the other in this process."""
 
 
 @hydra_command("plan")
@@ -143,10 +147,10 @@ def plan(composed: DictConfig) -> None:
 
         if config.run is not None:
             say_measured(Path(config.run), config.plan)
-            return
-        PLANS.append(make_plan(config))
-        if HydraConfig.get().mode == hydra.types.RunMode.RUN:
-            say_plan(PLANS[-1])
+        elif HydraConfig.get().mode == RunMode.MULTIRUN:
+            SWEEP.append(make_plan(config))
+        else:
+            say_plan(make_plan(config))
 
 
 def report() -> None:

@@ -39,8 +39,8 @@ from cera_train.estimate import DataSize, Memory, Work, data_size, flops_of, mem
 GB = 1e9
 
 GPU_MFU, CPU_MFU = 0.4, 0.45
-"""The share of the peak speed that training reaches. On a GPU an assumption; on a CPU what two runs of SmolLM2-135M
-reached, 0.48 with CeRA and 0.41 with LoRA."""
+"""The share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M reached with
+CeRA. With LoRA it was 0.38: its dropout goes over the whole input of a projection."""
 
 USABLE = 0.95
 """Of a GPU's memory: the rest is for CUDA itself and the gaps of torch's allocator."""
@@ -66,19 +66,21 @@ GPUS = {
 
 @functools.cache
 def this_cpu(is_16bit: bool, threads: int | None) -> Device:
-    """This machine: its memory, and how fast torch multiplies matrices on it, the best of half a second."""
+    """This machine: its memory, and how fast torch multiplies matrices on it. That is the best that one thread does in
+    half a second, times the threads: all at once would wait for whatever else the machine is doing."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(1)
     matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
     best, start = 0.0, time.perf_counter()
     while time.perf_counter() - start < 0.5:
         began = time.perf_counter()
         matrix @ matrix
         best = max(best, 2 * 512**3 / (time.perf_counter() - began))
-    torch.set_num_threads(before)
-    return Device("this CPU", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), best)
+    torch.set_num_threads(usual)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("this CPU", memory, best * (threads or usual))
 
 
 # --- a plan ----------------------------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
         *((f"  {name}", lambda plan, name=name: _petaflops(plan.flops.get(name, 0))) for name in _flop_names(plans)),
         ("  in all", lambda plan: _petaflops(sum(plan.flops.values()))),
         ("time and cost", None),
-        ("  an update", lambda plan: f"{plan.update_seconds:.2f} s"),
+        ("  an update", lambda plan: f"{plan.update_seconds:.3g} s"),
         ("  the run", lambda plan: duration(plan.seconds)),
     ]
     if first.config.plan.gpu != GpuKind.cpu:
@@ -439,14 +441,12 @@ def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
 def say_measured(folder: Path, plan: PlanConfig) -> None:
     """Predicted beside measured, for a finished run."""
     predicted, rows = measured(folder, plan)
-    show = {"": lambda value: f"{value:,.0f}", "GB": _gigabytes, "s": lambda value: f"{value:,.2f}"}
+    show = {"": lambda value: f"{value:,.0f}", "GB": _gigabytes, "s": lambda value: f"{value:.3g}"}
     print(f"{'':<24}{'predicted':>16}{'measured':>16}{'deviation':>12}")
     for row in rows:
         label = f"{row.name}, {row.unit}" if row.unit == "GB" else row.name
         value = show[row.unit]
         deviation = "equal" if row.predicted == row.measured else f"{row.deviation:+.1%}"
         print(f"{label:<24}{value(row.predicted):>16}{value(row.measured):>16}{deviation:>12}")
-    speed = f"{_scaled(predicted.device.flops, 'FLOP/s')} of {predicted.device.name} at {predicted.mfu:.0%}"
-    print(
-        f"Seconds for {speed} (plan.mfu); memory and seconds for the {predicted.data.tokens_per_row:,.0f} tokens a row had."
-    )
+    speed = f"{_scaled(predicted.device.flops, 'FLOP/s')} of {predicted.device.name} at {predicted.mfu:.0%} (plan.mfu)"
+    print(f"{predicted.data.tokens_per_row:,.0f} tokens a row, as the run had; seconds by {speed}")
