@@ -425,7 +425,7 @@ def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
     plan = replace(
         plan,
         gpu=kind or GpuKind.cpu,
-        gpus=max(1, len(gpus)),
+        gpus=machine["processes"],
         compare=[],
         tokens_per_row=result["tokens"] / work.rows,
     )

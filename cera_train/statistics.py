@@ -7,19 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+BLOCK = 1_000_000
+"""Numbers that a bootstrap draws at once: 8 MB."""
+
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
     """The probability that one of k answers, drawn from `samples` of which `correct` are right, is right:
     1 - C(n - c, k) / C(n, k), unbiased (Chen et al. 2021, arXiv 2107.03374)."""
     assert 0 <= correct <= samples
     assert 1 <= k <= samples
-    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+    draws = math.comb(samples, k)
+    return (draws - math.comb(samples - correct, k)) / draws  # of integers, so exact to the last bit
 
 
 def bootstrap_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems.
+    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same for the same seed.
+
+    Args:
+        values: one for each problem.
+        level: the share of resampled means that the interval holds.
 
     Raises:
         ValueError: there are no values.
@@ -32,15 +40,21 @@ def bootstrap_interval(
 
 
 def _resampled_means(values: Sequence[float], resamples: int, seed: int) -> Any:
+    """Means of `resamples` draws of as many values, with replacement: [resamples]."""
     import numpy
 
     if not len(values):
-        raise ValueError("there are no values to resample.")
-    # Drawing problems with replacement is drawing how often each distinct value comes up.
+        raise ValueError("expected the values of at least one problem, got none.")
+    # To draw problems is to draw how often each distinct value comes up: for right and wrong, one binomial number.
     distinct, counts = numpy.unique(numpy.asarray(values, dtype=float), return_counts=True)
     generator = numpy.random.default_rng(seed)
-    drawn = generator.multinomial(len(values), counts / len(values), size=resamples)
-    return drawn @ distinct / len(values)
+    block = max(1, BLOCK // len(distinct))
+    means = []
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        times_drawn = generator.multinomial(len(values), counts / len(values), size=size)  # [size, distinct]
+        means.append(times_drawn @ distinct / len(values))
+    return numpy.concatenate(means)
 
 
 @dataclass(frozen=True)
@@ -50,21 +64,25 @@ class McNemar:
     only_first: int
     only_second: int
     p_value: float
-    """Two-sided and exact: of as uneven a split, if each such problem fell to either run by a fair coin."""
+    """Two-sided and exact: the probability of a split at least as uneven, were it for a fair coin to decide which run
+    solves each of these problems."""
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form).
 
     Raises:
-        ValueError: the two are of different lengths.
+        ValueError: the two are of different lengths, or empty.
     """
     _check_paired(first, second)
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
-    return McNemar(only_first, only_second, float(min(1, 2 * tail / 2**n)))
+    splits, tail = 1, 0  # ways for k of the n to fall to the run that has fewer, and their sum
+    for k in range(min(only_first, only_second) + 1):
+        tail += splits
+        splits = splits * (n - k) // (k + 1)
+    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,8 @@ def paired_bootstrap(
     return Difference(sum(differences) / len(differences), lower, upper)
 
 
-def _check_paired(first: Sequence, second: Sequence) -> None:
+def _check_paired(first: Sequence[float], second: Sequence[float]) -> None:
     if len(first) != len(second):
         raise ValueError(f"a paired test needs the same problems of both runs, got {len(first)} and {len(second)}.")
+    if not len(first):
+        raise ValueError("expected the values of at least one problem, got none.")

@@ -58,7 +58,7 @@ def train(config: Config) -> dict[str, Any]:
         accelerator = start_accelerator(config.model, config.train.autocast)
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
         base = load_model(config.model, device)
-        base_fingerprint = fingerprint(base)
+        machine = environment() | {"processes": processes, "base_fingerprint": fingerprint(base)}
         torch.manual_seed(config.train.seed)
         model = add_adapter(base, config.adapter)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -84,7 +84,7 @@ def train(config: Config) -> dict[str, Any]:
         tracker = Tracker()
         if is_main:
             folder.rewind(progress.update if goes_on_here else None)
-            folder.write_config(environment() | {"base_fingerprint": base_fingerprint})
+            folder.write_config(machine)
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
             console.say_data(data, tokenizer)

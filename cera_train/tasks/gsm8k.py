@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems whose answer is a number, written after ####."""
+"""GSM8K: grade-school word problems whose answer is a number after #### (Cobbe et al. 2021, arXiv 2110.14168)."""
 
 from __future__ import annotations
 
@@ -8,42 +8,51 @@ from decimal import Decimal, InvalidOperation
 from cera_train.data.format import Row, text_of
 
 QUESTION = "question"
-"""The column with the question."""
+"""The column with the question. The gold answer is in `answer`."""
 
-NUMBER = re.compile(r"-?\$?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+NUMBER = re.compile(
+    r"""(?:(?<![\w.)])[-−]\$?|\$[-−]?)?  # a sign, but not the minus of 10-5
+    (?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)
+    (?:/\d+)?  # 1/2 stays a fraction: its 2 is not the answer""",
+    re.VERBOSE,
+)
 
 
 def gold(row: Row) -> str:
-    """The number after #### in the column `answer`.
+    """The number after #### in column `answer`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the column is missing, or has no such number.
     """
     answer = text_of(row, "answer")
-    _, mark, number = answer.partition("####")
-    if not mark or not NUMBER.search(number):
-        raise ValueError(f"the answer {answer[-60:]!r} does not end in #### and a number.")
-    return normalize(number)
+    number = extract(answer) if "####" in answer else None
+    if number is None:
+        raise ValueError(f"column 'answer' should end in #### and a number, and ends in {answer[-60:]!r}.")
+    return number
 
 
 def extract(text: str) -> str | None:
-    """The number after the first ####, else the last number of the text; None where there is no number."""
+    """The number after the first ####, on its line; in a text without ####, the last number. None where there is none.
+
+    The first, since a model that does not stop goes on with questions of its own. The number comes normalised.
+    """
     _, mark, rest = text.partition("####")
     if mark:
-        found = NUMBER.search(rest.split("\n")[0])
-        return normalize(found[0]) if found else None
+        number = NUMBER.search(rest.strip().partition("\n")[0])
+        return normalize(number[0]) if number else None
     numbers = NUMBER.findall(text)
     return normalize(numbers[-1]) if numbers else None
 
 
 def normalize(number: str) -> str:
     """Without currency, thousands separators, percent and a full stop at the end."""
-    return re.sub(r"[\s,$%]", "", number).rstrip(".")
+    return re.sub(r"[\s,$%]", "", number).rstrip(".").replace("−", "-")
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    """Whether two numbers are equal: 18 and 18.0 are."""
+    """Whether two numbers are equal: 18 and 18.0 are, 1/2 and 0.5 are not."""
+    answer, gold = normalize(answer), normalize(gold)
     try:
-        return Decimal(normalize(answer)) == Decimal(normalize(gold))
+        return Decimal(answer) == Decimal(gold)
     except InvalidOperation:
-        return normalize(answer) == normalize(gold)
+        return answer == gold

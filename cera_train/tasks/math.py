@@ -1,7 +1,8 @@
 r"""MATH: competition problems whose answer is the last \boxed{} of the solution.
 
-The exact rule is the published one: the content of the last box, balanced, equal after a light normalisation of its
-LaTeX. It knows notation, not mathematics: 1/2 is \frac12, but not 0.5.
+The exact rule is the published one (Hendrycks et al. 2021, arXiv 2103.03874), written anew: two answers are equal when
+a light normalisation writes them alike. It knows notation, not mathematics: 1/2 is \frac12, but 0.5 is not. Beyond the
+published rule it reads thousands separators, mixed numbers such as 1 1/2, and a fraction's arguments as TeX does.
 """
 
 from __future__ import annotations
@@ -11,71 +12,90 @@ import re
 from cera_train.data.format import Row, text_of
 
 QUESTION = "problem"
-"""The column with the question."""
+"""The column with the question. The gold answer is in `answer`, else in `solution`."""
 
-BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
-UNIT = r"\\(?:text|textbf|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?"
+BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
 
-RULES = [
-    (r"\\[!,;:]|(?<!\\)\\ |\\q?quad\b|~|\s", ""),  # spaces
-    (r"\\(?:left|right)(?![a-zA-Z])", ""),
-    (r"\\[td]frac", r"\\frac"),
-    (r"\^\{?\\circ\}?|\\degree|°", ""),
-    (r"\\?[$%]", ""),
-    (rf"(?<=.){UNIT}$", ""),  # a unit at the end
-    (r"^\\(?:text|textbf|mbox|mathrm)\{([^{}]*)\}$", r"\1"),
-    (r"^[a-zA-Z]{1,2}=", ""),  # x=
-    (r"\{,\}", ","),
-    (r"\.$", ""),
-    (r"(?<![\d.])\.(?=\d)", "0."),
-    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-    (r"\\frac(\w)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})(\w)", r"\1{\2}"),
-    (r"^(-?)(\d+)/(\d+)$", r"\1\\frac{\2}{\3}"),
-]
+TEXT = r"\\(?:text|textbf|mbox|mathrm)(?!\{[ie]\})"
+WORD = re.compile(rf"{TEXT}\{{([^{{}}]*)\}}")
+GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
+
+RULES = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"(?<!\\)\\!", ""),
+        (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
+        (r"\\(?:left|right)(?![a-zA-Z])", ""),
+        (r"\\[tdc]frac", r"\\frac"),
+        (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
+        (r"\\?[$%]", ""),
+        (r"(?<![ .])[ .]+$|^ +", ""),  # looks behind, else a long row of dots is searched from each of them
+        (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
+        (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
+        (r"\{,\}", ","),
+        (r"^-?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?$", lambda number: re.sub("[, ]", "", number[0])),
+        (r", *", ", "),  # so that math-verify takes 1,234 for a number and 1, 234 for a list
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+        (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+        (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),  # spaces, but in \pi r, 1 000 and after a list's comma
+        (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
+        (r"\\frac ?(\w) ?", r"\\frac{\1}"),
+        (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
+    )
+)
 """What is replaced, in this order."""
-
-THOUSANDS = re.compile(r"-?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def gold(row: Row) -> str:
-    r"""The column `answer` where there is one (MATH-500), else the last box of `solution`.
+    r"""The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`.
 
     Raises:
-        ValueError: the row has neither.
+        ValueError: the row has neither column, or the solution no box.
     """
     if row.get("answer") is not None:
         return text_of(row, "answer")
-    answer = extract(text_of(row, "solution"))
+    solution = text_of(row, "solution")
+    answer = extract(solution)
     if answer is None:
-        raise ValueError(r"the solution has no \boxed{...} with the answer.")
+        raise ValueError(rf"column 'solution' has no \boxed{{...}} with the answer; it ends in {solution[-60:]!r}.")
     return answer
 
 
 def extract(text: str) -> str | None:
-    r"""The content of the last \boxed{}; None where there is no box, or the last one is cut off."""
-    boxes = list(BOX.finditer(text))
-    if not boxes:
+    r"""The content of the last \boxed{}, or of the last \fbox{} where there is no \boxed.
+
+    Returns:
+        None where there is no box, or the last one is empty or cut off. A box without braces, as in `$\boxed 3$`, ends
+        with the formula or the line.
+    """
+    starts = next(filter(None, ([box.end() for box in command.finditer(text)] for command in BOXES)), None)
+    if starts is None:
         return None
-    rest = text[boxes[-1].end() :]
-    if not rest.startswith("{"):  # \boxed 3
-        word = re.match(r"[^\s$]+", rest)
-        return word[0] if word else None
+    rest = text[starts[-1] :]
+    if not rest.startswith("{"):
+        return re.match(r"[^$\n]*", rest)[0].strip() or None
     depth = 0
     for mark in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ is a brace of the answer, not of LaTeX
         depth += {"{": 1, "}": -1}.get(mark[0], 0)
         if depth == 0 and mark[0] == "}":
-            return rest[1 : mark.start()].strip()
+            return rest[1 : mark.start()].strip() or None
     return None
 
 
 def normalize(answer: str) -> str:
-    """The answer in one way of writing it."""
+    """The answer in one way of writing it, still LaTeX."""
     for pattern, replacement in RULES:
-        answer = re.sub(pattern, replacement, answer)
-    return answer.replace(",", "") if THOUSANDS.fullmatch(answer) else answer
+        answer = pattern.sub(replacement, answer)
+    return answer
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    """Whether two answers are written alike."""
-    return normalize(answer) == normalize(gold)
+    """Whether two answers are the same once they are written in the same way."""
+    return _bare(normalize(answer)) == _bare(normalize(gold))
+
+
+def _bare(answer: str) -> str:
+    r"""even for \text{even}, which math-verify should see as it is: it would read even as a product of variables."""
+    word = WORD.fullmatch(answer)
+    return word[1] if word else answer
