@@ -30,6 +30,7 @@ from cera_train.composition import Composition, config_dir, is_about_a_null_sect
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
+from cera_train.subject import find_subject
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -128,6 +129,8 @@ def evaluate(composed: DictConfig) -> None:
     """One evaluation."""
     with errors_in_one_line(EVAL):
         config = to_config(composed, EvalConfig)
+        if config.run is not None:
+            find_subject(config)  # torch takes seconds to import: a mistake gets its answer before
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         from cera_train.evaluate import evaluate
 

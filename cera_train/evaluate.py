@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from cera_train import console
 from cera_train.card import write_card
 from cera_train.checkpoint import load_adapter
-from cera_train.config import BatchLayout, Config, EvalConfig, ModelConfig, TaskKind, TrainConfig, load_config
+from cera_train.config import BatchLayout, EvalConfig, TaskKind
 from cera_train.data import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.batches import MicroBatches, share
 from cera_train.data.format import start_ids, text_of
@@ -35,6 +35,7 @@ from cera_train.problems import Problem, load_problems, open_task
 from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
 from cera_train.scores import grade_exactly, score, verify
 from cera_train.spectrum import measure_spectra, spectrum_metrics
+from cera_train.subject import Subject, find_subject
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -72,72 +73,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         return result
 
 
-# --- what is evaluated -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An adapter on its base model, or a base model alone."""
-
-    folder: Path
-    """Where its evaluations lie, in eval/."""
-    model: ModelConfig
-    adapter: Path | None
-    run: Config | None
-    """How it was trained, where that is on record."""
-
-    @property
-    def name(self) -> str:
-        return str(self.adapter or "the untouched model")
-
-    @property
-    def train(self) -> TrainConfig:
-        """Precision and micro-batches as in training, so that perplexity and spectra are those of training."""
-        return self.run.train if self.run else TrainConfig()
-
-
-def find_subject(config: EvalConfig) -> Subject:
-    """What `run=` and `model=` mean.
-
-    Raises:
-        ValueError: there is no such folder, or it is unfinished or holds no adapter.
-    """
-    if config.run == "base":
-        name = Path(config.model.path).name.removeprefix("pypi:")
-        return Subject(Path(config.output_dir) / f"base-{name}", config.model, None, None)
-    folder = Path(config.run)
-    if (folder / "adapter_config.json").is_file():  # a run's best adapter, a checkpoint, or an adapter from anywhere
-        record = next((place for place in (folder, folder.parent) if (place / "config.yaml").is_file()), None)
-        run = load_config(record / "config.yaml") if record else None
-        return Subject(folder, config.model or (run.model if run else base_of(folder)), folder, run)
-    if not (folder / "config.yaml").is_file():
-        what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
-        raise ValueError(
-            f"run={config.run} {what}: expected a folder that cera-train left (with config.yaml), an adapter's folder "
-            "(with adapter_config.json), or base."
-        )
-    run = load_config(folder / "config.yaml")
-    if not (folder / "result.json").is_file():
-        best = f", or evaluate its best adapter so far, run={folder}/best" if (folder / "best").is_dir() else ""
-        raise ValueError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
-    if not (folder / "adapter" / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
-    return Subject(folder, config.model or run.model, folder / "adapter", run)
-
-
-def base_of(adapter: Path) -> ModelConfig:
-    """The base model that an adapter names.
-
-    Raises:
-        ValueError: its adapter_config.json is broken or names none.
-    """
-    try:
-        path = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{adapter}/adapter_config.json is broken: {error}") from error
-    if not path:
-        raise ValueError(f"{adapter} does not name its base model: set model=....")
-    return ModelConfig(path=path)
+# --- the model -------------------------------------------------------------------------------------------------------
 
 
 def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:

@@ -332,7 +332,8 @@ def assert_one_line(done: subprocess.CompletedProcess[str], program: str, messag
 
 
 def test_an_evaluation_of_a_folder_that_is_no_run_gets_one_line(tmp_path):
-    done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path)
+    with at_once():
+        done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path)
     assert_one_line(done, "cera-eval", "run=nothing does not exist: expected a folder that cera-train left")
     assert not list(tmp_path.iterdir())
 

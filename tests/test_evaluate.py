@@ -15,6 +15,7 @@ from conftest import make_tiny_llama
 from transformers import AutoModelForCausalLM
 
 import cera_train.evaluate as evaluate_module
+from cera_train.config import load_config
 from cera_train.evaluate import evaluate
 from cera_train.tasks import gsm8k, logistic_map
 from cera_train.train import train
@@ -265,7 +266,11 @@ def test_grading_a_cut_file_names_the_broken_line_and_grades_the_rest(eval_confi
 
 
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
+    extract = gsm8k.extract
+
     def crash(text):
+        if "####" in text:  # a gold answer
+            return extract(text)
         raise RecursionError("too deep")
 
     monkeypatch.setattr(gsm8k, "extract", crash)
@@ -326,7 +331,7 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
         ]
 
     config = eval_config("task.max_new_tokens=32", task="logistic_map")
-    run_data = evaluate_module.load_config(run / "config.yaml").data
+    run_data = load_config(run / "config.yaml").data
     by_id = {problem.id: problem for problem in evaluate_module.load_problems(config.task, run_data)}
     assert len(by_id) == 3 * 20 + 1
     monkeypatch.setattr(evaluate_module, "generate", by_hand)
@@ -347,7 +352,7 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
 
 
 def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_config, run):
-    config = evaluate_module.load_config(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, config.data)
     own = [problem for problem in problems if "paper_case" not in problem.details]
     _, held_out = logistic_map.problems(config.data.logistic_map, config.data.eval_rows)

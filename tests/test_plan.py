@@ -83,7 +83,9 @@ def test_a_recipe_composes_under_cera_plan_and_hydra_writes_nothing_here(compose
 def test_a_sweep_leaves_nothing_behind_and_one_job_is_a_sweep_too(tmp_path):
     command = [str(Path(sys.executable).parent / "cera-plan"), "-m", "+recipe=math_r64"]
     for ranks, jobs in (("16,64", 2), ("64", 1)):
-        done = subprocess.run([*command, f"adapter.r={ranks}"], capture_output=True, text=True, cwd=tmp_path, check=True)
+        done = subprocess.run(
+            [*command, f"adapter.r={ranks}"], capture_output=True, text=True, cwd=tmp_path, check=True
+        )
         assert f"{jobs} jobs" in done.stdout
         assert "27,262,976" in done.stdout
     assert not list(tmp_path.iterdir())

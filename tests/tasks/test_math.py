@@ -207,7 +207,10 @@ def test_verification_on_the_table(pair, verdicts):
     assert (verdicts[pair].correct, verdicts[pair].failure) == (pair[3], None)
 
 
-@pytest.mark.parametrize("answer", {answer for pair in PAIRS for answer in pair[:2]}, ids=lambda answer: answer[:40])
+ANSWERS = sorted({answer for pair in PAIRS for answer in pair[:2]})
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer[:40])
 def test_normalisation_is_done_in_one_go(answer):
     assert normalize(normalize(answer)) == normalize(answer)
 
