@@ -1,0 +1,312 @@
+"""What runs left on the disk, as a report needs it. Nothing is made up: what is not there is None, or an empty list."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cera_train.card import NAMES
+from cera_train.config import flatten
+
+KINDS = NAMES | {"base": "untouched base"}
+
+CHOOSES_TRAINING_ROWS_ONLY = ("data.train_split", "data.train_rows", "data.allow_overlap", "data.facts")
+"""Settings of the data that leave the evaluation rows as they are."""
+
+
+STEPS = "steps"
+"""The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """RUN/eval/NAME."""
+
+    name: str
+    folder: Path
+    settings: dict[str, Any]
+    """config.yaml, with dotted keys."""
+    result: dict[str, Any] | None
+    """None: it is unfinished."""
+
+    @property
+    def is_perplexity(self) -> bool:
+        return self.kind in ("perplexity", "text")
+
+    @property
+    def kind(self) -> str:
+        return self.result["kind"] if self.result else self.settings.get("task.kind", "")
+
+    @property
+    def rows(self) -> tuple:
+        """What decides the rows of a perplexity, apart from the run's own data: equal for the same rows."""
+        chosen = {key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))}
+        return tuple(sorted((key, repr(value)) for key, value in chosen.items() if value is not None))
+
+    @cached_property
+    def problems(self) -> dict[str, dict[str, Any]]:
+        """By id, in the task's order."""
+        return {row["id"]: row for row in _read_lines(self.folder / "problems.jsonl")}
+
+    @cached_property
+    def grades(self) -> dict[str, list[dict[str, Any]]]:
+        """By problem, one for each sample, without the logistic map's case of the paper, which is not in its accuracy.
+
+        Raises:
+            ValueError: problems have no grades.
+        """
+        grades: dict[str, list[dict[str, Any]]] = {
+            name: [] for name, row in self.problems.items() if not row.get("paper_case")
+        }
+        for row in _read_lines(self.folder / "grades.jsonl"):
+            if row["problem"] in grades:
+                grades[row["problem"]].append(row)
+        if ungraded := sum(not rows for rows in grades.values()):
+            raise ValueError(
+                f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
+                f"grade the answers again with cera-eval grade={self.folder}."
+            )
+        return grades
+
+    def share_right(self, problem: str, grader: str) -> float:
+        """Of the answers to one problem; by STEPS, of their steps."""
+        rows = self.grades[problem]
+        if grader == STEPS:
+            return sum(sum(row["matches"]) / len(row["matches"]) for row in rows) / len(rows)
+        return sum(row[grader] for row in rows) / len(rows)
+
+    @cached_property
+    def texts(self) -> dict[tuple[str, int], str]:
+        """What was generated, by problem and sample."""
+        rows = _read_lines(self.folder / "generations.jsonl")
+        return {(row["problem"], row["sample"]): row["text"] for row in rows}
+
+    @property
+    def samples(self) -> int:
+        return max(len(rows) for rows in self.grades.values())
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the second grader looked at every answer."""
+        return all(row.get("verified") is not None for rows in self.grades.values() for row in rows)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run, an adapter, or the untouched base model, with its evaluations."""
+
+    folder: Path
+    name: str
+    settings: dict[str, Any]
+    """config.yaml, with dotted keys; of what was not trained here only what is known of it."""
+    is_training: bool
+    """False: there are evaluations only."""
+    result: dict[str, Any] | None = None
+    """None: unfinished, or evaluations only."""
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    spectrum: dict[str, dict[str, Any]] = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
+    """The paper's figures: a key of result.json, or TASK/METRIC of an evaluation."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+
+    @property
+    def is_unfinished(self) -> bool:
+        return self.is_training and self.result is None
+
+    @property
+    def kind(self) -> str:
+        return self.settings.get("adapter.kind", "base")
+
+    @property
+    def method(self) -> str:
+        """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
+        r, alpha = self.rank, self.settings.get("adapter.alpha")
+        gate = self.settings.get("adapter.activation", "silu")
+        variant = [gate] if self.kind == "cera" and gate != "silu" else []
+        variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != r else []
+        return KINDS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
+
+    @property
+    def rank(self) -> int | None:
+        return self.settings.get("adapter.r")
+
+    @property
+    def last_update(self) -> int:
+        return max((line["update"] for line in self.metrics), default=0)
+
+    def measured(self, key: str) -> float | None:
+        """A figure of result.json; of an unfinished run, the last one it wrote down."""
+        if self.result is not None:
+            return self.result.get(key)
+        known = [line[name] for line in self.metrics for name in (key, f"train/{key}") if name in line]
+        return known[-1] if known else None
+
+    @property
+    def evaluation_rows(self) -> tuple:
+        """What decides on which tokens the perplexity of training is taken: equal for comparable runs."""
+        chosen = {
+            key: value
+            for key, value in self.settings.items()
+            if key.startswith("data.") and not key.startswith(CHOOSES_TRAINING_ROWS_ONLY)
+        }
+        if chosen.get("data.eval_files"):
+            chosen.pop("data.train_files", None)
+        return tuple(sorted((key, repr(value)) for key, value in chosen.items()))
+
+    @property
+    def base(self) -> str:
+        """The model that the adapter is on."""
+        revision = self.settings.get("model.revision")
+        return str(self.settings.get("model.path", "a model not on record")) + (f" at {revision}" if revision else "")
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """The runs in some folders, each once, in the order given; those of a sweep by name.
+
+    Args:
+        folders: of a run, of an adapter or a base model with evaluations, or a folder of such folders.
+
+    Raises:
+        ValueError: a folder is none of these, or a file in it is broken.
+    """
+    if not folders:
+        raise ValueError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
+    found = {folder.resolve(): folder for given in folders for folder in _expand(Path(given))}
+    return _with_unique_names([_read_run(folder) for folder in found.values()])
+
+
+def _expand(folder: Path) -> Iterator[Path]:
+    if _is_run(folder):
+        yield folder
+        return
+    inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path)) if folder.is_dir() else []
+    if not inside:
+        what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
+        raise ValueError(
+            f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
+            "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
+        )
+    yield from inside
+
+
+def _is_run(folder: Path) -> bool:
+    return _is_training(folder) or any(folder.glob("eval/*/config.yaml"))
+
+
+def _is_training(folder: Path) -> bool:
+    path = folder / "config.yaml"
+    return path.is_file() and "adapter" in _read_yaml(path)  # an evaluation's config.yaml has no adapter
+
+
+def _read_run(folder: Path) -> Run:
+    evaluations = {
+        path.parent.name: _read_evaluation(path.parent) for path in sorted(folder.glob("eval/*/config.yaml"))
+    }
+    if not _is_training(folder):
+        name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
+        if not (folder / "adapter_config.json").is_file():
+            name = folder.resolve().name
+        return Run(folder, name, _known_settings(folder, evaluations), False, evaluations=evaluations)
+    tree = _read_yaml(folder / "config.yaml")
+    published = tree.pop("published", None) or {}
+    return Run(
+        folder,
+        str(tree.get("name") or folder.resolve().name),
+        flatten(tree),
+        True,
+        _read_json(folder / "result.json"),
+        _read_metrics(folder / "metrics.jsonl"),
+        _read_json(folder / "spectrum.json") or {},
+        published,
+        evaluations,
+    )
+
+
+def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
+    """Of an adapter's folder what the run above it or PEFT's file says; of a base model what its evaluations say."""
+    adapter = _read_json(folder / "adapter_config.json")
+    record = folder.resolve().parent / "config.yaml"
+    if adapter is not None and record.is_file():
+        return flatten(_read_yaml(record))
+    evaluation = next(iter(evaluations.values()))
+    settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
+    if adapter is None:
+        return settings
+    kind = str(adapter.get("peft_type", "")).lower()
+    kind = {"use_dora": "dora", "use_rslora": "rslora"}.get(
+        next((name for name in ("use_dora", "use_rslora") if adapter.get(name)), ""), kind
+    )
+    return settings | {"adapter.kind": kind, "adapter.r": adapter.get("r")}
+
+
+def _read_evaluation(folder: Path) -> Evaluation:
+    settings = flatten(_read_yaml(folder / "config.yaml"))
+    return Evaluation(folder.name, folder, settings, _read_json(folder / "result.json"))
+
+
+def _with_unique_names(runs: list[Run]) -> list[Run]:
+    """Runs of one name are told apart by the folders above them."""
+    depth = 1
+    while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
+        runs = [_named_by_parents(run, depth) if run.name in repeated else run for run in runs]
+        depth += 1
+    return runs
+
+
+def _named_by_parents(run: Run, depth: int) -> Run:
+    above = run.folder.resolve().parts[:-1][-depth:]
+    return replace(run, name="/".join([*above, run.name.rsplit("/", 1)[-1]]))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path} is broken: {' '.join(str(error).split())}. Restore it, or leave the run out."
+        ) from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is broken: expected settings, got {tree!r}. Restore it, or leave the run out.")
+    return tree
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}. Restore it, or leave the run out.") from error
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}. Evaluate the run again.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}. Evaluate the run again.") from error
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Of a run that is still writing, or was cut, the last line may be half a line."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()
+    try:
+        return [json.loads(line) for line in lines[:-1]] + [
+            json.loads(line) for line in lines[-1:] if line.endswith("}")
+        ]
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}. Restore it, or leave the run out.") from error

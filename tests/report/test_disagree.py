@@ -1,0 +1,101 @@
+"""The problems on which two runs disagree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from made_runs import add_evaluation, make_run, two_runs
+
+from cera_train.report import disagree
+
+
+def test_it_shows_counts_and_every_problem_that_one_run_solves(tmp_path: Path, capsys) -> None:
+    disagree(*two_runs(tmp_path))
+    shown = capsys.readouterr().out
+    for line in (
+        "both right  10",
+        "only A      12",
+        "only B      9",
+        "neither     9",
+        "A           cera_64: CeRA r=64",
+    ):
+        assert line in shown
+    assert "12 to 9 of 40 problems" in shown
+    assert re.findall(r"^--- \d+ of 21: (id\d+) ", shown, re.MULTILINE) == [f"id{n:03}" for n in range(10, 31)]
+    assert max(map(len, shown.splitlines())) <= 100
+    block = shown.split("id010 ")[1].split("---\n")[1]
+    assert block.splitlines()[:3] == [
+        "What is 10 + 1?",
+        "gold: 11",
+        f"{'A, right: cera_64':<48} | B, wrong: lora_512",
+    ]
+    assert f"{'answer: 11':<48} | answer: 7" in block
+    assert f"{'#### 11':<48} | #### 7" in block
+
+
+def test_long_generations_are_wrapped_into_their_columns(tmp_path: Path, capsys) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    words = " ".join(["a rather long line of reasoning"] * 10) + " {n}\n" + "x" * 200
+    add_evaluation(first, solved={0}, problems=1, text=words, question="why " * 60 + "{n}")
+    add_evaluation(second, solved=set(), problems=1, text="short {n}", question="why " * 60 + "{n}")
+    disagree(first, second)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    left = " ".join(line[:48].strip() for line in shown.splitlines() if line[48:50] == " |")
+    assert left.count("rather long line") == 10
+    assert left.count("x") >= 200
+
+
+def test_the_width_is_the_terminals(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda fallback: os.terminal_size((60, 24)))
+    disagree(*two_runs(tmp_path))
+    assert len(re.search(r"^--- 1 of 21.*$", capsys.readouterr().out, re.MULTILINE)[0]) == 60
+
+
+def test_different_problems_are_refused(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    add_evaluation(first)
+    add_evaluation(second, question="How much is {n} + 1?", problems=39)
+    with pytest.raises(ValueError, match=r"different problems \(40 and 39, 39 of them shared\)") as error:
+        disagree(first, second)
+    assert "\n" not in str(error.value)
+
+
+def test_a_task_must_be_chosen_where_there_are_several(tmp_path: Path, capsys) -> None:
+    first, second = two_runs(tmp_path)
+    for run in (first, second):
+        add_evaluation(run, "gsm8k", solved={1})
+    with pytest.raises(ValueError, match=r"2 tasks in common \(gsm8k, math\): choose one with --task"):
+        disagree(first, second)
+    with pytest.raises(ValueError, match=r"task mmlu has no finished answers.*common tasks: gsm8k, math"):
+        disagree(first, second, "mmlu")
+    disagree(first, second, "gsm8k")
+    assert "The two runs solve the same problems." in capsys.readouterr().out
+
+
+def test_without_a_common_task_it_says_what_to_do(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    add_evaluation(first)
+    with pytest.raises(ValueError, match=r"0 tasks in common \(none\): evaluate both with cera-eval"):
+        disagree(first, second)
+
+
+def test_a_folder_of_several_runs_is_refused(tmp_path: Path) -> None:
+    _, second = two_runs(tmp_path / "sweep")
+    with pytest.raises(ValueError, match="is a folder of 2 runs: disagree takes one run on each side"):
+        disagree(tmp_path / "sweep", second)
+
+
+def test_what_a_model_wrote_does_not_steer_the_terminal(tmp_path: Path, capsys) -> None:
+    first, second = make_run(tmp_path / "a\x1b[31m"), make_run(tmp_path / "b")
+    add_evaluation(first, solved={0}, problems=1, text="\x1b[2J\x07 {n}\r", question="\x1b[1mWhat? {n}")
+    add_evaluation(second, problems=1, text="{n}", question="\x1b[1mWhat? {n}")
+    grades = first / "eval/gsm8k/grades.jsonl"
+    grades.write_text(json.dumps(json.loads(grades.read_text()) | {"answer": "\x1b]0;title\x07"}) + "\n")
+    disagree(first, second)
+    assert re.search(r"[\x00-\x09\x0b-\x1f\x7f]", capsys.readouterr().out) is None

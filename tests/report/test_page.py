@@ -1,0 +1,109 @@
+"""report.html and report.md: self-contained, safe, and sound in a real browser at the width of a telephone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import add_evaluation, make_run, two_runs
+
+from cera_train.report import write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+HOSTILE = "<script>alert(1)</script>|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $\\frac$ & {{ 7 * 7 }}"
+
+
+def hostile_runs(folder: Path) -> list[Path]:
+    runs = []
+    for number, solved in enumerate(({0, 1}, {2})):
+        run = make_run(folder / f"run{number}", name=f"{number}{HOSTILE}", **{"data.prompt": f"{HOSTILE}{number}",
+                       "adapter.r": 8 * (number + 1)})  # fmt: skip
+        task = "a|b<i>$x$ (1)"
+        add_evaluation(run, task, solved=solved)
+        runs.append(run)
+    return runs
+
+
+def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    write_report(two_runs(tmp_path), tmp_path / "report")
+    html = (tmp_path / "report/report.html").read_text()
+    targets = re.findall(r"""(?:src|srcset|href|data|action|poster)\s*=\s*["']?([^"'>]*)""", html)
+    assert len(targets) > 14
+    assert all(target.startswith(("data:image/svg+xml;base64,", "#")) for target in targets)
+    assert not re.search(r"https?://|url\(|@import|<script|<link|<iframe", html)
+    assert len(html) < 1_500_000
+
+
+def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
+    report = write_report(hostile_runs(tmp_path), tmp_path / "report")
+    html = (tmp_path / "report/report.html").read_text()
+    assert "<script" not in html
+    assert "<i>" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert "{{ 7 * 7 }}" in html
+    assert report.settings["data.prompt"][0] in unescape(html)
+
+
+def test_the_markdown_keeps_its_tables_and_shows_hostile_text_as_text(tmp_path: Path) -> None:
+    write_report(hostile_runs(tmp_path), tmp_path / "report")
+    text = (tmp_path / "report/report.md").read_text()
+    assert "<script" not in text
+    assert not re.search(r"(?<!\\)\]\(javascript", text)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        pipes = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(pipes) == 1, table
+    shown = re.findall(r"!\[.*\]\(([^)]+\.png)\)", text)
+    assert shown
+    assert "accuracy-a%7Cb%3Ci%3E%24x%24%20%281%29.png" in shown
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a dozen runs, one with a name without a place to break, one unfinished, one hostile."""
+    folder = tmp_path_factory.mktemp("browser")
+    runs = [*two_runs(folder), *hostile_runs(folder / "hostile")]
+    runs += [make_run(folder / f"cera_r{r}", 1.9, **{"adapter.r": r}) for r in (8, 16, 128, 256)]
+    runs += [make_run(folder / ("n" * 70)), make_run(folder / "unfinished", finished=False)]
+    return write_report(runs, folder / "report").output / "report.html"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_the_page_is_sound_in_a_browser(browser: Any, page_path: Path, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    problems, requests = [], []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(page_path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    pictures = page.evaluate("""Promise.all([...document.images].map(async image => {
+        await image.decode(); return [image.naturalWidth, image.currentSrc.length, image.alt.length] }))""")
+    assert problems == []
+    assert [url for url in requests if not url.startswith("data:")] == [page_path.as_uri()]
+    assert len(pictures) >= 8
+    assert all(width > 0 and alt > 20 for width, _, alt in pictures)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark_sources = page.evaluate("[...document.querySelectorAll('source')].map(source => source.srcset)")
+    current = page.evaluate("[...document.images].map(image => image.currentSrc)")
+    assert (current == dark_sources) == (scheme == "dark")
+    page.close()
