@@ -322,7 +322,7 @@ class DataConfig:
             require(
                 bool(self.prompt) and bool(self.completion),
                 "data.layout=text needs data.prompt and data.completion, such as "
-                "data.prompt='Question: {question}\\nAnswer:' data.completion=' {answer}'.",
+                "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'.",
             )
         if self.layout == Layout.logistic_map:
             require(self.eval_rows is not None, "data.layout=logistic_map needs data.eval_rows, such as 20.")
@@ -505,7 +505,10 @@ class TaskConfig:
     def __post_init__(self) -> None:
         require_positive("task", self, "limit", "max_new_tokens", "window")
         if self.kind in (TaskKind.math, TaskKind.gsm8k):
-            require(bool(self.prompt), "task.prompt is empty: a template such as 'Question: {question}\\nAnswer:'.")
+            require(
+                bool(self.prompt),
+                "task.prompt is empty: set a template, such as $'task.prompt=\"Question: {question}\\nAnswer:\"'.",
+            )
         if self.kind in (TaskKind.math, TaskKind.gsm8k, TaskKind.text):
             require(bool(self.path or self.files), "set task.files to local files, or task.path to a Hub data set.")
         if self.kind == TaskKind.logistic_map:

@@ -142,3 +142,12 @@ def test_both_names_for_the_gates_agree():
     from cera_train.cera.layer import GATES
 
     assert tuple(Activation) == ACTIVATIONS == tuple(GATES)
+
+
+def test_templates_take_line_breaks_as_the_readme_quotes_them(compose):
+    """bash turns $'...' into a real line break; a backslash and an n would be two characters of the template."""
+    rows = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=5"]
+    config = compose(*rows, 'data.prompt="Q: {question}\nA:"', 'data.completion=" {answer}"')
+    assert (config.data.prompt, config.data.completion) == ("Q: {question}\nA:", " {answer}")
+    task = compose("run=x", "task=gsm8k", 'task.stop=["\nQuestion:"]', command="eval").task
+    assert task.stop == ["\nQuestion:"]

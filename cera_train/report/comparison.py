@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from cera_train.report.runs import STEPS, Evaluation, Run
-from cera_train.report.table import TASK_NAMES, signed
+from cera_train.report.table import TASK_NAMES, has_column, signed
 from cera_train.statistics import Difference, McNemar, mcnemar, paired_bootstrap
 
 MOST_RUNS_IN_ALL_PAIRS = 6
@@ -163,6 +163,8 @@ def cautions(runs: Sequence[Run], tests: Sequence[PairedTest]) -> list[str]:
             "The runs are on different base models, so a difference is not the adapter's alone, and perplexities "
             f"compare only where the models share a tokenizer: {named}."
         )
+    if len(groups := group_by(trained, lambda run: run.settings.get("train.probe_tokens"))) > 1:
+        notes.append(f"Spectra are taken on more tokens of some runs than of others: {_in_groups(groups)}.")
     for task in dict.fromkeys(name for run in runs for name in run.evaluations):
         graded = [run for run in runs if is_graded(run.evaluations.get(task))]
         if len(groups := group_by(graded, lambda run, task=task: _problem_ids(run.evaluations[task]))) > 1:
@@ -214,6 +216,12 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
                      "trainable_parameters": "parameters"}  # fmt: skip
             if absent := [name for key, name in named.items() if run.result.get(key) is None]:
                 lines.append(f"{run.name}: result.json has no {', '.join(absent)}.")
+            files = {"spectrum.json": run.spectrum, "metrics.jsonl": run.metrics}
+            lines += [f"{run.name}: no {name}, so no curve of it." for name, content in files.items() if not content]
+        nowhere = [key for key in run.published if not has_column(key)]
+        lines += [f"{run.name}: the paper's {key}, {run.published[key]:g}, has no column." for key in nowhere]
+        unknown = {path.parent.name for path in run.folder.glob("eval/*/result.json")} - run.evaluations.keys()
+        lines += [f"{run.name}: eval/{name} has no config.yaml and is left out." for name in sorted(unknown)]
         unfinished = [name for name, own in run.evaluations.items() if own.result is None]
         lines += [f"{run.name}: the evaluation on {name_of(name)} is unfinished." for name in unfinished]
         for name, own in run.evaluations.items():

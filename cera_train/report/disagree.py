@@ -31,8 +31,8 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
             problems.
     """
     runs = [_one_run(first), _one_run(second)]
-    if first.resolve() != second.resolve():
-        runs = read_runs([first, second])  # with names that tell them apart
+    if runs[0].folder.resolve() != runs[1].folder.resolve():
+        runs = read_runs([run.folder for run in runs])  # with names that tell them apart
     task = _common_task(*runs, task)
     a, b = (run.evaluations[task] for run in runs)
     check_same_problems(a, b)
@@ -69,7 +69,7 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
 
 def _one_run(folder: Path) -> Run:
     runs = read_runs([folder])
-    if len(runs) > 1 or runs[0].folder != folder:
+    if len(runs) > 1:
         raise ValueError(
             f"{folder} is a folder of {len(runs)} runs: disagree takes one run on each side, such as {runs[0].folder}."
         )

@@ -253,7 +253,7 @@ def _rank_axis(axes: Axes, ranks: list[int]) -> None:
 
 def mean_spectrum(run: Run) -> list[float]:
     """Singular values over their sum, in the mean over modules; a module with fewer directions has none further on."""
-    normalized = []
+    normalized: list[list[float]] = []
     for module in run.spectrum.values():
         values = module["singular_values"]
         total = sum(values)
@@ -263,13 +263,13 @@ def mean_spectrum(run: Run) -> list[float]:
 
 
 def _spectra(runs: Sequence[Run]) -> Picture | str:
-    own = [run for run in runs if run.spectrum]
-    if not own:
+    curves = {run.name: mean_spectrum(run) for run in runs if run.spectrum}
+    if not curves:
         return "no run has a spectrum.json"
-    curves = {run.name: mean_spectrum(run) for run in own}
-    lines = {
-        name: [(k, value) for k, value in enumerate(values, start=1) if value > 0] for name, values in curves.items()
-    }
+    own = [run for run in runs if any(curves.get(run.name, ()))]
+    if not own:
+        return "no adapter gives an output"  # B is still zero
+    lines = {run.name: [(k, value) for k, value in enumerate(curves[run.name], start=1) if value > 0] for run in own}
     said = "; ".join(
         f"{run.name}: first direction {curves[run.name][0]:.1%}, last {curves[run.name][-1]:.2%}" for run in own
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +22,7 @@ KINDS = NAMES | {"base": "untouched base"}
 CHOOSES_TRAINING_ROWS_ONLY = ("data.train_split", "data.train_rows", "data.allow_overlap", "data.facts")
 """Settings of the data that leave the evaluation rows as they are."""
 
+HUB = ("data.path", "data.subset", "data.revision", "data.eval_split")
 
 STEPS = "steps"
 """The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
@@ -42,7 +45,7 @@ class Evaluation:
 
     @property
     def kind(self) -> str:
-        return self.result["kind"] if self.result else self.settings.get("task.kind", "")
+        return (self.result or {}).get("kind", self.settings.get("task.kind", ""))
 
     @property
     def rows(self) -> tuple:
@@ -53,19 +56,22 @@ class Evaluation:
     @cached_property
     def problems(self) -> dict[str, dict[str, Any]]:
         """By id, in the task's order."""
-        return {row["id"]: row for row in _read_lines(self.folder / "problems.jsonl")}
+        return {row["id"]: row for row in _read_lines(self.folder / "problems.jsonl", "id", "question", "gold")}
 
     @cached_property
     def grades(self) -> dict[str, list[dict[str, Any]]]:
         """By problem, one for each sample, without the logistic map's case of the paper, which is not in its accuracy.
 
         Raises:
-            ValueError: problems have no grades.
+            ValueError: problems have no grades, or there are no problems.
         """
+        keys = ("problem", "sample", "answer", "exact", *(["matches"] if self.kind == "logistic_map" else []))
         grades: dict[str, list[dict[str, Any]]] = {
             name: [] for name, row in self.problems.items() if not row.get("paper_case")
         }
-        for row in _read_lines(self.folder / "grades.jsonl"):
+        if not grades:
+            raise ValueError(f"{self.folder} has no problems. {EVALUATE}")
+        for row in _read_lines(self.folder / "grades.jsonl", *keys):
             if row["problem"] in grades:
                 grades[row["problem"]].append(row)
         if ungraded := sum(not rows for rows in grades.values()):
@@ -85,7 +91,7 @@ class Evaluation:
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:
         """What was generated, by problem and sample."""
-        rows = _read_lines(self.folder / "generations.jsonl")
+        rows = _read_lines(self.folder / "generations.jsonl", "problem", "sample", "text")
         return {(row["problem"], row["sample"]): row["text"] for row in rows}
 
     @property
@@ -115,6 +121,8 @@ class Run:
     published: dict[str, float] = field(default_factory=dict)
     """The paper's figures: a key of result.json, or TASK/METRIC of an evaluation."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    command: str | None = None
+    """That trained it, as one types it."""
 
     @property
     def is_unfinished(self) -> bool:
@@ -156,6 +164,8 @@ class Run:
             for key, value in self.settings.items()
             if key.startswith("data.") and not key.startswith(CHOOSES_TRAINING_ROWS_ONLY)
         }
+        if chosen.get("data.train_files"):  # then nothing comes from the Hub
+            chosen = {key: value for key, value in chosen.items() if key not in HUB}
         if chosen.get("data.eval_files"):
             chosen.pop("data.train_files", None)
         return tuple(sorted((key, repr(value)) for key, value in chosen.items()))
@@ -186,14 +196,19 @@ def _expand(folder: Path) -> Iterator[Path]:
     if _is_run(folder):
         yield folder
         return
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and _is_run(path)) if folder.is_dir() else []
+    inside = [path for path in folder.iterdir() if path.is_dir() and _is_run(path)] if folder.is_dir() else []
     if not inside:
         what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
         raise ValueError(
             f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
             "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
         )
-    yield from inside
+    yield from sorted(inside, key=_by_number)
+
+
+def _by_number(path: Path) -> list[str | int]:
+    """Sorts r16 before r128."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _is_run(folder: Path) -> bool:
@@ -226,7 +241,17 @@ def _read_run(folder: Path) -> Run:
         _read_json(folder / "spectrum.json") or {},
         published,
         evaluations,
+        _command(folder),
     )
+
+
+def _command(folder: Path) -> str | None:
+    words = (_read_json(folder / "environment.json") or {}).get("command")
+    if not words:
+        return None
+    program = Path(words[0])
+    start = "python -m cera_train" if program.name == "__main__.py" else program.name
+    return shlex.join([*start.split(), *words[1:]])
 
 
 def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
@@ -267,17 +292,16 @@ def _named_by_parents(run: Run, depth: int) -> Run:
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+RESTORE = "Restore it, or leave the run out."
+EVALUATE = "Evaluate the run again."
+
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path} is broken: {' '.join(str(error).split())}. Restore it, or leave the run out."
-        ) from error
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} is broken: expected settings, got {tree!r}. Restore it, or leave the run out.")
-    return tree
+        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}. {RESTORE}") from error
+    return _checked(tree, path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -285,28 +309,38 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        tree = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}. Restore it, or leave the run out.") from error
+        raise ValueError(f"{path} is broken: {error}. {RESTORE}") from error
+    return _checked(tree, path)
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """A file of an evaluation; every line has the keys."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}. Evaluate the run again.") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror}. {EVALUATE}") from error
     except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}. Evaluate the run again.") from error
+        raise ValueError(f"{path} is broken: {error}. {EVALUATE}") from error
+    return [_checked(row, f"{path}:{number}", keys, EVALUATE) for number, row in enumerate(rows, start=1)]
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
     """Of a run that is still writing, or was cut, the last line may be half a line."""
     if not path.is_file():
         return []
-    lines = path.read_text().splitlines()
     try:
-        return [json.loads(line) for line in lines[:-1]] + [
-            json.loads(line) for line in lines[-1:] if line.endswith("}")
-        ]
+        *lines, last = path.read_text().splitlines() or [""]
+        rows = [json.loads(line) for line in [*lines, *([last] if last.endswith("}") else [])]]
     except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}. Restore it, or leave the run out.") from error
+        raise ValueError(f"{path} is broken: {error}. {RESTORE}") from error
+    return [_checked(row, f"{path}:{number}", ("update",)) for number, row in enumerate(rows, start=1)]
+
+
+def _checked(tree: Any, where: Path | str, keys: Sequence[str] = (), mend: str = RESTORE) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {mend}")
+    if absent := [key for key in keys if key not in tree]:
+        raise ValueError(f"{where} is broken: it has no {', '.join(absent)}. {mend}")
+    return tree

@@ -82,7 +82,7 @@ def _perplexity(run: Run) -> Cell:
         measured_at = max(line["update"] for line in run.metrics if "eval/perplexity" in line)
         notes.append(f"unfinished, at update {measured_at:,}")
     best, update = run.measured("best_perplexity"), run.measured("best_update")
-    if best is not None and best < value:
+    if None not in (value, best, update) and best < value:
         notes.append(f"best {best:.3f} at update {update:,}")
     return Cell(_format(value, "{:.3f}"), (*notes, *paper_notes(run, "eval/perplexity", value)))
 
@@ -120,8 +120,9 @@ def task_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
     found: dict[str, dict[str, None]] = {}
     for run in runs:
         for key in run.published:
-            if (parts := key.split("/", 1))[0] not in ("eval", "spectrum") and len(parts) == 2:
-                found.setdefault(parts[0], {})[parts[1]] = None
+            if is_of_task(key):
+                task, metric = key.split("/", 1)
+                found.setdefault(task, {})[metric] = None
     for run in runs:
         for name, evaluation in run.evaluations.items():
             found.setdefault(name, {}).update(dict.fromkeys(_metrics(evaluation)))
@@ -179,6 +180,18 @@ def paper_notes(run: Run, key: str, value: float | None) -> tuple[str, ...]:
         return (f"{paper}, not measured here",)
     difference = f"{signed(100 * (value - published))} points" if is_share(key) else signed(value - published)
     return paper, f"difference {difference}"
+
+
+def is_of_task(key: str) -> bool:
+    """Whether a published figure is an evaluation's, TASK/METRIC."""
+    return "/" in key and not key.startswith(("eval/", "spectrum/"))
+
+
+def has_column(key: str) -> bool:
+    """Whether the table has a place for a published figure."""
+    return is_of_task(key) or bool(
+        re.fullmatch(r"eval/perplexity|spectrum/(effective_rank|manifold_dimension)/(mean|max)", key)
+    )
 
 
 def is_share(key: str) -> bool:
