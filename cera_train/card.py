@@ -130,6 +130,6 @@ def table(rows: dict[str, str]) -> str:
 def escape(text: str) -> str:
     """Text that Markdown shows as it is."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "\\`*[]|#":
+    for mark in "\\`*_[]|#$~":
         text = text.replace(mark, f"\\{mark}")
     return text

@@ -208,7 +208,9 @@ def _accuracy_rows(result: dict[str, Any]) -> dict[str, str]:
         if "/pass@" in name and not name.endswith("/interval"):
             lower, upper = result[f"{name}/interval"]
             label = name.replace("/", " ") if result["samples"] > 1 else name.split("/")[0]
-            rows[label] = f"{value:.1%}  (95 % interval {lower:.1%} to {upper:.1%})"
+            # Resampling problems that came out alike gives a point, which is not how sure the figure is.
+            interval = f"95 % interval {lower:.1%} to {upper:.1%}" if lower < upper else "all alike: no interval"
+            rows[label] = f"{value:.1%}  ({interval})"
     if "step_accuracy" in result:
         rows["by step"] = "  ".join(f"{value:.0%}" for value in result["step_accuracy"])
         for growth, own in result["by_growth"].items():

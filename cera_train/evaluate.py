@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from cera_train import console
 from cera_train.card import write_card
 from cera_train.checkpoint import load_adapter
-from cera_train.config import BatchLayout, EvalConfig, TaskKind
+from cera_train.config import BatchLayout, EvalConfig, Layout, TaskKind
 from cera_train.data import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.batches import MicroBatches, share
 from cera_train.data.format import start_ids, text_of
@@ -308,6 +308,8 @@ def perplexity_rows(config: EvalConfig, subject: Subject, tokenizer: Any) -> Tok
     data = config.data or (subject.run.data if subject.run else None)
     if data is None:
         raise ValueError(f"{subject.folder} does not say what it was trained on: choose the rows with data=....")
+    if task.files and data.layout == Layout.logistic_map:
+        raise ValueError("task.files: this run's rows are computed, not read. Say how those files read with data=jsonl.")
     if task.files:
         data = replace(data, train_files=task.files, eval_files=task.files, eval_rows=None)
     return prepare_evaluation(replace(data, eval_rows=task.limit) if task.limit else data, tokenizer)

@@ -96,6 +96,11 @@ def test_perplexity_on_other_rows(eval_config, questions):
     assert result["rows"] == 5
 
 
+def test_files_of_a_run_whose_rows_are_computed_need_a_layout(eval_config, questions):
+    with pytest.raises(ValueError, match="rows are computed, not read.*data=jsonl"):
+        evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
+
+
 def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenizer, tmp_path):
     """Against the model's own loss, window by window, with the adapter and without."""
     text = "the next value is hello there " * 20

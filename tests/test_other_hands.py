@@ -124,11 +124,11 @@ def test_the_card_says_what_the_adapter_is(finished_run, tiny_folder):
     assert card.data.license is None  # apache-2.0 is that of the model whose file of conf/model this config began with
     assert "licence of the base weights is not on record" in card.text
     for part in (
-        *(str(tiny_folder), "CeRA of rank 4 on q\\_proj, v\\_proj".replace("\\_", "_"), "the logistic map"),
+        *(str(tiny_folder), "CeRA of rank 4 on q_proj, v_proj", "the logistic map"),
         *(f"{result['eval/perplexity']:.3f}", f"{result['perplexity_before']:.3f}", "import cera_train"),
         f"{result['trainable_parameters']:,}",
     ):
-        assert part in card.text, part
+        assert part in card.text.replace("\\", ""), part
 
 
 def test_the_card_loads_the_adapter_as_it_says(finished_run):
