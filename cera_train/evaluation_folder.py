@@ -7,6 +7,7 @@ the problems. Every other file appears whole or not at all.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,7 @@ class EvaluationFolder:
 
     def __enter__(self) -> EvaluationFolder:
         if self.is_main:
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock")
             try:
@@ -50,10 +52,19 @@ class EvaluationFolder:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.is_main:
-            (self.path / ".lock").unlink()
+            if self._is_new and not self.has_begun:  # a mistake came to light before the first answer: leave no trace
+                shutil.rmtree(self.path)
+                if not any(self.path.parent.iterdir()):
+                    self.path.parent.rmdir()
+            else:
+                (self.path / ".lock").unlink()
             self._lock.release()
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything that other settings would not go with."""
+        answers = self.path.glob("generations*.jsonl")
+        return (self.path / "result.json").exists() or any(path.stat().st_size for path in answers)
 
     # --- settings and result -----------------------------------------------------------------------------------------
 
@@ -78,7 +89,7 @@ class EvaluationFolder:
         """
         path = self.path / "config.yaml"
         now = redact_tree(to_plain(config))
-        if path.exists():
+        if path.exists() and self.has_begun:
             before, after = flatten(yaml.safe_load(path.read_text())), flatten(now)
             different = "; ".join(
                 f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
@@ -127,7 +138,7 @@ class EvaluationFolder:
         rows = [{**asdict(problem), **problem.details} for problem in problems]
         text = _lines({name: value for name, value in row.items() if name != "details"} for row in rows)
         path = self.path / "problems.jsonl"
-        if path.exists() and path.read_text() != text:
+        if path.exists() and self.has_begun and path.read_text() != text:
             raise ValueError(
                 f"the problems are not those that {self.path} has answers to: a data file changed. Restore it, or set "
                 "name=... for another folder."

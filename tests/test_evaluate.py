@@ -396,6 +396,7 @@ def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path,
     with pytest.raises(ValueError, match="was trained on other weights|belongs to another base model") as error:
         evaluate(eval_config("model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"))
     assert len(str(error.value)) < 500
+    assert not (run / "eval").exists()
     (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
     with pytest.raises(ValueError, match="belongs to another base model"):
         evaluate(
@@ -423,6 +424,15 @@ def test_a_file_without_the_columns_of_the_task_is_refused(eval_config, write_js
     rows = write_jsonl("other.jsonl", [{"problem": "1 + 1", "answer": "#### 2"}])
     with pytest.raises(ValueError, match=r"gsm8k row 0: column 'question' is missing; the columns there are: problem"):
         evaluate(eval_config(f"task.files=[{rows}]"))
+
+
+def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, write_jsonl, run):
+    """Nor does it bind the folder to its settings."""
+    rows = write_jsonl("other.jsonl", [{"problem": "1 + 1"}])
+    with pytest.raises(ValueError, match="is missing"):
+        evaluate(eval_config(f"task.files=[{rows}]"))
+    assert not (run / "eval").exists()
+    assert evaluate(eval_config("task.limit=2"))["problems"] == 2
 
 
 def test_other_settings_are_refused_and_named(eval_config):
@@ -460,6 +470,14 @@ def test_grading_what_is_no_evaluation_is_refused(eval_config, compose, run, fol
     evaluate(eval_config("task.limit=2"))
     with pytest.raises(ValueError, match=message):
         evaluate(compose(f"grade={run / folder}", command="eval"))
+
+
+def test_grading_an_unfinished_run_by_mistake_leaves_it_alone(compose, run):
+    (run / "result.json").unlink()
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(ValueError, match="is not the folder of an evaluation"):
+        evaluate(compose(f"grade={run}", command="eval"))
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_the_same_question_twice_is_two_problems(eval_config, write_jsonl, run):
