@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from cera_train.config import AdapterKind, Config, Layout, load_config
+from cera_train.config import AdapterKind, Config, EvalConfig, Layout, load_config
 from cera_train.files import write_text
+from cera_train.subject import digest_of
 
 NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
@@ -21,8 +22,18 @@ def write_card(run: Path) -> None:
     """Writes adapter/README.md from the config, the result and the evaluations of a finished run."""
     config = load_config(run / "config.yaml")
     result = json.loads((run / "result.json").read_text())
-    evaluations = [json.loads(path.read_text()) for path in sorted(run.glob("eval/*/result.json"))]
+    evaluations = [
+        json.loads((folder / "result.json").read_text())
+        for folder in sorted(run.glob("eval/*"))
+        if (folder / "result.json").is_file() and is_of_this(folder, run / "adapter", config)
+    ]
     write_text(run / "adapter" / "README.md", card(config, result, evaluations))
+
+
+def is_of_this(evaluation: Path, adapter: Path, config: Config) -> bool:
+    """Whether an evaluation is of this adapter on the run's base: not of the run's best one, nor over 4 bits."""
+    settings = load_config(evaluation / "config.yaml", EvalConfig)
+    return settings.adapter_digest == digest_of(adapter) and settings.model == config.model
 
 
 def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:

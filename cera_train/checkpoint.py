@@ -7,7 +7,6 @@ the checkpoint that a run resumes from. One process writes, under a lock.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import shutil
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 
 from cera_train.config import CHANGES_NO_RESULT, flatten
 from cera_train.data.batches import Plan
-from cera_train.files import WRITING, remove_folder, write_folder, write_text
+from cera_train.files import WRITING, finite, remove_folder, write_folder, write_text
 from cera_train.secrets import redact_tree
 
 
@@ -169,13 +168,8 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        # JSON has no infinity: an overflowing perplexity is null.
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in metrics.items()
-        }
         with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
 
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything."""

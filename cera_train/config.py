@@ -259,6 +259,10 @@ class LogisticMapConfig:
     def __post_init__(self) -> None:
         require_positive("data.logistic_map", self, "growth", "steps", "decimals")
         require(self.growth <= 4, f"data.logistic_map.growth must be at most 4 (x leaves [0, 1]), got {self.growth}.")
+        require(
+            float(f"{self.growth:g}") == self.growth,
+            f"data.logistic_map.growth is shown with six digits, got {self.growth}.",
+        )
         require(self.decimals <= 4, f"data.logistic_map.decimals must be at most 4, got {self.decimals}.")
 
 
@@ -516,6 +520,17 @@ class TaskConfig:
                 bool(self.growths) and all(0 < growth <= 4 for growth in self.growths),
                 f"task.growths must be numbers above 0 and up to 4, got {self.growths}.",
             )
+            require(
+                all(float(f"{growth:g}") == growth for growth in self.growths),
+                f"task.growths are asked with six digits; {self.growths} has a number with more.",
+            )
+            require(
+                not (self.prompt or self.files),
+                "task=logistic_map makes its own problems in the words of its training: it takes neither task.prompt "
+                "nor task.files.",
+            )
+        require(self.level is None or self.kind == TaskKind.math, "task.level is of MATH's tasks: leave it.")
+        require(self.window > 1, "task.window must be at least 2: a window's first token is not predicted.")
 
 
 @dataclass
@@ -568,11 +583,11 @@ class EvalConfig:
     """The results lie in RUN/eval/name. null: the task's name."""
     output_dir: str = "outputs"
     """Of run=base: its results lie in output_dir/base-MODEL."""
+    adapter_digest: str | None = None
+    """Written down by cera-eval: which weights the answers are of."""
 
     def __post_init__(self) -> None:
         require_positive("", self, "grading_seconds")
-        if self.name is not None:
-            require_folder_name(self.name)
         if self.grade is not None:
             require(
                 self.run is None and self.task is None, "grade=... takes neither run= nor task=: both are on record."
@@ -586,6 +601,7 @@ class EvalConfig:
         require(
             self.run != "base" or self.model is not None, "run=base needs model=..., such as model=smollm2_135m_pypi."
         )
+        require_folder_name(self.folder_name)
         if self.task.kind == TaskKind.perplexity:
             require(
                 self.data is not None or self.run != "base",

@@ -13,14 +13,10 @@ from tqdm import tqdm
 
 from cera_train.config import AdapterKind, Config, Quantization
 from cera_train.data import TokenizedData
+from cera_train.words import duration, say
 
 PLAIN_LINES = 10
 """Progress lines of a run whose output is not a terminal."""
-
-
-def say(label: str, text: str) -> None:
-    """One aligned line."""
-    print(f"{label:<11}{text}", flush=True)
 
 
 def say_start(
@@ -132,13 +128,6 @@ class Clock:
         return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
 
 
-def duration(seconds: float) -> str:
-    """h:mm:ss, or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
 def say_result(result: dict[str, Any]) -> None:
     """The table at the end."""
     rank = f"{result['spectrum/effective_rank/mean']:.1f} mean, {result['spectrum/effective_rank/max']:.1f} max"
@@ -165,20 +154,15 @@ class EvaluationProgress:
     """
 
     def __init__(self, total: int, visible: bool, processes: int) -> None:
-        self.total, self.left, self.others = total, total, processes - 1
+        self.total, self.others = total, processes - 1
         self.answered, self.correct, self.started = 0, 0, time.perf_counter()
         self.bar = ProgressBar("answer", total, 0, visible)
-
-    def skip(self, count: int) -> None:
-        """Answers that an earlier call gave."""
-        self.left -= count
-        self.bar.step("done before", count)
 
     def step(self, correct: Sequence[bool]) -> None:
         """A batch of answers."""
         self.answered += len(correct)
         self.correct += sum(correct)
-        seconds_left = (time.perf_counter() - self.started) / self.answered * (self.left - self.answered)
+        seconds_left = (time.perf_counter() - self.started) / self.answered * (self.total - self.answered)
         sharing = f" of this process's, {self.others} more at work" if self.others else ""
         self.bar.step(f"exact {self.correct / self.answered:.1%}{sharing}  {duration(seconds_left)} left", len(correct))
 

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,13 @@ from cera_train.data.format import start_ids, text_of
 from cera_train.evaluation_folder import EvaluationFolder, append_answers
 from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
 from cera_train.loss import SupervisedLoss, choose_layout
-from cera_train.model import fingerprint, load_model, load_tokenizer
+from cera_train.model import check_length, fingerprint, load_model, load_tokenizer
 from cera_train.perplexity import mean_loss, perplexity
 from cera_train.problems import Problem, load_problems, open_task
 from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
-from cera_train.scores import grade_exactly, score, verify
+from cera_train.scores import counts_in_scores, grade_exactly, score, verify
 from cera_train.spectrum import measure_spectra, spectrum_metrics
-from cera_train.subject import Subject, find_subject
+from cera_train.subject import Subject, digest_of, find_subject
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -51,23 +52,25 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     if config.grade is not None:
         return grade_again(Path(config.grade), config.grading_seconds)
     subject = find_subject(config)
-    config = replace(config, model=subject.model)  # on record, as used
+    name = config.folder_name + (subject.part if config.name is None else "")
+    digest = digest_of(subject.adapter) if subject.adapter else None
+    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as it goes on record
     is_main = is_main_process()
-    accelerator = start_accelerator(subject.model, subject.train.autocast)
-    path = subject.folder / "eval" / config.folder_name
+    # A process may be done long before another: nothing is wrong with waiting for it.
+    accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
+    path = subject.folder / "eval" / name
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
         measure = measure_perplexity if config.task.kind in (TaskKind.perplexity, TaskKind.text) else answer_and_grade
         if is_main:
             folder.write_config(config)
             console.say("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}")
         accelerator.wait_for_everyone()
-        result = folder.result()
+        result = folder.result() if folder.is_finished() else None
         if result is None:
             result = measure(config, subject, folder, accelerator)
             if is_main:
                 folder.write_result(result)
-                if subject.adapter == subject.folder / "adapter":
-                    write_card(subject.folder)
+                update_card(path)
         if is_main:
             console.say_evaluation(result, path)
         return result
@@ -108,7 +111,7 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
 
 def _check_base(subject: Subject, base: PreTrainedModel) -> None:
     """Two models of one shape take the same adapter without complaint; what the run wrote down tells them apart."""
-    record = subject.adapter.parent / "environment.json"
+    record = subject.folder / "environment.json"
     if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
         return
     expected = json.loads(record.read_text()).get("base_fingerprint")
@@ -136,16 +139,18 @@ def answer_and_grade(
     keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
     speed = {}
     if any(key not in answers for key in keys):
-        started, tokens = time.perf_counter(), 0
+        seconds, tokens = 0.0, 0
         with folder.append_to_answers() as file:
             try:
-                for batch in generate_missing(config, subject, problems, answers.keys(), accelerator):
+                for batch, took in generate_missing(config, subject, problems, answers.keys(), accelerator):
                     append_answers(file, batch)
                     tokens += sum(answer.tokens for answer in batch)
+                    seconds += took
             except (KeyboardInterrupt, SystemExit):
                 console.say("stopped", "every whole batch of answers is kept. The same command goes on.")
                 raise
-        speed = {"tokens_per_s": tokens / (time.perf_counter() - started)}
+        own_speed = torch.tensor(tokens / seconds if seconds else 0.0, device=accelerator.device)
+        speed = {"tokens_per_s": accelerator.reduce(own_speed, reduction="sum").item()}
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
@@ -160,8 +165,8 @@ def generate_missing(
     problems: Sequence[Problem],
     done: Any,
     accelerator: Accelerator,
-) -> Iterator[list[Generation]]:
-    """This process's share of the answers that are not done, batch by batch.
+) -> Iterator[tuple[list[Generation], float]]:
+    """This process's share of the answers that are not done, batch by batch, and the seconds each batch took.
 
     A batch of which one answer is missing is generated whole, since the rounding of an answer follows from its batch.
     """
@@ -177,7 +182,8 @@ def generate_missing(
     ]
     _check_positions(base, requests, config.task.max_new_tokens)
     batches = cut_batches(requests, config.task.max_new_tokens, config.generation.batch_tokens)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
+    mine = unfinished[accelerator.process_index :: accelerator.num_processes]
 
     by_id = {problem.id: problem for problem in problems}
     progress = console.EvaluationProgress(
@@ -185,16 +191,13 @@ def generate_missing(
     )
     with contextlib.closing(progress):
         for batch in mine:
-            missing = [request for request in batch if (request.problem, request.sample) not in done]
-            if not missing:
-                progress.skip(len(batch))
-                continue
+            started = time.perf_counter()
             with accelerator.autocast():
                 answers = generate(model, base, tokenizer, batch, config.generation)
             correct = [grade_exactly(config.task.kind, by_id[answer.problem], answer).exact for answer in answers]
             progress.step(correct)
-            wanted = {(request.problem, request.sample) for request in missing}
-            yield [answer for answer in answers if (answer.problem, answer.sample) in wanted]
+            missing = [answer for answer in answers if (answer.problem, answer.sample) not in done]
+            yield missing, time.perf_counter() - started
 
 
 def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
@@ -208,19 +211,20 @@ def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new
 
 
 def grade(config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
-    """Grades the answers on record and writes grades.jsonl; returns the scores."""
+    """Grades the answers on record and returns the scores; writes grades.jsonl where no answer is missing."""
     problems = {problem.id: problem for problem in folder.problems()}
     answers, _ = folder.answers()
     answers = [answer for answer in answers.values() if answer.problem in problems]
     grades = [grade_exactly(config.task.kind, problems[answer.problem], answer) for answer in answers]
     if config.task.kind != TaskKind.logistic_map:
         grades = verify(problems, answers, grades, config.grading_seconds)
-    folder.write_grades(grade.line() for grade in grades)
     missing = len(problems) * config.generation.samples - len(answers)
+    if not missing:
+        folder.write_grades(grade.line() for grade in grades)
     return {
         "task": config.folder_name,
         "kind": config.task.kind.value,
-        "problems": len(problems),
+        "problems": sum(counts_in_scores(problem) for problem in problems.values()),
         "samples": config.generation.samples,
         "missing": missing,
         **score(config.task.kind, list(problems.values()), answers, grades),
@@ -251,8 +255,16 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
             console.say("note", f"{result['missing']} answers are missing: the scores are of the others.")
         else:
             folder.write_result(result)
+            update_card(path)
         console.say_evaluation(result, path)
         return result
+
+
+def update_card(evaluation: Path) -> None:
+    """Where an evaluation is of a finished run, the card of its adapter tells of it too."""
+    run = evaluation.absolute().parent.parent
+    if (run / "result.json").is_file() and (run / "adapter").is_dir():
+        write_card(run)
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
@@ -303,13 +315,14 @@ def perplexity_rows(config: EvalConfig, subject: Subject, tokenizer: Any) -> Tok
     """
     task = config.task
     if task.kind == TaskKind.text:
+        check_length(subject.model, task.window, "task.window")
         text = "\n\n".join(text_of(row, "text") for row in open_task(task).read())
         return prepare_windows(text, tokenizer, task.window, task.limit)
     data = config.data or (subject.run.data if subject.run else None)
     if data is None:
         raise ValueError(f"{subject.folder} does not say what it was trained on: choose the rows with data=....")
     if task.files and data.layout == Layout.logistic_map:
-        raise ValueError("task.files: this run's rows are computed, not read. Say how those files read with data=jsonl.")
+        raise ValueError("task.files: this run's rows are computed, not read. Say how these files read: data=jsonl.")
     if task.files:
         data = replace(data, train_files=task.files, eval_files=task.files, eval_rows=None)
-    return prepare_evaluation(replace(data, eval_rows=task.limit) if task.limit else data, tokenizer)
+    return prepare_evaluation(data, tokenizer, task.limit)

@@ -18,7 +18,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cera_train.config import EvalConfig, flatten, load_config, to_plain
-from cera_train.files import write_text
+from cera_train.files import finite, write_text
 from cera_train.generate import Generation
 from cera_train.problems import Problem
 from cera_train.secrets import redact_tree
@@ -40,7 +40,10 @@ class EvaluationFolder:
     def __enter__(self) -> EvaluationFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ValueError(f"cannot make the folder {self.path}: {error.strerror}.") from error
             self._lock = FileLock(self.path / ".lock")
             try:
                 self._lock.acquire(timeout=0)
@@ -108,8 +111,16 @@ class EvaluationFolder:
         path = self.path / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
+    def is_finished(self) -> bool:
+        """Whether there is a result, and every answer that it is of."""
+        result = self.result()
+        if result is None or "samples" not in result:
+            return result is not None
+        answers, broken = self.answers()
+        return not broken and len(answers) == len(self.problems()) * result["samples"]
+
     def write_result(self, result: dict[str, Any]) -> None:
-        write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        write_text(self.path / "result.json", json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
 
     # --- problems, answers, grades -----------------------------------------------------------------------------------
 
@@ -189,4 +200,4 @@ def _read_answers(path: Path) -> tuple[list[Generation], list[int]]:
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    return "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)

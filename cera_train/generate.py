@@ -90,7 +90,10 @@ def generate(
     output = model.generate(
         input_ids=torch.tensor(rows, device=base.device),
         attention_mask=torch.tensor(attention_mask, device=base.device),
-        logits_processor=[SeededSampling(batch, settings.max_new_tokens, config)] if config.temperature else [],
+        logits_processor=[
+            RefuseDivergence(),
+            *([SeededSampling(batch, settings.max_new_tokens, config)] if config.temperature else []),
+        ],
         tokenizer=tokenizer if settings.stop_strings else None,
     )
     answers = output[:, longest:].tolist()
@@ -101,10 +104,10 @@ def _generation(
     request: Request, ids: list[int], tokenizer: Any, settings: transformers.GenerationConfig
 ) -> Generation:
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
-    tokens = len(ids) if end is None else end + 1
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
-    # A row that met a stop text is filled with the end token while others go on.
+    # A row that met a stop text is filled with the end token while others go on; that one is not its own.
+    tokens = len(ids) if end is None else end + (not stops)
     return Generation(
         request.problem,
         request.sample,
@@ -112,6 +115,15 @@ def _generation(
         tokens,
         truncated=end is None and not stops,
     )
+
+
+class RefuseDivergence(LogitsProcessor):
+    """Ends with an error where a model says nothing: its logits are not numbers."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.isfinite().any(-1).all():
+            raise ValueError("the model's logits are not finite: this adapter, or its training, diverged.")
+        return scores
 
 
 class SeededSampling(LogitsProcessor):

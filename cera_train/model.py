@@ -38,13 +38,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _from_hub_or_folder(AutoTokenizer.from_pretrained, config)
 
 
-def check_length(config: ModelConfig, max_length: int) -> None:
-    """Raises ValueError where `data.max_length` is beyond the positions the model has."""
+def check_length(config: ModelConfig, length: int, setting: str) -> None:
+    """Raises ValueError where `length` tokens, by that setting, are beyond the positions the model has."""
     positions = getattr(_from_hub_or_folder(AutoConfig.from_pretrained, config), "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ValueError(
-            f"data.max_length={max_length} is beyond the {positions} positions of {config.path}: lower it."
-        )
+    if positions is not None and length > positions:
+        raise ValueError(f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it.")
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:

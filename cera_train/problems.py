@@ -53,17 +53,25 @@ def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     rows = enumerate(open_task(config).read())
     if config.level is not None:
         rows = ((number, row) for number, row in rows if _level(row) == config.level)
-    problems, seen = [], Counter()
+    problems = []
     for number, row in itertools.islice(rows, config.limit):
         try:
-            problem = _problem(row, config)
+            problems.append(_problem(row, config))
         except ValueError as error:
             raise ValueError(f"{config.name} row {number}: {error}") from error
-        seen[problem.id] += 1
-        problems.append(problem if seen[problem.id] == 1 else replace(problem, id=f"{problem.id}-{seen[problem.id]}"))
     if not problems:
         raise ValueError(f"task {config.name} has no problems{f' of level {config.level}' if config.level else ''}.")
-    return problems
+    return _with_ids_of_their_own(problems)
+
+
+def _with_ids_of_their_own(problems: list[Problem]) -> list[Problem]:
+    """A question that comes again gets -2, -3, ... behind its id."""
+    seen, told_apart = Counter(), []
+    for problem in problems:
+        seen[problem.id] += 1
+        count = seen[problem.id]
+        told_apart.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
+    return told_apart
 
 
 def _problem(row: Row, config: TaskConfig) -> Problem:
@@ -88,7 +96,7 @@ def _logistic_map_problems(config: TaskConfig, data: DataConfig | None) -> list[
     trained_on_it = data is not None and data.layout == Layout.logistic_map
     settings = data.logistic_map if trained_on_it else LogisticMapConfig()
     starts = logistic_map.starting_points(settings, data.eval_rows if trained_on_it else logistic_map.EVAL_ROWS)[1]
-    cases = [(x0, replace(settings, growth=growth), {}) for growth in config.growths for x0 in starts]
+    cases = [(x0, replace(settings, growth=growth), {}) for x0 in starts for growth in config.growths]
     cases = cases[: config.limit]
     cases.append((logistic_map.PAPER_X0, logistic_map.PAPER_CASE, {"paper_case": True}))
     problems = []
@@ -97,4 +105,4 @@ def _logistic_map_problems(config: TaskConfig, data: DataConfig | None) -> list[
         gold = row["completion"].strip()
         details = {"growth": case.growth, "x0": x0, "decimals": case.decimals, **mark}
         problems.append(Problem(_id(row["prompt"]), row["prompt"], row["prompt"], gold, details))
-    return problems
+    return _with_ids_of_their_own(problems)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import resource
 import warnings
+from datetime import timedelta
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, get_int_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, get_int_from_env
 
 from cera_train.config import Dtype, ModelConfig
 
@@ -23,8 +24,11 @@ def is_main_process() -> bool:
     return get_int_from_env(RANK_VARIABLES, 0) == 0
 
 
-def start_accelerator(model: ModelConfig, autocast: bool | None) -> Accelerator:
+def start_accelerator(model: ModelConfig, autocast: bool | None, timeout: timedelta | None = None) -> Accelerator:
     """Joins the processes of this command.
+
+    Args:
+        timeout: how long one process waits for another; None: torch's own limit.
 
     Raises:
         ValueError: the user's `accelerate config` asks for FSDP, DeepSpeed and the like.
@@ -32,7 +36,9 @@ def start_accelerator(model: ModelConfig, autocast: bool | None) -> Accelerator:
     AcceleratorState._reset_state()  # else the precision of a process's first run would bind every later one
     # Without being told, Accelerate does not join several processes of a machine that has only CPUs.
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(model, autocast), cpu=not torch.accelerator.is_available()
+        mixed_precision=mixed_precision(model, autocast),
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     check_distribution(accelerator)
     return accelerator

@@ -6,6 +6,7 @@ math-verify, or exact. An answer that a grader cannot take is wrong and counted.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -67,7 +68,8 @@ def verify(
     candidates = [
         Candidate(problems[grades[index].problem].gold, grades[index].answer, answers[index].text) for index in asked
     ]
-    with Verifier(time_limit=seconds) as verifier:
+    workers = min(len(os.sched_getaffinity(0)), len(candidates) or 1)
+    with Verifier(time_limit=seconds, workers=workers) as verifier:
         verdicts = dict(zip(asked, verifier.verify(candidates), strict=True))
     return [
         replace(grade, verified=True)
@@ -82,10 +84,11 @@ def verify(
 
 def score(kind: TaskKind, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]) -> dict:
     """The scores of an evaluation, flat, with a 95 % bootstrap interval over problems beside each accuracy."""
+    counted = {problem.id for problem in problems if counts_in_scores(problem)}
+    everything, grades = grades, [grade for grade in grades if grade.problem in counted]
+    answers = [answer for answer in answers if answer.problem in counted]
     if kind == TaskKind.logistic_map:
-        is_paper_case = {problem.id: "paper_case" in problem.details for problem in problems}
-        own = [grade for grade in grades if not is_paper_case[grade.problem]]
-        scores = _accuracies(own, "exact") | _trajectories(problems, own) | _paper_case(problems, grades)
+        scores = _accuracies(grades, "exact") | _trajectories(problems, grades) | _paper_case(problems, everything)
     else:
         scores = _accuracies(grades, "exact") | _accuracies(grades, "verified")
     return scores | {
@@ -94,6 +97,11 @@ def score(kind: TaskKind, problems: Sequence[Problem], answers: Sequence[Generat
         "grader_failures": sum(grade.failure is not None for grade in grades),
         "tokens": sum(answer.tokens for answer in answers),
     }
+
+
+def counts_in_scores(problem: Problem) -> bool:
+    """The logistic map's case of the paper is shown by itself."""
+    return "paper_case" not in problem.details
 
 
 def _accuracies(grades: Sequence[Grade], grader: str) -> dict[str, Any]:
@@ -124,20 +132,22 @@ def _trajectories(problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[
 
 def _steps(grades: Sequence[Grade]) -> dict[str, Any]:
     accuracy = [_mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)]
-    given = zip(*(grade.details["errors"] for grade in grades), strict=True)
-    error = [_mean([value for value in step if value is not None]) for step in given]
+    all_errors = [grade.details["errors"] for grade in grades]
+    errors = [[value for value in step if value is not None] for step in zip(*all_errors, strict=True)]
+    error = [_mean(step) for step in errors]
     return {
         "step_accuracy": accuracy,
         "step_accuracy/mean": _mean(accuracy),
         "absolute_error": error,
         "absolute_error/mean": _mean([value for value in error if value is not None]),
+        "steps_given": _mean([value is not None for errors in all_errors for value in errors]),
         "state_collapse": _mean([grade.details["collapsed"] for grade in grades]),
     }
 
 
 def _paper_case(problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
     """The paper's case beside the truth, as written."""
-    case = next(problem for problem in problems if "paper_case" in problem.details)
+    case = next(problem for problem in problems if not counts_in_scores(problem))
     truth = case.gold.split(", ")
     grade = next((grade for grade in grades if grade.problem == case.id), None)
     if grade is None:

@@ -53,7 +53,7 @@ def train(config: Config) -> dict[str, Any]:
 
         # --- build everything; the rows before a process group exists ---
         tokenizer = load_tokenizer(config.model)
-        check_length(config.model, config.data.max_length)
+        check_length(config.model, config.data.max_length, "data.max_length")
         data = prepare_data(config.data, tokenizer)
         accelerator = start_accelerator(config.model, config.train.autocast)
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index

@@ -314,6 +314,11 @@ def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
         ("cera-eval", ["run=x", "task=math", "generation.top_p=0.9"], "no meaning for greedy answers"),
         ("cera-eval", ["run=x", "task=math", "generation=sample", "generation.top_p=0"], "must be above 0"),
         ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[5]"], "task.growths must be numbers above 0"),
+        ("cera-eval", ["run=x", "task=math", "task.name=../out"], "name must be the name of one folder"),
+        ("cera-eval", ["run=x", "task=gsm8k", "task.level=5"], "task.level is of MATH's tasks"),
+        ("cera-eval", ["run=x", "task=logistic_map", "task.files=[x.jsonl]"], "takes neither task.prompt nor"),
+        ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[3.5699456]"], "asked with six digits"),
+        ("cera-eval", ["run=x", "task=forgetting", "task.window=1"], "task.window must be at least 2"),
         ("cera-eval", ["grade=x", "task=math"], "grade=... takes neither run= nor task="),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 from transformers import AutoModelForCausalLM
 
+from cera_train.evaluate import evaluate
 from cera_train.train import train
 
 pytestmark = [needs_smollm2, pytest.mark.slow]
@@ -29,7 +30,7 @@ DATA = {
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("adapter", ["cera", "lora", "dora"])
 @pytest.mark.parametrize("data", DATA)
-def test_perplexity_falls_on_real_rows(compose, tmp_path, data, adapter, quantization):
+def test_perplexity_falls_on_real_rows_and_is_measured_again(compose, tmp_path, data, adapter, quantization):
     config = compose(
         *DATA[data],
         *("data.train_rows=24", "data.eval_rows=4", "data.max_length=128"),
@@ -41,6 +42,11 @@ def test_perplexity_falls_on_real_rows(compose, tmp_path, data, adapter, quantiz
     result = train(config)
     assert result["eval/perplexity"] < 0.97 * result["perplexity_before"]
     assert result["spectrum/effective_rank/max"] > 1
+    if data == "gsm8k":
+        again = evaluate(compose(f"run={result['folder']}", "task=perplexity", command="eval"))
+        for name in ("perplexity", "spectrum/effective_rank/mean"):
+            trained = result.get(name, result.get(f"eval/{name}"))
+            assert again[name] == pytest.approx(trained, rel=1e-3)
 
 
 def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_path):
@@ -49,6 +55,10 @@ def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_
     assert result["trainable_parameters"] == 921_600
     assert result["eval/perplexity"] < 0.8 * result["perplexity_before"]
     folder = Path(result["folder"])
+    measured = evaluate(compose(f"run={folder}", "task=logistic_map", "task.limit=6", command="eval"))
+    assert measured["no_answer"] == 0
+    assert measured["truncated"] == 0  # it has learned to stop
+    assert measured["absolute_error/mean"] < 0.3
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(saved["base_model_name_or_path"], dtype=torch.bfloat16)
     ids = torch.arange(100, 140)[None]

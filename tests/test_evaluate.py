@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_tiny_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import cera_train.evaluate as evaluate_module
@@ -94,6 +95,18 @@ def test_perplexity_on_other_rows(eval_config, questions):
         )
     )
     assert result["rows"] == 5
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
+def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(eval_config, run, limit, rows):
+    result = evaluate(eval_config(f"task.limit={limit}", task="perplexity"))
+    assert result["rows"] == rows
+
+
+def test_a_window_beyond_the_models_positions_is_refused(eval_config, tmp_path):
+    (tmp_path / "text.txt").write_text("hello there")
+    with pytest.raises(ValueError, match="task.window=1024 is beyond the 256 positions"):
+        evaluate(eval_config(f"task.files=[{tmp_path / 'text.txt'}]", task="forgetting"))
 
 
 def test_files_of_a_run_whose_rows_are_computed_need_a_layout(eval_config, questions):
@@ -262,12 +275,38 @@ def test_grading_a_cut_file_names_the_broken_line_and_grades_the_rest(eval_confi
     kept = (folder / "result.json").read_bytes()
     path = folder / "generations.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
+    grades = (folder / "grades.jsonl").read_bytes()
     result = evaluate(compose(f"grade={folder}", command="eval"))
     out = capsys.readouterr().out
     assert "generations.jsonl:8 is broken" in out
     assert "1 answers are missing" in out
     assert result["missing"] == 1
     assert (folder / "result.json").read_bytes() == kept
+    assert (folder / "grades.jsonl").read_bytes() == grades
+    evaluate(eval_config())  # the evaluation's own command redoes the line, finished as it was
+    assert "generations.jsonl:8 is broken: its problem is answered again" in capsys.readouterr().out
+    assert len(read(path)) == 8
+    assert json.loads((folder / "result.json").read_text())["missing"] == 0
+
+
+def test_math_from_a_file_is_graded_by_both_graders(eval_config, write_jsonl, run, monkeypatch):
+    rows = [
+        {"problem": "half of 1", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{\frac{1}{2}}$."},
+        {"problem": "half of 2", "level": "Level 5", "type": "Algebra", "solution": r"So $\boxed{1}$."},
+    ]
+    texts = {"half of 1": r"It is \boxed{0.5}.", "half of 2": r"It is \boxed{1}."}
+
+    def by_hand(model, base, tokenizer, batch, config):
+        return [evaluate_module.Generation(r.problem, 0, texts[question[r.problem]], 5, False) for r in batch]
+
+    config = eval_config(f"task.files=[{write_jsonl('math.jsonl', rows)}]", task="math")
+    question = {problem.id: problem.question for problem in evaluate_module.load_problems(config.task, None)}
+    monkeypatch.setattr(evaluate_module, "generate", by_hand)
+    result = evaluate(config)
+    assert (result["exact/pass@1"], result["verified/pass@1"]) == (0.5, 1.0)
+    first = read(run / "eval" / "math" / "problems.jsonl")[0]
+    assert (first["prompt"], first["gold"]) == ("Problem: half of 1\nSolution:", r"\frac{1}{2}")
+    assert (first["level"], first["type"]) == ("Level 1", "Algebra")
 
 
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
@@ -285,16 +324,38 @@ def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, mon
 
 
 def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
-    """The run's, its best, a checkpoint's, and one that was carried elsewhere."""
-    expected = evaluate(eval_config("task.limit=4"))
+    """The run's, its best, a checkpoint's, and one that was carried elsewhere. What is measured of best/ and
+    checkpoints/ lies beside them: training replaces these folders."""
+    evaluate(eval_config("task.limit=4"))
     elsewhere = Path(shutil.copytree(run / "adapter", tmp_path / "elsewhere"))
     generations = (run / "eval" / "gsm8k" / "generations.jsonl").read_bytes()
-    for folder in (run / "adapter", run / "checkpoints" / "6"):
-        assert evaluate(eval_config("task.limit=4", run=folder))["tokens"] == expected["tokens"]
-        assert (folder / "eval" / "gsm8k" / "generations.jsonl").read_bytes() == generations
+    evaluate(eval_config("task.limit=4", run=run / "checkpoints" / "6"))
+    assert (run / "eval" / "gsm8k-checkpoints-6" / "generations.jsonl").read_bytes() == generations
     evaluate(eval_config("task.limit=4", *base(run)[:3], run=elsewhere))
     assert (elsewhere / "eval" / "gsm8k" / "generations.jsonl").read_bytes() == generations
-    assert evaluate(eval_config("task.limit=4", run=run / "best"))["problems"] == 4
+    shutil.copy(run / "best" / "adapter_model.safetensors", tmp_path)  # other weights than the final adapter's
+    assert evaluate(eval_config("task.limit=4", run=run / "best"))["task"] == "gsm8k-best"
+    assert not list(run.glob("*/eval"))
+
+
+def test_a_run_is_named_from_where_the_user_stands(eval_config, run, monkeypatch):
+    for place, name in ((run.parent, "run/best"), (run, "best")):
+        monkeypatch.chdir(place)
+        evaluate(eval_config("task.limit=1", run=name))
+        assert (run / "eval" / "gsm8k-best" / "result.json").exists()
+        shutil.rmtree(run / "eval")
+
+
+def test_the_card_tells_of_its_own_adapter_only(eval_config, run):
+    weights = run / "best" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    evaluate(eval_config("task.limit=2", run=run / "best"))
+    assert "gsm8k" not in (run / "adapter" / "README.md").read_text()
+    evaluate(eval_config("task.limit=2"))
+    text = (run / "adapter" / "README.md").read_text()
+    assert text.count("gsm8k, exact pass@1") == 1
+    assert "gsm8k-best" not in text
 
 
 def test_the_untouched_model_has_a_folder_of_its_own(eval_config, run):
@@ -310,11 +371,6 @@ def test_a_name_tells_two_evaluations_of_a_task_apart(eval_config, run):
     first, second = (read(run / "eval" / name / "problems.jsonl") for name in ("gsm8k", "short"))
     assert [row["id"] for row in first] == [row["id"] for row in second]
     assert second[0]["prompt"].startswith("Q: 1 apples")
-
-
-def test_the_card_gains_the_scores(eval_config, run):
-    evaluate(eval_config("task.limit=2"))
-    assert "gsm8k, exact pass@1" in (run / "adapter" / "README.md").read_text()
 
 
 # --- the logistic map ------------------------------------------------------------------------------------------------
@@ -345,7 +401,13 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
     own = result["by_growth"]
     assert (own["3.5"]["step_accuracy/mean"], own["3.5"]["absolute_error/mean"]) == (1.0, 0.0)
     assert own["3.8"]["state_collapse"] == 1.0
-    assert own["3.2"] == {"step_accuracy/mean": 0.0, "absolute_error/mean": None, "state_collapse": 0.0}
+    assert own["3.2"] == {
+        "step_accuracy/mean": 0.0,
+        "absolute_error/mean": None,
+        "steps_given": 0.0,
+        "state_collapse": 0.0,
+    }
+    assert (result["problems"], result["steps_given"]) == (60, pytest.approx(2 / 3))  # the paper's case is not counted
     assert result["state_collapse"] == pytest.approx(1 / 3)
     assert result["no_answer"] == 20
     assert result["paper_case"] == {
@@ -411,6 +473,40 @@ def test_other_weights_of_the_same_shape_are_refused(eval_config, run, tmp_path,
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained on other weights"):
         evaluate(eval_config("model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"))
+
+
+def test_an_adapter_without_its_weights_is_refused_and_not_looked_for_on_the_hub(eval_config, run):
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    for folder in (run, run / "adapter"):
+        with pytest.raises(ValueError, match=r"adapter lacks its weights, adapter_model.safetensors"):
+            evaluate(eval_config(run=folder))
+
+
+def test_other_weights_in_the_same_folder_are_refused(eval_config, run):
+    evaluate(eval_config("task.limit=2"))
+    shutil.copy(run / "best" / "adapter_model.safetensors", run / "adapter")
+    weights = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter_digest was .*Set name="):
+        evaluate(eval_config("task.limit=2"))
+
+
+def test_an_adapter_that_diverged_is_refused(eval_config, run):
+    weights = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * math.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    for sampled in ([], ["generation=sample", "name=sampled"]):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            evaluate(eval_config("task.limit=2", *sampled))
+
+
+def test_a_checkpoint_is_held_against_its_runs_base_too(eval_config, run, tmp_path, tokenizer):
+    other = make_tiny_llama(vocab_size=len(tokenizer))
+    other.model.norm.weight.data += 0.1
+    other.save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    own = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
+    with pytest.raises(ValueError, match="was trained on other weights"):
+        evaluate(eval_config(*own, run=run / "checkpoints" / "6"))
 
 
 def test_a_damaged_adapter_is_refused(eval_config, run):

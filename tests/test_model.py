@@ -147,9 +147,9 @@ def test_a_4_bit_parameter_counts_as_the_numbers_it_stands_for(tiny_folder):
 
 def test_max_length_beyond_the_model_is_refused(tiny_folder):
     config = ModelConfig(path=str(tiny_folder))
-    check_length(config, 256)
+    check_length(config, 256, "data.max_length")
     with pytest.raises(ValueError, match="data.max_length=257 is beyond the 256 positions"):
-        check_length(config, 257)
+        check_length(config, 257, "data.max_length")
 
 
 @pytest.mark.parametrize("path", ["no-such-organisation/no-such-model", "/no/such/folder"])

@@ -14,7 +14,7 @@ import pyarrow
 
 from cera_train.config import DataConfig
 from cera_train.data.format import encode, segmenter, start_ids
-from cera_train.data.sources import Source, open_sources
+from cera_train.data.sources import Source, head, open_sources
 from cera_train.files import cached_folder
 
 CACHE_VERSION = 2
@@ -95,10 +95,10 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     return TokenizedData(train, evaluation, shared)
 
 
-def prepare_evaluation(config: DataConfig, tokenizer: Any) -> TokenizedRows:
-    """Only the evaluation split of `prepare_data`."""
+def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
+    """Only the evaluation split of `prepare_data`, or its first `limit` rows."""
     _, source = open_sources(config)
-    return _tokenize(source, "evaluation", config, tokenizer, _tokenization_digest(config, tokenizer))
+    return _tokenize(head(source, limit), "evaluation", config, tokenizer, _tokenization_digest(config, tokenizer))
 
 
 def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -> TokenizedRows:

@@ -42,10 +42,11 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
     else:
         hub = (config.path, config.subset, config.revision)
         sources = from_hub(*hub, config.train_split), from_hub(*hub, config.eval_split)
-    return _head(sources[0], config.train_rows), _head(sources[1], config.eval_rows)
+    return head(sources[0], config.train_rows), head(sources[1], config.eval_rows)
 
 
-def _head(source: Source, count: int | None) -> Source:
+def head(source: Source, count: int | None) -> Source:
+    """The first rows; None: all."""
     if count is None:
         return source
     return Source(f"{source.fingerprint} [:{count}]", lambda: itertools.islice(source.read(), count))
@@ -118,7 +119,7 @@ def _read_parquet(path: Path) -> Iterable[Row]:
 
 def _read_text(path: Path) -> Iterator[Row]:
     try:
-        yield {"text": path.read_bytes().decode()}
+        yield {"text": path.read_text("utf-8")}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
 

@@ -7,6 +7,7 @@ for display, so an answer cannot be had by iterating on the rounded numbers for 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -68,9 +69,17 @@ def problems(config: LogisticMapConfig, eval_rows: int) -> tuple[list[dict[str, 
 
 
 def extract(text: str, steps: int) -> list[float]:
-    """The first `steps` decimal numbers of an answer's first line; fewer where it gives fewer."""
-    lines = text.strip().splitlines()
-    return [float(number) for number in re.findall(r"-?\d*\.\d+", lines[0])][:steps] if lines else []
+    """The first `steps` values of an answer's first line; fewer where it gives fewer.
+
+    Between commas, a value is the last number: the 0.84 of `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas,
+    every number with a decimal point is one.
+    """
+    line = text.strip().partition("\n")[0]
+    if "," in line:
+        numbers = [numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))]
+    else:
+        numbers = re.findall(r"-?\d*\.\d+", line)
+    return [value for value in map(float, numbers) if math.isfinite(value)][:steps]
 
 
 @dataclass(frozen=True)
