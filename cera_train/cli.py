@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import yaml
@@ -78,6 +78,10 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     try:
         with errors_in_one_line(composition):
             command()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left is nobody's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -87,6 +91,8 @@ def errors_in_one_line(composition: Composition) -> Iterator[None]:
     """Says what went wrong in one line and exits with status 2; anything unexpected keeps its traceback."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except Exception as error:
         is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
         is_composition = is_composition or is_about_a_null_section(error)
@@ -148,9 +154,14 @@ def plan(composed: DictConfig) -> None:
         config = to_config(composed, PlanRun)
         from cera_train.plan import make_plan, say_measured, say_plan
 
+        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+        if is_sweep and config.plan.compare:
+            raise ValueError(
+                "plan.compare sets other adapters beside one plan; with -m, sweep them: adapter=cera,lora,dora."
+            )
         if config.run is not None:
             say_measured(Path(config.run), config.plan)
-        elif HydraConfig.get().mode == RunMode.MULTIRUN:
+        elif is_sweep:
             SWEEP.append(make_plan(config))
         else:
             say_plan(make_plan(config))
@@ -163,8 +174,9 @@ def report() -> None:
         description="Compares runs: one table, paired tests on the same problems, pictures.",
         epilog="cera-report disagree A B [--task TASK] shows the problems that one run solves and the other does not.",
     )
+    parser.error = _refuse
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, or a folder of runs")
-    parser.add_argument("--output", type=Path, default=Path("report"), help="where report.md and report.html go")
+    parser.add_argument("--output", type=Path, help="where report.md and report.html go (report)")
     parser.add_argument("--task", help="of disagree: the evaluation to look at")
     arguments = parser.parse_args()
     from cera_train.report import disagree, say_report, write_report
@@ -172,6 +184,15 @@ def report() -> None:
     if arguments.folders[0] == Path("disagree"):
         if len(arguments.folders) != 3:
             raise ValueError(f"disagree takes two runs, got {len(arguments.folders) - 1}: cera-report disagree A B.")
+        if arguments.output is not None:
+            raise ValueError("disagree writes no files: leave --output out.")
         disagree(*arguments.folders[1:], arguments.task)
     else:
-        say_report(write_report(arguments.folders, arguments.output))
+        if arguments.task is not None:
+            raise ValueError("--task is of cera-report disagree A B: a report shows every task. Leave it out.")
+        say_report(write_report(arguments.folders, arguments.output or Path("report")))
+
+
+def _refuse(message: str) -> NoReturn:
+    """A mistake in the command line, as one line like every other."""
+    raise ValueError(f"{message} (see cera-report --help).")

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cera_train.config import AdapterKind, Config, Quantization
 from cera_train.data import TokenizedData
-from cera_train.words import duration, say
+from cera_train.words import duration, say, targets
 
 PLAIN_LINES = 10
 """Progress lines of a run whose output is not a terminal."""
@@ -33,12 +33,12 @@ def say_start(
     model, adapter = config.model, config.adapter
     quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
     gate = f", {adapter.activation}" if adapter.kind == AdapterKind.cera else ""
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else " ".join(adapter.target_modules)
     say("run", f"{path}, {updates:,} updates of {config.train.batch_size} sequences" + f", {done:,} done" * bool(done))
     say("model", f"{model.path}, {model.dtype}{quantization}, {total - trainable:,} parameters")
     say(
         "adapter",
-        f"{adapter.kind} r={adapter.r}{gate}, dropout {adapter.dropout:g}, on {targets}: {trainable:,} trainable",
+        f"{adapter.kind} r={adapter.r}{gate}, dropout {adapter.dropout:g}, on {targets(adapter.target_modules)}: "
+        f"{trainable:,} trainable",
     )
     device = f"{accelerator.num_processes} x {accelerator.device.type}"
     precision = {"no": "no autocast"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")

@@ -75,6 +75,10 @@ def test_two_processes_share_the_answers_of_an_evaluation(tmp_path, tiny_folder,
     for name in ("problems", "generations", "grades"):
         assert (folder / "two" / f"{name}.jsonl").read_bytes() == (folder / "one" / f"{name}.jsonl").read_bytes()
     assert not list((folder / "two").glob("generations.*.jsonl"))
+    lines = (folder / "two" / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "two" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])  # cut, and unevenly so
+    assert "generations.jsonl:2 is broken" in run(*launcher, *answer, "name=two")
+    assert (folder / "two" / "generations.jsonl").read_bytes() == b"".join(lines)
     assert out["two"][0].count("folder          ") == 1
     assert "1 more at work" in out["two"][0]
     one, two = (json.loads((folder / f"perplexity_{name}" / "result.json").read_text()) for name in ("one", "two"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from cera_train.config import CHANGES_NO_RESULT
 from cera_train.report.runs import STEPS, Evaluation, Run
 from cera_train.report.table import TASK_NAMES, has_column, signed
 from cera_train.statistics import Difference, McNemar, mcnemar, paired_bootstrap
@@ -15,8 +16,9 @@ from cera_train.statistics import Difference, McNemar, mcnemar, paired_bootstrap
 MOST_RUNS_IN_ALL_PAIRS = 6
 LEVEL = 0.05
 
-SAYS_NOTHING = ("name", "output_dir", "tracker.", "train.resume", "train.keep", "train.save_every", "model.facts",
-                "data.facts")  # fmt: skip
+OF_SPEED_AND_MEMORY = ("train.micro_batch_tokens", "train.batch_layout", "model.gradient_checkpointing")
+
+SAYS_NOTHING = tuple(key for key in CHANGES_NO_RESULT if key not in OF_SPEED_AND_MEMORY)
 """Settings, by what they start with, that are not shown as a difference between runs."""
 
 
@@ -53,11 +55,9 @@ class PairedTest:
     def evidence(self) -> str:
         """In words: 12 to 9 of 40 problems, p = 0.66; ..."""
         size = self.difference
-        points = (
-            f"{signed(100 * size.difference, '.1f')} points for {self.second} "
-            f"(95 % interval {signed(100 * size.lower, '.1f')} to {signed(100 * size.upper, '.1f')})"
-        )
-        if self.mcnemar is None:
+        points = f"{signed(100 * size.difference, '.1f')} points for {self.second}"
+        if self.mcnemar is None:  # then the interval decides; beside McNemar's p it could contradict it
+            points += f" (95 % interval {signed(100 * size.lower, '.1f')} to {signed(100 * size.upper, '.1f')})"
             how = "step by step" if self.grader == STEPS else "several answers each"
             return f"mean over {self.problems:,} problems, {how}: {points}"
         alone = f"{self.mcnemar.only_first:,} to {self.mcnemar.only_second:,} of {self.problems:,} problems"
@@ -163,6 +163,12 @@ def cautions(runs: Sequence[Run], tests: Sequence[PairedTest]) -> list[str]:
             "The runs are on different base models, so a difference is not the adapter's alone, and perplexities "
             f"compare only where the models share a tokenizer: {named}."
         )
+    if len(groups := group_by([run for run in trained if run.machine], lambda run: run.machine)) > 1:
+        named = "; ".join(f"{', '.join(run.name for run in own)}: {machine}" for machine, own in groups.items())
+        notes.append(
+            "Speed, time and peak memory are of different machines, and a CPU's peak is resident memory with the "
+            f"libraries, a GPU's what its tensors took: {named}."
+        )
     if len(groups := group_by(trained, lambda run: run.settings.get("train.probe_tokens"))) > 1:
         notes.append(f"Spectra are taken on more tokens of some runs than of others: {_in_groups(groups)}.")
     for task in dict.fromkeys(name for run in runs for name in run.evaluations):
@@ -216,8 +222,10 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
                      "trainable_parameters": "parameters"}  # fmt: skip
             if absent := [name for key, name in named.items() if run.result.get(key) is None]:
                 lines.append(f"{run.name}: result.json has no {', '.join(absent)}.")
-            files = {"spectrum.json": run.spectrum, "metrics.jsonl": run.metrics}
-            lines += [f"{run.name}: no {name}, so no curve of it." for name, content in files.items() if not content]
+            if not run.spectrum:
+                lines.append(f"{run.name}: there is no spectrum.json, so the spectra are without it.")
+            if not run.metrics:
+                lines.append(f"{run.name}: there is no metrics.jsonl, so the curves are without it.")
         nowhere = [key for key in run.published if not has_column(key)]
         lines += [f"{run.name}: the paper's {key}, {run.published[key]:g}, has no column." for key in nowhere]
         unknown = {path.parent.name for path in run.folder.glob("eval/*/result.json")} - run.evaluations.keys()
@@ -234,7 +242,10 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
         lines.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
     unnamed = [run.name for run in runs if run.is_training and not run.published]
     if unnamed:
-        lines.append(f"No figure of the paper's is named by the recipe of {', '.join(unnamed)}.")
+        lines.append(
+            f"No figure of the paper's applies to {', '.join(unnamed)}: "
+            "its recipe names none, or a setting was overridden."
+        )
     return lines
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.report.comparison import check_same_problems, compare, is_graded, name_of
-from cera_train.report.runs import Run, read_runs
+from cera_train.report.runs import STEPS, Run, read_runs
 
 PIPE_WIDTH = 100
 """Columns of an output that is not a terminal."""
@@ -41,7 +41,7 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     shares = {name: tuple(own.share_right(name, test.grader) for own in (a, b)) for name in a.grades}
     different = [name for name, (one, other) in shares.items() if one != other]
 
-    print(f"task        {name_of(task)}, {test.problems:,} problems, grader: {test.grader}")
+    print(clean(f"task        {name_of(task)}, {test.problems:,} problems, grader: {test.grader}"))
     for letter, run, mean in zip("AB", runs, test.means, strict=True):
         print(clean(f"{letter}           {run.name}: {run.method}{_rank(run)}, {mean:.1%} right"))
     if test.mcnemar is not None:
@@ -99,7 +99,7 @@ def _column(run: Run, letter: str, evaluation: Any, name: str, grader: str) -> l
     """Heading, answers and generations of one run, as paragraphs."""
     paragraphs = []
     for grade in evaluation.grades[name]:
-        mark = "right" if grade[grader] else "wrong"
+        mark = _mark(grade, grader)
         sample = f", sample {grade['sample']}" if len(evaluation.grades[name]) > 1 else ""
         answer = "no answer found" if grade["answer"] is None else f"answer: {grade['answer']}"
         failure = f" ({grade['failure']})" if grade.get("failure") else ""
@@ -112,6 +112,12 @@ def _column(run: Run, letter: str, evaluation: Any, name: str, grader: str) -> l
             "",
         ]
     return paragraphs[:-1]
+
+
+def _mark(grade: dict[str, Any], grader: str) -> str:
+    if grader == STEPS:
+        return f"{sum(grade['matches'])} of {len(grade['matches'])} steps right"
+    return "right" if grade[grader] else "wrong"
 
 
 def _side_by_side(left: list[str], right: list[str], width: int) -> str:

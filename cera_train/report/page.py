@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.card import escape
-from cera_train.files import WRITING, write_text
+from cera_train.files import write_bytes, write_text
 from cera_train.report.comparison import (
     PairedTest,
     cautions,
@@ -78,9 +78,11 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
         ValueError: a folder holds no run, or a file in it is broken.
     """
     report = compare_runs(folders, output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: expected a folder for report.md and report.html in --output.")
     output.mkdir(parents=True, exist_ok=True)
     for picture in report.pictures:
-        _write_bytes(output / f"{picture.name}.png", render(picture, LIGHT, "png"))
+        write_bytes(output / f"{picture.name}.png", render(picture, LIGHT, "png"))
     light, dark = ({picture.name: _data_uri(picture, theme) for picture in report.pictures} for theme in (LIGHT, DARK))
     write_text(output / "report.md", _template("report.md.jinja").render(report=report))
     write_text(output / "report.html", _template("report.html.jinja").render(report=report, light=light, dark=dark))
@@ -127,12 +129,6 @@ def _template(name: str) -> Any:
 
 def _data_uri(picture: Picture, theme: Any) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(render(picture, theme, "svg")).decode()
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    part = path.with_name(WRITING + path.name)
-    part.write_bytes(content)
-    part.replace(path)
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------

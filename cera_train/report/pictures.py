@@ -298,7 +298,7 @@ def _training_curves(runs: Sequence[Run]) -> Picture | str:
         "training-curves",
         "Training loss",
         f"Training loss by update. {said}.",
-        "In nats per supervised token" + (f"; long runs averaged to {MOST_POINTS} points." if any(
+        "In nats per supervised token" + (f"; long runs averaged to at most {MOST_POINTS} points." if any(
             len(run.metrics) > MOST_POINTS for run in own) else "."),
         lambda axes, theme: _draw_curves(axes, theme, own, lines, "update", "training loss"),
     )  # fmt: skip
@@ -343,7 +343,7 @@ def _draw_curves(
     marked: bool = False,
     from_zero: bool = True,
 ) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     drawn: dict[str, int] = {}
     labels = []
@@ -369,8 +369,10 @@ def _draw_curves(
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     values = [y for line in lines.values() for _, y in line]
-    if max(values) > 10 * min(values):
+    if max(values) > 10 * min(values) > 0:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
     else:
         axes.set_ylim(bottom=0 if from_zero else None)
@@ -393,7 +395,11 @@ def _accuracy_pictures(runs: Sequence[Run]) -> list[tuple[str, Callable]]:
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | str:
     own = [run for run in runs if is_graded(run.evaluations.get(task))]
     results = {run.name: run.evaluations[task].result for run in own}
-    metric = "verified/pass@1" if all("verified/pass@1" in result for result in results.values()) else "exact/pass@1"
+    # Of trajectories the share of steps: one that is right to its end is rare.
+    metric = next(
+        (key for key in ("step_accuracy/mean", "verified/pass@1") if all(key in result for result in results.values())),
+        "exact/pass@1",
+    )
     placed = [run for run in own if run.measured("trainable_parameters")]
     level = [run for run in own if run.kind == "base"]
     if not placed:
@@ -401,7 +407,9 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | str:
     unplaced = [run.name for run in own if run not in placed and run not in level]
 
     def draw(axes: Axes, theme: Theme) -> None:
+        values = sorted({run.measured("trainable_parameters") for run in placed})
         axes.set_xscale("log")
+        axes.set_xlim(values[0] / 1.6, values[-1] * 1.6)
         labels = []
         for run in placed:
             color = theme.colors.get(run.kind, theme.text)
@@ -419,20 +427,20 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | str:
                 run.name, (0.01, y), xycoords=("axes fraction", "data"), xytext=(0, 3), textcoords="offset points",
                 color=theme.colors["base"], fontsize=9.5,
             )  # fmt: skip
-        values = sorted({run.measured("trainable_parameters") for run in placed})
-        axes.set_xlim(values[0] / 1.6, values[-1] * 1.6)
         _parameter_ticks(axes, values)
         axes.set(xlabel="trainable parameters", ylabel="accuracy, %")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
         _label(axes, labels)
 
-    grader = metric.split("/")[0]
+    measure = "steps right" if metric.startswith("step") else f"grader: {metric.split('/')[0]}"
+    has_intervals = any(f"{metric}/interval" in result for result in results.values())
     said = "; ".join(f"{run.name}: {results[run.name][metric]:.1%}" for run in own)
     return Picture(
         f"accuracy-{task}",
         f"Accuracy on {name_of(task)} against parameters",
         f"Accuracy on {name_of(task)} against trainable parameters. {said}.",
-        f"Grader: {grader}. Bars: 95 % bootstrap intervals over problems."
+        f"{measure.capitalize()}."
+        + (" Bars: 95 % bootstrap intervals over problems." if has_intervals else "")
         + (" Dashed: the untouched base model." if level else "")
         + (f" Not shown, for want of a number of parameters: {', '.join(unplaced)}." if unplaced else ""),
         draw,

@@ -50,8 +50,7 @@ class Evaluation:
     @property
     def rows(self) -> tuple:
         """What decides the rows of a perplexity, apart from the run's own data: equal for the same rows."""
-        chosen = {key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))}
-        return tuple(sorted((key, repr(value)) for key, value in chosen.items() if value is not None))
+        return _decides_rows({key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))})
 
     @cached_property
     def problems(self) -> dict[str, dict[str, Any]]:
@@ -121,8 +120,28 @@ class Run:
     published: dict[str, float] = field(default_factory=dict)
     """The paper's figures: a key of result.json, or TASK/METRIC of an evaluation."""
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    command: str | None = None
-    """That trained it, as one types it."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """environment.json: where it was trained."""
+
+    @property
+    def command(self) -> str | None:
+        """That trained it, as one types it."""
+        words = self.environment.get("command")
+        if not words:
+            return None
+        program = Path(words[0])
+        start = "python -m cera_train" if program.name == "__main__.py" else program.name
+        return shlex.join([*start.split(), *words[1:]])
+
+    @property
+    def machine(self) -> str | None:
+        """What it was trained on. None: not on record."""
+        known = self.environment
+        if "gpus" not in known:
+            return None
+        names = [str(gpu.get("name")) if isinstance(gpu, dict) else str(gpu) for gpu in known["gpus"] or []]
+        on = ", ".join(names) or f"CPU, {known.get('cpu_threads', '?')} threads"
+        return f"{on}, {known.get('processes', 1)} processes"
 
     @property
     def is_unfinished(self) -> bool:
@@ -159,22 +178,31 @@ class Run:
     @property
     def evaluation_rows(self) -> tuple:
         """What decides on which tokens the perplexity of training is taken: equal for comparable runs."""
-        chosen = {
-            key: value
-            for key, value in self.settings.items()
-            if key.startswith("data.") and not key.startswith(CHOOSES_TRAINING_ROWS_ONLY)
-        }
-        if chosen.get("data.train_files"):  # then nothing comes from the Hub
-            chosen = {key: value for key, value in chosen.items() if key not in HUB}
-        if chosen.get("data.eval_files"):
-            chosen.pop("data.train_files", None)
-        return tuple(sorted((key, repr(value)) for key, value in chosen.items()))
+        return _decides_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
 
     @property
     def base(self) -> str:
-        """The model that the adapter is on."""
-        revision = self.settings.get("model.revision")
-        return str(self.settings.get("model.path", "a model not on record")) + (f" at {revision}" if revision else "")
+        """The model that the adapter is on, with what its weights are kept in: that too changes a perplexity."""
+        path, revision, dtype, quantization = (
+            self.settings.get(f"model.{key}") for key in ("path", "revision", "dtype", "quantization")
+        )
+        named = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
+        return ", ".join([named, *(str(kept) for kept in (dtype, quantization) if kept not in (None, "none"))])
+
+
+def _decides_rows(settings: dict[str, Any]) -> tuple:
+    """Settings as something to compare. A null is a key that another version does not have."""
+    if settings.get("data.train_files"):  # then nothing comes from the Hub
+        settings = {key: value for key, value in settings.items() if key not in HUB}
+    if settings.get("data.eval_files"):
+        settings = {key: value for key, value in settings.items() if key != "data.train_files"}
+    return tuple(
+        sorted(
+            (key, repr(value))
+            for key, value in settings.items()
+            if value is not None and not key.startswith(CHOOSES_TRAINING_ROWS_ONLY)
+        )
+    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -241,17 +269,8 @@ def _read_run(folder: Path) -> Run:
         _read_json(folder / "spectrum.json") or {},
         published,
         evaluations,
-        _command(folder),
+        _read_json(folder / "environment.json") or {},
     )
-
-
-def _command(folder: Path) -> str | None:
-    words = (_read_json(folder / "environment.json") or {}).get("command")
-    if not words:
-        return None
-    program = Path(words[0])
-    start = "python -m cera_train" if program.name == "__main__.py" else program.name
-    return shlex.join([*start.split(), *words[1:]])
 
 
 def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
@@ -268,7 +287,7 @@ def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[st
     kind = {"use_dora": "dora", "use_rslora": "rslora"}.get(
         next((name for name in ("use_dora", "use_rslora") if adapter.get(name)), ""), kind
     )
-    return settings | {"adapter.kind": kind, "adapter.r": adapter.get("r")}
+    return settings | {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
@@ -277,17 +296,16 @@ def _read_evaluation(folder: Path) -> Evaluation:
 
 
 def _with_unique_names(runs: list[Run]) -> list[Run]:
-    """Runs of one name are told apart by the folders above them."""
+    """Runs of one name are told apart by their folders: by as much of the paths as that takes."""
     depth = 1
     while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
-        runs = [_named_by_parents(run, depth) if run.name in repeated else run for run in runs]
+        runs = [_named_by_folder(run, depth) if run.name in repeated else run for run in runs]
         depth += 1
     return runs
 
 
-def _named_by_parents(run: Run, depth: int) -> Run:
-    above = run.folder.resolve().parts[:-1][-depth:]
-    return replace(run, name="/".join([*above, run.name.rsplit("/", 1)[-1]]))
+def _named_by_folder(run: Run, depth: int) -> Run:
+    return replace(run, name="/".join(run.folder.resolve().parts[-depth:]))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

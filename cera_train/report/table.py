@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cera_train.report.runs import Evaluation, Run
+from cera_train.words import duration, gigabytes
 
 NOTHING = "–"
 MINUS = "−"
@@ -61,7 +63,7 @@ def build_columns(runs: Sequence[Run]) -> list[Column]:
         ),
         ("manifold dimension, mean / max", RANK, _mean_and_max("spectrum/manifold_dimension", ("{:,.1f}", "{:,.0f}"))),
         ("tokens/s", COST, _speed),
-        ("peak memory", COST, lambda run: Cell(gibibytes(run.measured("peak_memory_bytes")))),
+        ("peak memory", COST, lambda run: Cell(_format(run.measured("peak_memory_bytes"), gigabytes))),
         ("time", COST, _time),
     ]
     columns = [Column(label, group, [cell(run) for run in runs]) for label, group, cell in makers]
@@ -109,7 +111,7 @@ def _speed(run: Run) -> Cell:
 
 def _time(run: Run) -> Cell:
     updates = run.measured("updates")
-    return Cell(duration(run.measured("seconds")), () if updates is None else (f"{updates:,} updates",))
+    return Cell(_format(run.measured("seconds"), duration), () if updates is None else (f"{updates:,} updates",))
 
 
 # --- evaluations -----------------------------------------------------------------------------------------------------
@@ -156,7 +158,8 @@ def _of_task(task: str, metric: str) -> Callable[[Run], Cell]:
         result = (evaluation.result if evaluation else None) or {}
         value, notes = result.get(metric), []
         if interval := result.get(f"{metric}/interval"):
-            notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+            lower, upper = interval  # of problems that came out alike a point, which is not how sure the figure is
+            notes.append(f"{100 * lower:.1f} to {upper:.1%}" if lower < upper else "all alike: no interval")
         if value is not None and metric.startswith("exact") and result.get("samples", 1) > 1:
             notes.append(f"{result['samples']} samples each")
         if metric == "perplexity" and result.get("perplexity_base") is not None:
@@ -207,18 +210,8 @@ def signed(value: float, form: str = ".2f") -> str:
     return text if text.strip(f"+{MINUS}0.") else text[1:]
 
 
-def duration(seconds: float | None) -> str | None:
-    """h:mm:ss, or m:ss."""
-    if seconds is None:
-        return None
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def gibibytes(size: float | None) -> str | None:
-    return None if size is None else f"{size / 2**30:.1f} GiB"
-
-
-def _format(value: float | None, form: str) -> str | None:
-    return None if value is None else form.format(value)
+def _format(value: float | None, form: str | Callable[[float], str]) -> str | None:
+    """None where there is no figure; infinity and not-a-number by name, which a form of whole numbers refuses."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None if value is None else str(value)
+    return form(value) if callable(form) else form.format(value)

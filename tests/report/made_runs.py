@@ -71,7 +71,9 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
     path.mkdir(parents=True)
     settings = settings_of(name, **changes)
     (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-    (path / "environment.json").write_text("{}")
+    (path / "environment.json").write_text(
+        json.dumps({"command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"]})
+    )
     r, kind = settings["adapter"]["r"], settings["adapter"]["kind"]
     lines: list[dict[str, Any]] = []
     for update in range(0, 101, 10):

@@ -91,6 +91,28 @@ def test_a_folder_of_several_runs_is_refused(tmp_path: Path) -> None:
         disagree(tmp_path / "sweep", second)
 
 
+def test_trajectories_are_compared_by_their_steps(tmp_path: Path, capsys) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, right in zip(runs, (1, 3), strict=True):
+        grades = add_evaluation(run, "logistic_map", verified=False, problems=3) / "grades.jsonl"
+        rows = [json.loads(line) for line in grades.read_text().splitlines()]
+        for row in rows:
+            steps = right if row["problem"] == "id001" else 2
+            row["matches"] = [step < steps for step in range(4)]
+        grades.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    disagree(*runs)
+    shown = capsys.readouterr().out
+    assert re.findall(r"^--- \d+ of 1: (id\d+) ", shown, re.MULTILINE) == ["id001"]
+    assert f"{'A, 1 of 4 steps right: a':<48} | B, 3 of 4 steps right: b" in shown
+
+
+def test_a_folder_of_one_run_is_that_run(tmp_path: Path, capsys) -> None:
+    _, second = two_runs(tmp_path / "sweep")
+    second.rename(tmp_path / "lora")
+    disagree(tmp_path / "sweep", tmp_path / "lora")
+    assert f"{'A, right: cera_64':<48} | B, wrong: lora_512" in capsys.readouterr().out
+
+
 def test_what_a_model_wrote_does_not_steer_the_terminal(tmp_path: Path, capsys) -> None:
     first, second = make_run(tmp_path / "a\x1b[31m"), make_run(tmp_path / "b")
     add_evaluation(first, solved={0}, problems=1, text="\x1b[2J\x07 {n}\r", question="\x1b[1mWhat? {n}")

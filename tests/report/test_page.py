@@ -50,6 +50,7 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
     assert report.settings["data.prompt"][0] in unescape(html)
+    assert report.trained[0].command in unescape(html)
 
 
 def test_the_markdown_keeps_its_tables_and_shows_hostile_text_as_text(tmp_path: Path) -> None:
@@ -103,6 +104,9 @@ def test_the_page_is_sound_in_a_browser(browser: Any, page_path: Path, width: in
     assert len(pictures) >= 8
     assert all(width > 0 and alt > 20 for width, _, alt in pictures)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    nothing = "[...document.querySelectorAll('.results td > .nothing:only-child')]"
+    is_shown = page.evaluate(f"{nothing}.map(value => value.offsetParent !== null)")
+    assert set(is_shown) == {width > 360}  # a card on a telephone has only what was measured
     dark_sources = page.evaluate("[...document.querySelectorAll('source')].map(source => source.srcset)")
     current = page.evaluate("[...document.images].map(image => image.currentSrc)")
     assert (current == dark_sources) == (scheme == "dark")

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 
+import matplotlib
 import pytest
 from made_runs import add_evaluation, make_run, result_of, two_runs
+from matplotlib.figure import Figure
 
+from cera_train.card import escape
 from cera_train.report import say_report, write_report
 from cera_train.report.comparison import paired_tests
 from cera_train.report.page import compare_runs
-from cera_train.report.pictures import MOST_POINTS, spread, thinned
+from cera_train.report.pictures import LIGHT, MOST_POINTS, spread, thinned
 from cera_train.report.runs import read_runs
 from cera_train.report.table import build_columns
 
@@ -36,7 +40,7 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["effective rank, mean / max"] == [("25.6 / 38.4", "of r = 64"), ("204.8 / 307.2", "of r = 512")]
     assert table["manifold dimension, mean / max"] == [("12.8 / 21",), ("102.4 / 170",)]
     assert table["tokens/s"][0] == ("1,234",)
-    assert table["peak memory"][0] == ("5.0 GiB",)
+    assert table["peak memory"][0] == ("5.4 GB",)
     assert table["time"][0] == ("1:02:05", "100 updates")
     result = json.loads((tmp_path / "lora_512/eval/math/result.json").read_text())
     lower, upper = result["exact/pass@1/interval"]
@@ -72,6 +76,12 @@ def test_several_samples_give_pass_at_one_and_at_n(tmp_path: Path) -> None:
     assert table["MATH exact pass@4"][0][0] == "50.0%"
 
 
+def test_problems_that_came_out_alike_give_no_interval(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    add_evaluation(run, "math", solved=set())
+    assert cells(run)["MATH exact"] == [("0.0%", "all alike: no interval")]
+
+
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     add_evaluation(run, "logistic_map", solved={0}, verified=False)
@@ -102,11 +112,11 @@ def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_folder_of_runs_is_all_of_them_in_order_and_each_once(tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
-    for name in ("b", "a", "c"):
+    for name in ("r128", "r16", "r64"):
         make_run(sweep / name)
     (sweep / "notes").mkdir()
-    runs = read_runs([sweep / "c", sweep, sweep / ".." / "sweep" / "a"])
-    assert [run.name for run in runs] == ["c", "a", "b"]
+    runs = read_runs([sweep / "r64", sweep, sweep / ".." / "sweep" / "r16"])
+    assert [run.name for run in runs] == ["r64", "r16", "r128"]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -138,13 +148,25 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path, content: str) -> None
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"{broken\n{}\n", b"\xff{}\n", b'[1, "}"]\n{}\n'])
 @pytest.mark.parametrize("name", ["config.yaml", "result.json", "spectrum.json", "metrics.jsonl"])
-def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     run = make_run(tmp_path / "a")
-    (run / name).write_text("{broken\n{}\n")
-    with pytest.raises(ValueError, match=f"{run / name} is broken") as error:
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{run / name}(:1)? is broken") as error:
         read_runs([run])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["null\n", "{}\n", ""])
+@pytest.mark.parametrize("name", ["problems.jsonl", "grades.jsonl"])
+def test_a_broken_file_of_an_evaluation_stops_its_test_and_is_named(tmp_path: Path, name: str, content: str) -> None:
+    first, second = two_runs(tmp_path)
+    (first / "eval/math" / name).write_text(content)
+    report = compare_runs([first, second], tmp_path / "report")
+    assert report.tests == []
+    (note,) = report.test_notes
+    assert re.search(rf"{name}:1 is broken|evaluated on different problems \(0 and 40|no grades for 40", note)
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
@@ -172,9 +194,40 @@ def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
     add_evaluation(complete, "gsm8k", finished=False)
     missing = compare_runs([complete, poor], tmp_path / "report").missing
     assert "lora_512: result.json has no peak memory." in missing
+    assert "lora_512: there is no spectrum.json, so the spectra are without it." in missing
     assert "cera_64: the evaluation on GSM8K is unfinished." in missing
     assert "Not evaluated on GSM8K: lora_512." in missing
-    assert "No figure of the paper's is named by the recipe of lora_512." in missing
+    assert (
+        "No figure of the paper's applies to lora_512: its recipe names none, or a setting was overridden." in missing
+    )
+
+
+@pytest.mark.parametrize("key", sorted(result_of("cera", 64, 1.9)))
+def test_no_figure_is_needed(tmp_path: Path, key: str) -> None:
+    first, second = two_runs(tmp_path)
+    result = json.loads((first / "result.json").read_text())
+    del result[key]
+    (first / "result.json").write_text(json.dumps(result))
+    report = compare_runs([first, second], tmp_path / "report")
+    assert [run.name for run in report.runs] == ["cera_64", "lora_512"]
+    if key == "eval/perplexity":
+        assert cells(first)["perplexity"] == [(None, "paper 1.97, not measured here")]
+
+
+def test_a_published_figure_without_a_column_and_an_evaluation_without_settings_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", published={"spectrum/dead_units/mean": 0.25, "spectrum/effective_rank/max": 330.0})
+    (add_evaluation(run, "math") / "config.yaml").unlink()
+    missing = compare_runs([run], tmp_path / "report").missing
+    assert "a: the paper's spectrum/dead_units/mean, 0.25, has no column." in missing
+    assert not any("effective_rank" in line for line in missing)
+    assert "a: eval/math has no config.yaml and is left out." in missing
+
+
+def test_adapters_that_give_no_output_have_no_spectra(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    module = {"effective_rank": 0.0, "manifold_dimension": 0, "dead_units": None, "singular_values": [0.0] * 4}
+    (run / "spectrum.json").write_text(json.dumps({"q_proj": module}))
+    assert "Spectra: no adapter gives an output." in write_report([run], tmp_path / "report").not_shown
 
 
 def test_a_picture_without_figures_is_left_out_and_named(tmp_path: Path) -> None:
@@ -255,8 +308,9 @@ def test_trajectories_are_tested_by_their_steps_without_the_papers_case(tmp_path
     for run, right in zip(runs, (0, 1), strict=True):
         folder = add_evaluation(run, "logistic_map", solved=set(), verified=False)
         grades = [json.loads(line) for line in (folder / "grades.jsonl").read_text().splitlines()]
-        for grade in grades[:-1]:
-            grade["matches"] = [True] * right + [False] * (4 - right)
+        for grade in grades:
+            is_paper_case = grade is grades[-1]
+            grade["matches"] = [is_paper_case or step < right for step in range(4)]
         (folder / "grades.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades))
         lines = (folder / "problems.jsonl").read_text().splitlines()
         lines[-1] = json.dumps(json.loads(lines[-1]) | {"paper_case": True})
@@ -295,6 +349,23 @@ def test_perplexities_on_different_rows_are_said_not_to_compare(tmp_path: Path) 
     assert any("evaluation rows and model as c" in line for line in report.not_shown)
 
 
+def test_the_hub_does_not_matter_to_rows_from_files(tmp_path: Path) -> None:
+    files = {"data.train_files": ["train.jsonl"], "data.eval_files": ["test.jsonl"]}
+    runs = [make_run(tmp_path / "a", **files), make_run(tmp_path / "b", **files, **{"data.path": "other/set"})]
+    assert compare_runs(runs, tmp_path / "report").cautions == []
+
+
+def test_held_out_rows_depend_on_the_training_files(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, **{"data.train_files": [f"{name}.jsonl"], "data.eval_rows": 9}) for name in "ab"]
+    assert "a | b (data.train_files differ)" in compare_runs(runs, tmp_path / "report").cautions[0]
+
+
+def test_spectra_on_probes_of_different_size_are_said_not_to_compare(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, **{"train.probe_tokens": size}) for name, size in (("a", 512), ("b", 2048))]
+    (note,) = compare_runs(runs, tmp_path / "report").cautions
+    assert note == "Spectra are taken on more tokens of some runs than of others: a | b."
+
+
 def test_accuracies_on_different_problems_are_said_not_to_compare(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "abc"]
     for run, problems in zip(runs, (40, 30, 40), strict=True):
@@ -327,6 +398,19 @@ def test_a_figure_that_no_run_has_is_left_out_of_its_picture(tmp_path: Path) -> 
     assert cells(*runs)["effective rank, mean / max"][0] == ("25.6 / –", "of r = 64")
 
 
+def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, share in zip(runs, (0.25, 0.5), strict=True):
+        path = add_evaluation(run, "logistic_map", verified=False) / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"step_accuracy/mean": share}))
+    pictures = {picture.name: picture for picture in compare_runs(runs, tmp_path / "report").pictures}
+    picture = pictures["accuracy-logistic_map"]
+    assert picture.alt.endswith("a: 25.0%; b: 50.0%.")
+    assert picture.caption == "Steps right."
+    picture.draw(axes := Figure().subplots(), LIGHT)
+    assert {point for line in axes.lines for point in line.get_ydata()} == {25, 50}
+
+
 def test_a_run_that_diverged_is_named_and_breaks_no_picture(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", perplexity=float("inf"))]
     report = write_report([*runs, make_run(tmp_path / "c")], tmp_path / "report")
@@ -338,7 +422,7 @@ def test_a_run_that_diverged_is_named_and_breaks_no_picture(tmp_path: Path) -> N
 def test_different_base_models_are_said(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"model.path": "meta-llama/Llama-3.2-1B"})]
     assert (
-        "share a tokenizer: a: meta-llama/Llama-3.1-8B; b: meta-llama/Llama-3.2-1B"
+        "share a tokenizer: a: meta-llama/Llama-3.1-8B, bfloat16; b: meta-llama/Llama-3.2-1B, bfloat16"
         in (compare_runs(runs, tmp_path / "report").cautions[0])
     )
 
@@ -354,6 +438,26 @@ def test_evaluations_with_other_settings_are_said(tmp_path: Path) -> None:
 def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"optimizer.lr": 1e-3})]
     assert compare_runs(runs, tmp_path / "report").settings == {"optimizer.lr": ["0.0003", "0.001"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (
+            ["/opt/bin/cera-train", "+recipe=math_r64", "data.prompt=Q: {q}"],
+            "cera-train +recipe=math_r64 'data.prompt=Q: {q}'",
+        ),
+        (["/src/cera_train/__main__.py", "name=a"], "python -m cera_train name=a"),
+        (None, "not on record"),
+    ],
+)
+def test_the_command_of_a_run_is_shown(tmp_path: Path, words: list[str] | None, command: str) -> None:
+    run = make_run(tmp_path / "a")
+    (run / "environment.json").write_text(json.dumps({"command": words} if words else {}))
+    write_report([run], tmp_path / "report")
+    html = unescape((tmp_path / "report/report.html").read_text())
+    assert f"<code>{command}</code>" in html or f"<dd>{command}</dd>" in html
+    assert f"- a: {escape(command)}" in (tmp_path / "report/report.md").read_text()
 
 
 # --- the files -------------------------------------------------------------------------------------------------------
@@ -390,6 +494,27 @@ def test_the_terminal_shows_table_tests_and_what_is_missing(tmp_path: Path, caps
     assert "MATH, cera_64 and lora_512: no difference shown: 12 to 9" in shown
     assert "at most r" in shown
     assert f"report      {tmp_path}/report/report.html" in shown
+
+
+@pytest.mark.parametrize("losses", [(3.0, 0.25), (300.0, 0.002), (2.0, 0.0)])
+def test_the_ticks_of_a_curve_are_plain_numbers(tmp_path: Path, losses: tuple[float, float]) -> None:
+    run = make_run(tmp_path / "a")
+    lines = [json.dumps({"update": update, "train/loss": loss}) for update, loss in enumerate(losses)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (picture,) = [own for own in compare_runs([run], tmp_path).pictures if own.name == "training-curves"]
+    figure = Figure()
+    with matplotlib.rc_context({"text.parse_math": False}):
+        picture.draw(axes := figure.subplots(), LIGHT)
+        figure.draw_without_rendering()
+        axis = axes.yaxis
+        low, high = axes.get_ylim()
+        texts = [
+            tick.label1.get_text()
+            for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            if low <= tick.get_loc() <= high and tick.label1.get_text()
+        ]
+    assert len(texts) >= 3
+    assert all(float(text) >= 0 for text in texts)
 
 
 def test_labels_keep_their_distance_and_stay_inside() -> None:
@@ -431,3 +556,42 @@ def test_a_report_of_real_runs(tiny_config, tmp_path: Path) -> None:
     assert [picture.name for picture in report.pictures] == [
         "perplexity-rank", "effective-rank", "manifold-dimension", "spectra", "training-curves", "evaluation-curves",
     ]  # fmt: skip
+
+
+def test_copies_of_a_run_are_named_by_their_folders(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", name="a"), make_run(tmp_path / "a_copy", name="a")]
+    assert [run.name for run in read_runs(runs)] == ["a", "a_copy"]
+
+
+def test_another_quantization_is_another_base_model(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"model.quantization": "nf4"})]
+    assert "b: meta-llama/Llama-3.1-8B, bfloat16, nf4" in compare_runs(runs, tmp_path / "report").cautions[0]
+
+
+def test_a_null_setting_is_as_good_as_none(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", **{"data.later_key": None})]
+    assert compare_runs(runs, tmp_path / "report").cautions == []
+
+
+def test_different_machines_are_said(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
+    for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
+        environment = {"gpus": gpus, "cpu_threads": 2, "processes": 1}
+        (run / "environment.json").write_text(json.dumps(environment))
+    caution = compare_runs(runs, tmp_path / "report").cautions[0]
+    assert caution.endswith("a: CPU, 2 threads, 1 processes; b: NVIDIA H100, 1 processes.")
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("")
+    with pytest.raises(ValueError, match="expected a folder"):
+        write_report([make_run(tmp_path / "a")], tmp_path / "report")
+
+
+def test_figures_that_are_no_numbers_are_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    result = json.loads((run / "result.json").read_text())
+    odd = {"seconds": float("nan"), "eval/perplexity": float("nan"), "best_perplexity": None}
+    (run / "result.json").write_text(json.dumps(result | odd))
+    cells = {column.label: column.cells[0].text for column in compare_runs([run], tmp_path / "report").columns}
+    assert (cells["time"], cells["perplexity"]) == ("nan", "nan")
