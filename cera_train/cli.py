@@ -46,14 +46,14 @@ def main() -> None:
 
 
 def main_eval() -> None:
-    """`cera-eval`: one evaluation of a run."""
-    start(EVAL, evaluate)
+    """`cera-eval`: one evaluation of a run, or several with -m."""
+    with multirun_file_elsewhere():
+        start(EVAL, evaluate)
 
 
 def main_plan() -> None:
     """`cera-plan`: what a run would need, or with -m the runs of a sweep."""
-    with tempfile.TemporaryDirectory() as folder:
-        sys.argv.append(f"hydra.sweep.dir={folder}")  # Hydra writes a multirun.yaml there
+    with multirun_file_elsewhere():
         start(PLAN, plan)
     if SWEEP:
         from cera_train.plan import say_sweep
@@ -84,6 +84,14 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def multirun_file_elsewhere() -> Iterator[None]:
+    """Has Hydra write the multirun.yaml of a sweep to a folder that is removed, not to where the user stands."""
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv.append(f"hydra.sweep.dir={folder}")
+        yield
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    part = path.with_name(WRITING + path.name)
+    part = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")  # two processes may write the same file
     with part.open("wb") as file:
         file.write(content)
         file.flush()

@@ -8,8 +8,10 @@ published rule it reads thousands separators, mixed numbers such as 1 1/2, and a
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from cera_train.data.format import Row, text_of
+if TYPE_CHECKING:
+    from cera_train.data.format import Row
 
 QUESTION = "problem"
 """The column with the question. The gold answer is in `answer`, else in `solution`."""
@@ -53,6 +55,8 @@ def gold(row: Row) -> str:
     Raises:
         ValueError: the row has neither column, or the solution no box.
     """
+    from cera_train.data.format import text_of  # not in the processes that verify: it takes a second
+
     if row.get("answer") is not None:
         return text_of(row, "answer")
     solution = text_of(row, "solution")
