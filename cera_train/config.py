@@ -18,6 +18,9 @@ import yaml
 MISSING: Any = "???"
 """OmegaConf's mark for a value that has to be given."""
 
+CHUNK_TOKENS = 1024
+"""Supervised tokens whose logits stand in memory at once."""
+
 CHANGES_NO_RESULT = (
     "name",
     "output_dir",

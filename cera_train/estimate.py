@@ -14,6 +14,7 @@ from typing import Any
 
 from cera_train.architecture import Linear, adapted_linears, adapter_tensors, frozen_parameters, linears
 from cera_train.config import (
+    CHUNK_TOKENS,
     Activation,
     AdapterKind,
     BatchLayout,
@@ -27,9 +28,6 @@ from cera_train.config import (
     OptimizerKind,
     Quantization,
 )
-
-CHUNK_TOKENS = 1024
-"""loss.py's: supervised tokens whose logits stand in memory at once."""
 
 CHARACTERS_PER_TOKEN = 3.5
 """Of local rows, which are not tokenised here. SmolLM2's tokenizer makes a token of 2.8 characters of GSM8K, which is
@@ -71,6 +69,12 @@ class DataSize:
     """All rows have the same length."""
 
 
+def is_known(config: DataConfig) -> bool:
+    """Whether the rows are described, local or computed, so that nobody has to say how many there are."""
+    has_facts = config.facts is not None and config.facts.of == config.path
+    return has_facts or bool(config.train_files) or config.layout == Layout.logistic_map
+
+
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
     """The rows and tokens of a data set, by its facts, or by counting local files.
 
@@ -84,7 +88,7 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         size = _logistic_map_size(config)
     elif config.train_files:
         size = _size_of_files(config)
-    elif config.facts is not None and config.facts.of == config.path:
+    elif is_known(config):
         facts = config.facts
         size = DataSize(
             _sliced(config.train_split, facts.train_rows),
@@ -243,9 +247,12 @@ class Setting:
     processes: int
     tokens: float
     """Of the largest micro-batch in training."""
+    usual_tokens: float
+    """Of a full one in an update of average rows."""
     eval_tokens: float
     row_tokens: float
     """Of the row that the largest micro-batch's attention runs over."""
+    is_flat: bool
     has_mask: bool
     """Attention gets a mask instead of running its causal path."""
     base_bytes: int
@@ -278,8 +285,10 @@ def setting_of(config: Config, size: DataSize, on_gpu: bool, processes: int) -> 
         on_gpu=on_gpu,
         processes=processes,
         tokens=tokens,
+        usual_tokens=min(train.micro_batch_tokens, rows * size.tokens_per_row),
         eval_tokens=min(train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_row),
         row_tokens=tokens if is_flat else longest,
+        is_flat=is_flat,
         has_mask=not model.attn_implementation.startswith("flash") and (is_flat or not size.is_even),
         base_bytes=2 if autocast or is_16bit else 4,
         adapter_bytes=2 if autocast else 4,
@@ -424,7 +433,8 @@ def _adapter_saves(config: Config, adapted: list[Linear], setting: Setting) -> f
 
 def flops_of(config: Config, facts: ModelFacts, size: DataSize, work: Work, setting: Setting) -> dict[str, float]:
     """Floating-point operations of a whole run by part, two for a multiply and add. Frozen weights cost four a token
-    (forward, and backward for what they read), trained ones six; a causal token attends to half of its row on average.
+    (forward, and backward for what they read), trained ones six. A causal token attends to half of its sequence on
+    average; under a mask, attention is computed over the whole row all the same, for a flat row over all its sequences.
     """
     adapted = adapted_linears(facts, config.adapter)
     in_layers = [linear for linear in linears(facts) if linear.layer is not None]
@@ -435,12 +445,20 @@ def flops_of(config: Config, facts: ModelFacts, size: DataSize, work: Work, sett
     queries = facts.num_attention_heads * facts.head_dim
     attention = 2 * facts.num_hidden_layers * queries * size.tokens_per_row  # forward, a token
 
+    def masked(flat_row: float) -> float:
+        """What attention computes and the mask takes out, forward, a token."""
+        width = flat_row if setting.is_flat else size.tokens_per_row  # rows of near-equal length stand together
+        return setting.has_mask * (4 * facts.num_hidden_layers * queries * width - attention)
+
     flops = {
         "frozen linears": 2 * frozen * (1 + backward_share) * work.tokens,
         "adapter": 6 * trained * work.tokens,
         "attention": attention * (1 + 2 * backward_share) * work.tokens,
+        "attention, masked": masked(setting.usual_tokens) * (1 + 2 * backward_share) * work.tokens,
         "head": 4 * head * work.supervised_tokens,
     }
+    if not setting.has_mask:
+        del flops["attention, masked"]
     if config.adapter.kind == AdapterKind.dora:
         weights = sum(linear.weights for linear in adapted)
         # A norm of W0 + s B A for every micro-batch; with dropout, the base once more on the dropped input.
@@ -449,8 +467,8 @@ def flops_of(config: Config, facts: ModelFacts, size: DataSize, work: Work, sett
         if config.adapter.dropout:
             flops["adapter"] += 4 * weights * work.tokens
     if config.model.gradient_checkpointing:
-        flops["recomputed"] = (2 * frozen + 2 * trained + attention) * work.tokens
+        flops["recomputed"] = (2 * frozen + 2 * trained + attention + masked(setting.usual_tokens)) * work.tokens
     if setting.tokens * size.supervised > CHUNK_TOKENS:  # the backward pass makes each chunk's logits again
         flops["recomputed"] = flops.get("recomputed", 0) + 2 * head * work.supervised_tokens
-    forward = 2 * frozen + 2 * trained + attention + 2 * head * size.supervised
+    forward = 2 * frozen + 2 * trained + attention + masked(setting.eval_tokens) + 2 * head * size.supervised
     return flops | {"evaluations": forward * work.eval_tokens}

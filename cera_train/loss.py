@@ -12,11 +12,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from cera_train.config import BatchLayout
+from cera_train.config import CHUNK_TOKENS, BatchLayout
 from cera_train.data.batches import Batch, flat_batch, padded_batch
-
-CHUNK_TOKENS = 1024
-"""Supervised tokens whose logits stand in memory at once."""
 
 
 class SupervisedLoss(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -34,7 +35,8 @@ from cera_train.config import (
     load_config,
     to_plain,
 )
-from cera_train.estimate import DataSize, Memory, Work, data_size, flops_of, memory_of, setting_of, work_of
+from cera_train.estimate import DataSize, Memory, Work, data_size, flops_of, is_known, memory_of, setting_of, work_of
+from cera_train.words import duration, gigabytes, say, targets
 
 GB = 1e9
 
@@ -50,16 +52,18 @@ USABLE = 0.95
 class Device:
     name: str
     memory: float
-    """Bytes."""
+    """Bytes. Not a number where it is not known."""
     flops: float
-    """A second, at best."""
+    """A second, at best. Not a number where it is not known."""
+    cuda_name: str = ""
+    """What CUDA calls it. Slower cards have names like it, such as the H100 PCIe."""
 
 
 GPUS = {
-    GpuKind.h100: Device("H100", 80 * GB, 989e12),
-    GpuKind.a100: Device("A100", 80 * GB, 312e12),
-    GpuKind.l40s: Device("L40S", 48 * GB, 362e12),
-    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12),
+    GpuKind.h100: Device("H100", 80 * GB, 989e12, "NVIDIA H100 80GB HBM3"),
+    GpuKind.a100: Device("A100", 80 * GB, 312e12, "NVIDIA A100-SXM4-80GB"),
+    GpuKind.l40s: Device("L40S", 48 * GB, 362e12, "NVIDIA L40S"),
+    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, "NVIDIA GeForce RTX 4090"),
 }
 """Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
 
@@ -103,8 +107,8 @@ class Plan:
     """Bytes of the activations with gradient checkpointing where the run has none, and without where it has it."""
     flops: dict[str, float]
     mfu: float
-    remedies: dict[str, float] = field(default_factory=dict)
-    """For a plan that does not fit: an override, and the peak memory with it."""
+    remedies: dict[str, Plan] = field(default_factory=dict)
+    """For a plan that does not fit: an override, and the plan with it."""
     compared: list[Plan] = field(default_factory=list)
 
     @property
@@ -138,21 +142,24 @@ class Plan:
         return flops / (self.device.flops * self.mfu * self.config.plan.gpus)
 
 
-def make_plan(config: PlanRun, cpu_threads: int | None = None) -> Plan:
+def make_plan(config: PlanRun) -> Plan:
     """Plans a run, and beside it the same run with each adapter of `plan.compare`.
 
-    Args:
-        cpu_threads: of a run on a CPU. None: as many as torch takes.
-
     Raises:
-        ValueError: the model or the data is unknown, or a target matches no module.
+        ValueError: the model or the data is unknown, a target matches no module, or a CPU is to be several.
     """
-    plan = _plan(config, cpu_threads)
+    if config.plan.gpu == GpuKind.cpu and config.plan.gpus > 1:
+        raise ValueError(
+            f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
+            "Leave plan.gpus at 1."
+        )
+    plan = _plan(config)
     compared = [_plan(_with_adapter(config, kind)) for kind in config.plan.compare]
     return replace(plan, compared=compared, remedies={} if plan.fits else _remedies(config))
 
 
 def _plan(config: PlanRun, cpu_threads: int | None = None) -> Plan:
+    """One run alone; on a CPU with so many threads, or as many as torch takes."""
     model = config.model
     facts = model_facts(model)
     if config.data.max_length > facts.max_position_embeddings:
@@ -189,26 +196,23 @@ def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
     return replace(config, adapter=replace(adapter, kind=kind, r=r, activation=gate))
 
 
-def _remedies(config: PlanRun) -> dict[str, float]:
-    """What lowers the peak, each by itself and all together: an override and the peak with it."""
+def _remedies(config: PlanRun) -> dict[str, Plan]:
+    """What lowers the peak, each by itself and all together: an override and the plan with it."""
     model, train = config.model, config.train
     fewer = max(config.data.max_length, train.micro_batch_tokens // 4)
-    changes: list[tuple[str, str, dict[str, Any]]] = []
-    if not model.gradient_checkpointing:
-        changes.append(("model.gradient_checkpointing=true", "model", {"gradient_checkpointing": True}))
-    if model.quantization != Quantization.nf4 and model.dtype != Dtype.float16:
-        changes.append(("model.quantization=nf4", "model", {"quantization": Quantization.nf4}))
-    if fewer < train.micro_batch_tokens:
-        changes.append((f"train.micro_batch_tokens={fewer}", "train", {"micro_batch_tokens": fewer}))
-
-    def peak(changes: list[tuple[str, str, dict[str, Any]]]) -> float:
-        changed = config
-        for _, section, values in changes:
-            changed = replace(changed, **{section: replace(getattr(changed, section), **values)})
-        return _plan(changed).memory.peak
-
-    peaks = {change[0]: peak([change]) for change in changes}
-    return peaks | ({"all of these": peak(changes)} if len(changes) > 1 else {})
+    # nf4 does not compute in float16.
+    quantized = model if model.dtype == Dtype.float16 else replace(model, quantization=Quantization.nf4)
+    shorter = replace(train, micro_batch_tokens=fewer)
+    changed = {
+        "model.gradient_checkpointing=true": replace(config, model=replace(model, gradient_checkpointing=True)),
+        "model.quantization=nf4": replace(config, model=quantized),
+        f"train.micro_batch_tokens={fewer}": replace(config, train=shorter),
+    }
+    changed = {override: other for override, other in changed.items() if other != config}
+    if len(changed) > 1:
+        together = replace(config, model=replace(quantized, gradient_checkpointing=True), train=shorter)
+        changed["all of these"] = together
+    return {override: _plan(other) for override, other in changed.items()}
 
 
 # --- what it prints --------------------------------------------------------------------------------------------------
@@ -243,15 +247,9 @@ def say_plan(plan: Plan) -> None:
         say("cost", "set plan.price_per_hour to the price of one GPU")
 
 
-def say(label: str, text: str) -> None:
-    """One aligned line."""
-    print(f"{label:<11}{text}")
-
-
 def describe(adapter: AdapterConfig) -> str:
     """An adapter in a few words."""
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else " ".join(adapter.target_modules)
-    return f"{adapter.kind} r={adapter.r} on {targets}"
+    return f"{adapter.kind} r={adapter.r} on {targets(adapter.target_modules)}"
 
 
 def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
@@ -261,7 +259,7 @@ def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
     def count(part: str, name: str) -> Cell:
         return lambda plan: f"{getattr(plan, part)[name]:,}"
 
-    def gigabytes(moment: str, name: str) -> Cell:
+    def bytes_of(moment: str, name: str) -> Cell:
         return lambda plan: _gigabytes(getattr(plan.memory, moment)[name])
 
     rows: list[tuple[str, Cell | None]] = [("parameters", None)]
@@ -271,8 +269,8 @@ def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
     rows += [
         ("  trainable", lambda plan: f"{plan.trainable:,}"),
         ("  share", lambda plan: f"{plan.trainable / (plan.trainable + sum(plan.frozen.values())):.2%}"),
-        ("memory of one process, GB (10^9 bytes)", None),
-        *((f"  {name}", gigabytes("training", name)) for name in first.memory.training),
+        ("memory of one process", None),
+        *((f"  {name}", bytes_of("training", name)) for name in first.memory.training),
         ("  peak in training", lambda plan: _gigabytes(sum(plan.memory.training.values()))),
         ("  peak in evaluation", lambda plan: _gigabytes(sum(plan.memory.evaluation.values()))),
         (
@@ -288,7 +286,7 @@ def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
         ("  in all", lambda plan: _petaflops(sum(plan.flops.values()))),
         ("time and cost", None),
         ("  an update", lambda plan: f"{plan.update_seconds:.3g} s"),
-        ("  the run", lambda plan: duration(plan.seconds)),
+        ("  the run, h:mm:ss", lambda plan: duration(plan.seconds)),
     ]
     if first.config.plan.gpu != GpuKind.cpu:
         rows.append(("  GPU-hours", lambda plan: f"{plan.gpu_hours:,.2f}"))
@@ -315,14 +313,14 @@ def _table(plans: list[Plan], rows: list[tuple[str, Cell | None]]) -> None:
 
 def _say_fit(plans: list[Plan]) -> None:
     for plan in plans:
-        needs = f"{describe(plan.config.adapter)} needs {_gigabytes(plan.memory.peak)} GB"
+        needs = f"{describe(plan.config.adapter)} needs {_gigabytes(plan.memory.peak)}"
         there = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
         if plan.fits:
             say("fits", f"{needs} of the {there}")
         else:
             say("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
-    for override, peak in plans[0].remedies.items():
-        say("", f"{_gigabytes(peak)} GB with {override}")
+    for override, other in plans[0].remedies.items():
+        say("", f"{_gigabytes(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
 
 
 def say_sweep(plans: list[Plan]) -> None:
@@ -337,19 +335,20 @@ def say_sweep(plans: list[Plan]) -> None:
         for own, plan in zip(settings, plans, strict=True)
     ]
     width = max(12, *map(len, names))
-    print(f"{'job':<{width}}{'trainable':>16}{'peak GB':>10}{'updates':>10}{'time':>12}{'GPU-hours':>12}{'cost':>12}")
+    print(f"{'job':<{width}}{'trainable':>16}{'peak':>11}{'updates':>10}{'time':>12}{'GPU-hours':>12}{'cost':>12}")
     for name, plan in zip(names, plans, strict=True):
         mark = "" if plan.fits else f"  does not fit {plan.device.name}"
         cost = "" if plan.cost is None else f"{plan.cost:,.2f}"
         print(
-            f"{name:<{width}}{plan.trainable:>16,}{_gigabytes(plan.memory.peak):>10}{plan.work.updates:>10,}"
+            f"{name:<{width}}{plan.trainable:>16,}{_gigabytes(plan.memory.peak):>11}{plan.work.updates:>10,}"
             f"{duration(plan.seconds):>12}{plan.gpu_hours:>12,.2f}{cost:>12}{mark}"
         )
     costs = [plan.cost for plan in plans]
     total = "" if None in costs else f"{sum(costs):,.2f}"
     largest = _gigabytes(max(plan.memory.peak for plan in plans))
+    jobs = "1 job" if len(plans) == 1 else f"{len(plans)} jobs"
     print(
-        f"{f'{len(plans)} jobs':<{width}}{'':>16}{largest:>10}{sum(plan.work.updates for plan in plans):>10,}"
+        f"{jobs:<{width}}{'':>16}{largest:>11}{sum(plan.work.updates for plan in plans):>10,}"
         f"{duration(sum(plan.seconds for plan in plans)):>12}{sum(plan.gpu_hours for plan in plans):>12,.2f}{total:>12}"
     )
 
@@ -360,15 +359,8 @@ def _settings(config: PlanRun) -> dict[str, Any]:
     return {key: value for key, value in flatten(to_plain(config)).items() if not key.startswith(left_out)}
 
 
-def duration(seconds: float) -> str:
-    """In the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / GB:,.3f}" if count < GB else f"{count / GB:,.2f}"
+def _gigabytes(size: float) -> str:
+    return gigabytes(size, decimals=3 if size < GB else 2)
 
 
 def _petaflops(flops: float) -> str:
@@ -388,13 +380,22 @@ class Measured:
 
     name: str
     predicted: float
+    """Not a number where it cannot be told."""
     measured: float
-    unit: str
+    show: Callable[[float], str]
 
     @property
     def deviation(self) -> float:
         """Of the prediction, as a share of what was measured."""
         return self.predicted / self.measured - 1
+
+    @property
+    def cells(self) -> list[str]:
+        """Predicted, measured, deviation."""
+        if math.isnan(self.predicted):
+            return ["-", self.show(self.measured), "-"]
+        deviation = "equal" if self.predicted == self.measured else f"{self.deviation:+.1%}"
+        return [self.show(self.predicted), self.show(self.measured), deviation]
 
 
 def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
@@ -404,7 +405,7 @@ def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
         plan: its `mfu` counts; device and tokens are the run's.
 
     Raises:
-        ValueError: the folder is missing, holds no run, or the run is unfinished.
+        ValueError: the folder is missing, holds no run, or the run is unfinished or broken.
     """
     if not (folder / "config.yaml").is_file():
         raise ValueError(
@@ -413,40 +414,57 @@ def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
     if not (folder / "result.json").is_file():
         raise ValueError(f"run={folder} is unfinished: it has no result.json yet.")
     config = load_config(folder / "config.yaml", Config)
-    result = json.loads((folder / "result.json").read_text())
-    machine = json.loads((folder / "environment.json").read_text())
+    result = _read(folder / "result.json", "updates", "tokens", "seconds", "trainable_parameters", "peak_memory_bytes")
+    machine = _read(folder / "environment.json", "gpus")
     gpus = machine["gpus"]
-    kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.name in gpus[0]), None)
-    if gpus and kind is None:
-        raise ValueError(
-            f"run={folder} ran on {gpus[0]}: cera-plan knows {', '.join(gpu.name for gpu in GPUS.values())}."
-        )
-    work = work_of(config, data_size(config.data))
+    kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.cuda_name == gpus[0]), None)
+
+    config = replace(config, train=replace(config.train, max_updates=result["updates"]))  # it may have lost patience
+    if not is_known(config.data):
+        rows = result["updates"] * config.train.batch_size
+        data = replace(config.data, train_rows=rows, eval_rows=config.data.eval_rows or rows)
+        config = replace(config, data=data)
+    rows = work_of(config, data_size(config.data, tokens_per_row=1)).rows
     plan = replace(
         plan,
-        gpu=kind or GpuKind.cpu,
-        gpus=machine["processes"],
-        compare=[],
-        tokens_per_row=result["tokens"] / work.rows,
+        gpu=kind or (GpuKind.h100 if gpus else GpuKind.cpu),  # memory is alike on every GPU
+        gpus=machine.get("processes", max(1, len(gpus))),  # which the first versions did not write down
+        tokens_per_row=result["tokens"] / rows,
     )
-    stopped = replace(config.train, max_updates=result["updates"])  # it may have run out of patience
-    predicted = make_plan(PlanRun(**vars(config) | {"train": stopped, "plan": plan}), machine["cpu_threads"])
+    predicted = _plan(PlanRun(**vars(config) | {"plan": plan}), machine.get("cpu_threads"))
+    if gpus and kind is None:
+        predicted = replace(predicted, device=Device(gpus[0], math.nan, math.nan))
     return predicted, [
-        Measured("trainable parameters", predicted.trainable, result["trainable_parameters"], ""),
-        Measured("peak memory", predicted.memory.peak, result["peak_memory_bytes"], "GB"),
-        Measured("seconds an update", predicted.update_seconds, result["seconds"] / result["updates"], "s"),
+        Measured("trainable parameters", predicted.trainable, result["trainable_parameters"], "{:,.0f}".format),
+        Measured("peak memory", predicted.memory.peak, result["peak_memory_bytes"], _gigabytes),
+        Measured("seconds an update", predicted.update_seconds, result["seconds"] / result["updates"], "{:.3g}".format),
     ]
+
+
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """A file that a finished run left."""
+    try:
+        values = json.loads(path.read_text())
+        absent = [key for key in keys if values.get(key) in (None, 0)]
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path} cannot be read: {reason}. Restore it.") from error
+    if absent:
+        raise ValueError(f"{path} does not say {', '.join(absent)}. Restore it.")
+    return values
 
 
 def say_measured(folder: Path, plan: PlanConfig) -> None:
     """Predicted beside measured, for a finished run."""
     predicted, rows = measured(folder, plan)
-    show = {"": lambda value: f"{value:,.0f}", "GB": _gigabytes, "s": lambda value: f"{value:.3g}"}
+    device = predicted.device
     print(f"{'':<24}{'predicted':>16}{'measured':>16}{'deviation':>12}")
     for row in rows:
-        label = f"{row.name}, {row.unit}" if row.unit == "GB" else row.name
-        value = show[row.unit]
-        deviation = "equal" if row.predicted == row.measured else f"{row.deviation:+.1%}"
-        print(f"{label:<24}{value(row.predicted):>16}{value(row.measured):>16}{deviation:>12}")
-    speed = f"{_scaled(predicted.device.flops, 'FLOP/s')} of {predicted.device.name} at {predicted.mfu:.0%} (plan.mfu)"
-    print(f"{predicted.data.tokens_per_row:,.0f} tokens a row, as the run had; seconds by {speed}")
+        prediction, measurement, deviation = row.cells
+        print(f"{row.name:<24}{prediction:>16}{measurement:>16}{deviation:>12}")
+    print(f"{predicted.data.tokens_per_row:,.0f} tokens a row, as the run had")
+    if math.isnan(device.flops):
+        print(f"no prediction of seconds: cera-plan does not know the speed of {device.name}")
+    else:
+        whose = "this machine's CPU now" if predicted.config.plan.gpu == GpuKind.cpu else f"the {device.name}"
+        print(f"seconds by {_scaled(device.flops, 'FLOP/s')}, the speed of {whose}, at {predicted.mfu:.0%} (plan.mfu)")
