@@ -94,10 +94,8 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
         weights = peft.load_peft_weights(str(subject.adapter), device="cpu")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{subject.adapter} is damaged or no adapter: {error}") from error
-    own_base, config.base_model_name_or_path = (
-        config.base_model_name_or_path,
-        base.name_or_path,
-    )  # PEFT warns of another
+    own_base = config.base_model_name_or_path
+    config.base_model_name_or_path = base.name_or_path  # PEFT warns of any other
     try:
         model = peft.get_peft_model(base, config)
         load_adapter(model, weights)

@@ -164,8 +164,11 @@ def _of_task(task: str, metric: str) -> Callable[[Run], Cell]:
             notes.append(f"{result['samples']} samples each")
         if metric == "perplexity" and result.get("perplexity_base") is not None:
             notes.append(f"{result['perplexity_base']:.3f} without adapter")
-        shown = _format(value, "{:.1%}" if is_share(metric) else "{:.3f}")
-        return Cell(shown, (*notes, *paper_notes(run, f"{task}/{metric}", value)))
+        notes += paper_notes(run, f"{task}/{metric}", value)
+        limit = evaluation.settings.get("task.limit") if evaluation else None
+        if limit is not None and f"{task}/{metric}" in run.published:
+            notes.append(f"ours of the first {limit:,} problems")
+        return Cell(_format(value, "{:.1%}" if is_share(metric) else "{:.3f}"), tuple(notes))
 
     return cell
 
