@@ -40,9 +40,11 @@ class PairedTest:
 
     @property
     def is_shown(self) -> bool:
-        """Whether a difference is shown at the 5 % level."""
-        if self.mcnemar is not None:
-            return self.mcnemar.p_value < LEVEL
+        """Whether a difference is shown at the 5 % level: by McNemar's test, which is exact, where it can be made."""
+        return self.mcnemar.p_value < LEVEL if self.mcnemar is not None else self.interval_leaves_out_zero
+
+    @property
+    def interval_leaves_out_zero(self) -> bool:
         return self.difference.lower > 0 or self.difference.upper < 0
 
     @property
@@ -55,12 +57,16 @@ class PairedTest:
     def evidence(self) -> str:
         """In words: 12 to 9 of 40 problems, p = 0.66; ..."""
         size = self.difference
-        points = f"{signed(100 * size.difference, '.1f')} points for {self.second}"
-        if self.mcnemar is None:  # then the interval decides; beside McNemar's p it could contradict it
-            points += f" (95 % interval {signed(100 * size.lower, '.1f')} to {signed(100 * size.upper, '.1f')})"
+        points = (
+            f"{signed(100 * size.difference, '.1f')} points for {self.second} (95 % interval by paired bootstrap "
+            f"{signed(100 * size.lower, '.1f')} to {signed(100 * size.upper, '.1f')})"
+        )
+        if self.mcnemar is None:
             how = "step by step" if self.grader == STEPS else "several answers each"
             return f"mean over {self.problems:,} problems, {how}: {points}"
         alone = f"{self.mcnemar.only_first:,} to {self.mcnemar.only_second:,} of {self.problems:,} problems"
+        if self.interval_leaves_out_zero != self.is_shown:
+            points += "; the two tests disagree, and McNemar's, which is exact, decides"
         return f"{alone} that only one of them solves, p {format_p(self.mcnemar.p_value)}; {points}"
 
 

@@ -260,7 +260,8 @@ def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> 
     assert test.difference.difference == pytest.approx(-3 / 40)
     assert test.verdict == "no difference shown"
     assert "12 to 9 of 40 problems that only one of them solves, p = 0.66" in test.evidence
-    assert "−7.5 points for lora_512" in test.evidence
+    assert "−7.5 points for lora_512 (95 % interval by paired bootstrap −" in test.evidence
+    assert "disagree" not in test.evidence
     assert notes == []
 
 
@@ -301,6 +302,18 @@ def test_different_problems_are_not_compared_and_the_report_says_why(tmp_path: P
     assert report.tests == []
     assert "GSM8K, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in report.test_notes[0]
     assert "different problems (40 and 30" in (tmp_path / "report/report.html").read_text()
+
+
+def test_where_the_two_tests_disagree_the_exact_one_decides(tmp_path: Path) -> None:
+    """None to five of 40: McNemar's p is 1/16, and the bootstrap's interval begins above zero."""
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, solved in zip(runs, (set(), set(range(5))), strict=True):
+        add_evaluation(run, solved=solved)
+    (test,), _ = paired_tests(read_runs(runs))
+    assert test.mcnemar.p_value == 1 / 16
+    assert test.interval_leaves_out_zero
+    assert test.verdict == "no difference shown"
+    assert "the two tests disagree, and McNemar's, which is exact, decides" in test.evidence
 
 
 def test_trajectories_are_tested_by_their_steps_without_the_papers_case(tmp_path: Path) -> None:
