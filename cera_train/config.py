@@ -37,6 +37,9 @@ CHANGES_NO_RESULT = (
 )
 """What these settings start with decides where and how a run computes, not what: resuming may change them."""
 
+CHANGES_NO_ANSWER = ("run", "name", "output_dir", "generation.batch_tokens", "grading_seconds")
+"""Likewise of an evaluation."""
+
 
 class Dtype(StrEnum):
     bfloat16 = "bfloat16"

@@ -17,14 +17,11 @@ from typing import Any, TextIO
 import yaml
 from filelock import FileLock, Timeout
 
-from cera_train.config import EvalConfig, flatten, load_config, to_plain
+from cera_train.config import CHANGES_NO_ANSWER, EvalConfig, flatten, load_config, to_plain
 from cera_train.files import finite, write_text
 from cera_train.generate import Generation
 from cera_train.problems import Problem
 from cera_train.secrets import redact_tree
-
-DOES_NOT_MATTER = ("run", "name", "output_dir", "generation.batch_tokens", "grading_seconds")
-"""Settings that an evaluation may change when it goes on."""
 
 Key = tuple[str, int]
 """Problem and sample."""
@@ -97,7 +94,7 @@ class EvaluationFolder:
             different = "; ".join(
                 f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
                 for key in sorted(before.keys() | after.keys())
-                if before.get(key) != after.get(key) and key not in DOES_NOT_MATTER
+                if before.get(key) != after.get(key) and key not in CHANGES_NO_ANSWER
             )
             if different:
                 raise ValueError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from cera_train.config import CHANGES_NO_RESULT
+from cera_train.config import CHANGES_NO_ANSWER, CHANGES_NO_RESULT
 from cera_train.report.runs import STEPS, Evaluation, Run
 from cera_train.report.table import TASK_NAMES, has_column, signed
 from cera_train.statistics import Difference, McNemar, mcnemar, paired_bootstrap
@@ -141,7 +141,7 @@ def check_same_problems(first: Evaluation, second: Evaluation) -> None:
 
 
 def _evaluation_settings(first: Evaluation, second: Evaluation) -> list[str]:
-    ignored = ("run", "name", "output_dir", "model.", "grading_seconds", "generation.batch_tokens", "task.name")
+    ignored = (*CHANGES_NO_ANSWER, "adapter_digest", "model.", "task.name")
     return [
         f"{key} {show(first.settings.get(key))} and {show(second.settings.get(key))}"
         for key in sorted(first.settings.keys() | second.settings.keys())

@@ -121,7 +121,8 @@ def add_evaluation(
     folder = run / "eval" / task
     folder.mkdir(parents=True)
     kind = task if task in ("math", "gsm8k", "logistic_map") else "math"
-    settings = {"run": str(run), "name": None, "model": {"path": "meta-llama/Llama-3.1-8B"}, "data": None,
+    settings = {"run": str(run), "name": None, "adapter_digest": str(run), "data": None,
+                "model": {"path": "meta-llama/Llama-3.1-8B"},
                 "task": {"kind": kind, "name": task, "limit": problems, "max_new_tokens": 512},
                 "generation": {"samples": samples, "temperature": 0.8 if samples > 1 else 0.0}}  # fmt: skip
     for key, value in changes.items():
