@@ -17,12 +17,11 @@ from typing import Any
 import peft
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from cera_train.config import CHANGES_NO_RESULT, flatten
 from cera_train.data.batches import Plan
-from cera_train.files import WRITING, finite, remove_folder, write_folder, write_text
+from cera_train.files import WRITING, finite, lock_folder, remove_folder, write_folder, write_text
 from cera_train.secrets import redact_tree
 
 
@@ -85,19 +84,7 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
-                raise ValueError(
-                    f"cannot make the run's folder {self.path}: {error.strerror}. Set output_dir to another folder."
-                ) from error
-            self._lock = FileLock(self.path / ".lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise ValueError(
-                    f"another run is writing to {self.path}: wait for it, or choose another name=..."
-                ) from None
+            self._lock = lock_folder(self.path, "run")
             for leftover in [*self.path.glob(f"{WRITING}*"), *self.path.glob(f"checkpoints/{WRITING}*")]:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self
@@ -108,7 +95,7 @@ class RunFolder:
         if kind is not None and self._is_new and not (self.path / "metrics.jsonl").exists():
             shutil.rmtree(self.path)
         else:
-            (self.path / ".lock").unlink()  # while it is held: another run opens a file of its own
+            (self.path / ".lock").unlink()
         self._lock.release()
 
     # --- resuming ----------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def config_keys(schema: type = Config) -> list[str]:
     def walk(schema: type, prefix: str) -> Iterator[str]:
         types = typing.get_type_hints(schema)
         for field in dataclasses.fields(schema):
-            inner = [kind for kind in (types[field.name], *typing.get_args(types[field.name]))]
+            inner = (types[field.name], *typing.get_args(types[field.name]))
             section = next((kind for kind in inner if dataclasses.is_dataclass(kind)), None)
             if section is not None:
                 yield from walk(section, f"{prefix}{field.name}.")

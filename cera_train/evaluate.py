@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,10 +27,10 @@ from cera_train.config import BatchLayout, EvalConfig, Layout, TaskKind
 from cera_train.data import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.batches import MicroBatches, share
 from cera_train.data.format import start_ids, text_of
-from cera_train.evaluation_folder import EvaluationFolder, append_answers
+from cera_train.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
 from cera_train.loss import SupervisedLoss, choose_layout
-from cera_train.model import check_length, fingerprint, load_model, load_tokenizer
+from cera_train.model import check_length, fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.perplexity import mean_loss, perplexity
 from cera_train.problems import Problem, load_problems, open_task
 from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
@@ -161,7 +161,7 @@ def generate_missing(
     config: EvalConfig,
     subject: Subject,
     problems: Sequence[Problem],
-    done: Any,
+    done: Container[Key],
     accelerator: Accelerator,
 ) -> Iterator[tuple[list[Generation], float]]:
     """This process's share of the answers that are not done, batch by batch, and the seconds each batch took.
@@ -199,7 +199,7 @@ def generate_missing(
 
 
 def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    positions = positions_of(base.config)
     longest = max(len(request.prompt_ids) for request in requests)
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(

@@ -15,10 +15,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 import yaml
-from filelock import FileLock, Timeout
 
 from cera_train.config import CHANGES_NO_ANSWER, EvalConfig, flatten, load_config, to_plain
-from cera_train.files import finite, write_text
+from cera_train.files import finite, lock_folder, write_text
 from cera_train.generate import Generation
 from cera_train.problems import Problem
 from cera_train.secrets import redact_tree
@@ -37,17 +36,7 @@ class EvaluationFolder:
     def __enter__(self) -> EvaluationFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise ValueError(f"cannot make the folder {self.path}: {error.strerror}.") from error
-            self._lock = FileLock(self.path / ".lock")
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise ValueError(
-                    f"another evaluation is writing to {self.path}: wait for it, or set name=..."
-                ) from None
+            self._lock = lock_folder(self.path, "evaluation")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:

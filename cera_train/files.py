@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 WRITING = ".writing-"
 """Prefix of what is not whole yet."""
@@ -74,6 +74,30 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock_folder(path: Path, writer: str) -> FileLock:
+    """Makes a folder where there is none, and locks it by a file `.lock` in it. The holder unlinks that file before it
+    releases it: another writer then opens a file of its own.
+
+    Args:
+        writer: what writes there, for messages: a run, an evaluation.
+
+    Raises:
+        ValueError: the folder cannot be made, or another such writer has it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(
+            f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
+        ) from error
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another {writer} is writing to {path}: wait for it, or choose another name=...") from None
+    return lock
 
 
 def cache_dir() -> Path:

@@ -16,7 +16,14 @@ import peft
 import torch
 from peft.utils.other import match_target_against_key
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig
@@ -40,9 +47,14 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def check_length(config: ModelConfig, length: int, setting: str) -> None:
     """Raises ValueError where `length` tokens, by that setting, are beyond the positions the model has."""
-    positions = getattr(_from_hub_or_folder(AutoConfig.from_pretrained, config), "max_position_embeddings", None)
+    positions = positions_of(_from_hub_or_folder(AutoConfig.from_pretrained, config))
     if positions is not None and length > positions:
         raise ValueError(f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it.")
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many tokens a model has places for; None where its kind sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:

@@ -16,6 +16,7 @@ import yaml
 
 from cera_train.card import NAMES
 from cera_train.config import flatten
+from cera_train.subject import run_of
 
 KINDS = NAMES | {"base": "untouched base"}
 
@@ -276,9 +277,9 @@ def _read_run(folder: Path) -> Run:
 def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
     """Of an adapter's folder what the run above it or PEFT's file says; of a base model what its evaluations say."""
     adapter = _read_json(folder / "adapter_config.json")
-    record = folder.resolve().parent / "config.yaml"
-    if adapter is not None and record.is_file():
-        return flatten(_read_yaml(record))
+    run = run_of(folder.resolve())
+    if adapter is not None and run is not None:
+        return flatten(_read_yaml(run / "config.yaml"))
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
     if adapter is None:
