@@ -2,4 +2,5 @@
 
 from cera_train.cli import main
 
-main()
+if __name__ == "__main__":  # the processes that a run starts import this module too
+    main()

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from cera_train.config import CHANGES_NO_RESULT, flatten
 from cera_train.data.batches import Plan
+from cera_train.distribution import optimizer_state, trainable_weights
 from cera_train.files import WRITING, finite, lock_folder, remove_folder, write_folder, write_text
 from cera_train.secrets import redact_tree
 
@@ -74,7 +75,8 @@ class Progress:
 
 
 class RunFolder:
-    """`output_dir/name`, locked while it is open. A folder that this run made and left empty is removed again."""
+    """`output_dir/name`, locked while it is open. A folder that holds no run when it is closed is removed again. What
+    saves is called by every process, and one of them writes."""
 
     def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
         self.path = path
@@ -92,7 +94,7 @@ class RunFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if not self.is_main:
             return
-        if kind is not None and self._is_new and not (self.path / "metrics.jsonl").exists():
+        if self._is_new and not (self.path / "metrics.jsonl").exists():
             shutil.rmtree(self.path)
         else:
             (self.path / ".lock").unlink()
@@ -182,11 +184,14 @@ class RunFolder:
         keep: int,
     ) -> None:
         """checkpoints/<update>: adapter, optimizer, progress and config; then removes all but the last `keep`."""
+        weights, moments = trainable_weights(model), optimizer_state(optimizer)
+        if not self.is_main:
+            return
 
         def write(folder: Path) -> None:
-            save_adapter(model, folder)
+            save_adapter(model, weights, folder)
             with (folder / "optimizer.pt").open("wb") as file:
-                torch.save(optimizer.state_dict(), file)
+                torch.save(moments, file)
             (folder / "progress.json").write_text(json.dumps({**asdict(progress), "data_digest": data_digest}))
             (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
 
@@ -196,26 +201,32 @@ class RunFolder:
 
     def save_best(self, model: peft.PeftModel, metrics: dict[str, Any]) -> None:
         """best/: the adapter of the lowest perplexity so far."""
+        weights = trainable_weights(model)
+        if not self.is_main:
+            return
 
         def write(folder: Path) -> None:
-            save_adapter(model, folder)
+            save_adapter(model, weights, folder)
             (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
         write_folder(self.path / "best", write)
 
     def save_final(self, model: peft.PeftModel) -> None:
         """adapter/: the adapter after the last update."""
-        write_folder(self.path / "adapter", lambda folder: save_adapter(model, folder))
+        weights = trainable_weights(model)
+        if self.is_main:
+            write_folder(self.path / "adapter", lambda folder: save_adapter(model, weights, folder))
 
 
 DAMAGED = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
 """What reading a truncated or foreign checkpoint raises."""
 
 
-def load_checkpoint(
-    folder: Path, model: peft.PeftModel, optimizer: torch.optim.Optimizer, data_digest: str
-) -> Progress:
-    """Puts a checkpoint's adapter and optimizer in place.
+def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tuple[Progress, dict[str, Any]]:
+    """Puts a checkpoint's adapter in place.
+
+    Returns:
+        The progress, and the optimizer's state for `load_optimizer_state`.
 
     Raises:
         ValueError: the folder is no checkpoint, belongs to another adapter, or its rows were others.
@@ -223,7 +234,7 @@ def load_checkpoint(
     try:
         saved = json.loads((folder / "progress.json").read_text())
         weights = peft.load_peft_weights(str(folder), device="cpu")
-        optimizer_state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except (*DAMAGED, SafetensorError) as error:
         raise ValueError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
     if saved.pop("data_digest") != data_digest:
@@ -233,10 +244,9 @@ def load_checkpoint(
         )
     load_adapter(model, weights)
     try:
-        optimizer.load_state_dict(optimizer_state)
-        return Progress(**saved)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} does not fit this optimizer or this version: {error!r}.") from error
+        return Progress(**saved), state
+    except TypeError as error:
+        raise ValueError(f"{folder} does not fit this version: {error!r}.") from error
 
 
 def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> None:
@@ -251,9 +261,9 @@ def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Non
         raise ValueError(f"the checkpoint does not fit this adapter: {len(wrong)} tensors differ, first {wrong[:1]}.")
 
 
-def save_adapter(model: peft.PeftModel, folder: Path) -> None:
+def save_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """An adapter in PEFT's format."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
 
 
 def environment() -> dict[str, Any]:

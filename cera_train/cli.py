@@ -128,9 +128,9 @@ def train(composed: DictConfig) -> float | None:
         if not is_as_published(HydraConfig.get().overrides.task):
             config = replace(config, published={})
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-        from cera_train.train import train
+        from cera_train.launch import launch
 
-        return train(config)["eval/perplexity"]
+        return launch(config)["eval/perplexity"]
 
 
 def is_as_published(overrides: list[str]) -> bool:

@@ -34,6 +34,8 @@ CHANGES_NO_RESULT = (
     "model.gradient_checkpointing",
     "model.facts",
     "data.facts",
+    "launch",
+    "distributed",
 )
 """What these settings start with decides where and how a run computes, not what: resuming may change them."""
 
@@ -100,6 +102,11 @@ class BatchLayout(StrEnum):
     auto = "auto"
     flat = "flat"
     padded = "padded"
+
+
+class Strategy(StrEnum):
+    ddp = "ddp"
+    fsdp = "fsdp"
 
 
 class TrackerKind(StrEnum):
@@ -415,6 +422,33 @@ class TrainConfig:
 
 
 @dataclass
+class LaunchConfig:
+    processes: str = "auto"
+    """How many processes `cera-train` starts on this machine. auto: one for each visible GPU. Where torchrun,
+    `accelerate launch` or srun started it already, it starts none."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.processes == "auto" or (self.processes.isdecimal() and int(self.processes) > 0),
+            f"launch.processes must be auto or a positive number, got {self.processes!r}.",
+        )
+
+
+@dataclass
+class DistributedConfig:
+    """How several processes share the work."""
+
+    strategy: Strategy = Strategy.ddp
+    """ddp: the whole model on every GPU; fsdp: its weights sharded over all of them (FSDP2), for bases that do not fit
+    one GPU."""
+    timeout: float = 1800.0
+    """Seconds that processes wait for one that does not come, before the run ends and names it."""
+
+    def __post_init__(self) -> None:
+        require_positive("distributed", self, "timeout")
+
+
+@dataclass
 class TrackerConfig:
     kind: TrackerKind = TrackerKind.none
     project: str = "cera-train"
@@ -434,6 +468,8 @@ class Config:
     optimizer: OptimizerConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     tracker: TrackerConfig = MISSING
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     name: str = "default"
     """The run's name: its folder is output_dir/name."""
     output_dir: str = "outputs"
@@ -448,6 +484,16 @@ class Config:
             f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than data.max_length="
             f"{self.data.max_length}: a micro-batch must hold at least one sequence.",
         )
+        if self.distributed.strategy == Strategy.fsdp:
+            require(
+                self.optimizer.kind == OptimizerKind.adamw,
+                f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: with distributed.strategy=fsdp "
+                "choose optimizer=adamw.",
+            )
+            require(
+                self.model.quantization != Quantization.int8,
+                "model.quantization=int8 cannot be sharded: with distributed.strategy=fsdp choose nf4 or none.",
+            )
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from cera_train.config import AdapterKind, Config, Quantization
 from cera_train.data import TokenizedData
 from cera_train.words import duration, say, targets
+
+tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be missed when one of them is killed
 
 PLAIN_LINES = 10
 """Progress lines of a run whose output is not a terminal."""
@@ -40,7 +43,7 @@ def say_start(
         f"{adapter.kind} r={adapter.r}{gate}, dropout {adapter.dropout:g}, on {targets(adapter.target_modules)}: "
         f"{trainable:,} trainable",
     )
-    device = f"{accelerator.num_processes} x {accelerator.device.type}"
+    device = f"{accelerator.num_processes} x {accelerator.device.type}" + ", FSDP2" * accelerator.is_fsdp2
     precision = {"no": "no autocast"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     layout = "flat" if is_flat else "padded"
     say("device", f"{device}, {precision}, {layout} micro-batches of up to {config.train.micro_batch_tokens:,} tokens")

@@ -25,7 +25,7 @@ from cera_train.card import write_card
 from cera_train.checkpoint import load_adapter
 from cera_train.config import BatchLayout, EvalConfig, Layout, TaskKind
 from cera_train.data import TokenizedRows, prepare_evaluation, prepare_windows
-from cera_train.data.batches import MicroBatches, share
+from cera_train.data.batches import Batch, MicroBatches
 from cera_train.data.format import start_ids, text_of
 from cera_train.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
@@ -281,9 +281,13 @@ def measure_perplexity(
     loss = accelerator.prepare_model(loss, evaluation_mode=True)
     longest = max(rows.column("length"))
     batches = MicroBatches(rows, is_flat, max(subject.train.micro_batch_tokens, longest), accelerator.device)
-    mine = share(range(len(rows.rows)), batches.lengths, accelerator.num_processes, accelerator.process_index)
 
-    loss_per_token = mean_loss(loss, batches.all(mine), accelerator)
+    def mine(rows: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
+        passes = batches.passes(rows, accelerator.num_processes, accelerator.process_index, in_step=False)
+        return ((batches.load(group), counts) for group, counts in passes)
+
+    everything = range(len(rows.rows))
+    loss_per_token = mean_loss(loss, mine(everything), accelerator)
     result = {
         "task": config.folder_name,
         "kind": "perplexity",
@@ -294,10 +298,10 @@ def measure_perplexity(
     }
     if subject.adapter is not None:
         with model.disable_adapter():
-            result["perplexity_base"] = perplexity(mean_loss(loss, batches.all(mine), accelerator))
+            result["perplexity_base"] = perplexity(mean_loss(loss, mine(everything), accelerator))
         if config.task.kind == TaskKind.perplexity:
-            probe = batches.all(batches.first(subject.train.probe_tokens))
-            metrics = spectrum_metrics(measure_spectra(model, loss, probe))
+            probe = mine(batches.first(subject.train.probe_tokens))
+            metrics = spectrum_metrics(measure_spectra(model, loss, probe, accelerator.reduce))
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
     return result | {
         "seconds": time.perf_counter() - started,

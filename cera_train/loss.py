@@ -6,6 +6,9 @@ sequence over a large vocabulary never stand in memory whole.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -17,22 +20,31 @@ from cera_train.data.batches import Batch, flat_batch, padded_batch
 
 
 class SupervisedLoss(nn.Module):
-    """A causal language model that answers a micro-batch with its summed loss, so that DDP can wrap it whole.
+    """A causal language model that answers a micro-batch with its summed loss, so that DDP or FSDP can wrap it whole.
 
     Args:
         model: the model with its adapter; the adapter sits inside `causal_lm`.
         causal_lm: the transformers model.
+        autocast: the context in which it computes.
     """
 
-    def __init__(self, model: nn.Module, causal_lm: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        causal_lm: PreTrainedModel,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.autocast = autocast
+        self._no_split_modules = causal_lm._no_split_modules  # by these, Accelerate shards the weights
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
         self.chunks_head = False
         self.flattens = False
 
-    def probe(self) -> None:
+    @torch.no_grad()
+    def _probe(self) -> None:
         """Finds out by trying what this architecture allows: a head applied apart from the model's own forward, which
         a model that changes its logits afterwards does not; and sequences end to end in one row, which a model that
         ignores position ids or carries a state does not."""
@@ -44,19 +56,26 @@ class SupervisedLoss(nn.Module):
         was_training = self.training
         self.eval()  # dropout would make any two passes differ
         apart = padded_batch([first, second], masks).to(device)
-        with torch.no_grad():
-            expected = causal_lm(**apart.inputs, use_cache=False).logits
-            hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
-            self.chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
-            flat = flat_batch([first, second], masks).to(device)
-            logits = causal_lm(**flat.inputs, use_cache=False).logits.view_as(expected)
-            # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
-            tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
-            self.flattens = _close(logits, expected, tolerance)
+        expected = causal_lm(**apart.inputs, use_cache=False).logits
+        hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
+        self.chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
+        flat = flat_batch([first, second], masks).to(device)
+        logits = causal_lm(**flat.inputs, use_cache=False).logits.view_as(expected)
+        # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
+        tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
+        self.flattens = _close(logits, expected, tolerance)
         self.train(was_training)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar."""
+    def forward(self, batch: Batch | None) -> torch.Tensor | None:
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar. Without a batch it only finds
+        out what the model allows: where its weights are sharded, they are whole in here alone."""
+        if batch is None:
+            with torch.autocast(self._parts["causal_lm"].device.type, enabled=False):
+                return self._probe()
+        with self.autocast():
+            return self._summed(batch)
+
+    def _summed(self, batch: Batch) -> torch.Tensor:
         targets = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
         if not self.chunks_head:
@@ -79,7 +98,7 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
     Raises:
         ValueError: flat was asked for, and this model would let sequences see each other.
     """
-    loss.probe()
+    loss(None)
     if wanted == BatchLayout.flat and not loss.flattens:
         raise ValueError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
     if wanted == BatchLayout.auto:

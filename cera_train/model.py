@@ -57,8 +57,9 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
-    """The frozen base model on `device`.
+def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool = False) -> PreTrainedModel:
+    """The frozen base model on `device`; one that will be sharded waits for that in the machine's memory, since it may
+    not fit the device as a whole, but for a quantised one: quantising takes the device.
 
     Raises:
         ValueError: the model cannot be found, reached or used.
@@ -68,8 +69,8 @@ def load_model(config: ModelConfig, device: torch.device) -> PreTrainedModel:
         config,
         dtype=getattr(torch, config.dtype),
         attn_implementation=config.attn_implementation,
-        quantization_config=quantization_config(config.quantization),
-        device_map={"": device},
+        quantization_config=quantization_config(config.quantization, will_be_sharded),
+        device_map={"": "cpu" if will_be_sharded and config.quantization == Quantization.none else device},
     )
     model.requires_grad_(False)
     if config.quantization == Quantization.nf4:
@@ -89,7 +90,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def quantization_config(quantization: Quantization) -> BitsAndBytesConfig | None:
+def quantization_config(quantization: Quantization, will_be_sharded: bool = False) -> BitsAndBytesConfig | None:
     """bitsandbytes' settings: NF4 with double quantisation and bf16 compute, or LLM.int8()."""
     if quantization == Quantization.nf4:
         return BitsAndBytesConfig(
@@ -97,6 +98,8 @@ def quantization_config(quantization: Quantization) -> BitsAndBytesConfig | None
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            # The bits are the same; FSDP shards floats only.
+            bnb_4bit_quant_storage=torch.bfloat16 if will_be_sharded else torch.uint8,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if quantization == Quantization.int8 else None
 

@@ -13,13 +13,17 @@ from cera_train.loss import SupervisedLoss
 
 
 @torch.no_grad()
-def mean_loss(loss: SupervisedLoss, batches: Iterable[Batch], accelerator: Accelerator) -> float:
-    """The loss a supervised token has on average, in nats, over the batches of all processes, in eval mode."""
+def mean_loss(loss: SupervisedLoss, batches: Iterable[tuple[Batch, bool]], accelerator: Accelerator) -> float:
+    """The loss a supervised token has on average, in nats, over the batches of all processes, in eval mode.
+
+    Args:
+        batches: this process's, and whether each counts.
+    """
     was_training = loss.training
     loss.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    for batch in batches:
-        totals += torch.stack([loss(batch).double(), batch.loss_mask[:, 1:].sum().double()])
+    for batch, counts in batches:
+        totals += counts * torch.stack([loss(batch).double(), batch.loss_mask[:, 1:].sum().double()])
     loss.train(was_training)
     summed, tokens = accelerator.reduce(totals, reduction="sum").tolist()
     return summed / tokens

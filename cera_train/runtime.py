@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import warnings
 from datetime import timedelta
@@ -10,10 +11,11 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, get_int_from_env
 
-from cera_train.config import Dtype, ModelConfig
+from cera_train.config import Dtype, ModelConfig, Strategy
+from cera_train.distribution import fsdp2
 
 RANK_VARIABLES = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
 """Where launchers say which process this is; Accelerate reads the same."""
@@ -24,36 +26,51 @@ def is_main_process() -> bool:
     return get_int_from_env(RANK_VARIABLES, 0) == 0
 
 
-def start_accelerator(model: ModelConfig, autocast: bool | None, timeout: timedelta | None = None) -> Accelerator:
+def start_accelerator(
+    model: ModelConfig, autocast: bool | None, timeout: timedelta, strategy: Strategy = Strategy.ddp
+) -> Accelerator:
     """Joins the processes of this command.
 
     Args:
-        timeout: how long one process waits for another; None: torch's own limit.
+        timeout: how long one process waits for another.
+        strategy: how they share the model.
 
     Raises:
-        ValueError: the user's `accelerate config` asks for FSDP, DeepSpeed and the like.
+        ValueError: the user's `accelerate config` asks for something else, such as DeepSpeed.
     """
-    AcceleratorState._reset_state()  # else the precision of a process's first run would bind every later one
-    # Without being told, Accelerate does not join several processes of a machine that has only CPUs.
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run would bind every later one
+    has_gpu = torch.accelerator.is_available()
+    plugin = fsdp2() if strategy == Strategy.fsdp else None
     accelerator = Accelerator(
         mixed_precision=mixed_precision(model, autocast),
-        cpu=not torch.accelerator.is_available(),
+        cpu=not has_gpu,  # without being told, it does not join several processes of a machine that has only CPUs
+        fsdp_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
-    check_distribution(accelerator)
+    if plugin is not None:
+        os.environ.pop("ACCELERATE_USE_FSDP")  # and so would Accelerate's mark
+    if plugin is not None and not has_gpu and accelerator.num_processes > 1:
+        # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
+        accelerator.state.fsdp_plugin = plugin
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+    check_distribution(accelerator, strategy)
     return accelerator
 
 
-def check_distribution(accelerator: Accelerator) -> None:
+def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
     """Takes what a user's `accelerate config` or launcher may have set, as far as our loops can follow it.
 
     Raises:
-        ValueError: FSDP, DeepSpeed and the like.
+        ValueError: DeepSpeed and the like, or FSDP without `distributed.strategy=fsdp`.
     """
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+    supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if strategy == Strategy.fsdp:
+        supported = {DistributedType.NO, DistributedType.FSDP}
+    if accelerator.distributed_type not in supported:
         raise ValueError(
-            f"distributed training by {accelerator.distributed_type} is not supported: every process holds the whole "
-            "model. Start with torchrun, or choose DDP in `accelerate config`."
+            f"distributed training by {accelerator.distributed_type} is not what distributed.strategy={strategy} says. "
+            "Choose no engine in `accelerate config`, and distributed.strategy=ddp or fsdp here."
         )
     accelerator.gradient_accumulation_steps = 1  # train.batch_size and train.micro_batch_tokens say it
 

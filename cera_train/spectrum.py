@@ -55,23 +55,29 @@ class ModuleSpectrum:
 
 
 class _Moments:
-    """Streaming count, sum and second moment of rows, in float64."""
+    """Streaming count, sum and second moment of hidden rows, in float64; the passes in which a gate was open; and the
+    root of s^2 B^T B, taken while the layer computes, when its weights are whole also where they are sharded."""
 
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum: torch.Tensor | float = 0.0
-        self.second: torch.Tensor | float = 0.0
-        self.ever_positive: torch.Tensor | None = None
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        r, device = layer.r[ADAPTER], _down(layer).weight.device
+        self.count = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(r, dtype=torch.float64, device=device)
+        self.second = torch.zeros(r, r, dtype=torch.float64, device=device)
+        self.open = torch.zeros(r, dtype=torch.float64, device=device)
+        self.root: torch.Tensor | None = None
 
     def add(self, rows_NR: torch.Tensor) -> None:
         rows_NR = rows_NR.double()
         self.count += len(rows_NR)
-        self.sum = self.sum + rows_NR.sum(0)
-        self.second = self.second + rows_NR.T @ rows_NR
+        self.sum += rows_NR.sum(0)
+        self.second += rows_NR.T @ rows_NR
 
-    def see_gate(self, z_NR: torch.Tensor) -> None:
-        positive = (z_NR > 0).any(0)
-        self.ever_positive = positive if self.ever_positive is None else self.ever_positive | positive
+    def reduce(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Takes in what other processes saw."""
+        parts = (self.count, self.sum, self.second.flatten(), self.open)
+        sums = reduce(torch.cat(parts)).split([len(part) for part in parts])
+        self.count, self.sum, self.second, self.open = sums[0], sums[1], sums[2].view_as(self.second), sums[3]
 
     def scatter(self) -> torch.Tensor:
         """N Cov: the sum of outer products of the centred rows, [R, R]."""
@@ -80,14 +86,19 @@ class _Moments:
 
 @torch.no_grad()
 def measure_spectra(
-    model: nn.Module, forward: Callable[[Batch], object], probe: Iterable[Batch]
+    model: nn.Module,
+    forward: Callable[[Batch], object],
+    probe: Iterable[tuple[Batch, bool]],
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda own: own,
 ) -> dict[str, ModuleSpectrum]:
     """The spectrum of every adapted projection, in eval mode.
 
     Args:
         model: a model with one active adapter, "default".
         forward: runs the model on a batch.
-        probe: the probe's micro-batches. Padding does not count.
+        probe: the probe's micro-batches, and whether each counts; of several processes, this one's. Padding does not
+            count.
+        reduce: sums a tensor over the processes that share the probe.
 
     Returns:
         Module name (as in the base model) -> spectrum.
@@ -97,21 +108,26 @@ def measure_spectra(
         for name, module in model.named_modules()
         if isinstance(module, (CeraLayer, LoraLayer)) and ADAPTER in module.r
     }
-    moments = {name: _Moments() for name in layers}
+    moments = {name: _Moments(layer) for name, layer in layers.items()}
     batch: Batch
+    counts: bool
 
     def watch(layer: nn.Module, moments: _Moments) -> Callable[..., None]:
-        A, gate = (layer.cera_A, layer.cera_gate[ADAPTER]) if isinstance(layer, CeraLayer) else (layer.lora_A, None)
+        A, gate = _down(layer), layer.cera_gate[ADAPTER] if isinstance(layer, CeraLayer) else None
 
         def hook(module: nn.Module, args: tuple) -> None:
+            if moments.root is None:
+                moments.root = _branch_root(layer)
+            if not counts:
+                return
             # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
             x = args[0].reshape(-1, args[0].shape[-1])
             is_padded = batch.attention_mask is not None and args[0].ndim > 2  # a head gets [N, d_in], without padding
             if is_padded:
                 x = x[batch.attention_mask.reshape(-1).bool()]
-            z_NR = nn.functional.linear(x.to(A[ADAPTER].weight.dtype), A[ADAPTER].weight).float()
+            z_NR = nn.functional.linear(x.to(A.weight.dtype), A.weight).float()
             if gate is not None:
-                moments.see_gate(z_NR)
+                moments.open += (z_NR > 0).any(0)
             moments.add(z_NR if gate is None else gate(z_NR))
 
         return hook
@@ -120,26 +136,38 @@ def measure_spectra(
     was_training = model.training
     model.eval()
     try:
-        for batch in probe:
+        for batch, counts in probe:  # noqa: B007 - the hooks read both
             forward(batch)
     finally:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    for own in moments.values():
+        own.reduce(reduce)
     return {name: _spectrum(layer, moments[name]) for name, layer in layers.items()}
 
 
-def _spectrum(layer: nn.Module, moments: _Moments) -> ModuleSpectrum:
-    dead_units = None
+def _down(layer: nn.Module) -> nn.Linear:
+    """A."""
+    return (layer.cera_A if isinstance(layer, CeraLayer) else layer.lora_A)[ADAPTER]
+
+
+def _branch_root(layer: nn.Module) -> torch.Tensor:
+    """The symmetric root of s^2 B^T B, [R, R]; of DoRA with its B as rescaled."""
     if isinstance(layer, CeraLayer):
         B = layer.cera_B[ADAPTER].weight.double()
-        if not isinstance(layer.cera_gate[ADAPTER], nn.Identity):
-            dead_units = 1 - moments.ever_positive.double().mean().item()
     else:
         B = layer.lora_B[ADAPTER].weight.double()
         if layer.use_dora[ADAPTER]:
             B = _dora_scale(layer)[:, None] * B
-    root = _psd_root(layer.scaling[ADAPTER] ** 2 * B.T @ B)
+    return _psd_root(layer.scaling[ADAPTER] ** 2 * B.T @ B)
+
+
+def _spectrum(layer: nn.Module, moments: _Moments) -> ModuleSpectrum:
+    dead_units = None
+    if isinstance(layer, CeraLayer) and not isinstance(layer.cera_gate[ADAPTER], nn.Identity):
+        dead_units = 1 - (moments.open > 0).double().mean().item()
+    root = moments.root
     singular_values = torch.linalg.eigvalsh(root @ moments.scatter() @ root).clamp(min=0).sqrt().flip(0)
     # h B^T has at most d_out directions: with r above that, the rest is rounding.
     return ModuleSpectrum(singular_values[: layer.out_features].cpu(), dead_units)

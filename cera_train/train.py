@@ -5,21 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import sys
 import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cera_train import console
 from cera_train.card import write_card
 from cera_train.checkpoint import Progress, RunFolder, environment, load_checkpoint
 from cera_train.config import BatchLayout, Config, to_plain
 from cera_train.data import prepare_data
-from cera_train.data.batches import MicroBatches, Plan, share
-from cera_train.interruption import Interruption
+from cera_train.data.batches import Batch, MicroBatches, Plan
+from cera_train.distribution import load_optimizer_state
+from cera_train.interruption import Interrupted, Interruption, first_heard
 from cera_train.loss import SupervisedLoss, choose_layout
 from cera_train.model import add_adapter, check_length, fingerprint, load_model, load_tokenizer, parameter_counts
 from cera_train.optimizer import build_optimizer, learning_rate
@@ -28,6 +30,7 @@ from cera_train.picture import draw_run
 from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
 from cera_train.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
 from cera_train.tracking import Tracker, start_tracker
+from cera_train.watchdog import Watchdog
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def train(config: Config) -> dict[str, Any]:
 
     Raises:
         ValueError: the config, the data or the run's folder is not usable; the message says how to mend it.
-        SystemExit: interrupted by SIGINT (status 130) or SIGTERM (143), after the update in progress was saved.
+        Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
     is_main = is_main_process()
@@ -46,37 +49,41 @@ def train(config: Config) -> dict[str, Any]:
     with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
         # --- is there anything to do? ---
         resume_from = where_to_resume(folder, config.train.resume)
-        if (result := folder.result()) is not None:
-            if is_main:
-                console.say("finished", f"{path}: perplexity {result['eval/perplexity']:.2f}. Its result stands.")
+        if (result := finished_result(folder)) is not None:
             return result
 
         # --- build everything; the rows before a process group exists ---
         tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
         data = prepare_data(config.data, tokenizer)
-        accelerator = start_accelerator(config.model, config.train.autocast)
+        limit = config.distributed.timeout
+        accelerator = start_accelerator(
+            config.model, config.train.autocast, timedelta(seconds=2 * limit), config.distributed.strategy
+        )
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
-        base = load_model(config.model, device)
+        is_sharded = accelerator.is_fsdp2
+        base = load_model(config.model, device, is_sharded)
         machine = environment() | {"processes": processes, "base_fingerprint": fingerprint(base)}
         torch.manual_seed(config.train.seed)
         model = add_adapter(base, config.adapter)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(parameters, config.optimizer, device)
-        progress = Progress()
+        trainable, total = parameter_counts(model)
+        progress, moments = Progress(), None
         goes_on_here = resume_from is not None and folder.holds(resume_from)
         if resume_from is not None:
-            progress = load_checkpoint(resume_from, model, optimizer, data.train.digest)
+            progress, moments = load_checkpoint(resume_from, model, data.train.digest)
             if not goes_on_here:
                 progress.forget_best()  # that adapter lies in another folder
 
-        loss = SupervisedLoss(model, base)
-        is_flat = choose_layout(config.train.batch_layout, loss, device) == BatchLayout.flat
-        loss, stepper = accelerator.prepare(loss, optimizer)
-        local_loss = accelerator.unwrap_model(loss)  # evaluates without waiting for other processes
+        optimizer = build_optimizer(trainable_parameters(model), config.optimizer, device)
+        loss, stepper = accelerator.prepare(SupervisedLoss(model, base, accelerator.autocast), optimizer)
+        local_loss = accelerator.unwrap_model(loss)  # of DDP: evaluates without waiting for other processes
+        parameters = trainable_parameters(model)  # which sharding replaced
+        if moments is not None:
+            load_optimizer_state(optimizer, moments)
+        is_flat = choose_layout(config.train.batch_layout, local_loss, device) == BatchLayout.flat
         train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
         eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
-        eval_rows = share(range(len(data.evaluation.rows)), eval_batches.lengths, processes, process)
+        eval_rows = range(len(data.evaluation.rows))
         probe_rows = eval_batches.first(config.train.probe_tokens)
         plan = Plan(len(data.train.rows), config.train.batch_size, config.train.seed)
         updates = config.train.max_updates or config.train.epochs * plan.updates_per_epoch
@@ -86,11 +93,13 @@ def train(config: Config) -> dict[str, Any]:
             folder.rewind(progress.update if goes_on_here else None)
             folder.write_config(machine)
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
-            console.say_start(config, path, parameter_counts(model), accelerator, is_flat, updates, progress.update)
+            console.say_start(config, path, (trainable, total), accelerator, is_flat, updates, progress.update)
             console.say_data(data, tokenizer)
         at_exit.callback(tracker.finish)
         bar = console.ProgressBar("update", updates, progress.update, visible=is_main)
         at_exit.callback(bar.close)
+        watchdog = Watchdog(processes, process, limit)
+        at_exit.callback(watchdog.close)
 
         # --- what happens beside updates ---
         def log(metrics: dict[str, float]) -> None:
@@ -98,15 +107,22 @@ def train(config: Config) -> dict[str, Any]:
                 folder.append_metrics({"update": progress.update, "epoch": progress.epoch} | metrics)
                 tracker.log({name: value for name, value in metrics.items() if is_summary(name)}, progress.update)
 
+        def own_batches(rows: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
+            for group, counts in eval_batches.passes(rows, processes, process, in_step=is_sharded):
+                if is_sharded:
+                    watchdog.arrive()
+                yield eval_batches.load(group), counts
+            watchdog.arrive()
+
         def measure() -> dict[str, Any]:
-            return measure_spectra(model, local_loss, eval_batches.all(probe_rows))
+            return measure_spectra(model, local_loss, own_batches(probe_rows), accelerator.reduce)
 
         def evaluate() -> None:
-            loss_per_token = mean_loss(local_loss, eval_batches.all(eval_rows), accelerator)
+            loss_per_token = mean_loss(local_loss, own_batches(eval_rows), accelerator)
             metrics = {"eval/loss": loss_per_token, "eval/perplexity": perplexity(loss_per_token)}
             metrics |= spectrum_metrics(measure())
             log(metrics)
-            if progress.evaluated(metrics["eval/perplexity"]) and is_main:
+            if progress.evaluated(metrics["eval/perplexity"]):
                 folder.save_best(model, {"update": progress.update, "eval/perplexity": progress.perplexity})
             bar.note(
                 f"evaluation at update {progress.update}: perplexity {progress.perplexity:.3f}, effective rank "
@@ -114,8 +130,7 @@ def train(config: Config) -> dict[str, Any]:
             )
 
         def save() -> None:
-            if is_main:
-                folder.save_checkpoint(model, optimizer, progress, data.train.digest, config.train.keep)
+            folder.save_checkpoint(model, optimizer, progress, data.train.digest, config.train.keep)
 
         # --- the loop ---
         with Interruption() as interruption:
@@ -131,21 +146,20 @@ def train(config: Config) -> dict[str, Any]:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(config.optimizer, progress.update, updates)
 
-                mine = share(rows, train_batches.lengths, processes, process)
-                # The loss is a mean over the tokens of all processes, whose gradients are averaged. A process without
-                # rows runs one for nothing, since the others wait for its gradient.
-                weight = processes / supervised if mine else 0.0
                 loss_per_token = torch.zeros((), device=device)
-                interrupted = torch.tensor(float(interruption.signal is not None), device=device)
-                groups = train_batches.groups(mine or rows[:1])
-                for group in groups:
-                    is_last = group is groups[-1]
+                passes = train_batches.passes(rows, processes, process, in_step=is_sharded)
+                for number, (group, counts) in enumerate(passes, start=1):
+                    is_last = number == len(passes)
+                    if is_last or is_sharded:
+                        watchdog.arrive()
                     with contextlib.nullcontext() if is_last else accelerator.no_sync(loss):
-                        batch_loss = weight * loss(train_batches.load(group))
+                        # The loss is a mean over the tokens of all processes, whose gradients are averaged.
+                        batch_loss = counts * processes / supervised * loss(train_batches.load(group))
                         accelerator.backward(batch_loss)
                     loss_per_token += batch_loss.detach()
-                both = accelerator.reduce(torch.stack([loss_per_token, interrupted]), reduction="mean")
-                loss_per_token, interrupted = both.tolist()  # a signal to one process stops all at the same update
+                heard = torch.tensor(interruption.heard(), device=device)
+                loss_per_token, *heard = accelerator.reduce(torch.stack([loss_per_token, *heard]), "mean").tolist()
+                interrupted = first_heard(heard)  # a signal to one process stops all at the same update
                 grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
                 # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
                 gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
@@ -169,13 +183,14 @@ def train(config: Config) -> dict[str, Any]:
                 bar.step(console.describe_update(metrics, clock.seconds_left(progress.update)))
 
                 is_evaluation = is_due(progress.update, config.train.eval_every) or progress.update == updates
-                if interrupted and progress.update < updates:
+                if interrupted is not None and progress.update < updates:
                     progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
                     save()
                     if is_main:
                         command = "same command" if config.train.resume == "auto" else "command with train.resume=auto"
                         console.say("stopped", f"after update {progress.update}, saved. The {command} goes on.")
-                    sys.exit(128 + (interruption.signal or signal.SIGTERM))
+                    accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+                    raise Interrupted(interrupted)
                 if is_evaluation:
                     evaluate()
                 if is_due(progress.update, config.train.save_every) and progress.update < updates:
@@ -185,7 +200,6 @@ def train(config: Config) -> dict[str, Any]:
         # --- leave what the next command needs ---
         save()
         spectra = measure()
-        trainable, total = parameter_counts(model)
         result = {
             "eval/perplexity": progress.perplexity,
             "perplexity_before": progress.perplexity_before,
@@ -204,8 +218,8 @@ def train(config: Config) -> dict[str, Any]:
             "peak_memory_bytes": peak_memory(device),
             "folder": str(path),
         }
+        folder.save_final(model)
         if is_main:
-            folder.save_final(model)
             folder.write_json("spectrum.json", module_spectra(spectra))
             folder.write_json("result.json", result)  # from here on the run is finished
             write_card(path)
@@ -213,6 +227,14 @@ def train(config: Config) -> dict[str, Any]:
             tracker.adapter(path / "adapter")
             console.say_result(result)
         return result
+
+
+def finished_result(folder: RunFolder) -> dict[str, Any] | None:
+    """What a finished run left, said in a line."""
+    result = folder.result()
+    if result is not None and folder.is_main:
+        console.say("finished", f"{folder.path}: perplexity {result['eval/perplexity']:.2f}. Its result stands.")
+    return result
 
 
 def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
@@ -238,6 +260,10 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     else:
         folder.check_compatible(checkpoint)
     return checkpoint
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def seed_update(seed: int, update: int, process: int) -> None:

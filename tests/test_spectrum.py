@@ -62,7 +62,9 @@ def branch_outputs(model, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [flat_batch, padded_batch])
 def test_spectrum_equals_svd(kind, batch):
     model = adapted(kind)
-    spectra = measure_spectra(model, forward_of(model), [batch(ROWS[:2], MASKS[:2]), batch(ROWS[2:], MASKS[2:])])
+    spectra = measure_spectra(
+        model, forward_of(model), [(batch(ROWS[:2], MASKS[:2]), True), (batch(ROWS[2:], MASKS[2:]), True)]
+    )
     assert len(spectra) == 4
     for name, spectrum in spectra.items():
         outputs = branch_outputs(model, name)
@@ -75,7 +77,7 @@ def test_spectrum_equals_svd(kind, batch):
 def test_measuring_leaves_the_model_as_it_was():
     model = adapted("cera")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    measure_spectra(model, forward_of(model), [flat_batch(ROWS, MASKS)])
+    measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -83,7 +85,7 @@ def test_measuring_leaves_the_model_as_it_was():
 
 def test_a_fresh_adapter_has_no_spectrum():
     model = peft.get_peft_model(make_tiny_llama(), CeraConfig(r=6, task_type="CAUSAL_LM"))
-    spectra = measure_spectra(model, forward_of(model), [flat_batch(ROWS, MASKS)])
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert {(s.effective_rank, s.manifold_dimension) for s in spectra.values()} == {(0.0, 0)}
 
 
@@ -98,7 +100,7 @@ def test_dead_units_are_those_never_open_on_the_probe():
         direction = torch.linalg.lstsq(inputs[0], torch.ones(len(inputs[0]), 1)).solution[:, 0]
         layer.cera_A["default"].weight[0] = -direction
         layer.cera_A["default"].weight[3] = -2 * direction
-    spectra = measure_spectra(model, forward_of(model), [flat_batch(ROWS[:1], MASKS[:1])])
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS[:1], MASKS[:1]), True)])
     z = inputs[0] @ layer.cera_A["default"].weight.T
     expected = (z <= 0).all(0).double().mean().item()
     assert expected > 0
@@ -108,7 +110,7 @@ def test_dead_units_are_those_never_open_on_the_probe():
 @pytest.mark.parametrize("kind", ["lora", "dora", "cera_identity"])
 def test_a_branch_without_a_gate_has_no_dead_units(kind):
     model = adapted(kind)
-    spectra = measure_spectra(model, forward_of(model), [flat_batch(ROWS, MASKS)])
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert all(spectrum.dead_units is None for spectrum in spectra.values())
     assert not any("dead_units" in name for name in spectrum_metrics(spectra))
 
@@ -126,7 +128,7 @@ def test_effective_rank_and_manifold_dimension_by_hand():
 
 def test_metrics_have_mean_max_and_every_module():
     model = adapted("cera")
-    spectra = measure_spectra(model, forward_of(model), [flat_batch(ROWS, MASKS)])
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     metrics = spectrum_metrics(spectra)
     ranks = [metrics[f"spectrum/effective_rank/{name}"] for name in spectra]
     assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import cera_train.train as train_module
 from cera_train.checkpoint import RunFolder
-from cera_train.config import to_plain
+from cera_train.config import Strategy, to_plain
 from cera_train.runtime import check_distribution
 from cera_train.train import train
 
@@ -490,5 +490,5 @@ def test_an_engine_that_shards_the_model_is_refused():
     class Sharded:
         distributed_type = DistributedType.FSDP
 
-    with pytest.raises(ValueError, match="FSDP is not supported"):
-        check_distribution(Sharded())
+    with pytest.raises(ValueError, match="FSDP is not what distributed.strategy=ddp says"):
+        check_distribution(Sharded(), Strategy.ddp)

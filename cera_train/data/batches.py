@@ -7,7 +7,7 @@ supervised tokens, none of it changes the result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,8 @@ class Plan:
         return permutation[start : start + self.batch_size]
 
 
-def share(rows: Sequence[int], lengths: Sequence[int], processes: int, process: int) -> list[int]:
-    """One process's rows of an update, so that all get about the same number of tokens.
+def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """Every process's rows of an update, so that all get about the same number of tokens.
 
     Args:
         rows: the rows of the update.
@@ -56,7 +56,7 @@ def share(rows: Sequence[int], lengths: Sequence[int], processes: int, process: 
         least = tokens.index(min(tokens))
         shares[least].append(row)
         tokens[least] += lengths[row]
-    return shares[process]
+    return shares
 
 
 def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -164,9 +164,18 @@ class MicroBatches:
         make = flat_batch if self.is_flat else padded_batch
         return make(columns["input_ids"], columns["loss_mask"]).to(self.device)
 
-    def all(self, rows: Sequence[int]) -> Iterator[Batch]:
-        """The micro-batches of these rows."""
-        return map(self.load, self.groups(rows))
+    def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
+        """The micro-batches that a process runs for its share of these rows, and whether each counts. It runs at least
+        one, since the others wait for its gradient.
+
+        Args:
+            in_step: every process runs as many, since each holds a part of the weights that the others need; those
+                with fewer of their own run one that does not count.
+        """
+        own_rows = shares(rows, self.lengths, processes)
+        own = self.groups(own_rows[process])
+        count = max(len(self.groups(share)) for share in own_rows) if in_step else max(1, len(own))
+        return [(group, True) for group in own] + [(list(rows[:1]), False)] * (count - len(own))
 
     def first(self, max_tokens: int) -> list[int]:
         """The first rows that have at most `max_tokens` together; at least one."""

@@ -17,7 +17,7 @@ from cera_train.data.batches import (
     flat_micro_batches,
     padded_batch,
     padded_micro_batches,
-    share,
+    shares,
 )
 
 
@@ -67,15 +67,15 @@ def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes,
     for seed in range(5):
         lengths = random_lengths(seed, 100)
         rows = random.Random(seed).sample(range(100), count)
-        shares = [share(rows, lengths, processes, process) for process in range(processes)]
-        assert sorted(chain.from_iterable(shares)) == sorted(rows)
-        tokens = [sum(lengths[row] for row in rows) for rows in shares]
+        shared = shares(rows, lengths, processes)
+        assert sorted(chain.from_iterable(shared)) == sorted(rows)
+        tokens = [sum(lengths[row] for row in rows) for rows in shared]
         assert max(tokens) - min(tokens) <= max((lengths[row] for row in rows), default=0)
 
 
 def test_a_share_does_not_depend_on_the_order_of_the_rows():
     lengths = random_lengths(0, 30)
-    assert share(range(30), lengths, 3, 1) == share(range(29, -1, -1), lengths, 3, 1)
+    assert shares(range(30), lengths, 3) == shares(range(29, -1, -1), lengths, 3)
 
 
 # --- micro-batches ---------------------------------------------------------------------------------------------------
@@ -202,12 +202,27 @@ def test_micro_batches_load_every_supervised_token_of_the_rows_once(is_flat):
     lengths = random_lengths(0, 30, longest=50)
     batches = MicroBatches(split_of(lengths), is_flat, 120, torch.device("cpu"))
     rows = list(range(3, 28))
-    loaded = list(batches.all(rows))
+    loaded = [batches.load(group) for group in batches.groups(rows)]
     supervised = [token for batch in loaded for token in batch.input_ids[batch.loss_mask].tolist()]
     assert sorted(supervised) == [1000 * row + place for row in rows for place in range(1, lengths[row])]
     assert sum(batches.supervised[row] for row in rows) == len(supervised)
     assert all(batch.input_ids.numel() <= 120 for batch in loaded)
-    assert len(loaded) == len(batches.groups(rows)) > 1
+    assert len(loaded) > 1
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+@pytest.mark.parametrize("count", [1, 2, 9, 25])
+def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_must(in_step, count):
+    batches = MicroBatches(split_of(random_lengths(0, 30, longest=50)), True, 70, torch.device("cpu"))
+    rows = list(range(3, 3 + count))
+    of_all = [batches.passes(rows, 4, process, in_step) for process in range(4)]
+    assert sorted(row for passes in of_all for group, counts in passes if counts for row in group) == rows
+    assert all(passes for passes in of_all)
+    assert all(set(group) <= set(rows) for passes in of_all for group, _ in passes)
+    if in_step:
+        assert len({len(passes) for passes in of_all}) == 1
+    else:
+        assert sum(not counts for passes in of_all for _, counts in passes) == max(0, 4 - count)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,155 @@
+"""From one command to one process a GPU, by torch's elastic launcher; processes that torchrun, `accelerate launch` or
+Slurm's srun started are left as they are."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
+from torch.distributed.launcher.api import elastic_launch
+
+from cera_train.checkpoint import RunFolder
+from cera_train.config import Config, LaunchConfig, to_plain
+from cera_train.data import prepare_data
+from cera_train.interruption import Interrupted, Interruption
+from cera_train.model import load_tokenizer
+from cera_train.runtime import RANK_VARIABLES, quiet_libraries
+from cera_train.train import finished_result, train, where_to_resume
+from cera_train.watchdog import Hung
+from cera_train.worker import work
+
+
+def launch(config: Config) -> dict[str, Any]:
+    """`train`, in as many processes as `launch.processes` says.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        ValueError: as `train` does, whichever process it was in.
+        Interrupted: as `train` does.
+        ProcessFailed: a process met an error that is not the user's to mend.
+    """
+    try:
+        if join_slurm_step(os.environ) or any(name in os.environ for name in RANK_VARIABLES):
+            return train(config)
+        processes = processes_to_start(config.launch)
+        return train(config) if processes == 1 else train_in_processes(config, processes)
+    except Interrupted as interrupted:
+        interrupted.hand_over()
+        raise
+
+
+def processes_to_start(config: LaunchConfig) -> int:
+    """One a GPU, unless the config says otherwise.
+
+    Raises:
+        ValueError: there are GPUs, but fewer than that.
+    """
+    gpus = torch.cuda.device_count()
+    processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
+    if 0 < gpus < processes:
+        raise ValueError(f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set auto.")
+    return processes
+
+
+def join_slurm_step(environment: Any) -> bool:
+    """Says in torch's words what srun says in Slurm's, where this process is one of the tasks of a step of several.
+
+    Args:
+        environment: the environment variables, which are changed.
+
+    Returns:
+        Whether it is.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks == 1 or "RANK" in environment:
+        return False
+    local = int(environment["SLURM_LOCALID"])
+    # node[003-007,9]: the first host; the port follows from the job, so that jobs that share a node do not meet
+    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
+    environment |= {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": str(tasks),
+        # With one GPU bound to each task, every task has it as its first.
+        "LOCAL_RANK": str(local % max(1, torch.cuda.device_count()) if torch.cuda.is_available() else local),
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", host),
+        "MASTER_PORT": environment.get("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000)),
+    }
+    return True
+
+
+# --- the parent ------------------------------------------------------------------------------------------------------
+
+
+class ProcessFailed(RuntimeError):
+    """A process ended with an error that is not the user's to mend; the message holds its traceback."""
+
+
+def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
+    """Checks and tokenises once, so that mistakes come to light once; then starts the processes and waits."""
+    quiet_libraries()
+    with RunFolder(Path(config.output_dir) / config.name, to_plain(config)) as folder:
+        where_to_resume(folder, config.train.resume)
+        if (result := finished_result(folder)) is not None:
+            return result
+        prepare_data(config.data, load_tokenizer(config.model))
+
+    for name in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are said below
+    if not torch.cuda.is_available():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    with tempfile.TemporaryDirectory() as logs, Interruption(tell=tell_children) as interruption:
+        elastic = ElasticConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            signals_to_handle="",  # they are passed on, and the processes end when they have saved
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+        )
+        try:
+            return elastic_launch(elastic, work)(config)[0]
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if interruption.signal is not None and failure.exitcode == 128 + interruption.signal:
+                raise Interrupted(interruption.signal) from None
+            raise _as_error(rank, failure) from None
+
+
+def tell_children(number: int) -> None:
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, number)
+
+
+def _as_error(rank: int, failure: Any) -> Exception:
+    """What the first process that failed met."""
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        return ValueError(
+            f"process {rank} was ended by {name}"
+            + (", as a machine that is out of memory does" if name == "SIGKILL" else "")
+            + ". The same command goes on from the last checkpoint."
+        )
+    if isinstance(failure.message, str):  # it left no error: it ended itself
+        return ProcessFailed(f"process {rank} ended with status {failure.exitcode} and no error.")
+    kind, _, text = failure.message["message"].partition(": ")
+    if kind in (ValueError.__name__, Hung.__name__):
+        return ValueError(text)
+    return ProcessFailed(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")
