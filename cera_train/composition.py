@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import re
 import typing
 from collections.abc import Iterable, Iterator
@@ -96,6 +97,8 @@ class Composition:
             return self.unknown_setting(key, key)
         if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^/']+)'", text):
             group, name = match.groups()
+            if name.startswith("submitit_") and importlib.util.find_spec("submitit") is None:
+                return "jobs by submitit need an extra: pip install 'cera-train[slurm]'."
             return (
                 f"unknown {group} {name!r}. {did_you_mean(name, options(group))}There are: {', '.join(options(group))}."
             )

@@ -494,6 +494,11 @@ class Config:
                 self.model.quantization != Quantization.int8,
                 "model.quantization=int8 cannot be sharded: with distributed.strategy=fsdp choose nf4 or none.",
             )
+            require(
+                not (self.adapter.kind == AdapterKind.dora and self.model.quantization == Quantization.nf4),
+                "dora reads the base's weights, and sharded ones of 4 bits cannot be read: with distributed.strategy="
+                "fsdp choose model.quantization=none or another adapter.",
+            )
 
 
 @dataclass
