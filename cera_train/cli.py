@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -31,6 +32,7 @@ from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
 from cera_train.subject import find_subject
+from cera_train.sweep import BEGUN, Job, State, refuse_a_single_run, say_sweep
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -42,7 +44,7 @@ PLAN = Composition(PlanRun, "cera-plan")
 
 def main() -> None:
     """`cera-train`: one training run, or a sweep with -m."""
-    start(TRAIN, train)
+    start(TRAIN, train_and_say_sweep)
 
 
 def main_eval() -> None:
@@ -66,6 +68,11 @@ def main_report() -> None:
     start(Composition(Config, "cera-report"), report)
 
 
+def main_sweep() -> None:
+    """`cera-sweep`: where a sweep stands."""
+    start(Composition(Config, "cera-sweep"), sweep)
+
+
 def start(composition: Composition, command: Callable[[], Any]) -> None:
     """Runs a command as a whole process."""
     debug = "--debug" in sys.argv
@@ -75,6 +82,7 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     register_configs()
+    sys.argv[1:] = [with_folder_quoted(argument) for argument in sys.argv[1:]]
     try:
         with errors_in_one_line(composition):
             command()
@@ -84,6 +92,13 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def with_folder_quoted(argument: str) -> str:
+    """Lets run=outputs/rank_lr/adapter=cera,adapter.r=64 be a folder: Hydra would read its commas and signs."""
+    key, _, value = argument.partition("=")
+    is_folder = any(sign in value for sign in ",=") and "'" not in value and Path(value).is_dir()
+    return f"{key}='{value}'" if is_folder else argument
 
 
 @contextlib.contextmanager
@@ -102,14 +117,21 @@ def errors_in_one_line(composition: Composition) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except Exception as error:
-        is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
-        is_composition = is_composition or is_about_a_null_section(error)
-        message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
-        if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
-            print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
-        if message is not None:
-            print(f"{composition.program}: {redact(message)}", file=sys.stderr)
-        sys.exit(1 if message is None else 2)
+        sys.exit(1 if say_error(composition, error) is None else 2)
+
+
+def say_error(composition: Composition, error: Exception) -> str | None:
+    """One line for an error that the user can mend; for any other its traceback, and None."""
+    is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
+    is_composition = is_composition or is_about_a_null_section(error)
+    message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
+    if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+    if message is None:
+        return None
+    message = redact(message)
+    print(f"{composition.program}: {message}", file=sys.stderr)
+    return message
 
 
 # --- what each does --------------------------------------------------------------------------------------------------
@@ -122,15 +144,46 @@ def hydra_command(config_name: str) -> Callable:
 
 @hydra_command("config")
 def train(composed: DictConfig) -> float | None:
-    """One training run. Returns its perplexity, for sweepers that minimise."""
-    with errors_in_one_line(TRAIN):
-        config = to_config(composed)
-        if not is_as_published(HydraConfig.get().overrides.task):
-            config = replace(config, published={})
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-        from cera_train.train import train
+    """One training run, or one job of a sweep. Returns its perplexity, for sweepers that minimise.
 
-        return train(config)["eval/perplexity"]
+    A job that fails returns None rather than raising: the others go on, and a sweeper such as Optuna counts a failure.
+    """
+    with errors_in_one_line(TRAIN):
+        job = Job.current(HydraConfig.get())
+        if job is None:
+            return run(composed)
+        job.start()
+        try:
+            return run(composed, job)
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            job.fail(say_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
+            return None
+
+
+def run(composed: DictConfig, job: Job | None = None) -> float:
+    """Trains as composed, a job in its own folder within the sweep's."""
+    config = to_config(composed)
+    if job is None:
+        refuse_a_single_run(HydraConfig.get(), Path(config.output_dir) / config.name)
+    else:
+        config = replace(config, output_dir=str(job.folder), name=job.name)
+    if not is_as_published(HydraConfig.get().overrides.task):
+        config = replace(config, published={})
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
+    from cera_train.train import train
+
+    return train(config)["eval/perplexity"]
+
+
+def train_and_say_sweep() -> None:
+    """`train`, and after a sweep its table; exit status 1 where a job failed."""
+    train()
+    for folder in BEGUN:
+        print()
+        if any(job.state == State.failed for job in say_sweep(folder)):
+            sys.exit(1)
 
 
 def is_as_published(overrides: list[str]) -> bool:
@@ -201,6 +254,17 @@ def report() -> None:
         say_report(write_report(arguments.folders, arguments.output or Path("report")))
 
 
-def _refuse(message: str) -> NoReturn:
+def sweep() -> None:
+    """A sweep's jobs, their states and the best, by what lies in its folder."""
+    parser = argparse.ArgumentParser(
+        prog="cera-sweep",
+        description="Shows where a sweep stands, also while it runs: every job, its state and perplexity, and the best.",
+    )
+    parser.error = functools.partial(_refuse, program="cera-sweep")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
+    say_sweep(parser.parse_args().folder)
+
+
+def _refuse(message: str, program: str = "cera-report") -> NoReturn:
     """A mistake in the command line, as one line like every other."""
-    raise ValueError(f"{message} (see cera-report --help).")
+    raise ValueError(f"{message} (see {program} --help).")

@@ -51,7 +51,7 @@ class Evaluation:
     @property
     def rows(self) -> tuple:
         """What decides the rows of a perplexity, apart from the run's own data: equal for the same rows."""
-        return _decides_rows({key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))})
+        return decides_rows({key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))})
 
     @cached_property
     def problems(self) -> dict[str, dict[str, Any]]:
@@ -179,7 +179,7 @@ class Run:
     @property
     def evaluation_rows(self) -> tuple:
         """What decides on which tokens the perplexity of training is taken: equal for comparable runs."""
-        return _decides_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
+        return decides_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
 
     @property
     def base(self) -> str:
@@ -191,7 +191,7 @@ class Run:
         return ", ".join([named, *(str(kept) for kept in (dtype, quantization) if kept not in (None, "none"))])
 
 
-def _decides_rows(settings: dict[str, Any]) -> tuple:
+def decides_rows(settings: dict[str, Any]) -> tuple:
     """Settings as something to compare. A null is a key that another version does not have."""
     if settings.get("data.train_files"):  # then nothing comes from the Hub
         settings = {key: value for key, value in settings.items() if key not in HUB}
