@@ -32,7 +32,7 @@ from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
 from cera_train.subject import find_subject
-from cera_train.sweep import BEGUN, Job, State, refuse_a_single_run, say_sweep
+from cera_train.sweep import BEGUN, Job, State, refuse_grid_of_one, refuse_sweeps_folder, say_sweep
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -87,11 +87,16 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
         with errors_in_one_line(composition):
             command()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left is nobody's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except BrokenPipeError:
+        leave_closed_pipe()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave_closed_pipe() -> NoReturn:
+    """Ends where the reader has seen enough, as in `| head`; what is left to print is nobody's."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
 
 
 def with_folder_quoted(argument: str) -> str:
@@ -152,11 +157,11 @@ def train(composed: DictConfig) -> float | None:
         job = Job.current(HydraConfig.get())
         if job is None:
             return run(composed)
-        job.start()
         try:
+            job.start()
             return run(composed, job)
         except BrokenPipeError:
-            raise
+            leave_closed_pipe()
         except Exception as error:
             job.fail(say_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
             return None
@@ -164,9 +169,10 @@ def train(composed: DictConfig) -> float | None:
 
 def run(composed: DictConfig, job: Job | None = None) -> float:
     """Trains as composed, a job in its own folder within the sweep's."""
+    refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed)
     if job is None:
-        refuse_a_single_run(HydraConfig.get(), Path(config.output_dir) / config.name)
+        refuse_sweeps_folder(Path(config.output_dir) / config.name)
     else:
         config = replace(config, output_dir=str(job.folder), name=job.name)
     if not is_as_published(HydraConfig.get().overrides.task):
@@ -212,6 +218,7 @@ SWEEP: list[Any] = []
 def plan(composed: DictConfig) -> None:
     """One plan; of a sweep, one of its jobs."""
     with errors_in_one_line(PLAN):
+        refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
         from cera_train.plan import make_plan, say_measured, say_plan
 
@@ -258,7 +265,7 @@ def sweep() -> None:
     """A sweep's jobs, their states and the best, by what lies in its folder."""
     parser = argparse.ArgumentParser(
         prog="cera-sweep",
-        description="Shows where a sweep stands, also while it runs: every job, its state and perplexity, and the best.",
+        description="Shows where a sweep stands, also while it runs: every job, its state, its perplexity, the best.",
     )
     parser.error = functools.partial(_refuse, program="cera-sweep")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")

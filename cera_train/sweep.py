@@ -66,7 +66,7 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
 
 def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
     """What a job chooses, sorted by key. A setting that changes no result is no choice unless it is swept."""
-    choices = [override.lstrip("+") for override in overrides]
+    choices = [override.lstrip("+").replace("$\\{", "${").replace("\\}", "}") for override in overrides]
     choices = [choice for choice in choices if (key := key_of(choice)) in swept or not is_beside_the_point(key)]
     return sorted(choices, key=lambda choice: (key_of(choice), choice))
 
@@ -194,10 +194,14 @@ class Job:
         write_text(self.folder / JOBS / f"{self.name}.json", json.dumps(redact_tree(content), indent=2) + "\n")
 
 
-def refuse_a_single_run(hydra_config: DictConfig, folder: Path) -> None:
-    """Raises ValueError where a run is no sweep, but its arguments or its folder are a sweep's."""
-    if (chosen := hydra_config.runtime.choices.get("sweep")) is not None:
-        raise ValueError(f"+sweep={chosen} is a grid of runs: add -m to run them all.")
+def refuse_grid_of_one(hydra_config: DictConfig) -> None:
+    """Raises ValueError where a sweep's file was chosen for a single run."""
+    if hydra_config.mode != RunMode.MULTIRUN and (chosen := hydra_config.runtime.choices.get("sweep")) is not None:
+        raise ValueError(f"+sweep={chosen} is a grid of runs: add -m to take them all.")
+
+
+def refuse_sweeps_folder(folder: Path) -> None:
+    """Raises ValueError where a run would write among the jobs of a sweep."""
     if (folder / RECORD).exists():
         raise ValueError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
 

@@ -29,6 +29,10 @@ STEPS = "steps"
 """The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
 
 
+NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+"""In the name of a folder."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """RUN/eval/NAME."""
@@ -235,9 +239,9 @@ def _expand(folder: Path) -> Iterator[Path]:
     yield from sorted(inside, key=_by_number)
 
 
-def _by_number(path: Path) -> list[str | int]:
-    """Sorts r16 before r128."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+def _by_number(path: Path) -> list[str | float]:
+    """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
+    return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER, path.name))]
 
 
 def _is_run(folder: Path) -> bool:
