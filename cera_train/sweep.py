@@ -81,9 +81,14 @@ def is_beside_the_point(key: str) -> bool:
 
 
 def _file_name(choice: str) -> str:
+    """A choice with nothing in it that does not belong in the name of a folder."""
     key, equals, value = choice.partition("=")
-    readable = re.sub(r"[^\w.+-]+", "-", value, flags=re.ASCII)
-    return re.sub(r"[^\w.-]", "-", key, flags=re.ASCII) + equals + (value if readable == value else readable.strip("-"))
+    return _plain(key) + equals + _plain(value)
+
+
+def _plain(text: str) -> str:
+    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
+    return text if plain == text else plain.strip("-")
 
 
 def _dimensions(config: DictConfig) -> list[Override]:
