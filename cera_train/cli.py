@@ -32,7 +32,16 @@ from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
 from cera_train.subject import find_subject
-from cera_train.sweep import BEGUN, Job, State, refuse_grid_of_one, refuse_sweeps_folder, say_sweep
+from cera_train.sweep import (
+    BEGUN,
+    Job,
+    has_failed,
+    is_main_process,
+    read_sweep,
+    refuse_grid_of_one,
+    refuse_sweeps_folder,
+    say_sweep,
+)
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -187,8 +196,10 @@ def train_and_say_sweep() -> None:
     """`train`, and after a sweep its table; exit status 1 where a job failed."""
     train()
     for folder in BEGUN:
-        print()
-        if any(job.state == State.failed for job in say_sweep(folder)):
+        if is_main_process():
+            print()
+            say_sweep(folder)
+        if has_failed(folder, read_sweep(folder)):
             sys.exit(1)
 
 

@@ -111,8 +111,8 @@ def grid(config: DictConfig) -> list[list[str]]:
 
 # --- the record ------------------------------------------------------------------------------------------------------
 
-BEGUN: list[Path] = []
-"""The folder of the sweep that this process leads."""
+BEGUN: dict[Path, dict[str, Any]] = {}
+"""The sweep that this process leads: its folder, and what stands in its sweep.json."""
 
 
 class Record(Callback):
@@ -143,16 +143,20 @@ def begin(config: DictConfig) -> None:
     # A job's own name or recipe must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    BEGUN.append(folder)
-    if not _is_main_process():
-        return
     is_swept = {override.key_or_group: override.is_sweep_override() for override in _dimensions(config)}
     swept = [key for key, is_dimension in is_swept.items() if is_dimension]
     is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
     jobs = [{"name": job_name(job, swept), "overrides": job} for job in grid(config)] if is_grid else []
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"command": sys.argv, "swept": swept, "jobs": jobs}
-    write_text(folder / RECORD, json.dumps(redact_tree(record), indent=2) + "\n")
+    BEGUN[folder] = {"command": sys.argv, "swept": swept, "jobs": jobs}
+    if is_main_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RECORD, json.dumps(redact_tree(BEGUN[folder]), indent=2) + "\n")
+
+
+def has_failed(folder: Path, jobs: Iterable[Standing]) -> bool:
+    """Whether a job of this command failed, whatever earlier ones left in the folder."""
+    own = {job["name"] for job in BEGUN[folder]["jobs"]}
+    return any(job.state == State.failed and (job.name in own or not own) for job in jobs)
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,7 @@ class Job:
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
         folder = Path(hydra_config.sweep.dir)
-        record = _read_json(folder / RECORD) or {"swept": [], "jobs": []}
+        record = BEGUN.get(folder) or _read_json(folder / RECORD)  # a launcher may run the job in another process
         overrides = _arguments(hydra_config)
         return cls(
             folder, job_name(overrides, record["swept"]), overrides, hydra_config.job.num + 1, len(record["jobs"])
@@ -181,7 +185,7 @@ class Job:
 
     def start(self) -> None:
         """Says which job this is and clears the error of an earlier start."""
-        if not _is_main_process():
+        if not is_main_process():
             return
         (self.folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's own record, in which secrets are not redacted
         self._write(None)
@@ -190,7 +194,7 @@ class Job:
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table."""
-        if _is_main_process():
+        if is_main_process():
             self._write(error)
 
     def _write(self, error: str | None) -> None:
@@ -211,7 +215,7 @@ def refuse_sweeps_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
     """Under torchrun every process goes through the sweep, and one writes."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -299,8 +303,8 @@ def best_jobs(jobs: Sequence[Standing]) -> list[Standing]:
     return list(best.values())
 
 
-def say_sweep(folder: Path) -> list[Standing]:
-    """Prints a line for every job, how many are in which state, and the best. Returns the jobs."""
+def say_sweep(folder: Path) -> None:
+    """Prints a line for every job, how many are in which state, and the best."""
     jobs = read_sweep(folder)
     best = best_jobs(jobs)
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
@@ -322,7 +326,6 @@ def say_sweep(folder: Path) -> list[Standing]:
         say("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}")
     if counts[State.failed]:
         say("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
-    return jobs
 
 
 def _is_locked(folder: Path) -> bool:
