@@ -16,12 +16,13 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 import yaml
 from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli import main, main_sweep, with_folder_quoted
+from cera_train.cli import main, main_plan, main_sweep, with_folder_quoted
 from cera_train.composition import config_dir, options, to_config
 from cera_train.config import CHANGES_NO_RESULT, Config, PlanRun
 from cera_train.plan import Plan, make_plan
@@ -138,6 +139,22 @@ def test_an_argument_replaces_a_dimension_of_the_file(jobs_of):
     assert all({"model=llama3_2_1b", "optimizer.lr=0.0003"} <= set(job) for job in jobs)
     wider = jobs_of("+sweep=rank_lr", "adapter=cera", "adapter.r=64", "train.seed=range(3)")
     assert len(wider) == 4 * 3
+
+
+def test_cera_plan_adds_up_a_sweeps_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cera_train.cli.SWEEP", [])
+    monkeypatch.setattr(sys, "argv", ["cera-plan", "-m", "+sweep=rank_scaling", "adapter=cera"])
+    main_plan()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("adapter.r=16 ")
+    assert lines[-1].startswith("4 jobs ")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["cera-plan", "+sweep=rank_scaling"])
+    with pytest.raises(SystemExit) as exit_info:
+        main_plan()
+    assert exit_info.value.code == 2
+    assert "+sweep=rank_scaling is a grid of runs: add -m" in capsys.readouterr().err
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -501,6 +518,17 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
     ]
     assert [bool(config.published) for config in seen] == [True, True]  # they are as published
     assert not (sweep_here / "outputs" / "math_r64").exists()
+
+
+def test_the_peak_memory_of_a_job_is_its_own():
+    """The jobs of a sweep share a process, whose peak would be the largest job's."""
+    from cera_train.runtime import forget_peak_memory, peak_memory
+
+    large = bytearray(300_000_000)
+    before = peak_memory(torch.device("cpu"))
+    del large
+    forget_peak_memory()
+    assert peak_memory(torch.device("cpu")) < before - 250_000_000
 
 
 def test_an_impossible_type_is_said_before_anything_runs(sweep_here, monkeypatch, capfd):
