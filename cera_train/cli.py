@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -30,7 +31,18 @@ from cera_train.composition import Composition, config_dir, is_about_a_null_sect
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
+from cera_train.slurm import join_slurm_step
 from cera_train.subject import find_subject
+from cera_train.sweep import (
+    BEGUN,
+    Job,
+    has_failed,
+    is_main_process,
+    read_sweep,
+    refuse_grid_of_one,
+    refuse_sweeps_folder,
+    say_sweep,
+)
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -42,7 +54,7 @@ PLAN = Composition(PlanRun, "cera-plan")
 
 def main() -> None:
     """`cera-train`: one training run, or a sweep with -m."""
-    start(TRAIN, train)
+    start(TRAIN, train_and_say_sweep)
 
 
 def main_eval() -> None:
@@ -66,6 +78,11 @@ def main_report() -> None:
     start(Composition(Config, "cera-report"), report)
 
 
+def main_sweep() -> None:
+    """`cera-sweep`: where a sweep stands."""
+    start(Composition(Config, "cera-sweep"), sweep)
+
+
 def start(composition: Composition, command: Callable[[], Any]) -> None:
     """Runs a command as a whole process."""
     debug = "--debug" in sys.argv
@@ -75,15 +92,28 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     register_configs()
+    sys.argv[1:] = [with_folder_quoted(argument) for argument in sys.argv[1:]]
     try:
         with errors_in_one_line(composition):
             command()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left is nobody's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    except BrokenPipeError:
+        leave_closed_pipe()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave_closed_pipe() -> NoReturn:
+    """Ends where the reader has seen enough, as in `| head`; what is left to print is nobody's."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
+
+
+def with_folder_quoted(argument: str) -> str:
+    """Lets run=outputs/rank_lr/adapter=cera,adapter.r=64 be a folder: Hydra would read its commas and signs."""
+    key, _, value = argument.partition("=")
+    is_folder = any(sign in value for sign in ",=") and "'" not in value and Path(value).is_dir()
+    return f"{key}='{value}'" if is_folder else argument
 
 
 @contextlib.contextmanager
@@ -102,14 +132,21 @@ def errors_in_one_line(composition: Composition) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except Exception as error:
-        is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
-        is_composition = is_composition or is_about_a_null_section(error)
-        message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
-        if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
-            print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
-        if message is not None:
-            print(f"{composition.program}: {redact(message)}", file=sys.stderr)
-        sys.exit(1 if message is None else 2)
+        sys.exit(1 if say_error(composition, error) is None else 2)
+
+
+def say_error(composition: Composition, error: Exception) -> str | None:
+    """One line for an error that the user can mend; for any other its traceback, and None."""
+    is_composition = isinstance(error, (HydraException, OmegaConfBaseException, yaml.YAMLError))
+    is_composition = is_composition or is_about_a_null_section(error)
+    message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
+    if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
+        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+    if message is None:
+        return None
+    message = redact(message)
+    print(f"{composition.program}: {message}", file=sys.stderr)
+    return message
 
 
 # --- what each does --------------------------------------------------------------------------------------------------
@@ -122,15 +159,50 @@ def hydra_command(config_name: str) -> Callable:
 
 @hydra_command("config")
 def train(composed: DictConfig) -> float | None:
-    """One training run. Returns its perplexity, for sweepers that minimise."""
-    with errors_in_one_line(TRAIN):
-        config = to_config(composed)
-        if not is_as_published(HydraConfig.get().overrides.task):
-            config = replace(config, published={})
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-        from cera_train.launch import launch
+    """One training run, or one job of a sweep. Returns its perplexity, for sweepers that minimise.
 
-        return launch(config)["eval/perplexity"]
+    A job that fails returns None rather than raising: the others go on, and a sweeper such as Optuna counts a failure.
+    """
+    with errors_in_one_line(TRAIN):
+        join_slurm_step(os.environ)
+        job = Job.current(HydraConfig.get())
+        if job is None:
+            return run(composed)
+        try:
+            job.start()
+            return run(composed, job)
+        except BrokenPipeError:
+            leave_closed_pipe()
+        except Exception as error:
+            job.fail(say_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
+            return None
+
+
+def run(composed: DictConfig, job: Job | None = None) -> float:
+    """Trains as composed, a job in its own folder within the sweep's."""
+    refuse_grid_of_one(HydraConfig.get())
+    config = to_config(composed)
+    if job is None:
+        refuse_sweeps_folder(Path(config.output_dir) / config.name)
+    else:
+        config = replace(config, output_dir=str(job.folder), name=job.name)
+    if not is_as_published(HydraConfig.get().overrides.task):
+        config = replace(config, published={})
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
+    from cera_train.launch import launch
+
+    return launch(config)["eval/perplexity"]
+
+
+def train_and_say_sweep() -> None:
+    """`train`, and after a sweep its table; exit status 1 where a job failed."""
+    train()
+    for folder in BEGUN:
+        if is_main_process():
+            print()
+            say_sweep(folder)
+        if has_failed(folder, read_sweep(folder)):
+            sys.exit(1)
 
 
 def is_as_published(overrides: list[str]) -> bool:
@@ -142,6 +214,7 @@ def is_as_published(overrides: list[str]) -> bool:
 def evaluate(composed: DictConfig) -> None:
     """One evaluation."""
     with errors_in_one_line(EVAL):
+        join_slurm_step(os.environ)
         config = to_config(composed, EvalConfig)
         if config.run is not None:
             find_subject(config)  # torch takes seconds to import: a mistake gets its answer before
@@ -159,6 +232,7 @@ SWEEP: list[Any] = []
 def plan(composed: DictConfig) -> None:
     """One plan; of a sweep, one of its jobs."""
     with errors_in_one_line(PLAN):
+        refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
         from cera_train.plan import make_plan, say_measured, say_plan
 
@@ -201,6 +275,17 @@ def report() -> None:
         say_report(write_report(arguments.folders, arguments.output or Path("report")))
 
 
-def _refuse(message: str) -> NoReturn:
+def sweep() -> None:
+    """A sweep's jobs, their states and the best, by what lies in its folder."""
+    parser = argparse.ArgumentParser(
+        prog="cera-sweep",
+        description="Shows where a sweep stands, also while it runs: every job, its state, its perplexity, the best.",
+    )
+    parser.error = functools.partial(_refuse, program="cera-sweep")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
+    say_sweep(parser.parse_args().folder)
+
+
+def _refuse(message: str, program: str = "cera-report") -> NoReturn:
     """A mistake in the command line, as one line like every other."""
-    raise ValueError(f"{message} (see cera-report --help).")
+    raise ValueError(f"{message} (see {program} --help).")

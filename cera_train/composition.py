@@ -121,8 +121,8 @@ class Composition:
 
     def unknown_setting(self, key: str, source: str) -> str:
         """The message about a key that no setting has, and the argument or file it came from."""
-        if key == "recipe":
-            return f"a recipe is added with a plus sign: write +{source}."
+        if key in ("recipe", "sweep"):
+            return f"a {key} is added with a plus sign: write +{source}."
         section = key.split(".", 1)[0]
         if "." in key and key in config_keys(self.schema) and section in self.groups():  # a section that is null
             return f"{key} needs a file for {section}: add {section}=NAME, one of {', '.join(options(section))}."

@@ -1,12 +1,11 @@
 """From one command to one process a GPU, by torch's elastic launcher; processes that torchrun, `accelerate launch` or
-Slurm's srun started are left as they are."""
+Slurm's srun started are not launched again."""
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import tempfile
 import uuid
@@ -42,7 +41,7 @@ def launch(config: Config) -> dict[str, Any]:
         ProcessFailed: a process met an error that is not the user's to mend.
     """
     try:
-        if join_slurm_step(os.environ) or any(name in os.environ for name in RANK_VARIABLES):
+        if any(name in os.environ for name in RANK_VARIABLES):
             return train(config)
         processes = processes_to_start(config.launch)
         return train(config) if processes == 1 else train_in_processes(config, processes)
@@ -62,33 +61,6 @@ def processes_to_start(config: LaunchConfig) -> int:
     if 0 < gpus < processes:
         raise ValueError(f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set auto.")
     return processes
-
-
-def join_slurm_step(environment: Any) -> bool:
-    """Says in torch's words what srun says in Slurm's, where this process is one of the tasks of a step of several.
-
-    Args:
-        environment: the environment variables, which are changed.
-
-    Returns:
-        Whether it is.
-    """
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks == 1 or "RANK" in environment:
-        return False
-    local = int(environment["SLURM_LOCALID"])
-    # node[003-007,9]: the first host; the port follows from the job, so that jobs that share a node do not meet
-    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
-    environment |= {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": str(tasks),
-        # With one GPU bound to each task, every task has it as its first.
-        "LOCAL_RANK": str(local % max(1, torch.cuda.device_count()) if torch.cuda.is_available() else local),
-        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])[0],
-        "MASTER_ADDR": environment.get("MASTER_ADDR", host),
-        "MASTER_PORT": environment.get("MASTER_PORT", str(20_000 + int(environment["SLURM_JOB_ID"]) % 20_000)),
-    }
-    return True
 
 
 # --- the parent ------------------------------------------------------------------------------------------------------

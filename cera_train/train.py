@@ -27,7 +27,7 @@ from cera_train.model import add_adapter, check_length, fingerprint, load_model,
 from cera_train.optimizer import build_optimizer, learning_rate
 from cera_train.perplexity import mean_loss, perplexity
 from cera_train.picture import draw_run
-from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
+from cera_train.runtime import forget_peak_memory, is_main_process, peak_memory, quiet_libraries, start_accelerator
 from cera_train.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
 from cera_train.tracking import Tracker, start_tracker
 from cera_train.watchdog import Watchdog
@@ -44,6 +44,7 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
+    forget_peak_memory()
     is_main = is_main_process()
     path = Path(config.output_dir) / config.name
     with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
@@ -91,7 +92,7 @@ def train(config: Config) -> dict[str, Any]:
         tracker = Tracker()
         if is_main:
             folder.rewind(progress.update if goes_on_here else None)
-            folder.write_config(machine)
+            folder.write_config(machine | {"updates": updates})
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, (trainable, total), accelerator, is_flat, updates, progress.update)
             console.say_data(data, tokenizer)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from cera_train.config import LaunchConfig
-from cera_train.launch import join_slurm_step, processes_to_start
+from cera_train.launch import processes_to_start
+from cera_train.slurm import join_slurm_step
 from cera_train.train import train
 
 SCRIPTS = Path(sys.executable).parent
@@ -192,14 +193,17 @@ def test_tasks_of_a_slurm_step_are_recognised():
         **{"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"},
         **{"SLURM_STEP_NODELIST": "gpu[003-004,7],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
     }
-    assert join_slurm_step(step)
+    join_slurm_step(step)
     assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
         **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu003"},
     }
     assert step["MASTER_PORT"] == "23456"
+    bound = {name: value for name, value in step.items() if name.startswith("SLURM")} | {"CUDA_VISIBLE_DEVICES": "1"}
+    join_slurm_step(bound)
+    assert bound["LOCAL_RANK"] == "0"
     for alone in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}):
         before = dict(alone)
-        assert not join_slurm_step(alone)
+        join_slurm_step(alone)
         assert alone == before
 
 

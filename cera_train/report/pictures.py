@@ -508,5 +508,11 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return [min(max(height, index * gap), 1 - (last - index) * gap) for index, height in enumerate(spaced)]
 
 
-def _shortened(text: str, most: int = 24) -> str:
+def _shortened(text: str, most: int = 32) -> str:
+    """A run's name; a sweep's job by its values, such as `cera r=64 lr=0.0003`."""
+    folder, slash, name = text.rpartition("/")
+    choices = [choice.partition("=") for choice in name.split(",")]
+    if all(equals for _, equals, _ in choices):
+        values = [f"{key.rpartition('.')[2]}={value}" if "." in key else value for key, _, value in choices]
+        text = folder + slash + " ".join(values)
     return text if len(text) <= most else f"{text[: most - 9]}…{text[-8:]}"

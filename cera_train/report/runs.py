@@ -29,6 +29,10 @@ STEPS = "steps"
 """The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
 
 
+NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+"""In the name of a folder."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """RUN/eval/NAME."""
@@ -51,7 +55,7 @@ class Evaluation:
     @property
     def rows(self) -> tuple:
         """What decides the rows of a perplexity, apart from the run's own data: equal for the same rows."""
-        return _decides_rows({key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))})
+        return decides_rows({key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))})
 
     @cached_property
     def problems(self) -> dict[str, dict[str, Any]]:
@@ -179,7 +183,7 @@ class Run:
     @property
     def evaluation_rows(self) -> tuple:
         """What decides on which tokens the perplexity of training is taken: equal for comparable runs."""
-        return _decides_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
+        return decides_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
 
     @property
     def base(self) -> str:
@@ -191,7 +195,7 @@ class Run:
         return ", ".join([named, *(str(kept) for kept in (dtype, quantization) if kept not in (None, "none"))])
 
 
-def _decides_rows(settings: dict[str, Any]) -> tuple:
+def decides_rows(settings: dict[str, Any]) -> tuple:
     """Settings as something to compare. A null is a key that another version does not have."""
     if settings.get("data.train_files"):  # then nothing comes from the Hub
         settings = {key: value for key, value in settings.items() if key not in HUB}
@@ -235,9 +239,9 @@ def _expand(folder: Path) -> Iterator[Path]:
     yield from sorted(inside, key=_by_number)
 
 
-def _by_number(path: Path) -> list[str | int]:
-    """Sorts r16 before r128."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+def _by_number(path: Path) -> list[str | float]:
+    """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
+    return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER, path.name))]
 
 
 def _is_run(folder: Path) -> bool:

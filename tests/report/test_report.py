@@ -17,7 +17,7 @@ from cera_train.card import escape
 from cera_train.report import say_report, write_report
 from cera_train.report.comparison import paired_tests
 from cera_train.report.page import compare_runs
-from cera_train.report.pictures import LIGHT, MOST_POINTS, spread, thinned
+from cera_train.report.pictures import LIGHT, MOST_POINTS, _shortened, spread, thinned
 from cera_train.report.runs import read_runs
 from cera_train.report.table import build_columns
 
@@ -118,6 +118,22 @@ def test_a_folder_of_runs_is_all_of_them_in_order_and_each_once(tmp_path: Path) 
     (sweep / "notes").mkdir()
     runs = read_runs([sweep / "r64", sweep, sweep / ".." / "sweep" / "r16"])
     assert [run.name for run in runs] == ["r64", "r16", "r128"]
+
+
+def test_the_jobs_of_a_sweep_come_by_the_numbers_in_their_names(tmp_path: Path) -> None:
+    names = [f"adapter.r={r},optimizer.lr={lr}" for r in (64, 512) for lr in ("1e-05", "0.0005", "0.001", "0.01")]
+    for name in reversed(names):
+        make_run(tmp_path / name)
+    (tmp_path / "sweep.json").write_text("{}")
+    (tmp_path / ".jobs").mkdir()
+    assert [run.name for run in read_runs([tmp_path])] == names
+
+
+def test_a_picture_names_a_job_by_its_values() -> None:
+    assert _shortened("adapter=cera,adapter.r=64,optimizer.lr=0.0003") == "cera r=64 lr=0.0003"
+    assert _shortened("rank_lr/adapter=lora,adapter.r=512") == "rank_lr/lora r=512"
+    assert _shortened("math_r64") == "math_r64"
+    assert len(_shortened("x" * 100)) < 33
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

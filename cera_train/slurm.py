@@ -1,0 +1,31 @@
+"""Tasks that Slurm's srun started, as torch's processes. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import MutableMapping
+
+
+def join_slurm_step(environment: MutableMapping[str, str]) -> None:
+    """Says in torch's words what srun says in Slurm's, where this process is one of the tasks of a step of several.
+
+    Args:
+        environment: the environment variables, which are changed.
+    """
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks == 1 or "RANK" in environment:
+        return
+    local = int(environment["SLURM_LOCALID"])
+    gpus = environment.get("CUDA_VISIBLE_DEVICES")
+    # node[003-007,9]: the first host
+    host = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
+    # The port follows from the job, so that jobs that share a node do not meet.
+    for name, value in {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": local % len(gpus.split(",")) if gpus else local,  # a task with one GPU of its own sees only that
+        "LOCAL_WORLD_SIZE": re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "MASTER_ADDR": environment.get("MASTER_ADDR", host),
+        "MASTER_PORT": environment.get("MASTER_PORT", 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+    }.items():
+        environment[name] = str(value)
