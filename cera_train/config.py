@@ -426,6 +426,8 @@ class LaunchConfig:
     processes: str = "auto"
     """How many processes `cera-train` starts on this machine. auto: one for each visible GPU. Where torchrun,
     `accelerate launch` or srun started it already, it starts none."""
+    detach: bool = False
+    """Of a sweep on a cluster: submit the jobs and return. `cera-sweep FOLDER` shows where they stand."""
 
     def __post_init__(self) -> None:
         require(

@@ -123,6 +123,16 @@ class Record(Callback):
 
         with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and go on
             begin(config)
+            launcher = str(config.hydra.launcher._target_)
+            if "submitit" in launcher:
+                from cera_train.cluster import wait_for_jobs
+
+                wait_for_jobs(not config.launch.detach)
+            elif config.launch.detach:
+                raise ValueError(
+                    "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
+                    "hydra/launcher=slurm_gpu."
+                )
 
 
 def begin(config: DictConfig) -> None:
