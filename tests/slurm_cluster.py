@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue")
@@ -76,11 +76,19 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             time.sleep(0.5)
         yield environment
     finally:
-        subprocess.run(["scancel", "--signal=KILL", "--user=root"], env=environment, check=False)
-        for pid in (folder / "slurmd.pid", folder / "slurmctld.pid", folder / "munge" / "pid"):
-            if pid.exists():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid.read_text()), signal.SIGTERM)
+        subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=environment, check=False)
+        _wait(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, env=environment).stdout)
+        for file in (folder / "slurmd.pid", folder / "slurmctld.pid", folder / "munge" / "pid"):
+            if file.exists():
+                pid = int(file.read_text())
+                os.kill(pid, signal.SIGTERM)
+                _wait(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+def _wait(is_done: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_done() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -90,6 +90,26 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
         assert adapter_of(job) == adapter_of(tmp_path / alone.name)
 
 
+def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):
+    """Slurm itself sends SIGTERM and requeues them: they use the grace to save."""
+    sweep = [
+        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "name=sweep", "train.save_every=null"),
+        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=2", "launch.detach=true"),
+    ]
+    subprocess.run(sweep, check=True, capture_output=True, env=cluster, cwd=tmp_path)
+    folder = tmp_path / "sweep"
+    jobs = [folder / job.name for job in read_sweep(folder)]
+    wait_until(lambda: min(map(updates_of, jobs)) > 20)
+    urgent = ["sbatch", "--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True, env=cluster, cwd=tmp_path)
+    wait_until(lambda: all((job / "checkpoints").is_dir() for job in jobs))
+    wait_until(lambda: all(job.state == State.finished for job in read_sweep(folder)))
+    for job, rank in zip(jobs, (2, 4), strict=True):
+        alone = compose(*arguments, f"adapter.r={rank}", f"name=alone{rank}", "train.save_every=null")
+        train(alone)
+        assert adapter_of(job) == adapter_of(tmp_path / alone.name)
+
+
 def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
     """By srun itself, and as the job of a sweep; the losses are those of one process."""
     short = [*arguments, "adapter.dropout=0", "train.max_updates=20"]

@@ -467,6 +467,27 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert [run.name for run in write_report([sweep], sweep_here / "report").runs] == [cut, missing, finished]
 
 
+@pytest.mark.slow
+def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here):
+    pytest.importorskip("submitit")
+    sweep = sweep_here / "outputs" / "tiny"
+    settings = ["adapter.activation=silu", "train.max_updates=300"]
+    process = start(*TINY, *settings, "hydra/launcher=local", cwd=sweep_here)
+    cut, finished = (
+        sweep / f"adapter={kind},adapter.activation=silu,train.max_updates=300" for kind in ("cera", "lora")
+    )
+    deadline = time.monotonic() + 120
+    while states(sweep).get(cut.name) != State.running or not (cut / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    holder = subprocess.run(["fuser", cut / ".lock"], capture_output=True, text=True, check=True).stdout
+    os.kill(int(holder), signal.SIGKILL)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert states(sweep) == {finished.name: State.finished, cut.name: State.cut}
+    assert "jobs       1 finished, 1 cut" in output
+
+
 def cera_train(monkeypatch, cwd: Path, *arguments: str) -> int:
     """In this process, where torch is imported already."""
     monkeypatch.chdir(cwd)
