@@ -26,11 +26,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cera_train.composition import Composition, config_dir, is_about_a_null_section, register_configs, to_config
+from cera_train.composition import (
+    Composition,
+    check_trust,
+    config_dir,
+    guard_composition,
+    is_about_a_null_section,
+    refuse_pickled_configs,
+    register_configs,
+    to_config,
+)
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
 from cera_train.subject import find_subject
+from cera_train.words import clean
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -75,8 +85,10 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     register_configs()
+    guard_composition()
     try:
         with errors_in_one_line(composition):
+            refuse_pickled_configs(sys.argv[1:])
             command()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has seen enough, as in `| head`; what is left is nobody's
@@ -106,9 +118,9 @@ def errors_in_one_line(composition: Composition) -> Iterator[None]:
         is_composition = is_composition or is_about_a_null_section(error)
         message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
         if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
-            print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+            print(clean(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
         if message is not None:
-            print(f"{composition.program}: {redact(message)}", file=sys.stderr)
+            print(clean(f"{composition.program}: {redact(message)}"), file=sys.stderr)
         sys.exit(1 if message is None else 2)
 
 
@@ -125,6 +137,7 @@ def train(composed: DictConfig) -> float | None:
     """One training run. Returns its perplexity, for sweepers that minimise."""
     with errors_in_one_line(TRAIN):
         config = to_config(composed)
+        check_trust(composed, HydraConfig.get().overrides.task)
         if not is_as_published(HydraConfig.get().overrides.task):
             config = replace(config, published={})
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
@@ -143,6 +156,7 @@ def evaluate(composed: DictConfig) -> None:
     """One evaluation."""
     with errors_in_one_line(EVAL):
         config = to_config(composed, EvalConfig)
+        check_trust(composed, HydraConfig.get().overrides.task)
         if config.run is not None:
             find_subject(config)  # torch takes seconds to import: a mistake gets its answer before
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
