@@ -16,6 +16,7 @@ from cera_train.card import NAMES
 from cera_train.config import flatten
 from cera_train.files import read_json, read_yaml
 from cera_train.subject import run_of
+from cera_train.words import clean
 
 KINDS = NAMES | {"base": "untouched base"}
 
@@ -129,9 +130,10 @@ class Run:
         words = self.environment.get("command")
         if not words:
             return None
-        program = Path(words[0])
-        start = "python -m cera_train" if program.name == "__main__.py" else program.name
-        return shlex.join([*start.split(), *words[1:]])
+        first, *others = map(str, words)
+        program = Path(first).name
+        start = ["python", "-m", "cera_train"] if program == "__main__.py" else [program]
+        return shlex.join([*start, *others])
 
     @property
     def machine(self) -> str | None:
@@ -155,7 +157,7 @@ class Run:
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
         r, alpha = self.rank, self.settings.get("adapter.alpha")
-        gate = self.settings.get("adapter.activation", "silu")
+        gate = self.settings.get("adapter.activation") or "silu"
         variant = [gate] if self.kind == "cera" and gate != "silu" else []
         variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != r else []
         return KINDS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
@@ -262,8 +264,8 @@ def _read_run(folder: Path) -> Run:
     published = _checked(tree.pop("published", None) or {}, path)
     return Run(
         folder,
-        str(tree.get("name") or folder.resolve().name),
-        _checked(flatten(tree), path, SETTINGS),
+        clean(str(tree.get("name") or folder.resolve().name)),  # no picture can show half of a surrogate pair
+        _checked(flatten(tree), path, SETTINGS | {"adapter.kind": str, "adapter.r": int}),
         True,
         _figures(_read_json(folder / "result.json"), folder / "result.json"),
         _read_metrics(folder / "metrics.jsonl"),
@@ -396,8 +398,10 @@ def _checked(tree: Any, where: Path | str, kinds: Kinds | None = None, mend: str
 def _figures(tree: dict[str, Any] | None, where: Path | str) -> dict[str, Any] | None:
     """Names and numbers, with two for an interval; None where there is no file."""
     for name, value in (tree or {}).items():
-        figures = value if name.endswith("/interval") and isinstance(value, list) and len(value) == 2 else [value]
-        is_figure = all(isinstance(figure, NUMBER | None) for figure in figures)
-        if name not in NO_FIGURES and not (is_figure and (len(figures) == 2) == name.endswith("/interval")):
+        if name.endswith("/interval"):
+            is_sound = isinstance(value, list) and len(value) == 2 and all(isinstance(end, NUMBER) for end in value)
+        else:
+            is_sound = name in NO_FIGURES or isinstance(value, NUMBER | None)
+        if not is_sound:
             raise ValueError(f"{where} is broken: its {name[:60]} is {str(value)[:40]!r}. {RESTORE}")
     return tree
