@@ -110,7 +110,7 @@ def run_of(adapter: Path) -> Path | None:
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raises ValueError where an adapter has no safe weights, or its config asks for more than putting them in place."""
+    """Raises ValueError where an adapter has no safe weights, or its config asks for more than to put them in place."""
     weights_of(adapter)
     settings = read_json(adapter / "adapter_config.json")
     if settings.get("peft_type") not in ADAPTERS:
