@@ -80,7 +80,8 @@ def _folder(path: str) -> Path | None:
     """Where a model lies on this disk."""
     if not path.startswith("pypi:"):
         return Path(path) if Path(path).is_dir() else None
-    spec = importlib.util.find_spec(path.removeprefix("pypi:").replace("-", "_"))
+    module = path.removeprefix("pypi:").replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     return cache_dir() / "models" / files[0].stem if files else None  # what model.py converts it to
 

@@ -5,29 +5,38 @@ It says only what the run's folder says, so it can be written again after every 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cera_train.config import AdapterKind, Config, EvalConfig, Layout, load_config
-from cera_train.files import write_text
+from cera_train.files import check_links, read_json, write_text
 from cera_train.subject import digest_of
+from cera_train.words import clean
 
 NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
 def write_card(run: Path) -> None:
-    """Writes adapter/README.md from the config, the result and the evaluations of a finished run."""
+    """Writes adapter/README.md from the config, the result and the evaluations of a finished run.
+
+    Raises:
+        ValueError: a file of the run is broken, or its adapter's folder is a link that leads out of it.
+    """
+    check_links(run, [run / "adapter"])
     config = load_config(run / "config.yaml")
-    result = json.loads((run / "result.json").read_text())
+    result = read_json(run / "result.json")
     evaluations = [
-        json.loads((folder / "result.json").read_text())
+        read_json(folder / "result.json")
         for folder in sorted(run.glob("eval/*"))
         if (folder / "result.json").is_file() and is_of_this(folder, run / "adapter", config)
     ]
-    write_text(run / "adapter" / "README.md", card(config, result, evaluations))
+    try:
+        text = card(config, result, evaluations)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"a result.json of {run} is not as cera-train writes it: {error!r}. Restore it.") from error
+    write_text(run / "adapter" / "README.md", text)
 
 
 def is_of_this(evaluation: Path, adapter: Path, config: Config) -> bool:
@@ -140,7 +149,7 @@ def table(rows: dict[str, str]) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown shows as it is."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    text = clean(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
     for mark in "\\`*_[]|#$~":
         text = text.replace(mark, f"\\{mark}")
     return text

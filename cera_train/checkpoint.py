@@ -7,7 +7,6 @@ the checkpoint that a run resumes from. One process writes, under a lock.
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +16,23 @@ from typing import Any
 import peft
 import torch
 import yaml
-from safetensors import SafetensorError
 
 from cera_train.config import CHANGES_NO_RESULT, flatten
 from cera_train.data.batches import Plan
 from cera_train.distribution import optimizer_state, trainable_weights
-from cera_train.files import WRITING, finite, lock_folder, remove_folder, write_folder, write_text
+from cera_train.files import (
+    WRITING,
+    finite,
+    lock_folder,
+    read_json,
+    read_yaml,
+    record,
+    remove_folder,
+    write_folder,
+    write_text,
+)
 from cera_train.secrets import redact_tree
+from cera_train.subject import weights_of
 
 
 @dataclass
@@ -105,11 +114,11 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """What a finished run left."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        found = (self.path / "checkpoints").glob("[0-9]*")
+        found = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
         return sorted(found, key=lambda path: int(path.name))
 
     def holds(self, checkpoint: Path) -> bool:
@@ -137,7 +146,7 @@ class RunFolder:
 
     def _different(self, path: Path, matters: tuple[str, ...]) -> str:
         """The settings under these prefixes that differ from those in a file, in words."""
-        before = flatten(yaml.safe_load(path.read_text())) if path.exists() else flatten(self.config)
+        before = flatten(read_yaml(path)) if path.exists() else flatten(self.config)
         now = flatten(self.config)
         return "; ".join(
             f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
@@ -218,10 +227,6 @@ class RunFolder:
             write_folder(self.path / "adapter", lambda folder: save_adapter(model, weights, folder))
 
 
-DAMAGED = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
-"""What reading a truncated or foreign checkpoint raises."""
-
-
 def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tuple[Progress, dict[str, Any]]:
     """Puts a checkpoint's adapter in place.
 
@@ -232,20 +237,21 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tu
         ValueError: the folder is no checkpoint, belongs to another adapter, or its rows were others.
     """
     try:
-        saved = json.loads((folder / "progress.json").read_text())
+        saved = read_json(folder / "progress.json")
+        weights_of(folder)  # PEFT would also take a pickle, or look for the weights on the Hub
         weights = peft.load_peft_weights(str(folder), device="cpu")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (*DAMAGED, SafetensorError) as error:
+    except Exception as error:  # torch.load takes any file for its own, and stumbles over others in every way
         raise ValueError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
-    if saved.pop("data_digest") != data_digest:
+    if saved.pop("data_digest", None) != data_digest:
         raise ValueError(
             f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
             "Restore the files, or choose another name=... for a new run."
         )
     load_adapter(model, weights)
     try:
-        return Progress(**saved), state
-    except TypeError as error:
+        return record(Progress, saved), state
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder} does not fit this version: {error!r}.") from error
 
 

@@ -27,7 +27,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cera_train.composition import Composition, config_dir, is_about_a_null_section, register_configs, to_config
+from cera_train.composition import (
+    Composition,
+    check_trust,
+    config_dir,
+    guard_composition,
+    is_about_a_null_section,
+    refuse_pickled_configs,
+    register_configs,
+    to_config,
+)
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
 from cera_train.secrets import redact
@@ -43,6 +52,7 @@ from cera_train.sweep import (
     refuse_sweeps_folder,
     say_sweep,
 )
+from cera_train.words import clean
 
 TRAIN = Composition(Config, "cera-train")
 EVAL = Composition(EvalConfig, "cera-eval")
@@ -93,8 +103,10 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     register_configs()
     sys.argv[1:] = [with_folder_quoted(argument) for argument in sys.argv[1:]]
+    guard_composition()
     try:
         with errors_in_one_line(composition):
+            refuse_pickled_configs(sys.argv[1:])
             command()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -141,10 +153,10 @@ def say_error(composition: Composition, error: Exception) -> str | None:
     is_composition = is_composition or is_about_a_null_section(error)
     message = composition.explain(error, sys.argv[1:]) if is_composition else explain(error)
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
-        print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+        print(clean(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
     if message is None:
         return None
-    message = redact(message)
+    message = clean(redact(message))
     print(f"{composition.program}: {message}", file=sys.stderr)
     return message
 
@@ -182,6 +194,7 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
     """Trains as composed, a job in its own folder within the sweep's."""
     refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed)
+    check_trust(composed, HydraConfig.get().overrides.task)
     if job is None:
         refuse_sweeps_folder(Path(config.output_dir) / config.name)
     else:
@@ -216,6 +229,7 @@ def evaluate(composed: DictConfig) -> None:
     with errors_in_one_line(EVAL):
         join_slurm_step(os.environ)
         config = to_config(composed, EvalConfig)
+        check_trust(composed, HydraConfig.get().overrides.task)
         if config.run is not None:
             find_subject(config)  # torch takes seconds to import: a mistake gets its answer before
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -8,13 +8,18 @@ import difflib
 import importlib.util
 import re
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra._internal.hydra
 import yaml
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_store import ConfigStore
+from hydra.core.default_element import ResultDefault
 from hydra.errors import OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.config import Config, EvalConfig, PlanRun, flatten
@@ -39,6 +44,67 @@ def register_configs() -> None:
     store.store(name="plan_schema", node=PlanRun)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+
+
+# --- configs from elsewhere ------------------------------------------------------------------------------------------
+
+
+class GuardedConfigLoader(ConfigLoaderImpl):
+    """Hydra's loader, for files that may come from a stranger: of --config-dir, --config-path or hydra.searchpath.
+
+    A config of Hydra's own can run code in more ways than a `_target_`: by the factories of a logging config, by the
+    environment of processes, by a launcher's shell commands. So a file from elsewhere has to leave `hydra` alone, but
+    for the grid of a sweep, wherever in it that section stands: it is looked for where Hydra puts the file's content,
+    before Hydra uses it.
+    """
+
+    def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:
+        result = super()._load_single_config(default, repo)
+        if "hydra" in result.config and not (self._is_trusted(result) or _is_grid(result.config.hydra)):
+            raise ValueError(
+                f"{default.config_path}.yaml of {result.path} sets `hydra`, by which a file can run code: write what "
+                "you need of it on the command line, such as hydra.launcher.partition=gpu."
+            )
+        return result
+
+    @staticmethod
+    def _is_trusted(result: ConfigResult) -> bool:
+        scheme, _, place = result.path.partition("://")
+        if scheme == "file":
+            return Path(place).resolve().is_relative_to(config_dir("conf").resolve())
+        return scheme in ("structured", "pkg")  # our schemas and recipes, plugins' and Hydra's own
+
+
+def _is_grid(section: DictConfig) -> bool:
+    """Whether Hydra's section holds the dimensions of a sweep alone, and they are no settings that run code."""
+    match OmegaConf.to_container(section, resolve=False):
+        case {"sweeper": {"params": dict(params), **other_params}, **others} if not (others or other_params):
+            return not any(word in str(key) for key in params for word in ("hydra", "trust_remote_code"))
+    return False
+
+
+def guard_composition() -> None:
+    """Has Hydra compose by `GuardedConfigLoader`. It has no place to hand in a loader."""
+    hydra._internal.hydra.ConfigLoaderImpl = GuardedConfigLoader
+
+
+def refuse_pickled_configs(arguments: list[str]) -> None:
+    """Raises ValueError for Hydra's option that takes a pickle."""
+    if any("--experimental-rerun".startswith(word.split("=")[0]) for word in arguments if word.startswith("--e")):
+        raise ValueError("--experimental-rerun reads a pickle, which can run code: give the run's arguments again.")
+
+
+def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises ValueError where a file, rather than who started the command, asks to run a model's own Python code."""
+    for key in ("model.trust_remote_code", "trust_remote_code"):
+        if OmegaConf.select(composed, key) and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
+            raise ValueError(
+                f"a config file sets {key}, to run Python code that comes with the model. If you trust that code, say "
+                f"so on the command line: {key}=true."
+            )
+
+
+# --- the checked config ----------------------------------------------------------------------------------------------
 
 
 def to_config(composed: DictConfig, schema: type = Config) -> Any:

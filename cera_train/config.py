@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
+from cera_train.files import read_yaml
 
 MISSING: Any = "???"
 """OmegaConf's mark for a value that has to be given."""
@@ -39,7 +39,7 @@ CHANGES_NO_RESULT = (
 )
 """What these settings start with decides where and how a run computes, not what: resuming may change them."""
 
-CHANGES_NO_ANSWER = ("run", "name", "output_dir", "generation.batch_tokens", "grading_seconds")
+CHANGES_NO_ANSWER = ("run", "name", "output_dir", "generation.batch_tokens", "grading_seconds", "trust_remote_code")
 """Likewise of an evaluation."""
 
 
@@ -204,6 +204,11 @@ class ModelConfig:
         require(
             not (self.quantization == Quantization.nf4 and self.dtype == Dtype.float16),
             "model.quantization=nf4 computes in bfloat16: set model.dtype=bfloat16 or float32, not float16.",
+        )
+        require(
+            "/" not in self.attn_implementation or self.trust_remote_code,
+            f"model.attn_implementation={self.attn_implementation} is a kernel of the Hub's, which is code: use sdpa, "
+            "eager or flash_attention_2, or set model.trust_remote_code=true if you trust it.",
         )
 
 
@@ -642,6 +647,8 @@ class EvalConfig:
     """The results lie in RUN/eval/name. null: the task's name."""
     output_dir: str = "outputs"
     """Of run=base: its results lie in output_dir/base-MODEL."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model of a run or an adapter, whatever its own config says."""
     adapter_digest: str | None = None
     """Written down by cera-eval: which weights the answers are of."""
 
@@ -697,7 +704,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
-    """A config as it stands in a run's folder.
+    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text.
 
     Raises:
         ValueError: the file is missing, broken, or of another version.
@@ -705,11 +712,18 @@ def load_config(path: Path, schema: type = Config) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    def literal(tree: Any) -> Any:
+        """Escaped, so that OmegaConf looks nothing up: ${oc.env:HF_TOKEN} in somebody's prompt stays what it is."""
+        if isinstance(tree, dict):
+            return {key: literal(value) for key, value in tree.items()}
+        if isinstance(tree, list):
+            return [literal(value) for value in tree]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"cannot read {path}: {reason}.") from error
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), literal(read_yaml(path))))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

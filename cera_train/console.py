@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cera_train.config import AdapterKind, Config, Quantization
 from cera_train.data import TokenizedData
-from cera_train.words import duration, say, targets
+from cera_train.words import clean, duration, say, targets
 
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be missed when one of them is killed
 
@@ -62,7 +62,9 @@ def say_data(data: TokenizedData, tokenizer: Any) -> None:
         )
     say("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts")
     row = data.train.rows[0]
-    say("example", render_example(row["input_ids"], row["loss_mask"], tokenizer, color=sys.stdout.isatty()))
+    # Not by `say`, which would take the colour out.
+    example = render_example(row["input_ids"], row["loss_mask"], tokenizer, color=sys.stdout.isatty())
+    print(f"{'example':<11}{example}", flush=True)
 
 
 def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any, color: bool) -> str:
@@ -73,7 +75,7 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any, 
         stop = position
         while stop < len(input_ids) and loss_mask[stop] == loss_mask[position]:
             stop += 1
-        part = tokenizer.decode(input_ids[position:stop])
+        part = clean(tokenizer.decode(input_ids[position:stop]))
         text += f"{start}{part}{end}" if loss_mask[position] else part
         position = stop
     return text.replace("\n", "\n" + " " * 11)
@@ -145,7 +147,7 @@ def say_result(result: dict[str, Any]) -> None:
     }
     print()
     for name, value in rows.items():
-        print(f"{name:<16}{value}")
+        print(clean(f"{name:<16}{value}"))
 
 
 class EvaluationProgress:
@@ -178,12 +180,12 @@ def say_evaluation(result: dict[str, Any], folder: Path) -> None:
     rows = _perplexity_rows(result) if result["kind"] == "perplexity" else _accuracy_rows(result)
     print()
     for name, value in (rows | {"folder": str(folder)}).items():
-        print(f"{name:<16}{value}")
+        print(clean(f"{name:<16}{value}"))
     if case := result.get("paper_case"):
         print("\nr = 3.5, x0 = 0.4")
         print("step    truth   answer")
         for step, (true, answer) in enumerate(zip(case["truth"], case["answer"], strict=True), start=1):
-            print(f"x{step:<4}{true:>8}{answer or '-':>9}")
+            print(clean(f"x{step:<4}{true:>8}{answer or '-':>9}"))
 
 
 def _accuracy_rows(result: dict[str, Any]) -> dict[str, str]:

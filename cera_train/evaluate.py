@@ -6,7 +6,6 @@ It takes a run's folder and needs nothing else: the folder holds the config.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from cera_train.data import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.data.batches import Batch, MicroBatches
 from cera_train.data.format import start_ids, text_of
 from cera_train.evaluation_folder import EvaluationFolder, Key, append_answers
+from cera_train.files import read_json
 from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
 from cera_train.loss import SupervisedLoss, choose_layout
 from cera_train.model import check_length, fingerprint, load_model, load_tokenizer, positions_of
@@ -112,7 +112,7 @@ def _check_base(subject: Subject, base: PreTrainedModel) -> None:
     record = subject.folder / "environment.json"
     if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
         return
-    expected = json.loads(record.read_text()).get("base_fingerprint")
+    expected = read_json(record).get("base_fingerprint")
     if expected is not None and expected != fingerprint(base):
         raise ValueError(
             f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "

@@ -17,13 +17,16 @@ from typing import Any, TextIO
 import yaml
 
 from cera_train.config import CHANGES_NO_ANSWER, EvalConfig, flatten, load_config, to_plain
-from cera_train.files import finite, lock_folder, write_text
+from cera_train.files import finite, lock_folder, read_json, read_yaml, record, write_text
 from cera_train.generate import Generation
 from cera_train.problems import Problem
 from cera_train.secrets import redact_tree
 
 Key = tuple[str, int]
 """Problem and sample."""
+
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""What a line raises that is not one of ours: no JSON, or not these names and kinds of values."""
 
 
 class EvaluationFolder:
@@ -36,7 +39,8 @@ class EvaluationFolder:
     def __enter__(self) -> EvaluationFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            self._lock = lock_folder(self.path, "evaluation")
+            run = self.path.parent.parent if self.path.parent.name == "eval" else None
+            self._lock = lock_folder(self.path, "evaluation", root=run)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -64,7 +68,7 @@ class EvaluationFolder:
             ValueError: there are none: this is no evaluation's folder.
         """
         path = self.path / "config.yaml"
-        if not path.is_file() or "task" not in yaml.safe_load(path.read_text()):  # a run's folder has one too
+        if not path.is_file() or "task" not in read_yaml(path):  # a run's folder has one too
             found = sorted(str(path.parent) for path in self.path.glob("**/eval/*/config.yaml"))
             hint = f" Evaluations in it: {', '.join(found)}." if found else ""
             raise ValueError(f"{self.path} is not the folder of an evaluation, such as outputs/RUN/eval/TASK.{hint}")
@@ -79,7 +83,7 @@ class EvaluationFolder:
         path = self.path / "config.yaml"
         now = redact_tree(to_plain(config))
         if path.exists() and self.has_begun:
-            before, after = flatten(yaml.safe_load(path.read_text())), flatten(now)
+            before, after = flatten(read_yaml(path)), flatten(now)
             different = "; ".join(
                 f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
                 for key in sorted(before.keys() | after.keys())
@@ -95,7 +99,7 @@ class EvaluationFolder:
     def result(self) -> dict[str, Any] | None:
         """What a finished evaluation left."""
         path = self.path / "result.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def is_finished(self) -> bool:
         """Whether there is a result, and every answer that it is of."""
@@ -121,9 +125,12 @@ class EvaluationFolder:
             raise ValueError(f"{path} is missing: the evaluation did not begin. Run it again with run= and task=.")
         problems = []
         for line in path.read_text().splitlines():
-            row = json.loads(line)
-            own = {name: row.pop(name) for name in ("id", "question", "prompt", "gold")}
-            problems.append(Problem(**own, details=row))
+            try:
+                row = json.loads(line)
+                own = {name: row.pop(name) for name in ("id", "question", "prompt", "gold")}
+                problems.append(record(Problem, own | {"details": row}))
+            except UNREADABLE as error:
+                raise ValueError(f"{path} is broken: {error!r} in {line[:60]!r}. Restore it.") from error
         return problems
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
@@ -179,8 +186,8 @@ def _read_answers(path: Path) -> tuple[list[Generation], list[int]]:
     answers, broken = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            answers.append(Generation(**json.loads(line)))
-        except (ValueError, TypeError):
+            answers.append(record(Generation, json.loads(line)))
+        except UNREADABLE:
             broken.append(number)
     return answers, broken
 

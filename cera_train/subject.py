@@ -4,11 +4,21 @@ so that a mistake gets its answer at once."""
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from cera_train.config import Config, EvalConfig, ModelConfig, TrainConfig, load_config
+from cera_train.files import read_json
+
+ADAPTERS = ("CERA", "LORA")
+"""PEFT's types of the adapters that cera-train makes: rsLoRA and DoRA are LoRAs."""
+
+BEYOND_WEIGHTS = (
+    *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
+    *("arrow_config", "layer_replication", "runtime_config"),
+)
+"""Fields of PEFT's configs that name modules to import, files to open, or layers to add: an adapter of ours has none,
+and one from elsewhere is loaded without them or not at all."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +61,12 @@ def find_subject(config: EvalConfig) -> Subject:
         return Subject(Path(config.output_dir) / f"base-{name}", config.model, None, None)
     folder = Path(config.run)
     if (folder / "adapter_config.json").is_file():
-        weights_of(folder)
+        check_adapter(folder)
         root = run_of(folder)
         if root is None:  # an adapter from anywhere
-            return Subject(folder, config.model or base_of(folder), folder, None)
+            return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder, None)
         run = load_config(root / "config.yaml")
-        return Subject(root, config.model or run.model, folder, run)
+        return Subject(root, config.model or model_of(run, root, config.trust_remote_code), folder, run)
     if not (folder / "config.yaml").is_file():
         what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
         raise ValueError(
@@ -69,8 +79,23 @@ def find_subject(config: EvalConfig) -> Subject:
         raise ValueError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
     if not (folder / "adapter" / "adapter_config.json").is_file():
         raise ValueError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
-    weights_of(folder / "adapter")
-    return Subject(folder, config.model or run.model, folder / "adapter", run)
+    check_adapter(folder / "adapter")
+    model = config.model or model_of(run, folder, config.trust_remote_code)
+    return Subject(folder, model, folder / "adapter", run)
+
+
+def model_of(run: Config, folder: Path, trust_remote_code: bool) -> ModelConfig:
+    """The base model of a run.
+
+    Raises:
+        ValueError: the folder asks to run the model's own Python code, which only who starts a command may.
+    """
+    if run.model.trust_remote_code and not trust_remote_code:
+        raise ValueError(
+            f"{folder}/config.yaml asks to run the Python code that comes with {run.model.path}. If you trust that "
+            "code, say so on the command line: trust_remote_code=true."
+        )
+    return run.model
 
 
 def run_of(adapter: Path) -> Path | None:
@@ -84,15 +109,36 @@ def run_of(adapter: Path) -> Path | None:
     return root if (root / "config.yaml").is_file() else None
 
 
+def check_adapter(adapter: Path) -> None:
+    """Raises ValueError where an adapter has no safe weights, or its config asks for more than to put them in place."""
+    weights_of(adapter)
+    settings = read_json(adapter / "adapter_config.json")
+    if settings.get("peft_type") not in ADAPTERS:
+        raise ValueError(
+            f"{adapter} is an adapter of type {settings.get('peft_type')!r}: expected {' or '.join(ADAPTERS)}."
+        )
+    if found := [name for name in BEYOND_WEIGHTS if settings.get(name)]:
+        raise ValueError(
+            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what its author chose: "
+            "set it to null if the adapter does not need it."
+        )
+
+
 def weights_of(adapter: Path) -> Path:
     """The file with an adapter's weights.
 
     Raises:
-        ValueError: there is none. PEFT would look for it on the Hub, under the folder's name.
+        ValueError: there is none, or only a pickle. PEFT would look for it on the Hub, under the folder's name.
     """
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (adapter / name).is_file():
-            return adapter / name
+    weights = adapter / "adapter_model.safetensors"
+    if weights.is_file():
+        return weights
+    if (adapter / "adapter_model.bin").is_file():
+        raise ValueError(
+            f"{adapter}/adapter_model.bin is a pickle, which can run code when it is read: convert it to safetensors "
+            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            "'adapter_model.safetensors')."
+        )
     raise ValueError(f"{adapter} lacks its weights, adapter_model.safetensors: restore the file.")
 
 
@@ -102,16 +148,13 @@ def digest_of(adapter: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def base_of(adapter: Path) -> ModelConfig:
+def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
     """The base model that an adapter names.
 
     Raises:
         ValueError: its adapter_config.json is broken or names none.
     """
-    try:
-        path = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{adapter}/adapter_config.json is broken: {error}") from error
-    if not path:
+    path = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not (path and isinstance(path, str)):
         raise ValueError(f"{adapter} does not name its base model: set model=....")
-    return ModelConfig(path=path)
+    return ModelConfig(path=path, trust_remote_code=trust_remote_code)

@@ -159,7 +159,9 @@ def train(config: Config) -> dict[str, Any]:
                         accelerator.backward(batch_loss)
                     loss_per_token += batch_loss.detach()
                 heard = torch.tensor(interruption.heard(), device=device)
-                loss_per_token, *heard = accelerator.reduce(torch.stack([loss_per_token, *heard]), "mean").tolist()
+                loss_per_token, *heard = accelerator.reduce(
+                    torch.stack([loss_per_token, *heard]), reduction="mean"
+                ).tolist()
                 interrupted = first_heard(heard)  # a signal to one process stops all at the same update
                 grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
                 # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.

@@ -477,7 +477,8 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here)
         sweep / f"adapter={kind},adapter.activation=silu,train.max_updates=300" for kind in ("cera", "lora")
     )
     deadline = time.monotonic() + 120
-    while states(sweep).get(cut.name) != State.running or not (cut / "metrics.jsonl").exists():
+    while not (cut / "metrics.jsonl").exists() or states(sweep)[cut.name] != State.running:
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     holder = subprocess.run(["fuser", cut / ".lock"], capture_output=True, text=True, check=True).stdout
@@ -520,7 +521,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monke
             raise RuntimeError("of ours")
         return {"eval/perplexity": 1.5}
 
-    monkeypatch.setattr("cera_train.train.train", train)
+    monkeypatch.setattr("cera_train.launch.launch", train)
     assert cera_train(monkeypatch, sweep_here, *TINY, "adapter=cera") == 1
     output, errors = capfd.readouterr()
     assert errors.count("Traceback") == 1
@@ -530,7 +531,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monke
 
 def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, monkeypatch):
     seen = []
-    monkeypatch.setattr("cera_train.train.train", lambda config: seen.append(config) or {"eval/perplexity": 1.5})
+    monkeypatch.setattr("cera_train.launch.launch", lambda config: seen.append(config) or {"eval/perplexity": 1.5})
     arguments = ["-m", "+recipe=math_r64,math_dora_r64", "name=main", "train.micro_batch_tokens=2048"]
     assert cera_train(monkeypatch, sweep_here, *arguments) == 0
     assert [(config.output_dir, config.name) for config in seen] == [

@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
     reduce = Accelerator.reduce
     updates = iter(range(1, 100))
 
-    def poisoned(self, value, reduction):
+    def poisoned(self, value, reduction="sum"):
         is_training_loss = reduction == "mean"  # an evaluation sums
         return reduce(self, value, reduction=reduction) * (
             float("nan") if is_training_loss and next(updates) == 6 else 1

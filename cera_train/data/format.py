@@ -7,6 +7,7 @@ where the prompt stands alone. The end token is appended by id: it is always sup
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
@@ -28,7 +29,7 @@ class Segment:
     supervised: bool
 
     def __post_init__(self) -> None:
-        self.text.encode()  # raises ValueError for half of a surrogate pair, which JSON can hold and no tokenizer takes
+        self.text.encode()  # as in `text_of`: a chat template can show more of a message than its role and content
 
 
 @dataclass
@@ -175,7 +176,11 @@ def text_of(row: Row, name: str) -> str:
     value = column(row, name)
     if value is not None and not isinstance(value, (str, int, float)):
         raise ValueError(f"column {name!r} holds a {type(value).__name__}: expected text.")
-    return "" if value is None else str(value)
+    if isinstance(value, float) and not math.isfinite(value):  # some programs write nan for what is missing
+        raise ValueError(f"column {name!r} holds {value}: expected text, or null where there is none.")
+    text = "" if value is None else str(value)
+    text.encode()  # raises ValueError for half of a surrogate pair, which JSON can hold and no tokenizer takes
+    return text
 
 
 def list_of(row: Row, name: str) -> list[Row]:

@@ -163,7 +163,8 @@ def from_hub(path: str, subset: str | None, revision: str | None, split: str) ->
 
     try:
         dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
-    except (datasets.exceptions.DatasetsError, OSError) as error:  # HfHubHTTPError and ConnectionError are OSErrors
+    # HfHubHTTPError and ConnectionError are OSErrors; a data set that is a Python script is a RuntimeError.
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
         raise ValueError(
             f"cannot load data set {path!r} from the Hub ({str(error).splitlines()[0]}). Log in with "
             "`hf auth login` if it is gated, or set data.train_files and data.eval_files (cera-eval: task.files) to "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from typing import Any
 
 from cera_train.report.comparison import check_same_problems, compare, is_graded, name_of
 from cera_train.report.runs import STEPS, Run, read_runs
+from cera_train.words import clean
 
 PIPE_WIDTH = 100
 """Columns of an output that is not a terminal."""
@@ -137,8 +137,3 @@ def wrap(text: str, width: int) -> list[str]:
     for line in text.splitlines() or [""]:
         lines += textwrap.wrap(clean(line), width, replace_whitespace=False, drop_whitespace=False) or [""]
     return lines
-
-
-def clean(text: str) -> str:
-    """Without control characters: what a model wrote must not steer the terminal."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text.expandtabs(4))

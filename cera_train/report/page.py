@@ -20,10 +20,11 @@ from cera_train.report.comparison import (
     name_of,
     paired_tests,
 )
-from cera_train.report.disagree import clean, terminal_width
+from cera_train.report.disagree import terminal_width
 from cera_train.report.pictures import DARK, LIGHT, Picture, plan_pictures, render
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import QUALITY, RANK, Column, build_columns
+from cera_train.words import clean, say
 
 RANK_NOTE = (
     "A branch's output lies in the column space of B, so its effective rank is at most r. The paper's largest "
@@ -118,6 +119,7 @@ def _template(name: str) -> Any:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cera_train.report", "templates"),
         autoescape=name.startswith("report.html"),
+        finalize=lambda value: clean(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -147,7 +149,7 @@ def say_report(report: Report) -> None:
     _say_list("paired tests", tests + report.test_notes, width)
     _say_list("before comparing", report.cautions, width)
     _say_list("missing", report.missing + report.not_shown, width)
-    print(f"report      {report.output / 'report.html'}, {report.output / 'report.md'}")
+    say("report", f" {report.output / 'report.html'}, {report.output / 'report.md'}")
 
 
 def _text_tables(runs: Sequence[Run], columns: Sequence[Column], width: int) -> str:

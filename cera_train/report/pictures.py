@@ -396,10 +396,11 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | str:
     own = [run for run in runs if is_graded(run.evaluations.get(task))]
     results = {run.name: run.evaluations[task].result for run in own}
     # Of trajectories the share of steps: one that is right to its end is rare.
-    metric = next(
-        (key for key in ("step_accuracy/mean", "verified/pass@1") if all(key in result for result in results.values())),
-        "exact/pass@1",
-    )
+    metrics = ("step_accuracy/mean", "verified/pass@1", "exact/pass@1")
+    common = [key for key in metrics if all(_is_finite(result.get(key)) for result in results.values())]
+    if not common:
+        return "no accuracy is on record in every evaluation"
+    metric = common[0]
     placed = [run for run in own if run.measured("trainable_parameters")]
     level = [run for run in own if run.kind == "base"]
     if not placed:

@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cera_train.card import NAMES
 from cera_train.config import flatten
+from cera_train.files import read_json, read_yaml
 from cera_train.subject import run_of
+from cera_train.words import clean
 
 KINDS = NAMES | {"base": "untouched base"}
 
@@ -29,7 +29,7 @@ STEPS = "steps"
 """The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
 
 
-NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 """In the name of a folder."""
 
 
@@ -60,7 +60,7 @@ class Evaluation:
     @cached_property
     def problems(self) -> dict[str, dict[str, Any]]:
         """By id, in the task's order."""
-        return {row["id"]: row for row in _read_lines(self.folder / "problems.jsonl", "id", "question", "gold")}
+        return {row["id"]: row for row in _read_lines(self.folder / "problems.jsonl", PROBLEM)}
 
     @cached_property
     def grades(self) -> dict[str, list[dict[str, Any]]]:
@@ -69,13 +69,13 @@ class Evaluation:
         Raises:
             ValueError: problems have no grades, or there are no problems.
         """
-        keys = ("problem", "sample", "answer", "exact", *(["matches"] if self.kind == "logistic_map" else []))
+        kinds = GRADE | ({"matches": list} if self.kind == "logistic_map" else {})
         grades: dict[str, list[dict[str, Any]]] = {
             name: [] for name, row in self.problems.items() if not row.get("paper_case")
         }
         if not grades:
             raise ValueError(f"{self.folder} has no problems. {EVALUATE}")
-        for row in _read_lines(self.folder / "grades.jsonl", *keys):
+        for row in _read_lines(self.folder / "grades.jsonl", kinds):
             if row["problem"] in grades:
                 grades[row["problem"]].append(row)
         if ungraded := sum(not rows for rows in grades.values()):
@@ -95,7 +95,7 @@ class Evaluation:
     @cached_property
     def texts(self) -> dict[tuple[str, int], str]:
         """What was generated, by problem and sample."""
-        rows = _read_lines(self.folder / "generations.jsonl", "problem", "sample", "text")
+        rows = _read_lines(self.folder / "generations.jsonl", GENERATION)
         return {(row["problem"], row["sample"]): row["text"] for row in rows}
 
     @property
@@ -134,9 +134,10 @@ class Run:
         words = self.environment.get("command")
         if not words:
             return None
-        program = Path(words[0])
-        start = "python -m cera_train" if program.name == "__main__.py" else program.name
-        return shlex.join([*start.split(), *words[1:]])
+        first, *others = map(str, words)
+        program = Path(first).name
+        start = ["python", "-m", "cera_train"] if program == "__main__.py" else [program]
+        return shlex.join([*start, *others])
 
     @property
     def machine(self) -> str | None:
@@ -160,7 +161,7 @@ class Run:
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
         r, alpha = self.rank, self.settings.get("adapter.alpha")
-        gate = self.settings.get("adapter.activation", "silu")
+        gate = self.settings.get("adapter.activation") or "silu"
         variant = [gate] if self.kind == "cera" and gate != "silu" else []
         variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != r else []
         return KINDS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
@@ -241,7 +242,7 @@ def _expand(folder: Path) -> Iterator[Path]:
 
 def _by_number(path: Path) -> list[str | float]:
     """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
-    return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER, path.name))]
+    return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))]
 
 
 def _is_run(folder: Path) -> bool:
@@ -262,19 +263,20 @@ def _read_run(folder: Path) -> Run:
         if not (folder / "adapter_config.json").is_file():
             name = folder.resolve().name
         return Run(folder, name, _known_settings(folder, evaluations), False, evaluations=evaluations)
-    tree = _read_yaml(folder / "config.yaml")
-    published = tree.pop("published", None) or {}
+    path = folder / "config.yaml"
+    tree = _read_yaml(path)
+    published = _checked(tree.pop("published", None) or {}, path)
     return Run(
         folder,
-        str(tree.get("name") or folder.resolve().name),
-        flatten(tree),
+        clean(str(tree.get("name") or folder.resolve().name)),  # no picture can show half of a surrogate pair
+        _checked(flatten(tree), path, SETTINGS | {"adapter.kind": str, "adapter.r": int}),
         True,
-        _read_json(folder / "result.json"),
+        _figures(_read_json(folder / "result.json"), folder / "result.json"),
         _read_metrics(folder / "metrics.jsonl"),
-        _read_json(folder / "spectrum.json") or {},
-        published,
+        _read_spectrum(folder / "spectrum.json"),
+        _figures(published, path),
         evaluations,
-        _read_json(folder / "environment.json") or {},
+        _checked(_read_json(folder / "environment.json") or {}, folder / "environment.json", ENVIRONMENT),
     )
 
 
@@ -283,7 +285,7 @@ def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[st
     adapter = _read_json(folder / "adapter_config.json")
     run = run_of(folder.resolve())
     if adapter is not None and run is not None:
-        return flatten(_read_yaml(run / "config.yaml"))
+        return _checked(flatten(_read_yaml(run / "config.yaml")), run / "config.yaml", SETTINGS)
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
     if adapter is None:
@@ -292,12 +294,15 @@ def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[st
     kind = {"use_dora": "dora", "use_rslora": "rslora"}.get(
         next((name for name in ("use_dora", "use_rslora") if adapter.get(name)), ""), kind
     )
-    return settings | {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
+    own = {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
+    return settings | _checked(own, folder / "adapter_config.json", SETTINGS)
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
-    settings = flatten(_read_yaml(folder / "config.yaml"))
-    return Evaluation(folder.name, folder, settings, _read_json(folder / "result.json"))
+    settings = _checked(flatten(_read_yaml(folder / "config.yaml")), folder / "config.yaml", SETTINGS)
+    return Evaluation(
+        folder.name, folder, settings, _figures(_read_json(folder / "result.json"), folder / "result.json")
+    )
 
 
 def _with_unique_names(runs: list[Run]) -> list[Run]:
@@ -318,52 +323,89 @@ def _named_by_folder(run: Run, depth: int) -> Run:
 RESTORE = "Restore it, or leave the run out."
 EVALUATE = "Evaluate the run again."
 
+Kinds = dict[str, Any]
+"""What a value has to be an instance of, by its name. One that may be None may be missing too."""
+
+NUMBER = int | float
+PROBLEM: Kinds = {"id": str, "question": str, "gold": str}
+GENERATION: Kinds = {"problem": str, "sample": int, "text": str}
+GRADE: Kinds = {"problem": str, "sample": int, "answer": str | None, "exact": bool, "verified": bool | None}
+SETTINGS: Kinds = {
+    "adapter.kind": str | None, "adapter.r": int | None, "adapter.alpha": NUMBER | None,
+    "adapter.activation": str | None, "task.kind": str | None, "task.limit": int | None,
+}  # fmt: skip
+ENVIRONMENT: Kinds = {"command": list | None, "gpus": list | None}
+NO_FIGURES = ("task", "kind", "adapter_kind", "folder", "by_growth", "paper_case", "step_accuracy", "absolute_error")
+"""Of result.json: what is no number, and no report reads as one."""
+
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}. {RESTORE}") from error
-    return _checked(tree, path)
+        return read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Or leave the run out.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """None where there is no such file."""
-    if not path.is_file():
-        return None
     try:
-        tree = json.loads(path.read_text())
+        return read_json(path) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}. {RESTORE}") from error
-    return _checked(tree, path)
+        raise ValueError(f"{error} Or leave the run out.") from error
 
 
-def _read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """A file of an evaluation; every line has the keys."""
+def _read_lines(path: Path, kinds: Kinds, mend: str = EVALUATE, may_break_off: bool = False) -> list[dict[str, Any]]:
+    """A file with an object in every line.
+
+    Args:
+        may_break_off: of a run that is still writing, or was cut, the last line may be half a line.
+    """
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}. {EVALUATE}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}. {EVALUATE}") from error
-    return [_checked(row, f"{path}:{number}", keys, EVALUATE) for number, row in enumerate(rows, start=1)]
+        lines = path.read_text().splitlines()
+        if may_break_off and lines and not lines[-1].endswith("}"):
+            lines.pop()
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. {mend}") from error
+    return [_checked(row, f"{path}:{number}", kinds, mend) for number, row in enumerate(rows, start=1)]
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Of a run that is still writing, or was cut, the last line may be half a line."""
-    if not path.is_file():
-        return []
-    try:
-        *lines, last = path.read_text().splitlines() or [""]
-        rows = [json.loads(line) for line in [*lines, *([last] if last.endswith("}") else [])]]
-    except ValueError as error:
-        raise ValueError(f"{path} is broken: {error}. {RESTORE}") from error
-    return [_checked(row, f"{path}:{number}", ("update",)) for number, row in enumerate(rows, start=1)]
+    rows = _read_lines(path, {"update": int}, RESTORE, may_break_off=True) if path.is_file() else []
+    return [_figures(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
 
 
-def _checked(tree: Any, where: Path | str, keys: Sequence[str] = (), mend: str = RESTORE) -> dict[str, Any]:
+def _read_spectrum(path: Path) -> dict[str, dict[str, Any]]:
+    modules = _read_json(path) or {}
+    for name, module in modules.items():
+        values = _checked(module, path, {"singular_values": list})["singular_values"]
+        if not (values and all(isinstance(value, NUMBER) for value in values)):
+            raise ValueError(f"{path} is broken: the singular values of {name[:60]!r} are not numbers. {RESTORE}")
+    return modules
+
+
+def _checked(tree: Any, where: Path | str, kinds: Kinds | None = None, mend: str = RESTORE) -> dict[str, Any]:
+    """Names and values, of these kinds.
+
+    Raises:
+        ValueError: it is something else.
+    """
     if not isinstance(tree, dict):
         raise ValueError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {mend}")
-    if absent := [key for key in keys if key not in tree]:
-        raise ValueError(f"{where} is broken: it has no {', '.join(absent)}. {mend}")
+    for name, kind in (kinds or {}).items():
+        if not isinstance(tree.get(name), kind):
+            has = f"its {name} is {str(tree[name])[:40]!r}" if name in tree else f"it has no {name}"
+            raise ValueError(f"{where} is broken: {has}. {mend}")
+    return tree
+
+
+def _figures(tree: dict[str, Any] | None, where: Path | str) -> dict[str, Any] | None:
+    """Names and numbers, with two for an interval; None where there is no file."""
+    for name, value in (tree or {}).items():
+        if name.endswith("/interval"):
+            is_sound = isinstance(value, list) and len(value) == 2 and all(isinstance(end, NUMBER) for end in value)
+        else:
+            is_sound = name in NO_FIGURES or isinstance(value, NUMBER | None)
+        if not is_sound:
+            raise ValueError(f"{where} is broken: its {name[:60]} is {str(value)[:40]!r}. {RESTORE}")
     return tree

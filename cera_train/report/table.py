@@ -133,7 +133,7 @@ def task_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def _metrics(evaluation: Evaluation) -> list[str]:
     result = evaluation.result or {}
-    samples = result.get("samples", 1)
+    samples = result.get("samples") or 1
     wanted = [f"{grader}/pass@{k}" for k in sorted({1, samples}) for grader in ("exact", "verified")]
     return [key for key in (*wanted, "step_accuracy/mean", "state_collapse", "perplexity") if key in result]
 
@@ -160,7 +160,7 @@ def _of_task(task: str, metric: str) -> Callable[[Run], Cell]:
         if interval := result.get(f"{metric}/interval"):
             lower, upper = interval  # of problems that came out alike a point, which is not how sure the figure is
             notes.append(f"{100 * lower:.1f} to {upper:.1%}" if lower < upper else "all alike: no interval")
-        if value is not None and metric.startswith("exact") and result.get("samples", 1) > 1:
+        if value is not None and metric.startswith("exact") and (result.get("samples") or 1) > 1:
             notes.append(f"{result['samples']} samples each")
         if metric == "perplexity" and result.get("perplexity_base") is not None:
             notes.append(f"{result['perplexity_base']:.3f} without adapter")

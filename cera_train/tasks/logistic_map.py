@@ -78,7 +78,8 @@ def extract(text: str, steps: int) -> list[float]:
     if "," in line:
         numbers = [numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))]
     else:
-        numbers = re.findall(r"-?\d*\.\d+", line)
+        # Digits are taken from their first one on only, else a long row of them is searched from each.
+        numbers = re.findall(r"-?(?:(?<!\d)\d++)?\.\d+", line)
     return [value for value in map(float, numbers) if math.isfinite(value)][:steps]
 
 

@@ -12,20 +12,22 @@ from typing import Any
 import pytest
 from made_runs import add_evaluation, make_run, two_runs
 
-from cera_train.report import write_report
+from cera_train.report import say_report, write_report
+from cera_train.words import clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 HOSTILE = "<script>alert(1)</script>|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $\\frac$ & {{ 7 * 7 }}"
+STEERING = "\x1b[31m\x9b\u202e\ud800"
 
 
 def hostile_runs(folder: Path) -> list[Path]:
     runs = []
     for number, solved in enumerate(({0, 1}, {2})):
-        run = make_run(folder / f"run{number}", name=f"{number}{HOSTILE}", **{"data.prompt": f"{HOSTILE}{number}",
-                       "adapter.r": 8 * (number + 1)})  # fmt: skip
+        settings = {"data.prompt": f"{HOSTILE}{STEERING}{number}", "adapter.r": 8 * (number + 1)}
+        run = make_run(folder / f"run{number}", name=f"{number}{HOSTILE}{STEERING}", **settings)
         task = "a|b<i>$x$ (1)"
         add_evaluation(run, task, solved=solved)
         runs.append(run)
@@ -49,8 +51,16 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     assert "<i>" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
-    assert report.settings["data.prompt"][0] in unescape(html)
-    assert report.trained[0].command in unescape(html)
+    assert clean(report.settings["data.prompt"][0]) in unescape(html)
+    assert clean(report.trained[0].command) in unescape(html)
+
+
+def test_no_report_steers_what_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    say_report(write_report(hostile_runs(tmp_path), tmp_path / "report"))
+    shown = capsys.readouterr().out
+    for text in (shown, *((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))):
+        assert "31m" in text
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
 
 
 def test_the_markdown_keeps_its_tables_and_shows_hostile_text_as_text(tmp_path: Path) -> None:
