@@ -18,10 +18,9 @@ from cera_train.subject import digest_of
 NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
-def write_card(run: Path) -> None:
-    """Writes adapter/README.md from the config, the result and the evaluations of a finished run."""
+def write_card(run: Path, result: dict[str, Any]) -> None:
+    """Writes adapter/README.md from the config, the result and the evaluations of a run."""
     config = load_config(run / "config.yaml")
-    result = json.loads((run / "result.json").read_text())
     evaluations = [
         json.loads((folder / "result.json").read_text())
         for folder in sorted(run.glob("eval/*"))

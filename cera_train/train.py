@@ -21,6 +21,7 @@ from cera_train.config import BatchLayout, Config, to_plain
 from cera_train.data import prepare_data
 from cera_train.data.batches import Batch, MicroBatches, Plan
 from cera_train.distribution import load_optimizer_state
+from cera_train.files import find_damage
 from cera_train.interruption import Interrupted, Interruption, first_heard
 from cera_train.loss import SupervisedLoss, choose_layout
 from cera_train.model import add_adapter, check_length, fingerprint, load_model, load_tokenizer, parameter_counts
@@ -221,9 +222,10 @@ def train(config: Config) -> dict[str, Any]:
         folder.save_final(model)
         if is_main:
             folder.write_json("spectrum.json", module_spectra(spectra))
-            folder.write_json("result.json", result)  # from here on the run is finished
-            write_card(path)
-            tracker.picture("run", draw_run(path, mean_spectrum(spectra), config.name), progress.update)
+            write_card(path, result)
+            picture = draw_run(path, mean_spectrum(spectra), config.name)
+            folder.write_json("result.json", result)  # the last file: from here on the run is finished
+            tracker.picture("run", picture, progress.update)
             tracker.adapter(path / "adapter")
             console.say_result(result)
         return result
@@ -244,10 +246,9 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
         ValueError: the folder holds a finished run that must not be overwritten, or a run with another config.
     """
     if resume == "auto":
-        checkpoints = folder.checkpoints()
-        if checkpoints or folder.result() is not None:
+        if folder.checkpoints() or folder.result() is not None:
             folder.check_same_config()
-        return checkpoints[-1] if checkpoints else None
+        return None if folder.result() is not None else folder.last_sound_checkpoint()
     if folder.result() is not None:
         raise ValueError(f"{folder.path} holds a finished run: choose another name=..., or remove the folder.")
     if resume == "never":
@@ -255,6 +256,8 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     checkpoint = Path(resume)
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
+    if (damage := find_damage(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint} is damaged ({damage}). Restore it, or go on from another checkpoint.")
     if folder.holds(checkpoint):
         folder.check_same_config()
     else:
