@@ -3,13 +3,16 @@ runs in one folder. Each ends in one clear line, and the run then comes out as i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from attempts import Attempt, content, last_update, started, wait_until
+from attempts import Attempt, assert_readable, content, last_update, started, wait_until
 
 from cera_train.checkpoint import RunFolder
 from cera_train.files import WRITING, find_damage, write_checksums, write_folder
@@ -57,11 +60,16 @@ def refuse(attempt: Attempt) -> str:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(arguments, tmp_path_factory) -> dict:
-    """What the run leaves where nothing happens."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
+def whole(arguments, tmp_path_factory) -> Path:
+    """The folder of a run to which nothing happened."""
+    folder = tmp_path_factory.mktemp("whole")
     finish(Attempt(arguments, folder, folder / "log"))
-    return content(folder / "outputs" / "run")
+    return folder / "outputs" / "run"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole) -> dict:
+    return content(whole)
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +201,111 @@ def test_a_folder_between_two_renames_is_put_back(tmp_path):
     with RunFolder(tmp_path, {}):
         assert (tmp_path / "best" / "weights").read_text() == "old"
         assert not list(tmp_path.glob(f"{WRITING}*"))
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""
+    mounted = []
+
+    def disk(folder: Path, options: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+            pytest.skip("mounting a file system needs root and its capability for it")
+        if "remount" not in options:
+            mounted.append(folder)
+        return folder
+
+    yield disk
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def assert_full(line: str) -> None:
+    assert line.startswith("cera-train: the disk is full (")
+    assert line.endswith("Free some space; the same command then goes on from the last checkpoint.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.5, 2), (0.97, 3)])
+def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
+    tmp_path, disk, start, whole, uninterrupted, share, checkpoints
+):
+    """Full at the first checkpoint, at a later one, and at the very last files."""
+    blocks = sum(-(-path.stat().st_size // 4096) for path in whole.rglob("*") if path.is_file())
+    outputs = disk(tmp_path / "outputs", f"size={int(share * blocks) * 4}k")
+    folder = outputs / "run"
+    for _ in range(2):  # it is no worse for trying again
+        assert_full(refuse(start()))
+        assert_readable(folder)
+        assert len(newest_first(folder)) == checkpoints
+        assert (folder / "adapter").exists() == (share == 0.97)
+        assert not (folder / "result.json").exists()
+    disk(outputs, "remount,size=1m")
+    output = finish(start()).output
+    assert (" done" in output) == (checkpoints > 0)
+    assert content(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_under_the_metrics_leaves_a_checkpoint_to_go_on_from(tmp_path, disk, start, arguments):
+    """With nothing but metrics to write after update 50, whose lines fill a page and need another."""
+    settings = ["train.max_updates=100", "train.save_every=50", "train.eval_every=null"]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    finish(start(*settings, folder=whole))
+    outputs = disk(tmp_path / "outputs", "size=1m")
+    attempt = start(*settings)
+    wait_until((outputs / "run" / "checkpoints" / "50").exists)
+    with contextlib.suppress(OSError), (outputs / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    assert_full(refuse(attempt))
+    assert_readable(outputs / "run")
+    assert 50 <= last_update(outputs / "run") < 100
+    (outputs / "filler").unlink()
+    assert ", 50 done" in finish(start(*settings)).output
+    assert content(outputs / "run") == content(whole / "outputs" / "run")
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, disk, start, uninterrupted):
+    outputs = disk(tmp_path / "outputs", "size=1m")
+    folder = Path(shutil.copytree(cut, outputs / "run"))
+    before = content(folder)
+    disk(outputs, "remount,ro")
+    mend = "Runs are written to output_dir, .*: set these to folders you may write to"
+    for name in ("run", "another"):
+        assert re.search(
+            rf"no access to \S*outputs/{name}\S*: Read-only file system. {mend}", refuse(start(f"name={name}"))
+        )
+    assert content(folder) == before
+    disk(outputs, "remount,rw")
+    finish(start())
+    assert content(folder) == uninterrupted
+    disk(outputs, "remount,ro")
+    assert "outputs/run" in refuse(start())
+    assert content(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_read_only_cache_is_named(tmp_path, disk, start):
+    cache = disk(tmp_path / "cache", "ro,size=1m")
+    line = refuse(start(CERA_TRAIN_CACHE=str(cache)))
+    assert re.search(rf"no access to {cache}\S*: Read-only file system. .* \$CERA_TRAIN_CACHE: set these", line)
+
+
+# --- two runs in one folder -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path, start, uninterrupted):
+    attempts = [start(), start()]
+    assert sorted(attempt.wait() for attempt in attempts) == [0, 2]
+    loser = next(attempt for attempt in attempts if attempt.wait() == 2)
+    assert "another run is writing to outputs/run: wait for it, or choose another name=..." in refuse(loser)
+    assert loser.output == ""
+    assert content(tmp_path / "outputs" / "run") == uninterrupted
