@@ -155,6 +155,8 @@ def cache_dir() -> Path:
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
     """A folder of the cache, filled by `write` the first time. Processes that want it together wait for one of them."""
     folder = cache_dir() / name
+    if folder.is_dir():  # whole, and readable also where nothing may be written
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

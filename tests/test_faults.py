@@ -299,9 +299,13 @@ def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, dis
 
 
 @pytest.mark.slow
-def test_a_read_only_cache_is_named(tmp_path, disk, start):
-    cache = disk(tmp_path / "cache", "ro,size=1m")
-    line = refuse(start(CERA_TRAIN_CACHE=str(cache)))
+def test_a_read_only_cache_serves_what_it_has_and_is_named_for_what_it_lacks(tmp_path, disk, start, uninterrupted):
+    cache = disk(tmp_path / "cache", "size=1m")
+    finish(start("name=fills_the_cache", CERA_TRAIN_CACHE=str(cache)))
+    disk(cache, "remount,ro")
+    finish(start(CERA_TRAIN_CACHE=str(cache)))
+    assert content(tmp_path / "outputs" / "run") == uninterrupted
+    line = refuse(start("name=other", "data.max_length=200", CERA_TRAIN_CACHE=str(cache)))
     assert re.search(rf"no access to {cache}\S*: Read-only file system. .* \$CERA_TRAIN_CACHE: set these", line)
 
 
@@ -370,7 +374,7 @@ def test_a_run_whose_wandb_server_is_down_from_the_start_is_synced_later(tmp_pat
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
         started = time.monotonic()
         process = start_tracked(arguments, tmp_path, **environment(url))
-        output, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=200)
         print(f"{time.monotonic() - started:.1f} s")
     assert process.returncode == 0, errors
     assert errors.count("cera-train: W&B cannot be reached, so the run is recorded offline (") == 1
@@ -385,17 +389,18 @@ def test_a_run_that_loses_its_wandb_server_goes_on_and_is_synced_later(tmp_path,
     folder = tmp_path / "outputs" / "run"
     with WandbServer() as server:
         process = start_tracked([*arguments, *settings], tmp_path, **server.environment)
+        wait_until(lambda: last_update(folder) >= 10)
+        began = time.monotonic()
         wait_until(lambda: last_update(folder) >= 50)
     lost = time.monotonic()
     wait_until((folder / "result.json").exists)
     trained = time.monotonic()
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=200)
     finished = time.monotonic() - trained
-    print(f"{trained - lost:.1f} s to the end of training, {finished:.1f} s to the end of the command")
+    print(f"40 updates in {lost - began:.1f} s; then 150 and the end in {trained - lost:.1f} s; W&B {finished:.1f} s")
     assert process.returncode == 0, errors
     assert "cera-train:" not in errors
-    seconds = [row["train/seconds"] for row in metrics(folder) if "train/loss" in row]
-    assert seconds[-1] - seconds[50] < 10 * seconds[50], "updates wait for the tracker"
+    assert trained - lost < 5 * (150 / 40) * (lost - began) + 10, "updates wait for the tracker"
     assert finished < 30
     assert_synced_later(output, tmp_path)
 

@@ -18,9 +18,9 @@ from attempts import Attempt, assert_readable, content, metrics
 from cera_train.files import WRITING
 
 KILLS = 20
-UPDATES, EVALUATE_EVERY = 24, 4
+UPDATES, EVALUATE_EVERY = 16, 4
 WRITE, EVALUATION, START, ANY = "in a checkpoint's writing", "in an evaluation", "before its first update", "elsewhere"
-AT_LEAST = {WRITE: 4, EVALUATION: 2, START: 2, ANY: 2}
+AT_LEAST = {WRITE: 4, EVALUATION: 2, START: 2}
 """How many of the kills must have landed where."""
 
 
@@ -67,6 +67,7 @@ def await_moment(aim: str, attempt: Attempt, folder: Path, seconds: float, dice:
         does_happen = bool(happens())
         times -= does_happen and not did_happen
         did_happen = does_happen
+        time.sleep(0.0005)
     time.sleep(dice.uniform(0, 0.005))
 
 
