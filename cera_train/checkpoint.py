@@ -266,7 +266,7 @@ def is_metrics(line: bytes) -> bool:
     """Whether a line of metrics.jsonl is whole."""
     try:
         return line.endswith(b"\n") and "update" in json.loads(line)
-    except ValueError:
+    except (TypeError, ValueError):
         return False
 
 
