@@ -18,15 +18,14 @@ from cera_train.words import clean
 NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
-def write_card(run: Path) -> None:
-    """Writes adapter/README.md from the config, the result and the evaluations of a finished run.
+def write_card(run: Path, result: dict[str, Any]) -> None:
+    """Writes adapter/README.md from the config, the result and the evaluations of a run.
 
     Raises:
         ValueError: a file of the run is broken, or its adapter's folder is a link that leads out of it.
     """
     check_links(run, [run / "adapter"])
     config = load_config(run / "config.yaml")
-    result = read_json(run / "result.json")
     evaluations = [
         read_json(folder / "result.json")
         for folder in sorted(run.glob("eval/*"))

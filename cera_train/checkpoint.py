@@ -1,12 +1,16 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
 Every file and folder in it appears whole or not at all, but for metrics.jsonl, which grows by lines and is cut back to
-the checkpoint that a run resumes from. One process writes, under a lock.
+the checkpoint that a run resumes from. One process writes, under a lock. A checkpoint carries checksums: a disk that
+lost or turned a bit is noticed, and the run goes on from the one before.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,18 +25,22 @@ from cera_train.config import CHANGES_NO_RESULT, flatten
 from cera_train.data.batches import Plan
 from cera_train.distribution import optimizer_state, trainable_weights
 from cera_train.files import (
-    WRITING,
+    clean_folder,
+    find_damage,
     finite,
     lock_folder,
     read_json,
     read_yaml,
     record,
     remove_folder,
+    write_bytes,
+    write_checksums,
     write_folder,
     write_text,
 )
 from cera_train.secrets import redact_tree
 from cera_train.subject import weights_of
+from cera_train.words import say
 
 
 @dataclass
@@ -96,17 +104,18 @@ class RunFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
             self._lock = lock_folder(self.path, "run")
-            for leftover in [*self.path.glob(f"{WRITING}*"), *self.path.glob(f"checkpoints/{WRITING}*")]:
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            clean_folder(self.path)
+            clean_folder(self.path / "checkpoints")
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if not self.is_main:
             return
-        if self._is_new and not (self.path / "metrics.jsonl").exists():
-            shutil.rmtree(self.path)
-        else:
-            (self.path / ".lock").unlink()
+        with contextlib.suppress(OSError):  # of a disk that is gone: the error that stopped the run says it
+            if self._is_new and not (self.path / "metrics.jsonl").exists():
+                shutil.rmtree(self.path)
+            else:
+                (self.path / ".lock").unlink()
         self._lock.release()
 
     # --- resuming ----------------------------------------------------------------------------------------------------
@@ -120,6 +129,27 @@ class RunFolder:
         """Oldest first."""
         found = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
         return sorted(found, key=lambda path: int(path.name))
+
+    def last_sound_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is as it was written; says which are not. None where there is no checkpoint.
+
+        Raises:
+            ValueError: there are checkpoints, and all are damaged.
+        """
+        damaged: list[str] = []
+        for checkpoint in reversed(self.checkpoints()):
+            damage = find_damage(checkpoint)
+            if damage is None:
+                if damaged and self.is_main:
+                    say("damaged", f"{'; '.join(damaged)}. Going on from {checkpoint}.")
+                return checkpoint
+            damaged.append(f"{checkpoint} ({damage})")
+        if damaged:
+            raise ValueError(
+                f"every checkpoint is damaged: {'; '.join(damaged)}. Restore one of them, or start anew with "
+                "train.resume=never."
+            )
+        return None
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this folder's."""
@@ -170,7 +200,10 @@ class RunFolder:
             file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
 
     def rewind(self, update: int | None) -> None:
-        """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything."""
+        """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything.
+
+        best/ stays, also one of a later update: the resumed run comes to the same evaluations, and so to the same best.
+        """
         for checkpoint in reversed(self.checkpoints()):
             if update is None or int(checkpoint.name) > update:
                 remove_folder(checkpoint)
@@ -181,8 +214,9 @@ class RunFolder:
             for name in ("metrics.jsonl", "wandb-run-id"):
                 (self.path / name).unlink(missing_ok=True)
         elif path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            write_text(path, "".join(line for line in lines if json.loads(line)["update"] <= update))
+            # A cut leaves half a line, and a machine that lost its power any bytes, but after the checkpoint's lines.
+            lines = itertools.takewhile(is_metrics, path.read_bytes().splitlines(keepends=True))
+            write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def save_checkpoint(
         self,
@@ -203,7 +237,10 @@ class RunFolder:
                 torch.save(moments, file)
             (folder / "progress.json").write_text(json.dumps({**asdict(progress), "data_digest": data_digest}))
             (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+            write_checksums(folder)
 
+        with (self.path / "metrics.jsonl").open("ab") as metrics:
+            os.fsync(metrics.fileno())  # after a crash of the machine too, no checkpoint knows more than the metrics
         write_folder(self.path / "checkpoints" / str(progress.update), write)
         for old in self.checkpoints()[:-keep]:
             remove_folder(old)
@@ -225,6 +262,14 @@ class RunFolder:
         weights = trainable_weights(model)
         if self.is_main:
             write_folder(self.path / "adapter", lambda folder: save_adapter(model, weights, folder))
+
+
+def is_metrics(line: bytes) -> bool:
+    """Whether a line of metrics.jsonl is whole."""
+    try:
+        return line.endswith(b"\n") and "update" in json.loads(line)
+    except (TypeError, ValueError):
+        return False
 
 
 def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tuple[Progress, dict[str, Any]]:

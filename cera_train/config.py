@@ -413,8 +413,8 @@ class TrainConfig:
     """Tokens of evaluation rows on which the spectra are taken."""
     seed: int = 0
     resume: str = "auto"
-    """auto: go on from the last checkpoint in the run's folder; never: start anew, and refuse to overwrite a finished
-    run; a checkpoint's folder: go on from that."""
+    """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse to overwrite a
+    finished run; a checkpoint's folder: go on from that."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -18,7 +18,7 @@ def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     text = " ".join(str(error).split())
     # safetensors wraps the system's error in one of its own
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or os.strerror(errno.ENOSPC) in text:
+    if any(os.strerror(full) in text for full in (errno.ENOSPC, errno.EDQUOT)):
         return f"the disk is full ({text}). Free some space; the same command then goes on from the last checkpoint."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return (

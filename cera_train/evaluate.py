@@ -262,7 +262,7 @@ def update_card(evaluation: Path) -> None:
     """Where an evaluation is of a finished run, the card of its adapter tells of it too."""
     run = evaluation.absolute().parent.parent
     if (run / "result.json").is_file() and (run / "adapter").is_dir():
-        write_card(run)
+        write_card(run, read_json(run / "result.json"))
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------

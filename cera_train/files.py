@@ -1,8 +1,10 @@
-"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed."""
+"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed; and
+the checksums that tell whether they are still as they were written."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -22,6 +24,12 @@ Record = typing.TypeVar("Record")
 WRITING = ".writing-"
 """Prefix of what is not whole yet."""
 
+OLD = f"{WRITING}old-"
+"""Prefix of a whole folder whose place another is about to take."""
+
+CHECKSUMS = "checksums.json"
+"""The SHA-256 of every other file of a folder."""
+
 
 def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
@@ -35,7 +43,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def finite(tree: Any) -> Any:
@@ -115,7 +123,7 @@ def _mapping(tree: Any, path: Path) -> dict[str, Any]:
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Fills a folder by `write` and puts it in the place of `path`. Where `write` fails, nothing is left of it."""
-    part, old = path.with_name(WRITING + path.name), path.with_name(f"{WRITING}old-{path.name}")
+    part, old = path.with_name(WRITING + path.name), path.with_name(OLD + path.name)
     for folder in (part, old):
         shutil.rmtree(folder, ignore_errors=True)
     part.mkdir(parents=True)
@@ -126,24 +134,61 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         raise
     for file in part.rglob("*"):
         if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-    sync_folder(part)
+            sync(file)
+    sync(part)
     if path.exists():
-        path.rename(old)
+        path.rename(old)  # a cut between these two lines leaves no `path`: see clean_folder
     part.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_folder(path: Path) -> None:
+    """Removes what cut writes left in a folder, and puts back what one had taken away without a replacement."""
+    for old in path.glob(f"{OLD}*"):
+        if not (replaced := path / old.name.removeprefix(OLD)).exists():
+            old.rename(replaced)
+    for leftover in path.glob(f"{WRITING}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def remove_folder(path: Path) -> None:
     """Removes a folder so that a cut leaves none that looks whole."""
-    old = path.with_name(f"{WRITING}old-{path.name}")
-    path.rename(old)
-    shutil.rmtree(old)
+    part = path.with_name(WRITING + path.name)
+    path.rename(part)
+    shutil.rmtree(part)
 
 
-def sync_folder(path: Path) -> None:
+def write_checksums(folder: Path) -> None:
+    """Leaves the checksum of every file in a folder, for `find_damage`."""
+    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file that is not as `write_checksums` saw it, and why; None where all are, or nothing was left."""
+    if not (folder / CHECKSUMS).exists():
+        return None
+    try:
+        sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_bytes())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS}: {error}"
+    for name, written in sums.items():
+        try:
+            if _sha256(folder / name) != written:
+                return f"{name}: checksum differs"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -205,6 +250,8 @@ def cache_dir() -> Path:
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
     """A folder of the cache, filled by `write` the first time. Processes that want it together wait for one of them."""
     folder = cache_dir() / name
+    if folder.is_dir():  # whole, and readable also where nothing may be written
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

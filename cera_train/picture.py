@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
-from cera_train.files import WRITING
+from cera_train.files import write_bytes
 
 BLUE, ORANGE, GREY = "#2563a8", "#d9730d", "#8a8a8a"
 
@@ -34,8 +35,8 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     path = folder / "run.png"
-    part = folder / f"{WRITING}run.png"
-    figure.savefig(part, dpi=150, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
     pyplot.close(figure)
-    part.replace(path)
+    write_bytes(path, picture.getvalue())
     return path

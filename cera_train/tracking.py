@@ -6,12 +6,15 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cera_train.config import TrackerConfig, TrackerKind
+from cera_train.files import write_text
 from cera_train.secrets import redact
 
 
@@ -31,29 +34,56 @@ class Tracker:
         """Flushes."""
 
 
+INIT_SECONDS = 30
+"""How long W&B's server may take to answer before a run is recorded offline."""
+FINISH_SECONDS = 30
+"""How long W&B may still upload after the last update."""
+ADAPTER_SECONDS = 600
+"""The same where it uploads the adapter too."""
+
+
 class WandbTracker(Tracker):
-    """Weights & Biases: online with a key, offline without one."""
+    """Weights & Biases: online with a key and a server that answers, else offline. All of it is also on the disk, for
+    `wandb sync`."""
 
     def __init__(self, config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path) -> None:
+        # Reports of its own errors, which hold up the end of a run for 20 seconds where the server is silent.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self.wandb, self.log_adapter, self.folder = wandb, config.log_adapter, folder
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
-        self.is_offline = mode == "offline"
         id_file = folder / "wandb-run-id"  # a resumed run goes on in the same W&B run
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(6))
-        self.run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=str(folder),
-            config=run_config,
-            mode=mode,
-            settings=wandb.Settings(console="off", silent=True),
-        )
+            write_text(id_file, secrets.token_hex(6))
+
+        def init(mode: str) -> wandb.Run:
+            return wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=name,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=run_config,
+                mode=mode,
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=ADAPTER_SECONDS if self.log_adapter else FINISH_SECONDS,
+                    finish_timeout_raises=True,
+                ),
+            )
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        try:
+            self.run = init(mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            say_error(f"W&B cannot be reached, so the run is recorded offline ({error}).")
+            wandb.teardown()  # else its service would refuse a second run of the same id
+            self.run = init("offline")
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
@@ -70,12 +100,15 @@ class WandbTracker(Tracker):
             self.run.log_artifact(artifact)
 
     def finish(self) -> None:
-        self.run.finish()
-        if self.is_offline:
-            # A run that was resumed offline has a part for every time it ran.
-            first, *others = sorted((self.folder / "wandb").glob("offline-run-*"))
-            commands = [f"wandb sync {first}", *(f"wandb sync --append {part}" for part in others)]
-            print(f"W&B was offline. To upload this run: {' && '.join(commands)}")
+        # A run that was resumed offline has a part for every time it ran.
+        parts = [part for part in self.folder.glob("wandb/offline-run-*") if not list(part.glob("*.synced"))]
+        try:
+            self.run.finish()
+        except TimeoutError:
+            parts.append(Path(self.run.settings.sync_dir))
+        if parts:
+            command = shlex.join(["wandb", "sync", "--include-online", *sorted(map(str, parts))])
+            print(f"W&B has not got all of this run. To upload the rest: {command}")
 
 
 def has_key() -> bool:
@@ -96,7 +129,10 @@ class TensorBoardTracker(Tracker):
 
         from torch.utils.tensorboard import SummaryWriter  # of the extra `tensorboard`
 
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_update + 1)
+        folder = folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # no access: here in one line, not as a traceback of its thread
+        self.writer = SummaryWriter(folder, purge_step=first_update + 1)
         self.writer.add_text("config", f"```json\n{json.dumps(run_config, indent=2)}\n```")
 
     def log(self, metrics: dict[str, float], update: int) -> None:
@@ -125,11 +161,7 @@ class Guarded(Tracker):
             action()
         except Exception as error:
             self.tracker = Tracker()
-            reason = redact(" ".join(str(error).split()))
-            print(
-                f"cera-train: {self.kind} failed and is left out ({reason}). Everything is in metrics.jsonl.",
-                file=sys.stderr,
-            )
+            say_error(f"{self.kind} failed and is left out ({error}). Everything is in metrics.jsonl.")
 
     def log(self, metrics: dict[str, float], update: int) -> None:
         self._try(lambda: self.tracker.log(metrics, update))
@@ -142,6 +174,11 @@ class Guarded(Tracker):
 
     def finish(self) -> None:
         self._try(self.tracker.finish)
+
+
+def say_error(text: str) -> None:
+    """One line of errors."""
+    print(f"cera-train: {redact(' '.join(text.split()))}", file=sys.stderr)
 
 
 def start_tracker(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from cera_train import console
@@ -21,6 +22,7 @@ from cera_train.config import BatchLayout, Config, to_plain
 from cera_train.data import prepare_data
 from cera_train.data.batches import Batch, MicroBatches, Plan
 from cera_train.distribution import load_optimizer_state
+from cera_train.files import find_damage
 from cera_train.interruption import Interrupted, Interruption, first_heard
 from cera_train.loss import SupervisedLoss, choose_layout
 from cera_train.model import add_adapter, check_length, fingerprint, load_model, load_tokenizer, parameter_counts
@@ -49,7 +51,7 @@ def train(config: Config) -> dict[str, Any]:
     path = Path(config.output_dir) / config.name
     with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
         # --- is there anything to do? ---
-        resume_from = where_to_resume(folder, config.train.resume)
+        resume_from = where_to_resume(folder, config.train.resume) if is_main else None
         if (result := finished_result(folder)) is not None:
             return result
 
@@ -63,6 +65,7 @@ def train(config: Config) -> dict[str, Any]:
         )
         device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
         is_sharded = accelerator.is_fsdp2
+        (resume_from,) = broadcast_object_list([resume_from])
         base = load_model(config.model, device, is_sharded)
         machine = environment() | {"processes": processes, "base_fingerprint": fingerprint(base)}
         torch.manual_seed(config.train.seed)
@@ -224,9 +227,10 @@ def train(config: Config) -> dict[str, Any]:
         folder.save_final(model)
         if is_main:
             folder.write_json("spectrum.json", module_spectra(spectra))
-            folder.write_json("result.json", result)  # from here on the run is finished
-            write_card(path)
-            tracker.picture("run", draw_run(path, mean_spectrum(spectra), config.name), progress.update)
+            write_card(path, result)
+            picture = draw_run(path, mean_spectrum(spectra), config.name)
+            folder.write_json("result.json", result)  # the last file: from here on the run is finished
+            tracker.picture("run", picture, progress.update)
             tracker.adapter(path / "adapter")
             console.say_result(result)
         return result
@@ -247,10 +251,9 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
         ValueError: the folder holds a finished run that must not be overwritten, or a run with another config.
     """
     if resume == "auto":
-        checkpoints = folder.checkpoints()
-        if checkpoints or folder.result() is not None:
+        if folder.checkpoints() or folder.result() is not None:
             folder.check_same_config()
-        return checkpoints[-1] if checkpoints else None
+        return None if folder.result() is not None else folder.last_sound_checkpoint()
     if folder.result() is not None:
         raise ValueError(f"{folder.path} holds a finished run: choose another name=..., or remove the folder.")
     if resume == "never":
@@ -258,6 +261,8 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     checkpoint = Path(resume)
     if not (checkpoint / "progress.json").is_file():
         raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
+    if (damage := find_damage(checkpoint)) is not None:
+        raise ValueError(f"{checkpoint} is damaged ({damage}). Restore it, or go on from another checkpoint.")
     if folder.holds(checkpoint):
         folder.check_same_config()
     else:

@@ -26,7 +26,7 @@ from cera_train.config import Config, EvalConfig, GenerationConfig, ModelConfig,
 from cera_train.console import render_example
 from cera_train.data.sources import from_files, from_hub
 from cera_train.evaluation_folder import EvaluationFolder
-from cera_train.files import write_text
+from cera_train.files import read_json, write_text
 from cera_train.model import check_length, load_model, load_tokenizer
 from cera_train.subject import find_subject
 from cera_train.words import say
@@ -391,7 +391,7 @@ def test_a_card_is_written_through_no_link_that_leads_out(tmp_path, config, else
     shutil.rmtree(run / "adapter")
     (run / "adapter").symlink_to(elsewhere)
     with pytest.raises(ValueError, match="run/adapter is a link that leads out"):
-        write_card(run)
+        write_card(run, read_json(run / "result.json"))
     assert_untouched(elsewhere)
 
 
@@ -445,7 +445,7 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     names = ("eval/perplexity", "perplexity_before", "spectrum/effective_rank/mean", "spectrum/effective_rank/max")
     result = dict.fromkeys(names, 1.5) | {"trainable_parameters": 1, "updates": 1}
     (run / "result.json").write_text(json.dumps(result))
-    write_card(run)
+    write_card(run, read_json(run / "result.json"))
     text = (run / "adapter" / "README.md").read_text()
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
     assert yaml.safe_load(front)["library_name"] == "peft"
@@ -460,7 +460,7 @@ def test_a_card_of_a_broken_result_says_so(tmp_path, config, content):
     run = write_run(tmp_path, config)
     (run / "result.json").write_text(content)
     with pytest.raises(ValueError, match="result.json"):
-        write_card(run)
+        write_card(run, read_json(run / "result.json"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])

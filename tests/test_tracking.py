@@ -48,7 +48,7 @@ def test_wandb_without_a_key_is_offline_and_says_how_to_sync(tiny_config, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "left out" not in done.stderr
     assert "wandb sync" in done.stdout
-    folder = Path(done.stdout.split("wandb sync ")[1].split()[0])
+    folder = Path(done.stdout.split("wandb sync --include-online ")[1].split()[0])
     assert folder.is_dir()
     recorded = b"".join(path.read_bytes() for path in folder.glob("*.wandb"))
     for name in (b"eval/perplexity", b"spectrum/effective_rank/mean", b"max_updates", b"adapter_model.safetensors"):

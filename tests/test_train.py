@@ -321,7 +321,8 @@ def test_a_checkpoint_of_another_adapter_is_refused(tiny_config):
         train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
     with pytest.raises(ValueError, match="adapter.kind was 'cera', is 'lora'"):
         train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter=lora", "adapter.r=4"))
-    (checkpoint / "config.yaml").unlink()  # without it, the tensors tell
+    for name in ("checksums.json", "config.yaml"):  # without them, the tensors tell
+        (checkpoint / name).unlink()
     with pytest.raises(ValueError, match="does not fit this"):
         train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
     assert not folder_of(tiny_config("name=other")).exists()
@@ -456,9 +457,11 @@ def test_a_branch_from_another_folder_has_a_best_of_its_own(tiny_config):
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "progress.json"])
-def test_a_damaged_checkpoint_is_named(tiny_config, monkeypatch, name):
+def test_a_damaged_checkpoint_without_checksums_is_named(tiny_config, monkeypatch, name):
+    """Earlier versions wrote none: their checkpoints still load, and damage shows where it makes one unreadable."""
     config = tiny_config()
     train_and_die_after(config, 6, monkeypatch)
+    (folder_of(config) / "checkpoints" / "4" / "checksums.json").unlink()
     file = folder_of(config) / "checkpoints" / "4" / name
     file.write_bytes(file.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"checkpoints/4 is damaged or no checkpoint"):
