@@ -142,14 +142,15 @@ class SeededSampling(LogitsProcessor):
         self.step = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        probabilities, order = torch.softmax(scores.double() / self.temperature, -1).sort(descending=True, stable=True)
-        cumulative = probabilities.cumsum(-1)
-        kept = cumulative - probabilities < self.top_p  # up to the token that brings the sum to top_p
-        mass = (probabilities * kept).sum(-1, keepdim=True)
+        probabilities = torch.softmax(scores.double() / self.temperature, -1)
+        likeliest, order = probabilities.sort(descending=True)
+        is_kept = likeliest.cumsum(-1) - likeliest < self.top_p  # up to the token that brings the sum to top_p
+        # In the vocabulary's order: in that of likelihood, rounding would swap tokens that are all but equally likely.
+        cumulative = (probabilities * torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())).cumsum(-1)
         uniform = self.uniform_BT[:, self.step, None].to(scores.device)
-        place = torch.searchsorted(cumulative, uniform * mass, right=True).clamp(max=kept.sum(-1, keepdim=True) - 1)
+        place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(-1, order.gather(-1, place), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(-1, place, 0.0)
 
 
 def _generator(seed: int, request: Request) -> torch.Generator:

@@ -48,7 +48,10 @@ class Watchdog:
     def _watch(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         limit = timedelta(seconds=self.seconds)
-        store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+        try:
+            store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+        except torch.distributed.DistError:  # another process has ended already
+            return
         key, last, moved = "cera_train/arrivals/{}", self.arrivals, time.monotonic()
         while not self._done.wait(min(1.0, self.seconds / 10)):
             if self.arrivals != last:

@@ -4,8 +4,11 @@ in the end there is what an uninterrupted run leaves, byte for byte."""
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
+import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -94,17 +97,57 @@ def is_evaluating(lines: list[dict[str, Any]]) -> bool:
     return bool(lines) and "train/loss" in lines[-1] and lines[-1]["update"] % EVALUATE_EVERY == 0
 
 
+class Pair:
+    """Two processes of one run, as torchrun starts them. One of them is killed; the other is told to end, as a launcher
+    does, if it does not by itself."""
+
+    def __init__(self, arguments: list[str], folder: Path, dice: random.Random) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        self.processes = [
+            Attempt(arguments, folder, folder / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            for rank in range(2)
+        ]
+        self.dice = dice
+
+    def wait(self, seconds: float = 120) -> int | None:
+        statuses = [process.wait(seconds) for process in self.processes]
+        return None if None in statuses else max(statuses, key=abs)
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.is_running for process in self.processes)
+
+    @property
+    def errors(self) -> str:
+        return "".join(process.errors for process in self.processes)
+
+    def kill(self) -> int:
+        victim, other = self.dice.sample(self.processes, 2)
+        status = victim.kill()
+        if other.wait(10) is None:  # they had not found each other yet
+            os.kill(other.pid, signal.SIGTERM)
+            if other.wait(10) is None:
+                other.kill()
+        return status
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_is_the_uninterrupted_one(tmp_path, tiny_folder):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_twenty_random_moments_is_the_uninterrupted_one(tmp_path, tiny_folder, processes):
+    """Of two processes, one is killed."""
     arguments = [
         *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "name=run"),
         *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2", "optimizer.warmup_ratio=0.1"),
         *(f"train.max_updates={UPDATES}", f"train.eval_every={EVALUATE_EVERY}", "train.save_every=1"),
         "train.batch_size=16",
     ]
+    seed = random.SystemRandom().randrange(2**32)
+    dice = random.Random(seed)
 
-    def start() -> Attempt:
-        return Attempt(arguments, tmp_path, tmp_path / "log")
+    def start() -> Attempt | Pair:
+        return Attempt(arguments, tmp_path, tmp_path / "log") if processes == 1 else Pair(arguments, tmp_path, dice)
 
     folder = tmp_path / "outputs" / "run"
     for _ in range(2):  # the first one also tokenises the rows
@@ -115,9 +158,8 @@ def test_a_run_killed_at_twenty_random_moments_is_the_uninterrupted_one(tmp_path
     whole = content(folder)
     shutil.rmtree(folder)
 
-    seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}, {seconds:.1f} s without a kill")  # shown where the test fails
-    landed = kill_at_random(start, folder, whole, seconds, random.Random(seed))
+    landed = kill_at_random(start, folder, whole, seconds, dice)
     print(dict(landed))
     last = start()
     assert last.wait() == 0, last.errors
