@@ -81,6 +81,7 @@ def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are said below
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not torch.cuda.is_available():
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     with tempfile.TemporaryDirectory() as logs, Interruption(tell=tell_children) as interruption:
