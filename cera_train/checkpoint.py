@@ -155,6 +155,24 @@ class RunFolder:
         """Whether a checkpoint is one of this folder's."""
         return checkpoint.resolve().parent == self.path.resolve() / "checkpoints"
 
+    def check_may_run(self, resume: str) -> None:
+        """Raises ValueError where `train.resume` and what the folder holds do not go together."""
+        if resume == "auto":
+            if self.checkpoints() or self.result() is not None:
+                self.check_same_config()
+            return
+        if self.result() is not None:
+            raise ValueError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
+        if resume == "never":
+            return
+        checkpoint = Path(resume)
+        if not (checkpoint / "progress.json").is_file():
+            raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
+        if self.holds(checkpoint):
+            self.check_same_config()
+        else:
+            self.check_compatible(checkpoint)
+
     def check_same_config(self) -> None:
         """Raises ValueError where the folder was begun with a config that computes something else."""
         different = self._different(self.path / "config.yaml", ("",))

@@ -23,6 +23,7 @@ import hydra
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -39,19 +40,10 @@ from cera_train.composition import (
 )
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
+from cera_train.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.secrets import redact
-from cera_train.slurm import join_slurm_step
 from cera_train.subject import find_subject
-from cera_train.sweep import (
-    BEGUN,
-    Job,
-    has_failed,
-    is_main_process,
-    read_sweep,
-    refuse_grid_of_one,
-    refuse_sweeps_folder,
-    say_sweep,
-)
+from cera_train.sweep import BEGUN, Job, begin, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.words import clean
 
 TRAIN = Composition(Config, "cera-train")
@@ -101,6 +93,7 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     os.environ["CERA_TRAIN_DEBUG"] = "1" if debug else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    join_slurm_step(os.environ)
     register_configs()
     sys.argv[1:] = [with_folder_quoted(argument) for argument in sys.argv[1:]]
     guard_composition()
@@ -176,7 +169,7 @@ def train(composed: DictConfig) -> float | None:
     A job that fails returns None rather than raising: the others go on, and a sweeper such as Optuna counts a failure.
     """
     with errors_in_one_line(TRAIN):
-        join_slurm_step(os.environ)
+        join_slurm_step(os.environ)  # a job that submitit started did not come by `start`
         job = Job.current(HydraConfig.get())
         if job is None:
             return run(composed)
@@ -187,6 +180,8 @@ def train(composed: DictConfig) -> float | None:
             leave_closed_pipe()
         except Exception as error:
             job.fail(say_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
+            if is_one_of_several():
+                sys.exit(1)  # others wait for this process
             return None
 
 
@@ -207,14 +202,34 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
     return launch(config)["eval/perplexity"]
 
 
+class SweepStart(Callback):
+    """Hydra's hook at the start of a sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and go on
+            begin(config)
+            detach = config.launch.detach
+            if "submitit" in str(config.hydra.launcher._target_):
+                from cera_train.cluster import replace_waiting
+
+                replace_waiting(detach)
+            elif detach:
+                raise ValueError(
+                    "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
+                    "hydra/launcher=slurm_gpu."
+                )
+
+
 def train_and_say_sweep() -> None:
-    """`train`, and after a sweep its table; exit status 1 where a job failed."""
+    """`train`, and after a sweep its table; exit status 1 unless all its jobs are finished or still to come."""
     train()
-    for folder in BEGUN:
+    for folder, record in BEGUN.items():
+        from cera_train.sweep_table import is_finished, say_sweep
+
         if is_main_process():
             print()
             say_sweep(folder)
-        if has_failed(folder, read_sweep(folder)):
+        if not (record["detached"] or is_finished(folder)):
             sys.exit(1)
 
 
@@ -227,7 +242,6 @@ def is_as_published(overrides: list[str]) -> bool:
 def evaluate(composed: DictConfig) -> None:
     """One evaluation."""
     with errors_in_one_line(EVAL):
-        join_slurm_step(os.environ)
         config = to_config(composed, EvalConfig)
         check_trust(composed, HydraConfig.get().overrides.task)
         if config.run is not None:
@@ -297,7 +311,10 @@ def sweep() -> None:
     )
     parser.error = functools.partial(_refuse, program="cera-sweep")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
-    say_sweep(parser.parse_args().folder)
+    folder = parser.parse_args().folder
+    from cera_train.sweep_table import say_sweep
+
+    say_sweep(folder)
 
 
 def _refuse(message: str, program: str = "cera-report") -> NoReturn:

@@ -3,6 +3,7 @@ be one."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -13,22 +14,24 @@ from submitit.core.utils import FailedJobError, UncompletedJobError
 from cera_train.words import say
 
 
-def wait_for_jobs(wanted: bool) -> None:
-    """Sets what Hydra's submitit launcher, which asks each job for its results, gets in this process.
+@functools.cache
+def replace_waiting(detach: bool) -> None:
+    """Sets what Hydra's launcher gets in this process when it asks a job of submitit for its results.
 
     Args:
-        wanted: False: it returns when all jobs are submitted.
+        detach: nothing, so that the launcher returns when all jobs are submitted.
     """
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every look where Slurm keeps no accounts
     wait = submitit.Job.results
 
     def results(job: submitit.Job) -> list[Any]:
-        if not wanted:
+        if detach:
             say("submitted", f"job {job.job_id}")
             return [JobReturn(status=JobStatus.COMPLETED)]
         try:
             return wait(job)
-        except (FailedJobError, UncompletedJobError):  # killed or cancelled: what it left tells how far it is
+        except (FailedJobError, UncompletedJobError):  # killed, cancelled, or never begun
+            say("lost", f"job {job.job_id}; what it said is in {job.paths.folder}")
             return [JobReturn(status=JobStatus.COMPLETED)]
 
     submitit.Job.results = results

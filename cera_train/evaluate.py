@@ -33,7 +33,8 @@ from cera_train.loss import SupervisedLoss, choose_layout
 from cera_train.model import check_length, fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.perplexity import mean_loss, perplexity
 from cera_train.problems import Problem, load_problems, open_task
-from cera_train.runtime import is_main_process, peak_memory, quiet_libraries, start_accelerator
+from cera_train.processes import is_main_process
+from cera_train.runtime import peak_memory, quiet_libraries, start_accelerator
 from cera_train.scores import counts_in_scores, grade_exactly, score, verify
 from cera_train.spectrum import measure_spectra, spectrum_metrics
 from cera_train.subject import Subject, digest_of, find_subject

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType, TracebackType
 
@@ -20,14 +21,31 @@ class Interrupted(SystemExit):
         self.signal = number
 
     def hand_over(self) -> None:
-        """Tells whoever listened to the signal before the run did, such as submitit, which requeues the job."""
+        """Tells whoever listened to the signal before the run did, such as submitit, which requeues the job.
+
+        Raises:
+            SystemExit: with status 0, where a scheduler's signal was taken: it asks process 0, and ends all when one
+                ends in failure.
+            ValueError: the listener refuses.
+        """
         handler = signal.getsignal(self.signal)
-        if callable(handler) and handler is not signal.default_int_handler:
+        if not callable(handler) or handler is signal.default_int_handler:
+            return
+        try:
             handler(self.signal, None)
+        except Exception as error:
+            raise ValueError(f"it was saved, but is not started again: {error} The same command goes on.") from error
+        if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
+            raise SystemExit(0)
+
+
+REPEAT_SECONDS = 1.0
+"""A signal that comes again sooner is the same: who sent it may have sent it to every process, and so do we."""
 
 
 class Interruption:
-    """While it is open, signals are only remembered; a second SIGINT or SIGTERM acts at once.
+    """While it is open, signals are only remembered; a second SIGINT or SIGTERM acts at once. One that nobody acted on
+    is delivered when it closes.
 
     Args:
         tell: called with each signal that is remembered, such as to pass it on to other processes.
@@ -42,7 +60,8 @@ class Interruption:
         return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        is_repeated = self.signal is not None
+        is_repeated = self.signal is not None and time.monotonic() - self._heard > REPEAT_SECONDS
+        self._heard = time.monotonic()
         if self.signal is None or SIGNALS.index(number) < SIGNALS.index(self.signal):
             self.signal = number
         if is_repeated and number in (signal.SIGINT, signal.SIGTERM):
@@ -57,6 +76,8 @@ class Interruption:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._restore()
+        if kind is None and self.signal is not None:
+            os.kill(os.getpid(), self.signal)
 
     def heard(self) -> list[float]:
         """For each of SIGNALS 1 where it is the one that was heard, else 0: a row that processes can add up."""

@@ -3,12 +3,14 @@ Slurm's srun started are not launched again."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from torch.distributed.launcher.api import elastic_launch
 from cera_train.checkpoint import RunFolder
 from cera_train.config import Config, LaunchConfig, to_plain
 from cera_train.data import prepare_data
-from cera_train.interruption import Interrupted, Interruption
+from cera_train.interruption import SIGNALS, Interrupted, Interruption
 from cera_train.model import load_tokenizer
-from cera_train.runtime import RANK_VARIABLES, quiet_libraries
-from cera_train.train import finished_result, train, where_to_resume
+from cera_train.processes import is_launched
+from cera_train.runtime import quiet_libraries
+from cera_train.train import finished_result, train
 from cera_train.watchdog import Hung
-from cera_train.worker import work
+from cera_train.worker import train_beside_others, work
 
 
 def launch(config: Config) -> dict[str, Any]:
@@ -41,8 +44,8 @@ def launch(config: Config) -> dict[str, Any]:
         ProcessFailed: a process met an error that is not the user's to mend.
     """
     try:
-        if any(name in os.environ for name in RANK_VARIABLES):
-            return train(config)
+        if is_launched():
+            return train_beside_others(config)
         processes = processes_to_start(config.launch)
         return train(config) if processes == 1 else train_in_processes(config, processes)
     except Interrupted as interrupted:
@@ -74,17 +77,19 @@ def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
     """Checks and tokenises once, so that mistakes come to light once; then starts the processes and waits."""
     quiet_libraries()
     with RunFolder(Path(config.output_dir) / config.name, to_plain(config)) as folder:
-        where_to_resume(folder, config.train.resume)
+        folder.check_may_run(config.train.resume)
         if (result := finished_result(folder)) is not None:
             return result
         prepare_data(config.data, load_tokenizer(config.model))
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are said below
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not torch.cuda.is_available():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    with tempfile.TemporaryDirectory() as logs, Interruption(tell=tell_children) as interruption:
+    shared = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+    with (
+        _environment({name: value for name, value in shared.items() if name not in os.environ}),
+        tempfile.TemporaryDirectory() as logs,
+        Interruption(tell=tell_children) as interruption,
+    ):
         elastic = ElasticConfig(
             min_nodes=1,
             max_nodes=1,
@@ -101,9 +106,21 @@ def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
             return elastic_launch(elastic, work)(config)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if interruption.signal is not None and failure.exitcode == 128 + interruption.signal:
+            ends = {1, *(128 + number for number in SIGNALS), *(-number for number in SIGNALS)}
+            if interruption.signal is not None and failure.exitcode in ends and isinstance(failure.message, str):
                 raise Interrupted(interruption.signal) from None
             raise _as_error(rank, failure) from None
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes that are started meanwhile."""
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
 
 
 def tell_children(number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import warnings
@@ -14,18 +15,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, get_int_from_env
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from cera_train.config import Dtype, ModelConfig, Strategy
 from cera_train.distribution import fsdp2
-
-RANK_VARIABLES = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]
-"""Where launchers say which process this is; Accelerate reads the same."""
-
-
-def is_main_process() -> bool:
-    """Whether this process writes and speaks, before there is an `Accelerator` to ask."""
-    return get_int_from_env(RANK_VARIABLES, 0) == 0
 
 
 def start_accelerator(
@@ -47,7 +40,10 @@ def start_accelerator(
         mixed_precision=mixed_precision(model, autocast),
         cpu=not has_gpu,  # without being told, it does not join several processes of a machine that has only CPUs
         fsdp_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # none of them ever changes
+        ],
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # and so would Accelerate's mark
@@ -68,7 +64,11 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
     """
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if strategy == Strategy.fsdp:
-        supported = {DistributedType.NO, DistributedType.FSDP}
+        supported = {DistributedType.FSDP}
+        if accelerator.num_processes == 1:
+            raise ValueError(
+                "distributed.strategy=fsdp shards the weights over several processes, and there is one: leave it out."
+            )
     if accelerator.distributed_type not in supported:
         raise ValueError(
             f"distributed training by {accelerator.distributed_type} is not what distributed.strategy={strategy} says. "
@@ -94,9 +94,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak_memory() -> None:
-    """Lets the peak be that of what comes now: the jobs of a sweep share a process."""
+def forget_earlier_runs() -> None:
+    """Frees what an earlier job of a sweep left in this process, and lets the peak be that of what comes now."""
+    gc.collect()  # Accelerate's model and its forward refer to each other
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # Linux's own way for a process
         Path("/proc/self/clear_refs").write_text("5")

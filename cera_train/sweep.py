@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
-from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.config import CHANGES_NO_RESULT, flatten
+from cera_train.config import CHANGES_NO_RESULT
 from cera_train.files import write_text
+from cera_train.processes import is_main_process
 from cera_train.secrets import redact, redact_tree
 from cera_train.words import say
 
@@ -39,9 +34,6 @@ JOBS = ".jobs"
 
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
-
-SHORT_ERROR = 72
-"""Characters of an error in the table."""
 
 
 # --- which jobs ------------------------------------------------------------------------------------------------------
@@ -115,26 +107,6 @@ BEGUN: dict[Path, dict[str, Any]] = {}
 """The sweep that this process leads: its folder, and what stands in its sweep.json."""
 
 
-class Record(Callback):
-    """Hydra's hook at the start of a sweep."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        from cera_train.cli import TRAIN, errors_in_one_line
-
-        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and go on
-            begin(config)
-            launcher = str(config.hydra.launcher._target_)
-            if "submitit" in launcher:
-                from cera_train.cluster import wait_for_jobs
-
-                wait_for_jobs(not config.launch.detach)
-            elif config.launch.detach:
-                raise ValueError(
-                    "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
-                    "hydra/launcher=slurm_gpu."
-                )
-
-
 def begin(config: DictConfig) -> None:
     """Writes down which jobs there will be, as far as the sweeper knows them now.
 
@@ -157,16 +129,10 @@ def begin(config: DictConfig) -> None:
     swept = [key for key, is_dimension in is_swept.items() if is_dimension]
     is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
     jobs = [{"name": job_name(job, swept), "overrides": job} for job in grid(config)] if is_grid else []
-    BEGUN[folder] = {"command": sys.argv, "swept": swept, "jobs": jobs}
+    BEGUN[folder] = {"command": sys.argv, "swept": swept, "jobs": jobs, "detached": config.launch.detach}
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RECORD, json.dumps(redact_tree(BEGUN[folder]), indent=2) + "\n")
-
-
-def has_failed(folder: Path, jobs: Iterable[Standing]) -> bool:
-    """Whether a job of this command failed, whatever earlier ones left in the folder."""
-    own = {job["name"] for job in BEGUN[folder]["jobs"]}
-    return any(job.state == State.failed and (job.name in own or not own) for job in jobs)
 
 
 @dataclass(frozen=True)
@@ -187,7 +153,7 @@ class Job:
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
         folder = Path(hydra_config.sweep.dir)
-        record = BEGUN.get(folder) or _read_json(folder / RECORD)  # a launcher may run the job in another process
+        record = BEGUN.get(folder) or read_record(folder / RECORD)  # a launcher may run the job in another process
         overrides = _arguments(hydra_config)
         return cls(
             folder, job_name(overrides, record["swept"]), overrides, hydra_config.job.num + 1, len(record["jobs"])
@@ -203,8 +169,8 @@ class Job:
         say("job", f"{self.number}{f' of {self.of}' if self.of else ''}: {self.name}")
 
     def fail(self, error: str) -> None:
-        """Keeps a job's error for the table."""
-        if is_main_process():
+        """Keeps a job's error for the table; of several processes that fail, the first one's."""
+        if is_main_process() or not (read_record(self.folder / JOBS / f"{self.name}.json") or {}).get("error"):
             self._write(error)
 
     def _write(self, error: str | None) -> None:
@@ -225,151 +191,7 @@ def refuse_sweeps_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
 
 
-def is_main_process() -> bool:
-    """Under torchrun every process goes through the sweep, and one writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-# --- where it stands -------------------------------------------------------------------------------------------------
-
-
-class State(StrEnum):
-    finished = "finished"
-    failed = "failed"
-    running = "running"
-    cut = "cut"
-    """It was begun, and the same command goes on with it."""
-    waiting = "waiting"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far one job is, by what lies in its folder."""
-
-    name: str
-    """Of its folder."""
-    choices: list[str]
-    state: State
-    done: int | None = None
-    """Updates."""
-    total: int | None = None
-    perplexity: float | None = None
-    """Of an unfinished run, at its last evaluation."""
-    error: str | None = None
-    rows: tuple = ()
-    """What decides on which rows the perplexity is taken."""
-
-
-def read_sweep(folder: Path) -> list[Standing]:
-    """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left.
-
-    Raises:
-        ValueError: the folder is not a sweep's.
-    """
-    record = _read_json(folder / RECORD)
-    if record is None:
-        what = "holds no sweep" if folder.is_dir() else "is not a folder"
-        raise ValueError(
-            f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
-        )
-    overrides = {job["name"]: job["overrides"] for job in record["jobs"]}
-    started = {path.stem: _read_json(path) for path in (folder / JOBS).glob("[!.]*.json")}
-    for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name]["number"], name)):
-        overrides[name] = started[name]["overrides"]
-    return [standing(folder, name, choices_of(own, record["swept"])) for name, own in overrides.items()]
-
-
-def standing(sweep: Path, name: str, choices: list[str]) -> Standing:
-    """How far a job of a sweep is."""
-    folder, record = sweep / name, sweep / JOBS / f"{name}.json"
-    result, error = _read_json(folder / "result.json"), (_read_json(record) or {}).get("error")
-    if error and result is not None and _written(folder / "result.json") > _written(record):
-        error = None  # it was run again by itself
-    settings = flatten(_read_yaml(folder / "config.yaml"))
-    updates, perplexity = _last_metrics(folder / "metrics.jsonl")
-    if result is not None:
-        updates, perplexity = result["updates"], result["eval/perplexity"]
-    if _is_locked(folder):
-        state = State.running
-    elif error:
-        state = State.failed
-    elif result is not None:
-        state = State.finished
-    else:
-        state = State.cut if settings else State.waiting
-    from cera_train.report.runs import decides_rows
-
-    total = settings.get("train.max_updates") or (_read_json(folder / "environment.json") or {}).get("updates")
-    rows = decides_rows({key: value for key, value in settings.items() if key.startswith("data.")})
-    return Standing(name, choices, state, updates, total, perplexity, error, rows)
-
-
-def best_jobs(jobs: Sequence[Standing]) -> list[Standing]:
-    """The finished jobs of the lowest perplexity, one for every choice of evaluation rows."""
-    best: dict[tuple, Standing] = {}
-    for job in jobs:
-        if job.state == State.finished and (job.rows not in best or job.perplexity < best[job.rows].perplexity):
-            best[job.rows] = job
-    return list(best.values())
-
-
-def say_sweep(folder: Path) -> None:
-    """Prints a line for every job, how many are in which state, and the best."""
-    jobs = read_sweep(folder)
-    best = best_jobs(jobs)
-    shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
-    labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
-    width = max(map(len, ["job", *labels]))
-    say("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
-    print(f"\n{'job':<{width}}  {'state':<9}{'updates':>15}{'perplexity':>13}")
-    for job, label in zip(jobs, labels, strict=True):
-        done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
-        perplexity = "" if job.perplexity is None else f"{job.perplexity:,.3f}"
-        note = "best" if job in best else ""
-        if job.state == State.failed:
-            note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        print(f"{label:<{width}}  {job.state:<9}{done:>15}{perplexity:>13}  {note}".rstrip())
-    print()
-    counts = Counter(job.state for job in jobs)
-    say("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
-    for job in best:
-        say("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}")
-    if counts[State.failed]:
-        say("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a run holds the folder. Its lock file is there only while it does, or after it was killed."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path).acquire(timeout=0):
-            return False
-    except (Timeout, OSError):  # or it is another user's
-        return True
-
-
-def _last_metrics(path: Path) -> tuple[int | None, float | None]:
-    """The last update on record, and the last perplexity. A run that is writing may have left half a line."""
-    update = None
-    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        if update is None or '"eval/perplexity"' in line:
-            try:
-                metrics = json.loads(line)
-            except ValueError:
-                continue
-            update = metrics["update"] if update is None else update
-            if "eval/perplexity" in metrics:
-                return update, metrics["eval/perplexity"]
-    return update, None
-
-
-def _written(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_record(path: Path) -> dict[str, Any] | None:
     """None where there is no such file."""
     try:
         return json.loads(path.read_text())
@@ -377,12 +199,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}. Remove it, and start the sweep again.") from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        return {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}. Remove the job's folder.") from error

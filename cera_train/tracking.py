@@ -3,6 +3,7 @@ one line that says so, and training goes on."""
 
 from __future__ import annotations
 
+import contextlib
 import netrc
 import os
 import secrets
@@ -39,7 +40,7 @@ INIT_SECONDS = 30
 FINISH_SECONDS = 30
 """How long W&B may still upload after the last update."""
 ADAPTER_SECONDS = 600
-"""The same where it uploads the adapter too."""
+"""How long it may upload the adapter."""
 
 
 class WandbTracker(Tracker):
@@ -70,7 +71,7 @@ class WandbTracker(Tracker):
                     console="off",
                     silent=True,
                     init_timeout=INIT_SECONDS,
-                    finish_timeout=ADAPTER_SECONDS if self.log_adapter else FINISH_SECONDS,
+                    finish_timeout=FINISH_SECONDS,
                     finish_timeout_raises=True,
                 ),
             )
@@ -95,9 +96,14 @@ class WandbTracker(Tracker):
 
     def adapter(self, folder: Path) -> None:
         if self.log_adapter:
+            from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+
             artifact = self.wandb.Artifact(f"{self.run.id}-adapter", type="model")
             artifact.add_dir(str(folder))
-            self.run.log_artifact(artifact)
+            logged = self.run.log_artifact(artifact)
+            if not self.run.offline:
+                with contextlib.suppress(WaitTimeoutError):  # `finish` says how to upload the rest
+                    logged.wait(ADAPTER_SECONDS)
 
     def finish(self) -> None:
         # A run that was resumed offline has a part for every time it ran.
@@ -174,6 +180,7 @@ class Guarded(Tracker):
 
     def finish(self) -> None:
         self._try(self.tracker.finish)
+        self.tracker = Tracker()
 
 
 def say_error(text: str) -> None:

@@ -29,7 +29,8 @@ from cera_train.model import add_adapter, check_length, fingerprint, load_model,
 from cera_train.optimizer import build_optimizer, learning_rate
 from cera_train.perplexity import mean_loss, perplexity
 from cera_train.picture import draw_run
-from cera_train.runtime import forget_peak_memory, is_main_process, peak_memory, quiet_libraries, start_accelerator
+from cera_train.processes import is_main_process
+from cera_train.runtime import forget_earlier_runs, peak_memory, quiet_libraries, start_accelerator
 from cera_train.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
 from cera_train.tracking import Tracker, start_tracker
 from cera_train.watchdog import Watchdog
@@ -46,7 +47,7 @@ def train(config: Config) -> dict[str, Any]:
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
-    forget_peak_memory()
+    forget_earlier_runs()
     is_main = is_main_process()
     path = Path(config.output_dir) / config.name
     with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
@@ -134,73 +135,75 @@ def train(config: Config) -> dict[str, Any]:
             )
 
         def save() -> None:
+            watchdog.arrive()
             folder.save_checkpoint(model, optimizer, progress, data.train.digest, config.train.keep)
 
         # --- the loop ---
-        with Interruption() as interruption:
-            if progress.update == 0 or progress.evaluation_pending:
+        interruption = at_exit.enter_context(Interruption())
+        if progress.update == 0 or progress.evaluation_pending:
+            evaluate()
+        loss.train()
+        clock = console.Clock(progress.update, updates)
+        while progress.update < updates and not progress.out_of_patience(config.train.patience):
+            started = time.perf_counter()
+            rows = plan.sequences(progress.update)
+            supervised = sum(train_batches.supervised[row] for row in rows)
+            seed_update(config.train.seed, progress.update, process)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, progress.update, updates)
+
+            loss_per_token = torch.zeros((), device=device)
+            passes = train_batches.passes(rows, processes, process, in_step=is_sharded)
+            for number, (group, counts) in enumerate(passes, start=1):
+                is_last = number == len(passes)
+                if is_last or is_sharded:
+                    watchdog.arrive()
+                with contextlib.nullcontext() if is_last else accelerator.no_sync(loss):
+                    # The loss is a mean over the tokens of all processes, whose gradients are averaged.
+                    batch_loss = counts * processes / supervised * loss(train_batches.load(group))
+                    accelerator.backward(batch_loss)
+                loss_per_token += batch_loss.detach()
+            heard = torch.tensor(interruption.heard(), device=device)
+            loss_per_token, *heard = accelerator.reduce(
+                torch.stack([loss_per_token, *heard]), reduction="mean"
+            ).tolist()
+            interrupted = first_heard(heard)  # a signal to one process stops all at the same update
+            grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
+            # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
+            gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
+            if not (math.isfinite(loss_per_token) and gradient_is_finite):
+                raise ValueError(not_finite(progress.update + 1, rows, folder.checkpoints()))
+            stepper.step()
+            stepper.zero_grad()
+
+            tokens = sum(train_batches.lengths[row] for row in rows)
+            seconds = time.perf_counter() - started
+            progress.updated(tokens, seconds, plan)
+            metrics = {
+                "train/loss": loss_per_token,
+                "train/perplexity": perplexity(loss_per_token),
+                "train/grad_norm": grad_norm,
+                "train/lr": optimizer.param_groups[0]["lr"],
+                "train/tokens_per_s": tokens / seconds,
+                "train/seconds": progress.seconds,
+            }
+            log(metrics)
+            bar.step(console.describe_update(metrics, clock.seconds_left(progress.update)))
+
+            is_evaluation = is_due(progress.update, config.train.eval_every) or progress.update == updates
+            if interrupted is not None and progress.update < updates:
+                progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
+                save()
+                if is_main:
+                    command = "same command" if config.train.resume == "auto" else "command with train.resume=auto"
+                    console.say("stopped", f"after update {progress.update}, saved. The {command} goes on.")
+                tracker.finish()
+                accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+                raise Interrupted(interrupted)
+            if is_evaluation:
                 evaluate()
-            loss.train()
-            clock = console.Clock(progress.update, updates)
-            while progress.update < updates and not progress.out_of_patience(config.train.patience):
-                started = time.perf_counter()
-                rows = plan.sequences(progress.update)
-                supervised = sum(train_batches.supervised[row] for row in rows)
-                seed_update(config.train.seed, progress.update, process)
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config.optimizer, progress.update, updates)
-
-                loss_per_token = torch.zeros((), device=device)
-                passes = train_batches.passes(rows, processes, process, in_step=is_sharded)
-                for number, (group, counts) in enumerate(passes, start=1):
-                    is_last = number == len(passes)
-                    if is_last or is_sharded:
-                        watchdog.arrive()
-                    with contextlib.nullcontext() if is_last else accelerator.no_sync(loss):
-                        # The loss is a mean over the tokens of all processes, whose gradients are averaged.
-                        batch_loss = counts * processes / supervised * loss(train_batches.load(group))
-                        accelerator.backward(batch_loss)
-                    loss_per_token += batch_loss.detach()
-                heard = torch.tensor(interruption.heard(), device=device)
-                loss_per_token, *heard = accelerator.reduce(
-                    torch.stack([loss_per_token, *heard]), reduction="mean"
-                ).tolist()
-                interrupted = first_heard(heard)  # a signal to one process stops all at the same update
-                grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
-                # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
-                gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
-                if not (math.isfinite(loss_per_token) and gradient_is_finite):
-                    raise ValueError(not_finite(progress.update + 1, rows, folder.checkpoints()))
-                stepper.step()
-                stepper.zero_grad()
-
-                tokens = sum(train_batches.lengths[row] for row in rows)
-                seconds = time.perf_counter() - started
-                progress.updated(tokens, seconds, plan)
-                metrics = {
-                    "train/loss": loss_per_token,
-                    "train/perplexity": perplexity(loss_per_token),
-                    "train/grad_norm": grad_norm,
-                    "train/lr": optimizer.param_groups[0]["lr"],
-                    "train/tokens_per_s": tokens / seconds,
-                    "train/seconds": progress.seconds,
-                }
-                log(metrics)
-                bar.step(console.describe_update(metrics, clock.seconds_left(progress.update)))
-
-                is_evaluation = is_due(progress.update, config.train.eval_every) or progress.update == updates
-                if interrupted is not None and progress.update < updates:
-                    progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
-                    save()
-                    if is_main:
-                        command = "same command" if config.train.resume == "auto" else "command with train.resume=auto"
-                        console.say("stopped", f"after update {progress.update}, saved. The {command} goes on.")
-                    accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
-                    raise Interrupted(interrupted)
-                if is_evaluation:
-                    evaluate()
-                if is_due(progress.update, config.train.save_every) and progress.update < updates:
-                    save()  # the last update is saved below
+            if is_due(progress.update, config.train.save_every) and progress.update < updates:
+                save()  # the last update is saved below
         bar.close()
 
         # --- leave what the next command needs ---
@@ -224,6 +227,7 @@ def train(config: Config) -> dict[str, Any]:
             "peak_memory_bytes": peak_memory(device),
             "folder": str(path),
         }
+        watchdog.arrive()
         folder.save_final(model)
         if is_main:
             folder.write_json("spectrum.json", module_spectra(spectra))
@@ -248,26 +252,17 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises:
-        ValueError: the folder holds a finished run that must not be overwritten, or a run with another config.
+        ValueError: the folder holds a finished run that must not be overwritten, or a run with another config; or there
+            is no sound checkpoint.
     """
+    folder.check_may_run(resume)
     if resume == "auto":
-        if folder.checkpoints() or folder.result() is not None:
-            folder.check_same_config()
         return None if folder.result() is not None else folder.last_sound_checkpoint()
-    if folder.result() is not None:
-        raise ValueError(f"{folder.path} holds a finished run: choose another name=..., or remove the folder.")
     if resume == "never":
         return None
-    checkpoint = Path(resume)
-    if not (checkpoint / "progress.json").is_file():
-        raise ValueError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
-    if (damage := find_damage(checkpoint)) is not None:
-        raise ValueError(f"{checkpoint} is damaged ({damage}). Restore it, or go on from another checkpoint.")
-    if folder.holds(checkpoint):
-        folder.check_same_config()
-    else:
-        folder.check_compatible(checkpoint)
-    return checkpoint
+    if (damage := find_damage(Path(resume))) is not None:
+        raise ValueError(f"{resume} is damaged ({damage}). Restore it, or go on from another checkpoint.")
+    return Path(resume)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

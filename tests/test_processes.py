@@ -16,7 +16,7 @@ import pytest
 
 from cera_train.config import LaunchConfig
 from cera_train.launch import processes_to_start
-from cera_train.slurm import join_slurm_step
+from cera_train.processes import join_slurm_step
 from cera_train.train import train
 
 SCRIPTS = Path(sys.executable).parent
@@ -252,6 +252,19 @@ def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_p
     updates = len(losses(tmp_path / "outputs" / "run")) - 1  # one evaluation came before
     assert (tmp_path / "outputs" / "run" / "checkpoints" / str(updates)).is_dir()
     assert out.count("stopped    ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_processes_load_ends_the_command(arguments, tmp_path, number):
+    run = cera_train(*arguments, "launch.processes=2", "name=run", cwd=tmp_path)
+    while len(processes_of(run)) < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)  # they import and load: nobody listens yet
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (128 + number, "")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import is_installed, slurm
 
-from cera_train.sweep import State, read_sweep
+from cera_train.sweep_table import State, read_sweep
 from cera_train.train import train
 
 pytestmark = [

@@ -489,6 +489,11 @@ def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
     assert json.loads(line, parse_constant=pytest.fail) == {"update": 1, "eval/perplexity": None}
 
 
+def test_one_process_is_not_sharded(tiny_config):
+    with pytest.raises(ValueError, match="shards the weights over several processes, and there is one"):
+        train(tiny_config("distributed.strategy=fsdp"))
+
+
 def test_an_engine_that_shards_the_model_is_refused():
     class Sharded:
         distributed_type = DistributedType.FSDP

@@ -1,9 +1,31 @@
-"""Tasks that Slurm's srun started, as torch's processes. Nothing here imports torch."""
+"""Which of a command's processes this is, by what its launcher says. Nothing here imports torch."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import MutableMapping
+
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+"""Where launchers say which process this is; Accelerate reads the same."""
+
+LAUNCHED = (*RANKS, "ACCELERATE_MIXED_PRECISION")
+"""One of these is set in a process that a launcher started: `accelerate launch` gives one alone no rank."""
+
+
+def is_main_process() -> bool:
+    """Whether this process writes and speaks."""
+    return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
+
+
+def is_one_of_several() -> bool:
+    """Whether others wait for this process."""
+    return any(name in os.environ for name in RANKS) and os.environ.get("WORLD_SIZE") != "1"
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process, so that it has to start none."""
+    return any(name in os.environ for name in LAUNCHED)
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
@@ -29,3 +51,5 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
         "MASTER_PORT": environment.get("MASTER_PORT", 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
     }.items():
         environment[name] = str(value)
+    own_cpus = environment.get("SLURM_CPUS_PER_TASK", "1")  # Accelerate would share out the whole node's
+    environment.setdefault("OMP_NUM_THREADS", own_cpus)
