@@ -15,7 +15,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from cera_train.config import Dtype, ModelConfig, Strategy
 from cera_train.distribution import fsdp2
@@ -40,10 +40,7 @@ def start_accelerator(
         mixed_precision=mixed_precision(model, autocast),
         cpu=not has_gpu,  # without being told, it does not join several processes of a machine that has only CPUs
         fsdp_plugin=plugin,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # none of them ever changes
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # and so would Accelerate's mark

@@ -154,6 +154,7 @@ def train(config: Config) -> dict[str, Any]:
 
             loss_per_token = torch.zeros((), device=device)
             passes = train_batches.passes(rows, processes, process, in_step=is_sharded)
+            watchdog.arrive()  # DDP's first pass of an update waits for the buffers of process 0
             for number, (group, counts) in enumerate(passes, start=1):
                 is_last = number == len(passes)
                 if is_last or is_sharded:
