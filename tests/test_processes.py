@@ -236,7 +236,7 @@ def processes_of(run: subprocess.Popen[str]) -> list[int]:
 @pytest.fixture
 def endless(arguments, tmp_path):
     """A run of two processes in its midst, and its metrics."""
-    settings = ["train.max_updates=100000", "train.eval_every=null", "launch.processes=2", "distributed.timeout=4"]
+    settings = ["train.max_updates=100000", "train.eval_every=null", "launch.processes=2", "distributed.timeout=15"]
     run = cera_train(*arguments, *settings, "name=run", cwd=tmp_path)
     metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
     wait_for_updates(run, metrics, 12)
