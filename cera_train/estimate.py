@@ -468,7 +468,8 @@ def flops_of(config: Config, facts: ModelFacts, size: DataSize, work: Work, sett
             flops["adapter"] += 4 * weights * work.tokens
     if config.model.gradient_checkpointing:
         flops["recomputed"] = (2 * frozen + 2 * trained + attention + masked(setting.usual_tokens)) * work.tokens
-    if setting.tokens * size.supervised > CHUNK_TOKENS:  # the backward pass makes each chunk's logits again
+    is_adapted = any(linear.layer is None for linear in adapted)
+    if is_adapted and setting.tokens * size.supervised > CHUNK_TOKENS:  # backward makes each chunk's logits again
         flops["recomputed"] = flops.get("recomputed", 0) + 2 * head * work.supervised_tokens
     forward = 2 * frozen + 2 * trained + attention + masked(setting.eval_tokens) + 2 * head * size.supervised
     return flops | {"evaluations": forward * work.eval_tokens}

@@ -85,11 +85,37 @@ class SupervisedLoss(nn.Module):
         hidden_states = decoder(**batch.inputs, use_cache=False).last_hidden_state
         hidden_states = hidden_states[:, :-1][batch.loss_mask[:, 1:]]
         head = causal_lm.get_output_embeddings()
+        if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
+            return FrozenHeadLoss.apply(hidden_states, targets, head)
         chunks = zip(hidden_states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
         if len(targets) <= CHUNK_TOKENS or not torch.is_grad_enabled():
             return torch.stack([head_loss(head, *chunk) for chunk in chunks]).sum()
-        # The backward pass makes each chunk's logits again.
+        # An adapted head: the backward pass makes each chunk's logits again.
         return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy under a head that gets no gradient. Each chunk's gradient is taken while its logits are
+    there, in the forward pass: they are made once, and no more of them stand in memory than one chunk's."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module
+    ) -> torch.Tensor:
+        gradients, losses = [], []
+        for hidden, wanted in zip(hidden_states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                loss = head_loss(head, hidden, wanted)
+            gradients += torch.autograd.grad(loss, hidden)
+            losses.append(loss.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (of_hidden_states,) = ctx.saved_tensors
+        return (gradient * of_hidden_states).to(of_hidden_states.dtype), None, None
 
 
 def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> BatchLayout:

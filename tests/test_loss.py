@@ -9,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_tiny_llama
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cross_entropy, log_softmax
 
 from cera_train import loss as loss_module
 from cera_train.cera import CeraConfig
 from cera_train.data.batches import flat_batch, padded_batch
-from cera_train.loss import SupervisedLoss
+from cera_train.loss import FrozenHeadLoss, SupervisedLoss
 from cera_train.perplexity import mean_loss, perplexity
 
 
@@ -94,6 +94,25 @@ def test_chunks_of_the_head_change_nothing(tiny_llama, monkeypatch):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=2e-5)
     with torch.no_grad():
         torch.testing.assert_close(supervised(flat_batch(rows, masks)), whole)
+
+
+def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):
+    """Against finite differences, in double precision."""
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 3)
+    monkeypatch.setattr(loss_module, "head_loss", lambda head, x, y: cross_entropy(head(x), y, reduction="sum"))
+    head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
+    hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (8,))
+    assert torch.autograd.gradcheck(lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states)
+
+
+def test_the_logits_of_a_chunk_are_made_once(tiny_llama, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 5)
+    rows, masks = make_rows()
+    supervised, calls = make_loss(tiny_llama), []
+    tiny_llama.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    supervised(flat_batch(rows, masks)).backward()
+    assert len(calls) == -(-sum(map(sum, masks)) // 5)
 
 
 def test_only_supervised_positions_reach_the_head(tiny_llama):
