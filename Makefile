@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-all check clean
+.PHONY: quickstart install test test-all check bench clean
 
 quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's CPU or GPU
 	$(BIN)/cera-train +recipe=quickstart
@@ -19,6 +19,9 @@ test-all: test  ## and those that start processes, kill them, fill disks, or tra
 check: test  ## ruff and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed-test  ## an update beside what a user would pick instead; ROWS=train.jsonl for GSM8K's rows
+	$(BIN)/python benchmarks/training.py $(if $(ROWS),--rows $(ROWS))
 
 clean:
 	rm -rf $(VENV)
