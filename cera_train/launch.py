@@ -124,8 +124,9 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def tell_children(number: int) -> None:
+    """Passes a signal on; of Ctrl-C the processes hear as SIGTERM, since Python would print where it met them."""
     for child in multiprocessing.active_children():
-        os.kill(child.pid, number)
+        os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def _as_error(rank: int, failure: Any) -> Exception:
