@@ -223,12 +223,11 @@ class SweepStart(Callback):
 def train_and_say_sweep() -> None:
     """`train`, and after a sweep its table; exit status 1 unless all its jobs are finished or still to come."""
     train()
-    for folder, record in BEGUN.items():
+    for folder, record in BEGUN.items() if is_main_process() else ():
         from cera_train.sweep_table import is_finished, say_sweep
 
-        if is_main_process():
-            print()
-            say_sweep(folder)
+        print()
+        say_sweep(folder)
         if not (record["detached"] or is_finished(folder)):
             sys.exit(1)
 

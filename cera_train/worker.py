@@ -29,7 +29,12 @@ def work(config: Config) -> dict[str, Any]:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     try:
-        return train_beside_others(config)
+        result = train_beside_others(config)
+        import torch
+
+        if torch.distributed.is_initialized():  # not where the run was finished already
+            torch.distributed.destroy_process_group()
+        return result
     except Exception as error:
         message = explain(error)
         if message is None or type(error) is ValueError:
@@ -41,16 +46,11 @@ def work(config: Config) -> dict[str, Any]:
 
 def train_beside_others(config: Config) -> dict[str, Any]:
     """`train`, in one of several processes."""
-    import torch
-
     from cera_train.train import train
 
     try:
-        result = train(config)
+        return train(config)
     except Exception as error:
         if LOST_PEER.search(str(error)):
             time.sleep(PEER_SECONDS)
         raise
-    if torch.distributed.is_initialized():  # not where the run was finished already
-        torch.distributed.destroy_process_group()
-    return result

@@ -169,6 +169,14 @@ def test_processes_of_another_launcher_are_not_launched_again(tmp_path, argument
 
 
 @pytest.mark.slow
+def test_processes_of_torchrun_go_through_a_sweep_together(tmp_path, arguments):
+    sweep = ["-m", "cera_train", "-m", *arguments, "train.max_updates=2", "adapter.r=2,4", "name=sweep"]
+    out = torchrun("--nproc_per_node=2", *sweep, cwd=tmp_path)
+    assert out.count("2 x cpu") == 2
+    assert out.count("jobs       2 finished") == 1
+
+
+@pytest.mark.slow
 def test_two_nodes_train_together(tmp_path, arguments, compose):
     """Two launchers of two processes each, which find each other on loopback."""
     train(compose(*arguments, "train.max_updates=6", "name=one"))
