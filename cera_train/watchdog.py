@@ -3,14 +3,20 @@ does not say who was missing."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+LOOKS = 4
+"""How often a process that waits looks at the others before it judges."""
 
 
 class Hung(RuntimeError):
@@ -21,8 +27,9 @@ class Watchdog:
     """Ends this process when others wait too long for one that does not come, and says which one.
 
     Processes meet at the same points. Each counts those it has reached (`arrive`), and a thread beside it publishes the
-    count in the key-value store by which the processes found each other; so the loop pays an addition. Where counts
-    differ and nothing has moved for the limit, those behind are the ones waited for.
+    count, again and again, in the key-value store by which the processes found each other; so the loop pays an
+    addition. Where nothing has moved for the limit, a process that no longer publishes, or one that is behind, is the
+    one waited for.
 
     Args:
         processes: how many there are; one alone waits for nobody.
@@ -47,26 +54,38 @@ class Watchdog:
 
     def _watch(self) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = timedelta(seconds=self.seconds)
+        limit, pause = timedelta(seconds=self.seconds), min(1.0, self.seconds / 10)
         try:
             store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
         except torch.distributed.DistError:  # another process has ended already
             return
-        key, last, moved = "cera_train/arrivals/{}", self.arrivals, time.monotonic()
-        while not self._done.wait(min(1.0, self.seconds / 10)):
+        last, moved = self.arrivals, time.monotonic()
+        seen: deque[list[tuple[int, ...]]] = deque(maxlen=LOOKS)
+        for beat in itertools.count():
+            if self._done.wait(pause):
+                return
             if self.arrivals != last:
                 last, moved = self.arrivals, time.monotonic()
+                seen.clear()
             is_late = last > 0 and time.monotonic() - moved > self.seconds
+            missing = []
             try:
-                store.set(key.format(self.process), str(last))
-                if not is_late:
-                    continue
-                counts = [int(store.get(key.format(process))) for process in range(self.processes)]
+                store.set(f"cera_train/{self.process}", f"{last} {beat}")
+                if is_late:
+                    texts = [store.get(f"cera_train/{process}") for process in range(self.processes)]
+                    seen.append([tuple(map(int, text.split())) for text in texts])
+                    missing = self._missing(seen) if len(seen) == LOOKS else []
             except torch.distributed.DistError:  # process 0 keeps the store, where no launcher does
-                counts = [-1] + [last] * (self.processes - 1)
-            behind = [process for process, count in enumerate(counts) if count < max(counts)]
-            if is_late and behind and self.process not in behind:
-                self._end(behind)
+                missing = [0] if is_late else []
+            if missing and self.process not in missing:
+                self._end(missing)
+
+    @staticmethod
+    def _missing(seen: Sequence[list[tuple[int, ...]]]) -> list[int]:
+        """Those that published nothing new, which are stopped or whose machine is gone; else those that are behind."""
+        now = seen[-1]
+        silent = [process for process, published in enumerate(now) if published == seen[0][process]]
+        return silent or [process for process, (arrivals, _) in enumerate(now) if arrivals < max(now)[0]]
 
     def _end(self, behind: list[int]) -> None:
         who = ", ".join(map(str, behind))

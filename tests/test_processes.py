@@ -18,6 +18,7 @@ from cera_train.config import LaunchConfig
 from cera_train.launch import processes_to_start
 from cera_train.processes import join_slurm_step
 from cera_train.train import train
+from cera_train.watchdog import Watchdog
 
 SCRIPTS = Path(sys.executable).parent
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -285,6 +286,17 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     assert err.startswith("cera-train: process 1 was ended by SIGKILL")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
+
+
+def test_who_is_missing_is_silent_or_behind():
+    """(arrivals, beat) of three processes at two looks."""
+    for first, last, missing in [
+        ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 1), (7, 4)], [1]),  # stopped in the midst of a meeting
+        ([(7, 1), (6, 1), (7, 1)], [(7, 4), (6, 4), (7, 4)], [1]),  # its work does not end
+        ([(7, 1), (6, 1), (7, 1)], [(7, 4), (6, 1), (7, 4)], [1]),
+        ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 4), (7, 4)], []),  # nobody: they wait for the library
+    ]:
+        assert Watchdog._missing([first, last]) == missing
 
 
 @pytest.mark.slow
