@@ -62,7 +62,7 @@ class Watchdog:
         last, moved = self.arrivals, time.monotonic()
         seen: deque[list[tuple[int, ...]]] = deque(maxlen=LOOKS)
         for beat in itertools.count():
-            if self._done.wait(pause):
+            if beat and self._done.wait(pause):
                 return
             if self.arrivals != last:
                 last, moved = self.arrivals, time.monotonic()
@@ -72,13 +72,18 @@ class Watchdog:
             try:
                 store.set(f"cera_train/{self.process}", f"{last} {beat}")
                 if is_late:
-                    texts = [store.get(f"cera_train/{process}") for process in range(self.processes)]
-                    seen.append([tuple(map(int, text.split())) for text in texts])
+                    seen.append([self._published(store, process) for process in range(self.processes)])
                     missing = self._missing(seen) if len(seen) == LOOKS else []
             except torch.distributed.DistError:  # process 0 keeps the store, where no launcher does
                 missing = [0] if is_late else []
             if missing and self.process not in missing:
                 self._end(missing)
+
+    @staticmethod
+    def _published(store: torch.distributed.Store, process: int) -> tuple[int, ...]:
+        """Arrivals and beat; below any other where a process never came to publish: the store would wait for it."""
+        key = f"cera_train/{process}"
+        return tuple(map(int, store.get(key).split())) if store.check([key]) else (-1, -1)
 
     @staticmethod
     def _missing(seen: Sequence[list[tuple[int, ...]]]) -> list[int]:
