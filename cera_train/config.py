@@ -18,8 +18,12 @@ from cera_train.files import read_yaml
 MISSING: Any = "???"
 """OmegaConf's mark for a value that has to be given."""
 
-CHUNK_TOKENS = 1024
-"""Supervised tokens whose logits stand in memory at once."""
+
+def chunk_tokens(on_gpu: bool) -> int:
+    """Supervised tokens whose logits stand in memory at once: as many as keep a GPU busy, and few enough that a CPU's
+    caches hold a part of them."""
+    return 1024 if on_gpu else 128
+
 
 CHANGES_NO_RESULT = (
     "name",
@@ -31,6 +35,7 @@ CHANGES_NO_RESULT = (
     "train.save_every",
     "train.micro_batch_tokens",
     "train.batch_layout",
+    "train.compile",
     "model.gradient_checkpointing",
     "model.facts",
     "data.facts",
@@ -394,8 +399,10 @@ class TrainConfig:
     micro_batch_tokens: int = 4096
     """Tokens in one forward and backward pass. Bounds memory; changes nothing but which units dropout drops."""
     batch_layout: BatchLayout = BatchLayout.auto
-    """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length; auto: flat on a GPU
-    where the model allows it."""
+    """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length; auto: flat where the
+    model allows it, but on a CPU not under a mask."""
+    compile: bool = False
+    """torch.compile of the model's layers: about a minute before the first update, and faster updates."""
     autocast: bool | None = None
     """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter is too."""
     epochs: int = 3

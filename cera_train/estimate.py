@@ -14,7 +14,6 @@ from typing import Any
 
 from cera_train.architecture import Linear, adapted_linears, adapter_tensors, frozen_parameters, linears
 from cera_train.config import (
-    CHUNK_TOKENS,
     Activation,
     AdapterKind,
     BatchLayout,
@@ -27,6 +26,7 @@ from cera_train.config import (
     ModelFacts,
     OptimizerKind,
     Quantization,
+    chunk_tokens,
 )
 
 CHARACTERS_PER_TOKEN = 3.5
@@ -253,6 +253,8 @@ class Setting:
     row_tokens: float
     """Of the row that the largest micro-batch's attention runs over."""
     is_flat: bool
+    by_sequence: bool
+    """Attention runs over each sequence of a flat row by itself."""
     has_mask: bool
     """Attention gets a mask instead of running its causal path."""
     base_bytes: int
@@ -274,7 +276,8 @@ def setting_of(config: Config, size: DataSize, on_gpu: bool, processes: int) -> 
     autocast = is_16bit if train.autocast is None else train.autocast
     autocast = autocast and (on_gpu or model.dtype != Dtype.float16)
     wanted = train.batch_layout
-    is_flat = on_gpu if wanted == BatchLayout.auto else wanted == BatchLayout.flat
+    is_sdpa = model.attn_implementation == "sdpa"
+    is_flat = on_gpu or is_sdpa if wanted == BatchLayout.auto else wanted == BatchLayout.flat
 
     rows = math.ceil(train.batch_size / processes)
     spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
@@ -289,7 +292,8 @@ def setting_of(config: Config, size: DataSize, on_gpu: bool, processes: int) -> 
         eval_tokens=min(train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_row),
         row_tokens=tokens if is_flat else longest,
         is_flat=is_flat,
-        has_mask=not model.attn_implementation.startswith("flash") and (is_flat or not size.is_even),
+        by_sequence=is_flat and is_sdpa,
+        has_mask=not model.attn_implementation.startswith("flash") and not (is_sdpa if is_flat else size.is_even),
         base_bytes=2 if autocast or is_16bit else 4,
         adapter_bytes=2 if autocast else 4,
         shares_inputs=autocast == is_16bit,
@@ -316,6 +320,7 @@ def memory_of(config: Config, facts: ModelFacts, size: DataSize, setting: Settin
     adapted = adapted_linears(facts, config.adapter)
     tensors = [count for linear in adapted for count in adapter_tensors(linear, config.adapter.kind, config.adapter.r)]
     trainable = sum(tensors)
+    has_adapted_head = any(linear.layer is None for linear in adapted)
     activations = activation_bytes(config, facts, setting)
     always = {
         "weights": weight_bytes(config, facts),
@@ -325,15 +330,16 @@ def memory_of(config: Config, facts: ModelFacts, size: DataSize, setting: Settin
     if not setting.on_gpu:
         always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
     logits, eval_logits = (
-        facts.vocab_size * min(CHUNK_TOKENS, tokens * size.supervised)
+        facts.vocab_size * min(chunk_tokens(setting.on_gpu), tokens * size.supervised)
         for tokens in (setting.tokens, setting.eval_tokens)
     )
     training = {
         # DDP holds gradients a second time, in the buckets it sends.
         "gradients": 4 * trainable * (2 if setting.processes > 1 else 1),
         "activations": activations,
-        # The log-softmax that was saved, its gradient, and that of the logits, in float32.
-        "logits": 12 * logits,
+        # Frozen head: the logits, their log-softmax in float32, which becomes its gradient, and that as the logits are.
+        # Adapted: the log-softmax that was saved, its gradient, and that of the logits, in float32.
+        "logits": (12 if has_adapted_head else 8) * logits,
     }
     # float32 logits and their log-softmax. A CPU's heap has not given back what training took.
     evaluation = {"logits": 8 * eval_logits} | ({} if setting.on_gpu else {"activations": activations})
@@ -390,6 +396,8 @@ def _layer_bytes(config: Config, facts: ModelFacts, setting: Setting) -> float:
     # With a mask, keys and values are repeated for every head; the mask itself is saved as numbers.
     key_heads = heads if setting.has_mask else facts.num_key_value_heads
     attention = width * facts.head_dim * (2 * heads + 2 * key_heads) + 4 * heads
+    if setting.by_sequence and not setting.on_gpu and width == 2:  # in 16 bits on a CPU, the output is not kept
+        attention = width * facts.head_dim * (heads + 2 * key_heads)
     mask = width * setting.row_tokens * setting.has_mask
     mlp = 3 * width * facts.intermediate_size  # gate, silu(gate), up
     norms = 2 * 4 * (facts.hidden_size + 1)  # input and inverse root mean square, in float32
@@ -408,16 +416,20 @@ def _adapter_saves(config: Config, adapted: list[Linear], setting: Setting) -> f
     # PEFT casts x to the adapter's float32 and drops it for every projection anew.
     shares = setting.shares_inputs and (is_cera or not (setting.autocast or drops))
     is_int8 = config.model.quantization == Quantization.int8
+    is_in_place = is_cera and setting.shares_inputs
     total, saved = 0.0, set()
     for linear in adapted:
         if setting.autocast:  # 16-bit copies of A and B
             total += 2 * sum(adapter_tensors(linear, AdapterKind.lora, adapter.r))
         place = (linear.layer, linear.reads)
-        is_saved = shares and (place in saved or is_int8 or linear.reads == "attention output")
+        is_attention_output = linear.reads == "attention output" and not setting.by_sequence
+        is_saved = shares and (place in saved or is_int8 or is_attention_output)
         saved.add(place)
         total += 0 if is_saved else tokens * width * linear.d_in
         # A GPU keeps a dropout's mask in bytes, a CPU as numbers of what it drops.
-        if is_cera:
+        if is_in_place:
+            total += tokens * adapter.r * width  # what the gate reads; the rest is made again
+        elif is_cera:
             hidden = 1 + (adapter.activation != Activation.identity)  # what the gate reads, what B reads
             total += tokens * adapter.r * (width * hidden + drops * (1 if setting.on_gpu else width))
         else:
@@ -469,7 +481,9 @@ def flops_of(config: Config, facts: ModelFacts, size: DataSize, work: Work, sett
     if config.model.gradient_checkpointing:
         flops["recomputed"] = (2 * frozen + 2 * trained + attention + masked(setting.usual_tokens)) * work.tokens
     is_adapted = any(linear.layer is None for linear in adapted)
-    if is_adapted and setting.tokens * size.supervised > CHUNK_TOKENS:  # backward makes each chunk's logits again
+    if is_adapted and setting.tokens * size.supervised > chunk_tokens(
+        setting.on_gpu
+    ):  # backward makes each chunk's logits again
         flops["recomputed"] = flops.get("recomputed", 0) + 2 * head * work.supervised_tokens
     forward = 2 * frozen + 2 * trained + attention + masked(setting.eval_tokens) + 2 * head * size.supervised
     return flops | {"evaluations": forward * work.eval_tokens}

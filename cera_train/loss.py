@@ -7,7 +7,9 @@ sequence over a large vocabulary never stand in memory whole.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from cera_train.config import CHUNK_TOKENS, BatchLayout
+from cera_train.attention import BY_SEQUENCE
+from cera_train.config import BatchLayout, chunk_tokens
 from cera_train.data.batches import Batch, flat_batch, padded_batch
 
 
@@ -42,6 +45,8 @@ class SupervisedLoss(nn.Module):
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
         self.chunks_head = False
         self.flattens = False
+        self.attends_by_sequence = False
+        self.is_compiled = False
 
     @torch.no_grad()
     def _probe(self) -> None:
@@ -60,11 +65,50 @@ class SupervisedLoss(nn.Module):
         hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
         self.chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
         flat = flat_batch([first, second], masks).to(device)
-        logits = causal_lm(**flat.inputs, use_cache=False).logits.view_as(expected)
         # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
         tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
-        self.flattens = _close(logits, expected, tolerance)
+
+        def flattens() -> bool:
+            logits = causal_lm(**self._inputs(flat), use_cache=False).logits
+            return _close(logits.view_as(expected), expected, tolerance)
+
+        own = causal_lm.config._attn_implementation
+        if own == "sdpa":  # would make a T x T mask for a flat row; any other the user chose
+            causal_lm.set_attn_implementation(BY_SEQUENCE)
+            with contextlib.suppress(NotImplementedError, TypeError):  # its attention is more, or takes no lengths
+                self.attends_by_sequence = flattens()
+            causal_lm.set_attn_implementation(own)
+        self.flattens = self.attends_by_sequence or flattens()
         self.train(was_training)
+
+    def compile_layers(self) -> None:
+        """One graph for all layers, whatever the lengths of a batch.
+
+        Raises:
+            ValueError: the machine lacks what compiles for its device.
+        """
+        causal_lm = self._parts["causal_lm"]
+        if causal_lm.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            raise ValueError(
+                "train.compile=true needs a C++ compiler on a CPU, such as g++: install one, or leave it out."
+            )
+        for module in causal_lm.modules():
+            if type(module).__name__ in (self._no_split_modules or ()):
+                module.compile(dynamic=True)
+        self.is_compiled = True
+
+    def eagerly(self, batch: Batch) -> torch.Tensor:
+        """The loss, with every hook called: a compiled layer calls none."""
+        with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
+            return self(batch)
+
+    def attend_by_sequence(self) -> None:
+        """From now on, for batches that are flat."""
+        self._parts["causal_lm"].set_attn_implementation(BY_SEQUENCE)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        is_by_sequence = self._parts["causal_lm"].config._attn_implementation == BY_SEQUENCE
+        return batch.inputs | ({"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {})
 
     def forward(self, batch: Batch | None) -> torch.Tensor | None:
         """The loss summed over the supervised tokens of a micro-batch, a float32 scalar. Without a batch it only finds
@@ -79,16 +123,17 @@ class SupervisedLoss(nn.Module):
         targets = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
         if not self.chunks_head:
-            logits = causal_lm(**batch.inputs, use_cache=False).logits[:, :-1][batch.loss_mask[:, 1:]]
+            logits = causal_lm(**self._inputs(batch), use_cache=False).logits[:, :-1][batch.loss_mask[:, 1:]]
             return cross_entropy(logits.float(), targets, reduction="sum")
 
-        hidden_states = decoder(**batch.inputs, use_cache=False).last_hidden_state
+        hidden_states = decoder(**self._inputs(batch), use_cache=False).last_hidden_state
         hidden_states = hidden_states[:, :-1][batch.loss_mask[:, 1:]]
         head = causal_lm.get_output_embeddings()
         if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
             return FrozenHeadLoss.apply(hidden_states, targets, head)
-        chunks = zip(hidden_states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True)
-        if len(targets) <= CHUNK_TOKENS or not torch.is_grad_enabled():
+        size = chunk_tokens(hidden_states.is_cuda)
+        chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
+        if len(targets) <= size or not torch.is_grad_enabled():
             return torch.stack([head_loss(head, *chunk) for chunk in chunks]).sum()
         # An adapted head: the backward pass makes each chunk's logits again.
         return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
@@ -103,12 +148,17 @@ class FrozenHeadLoss(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module
     ) -> torch.Tensor:
         gradients, losses = [], []
-        for hidden, wanted in zip(hidden_states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        size = chunk_tokens(hidden_states.is_cuda)
+        for hidden, wanted in zip(hidden_states.split(size), targets[:, None].split(size), strict=True):
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
-                loss = head_loss(head, hidden, wanted)
-            gradients += torch.autograd.grad(loss, hidden)
-            losses.append(loss.detach())
+                logits = head(hidden)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            log_p = torch.log_softmax(logits.detach(), -1, dtype=wide)
+            losses.append(-log_p.gather(1, wanted).sum())
+            # d loss / d logits = p - 1 at the wanted token, in the place of log p.
+            of_logits = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
+            gradients += torch.autograd.grad(logits, hidden, of_logits.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return torch.stack(losses).sum()
 
@@ -128,8 +178,11 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
     if wanted == BatchLayout.flat and not loss.flattens:
         raise ValueError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
     if wanted == BatchLayout.auto:
-        # On a CPU, attention over one long row costs more than the padding of rows of near-equal length.
-        return BatchLayout.flat if loss.flattens and device.type != "cpu" else BatchLayout.padded
+        # On a CPU, attention over one long row under a mask costs more than the padding of rows of near-equal length.
+        is_fast = loss.attends_by_sequence or device.type != "cpu"
+        wanted = BatchLayout.flat if loss.flattens and is_fast else BatchLayout.padded
+    if wanted == BatchLayout.flat and loss.attends_by_sequence:
+        loss.attend_by_sequence()
     return wanted
 
 

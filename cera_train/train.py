@@ -86,6 +86,8 @@ def train(config: Config) -> dict[str, Any]:
         if moments is not None:
             load_optimizer_state(optimizer, moments)
         is_flat = choose_layout(config.train.batch_layout, local_loss, device) == BatchLayout.flat
+        if config.train.compile:
+            local_loss.compile_layers()
         train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
         eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
         eval_rows = range(len(data.evaluation.rows))
@@ -120,7 +122,7 @@ def train(config: Config) -> dict[str, Any]:
             watchdog.arrive()
 
         def measure() -> dict[str, Any]:
-            return measure_spectra(model, local_loss, own_batches(probe_rows), accelerator.reduce)
+            return measure_spectra(model, local_loss.eagerly, own_batches(probe_rows), accelerator.reduce)
 
         def evaluate() -> None:
             loss_per_token = mean_loss(local_loss, own_batches(eval_rows), accelerator)

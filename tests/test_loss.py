@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import make_tiny_llama
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 from cera_train import loss as loss_module
 from cera_train.cera import CeraConfig
@@ -86,7 +86,7 @@ def test_chunks_of_the_head_change_nothing(tiny_llama, monkeypatch):
     whole.backward()
     gradients = [p.grad.clone() for p in supervised.parameters() if p.requires_grad]
     supervised.zero_grad()
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
     chunked = supervised(flat_batch(rows, masks))
     chunked.backward()
     torch.testing.assert_close(chunked, whole)
@@ -98,8 +98,7 @@ def test_chunks_of_the_head_change_nothing(tiny_llama, monkeypatch):
 
 def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):
     """Against finite differences, in double precision."""
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 3)
-    monkeypatch.setattr(loss_module, "head_loss", lambda head, x, y: cross_entropy(head(x), y, reduction="sum"))
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 3)
     head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
     hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(11, (8,))
@@ -107,7 +106,7 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
 
 
 def test_the_logits_of_a_chunk_are_made_once(tiny_llama, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
     rows, masks = make_rows()
     supervised, calls = make_loss(tiny_llama), []
     tiny_llama.lm_head.register_forward_hook(lambda *_: calls.append(1))

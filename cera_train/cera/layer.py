@@ -14,6 +14,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .branch import add_branch, seeded_dropout
 from .config import CeraConfig
 
 GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Identity}
@@ -114,11 +115,27 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(result)
         if adapter_names is not None:
             return self._forward_by_row(x, result, adapter_names)
-        dtype = result.dtype
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A:
-                result = result + self.branch(x, adapter_name)
-        return result.to(dtype)
+                result = self._add_branch(result, x, adapter_name)
+        return result
+
+    def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """result + branch(x), in place where that rounds nowhere else."""
+        A, B = self.cera_A[adapter_name].weight, self.cera_B[adapter_name].weight
+        gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
+        if result.dtype != dtype or not result.is_contiguous() or torch.compiler.is_compiling():
+            return (result + self.branch(x, adapter_name)).to(result.dtype)
+        p = dropout.p if dropout.training else 0.0
+        # From the CPU's generator: reading a GPU's would wait for it.
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
+
+        def hidden(z: torch.Tensor) -> torch.Tensor:
+            return seeded_dropout(gate(z), p, seed) if p else gate(z)
+
+        return add_branch(result, x.to(dtype), A.to(dtype), B.to(dtype), self.scaling[adapter_name], hidden)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if len(adapter_names) != len(x):

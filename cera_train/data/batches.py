@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,8 @@ class Batch:
     """True where the token's prediction counts."""
     position_ids: torch.Tensor | None
     attention_mask: torch.Tensor | None
+    sequence_lengths: list[int] | None = None
+    """Flat: the tokens of each sequence."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -112,7 +114,8 @@ class Batch:
         return {"input_ids": self.input_ids} | {name: value for name, value in places.items() if value is not None}
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(value if value is None else value.to(device) for value in vars(self).values()))
+        places = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **places)
 
 
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
@@ -122,6 +125,7 @@ def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence
         torch.tensor([[counts for mask in loss_masks for counts in mask]]),
         torch.tensor([[position for ids in input_ids for position in range(len(ids))]]),
         None,
+        [len(ids) for ids in input_ids],
     )
 
 

@@ -16,7 +16,12 @@ from cera_train.statistics import Difference, McNemar, mcnemar, paired_bootstrap
 MOST_RUNS_IN_ALL_PAIRS = 6
 LEVEL = 0.05
 
-OF_SPEED_AND_MEMORY = ("train.micro_batch_tokens", "train.batch_layout", "model.gradient_checkpointing")
+OF_SPEED_AND_MEMORY = (
+    "train.micro_batch_tokens",
+    "train.batch_layout",
+    "train.compile",
+    "model.gradient_checkpointing",
+)
 
 SAYS_NOTHING = tuple(key for key in CHANGES_NO_RESULT if key not in OF_SPEED_AND_MEMORY)
 """Settings, by what they start with, that are not shown as a difference between runs."""

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn.functional import dropout
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig, CeraLayer
+from cera_train.cera.branch import seeded_dropout
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -70,7 +70,8 @@ def test_dropout_comes_after_the_gate_and_scales_what_it_keeps():
     torch.manual_seed(1)
     y = layer(x)
     torch.manual_seed(1)
-    kept = dropout(torch.ones(4, 7, 3, dtype=x.dtype), 0.4)  # 0, or 1 / (1 - 0.4), on the r-wide hidden vector
+    seed = int(torch.randint(2**63 - 1, ()))
+    kept = seeded_dropout(torch.ones(4 * 7, 3, dtype=x.dtype), 0.4, seed).view(4, 7, 3)  # on the r-wide hidden vector
 
     assert 0 < (kept == 0).float().mean() < 1
     torch.testing.assert_close(y - layer.base_layer(x), (kept * GATES["silu"](x @ A.T)) @ B.T)
@@ -165,7 +166,7 @@ def test_under_autocast_the_output_has_the_format_of_the_base_layers():
 
 def test_under_autocast_the_branch_takes_and_gives_16_bits():
     layer, seen = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)), []
-    layer.cera_A["default"].register_forward_hook(
+    layer.cera_gate["default"].register_forward_hook(
         lambda module, args, output: seen.append((args[0].dtype, output.dtype))
     )
     x = x_of(dtype=torch.bfloat16)

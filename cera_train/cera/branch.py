@@ -1,0 +1,91 @@
+"""A projection's output plus its CeRA branch, as one step of autograd: what the plain formula gives, with less kept.
+
+From forward to backward it keeps x, which the base's own graph mostly holds anyway, and z = A x. The gate and the
+dropout mask are r wide and made again; nothing d_out wide is made at all, since B's product is added in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def add_branch(
+    result: torch.Tensor,
+    x: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    scaling: float,
+    hidden: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """result + s B hidden(A x), written into `result`.
+
+    Args:
+        result: [..., d_out], contiguous, of x's dtype.
+        x: [..., d_in].
+        A: [r, d_in]. B: [d_out, r].
+        hidden: gate and dropout, [N, r] -> [N, r]; it answers every call alike.
+    """
+    if torch.is_grad_enabled():
+        return _AddBranch.apply(result, x, A, B, scaling, hidden)
+    result.view(-1, len(B)).addmm_(hidden(_rows(x) @ A.T), B.T, alpha=scaling)
+    return result
+
+
+class _AddBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scaling: float,
+        hidden: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        z = _rows(x) @ A.T
+        result.view(-1, len(B)).addmm_(hidden(z), B.T, alpha=scaling)
+        ctx.save_for_backward(x, z, A, B)
+        ctx.scaling, ctx.hidden = scaling, hidden
+        ctx.mark_dirty(result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, of_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, z, A, B = ctx.saved_tensors
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            h = ctx.hidden(z)
+        of_branch = _rows(of_result)
+        of_h = (of_branch @ B).mul_(ctx.scaling)
+        (of_z,) = torch.autograd.grad(h, z, of_h)
+        of_x = (of_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
+        of_A = of_z.T @ _rows(x) if ctx.needs_input_grad[2] else None
+        of_B = of_branch.T @ h.detach().mul(ctx.scaling) if ctx.needs_input_grad[3] else None
+        return of_result, of_x, of_A, of_B, None, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., d] -> [N, d]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+    """Dropout whose mask follows from the seed: made again in backward instead of kept.
+
+    A hidden unit is dropped where 16 random bits, as a number, are below p: four units a draw of 64 bits, where
+    `nn.Dropout` on a CPU draws for each. p is rounded to 1/65,536, and the scale of what is kept with it.
+    """
+    dropped = min(round(p * BITS), BITS - 1)
+    generator = torch.Generator(h.device).manual_seed(seed)
+    bits = torch.empty(-(-h.numel() // 4), dtype=torch.int64, device=h.device).random_(
+        -(2**63), None, generator=generator
+    )
+    is_kept = bits.view(torch.int16)[: h.numel()].view_as(h) >= dropped - BITS // 2
+    return h * is_kept.to(h.dtype).mul_(BITS / (BITS - dropped))
+
+
+BITS = 2**16

@@ -1,0 +1,112 @@
+"""The branch as one step of autograd: against finite differences, the plain formula, and what it may keep."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import silu
+
+from cera_train.cera import CeraConfig, CeraLayer
+from cera_train.cera.branch import add_branch, seeded_dropout
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def plain(result, x, A, B, scaling, hidden):
+    return result + scaling * hidden(x @ A.T) @ B.T
+
+
+def dropped(z):
+    return seeded_dropout(silu(z), 0.3, seed=5)
+
+
+@pytest.mark.parametrize("hidden", [silu, dropped, torch.relu, lambda z: z])
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+def test_gradients_equal_finite_differences_and_the_plain_formula(hidden, shape):
+    inputs = tensors((*shape, 5), (*shape, 6), (3, 6), (5, 3))
+
+    def ours(result, x, A, B):
+        return add_branch(result * 1, x, A, B, 0.7, hidden)  # * 1: a leaf cannot be written to
+
+    assert torch.autograd.gradcheck(ours, inputs)
+    torch.testing.assert_close(ours(*inputs), plain(*inputs, 0.7, hidden))
+    upstream = torch.randn(*shape, 5, dtype=torch.float64)
+    got = torch.autograd.grad(ours(*inputs), inputs, upstream)
+    expected = torch.autograd.grad(plain(*inputs, 0.7, hidden), inputs, upstream)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_it_adds_in_place_with_and_without_gradients():
+    result, x, A, B = (value.detach() for value in tensors((4, 5), (4, 6), (3, 6), (5, 3)))
+    expected = plain(result, x, A, B, 1.0, silu)
+    with torch.no_grad():
+        assert add_branch(result, x, A, B, 1.0, silu).data_ptr() == result.data_ptr()
+    torch.testing.assert_close(result, expected)
+    A.requires_grad_()
+    assert add_branch(result, x, A, B, 1.0, silu).data_ptr() == result.data_ptr()
+
+
+def test_it_keeps_x_and_z_and_nothing_as_wide_as_the_output():
+    layer = CeraLayer(nn.Linear(6, 50, bias=False).requires_grad_(False), "default", CeraConfig(r=3, dropout=0.2))
+    x, kept = torch.randn(7, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer.train()(x)
+    weights = {layer.base_layer.weight.data_ptr(), *(parameter.data_ptr() for parameter in layer.parameters())}
+    assert sorted(tuple(value.shape) for value in kept if value.data_ptr() not in weights) == [(7, 3), (7, 6)]
+
+
+def test_an_input_without_gradient_gets_none():
+    result, x, A, B = tensors((4, 5), (4, 6), (3, 6), (5, 3))
+    add_branch(result.detach(), x.detach(), A, B, 1.0, silu).sum().backward()
+    assert x.grad is None
+    assert A.grad is not None
+    assert B.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p, dtype):
+    rows = seeded_dropout(torch.ones(40_000, 5, dtype=dtype), p, seed=3)
+    share, count = (rows == 0).double().mean().item(), rows.numel()
+    assert share == pytest.approx(p, abs=5 * (p * (1 - p) / count) ** 0.5 + 2e-5)
+    assert rows.double().mean().item() == pytest.approx(1, abs=5 * (p / (1 - p) / count) ** 0.5 + 4e-3)
+
+
+def test_dropout_follows_from_its_seed_alone():
+    h = torch.ones(33, 7)
+    first = seeded_dropout(h, 0.5, seed=1)
+    torch.rand(5)
+    assert torch.equal(seeded_dropout(h, 0.5, seed=1), first)
+    assert not torch.equal(seeded_dropout(h, 0.5, seed=2), first)
+
+
+def test_dropout_treats_the_four_units_of_a_draw_alike():
+    shares = (seeded_dropout(torch.ones(4, 50_000), 0.3, seed=9).T.reshape(-1, 4) == 0).double().mean(0)
+    by_place = (seeded_dropout(torch.ones(50_000, 4), 0.3, seed=9) == 0).double()
+    torch.testing.assert_close(by_place.mean(0), torch.full((4,), 0.3, dtype=torch.float64), atol=0.011, rtol=0)
+    torch.testing.assert_close(by_place.T.corrcoef(), torch.eye(4, dtype=torch.float64), atol=0.025, rtol=0)
+    assert shares.isfinite().all()
+
+
+def test_training_steps_equal_those_of_the_plain_formula_under_autocast():
+    def gradients(dtype: torch.dtype, is_plain: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        base = nn.Linear(16, 12, dtype=dtype).requires_grad_(False)
+        layer = CeraLayer(base, "default", CeraConfig(r=4, dropout=0.0, init_weights=False)).train()
+        x = torch.randn(5, 16, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = layer.base_layer(x) + layer.branch(x, "default") if is_plain else layer(x)
+        assert y.dtype == dtype
+        y.float().square().sum().backward()
+        return [x.grad, layer.cera_A["default"].weight.grad, layer.cera_B["default"].weight.grad]
+
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        for one, other in zip(gradients(dtype, False), gradients(dtype, True), strict=True):
+            assert one.dtype == other.dtype
+            assert (one - other).norm() <= tolerance * other.norm()

@@ -1,0 +1,148 @@
+"""Attention by sequence against attention over one row under a block mask, and over each sequence alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
+
+from cera_train.attention import BY_SEQUENCE, ShortAttention, attend_by_sequence
+from cera_train.data.batches import flat_batch
+from cera_train.loss import SupervisedLoss
+
+LENGTHS = [5, 1, 9, 3]
+
+
+class Causal(nn.Module):
+    is_causal = True
+
+
+def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Query, key and value: 4 heads on 2."""
+    return [torch.randn(1, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
+
+
+def masked(query, key, value, window: int | None = None) -> torch.Tensor:
+    total, start = sum(LENGTHS), 0
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for length in LENGTHS:
+        ones = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
+        start += length
+    return scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 4, 9])
+def test_it_equals_one_row_under_a_block_mask(window):
+    inputs = heads()
+    got, no_weights = attend_by_sequence(Causal(), *inputs, None, sequence_lengths=LENGTHS, sliding_window=window)
+    expected = masked(*inputs, window)
+    torch.testing.assert_close(got, expected)
+    assert no_weights is None
+    upstream = torch.randn_like(got)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_no_mask_is_made(monkeypatch):
+    masks = []
+
+    def attention(query, key, value, mask, *args, **kwargs):
+        masks.append(mask)
+        return scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
+
+    monkeypatch.setattr("cera_train.attention.scaled_dot_product_attention", attention)
+    attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS)
+    assert masks == [None] * len(LENGTHS)
+
+
+def test_the_backward_of_short_attention_equals_finite_differences():
+    query, key, value = heads(6)
+    assert torch.autograd.gradcheck(lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value))
+
+
+def test_short_attention_is_about_as_near_to_the_exact_gradient_as_torchs_own():
+    exact = heads(150)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    upstream = torch.randn(1, 4, 150, 8).bfloat16()
+
+    def gradients(attend, inputs):
+        return torch.autograd.grad(attend(*inputs), inputs, upstream.to(inputs[0].dtype))
+
+    def own(query, key, value):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    assert ShortAttention.is_faster(rounded[0])
+    expected = gradients(own, exact)
+    for one, other, true in zip(
+        gradients(lambda *qkv: ShortAttention.apply(*qkv, 8**-0.5), rounded),
+        gradients(own, rounded),
+        expected,
+        strict=True,
+    ):
+        assert (one - true).norm() < 2 * (other - true).norm()
+
+
+@pytest.mark.parametrize(
+    "more", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}]
+)
+def test_attention_that_is_more_is_refused(more):
+    with pytest.raises(NotImplementedError, match="more than causal"):
+        attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours():
+    model = make_tiny_llama()
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attends_by_sequence
+    loss.attend_by_sequence()
+    numbers = random.Random(0)
+    rows = [[numbers.randrange(512) for _ in range(length)] for length in LENGTHS]
+    masks = [[False, *[True] * (len(row) - 1)] for row in rows]
+    with torch.no_grad():
+        together = loss(flat_batch(rows, masks))
+        alone = sum(loss(flat_batch([row], [mask])) for row, mask in zip(rows, masks, strict=True) if len(row) > 1)
+    torch.testing.assert_close(together, alone)
+
+
+def small(config_class, **settings):
+    config = config_class(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        **settings,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_sliding_window_is_kept():
+    model = small(MistralConfig, sliding_window=4)
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attends_by_sequence
+    row = [list(range(1, 13))] * 2
+    mask = [[False] + [True] * 11] * 2
+    with torch.no_grad():
+        dense = loss(flat_batch(row, mask))
+        loss.attend_by_sequence()
+        torch.testing.assert_close(loss(flat_batch(row, mask)), dense)
+
+
+def test_what_the_user_chose_is_left_alone():
+    model = small(Gemma2Config)  # eager, since it caps its scores softly
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.flattens
+    assert not loss.attends_by_sequence
+    assert model.config._attn_implementation == "eager" != BY_SEQUENCE
