@@ -6,6 +6,7 @@ W0 is never read, only called: the same layer stands on nn.Linear, transformers'
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import add_branch, seeded_dropout
+from .branch import add_branch
 from .config import CeraConfig
-
-GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Identity}
+from .hidden import GATES, hidden
 
 BASE_ADAPTER = "__base__"
 """PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
@@ -131,11 +131,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         p = dropout.p if dropout.training else 0.0
         # From the CPU's generator: reading a GPU's would wait for it.
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
-
-        def hidden(z: torch.Tensor) -> torch.Tensor:
-            return seeded_dropout(gate(z), p, seed) if p else gate(z)
-
-        return add_branch(result, x.to(dtype), A.to(dtype), B.to(dtype), self.scaling[adapter_name], hidden)
+        own_hidden = functools.partial(hidden, gate=gate, p=p, seed=seed)
+        return add_branch(result, x.to(dtype), A.to(dtype), B.to(dtype), self.scaling[adapter_name], own_hidden)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if len(adapter_names) != len(x):
