@@ -12,8 +12,9 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from cera_train.config import AdapterKind, Config, Quantization
+from cera_train.config import AdapterKind, BatchLayout, Config, Quantization
 from cera_train.data import TokenizedData
+from cera_train.loss import SupervisedLoss
 from cera_train.words import clean, duration, say, targets
 
 tqdm.set_lock(threading.RLock())  # its own is shared by processes, and would be missed when one of them is killed
@@ -47,6 +48,27 @@ def say_start(
     precision = {"no": "no autocast"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     layout = "flat" if is_flat else "padded"
     say("device", f"{device}, {precision}, {layout} micro-batches of up to {config.train.micro_batch_tokens:,} tokens")
+
+
+def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, is_flat: bool, kernels: str) -> str:
+    """What makes this run fast, and why it does without the rest.
+
+    Args:
+        wanted: the layout that was asked for; `is_flat` is what came of it.
+        kernels: `choose_kernels`'s answer, empty without CeRA.
+    """
+    if is_flat:
+        batches = "attention by sequence, no padding"
+        if not loss.attends_by_sequence:
+            batches = "no padding, no attention by sequence (this model's own is not plain causal sdpa)"
+    elif not loss.flattens:
+        batches = "padding (this model mixes sequences that share a row)"
+    elif wanted == BatchLayout.padded:
+        batches = "padding (train.batch_layout=padded)"
+    else:
+        batches = "padding (costs less here than a mask over one long row)"
+    compiled = "compiled layers" if loss.is_compiled else "not compiled (train.compile=false)"
+    return "; ".join(filter(None, (batches, compiled, kernels)))
 
 
 def say_data(data: TokenizedData, tokenizer: Any) -> None:

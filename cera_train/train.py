@@ -17,8 +17,9 @@ from torch import nn
 
 from cera_train import console
 from cera_train.card import write_card
+from cera_train.cera.hidden import choose_kernels
 from cera_train.checkpoint import Progress, RunFolder, environment, load_checkpoint
-from cera_train.config import BatchLayout, Config, to_plain
+from cera_train.config import AdapterKind, BatchLayout, Config, to_plain
 from cera_train.data import prepare_data
 from cera_train.data.batches import Batch, MicroBatches, Plan
 from cera_train.distribution import load_optimizer_state
@@ -88,6 +89,9 @@ def train(config: Config) -> dict[str, Any]:
         is_flat = choose_layout(config.train.batch_layout, local_loss, device) == BatchLayout.flat
         if config.train.compile:
             local_loss.compile_layers()
+        kernels = ""
+        if config.adapter.kind == AdapterKind.cera:
+            kernels = choose_kernels(device, model.peft_config["default"], local_loss.is_compiled)
         train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
         eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
         eval_rows = range(len(data.evaluation.rows))
@@ -101,6 +105,7 @@ def train(config: Config) -> dict[str, Any]:
             folder.write_config(machine | {"updates": updates})
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, (trainable, total), accelerator, is_flat, updates, progress.update)
+            console.say("speed", console.describe_speed(config.train.batch_layout, local_loss, is_flat, kernels))
             console.say_data(data, tokenizer)
         at_exit.callback(tracker.finish)
         bar = console.ProgressBar("update", updates, progress.update, visible=is_main)
