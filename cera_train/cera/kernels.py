@@ -57,7 +57,7 @@ def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor, gate: str, p: fl
 
 # Without `do_not_specialize`, a seed that 16 divides would have the kernel compiled once more.
 @triton.jit(do_not_specialize=["seed"])
-def _forward(z_ptr, h_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _forward(z_ptr, h_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_inside = places < count
     z = tl.load(z_ptr + places, mask=is_inside).to(tl.float32)
@@ -66,7 +66,7 @@ def _forward(z_ptr, h_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLO
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _backward(z_ptr, of_h_ptr, of_z_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202
+def _backward(z_ptr, of_h_ptr, of_z_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_inside = places < count
     z = tl.load(z_ptr + places, mask=is_inside).to(tl.float32)
@@ -76,7 +76,7 @@ def _backward(z_ptr, of_h_ptr, of_z_ptr, count, seed, p: tl.constexpr, GATE: tl.
 
 
 @triton.jit
-def _gate(z, GATE: tl.constexpr):  # noqa: ANN001, ANN202
+def _gate(z, GATE: tl.constexpr):
     """gate(z) and gate'(z); the one that is not used costs nothing."""
     if GATE == "SiLU":
         sigma = tl.sigmoid(z)
@@ -93,7 +93,7 @@ def _gate(z, GATE: tl.constexpr):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _kept(seed, places, p: tl.constexpr):  # noqa: ANN001, ANN202
+def _kept(seed, places, p: tl.constexpr):
     """By what dropout multiplies: 0, or 1 / (1 - p)."""
     factor = tl.full(places.shape, 1.0, tl.float32)
     if p > 0:

@@ -18,8 +18,10 @@ from cera_train.cera.hidden import choose_kernels, is_faster
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which pip installs on Linux")
+
+@needs_triton
 def test_kernels_equal_torchs_formula():
     checks = Path(__file__).parent / "kernels_checks.py"
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
@@ -30,6 +32,24 @@ def test_kernels_equal_torchs_formula():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("gate", ["SiLU", "ReLU", "GELU", "Identity"])
+@pytest.mark.parametrize("tensor", ["*fp32", "*bf16"])
+def test_kernels_compile_for_a_gpu(gate, tensor, monkeypatch, tmp_path):
+    """The interpreter takes Python that the compiler does not, and the compiler needs no GPU: here for an A100."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from cera_train.cera import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"p": 0.1, "GATE": gate, "BLOCK": kernels.BLOCK}
+    for kernel in (kernels._forward, kernels._backward):
+        types = {name: tensor for name in kernel.arg_names if name.endswith("_ptr")} | {"count": "i32", "seed": "i64"}
+        source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+        assert compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
 
 
 def test_a_cpu_computes_by_torch_and_says_so():
