@@ -136,9 +136,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained")
     for (name, points), column in zip(found.items(), grid.T, strict=True):
         field = CURVES[name][0]
-        for axes, key, scale, label in zip(
-            column, ("seconds", "memory"), (1, 1e-9), ("seconds an update", "GB"), strict=True
-        ):
+        for axes, key, scale in zip(column, ("seconds", "memory"), (1, 1e-9), strict=True):
             for kind in dict.fromkeys(point["kind"] for point in points):
                 own = [point for point in points if point["kind"] == kind]
                 axes.plot(
