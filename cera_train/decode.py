@@ -1,10 +1,12 @@
-"""Answers token by token, as `model.generate` gives them, for less: a row that ends leaves the batch at once, and keys
-and values are written in place, where transformers' cache copies all of them for every token.
+"""Answers token by token, as `model.generate` gives them, for less: prompts run beside others of their length, a row
+that ends leaves the batch at once, and keys and values are written in place, where transformers' cache copies all of
+them for every token.
 """
 
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +14,9 @@ from peft import LoraConfig
 from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
+
+PROMPTS_AT_ONCE = 8
+"""Few, so that prompts of like length are padded to theirs; enough for matrix products to be of good size."""
 
 
 class TokenChoice(Protocol):
@@ -26,39 +31,60 @@ class TokenChoice(Protocol):
         ...
 
 
+@dataclass
+class Window:
+    """The part of the cache that a call of the model reads and adds to."""
+
+    row: int = 0
+    """Its first row."""
+    column: int = 0
+    """Its first column."""
+    end: int = 0
+    """Where its written columns end, and what the call adds begins."""
+
+
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, room, width], of which the first `length` tokens are written.
+    """Keys and values of a layer, [rows, heads, room, width], right-aligned as the left-padded prompts are.
 
     There is room for a block of tokens more than there are: most answers end far before max_new_tokens.
+
+    Args:
+        rows: of the batch.
+        prompt: tokens of its longest prompt.
+        window: shared by all layers.
     """
 
     BLOCK = 128
 
-    length = 0
+    def __init__(self, rows: int, prompt: int, window: Window) -> None:
+        super().__init__()
+        self.rows, self.prompt, self.window = rows, prompt, window
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Zeros: attention weighs what is masked with 0, and 0 times what memory held before may be NaN."""
+        self.keys, self.values = (
+            states.new_zeros(self.rows, states.shape[1], self.prompt + self.BLOCK, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes what is new, [rows, heads, new, width]; returns all there is, as views."""
-        rows, start = len(key_states), self.length
-        self.length += key_states.shape[-2]
-        if not self.is_initialized or self.length > self.keys.shape[-2]:
-            self.keys = self._with_room(self.keys, key_states, start)
-            self.values = self._with_room(self.values, value_states, start)
-            self.is_initialized = True
-        self.keys[:rows, :, start : self.length] = key_states
-        self.values[:rows, :, start : self.length] = value_states
-        return self.keys[:rows, :, : self.length], self.values[:rows, :, : self.length]
-
-    def _with_room(self, old: torch.Tensor | None, states: torch.Tensor, start: int) -> torch.Tensor:
-        rows, heads, _, width = states.shape
-        grown = states.new_empty(rows, heads, self.length + self.BLOCK, width)
-        if old is not None:
-            grown[:, :, :start] = old[:rows, :, :start]
-        return grown
+        """Writes what is new, [rows, heads, new, width]; returns all there is in the window, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rows = slice(self.window.row, self.window.row + len(key_states))
+        start, end = self.window.end, self.window.end + key_states.shape[-2]
+        if end > self.keys.shape[-2]:  # one more block, without the rows that have left
+            self.keys, self.values = (pad(held[rows], (0, 0, 0, self.BLOCK)) for held in (self.keys, self.values))
+        self.keys[rows, :, start:end] = key_states
+        self.values[rows, :, start:end] = value_states
+        return self.keys[rows, :, self.window.column : end], self.values[rows, :, self.window.column : end]
 
     def get_seq_length(self) -> int:
-        return self.length
+        """What the masks are made for: the tokens before those of this call."""
+        return self.window.end - self.window.column
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
         """Copies rows over others."""
@@ -100,26 +126,40 @@ def decode(
     ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
     stops = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
     prompt, longest = ids_BT.shape[1], ids_BT.shape[1] + settings.max_new_tokens
-    ids_BT = pad(ids_BT, (0, settings.max_new_tokens))
-    mask_BT = pad(mask_BT, (0, settings.max_new_tokens), value=1)
+    length_B, order = mask_BT.sum(-1).sort(descending=True, stable=True)
+    ids_BT = pad(ids_BT[order], (0, settings.max_new_tokens))
+    mask_BT = pad(mask_BT[order], (0, settings.max_new_tokens), value=1)
+    choose.keep(order)
     positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    cache = Cache(layer_class_to_replicate=GrowingLayer)
+    window = Window()
+    layers = len(DynamicCache(config=base.config).layers)
+    cache = Cache(layers=[GrowingLayer(len(ids_BT), prompt, window) for _ in range(layers)])
     # transformers 5.24 renames the argument, and warns of the old name
     cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
-    answers: dict[int, list[int]] = {}
-    rows = list(range(len(ids_BT)))
-    start = 0
-    for now in range(prompt, longest):
-        logits_BV = model(
-            input_ids=ids_BT[:, start:now],
-            attention_mask=mask_BT[:, :now],
-            position_ids=positions_BT[:, start:now],
+    def last_logits(rows: slice, first: int, start: int, end: int) -> torch.Tensor:
+        """Runs the tokens of columns start to end; `first` is the first column that is not padding in all rows."""
+        window.row, window.column, window.end = rows.start, first, start
+        output = model(
+            input_ids=ids_BT[rows, start:end],
+            attention_mask=mask_BT[rows, first:end],
+            position_ids=positions_BT[rows, start:end],
             use_cache=True,
             logits_to_keep=1,
             **{cache_name: cache},
-        ).logits[:, -1]
-        start = now
+        )
+        return output.logits[:, -1]
+
+    # Prompts of like length together: padding costs as much as tokens do.
+    groups = [slice(row, min(row + PROMPTS_AT_ONCE, len(ids_BT))) for row in range(0, len(ids_BT), PROMPTS_AT_ONCE)]
+    firsts = [prompt - length for length in length_B[::PROMPTS_AT_ONCE].tolist()]
+    logits_BV = torch.cat([last_logits(rows, first, first, prompt) for rows, first in zip(groups, firsts, strict=True)])
+
+    answers: dict[int, list[int]] = {}
+    rows = order.tolist()
+    for now in range(prompt, longest):
+        if now > prompt:
+            logits_BV = last_logits(slice(0, len(rows)), 0, now - 1, now)
         ids_BT[:, now] = choose(logits_BV)
         has_ended_B = torch.isin(ids_BT[:, now], ends)
         if stops is not None:
@@ -129,14 +169,14 @@ def decode(
             for place, row in enumerate(rows):
                 if has_ended[place]:
                     answers[row] = ids_BT[place, prompt : now + 1].tolist()
-            order = _close_gaps(has_ended)
-            if not order:
+            places = _close_gaps(has_ended)
+            if not places:
                 break
-            rows = [rows[place] for place in order]
-            kept = torch.tensor(order, device=ids_BT.device)
+            rows = [rows[place] for place in places]
+            kept = torch.tensor(places, device=ids_BT.device)
             ids_BT, mask_BT, positions_BT = ids_BT[kept], mask_BT[kept], positions_BT[kept]
             choose.keep(kept)
-            gaps = torch.tensor([place for place in range(len(order)) if has_ended[place]], device=ids_BT.device).long()
+            gaps = torch.tensor(has_ended[: len(places)], device=ids_BT.device).nonzero()[:, 0]
             for layer in cache.layers if len(gaps) else []:
                 layer.move(kept[gaps], gaps)
     return [answers[row] for row in range(len(answers))]
