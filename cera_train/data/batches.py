@@ -6,12 +6,14 @@ supervised tokens, none of it changes the result.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 OVERHEAD_TOKENS = 96
 """What one more micro-batch costs beyond its tokens, in tokens (SmolLM2-135M on two cores): padding less than this is
@@ -37,10 +39,15 @@ class Plan:
 
     def sequences(self, update: int) -> list[int]:
         """The rows of one update."""
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch(update))
-        permutation = torch.randperm(self.rows, generator=order).tolist()
+        order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
         start = update % self.updates_per_epoch * self.batch_size
-        return permutation[start : start + self.batch_size]
+        return order[start : start + self.batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=1)  # of many rows it takes milliseconds, which every update of the epoch would wait for
+def epoch_order(rows: int, seed: int) -> torch.Tensor:
+    """The rows in the order of an epoch."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
@@ -118,23 +125,24 @@ class Batch:
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences end to end in one row: no padding at all."""
     return Batch(
-        torch.tensor([[token for ids in input_ids for token in ids]]),
-        torch.tensor([[counts for mask in loss_masks for counts in mask]]),
-        torch.tensor([[position for ids in input_ids for position in range(len(ids))]]),
+        torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
+        torch.cat([torch.tensor(mask) for mask in loss_masks])[None],
+        torch.cat([torch.arange(len(ids)) for ids in input_ids])[None],
         None,
     )
 
 
 def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences one a row, padded on the right. Token 0 stands for padding, which nothing attends to or predicts."""
-    longest = max(map(len, input_ids))
-    needs_mask = any(len(ids) < longest for ids in input_ids)
+    needs_mask = len(set(map(len, input_ids))) > 1
     return Batch(
-        torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in input_ids]),
-        torch.tensor([[*mask, *[False] * (longest - len(mask))] for mask in loss_masks]),
+        pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in input_ids], batch_first=True),
+        pad_sequence([torch.tensor(mask) for mask in loss_masks], batch_first=True),
         None,
         # All of one length: without a mask, attention takes its fast causal path.
-        torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in input_ids]) if needs_mask else None,
+        pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in input_ids], batch_first=True)
+        if needs_mask
+        else None,
     )
 
 
@@ -160,9 +168,11 @@ class MicroBatches:
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
-        columns = self.rows[group]
-        make = flat_batch if self.is_flat else padded_batch
-        return make(columns["input_ids"], columns["loss_mask"]).to(self.device)
+        ids, masks = (
+            [self.rows[name][row].values.to_numpy(zero_copy_only=False) for row in group]
+            for name in ("input_ids", "loss_mask")
+        )
+        return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
         """The micro-batches that a process runs for its share of these rows, and whether each counts. It runs at least
