@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -125,8 +126,8 @@ class Batch:
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences end to end in one row: no padding at all."""
     return Batch(
-        torch.cat([torch.tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
-        torch.cat([torch.tensor(mask) for mask in loss_masks])[None],
+        torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
+        torch.cat([torch.as_tensor(mask) for mask in loss_masks])[None],
         torch.cat([torch.arange(len(ids)) for ids in input_ids])[None],
         None,
     )
@@ -134,15 +135,15 @@ def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence
 
 def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences one a row, padded on the right. Token 0 stands for padding, which nothing attends to or predicts."""
-    needs_mask = len(set(map(len, input_ids))) > 1
+    rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
+    needs_mask = len(set(map(len, rows))) > 1
+    pad = functools.partial(pad_sequence, batch_first=True)
     return Batch(
-        pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in input_ids], batch_first=True),
-        pad_sequence([torch.tensor(mask) for mask in loss_masks], batch_first=True),
+        pad(rows),
+        pad([torch.as_tensor(mask) for mask in loss_masks]),
         None,
         # All of one length: without a mask, attention takes its fast causal path.
-        pad_sequence([torch.ones(len(ids), dtype=torch.int64) for ids in input_ids], batch_first=True)
-        if needs_mask
-        else None,
+        pad([torch.ones_like(ids) for ids in rows]) if needs_mask else None,
     )
 
 
@@ -168,10 +169,10 @@ class MicroBatches:
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
-        ids, masks = (
-            [self.rows[name][row].values.to_numpy(zero_copy_only=False) for row in group]
-            for name in ("input_ids", "loss_mask")
-        )
+        # By DLPack, which has no packed bits: Arrow's `to_numpy` would first import pandas, for a third of a second.
+        ids = [torch.from_dlpack(self.rows["input_ids"][row].values) for row in group]
+        bits = [self.rows["loss_mask"][row].values for row in group]
+        masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
