@@ -7,13 +7,14 @@ slows both. Compare the ratios; the seconds are of this machine, now.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from contestants import PROMPT, RANK
 from targets import Target, print_targets, ratios, write_results
-from training import PACKAGE
+from training import PACKAGE, lines_of
 
 from cera_train.config import AdapterConfig, AdapterKind, GenerationConfig, ModelConfig
 from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
@@ -54,7 +55,7 @@ class Answering:
         self.autocast = torch.autocast("cpu", torch.bfloat16)
 
     def requests(self, file: Path, problems: int) -> list[Request]:
-        rows = [json.loads(line) for line in file.read_text().splitlines()[:problems]]
+        rows = [json.loads(line) for line in lines_of(file)[:problems]]
         prompts = self.tokenizer([PROMPT.format(**row) for row in rows], add_special_tokens=False).input_ids
         return [Request(str(number), 0, tuple(ids)) for number, ids in enumerate(prompts)]
 
@@ -148,6 +149,13 @@ def adapter_cost(file: Path) -> dict[str, dict[int, float]]:
     return speeds
 
 
+@contextlib.contextmanager
+def questions(rows: Path | None) -> Iterator[Path]:
+    """That file, or one of sums in words."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield rows or word_problems(Path(folder) / "rows.jsonl")
+
+
 def word_problems(file: Path, count: int = 64) -> Path:
     """Problems for where there are no others, of one to four things to add, so of differing length."""
     things = ("apples", "red pencils", "books from the library", "bottles of cold water")
@@ -167,8 +175,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/evaluation.json"))
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        file = arguments.rows or word_problems(Path(folder) / "rows.jsonl")
+    with questions(arguments.rows) as file:
         targets, found = measure(file, arguments.rounds, arguments.problems, arguments.max_new_tokens)
         found["tokens_per_s"] = adapter_cost(file)
     print_targets(targets)

@@ -59,7 +59,7 @@ def contend(name: str, dtype: str, file: Path, rows: list[dict[str, str]], pipe:
 
 def race(names: list[str], dtype: str, file: Path, batch: int, rounds: int) -> dict[str, Any]:
     """Seconds of every round, and peak memory, by contestant."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in lines_of(file)]
     context = multiprocessing.get_context("spawn")
     pipes, seconds = {}, {name: [] for name in names}
     for name in names:
@@ -90,7 +90,7 @@ def useful_flops(
     width, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
     layer = 2 * width * width + 2 * width * key_width + 3 * width * config.intermediate_size
     flops, all_tokens, all_supervised = [], [], []
-    lines = file.read_text().splitlines()
+    lines = lines_of(file)
     for number in range(1, rounds + 1):
         rows = [json.loads(line) for line in lines[number * batch : (number + 1) * batch]]
         prompts, completions = (
@@ -171,9 +171,14 @@ def first_rows(rows: Path | None) -> Iterator[Path]:
     """A file of the first rows of that file; where there is none, of logistic maps: short, and alike."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        lines = rows.read_text().splitlines() if rows else logistic_maps()
+        lines = lines_of(rows) if rows else logistic_maps()
         file.write_text("".join(f"{line}\n" for line in lines[:FIRST_ROWS]))
         yield file
+
+
+def lines_of(file: Path) -> list[str]:
+    """Not by `splitlines`, which also splits at characters that may stand in a JSON string."""
+    return file.read_text().rstrip("\n").split("\n")
 
 
 def logistic_maps() -> list[str]:
