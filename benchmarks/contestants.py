@@ -152,6 +152,7 @@ class Ours(Contestant):
     """An update of cera-train, as its loop makes it."""
 
     kind = "cera"
+    is_compiled = False
     MICRO_BATCH_TOKENS = 1024
 
     def __init__(self, base: str, file: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> None:
@@ -181,6 +182,8 @@ class Ours(Contestant):
             adapted, model, lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
         )
         is_flat = choose_layout(BatchLayout.auto, self.loss, device) == BatchLayout.flat
+        if self.is_compiled:
+            self.loss.compile_layers()
         self.loss.train()
         self.parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.parameters, OptimizerConfig(lr=LEARNING_RATE), device)
@@ -196,6 +199,12 @@ class Ours(Contestant):
         self.optimizer.zero_grad()
 
 
+class OursCompiled(Ours):
+    """The same with train.compile=true."""
+
+    is_compiled = True
+
+
 class OursWithLora(Ours):
     """The same with LoRA at equal rank."""
 
@@ -208,4 +217,5 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "TRL + LoRA, best": TunedTrl,
     "ours with LoRA": OursWithLora,
     "ours with CeRA": Ours,
+    "ours with CeRA, compiled": OursCompiled,
 }

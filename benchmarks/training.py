@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -122,9 +122,10 @@ def matmul_peak(dtype: str, config: Any, tokens: int) -> float:
     return best
 
 
-def measure(file: Path, dtype: str, rounds: int) -> tuple[list[Target], dict[str, Any]]:
-    """Races all contestants; prints their speed and memory."""
-    from contestants import CONTESTANTS
+def measure(
+    file: Path, dtype: str, rounds: int, names: Sequence[str] = (*AT_LEAST, CERA)
+) -> tuple[list[Target], dict[str, Any]]:
+    """Races the contestants; prints their speed and memory."""
     from transformers import AutoConfig
 
     from cera_train.config import ModelConfig
@@ -134,7 +135,7 @@ def measure(file: Path, dtype: str, rounds: int) -> tuple[list[Target], dict[str
     tokenizer = load_tokenizer(ModelConfig(path=PACKAGE))
     config = AutoConfig.from_pretrained(tokenizer.name_or_path)
     flops, tokens, supervised = useful_flops(tokenizer, config, file, batch, rounds)
-    found = race(list(CONTESTANTS), dtype, file, batch, rounds)
+    found = race(list(names), dtype, file, batch, rounds)
     seconds, memory = found["seconds"], found["peak_memory_bytes"]
     print(f"\n{dtype}: {batch} sequences an update, {statistics.mean(supervised):,.0f} supervised tokens of them")
     for name, taken in seconds.items():
@@ -142,25 +143,31 @@ def measure(file: Path, dtype: str, rounds: int) -> tuple[list[Target], dict[str
     targets = [
         Target(f"{dtype}: {CERA} / {name}", ratios(seconds[name], seconds[CERA]), bound)
         for name, bound in AT_LEAST.items()
+        if name in names
     ]
     found["peak_flops"] = matmul_peak(dtype, config, int(statistics.mean(tokens)))
     shares = [need / taken / found["peak_flops"] for need, taken in zip(flops, seconds[CERA], strict=True)]
     targets.append(Target(f"{dtype}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
-    targets.append(Target(f"{dtype}: memory / {PUBLISHED}", [memory[CERA] / memory[PUBLISHED]], 0.8, is_least=False))
+    if PUBLISHED in names:
+        share = memory[CERA] / memory[PUBLISHED]
+        targets.append(Target(f"{dtype}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
     return targets, found
 
 
 def main() -> None:
+    from contestants import CONTESTANTS
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
     parser.add_argument("--dtype", nargs="+", default=list(SEQUENCES), choices=SEQUENCES)
+    parser.add_argument("--contestants", nargs="+", default=[*AT_LEAST, CERA], choices=CONTESTANTS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/training.json"))
     arguments = parser.parse_args()
     targets, found = [], {}
     with first_rows(arguments.rows) as file:
         for dtype in arguments.dtype:
-            more, found[dtype] = measure(file, dtype, arguments.rounds)
+            more, found[dtype] = measure(file, dtype, arguments.rounds, arguments.contestants)
             targets += more
     print_targets(targets)
     write_results(arguments.output, found, targets)
