@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-all check bench clean
+.PHONY: quickstart install test test-all check bench growth clean
 
 quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's CPU or GPU
 	$(BIN)/cera-train +recipe=quickstart
@@ -20,8 +20,11 @@ check: test  ## ruff and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed-test  ## an update beside what a user would pick instead; ROWS=train.jsonl for GSM8K's rows
-	$(BIN)/python benchmarks/training.py $(if $(ROWS),--rows $(ROWS))
+bench: $(VENV)/.installed-test  ## the targets, reached or missed, in 15 minutes; ROWS=train.jsonl for GSM8K's rows
+	$(BIN)/python benchmarks $(if $(ROWS),--rows $(ROWS))
+
+growth: $(VENV)/.installed-test  ## how time and memory of an update grow, in curves
+	$(BIN)/python benchmarks/growth.py
 
 clean:
 	rm -rf $(VENV)

@@ -142,8 +142,8 @@ class Trl(Contestant):
 
 
 class TunedTrl(Trl):
-    """The same with its best settings on a CPU: nothing recomputed. Its packing and padding-free batches need a GPU's
-    flash attention."""
+    """The same with its best settings on a CPU: nothing recomputed. Its own loss is in chunks already. Without flash
+    attention, its packing and padding-free batches put a T x T mask over a row, which takes longer than the padding."""
 
     settings: ClassVar[dict[str, Any]] = {"gradient_checkpointing": False}
 
@@ -152,6 +152,8 @@ class Ours(Contestant):
     """An update of cera-train, as its loop makes it."""
 
     kind = "cera"
+    is_compiled = False
+    MICRO_BATCH_TOKENS = 1024
 
     def __init__(self, base: str, file: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> None:
         from cera_train.config import (
@@ -180,11 +182,13 @@ class Ours(Contestant):
             adapted, model, lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
         )
         is_flat = choose_layout(BatchLayout.auto, self.loss, device) == BatchLayout.flat
+        if self.is_compiled:
+            self.loss.compile_layers()
         self.loss.train()
         self.parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.parameters, OptimizerConfig(lr=LEARNING_RATE), device)
         data = prepare_data(data_config, load_tokenizer(model_config))
-        self.batches = MicroBatches(data.train, is_flat, 4096, device)
+        self.batches = MicroBatches(data.train, is_flat, self.MICRO_BATCH_TOKENS, device)
 
     def update(self, rows: Sequence[int]) -> None:
         supervised = sum(self.batches.supervised[row] for row in rows)
@@ -193,6 +197,12 @@ class Ours(Contestant):
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class OursCompiled(Ours):
+    """The same with train.compile=true."""
+
+    is_compiled = True
 
 
 class OursWithLora(Ours):
@@ -207,4 +217,5 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "TRL + LoRA, best": TunedTrl,
     "ours with LoRA": OursWithLora,
     "ours with CeRA": Ours,
+    "ours with CeRA, compiled": OursCompiled,
 }

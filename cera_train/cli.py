@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import logging
 import os
 import signal
 import sys
@@ -40,6 +39,7 @@ from cera_train.composition import (
 )
 from cera_train.config import CHANGES_NO_RESULT, Config, EvalConfig, PlanRun
 from cera_train.errors import explain
+from cera_train.heavy import heavy_imports
 from cera_train.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.secrets import redact
 from cera_train.subject import find_subject
@@ -196,8 +196,8 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
         config = replace(config, output_dir=str(job.folder), name=job.name)
     if not is_as_published(HydraConfig.get().overrides.task):
         config = replace(config, published={})
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-    from cera_train.launch import launch
+    with heavy_imports():
+        from cera_train.launch import launch
 
     return launch(config)["eval/perplexity"]
 
@@ -245,8 +245,8 @@ def evaluate(composed: DictConfig) -> None:
         check_trust(composed, HydraConfig.get().overrides.task)
         if config.run is not None:
             find_subject(config)  # torch takes seconds to import: a mistake gets its answer before
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-        from cera_train.evaluate import evaluate
+        with heavy_imports():
+            from cera_train.evaluate import evaluate
 
         evaluate(config)
 

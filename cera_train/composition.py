@@ -18,6 +18,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.config_store import ConfigStore
 from hydra.core.default_element import ResultDefault
+from hydra.core.object_type import ObjectType
 from hydra.errors import OverrideParseException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
@@ -66,6 +67,18 @@ class GuardedConfigLoader(ConfigLoaderImpl):
                 "you need of it on the command line, such as hydra.launcher.partition=gpu."
             )
         return result
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        if config_name is None and not overrides:
+            # Hydra's own copies every config for each of the hundred questions that its help asks: a second.
+            return self.repository.get_group_options(group_name, results_filter)
+        return super().get_group_options(group_name, results_filter, config_name, overrides)
 
     @staticmethod
     def _is_trusted(result: ConfigResult) -> bool:

@@ -616,8 +616,9 @@ class GenerationConfig:
     """Sample from the likeliest tokens that have this probability together."""
     seed: int = 0
     """Every sample has random numbers of its own, from (seed, problem, sample)."""
-    batch_tokens: int = 16384
-    """Tokens of one batch, prompts and answers at their longest: bounds the memory of the cache."""
+    batch_tokens: int = 32768
+    """Tokens of one batch, prompts and answers at their longest: bounds the memory of the cache, which grows with the
+    answers and seldom comes near it. A Llama of 8B needs 128 KiB a token."""
 
     def __post_init__(self) -> None:
         require_positive("generation", self, "samples", "batch_tokens")

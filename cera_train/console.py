@@ -83,7 +83,7 @@ def say_data(data: TokenizedData, tokenizer: Any) -> None:
             f", {counts.truncated:,} truncated",
         )
     say("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts")
-    row = data.train.rows[0]
+    [row] = data.train.rows.slice(0, 1).to_pylist()
     # Not by `say`, which would take the colour out.
     example = render_example(row["input_ids"], row["loss_mask"], tokenizer, color=sys.stdout.isatty())
     print(f"{'example':<11}{example}", flush=True)

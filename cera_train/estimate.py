@@ -44,7 +44,7 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Of a weight: 4 bits, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double quantisation)."""
 
 PROCESS_BYTES = 610_000_000
-"""Resident memory of Python, torch, transformers, peft and datasets, a tokenizer loaded and no model (on Linux)."""
+"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
 
 HEAP_SHARE = 0.4
 """On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add so much to the activations it

@@ -17,6 +17,7 @@ import transformers
 from transformers import LogitsProcessor, PreTrainedModel
 
 from cera_train.config import GenerationConfig
+from cera_train.decode import TokenChoice, can_decode, decode
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,19 @@ def generate(
     padding = [longest - len(request.prompt_ids) for request in batch]
     pad = settings.pad_token_id
     rows = [[pad] * missing + list(request.prompt_ids) for missing, request in zip(padding, batch, strict=True)]
-    attention_mask = [[0] * missing + [1] * (longest - missing) for missing in padding]
-    output = model.generate(
-        input_ids=torch.tensor(rows, device=base.device),
-        attention_mask=torch.tensor(attention_mask, device=base.device),
-        logits_processor=[
-            RefuseDivergence(),
-            *([SeededSampling(batch, settings.max_new_tokens, config)] if config.temperature else []),
-        ],
-        tokenizer=tokenizer if settings.stop_strings else None,
-    )
-    answers = output[:, longest:].tolist()
+    ids_BT = torch.tensor(rows, device=base.device)
+    mask_BT = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in padding], device=base.device)
+    choose = SeededSampling(batch, settings.max_new_tokens, config) if config.temperature else Likeliest()
+    if can_decode(model, base):
+        answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
+    else:
+        output = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            logits_processor=[OnlyTheChosen(choose)],
+            tokenizer=tokenizer if settings.stop_strings else None,
+        )
+        answers = output[:, longest:].tolist()
     return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
 
 
@@ -106,30 +109,36 @@ def _generation(
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
-    # A row that met a stop text is filled with the end token while others go on; that one is not its own.
+    # `model.generate` fills a row that met a stop text with the end token while others go on; that one is not its own.
     tokens = len(ids) if end is None else end + (not stops)
     return Generation(
         request.problem,
         request.sample,
         text[: min(stops)] if stops else text,
         tokens,
-        truncated=end is None and not stops,
+        truncated=end is None and not stops and len(ids) == settings.max_new_tokens,
     )
 
 
-class RefuseDivergence(LogitsProcessor):
-    """Ends with an error where a model says nothing: its logits are not numbers."""
+# --- the next token --------------------------------------------------------------------------------------------------
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not scores.isfinite().any(-1).all():
+
+class Likeliest:
+    """Greedy decoding."""
+
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        tokens_B = logits_BV.argmax(-1)  # of a NaN, where there is one
+        if not logits_BV.gather(-1, tokens_B[:, None]).isfinite().all():
             raise ValueError("the model's logits are not finite: this adapter, or its training, diverged.")
-        return scores
+        return tokens_B
+
+    def keep(self, rows: torch.Tensor) -> None:
+        pass
 
 
-class SeededSampling(LogitsProcessor):
+class SeededSampling(Likeliest):
     """Samples each row by its own random numbers: the token of a step is the inverse of the distribution function, cut
-    at top-p, at a uniform number drawn from (seed, problem, sample). It leaves one possible token, so `generate` runs
-    greedily."""
+    at top-p, at a uniform number drawn from (seed, problem, sample)."""
 
     def __init__(self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig) -> None:
         self.temperature, self.top_p = config.temperature, config.top_p
@@ -141,16 +150,29 @@ class SeededSampling(LogitsProcessor):
         )
         self.step = 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        probabilities = torch.softmax(scores.double() / self.temperature, -1)
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        super().__call__(logits_BV)  # refuses what is not finite
+        probabilities = torch.softmax(logits_BV.double() / self.temperature, -1)
         likeliest, order = probabilities.sort(descending=True)
         is_kept = likeliest.cumsum(-1) - likeliest < self.top_p  # up to the token that brings the sum to top_p
         # In the vocabulary's order: in that of likelihood, rounding would swap tokens that are all but equally likely.
         cumulative = (probabilities * torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())).cumsum(-1)
-        uniform = self.uniform_BT[:, self.step, None].to(scores.device)
-        place = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        uniform = self.uniform_BT[:, self.step, None].to(logits_BV.device)
         self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(-1, place, 0.0)
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.uniform_BT = self.uniform_BT[rows.cpu()]
+
+
+class OnlyTheChosen(LogitsProcessor):
+    """Leaves one possible token to a `generate` that runs greedily."""
+
+    def __init__(self, choose: TokenChoice) -> None:
+        self.choose = choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(-1, self.choose(scores)[:, None], 0.0)
 
 
 def _generator(seed: int, request: Request) -> torch.Generator:

@@ -10,7 +10,6 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 from accelerate import Accelerator
@@ -105,5 +104,4 @@ def quiet_libraries() -> None:
     """Leaves the terminal to this program: errors still show."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")

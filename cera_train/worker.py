@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ from typing import Any
 
 from cera_train.config import Config
 from cera_train.errors import explain
+from cera_train.heavy import heavy_imports
 from cera_train.interruption import SIGNALS
 
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
@@ -27,7 +27,6 @@ def work(config: Config) -> dict[str, Any]:
     os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
     for number in SIGNALS:  # where the run does not listen, such as while it loads: an end that the parent understands
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     try:
         result = train_beside_others(config)
         import torch
@@ -46,7 +45,8 @@ def work(config: Config) -> dict[str, Any]:
 
 def train_beside_others(config: Config) -> dict[str, Any]:
     """`train`, in one of several processes."""
-    from cera_train.train import train
+    with heavy_imports():
+        from cera_train.train import train
 
     try:
         return train(config)

@@ -118,6 +118,28 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+IMPORTS = """
+import gc, sys
+from cera_train.heavy import heavy_imports
+
+with heavy_imports():
+    import torch
+    assert not gc.isenabled()
+frozen = gc.get_freeze_count()
+assert gc.isenabled() and frozen > 10_000
+with heavy_imports():
+    assert gc.isenabled()
+assert gc.get_freeze_count() == frozen
+from cera_train.launch import launch
+print(sorted({"datasets", "pandas", "matplotlib", "wandb"} & sys.modules.keys()))
+"""
+
+
+def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_not_every_run_needs():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 from conftest import make_tiny_llama
-from transformers import LogitsProcessorList
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cera_train.config import GenerationConfig
+from cera_train.config import AdapterConfig, AdapterKind, GenerationConfig
+from cera_train.decode import GrowingLayer, can_decode
 from cera_train.generate import Request, SeededSampling, cut_batches, generate, prepare_generation
+from cera_train.model import add_adapter
 
 GREEDY = GenerationConfig()
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
@@ -33,21 +35,92 @@ def requests(tokenizer) -> list[Request]:
     ]
 
 
-def answers_of(model, tokenizer, batches, config) -> dict:
-    generations = [answer for batch in batches for answer in generate(model, model, tokenizer, batch, config)]
+def answers_of(model, tokenizer, batches, config, base=None) -> dict:
+    generations = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
     return {(answer.problem, answer.sample): answer for answer in generations}
 
 
-def test_greedy_answers_are_those_of_the_library_alone_and_unpadded(model, tokenizer, requests):
-    answers = answers_of(model, tokenizer, [requests], GREEDY)
+def assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests) -> list[int]:
+    """Those of `model.generate`, one by one and unpadded. Returns how long each is."""
+    answers = answers_of(model, tokenizer, [requests], GREEDY, base)
     for request in requests:
         prompt = torch.tensor([request.prompt_ids])
-        alone = model.generate(prompt, attention_mask=torch.ones_like(prompt))
-        ids = alone[0, len(request.prompt_ids) :]
+        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        ids = alone[0, len(request.prompt_ids) :].tolist()
+        has_end = ids[-1] in base.generation_config.eos_token_id
         answer = answers[request.problem, request.sample]
-        assert answer.text == tokenizer.decode(ids, skip_special_tokens=True)
+        assert answer.text == tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
         assert answer.tokens == len(ids)
-        assert answer.truncated == (ids[-1] != tokenizer.eos_token_id)
+        assert answer.truncated == (not has_end)
+    return [answers[request.problem, request.sample].tokens for request in requests]
+
+
+def let_answers_end(model, base, tokenizer, requests) -> None:
+    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they leave one by one."""
+    base.generation_config.eos_token_id = [
+        model.generate(input_ids=torch.tensor([request.prompt_ids]))[0, len(request.prompt_ids) + step].item()
+        for request, step in zip(requests[::2], (2, 5, 8), strict=False)
+    ]
+
+
+def test_greedy_answers_are_those_of_the_library_alone_and_unpadded(model, tokenizer, requests):
+    assert assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests) == [12] * len(requests)
+
+
+@pytest.mark.parametrize("block", [1, 4, 128])
+def test_rows_that_leave_and_room_that_grows_do_not_change_the_others(model, tokenizer, requests, monkeypatch, block):
+    monkeypatch.setattr(GrowingLayer, "BLOCK", block)
+    let_answers_end(model, model, tokenizer, requests)
+    lengths = assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests)
+    assert len(set(lengths)) >= 3
+    together = answers_of(model, tokenizer, [requests], SAMPLED)
+    assert together == answers_of(model, tokenizer, [[request] for request in requests], SAMPLED)
+    assert len({answer.tokens for answer in together.values()}) >= 3
+
+
+def test_a_row_that_ended_is_not_computed_again(model, tokenizer, requests):
+    let_answers_end(model, model, tokenizer, requests)
+    rows = []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: rows.append(logits.shape[:2].numel()))
+    answers = answers_of(model, tokenizer, [requests], GREEDY)
+    assert sum(rows) == sum(
+        answer.tokens for answer in answers.values()
+    )  # and of prompts, only the last token's logits
+
+
+@pytest.mark.parametrize("kind", ["cera", "lora", "dora"])
+def test_answers_of_an_adapter(model, tokenizer, requests, kind):
+    untouched = answers_of(model, tokenizer, [requests], GREEDY)
+    adapted = add_adapter(model, AdapterConfig(AdapterKind(kind), 4)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    assert can_decode(adapted, model)
+    let_answers_end(adapted, model, tokenizer, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(adapted, model, tokenizer, requests))) >= 3
+    assert answers_of(adapted, tokenizer, [requests], GREEDY, model) != untouched
+
+
+TINY = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "bos_token_id": 0}
+OTHERS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)),
+    "sliding window": lambda: MistralForCausalLM(
+        MistralConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, sliding_window=4)
+    ),
+    "recurrent state": lambda: MambaForCausalLM(MambaConfig(**TINY, state_size=8)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_answers_of_other_architectures(tokenizer, requests, name):
+    """Those whose memory is not the keys and values of every token answer through `model.generate`."""
+    model = OTHERS[name]().eval()
+    prepare_generation(model, tokenizer, 12, [])
+    assert can_decode(model, model) == (name == "gpt2")
+    let_answers_end(model, model, tokenizer, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests))) >= 2
+    sampled = answers_of(model, tokenizer, [requests], SAMPLED)
+    assert sampled == answers_of(model, tokenizer, [[request] for request in requests], SAMPLED)
 
 
 @pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -77,7 +150,7 @@ def test_sampling_follows_temperature_and_top_p():
     expected = kept / kept.sum()
     batch = [Request(str(number), 0, (0,)) for number in range(20_000)]
     sampling = SeededSampling(batch, 1, GenerationConfig(temperature=temperature, top_p=top_p))
-    chosen = sampling(torch.zeros(len(batch), 1, dtype=torch.long), logits.expand(len(batch), -1)).argmax(-1)
+    chosen = sampling(logits.expand(len(batch), -1))
     frequency = torch.bincount(chosen, minlength=5) / len(batch)
     assert torch.allclose(frequency, expected, atol=0.01)
     assert frequency[2:].sum() == 0
@@ -85,23 +158,23 @@ def test_sampling_follows_temperature_and_top_p():
 
 def test_top_p_of_a_sure_token_leaves_that_token():
     sampling = SeededSampling([Request("a", 0, (0,))], 1, GenerationConfig(temperature=1.0, top_p=0.1))
-    scores = sampling(torch.zeros(1, 1, dtype=torch.long), torch.tensor([[0.0, 9.0, 0.0]]))
-    assert scores.isfinite().tolist() == [[False, True, False]]
+    assert sampling(torch.tensor([[0.0, 9.0, 0.0]])).tolist() == [1]
 
 
-def test_an_answer_ends_at_the_end_token(model, tokenizer, requests, monkeypatch):
+def test_an_answer_ends_at_the_end_token(model, tokenizer, requests):
     """The model wants the end token at its third step."""
     end = tokenizer.eos_token_id
     steps = itertools.count()
 
-    def third_is_the_end(input_ids, scores):
+    def third_is_the_end(head, inputs, logits):
         wanted = end if next(steps) == 2 else 300
-        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([wanted]), 0.0)
+        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([wanted]), 0.0)
 
-    monkeypatch.setattr(model, "_get_logits_processor", lambda **_: LogitsProcessorList([third_is_the_end]))
+    model.lm_head.register_forward_hook(third_is_the_end)
     (answer,) = generate(model, model, tokenizer, requests[:1], GREEDY)
     assert answer.text == tokenizer.decode([300, 300])
     assert (answer.tokens, answer.truncated) == (3, False)
+    assert next(steps) == 3  # nothing runs on for a batch that is done
 
 
 def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(model, tokenizer, requests):

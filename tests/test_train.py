@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -224,6 +225,25 @@ def test_the_result_does_not_depend_on_the_micro_batch(tiny_config):
             runs.append([*losses, result["eval/perplexity"]])
     for run in runs[1:]:
         assert run == pytest.approx(runs[0], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_change_nothing(tiny_config):
+    def run(is_compiled: bool) -> list[float]:
+        settings = ["adapter.dropout=0", "train.max_updates=4", "optimizer.lr=1e-3", f"train.compile={is_compiled}"]
+        config = tiny_config(f"name=compiled_{is_compiled}", *settings)
+        result = train(config)
+        losses = [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
+        return [*losses, result["eval/perplexity"], result["spectrum/effective_rank/mean"]]
+
+    assert run(True) == pytest.approx(run(False), rel=1e-5)
+
+
+def test_compiling_without_a_compiler_is_refused(tiny_config, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler on a CPU"):
+        train(tiny_config("train.compile=true"))
 
 
 def test_gradients_are_clipped_to_the_norm(tiny_config):

@@ -1,15 +1,16 @@
-"""Rows -> token ids and loss masks in Arrow files, tokenised once and cached by content."""
+"""Rows -> token ids and loss masks in an Arrow file, tokenised once and cached by content. It is written a chunk at a
+time and read by memory map: neither takes more memory for more rows."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow
 
 from cera_train.config import DataConfig
@@ -21,6 +22,7 @@ CACHE_VERSION = 2
 """Raised when the same rows would be tokenised differently than before."""
 
 ROWS_AT_ONCE = 1000
+"""What is in memory at a time, and what the tokenizer shares out to its threads."""
 
 SCHEMA = pyarrow.schema(
     {
@@ -57,14 +59,14 @@ class TokenizedRows:
     """A split, memory-mapped: columns `input_ids` and `loss_mask` of equal lengths, and by row `length` and
     `supervised` (tokens) and `prompt_key`."""
 
-    rows: datasets.Dataset
+    rows: pyarrow.Table
     counts: RowCounts
     digest: str
     """Of the rows and of all that decides how they are tokenised."""
 
     def column(self, name: str) -> list:
         """One of the columns with a value a row."""
-        return self.rows.data.column(name).to_pylist()
+        return self.rows[name].to_pylist()
 
 
 @dataclass
@@ -122,7 +124,7 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
         "supervised": [len(window) - 1 for window in windows],
     }
     counts = RowCounts(len(windows), tokens=sum(columns["length"]), supervised_tokens=sum(columns["supervised"]))
-    return TokenizedRows(datasets.Dataset(pyarrow.table(columns, schema=SCHEMA)), counts, _digest(text, window, limit))
+    return TokenizedRows(pyarrow.table(columns, schema=SCHEMA), counts, _digest(text, window, limit))
 
 
 def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:
@@ -144,12 +146,32 @@ def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any, to
     digest = _digest(tokenization, source.fingerprint)
     folder = cached_folder(f"tokens/{digest}", lambda part: _write(source, split, config, tokenizer, part))
     counts = RowCounts(**json.loads((folder / "counts.json").read_text()))
-    return TokenizedRows(datasets.load_from_disk(str(folder)), counts, digest)
+    return TokenizedRows(_memory_mapped(folder), counts, digest)
+
+
+def _memory_mapped(folder: Path) -> pyarrow.Table:
+    """The rows of a folder, whose bytes are read when they are used."""
+    files = sorted(folder.glob("*.arrow"))  # `datasets`, which wrote them once, made several of many rows
+    return pyarrow.concat_tables(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files)
 
 
 def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folder: Path) -> None:
     counts = RowCounts()
-    tables = []
+    with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
+        for table in _tables(source, split, config, tokenizer, counts):
+            writer.write_table(table)
+    if not counts.kept:
+        raise ValueError(
+            f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, "
+            f"{counts.answer_truncated} whose answer lies beyond data.max_length={config.max_length}."
+        )
+    (folder / "counts.json").write_text(json.dumps(asdict(counts)))
+
+
+def _tables(
+    source: Source, split: str, config: DataConfig, tokenizer: Any, counts: RowCounts
+) -> Iterator[pyarrow.Table]:
+    """The tokenised rows, a chunk at a time; what becomes of them is added to `counts`."""
     to_segments = segmenter(config, tokenizer)
     rows = enumerate(source.read())
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
@@ -174,12 +196,4 @@ def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folde
         }
         counts.tokens += sum(columns["length"])
         counts.supervised_tokens += sum(columns["supervised"])
-        tables.append(pyarrow.table(columns, schema=SCHEMA))
-    if not counts.kept:
-        raise ValueError(
-            f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, "
-            f"{counts.answer_truncated} whose answer lies beyond data.max_length={config.max_length}."
-        )
-    datasets.disable_progress_bars()
-    datasets.Dataset(pyarrow.concat_tables(tables)).save_to_disk(str(folder))
-    (folder / "counts.json").write_text(json.dumps(asdict(counts)))
+        yield pyarrow.table(columns, schema=SCHEMA)

@@ -6,12 +6,15 @@ supervised tokens, none of it changes the result.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyarrow
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 OVERHEAD_TOKENS = 96
 """What one more micro-batch costs beyond its tokens, in tokens (SmolLM2-135M on two cores): padding less than this is
@@ -37,10 +40,15 @@ class Plan:
 
     def sequences(self, update: int) -> list[int]:
         """The rows of one update."""
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch(update))
-        permutation = torch.randperm(self.rows, generator=order).tolist()
+        order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
         start = update % self.updates_per_epoch * self.batch_size
-        return permutation[start : start + self.batch_size]
+        return order[start : start + self.batch_size].tolist()
+
+
+@functools.lru_cache(maxsize=1)  # of many rows it takes milliseconds, which every update of the epoch would wait for
+def epoch_order(rows: int, seed: int) -> torch.Tensor:
+    """The rows in the order of an epoch."""
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
@@ -121,9 +129,9 @@ class Batch:
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences end to end in one row: no padding at all."""
     return Batch(
-        torch.tensor([[token for ids in input_ids for token in ids]]),
-        torch.tensor([[counts for mask in loss_masks for counts in mask]]),
-        torch.tensor([[position for ids in input_ids for position in range(len(ids))]]),
+        torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
+        torch.cat([torch.as_tensor(mask) for mask in loss_masks])[None],
+        torch.cat([torch.arange(len(ids)) for ids in input_ids])[None],
         None,
         [len(ids) for ids in input_ids],
     )
@@ -131,14 +139,15 @@ def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence
 
 def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences one a row, padded on the right. Token 0 stands for padding, which nothing attends to or predicts."""
-    longest = max(map(len, input_ids))
-    needs_mask = any(len(ids) < longest for ids in input_ids)
+    rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
+    needs_mask = len(set(map(len, rows))) > 1
+    pad = functools.partial(pad_sequence, batch_first=True)
     return Batch(
-        torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in input_ids]),
-        torch.tensor([[*mask, *[False] * (longest - len(mask))] for mask in loss_masks]),
+        pad(rows),
+        pad([torch.as_tensor(mask) for mask in loss_masks]),
         None,
         # All of one length: without a mask, attention takes its fast causal path.
-        torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in input_ids]) if needs_mask else None,
+        pad([torch.ones_like(ids) for ids in rows]) if needs_mask else None,
     )
 
 
@@ -164,9 +173,11 @@ class MicroBatches:
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
-        columns = self.rows[group]
-        make = flat_batch if self.is_flat else padded_batch
-        return make(columns["input_ids"], columns["loss_mask"]).to(self.device)
+        # By DLPack, which has no packed bits: Arrow's `to_numpy` would first import pandas, for a third of a second.
+        ids = [torch.from_dlpack(self.rows["input_ids"][row].values) for row in group]
+        bits = [self.rows["loss_mask"][row].values for row in group]
+        masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
+        return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
         """The micro-batches that a process runs for its share of these rows, and whether each counts. It runs at least

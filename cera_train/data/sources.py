@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import collections
 import hashlib
 import itertools
 import json
@@ -53,20 +53,29 @@ def head(source: Source, count: int | None) -> Source:
 
 
 def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
-    """The last `eval_rows` rows evaluate, the others train."""
+    """The last `eval_rows` rows evaluate, the others train. They are read once for both, and only the last are kept."""
+    held_out: list[Row] = []
 
-    @functools.cache
-    def rows() -> list[Row]:
-        rows = list(source.read())
-        if eval_rows >= len(rows):
+    def training() -> Iterator[Row]:
+        last, count = collections.deque(), 0
+        for count, row in enumerate(source.read(), start=1):
+            last.append(row)
+            if count > eval_rows:
+                yield last.popleft()
+        if count <= eval_rows:
             raise ValueError(
-                f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {len(rows)} rows."
+                f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {count} rows."
             )
-        return rows
+        held_out[:] = last
+
+    def evaluation() -> list[Row]:
+        if not held_out:  # nobody read the training rows to their end
+            collections.deque(training(), maxlen=0)
+        return held_out
 
     return (
-        Source(f"{source.fingerprint} [:-{eval_rows}]", lambda: rows()[:-eval_rows]),
-        Source(f"{source.fingerprint} [-{eval_rows}:]", lambda: rows()[-eval_rows:]),
+        Source(f"{source.fingerprint} [:-{eval_rows}]", training),
+        Source(f"{source.fingerprint} [-{eval_rows}:]", evaluation),
     )
 
 
@@ -108,13 +117,15 @@ def _read_json(path: Path) -> Iterator[Row]:
         yield _as_row(row, f"{path}, row {number}")
 
 
-def _read_parquet(path: Path) -> Iterable[Row]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+    for batch in table.to_batches(max_chunksize=1000):  # as Python's objects, rows take many times as much memory
+        yield from batch.to_pylist()
 
 
 def _read_text(path: Path) -> Iterator[Row]:
@@ -161,6 +172,7 @@ def from_hub(path: str, subset: str | None, revision: str | None, split: str) ->
     """
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
     # HfHubHTTPError and ConnectionError are OSErrors; a data set that is a Python script is a RuntimeError.

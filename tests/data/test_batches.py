@@ -6,6 +6,7 @@ import random
 from itertools import chain, combinations, pairwise
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 
@@ -46,6 +47,14 @@ def test_order_follows_from_the_seed_and_the_epoch():
     assert orders == [Plan(50, 50, seed=1).sequences(update) for update in range(3)]
     assert len({tuple(order) for order in [*orders, Plan(50, 50, seed=2).sequences(0)]}) == 4
     assert list(range(50)) not in orders
+
+
+def test_an_update_is_a_slice_of_the_epochs_permutation():
+    plan = Plan(23, 4, seed=7)
+    for update in (0, 5, 6, 2, 11):
+        order = torch.Generator().manual_seed(7 * 1_000_003 + update // 6)
+        permutation = torch.randperm(23, generator=order).tolist()
+        assert plan.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
 
 
 def test_an_update_does_not_depend_on_those_before_it_nor_on_torchs_seed():
@@ -186,15 +195,13 @@ def test_batches_have_the_types_a_model_takes(make):
 
 def split_of(lengths: list[int]) -> SimpleNamespace:
     """Rows whose tokens are 1000 times their number, and what TokenizedRows offers of them."""
-    import datasets
-
     columns = {
         "input_ids": [[1000 * row + place for place in range(length)] for row, length in enumerate(lengths)],
         "loss_mask": [[place > 0 for place in range(length)] for length in lengths],
         "length": lengths,
         "supervised": [length - 1 for length in lengths],
     }
-    return SimpleNamespace(rows=datasets.Dataset.from_dict(columns), column=columns.get)
+    return SimpleNamespace(rows=pyarrow.table(columns), column=columns.get)
 
 
 @pytest.mark.parametrize("is_flat", [True, False])
@@ -208,6 +215,21 @@ def test_micro_batches_load_every_supervised_token_of_the_rows_once(is_flat):
     assert sum(batches.supervised[row] for row in rows) == len(supervised)
     assert all(batch.input_ids.numel() <= 120 for batch in loaded)
     assert len(loaded) > 1
+
+
+@pytest.mark.parametrize(("is_flat", "make"), [(True, flat_batch), (False, padded_batch)])
+def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
+    split = split_of([3, 1, 9, 9, 2])
+    split.rows = pyarrow.concat_tables([split.rows.slice(0, 2), split.rows.slice(2)])  # as chunks are written
+    for group in ([4, 0, 2], [2, 3], [1]):
+        rows = [split.rows.to_pylist()[row] for row in group]
+        expected = make([row["input_ids"] for row in rows], [row["loss_mask"] for row in rows])
+        loaded = MicroBatches(split, is_flat, 100, torch.device("cpu")).load(group)
+        assert torch.equal(loaded.loss_mask, expected.loss_mask)
+        assert loaded.inputs.keys() == expected.inputs.keys()
+        for name, value in expected.inputs.items():
+            assert torch.equal(loaded.inputs[name], value)
+            assert loaded.inputs[name].dtype == value.dtype == torch.int64
 
 
 @pytest.mark.parametrize("in_step", [True, False])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.ipc
 import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 
 from cera_train.config import DataConfig, LossOn
-from cera_train.data import prepare_data, sources
+from cera_train.data import SCHEMA, prepare_data, sources
 from cera_train.data.format import encode, segmenter
 from cera_train.files import cache_dir
 
@@ -66,8 +68,8 @@ def test_rows_are_the_examples_in_order_with_their_lengths_and_counts(config_of,
     data = prepare_data(config, tokenizer)
     for split, rows in ((data.train, TRAIN), (data.evaluation, EVALUATION)):
         examples = encode([segmenter(config, tokenizer)(row) for row in rows], config, tokenizer)
-        assert split.rows["input_ids"][:] == [example.input_ids for example in examples]
-        assert split.rows["loss_mask"][:] == [example.loss_mask for example in examples]
+        assert split.rows["input_ids"].to_pylist() == [example.input_ids for example in examples]
+        assert split.rows["loss_mask"].to_pylist() == [example.loss_mask for example in examples]
         assert split.column("length") == [len(example.input_ids) for example in examples]
         assert split.column("supervised") == [sum(example.loss_mask) for example in examples]
         assert split.counts.read == split.counts.kept == len(split.rows) == len(rows)
@@ -76,13 +78,55 @@ def test_rows_are_the_examples_in_order_with_their_lengths_and_counts(config_of,
     assert data.shared_prompts == 0
 
 
+def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache):
+    rows = [{"question": f"what is {number}?", "answer": "it is so " * 20} for number in range(3000)]
+    config = config_of(rows)
+    prepare_data(config, tokenizer)
+    before = pyarrow.total_allocated_bytes()
+    train = prepare_data(config, tokenizer).train
+    assert pyarrow.total_allocated_bytes() - before < train.rows.nbytes / 100
+    [file] = cache.glob(f"{train.digest}/*.arrow")
+    assert file.stat().st_size > train.rows.nbytes
+
+
+def test_rows_that_datasets_wrote_before_are_taken_from_the_cache(config_of, tokenizer, cache, reads):
+    import datasets
+
+    datasets.disable_progress_bars()
+    written = prepare_data(config_of(), tokenizer).train
+    rows = written.rows.to_pylist()
+    (cache / written.digest / "rows.arrow").unlink()
+    datasets.Dataset(pyarrow.Table.from_pylist(rows, schema=SCHEMA)).save_to_disk(cache / written.digest, num_shards=2)
+    assert prepare_data(config_of(), tokenizer).train.rows.to_pylist() == rows
+    assert reads == ["train.jsonl", "eval.jsonl"]
+
+
+def test_tokens_are_the_tokenizers_own_one_text_at_a_time(config_of, tokenizer, monkeypatch):
+    import cera_train.data
+
+    monkeypatch.setattr(cera_train.data, "ROWS_AT_ONCE", 7)
+    words = ["what", "is", "the", "next", "value", "0.84", "Ünï", "数"]
+    draw = random.Random(0).choices
+    rows = [
+        {"question": " ".join(draw(words, k=1 + number % 9)), "answer": " ".join(draw(words, k=1 + number % 5))}
+        for number in range(50)
+    ]
+    train = prepare_data(config_of(rows, max_length=30, allow_overlap=True), tokenizer).train
+    for row, made in zip(rows, train.rows.to_pylist(), strict=True):
+        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        answer = [*tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        assert made["input_ids"] == [*prompt, *answer][:30]
+        assert made["loss_mask"] == [*[False] * len(prompt), *[True] * len(answer)][:30]
+        assert (made["length"], made["supervised"]) == (len(made["input_ids"]), sum(made["loss_mask"]))
+
+
 def test_more_rows_than_are_tokenised_at_once_stay_in_order(config_of, tokenizer, monkeypatch):
     import cera_train.data
 
     monkeypatch.setattr(cera_train.data, "ROWS_AT_ONCE", 2)
     rows = [*TRAIN[:2], {"question": "a", "answer": ""}, {"question": "b", "answer": None}, *TRAIN[2:]]
     train = prepare_data(config_of(rows), tokenizer).train
-    answers = [tokenizer.decode(ids) for ids in train.rows["input_ids"]]
+    answers = [tokenizer.decode(ids) for ids in train.rows["input_ids"].to_pylist()]
     assert answers == [f"<s>Question: {row['question']}\nAnswer: {row['answer']}</s>" for row in TRAIN]
     assert (train.counts.read, train.counts.empty, train.counts.kept) == (8, 2, 6)
 
@@ -103,7 +147,7 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
     counts = train.counts
     assert (counts.read, counts.kept, counts.truncated, counts.answer_truncated, counts.empty) == (5, 2, 1, 1, 2)
-    whole, cut = train.rows["input_ids"][:]
+    whole, cut = train.rows["input_ids"].to_pylist()
     assert whole[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in cut
     assert train.column("length") == [fits, fits]
@@ -202,7 +246,7 @@ def test_a_second_call_reads_no_rows_and_gives_the_same(config_of, tokenizer, re
     for split in ("train", "evaluation"):
         one, other = getattr(first, split), getattr(again, split)
         assert (one.digest, one.counts) == (other.digest, other.counts)
-        assert one.rows.to_list() == other.rows.to_list()
+        assert one.rows.to_pylist() == other.rows.to_pylist()
 
 
 def test_held_out_rows_come_from_the_cache_too(config_of, tokenizer, reads):
@@ -221,7 +265,7 @@ def test_a_tokenizer_that_pads_and_truncates_by_itself_changes_nothing(config_of
     rows = prepare_data(config_of(), padding()).train.rows
     prepare_data(config_of(), padding())
     assert reads == ["train.jsonl", "eval.jsonl"]
-    assert rows["input_ids"][:] == prepare_data(config_of(), tokenizer).train.rows["input_ids"][:]
+    assert rows["input_ids"].to_pylist() == prepare_data(config_of(), tokenizer).train.rows["input_ids"].to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +286,7 @@ def test_what_decides_the_tokens_gives_another_entry(config_of, tokenizer, reads
     after = prepare_data(config_of(**change), tokenizer)
     assert before.train.digest != after.train.digest
     assert reads.count("train.jsonl") == 2
-    assert before.train.rows.to_list() != after.train.rows.to_list() or change == {"max_length": 511}
+    assert before.train.rows.to_pylist() != after.train.rows.to_pylist() or change == {"max_length": 511}
     prepare_data(config_of(**change), tokenizer)
     assert reads.count("train.jsonl") == 2
 
@@ -258,7 +302,7 @@ def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
     tokenizers = [tokenizer, without_start, with_token, with_template, with_end]
     splits = [prepare_data(config_of(), each).train for each in tokenizers]
     assert len({split.digest for split in splits}) == 5
-    rows = [split.rows["input_ids"][:] for split in splits]
+    rows = [split.rows["input_ids"].to_pylist() for split in splits]
     assert [each == rows[0] for each in rows] == [True, False, False, True, False]
 
 
@@ -288,11 +332,10 @@ def test_the_same_rows_in_another_place_come_from_the_cache(config_of, tokenizer
 @pytest.mark.parametrize("cut", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("place", ["half of the rows", "the counts"])
 def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, cache, reads, monkeypatch, cut, place):
-    import datasets
+    write_table = pyarrow.ipc.RecordBatchStreamWriter.write_table
 
-    def save_half(rows: datasets.Dataset, folder: str) -> None:
-        Path(folder).mkdir(exist_ok=True)
-        (Path(folder) / "data-00000-of-00001.arrow").write_bytes(b"half")
+    def write_half(writer: pyarrow.ipc.RecordBatchStreamWriter, table: pyarrow.Table) -> None:
+        write_table(writer, table.slice(0, len(table) // 2))
         raise cut
 
     def write_no_counts(path: Path, text: str) -> None:
@@ -303,7 +346,7 @@ def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, cache
         if place == "the counts":
             patched.setattr(Path, "write_text", write_no_counts)
         else:
-            patched.setattr(datasets.Dataset, "save_to_disk", save_half)
+            patched.setattr(pyarrow.ipc.RecordBatchStreamWriter, "write_table", write_half)
         with pytest.raises(type(cut)):
             prepare_data(config, tokenizer)
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
@@ -313,10 +356,10 @@ def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, cache
 
 PROCESS = """
 import os, signal, sys, time
-import datasets
+import pyarrow.ipc
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes twice as long to import
 from cera_train.config import DataConfig
-from cera_train.data import prepare_data, sources
+from cera_train.data import SCHEMA, prepare_data, sources
 
 what, train, evaluation, tokenizer, log = sys.argv[1:]
 read = sources.READERS[".jsonl"]
@@ -327,20 +370,18 @@ def slow_read(path):
     time.sleep(0.5)  # long enough for the other process to come to the same rows
     return read(path)
 
-def save_half(rows, folder):
-    os.makedirs(folder, exist_ok=True)
-    open(os.path.join(folder, "data-00000-of-00001.arrow"), "w").write("half")
+def die(writer, table):
     os.kill(os.getpid(), signal.SIGKILL)
 
 sources.READERS[".jsonl"] = slow_read
 if what == "killed":
-    datasets.Dataset.save_to_disk = save_half
+    pyarrow.ipc.RecordBatchStreamWriter.write_table = die
 texts = {"prompt": "Question: {question}\\nAnswer:", "completion": " {answer}"}
 tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
 print("ready", flush=True)
 sys.stdin.readline()
 data = prepare_data(DataConfig(train_files=[train], eval_files=[evaluation], **texts), tokenizer)
-print(data.train.digest, data.train.rows["input_ids"][:])
+print(data.train.digest, data.train.rows["input_ids"].to_pylist())
 """
 
 
@@ -410,7 +451,7 @@ def smollm2():
 def supervised_texts(split, tokenizer) -> list[str]:
     return [
         tokenizer.decode([token for token, counts in zip(row["input_ids"], row["loss_mask"], strict=True) if counts])
-        for row in split.rows
+        for row in split.rows.to_pylist()
     ]
 
 
@@ -449,7 +490,7 @@ def test_openorca_rows_are_supervised_on_the_answer_with_or_without_the_system_p
     assert len(train.rows) == len(rows) == 250
     assert supervised_texts(train, smollm2) == [f" {row['gpt']}<|im_end|>" for row in rows]
     system = [f"System: {row['system']}\n" if turns == "all" and "system" in row else "" for row in rows]
-    assert [smollm2.decode(ids) for ids in train.rows["input_ids"]] == [
+    assert [smollm2.decode(ids) for ids in train.rows["input_ids"].to_pylist()] == [
         f"{before}User: {row['human']}\nAssistant: {row['gpt']}<|im_end|>"
         for before, row in zip(system, rows, strict=True)
     ]

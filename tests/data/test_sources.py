@@ -146,8 +146,17 @@ def test_held_out_rows_are_read_once_for_both_splits(write_jsonl, monkeypatch):
     monkeypatch.setitem(sources.READERS, ".jsonl", lambda path: calls.append(path) or number_rows(4))
     train, evaluation = open_sources(data_config([path], eval_rows=1))
     assert calls == []  # not before they are needed: the cache may have them
-    assert read(train, evaluation, train) == [number_rows(4)[:3], number_rows(4)[3:], number_rows(4)[:3]]
+    assert read(train, evaluation) == [number_rows(4)[:3], number_rows(4)[3:]]
     assert calls == [path]
+
+
+def test_held_out_rows_need_nobody_to_read_the_others(write_jsonl):
+    path = write_jsonl("t.jsonl", number_rows(4))
+    _, evaluation = open_sources(data_config([path], eval_rows=3))
+    assert read(evaluation, evaluation) == [number_rows(4)[1:], number_rows(4)[1:]]
+    train, evaluation = open_sources(data_config([path], eval_rows=1))
+    next(iter(train.read()))
+    assert read(evaluation, train) == [number_rows(4)[3:], number_rows(4)[:3]]
 
 
 def test_train_rows_and_eval_rows_take_the_first(write_jsonl):

