@@ -88,7 +88,7 @@ class Answering:
 
 
 def measure(
-    file: Path, rounds: int, problems: int = 64, max_new_tokens: int = 64
+    file: Path, rounds: int, problems: int = 64, max_new_tokens: int = 48
 ) -> tuple[list[Target], dict[str, Any]]:
     """Ours beside the published way.
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, help="jsonl with a question each, such as GSM8K's; else sums in words")
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/evaluation.json"))
     arguments = parser.parse_args()

