@@ -5,6 +5,7 @@ transformers calls it by its name, as it calls its own: `model.set_attn_implemen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 BY_SEQUENCE = "by_sequence"
+"""One sequence after the other by scaled_dot_product_attention: on every device, in every dtype."""
+VARLEN = "varlen"
+"""All sequences in one call of FlashAttention's own kernel for them: on CUDA, in 16 bits."""
 
 
 @torch.compiler.disable  # else it would be compiled anew for every batch's lengths
@@ -29,8 +33,7 @@ def attend_by_sequence(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    **others: Any,
+    **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a row.
 
@@ -44,13 +47,65 @@ def attend_by_sequence(
     Raises:
         NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both directions).
     """
-    more = [name for name in ("position_bias", "softcap", "s_aux") if others.get(name) is not None]
-    is_plain = attention_mask is None and (module.is_causal if is_causal is None else is_causal) and not more
-    if not is_plain:
-        raise NotImplementedError(f"this attention is more than causal ({', '.join(more) or 'a mask, or both ways'}).")
+    _refuse_more(module, attention_mask, settings)
     blocks = zip(*(heads.split(sequence_lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1), None
+
+
+@torch.compiler.disable
+def attend_varlen(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    sequence_lengths: Sequence[int],
+    **settings: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same in one call, however many sequences there are.
+
+    Raises:
+        NotImplementedError: as above.
+        RuntimeError: the kernel does not take this device, dtype or width of heads.
+        ImportError, TypeError: torch is too old: it has no such kernel, or not with these arguments.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    if settings.get("dropout"):  # which the kernel has not
+        return attend_by_sequence(
+            module, query, key, value, attention_mask, sequence_lengths=sequence_lengths, **settings
+        )
+    _refuse_more(module, attention_mask, settings)
+    starts, longest = _starts(tuple(sequence_lengths), query.device), max(sequence_lengths)
+    window = settings.get("sliding_window")
+    output = varlen_attn(
+        *(heads[0].transpose(0, 1) for heads in (query, key, value)),  # [T, heads, d]
+        *(starts, starts, longest, longest),
+        scale=settings.get("scaling"),
+        window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's own, and after it
+        enable_gqa=True,
+    )
+    return output.unsqueeze(0), None
+
+
+def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether it is worth a try: it knows more of what it needs, such as compute capability 8.0."""
+    return device.type == "cuda" and dtype.itemsize == 2
+
+
+@functools.lru_cache(maxsize=1)  # all layers ask for those of one micro-batch
+def _starts(sequence_lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each sequence starts, and where the last one ends: [sequences + 1]."""
+    return torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32).to(device)
+
+
+def _refuse_more(module: nn.Module, attention_mask: torch.Tensor | None, settings: dict[str, Any]) -> None:
+    more = [name for name in ("position_bias", "softcap", "s_aux") if settings.get(name) is not None]
+    is_causal = module.is_causal if settings.get("is_causal") is None else settings["is_causal"]
+    if more or not is_causal or attention_mask is not None:
+        raise NotImplementedError(f"this attention is more than causal ({', '.join(more) or 'a mask, or both ways'}).")
 
 
 def _attend(
@@ -115,3 +170,4 @@ class ShortAttention(torch.autograd.Function):
 
 
 AttentionInterface.register(BY_SEQUENCE, attend_by_sequence)
+AttentionInterface.register(VARLEN, attend_varlen)

@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from cera_train.attention import BY_SEQUENCE, VARLEN
 from cera_train.config import AdapterKind, BatchLayout, Config, Quantization
 from cera_train.data import TokenizedData
 from cera_train.loss import SupervisedLoss
@@ -58,9 +59,11 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, is_flat: bool, ker
         kernels: `choose_kernels`'s answer, empty without CeRA.
     """
     if is_flat:
-        batches = "attention by sequence, no padding"
-        if not loss.attends_by_sequence:
-            batches = "no padding, no attention by sequence (this model's own is not plain causal sdpa)"
+        batches = {
+            VARLEN: "attention by sequence in one kernel, no padding",
+            BY_SEQUENCE: "attention by sequence, no padding",
+            None: "no padding, no attention by sequence (this model's own is not plain causal sdpa)",
+        }[loss.attention]
     elif not loss.flattens:
         batches = "padding (this model mixes sequences that share a row)"
     elif wanted == BatchLayout.padded:

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from cera_train.attention import BY_SEQUENCE
+from cera_train.attention import BY_SEQUENCE, VARLEN, kernel_may_run
 from cera_train.config import BatchLayout, chunk_tokens
 from cera_train.data.batches import Batch, flat_batch, padded_batch
 
@@ -45,7 +45,8 @@ class SupervisedLoss(nn.Module):
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
         self.chunks_head = False
         self.flattens = False
-        self.attends_by_sequence = False
+        self.attention: str | None = None
+        """By sequence, for flat rows: the fastest of ours that this model, device and dtype allow."""
         self.is_compiled = False
 
     @torch.no_grad()
@@ -74,11 +75,15 @@ class SupervisedLoss(nn.Module):
 
         own = causal_lm.config._attn_implementation
         if own == "sdpa":  # would make a T x T mask for a flat row; any other the user chose
-            causal_lm.set_attn_implementation(BY_SEQUENCE)
-            with contextlib.suppress(NotImplementedError, TypeError):  # its attention is more, or takes no lengths
-                self.attends_by_sequence = flattens()
+            for name in (VARLEN, BY_SEQUENCE) if kernel_may_run(device, causal_lm.dtype) else (BY_SEQUENCE,):
+                causal_lm.set_attn_implementation(name)
+                # Its attention is more, or takes no lengths; or the kernel does not take this GPU or width of heads.
+                with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
+                    if flattens():
+                        self.attention = name
+                        break
             causal_lm.set_attn_implementation(own)
-        self.flattens = self.attends_by_sequence or flattens()
+        self.flattens = self.attention is not None or flattens()
         self.train(was_training)
 
     def compile_layers(self) -> None:
@@ -104,10 +109,10 @@ class SupervisedLoss(nn.Module):
 
     def attend_by_sequence(self) -> None:
         """From now on, for batches that are flat."""
-        self._parts["causal_lm"].set_attn_implementation(BY_SEQUENCE)
+        self._parts["causal_lm"].set_attn_implementation(self.attention)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        is_by_sequence = self._parts["causal_lm"].config._attn_implementation == BY_SEQUENCE
+        is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
         return batch.inputs | ({"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {})
 
     def forward(self, batch: Batch | None) -> torch.Tensor | None:
@@ -179,9 +184,9 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
         raise ValueError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
     if wanted == BatchLayout.auto:
         # On a CPU, attention over one long row under a mask costs more than the padding of rows of near-equal length.
-        is_fast = loss.attends_by_sequence or device.type != "cpu"
+        is_fast = loss.attention is not None or device.type != "cpu"
         wanted = BatchLayout.flat if loss.flattens and is_fast else BatchLayout.padded
-    if wanted == BatchLayout.flat and loss.attends_by_sequence:
+    if wanted == BatchLayout.flat and loss.attention is not None:
         loss.attend_by_sequence()
     return wanted
 

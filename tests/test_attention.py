@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -11,11 +12,12 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
-from cera_train.attention import BY_SEQUENCE, ShortAttention, attend_by_sequence
+from cera_train.attention import BY_SEQUENCE, VARLEN, ShortAttention, attend_by_sequence, attend_varlen
 from cera_train.data.batches import flat_batch
 from cera_train.loss import SupervisedLoss
 
 LENGTHS = [5, 1, 9, 3]
+KERNEL = "torch.nn.attention.varlen.varlen_attn"
 
 
 class Causal(nn.Module):
@@ -89,19 +91,73 @@ def test_short_attention_is_about_as_near_to_the_exact_gradient_as_torchs_own():
         assert (one - true).norm() < 2 * (other - true).norm()
 
 
+def sequence_after_sequence(
+    query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa
+):
+    """What torch documents of varlen_attn, for the backward window of causal attention."""
+    assert enable_gqa
+    assert window_size[1] == 0
+    assert torch.equal(starts, key_starts)
+    assert starts.dtype == torch.int32
+    assert longest == longest_key == starts.diff().max()
+    outputs = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        ones = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        mask = ones if window_size[0] < 0 else ones.triu(-window_size[0])
+        q, k, v = (heads[start:end].transpose(0, 1) for heads in (query, key, value))
+        outputs.append(scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_one_call_for_all_sequences_equals_one_row_under_a_block_mask(monkeypatch, window):
+    inputs = heads()
+    monkeypatch.setattr(KERNEL, sequence_after_sequence)
+    got, no_weights = attend_varlen(Causal(), *inputs, None, sequence_lengths=LENGTHS, sliding_window=window)
+    torch.testing.assert_close(got, masked(*inputs, window))
+    assert no_weights is None
+
+
+def test_torchs_own_kernel_takes_the_call():
+    """As far as can be known without a GPU: its shapes, on no device at all."""
+    query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())
+    got, _ = attend_varlen(Causal(), query, key, value, None, sequence_lengths=LENGTHS, scaling=0.3, dropout=0.0)
+    assert got.shape == (1, sum(LENGTHS), 4, 8)
+
+
+@pytest.mark.parametrize("reason", ["it fails", "it errs", "it is there"])
+def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
+    model = make_tiny_llama()
+    monkeypatch.setattr("cera_train.loss.kernel_may_run", lambda device, dtype: True)
+    if reason != "it fails":  # as torch's own does on a CPU
+        error = 0.1 * (reason == "it errs")
+        monkeypatch.setattr(KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error)
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+
+
+def test_dropout_of_attention_is_not_lost_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(KERNEL, None)
+    inputs = heads()
+    got, _ = attend_varlen(Causal(), *inputs, None, sequence_lengths=LENGTHS, dropout=0.9)
+    assert not torch.allclose(got, masked(*inputs))
+
+
+@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
 @pytest.mark.parametrize(
     "more", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}]
 )
-def test_attention_that_is_more_is_refused(more):
+def test_attention_that_is_more_is_refused(more, attend):
     with pytest.raises(NotImplementedError, match="more than causal"):
-        attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
+        attend(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
 
 
 def test_a_sequence_sees_nothing_of_its_neighbours():
     model = make_tiny_llama()
     loss = SupervisedLoss(model, model)
     loss(None)
-    assert loss.attends_by_sequence
+    assert loss.attention == BY_SEQUENCE
     loss.attend_by_sequence()
     numbers = random.Random(0)
     rows = [[numbers.randrange(512) for _ in range(length)] for length in LENGTHS]
@@ -130,7 +186,7 @@ def test_a_sliding_window_is_kept():
     model = small(MistralConfig, sliding_window=4)
     loss = SupervisedLoss(model, model)
     loss(None)
-    assert loss.attends_by_sequence
+    assert loss.attention == BY_SEQUENCE
     row = [list(range(1, 13))] * 2
     mask = [[False] + [True] * 11] * 2
     with torch.no_grad():
@@ -144,5 +200,5 @@ def test_what_the_user_chose_is_left_alone():
     loss = SupervisedLoss(model, model)
     loss(None)
     assert loss.flattens
-    assert not loss.attends_by_sequence
+    assert loss.attention is None
     assert model.config._attn_implementation == "eager" != BY_SEQUENCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cera_train.attention import BY_SEQUENCE, VARLEN
 from cera_train.config import BatchLayout
 from cera_train.console import describe_speed
 from cera_train.loss import SupervisedLoss
@@ -12,7 +13,8 @@ from cera_train.loss import SupervisedLoss
 @pytest.mark.parametrize(
     ("wanted", "is_flat", "loss", "expected"),
     [
-        ("auto", True, {"attends_by_sequence": True, "flattens": True}, "attention by sequence, no padding"),
+        ("auto", True, {"attention": BY_SEQUENCE, "flattens": True}, "attention by sequence, no padding"),
+        ("auto", True, {"attention": VARLEN, "flattens": True}, "attention by sequence in one kernel, no padding"),
         (
             "flat",
             True,
@@ -20,7 +22,7 @@ from cera_train.loss import SupervisedLoss
             "no padding, no attention by sequence (this model's own is not plain causal sdpa)",
         ),
         ("auto", False, {"flattens": True}, "padding (costs less here than a mask over one long row)"),
-        ("padded", False, {"flattens": True, "attends_by_sequence": True}, "padding (train.batch_layout=padded)"),
+        ("padded", False, {"flattens": True, "attention": BY_SEQUENCE}, "padding (train.batch_layout=padded)"),
         ("auto", False, {}, "padding (this model mixes sequences that share a row)"),
     ],
 )
