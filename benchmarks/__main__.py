@@ -37,8 +37,8 @@ def main() -> None:
     with evaluation.questions(arguments.rows) as file:
         keep("evaluation", evaluation.measure(file, arguments.rounds))
     with training.first_rows(arguments.rows) as file:
-        for dtype in training.SEQUENCES:
-            keep(f"training in {dtype}", training.measure(file, dtype, arguments.rounds))
+        for work in training.works_here():
+            keep(f"training, {work}", training.measure(file, work, arguments.rounds))
     print_targets(targets)
     write_results(arguments.output, found, targets)
 

@@ -3,8 +3,10 @@ optimiser update on the rows it is given, supervising the answers and nothing el
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,17 +18,50 @@ RANK, DROPOUT, LEARNING_RATE = 64, 0.1, 3e-4
 TARGETS = ["q_proj", "v_proj"]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What all contestants of a race share."""
+
+    base: str
+    """A folder with model and tokenizer."""
+    file: Path
+    """jsonl rows with `question` and `answer`."""
+    rows: Sequence[dict[str, str]]
+    """The same, read."""
+    precision: str
+    """Of the base's weights: float32, bfloat16 or nf4."""
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.precision == "float32" else torch.bfloat16
+
+    def load_base(self, **more: Any) -> nn.Module:
+        """As a user of transformers does."""
+        from transformers import AutoModelForCausalLM
+
+        from cera_train.config import Quantization
+        from cera_train.model import quantization_config
+
+        quantization = Quantization.nf4 if self.precision == "nf4" else Quantization.none
+        return AutoModelForCausalLM.from_pretrained(
+            self.base,
+            dtype=self.dtype,
+            device_map={"": self.device},
+            quantization_config=quantization_config(quantization),
+            **more,
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+
 class Contestant:
-    """Built once, in a process of its own.
+    """Built once, in a process of its own."""
 
-    Args:
-        base: a folder with model and tokenizer.
-        file: jsonl rows with `question` and `answer`.
-        rows: the same, read.
-        dtype: of the base's weights.
-    """
+    model: nn.Module
 
-    def __init__(self, base: str, file: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> None:
+    def __init__(self, setting: Setting) -> None:
         raise NotImplementedError
 
     def update(self, rows: Sequence[int]) -> None:
@@ -40,20 +75,20 @@ class Published(Contestant):
 
     LENGTH, MICRO_BATCH = 512, 4
 
-    def __init__(self, base: str, file: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def __init__(self, setting: Setting) -> None:
+        from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype).requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(setting.base)
+        self.setting = setting
+        self.model = setting.load_base().requires_grad_(False)
         for layer in self.model.model.layers:
             for name in TARGETS:
-                setattr(layer.self_attn, name, PublishedBranch(getattr(layer.self_attn, name)))
+                setattr(layer.self_attn, name, PublishedBranch(getattr(layer.self_attn, name)).to(setting.device))
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
-        self.autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE)
-        self.batches = [self._padded(row, tokenizer) for row in rows]
+        self.batches = [self._padded(row, tokenizer) for row in setting.rows]
 
     def _padded(self, row: dict[str, str], tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
         prompt = tokenizer(PROMPT.format(**row), add_special_tokens=False).input_ids
@@ -70,8 +105,8 @@ class Published(Contestant):
     def update(self, rows: Sequence[int]) -> None:
         for start in range(0, len(rows), self.MICRO_BATCH):
             columns = zip(*(self.batches[row] for row in rows[start : start + self.MICRO_BATCH]), strict=True)
-            ids, mask, labels = (torch.tensor(column) for column in columns)
-            with self.autocast:
+            ids, mask, labels = (torch.tensor(column, device=self.setting.device) for column in columns)
+            with self.setting.autocast():
                 loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
             (loss / (len(rows) / self.MICRO_BATCH)).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -98,29 +133,32 @@ class PublishedBranch(nn.Module):
 class Trl(Contestant):
     """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and optimizer."""
 
-    settings: ClassVar[dict[str, Any]] = {}
+    is_tuned = False
 
-    def __init__(self, base: str, file: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> None:
+    def __init__(self, setting: Setting) -> None:
         import datasets
         import peft
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+        from transformers.utils import is_flash_attn_2_available
         from trl import SFTConfig, SFTTrainer
 
+        has_flash = self.is_tuned and setting.device.type == "cuda" and is_flash_attn_2_available()
+        tuned = {"gradient_checkpointing": False} | ({"padding_free": True} if has_flash else {})
         self.folder = tempfile.TemporaryDirectory()
         self.trainer = SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(base, dtype=dtype),
+            setting.load_base(attn_implementation="flash_attention_2" if has_flash else None),
             SFTConfig(
                 self.folder.name,
-                use_cpu=True,
-                bf16=dtype == torch.bfloat16,
+                use_cpu=setting.device.type == "cpu",
+                bf16=setting.dtype == torch.bfloat16,
                 report_to=[],
                 disable_tqdm=True,
                 learning_rate=LEARNING_RATE,
-                **self.settings,
+                **(tuned if self.is_tuned else {}),
             ),
-            processing_class=AutoTokenizer.from_pretrained(base),
+            processing_class=AutoTokenizer.from_pretrained(setting.base),
             train_dataset=datasets.Dataset.from_list(
-                [{"prompt": PROMPT.format(**row), "completion": COMPLETION.format(**row)} for row in rows]
+                [{"prompt": PROMPT.format(**row), "completion": COMPLETION.format(**row)} for row in setting.rows]
             ),
             peft_config=peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS),
         )
@@ -142,10 +180,10 @@ class Trl(Contestant):
 
 
 class TunedTrl(Trl):
-    """The same with its best settings on a CPU: nothing recomputed. Its own loss is in chunks already. Without flash
-    attention, its packing and padding-free batches put a T x T mask over a row, which takes longer than the padding."""
+    """The same with its best settings: nothing recomputed. Its own loss is in chunks already. Without flash attention,
+    its packing and padding-free batches put a T x T mask over a row, which takes longer than the padding."""
 
-    settings: ClassVar[dict[str, Any]] = {"gradient_checkpointing": False}
+    is_tuned = True
 
 
 class Ours(Contestant):
@@ -153,9 +191,10 @@ class Ours(Contestant):
 
     kind = "cera"
     is_compiled = False
-    MICRO_BATCH_TOKENS = 1024
+    MICRO_BATCH_TOKENS: ClassVar = {"cpu": 1024, "cuda": 2048}
 
-    def __init__(self, base: str, file: Path, rows: Sequence[dict[str, str]], dtype: torch.dtype) -> None:
+    def __init__(self, setting: Setting) -> None:
+        from cera_train.cera.hidden import choose_kernels
         from cera_train.config import (
             AdapterConfig,
             AdapterKind,
@@ -164,6 +203,7 @@ class Ours(Contestant):
             Dtype,
             ModelConfig,
             OptimizerConfig,
+            Quantization,
         )
         from cera_train.data import prepare_data
         from cera_train.data.batches import MicroBatches
@@ -171,24 +211,28 @@ class Ours(Contestant):
         from cera_train.model import add_adapter, load_model, load_tokenizer
         from cera_train.optimizer import build_optimizer
 
-        model_config = ModelConfig(path=base, dtype=Dtype(str(dtype).removeprefix("torch.")))
+        device = setting.device
+        model_config = ModelConfig(
+            path=setting.base,
+            dtype=Dtype(str(setting.dtype).removeprefix("torch.")),
+            quantization=Quantization.nf4 if setting.precision == "nf4" else Quantization.none,
+        )
         data_config = DataConfig(
-            train_files=[str(file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True
+            train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True
         )
-        device = torch.device("cpu")
         model = load_model(model_config, device)
-        adapted = add_adapter(model, AdapterConfig(AdapterKind(self.kind), RANK, dropout=DROPOUT))
-        self.loss = SupervisedLoss(
-            adapted, model, lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
-        )
+        self.model = add_adapter(model, AdapterConfig(AdapterKind(self.kind), RANK, dropout=DROPOUT))
+        self.loss = SupervisedLoss(self.model, model, setting.autocast)
         is_flat = choose_layout(BatchLayout.auto, self.loss, device) == BatchLayout.flat
         if self.is_compiled:
             self.loss.compile_layers()
+        if self.kind == "cera":
+            choose_kernels(device, self.model.peft_config["default"], self.is_compiled)
         self.loss.train()
-        self.parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.parameters, OptimizerConfig(lr=LEARNING_RATE), device)
         data = prepare_data(data_config, load_tokenizer(model_config))
-        self.batches = MicroBatches(data.train, is_flat, self.MICRO_BATCH_TOKENS, device)
+        self.batches = MicroBatches(data.train, is_flat, self.MICRO_BATCH_TOKENS[device.type], device)
 
     def update(self, rows: Sequence[int]) -> None:
         supervised = sum(self.batches.supervised[row] for row in rows)

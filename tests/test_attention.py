@@ -63,12 +63,14 @@ def test_no_mask_is_made(monkeypatch):
     assert masks == [None] * len(LENGTHS)
 
 
-def test_the_backward_of_short_attention_equals_finite_differences():
+def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
     query, key, value = heads(6)
+    own = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ShortAttention.apply(query, key, value, 0.3), own)
     assert torch.autograd.gradcheck(lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value))
 
 
-def test_short_attention_is_about_as_near_to_the_exact_gradient_as_torchs_own():
+def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
     exact = heads(150)
     rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
     exact = [x.detach().double().requires_grad_() for x in rounded]
@@ -89,6 +91,8 @@ def test_short_attention_is_about_as_near_to_the_exact_gradient_as_torchs_own():
         strict=True,
     ):
         assert (one - true).norm() < 2 * (other - true).norm()
+    outputs = [ShortAttention.apply(*rounded, 8**-0.5), own(*rounded), own(*exact)]
+    assert (outputs[0] - outputs[2]).norm() < 2 * (outputs[1] - outputs[2]).norm()
 
 
 def sequence_after_sequence(
