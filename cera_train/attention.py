@@ -47,7 +47,7 @@ def attend_by_sequence(
     Raises:
         NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both directions).
     """
-    _refuse_more(module, attention_mask, settings)
+    _refuse_more(module, attention_mask, sliding_window, settings)
     blocks = zip(*(heads.split(sequence_lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1), None
@@ -77,11 +77,14 @@ def attend_varlen(
         return attend_by_sequence(
             module, query, key, value, attention_mask, sequence_lengths=sequence_lengths, **settings
         )
-    _refuse_more(module, attention_mask, settings)
-    starts, longest = _starts(tuple(sequence_lengths), query.device), max(sequence_lengths)
-    window = settings.get("sliding_window")
+    window, device = settings.get("sliding_window"), query.device
+    _refuse_more(module, attention_mask, window, settings)
+    starts, longest = _starts(tuple(sequence_lengths), device), max(sequence_lengths)
+    # Autocast does not know the kernel. What comes here may be float32, as of norms between projection and attention.
+    is_cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if is_cast else query.dtype
     output = varlen_attn(
-        *(heads[0].transpose(0, 1) for heads in (query, key, value)),  # [T, heads, d]
+        *(heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
         *(starts, starts, longest, longest),
         scale=settings.get("scaling"),
         window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's own, and after it
@@ -101,11 +104,20 @@ def _starts(sequence_lengths: tuple[int, ...], device: torch.device) -> torch.Te
     return torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32).to(device)
 
 
-def _refuse_more(module: nn.Module, attention_mask: torch.Tensor | None, settings: dict[str, Any]) -> None:
+def _refuse_more(
+    module: nn.Module, attention_mask: torch.Tensor | None, window: int | None, settings: dict[str, Any]
+) -> None:
     more = [name for name in ("position_bias", "softcap", "s_aux") if settings.get(name) is not None]
     is_causal = module.is_causal if settings.get("is_causal") is None else settings["is_causal"]
-    if more or not is_causal or attention_mask is not None:
-        raise NotImplementedError(f"this attention is more than causal ({', '.join(more) or 'a mask, or both ways'}).")
+    if not is_causal:
+        more.append("both ways")
+    if attention_mask is not None:
+        more.append("a mask")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    if kinds and kinds[module.layer_idx] != ("full_attention" if window is None else "sliding_attention"):
+        more.append(kinds[module.layer_idx])  # by its mask alone, and transformers makes none for our names
+    if more:
+        raise NotImplementedError(f"this attention is more than causal ({', '.join(more)}).")
 
 
 def _attend(
@@ -122,7 +134,7 @@ def _attend(
     if window is not None and length > window:
         everything = torch.ones(length, length, dtype=torch.bool, device=query.device)
         mask = everything.tril() & everything.triu(1 - window)
-    elif ShortAttention.is_faster(query) and not dropout:
+    elif ShortAttention.is_faster(query, value) and not dropout:
         return ShortAttention.apply(query, key, value, scaling or width**-0.5)
     return scaled_dot_product_attention(
         query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
@@ -138,9 +150,10 @@ class ShortAttention(torch.autograd.Function):
     """From about 600 tokens, torch's own is faster on a CPU without AMX; with it, from more than 1,000."""
 
     @classmethod
-    def is_faster(cls, query: torch.Tensor) -> bool:
+    def is_faster(cls, query: torch.Tensor, value: torch.Tensor) -> bool:
         is_16bit_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
-        return is_16bit_cpu and query.shape[2] <= cls.MAX_LENGTH and torch.is_grad_enabled()
+        is_usual = query.shape[-1] == value.shape[-1] and query.shape[2] <= cls.MAX_LENGTH
+        return is_16bit_cpu and is_usual and torch.is_grad_enabled()
 
     @staticmethod
     def forward(

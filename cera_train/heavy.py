@@ -18,10 +18,12 @@ def heavy_imports() -> Iterator[None]:
     if "torch" in sys.modules:  # a later job of a sweep: what an earlier one left is garbage
         yield
         return
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         atexit.register(gc.unfreeze)  # libraries that count what is left at the end would call it leaked
-        gc.enable()
+        if was_enabled:
+            gc.enable()

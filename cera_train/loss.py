@@ -77,6 +77,8 @@ class SupervisedLoss(nn.Module):
         if own == "sdpa":  # would make a T x T mask for a flat row; any other the user chose
             for name in (VARLEN, BY_SEQUENCE) if kernel_may_run(device, causal_lm.dtype) else (BY_SEQUENCE,):
                 causal_lm.set_attn_implementation(name)
+                if causal_lm.config._attn_implementation != name:  # a model of the kind that cannot take another's
+                    break
                 # Its attention is more, or takes no lengths; or the kernel does not take this GPU or width of heads.
                 with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
                     if flattens():

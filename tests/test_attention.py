@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tiny_llama
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, MistralConfig
 
 from cera_train.attention import BY_SEQUENCE, VARLEN, ShortAttention, attend_by_sequence, attend_varlen
 from cera_train.data.batches import flat_batch
@@ -82,7 +83,7 @@ def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
     def own(query, key, value):
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-    assert ShortAttention.is_faster(rounded[0])
+    assert ShortAttention.is_faster(rounded[0], rounded[2])
     expected = gradients(own, exact)
     for one, other, true in zip(
         gradients(lambda *qkv: ShortAttention.apply(*qkv, 8**-0.5), rounded),
@@ -122,6 +123,20 @@ def test_one_call_for_all_sequences_equals_one_row_under_a_block_mask(monkeypatc
     assert no_weights is None
 
 
+def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
+    dtypes = set()
+
+    def kernel(query, key, value, *args, **kwargs):
+        dtypes.update((query.dtype, key.dtype, value.dtype))
+        return sequence_after_sequence(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(KERNEL, kernel)
+    query, key, value = heads(dtype=torch.float32)  # as norms between projection and attention leave them
+    with torch.autocast("cpu", torch.bfloat16):
+        attend_varlen(Causal(), query, key.bfloat16(), value.bfloat16(), None, sequence_lengths=LENGTHS)
+    assert dtypes == {torch.bfloat16}
+
+
 def test_torchs_own_kernel_takes_the_call():
     """As far as can be known without a GPU: its shapes, on no device at all."""
     query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())
@@ -155,6 +170,35 @@ def test_dropout_of_attention_is_not_lost_to_the_kernel(monkeypatch):
 def test_attention_that_is_more_is_refused(more, attend):
     with pytest.raises(NotImplementedError, match="more than causal"):
         attend(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
+
+
+@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
+@pytest.mark.parametrize(
+    ("kind", "window"), [("chunked_attention", None), ("sliding_attention", None), ("full_attention", 4)]
+)
+def test_what_only_a_mask_would_restrict_is_refused(attend, kind, window):
+    module = Causal()
+    module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
+    settings = {"sequence_lengths": LENGTHS, "sliding_window": window}
+    with pytest.raises(NotImplementedError, match=kind):
+        attend(module, *heads(), None, **settings)
+
+
+def test_values_of_another_width_than_the_queries_go_to_torchs_own():
+    query, key, _ = heads(6, torch.bfloat16)
+    value = torch.randn(1, 2, 6, 4, dtype=torch.bfloat16, requires_grad=True)
+    got, _ = attend_by_sequence(Causal(), query, key, value, None, sequence_lengths=[6])
+    assert got.shape == (1, 6, 4, 4)
+    got.sum().backward()
+
+
+def test_a_model_that_takes_no_attention_of_others_keeps_its_own():
+    model = AutoModelForCausalLM.from_config(
+        FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    )
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attention is None
 
 
 def test_a_sequence_sees_nothing_of_its_neighbours():

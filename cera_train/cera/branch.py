@@ -1,4 +1,5 @@
 """A projection's output plus its CeRA branch, as one step of autograd: what the plain formula gives, with less kept.
+First derivatives only.
 
 From forward to backward it keeps x, which the base's own graph mostly holds anyway, and z = A x. The gate and the
 dropout mask are r wide and made again; nothing d_out wide is made at all, since B's product is added in place.

@@ -27,7 +27,7 @@ _fused: Hidden | None = None
 
 def hidden(z: torch.Tensor, gate: nn.Module, p: float, seed: int) -> torch.Tensor:
     """dropout(gate(z)) with a share p dropped, as the seed says: [N, r] -> [N, r]."""
-    if _fused is not None and z.is_cuda and z.dtype.itemsize <= 4:
+    if _fused is not None and z.is_cuda and z.dtype.itemsize <= 4 and z.numel() < 2**31:
         return _fused(z, gate, p, seed)
     return hidden_by_torch(z, gate, p, seed)
 

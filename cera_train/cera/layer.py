@@ -121,24 +121,30 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """result + branch(x), in place where that rounds nowhere else."""
-        A, B = self.cera_A[adapter_name].weight, self.cera_B[adapter_name].weight
+        """result + branch(x), in place where that rounds nowhere else and both matrices may be read."""
+        A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
         gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
-        if result.dtype != dtype or not result.is_contiguous() or torch.compiler.is_compiling():
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.weight.dtype
+        fits = result.dtype == dtype and result.is_contiguous() and not torch.compiler.is_compiling()
+        if not (fits and is_plain(A) and is_plain(B)):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
+        if torch.is_grad_enabled() and result._is_view():
+            # Of a product with a bias added, or in 8 bits; autograd forbids or copies for an operation in its place.
+            result = result.clone()
         p = dropout.p if dropout.training else 0.0
         # From the CPU's generator: reading a GPU's would wait for it.
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
         own_hidden = functools.partial(hidden, gate=gate, p=p, seed=seed)
-        return add_branch(result, x.to(dtype), A.to(dtype), B.to(dtype), self.scaling[adapter_name], own_hidden)
+        matrices = A.weight.to(dtype), B.weight.to(dtype)
+        return add_branch(result, x.to(dtype), *matrices, self.scaling[adapter_name], own_hidden)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if len(adapter_names) != len(x):
             raise ValueError(
                 f"adapter_names must name one adapter for each row: expected {len(x)} names, got {len(adapter_names)}."
             )
+        result = result.clone()  # its rows are written to
         for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
             rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
             result[rows] = (result[rows] + self.branch(x[rows], adapter_name)).to(result.dtype)
@@ -150,6 +156,12 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "cera." + super().__repr__()
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether its weight may be read without calling it: FSDP1, ZeRO-3 and offloading bring a weight at a call only."""
+    has_hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
+    return type(linear) is nn.Linear and not has_hooks
 
 
 MERGE_REFUSAL = (

@@ -6,6 +6,7 @@ supervised tokens, none of it changes the result.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -68,17 +69,18 @@ def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[
 
 
 def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of at most `max_tokens` tokens, to be laid end to end: as few as first-fit-decreasing finds."""
+    """Groups of at most `max_tokens` tokens, to be laid end to end: as few as best-fit-decreasing finds."""
     groups: list[list[int]] = []
-    tokens: list[int] = []
+    room: list[tuple[int, int]] = []  # tokens that a group still takes, and the group; sorted
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-        fits = next((index for index, used in enumerate(tokens) if used + lengths[row] <= max_tokens), None)
-        if fits is None:
-            groups.append([row])
-            tokens.append(lengths[row])
+        place = bisect.bisect_left(room, (lengths[row], 0))
+        if place < len(room):
+            left, group = room.pop(place)
         else:
-            groups[fits].append(row)
-            tokens[fits] += lengths[row]
+            left, group = max_tokens, len(groups)
+            groups.append([])
+        groups[group].append(row)
+        bisect.insort(room, (left - lengths[row], group))
     return groups
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -60,6 +61,38 @@ def test_output_and_gradients_equal_the_equation(activation, alpha, scale):
     gradients = torch.autograd.grad(y, [x, A, B], upstream)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, [x, A, B], upstream))
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
+def test_over_8_bits_and_a_bias_the_output_may_be_a_view_that_autograd_lets_nobody_write_to():
+    base = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    base.load_state_dict(nn.Linear(64, 32).state_dict())
+    layer = make_layer(base.to("cpu"), r=4, dropout=0.0).train()
+    x = x_of(d_in=64, dtype=torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert base(x)._is_view()
+        y = layer(x)
+        expected = base(x) + layer.branch(x, "default")
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    upstream, leaves = torch.randn_like(y), [x, *weights(layer)]
+    for one, other in zip(*(torch.autograd.grad(value, leaves, upstream) for value in (y, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("matrix", ["cera_A", "cera_B"])
+def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
+    """As FSDP1, ZeRO-3 and offloading bring it."""
+    layer, x = make_layer(dropout=0.0), x_of()
+    expected = layer(x)
+    linear = getattr(layer, matrix)["default"]
+    weight = linear.weight.detach().clone()
+    nn.init.zeros_(linear.weight)
+
+    def bring(module: nn.Linear, _) -> None:
+        module.weight.data.copy_(weight)
+
+    linear.register_forward_pre_hook(bring)
+    torch.testing.assert_close(layer(x), expected)
 
 
 def test_dropout_comes_after_the_gate_and_scales_what_it_keeps():

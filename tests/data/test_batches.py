@@ -100,7 +100,7 @@ def test_flat_micro_batches_partition_the_rows_within_the_bound(max_tokens, coun
         assert sorted(chain.from_iterable(groups)) == sorted(rows)
         for group in groups:
             assert sum(lengths[row] for row in group) <= max_tokens or len(group) == 1
-        # No two could be one: first-fit would have put the later's rows into the earlier.
+        # No two could be one: best-fit would have put the later's rows into the earlier.
         tokens = [sum(lengths[row] for row in group) for group in groups]
         assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
 
