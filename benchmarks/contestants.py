@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +65,8 @@ class Contestant:
     def __init__(self, setting: Setting) -> None:
         raise NotImplementedError
 
-    def update(self, rows: Sequence[int]) -> None:
-        """One update on these rows."""
+    def update(self, rows: Sequence[int]) -> int:
+        """One update on these rows; returns the tokens it supervised."""
         raise NotImplementedError
 
 
@@ -102,16 +103,19 @@ class Published(Contestant):
             labels + [-100] * padding,
         )
 
-    def update(self, rows: Sequence[int]) -> None:
+    def update(self, rows: Sequence[int]) -> int:
+        supervised = 0
         for start in range(0, len(rows), self.MICRO_BATCH):
             columns = zip(*(self.batches[row] for row in rows[start : start + self.MICRO_BATCH]), strict=True)
             ids, mask, labels = (torch.tensor(column, device=self.setting.device) for column in columns)
             with self.setting.autocast():
                 loss = self.model(input_ids=ids, attention_mask=mask, labels=labels).loss
             (loss / (len(rows) / self.MICRO_BATCH)).backward()
+            supervised += int((labels != -100).sum())
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return supervised
 
 
 class PublishedBranch(nn.Module):
@@ -142,8 +146,9 @@ class Trl(Contestant):
         from transformers.utils import is_flash_attn_2_available
         from trl import SFTConfig, SFTTrainer
 
-        has_flash = self.is_tuned and setting.device.type == "cuda" and is_flash_attn_2_available()
-        tuned = {"gradient_checkpointing": False} | ({"padding_free": True} if has_flash else {})
+        is_16bit_gpu = setting.device.type == "cuda" and setting.dtype == torch.bfloat16
+        has_flash = self.is_tuned and is_16bit_gpu and is_flash_attn_2_available()
+        tuned = {"gradient_checkpointing": False} | ({"padding_free": True, "max_length": None} if has_flash else {})
         self.folder = tempfile.TemporaryDirectory()
         self.trainer = SFTTrainer(
             setting.load_base(attn_implementation="flash_attention_2" if has_flash else None),
@@ -162,26 +167,51 @@ class Trl(Contestant):
             ),
             peft_config=peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS),
         )
+        # As `train` begins, without its loop over batches:
+        if self.trainer.args.activation_checkpointing:
+            self.trainer.model.activation_checkpointing_enable()
         self.trainer.create_optimizer()
-        self.trainer.current_gradient_accumulation_steps = 1  # which its own loop over batches sets
+        self.trainer._set_signature_columns_if_needed()
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.micro_batch = self.trainer.args.per_device_train_batch_size
+        if self.is_tuned and not has_flash:
+            self.micro_batch = min(self.MICRO_BATCHES, key=self._seconds)
+            print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
-    def update(self, rows: Sequence[int]) -> None:
-        columns = self.trainer._signature_columns or ["input_ids", "completion_mask"]
+    MICRO_BATCHES = (1, 2, 4)
+    """Sequences at once that are tried: few, since they are padded to the longest."""
+
+    def _seconds(self, micro_batch: int) -> float:
+        self.micro_batch = micro_batch
+        self.update(range(self.MICRO_BATCHES[-1]))  # a warm-up
+        started = time.perf_counter()
+        self.update(range(self.MICRO_BATCHES[-1]))
+        return time.perf_counter() - started
+
+    def update(self, rows: Sequence[int]) -> int:
+        columns = self.trainer._signature_columns
         examples = [
             {name: value for name, value in self.trainer.train_dataset[row].items() if name in columns} for row in rows
         ]
-        batch = self.trainer.data_collator(examples)
-        self.trainer.training_step(self.model, batch)
+        if self.is_tuned:  # as train_sampling_strategy="group_by_length" would, to pad less
+            examples.sort(key=lambda example: -len(example["input_ids"]))
+        starts = range(0, len(rows), self.micro_batch)
+        batches = [self.trainer.data_collator(examples[start : start + self.micro_batch]) for start in starts]
+        supervised = sum((batch["labels"] != -100).sum() for batch in batches)
+        self.trainer.current_gradient_accumulation_steps = len(batches)
+        for batch in batches:
+            self.trainer.training_step(self.model, batch, num_items_in_batch=supervised.to(self.trainer.args.device))
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.trainer.optimizer.step()
         self.trainer.optimizer.zero_grad()
+        return int(supervised)
 
 
 class TunedTrl(Trl):
-    """The same with its best settings: nothing recomputed. Its own loss is in chunks already. Without flash attention,
-    its packing and padding-free batches put a T x T mask over a row, which takes longer than the padding."""
+    """The same with its best settings: nothing recomputed, micro-batches of near-equal length of the fastest size. Its
+    own loss is in chunks already. Without flash attention, its packing and padding-free batches put a T x T mask over a
+    row, which takes longer than the padding."""
 
     is_tuned = True
 
@@ -234,13 +264,14 @@ class Ours(Contestant):
         data = prepare_data(data_config, load_tokenizer(model_config))
         self.batches = MicroBatches(data.train, is_flat, self.MICRO_BATCH_TOKENS[device.type], device)
 
-    def update(self, rows: Sequence[int]) -> None:
+    def update(self, rows: Sequence[int]) -> int:
         supervised = sum(self.batches.supervised[row] for row in rows)
         for group, _ in self.batches.passes(rows, 1, 0, in_step=False):
             (self.loss(self.batches.load(group)) / supervised).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return supervised
 
 
 class OursCompiled(Ours):

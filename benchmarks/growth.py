@@ -21,7 +21,6 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import peak_memory
 from training import PACKAGE, logistic_maps
 
 MICRO_BATCH_TOKENS = 4096
@@ -61,7 +60,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     from cera_train.loss import SupervisedLoss, choose_layout
     from cera_train.model import add_adapter, load_model
     from cera_train.optimizer import build_optimizer
-    from cera_train.runtime import quiet_libraries
+    from cera_train.runtime import peak_memory, quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)
@@ -96,7 +95,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
         taken.append(time.perf_counter() - started)
-    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory()})
+    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(device)})
 
 
 def data_set(rows: int) -> Any:
@@ -180,6 +179,7 @@ def main() -> None:
                 ours, theirs = context.Pipe()
                 process = context.Process(target=measure, args=(point, arguments.updates, theirs))
                 process.start()
+                theirs.close()  # so that it ends with its process
                 result = ours.recv()
                 process.join()
                 print(f"{value:<24,}{kind:<8}{result['seconds']:>10.2f}{result['memory'] / 1e9:>8.2f}", flush=True)

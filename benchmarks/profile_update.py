@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
-from training import CERA, FIRST_ROWS, PACKAGE, first_rows, lines_of
+from contestants import CONTESTANTS, RANK, Setting
+from training import CERA, PACKAGE, Work, first_rows, lines_of, matmul_peak
+
+MICRO_BATCH = 1024
+"""Tokens of the products that the peak is looked for among."""
 
 KINDS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_"),
     "attention": (
         "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
@@ -23,14 +28,23 @@ KINDS = {
     "the head's softmax": ("aten::_log_softmax", "aten::_log_softmax_backward_data", "aten::exp_", "aten::exp"),
     "copies and casts": ("aten::copy_", "aten::cat"),
 }
-"""Kind -> the operations of torch that do it. All others go through memory, element by element, or only prepare."""
+"""Kind -> the operations of torch that do it. But for matrix products, which are told apart by their shapes, all others
+go through memory, element by element, or only prepare."""
+
+
+def product(event: Any, vocabulary: int) -> tuple[str, int] | None:
+    """Whose matrix product an operation is, and its multiplies and adds."""
+    if event.key not in ("aten::mm", "aten::addmm_"):
+        return None
+    left, right = event.input_shapes[:2] if event.key == "aten::mm" else event.input_shapes[1:3]
+    sizes = {*left, *right}
+    whose = "adapter" if RANK in sizes else "head" if vocabulary in sizes else "layers"
+    return f"products of the {whose}", 2 * left[0] * left[1] * right[1] * event.count
 
 
 def main() -> None:
-    import json
-
     import torch
-    from contestants import CONTESTANTS, Setting
+    from transformers import AutoConfig
 
     from cera_train.config import ModelConfig
     from cera_train.model import load_tokenizer
@@ -43,23 +57,30 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_libraries()
     base = load_tokenizer(ModelConfig(path=PACKAGE)).name_or_path
+    config = AutoConfig.from_pretrained(base)
     with first_rows(arguments.rows) as file:
-        rows = [json.loads(line) for line in lines_of(file)][:FIRST_ROWS]
+        rows = [json.loads(line) for line in lines_of(file)]
         for precision in arguments.precision:
             contestant = CONTESTANTS[arguments.contestant](Setting(base, file, rows, precision, torch.device("cpu")))
             update = list(range(8))
             for _ in range(3):
                 contestant.update(update)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            with torch.profiler.profile(record_shapes=True) as profile:
                 contestant.update(update)
             seconds: Counter[str] = Counter()
-            for event in profile.key_averages():
+            flops: Counter[str] = Counter()
+            for event in profile.key_averages(group_by_input_shape=True):
                 kind = next((kind for kind, names in KINDS.items() if event.key in names), "element by element")
+                if whose := product(event, config.vocab_size):
+                    kind = whose[0]
+                    flops[kind] += whose[1]
                 seconds[kind] += event.self_cpu_time_total / 1e6
             total = seconds.total()
-            print(f"\n{precision}, an update of 8 sequences: {total:.2f} s")
+            peak = matmul_peak(Work(precision, 8), config, MICRO_BATCH)
+            print(f"\n{precision}, an update of 8 sequences: {total:.2f} s; peak {peak / 1e9:,.0f} GFLOP/s")
             for kind, taken in seconds.most_common():
-                print(f"{kind:<24}{taken:>8.2f} s{taken / total:>8.0%}")
+                speed = f"{flops[kind] / taken / 1e9:>8,.0f} GFLOP/s" if kind in flops else ""
+                print(f"{kind:<24}{taken:>8.2f} s{taken / total:>8.0%}{speed}")
 
 
 if __name__ == "__main__":

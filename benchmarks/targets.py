@@ -42,15 +42,6 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> list[float]:
     return [their / our for their, our in zip(theirs, ours, strict=True)]
 
 
-def peak_memory() -> int:
-    """Bytes that this process ever held at once. Not `ru_maxrss`, which a new process takes over from its parent."""
-    return next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmHWM:")
-    )
-
-
 def print_targets(targets: Sequence[Target]) -> None:
     print(f"\n{'target':<50}{'median':>10} {'spread':>16}{'wanted':>16}")
     for target in targets:

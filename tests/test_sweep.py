@@ -544,6 +544,12 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
     assert not (sweep_here / "outputs" / "math_r64").exists()
 
 
+def test_the_peak_memory_of_a_process_is_not_that_of_its_parent():
+    held = torch.ones(400_000_000)  # 1.6 GB
+    script = "import torch; from cera_train.runtime import peak_memory; print(peak_memory(torch.device('cpu')))"
+    assert int(subprocess.check_output([sys.executable, "-c", script])) < held.nbytes
+
+
 def test_the_peak_memory_of_a_job_is_its_own():
     """The jobs of a sweep share a process, whose peak would be the largest job's."""
     from cera_train.runtime import forget_earlier_runs, peak_memory
