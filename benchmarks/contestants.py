@@ -138,6 +138,8 @@ class Trl(Contestant):
     """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and optimizer."""
 
     is_tuned = False
+    MICRO_BATCHES = (1, 2, 4)
+    """Sequences at once, of which the tuned takes the fastest: few, since they are padded to the longest."""
 
     def __init__(self, setting: Setting) -> None:
         import datasets
@@ -179,14 +181,14 @@ class Trl(Contestant):
             self.micro_batch = min(self.MICRO_BATCHES, key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
-    MICRO_BATCHES = (1, 2, 4)
-    """Sequences at once that are tried: few, since they are padded to the longest."""
-
     def _seconds(self, micro_batch: int) -> float:
         self.micro_batch = micro_batch
         self.update(range(self.MICRO_BATCHES[-1]))  # a warm-up
+        synchronize = torch.cuda.synchronize if self.trainer.args.device.type == "cuda" else lambda: None
+        synchronize()
         started = time.perf_counter()
         self.update(range(self.MICRO_BATCHES[-1]))
+        synchronize()
         return time.perf_counter() - started
 
     def update(self, rows: Sequence[int]) -> int:
