@@ -37,19 +37,23 @@ class Setting:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.precision == "float32" else torch.bfloat16
 
+    @property
+    def quantization(self) -> Any:
+        from cera_train.config import Quantization
+
+        return Quantization.nf4 if self.precision == "nf4" else Quantization.none
+
     def load_base(self, **more: Any) -> nn.Module:
         """As a user of transformers does."""
         from transformers import AutoModelForCausalLM
 
-        from cera_train.config import Quantization
         from cera_train.model import quantization_config
 
-        quantization = Quantization.nf4 if self.precision == "nf4" else Quantization.none
         return AutoModelForCausalLM.from_pretrained(
             self.base,
             dtype=self.dtype,
             device_map={"": self.device},
-            quantization_config=quantization_config(quantization),
+            quantization_config=quantization_config(self.quantization),
             **more,
         )
 
@@ -150,7 +154,9 @@ class Trl(Contestant):
 
         is_16bit_gpu = setting.device.type == "cuda" and setting.dtype == torch.bfloat16
         has_flash = self.is_tuned and is_16bit_gpu and is_flash_attn_2_available()
-        tuned = {"gradient_checkpointing": False} | ({"padding_free": True, "max_length": None} if has_flash else {})
+        tuned = {"gradient_checkpointing": False} if self.is_tuned else {}
+        if has_flash:
+            tuned |= {"padding_free": True, "max_length": None}
         self.folder = tempfile.TemporaryDirectory()
         self.trainer = SFTTrainer(
             setting.load_base(attn_implementation="flash_attention_2" if has_flash else None),
@@ -161,7 +167,7 @@ class Trl(Contestant):
                 report_to=[],
                 disable_tqdm=True,
                 learning_rate=LEARNING_RATE,
-                **(tuned if self.is_tuned else {}),
+                **tuned,
             ),
             processing_class=AutoTokenizer.from_pretrained(setting.base),
             train_dataset=datasets.Dataset.from_list(
@@ -235,7 +241,6 @@ class Ours(Contestant):
             Dtype,
             ModelConfig,
             OptimizerConfig,
-            Quantization,
         )
         from cera_train.data import prepare_data
         from cera_train.data.batches import MicroBatches
@@ -247,7 +252,7 @@ class Ours(Contestant):
         model_config = ModelConfig(
             path=setting.base,
             dtype=Dtype(str(setting.dtype).removeprefix("torch.")),
-            quantization=Quantization.nf4 if setting.precision == "nf4" else Quantization.none,
+            quantization=setting.quantization,
         )
         data_config = DataConfig(
             train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True

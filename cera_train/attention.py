@@ -33,6 +33,7 @@ def attend_by_sequence(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    in_one_call: bool = False,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sequence of a row.
@@ -40,57 +41,51 @@ def attend_by_sequence(
     Args:
         query: [1, heads, T, d]; key and value may have fewer heads.
         sequence_lengths: their sum is T.
+        in_one_call: by FlashAttention's kernel for sequences of many lengths; but for dropout, which it has not.
 
     Returns:
         [1, T, heads, d], and no weights.
 
     Raises:
         NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both directions).
+        RuntimeError: the kernel does not take this device, dtype or width of heads.
+        ImportError, TypeError: torch is too old: it has no such kernel, or not with these arguments.
     """
     _refuse_more(module, attention_mask, sliding_window, settings)
+    if in_one_call and not dropout:
+        return _in_one_call(query, key, value, sequence_lengths, scaling, sliding_window), None
     blocks = zip(*(heads.split(sequence_lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1), None
 
 
-@torch.compiler.disable
-def attend_varlen(
-    module: nn.Module,
+attend_varlen = functools.partial(attend_by_sequence, in_one_call=True)
+
+
+def _in_one_call(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
     sequence_lengths: Sequence[int],
-    **settings: Any,
-) -> tuple[torch.Tensor, None]:
-    """The same in one call, however many sequences there are.
-
-    Raises:
-        NotImplementedError: as above.
-        RuntimeError: the kernel does not take this device, dtype or width of heads.
-        ImportError, TypeError: torch is too old: it has no such kernel, or not with these arguments.
-    """
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """All sequences: [1, heads, T, d] -> [1, T, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if settings.get("dropout"):  # which the kernel has not
-        return attend_by_sequence(
-            module, query, key, value, attention_mask, sequence_lengths=sequence_lengths, **settings
-        )
-    window, device = settings.get("sliding_window"), query.device
-    _refuse_more(module, attention_mask, window, settings)
-    starts, longest = _starts(tuple(sequence_lengths), device), max(sequence_lengths)
+    device, longest = query.device, max(sequence_lengths)
+    starts = _starts(tuple(sequence_lengths), device)
     # Autocast does not know the kernel. What comes here may be float32, as of norms between projection and attention.
     is_cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_cast else query.dtype
     output = varlen_attn(
         *(heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
         *(starts, starts, longest, longest),
-        scale=settings.get("scaling"),
+        scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's own, and after it
         enable_gqa=True,
     )
-    return output.unsqueeze(0), None
+    return output.unsqueeze(0)
 
 
 def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
