@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def quantization(self) -> Any:
-        from cera_train.config import Quantization
+        from cera_train.model.config import Quantization
 
         return Quantization.nf4 if self.precision == "nf4" else Quantization.none
 
@@ -47,7 +47,7 @@ class Setting:
         """As a user of transformers does."""
         from transformers import AutoModelForCausalLM
 
-        from cera_train.model import quantization_config
+        from cera_train.model.weights import quantization_config
 
         return AutoModelForCausalLM.from_pretrained(
             self.base,
@@ -232,21 +232,17 @@ class Ours(Contestant):
     MICRO_BATCH_TOKENS: ClassVar = {"cpu": 1024, "cuda": 2048}
 
     def __init__(self, setting: Setting) -> None:
+        from cera_train.adapters.build import add_adapter
+        from cera_train.adapters.config import AdapterConfig, AdapterKind
         from cera_train.cera.hidden import choose_kernels
-        from cera_train.config import (
-            AdapterConfig,
-            AdapterKind,
-            BatchLayout,
-            DataConfig,
-            Dtype,
-            ModelConfig,
-            OptimizerConfig,
-        )
-        from cera_train.data import prepare_data
         from cera_train.data.batches import MicroBatches
-        from cera_train.loss import SupervisedLoss, choose_layout
-        from cera_train.model import add_adapter, load_model, load_tokenizer
-        from cera_train.optimizer import build_optimizer
+        from cera_train.data.config import BatchLayout, DataConfig
+        from cera_train.data.prepare import prepare_data
+        from cera_train.model.config import Dtype, ModelConfig
+        from cera_train.model.loss import SupervisedLoss, choose_layout
+        from cera_train.model.weights import load_model, load_tokenizer
+        from cera_train.training.config import OptimizerConfig
+        from cera_train.training.optimizer import build_optimizer
 
         device = setting.device
         model_config = ModelConfig(

@@ -47,17 +47,18 @@ def distinct_rows(file: Path | None, rows: int, tokenizer: Any) -> Iterator[dict
 def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], dict[str, Any]]:
     """Tokenises `rows` rows once into an empty cache and opens them from it; against the targets, and all that was
     found."""
-    from cera_train.heavy import heavy_imports
+    from cera_train.common.imports import heavy_imports
 
     with heavy_imports():
         import torch
 
-        from cera_train.config import DataConfig, ModelConfig
-        from cera_train.data import prepare_data
+        from cera_train.common.files import cache_dir
         from cera_train.data.batches import MicroBatches, Plan
-        from cera_train.files import cache_dir
-        from cera_train.model import load_tokenizer
-        from cera_train.runtime import forget_earlier_runs, peak_memory
+        from cera_train.data.config import DataConfig
+        from cera_train.data.prepare import prepare_data
+        from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory
+        from cera_train.model.config import ModelConfig
+        from cera_train.model.weights import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # as in a run; other benchmarks go without
     cpu = torch.device("cpu")

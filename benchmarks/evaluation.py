@@ -26,10 +26,14 @@ from contestants import PROMPT, RANK
 from targets import Target, print_targets, ratios, write_results
 from training import PACKAGE, lines_of
 
-from cera_train.config import AdapterConfig, AdapterKind, GenerationConfig, ModelConfig
-from cera_train.generate import Generation, Request, cut_batches, generate, prepare_generation
-from cera_train.model import add_adapter, load_model, load_tokenizer
-from cera_train.runtime import quiet_libraries
+from cera_train.adapters.build import add_adapter
+from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.evaluation.config import GenerationConfig
+from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
+from cera_train.model.config import ModelConfig
+from cera_train.model.weights import load_model, load_tokenizer
+from cera_train.tasks.records import Generation
 
 PUBLISHED_BATCH = 4
 SPEEDUP = 2.0

@@ -55,12 +55,16 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     import torch
 
-    from cera_train.config import AdapterConfig, AdapterKind, BatchLayout, ModelConfig, OptimizerConfig
+    from cera_train.adapters.build import add_adapter
+    from cera_train.adapters.config import AdapterConfig, AdapterKind
     from cera_train.data.batches import MicroBatches, Plan, flat_batch
-    from cera_train.loss import SupervisedLoss, choose_layout
-    from cera_train.model import add_adapter, load_model
-    from cera_train.optimizer import build_optimizer
-    from cera_train.runtime import peak_memory, quiet_libraries
+    from cera_train.data.config import BatchLayout
+    from cera_train.distributed.accelerator import peak_memory, quiet_libraries
+    from cera_train.model.config import ModelConfig
+    from cera_train.model.loss import SupervisedLoss, choose_layout
+    from cera_train.model.weights import load_model
+    from cera_train.training.config import OptimizerConfig
+    from cera_train.training.optimizer import build_optimizer
 
     quiet_libraries()
     torch.manual_seed(0)
@@ -102,9 +106,10 @@ def data_set(rows: int) -> Any:
     """So many logistic maps, tokenised."""
     import tempfile
 
-    from cera_train.config import DataConfig, ModelConfig
-    from cera_train.data import prepare_data
-    from cera_train.model import load_tokenizer
+    from cera_train.data.config import DataConfig
+    from cera_train.data.prepare import prepare_data
+    from cera_train.model.config import ModelConfig
+    from cera_train.model.weights import load_tokenizer
 
     texts = logistic_maps()
     with tempfile.TemporaryDirectory() as folder:

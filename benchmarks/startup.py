@@ -30,14 +30,14 @@ ONE_UPDATE = [
 ]
 PARTS = """
 import json, time
-from cera_train.heavy import heavy_imports
+from cera_train.common.imports import heavy_imports
 
 started = time.perf_counter()
 with heavy_imports():
-    import cera_train.launch, torch
-    from cera_train.config import ModelConfig
-    from cera_train.model import load_model, load_tokenizer
-    from cera_train.runtime import quiet_libraries
+    import cera_train.training.launch, torch
+    from cera_train.model.config import ModelConfig
+    from cera_train.model.weights import load_model, load_tokenizer
+    from cera_train.distributed.accelerator import quiet_libraries
 imports = time.perf_counter() - started
 quiet_libraries()
 started = time.perf_counter()

@@ -75,7 +75,7 @@ def contend(name: str, setting: Any, makes_room: bool, pipe: Connection) -> None
     import torch
     from contestants import CONTESTANTS
 
-    from cera_train.runtime import peak_memory, quiet_libraries
+    from cera_train.distributed.accelerator import peak_memory, quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)
@@ -206,8 +206,8 @@ def measure(
     """
     from transformers import AutoConfig
 
-    from cera_train.config import ModelConfig
-    from cera_train.model import load_tokenizer
+    from cera_train.model.config import ModelConfig
+    from cera_train.model.weights import load_tokenizer
 
     work = replace(WORKS[name], device=device or WORKS[name].device)
     tokenizer = load_tokenizer(ModelConfig(path=PACKAGE))
@@ -294,8 +294,8 @@ def lines_of(file: Path) -> list[str]:
 
 
 def logistic_maps() -> list[str]:
-    from cera_train.config import LogisticMapConfig
-    from cera_train.tasks.logistic_map import problems
+    from cera_train.data.config import LogisticMapConfig
+    from cera_train.data.logistic_map import problems
 
     rows, _ = problems(LogisticMapConfig(decimals=3), 1)
     return [json.dumps({"question": row["prompt"], "answer": row["completion"]}) for row in rows]

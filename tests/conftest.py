@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests write no tokens into the user's cache, but take converted weights from it: they cost 20 seconds."""
-    from cera_train.files import cache_dir
+    from cera_train.common.files import cache_dir
 
     models = cache_dir() / "models"
     models.mkdir(parents=True, exist_ok=True)
@@ -123,8 +123,9 @@ def compose():
     """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of another command."""
     import hydra
 
-    from cera_train.composition import config_dir, register_configs, to_config
-    from cera_train.config import Config, EvalConfig, PlanRun
+    from cera_train.cli.composition import config_dir, register_configs, to_config
+    from cera_train.config import Config, PlanRun
+    from cera_train.evaluation.config import EvalConfig
 
     register_configs()
     schemas = {"config": Config, "eval": EvalConfig, "plan": PlanRun}

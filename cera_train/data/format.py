@@ -16,7 +16,8 @@ from typing import Any
 
 import jinja2
 
-from cera_train.config import DataConfig, Layout, LossOn, Turns
+from cera_train.common.errors import UserError
+from cera_train.data.config import DataConfig, Layout, LossOn, Turns
 
 Row = dict[str, Any]
 
@@ -59,7 +60,7 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Callable[[Row], list[Segmen
         return first_turns if config.turns == Turns.first else all_turns
     if config.layout == Layout.messages:
         if not tokenizer.chat_template:
-            raise ValueError(
+            raise UserError(
                 "data.layout=messages needs a tokenizer with a chat template, and this model's has none: use an "
                 "instruction-tuned model, or data.layout=text."
             )
@@ -77,7 +78,7 @@ def templates(prompt: str, completion: str) -> Callable[[Row], list[Segment]]:
     needed = [*columns_of(prompt), *columns_of(completion)]
     answers = columns_of(completion)
     if not answers:
-        raise ValueError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
+        raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
 
     def segments(row: Row) -> list[Segment]:
         values = {name: text_of(row, name) for name in needed}
@@ -97,10 +98,10 @@ def columns_of(template: str) -> list[str]:
     try:
         fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
-        raise ValueError(f"template {template!r} is malformed: {error}. Write a literal brace twice.") from None
+        raise UserError(f"template {template!r} is malformed: {error}. Write a literal brace twice.") from None
     for _, name, format_spec, conversion in fields:
         if format_spec or conversion or not re.fullmatch(r"[^\W\d][^.\[{]*", name):
-            raise ValueError(
+            raise UserError(
                 f"template {template!r}: {{{name}}} is not just the name of a column. Write a literal brace twice."
             )
     return [name for _, name, _, _ in fields]
@@ -135,7 +136,7 @@ def turns_of(row: Row) -> Iterable[tuple[str, str]]:
     for turn in list_of(row, "conversations"):
         role = text_of(turn, "from")
         if role not in SPEAKERS:
-            raise ValueError(f"a turn is from {role!r}: expected {', '.join(SPEAKERS)}.")
+            raise UserError(f"a turn is from {role!r}: expected {', '.join(SPEAKERS)}.")
         yield role, text_of(turn, "value")
 
 
@@ -151,7 +152,7 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
                 messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses these messages: {error}") from error
+            raise UserError(f"the chat template refuses these messages: {error}") from error
 
     for index, message in enumerate(messages):
         has_text = bool(text_of(message, "content").strip())
@@ -160,7 +161,7 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
             continue
         before, after = render(index, True), render(index + 1, False)
         if not (before.startswith(rendered) and after.startswith(before)):
-            raise ValueError(
+            raise UserError(
                 "the chat template renders earlier turns differently once an answer follows, so answers cannot be "
                 "told apart. Keep one assistant turn a row, or use data.layout=text."
             )
@@ -175,9 +176,9 @@ def text_of(row: Row, name: str) -> str:
     """A column as text; null is empty."""
     value = column(row, name)
     if value is not None and not isinstance(value, (str, int, float)):
-        raise ValueError(f"column {name!r} holds a {type(value).__name__}: expected text.")
+        raise UserError(f"column {name!r} holds a {type(value).__name__}: expected text.")
     if isinstance(value, float) and not math.isfinite(value):  # some programs write nan for what is missing
-        raise ValueError(f"column {name!r} holds {value}: expected text, or null where there is none.")
+        raise UserError(f"column {name!r} holds {value}: expected text, or null where there is none.")
     text = "" if value is None else str(value)
     text.encode()  # raises ValueError for half of a surrogate pair, which JSON can hold and no tokenizer takes
     return text
@@ -187,14 +188,14 @@ def list_of(row: Row, name: str) -> list[Row]:
     """A column of turns; null is empty."""
     value = column(row, name)
     if value is not None and not isinstance(value, list):
-        raise ValueError(f"column {name!r} holds a {type(value).__name__}: expected a list of turns.")
+        raise UserError(f"column {name!r} holds a {type(value).__name__}: expected a list of turns.")
     return value or []
 
 
 def column(row: Row, name: str) -> Any:
     if not isinstance(row, dict) or name not in row:
         there = ", ".join(map(str, row)) if isinstance(row, dict) else f"none, but {type(row).__name__}"
-        raise ValueError(f"column {name!r} is missing; the columns there are: {there}.")
+        raise UserError(f"column {name!r} is missing; the columns there are: {there}.")
     return row[name]
 
 
@@ -217,7 +218,7 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise ValueError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
+        raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     is_chat = config.layout == Layout.messages
     start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token itself
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}

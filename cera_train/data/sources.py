@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cera_train.config import DataConfig, Layout
-from cera_train.tasks import logistic_map
+from cera_train.common.errors import UserError
+from cera_train.data import logistic_map
+from cera_train.data.config import DataConfig, Layout
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
             if count > eval_rows:
                 yield last.popleft()
         if count <= eval_rows:
-            raise ValueError(
+            raise UserError(
                 f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {count} rows."
             )
         held_out[:] = last
@@ -92,12 +93,12 @@ def from_files(names: list[str]) -> Source:
     digest = hashlib.sha256()
     for path in paths:
         if path.suffix not in READERS:
-            raise ValueError(f"data file {path} is of an unknown kind: expected {', '.join(READERS)}.")
+            raise UserError(f"data file {path} is of an unknown kind: expected {', '.join(READERS)}.")
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise ValueError(f"cannot read data file {path} (from {Path.cwd()}): {error.strerror}.") from error
+            raise UserError(f"cannot read data file {path} (from {Path.cwd()}): {error.strerror}.") from error
     return Source(digest.hexdigest(), lambda: (row for path in paths for row in READERS[path.suffix](path)))
 
 
@@ -112,7 +113,7 @@ def _read_json(path: Path) -> Iterator[Row]:
     text = path.read_bytes()
     rows = _parse(text, path, 1) if text.strip() else []
     if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}. One row a line is .jsonl.")
+        raise UserError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}. One row a line is .jsonl.")
     for number, row in enumerate(rows):
         yield _as_row(row, f"{path}, row {number}")
 
@@ -123,7 +124,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from error
     for batch in table.to_batches(max_chunksize=1000):  # as Python's objects, rows take many times as much memory
         yield from batch.to_pylist()
 
@@ -132,7 +133,7 @@ def _read_text(path: Path) -> Iterator[Row]:
     try:
         yield {"text": path.read_text("utf-8")}
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
+        raise UserError(f"{path} is not UTF-8: {error.reason} at byte {error.start}.") from error
 
 
 READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
@@ -152,12 +153,12 @@ def _parse(text: bytes, path: Path, first_line: int) -> Any:
         line, reason = error.lineno - 1, f"broken JSON: {error.msg}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         line, reason = 0, f"unusable JSON: {error}"
-    raise ValueError(f"{path}:{first_line + line}: {reason}.")
+    raise UserError(f"{path}:{first_line + line}: {reason}.")
 
 
 def _as_row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected a JSON object with a row's columns, got {type(value).__name__}.")
+        raise UserError(f"{where}: expected a JSON object with a row's columns, got {type(value).__name__}.")
     return value
 
 
@@ -177,7 +178,7 @@ def from_hub(path: str, subset: str | None, revision: str | None, split: str) ->
         dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
     # HfHubHTTPError and ConnectionError are OSErrors; a data set that is a Python script is a RuntimeError.
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load data set {path!r} from the Hub ({str(error).splitlines()[0]}). Log in with "
             "`hf auth login` if it is gated, or set data.train_files and data.eval_files (cera-eval: task.files) to "
             "local files."

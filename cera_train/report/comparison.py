@@ -8,23 +8,16 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from cera_train.config import CHANGES_NO_ANSWER, CHANGES_NO_RESULT
+from cera_train.common.errors import UserError
+from cera_train.common.settings import Changes, changes_of
+from cera_train.config import Config
+from cera_train.evaluation.config import EvalConfig
+from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paired_bootstrap
 from cera_train.report.runs import STEPS, Evaluation, Run
 from cera_train.report.table import TASK_NAMES, has_column, signed
-from cera_train.statistics import Difference, McNemar, mcnemar, paired_bootstrap
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 LEVEL = 0.05
-
-OF_SPEED_AND_MEMORY = (
-    "train.micro_batch_tokens",
-    "train.batch_layout",
-    "train.compile",
-    "model.gradient_checkpointing",
-)
-
-SAYS_NOTHING = tuple(key for key in CHANGES_NO_RESULT if key not in OF_SPEED_AND_MEMORY)
-"""Settings, by what they start with, that are not shown as a difference between runs."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +132,24 @@ def check_same_problems(first: Evaluation, second: Evaluation) -> None:
     """Raises ValueError where the two evaluations are of different problems."""
     a, b = first.problems.keys(), second.problems.keys()
     if a != b:
-        raise ValueError(
+        raise UserError(
             f"evaluated on different problems ({len(a):,} and {len(b):,}, {len(a & b):,} of them shared), so a paired "
             "test would mean nothing: evaluate both with the same task settings."
         )
 
 
 def _evaluation_settings(first: Evaluation, second: Evaluation) -> list[str]:
-    ignored = (*CHANGES_NO_ANSWER, "adapter_digest", "model.", "task.name")
     return [
         f"{key} {show(first.settings.get(key))} and {show(second.settings.get(key))}"
         for key in sorted(first.settings.keys() | second.settings.keys())
-        if first.settings.get(key) != second.settings.get(key) and not key.startswith(ignored)
+        if first.settings.get(key) != second.settings.get(key) and _changes_answers(key)
     ]
+
+
+def _changes_answers(key: str) -> bool:
+    if key in ("adapter_digest", "task.name") or key.startswith("model."):
+        return False  # what is compared differs in these
+    return changes_of(EvalConfig, key) not in (Changes.cost, Changes.nothing)
 
 
 # --- what to know before comparing -----------------------------------------------------------------------------------
@@ -266,7 +264,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {
         key: [show(settings.get(key)) for settings in trained]
         for key in _differing(trained)
-        if not key.startswith(SAYS_NOTHING)
+        if changes_of(Config, key) != Changes.nothing
     }
 
 

@@ -9,9 +9,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from cera_train.common.errors import UserError
+from cera_train.common.trust import clean
 from cera_train.report.comparison import check_same_problems, compare, is_graded, name_of
 from cera_train.report.runs import STEPS, Run, read_runs
-from cera_train.words import clean
 
 PIPE_WIDTH = 100
 """Columns of an output that is not a terminal."""
@@ -70,7 +71,7 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
 def _one_run(folder: Path) -> Run:
     runs = read_runs([folder])
     if len(runs) > 1:
-        raise ValueError(
+        raise UserError(
             f"{folder} is a folder of {len(runs)} runs: disagree takes one run on each side, such as {runs[0].folder}."
         )
     return runs[0]
@@ -82,12 +83,12 @@ def _common_task(first: Run, second: Run, task: str | None) -> str:
     ]
     listed = ", ".join(common) or "none"
     if task is not None and task not in common:
-        raise ValueError(
+        raise UserError(
             f"task {task} has no finished answers of both {first.name} and {second.name}; common tasks: {listed}."
         )
     if task is None and len(common) != 1:
         mend = "choose one with --task" if common else "evaluate both with cera-eval run=DIR task=TASK"
-        raise ValueError(f"{first.name} and {second.name} have {len(common)} tasks in common ({listed}): {mend}.")
+        raise UserError(f"{first.name} and {second.name} have {len(common)} tasks in common ({listed}): {mend}.")
     return task or common[0]
 
 

@@ -10,8 +10,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from cera_train.card import escape
-from cera_train.files import write_bytes, write_text
+from cera_train.common.errors import UserError
+from cera_train.common.files import write_bytes, write_text
+from cera_train.common.terminal import print_line
+from cera_train.common.trust import clean
 from cera_train.report.comparison import (
     PairedTest,
     cautions,
@@ -24,7 +26,7 @@ from cera_train.report.disagree import terminal_width
 from cera_train.report.pictures import DARK, LIGHT, Picture, plan_pictures, render
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import QUALITY, RANK, Column, build_columns
-from cera_train.words import clean, say
+from cera_train.runs.card import escape
 
 RANK_NOTE = (
     "A branch's output lies in the column space of B, so its effective rank is at most r. The paper's largest "
@@ -80,7 +82,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
     """
     report = compare_runs(folders, output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"{output} is a file: expected a folder for report.md and report.html in --output.")
+        raise UserError(f"{output} is a file: expected a folder for report.md and report.html in --output.")
     output.mkdir(parents=True, exist_ok=True)
     for picture in report.pictures:
         write_bytes(output / f"{picture.name}.png", render(picture, LIGHT, "png"))
@@ -149,7 +151,7 @@ def say_report(report: Report) -> None:
     _say_list("paired tests", tests + report.test_notes, width)
     _say_list("before comparing", report.cautions, width)
     _say_list("missing", report.missing + report.not_shown, width)
-    say("report", f" {report.output / 'report.html'}, {report.output / 'report.md'}")
+    print_line("report", f" {report.output / 'report.html'}, {report.output / 'report.md'}")
 
 
 def _text_tables(runs: Sequence[Run], columns: Sequence[Column], width: int) -> str:

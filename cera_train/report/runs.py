@@ -12,18 +12,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cera_train.card import NAMES
-from cera_train.config import flatten
-from cera_train.files import read_json, read_yaml
-from cera_train.subject import run_of
-from cera_train.words import clean
+from cera_train.common.errors import UserError
+from cera_train.common.files import read_json, read_yaml
+from cera_train.common.settings import flatten
+from cera_train.common.trust import clean
+from cera_train.data.config import evaluation_rows
+from cera_train.runs.card import NAMES
+from cera_train.runs.subject import run_of
 
 KINDS = NAMES | {"base": "untouched base"}
-
-CHOOSES_TRAINING_ROWS_ONLY = ("data.train_split", "data.train_rows", "data.allow_overlap", "data.facts")
-"""Settings of the data that leave the evaluation rows as they are."""
-
-HUB = ("data.path", "data.subset", "data.revision", "data.eval_split")
 
 STEPS = "steps"
 """The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
@@ -55,7 +52,9 @@ class Evaluation:
     @property
     def rows(self) -> tuple:
         """What decides the rows of a perplexity, apart from the run's own data: equal for the same rows."""
-        return decides_rows({key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))})
+        return evaluation_rows(
+            {key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))}
+        )
 
     @cached_property
     def problems(self) -> dict[str, dict[str, Any]]:
@@ -74,12 +73,12 @@ class Evaluation:
             name: [] for name, row in self.problems.items() if not row.get("paper_case")
         }
         if not grades:
-            raise ValueError(f"{self.folder} has no problems. {EVALUATE}")
+            raise UserError(f"{self.folder} has no problems. {EVALUATE}")
         for row in _read_lines(self.folder / "grades.jsonl", kinds):
             if row["problem"] in grades:
                 grades[row["problem"]].append(row)
         if ungraded := sum(not rows for rows in grades.values()):
-            raise ValueError(
+            raise UserError(
                 f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
                 f"grade the answers again with cera-eval grade={self.folder}."
             )
@@ -184,7 +183,7 @@ class Run:
     @property
     def evaluation_rows(self) -> tuple:
         """What decides on which tokens the perplexity of training is taken: equal for comparable runs."""
-        return decides_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
+        return evaluation_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
 
     @property
     def base(self) -> str:
@@ -194,21 +193,6 @@ class Run:
         )
         named = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
         return ", ".join([named, *(str(kept) for kept in (dtype, quantization) if kept not in (None, "none"))])
-
-
-def decides_rows(settings: dict[str, Any]) -> tuple:
-    """Settings as something to compare. A null is a key that another version does not have."""
-    if settings.get("data.train_files"):  # then nothing comes from the Hub
-        settings = {key: value for key, value in settings.items() if key not in HUB}
-    if settings.get("data.eval_files"):
-        settings = {key: value for key, value in settings.items() if key != "data.train_files"}
-    return tuple(
-        sorted(
-            (key, repr(value))
-            for key, value in settings.items()
-            if value is not None and not key.startswith(CHOOSES_TRAINING_ROWS_ONLY)
-        )
-    )
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -221,7 +205,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         ValueError: a folder is none of these, or a file in it is broken.
     """
     if not folders:
-        raise ValueError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
+        raise UserError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
     found = {folder.resolve(): folder for given in folders for folder in _expand(Path(given))}
     return _with_unique_names([_read_run(folder) for folder in found.values()])
 
@@ -233,7 +217,7 @@ def _expand(folder: Path) -> Iterator[Path]:
     inside = [path for path in folder.iterdir() if path.is_dir() and _is_run(path)] if folder.is_dir() else []
     if not inside:
         what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
-        raise ValueError(
+        raise UserError(
             f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
             "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
         )
@@ -343,7 +327,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         return read_yaml(path)
     except ValueError as error:
-        raise ValueError(f"{error} Or leave the run out.") from error
+        raise UserError(f"{error} Or leave the run out.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -351,7 +335,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return read_json(path) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{error} Or leave the run out.") from error
+        raise UserError(f"{error} Or leave the run out.") from error
 
 
 def _read_lines(path: Path, kinds: Kinds, mend: str = EVALUATE, may_break_off: bool = False) -> list[dict[str, Any]]:
@@ -366,7 +350,7 @@ def _read_lines(path: Path, kinds: Kinds, mend: str = EVALUATE, may_break_off: b
             lines.pop()
         rows = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. {mend}") from error
+        raise UserError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. {mend}") from error
     return [_checked(row, f"{path}:{number}", kinds, mend) for number, row in enumerate(rows, start=1)]
 
 
@@ -380,7 +364,7 @@ def _read_spectrum(path: Path) -> dict[str, dict[str, Any]]:
     for name, module in modules.items():
         values = _checked(module, path, {"singular_values": list})["singular_values"]
         if not (values and all(isinstance(value, NUMBER) for value in values)):
-            raise ValueError(f"{path} is broken: the singular values of {name[:60]!r} are not numbers. {RESTORE}")
+            raise UserError(f"{path} is broken: the singular values of {name[:60]!r} are not numbers. {RESTORE}")
     return modules
 
 
@@ -391,11 +375,11 @@ def _checked(tree: Any, where: Path | str, kinds: Kinds | None = None, mend: str
         ValueError: it is something else.
     """
     if not isinstance(tree, dict):
-        raise ValueError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {mend}")
+        raise UserError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {mend}")
     for name, kind in (kinds or {}).items():
         if not isinstance(tree.get(name), kind):
             has = f"its {name} is {str(tree[name])[:40]!r}" if name in tree else f"it has no {name}"
-            raise ValueError(f"{where} is broken: {has}. {mend}")
+            raise UserError(f"{where} is broken: {has}. {mend}")
     return tree
 
 
@@ -407,5 +391,5 @@ def _figures(tree: dict[str, Any] | None, where: Path | str) -> dict[str, Any] |
         else:
             is_sound = name in NO_FIGURES or isinstance(value, NUMBER | None)
         if not is_sound:
-            raise ValueError(f"{where} is broken: its {name[:60]} is {str(value)[:40]!r}. {RESTORE}")
+            raise UserError(f"{where} is broken: its {name[:60]} is {str(value)[:40]!r}. {RESTORE}")
     return tree

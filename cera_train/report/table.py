@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from cera_train.common.text import duration, gigabytes
 from cera_train.report.runs import Evaluation, Run
-from cera_train.words import duration, gigabytes
 
 NOTHING = "–"
 MINUS = "−"

@@ -6,6 +6,8 @@ import re
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING
 
+from cera_train.common.errors import UserError
+
 if TYPE_CHECKING:
     from cera_train.data.format import Row
 
@@ -31,7 +33,7 @@ def gold(row: Row) -> str:
     answer = text_of(row, "answer")
     number = extract(answer) if "####" in answer else None
     if number is None:
-        raise ValueError(f"column 'answer' should end in #### and a number, and ends in {answer[-60:]!r}.")
+        raise UserError(f"column 'answer' should end in #### and a number, and ends in {answer[-60:]!r}.")
     return number
 
 

@@ -8,61 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cera_train.config import LogisticMapConfig
+from cera_train.data.config import LogisticMapConfig
 
 EVAL_ROWS = 20
 """Starting points of an evaluation where the run was not trained on this task: those of conf/data/logistic_map.yaml."""
 
 PAPER_X0, PAPER_CASE = 0.4, LogisticMapConfig(growth=3.5, steps=5, decimals=4)
 """The paper's case study of state collapse."""
-
-
-def trajectory(x0: float, growth: float, steps: int) -> list[float]:
-    """The `steps` iterates after x0."""
-    values = []
-    for _ in range(steps):
-        x0 = growth * x0 * (1 - x0)
-        values.append(x0)
-    return values
-
-
-def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
-    """One row: prompt and completion."""
-    show = f"{{:.{config.decimals}f}}".format
-    iterates = trajectory(x0, config.growth, config.steps)
-    return {
-        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {show(x0)}, "
-        f"what are the next {config.steps} values?\nAnswer:",
-        "completion": " " + ", ".join(show(x) for x in iterates),
-    }
-
-
-def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
-    """Training and evaluation starting points: all of so many decimals, split at random by the seed.
-
-    Raises:
-        ValueError: there are not more starting points than `eval_rows`.
-    """
-    scale = 10**config.decimals
-    starts = [number / scale for number in range(1, scale)]
-    if eval_rows >= len(starts):
-        raise ValueError(
-            f"data.eval_rows={eval_rows} leaves nothing to train on: there are {len(starts)} starting points of "
-            f"{config.decimals} decimals. Lower it, or raise data.logistic_map.decimals."
-        )
-    random.Random(config.seed).shuffle(starts)
-    return starts[eval_rows:], starts[:eval_rows]
-
-
-def problems(config: LogisticMapConfig, eval_rows: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Training and evaluation rows."""
-    train, evaluation = starting_points(config, eval_rows)
-    return [problem(x0, config) for x0 in train], [problem(x0, config) for x0 in evaluation]
 
 
 # --- grading ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from cera_train.common.errors import UserError
+
 if TYPE_CHECKING:
     from cera_train.data.format import Row
 
@@ -62,7 +64,7 @@ def gold(row: Row) -> str:
     solution = text_of(row, "solution")
     answer = extract(solution)
     if answer is None:
-        raise ValueError(rf"column 'solution' has no \boxed{{...}} with the answer; it ends in {solution[-60:]!r}.")
+        raise UserError(rf"column 'solution' has no \boxed{{...}} with the answer; it ends in {solution[-60:]!r}.")
     return answer
 
 

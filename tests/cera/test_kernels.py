@@ -23,7 +23,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @needs_triton
 def test_kernels_equal_torchs_formula():
-    checks = Path(__file__).parent / "kernels_checks.py"
+    checks = Path(__file__).parents[1] / "helpers" / "kernels_checks.py"
     interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", checks],

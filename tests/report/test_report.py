@@ -13,13 +13,13 @@ import pytest
 from made_runs import add_evaluation, make_run, result_of, two_runs
 from matplotlib.figure import Figure
 
-from cera_train.card import escape
 from cera_train.report import say_report, write_report
 from cera_train.report.comparison import paired_tests
 from cera_train.report.page import compare_runs
 from cera_train.report.pictures import LIGHT, MOST_POINTS, _shortened, spread, thinned
 from cera_train.report.runs import read_runs
 from cera_train.report.table import build_columns
+from cera_train.runs.card import escape
 
 
 def cells(*folders: Path) -> dict[str, list]:
@@ -566,7 +566,7 @@ def test_a_long_curve_is_averaged_over_stretches() -> None:
 
 
 def test_a_report_of_real_runs(tiny_config, tmp_path: Path) -> None:
-    from cera_train.train import train
+    from cera_train.training.train import train
 
     for kind in ("cera", "lora"):
         train(

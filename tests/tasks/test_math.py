@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.grading import Candidate, Verifier
+from cera_train.evaluation.grading import Candidate, Verifier
 from cera_train.tasks.math import extract, gold, is_exact, normalize
 
 # answer, gold, exact?, verified?

@@ -1,0 +1,35 @@
+"""`cera-eval`: one evaluation of a run, or several with -m."""
+
+from __future__ import annotations
+
+import tempfile
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cera_train.cli.composition import Composition, check_trust, to_config
+from cera_train.cli.start import errors_in_one_line, hydra_command, start
+from cera_train.common.imports import heavy_imports
+from cera_train.evaluation.config import EvalConfig
+from cera_train.runs.subject import find_subject
+
+EVAL = Composition(EvalConfig, "cera-eval")
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # Hydra leaves a multirun.yaml of a sweep
+        start(EVAL, evaluate, f"hydra.sweep.dir={folder}")
+
+
+@hydra_command("eval")
+def evaluate(composed: DictConfig) -> None:
+    """One evaluation."""
+    with errors_in_one_line(EVAL):
+        config = to_config(composed, EvalConfig)
+        check_trust(composed, HydraConfig.get().overrides.task)
+        if config.run is not None:
+            find_subject(config)  # torch takes seconds to import: a mistake gets its answer before
+        with heavy_imports():
+            from cera_train.evaluation.evaluate import evaluate
+
+        evaluate(config)

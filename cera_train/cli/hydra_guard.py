@@ -1,0 +1,53 @@
+"""Hydra's config loader with a guard against files from strangers. Hydra takes no loader as an argument, so its module
+gets ours: the one name that this project replaces in Hydra."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra._internal.hydra
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.default_element import ResultDefault
+from hydra.core.object_type import ObjectType
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
+
+from cera_train.cli.composition import config_dir
+from cera_train.common.trust import check_hydra_section
+
+
+class GuardedConfigLoader(ConfigLoaderImpl):
+    """Checks every file of --config-dir, --config-path or hydra.searchpath where Hydra puts its content, before Hydra
+    uses it."""
+
+    def _load_single_config(self, default: ResultDefault, repo: IConfigRepository) -> ConfigResult:
+        result = super()._load_single_config(default, repo)
+        if "hydra" in result.config and not self._is_trusted(result):
+            section = OmegaConf.to_container(result.config.hydra, resolve=False)
+            check_hydra_section(section, f"{default.config_path}.yaml of {result.path}")
+        return result
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        if config_name is None and not overrides:
+            # Hydra copies every config for each of the hundred questions that its help asks: a second.
+            return self.repository.get_group_options(group_name, results_filter)
+        return super().get_group_options(group_name, results_filter, config_name, overrides)
+
+    @staticmethod
+    def _is_trusted(result: ConfigResult) -> bool:
+        scheme, _, place = result.path.partition("://")
+        if scheme == "file":
+            return Path(place).resolve().is_relative_to(config_dir("conf").resolve())
+        return scheme in ("structured", "pkg")  # our schemas and recipes, plugins' and Hydra's own
+
+
+def guard_composition() -> None:
+    """Makes Hydra compose with `GuardedConfigLoader`."""
+    hydra._internal.hydra.ConfigLoaderImpl = GuardedConfigLoader

@@ -1,0 +1,27 @@
+"""`cera-sweep`: a sweep's jobs, their states and the best, from the files in its folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from cera_train.cli.composition import Composition
+from cera_train.cli.start import refuse_arguments, start
+from cera_train.config import Config
+
+
+def main() -> None:
+    start(Composition(Config, "cera-sweep"), sweep)
+
+
+def sweep() -> None:
+    parser = argparse.ArgumentParser(
+        prog="cera-sweep",
+        description="Shows every job of a sweep, its state and perplexity, and the best, also while it runs.",
+    )
+    parser.error = refuse_arguments("cera-sweep")
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
+    folder = parser.parse_args().folder
+    from cera_train.sweep.table import print_sweep
+
+    print_sweep(folder)

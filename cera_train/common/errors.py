@@ -1,0 +1,34 @@
+"""`UserError`, and one line for every error that a user can mend. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+OUT_OF_MEMORY = (
+    "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
+    "model.quantization=nf4, or lower adapter.r or data.max_length; for cera-eval, lower generation.batch_tokens."
+)
+
+
+class UserError(ValueError):
+    """A mistake in settings, files or the environment. The message is one line: the place (file:line, row of a file, or
+    key=value), what is wrong, the mend."""
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can mend; None for any other."""
+    text = " ".join(str(error).split())
+    # safetensors wraps the system's error in one of its own
+    if any(os.strerror(full) in text for full in (errno.ENOSPC, errno.EDQUOT)):
+        return f"the disk is full ({text}). Free some space; the same command then goes on from the last checkpoint."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return (
+            f"no access to {error.filename}: {error.strerror}. Runs are written to output_dir, tokens and converted "
+            "weights to $CERA_TRAIN_CACHE: set these to folders you may write to."
+        )
+    if type(error).__name__ == "OutOfMemoryError":
+        return OUT_OF_MEMORY.format(where=" on the GPU")
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        return OUT_OF_MEMORY.format(where="")
+    return text if isinstance(error, UserError) else None

@@ -1,0 +1,237 @@
+"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed; and
+the checksums that tell whether they are still as they were written."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from cera_train.common.errors import UserError
+from cera_train.common.trust import PlainLoader, check_links
+
+Record = typing.TypeVar("Record")
+
+WRITING = ".writing-"
+"""Prefix of what is not whole yet."""
+
+OLD = f"{WRITING}old-"
+"""Prefix of a whole folder whose place another is about to take."""
+
+CHECKSUMS = "checksums.json"
+"""The SHA-256 of every other file of a folder."""
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")  # two processes may write the same file
+    part.unlink(missing_ok=True)
+    with part.open("xb") as file:  # a new file: a link of that name would lead the writing elsewhere
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync(path.parent)
+
+
+def finite(tree: Any) -> Any:
+    """Nested dicts and lists with null for every number that JSON has not: infinity and not-a-number."""
+    if isinstance(tree, dict):
+        return {key: finite(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object that we, or whoever sent this folder, wrote.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a JSON object.
+    """
+    try:
+        tree = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. Restore it.") from error
+    return _mapping(tree, path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A config that we, or whoever sent this folder, wrote: plain values, nothing of which is looked up or run.
+
+    Raises:
+        ValueError: the file cannot be read, or is not YAML of names and values.
+    """
+    try:
+        tree = yaml.load(path.read_bytes(), PlainLoader)
+    except Exception as error:  # PyYAML's constructors stumble over a value with whatever Python raises
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} is broken: {reason}. Restore it.") from error
+    return _mapping(tree, path)
+
+
+def record(kind: type[Record], values: dict[str, Any]) -> Record:
+    """A dataclass from the names and values of a file.
+
+    Raises:
+        TypeError: a name is missing or unknown, or a value is not of the field's kind.
+    """
+    made = kind(**values)
+    for name, allowed in _kinds(kind).items():
+        if not isinstance(getattr(made, name), allowed):
+            raise TypeError(f"{name} is {getattr(made, name)!r}")
+    return made
+
+
+@functools.cache
+def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
+    """By field, what a value may be an instance of. JSON writes some floats as integers."""
+    kinds = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        choices = tuple(typing.get_origin(choice) or choice for choice in choices)
+        kinds[name] = (*choices, int) if float in choices else choices
+    return kinds
+
+
+def _mapping(tree: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. Restore it.")
+    return tree
+
+
+def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Fills a folder by `write` and puts it in the place of `path`. Where `write` fails, nothing is left of it."""
+    part, old = path.with_name(WRITING + path.name), path.with_name(OLD + path.name)
+    for folder in (part, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    for file in part.rglob("*"):
+        if file.is_file():
+            sync(file)
+    sync(part)
+    if path.exists():
+        path.rename(old)  # a cut between these two lines leaves no `path`: see clean_folder
+    part.rename(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean_folder(path: Path) -> None:
+    """Removes what cut writes left in a folder, and puts back what one had taken away without a replacement."""
+    for old in path.glob(f"{OLD}*"):
+        if not (replaced := path / old.name.removeprefix(OLD)).exists():
+            old.rename(replaced)
+    for leftover in path.glob(f"{WRITING}*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a cut leaves none that looks whole."""
+    part = path.with_name(WRITING + path.name)
+    path.rename(part)
+    shutil.rmtree(part)
+
+
+def write_checksums(folder: Path) -> None:
+    """Leaves the checksum of every file in a folder, for `find_damage`."""
+    sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file that is not as `write_checksums` saw it, and why; None where all are, or nothing was left."""
+    if not (folder / CHECKSUMS).exists():
+        return None
+    try:
+        sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_bytes())
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS}: {error}"
+    for name, written in sums.items():
+        try:
+            if _sha256(folder / name) != written:
+                return f"{name}: checksum differs"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
+    """Makes a folder where there is none, and locks it by a file `.lock` in it. The holder unlinks that file before it
+    releases it: another writer then opens a file of its own.
+
+    Args:
+        writer: what writes there, for messages: a run, an evaluation.
+        root: the folder that nothing may be written outside of. None: `path`.
+
+    Raises:
+        ValueError: the folder cannot be made, has a link that leads out of it, or another such writer has it.
+    """
+    root = root or path
+    on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]
+    inside = (Path(folder, name) for folder, *kinds in os.walk(path) for name in itertools.chain(*kinds))
+    check_links(root, itertools.chain(on_the_way, inside))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
+        ) from error
+    lock = FileLock(path / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...") from None
+    return lock
+
+
+def cache_dir() -> Path:
+    """Where tokenised rows and converted weights lie: $CERA_TRAIN_CACHE, else the user's cache folder."""
+    user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
+
+
+def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by `write` the first time. Processes that want it together wait for one of them."""
+    folder = cache_dir() / name
+    if folder.is_dir():  # whole, and readable also where nothing may be written
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            write_folder(folder, write)
+    return folder

@@ -1,0 +1,167 @@
+"""What a setting is: a dataclass field with a default, and a mark that names what the setting changes.
+
+Resuming, the token cache, sweeps, reports and recipes read the mark; no list of names stands elsewhere. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any
+
+from cera_train.common.errors import UserError
+
+MISSING: Any = "???"
+"""OmegaConf's mark for a value that has to be given."""
+
+
+class Changes(StrEnum):
+    """What another value of a setting changes."""
+
+    result = "result"
+    """What a run learns, or what an evaluation measures."""
+    tokens = "tokens"
+    """The same, through the token ids and loss masks of a row: the cache of tokenised rows depends on it."""
+    answers = "answers"
+    """What a model generates: answers on the disk belong to the old value."""
+    cost = "cost"
+    """Time and memory only."""
+    nothing = "nothing"
+    """Nothing measured: where a run computes, what it is called, how it is shown."""
+
+
+def setting(default: Any, changes: str, *, splits: str = "both", binds_checkpoint: bool = False) -> Any:
+    """A field of a settings dataclass. A `default` that can be called makes the value.
+
+    Args:
+        changes: one of `Changes`.
+        splits: "training" where the setting chooses training rows only.
+        binds_checkpoint: another run's checkpoint can only be resumed with the same value.
+    """
+    metadata = {"changes": Changes(changes), "splits": splits, "binds_checkpoint": binds_checkpoint}
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(default: Any = MISSING) -> Any:
+    """A field that holds another settings dataclass, or None. Its fields carry the marks."""
+    if callable(default):
+        return dataclasses.field(default_factory=default)
+    return dataclasses.field(default=default)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One setting of a schema."""
+
+    key: str
+    """Dotted, such as optimizer.lr."""
+    field: dataclasses.Field
+
+    @property
+    def changes(self) -> Changes:
+        return self.field.metadata["changes"]
+
+
+def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
+    """Every setting of a schema, in order."""
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner = section_of(hints[field.name])
+        if inner is None:
+            yield Leaf(prefix + field.name, field)
+        else:
+            yield from leaves(inner, f"{prefix}{field.name}.")
+
+
+def section_of(hint: Any) -> type | None:
+    """The settings dataclass of a field's type; None for a plain value."""
+    return next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
+
+
+def changes_of(schema: type, key: str) -> Changes:
+    """What a key changes: of a section the most that one of its settings does, of an unknown key `result`.
+
+    Keys below a free-form setting, such as published.math/exact/pass@1, change what the setting does.
+    """
+    order = list(Changes)
+    found = [leaf.changes for leaf in leaves(schema) if _is_within(leaf.key, key) or _is_within(key, leaf.key)]
+    return min(found, key=order.index, default=Changes.result)
+
+
+def _is_within(key: str, outer: str) -> bool:
+    return key == outer or key.startswith(f"{outer}.")
+
+
+def keys_of(schema: type) -> list[str]:
+    """Every dotted key, and the sections that can be null."""
+    keys = []
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        inner = section_of(hints[field.name])
+        if inner is not None:
+            keys += [f"{field.name}.{key}" for key in keys_of(inner)]
+        if inner is None or isinstance(hints[field.name], types.UnionType):
+            keys.append(field.name)
+    return keys
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """A config as nested dicts of plain values, for YAML, JSON and trackers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, StrEnum):
+            return value.value
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value
+
+    return plain(dataclasses.asdict(config))
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises UserError: `message` names the key and its value, what was expected, and the mend."""
+    if not condition:
+        raise UserError(message)
+
+
+def require_positive(prefix: str, config: Any, *names: str) -> None:
+    """Raises UserError for the first of these settings that is not above zero. None is allowed."""
+    for name in names:
+        value = getattr(config, name)
+        key = f"{prefix}.{name}" if prefix else name
+        require(value is None or value > 0, f"{key}={value} must be positive.")
+
+
+LONGEST_NAME = 200
+"""Bytes. A file system takes 255, and a folder is written under a longer name first."""
+
+
+def require_folder_name(name: str) -> None:
+    require(
+        name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name,
+        f"name={name!r}: expected the name of one folder, without a slash.",
+    )
+    size = len(name.encode(errors="replace"))
+    require(
+        size <= LONGEST_NAME,
+        f"name={name[:24]}...: {size} bytes are too long for a folder: use at most {LONGEST_NAME}.",
+    )

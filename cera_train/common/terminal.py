@@ -1,0 +1,125 @@
+"""What every command prints: labelled lines, aligned tables, and a progress bar that becomes plain lines in a log.
+
+Colours and a live bar appear in a terminal only. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from cera_train.common.trust import clean
+
+PIPE_WIDTH = 400
+"""Columns of an output that is no terminal: nothing wraps, since whatever reads it can."""
+
+LINE_SECONDS = 60.0
+"""A log gets a line of progress at least so often."""
+
+PLAIN_LINES = 10
+"""A log gets at least so many lines of progress, however short the run."""
+
+
+def console(stderr: bool = False) -> Console:
+    """A console for one print: it looks at the stream as it is now, which tests and pipes replace."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PIPE_WIDTH
+    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+
+
+def print_line(label: str, text: str) -> None:
+    """One labelled line."""
+    print(f"{label:<11}{clean(text)}", flush=True)
+
+
+def print_fields(fields: Mapping[str, str]) -> None:
+    """A label and a value on each line, values aligned."""
+    width = max(map(len, fields), default=0) + 2
+    for label, value in fields.items():
+        print(clean(f"{label:<{max(16, width)}}{value}"), flush=True)
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> None:
+    """Aligned columns; in a terminal that is too narrow, cells wrap.
+
+    Args:
+        header: the columns' names; all empty: no header.
+        left: the columns aligned to the left. The others hold figures, aligned to the right.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header), header_style="bold")
+    for index, name in enumerate(header):
+        table.add_column(Text(name), justify="left" if index in left else "right")
+    for row in rows:
+        table.add_row(*(Text(clean(cell)) for cell in row))
+    target = console()
+    with target.capture() as capture:
+        target.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
+
+
+class ProgressBar:
+    """A bar in a terminal; elsewhere a line every minute, and every tenth of the work.
+
+    Args:
+        unit: what is counted.
+        total: how much there is, of which `done` is done.
+        visible: whether this process prints.
+    """
+
+    def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
+        self.unit, self.total, self.done, self.visible = unit, total, done, visible
+        self._every = max(1, total // PLAIN_LINES)
+        self._printed = time.monotonic()
+        self._bar: Progress | None = None
+        if visible and sys.stdout.isatty():
+            columns = (MofNCompleteColumn(), BarColumn(24), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=console(), transient=True)
+            self._task = self._bar.add_task("", total=total, completed=done)
+            self._bar.start()
+
+    def step(self, text: str, count: int = 1) -> None:
+        """Counts what has been done since the last call, and shows a text about it."""
+        tenths = self.done // self._every
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, description=text)
+        elif self.visible and self._is_due(tenths):
+            self._printed = time.monotonic()
+            print(f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
+
+    def _is_due(self, tenths_before: int) -> bool:
+        is_tenth = self.done // self._every > tenths_before or self.done == self.total
+        return is_tenth or time.monotonic() - self._printed >= LINE_SECONDS
+
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(clean(text))
+        elif self.visible:
+            print(clean(text), flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def highlighted(parts: Iterable[tuple[str, bool]], indent: int) -> Any:
+    """A text with marked parts: green in a terminal, between [[ ]] elsewhere."""
+    text = Text()
+    for part, is_marked in parts:
+        shown = clean(part).replace("\n", "\n" + " " * indent)
+        if not is_marked:
+            text.append(shown)
+        elif sys.stdout.isatty():
+            text.append(shown, style="green")
+        else:
+            text.append(f"[[{shown}]]")
+    return text

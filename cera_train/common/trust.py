@@ -1,0 +1,150 @@
+"""What protects against files from strangers: configs, run folders, adapters and texts are data, never code.
+
+- A config from elsewhere leaves `hydra` alone, by which a file can run code, and cannot turn on a model's code.
+- A config on record holds plain values: no alias, no interpolation.
+- An adapter is safetensors, and its config asks for nothing but to put its weights in place.
+- A link does not lead what we write out of a run's folder.
+- A text is shown as text: no escape sequence reaches the terminal.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cera_train.common.errors import UserError
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+
+def check_hydra_section(section: Any, file: str) -> None:
+    """Refuses a config from elsewhere that sets Hydra's section, but for the dimensions of a sweep.
+
+    A config of Hydra's can run code in more ways than a `_target_`: by the factories of a logging config, by the
+    environment of processes, by a launcher's shell commands.
+
+    Args:
+        section: the unresolved `hydra` section, as nested dicts.
+        file: the config, for the message.
+    """
+    match section:
+        case {"sweeper": {"params": dict(params), **other_params}, **others} if not (others or other_params):
+            if not any(word in str(key) for key in params for word in ("hydra", "trust_remote_code")):
+                return
+    raise UserError(
+        f"{file} sets `hydra`, by which a file can run code: write what you need of it on the command line, such as "
+        "hydra.launcher.partition=gpu."
+    )
+
+
+def refuse_pickled_configs(arguments: Sequence[str]) -> None:
+    """Refuses Hydra's option that reads a pickle."""
+    if any("--experimental-rerun".startswith(word.split("=")[0]) for word in arguments if word.startswith("--e")):
+        raise UserError("--experimental-rerun reads a pickle, which can run code: give the run's arguments again.")
+
+
+def check_remote_code(flags: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Refuses to run a model's Python code unless the command line itself asks for it.
+
+    Args:
+        flags: key -> value of the settings that turn it on.
+        overrides: the arguments of the command.
+    """
+    for key, value in flags.items():
+        if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
+            raise UserError(
+                f"{key}={str(value).lower()} in a config file runs Python code that comes with the model. If you trust "
+                f"that code, put {key}=true on the command line."
+            )
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: configs of runs have none, and a few lines of them expand to more than any memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias (*name), and configs of runs have none")
+        return super().compose_node(parent, index)
+
+
+def escape_interpolations(tree: Any) -> Any:
+    """A config on record with `${` as text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
+    if isinstance(tree, dict):
+        return {key: escape_interpolations(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [escape_interpolations(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def check_links(root: Path, paths: Iterable[Path]) -> None:
+    """Refuses a link in a run's folder, such as eval -> ~/.ssh, that leads out of it.
+
+    Raises:
+        UserError: one of `paths` is a link that leads out of `root`.
+    """
+    home = root.resolve()
+    for link in filter(Path.is_symlink, paths):
+        target = Path(os.path.realpath(link))  # also of a link that leads nowhere yet, or in a circle
+        if not target.is_relative_to(home):
+            raise UserError(
+                f"{link} is a link that leads out of {root}, to {target}: nothing is written through it. Remove it, or "
+                "put what it leads to in its place."
+            )
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+BEYOND_WEIGHTS = (
+    *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
+    *("arrow_config", "layer_replication", "runtime_config"),
+)
+"""Fields of PEFT's configs that name modules to import, files to open, or layers to add."""
+
+
+def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
+    """Refuses an adapter_config.json that asks for more than to put weights in place."""
+    if found := [name for name in BEYOND_WEIGHTS if settings.get(name)]:
+        raise UserError(
+            f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what its author chose: "
+            "set it to null if the adapter does not need it."
+        )
+
+
+def weights_of(adapter: Path) -> Path:
+    """The safetensors file with an adapter's weights.
+
+    Raises:
+        UserError: there is none, or only a pickle. PEFT would look for it on the Hub, under the folder's name.
+    """
+    weights = adapter / "adapter_model.safetensors"
+    if weights.is_file():
+        return weights
+    if (adapter / "adapter_model.bin").is_file():
+        raise UserError(
+            f"{adapter}/adapter_model.bin is a pickle, which can run code when it is read: convert it to safetensors "
+            "where it comes from, safetensors.torch.save_file(torch.load('adapter_model.bin', weights_only=True), "
+            "'adapter_model.safetensors')."
+        )
+    raise UserError(f"{adapter} lacks its weights, adapter_model.safetensors: restore the file.")
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+STEERS_A_DISPLAY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, such as the start of a terminal's escape sequence; marks that reorder the letters after them; and
+halves of a surrogate pair, which no file and no terminal takes."""
+
+
+def clean(text: str) -> str:
+    """A text of a model, a data file or a stranger's run, as characters that are only shown."""
+    return STEERS_A_DISPLAY.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))

@@ -1,0 +1,55 @@
+"""Rows of the logistic map x' = growth x (1 - x): given x0, the next iterates.
+
+Every iterate comes from the exact one before it and is rounded only for display: iterating on the rounded numbers soon
+leaves it.
+"""
+
+from __future__ import annotations
+
+import random
+
+from cera_train.common.errors import UserError
+from cera_train.data.config import LogisticMapConfig
+
+
+def trajectory(x0: float, growth: float, steps: int) -> list[float]:
+    """The `steps` iterates after x0."""
+    values = []
+    for _ in range(steps):
+        x0 = growth * x0 * (1 - x0)
+        values.append(x0)
+    return values
+
+
+def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
+    """One row: prompt and completion."""
+    show = f"{{:.{config.decimals}f}}".format
+    iterates = trajectory(x0, config.growth, config.steps)
+    return {
+        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {show(x0)}, "
+        f"what are the next {config.steps} values?\nAnswer:",
+        "completion": " " + ", ".join(show(x) for x in iterates),
+    }
+
+
+def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
+    """Training and evaluation starting points: all of so many decimals, split at random by the seed.
+
+    Raises:
+        ValueError: there are not more starting points than `eval_rows`.
+    """
+    scale = 10**config.decimals
+    starts = [number / scale for number in range(1, scale)]
+    if eval_rows >= len(starts):
+        raise UserError(
+            f"data.eval_rows={eval_rows} leaves nothing to train on: there are {len(starts)} starting points of "
+            f"{config.decimals} decimals. Lower it, or raise data.logistic_map.decimals."
+        )
+    random.Random(config.seed).shuffle(starts)
+    return starts[eval_rows:], starts[:eval_rows]
+
+
+def problems(config: LogisticMapConfig, eval_rows: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Training and evaluation rows."""
+    train, evaluation = starting_points(config, eval_rows)
+    return [problem(x0, config) for x0 in train], [problem(x0, config) for x0 in evaluation]

@@ -1,0 +1,49 @@
+"""Settings of the processes that share a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cera_train.common.settings import require, require_positive, setting
+
+
+class Strategy(StrEnum):
+    ddp = "ddp"
+    fsdp = "fsdp"
+
+
+MOST_PROCESSES = 256
+"""More than any machine has GPUs. A process takes half a gigabyte before it holds a model."""
+
+
+@dataclass
+class LaunchConfig:
+    processes: str = setting("auto", "nothing")
+    """Processes that `cera-train` starts on this machine. auto: one for each visible GPU. Where torchrun, `accelerate
+    launch` or srun started it already, it starts none."""
+    detach: bool = setting(False, "nothing")
+    """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
+
+    def __post_init__(self) -> None:
+        is_number = self.processes.isascii() and self.processes.isdecimal() and int(self.processes) > 0
+        require(
+            self.processes == "auto" or is_number,
+            f"launch.processes={self.processes} must be auto or a positive number.",
+        )
+        require(
+            self.processes == "auto" or int(self.processes) <= MOST_PROCESSES,
+            f"launch.processes={self.processes}: one machine runs at most {MOST_PROCESSES}. Set auto for one a GPU.",
+        )
+
+
+@dataclass
+class DistributedConfig:
+    strategy: Strategy = setting(Strategy.ddp, "nothing")
+    """ddp: the whole model on every GPU; fsdp: its weights sharded over all of them (FSDP2), for bases that do not fit
+    one GPU."""
+    timeout: float = setting(1800.0, "nothing")
+    """Seconds that processes wait for one that does not come, before the run ends and names it."""
+
+    def __post_init__(self) -> None:
+        require_positive("distributed", self, "timeout")

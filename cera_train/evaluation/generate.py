@@ -1,0 +1,169 @@
+"""Answers to prompts: greedy, or sampled so that a sample depends on its own seed alone.
+
+A problem's answers do not depend on the batch it is in or on the order of problems, up to the rounding of 16-bit
+arithmetic; batches are cut from all requests alike whether some are done or not, so a resumed evaluation repeats an
+uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import LogitsProcessor, PreTrainedModel
+
+from cera_train.common.errors import UserError
+from cera_train.evaluation.config import GenerationConfig
+from cera_train.evaluation.decode import TokenChoice, can_decode, decode
+from cera_train.tasks.records import Generation
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate."""
+
+    problem: str
+    sample: int
+    prompt_ids: tuple[int, ...]
+
+
+def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
+    """Batches of near-equal prompt length, longest first, of at most `batch_tokens` tokens with padding and answers."""
+    batches: list[list[Request]] = []
+    for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
+        longest = len(batches[-1][0].prompt_ids) if batches else 0
+        if not batches or (len(batches[-1]) + 1) * (longest + max_new_tokens) > batch_tokens:
+            batches.append([])
+        batches[-1].append(request)
+    return batches
+
+
+def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
+    """Puts our settings in the place of those that came with the model, such as a penalty on repetition.
+
+    Raises:
+        ValueError: there is no end token.
+    """
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ends:
+        raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=min(ends),
+        stop_strings=stop or None,
+    )
+
+
+@torch.no_grad()
+def generate(
+    model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
+) -> list[Generation]:
+    """Answers a batch.
+
+    Args:
+        model: the model with its adapter, or `base` itself.
+        base: the transformers model, after `prepare_generation`.
+    """
+    settings = base.generation_config
+    longest = max(len(request.prompt_ids) for request in batch)
+    padding = [longest - len(request.prompt_ids) for request in batch]
+    pad = settings.pad_token_id
+    rows = [[pad] * missing + list(request.prompt_ids) for missing, request in zip(padding, batch, strict=True)]
+    ids_BT = torch.tensor(rows, device=base.device)
+    mask_BT = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in padding], device=base.device)
+    choose = SeededSampling(batch, settings.max_new_tokens, config) if config.temperature else Likeliest()
+    if can_decode(model, base):
+        answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
+    else:
+        output = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            logits_processor=[OnlyTheChosen(choose)],
+            tokenizer=tokenizer if settings.stop_strings else None,
+        )
+        answers = output[:, longest:].tolist()
+    return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+
+
+def _generation(
+    request: Request, ids: list[int], tokenizer: Any, settings: transformers.GenerationConfig
+) -> Generation:
+    end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
+    text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+    stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
+    # `model.generate` fills a row that met a stop text with the end token while others go on; that one is not its own.
+    tokens = len(ids) if end is None else end + (not stops)
+    return Generation(
+        request.problem,
+        request.sample,
+        text[: min(stops)] if stops else text,
+        tokens,
+        truncated=end is None and not stops and len(ids) == settings.max_new_tokens,
+    )
+
+
+# --- the next token --------------------------------------------------------------------------------------------------
+
+
+class Likeliest:
+    """Greedy decoding."""
+
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        tokens_B = logits_BV.argmax(-1)  # of a NaN, where there is one
+        if not logits_BV.gather(-1, tokens_B[:, None]).isfinite().all():
+            raise UserError("the model's logits are not finite: this adapter, or its training, diverged.")
+        return tokens_B
+
+    def keep(self, rows: torch.Tensor) -> None:
+        pass
+
+
+class SeededSampling(Likeliest):
+    """Samples each row by its own random numbers: the token of a step is the inverse of the distribution function, cut
+    at top-p, at a uniform number drawn from (seed, problem, sample)."""
+
+    def __init__(self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig) -> None:
+        self.temperature, self.top_p = config.temperature, config.top_p
+        self.uniform_BT = torch.stack(
+            [
+                torch.rand(max_new_tokens, generator=_generator(config.seed, request), dtype=torch.float64)
+                for request in batch
+            ]
+        )
+        self.step = 0
+
+    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        super().__call__(logits_BV)  # refuses what is not finite
+        probabilities = torch.softmax(logits_BV.double() / self.temperature, -1)
+        likeliest, order = probabilities.sort(descending=True)
+        is_kept = likeliest.cumsum(-1) - likeliest < self.top_p  # up to the token that brings the sum to top_p
+        # In the vocabulary's order: in that of likelihood, rounding would swap tokens that are all but equally likely.
+        cumulative = (probabilities * torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())).cumsum(-1)
+        uniform = self.uniform_BT[:, self.step, None].to(logits_BV.device)
+        self.step += 1
+        return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)[:, 0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.uniform_BT = self.uniform_BT[rows.cpu()]
+
+
+class OnlyTheChosen(LogitsProcessor):
+    """Leaves one possible token to a `generate` that runs greedily."""
+
+    def __init__(self, choose: TokenChoice) -> None:
+        self.choose = choose
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(-1, self.choose(scores)[:, None], 0.0)
+
+
+def _generator(seed: int, request: Request) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{request.problem}/{request.sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

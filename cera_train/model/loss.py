@@ -1,0 +1,210 @@
+"""Next-token loss on supervised tokens only: - sum over supervised t of log p(x_t | x_<t).
+
+Only the hidden states that predict a supervised token go through the LM head, in chunks, so the logits of a long
+sequence over a large vocabulary never stand in memory whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from cera_train.common.errors import UserError
+from cera_train.data.batches import Batch, flat_batch, padded_batch
+from cera_train.data.config import BatchLayout
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
+
+
+def chunk_tokens(on_gpu: bool) -> int:
+    """Supervised tokens whose logits stand in memory at once: as many as keep a GPU busy, and few enough that a CPU's
+    caches hold a part of them."""
+    return 1024 if on_gpu else 128
+
+
+class SupervisedLoss(nn.Module):
+    """A causal language model that answers a micro-batch with its summed loss, so that DDP or FSDP can wrap it whole.
+
+    Args:
+        model: the model with its adapter; the adapter sits inside `causal_lm`.
+        causal_lm: the transformers model.
+        autocast: the context in which it computes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        causal_lm: PreTrainedModel,
+        autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self._no_split_modules = causal_lm._no_split_modules  # by these, Accelerate shards the weights
+        # Not registered: these are parts of `model`, and their parameters must not appear twice.
+        self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
+        self.chunks_head = False
+        self.flattens = False
+        self.attention: str | None = None
+        """By sequence, for flat rows: the fastest of ours that this model, device and dtype allow."""
+        self.is_compiled = False
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Finds out by trying what this architecture allows: a head applied apart from the model's own forward, which
+        a model that changes its logits afterwards does not; and sequences end to end in one row, which a model that
+        ignores position ids or carries a state does not."""
+        causal_lm = self._parts["causal_lm"]
+        vocabulary = causal_lm.get_input_embeddings().num_embeddings
+        first, second = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3))
+        masks = [[False] + [True] * 7] * 2
+        device = causal_lm.device
+        was_training = self.training
+        self.eval()  # dropout would make any two passes differ
+        apart = padded_batch([first, second], masks).to(device)
+        expected = causal_lm(**apart.inputs, use_cache=False).logits
+        hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
+        self.chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
+        flat = flat_batch([first, second], masks).to(device)
+        # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
+        tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
+
+        def flattens() -> bool:
+            logits = causal_lm(**self._inputs(flat), use_cache=False).logits
+            return _close(logits.view_as(expected), expected, tolerance)
+
+        own = causal_lm.config._attn_implementation
+        if own == "sdpa":  # would make a T x T mask for a flat row; any other the user chose
+            for name in (VARLEN, BY_SEQUENCE) if kernel_may_run(device, causal_lm.dtype) else (BY_SEQUENCE,):
+                causal_lm.set_attn_implementation(name)
+                if causal_lm.config._attn_implementation != name:  # a model of the kind that cannot take another's
+                    break
+                # Its attention is more, or takes no lengths; or the kernel does not take this GPU or width of heads.
+                with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
+                    if flattens():
+                        self.attention = name
+                        break
+            causal_lm.set_attn_implementation(own)
+        self.flattens = self.attention is not None or flattens()
+        self.train(was_training)
+
+    def compile_layers(self) -> None:
+        """One graph for all layers, whatever the lengths of a batch.
+
+        Raises:
+            ValueError: the machine lacks what compiles for its device.
+        """
+        causal_lm = self._parts["causal_lm"]
+        if causal_lm.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            raise UserError(
+                "train.compile=true needs a C++ compiler on a CPU, such as g++: install one, or leave it out."
+            )
+        for module in causal_lm.modules():
+            if type(module).__name__ in (self._no_split_modules or ()):
+                module.compile(dynamic=True)
+        self.is_compiled = True
+
+    def eagerly(self, batch: Batch) -> torch.Tensor:
+        """The loss, with every hook called: a compiled layer calls none."""
+        with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
+            return self(batch)
+
+    def attend_by_sequence(self) -> None:
+        """From now on, for batches that are flat."""
+        self._parts["causal_lm"].set_attn_implementation(self.attention)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
+        return batch.inputs | ({"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {})
+
+    def forward(self, batch: Batch | None) -> torch.Tensor | None:
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar. Without a batch it only finds
+        out what the model allows: where its weights are sharded, they are whole in here alone."""
+        if batch is None:
+            with torch.autocast(self._parts["causal_lm"].device.type, enabled=False):
+                return self._probe()
+        with self.autocast():
+            return self._summed(batch)
+
+    def _summed(self, batch: Batch) -> torch.Tensor:
+        targets = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
+        causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
+        if not self.chunks_head:
+            logits = causal_lm(**self._inputs(batch), use_cache=False).logits[:, :-1][batch.loss_mask[:, 1:]]
+            return cross_entropy(logits.float(), targets, reduction="sum")
+
+        hidden_states = decoder(**self._inputs(batch), use_cache=False).last_hidden_state
+        hidden_states = hidden_states[:, :-1][batch.loss_mask[:, 1:]]
+        head = causal_lm.get_output_embeddings()
+        if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
+            return FrozenHeadLoss.apply(hidden_states, targets, head)
+        size = chunk_tokens(hidden_states.is_cuda)
+        chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
+        if len(targets) <= size or not torch.is_grad_enabled():
+            return torch.stack([head_loss(head, *chunk) for chunk in chunks]).sum()
+        # An adapted head: the backward pass makes each chunk's logits again.
+        return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Summed cross entropy under a head that gets no gradient. Each chunk's gradient is taken while its logits are
+    there, in the forward pass: they are made once, and no more of them stand in memory than one chunk's."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden_states: torch.Tensor, targets: torch.Tensor, head: nn.Module
+    ) -> torch.Tensor:
+        gradients, losses = [], []
+        size = chunk_tokens(hidden_states.is_cuda)
+        for hidden, wanted in zip(hidden_states.split(size), targets[:, None].split(size), strict=True):
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                logits = head(hidden)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            log_p = torch.log_softmax(logits.detach(), -1, dtype=wide)
+            losses.append(-log_p.gather(1, wanted).sum())
+            # d loss / d logits = p - 1 at the wanted token, in the place of log p.
+            of_logits = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
+            gradients += torch.autograd.grad(logits, hidden, of_logits.to(logits.dtype))
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.stack(losses).sum()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (of_hidden_states,) = ctx.saved_tensors
+        return (gradient * of_hidden_states).to(of_hidden_states.dtype), None, None
+
+
+def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> BatchLayout:
+    """Flat where it is correct and fast.
+
+    Raises:
+        ValueError: flat was asked for, and this model would let sequences see each other.
+    """
+    loss(None)
+    if wanted == BatchLayout.flat and not loss.flattens:
+        raise UserError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
+    if wanted == BatchLayout.auto:
+        # On a CPU, attention over one long row under a mask costs more than the padding of rows of near-equal length.
+        is_fast = loss.attention is not None or device.type != "cpu"
+        wanted = BatchLayout.flat if loss.flattens and is_fast else BatchLayout.padded
+    if wanted == BatchLayout.flat and loss.attention is not None:
+        loss.attend_by_sequence()
+    return wanted
+
+
+def _close(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """Whether the difference is small against the expected values, both as a whole."""
+    return bool((values.float() - expected.float()).norm() <= tolerance * expected.float().norm())
+
+
+def head_loss(head: nn.Module, hidden_states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Summed cross entropy of [N, d] hidden states against N token ids, in float32."""
+    return cross_entropy(head(hidden_states).float(), targets, reduction="sum")

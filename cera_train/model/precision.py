@@ -1,0 +1,69 @@
+"""The precision of `model.dtype=auto`: bfloat16 where the hardware multiplies it, else float32.
+
+The hardware's own report decides, never a stopwatch, so that one machine always computes the same. On a processor
+without bf16 products, oneDNN converts every operand: a training update takes twenty times as long as in float32.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from cera_train.model.config import Dtype, ModelConfig
+
+CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+"""Flags of /proc/cpuinfo for bf16 products, the fastest first."""
+
+ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
+"""Values of ONEDNN_MAX_CPU_ISA, by their start, that leave oneDNN its bf16 products."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A precision, and why it was taken."""
+
+    dtype: Dtype
+    reason: str
+    is_slow: bool = False
+    """It was asked for, and this hardware emulates it."""
+
+
+def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
+    """The precision to load the base model in.
+
+    Args:
+        wanted: `model.dtype`.
+        cuda: whether the model runs on a GPU. None: where there is one.
+        cpuinfo: the processor's flags, as Linux reports them.
+    """
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    bf16, hardware = _gpu_multiplies_bf16() if cuda else _cpu_multiplies_bf16(cpuinfo)
+    if wanted == Dtype.auto:
+        return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
+    return Precision(wanted, f"model.dtype={wanted}", is_slow=wanted == Dtype.bfloat16 and not bf16)
+
+
+def with_precision(config: ModelConfig, precision: Precision) -> ModelConfig:
+    return replace(config, dtype=precision.dtype)
+
+
+def _gpu_multiplies_bf16() -> tuple[bool, str]:
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    return major >= 8, f"{name} multiplies bf16" if major >= 8 else f"{name} does not multiply bf16"
+
+
+def _cpu_multiplies_bf16(cpuinfo: Path) -> tuple[bool, str]:
+    if not cpuinfo.is_file():
+        return False, f"the processor's flags are unknown on {sys.platform}"
+    lines = cpuinfo.read_text().splitlines()
+    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
+    found = next((name for flag, name in CPU_FLAGS.items() if flag in flags), None)
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if found and not cap.startswith(ONEDNN_ISAS_WITH_BF16):
+        return False, f"ONEDNN_MAX_CPU_ISA={cap} rules out {found}"
+    return found is not None, f"the processor has {found}" if found else "the processor does not multiply bf16"

@@ -1,0 +1,159 @@
+"""The model card of a run's adapter: what it is, how to load it, what it was trained on and what was measured.
+
+It says only what the run's folder says, so it can be written again after every evaluation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cera_train.adapters.config import AdapterKind
+from cera_train.common.errors import UserError
+from cera_train.common.files import check_links, read_json, write_text
+from cera_train.common.trust import clean
+from cera_train.config import Config
+from cera_train.data.config import Layout
+from cera_train.evaluation.config import EvalConfig
+from cera_train.runs.recorded_config import load_config
+from cera_train.runs.subject import digest_of
+
+NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+
+
+def write_card(run: Path, result: dict[str, Any]) -> None:
+    """Writes adapter/README.md from the config, the result and the evaluations of a run.
+
+    Raises:
+        ValueError: a file of the run is broken, or its adapter's folder is a link that leads out of it.
+    """
+    check_links(run, [run / "adapter"])
+    config = load_config(run / "config.yaml")
+    evaluations = [
+        read_json(folder / "result.json")
+        for folder in sorted(run.glob("eval/*"))
+        if (folder / "result.json").is_file() and is_of_this(folder, run / "adapter", config)
+    ]
+    try:
+        text = card(config, result, evaluations)
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"a result.json of {run} is not as cera-train writes it: {error!r}. Restore it.") from error
+    write_text(run / "adapter" / "README.md", text)
+
+
+def is_of_this(evaluation: Path, adapter: Path, config: Config) -> bool:
+    """Whether an evaluation is of this adapter on the run's base: not of the run's best one, nor over 4 bits."""
+    settings = load_config(evaluation / "config.yaml", EvalConfig)
+    return settings.adapter_digest == digest_of(adapter) and settings.model == config.model
+
+
+def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
+    """The card's text, with the metadata that the Hub reads."""
+    model, adapter = config.model, config.adapter
+    facts = model.facts if model.facts and model.facts.of == model.path else None
+    license_name = facts.license if facts else None
+    is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
+    metadata = {
+        "library_name": "peft",
+        "base_model": model.path if is_hub_id else None,
+        "license": license_name,
+        "datasets": [config.data.path] if config.data.path and not config.data.train_files else None,
+        "tags": [adapter.kind.value],
+        "pipeline_tag": "text-generation",
+    }
+    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
+    is_cera = adapter.kind == AdapterKind.cera
+    trained = {
+        "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
+        "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
+        "Adapter": f"{NAMES[adapter.kind]} of rank {adapter.r} on {targets}",
+        "Trainable parameters": f"{result['trainable_parameters']:,}",
+        "Data": data_of(config),
+        "Training": f"{result['updates']:,} updates of {config.train.batch_size} sequences, "
+        f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {config.train.seed}",
+    }
+    measured = {
+        "Perplexity, untouched base": f"{result['perplexity_before']:.3f}",
+        "Perplexity": f"{result['eval/perplexity']:.3f}",
+        "Effective rank, mean over modules": f"{result['spectrum/effective_rank/mean']:.1f} of {adapter.r}",
+        "Effective rank, largest": f"{result['spectrum/effective_rank/max']:.1f} of {adapter.r}",
+    }
+    for evaluation in evaluations:
+        measured |= evaluation_rows(evaluation)
+    license_text = (
+        f"The base weights are under `{escape(license_name)}`; an adapter of theirs comes under its terms."
+        if license_name
+        else "The licence of the base weights is not on record here: see where they come from."
+    )
+    formula = (
+        f"\nIts branch is non-linear, `y = W0 x + s B dropout({adapter.activation}(A x))`, and stays beside W0.\n"
+        if is_cera
+        else ""
+    )
+    registers = "import cera_train  # registers CeRA with PEFT\n" if is_cera else ""
+    return f"""---
+{yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)}---
+
+# {escape(config.name)}
+
+A {NAMES[adapter.kind]} adapter, trained with cera-train.
+{formula}
+## How to load it
+
+```python
+{registers}from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")  # where this file lies
+```
+
+## How it was trained
+
+{table(trained)}
+
+## What was measured
+
+{table(measured)}
+
+## Licence
+
+{license_text}
+"""
+
+
+def data_of(config: Config) -> str:
+    data = config.data
+    if data.layout == Layout.logistic_map:
+        return f"the logistic map x' = {data.logistic_map.growth:g} x (1 - x)"
+    if data.train_files:
+        return ", ".join(Path(name).name for name in data.train_files)
+    return f"{data.path}{f' ({data.subset})' if data.subset else ''}, {data.train_split}"
+
+
+def evaluation_rows(result: dict[str, Any]) -> dict[str, str]:
+    """One evaluation in the card's table."""
+    task = result["task"]
+    if result["kind"] == "perplexity":
+        return {f"{task}, perplexity": f"{result['perplexity']:.3f}"}
+    rows = {}
+    for grader in ("exact", "verified"):
+        if f"{grader}/pass@1" in result:
+            lower, upper = result[f"{grader}/pass@1/interval"]
+            rows[f"{task}, {grader} pass@1"] = (
+                f"{result[f'{grader}/pass@1']:.1%} (95 % interval {lower:.1%} to {upper:.1%}, "
+                f"{result['problems']:,} problems)"
+            )
+    return rows
+
+
+def table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {escape(name)} | {escape(value)} |" for name, value in rows.items())])
+
+
+def escape(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    text = clean(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    for mark in "\\`*_[]|#$~":
+        text = text.replace(mark, f"\\{mark}")
+    return text

@@ -1,0 +1,30 @@
+"""The config.yaml of a run or an evaluation, as dataclasses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cera_train.common.errors import UserError
+from cera_train.common.files import read_yaml
+from cera_train.common.trust import escape_interpolations
+from cera_train.config import Config
+
+RETIRED = ("model.facts",)
+"""Settings of earlier versions, and sections of them, that changed no result: left out when an old config is read."""
+
+
+def load_config(path: Path, schema: type = Config) -> Any:
+    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text.
+
+    Raises:
+        UserError: the file is missing, broken, or of another version.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = escape_interpolations(read_yaml(path))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error

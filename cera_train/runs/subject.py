@@ -1,0 +1,137 @@
+"""What an evaluation is of: an adapter on its base model, or a base model alone. It is found without loading anything,
+so that a mistake gets its answer at once."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cera_train.common.errors import UserError
+from cera_train.common.files import read_json
+from cera_train.common.trust import check_adapter_settings, weights_of
+from cera_train.config import Config
+from cera_train.evaluation.config import EvalConfig
+from cera_train.model.config import ModelConfig
+from cera_train.runs.recorded_config import load_config
+from cera_train.training.config import TrainConfig
+
+ADAPTERS = ("CERA", "LORA")
+"""PEFT's types of the adapters that cera-train makes: rsLoRA and DoRA are LoRAs."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter on its base model, or a base model alone."""
+
+    folder: Path
+    """Its evaluations lie in here, in eval/: a run's folder also for its best adapter and its checkpoints, whose own
+    folders come and go."""
+    model: ModelConfig
+    adapter: Path | None
+    run: Config | None
+    """How it was trained, where that is on record."""
+
+    @property
+    def name(self) -> str:
+        return str(self.adapter or "the untouched model")
+
+    @property
+    def part(self) -> str:
+        """What of a run it is, for the name of an evaluation: nothing for the run's adapter itself, -best, ..."""
+        if self.run is None or self.adapter.name == "adapter":
+            return ""
+        return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
+
+    @property
+    def train(self) -> TrainConfig:
+        """Precision and micro-batches as in training, so that perplexity and spectra are those of training."""
+        return self.run.train if self.run else TrainConfig()
+
+
+def find_subject(config: EvalConfig) -> Subject:
+    """What `run=` and `model=` mean.
+
+    Raises:
+        ValueError: there is no such folder, or it is unfinished or holds no adapter.
+    """
+    if config.run == "base":
+        name = Path(config.model.path).name.removeprefix("pypi:")
+        return Subject(Path(config.output_dir) / f"base-{name}", config.model, None, None)
+    folder = Path(config.run)
+    if (folder / "adapter_config.json").is_file():
+        check_adapter(folder)
+        root = run_of(folder)
+        if root is None:  # an adapter from anywhere
+            return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder, None)
+        run = load_config(root / "config.yaml")
+        return Subject(root, config.model or model_of(run, root, config.trust_remote_code), folder, run)
+    if not (folder / "config.yaml").is_file():
+        what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
+        raise UserError(
+            f"run={config.run} {what}: expected a folder that cera-train left (with config.yaml), an adapter's folder "
+            "(with adapter_config.json), or base."
+        )
+    run = load_config(folder / "config.yaml")
+    if not (folder / "result.json").is_file():
+        best = f", or evaluate its best adapter so far, run={folder}/best" if (folder / "best").is_dir() else ""
+        raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
+    if not (folder / "adapter" / "adapter_config.json").is_file():
+        raise UserError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
+    check_adapter(folder / "adapter")
+    model = config.model or model_of(run, folder, config.trust_remote_code)
+    return Subject(folder, model, folder / "adapter", run)
+
+
+def model_of(run: Config, folder: Path, trust_remote_code: bool) -> ModelConfig:
+    """The base model of a run.
+
+    Raises:
+        ValueError: the folder asks to run the model's own Python code, which only who starts a command may.
+    """
+    if run.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{folder}/config.yaml asks to run the Python code that comes with {run.model.path}. If you trust that "
+            "code, say so on the command line: trust_remote_code=true."
+        )
+    return run.model
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The run that an adapter's folder is part of: its adapter/, its best/ or one of its checkpoints/."""
+    if adapter.parent.name == "checkpoints":
+        root = adapter.parent.parent
+    elif adapter.name in ("adapter", "best"):
+        root = adapter.parent
+    else:
+        return None
+    return root if (root / "config.yaml").is_file() else None
+
+
+def check_adapter(adapter: Path) -> None:
+    """Raises ValueError where an adapter has no safe weights, or its config asks for more than to put them in place."""
+    weights_of(adapter)
+    settings = read_json(adapter / "adapter_config.json")
+    if settings.get("peft_type") not in ADAPTERS:
+        raise UserError(
+            f"{adapter} is an adapter of type {settings.get('peft_type')!r}: expected {' or '.join(ADAPTERS)}."
+        )
+    check_adapter_settings(adapter, settings)
+
+
+def digest_of(adapter: Path) -> str:
+    """Of an adapter's weights: its folder can get others."""
+    with weights_of(adapter).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
+    """The base model that an adapter names.
+
+    Raises:
+        ValueError: its adapter_config.json is broken or names none.
+    """
+    path = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not (path and isinstance(path, str)):
+        raise UserError(f"{adapter} does not name its base model: set model=....")
+    return ModelConfig(path=path, trust_remote_code=trust_remote_code)

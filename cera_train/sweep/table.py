@@ -1,0 +1,174 @@
+"""Where a sweep stands: a state for every job by what lies in its folder, and a table. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import flatten
+from cera_train.common.terminal import print_line
+from cera_train.data.config import evaluation_rows
+from cera_train.sweep.folder import BEGUN, JOBS, RECORD, choices_of, read_record
+
+SHORT_ERROR = 72
+"""Characters of an error in the table."""
+
+
+class State(StrEnum):
+    finished = "finished"
+    failed = "failed"
+    running = "running"
+    cut = "cut"
+    """It was begun, and the same command goes on with it."""
+    waiting = "waiting"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far one job is, by what lies in its folder."""
+
+    name: str
+    """Of its folder."""
+    choices: list[str]
+    state: State
+    done: int | None = None
+    """Updates."""
+    total: int | None = None
+    perplexity: float | None = None
+    """Of an unfinished run, at its last evaluation."""
+    error: str | None = None
+    rows: tuple = ()
+    """What decides on which rows the perplexity is taken."""
+
+
+def read_sweep(folder: Path) -> list[Standing]:
+    """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left.
+
+    Raises:
+        ValueError: the folder is not a sweep's.
+    """
+    record = read_record(folder / RECORD)
+    if record is None:
+        what = "holds no sweep" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
+        )
+    overrides = {job["name"]: job["overrides"] for job in record["jobs"]}
+    started = {path.stem: read_record(path) for path in (folder / JOBS).glob("[!.]*.json")}
+    for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name]["number"], name)):
+        overrides[name] = started[name]["overrides"]
+    return [standing(folder, name, choices_of(own, record["swept"])) for name, own in overrides.items()]
+
+
+def standing(sweep: Path, name: str, choices: list[str]) -> Standing:
+    """How far a job of a sweep is."""
+    folder, record = sweep / name, sweep / JOBS / f"{name}.json"
+    result, error = read_record(folder / "result.json"), (read_record(record) or {}).get("error")
+    if error and result is not None and _written(folder / "result.json") > _written(record):
+        error = None  # it was run again by itself
+    settings = flatten(_read_yaml(folder / "config.yaml"))
+    updates, perplexity = _last_metrics(folder / "metrics.jsonl")
+    if result is not None:
+        updates, perplexity = result["updates"], result["eval/perplexity"]
+    if _is_locked(folder):
+        state = State.running
+    elif error:
+        state = State.failed
+    elif result is not None:
+        state = State.finished
+    else:
+        state = State.cut if settings else State.waiting
+    total = settings.get("train.max_updates") or (read_record(folder / "environment.json") or {}).get("updates")
+    rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
+    return Standing(name, choices, state, updates, total, perplexity, error, rows)
+
+
+def best_jobs(jobs: Sequence[Standing]) -> list[Standing]:
+    """The finished jobs of the lowest perplexity, one for every choice of evaluation rows."""
+    best: dict[tuple, Standing] = {}
+    for job in jobs:
+        if job.state == State.finished and (job.rows not in best or job.perplexity < best[job.rows].perplexity):
+            best[job.rows] = job
+    return list(best.values())
+
+
+def print_sweep(folder: Path) -> None:
+    """Prints a line for every job, how many are in which state, and the best."""
+    jobs = read_sweep(folder)
+    best = best_jobs(jobs)
+    shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
+    labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
+    width = max(map(len, ["job", *labels]))
+    print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
+    print(f"\n{'job':<{width}}  {'state':<9}{'updates':>15}{'perplexity':>13}")
+    for job, label in zip(jobs, labels, strict=True):
+        done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
+        perplexity = "" if job.perplexity is None else f"{job.perplexity:,.3f}"
+        note = "best" if job in best else ""
+        if job.state == State.failed:
+            note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
+        print(f"{label:<{width}}  {job.state:<9}{done:>15}{perplexity:>13}  {note}".rstrip())
+    print()
+    counts = Counter(job.state for job in jobs)
+    print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
+    for job in best:
+        print_line("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}")
+    if counts[State.failed]:
+        print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a run holds the folder. Its lock file is there only while it does, or after it was killed."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path).acquire(timeout=0):
+            return False
+    except (Timeout, OSError):  # or it is another user's
+        return True
+
+
+def _last_metrics(path: Path) -> tuple[int | None, float | None]:
+    """The last update on record, and the last perplexity. A run that is writing may have left half a line."""
+    update = None
+    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
+        if update is None or '"eval/perplexity"' in line:
+            try:
+                metrics = json.loads(line)
+            except ValueError:
+                continue
+            update = metrics["update"] if update is None else update
+            if "eval/perplexity" in metrics:
+                return update, metrics["eval/perplexity"]
+    return update, None
+
+
+def _written(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        return {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is broken: {' '.join(str(error).split())}. Remove the job's folder.") from error
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether every job of this command is, whatever earlier ones left in the folder."""
+    jobs, own = read_sweep(folder), {job["name"] for job in BEGUN[folder]["jobs"]}
+    if not own:  # the sweeper decided as it went
+        return all(job.state != State.failed for job in jobs)
+    return all(job.state == State.finished for job in jobs if job.name in own)

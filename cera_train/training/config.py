@@ -1,0 +1,101 @@
+"""Settings of the loop, the optimizer and the tracker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from cera_train.common.settings import require, require_positive, setting
+from cera_train.data.config import BatchLayout
+
+
+class OptimizerKind(StrEnum):
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+
+
+class Schedule(StrEnum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class TrackerKind(StrEnum):
+    none = "none"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
+@dataclass
+class OptimizerConfig:
+    kind: OptimizerKind = setting(OptimizerKind.adamw, "result", binds_checkpoint=True)
+    lr: float = setting(3e-4, "result")
+    """Peak learning rate."""
+    weight_decay: float = setting(0.01, "result")
+    beta1: float = setting(0.9, "result")
+    beta2: float = setting(0.999, "result")
+    eps: float = setting(1e-8, "result")
+    schedule: Schedule = setting(Schedule.constant, "result")
+    warmup_ratio: float = setting(0.0, "result")
+    """Share of all updates over which the learning rate rises from 0 to its peak."""
+    max_grad_norm: float = setting(1.0, "result")
+    """Gradients are clipped to this 2-norm."""
+
+    def __post_init__(self) -> None:
+        require_positive("optimizer", self, "lr", "eps", "max_grad_norm")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
+        for name in ("beta1", "beta2", "warmup_ratio"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and less than 1.")
+
+
+@dataclass
+class TrainConfig:
+    batch_size: int = setting(64, "result", binds_checkpoint=True)
+    """Sequences per update."""
+    micro_batch_tokens: int = setting(4096, "cost")
+    """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it, dropout's masks do."""
+    batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")
+    """flat: sequences end to end in one row, no padding; padded: sequences of near-equal length; auto: flat where the
+    model allows it, but on a CPU not under a mask."""
+    compile: bool = setting(False, "cost")
+    """torch.compile of the model's layers: about a minute before the first update, and faster updates."""
+    autocast: bool | None = setting(None, "result")
+    """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter is too."""
+    epochs: int = setting(3, "result")
+    max_updates: int | None = setting(None, "result")
+    """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
+    eval_every: int | None = setting(100, "result")
+    """Updates between evaluations. null: only before the first update and after the last."""
+    save_every: int | None = setting(100, "nothing")
+    """Updates between checkpoints. null: only at the end and when interrupted."""
+    keep: int = setting(2, "nothing")
+    """Checkpoints kept; the best adapter is kept besides."""
+    patience: int | None = setting(None, "result")
+    """Stop after so many evaluations without a lower perplexity. null: never."""
+    probe_tokens: int = setting(2048, "result")
+    """Tokens of evaluation rows on which the spectra are taken."""
+    seed: int = setting(0, "result", binds_checkpoint=True)
+    resume: str = setting("auto", "nothing")
+    """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse to overwrite a
+    finished run; a checkpoint's folder: go on from that."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "train",
+            self,
+            *("batch_size", "micro_batch_tokens", "epochs", "max_updates", "eval_every", "save_every"),
+            *("keep", "patience", "probe_tokens"),
+        )
+        require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
+
+
+@dataclass
+class TrackerConfig:
+    kind: TrackerKind = setting(TrackerKind.none, "nothing")
+    project: str = setting("cera-train", "nothing")
+    entity: str | None = setting(None, "nothing")
+    """W&B team or user."""
+    log_adapter: bool = setting(False, "nothing")
+    """Upload the final adapter as an artifact (wandb)."""

@@ -1,0 +1,54 @@
+"""AdamW, plain or with 8-bit moments, and the learning rate as a function of the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from cera_train.common.errors import UserError
+from cera_train.training.config import OptimizerConfig, OptimizerKind, Schedule
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of a config.
+
+    Raises:
+        ValueError: it cannot run on this device.
+    """
+    settings = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+    }
+    if config.kind == OptimizerKind.adamw:
+        return torch.optim.AdamW(parameters, **settings)
+    import bitsandbytes
+
+    if config.kind == OptimizerKind.adamw_8bit:
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    if device.type != "cuda":
+        raise UserError(
+            f"optimizer.kind=paged_adamw_8bit pages GPU memory, and this run is on {device.type}: "
+            "use optimizer=adamw_8bit or optimizer=adamw."
+        )
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, **settings)
+
+
+def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
+    """The learning rate of update number `update` (from 0) of `updates`: linear warm-up, then the schedule. `linear`
+    and `cosine` reach 0 after the last update."""
+    warmup = math.ceil(config.warmup_ratio * updates)
+    if update < warmup:
+        return config.lr * (update + 1) / warmup
+    progress = (update - warmup) / max(1, updates - warmup)
+    if config.schedule == Schedule.linear:
+        return config.lr * (1 - progress)
+    if config.schedule == Schedule.cosine:
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr

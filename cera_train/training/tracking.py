@@ -1,0 +1,199 @@
+"""Mirrors of metrics.jsonl in W&B or TensorBoard. The run's folder is the record: a mirror that fails is left out, with
+one line that says so, and training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import netrc
+import os
+import secrets
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cera_train.common.files import write_text
+from cera_train.common.secrets import redact
+from cera_train.training.config import TrackerConfig, TrackerKind
+
+
+class Tracker:
+    """No mirror. Also what the others do: start, log, add a picture and the adapter, finish."""
+
+    def log(self, metrics: dict[str, float], update: int) -> None:
+        """Numbers at an update."""
+
+    def picture(self, name: str, path: Path, update: int) -> None:
+        """A PNG file."""
+
+    def adapter(self, folder: Path) -> None:
+        """The final adapter, as an artifact."""
+
+    def finish(self) -> None:
+        """Flushes."""
+
+
+INIT_SECONDS = 30
+"""How long W&B's server may take to answer before a run is recorded offline."""
+FINISH_SECONDS = 30
+"""How long W&B may still upload after the last update."""
+ADAPTER_SECONDS = 600
+"""How long it may upload the adapter."""
+
+
+class WandbTracker(Tracker):
+    """Weights & Biases: online with a key and a server that answers, else offline. All of it is also on the disk, for
+    `wandb sync`."""
+
+    def __init__(self, config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path) -> None:
+        # Reports of its own errors, which hold up the end of a run for 20 seconds where the server is silent.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self.wandb, self.log_adapter, self.folder = wandb, config.log_adapter, folder
+        id_file = folder / "wandb-run-id"  # a resumed run goes on in the same W&B run
+        if not id_file.exists():
+            write_text(id_file, secrets.token_hex(6))
+
+        def init(mode: str) -> wandb.Run:
+            return wandb.init(
+                project=config.project,
+                entity=config.entity,
+                name=name,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(folder),
+                config=run_config,
+                mode=mode,
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    init_timeout=INIT_SECONDS,
+                    finish_timeout=FINISH_SECONDS,
+                    finish_timeout_raises=True,
+                ),
+            )
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        try:
+            self.run = init(mode)
+        except Exception as error:
+            if mode != "online":
+                raise
+            say_error(f"W&B cannot be reached, so the run is recorded offline ({error}).")
+            wandb.teardown()  # else its service would refuse a second run of the same id
+            self.run = init("offline")
+        self.run.define_metric("update")
+        self.run.define_metric("*", step_metric="update")
+
+    def log(self, metrics: dict[str, float], update: int) -> None:
+        self.run.log({"update": update, **metrics})
+
+    def picture(self, name: str, path: Path, update: int) -> None:
+        self.run.log({"update": update, name: self.wandb.Image(str(path))})
+
+    def adapter(self, folder: Path) -> None:
+        if self.log_adapter:
+            from wandb.sdk.artifacts.exceptions import WaitTimeoutError
+
+            artifact = self.wandb.Artifact(f"{self.run.id}-adapter", type="model")
+            artifact.add_dir(str(folder))
+            logged = self.run.log_artifact(artifact)
+            if not self.run.offline:
+                with contextlib.suppress(WaitTimeoutError):  # `finish` says how to upload the rest
+                    logged.wait(ADAPTER_SECONDS)
+
+    def finish(self) -> None:
+        # A run that was resumed offline has a part for every time it ran.
+        parts = [part for part in self.folder.glob("wandb/offline-run-*") if not list(part.glob("*.synced"))]
+        try:
+            self.run.finish()
+        except TimeoutError:
+            parts.append(Path(self.run.settings.sync_dir))
+        if parts:
+            command = shlex.join(["wandb", "sync", "--include-online", *sorted(map(str, parts))])
+            print(f"W&B has not got all of this run. To upload the rest: {command}")
+
+
+def has_key() -> bool:
+    """Whether W&B can log in without asking: by its environment variable or by `wandb login`'s entry in netrc."""
+    try:
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        hosts = {}
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    return bool(os.environ.get("WANDB_API_KEY")) or host in hosts
+
+
+class TensorBoardTracker(Tracker):
+    """Event files in the run's folder."""
+
+    def __init__(self, run_config: dict[str, Any], folder: Path, first_update: int) -> None:
+        import json
+
+        from torch.utils.tensorboard import SummaryWriter  # of the extra `tensorboard`
+
+        folder = folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # no access: here in one line, not as a traceback of its thread
+        self.writer = SummaryWriter(folder, purge_step=first_update + 1)
+        self.writer.add_text("config", f"```json\n{json.dumps(run_config, indent=2)}\n```")
+
+    def log(self, metrics: dict[str, float], update: int) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, update)
+
+    def picture(self, name: str, path: Path, update: int) -> None:
+        import matplotlib.image
+
+        self.writer.add_image(name, matplotlib.image.imread(path), update, dataformats="HWC")
+
+    def finish(self) -> None:
+        self.writer.close()
+
+
+class Guarded(Tracker):
+    """Keeps a tracker's failure away from training."""
+
+    def __init__(self, kind: TrackerKind, make: Any) -> None:
+        self.kind = kind
+        self.tracker = Tracker()
+        self._try(lambda: setattr(self, "tracker", make()))
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.tracker = Tracker()
+            say_error(f"{self.kind} failed and is left out ({error}). Everything is in metrics.jsonl.")
+
+    def log(self, metrics: dict[str, float], update: int) -> None:
+        self._try(lambda: self.tracker.log(metrics, update))
+
+    def picture(self, name: str, path: Path, update: int) -> None:
+        self._try(lambda: self.tracker.picture(name, path, update))
+
+    def adapter(self, folder: Path) -> None:
+        self._try(lambda: self.tracker.adapter(folder))
+
+    def finish(self) -> None:
+        self._try(self.tracker.finish)
+        self.tracker = Tracker()
+
+
+def say_error(text: str) -> None:
+    """One line of errors."""
+    print(f"cera-train: {redact(' '.join(text.split()))}", file=sys.stderr)
+
+
+def start_tracker(
+    config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path, first_update: int
+) -> Tracker:
+    """The tracker of a run. `run_config` is shown as it is: it must hold no secret."""
+    if config.kind == TrackerKind.wandb:
+        return Guarded(config.kind, lambda: WandbTracker(config, run_config, name, folder))
+    if config.kind == TrackerKind.tensorboard:
+        return Guarded(config.kind, lambda: TensorBoardTracker(run_config, folder, first_update))
+    return Tracker()

@@ -1,0 +1,144 @@
+"""Spectra against an SVD of the branch's outputs, for all three methods."""
+
+from __future__ import annotations
+
+import math
+
+import peft
+import pytest
+import torch
+from conftest import make_tiny_llama
+from peft.tuners.lora import LoraLayer
+
+from cera_train.adapters.spectrum import (
+    ModuleSpectrum,
+    mean_spectrum,
+    measure_spectra,
+    module_spectra,
+    spectrum_metrics,
+)
+from cera_train.cera import CeraConfig
+from cera_train.data.batches import flat_batch, padded_batch
+
+ROWS = [list(range(3, 40)), list(range(100, 120)), list(range(200, 260, 2))]
+MASKS = [[False] + [True] * (len(row) - 1) for row in ROWS]
+
+CONFIGS = {
+    "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
+    "cera_identity": CeraConfig(r=6, activation="identity", init_weights=False, task_type="CAUSAL_LM"),
+    "lora": peft.LoraConfig(r=6, lora_alpha=3, init_lora_weights=False, target_modules=["q_proj", "v_proj"]),
+    "dora": peft.LoraConfig(
+        r=6, lora_alpha=3, use_dora=True, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
+    ),
+}
+
+
+def adapted(kind: str):
+    model = peft.get_peft_model(make_tiny_llama(), CONFIGS[kind])
+    model.train()
+    return model
+
+
+def forward_of(model):
+    return lambda batch: model(**batch.inputs, use_cache=False)
+
+
+def branch_outputs(model, name: str) -> torch.Tensor:
+    """What the adapter adds at one module, [tokens, d_out], by calling the module and its base layer."""
+    layer = model.get_submodule(f"base_model.model.{name}")
+    inputs = []
+    hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model.eval()
+    with torch.no_grad():
+        for row in ROWS:
+            model(input_ids=torch.tensor([row]))
+        hook.remove()
+        x = torch.cat([values[0] for values in inputs])
+        base = layer.base_layer(x)
+        if isinstance(layer, LoraLayer) and layer.use_dora["default"]:
+            # DoRA rescales the rows of W0 + s B A to its magnitude m; what that does to W0 x is not the branch.
+            weight = layer.base_layer.weight + layer.get_delta_weight("default")
+            base = base * layer.lora_magnitude_vector["default"].weight / weight.norm(dim=1)
+        outputs = (layer(x) - base).double()
+    model.train()
+    return outputs
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("batch", [flat_batch, padded_batch])
+def test_spectrum_equals_svd(kind, batch):
+    model = adapted(kind)
+    spectra = measure_spectra(
+        model, forward_of(model), [(batch(ROWS[:2], MASKS[:2]), True), (batch(ROWS[2:], MASKS[2:]), True)]
+    )
+    assert len(spectra) == 4
+    for name, spectrum in spectra.items():
+        outputs = branch_outputs(model, name)
+        expected = torch.linalg.svdvals(outputs - outputs.mean(0))
+        assert len(spectrum.singular_values) == 6
+        assert expected[6:].max() < 1e-4 * expected[0]
+        torch.testing.assert_close(spectrum.singular_values, expected[:6], rtol=2e-3, atol=1e-4 * expected[0].item())
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = adapted("cera")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_fresh_adapter_has_no_spectrum():
+    model = peft.get_peft_model(make_tiny_llama(), CeraConfig(r=6, task_type="CAUSAL_LM"))
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    assert {(s.effective_rank, s.manifold_dimension) for s in spectra.values()} == {(0.0, 0)}
+
+
+def test_dead_units_are_those_never_open_on_the_probe():
+    model = adapted("cera")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    inputs = []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ROWS[0]]))
+        # Two units point away from every input of the probe.
+        direction = torch.linalg.lstsq(inputs[0], torch.ones(len(inputs[0]), 1)).solution[:, 0]
+        layer.cera_A["default"].weight[0] = -direction
+        layer.cera_A["default"].weight[3] = -2 * direction
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS[:1], MASKS[:1]), True)])
+    z = inputs[0] @ layer.cera_A["default"].weight.T
+    expected = (z <= 0).all(0).double().mean().item()
+    assert expected > 0
+    assert spectra["model.layers.0.self_attn.q_proj"].dead_units == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "cera_identity"])
+def test_a_branch_without_a_gate_has_no_dead_units(kind):
+    model = adapted(kind)
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    assert all(spectrum.dead_units is None for spectrum in spectra.values())
+    assert not any("dead_units" in name for name in spectrum_metrics(spectra))
+
+
+def test_effective_rank_and_manifold_dimension_by_hand():
+    alike = ModuleSpectrum(torch.ones(4, dtype=torch.float64), None)
+    assert alike.effective_rank == pytest.approx(4)
+    assert alike.manifold_dimension == 4  # three of four explain 75 %
+    alone = ModuleSpectrum(torch.tensor([3.0, 0, 0], dtype=torch.float64), None)
+    assert (alone.effective_rank, alone.manifold_dimension) == (pytest.approx(1), 1)
+    mixed = ModuleSpectrum(torch.tensor([3.0, 1.0], dtype=torch.float64), None)
+    assert mixed.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert mixed.manifold_dimension == 1  # 9 / 10 is 90 %
+
+
+def test_metrics_have_mean_max_and_every_module():
+    model = adapted("cera")
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    metrics = spectrum_metrics(spectra)
+    ranks = [metrics[f"spectrum/effective_rank/{name}"] for name in spectra]
+    assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
+    assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
+    assert 0 <= metrics["spectrum/dead_units/mean"] <= 1
+    assert sum(mean_spectrum(spectra)) == pytest.approx(1)
+    assert module_spectra(spectra).keys() == spectra.keys()

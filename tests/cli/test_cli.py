@@ -1,0 +1,374 @@
+"""The command line as its users meet it: real processes, one clear line for every mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cera_train.cli.composition import options
+from cera_train.cli.train import is_as_published, main
+from cera_train.common.errors import explain
+
+
+def cera_train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cera_train", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | environment,
+        check=False,
+        timeout=300,
+    )
+
+
+@contextlib.contextmanager
+def at_once():
+    """What runs in it takes less than two seconds of a processor: on a busy machine the clock says little."""
+
+    def seconds() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = seconds()
+    yield
+    assert seconds() - before < 2
+
+
+@pytest.fixture
+def tiny_arguments(tiny_folder) -> list[str]:
+    return [
+        f"model.path={tiny_folder}",
+        *("model.dtype=float32", "data.max_length=256", "adapter.r=4", "train.max_updates=4", "name=run"),
+    ]
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], message: str, cwd: Path) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("cera-train: ")
+    assert re.search(message, lines[0]), lines[0]
+    assert not (cwd / "outputs" / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("adapter.rank=3", r"unknown setting 'adapter.rank' \(from 'adapter.rank=3'\). Did you mean adapter.r"),
+        ("train.lr=3", "Did you mean optimizer.lr"),
+        ("batch_size=3", "Did you mean train.batch_size"),
+        ("+train.batch=3", "unknown setting 'train.batch'.*Did you mean train.batch_size"),
+        ("adaptr=lora", "unknown setting 'adaptr'.*Did you mean adapter"),
+        ("model=llama3_1_8", "unknown model 'llama3_1_8'. Did you mean llama3_1_8b.*There are: .*smollm2_135m_pypi"),
+        ("+recipe=math_r6", "unknown recipe 'math_r6'. Did you mean math_r64.*There are: gsm8k_r64"),
+        ("recipe=math_r64", r"write \+recipe=math_r64"),
+        ("+adapter=lora", "adapter is chosen twice: write adapter=NAME"),
+        ("adapter.r=abc", "adapter.r: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("adapter.r=-1", "adapter.r=-1 must be positive"),
+        ("adapter.kind=loha", r"adapter.kind: Invalid value 'loha', expected one of \[cera, lora, rslora, dora\]"),
+        ("adapter.layers=3", "adapter.layers: expected a list"),
+        ("adapter.r=[", "cannot read the argument 'adapter.r=\\['"),
+        ("adapter.alpha=${nothing}", "adapter.alpha: Interpolation key 'nothing' not found"),
+        ("model=null", "model=null: expected the name of a file"),
+        ("train.micro_batch_tokens=8", "train.micro_batch_tokens=8 is less than data.max_length=128"),
+        ("data=jsonl", "there is no training data: set data.train_files"),
+    ],
+)
+def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, argument, message):
+    with at_once():
+        done = cera_train(argument, "name=run", cwd=tmp_path)
+    assert_refused(done, message, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "quantisation: nf4",
+            "unknown setting 'model.quantisation' .from 'model/mine.yaml'.. Did you mean model.quant",
+        ),
+        ("dtype: bf16", r"model.dtype: Invalid value 'bf16', expected one of .* \(in model/mine.yaml\)"),
+        ("path: a: b", "broken YAML: mapping values are not allowed here.*mine.yaml.*line 1"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
+    (tmp_path / "conf" / "model").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "mine.yaml").write_text(content)
+    assert_refused(cera_train("--config-dir", "conf", "model=mine", "name=run", cwd=tmp_path), message, tmp_path)
+
+
+def test_help_answers_at_once_and_names_every_choice(tmp_path):
+    with at_once():
+        done = cera_train("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for text in ("math_lora_r512_matched", "smollm2_135m_pypi", "micro_batch_tokens", "--debug"):
+        assert text in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+IMPORTS = """
+import gc, sys
+from cera_train.common.imports import heavy_imports
+
+with heavy_imports():
+    import torch
+    assert not gc.isenabled()
+frozen = gc.get_freeze_count()
+assert gc.isenabled() and frozen > 10_000
+with heavy_imports():
+    assert gc.isenabled()
+assert gc.get_freeze_count() == frozen
+from cera_train.training.launch import launch
+print(sorted({"datasets", "pandas", "matplotlib", "wandb"} & sys.modules.keys()))
+"""
+
+
+def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_not_every_run_needs():
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapter.target_modules=[q_porj]"], "'q_porj' matches no module.*q_proj, k_proj"),
+        (["model.path=nobody/nothing"], "cannot load model.path='nobody/nothing'.*hf auth login.*local folder"),
+        (["data=gsm8k"], "cannot load data set 'openai/gsm8k'.*data.train_files"),
+        (
+            ["data=gsm8k", "data.train_files=[no.jsonl]", "data.eval_rows=1"],
+            "cannot read data file no.jsonl .*No such file",
+        ),
+        (["data=gsm8k", "data.train_files=[broken.jsonl]", "data.eval_rows=1"], "broken.jsonl:2: broken JSON"),
+        (["data=math", "data.train_files=[rows.jsonl]", "data.eval_rows=1"], "'problem' is missing.*question, answer"),
+        (
+            ["data=gsm8k", "data.train_files=[empty.jsonl]", "data.eval_files=[rows.jsonl]"],
+            "no training rows are left: 0",
+        ),
+        (["data=gsm8k", "data.train_files=[silent.jsonl]", "data.eval_files=[rows.jsonl]"], "2 without an answer"),
+        (["data=gsm8k", "data.train_files=[rows.jsonl]", "data.eval_files=[rows.jsonl]"], "3 of 3 evaluation prompts"),
+        (["data.max_length=4"], "no training rows are left.*beyond data.max_length=4"),
+        (["data.max_length=300"], "data.max_length=300 is beyond the 256 positions"),
+        (["model.attn_implementation=flash_attention_2"], "cannot be loaded as asked"),
+        (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
+        (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d or its gradient is not finite"),
+        (["train.resume=no/such/folder"], "expected auto, never or the folder of a checkpoint"),
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny_arguments, arguments, message):
+    rows = [{"question": f"{number}?", "answer": f"{number}!"} for number in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "broken.jsonl").write_text('{"question": "1?", "answer": "1"}\n{"question": \n')
+    (tmp_path / "silent.jsonl").write_text('{"question": "1?", "answer": ""}\n{"question": "2?", "answer": null}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    # In this process: torch is imported already.
+    monkeypatch.setattr(sys, "argv", ["cera-train", *tiny_arguments, *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert re.search(message, line), line
+    # A run that had begun says in its folder how far it came.
+    assert (tmp_path / "outputs" / "run").exists() == ("finite" in message)
+
+
+@pytest.mark.slow
+def test_debug_shows_the_traceback(tmp_path):
+    done = cera_train("adapter.r=-1", "--debug", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert "adapter.r=-1 must be positive" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_real_run_with_its_status_and_the_same_command_finishes_it(
+    tmp_path, tiny_arguments, number, status
+):
+    arguments = [*tiny_arguments, "train.max_updates=100000", "train.eval_every=null"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cera_train", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert b"The same command goes on" in output
+    assert errors == b""
+    (checkpoint,) = (tmp_path / "outputs" / "run" / "checkpoints").iterdir()
+    assert json.loads(metrics.read_text().splitlines()[-1])["update"] == int(checkpoint.name)
+
+
+@pytest.mark.slow
+def test_the_output_is_calm_and_aligned(tmp_path, tiny_arguments):
+    done = cera_train(*tiny_arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for label in ("run", "model", "adapter", "device", "train", "eval", "shared", "example"):
+        assert re.search(rf"^{label:<11}\S", done.stdout, re.MULTILINE), label
+    assert re.search(r"\[\[.*</s>\]\]", done.stdout)
+    for label in ("perplexity", "effective rank", "trainable", "speed", "time", "folder"):
+        assert re.search(rf"^{label:<16}\S", done.stdout, re.MULTILINE), label
+    again = cera_train(*tiny_arguments, cwd=tmp_path)
+    assert "finished" in again.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_installed_elsewhere_has_conf_and_recipes(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", root],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    installed = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", installed, wheel],
+        check=True,
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "cera_train", "--cfg", "job", "+recipe=math_r64"],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "path: meta-llama/Llama-3.1-8B" in done.stdout
+    assert "r: 64" in done.stdout
+    where = subprocess.run(
+        [sys.executable, "-P", "-c", "import cera_train; print(cera_train.__file__)"],
+        capture_output=True,
+        text=True,
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": str(installed)},
+        check=True,
+    )
+    assert where.stdout.startswith(str(installed))
+
+
+def test_out_of_memory_names_the_settings_to_lower():
+    import torch
+
+    for error in (
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ):
+        message = explain(error)
+        for setting in ("train.micro_batch_tokens", "model.gradient_checkpointing", "model.quantization=nf4"):
+            assert setting in message
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    assert explain(AttributeError("'NoneType' object has no attribute 'x'")) is None
+    assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+# --- the other commands ----------------------------------------------------------------------------------------------
+
+
+def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).parent / name), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("cera-eval", [], r"run=... is missing: the folder of a run"),
+        ("cera-eval", ["run=x"], "task=... is missing: `cera-eval --help` lists the tasks"),
+        ("cera-eval", ["run=x", "task=maths"], "unknown task 'maths'. Did you mean math"),
+        ("cera-eval", ["run=x", "tsk=math"], "unknown setting 'tsk' .*Did you mean task[?] `cera-eval --help`"),
+        ("cera-eval", ["run=x", "task=math", "adapter=lora"], "unknown setting 'adapter'|Could not override"),
+        ("cera-eval", ["run=x", "task.limit=4"], "task.limit needs a file for task: add task=NAME, one of forgetting"),
+        ("cera-eval", ["run=x", "task=math", "model.dtype=float32"], "model.dtype needs a file for model"),
+        ("cera-eval", ["run=base", "task=math"], "run=base needs model="),
+        ("cera-eval", ["run=base", "task=perplexity", "model=smollm2_135m"], "needs data=..."),
+        ("cera-eval", ["run=x", "task=math", "data=math"], "data=... belongs to task=perplexity"),
+        ("cera-eval", ["run=x", "task=math", "task.limit=0"], "task.limit=0 must be positive"),
+        ("cera-eval", ["run=x", "task=math", "generation.samples=4"], "choose generation=sample"),
+        ("cera-eval", ["run=x", "task=math", "generation.top_p=0.9"], "no meaning for greedy answers"),
+        ("cera-eval", ["run=x", "task=math", "generation=sample", "generation.top_p=0"], "must be above 0"),
+        ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[5]"], "must be numbers above 0"),
+        ("cera-eval", ["run=x", "task=math", "task.name=../out"], "expected the name of one folder"),
+        ("cera-eval", ["run=x", "task=gsm8k", "task.level=5"], "task.level=5 is for MATH's tasks"),
+        ("cera-eval", ["run=x", "task=logistic_map", "task.files=[x.jsonl]"], "takes neither task.prompt nor"),
+        ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[3.5699456]"], "more than the six digits"),
+        ("cera-eval", ["run=x", "task=forgetting", "task.window=1"], "task.window=1 must be at least 2"),
+        ("cera-eval", ["grade=x", "task=math"], "grade=... takes neither run= nor task="),
+    ],
+)
+def test_a_mistake_in_an_evaluations_settings_gets_one_line_and_status_2(tmp_path, name, arguments, message):
+    with at_once():
+        done = command(name, *arguments, cwd=tmp_path)
+    assert_one_line(done, name, message)
+    assert not list(tmp_path.iterdir())
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], program: str, message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"{program}: ")
+    assert re.search(message, line), line
+
+
+def test_an_evaluation_of_a_folder_that_is_no_run_gets_one_line(tmp_path):
+    with at_once():
+        done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path)
+    assert_one_line(done, "cera-eval", "run=nothing does not exist: expected a folder that cera-train left")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan"])
+def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
+    done = command(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for group in {"cera-eval": ["task", "generation", "model", "data"]}.get(
+        name, ["recipe", "model", "adapter", "data"]
+    ):
+        assert re.search(rf"^  {group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), group
+    assert ("task " in done.stdout) == (name == "cera-eval")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        (["+recipe=math_r64"], True),
+        (["+recipe=math_r64", "name=mine", "tracker=wandb", "train.micro_batch_tokens=8192"], True),
+        (["+recipe=math_r64", "adapter.r=32"], False),
+        (["+recipe=math_r64", "model=llama3_2_1b"], False),
+        (["+recipe=math_r64", "train.epochs=1"], False),
+    ],
+)
+def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
+    assert is_as_published(overrides) == kept

@@ -1,0 +1,166 @@
+"""Every file of conf/ and recipes/ composes; the schema refuses what makes no sense."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+import yaml
+
+from cera_train.adapters.config import Activation, AdapterKind
+from cera_train.cli.composition import config_dir, options
+from cera_train.common.settings import flatten, to_plain
+from cera_train.common.settings import keys_of as config_keys
+from cera_train.config import Config
+from cera_train.data.config import LossOn
+from cera_train.evaluation.config import EvalConfig
+from cera_train.training.config import OptimizerKind
+
+CHOICES = [
+    (path.parent.name, path.stem)
+    for path in sorted(config_dir("conf").glob("*/*.yaml"))
+    if path.parent.name != "sweep"  # grids of whole runs: tests/test_sweep.py
+]
+RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
+
+# What a file leaves for the user to say.
+NEEDED = {("data", "jsonl"): ["data.train_files=[rows.jsonl]", "data.eval_rows=5"]}
+
+
+def test_the_globs_found_the_files():
+    assert len(CHOICES) >= 29
+    assert {group for group, _ in CHOICES} == {
+        *("model", "adapter", "data", "optimizer", "tracker", "task", "generation"),
+    }
+    assert {path.stem for path in RECIPES} == {
+        *("quickstart", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
+        *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
+    }
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_composes(compose, group, name):
+    needed = NEEDED.get((group, name), [])
+    if group in ("task", "generation"):
+        config = compose("run=outputs/run", "task=math", f"{group}={name}", *needed, command="eval")
+        assert isinstance(config, EvalConfig)
+    else:
+        assert isinstance(compose(f"{group}={name}", *needed), Config)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_composes_and_says_what_it_is_for(compose, path):
+    config = compose(f"+recipe={path.stem}")
+    assert config.name == path.stem
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert re.search(rf"command   .*\+recipe={path.stem}\b", "\n".join(header))
+    assert "expected" in "\n".join(header)
+    assert "cost" in "\n".join(header)
+
+
+def test_recipes_hold_the_published_settings(compose):
+    math = compose("+recipe=math_r64")
+    assert (math.model.path, math.adapter.kind, math.adapter.r, math.adapter.alpha) == (
+        *("meta-llama/Llama-3.1-8B", AdapterKind.cera, 64, None),
+    )
+    assert (math.adapter.dropout, math.adapter.activation, math.adapter.target_modules) == (
+        *(0.1, Activation.silu, ["q_proj", "v_proj"]),
+    )
+    assert (math.train.batch_size, math.train.epochs, math.train.max_updates) == (64, 3, None)
+    assert (math.optimizer.lr, math.optimizer.weight_decay, math.optimizer.max_grad_norm) == (3e-4, 0.01, 1.0)
+    assert (math.data.max_length, math.data.loss_on) == (512, LossOn.all)
+    assert math.data.train_split == "train[:100000]"
+    assert math.data.eval_split == "train[100000:102000]"
+
+    published, matched = compose("+recipe=math_lora_r512"), compose("+recipe=math_lora_r512_matched")
+    assert (published.adapter.r, published.adapter.alpha) == (512, 32)
+    assert (matched.adapter.r, matched.adapter.alpha) == (512, 512)
+    assert compose("+recipe=math_lora_r512_matched", "adapter.r=128").adapter.alpha == 128
+
+    nf4 = compose("+recipe=math_r64_nf4")
+    assert (nf4.model.quantization, nf4.optimizer.kind) == ("nf4", OptimizerKind.paged_adamw_8bit)
+
+
+def test_a_recipe_yields_to_the_command_line(compose):
+    config = compose("+recipe=math_r64", "model=llama3_2_1b", "adapter=lora", "adapter.r=512")
+    assert (config.model.path, config.adapter.kind, config.adapter.r) == ("meta-llama/Llama-3.2-1B", "lora", 512)
+    assert config.data.path == "TIGER-Lab/MathInstruct"
+
+
+def test_yaml_files_name_only_keys_of_the_schema():
+    keys = {*config_keys(Config), *config_keys(EvalConfig)}
+    for path in (config_dir("conf") / group / f"{name}.yaml" for group, name in CHOICES):
+        content = yaml.safe_load(path.read_text())
+        assert content, path
+        assert {f"{path.parent.name}.{key}" for key in flatten(content)} <= keys, path
+
+
+def test_options_of_a_group_are_its_files():
+    assert options("adapter") == ["cera", "dora", "lora", "rslora"]
+    assert "math_r64" in options("recipe")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("adapter.r=0", "adapter.r=0 must be positive"),
+        ("adapter.alpha=-1", "adapter.alpha=-1.0 must be positive"),
+        ("adapter.dropout=1", "adapter.dropout=1.0 must be at least 0 and less than 1"),
+        ("adapter.target_modules=[]", "adapter.target_modules=[] must be a list"),
+        ("adapter.target_modules=[1]", "adapter.target_modules=[1] must be a list"),
+        ("adapter.target_modules='(q'", "not a regular expression"),
+        ("optimizer.lr=0", "optimizer.lr=0.0 must be positive"),
+        ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must not be negative"),
+        ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1"),
+        ("optimizer.beta1=1", "optimizer.beta1"),
+        ("train.batch_size=0", "train.batch_size=0 must be positive"),
+        ("train.max_updates=0", "train.max_updates=0 must be positive"),
+        ("train.seed=-1", "train.seed=-1 must be between 0 and 2**32 - 1"),
+        ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),
+        ("train.micro_batch_tokens=10", "train.micro_batch_tokens=10 is less than data.max_length=128"),
+        ("data.max_length=0", "data.max_length=0 must be positive"),
+        ("data.logistic_map.growth=5", "data.logistic_map.growth=5.0 must be at most 4"),
+        ("name=a/b", "name='a/b': expected the name of one folder"),
+        ("name=..", "name='..': expected the name of one folder"),
+        ("data=jsonl", "there is no training data"),
+        ("model.quantization=nf4 model.dtype=float16", "model.quantization=nf4 does not compute in float16"),
+        ("data=jsonl data.train_files=[a.jsonl]", "data.train_files without data.eval_files"),
+        ("data=gsm8k data.eval_files=[a.jsonl]", "data.eval_files without data.train_files"),
+        ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),
+        ("adapter=lora adapter.activation=relu", "adapter.activation=relu is the gate of cera; adapter.kind=lora has"),
+        ("adapter.layers=[]", "adapter.layers=[] adapts nothing"),
+        ("data.eval_rows=null", "data.layout=logistic_map needs data.eval_rows"),
+        (
+            "adapter.layers=[0] adapter.target_modules='.*q_proj'",
+            "adapter.layers=[0] cannot be combined with a regular",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(compose, override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        compose(*override.split(" "))
+
+
+def test_to_plain_is_yaml_and_composes_the_same_config(compose):
+    config = compose("+recipe=math_r64_nf4")
+    plain = yaml.safe_load(yaml.safe_dump(to_plain(config)))
+    assert plain["adapter"]["kind"] == "cera"
+    assert plain == to_plain(config)
+    assert set(plain) == {field.name for field in fields(Config)}
+
+
+def test_both_names_for_the_gates_agree():
+    from cera_train.cera.config import ACTIVATIONS
+    from cera_train.cera.layer import GATES
+
+    assert tuple(Activation) == ACTIVATIONS == tuple(GATES)
+
+
+def test_templates_take_line_breaks_as_the_readme_quotes_them(compose):
+    """bash turns $'...' into a real line break; a backslash and an n would be two characters of the template."""
+    rows = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=5"]
+    config = compose(*rows, 'data.prompt="Q: {question}\nA:"', 'data.completion=" {answer}"')
+    assert (config.data.prompt, config.data.completion) == ("Q: {question}\nA:", " {answer}")
+    task = compose("run=x", "task=gsm8k", 'task.stop=["\nQuestion:"]', command="eval").task
+    assert task.stop == ["\nQuestion:"]

@@ -1,0 +1,91 @@
+"""Signals: remembered, passed on, handed over, and never lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+
+import pytest
+
+from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, first_heard
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def listeners():
+    """Stands for who listened before, such as submitit: the signals it got."""
+    got = []
+    before = {number: signal.signal(number, lambda number, _: got.append(number)) for number in SIGNALS}
+    yield got
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_remembered_and_told_and_delivered_at_the_end_if_nobody_acted_on_it(listeners, number):
+    told = []
+    with Interruption(tell=told.append) as interruption:
+        send(number)
+        assert (interruption.signal, told, listeners) == (number, [number], [])
+        assert first_heard(interruption.heard()) == number
+    assert listeners == [number]
+
+
+def test_a_signal_that_was_acted_on_is_not_delivered_again(listeners):
+    with contextlib.suppress(Interrupted), Interruption() as interruption:
+        send(signal.SIGTERM)
+        raise Interrupted(interruption.signal)
+    assert listeners == []
+
+
+def test_a_schedulers_signal_decides_over_another(listeners):
+    """Slurm sends SIGTERM beside it, and only the other asks to be started again."""
+    with contextlib.suppress(Interrupted), Interruption() as interruption:
+        send(signal.SIGTERM)
+        send(signal.SIGUSR2)
+        assert interruption.signal == signal.SIGUSR2
+        send(signal.SIGINT)
+        assert interruption.signal == signal.SIGUSR2
+        raise Interrupted(interruption.signal)
+
+
+def test_a_repeated_signal_acts_at_once_but_not_the_same_one_sent_twice(listeners, monkeypatch):
+    with contextlib.suppress(Interrupted), Interruption() as interruption:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)  # who sends it to every process sends it to us and to our parent
+        assert listeners == []
+        monkeypatch.setattr("cera_train.distributed.signals.REPEAT_SECONDS", 0.0)
+        send(signal.SIGTERM)
+        assert listeners == [signal.SIGTERM]
+        raise Interrupted(interruption.signal)
+
+
+def test_the_listener_is_asked_after_the_run_was_saved(listeners):
+    Interrupted(signal.SIGTERM).hand_over()
+    with pytest.raises(SystemExit) as exit_info:
+        Interrupted(signal.SIGUSR2).hand_over()
+    assert exit_info.value.code == 0  # process 0 requeues the job; a failure of another would end it first
+    assert listeners == [signal.SIGTERM, signal.SIGUSR2]
+
+
+def test_a_listener_that_refuses_says_why(listeners):
+    def refuse(number, frame):
+        raise RuntimeError("timed out too many times.")
+
+    signal.signal(signal.SIGUSR2, refuse)
+    with pytest.raises(ValueError, match="it was saved, but is not started again: timed out too many times. The same"):
+        Interrupted(signal.SIGUSR2).hand_over()
+
+
+def test_without_a_listener_the_status_is_the_shells(listeners):
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+        Interrupted(number).hand_over()
+        assert Interrupted(number).code == 128 + number
+        by_the_shell = subprocess.run(["sh", "-c", f"kill -{int(number)} $$"], check=False).returncode
+        assert by_the_shell == -number

@@ -1,0 +1,375 @@
+"""Several real processes over gloo compute what one does, whoever starts them; and when one of them fails, hangs or is
+told to stop, the others end with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cera_train.distributed.config import LaunchConfig
+from cera_train.distributed.processes import join_slurm_step
+from cera_train.distributed.watchdog import Watchdog
+from cera_train.training.launch import processes_to_start
+from cera_train.training.train import train
+
+SCRIPTS = Path(sys.executable).parent
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line.get("train/loss", line.get("eval/loss")) for line in lines]
+
+
+def evaluations(folder: Path) -> list[dict[str, float]]:
+    """Perplexity and spectra of every evaluation."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "epoch"} for line in lines if "eval/loss" in line]
+
+
+@pytest.fixture
+def arguments(tiny_folder, tmp_path) -> list[str]:
+    """The tiny model for 20 updates. 79 rows in batches of 13: uneven shares of several micro-batches, and epochs that
+    end in a batch of one row, with nothing for any other process."""
+    return [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *("adapter.dropout=0", "train.batch_size=13", "train.max_updates=20", "train.eval_every=8"),
+        *("train.micro_batch_tokens=300", "train.save_every=10", "train.keep=9", f"output_dir={tmp_path / 'outputs'}"),
+    ]
+
+
+def cera_train(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [str(SCRIPTS / "cera-train"), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=ONE_THREAD,
+    )
+
+
+def torchrun(*arguments: str, cwd: Path) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ONE_THREAD, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_path, arguments, compose, processes):
+    """Every loss of 20 updates, perplexity and spectra, also where the run goes on from the checkpoint of another."""
+    train(compose(*arguments, "name=one"))
+    other = "train.micro_batch_tokens=700" if processes == 4 else "train.batch_layout=flat"
+    checkpoint = f"train.resume={tmp_path / 'outputs' / 'one' / 'checkpoints' / '10'}"
+    runs = {
+        "ddp": ["distributed.strategy=ddp"],
+        "fsdp": ["distributed.strategy=fsdp"],
+        "fsdp_other": ["distributed.strategy=fsdp", other],
+        "ddp_other": ["distributed.strategy=ddp", other],
+        "ddp_resumed": ["distributed.strategy=ddp", checkpoint],
+        "fsdp_resumed": ["distributed.strategy=fsdp", checkpoint],
+    }
+    (tmp_path / "runs.json").write_text(json.dumps([[*arguments, *own, f"name={name}"] for name, own in runs.items()]))
+    script = str(Path(__file__).parents[1] / "helpers" / "run_in_processes.py")
+    out = torchrun(f"--nproc_per_node={processes}", script, str(tmp_path / "runs.json"), cwd=tmp_path)
+    assert out.count(f"{processes} x cpu, FSDP2") == 3
+    outputs = tmp_path / "outputs"
+    one = losses(outputs / "one")
+    assert len(one) == 24
+    for name in ("ddp", "fsdp", "fsdp_other", "ddp_other"):
+        assert losses(outputs / name) == pytest.approx(one, rel=1e-5), name
+        for evaluation, expected in zip(evaluations(outputs / name), evaluations(outputs / "one"), strict=True):
+            assert evaluation == pytest.approx(expected, rel=1e-4), name
+    for name in ("ddp_resumed", "fsdp_resumed"):
+        assert losses(outputs / name) == pytest.approx(one[12:], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_sharding_computes_what_whole_models_compute_for_every_kind_of_adapter_and_base(tmp_path, arguments):
+    """Losses, spectra, and the adapter as it is saved."""
+    kinds = {
+        "lora": ["adapter=lora", "adapter.r=4"],
+        "dora": ["adapter=dora", "adapter.r=4"],
+        "nf4": ["model.quantization=nf4", "model.dtype=bfloat16"],
+        "checkpointed": ["model.gradient_checkpointing=true", "adapter.target_modules=[q_proj,lm_head]"],
+    }
+    runs = [
+        [*arguments, "train.max_updates=6", "train.eval_every=3", *own, f"distributed.strategy={strategy}", name]
+        for kind, own in kinds.items()
+        for strategy in ("ddp", "fsdp")
+        for name in [f"name={kind}_{strategy}"]
+    ]
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    script = str(Path(__file__).parents[1] / "helpers" / "run_in_processes.py")
+    torchrun("--nproc_per_node=2", script, str(tmp_path / "runs.json"), cwd=tmp_path)
+    outputs = tmp_path / "outputs"
+    for name in kinds:
+        tolerance = 1e-3 if "nf4" in name else 1e-5  # 16-bit sums in another order
+        ddp, fsdp = outputs / f"{name}_ddp", outputs / f"{name}_fsdp"
+        assert losses(fsdp) == pytest.approx(losses(ddp), rel=tolerance), name
+        for evaluation, expected in zip(evaluations(fsdp), evaluations(ddp), strict=True):
+            assert evaluation == pytest.approx(expected, rel=max(tolerance, 1e-4), abs=1e-3), name
+        results = [json.loads((folder / "result.json").read_text()) for folder in (ddp, fsdp)]
+        assert results[0]["trainable_share"] == results[1]["trainable_share"]
+        sizes = [(folder / "adapter" / "adapter_model.safetensors").stat().st_size for folder in (ddp, fsdp)]
+        assert sizes[0] == sizes[1]
+
+
+def test_what_cannot_be_sharded_is_refused(compose):
+    for settings in (["optimizer=adamw_8bit"], ["model.quantization=int8"], ["adapter=dora", "model.quantization=nf4"]):
+        with pytest.raises(ValueError, match="with distributed.strategy=fsdp choose"):
+            compose("distributed.strategy=fsdp", *settings)
+
+
+# --- who starts the processes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_command_starts_the_processes_and_speaks_once(tmp_path, arguments):
+    for processes in (1, 2):
+        run = cera_train(*arguments, f"launch.processes={processes}", f"name={processes}", cwd=tmp_path)
+        out, err = run.communicate()
+        assert (run.returncode, err) == (0, "")
+        assert out.count("folder          ") == out.count("perplexity      ") == 1
+    assert "2 x cpu" in out
+    one, two = (losses(tmp_path / "outputs" / name) for name in ("1", "2"))
+    assert two == pytest.approx(one, rel=1e-5)
+    again = cera_train(*arguments, "launch.processes=2", "name=2", cwd=tmp_path)
+    assert "Its result stands" in again.communicate()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "processes"),
+    [
+        (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"], 2),
+        # On CPUs it starts one; on GPUs, several by torchrun.
+        (["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "-m"], 1),
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_processes_of_another_launcher_are_not_launched_again(tmp_path, arguments, launcher, processes):
+    run = [sys.executable, *launcher, "cera_train", *arguments, "launch.processes=3", "train.max_updates=2"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=ONE_THREAD, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{processes} x cpu" in done.stdout
+    assert done.stdout.count("folder          ") == 1
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_go_through_a_sweep_together(tmp_path, arguments):
+    sweep = ["-m", "cera_train", "-m", *arguments, "train.max_updates=2", "adapter.r=2,4", "name=sweep"]
+    out = torchrun("--nproc_per_node=2", *sweep, cwd=tmp_path)
+    assert out.count("2 x cpu") == 2
+    assert out.count("jobs       2 finished") == 1
+
+
+@pytest.mark.slow
+def test_two_nodes_train_together(tmp_path, arguments, compose):
+    """Two launchers of two processes each, which find each other on loopback."""
+    train(compose(*arguments, "train.max_updates=6", "name=one"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d"),
+        *(f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two", "--local_addr=localhost"),
+        *("-m", "cera_train", *arguments, "train.max_updates=6", "name=two"),
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes) for _ in range(2)]
+    ends = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    assert "".join(out for out, _ in ends).count("4 x cpu") == 1
+    one, two = (losses(tmp_path / "outputs" / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_tasks_of_a_slurm_step_are_recognised():
+    step = {
+        **{"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"},
+        **{"SLURM_STEP_NODELIST": "gpu[003-004,7],login1", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"},
+    }
+    join_slurm_step(step)
+    assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
+        **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu003"},
+    }
+    assert step["MASTER_PORT"] == "23456"
+    bound = {name: value for name, value in step.items() if name.startswith("SLURM")} | {"CUDA_VISIBLE_DEVICES": "1"}
+    join_slurm_step(bound)
+    assert bound["LOCAL_RANK"] == "0"
+    for alone in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}):
+        before = dict(alone)
+        join_slurm_step(alone)
+        assert alone == before
+
+
+def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
+    for gpus, wanted, expected in [(0, "auto", 1), (8, "auto", 8), (0, "2", 2), (8, "2", 2)]:
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        assert processes_to_start(LaunchConfig(wanted)) == expected
+    with pytest.raises(ValueError, match="launch.processes=9, but this machine shows 8 GPUs"):
+        processes_to_start(LaunchConfig("9"))
+    for wrong in ("0", "two", "-1"):
+        with pytest.raises(ValueError, match="must be auto or a positive number"):
+            LaunchConfig(wrong)
+
+
+# --- when one of them does not go on ---------------------------------------------------------------------------------
+
+
+def wait_for_updates(run: subprocess.Popen[str], metrics: Path, updates: int) -> None:
+    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("train/loss") >= updates):
+        time.sleep(0.05)
+
+
+def processes_of(run: subprocess.Popen[str]) -> list[int]:
+    """The training processes that a command started, in the order of their ranks."""
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return sorted(int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
+@pytest.fixture
+def endless(arguments, tmp_path):
+    """A run of two processes in its midst, and its metrics."""
+    settings = ["train.max_updates=100000", "train.eval_every=null", "launch.processes=2", "distributed.timeout=15"]
+    run = cera_train(*arguments, *settings, "name=run", cwd=tmp_path)
+    metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
+    wait_for_updates(run, metrics, 12)
+    yield run
+    run.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_path, number):
+    endless.send_signal(number)
+    out, err = endless.communicate()
+    assert (endless.returncode, err) == (128 + number, "")
+    updates = len(losses(tmp_path / "outputs" / "run")) - 1  # one evaluation came before
+    assert (tmp_path / "outputs" / "run" / "checkpoints" / str(updates)).is_dir()
+    assert out.count("stopped    ") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_processes_load_ends_the_command(arguments, tmp_path, number):
+    run = cera_train(*arguments, "launch.processes=2", "name=run", cwd=tmp_path)
+    while len(processes_of(run)) < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    time.sleep(2)  # they import and load: nobody listens yet
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (128 + number, "")
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp_path):
+    _, other = processes_of(endless)
+    os.kill(other, signal.SIGKILL)
+    _, err = endless.communicate()
+    assert endless.returncode == 2
+    assert err.startswith("cera-train: process 1 was ended by SIGKILL")
+    assert len(err.splitlines()) == 1
+    assert not (tmp_path / "outputs" / "run" / ".lock").exists()
+
+
+def test_who_is_missing_is_silent_or_behind():
+    """(arrivals, beat) of three processes at two looks."""
+    for first, last, missing in [
+        ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 1), (7, 4)], [1]),  # stopped in the midst of a meeting
+        ([(7, 1), (6, 1), (7, 1)], [(7, 4), (6, 4), (7, 4)], [1]),  # its work does not end
+        ([(7, 1), (6, 1), (7, 1)], [(7, 4), (6, 1), (7, 4)], [1]),
+        ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 4), (7, 4)], []),  # nobody: they wait for the library
+    ]:
+        assert Watchdog._missing([first, last]) == missing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_hangs_is_named_when_its_time_is_out(endless, rank):
+    """It stands still in the midst of its work; the others notice."""
+    os.kill(processes_of(endless)[rank], signal.SIGSTOP)
+    _, err = endless.communicate(timeout=120)
+    assert endless.returncode == 2
+    assert err.startswith(f"cera-train: process {rank} of 2 (counted from 0) hangs")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_an_error_in_the_processes_is_said_once(tmp_path, arguments):
+    run = cera_train(*arguments, "launch.processes=2", "optimizer.lr=1e30", "name=run", cwd=tmp_path)
+    _, err = run.communicate()
+    assert run.returncode == 2
+    assert err.count("is not finite") == len(err.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_comes_to_light_before_any_process_starts(tmp_path, arguments):
+    run = cera_train(
+        *arguments, "launch.processes=2", "data=jsonl", "data.train_files=[no.jsonl]", "data.eval_rows=1", cwd=tmp_path
+    )
+    out, err = run.communicate()
+    assert (run.returncode, out) == (2, "")
+    assert "cannot read data file no.jsonl" in err
+    assert not (tmp_path / "outputs" / "default").exists()
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_answers_of_an_evaluation(tmp_path, tiny_folder, write_jsonl):
+    """The same answers as one process gives, each generated once, and perplexity to rounding."""
+    rows = [{"question": f"{n} and {n * n}" + "?" * n, "answer": f"#### {n + n * n}"} for n in range(9)]
+    questions = write_jsonl("questions.jsonl", rows)
+    scripts = Path(sys.executable).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+
+    def run(*command: str) -> str:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(
+        *(str(scripts / "cera-train"), f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256"),
+        *("adapter.r=4", "train.max_updates=2", "name=run"),
+    )
+    evaluate = [str(scripts / "cera-eval"), "run=outputs/run"]
+    answer = [
+        *evaluate,
+        "task=gsm8k",
+        f"task.files=[{questions}]",
+        "task.max_new_tokens=8",
+        "generation.batch_tokens=90",
+    ]
+    measure = [*evaluate, "task=perplexity"]
+    out = {"one": [run(*answer, "name=one"), run(*measure, "name=perplexity_one")]}
+    out["two"] = [run(*launcher, *answer, "name=two"), run(*launcher, *measure, "name=perplexity_two")]
+    folder = tmp_path / "outputs" / "run" / "eval"
+    for name in ("problems", "generations", "grades"):
+        assert (folder / "two" / f"{name}.jsonl").read_bytes() == (folder / "one" / f"{name}.jsonl").read_bytes()
+    assert not list((folder / "two").glob("generations.*.jsonl"))
+    lines = (folder / "two" / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "two" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])  # cut, and unevenly so
+    assert "generations.jsonl:2 is broken" in run(*launcher, *answer, "name=two")
+    assert (folder / "two" / "generations.jsonl").read_bytes() == b"".join(lines)
+    assert out["two"][0].count("folder          ") == 1
+    assert "1 more at work" in out["two"][0]
+    one, two = (json.loads((folder / f"perplexity_{name}" / "result.json").read_text()) for name in ("one", "two"))
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)

@@ -1,0 +1,221 @@
+"""Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and the padding."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+
+from cera_train.adapters.build import add_adapter
+from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.evaluation.config import GenerationConfig
+from cera_train.evaluation.decode import GrowingLayer, can_decode
+from cera_train.evaluation.generate import Request, SeededSampling, cut_batches, generate, prepare_generation
+
+GREEDY = GenerationConfig()
+SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
+
+
+@pytest.fixture
+def model(tokenizer):
+    model = make_tiny_llama(vocab_size=len(tokenizer))
+    prepare_generation(model, tokenizer, 12, [])
+    return model
+
+
+@pytest.fixture(scope="session")
+def requests(tokenizer) -> list[Request]:
+    texts = ["Question: hello", "the next value", "x", "Question: what is the next value?\nAnswer:", "is it 0.84"]
+    return [
+        Request(f"problem-{number}", sample, tuple(tokenizer(text).input_ids))
+        for number, text in enumerate(texts)
+        for sample in range(2)
+    ]
+
+
+def answers_of(model, tokenizer, batches, config, base=None) -> dict:
+    generations = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
+    return {(answer.problem, answer.sample): answer for answer in generations}
+
+
+def assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests) -> list[int]:
+    """Those of `model.generate`, one by one and unpadded. Returns how long each is."""
+    answers = answers_of(model, tokenizer, [requests], GREEDY, base)
+    for request in requests:
+        prompt = torch.tensor([request.prompt_ids])
+        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        ids = alone[0, len(request.prompt_ids) :].tolist()
+        has_end = ids[-1] in base.generation_config.eos_token_id
+        answer = answers[request.problem, request.sample]
+        assert answer.text == tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
+        assert answer.tokens == len(ids)
+        assert answer.truncated == (not has_end)
+    return [answers[request.problem, request.sample].tokens for request in requests]
+
+
+def let_answers_end(model, base, tokenizer, requests) -> None:
+    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they leave one by one."""
+    base.generation_config.eos_token_id = [
+        model.generate(input_ids=torch.tensor([request.prompt_ids]))[0, len(request.prompt_ids) + step].item()
+        for request, step in zip(requests[::2], (2, 5, 8), strict=False)
+    ]
+
+
+def test_greedy_answers_are_those_of_the_library_alone_and_unpadded(model, tokenizer, requests):
+    assert assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests) == [12] * len(requests)
+
+
+@pytest.mark.parametrize("block", [1, 4, 128])
+def test_rows_that_leave_and_room_that_grows_do_not_change_the_others(model, tokenizer, requests, monkeypatch, block):
+    monkeypatch.setattr(GrowingLayer, "BLOCK", block)
+    let_answers_end(model, model, tokenizer, requests)
+    lengths = assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests)
+    assert len(set(lengths)) >= 3
+    together = answers_of(model, tokenizer, [requests], SAMPLED)
+    assert together == answers_of(model, tokenizer, [[request] for request in requests], SAMPLED)
+    assert len({answer.tokens for answer in together.values()}) >= 3
+
+
+def test_a_row_that_ended_is_not_computed_again(model, tokenizer, requests):
+    let_answers_end(model, model, tokenizer, requests)
+    rows = []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: rows.append(logits.shape[:2].numel()))
+    answers = answers_of(model, tokenizer, [requests], GREEDY)
+    assert sum(rows) == sum(
+        answer.tokens for answer in answers.values()
+    )  # and of prompts, only the last token's logits
+
+
+@pytest.mark.parametrize("kind", ["cera", "lora", "dora"])
+def test_answers_of_an_adapter(model, tokenizer, requests, kind):
+    untouched = answers_of(model, tokenizer, [requests], GREEDY)
+    adapted = add_adapter(model, AdapterConfig(AdapterKind(kind), 4)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    assert can_decode(adapted, model)
+    let_answers_end(adapted, model, tokenizer, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(adapted, model, tokenizer, requests))) >= 3
+    assert answers_of(adapted, tokenizer, [requests], GREEDY, model) != untouched
+
+
+TINY = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "bos_token_id": 0}
+OTHERS = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)),
+    "sliding window": lambda: MistralForCausalLM(
+        MistralConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, sliding_window=4)
+    ),
+    "recurrent state": lambda: MambaForCausalLM(MambaConfig(**TINY, state_size=8)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_answers_of_other_architectures(tokenizer, requests, name):
+    """Those whose memory is not the keys and values of every token answer through `model.generate`."""
+    model = OTHERS[name]().eval()
+    prepare_generation(model, tokenizer, 12, [])
+    assert can_decode(model, model) == (name == "gpt2")
+    let_answers_end(model, model, tokenizer, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests))) >= 2
+    sampled = answers_of(model, tokenizer, [requests], SAMPLED)
+    assert sampled == answers_of(model, tokenizer, [[request] for request in requests], SAMPLED)
+
+
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_answers_do_not_depend_on_batch_and_order(model, tokenizer, requests, config):
+    together = answers_of(model, tokenizer, [requests], config)
+    alone = answers_of(model, tokenizer, [[request] for request in reversed(requests)], config)
+    cut = answers_of(model, tokenizer, cut_batches(requests, 12, 60), config)
+    assert together == alone == cut
+
+
+def test_samples_differ_from_each_other_and_by_seed(model, tokenizer, requests):
+    answers = answers_of(model, tokenizer, [requests], SAMPLED)
+    other = answers_of(model, tokenizer, [requests], GenerationConfig(samples=2, temperature=0.8, top_p=0.95, seed=1))
+    assert answers == answers_of(model, tokenizer, [requests], SAMPLED)
+    assert sum(answers[key].text == other[key].text for key in answers) <= 1
+    problems = {problem for problem, _ in answers}
+    assert sum(answers[problem, 0].text == answers[problem, 1].text for problem in problems) <= 1
+
+
+def test_sampling_follows_temperature_and_top_p():
+    """Frequencies of 20,000 draws against the distribution computed by hand."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -4.0])
+    temperature, top_p = 0.7, 0.9
+    probabilities = torch.softmax(logits / temperature, 0)
+    kept = probabilities * torch.tensor([1, 1, 0, 0, 0])  # 0.79 + 0.19 reaches 0.9
+    assert probabilities[0] < top_p < probabilities[:2].sum()
+    expected = kept / kept.sum()
+    batch = [Request(str(number), 0, (0,)) for number in range(20_000)]
+    sampling = SeededSampling(batch, 1, GenerationConfig(temperature=temperature, top_p=top_p))
+    chosen = sampling(logits.expand(len(batch), -1))
+    frequency = torch.bincount(chosen, minlength=5) / len(batch)
+    assert torch.allclose(frequency, expected, atol=0.01)
+    assert frequency[2:].sum() == 0
+
+
+def test_top_p_of_a_sure_token_leaves_that_token():
+    sampling = SeededSampling([Request("a", 0, (0,))], 1, GenerationConfig(temperature=1.0, top_p=0.1))
+    assert sampling(torch.tensor([[0.0, 9.0, 0.0]])).tolist() == [1]
+
+
+def test_an_answer_ends_at_the_end_token(model, tokenizer, requests):
+    """The model wants the end token at its third step."""
+    end = tokenizer.eos_token_id
+    steps = itertools.count()
+
+    def third_is_the_end(head, inputs, logits):
+        wanted = end if next(steps) == 2 else 300
+        return torch.full_like(logits, -torch.inf).index_fill(-1, torch.tensor([wanted]), 0.0)
+
+    model.lm_head.register_forward_hook(third_is_the_end)
+    (answer,) = generate(model, model, tokenizer, requests[:1], GREEDY)
+    assert answer.text == tokenizer.decode([300, 300])
+    assert (answer.tokens, answer.truncated) == (3, False)
+    assert next(steps) == 3  # nothing runs on for a batch that is done
+
+
+def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(model, tokenizer, requests):
+    (whole,) = generate(model, model, tokenizer, requests[:1], GREEDY)
+    stop = " hello"
+    assert stop in whole.text
+    prepare_generation(model, tokenizer, 12, [stop])
+    (answer,) = generate(model, model, tokenizer, requests[:1], GREEDY)
+    assert answer.text == whole.text[: whole.text.index(stop)]
+    assert not answer.truncated
+    assert answer.tokens < whole.tokens
+
+
+def test_settings_that_came_with_the_model_do_not_count(tokenizer, requests):
+    model = make_tiny_llama(vocab_size=len(tokenizer))
+    prepare_generation(model, tokenizer, 12, [])
+    expected = generate(model, model, tokenizer, requests, GREEDY)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.do_sample = True
+    prepare_generation(model, tokenizer, 12, [])
+    assert generate(model, model, tokenizer, requests, GREEDY) == expected
+
+
+def test_batches_hold_every_request_once_sorted_and_bounded(requests):
+    batches = cut_batches(requests, max_new_tokens=12, batch_tokens=100)
+    assert sorted(itertools.chain(*batches), key=str) == sorted(requests, key=str)
+    lengths = [len(request.prompt_ids) for batch in batches for request in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    for batch in batches:
+        assert len(batch) * (len(batch[0].prompt_ids) + 12) <= 100
+    assert len(batches) < len(requests) / 2
+    assert cut_batches(requests, 12, 1) == [[request] for batch in batches for request in batch]  # one always goes
+
+
+def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+    model = make_tiny_llama(eos_token_id=None)
+    model.generation_config.eos_token_id = None
+
+    class Endless:
+        eos_token_id = None
+
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        prepare_generation(model, Endless(), 12, [])

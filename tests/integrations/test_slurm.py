@@ -1,0 +1,133 @@
+"""Runs and sweeps on a real Slurm of one node: tasks that join, a job that is cancelled, one that is preempted."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from slurm_cluster import is_installed, slurm
+
+from cera_train.sweep.table import State, read_sweep
+from cera_train.training.train import train
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not is_installed(), reason="apt-get install slurm-wlm munge, and root's rights, to test it"),
+]
+
+CERA_TRAIN = str(Path(sys.executable).parent / "cera-train")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def arguments(tiny_folder, tmp_path) -> list[str]:
+    return [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "train.batch_size=16"),
+        *("train.max_updates=400", "train.eval_every=200", "train.save_every=100", f"output_dir={tmp_path}"),
+    ]
+
+
+def updates_of(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("train/loss") if metrics.exists() else 0
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def wait_until(condition, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+
+
+def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(cluster, arguments, tmp_path, compose):
+    sweep = [
+        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "optimizer.lr=0.001,0.01", "name=sweep"),
+        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1"),
+    ]
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    out = run(*sweep, "launch.detach=true")
+    assert out.count("submitted  job ") == 4
+    array = out.split("submitted  job ")[1].split("_")[0]
+    folder = tmp_path / "sweep"
+    jobs = [folder / job.name for job in read_sweep(folder)]
+    assert len(jobs) == 4
+
+    wait_until(lambda: min(updates_of(job) for job in jobs[1:3]) > 20)
+    run("scancel", f"{array}_1")  # SIGTERM
+    run("scancel", "--signal=USR2", f"{array}_2")  # as before a time limit: it saves, and submitit requeues it
+    wait_until(lambda: [job.state for job in read_sweep(folder)].count(State.finished) == 3)
+    standing = read_sweep(folder)
+    assert standing[1].state == State.cut
+    assert (jobs[1] / "checkpoints" / str(standing[1].done)).is_dir()
+    assert "Requeued job" in (folder / ".submitit" / f"{array}_2" / f"{array}_2_0_log.out").read_text()
+
+    results = {job: (job / "result.json").stat().st_mtime_ns for job in jobs if (job / "result.json").exists()}
+    out = run(*sweep)
+    assert "jobs       4 finished" in out
+    assert results == {job: (job / "result.json").stat().st_mtime_ns for job in results}
+    for job, own in ((jobs[1], ["adapter.r=2", "optimizer.lr=0.01"]), (jobs[2], ["adapter.r=4", "optimizer.lr=0.001"])):
+        alone = compose(*arguments, *own, "name=alone" + job.name[-5:])
+        train(alone)
+        assert adapter_of(job) == adapter_of(tmp_path / alone.name)
+
+
+def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):
+    """Slurm itself sends SIGTERM and requeues them: they use the grace to save."""
+    sweep = [
+        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "name=sweep", "train.save_every=null"),
+        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=2", "launch.detach=true"),
+    ]
+    subprocess.run(sweep, check=True, capture_output=True, env=cluster, cwd=tmp_path)
+    folder = tmp_path / "sweep"
+    jobs = [folder / job.name for job in read_sweep(folder)]
+    wait_until(lambda: min(map(updates_of, jobs)) > 20)
+    urgent = ["sbatch", "--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(urgent, check=True, capture_output=True, env=cluster, cwd=tmp_path)
+    wait_until(lambda: all((job / "checkpoints").is_dir() for job in jobs))
+    wait_until(lambda: all(job.state == State.finished for job in read_sweep(folder)))
+    for job, rank in zip(jobs, (2, 4), strict=True):
+        alone = compose(*arguments, f"adapter.r={rank}", f"name=alone{rank}", "train.save_every=null")
+        train(alone)
+        assert adapter_of(job) == adapter_of(tmp_path / alone.name)
+
+
+def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
+    """By srun itself, and as the job of a sweep; the losses are those of one process."""
+    short = [*arguments, "adapter.dropout=0", "train.max_updates=20"]
+    train(compose(*short, "adapter.r=4", "name=one"))
+    by_srun = ["srun", "--ntasks=2", sys.executable, "-m", "cera_train", *short, "adapter.r=4", "name=srun"]
+    launcher = ["hydra/launcher=slurm_cpu", "hydra.launcher.tasks_per_node=2"]
+    by_submitit = [CERA_TRAIN, "-m", *short, "adapter.r=4,2", *launcher, "name=submitit"]
+    for command in (by_srun, by_submitit):
+        done = subprocess.run(command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 x cpu" in done.stdout or command is by_submitit
+    (job,) = (tmp_path / "submitit").glob("*adapter.r=4*")
+    one, *others = (
+        [json.loads(line).get("train/loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (tmp_path / "one", tmp_path / "srun", job)
+    )
+    for other in others:
+        assert other == [value if value is None else pytest.approx(value, rel=1e-5) for value in one]
+    record = json.loads((job / "environment.json").read_text())
+    assert record["processes"] == 2
+    assert os.environ.get("RANK") is None

@@ -1,0 +1,252 @@
+"""Attention by sequence against attention over one row under a block mask, and over each sequence alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, MistralConfig
+
+from cera_train.data.batches import flat_batch
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, ShortAttention, attend_by_sequence, attend_varlen
+from cera_train.model.loss import SupervisedLoss
+
+LENGTHS = [5, 1, 9, 3]
+KERNEL = "torch.nn.attention.varlen.varlen_attn"
+
+
+class Causal(nn.Module):
+    is_causal = True
+
+
+def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    """Query, key and value: 4 heads on 2."""
+    return [torch.randn(1, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
+
+
+def masked(query, key, value, window: int | None = None) -> torch.Tensor:
+    total, start = sum(LENGTHS), 0
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for length in LENGTHS:
+        ones = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
+        start += length
+    return scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 4, 9])
+def test_it_equals_one_row_under_a_block_mask(window):
+    inputs = heads()
+    got, no_weights = attend_by_sequence(Causal(), *inputs, None, sequence_lengths=LENGTHS, sliding_window=window)
+    expected = masked(*inputs, window)
+    torch.testing.assert_close(got, expected)
+    assert no_weights is None
+    upstream = torch.randn_like(got)
+    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_no_mask_is_made(monkeypatch):
+    masks = []
+
+    def attention(query, key, value, mask, *args, **kwargs):
+        masks.append(mask)
+        return scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
+
+    monkeypatch.setattr("cera_train.model.attention.scaled_dot_product_attention", attention)
+    attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS)
+    assert masks == [None] * len(LENGTHS)
+
+
+def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
+    query, key, value = heads(6)
+    own = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ShortAttention.apply(query, key, value, 0.3), own)
+    assert torch.autograd.gradcheck(lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value))
+
+
+def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
+    exact = heads(150)
+    rounded = [x.detach().bfloat16().requires_grad_() for x in exact]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    upstream = torch.randn(1, 4, 150, 8).bfloat16()
+
+    def gradients(attend, inputs):
+        return torch.autograd.grad(attend(*inputs), inputs, upstream.to(inputs[0].dtype))
+
+    def own(query, key, value):
+        return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    assert ShortAttention.is_faster(rounded[0], rounded[2])
+    expected = gradients(own, exact)
+    for one, other, true in zip(
+        gradients(lambda *qkv: ShortAttention.apply(*qkv, 8**-0.5), rounded),
+        gradients(own, rounded),
+        expected,
+        strict=True,
+    ):
+        assert (one - true).norm() < 2 * (other - true).norm()
+    outputs = [ShortAttention.apply(*rounded, 8**-0.5), own(*rounded), own(*exact)]
+    assert (outputs[0] - outputs[2]).norm() < 2 * (outputs[1] - outputs[2]).norm()
+
+
+def sequence_after_sequence(
+    query, key, value, starts, key_starts, longest, longest_key, *, scale, window_size, enable_gqa
+):
+    """What torch documents of varlen_attn, for the backward window of causal attention."""
+    assert enable_gqa
+    assert window_size[1] == 0
+    assert torch.equal(starts, key_starts)
+    assert starts.dtype == torch.int32
+    assert longest == longest_key == starts.diff().max()
+    outputs = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        ones = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        mask = ones if window_size[0] < 0 else ones.triu(-window_size[0])
+        q, k, v = (heads[start:end].transpose(0, 1) for heads in (query, key, value))
+        outputs.append(scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_one_call_for_all_sequences_equals_one_row_under_a_block_mask(monkeypatch, window):
+    inputs = heads()
+    monkeypatch.setattr(KERNEL, sequence_after_sequence)
+    got, no_weights = attend_varlen(Causal(), *inputs, None, sequence_lengths=LENGTHS, sliding_window=window)
+    torch.testing.assert_close(got, masked(*inputs, window))
+    assert no_weights is None
+
+
+def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
+    dtypes = set()
+
+    def kernel(query, key, value, *args, **kwargs):
+        dtypes.update((query.dtype, key.dtype, value.dtype))
+        return sequence_after_sequence(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(KERNEL, kernel)
+    query, key, value = heads(dtype=torch.float32)  # as norms between projection and attention leave them
+    with torch.autocast("cpu", torch.bfloat16):
+        attend_varlen(Causal(), query, key.bfloat16(), value.bfloat16(), None, sequence_lengths=LENGTHS)
+    assert dtypes == {torch.bfloat16}
+
+
+def test_torchs_own_kernel_takes_the_call():
+    """As far as can be known without a GPU: its shapes, on no device at all."""
+    query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())
+    got, _ = attend_varlen(Causal(), query, key, value, None, sequence_lengths=LENGTHS, scaling=0.3, dropout=0.0)
+    assert got.shape == (1, sum(LENGTHS), 4, 8)
+
+
+@pytest.mark.parametrize("reason", ["it fails", "it errs", "it is there"])
+def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
+    model = make_tiny_llama()
+    monkeypatch.setattr("cera_train.model.loss.kernel_may_run", lambda device, dtype: True)
+    if reason != "it fails":  # as torch's own does on a CPU
+        error = 0.1 * (reason == "it errs")
+        monkeypatch.setattr(KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error)
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+
+
+def test_dropout_of_attention_is_not_lost_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(KERNEL, None)
+    inputs = heads()
+    got, _ = attend_varlen(Causal(), *inputs, None, sequence_lengths=LENGTHS, dropout=0.9)
+    assert not torch.allclose(got, masked(*inputs))
+
+
+@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
+@pytest.mark.parametrize(
+    "more", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}]
+)
+def test_attention_that_is_more_is_refused(more, attend):
+    with pytest.raises(NotImplementedError, match="more than causal"):
+        attend(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
+
+
+@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
+@pytest.mark.parametrize(
+    ("kind", "window"), [("chunked_attention", None), ("sliding_attention", None), ("full_attention", 4)]
+)
+def test_what_only_a_mask_would_restrict_is_refused(attend, kind, window):
+    module = Causal()
+    module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
+    settings = {"sequence_lengths": LENGTHS, "sliding_window": window}
+    with pytest.raises(NotImplementedError, match=kind):
+        attend(module, *heads(), None, **settings)
+
+
+def test_values_of_another_width_than_the_queries_go_to_torchs_own():
+    query, key, _ = heads(6, torch.bfloat16)
+    value = torch.randn(1, 2, 6, 4, dtype=torch.bfloat16, requires_grad=True)
+    got, _ = attend_by_sequence(Causal(), query, key, value, None, sequence_lengths=[6])
+    assert got.shape == (1, 6, 4, 4)
+    got.sum().backward()
+
+
+def test_a_model_that_takes_no_attention_of_others_keeps_its_own():
+    model = AutoModelForCausalLM.from_config(
+        FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
+    )
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attention is None
+
+
+def test_a_sequence_sees_nothing_of_its_neighbours():
+    model = make_tiny_llama()
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attention == BY_SEQUENCE
+    loss.attend_by_sequence()
+    numbers = random.Random(0)
+    rows = [[numbers.randrange(512) for _ in range(length)] for length in LENGTHS]
+    masks = [[False, *[True] * (len(row) - 1)] for row in rows]
+    with torch.no_grad():
+        together = loss(flat_batch(rows, masks))
+        alone = sum(loss(flat_batch([row], [mask])) for row, mask in zip(rows, masks, strict=True) if len(row) > 1)
+    torch.testing.assert_close(together, alone)
+
+
+def small(config_class, **settings):
+    config = config_class(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        **settings,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def test_a_sliding_window_is_kept():
+    model = small(MistralConfig, sliding_window=4)
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.attention == BY_SEQUENCE
+    row = [list(range(1, 13))] * 2
+    mask = [[False] + [True] * 11] * 2
+    with torch.no_grad():
+        dense = loss(flat_batch(row, mask))
+        loss.attend_by_sequence()
+        torch.testing.assert_close(loss(flat_batch(row, mask)), dense)
+
+
+def test_what_the_user_chose_is_left_alone():
+    model = small(Gemma2Config)  # eager, since it caps its scores softly
+    loss = SupervisedLoss(model, model)
+    loss(None)
+    assert loss.flattens
+    assert loss.attention is None
+    assert model.config._attn_implementation == "eager" != BY_SEQUENCE

