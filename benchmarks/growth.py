@@ -57,7 +57,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
 
     from cera_train.adapters.build import add_adapter
     from cera_train.adapters.config import AdapterConfig, AdapterKind
-    from cera_train.data.batches import MicroBatches, Plan, flat_batch
+    from cera_train.data.batches import MicroBatches, RowOrder, flat_batch
     from cera_train.data.config import BatchLayout
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
     from cera_train.model.config import ModelConfig
@@ -86,13 +86,13 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     else:
         data = data_set(point.rows)
         batches = MicroBatches(data, True, MICRO_BATCH_TOKENS, device)
-        plan = Plan(len(data.rows), point.sequences, seed=0)
+        plan = RowOrder(len(data.rows), point.sequences, seed=0)
 
     taken = []
     for update in range(updates + 1):
         started = time.perf_counter()
         if point.rows is not None:
-            groups = batches.passes(plan.sequences(update), 1, 0, in_step=False)
+            groups = batches.passes(plan.rows_of(update), 1, 0, in_step=False)
             passes = [batches.load(group) for group, _ in groups]
         for batch in passes:
             (loss(batch) / (point.length * point.sequences)).backward()

@@ -23,7 +23,7 @@ cheaper than another pass."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class RowOrder:
     """How `rows` training rows become updates of `batch_size` sequences."""
 
     rows: int

@@ -19,26 +19,27 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics
+from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
-from cera_train.data.batches import Batch, MicroBatches
-from cera_train.data.config import BatchLayout, Layout
+from cera_train.data.config import Layout
 from cera_train.data.format import start_ids, text_of
 from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_windows
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import is_main_process
+from cera_train.distributed.team import Team
 from cera_train.evaluation import console
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
+from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.scores import counts_in_scores, grade_exactly, score, verify
 from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.model.perplexity import mean_loss, perplexity
+from cera_train.model.perplexity import perplexity
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card
+from cera_train.runs.checkpoint import load_adapter
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
-from cera_train.runs.folder import load_adapter
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.tasks.config import TaskKind
 from cera_train.tasks.problems import load_problems, open_task
@@ -282,32 +283,24 @@ def measure_perplexity(
     rows = perplexity_rows(config, subject, tokenizer)
     model, base = load_subject(subject, accelerator.device)
     started = time.perf_counter()
-    loss = SupervisedLoss(model, base)
-    is_flat = choose_layout(subject.train.batch_layout, loss, accelerator.device) == BatchLayout.flat
-    loss = accelerator.prepare_model(loss, evaluation_mode=True)
-    longest = max(rows.column("length"))
-    batches = MicroBatches(rows, is_flat, max(subject.train.micro_batch_tokens, longest), accelerator.device)
-
-    def mine(rows: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
-        passes = batches.passes(rows, accelerator.num_processes, accelerator.process_index, in_step=False)
-        return ((batches.load(group), counts) for group, counts in passes)
-
-    everything = range(len(rows.rows))
-    loss_per_token = mean_loss(loss, mine(everything), accelerator)
+    loss = SupervisedLoss(model, base, accelerator.autocast)
+    choose_layout(subject.train.batch_layout, loss, accelerator.device)
+    micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
+    held_out = HeldOut(model, loss, rows, Team(accelerator), micro_batch_tokens, subject.train.probe_tokens)
+    loss_per_token = held_out.mean_loss()
     result = {
         "task": config.folder_name,
         "kind": "perplexity",
         "perplexity": perplexity(loss_per_token),
         "loss": loss_per_token,
         "rows": len(rows.rows),
-        "tokens": sum(batches.supervised),
+        "tokens": sum(held_out.batches.supervised),
     }
     if subject.adapter is not None:
         with model.disable_adapter():
-            result["perplexity_base"] = perplexity(mean_loss(loss, mine(everything), accelerator))
+            result["perplexity_base"] = perplexity(held_out.mean_loss())
         if config.task.kind == TaskKind.perplexity:
-            probe = mine(batches.first(subject.train.probe_tokens))
-            metrics = spectrum_metrics(measure_spectra(model, loss, probe, accelerator.reduce))
+            metrics = spectrum_metrics(held_out.spectra())
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
     return result | {
         "seconds": time.perf_counter() - started,

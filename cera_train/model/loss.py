@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,20 @@ def chunk_tokens(on_gpu: bool) -> int:
     return 1024 if on_gpu else 128
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """What a model allows."""
+
+    chunks_head: bool = False
+    """Its head can be applied apart from its forward: it does not change the logits afterwards."""
+    flattens: bool = False
+    """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
+    attention: str | None = None
+    """Attention by sequence for flat rows: the fastest of ours that this model, device and dtype allow."""
+
+
 class SupervisedLoss(nn.Module):
-    """A causal language model that answers a micro-batch with its summed loss, so that DDP or FSDP can wrap it whole.
+    """A causal language model as a function from a micro-batch to its summed loss, so that DDP or FSDP wrap it whole.
 
     Args:
         model: the model with its adapter; the adapter sits inside `causal_lm`.
@@ -50,50 +63,61 @@ class SupervisedLoss(nn.Module):
         self._no_split_modules = causal_lm._no_split_modules  # by these, Accelerate shards the weights
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
-        self.chunks_head = False
-        self.flattens = False
-        self.attention: str | None = None
-        """By sequence, for flat rows: the fastest of ours that this model, device and dtype allow."""
+        self.allowed = Allowed()
+        self.is_flat = False
+        """Whether it takes flat batches: `choose_layout` decides."""
         self.is_compiled = False
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Finds out by trying what this architecture allows: a head applied apart from the model's own forward, which
-        a model that changes its logits afterwards does not; and sequences end to end in one row, which a model that
-        ignores position ids or carries a state does not."""
+    def probe(self) -> Allowed:
+        """Finds out by trying what this architecture allows, and keeps it in `allowed`.
+
+        Where the weights are sharded, they are whole only inside this and `forward`:
+        `torch.distributed.fsdp.register_fsdp_forward_method` has to know it.
+        """
         causal_lm = self._parts["causal_lm"]
         vocabulary = causal_lm.get_input_embeddings().num_embeddings
         first, second = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3))
         masks = [[False] + [True] * 7] * 2
-        device = causal_lm.device
         was_training = self.training
         self.eval()  # dropout would make any two passes differ
-        apart = padded_batch([first, second], masks).to(device)
-        expected = causal_lm(**apart.inputs, use_cache=False).logits
-        hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
-        self.chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
-        flat = flat_batch([first, second], masks).to(device)
+        with torch.autocast(causal_lm.device.type, enabled=False):
+            apart = padded_batch([first, second], masks).to(causal_lm.device)
+            expected = causal_lm(**apart.inputs, use_cache=False).logits
+            hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
+            chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
+            flattens, attention = self._probe_flat(flat_batch([first, second], masks).to(causal_lm.device), expected)
+        self.train(was_training)
+        self.allowed = Allowed(chunks_head, flattens, attention)
+        return self.allowed
+
+    def _probe_flat(self, flat: Batch, expected: torch.Tensor) -> tuple[bool, str | None]:
+        """Whether sequences that share a row get the logits they get apart, and by which attention of ours."""
+        causal_lm = self._parts["causal_lm"]
         # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
         tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
 
-        def flattens() -> bool:
+        def agrees() -> bool:
             logits = causal_lm(**self._inputs(flat), use_cache=False).logits
             return _close(logits.view_as(expected), expected, tolerance)
 
-        own = causal_lm.config._attn_implementation
-        if own == "sdpa":  # would make a T x T mask for a flat row; any other the user chose
-            for name in (VARLEN, BY_SEQUENCE) if kernel_may_run(device, causal_lm.dtype) else (BY_SEQUENCE,):
+        before = causal_lm.config._attn_implementation
+        if before != "sdpa":  # chosen by the user
+            return agrees(), None
+        try:  # the model's sdpa would make a T x T mask for a flat row
+            for name in (
+                (VARLEN, BY_SEQUENCE) if kernel_may_run(flat.input_ids.device, causal_lm.dtype) else (BY_SEQUENCE,)
+            ):
                 causal_lm.set_attn_implementation(name)
-                if causal_lm.config._attn_implementation != name:  # a model of the kind that cannot take another's
+                if causal_lm.config._attn_implementation != name:  # a model of a kind that takes no other
                     break
-                # Its attention is more, or takes no lengths; or the kernel does not take this GPU or width of heads.
+                # Its attention needs arguments that ours does not take, or the kernel refuses this GPU or head width.
                 with contextlib.suppress(NotImplementedError, ImportError, RuntimeError, TypeError):
-                    if flattens():
-                        self.attention = name
-                        break
-            causal_lm.set_attn_implementation(own)
-        self.flattens = self.attention is not None or flattens()
-        self.train(was_training)
+                    if agrees():
+                        return True, name
+        finally:
+            causal_lm.set_attn_implementation(before)
+        return agrees(), None
 
     def compile_layers(self) -> None:
         """One graph for all layers, whatever the lengths of a batch.
@@ -116,27 +140,25 @@ class SupervisedLoss(nn.Module):
         with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
             return self(batch)
 
-    def attend_by_sequence(self) -> None:
-        """From now on, for batches that are flat."""
-        self._parts["causal_lm"].set_attn_implementation(self.attention)
+    def use_flat_batches(self) -> None:
+        """Takes flat batches from now on, with the fastest attention by sequence that the model allows."""
+        self.is_flat = True
+        if self.allowed.attention is not None:
+            self._parts["causal_lm"].set_attn_implementation(self.allowed.attention)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
         return batch.inputs | ({"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {})
 
-    def forward(self, batch: Batch | None) -> torch.Tensor | None:
-        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar. Without a batch it only finds
-        out what the model allows: where its weights are sharded, they are whole in here alone."""
-        if batch is None:
-            with torch.autocast(self._parts["causal_lm"].device.type, enabled=False):
-                return self._probe()
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar."""
         with self.autocast():
             return self._summed(batch)
 
     def _summed(self, batch: Batch) -> torch.Tensor:
         targets = batch.input_ids[:, 1:][batch.loss_mask[:, 1:]]
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
-        if not self.chunks_head:
+        if not self.allowed.chunks_head:
             logits = causal_lm(**self._inputs(batch), use_cache=False).logits[:, :-1][batch.loss_mask[:, 1:]]
             return cross_entropy(logits.float(), targets, reduction="sum")
 
@@ -182,22 +204,21 @@ class FrozenHeadLoss(torch.autograd.Function):
         return (gradient * of_hidden_states).to(of_hidden_states.dtype), None, None
 
 
-def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> BatchLayout:
-    """Flat where it is correct and fast.
+def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> None:
+    """Probes the model and makes the loss take flat batches where that is correct and fast.
 
     Raises:
-        ValueError: flat was asked for, and this model would let sequences see each other.
+        UserError: flat was asked for, and this model would let sequences see each other.
     """
-    loss(None)
-    if wanted == BatchLayout.flat and not loss.flattens:
+    allowed = loss.probe()
+    if wanted == BatchLayout.flat and not allowed.flattens:
         raise UserError("train.batch_layout=flat: this model mixes sequences that share a row. Use padded or auto.")
     if wanted == BatchLayout.auto:
         # On a CPU, attention over one long row under a mask costs more than the padding of rows of near-equal length.
-        is_fast = loss.attention is not None or device.type != "cpu"
-        wanted = BatchLayout.flat if loss.flattens and is_fast else BatchLayout.padded
-    if wanted == BatchLayout.flat and loss.attention is not None:
-        loss.attend_by_sequence()
-    return wanted
+        is_fast = allowed.attention is not None or device.type != "cpu"
+        wanted = BatchLayout.flat if allowed.flattens and is_fast else BatchLayout.padded
+    if wanted == BatchLayout.flat:
+        loss.use_flat_batches()
 
 
 def _close(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:

@@ -31,6 +31,11 @@ class Precision:
     is_slow: bool = False
     """It was asked for, and this hardware emulates it."""
 
+    @property
+    def record(self) -> dict[str, str]:
+        """For environment.json."""
+        return {"dtype": self.dtype.value, "reason": self.reason}
+
 
 def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
     """The precision to load the base model in.

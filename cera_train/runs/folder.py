@@ -1,8 +1,7 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all, but for metrics.jsonl, which grows by lines and is cut back to
-the checkpoint that a run resumes from. One process writes, under a lock. A checkpoint carries checksums: a disk that
-lost or turned a bit is noticed, and the run goes on from the one before.
+Every file and folder in it appears whole or not at all, but for metrics.jsonl and spectra.jsonl: they grow by
+lines, and resuming cuts them back to the checkpoint. One process writes, under a lock.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,74 +26,31 @@ from cera_train.common.files import (
     finite,
     lock_folder,
     read_json,
-    read_yaml,
-    record,
     remove_folder,
     write_bytes,
-    write_checksums,
     write_folder,
     write_text,
 )
 from cera_train.common.secrets import redact_tree
-from cera_train.common.settings import Changes, changes_of, flatten, leaves
+from cera_train.common.settings import Changes, changes_of, flatten, leaves, to_plain
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
-from cera_train.data.batches import Plan
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.runs.subject import weights_of
+from cera_train.runs.checkpoint import Progress, save_adapter, write_checkpoint
+from cera_train.runs.recorded_config import load_config
 
+LOGS = ("metrics.jsonl", "spectra.jsonl")
+"""Files that grow by lines, each with its update."""
 
-@dataclass
-class Progress:
-    """What resuming needs beside adapter and optimizer. The order of the rows, the learning rate and every process's
-    random numbers follow from the seed and `update`, so neither they nor a data loader have a state to save."""
-
-    update: int = 0
-    """Updates done."""
-    epoch: int = 0
-    seconds: float = 0.0
-    """Time spent in updates."""
-    tokens: int = 0
-    """Tokens seen in updates, padding not counted."""
-    perplexity_before: float | None = None
-    perplexity: float | None = None
-    """Of the last evaluation."""
-    best_perplexity: float | None = None
-    best_update: int = 0
-    evaluations_since_best: int = 0
-    evaluation_pending: bool = False
-    """An evaluation of `update` was due when a signal came."""
-
-    def updated(self, tokens: int, seconds: float, plan: Plan) -> None:
-        """Counts one more update."""
-        self.update += 1
-        self.epoch = plan.epoch(self.update)
-        self.tokens += tokens
-        self.seconds += seconds
-
-    def evaluated(self, perplexity: float) -> bool:
-        """Takes in an evaluation; returns whether it is the best so far."""
-        self.perplexity, self.evaluation_pending = perplexity, False
-        if self.perplexity_before is None:
-            self.perplexity_before = perplexity
-        is_best = self.best_perplexity is None or perplexity < self.best_perplexity
-        if is_best:
-            self.best_perplexity, self.best_update = perplexity, self.update
-        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
-        return is_best
-
-    def forget_best(self) -> None:
-        """Lets the next evaluation be the best so far."""
-        self.best_perplexity, self.best_update, self.evaluations_since_best = None, 0, 0
-
-    def out_of_patience(self, patience: int | None) -> bool:
-        """Whether the last `patience` evaluations brought no lower perplexity."""
-        return patience is not None and self.evaluations_since_best >= patience
+AUTO = "auto"
+"""A setting that the hardware decides; in a folder that does not record what was taken, it agrees with every value."""
 
 
 class RunFolder:
-    """`output_dir/name`, locked while it is open. A folder that holds no run when it is closed is removed again. What
-    saves is called by every process, and one of them writes."""
+    """`output_dir/name`, locked while it is open. A folder that holds no run when it is closed is removed again.
+
+    Every process calls what saves; the main one writes.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
         self.path = path
@@ -158,7 +113,7 @@ class RunFolder:
         return checkpoint.resolve().parent == self.path.resolve() / "checkpoints"
 
     def check_may_run(self, resume: str) -> None:
-        """Raises ValueError where `train.resume` and what the folder holds do not go together."""
+        """Raises UserError where `train.resume` and what the folder holds do not go together."""
         if resume == "auto":
             if self.checkpoints() or self.result() is not None:
                 self.check_same_config()
@@ -176,36 +131,41 @@ class RunFolder:
             self.check_compatible(checkpoint)
 
     def check_same_config(self) -> None:
-        """Raises ValueError where the folder was begun with a config that computes something else."""
+        """Raises UserError where the folder was begun with a config that changes the result."""
         different = self._different(self.path / "config.yaml")
+        if "train.max_updates" in different or "train.epochs" in different:
+            checkpoint = self.checkpoints()[-1:]
+            longer = f"train.resume={checkpoint[0]} name=NEW" if checkpoint else "another name"
+            raise UserError(
+                f"{self.path} holds a run with another config: {'; '.join(different.values())}. To train longer, go on "
+                f"from its checkpoint in a new folder: {longer}."
+            )
         if different:
             raise UserError(
-                f"{self.path} holds a run with another config: {different}. Choose another name=..., "
-                "or set these back to go on with it."
+                f"{self.path} holds a run with another config: {'; '.join(different.values())}. Choose another "
+                "name=..., or set these back to go on with it."
             )
 
     def check_compatible(self, checkpoint: Path) -> None:
-        """Raises ValueError where another run's checkpoint has another adapter, or other rows at the same update."""
+        """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""
         binding = {leaf.key for leaf in leaves(Config) if leaf.field.metadata["binds_checkpoint"]}
-        different = self._different(checkpoint / "config.yaml", binding)
+        different = [text for key, text in self._different(checkpoint / "config.yaml").items() if key in binding]
         if different:
-            raise UserError(f"{checkpoint} was made with another config: {different}. Set these back to go on from it.")
+            raise UserError(
+                f"{checkpoint} was made with another config: {'; '.join(different)}. Set these back to go on from it."
+            )
 
-    def _different(self, path: Path, only: set[str] | None = None) -> str:
-        """The settings that differ from those in a file and change the result, in words.
-
-        Args:
-            only: keys to look at. None: all.
-        """
-        before = flatten(read_yaml(path)) if path.exists() else flatten(self.config)
-        now = flatten(self.config)
-        return "; ".join(
-            f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+    def _different(self, path: Path) -> dict[str, str]:
+        """The settings that change the result and differ from those in a file: key -> both values in words."""
+        if not path.exists():
+            return {}
+        now, before = flatten(self.config), flatten(redact_tree(to_plain(load_config(path))))
+        return {
+            key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and (only is None or key in only)
+            if before.get(key) not in (now.get(key), AUTO)
             and changes_of(Config, key) not in (Changes.cost, Changes.nothing)
-        )
+        }
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
@@ -217,10 +177,17 @@ class RunFolder:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         write_text(self.path / name, json.dumps(redact_tree(content), indent=2) + "\n")
 
-    def append_metrics(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl: an update or an evaluation."""
+        self._append("metrics.jsonl", line)
+
+    def append_spectra(self, line: dict[str, Any]) -> None:
+        """Adds a line to spectra.jsonl: the spectrum of every module at an evaluation."""
+        self._append("spectra.jsonl", line)
+
+    def _append(self, log: str, line: dict[str, Any]) -> None:
+        with (self.path / log).open("a") as file:
+            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
 
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything.
@@ -230,16 +197,17 @@ class RunFolder:
         for checkpoint in reversed(self.checkpoints()):
             if update is None or int(checkpoint.name) > update:
                 remove_folder(checkpoint)
-        path = self.path / "metrics.jsonl"
         if update is None:
             for name in ("best", "adapter", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "wandb-run-id"):
+            for name in (*LOGS, "wandb-run-id"):
                 (self.path / name).unlink(missing_ok=True)
-        elif path.exists():
-            # A cut leaves half a line, and a machine that lost its power any bytes, but after the checkpoint's lines.
-            lines = itertools.takewhile(is_metrics, path.read_bytes().splitlines(keepends=True))
-            write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
+            return
+        for path in (self.path / log for log in LOGS):
+            if path.exists():
+                # A cut leaves half a line, and a machine that lost its power any bytes, but after the checkpoint's.
+                lines = itertools.takewhile(is_whole, path.read_bytes().splitlines(keepends=True))
+                write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def save_checkpoint(
         self,
@@ -256,11 +224,7 @@ class RunFolder:
 
         def write(folder: Path) -> None:
             save_adapter(model, weights, folder)
-            with (folder / "optimizer.pt").open("wb") as file:
-                torch.save(moments, file)
-            (folder / "progress.json").write_text(json.dumps({**asdict(progress), "data_digest": data_digest}))
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
-            write_checksums(folder)
+            write_checkpoint(folder, moments, progress, data_digest, self.config)
 
         with (self.path / "metrics.jsonl").open("ab") as metrics:
             os.fsync(metrics.fileno())  # after a crash of the machine too, no checkpoint knows more than the metrics
@@ -287,71 +251,9 @@ class RunFolder:
             write_folder(self.path / "adapter", lambda folder: save_adapter(model, weights, folder))
 
 
-def is_metrics(line: bytes) -> bool:
-    """Whether a line of metrics.jsonl is whole."""
+def is_whole(line: bytes) -> bool:
+    """Whether a line of a log is whole."""
     try:
         return line.endswith(b"\n") and "update" in json.loads(line)
     except (TypeError, ValueError):
         return False
-
-
-def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tuple[Progress, dict[str, Any]]:
-    """Puts a checkpoint's adapter in place.
-
-    Returns:
-        The progress, and the optimizer's state for `load_optimizer_state`.
-
-    Raises:
-        ValueError: the folder is no checkpoint, belongs to another adapter, or its rows were others.
-    """
-    try:
-        saved = read_json(folder / "progress.json")
-        weights_of(folder)  # PEFT would also take a pickle, or look for the weights on the Hub
-        weights = peft.load_peft_weights(str(folder), device="cpu")
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load takes any file for its own, and stumbles over others in every way
-        raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
-    if saved.pop("data_digest", None) != data_digest:
-        raise UserError(
-            f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
-            "Restore the files, or choose another name=... for a new run."
-        )
-    load_adapter(model, weights)
-    try:
-        return record(Progress, saved), state
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} does not fit this version: {error!r}.") from error
-
-
-def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Sets an adapter's weights; a missing, extra or misshapen tensor is a ValueError."""
-    try:
-        loaded = peft.set_peft_model_state_dict(model, weights)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint does not fit this adapter: {' '.join(str(error).split())}") from error
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = sorted(own.keys() ^ weights.keys())
-    if wrong or loaded.unexpected_keys:
-        raise UserError(f"the checkpoint does not fit this adapter: {len(wrong)} tensors differ, first {wrong[:1]}.")
-
-
-def save_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """An adapter in PEFT's format."""
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-
-
-def environment() -> dict[str, Any]:
-    """The versions and the machine a run used."""
-    import platform
-    import sys
-    from importlib.metadata import version
-
-    packages = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: version(name) for name in packages},
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "cpu_threads": torch.get_num_threads(),
-    }

@@ -23,8 +23,16 @@ def load_config(path: Path, schema: type = Config) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = escape_interpolations(read_yaml(path))
+    tree = escape_interpolations(_without_retired(read_yaml(path)))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+
+
+def _without_retired(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    kept = {name: value for name, value in tree.items() if prefix + str(name) not in RETIRED}
+    return {
+        name: _without_retired(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in kept.items()
+    }

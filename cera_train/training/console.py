@@ -1,71 +1,89 @@
-"""What a run says in the terminal: what it is about to do, how far it is, what came out."""
+"""What a run prints: what it is about to do, how far it is, what came out."""
 
 from __future__ import annotations
 
 import itertools
+import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from rich.text import Text
 
 from cera_train.adapters.config import AdapterKind
+from cera_train.common.secrets import redact
 from cera_train.common.terminal import console, highlighted, print_fields, print_line
 from cera_train.common.text import duration, targets
 from cera_train.config import Config
-from cera_train.data.config import BatchLayout
+from cera_train.data.config import BatchLayout, Layout
 from cera_train.data.prepare import TokenizedData
+from cera_train.distributed.team import Team
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
+from cera_train.model.precision import Precision
+
+if TYPE_CHECKING:
+    from cera_train.training.session import Session
 
 
-def say_start(
-    config: Config,
-    path: Path,
-    parameters: tuple[int, int],
-    accelerator: Accelerator,
-    is_flat: bool,
-    updates: int,
-    done: int,
-) -> None:
-    """The run in a few lines: folder, model, adapter, device."""
-    trainable, total = parameters
+def print_start(session: Session, precision: Precision) -> None:
+    """The run in a few lines: folder, model, adapter, device, speed, data."""
+    config, updates, done = session.config, session.updates, session.progress.update
+    already = f", {done:,} done" if done else ""
+    print_line("run", f"{session.folder.path}, {updates:,} updates of {config.train.batch_size} sequences{already}")
+    print_model(config, session.counts, precision)
+    print_device(config, session.team, session.held_out.loss)
+    print_data(session.data, session.tokenizer)
+
+
+def print_model(config: Config, counts: tuple[int, int], precision: Precision) -> None:
+    trainable, total = counts
     model, adapter = config.model, config.adapter
     quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
     gate = f", {adapter.activation}" if adapter.kind == AdapterKind.cera else ""
-    print_line(
-        "run", f"{path}, {updates:,} updates of {config.train.batch_size} sequences" + f", {done:,} done" * bool(done)
-    )
     print_line("model", f"{model.path}, {model.dtype}{quantization}, {total - trainable:,} parameters")
+    print_line("precision", f"{precision.dtype}: {precision.reason}")
+    if precision.is_slow:
+        print_line(
+            "warning",
+            "this hardware does not multiply bf16, and emulating it takes about 20 times as long as float32: "
+            "model.dtype=auto takes float32 here.",
+        )
     print_line(
         "adapter",
         f"{adapter.kind} r={adapter.r}{gate}, dropout {adapter.dropout:g}, on {targets(adapter.target_modules)}: "
         f"{trainable:,} trainable",
     )
-    device = f"{accelerator.num_processes} x {accelerator.device.type}" + ", FSDP2" * accelerator.is_fsdp2
-    precision = {"no": "no autocast"}.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
-    layout = "flat" if is_flat else "padded"
-    print_line(
-        "device", f"{device}, {precision}, {layout} micro-batches of up to {config.train.micro_batch_tokens:,} tokens"
+
+
+def print_device(config: Config, team: Team, loss: SupervisedLoss) -> None:
+    device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
+    mixed = team.accelerator.mixed_precision
+    autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
+    batches = (
+        f"{'flat' if loss.is_flat else 'padded'} micro-batches of up to {config.train.micro_batch_tokens:,} tokens"
     )
+    print_line("device", f"{device}, {autocast}, {batches}")
+    print_line("speed", describe_speed(config.train.batch_layout, loss))
 
 
-def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, is_flat: bool, kernels: str) -> str:
+def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:
     """What makes this run fast, and why it does without the rest.
 
     Args:
-        wanted: the layout that was asked for; `is_flat` is what came of it.
-        kernels: `choose_kernels`'s answer, empty without CeRA.
+        wanted: `train.batch_layout`; `loss.is_flat` is what came of it.
+        kernels: what computes the adapter's branch, empty without CeRA.
     """
-    if is_flat:
+    if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
             BY_SEQUENCE: "attention by sequence, no padding",
-            None: "no padding, no attention by sequence (this model's own is not plain causal sdpa)",
-        }[loss.attention]
-    elif not loss.flattens:
+            None: "no padding, no attention by sequence (this model's attention is not plain causal sdpa)",
+        }[loss.allowed.attention]
+    elif not loss.allowed.flattens:
         batches = "padding (this model mixes sequences that share a row)"
     elif wanted == BatchLayout.padded:
         batches = "padding (train.batch_layout=padded)"
@@ -75,7 +93,7 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, is_flat: bool, ker
     return "; ".join(filter(None, (batches, compiled, kernels)))
 
 
-def say_data(data: TokenizedData, tokenizer: Any) -> None:
+def print_data(data: TokenizedData, tokenizer: Any) -> None:
     """Rows kept, dropped and truncated, the supervised share, shared prompts, and one rendered example."""
     for label, split in (("train", data.train), ("eval", data.evaluation)):
         counts = split.counts
@@ -97,6 +115,23 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) 
     return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
 
 
+# --- while it trains -------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """How long the rest takes, evaluations and checkpoints included, at the pace since the start."""
+
+    def __init__(self, done: int, total: int) -> None:
+        self.first, self.total = done, total
+        self.start()
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def seconds_left(self, done: int) -> float:
+        return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
+
+
 def describe_update(metrics: dict[str, float], seconds_left: float) -> str:
     return (
         f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:.2f}  "
@@ -104,23 +139,27 @@ def describe_update(metrics: dict[str, float], seconds_left: float) -> str:
     )
 
 
-class Clock:
-    """How long the rest takes, evaluations and checkpoints included, if it goes on as since the start."""
-
-    def __init__(self, done: int, total: int) -> None:
-        self.first, self.total, self.started = done, total, time.perf_counter()
-
-    def seconds_left(self, done: int) -> float:
-        return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
+def describe_evaluation(update: int, metrics: dict[str, float]) -> str:
+    text = f"evaluation at update {update}: perplexity {metrics['eval/perplexity']:.3f}"
+    if "spectrum/effective_rank/mean" in metrics:
+        mean, most = (metrics[f"spectrum/effective_rank/{kind}"] for kind in ("mean", "max"))
+        text += f", effective rank {mean:.1f} mean, {most:.1f} max"
+    return text
 
 
-def say_result(result: dict[str, Any]) -> None:
-    """The table at the end."""
-    rank = f"{result['spectrum/effective_rank/mean']:.1f} mean, {result['spectrum/effective_rank/max']:.1f} max"
+# --- what came out ---------------------------------------------------------------------------------------------------
+
+
+def print_result(result: dict[str, Any], config: Config) -> None:
+    """The figures at the end, and what to do with the run's folder next."""
     rows = {
         "perplexity": f"{result['perplexity_before']:.2f} before, {result['eval/perplexity']:.2f} after",
         "best": f"{result['best_perplexity']:.2f} at update {result['best_update']}",
-        "effective rank": f"{rank} (of {result['adapter_r']})",
+    }
+    if "spectrum/effective_rank/mean" in result:
+        mean, most = (result[f"spectrum/effective_rank/{kind}"] for kind in ("mean", "max"))
+        rows["effective rank"] = f"{mean:.1f} mean, {most:.1f} max (of {result['adapter_r']})"
+    rows |= {
         "trainable": f"{result['trainable_parameters']:,} parameters, {result['trainable_share']:.2%} of the model",
         "speed": f"{result['tokens_per_s']:,.0f} tokens/s",
         "time": f"{duration(result['seconds'])} for {result['updates']:,} updates",
@@ -128,3 +167,20 @@ def say_result(result: dict[str, Any]) -> None:
     }
     print()
     print_fields(rows)
+    if Path(sys.argv[0]).name in ("cera-train", "__main__.py") and not {"-m", "--multirun"} & set(sys.argv):
+        print()
+        print_fields(next_commands(config, result["folder"]))
+
+
+def next_commands(config: Config, folder: str) -> dict[str, str]:
+    """What to do with a run's folder: ask the model something, compare it, look at it."""
+    task = "logistic_map" if config.data.layout == Layout.logistic_map else "perplexity"
+    other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
+    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in ("adapter", "name")]
+    bin = "" if shutil.which("cera-train") else f"{Path(sys.argv[0]).parent}/"  # as `make` starts it
+    commands = {
+        "ask it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
+        f"train {other}": [f"{bin}cera-train", *kept, f"adapter={other}", f"name={config.name}_{other}"],
+        "compare": [f"{bin}cera-report", folder, f"{folder}_{other}"],
+    }
+    return {label: redact(shlex.join(command)) for label, command in commands.items()}

@@ -1,5 +1,5 @@
-"""From one command to one process a GPU, by torch's elastic launcher; processes that torchrun, `accelerate launch` or
-Slurm's srun started are not launched again."""
+"""From one command to one process a GPU, by torch's elastic launcher. A process that torchrun, `accelerate launch` or
+srun started trains as it is."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption
 from cera_train.distributed.watchdog import Hung
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.folder import RunFolder
+from cera_train.training.session import settle
 from cera_train.training.train import finished_result, train
-from cera_train.training.worker import train_beside_others, work
+from cera_train.training.worker import read_mistake, train_beside_others, work
 
 
 def launch(config: Config) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def launch(config: Config) -> dict[str, Any]:
         The content of result.json.
 
     Raises:
-        ValueError: as `train` does, whichever process it was in.
+        UserError: as `train` does, in whichever process.
         Interrupted: as `train` does.
         ProcessFailed: a process met an error that is not the user's to mend.
     """
@@ -57,10 +58,10 @@ def launch(config: Config) -> dict[str, Any]:
 
 
 def processes_to_start(config: LaunchConfig) -> int:
-    """One a GPU, unless the config says otherwise.
+    """One process a GPU, or as many as the config asks for.
 
     Raises:
-        ValueError: there are GPUs, but fewer than that.
+        UserError: there are GPUs, but fewer than that.
     """
     gpus = torch.cuda.device_count()
     processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
@@ -77,20 +78,23 @@ class ProcessFailed(RuntimeError):
 
 
 def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
-    """Checks and tokenises once, so that mistakes come to light once; then starts the processes and waits."""
+    """Checks and tokenises once, so that a mistake is reported once; then starts the processes and waits."""
     quiet_libraries()
-    with RunFolder(Path(config.output_dir) / config.name, to_plain(config)) as folder:
+    path = Path(config.output_dir) / config.name
+    config, _ = settle(config, path)
+    with RunFolder(path, to_plain(config)) as folder:
         folder.check_may_run(config.train.resume)
         if (result := finished_result(folder)) is not None:
             return result
         prepare_data(config.data, load_tokenizer(config.model))
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are said below
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
     shared = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
     with (
         _environment({name: value for name, value in shared.items() if name not in os.environ}),
         tempfile.TemporaryDirectory() as logs,
+        tempfile.TemporaryDirectory() as mistakes,
         Interruption(tell=tell_children) as interruption,
     ):
         elastic = ElasticConfig(
@@ -106,18 +110,18 @@ def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            return elastic_launch(elastic, work)(config)[0]
+            return elastic_launch(elastic, work)(config, mistakes)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             ends = {1, *(128 + number for number in SIGNALS), *(-number for number in SIGNALS)}
             if interruption.signal is not None and failure.exitcode in ends and isinstance(failure.message, str):
                 raise Interrupted(interruption.signal) from None
-            raise _as_error(rank, failure) from None
+            raise _as_error(rank, failure, Path(mistakes)) from None
 
 
 @contextlib.contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started meanwhile."""
+    """Environment variables for the processes that are started inside it."""
     os.environ |= variables
     try:
         yield
@@ -127,23 +131,25 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 def tell_children(number: int) -> None:
-    """Passes a signal on; of Ctrl-C the processes hear as SIGTERM, since Python would print where it met them."""
+    """Passes a signal on. Ctrl-C becomes SIGTERM: Python would print a traceback in every process."""
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
-def _as_error(rank: int, failure: Any) -> Exception:
-    """What the first process that failed met."""
+def _as_error(rank: int, failure: Any, mistakes: Path) -> Exception:
+    """The error of the first process that failed."""
+    if (message := read_mistake(mistakes, rank)) is not None:
+        return UserError(message)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        return ValueError(
+        return UserError(
             f"process {rank} was ended by {name}"
             + (", as a machine that is out of memory does" if name == "SIGKILL" else "")
             + ". The same command goes on from the last checkpoint."
         )
-    if isinstance(failure.message, str):  # it left no error: it ended itself
+    if isinstance(failure.message, str):  # it ended itself and left no error
         return ProcessFailed(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")
-    if kind in (ValueError.__name__, Hung.__name__):
-        return ValueError(text)
+    if kind == Hung.__name__:
+        return UserError(text)
     return ProcessFailed(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")

@@ -6,41 +6,27 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import nn
 
-from cera_train.adapters.build import add_adapter, parameter_counts
-from cera_train.adapters.config import AdapterKind
-from cera_train.adapters.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
-from cera_train.cera.hidden import choose_kernels
+from cera_train.adapters.spectrum import ModuleSpectrum, mean_spectrum, module_spectra, spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
-from cera_train.common.terminal import ProgressBar, print_line
+from cera_train.common.terminal import print_line
 from cera_train.config import Config
-from cera_train.data.batches import Batch, MicroBatches, Plan
-from cera_train.data.config import BatchLayout
-from cera_train.data.prepare import prepare_data
-from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries, start_accelerator
+from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.processes import is_main_process
-from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interrupted, Interruption, first_heard
-from cera_train.distributed.watchdog import Watchdog
-from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.model.perplexity import mean_loss, perplexity
-from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
+from cera_train.model.perplexity import perplexity
 from cera_train.runs.card import write_card
-from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
+from cera_train.runs.folder import RunFolder
 from cera_train.training import console
-from cera_train.training.optimizer import build_optimizer, learning_rate
+from cera_train.training.optimizer import learning_rate
 from cera_train.training.picture import draw_run
-from cera_train.training.tracking import Tracker, start_tracker
+from cera_train.training.session import Session, build, settle
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -50,212 +36,203 @@ def train(config: Config) -> dict[str, Any]:
         The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...
 
     Raises:
-        ValueError: the config, the data or the run's folder is not usable; the message says how to mend it.
+        UserError: the config, the data or the run's folder is not usable; the message says how to mend it.
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     quiet_libraries()
     forget_earlier_runs()
-    is_main = is_main_process()
     path = Path(config.output_dir) / config.name
-    with RunFolder(path, to_plain(config), is_main) as folder, contextlib.ExitStack() as at_exit:
-        # --- is there anything to do? ---
-        resume_from = where_to_resume(folder, config.train.resume) if is_main else None
+    config, precision = settle(config, path)
+    with RunFolder(path, to_plain(config), is_main_process()) as folder:
+        resume_from = where_to_resume(folder, config.train.resume) if folder.is_main else None
         if (result := finished_result(folder)) is not None:
             return result
+        with build(config, precision, folder, resume_from) as session, Interruption() as interruption:
+            if session.progress.update == 0 or session.progress.evaluation_pending:
+                evaluate(session)
+            session.loss.train()
+            session.clock.start()
+            while not session.is_done:
+                signal = update(session, interruption)
+                is_evaluation = session.is_due(config.train.eval_every) or session.progress.update == session.updates
+                if signal is not None and session.progress.update < session.updates:
+                    session.progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
+                    stop(session, signal)
+                if is_evaluation:
+                    evaluate(session)
+                if session.is_due(config.train.save_every) and not session.is_done:
+                    save(session)
+            return finish(session)
 
-        # --- build everything; the rows before a process group exists ---
-        tokenizer = load_tokenizer(config.model)
-        check_length(config.model, config.data.max_length, "data.max_length")
-        data = prepare_data(config.data, tokenizer)
-        limit = config.distributed.timeout
-        accelerator = start_accelerator(
-            config.model, config.train.autocast, timedelta(seconds=2 * limit), config.distributed.strategy
-        )
-        device, processes, process = accelerator.device, accelerator.num_processes, accelerator.process_index
-        is_sharded = accelerator.is_fsdp2
-        (resume_from,) = broadcast_object_list([resume_from])
-        base = load_model(config.model, device, is_sharded)
-        machine = environment() | {"processes": processes, "base_fingerprint": fingerprint(base)}
-        torch.manual_seed(config.train.seed)
-        model = add_adapter(base, config.adapter)
-        trainable, total = parameter_counts(model)
-        progress, moments = Progress(), None
-        goes_on_here = resume_from is not None and folder.holds(resume_from)
-        if resume_from is not None:
-            progress, moments = load_checkpoint(resume_from, model, data.train.digest)
-            if not goes_on_here:
-                progress.forget_best()  # that adapter lies in another folder
 
-        optimizer = build_optimizer(trainable_parameters(model), config.optimizer, device)
-        loss, stepper = accelerator.prepare(SupervisedLoss(model, base, accelerator.autocast), optimizer)
-        local_loss = accelerator.unwrap_model(loss)  # of DDP: evaluates without waiting for other processes
-        parameters = trainable_parameters(model)  # which sharding replaced
-        if moments is not None:
-            load_optimizer_state(optimizer, moments)
-        is_flat = choose_layout(config.train.batch_layout, local_loss, device) == BatchLayout.flat
-        if config.train.compile:
-            local_loss.compile_layers()
-        kernels = ""
-        if config.adapter.kind == AdapterKind.cera:
-            kernels = choose_kernels(device, model.peft_config["default"], local_loss.is_compiled)
-        train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
-        eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
-        eval_rows = range(len(data.evaluation.rows))
-        probe_rows = eval_batches.first(config.train.probe_tokens)
-        plan = Plan(len(data.train.rows), config.train.batch_size, config.train.seed)
-        updates = config.train.max_updates or config.train.epochs * plan.updates_per_epoch
+# --- one update ------------------------------------------------------------------------------------------------------
 
-        tracker = Tracker()
-        if is_main:
-            folder.rewind(progress.update if goes_on_here else None)
-            folder.write_config(machine | {"updates": updates})
-            tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
-            console.say_start(config, path, (trainable, total), accelerator, is_flat, updates, progress.update)
-            print_line("speed", console.describe_speed(config.train.batch_layout, local_loss, is_flat, kernels))
-            console.say_data(data, tokenizer)
-        at_exit.callback(tracker.finish)
-        bar = ProgressBar("update", updates, progress.update, visible=is_main)
-        at_exit.callback(bar.close)
-        watchdog = Watchdog(processes, process, limit)
-        at_exit.callback(watchdog.close)
 
-        # --- what happens beside updates ---
-        def log(metrics: dict[str, float]) -> None:
-            if is_main:
-                folder.append_metrics({"update": progress.update, "epoch": progress.epoch} | metrics)
-                tracker.log({name: value for name, value in metrics.items() if is_summary(name)}, progress.update)
+def update(session: Session, interruption: Interruption) -> int | None:
+    """One step of the optimizer on `train.batch_size` sequences. Returns the signal that a process heard meanwhile."""
+    config, progress = session.config, session.progress
+    started = time.perf_counter()
+    rows = session.order.sequences(progress.update)
+    seed_update(config.train.seed, progress.update, session.team.process)
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate(config.optimizer, progress.update, session.updates)
 
-        def own_batches(rows: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
-            for group, counts in eval_batches.passes(rows, processes, process, in_step=is_sharded):
-                if is_sharded:
-                    watchdog.arrive()
-                yield eval_batches.load(group), counts
-            watchdog.arrive()
+    loss_per_token, signal = agree(session, backward(session, rows), interruption)
+    grad_norm = session.accelerator.clip_grad_norm_(session.weights, config.optimizer.max_grad_norm)
+    check_finite(session, rows, loss_per_token, float(grad_norm))
+    session.stepper.step()
+    session.stepper.zero_grad()
 
-        def measure() -> dict[str, Any]:
-            return measure_spectra(model, local_loss.eagerly, own_batches(probe_rows), accelerator.reduce)
+    tokens = sum(session.batches.lengths[row] for row in rows)
+    seconds = time.perf_counter() - started
+    progress.updated(tokens, seconds, session.order)
+    metrics = {
+        "train/loss": loss_per_token,
+        "train/perplexity": perplexity(loss_per_token),
+        "train/grad_norm": float(grad_norm),
+        "train/lr": session.optimizer.param_groups[0]["lr"],
+        "train/tokens_per_s": tokens / seconds,
+        "train/seconds": progress.seconds,
+    }
+    session.log(metrics)
+    session.bar.step(console.describe_update(metrics, session.clock.seconds_left(progress.update)))
+    return signal
 
-        def evaluate() -> None:
-            loss_per_token = mean_loss(local_loss, own_batches(eval_rows), accelerator)
-            metrics = {"eval/loss": loss_per_token, "eval/perplexity": perplexity(loss_per_token)}
-            metrics |= spectrum_metrics(measure())
-            log(metrics)
-            if progress.evaluated(metrics["eval/perplexity"]):
-                folder.save_best(model, {"update": progress.update, "eval/perplexity": progress.perplexity})
-            bar.note(
-                f"evaluation at update {progress.update}: perplexity {progress.perplexity:.3f}, effective rank "
-                f"{metrics['spectrum/effective_rank/mean']:.1f} mean, {metrics['spectrum/effective_rank/max']:.1f} max"
-            )
 
-        def save() -> None:
-            watchdog.arrive()
-            folder.save_checkpoint(model, optimizer, progress, data.train.digest, config.train.keep)
+def seed_update(seed: int, update: int, process: int) -> None:
+    """Makes dropout follow from (seed, update, process): a resumed run draws what an uninterrupted one draws."""
+    torch.manual_seed((seed * 1_000_003 + update) * 1_009 + process)
 
-        # --- the loop ---
-        interruption = at_exit.enter_context(Interruption())
-        if progress.update == 0 or progress.evaluation_pending:
-            evaluate()
-        loss.train()
-        clock = console.Clock(progress.update, updates)
-        while progress.update < updates and not progress.out_of_patience(config.train.patience):
-            started = time.perf_counter()
-            rows = plan.sequences(progress.update)
-            supervised = sum(train_batches.supervised[row] for row in rows)
-            seed_update(config.train.seed, progress.update, process)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, progress.update, updates)
 
-            loss_per_token = torch.zeros((), device=device)
-            passes = train_batches.passes(rows, processes, process, in_step=is_sharded)
-            watchdog.arrive()  # DDP's first pass of an update waits for the buffers of process 0
-            for number, (group, counts) in enumerate(passes, start=1):
-                is_last = number == len(passes)
-                if is_last or is_sharded:
-                    watchdog.arrive()
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(loss):
-                    # The loss is a mean over the tokens of all processes, whose gradients are averaged.
-                    batch_loss = counts * processes / supervised * loss(train_batches.load(group))
-                    accelerator.backward(batch_loss)
-                loss_per_token += batch_loss.detach()
-            heard = torch.tensor(interruption.heard(), device=device)
-            loss_per_token, *heard = accelerator.reduce(
-                torch.stack([loss_per_token, *heard]), reduction="mean"
-            ).tolist()
-            interrupted = first_heard(heard)  # a signal to one process stops all at the same update
-            grad_norm = float(accelerator.clip_grad_norm_(parameters, config.optimizer.max_grad_norm))
-            # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
-            gradient_is_finite = accelerator.scaler is not None or math.isfinite(grad_norm)
-            if not (math.isfinite(loss_per_token) and gradient_is_finite):
-                raise UserError(not_finite(progress.update + 1, rows, folder.checkpoints()))
-            stepper.step()
-            stepper.zero_grad()
+def backward(session: Session, rows: list[int]) -> torch.Tensor:
+    """The gradient of the mean loss over the supervised tokens of these rows; returns this process's part of it."""
+    team, batches = session.team, session.batches
+    supervised = sum(batches.supervised[row] for row in rows)
+    passes = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
+    total = torch.zeros((), device=team.device)
+    for (group, counts), is_last in team.passes(passes):
+        with contextlib.nullcontext() if is_last else session.accelerator.no_sync(session.loss):
+            # A mean over the tokens of all processes, whose gradients are averaged.
+            loss = counts * team.processes / supervised * session.loss(batches.load(group))
+            session.accelerator.backward(loss)
+        total += loss.detach()
+    return total
 
-            tokens = sum(train_batches.lengths[row] for row in rows)
-            seconds = time.perf_counter() - started
-            progress.updated(tokens, seconds, plan)
-            metrics = {
-                "train/loss": loss_per_token,
-                "train/perplexity": perplexity(loss_per_token),
-                "train/grad_norm": grad_norm,
-                "train/lr": optimizer.param_groups[0]["lr"],
-                "train/tokens_per_s": tokens / seconds,
-                "train/seconds": progress.seconds,
-            }
-            log(metrics)
-            bar.step(console.describe_update(metrics, clock.seconds_left(progress.update)))
 
-            is_evaluation = is_due(progress.update, config.train.eval_every) or progress.update == updates
-            if interrupted is not None and progress.update < updates:
-                progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
-                save()
-                if is_main:
-                    command = "same command" if config.train.resume == "auto" else "command with train.resume=auto"
-                    print_line("stopped", f"after update {progress.update}, saved. The {command} goes on.")
-                tracker.finish()
-                accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
-                raise Interrupted(interrupted)
-            if is_evaluation:
-                evaluate()
-            if is_due(progress.update, config.train.save_every) and progress.update < updates:
-                save()  # the last update is saved below
-        bar.close()
+def agree(session: Session, loss: torch.Tensor, interruption: Interruption) -> tuple[float, int | None]:
+    """The loss over all processes, and the signal that one of them heard: all stop at the same update."""
+    heard = torch.tensor(interruption.heard(), device=session.team.device)
+    loss_per_token, *heard = session.team.reduce(torch.stack([loss, *heard]), reduction="mean").tolist()
+    return loss_per_token, first_heard(heard)
 
-        # --- leave what the next command needs ---
-        save()
-        spectra = measure()
-        result = {
-            "eval/perplexity": progress.perplexity,
-            "perplexity_before": progress.perplexity_before,
-            "best_perplexity": progress.best_perplexity,
-            "best_update": progress.best_update,
-            **{name: value for name, value in spectrum_metrics(spectra).items() if is_summary(name)},
-            "adapter_kind": config.adapter.kind.value,
-            "adapter_r": config.adapter.r,
-            "trainable_parameters": trainable,
-            "trainable_share": trainable / total,
-            "updates": progress.update,
-            "epochs": progress.update / plan.updates_per_epoch,
-            "tokens": progress.tokens,
-            "tokens_per_s": progress.tokens / progress.seconds,
-            "seconds": progress.seconds,
-            "peak_memory_bytes": peak_memory(device),
-            "folder": str(path),
-        }
-        watchdog.arrive()
-        folder.save_final(model)
-        if is_main:
-            folder.write_json("spectrum.json", module_spectra(spectra))
-            write_card(path, result)
-            picture = draw_run(path, mean_spectrum(spectra), config.name)
-            folder.write_json("result.json", result)  # the last file: from here on the run is finished
-            tracker.picture("run", picture, progress.update)
-            tracker.adapter(path / "adapter")
-            console.say_result(result)
-        return result
+
+def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
+    """Raises UserError where training has diverged."""
+    # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
+    if math.isfinite(loss) and (session.accelerator.scaler is not None or math.isfinite(grad_norm)):
+        return
+    checkpoints = session.folder.checkpoints()
+    kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
+    number = session.progress.update + 1
+    raise UserError(
+        f"the loss of update {number} or its gradient is not finite (training rows {rows}). {kept}. "
+        "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
+    )
+
+
+# --- beside the updates ----------------------------------------------------------------------------------------------
+
+
+def evaluate(session: Session) -> None:
+    """Perplexity on the held-out rows and the spectra of the adapter; keeps the adapter if it is the best so far."""
+    progress, folder = session.progress, session.folder
+    loss_per_token = session.held_out.mean_loss()
+    spectra = session.held_out.spectra()
+    metrics = {"eval/loss": loss_per_token, "eval/perplexity": perplexity(loss_per_token)} | summary(spectra)
+    session.log(metrics)
+    if session.team.is_main:
+        folder.append_spectra({"update": progress.update, "modules": per_module(spectra)})
+    if progress.evaluated(metrics["eval/perplexity"]):
+        folder.save_best(session.model, {"update": progress.update, "eval/perplexity": progress.perplexity})
+    session.bar.note(console.describe_evaluation(progress.update, metrics))
+
+
+def summary(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
+    """The metrics of all modules together."""
+    return {name: value for name, value in spectrum_metrics(spectra).items() if name.endswith(("/mean", "/max"))}
+
+
+def per_module(spectra: dict[str, ModuleSpectrum]) -> dict[str, dict[str, float]]:
+    """The metrics of each module, for a file of their own: hundreds of numbers an evaluation."""
+    modules = module_spectra(spectra)
+    return {name: {k: v for k, v in module.items() if k != "singular_values"} for name, module in modules.items()}
+
+
+def save(session: Session) -> None:
+    """A checkpoint of this update."""
+    session.team.arrive()
+    data_digest, keep = session.data.train.digest, session.config.train.keep
+    session.folder.save_checkpoint(session.model, session.optimizer, session.progress, data_digest, keep)
+
+
+def stop(session: Session, signal: int) -> None:
+    """Saves and ends the run.
+
+    Raises:
+        Interrupted: always.
+    """
+    save(session)
+    session.bar.close()
+    if session.team.is_main:
+        command = "same command" if session.config.train.resume == "auto" else "command with train.resume=auto"
+        print_line("stopped", f"after update {session.progress.update}, saved. The {command} goes on.")
+    session.tracker.finish()
+    session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
+    raise Interrupted(signal)
+
+
+def finish(session: Session) -> dict[str, Any]:
+    """The final adapter, its spectrum, card and picture, and result.json, which marks the run as finished."""
+    config, folder, progress = session.config, session.folder, session.progress
+    session.bar.close()
+    save(session)
+    spectra = session.held_out.spectra()
+    result = {
+        "eval/perplexity": progress.perplexity,
+        "perplexity_before": progress.perplexity_before,
+        "best_perplexity": progress.best_perplexity,
+        "best_update": progress.best_update,
+        **summary(spectra),
+        "adapter_kind": config.adapter.kind.value,
+        "adapter_r": config.adapter.r,
+        "trainable_parameters": session.counts[0],
+        "trainable_share": session.counts[0] / session.counts[1],
+        "updates": progress.update,
+        "epochs": progress.update / session.order.updates_per_epoch,
+        "tokens": progress.tokens,
+        "tokens_per_s": progress.tokens / progress.seconds,
+        "seconds": progress.seconds,
+        "peak_memory_bytes": peak_memory(session.team.device),
+        "folder": str(folder.path),
+    }
+    session.team.arrive()
+    folder.save_final(session.model)
+    if session.team.is_main:
+        folder.write_json("spectrum.json", module_spectra(spectra))
+        write_card(folder.path, result)
+        picture = draw_run(folder.path, mean_spectrum(spectra), config.name)
+        folder.write_json("result.json", result)  # the last file: from here on the run is finished
+        session.tracker.picture("run", picture, progress.update)
+        session.tracker.adapter(folder.path / "adapter")
+        console.print_result(result, config)
+    return result
+
+
+# --- where a run begins ----------------------------------------------------------------------------------------------
 
 
 def finished_result(folder: RunFolder) -> dict[str, Any] | None:
-    """What a finished run left, said in a line."""
+    """What a finished run left, printed in a line."""
     result = folder.result()
     if result is not None and folder.is_main:
         print_line("finished", f"{folder.path}: perplexity {result['eval/perplexity']:.2f}. Its result stands.")
@@ -266,7 +243,7 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     """The checkpoint to go on from, or None for a new run.
 
     Raises:
-        ValueError: the folder holds a finished run that must not be overwritten, or a run with another config; or there
+        UserError: the folder holds a finished run that must not be overwritten, or a run with another config; or there
             is no sound checkpoint.
     """
     folder.check_may_run(resume)
@@ -275,31 +252,5 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     if resume == "never":
         return None
     if (damage := find_damage(Path(resume))) is not None:
-        raise UserError(f"{resume} is damaged ({damage}). Restore it, or go on from another checkpoint.")
+        raise UserError(f"train.resume={resume} is damaged ({damage}). Restore it, or go on from another checkpoint.")
     return Path(resume)
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def seed_update(seed: int, update: int, process: int) -> None:
-    """Dropout follows from (seed, update, process): a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed((seed * 1_000_003 + update) * 1_009 + process)
-
-
-def is_due(update: int, every: int | None) -> bool:
-    return every is not None and update % every == 0
-
-
-def is_summary(name: str) -> bool:
-    """Whether a metric is about the whole model rather than one module."""
-    return not name.startswith("spectrum/") or name.endswith(("/mean", "/max"))
-
-
-def not_finite(update: int, rows: list[int], checkpoints: list[Path]) -> str:
-    kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
-    return (
-        f"the loss of update {update} or its gradient is not finite (training rows {rows}). {kept}. "
-        "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
-    )

@@ -1,4 +1,4 @@
-"""What each of several processes does. Nothing is imported before a library's chatter is off."""
+"""The work of one of several processes. Nothing here imports torch at module level: it would chat first."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import re
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError, explain
+from cera_train.common.errors import explain
 from cera_train.common.imports import heavy_imports
 from cera_train.config import Config
 from cera_train.distributed.signals import SIGNALS
 
 LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
-"""In errors of the communication library: their cause is another process, which has an error of its own."""
+"""Errors of the communication library, caused by the error of another process."""
 
 PEER_SECONDS = 5
-"""What a process that lost another waits before it fails too: the first failure is taken for the cause."""
+"""Pause of a process that lost another before it fails too: the launcher reports the first failure."""
 
 
-def work(config: Config) -> dict[str, Any]:
-    """One of the processes that `launch` started. An error reaches the parent through torch's launcher, as a ValueError
-    if it is the user's to mend."""
+def work(config: Config, mistakes: str) -> dict[str, Any]:
+    """Trains as one of the processes that `launch` started. Torch's launcher brings an error to the parent as text.
+
+    Args:
+        mistakes: a folder of the parent's, in which a mistake of the user's is left for it.
+    """
     os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
-    for number in SIGNALS:  # where the run does not listen, such as while it loads: an end that the parent understands
+    for number in SIGNALS:  # while the run does not handle them, such as while it loads
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         result = train_beside_others(config)
@@ -35,12 +39,17 @@ def work(config: Config) -> dict[str, Any]:
             torch.distributed.destroy_process_group()
         return result
     except Exception as error:
-        message = explain(error)
-        if message is None or type(error) is ValueError:
-            raise
-        raise UserError(message) from error
+        if (message := explain(error)) is not None:
+            Path(mistakes, os.environ["RANK"]).write_text(message)
+        raise
     finally:
         sys.stdout.flush()
+
+
+def read_mistake(mistakes: Path, rank: int) -> str | None:
+    """The mistake that a process left. None: it failed with a bug, or was killed."""
+    path = mistakes / str(rank)
+    return path.read_text() if path.exists() else None
 
 
 def train_beside_others(config: Config) -> dict[str, Any]:

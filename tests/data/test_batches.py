@@ -13,7 +13,7 @@ import torch
 from cera_train.data.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,
-    Plan,
+    RowOrder,
     flat_batch,
     flat_micro_batches,
     padded_batch,
@@ -31,10 +31,10 @@ def random_lengths(seed: int, count: int, longest: int = 300) -> list[int]:
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (9, 3), (1, 4), (4, 4), (7, 1), (100, 64)])
 def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
-    plan = Plan(rows, batch_size, seed=0)
+    plan = RowOrder(rows, batch_size, seed=0)
     for epoch in range(3):
         first = epoch * plan.updates_per_epoch
-        updates = [plan.sequences(update) for update in range(first, first + plan.updates_per_epoch)]
+        updates = [plan.rows_of(update) for update in range(first, first + plan.updates_per_epoch)]
         assert sorted(chain.from_iterable(updates)) == list(range(rows))
         assert {plan.epoch(update) for update in range(first, first + plan.updates_per_epoch)} == {epoch}
         assert all(len(update) == batch_size for update in updates[:-1])
@@ -42,28 +42,28 @@ def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
 
 
 def test_order_follows_from_the_seed_and_the_epoch():
-    plan = Plan(50, 50, seed=1)
-    orders = [plan.sequences(update) for update in range(3)]
-    assert orders == [Plan(50, 50, seed=1).sequences(update) for update in range(3)]
-    assert len({tuple(order) for order in [*orders, Plan(50, 50, seed=2).sequences(0)]}) == 4
+    plan = RowOrder(50, 50, seed=1)
+    orders = [plan.rows_of(update) for update in range(3)]
+    assert orders == [RowOrder(50, 50, seed=1).rows_of(update) for update in range(3)]
+    assert len({tuple(order) for order in [*orders, RowOrder(50, 50, seed=2).rows_of(0)]}) == 4
     assert list(range(50)) not in orders
 
 
 def test_an_update_is_a_slice_of_the_epochs_permutation():
-    plan = Plan(23, 4, seed=7)
+    plan = RowOrder(23, 4, seed=7)
     for update in (0, 5, 6, 2, 11):
         order = torch.Generator().manual_seed(7 * 1_000_003 + update // 6)
         permutation = torch.randperm(23, generator=order).tolist()
-        assert plan.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
+        assert plan.rows_of(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
 
 
 def test_an_update_does_not_depend_on_those_before_it_nor_on_torchs_seed():
-    plan = Plan(20, 6, seed=0)
-    in_order = [plan.sequences(update) for update in range(12)]
+    plan = RowOrder(20, 6, seed=0)
+    in_order = [plan.rows_of(update) for update in range(12)]
     torch.manual_seed(5)
-    assert [plan.sequences(update) for update in reversed(range(12))] == in_order[::-1]
+    assert [plan.rows_of(update) for update in reversed(range(12))] == in_order[::-1]
     before = torch.get_rng_state()
-    plan.sequences(0)
+    plan.rows_of(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -152,8 +152,8 @@ def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
         error = 0.1 * (reason == "it errs")
         monkeypatch.setattr(KERNEL, lambda *args, **kwargs: sequence_after_sequence(*args, **kwargs) + error)
     loss = SupervisedLoss(model, model)
-    loss(None)
-    assert loss.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
+    loss.probe()
+    assert loss.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
 
 
 def test_dropout_of_attention_is_not_lost_to_the_kernel(monkeypatch):
@@ -197,16 +197,16 @@ def test_a_model_that_takes_no_attention_of_others_keeps_its_own():
         FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     )
     loss = SupervisedLoss(model, model)
-    loss(None)
-    assert loss.attention is None
+    loss.probe()
+    assert loss.allowed.attention is None
 
 
 def test_a_sequence_sees_nothing_of_its_neighbours():
     model = make_tiny_llama()
     loss = SupervisedLoss(model, model)
-    loss(None)
-    assert loss.attention == BY_SEQUENCE
-    loss.attend_by_sequence()
+    loss.probe()
+    assert loss.allowed.attention == BY_SEQUENCE
+    loss.use_flat_batches()
     numbers = random.Random(0)
     rows = [[numbers.randrange(512) for _ in range(length)] for length in LENGTHS]
     masks = [[False, *[True] * (len(row) - 1)] for row in rows]
@@ -233,20 +233,20 @@ def small(config_class, **settings):
 def test_a_sliding_window_is_kept():
     model = small(MistralConfig, sliding_window=4)
     loss = SupervisedLoss(model, model)
-    loss(None)
-    assert loss.attention == BY_SEQUENCE
+    loss.probe()
+    assert loss.allowed.attention == BY_SEQUENCE
     row = [list(range(1, 13))] * 2
     mask = [[False] + [True] * 11] * 2
     with torch.no_grad():
         dense = loss(flat_batch(row, mask))
-        loss.attend_by_sequence()
+        loss.use_flat_batches()
         torch.testing.assert_close(loss(flat_batch(row, mask)), dense)
 
 
 def test_what_the_user_chose_is_left_alone():
     model = small(Gemma2Config)  # eager, since it caps its scores softly
     loss = SupervisedLoss(model, model)
-    loss(None)
-    assert loss.flattens
-    assert loss.attention is None
+    loss.probe()
+    assert loss.allowed.flattens
+    assert loss.allowed.attention is None
     assert model.config._attn_implementation == "eager" != BY_SEQUENCE

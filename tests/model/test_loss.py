@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-from accelerate import Accelerator
 from conftest import make_tiny_llama
 from torch.nn.functional import log_softmax
 
@@ -34,7 +33,7 @@ def adapted(model, **changes):
 
 def make_loss(model) -> SupervisedLoss:
     supervised = SupervisedLoss(adapted(model), model)
-    supervised(None)
+    supervised.probe()
     return supervised
 
 
@@ -164,7 +163,7 @@ def test_probe_finds_a_model_that_changes_its_logits_after_the_head():
     model = Gemma2ForCausalLM(config).eval()
     rows, masks = make_rows(vocab_size=128)
     supervised = make_loss(model)
-    assert not supervised.chunks_head
+    assert not supervised.allowed.chunks_head
     total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, 3, padded_batch)).item()
     assert total == pytest.approx(brute_force(supervised.model, rows, masks), rel=1e-5)
 
@@ -175,14 +174,14 @@ def test_probe_finds_a_model_whose_state_leaks_between_sequences():
     torch.manual_seed(0)
     config = MambaConfig(vocab_size=128, hidden_size=32, state_size=8, num_hidden_layers=2, initializer_range=0.3)
     supervised = SupervisedLoss(torch.nn.Identity(), MambaForCausalLM(config).eval())
-    supervised(None)
-    assert not supervised.flattens
+    supervised.probe()
+    assert not supervised.allowed.flattens
 
 
 def test_probe_lets_a_llama_flatten_and_chunk(tiny_llama):
     supervised = make_loss(tiny_llama)
-    assert supervised.flattens
-    assert supervised.chunks_head
+    assert supervised.allowed.flattens
+    assert supervised.allowed.chunks_head
 
 
 def test_perplexity_equals_brute_force_for_any_batch(tiny_llama):
@@ -193,7 +192,7 @@ def test_perplexity_equals_brute_force_for_any_batch(tiny_llama):
         for size in (1, 2, 7):
             batches = [(own, True) for own in groups_of(rows, masks, size, batch)]
             batches.insert(1, (batches[0][0], False))  # one that only keeps other processes company
-            got = perplexity(mean_loss(supervised, batches, Accelerator(cpu=True)))
+            got = perplexity(mean_loss(supervised, batches))
             assert got == pytest.approx(expected, rel=1e-5)
 
 
@@ -202,10 +201,10 @@ def test_perplexity_is_taken_without_dropout_and_leaves_training_mode(tiny_llama
 
     model = peft.get_peft_model(tiny_llama, CeraConfig(r=4, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"))
     supervised = SupervisedLoss(model, tiny_llama)
-    supervised(None)
+    supervised.probe()
     supervised.train()
     batches = [(batch, True) for batch in groups_of(*make_rows(), 3, padded_batch)]
-    first, second = (mean_loss(supervised, batches, Accelerator(cpu=True)) for _ in range(2))
+    first, second = (mean_loss(supervised, batches) for _ in range(2))
     assert first == second
     assert supervised.training
 

@@ -6,7 +6,7 @@ import pytest
 
 from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
-from cera_train.model.loss import SupervisedLoss
+from cera_train.model.loss import Allowed, SupervisedLoss
 from cera_train.training.console import describe_speed
 
 
@@ -19,7 +19,7 @@ from cera_train.training.console import describe_speed
             "flat",
             True,
             {"flattens": True},
-            "no padding, no attention by sequence (this model's own is not plain causal sdpa)",
+            "no padding, no attention by sequence (this model's attention is not plain causal sdpa)",
         ),
         ("auto", False, {"flattens": True}, "padding (costs less here than a mask over one long row)"),
         ("padded", False, {"flattens": True, "attention": BY_SEQUENCE}, "padding (train.batch_layout=padded)"),
@@ -28,13 +28,13 @@ from cera_train.training.console import describe_speed
 )
 def test_the_layout_comes_with_what_kept_a_faster_one_away(tiny_llama, wanted, is_flat, loss, expected):
     supervised = SupervisedLoss(tiny_llama, tiny_llama)
-    vars(supervised).update(loss)
-    said = describe_speed(BatchLayout(wanted), supervised, is_flat, "")
+    supervised.allowed, supervised.is_flat = Allowed(**loss), is_flat
+    said = describe_speed(BatchLayout(wanted), supervised)
     assert said == f"{expected}; not compiled (train.compile=false)"
 
 
 def test_compiled_layers_and_kernels_are_said(tiny_llama):
     supervised = SupervisedLoss(tiny_llama, tiny_llama)
     supervised.is_compiled = True
-    said = describe_speed(BatchLayout.padded, supervised, False, "no Triton kernels beside compiled layers")
+    said = describe_speed(BatchLayout.padded, supervised, "no Triton kernels beside compiled layers")
     assert said.endswith("; compiled layers; no Triton kernels beside compiled layers")

@@ -63,7 +63,7 @@ class Failing(Tracker):
 
 
 def test_a_tracker_that_fails_is_left_out_once_and_training_goes_on(tiny_config, monkeypatch, capsys):
-    monkeypatch.setattr("cera_train.training.train.start_tracker", lambda *args: Guarded(TrackerKind.wandb, Failing))
+    monkeypatch.setattr("cera_train.training.session.start_tracker", lambda *args: Guarded(TrackerKind.wandb, Failing))
     result = train(tiny_config())
     assert result["updates"] == 12
     errors = capsys.readouterr().err

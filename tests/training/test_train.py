@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import AutoModelForCausalLM
 
-import cera_train.training.train as train_module
 from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.distributed.config import Strategy
@@ -68,7 +67,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished, tiny_folder)
     folder = folder_of(config)
     assert sorted(path.name for path in folder.iterdir()) == [
         *("adapter", "best", "checkpoints", "config.yaml", "environment.json"),
-        *("metrics.jsonl", "result.json", "run.png", "spectrum.json"),
+        *("metrics.jsonl", "result.json", "run.png", "spectra.jsonl", "spectrum.json"),
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(config)
@@ -90,8 +89,12 @@ def test_metrics_have_the_promised_names(finished):
     assert {
         *("eval/loss", "eval/perplexity", "spectrum/effective_rank/mean", "spectrum/effective_rank/max"),
         *("spectrum/manifold_dimension/mean", "spectrum/dead_units/mean"),
-        "spectrum/effective_rank/model.layers.0.self_attn.q_proj",
     } <= evaluation.keys()
+    assert not [name for name in evaluation if "layers" in name]
+    spectra = [json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in spectra] == [0, 4, 8, 12]
+    module = spectra[-1]["modules"]["model.layers.0.self_attn.q_proj"]
+    assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
 
@@ -168,7 +171,7 @@ def test_resume_from_a_path_goes_on_from_there(tiny_config):
 
 def test_a_finished_run_started_again_returns_its_result(finished, capsys, monkeypatch):
     config, result = finished
-    monkeypatch.setattr(train_module, "load_model", None)  # nothing is loaded for it
+    monkeypatch.setattr("cera_train.training.session.load_model", None)  # nothing is loaded for it
     assert train(config) == result
     assert "finished" in capsys.readouterr().out
 
