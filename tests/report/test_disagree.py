@@ -103,7 +103,7 @@ def test_trajectories_are_compared_by_their_steps(tmp_path: Path, capsys) -> Non
     disagree(*runs)
     shown = capsys.readouterr().out
     assert re.findall(r"^--- \d+ of 1: (id\d+) ", shown, re.MULTILINE) == ["id001"]
-    assert f"{'A, 1 of 4 steps right: a':<48} | B, 3 of 4 steps right: b" in shown
+    assert f"{'A, 25% of steps right: a':<48} | B, 75% of steps right: b" in shown
 
 
 def test_a_folder_of_one_run_is_that_run(tmp_path: Path, capsys) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from html import unescape
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -14,10 +13,11 @@ from made_runs import add_evaluation, make_run, result_of, two_runs
 from matplotlib.figure import Figure
 
 from cera_train.card import escape
+from cera_train.drawing import LONGEST_LABEL, Picture, render, shortened
 from cera_train.report import say_report, write_report
 from cera_train.report.comparison import paired_tests
 from cera_train.report.page import compare_runs
-from cera_train.report.pictures import LIGHT, MOST_POINTS, _shortened, spread, thinned
+from cera_train.report.pictures import MOST_POINTS, thinned
 from cera_train.report.runs import read_runs
 from cera_train.report.table import build_columns
 
@@ -77,10 +77,13 @@ def test_several_samples_give_pass_at_one_and_at_n(tmp_path: Path) -> None:
     assert table["MATH exact pass@4"][0][0] == "50.0%"
 
 
-def test_problems_that_came_out_alike_give_no_interval(tmp_path: Path) -> None:
+def test_none_or_all_of_the_problems_have_the_exact_interval(tmp_path: Path) -> None:
+    """1 - 0.025^(1/40) = 8.8 %: a bootstrap of problems that came out alike gives a point."""
     run = make_run(tmp_path / "a")
     add_evaluation(run, "math", solved=set())
-    assert cells(run)["MATH exact"] == [("0.0%", "all alike: no interval")]
+    add_evaluation(run, "gsm8k", solved=set(range(40)))
+    assert cells(run)["MATH exact"] == [("0.0%", "0.0 to 8.8%")]
+    assert cells(run)["GSM8K exact"] == [("100.0%", "91.2 to 100.0%")]
 
 
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
@@ -129,11 +132,10 @@ def test_the_jobs_of_a_sweep_come_by_the_numbers_in_their_names(tmp_path: Path) 
     assert [run.name for run in read_runs([tmp_path])] == names
 
 
-def test_a_picture_names_a_job_by_its_values() -> None:
-    assert _shortened("adapter=cera,adapter.r=64,optimizer.lr=0.0003") == "cera r=64 lr=0.0003"
-    assert _shortened("rank_lr/adapter=lora,adapter.r=512") == "rank_lr/lora r=512"
-    assert _shortened("math_r64") == "math_r64"
-    assert len(_shortened("x" * 100)) < 33
+def test_a_long_name_is_shortened_in_the_middle() -> None:
+    assert shortened("math_r64") == "math_r64"
+    assert len(short := shortened("x" * 100 + "r=64")) == LONGEST_LABEL
+    assert short.endswith("r=64")
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
     assert table["time"] == [("5:00",)]
     assert "parameters" not in table
     report = compare_runs([run], tmp_path / "report")
-    assert report.missing[0] == "a is unfinished (update 50): its row has what it has written so far."
+    assert report.missing[0] == "a is unfinished (update 50): its row has its latest figures."
 
 
 def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
@@ -210,13 +212,11 @@ def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
     (poor / "spectrum.json").unlink()
     add_evaluation(complete, "gsm8k", finished=False)
     missing = compare_runs([complete, poor], tmp_path / "report").missing
-    assert "lora_512: result.json has no peak memory." in missing
-    assert "lora_512: there is no spectrum.json, so the spectra are without it." in missing
-    assert "cera_64: the evaluation on GSM8K is unfinished." in missing
+    assert "lora_512 has no peak memory in its result.json." in missing
+    assert "lora_512 has no spectrum.json, so the spectra are without it." in missing
+    assert "cera_64 has an unfinished evaluation on GSM8K." in missing
     assert "Not evaluated on GSM8K: lora_512." in missing
-    assert (
-        "No figure of the paper's applies to lora_512: its recipe names none, or a setting was overridden." in missing
-    )
+    assert not any("paper" in line for line in missing)
 
 
 @pytest.mark.parametrize("key", sorted(result_of("cera", 64, 1.9)))
@@ -235,9 +235,9 @@ def test_a_published_figure_without_a_column_and_an_evaluation_without_settings_
     run = make_run(tmp_path / "a", published={"spectrum/dead_units/mean": 0.25, "spectrum/effective_rank/max": 330.0})
     (add_evaluation(run, "math") / "config.yaml").unlink()
     missing = compare_runs([run], tmp_path / "report").missing
-    assert "a: the paper's spectrum/dead_units/mean, 0.25, has no column." in missing
+    assert "a has no column for the paper's spectrum/dead_units/mean, 0.25." in missing
     assert not any("effective_rank" in line for line in missing)
-    assert "a: eval/math has no config.yaml and is left out." in missing
+    assert "a has no config.yaml in eval/math, which is left out." in missing
 
 
 def test_adapters_that_give_no_output_have_no_spectra(tmp_path: Path) -> None:
@@ -348,7 +348,7 @@ def test_trajectories_are_tested_by_their_steps_without_the_papers_case(tmp_path
     (test,), _ = paired_tests(read_runs(runs))
     assert (test.problems, test.means, test.mcnemar) == (39, (0.0, 0.25), None)
     assert test.verdict == "b is better"
-    assert test.evidence.startswith("mean over 39 problems, step by step: +25.0 points for b")
+    assert test.evidence.startswith("mean over 39 problems, by steps: +25.0 points for b")
 
 
 def test_grades_that_are_missing_stop_the_test_not_the_report(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
         add_evaluation(run, solved={1})
     tests, notes = paired_tests(read_runs(runs))
     assert [(test.first, test.second) for test in tests] == [("a", name) for name in "bcdefg"]
-    assert notes[0] == "GSM8K: of 7 runs each is tested against the first, a, only."
+    assert notes[0] == "GSM8K: each of 7 runs is tested against the first only, a."
     assert notes[1].startswith("These are 6 tests")
 
 
@@ -374,7 +374,7 @@ def test_perplexities_on_different_rows_are_said_not_to_compare(tmp_path: Path) 
     assert compare_runs(same, tmp_path / "report").cautions == []
     other = make_run(tmp_path / "c", **{"data.loss_on": "completion"})
     report = compare_runs([*same, other], tmp_path / "report")
-    assert "a, b | c (data.loss_on differ)" in report.cautions[0]
+    assert "tokens (data.loss_on), and cannot be ranked: a, b | c." in report.cautions[0]
     assert "Perplexity against rank (a, b)" in [picture.title for picture in report.pictures]
     assert any("evaluation rows and model as c" in line for line in report.not_shown)
 
@@ -387,13 +387,15 @@ def test_the_hub_does_not_matter_to_rows_from_files(tmp_path: Path) -> None:
 
 def test_held_out_rows_depend_on_the_training_files(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, **{"data.train_files": [f"{name}.jsonl"], "data.eval_rows": 9}) for name in "ab"]
-    assert "a | b (data.train_files differ)" in compare_runs(runs, tmp_path / "report").cautions[0]
+    assert (
+        "tokens (data.train_files), and cannot be ranked: a | b." in compare_runs(runs, tmp_path / "report").cautions[0]
+    )
 
 
 def test_spectra_on_probes_of_different_size_are_said_not_to_compare(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, **{"train.probe_tokens": size}) for name, size in (("a", 512), ("b", 2048))]
     (note,) = compare_runs(runs, tmp_path / "report").cautions
-    assert note == "Spectra are taken on more tokens of some runs than of others: a | b."
+    assert note == "Spectra are taken on probes of different size: a | b."
 
 
 def test_accuracies_on_different_problems_are_said_not_to_compare(tmp_path: Path) -> None:
@@ -437,7 +439,7 @@ def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) ->
     picture = pictures["accuracy-logistic_map"]
     assert picture.alt.endswith("a: 25.0%; b: 50.0%.")
     assert picture.caption == "Steps right."
-    picture.draw(axes := Figure().subplots(), LIGHT)
+    picture.draw(axes := Figure().subplots())
     assert {point for line in axes.lines for point in line.get_ydata()} == {25, 50}
 
 
@@ -462,7 +464,7 @@ def test_evaluations_with_other_settings_are_said(tmp_path: Path) -> None:
     add_evaluation(first)
     add_evaluation(second, **{"task.max_new_tokens": 256})
     report = compare_runs([first, second], tmp_path / "report")
-    assert report.cautions == ["GSM8K was not evaluated alike: task.max_new_tokens 512 and 256."]
+    assert report.cautions == ["Evaluations on GSM8K differ in their settings: task.max_new_tokens 512 and 256."]
 
 
 def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
@@ -534,7 +536,7 @@ def test_the_ticks_of_a_curve_are_plain_numbers(tmp_path: Path, losses: tuple[fl
     (picture,) = [own for own in compare_runs([run], tmp_path).pictures if own.name == "training-curves"]
     figure = Figure()
     with matplotlib.rc_context({"text.parse_math": False}):
-        picture.draw(axes := figure.subplots(), LIGHT)
+        picture.draw(axes := figure.subplots())
         figure.draw_without_rendering()
         axis = axes.yaxis
         low, high = axes.get_ylim()
@@ -547,14 +549,13 @@ def test_the_ticks_of_a_curve_are_plain_numbers(tmp_path: Path, losses: tuple[fl
     assert all(float(text) >= 0 for text in texts)
 
 
-def test_labels_keep_their_distance_and_stay_inside() -> None:
-    for heights in ([0.5], [0.1, 0.1, 0.1], [0.0, 0.0, 0.99, 1.0], [0.2, 0.25, 0.5, 0.52, 0.9]):
-        placed = spread(heights, 0.1)
-        assert all(b - a >= 0.1 - 1e-9 for a, b in pairwise(placed))
-        assert min(placed) >= -1e-9
-        assert max(placed) <= 1 + 1e-9
-    assert spread([0.2, 0.6], 0.1) == [0.2, 0.6]
-    assert spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
+def test_every_run_has_its_line_in_the_legend() -> None:
+    def draw(axes) -> None:
+        for number in range(12):
+            axes.plot([0, 1], [number, number], label=f"run {number}")
+
+    svg = render(Picture("a", "A", "", "", draw), "svg").decode()
+    assert [name for name in re.findall(r">(run \d+)<", svg)] == [f"run {number}" for number in range(12)]
 
 
 def test_a_long_curve_is_averaged_over_stretches() -> None:
