@@ -68,19 +68,14 @@ class PairedTest:
         if self.interval_leaves_out_zero != self.is_shown:
             size += "; the two tests disagree, and McNemar's, which is exact, decides"
         alone = f"{self.mcnemar.only_first:,} to {self.mcnemar.only_second:,} of {self.problems:,} problems"
-        return f"{alone} that only one of them solves, p {format_p(self.mcnemar.p_value)}; {size}"
-
-
-def format_p(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}" if value < 0.1 else f"= {value:.2f}"
+        p = self.mcnemar.p_value
+        p_text = "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+        return f"{alone} that only one of them solves, p {p_text}; {size}"
 
 
 def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
-    """Tests every pair of runs on every task that both have; each of more than 6 runs against the first only.
-
-    Returns:
-        The tests, and notes, such as why a test was not made.
-    """
+    """A test of every pair of runs on every task that both have, or of each of more than 6 runs against the first; and
+    notes, such as why a test was not made."""
     tests, notes = [], []
     for task in task_names(runs):
         name, ready = display_name(task), graded(runs, task)
@@ -192,7 +187,9 @@ def _problem_ids(evaluation: Evaluation) -> frozenset[str]:
 
 def _perplexity_rows(run: Run, evaluation: Evaluation) -> tuple:
     """Equal for evaluations of perplexity on the same tokens."""
-    is_own_data = evaluation.task.kind != "text" and not any(key.startswith("data.") for key in evaluation.settings)
+    is_own_data = evaluation.known.task_kind != "text" and not any(
+        key.startswith("data.") for key in evaluation.settings
+    )
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith(("task.", "data"))}
     return run.base, decides_rows(settings), run.evaluation_rows if is_own_data else ()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cera_train.records import UserError
 from cera_train.report.comparison import compare, graded, scores_by_problem
-from cera_train.report.runs import Evaluation, Run, read_runs
+from cera_train.report.runs import Run, read_runs
 from cera_train.report.tasks import display_name
 from cera_train.report.terminal import terminal_width
 from cera_train.words import clean, say
@@ -20,13 +20,10 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     """Prints the counts, the paired test, and every problem on which two runs differ.
 
     Args:
-        first: the folder of a run, or of another that has evaluations.
-        second: the folder to compare it with.
         task: the evaluation to look at. None: the one that both have.
 
     Raises:
-        UserError: a folder is not that of one run, there is no such common task, or it was evaluated on different
-            problems.
+        UserError: a folder is not that of one run, or there is no such task that both answered the same problems of.
     """
     runs = [_one_run(first), _one_run(second)]
     if runs[0].folder.resolve() != runs[1].folder.resolve():
@@ -44,9 +41,7 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     if test.mcnemar is not None:
         for label, pair in {"both right": (1, 1), "only A": (1, 0), "only B": (0, 1), "neither": (0, 0)}.items():
             say(label, f" {list(pairs.values()).count(pair):,}")
-    say(
-        "test", f" {textwrap.fill(f'{test.verdict}: {test.evidence}', width - 12).replace(chr(10), chr(10) + ' ' * 12)}"
-    )
+    print(textwrap.fill(clean(f"test        {test.verdict}: {test.evidence}"), width, subsequent_indent=" " * 12))
     for settings in test.other_settings:
         say("not alike", f" {settings}")
     if not different:
@@ -56,10 +51,8 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
         print(f"\n{f'--- {number} of {len(different)}: {clean(name)} ':-<{width}}")
         print("\n".join([*wrap(problem.question, width), clean(f"gold: {problem.gold}")]))
         half = (width - len(GAP)) // 2
-        columns = [
-            _column(run, *own, name, test.grader, half) for run, *own in zip(runs, "AB", evaluations, strict=True)
-        ]
-        for left, right in zip_longest(*columns, fillvalue=""):
+        sides = (_column(run, letter, task, name, test.grader, half) for run, letter in zip(runs, "AB", strict=True))
+        for left, right in zip_longest(*sides, fillvalue=""):
             print(f"{left:<{half}}{GAP}{right}".rstrip())
 
 
@@ -84,9 +77,10 @@ def _common_task(runs: list[Run], task: str | None) -> str:
     return task or common[0]
 
 
-def _column(run: Run, letter: str, evaluation: Evaluation, problem: str, grader: str, width: int) -> list[str]:
+def _column(run: Run, letter: str, task: str, problem: str, grader: str, width: int) -> list[str]:
     """The lines of one side: verdicts, answers and generations of one run."""
-    answers, score, lines = evaluation.answers, evaluation.report.paired_score, []
+    evaluation, lines = run.evaluations[task], []
+    answers, score = evaluation.answers, evaluation.report.paired_score
     for grade in answers.grades[problem]:
         verdict = f"{score(grade):.0%} of {grader} right" if score else "right" if getattr(grade, grader) else "wrong"
         sample = f", sample {grade.sample}" * (len(answers.grades[problem]) > 1)

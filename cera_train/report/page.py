@@ -78,11 +78,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Report:
-    """The comparison, before it is written to `output`.
-
-    Raises:
-        UserError: as `write_report`.
-    """
+    """The comparison, before it is written to `output`; raises as `write_report`."""
     runs = read_runs(folders)
     tests, test_notes = paired_tests(runs)
     pictures, not_shown = plan_pictures(runs)

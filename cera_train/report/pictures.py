@@ -48,6 +48,10 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
+def _or_infinite(value: float | None) -> float:
+    return value if _is_finite(value) else math.inf
+
+
 def _xy(points: Iterable[tuple[float, float | None]]) -> tuple[list[float], list[float]]:
     finite = [(x, y) for x, y in points if _is_finite(y)]
     return [x for x, _ in finite], [y for _, y in finite]
@@ -88,11 +92,15 @@ def _against_rank(runs: Sequence[Run], name: str, quantity: str, figure: str, na
     styles = styles_of({method: same[0].kind for method, same in methods.items()})
 
     def draw(axes: Axes) -> None:
-        _rank_axis(axes, ranks, quantity.lower())
+        if len(ranks) > 1:
+            axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [f"{rank:,}" for rank in ranks])
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="rank r", ylabel=quantity.lower())
         for method, same in methods.items():
             style = styles[method]
-            best = [min(tied, key=_perplexity_or_last) for tied in group_by(same, lambda run: run.rank).values()]
-            best.sort(key=lambda run: run.rank)
+            worst_first = sorted(same, key=lambda run: (run.rank, -_or_infinite(run.figures.perplexity)))
+            best = {run.rank: run for run in worst_first}.values()
             for place, dash in enumerate(["-", ":"][: len(attributes)]):
                 face = {"markerfacecolor": BACKGROUND} if place else {}
                 label = f"{method}, largest module" if place else method
@@ -104,7 +112,14 @@ def _against_rank(runs: Sequence[Run], name: str, quantity: str, figure: str, na
         if has_bound:  # as far as it is near the figures
             top = axes.get_ylim()[1]
             axes.plot(
-                ranks, ranks, color=COLORS["base"], linewidth=1.1, linestyle="--", marker="_", zorder=1, label="r"
+                ranks,
+                ranks,
+                color=COLORS["base"],
+                linewidth=1.1,
+                linestyle="--",
+                marker="_",
+                zorder=1,
+                label="r, at most",
             )
             axes.set_ylim(0, min(max(top, 1.05 * ranks[-1]), 2 * top))
 
@@ -120,30 +135,16 @@ def _against_rank(runs: Sequence[Run], name: str, quantity: str, figure: str, na
     return Picture(name, title, f"{title}{' (mean / max)' * is_spectrum}. {shown}.", caption.strip(), draw)
 
 
-def _perplexity_or_last(run: Run) -> float:
-    return run.figures.perplexity if _is_finite(run.figures.perplexity) else math.inf
-
-
-def _rank_axis(axes: Axes, ranks: list[int], quantity: str) -> None:
-    if len(ranks) > 1:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(ranks, [f"{rank:,}" for rank in ranks])
-    axes.set_xticks([], minor=True)
-    axes.set(xlabel="rank r", ylabel=quantity)
-
-
 # --- spectra and curves ----------------------------------------------------------------------------------------------
 
 
 def _spectra(runs: Sequence[Run]) -> Picture | str:
     spectra = {run.name: mean_spectrum(run.files.spectrum) for run in runs}
     lines = {name: [(k, value) for k, value in enumerate(own, start=1) if value > 0] for name, own in spectra.items()}
-    caption = (
-        "Singular values of the branch's centred output over their sum, in the mean over modules. Flatter is more "
-    )
+    caption = "Singular values of the branch's centred output over their sum, in the mean over modules."
     reason = "no adapter gives an output" if any(spectra.values()) else "no run has a spectrum.json"  # B is still zero
     axes = ("direction", "share of the singular values")
-    return _curves(runs, "spectra", "Spectra", axes, lines, caption + "directions in use.", reason)
+    return _curves(runs, "spectra", "Spectra", axes, lines, f"{caption} Flatter is more directions in use.", reason)
 
 
 def _training_curves(runs: Sequence[Run]) -> Picture | str:

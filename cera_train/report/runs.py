@@ -29,21 +29,15 @@ NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 
 
 @dataclass
-class AdapterSettings(Record):
-    """What the report reads of an adapter's settings."""
+class KnownSettings(Record):
+    """The settings that the report reads by name, of a run or of an evaluation."""
 
     kind: str | None = key("adapter.kind")
     r: int | None = key("adapter.r")
     alpha: float | None = key("adapter.alpha")
     activation: str | None = key("adapter.activation")
-
-
-@dataclass
-class TaskSettings(Record):
-    """What the report reads of an evaluation's settings."""
-
-    kind: str | None = key("task.kind")
-    limit: int | None = key("task.limit")
+    task_kind: str | None = key("task.kind")
+    task_limit: int | None = key("task.limit")
 
 
 @dataclass(frozen=True)
@@ -53,13 +47,13 @@ class Evaluation:
     name: str
     folder: Path
     settings: Settings
-    task: TaskSettings
+    known: KnownSettings
     result: AccuracyResult | PerplexityResult | None
     """None: it is unfinished."""
 
     @property
     def report(self) -> TaskReport:
-        return task_report((self.result and self.result.kind) or self.task.kind)
+        return task_report((self.result and self.result.kind) or self.known.task_kind)
 
     @property
     def title(self) -> str:
@@ -108,7 +102,7 @@ class Run:
     name: str
     settings: Settings
     """config.yaml; without training, what is known of it."""
-    adapter: AdapterSettings
+    known: KnownSettings
     evaluations: dict[str, Evaluation]
     is_training: bool = False
     """False: there are evaluations only."""
@@ -126,16 +120,16 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return self.adapter.kind or "base"
+        return self.known.kind or "base"
 
     @property
     def rank(self) -> int | None:
-        return self.adapter.r
+        return self.known.r
 
     @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
-        alpha, gate = self.adapter.alpha, self.adapter.activation or "silu"
+        alpha, gate = self.known.alpha, self.known.activation or "silu"
         variant = [gate] if self.kind == "cera" and gate != "silu" else []
         variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != self.rank else []
         return METHODS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
@@ -215,11 +209,11 @@ def _read_run(folder: Path) -> Run:
     if not fits(published, dict[str, float]):
         raise UserError(f"{path} is broken: its published is {str(published)[:40]!r}. {RESTORE}")
     settings = flatten(tree)
-    adapter = AdapterSettings.from_json(settings, path)
-    if adapter.kind is None:
-        raise UserError(f"{path} is broken: it has no {adapter.key_of('kind')}. {RESTORE}")
+    known = KnownSettings.from_json(settings, path)
+    if known.kind is None:
+        raise UserError(f"{path} is broken: it has no {known.key_of('kind')}. {RESTORE}")
     name = clean(str(tree.get("name") or folder.resolve().name))  # no picture can show half of a surrogate pair
-    return Run(folder, name, settings, adapter, evaluations, True, RunFiles.read(folder), published)
+    return Run(folder, name, settings, known, evaluations, True, RunFiles.read(folder), published)
 
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
@@ -228,7 +222,7 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
     if not path.is_file():
-        return Run(folder, place.name, settings, AdapterSettings(), evaluations)
+        return Run(folder, place.name, settings, KnownSettings(), evaluations)
     if (run := run_of(place)) is not None:
         path = run / "config.yaml"
         settings = flatten(read_yaml(path))
@@ -238,11 +232,11 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
         kind = kind or str(adapter.get("peft_type", "")).lower()
         settings |= {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
     name = f"{place.parent.name}/{place.name}"
-    return Run(folder, name, settings, AdapterSettings.from_json(settings, path), evaluations)
+    return Run(folder, name, settings, KnownSettings.from_json(settings, path), evaluations)
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
     path, result = folder / "config.yaml", folder / "result.json"
     settings = flatten(read_yaml(path))
     found = read_evaluation_result(result) if result.is_file() else None
-    return Evaluation(folder.name, folder, settings, TaskSettings.from_json(settings, path), found)
+    return Evaluation(folder.name, folder, settings, KnownSettings.from_json(settings, path), found)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cera_train.report.runs import PERPLEXITY, Run, accuracy_metric
+from cera_train.report.runs import Run, accuracy_metric
 from cera_train.report.tasks import Metric, display_name, task_report
 from cera_train.results import Accuracies, AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 from cera_train.words import duration, gigabytes
@@ -44,21 +44,32 @@ def build_columns(runs: Sequence[Run]) -> list[Column]:
         ("r", QUALITY, lambda run: Cell(_format(run.rank, "{:,}"))),
         ("parameters", QUALITY, _parameters),
         ("perplexity", QUALITY, _perplexity),
-        *((_label(task, metric), QUALITY, _of_task(task, metric)) for task, metric in task_metrics(runs)),
+        *((f"{display_name(task)} {own.label}", QUALITY, _of_task(task, own)) for task, own in task_metrics(runs)),
         ("effective rank, mean / max", RANK, lambda run: _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
         ("manifold dimension, mean / max", RANK, lambda run: _mean_and_max(run, "manifold_dimension")),
         ("tokens/s", COST, lambda run: Cell(_format(run.figures.tokens_per_s, "{:,.0f}"))),
         ("peak memory", COST, lambda run: Cell(_format(run.figures.peak_memory_bytes, gigabytes))),
-        ("time", COST, _time),
+        (
+            "time",
+            COST,
+            lambda run: Cell(_format(run.figures.seconds, duration), _note(run.figures.updates, "{:,} updates")),
+        ),
     ]
     columns = [Column(label, group, [cell(run) for run in runs]) for label, group, cell in makers]
     return [column for column in columns if any(cell.value or cell.notes for cell in column.cells)]
 
 
 def _parameters(run: Run) -> Cell:
-    share = run.figures.trainable_share
-    notes = () if share is None else (f"{share:.2%} of the model",)
-    return Cell(_format(run.figures.trainable_parameters, "{:,}"), notes)
+    share = _note(run.figures.trainable_share, "{:.2%} of the model")
+    return Cell(_format(run.figures.trainable_parameters, "{:,}"), share)
+
+
+def _time(run: Run) -> Cell:
+    return Cell(_format(run.figures.seconds, duration), _note(run.figures.updates, "{:,} updates"))
+
+
+def _note(value: float | None, form: str) -> tuple[str, ...]:
+    return () if value is None else (form.format(value),)
 
 
 def _perplexity(run: Run) -> Cell:
@@ -82,11 +93,6 @@ def _mean_and_max(run: Run, quantity: str, note: str = "") -> Cell:
     return Cell(" / ".join(text or NOTHING for text in texts) if any(texts) else None, tuple(notes))
 
 
-def _time(run: Run) -> Cell:
-    updates = run.figures.updates
-    return Cell(_format(run.figures.seconds, duration), () if updates is None else (f"{updates:,} updates",))
-
-
 def task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
     """The metrics of each task that get a column: those of the evaluations, then the paper's."""
     found: dict[str, dict[str, Metric]] = {}
@@ -98,12 +104,6 @@ def task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
         metric = accuracy_metric(name) if Accuracies.takes(name) else Metric(name, name, is_share=False)
         found.setdefault(task, {}).setdefault(name, known.get(name, metric))
     return [(task, metric) for task in sorted(found) for metric in found[task].values()]
-
-
-def _label(task: str, metric: Metric) -> str:
-    """MATH exact, MATH exact pass@8, logistic map steps right; perplexity, task forgetting."""
-    is_last = metric == PERPLEXITY
-    return f"{metric.label}, task {display_name(task)}" if is_last else f"{display_name(task)} {metric.label}"
 
 
 def _of_task(task: str, metric: Metric) -> Callable[[Run], Cell]:
@@ -120,8 +120,8 @@ def _of_task(task: str, metric: Metric) -> Callable[[Run], Cell]:
         if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
             notes.append(f"{result.perplexity_base:.3f} without adapter")
         notes += paper_notes(run, key, value, metric.is_share)
-        if evaluation.task.limit is not None and key in run.published:
-            notes.append(f"ours of the first {evaluation.task.limit:,} problems")
+        if evaluation.known.task_limit is not None and key in run.published:
+            notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
         return Cell(_format(value, "{:.1%}" if metric.is_share else "{:.3f}"), tuple(notes))
 
     return cell

@@ -101,7 +101,7 @@ def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -
     assert table["logistic map steps right"][0] == ("62.5%",)
     assert table["logistic map state collapse"][0] == ("25.0%",)
     assert "logistic map verified" not in table
-    assert table["perplexity, task forgetting"][0] == ("12.345", "12.000 without adapter")
+    assert table["forgetting perplexity"][0] == ("12.345", "12.000 without adapter")
 
 
 def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
