@@ -97,6 +97,7 @@ def _against_rank(runs: Sequence[Run], name: str, quantity: str, figure: str, na
         axes.set_xticks(ranks, [f"{rank:,}" for rank in ranks])
         axes.set_xticks([], minor=True)
         axes.set(xlabel="rank r", ylabel=quantity.lower())
+        axes.margins(y=0.15)
         for method, same in methods.items():
             style = styles[method]
             worst_first = sorted(same, key=lambda run: (run.rank, -_or_infinite(run.figures.perplexity)))
