@@ -52,7 +52,7 @@ STYLE = {
 @dataclass(frozen=True)
 class Picture:
     name: str
-    """Of its file."""
+    """The stem of its file."""
     title: str
     alt: str
     """What the picture shows, in words."""

@@ -38,7 +38,7 @@ class RunResult(Record):
     perplexity: float | None = key("eval/perplexity")
     """After the last update."""
     perplexity_before: float | None = None
-    """Of the untouched base model."""
+    """The perplexity of the untouched base model."""
     best_perplexity: float | None = None
     best_update: int | None = None
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
@@ -103,7 +103,7 @@ class ModuleSpectrumRecord(Record):
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
     singular_values: list[float] = field(default_factory=list)
-    """Of the centred branch output, descending."""
+    """Singular values of the centred branch output, descending."""
 
 
 def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
