@@ -49,11 +49,7 @@ def build_columns(runs: Sequence[Run]) -> list[Column]:
         ("manifold dimension, mean / max", RANK, lambda run: _mean_and_max(run, "manifold_dimension")),
         ("tokens/s", COST, lambda run: Cell(_format(run.figures.tokens_per_s, "{:,.0f}"))),
         ("peak memory", COST, lambda run: Cell(_format(run.figures.peak_memory_bytes, gigabytes))),
-        (
-            "time",
-            COST,
-            lambda run: Cell(_format(run.figures.seconds, duration), _note(run.figures.updates, "{:,} updates")),
-        ),
+        ("time", COST, _time),
     ]
     columns = [Column(label, group, [cell(run) for run in runs]) for label, group, cell in makers]
     return [column for column in columns if any(cell.value or cell.notes for cell in column.cells)]
