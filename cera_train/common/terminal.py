@@ -5,9 +5,10 @@ Colours and a live bar appear in a terminal only. Nothing here imports torch.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -17,8 +18,11 @@ from rich.text import Text
 
 from cera_train.common.trust import clean
 
-PIPE_WIDTH = 400
+PIPE_WIDTH = 10_000
 """Columns of an output that is no terminal: nothing wraps, since whatever reads it can."""
+
+TEXT_WIDTH = 100
+"""Columns of running text in an output that is no terminal."""
 
 LINE_SECONDS = 60.0
 """A log gets a line of progress at least so often."""
@@ -46,22 +50,27 @@ def print_fields(fields: Mapping[str, str]) -> None:
         print(clean(f"{label:<{max(16, width)}}{value}"), flush=True)
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> None:
-    """Aligned columns; in a terminal that is too narrow, cells wrap.
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> None:
+    """Prints aligned columns. Cells may have several lines, and none is wrapped.
 
     Args:
         header: the columns' names; all empty: no header.
-        left: the columns aligned to the left. The others hold figures, aligned to the right.
+        right: the columns aligned to the right, such as figures.
     """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if index in left else "right")
+        table.add_column(Text(clean(name)), justify="right" if index in right else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(clean(cell)) for cell in row))
     target = console()
     with target.capture() as capture:
         target.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()), flush=True)
+
+
+def terminal_width() -> int:
+    """Columns for running text."""
+    return shutil.get_terminal_size((TEXT_WIDTH, 24)).columns if sys.stdout.isatty() else TEXT_WIDTH
 
 
 class ProgressBar:

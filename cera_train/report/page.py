@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from cera_train.common.drawing import Picture, color_name, inline_svg, render
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_bytes, write_text
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import print_line, print_table, terminal_width
 from cera_train.common.trust import clean
-from cera_train.report.comparison import (
-    PairedTest,
-    cautions,
-    differing_settings,
-    missing_pieces,
-    name_of,
-    paired_tests,
-)
-from cera_train.report.disagree import terminal_width
-from cera_train.report.pictures import DARK, LIGHT, Picture, plan_pictures, render
+from cera_train.report.comparison import PairedTest, cautions, missing_pieces, paired_tests
+from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, read_runs
-from cera_train.report.table import QUALITY, RANK, Column, build_columns
+from cera_train.report.settings import differing_settings
+from cera_train.report.table import RANK, Column, build_columns
+from cera_train.report.tasks import display_name
 from cera_train.runs.card import escape
 
 RANK_NOTE = (
@@ -60,14 +53,7 @@ class Report:
 
     @property
     def rank_note(self) -> str:
-        """Beside effective ranks, where there are any."""
         return RANK_NOTE if any(column.group == RANK for column in self.columns) else ""
-
-    @property
-    def tables(self) -> list[list[Column]]:
-        """The columns as two tables, where one would be too wide."""
-        first = [column for column in self.columns if column.group == QUALITY]
-        return [table for table in (first, [column for column in self.columns if column not in first]) if table]
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Report:
@@ -78,114 +64,84 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
         output: the folder to write to. Files of an earlier report in it are replaced.
 
     Raises:
-        ValueError: a folder holds no run, or a file in it is broken.
+        UserError: a folder holds no run, or a file in it is broken.
     """
     report = compare_runs(folders, output)
     if output.exists() and not output.is_dir():
-        raise UserError(f"{output} is a file: expected a folder for report.md and report.html in --output.")
+        raise UserError(f"--output={output} is a file: expected a folder for report.md and report.html.")
     output.mkdir(parents=True, exist_ok=True)
     for picture in report.pictures:
-        write_bytes(output / f"{picture.name}.png", render(picture, LIGHT, "png"))
-    light, dark = ({picture.name: _data_uri(picture, theme) for picture in report.pictures} for theme in (LIGHT, DARK))
-    write_text(output / "report.md", _template("report.md.jinja").render(report=report))
-    write_text(output / "report.html", _template("report.html.jinja").render(report=report, light=light, dark=dark))
+        write_bytes(output / f"{picture.name}.png", render(picture, "png"))
+    for name in ("report.md", "report.html"):
+        write_text(output / name, template(name).render(report=report))
     return report
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Report:
-    """The comparison, before it is written to `output`.
-
-    Raises:
-        ValueError: as `write_report`.
-    """
+    """The comparison, before it is written to `output`; raises as `write_report`."""
     runs = read_runs(folders)
     tests, test_notes = paired_tests(runs)
     pictures, not_shown = plan_pictures(runs)
-    return Report(
-        runs=runs,
-        columns=build_columns(runs),
-        tests=tests,
-        test_notes=test_notes,
-        cautions=cautions(runs, tests),
-        missing=missing_pieces(runs),
-        pictures=pictures,
-        not_shown=not_shown,
-        settings=differing_settings(runs),
-        output=output,
-    )
+    settings = differing_settings([run.settings for run in runs if run.is_training])
+    columns, warnings, missing = build_columns(runs), cautions(runs, tests), missing_pieces(runs)
+    return Report(runs, columns, tests, test_notes, warnings, missing, pictures, not_shown, settings, output)
 
 
-def _template(name: str) -> Any:
+def template(name: str) -> Any:
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cera_train.report", "templates"),
-        autoescape=name.startswith("report.html"),
+        autoescape=name == "report.html",
         finalize=lambda value: clean(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"md": escape, "task": name_of}
-    return environment.get_template(name)
-
-
-def _data_uri(picture: Picture, theme: Any) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(render(picture, theme, "svg")).decode()
-
-
-# --- the terminal ----------------------------------------------------------------------------------------------------
+    environment.filters |= {"md": escape, "task": display_name, "svg": inline_svg, "color": color_name}
+    return environment.get_template(f"{name}.jinja")
 
 
 def say_report(report: Report) -> None:
-    """The table, the tests and what to know, in the terminal."""
+    """Prints the table, the tests and what to know."""
     width = terminal_width()
-    print(_text_tables(report.runs, report.columns, width) + "\n")
-    if report.rank_note:
-        _say_list("effective rank", [report.rank_note], width)
-    tests = [
-        f"{name_of(test.task)}, {test.first} and {test.second}: {test.verdict}: {test.evidence}."
-        for test in report.tests
-    ]
-    _say_list("paired tests", tests + report.test_notes, width)
-    _say_list("before comparing", report.cautions, width)
-    _say_list("missing", report.missing + report.not_shown, width)
+    _print_tables(report, width)
+    _print_list("effective rank", [report.rank_note] * bool(report.rank_note), width)
+    tests = (
+        f"{display_name(own.task)}, {own.first} and {own.second}: {own.verdict}: {own.evidence}."
+        for own in report.tests
+    )
+    _print_list("paired tests", [*tests, *report.test_notes], width)
+    _print_list("before comparing", report.cautions, width)
+    _print_list("missing", report.missing + report.not_shown, width)
     print_line("report", f" {report.output / 'report.html'}, {report.output / 'report.md'}")
 
 
-def _text_tables(runs: Sequence[Run], columns: Sequence[Column], width: int) -> str:
-    """As many tables as the width needs. What belongs beside a figure stands below it."""
-    names = [["", "run"], *([clean(run.name)] for run in runs)]
+def _print_tables(report: Report, width: int) -> None:
+    """As many tables as the width needs, each with the names of the runs."""
+    names = ["run", *(run.name for run in report.runs)]
     tables = [[names]]
-    for column in columns:
-        heading = column.label.rsplit(", ", 1) if ", " in column.label else ["", column.label]
-        block = [heading, *([cell.text, *cell.notes] for cell in column.cells)]
-        block = [[clean(line) for line in lines] for lines in block]
+    for column in report.columns:
+        block = [column.label.replace(", ", "\n"), *("\n".join([cell.text, *cell.notes]) for cell in column.cells)]
         if sum(map(_width, [*tables[-1], block])) + 2 * len(tables[-1]) > width and len(tables[-1]) > 1:
             tables.append([names])
         tables[-1].append(block)
-    return "\n\n".join(map(_text_table, tables))
+    for table in tables:
+        header, *rows = zip(*table, strict=True)
+        print_table(header, rows, right=range(1, len(header)))
+        print()
 
 
-def _width(block: list[list[str]]) -> int:
-    return max(len(line) for lines in block for line in lines)
+def _width(block: Sequence[str]) -> int:
+    from rich.cells import cell_len
+
+    return max(cell_len(clean(line)) for text in block for line in text.split("\n"))
 
 
-def _text_table(blocks: list[list[list[str]]]) -> str:
-    """Columns of cells of lines, aligned: the first to the left, figures to the right."""
-    rows = []
-    for cells in zip(*blocks, strict=True):
-        for texts in zip_longest(*cells, fillvalue=""):
-            aligned = [f"{text:>{_width(block)}}" for text, block in zip(texts, blocks, strict=True)]
-            rows.append("  ".join([f"{texts[0]:<{_width(blocks[0])}}", *aligned[1:]]).rstrip())
-    return "\n".join(filter(None, rows))  # headings of one line have nothing above it
-
-
-def _say_list(heading: str, lines: Sequence[str], width: int) -> None:
-    if not lines:
-        return
-    print(heading)
-    for line in lines:
-        print(textwrap.fill(clean(line), width, initial_indent="  - ", subsequent_indent="    "))
-    print()
+def _print_list(heading: str, lines: Sequence[str], width: int) -> None:
+    if lines:
+        print(heading)
+        for line in lines:
+            print(textwrap.fill(clean(line), width, initial_indent="  - ", subsequent_indent="    "))
+        print()

@@ -1,33 +1,45 @@
-"""What runs left on the disk, as a report needs it. Nothing is made up: what is not there is None, or an empty list."""
+"""Reads the runs of a report. Nothing is made up: what is not on disk is None, or empty."""
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml
+from cera_train.common.records import RESTORE, Record, fits, key
 from cera_train.common.settings import flatten
 from cera_train.common.trust import clean
 from cera_train.data.config import evaluation_rows
+from cera_train.report.settings import Settings
+from cera_train.report.tasks import Metric, TaskReport, display_name, task_report
 from cera_train.runs.card import NAMES
+from cera_train.runs.graded import GradedAnswers
+from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
 
-KINDS = NAMES | {"base": "untouched base"}
+METHODS = NAMES | {"base": "untouched base"}
 
-STEPS = "steps"
-"""The logistic map's grader beside `exact`: the share of a trajectory's steps that are right."""
-
+PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 """In the name of a folder."""
+
+
+@dataclass
+class KnownSettings(Record):
+    """The settings that the report reads by name, of a run or of an evaluation."""
+
+    kind: str | None = key("adapter.kind")
+    r: int | None = key("adapter.r")
+    alpha: float | None = key("adapter.alpha")
+    activation: str | None = key("adapter.activation")
+    task_kind: str | None = key("task.kind")
+    task_limit: int | None = key("task.limit")
 
 
 @dataclass(frozen=True)
@@ -36,75 +48,52 @@ class Evaluation:
 
     name: str
     folder: Path
-    settings: dict[str, Any]
-    """config.yaml, with dotted keys."""
-    result: dict[str, Any] | None
+    settings: Settings
+    known: KnownSettings
+    result: AccuracyResult | PerplexityResult | None
     """None: it is unfinished."""
 
     @property
-    def is_perplexity(self) -> bool:
-        return self.kind in ("perplexity", "text")
+    def report(self) -> TaskReport:
+        return task_report((self.result and self.result.kind) or self.known.task_kind)
 
     @property
-    def kind(self) -> str:
-        return (self.result or {}).get("kind", self.settings.get("task.kind", ""))
+    def title(self) -> str:
+        return display_name(self.name)
 
     @property
-    def rows(self) -> tuple:
-        """What decides the rows of a perplexity, apart from the run's own data: equal for the same rows."""
-        return evaluation_rows(
-            {key: value for key, value in self.settings.items() if key.startswith(("task.", "data"))}
-        )
+    def is_graded(self) -> bool:
+        """Whether it is finished and has answers."""
+        return isinstance(self.result, AccuracyResult)
 
     @cached_property
-    def problems(self) -> dict[str, dict[str, Any]]:
-        """By id, in the task's order."""
-        return {row["id"]: row for row in _read_lines(self.folder / "problems.jsonl", PROBLEM)}
-
-    @cached_property
-    def grades(self) -> dict[str, list[dict[str, Any]]]:
-        """By problem, one for each sample, without the logistic map's case of the paper, which is not in its accuracy.
-
-        Raises:
-            ValueError: problems have no grades, or there are no problems.
-        """
-        kinds = GRADE | ({"matches": list} if self.kind == "logistic_map" else {})
-        grades: dict[str, list[dict[str, Any]]] = {
-            name: [] for name, row in self.problems.items() if not row.get("paper_case")
-        }
-        if not grades:
-            raise UserError(f"{self.folder} has no problems. {EVALUATE}")
-        for row in _read_lines(self.folder / "grades.jsonl", kinds):
-            if row["problem"] in grades:
-                grades[row["problem"]].append(row)
-        if ungraded := sum(not rows for rows in grades.values()):
-            raise UserError(
-                f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
-                f"grade the answers again with cera-eval grade={self.folder}."
-            )
-        return grades
-
-    def share_right(self, problem: str, grader: str) -> float:
-        """Of the answers to one problem; by STEPS, of their steps."""
-        rows = self.grades[problem]
-        if grader == STEPS:
-            return sum(sum(row["matches"]) / len(row["matches"]) for row in rows) / len(rows)
-        return sum(row[grader] for row in rows) / len(rows)
-
-    @cached_property
-    def texts(self) -> dict[tuple[str, int], str]:
-        """What was generated, by problem and sample."""
-        rows = _read_lines(self.folder / "generations.jsonl", GENERATION)
-        return {(row["problem"], row["sample"]): row["text"] for row in rows}
+    def answers(self) -> GradedAnswers:
+        return GradedAnswers(self.folder, self.report.counts)
 
     @property
-    def samples(self) -> int:
-        return max(len(rows) for rows in self.grades.values())
+    def metrics(self) -> list[Metric]:
+        """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
+        if not self.is_graded:
+            return [PERPLEXITY] if self.result else []
+        wanted = (1, self.result.samples)
+        shown = sorted((own.k, own.grader, own.key) for own in self.result.accuracies.found if own.k in wanted)
+        added = [metric for metric in self.report.shown if metric.key in self.result.details]
+        return [accuracy_metric(name) for _, _, name in shown] + added
 
-    @property
-    def is_verified(self) -> bool:
-        """Whether the second grader looked at every answer."""
-        return all(row.get("verified") is not None for rows in self.grades.values() for row in rows)
+    def value(self, metric: Metric) -> float | None:
+        if self.is_graded:
+            return self.result.figure(metric.key)
+        return self.result.perplexity if self.result and metric == PERPLEXITY else None
+
+    def interval(self, metric: Metric) -> tuple[float, float] | None:
+        """The 95 % interval of an accuracy."""
+        found = self.result.accuracies.found if self.is_graded else []
+        return next((self.result.interval(own) for own in found if own.key == metric.key), None)
+
+
+def accuracy_metric(name: str) -> Metric:
+    """The column of GRADER/pass@K."""
+    return Metric(name, name.removesuffix("/pass@1").replace("/", " "))
 
 
 @dataclass(frozen=True)
@@ -113,86 +102,53 @@ class Run:
 
     folder: Path
     name: str
-    settings: dict[str, Any]
-    """config.yaml, with dotted keys; of what was not trained here only what is known of it."""
-    is_training: bool
+    settings: Settings
+    """config.yaml; without training, what is known of it."""
+    known: KnownSettings
+    evaluations: dict[str, Evaluation]
+    is_training: bool = False
     """False: there are evaluations only."""
-    result: dict[str, Any] | None = None
-    """None: unfinished, or evaluations only."""
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    spectrum: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: RunFiles = field(default_factory=RunFiles)
     published: dict[str, float] = field(default_factory=dict)
     """The paper's figures: a key of result.json, or TASK/METRIC of an evaluation."""
-    evaluations: dict[str, Evaluation] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    """environment.json: where it was trained."""
 
     @property
-    def command(self) -> str | None:
-        """That trained it, as one types it."""
-        words = self.environment.get("command")
-        if not words:
-            return None
-        first, *others = map(str, words)
-        program = Path(first).name
-        start = ["python", "-m", "cera_train"] if program == "__main__.py" else [program]
-        return shlex.join([*start, *others])
-
-    @property
-    def machine(self) -> str | None:
-        """What it was trained on. None: not on record."""
-        known = self.environment
-        if "gpus" not in known:
-            return None
-        names = [str(gpu.get("name")) if isinstance(gpu, dict) else str(gpu) for gpu in known["gpus"] or []]
-        on = ", ".join(names) or f"CPU, {known.get('cpu_threads', '?')} threads"
-        return f"{on}, {known.get('processes', 1)} processes"
+    def figures(self) -> RunResult:
+        return self.files.figures
 
     @property
     def is_unfinished(self) -> bool:
-        return self.is_training and self.result is None
+        return self.is_training and self.files.result is None
 
     @property
     def kind(self) -> str:
-        return self.settings.get("adapter.kind", "base")
+        return self.known.kind or "base"
+
+    @property
+    def rank(self) -> int | None:
+        return self.known.r
 
     @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
-        r, alpha = self.rank, self.settings.get("adapter.alpha")
-        gate = self.settings.get("adapter.activation") or "silu"
+        alpha, gate = self.known.alpha, self.known.activation or "silu"
         variant = [gate] if self.kind == "cera" and gate != "silu" else []
-        variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != r else []
-        return KINDS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
-
-    @property
-    def rank(self) -> int | None:
-        return self.settings.get("adapter.r")
-
-    @property
-    def last_update(self) -> int:
-        return max((line["update"] for line in self.metrics), default=0)
-
-    def measured(self, key: str) -> float | None:
-        """A figure of result.json; of an unfinished run, the last one it wrote down."""
-        if self.result is not None:
-            return self.result.get(key)
-        known = [line[name] for line in self.metrics for name in (key, f"train/{key}") if name in line]
-        return known[-1] if known else None
+        variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != self.rank else []
+        return METHODS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
 
     @property
     def evaluation_rows(self) -> tuple:
-        """What decides on which tokens the perplexity of training is taken: equal for comparable runs."""
+        """What decides the tokens of the perplexity during training: equal for comparable runs."""
         return evaluation_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
 
     @property
     def base(self) -> str:
-        """The model that the adapter is on, with what its weights are kept in: that too changes a perplexity."""
-        path, revision, dtype, quantization = (
+        """The base model, with what its weights are kept in: that too changes a perplexity."""
+        path, revision, *kept = (
             self.settings.get(f"model.{key}") for key in ("path", "revision", "dtype", "quantization")
         )
         named = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
-        return ", ".join([named, *(str(kept) for kept in (dtype, quantization) if kept not in (None, "none"))])
+        return ", ".join([named, *(str(value) for value in kept if value not in (None, "none"))])
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -202,12 +158,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         folders: of a run, of an adapter or a base model with evaluations, or a folder of such folders.
 
     Raises:
-        ValueError: a folder is none of these, or a file in it is broken.
+        UserError: a folder is none of these, or a file in it is broken.
     """
     if not folders:
         raise UserError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
     found = {folder.resolve(): folder for given in folders for folder in _expand(Path(given))}
-    return _with_unique_names([_read_run(folder) for folder in found.values()])
+    runs, depth = [_read_run(folder) for folder in found.values()], 1
+    while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
+        names = ["/".join(run.folder.resolve().parts[-depth:]) if run.name in repeated else run.name for run in runs]
+        runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+        depth += 1
+    return runs
 
 
 def _expand(folder: Path) -> Iterator[Path]:
@@ -235,7 +196,7 @@ def _is_run(folder: Path) -> bool:
 
 def _is_training(folder: Path) -> bool:
     path = folder / "config.yaml"
-    return path.is_file() and "adapter" in _read_yaml(path)  # an evaluation's config.yaml has no adapter
+    return path.is_file() and "adapter" in read_yaml(path)  # an evaluation's config.yaml has no adapter
 
 
 def _read_run(folder: Path) -> Run:
@@ -243,153 +204,41 @@ def _read_run(folder: Path) -> Run:
         path.parent.name: _read_evaluation(path.parent) for path in sorted(folder.glob("eval/*/config.yaml"))
     }
     if not _is_training(folder):
-        name = f"{folder.resolve().parent.name}/{folder.resolve().name}"
-        if not (folder / "adapter_config.json").is_file():
-            name = folder.resolve().name
-        return Run(folder, name, _known_settings(folder, evaluations), False, evaluations=evaluations)
+        return _without_training(folder, evaluations)
     path = folder / "config.yaml"
-    tree = _read_yaml(path)
-    published = _checked(tree.pop("published", None) or {}, path)
-    return Run(
-        folder,
-        clean(str(tree.get("name") or folder.resolve().name)),  # no picture can show half of a surrogate pair
-        _checked(flatten(tree), path, SETTINGS | {"adapter.kind": str, "adapter.r": int}),
-        True,
-        _figures(_read_json(folder / "result.json"), folder / "result.json"),
-        _read_metrics(folder / "metrics.jsonl"),
-        _read_spectrum(folder / "spectrum.json"),
-        _figures(published, path),
-        evaluations,
-        _checked(_read_json(folder / "environment.json") or {}, folder / "environment.json", ENVIRONMENT),
-    )
+    tree = read_yaml(path)
+    published = tree.pop("published", None) or {}
+    if not fits(published, dict[str, float]):
+        raise UserError(f"{path} is broken: its published is {str(published)[:40]!r}. {RESTORE}")
+    settings = flatten(tree)
+    known = KnownSettings.from_json(settings, path)
+    if known.kind is None:
+        raise UserError(f"{path} is broken: it has no {known.key_of('kind')}. {RESTORE}")
+    name = clean(str(tree.get("name") or folder.resolve().name))  # no picture can show half of a surrogate pair
+    return Run(folder, name, settings, known, evaluations, True, RunFiles.read(folder), published)
 
 
-def _known_settings(folder: Path, evaluations: dict[str, Evaluation]) -> dict[str, Any]:
-    """Of an adapter's folder what the run above it or PEFT's file says; of a base model what its evaluations say."""
-    adapter = _read_json(folder / "adapter_config.json")
-    run = run_of(folder.resolve())
-    if adapter is not None and run is not None:
-        return _checked(flatten(_read_yaml(run / "config.yaml")), run / "config.yaml", SETTINGS)
+def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
+    """An adapter's folder, known by the run above it or by PEFT's file; or a base model, known by its evaluations."""
+    place, path = folder.resolve(), folder / "adapter_config.json"
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
-    if adapter is None:
-        return settings
-    kind = str(adapter.get("peft_type", "")).lower()
-    kind = {"use_dora": "dora", "use_rslora": "rslora"}.get(
-        next((name for name in ("use_dora", "use_rslora") if adapter.get(name)), ""), kind
-    )
-    own = {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
-    return settings | _checked(own, folder / "adapter_config.json", SETTINGS)
+    if not path.is_file():
+        return Run(folder, place.name, settings, KnownSettings(), evaluations)
+    if (run := run_of(place)) is not None:
+        path = run / "config.yaml"
+        settings = flatten(read_yaml(path))
+    else:
+        adapter = read_json(path)
+        kind = next((kind for kind in ("dora", "rslora") if adapter.get(f"use_{kind}")), None)
+        kind = kind or str(adapter.get("peft_type", "")).lower()
+        settings |= {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
+    name = f"{place.parent.name}/{place.name}"
+    return Run(folder, name, settings, KnownSettings.from_json(settings, path), evaluations)
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
-    settings = _checked(flatten(_read_yaml(folder / "config.yaml")), folder / "config.yaml", SETTINGS)
-    return Evaluation(
-        folder.name, folder, settings, _figures(_read_json(folder / "result.json"), folder / "result.json")
-    )
-
-
-def _with_unique_names(runs: list[Run]) -> list[Run]:
-    """Runs of one name are told apart by their folders: by as much of the paths as that takes."""
-    depth = 1
-    while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
-        runs = [_named_by_folder(run, depth) if run.name in repeated else run for run in runs]
-        depth += 1
-    return runs
-
-
-def _named_by_folder(run: Run, depth: int) -> Run:
-    return replace(run, name="/".join(run.folder.resolve().parts[-depth:]))
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-RESTORE = "Restore it, or leave the run out."
-EVALUATE = "Evaluate the run again."
-
-Kinds = dict[str, Any]
-"""What a value has to be an instance of, by its name. One that may be None may be missing too."""
-
-NUMBER = int | float
-PROBLEM: Kinds = {"id": str, "question": str, "gold": str}
-GENERATION: Kinds = {"problem": str, "sample": int, "text": str}
-GRADE: Kinds = {"problem": str, "sample": int, "answer": str | None, "exact": bool, "verified": bool | None}
-SETTINGS: Kinds = {
-    "adapter.kind": str | None, "adapter.r": int | None, "adapter.alpha": NUMBER | None,
-    "adapter.activation": str | None, "task.kind": str | None, "task.limit": int | None,
-}  # fmt: skip
-ENVIRONMENT: Kinds = {"command": list | None, "gpus": list | None}
-NO_FIGURES = ("task", "kind", "adapter_kind", "folder", "by_growth", "paper_case", "step_accuracy", "absolute_error")
-"""Of result.json: what is no number, and no report reads as one."""
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        return read_yaml(path)
-    except ValueError as error:
-        raise UserError(f"{error} Or leave the run out.") from error
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file."""
-    try:
-        return read_json(path) if path.is_file() else None
-    except ValueError as error:
-        raise UserError(f"{error} Or leave the run out.") from error
-
-
-def _read_lines(path: Path, kinds: Kinds, mend: str = EVALUATE, may_break_off: bool = False) -> list[dict[str, Any]]:
-    """A file with an object in every line.
-
-    Args:
-        may_break_off: of a run that is still writing, or was cut, the last line may be half a line.
-    """
-    try:
-        lines = path.read_text().splitlines()
-        if may_break_off and lines and not lines[-1].endswith("}"):
-            lines.pop()
-        rows = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. {mend}") from error
-    return [_checked(row, f"{path}:{number}", kinds, mend) for number, row in enumerate(rows, start=1)]
-
-
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    rows = _read_lines(path, {"update": int}, RESTORE, may_break_off=True) if path.is_file() else []
-    return [_figures(row, f"{path}:{number}") for number, row in enumerate(rows, start=1)]
-
-
-def _read_spectrum(path: Path) -> dict[str, dict[str, Any]]:
-    modules = _read_json(path) or {}
-    for name, module in modules.items():
-        values = _checked(module, path, {"singular_values": list})["singular_values"]
-        if not (values and all(isinstance(value, NUMBER) for value in values)):
-            raise UserError(f"{path} is broken: the singular values of {name[:60]!r} are not numbers. {RESTORE}")
-    return modules
-
-
-def _checked(tree: Any, where: Path | str, kinds: Kinds | None = None, mend: str = RESTORE) -> dict[str, Any]:
-    """Names and values, of these kinds.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if not isinstance(tree, dict):
-        raise UserError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {mend}")
-    for name, kind in (kinds or {}).items():
-        if not isinstance(tree.get(name), kind):
-            has = f"its {name} is {str(tree[name])[:40]!r}" if name in tree else f"it has no {name}"
-            raise UserError(f"{where} is broken: {has}. {mend}")
-    return tree
-
-
-def _figures(tree: dict[str, Any] | None, where: Path | str) -> dict[str, Any] | None:
-    """Names and numbers, with two for an interval; None where there is no file."""
-    for name, value in (tree or {}).items():
-        if name.endswith("/interval"):
-            is_sound = isinstance(value, list) and len(value) == 2 and all(isinstance(end, NUMBER) for end in value)
-        else:
-            is_sound = name in NO_FIGURES or isinstance(value, NUMBER | None)
-        if not is_sound:
-            raise UserError(f"{where} is broken: its {name[:60]} is {str(value)[:40]!r}. {RESTORE}")
-    return tree
+    path, result = folder / "config.yaml", folder / "result.json"
+    settings = flatten(read_yaml(path))
+    found = read_evaluation_result(result) if result.is_file() else None
+    return Evaluation(folder.name, folder, settings, KnownSettings.from_json(settings, path), found)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cera_train.common.text import duration, gigabytes
-from cera_train.report.runs import Evaluation, Run
+from cera_train.report.runs import Run, accuracy_metric
+from cera_train.report.tasks import Metric, display_name, task_report
+from cera_train.runs.results import Accuracies, AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 
 NOTHING = "–"
 MINUS = "−"
 
-QUALITY, RANK, COST = "Quality", "Rank", "Cost"
-"""Groups of columns."""
-
-TASK_NAMES = {
-    "math": "MATH",
-    "math500": "MATH-500",
-    "math_hard": "MATH level 5",
-    "gsm8k": "GSM8K",
-    "logistic_map": "logistic map",
-}
+QUALITY, RANK, COST = 1, 2, 3
+"""Groups of columns, in the order of their tables in report.md."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +23,7 @@ class Cell:
     value: str | None
     """None: not measured."""
     notes: tuple[str, ...] = ()
-    """What belongs beside it: a 95 % bootstrap interval, the paper's figure."""
+    """Stand below the value: an interval, the paper's figure."""
 
     @property
     def text(self) -> str:
@@ -40,172 +33,117 @@ class Cell:
 @dataclass(frozen=True)
 class Column:
     label: str
-    group: str
+    group: int
     cells: list[Cell] = field(repr=False)
-
-    @property
-    def is_empty(self) -> bool:
-        return all(cell.value is None and not cell.notes for cell in self.cells)
 
 
 def build_columns(runs: Sequence[Run]) -> list[Column]:
-    """Every column of which a run has a figure, or its recipe the paper's."""
+    """Every column for which a run has a figure, or its recipe the paper's."""
     makers = [
         ("method", QUALITY, lambda run: Cell(run.method)),
         ("r", QUALITY, lambda run: Cell(_format(run.rank, "{:,}"))),
         ("parameters", QUALITY, _parameters),
         ("perplexity", QUALITY, _perplexity),
-        *((label_of(task, metric), QUALITY, _of_task(task, metric)) for task, metric in task_metrics(runs)),
-        (
-            "effective rank, mean / max",
-            RANK,
-            _mean_and_max("spectrum/effective_rank", ("{:,.1f}", "{:,.1f}"), of_rank=True),
-        ),
-        ("manifold dimension, mean / max", RANK, _mean_and_max("spectrum/manifold_dimension", ("{:,.1f}", "{:,.0f}"))),
-        ("tokens/s", COST, _speed),
-        ("peak memory", COST, lambda run: Cell(_format(run.measured("peak_memory_bytes"), gigabytes))),
+        *((f"{display_name(task)} {own.label}", QUALITY, _of_task(task, own)) for task, own in task_metrics(runs)),
+        ("effective rank, mean / max", RANK, lambda run: _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
+        ("manifold dimension, mean / max", RANK, lambda run: _mean_and_max(run, "manifold_dimension")),
+        ("tokens/s", COST, lambda run: Cell(_format(run.figures.tokens_per_s, "{:,.0f}"))),
+        ("peak memory", COST, lambda run: Cell(_format(run.figures.peak_memory_bytes, gigabytes))),
         ("time", COST, _time),
     ]
     columns = [Column(label, group, [cell(run) for run in runs]) for label, group, cell in makers]
-    return [column for column in columns if not column.is_empty]
+    return [column for column in columns if any(cell.value or cell.notes for cell in column.cells)]
 
 
 def _parameters(run: Run) -> Cell:
-    share = run.measured("trainable_share")
-    return Cell(
-        _format(run.measured("trainable_parameters"), "{:,}"), () if share is None else (f"{share:.2%} of the model",)
-    )
-
-
-def _perplexity(run: Run) -> Cell:
-    value = run.measured("eval/perplexity")
-    notes = []
-    if run.is_unfinished and value is not None:
-        measured_at = max(line["update"] for line in run.metrics if "eval/perplexity" in line)
-        notes.append(f"unfinished, at update {measured_at:,}")
-    best, update = run.measured("best_perplexity"), run.measured("best_update")
-    if None not in (value, best, update) and best < value:
-        notes.append(f"best {best:.3f} at update {update:,}")
-    return Cell(_format(value, "{:.3f}"), (*notes, *paper_notes(run, "eval/perplexity", value)))
-
-
-def _mean_and_max(key: str, forms: tuple[str, str], of_rank: bool = False) -> Callable[[Run], Cell]:
-    """Over the adapted modules of a run."""
-
-    def cell(run: Run) -> Cell:
-        values = {name: run.measured(name) for name in (f"{key}/mean", f"{key}/max")}
-        notes = [f"of r = {run.rank:,}"] if of_rank and any(value is not None for value in values.values()) else []
-        for name, value in values.items():
-            notes += [f"{name.rpartition('/')[2]}: {note}" for note in paper_notes(run, name, value)]
-        if all(value is None for value in values.values()):
-            return Cell(None, tuple(notes))
-        shown = [_format(value, form) or NOTHING for value, form in zip(values.values(), forms, strict=True)]
-        return Cell(" / ".join(shown), tuple(notes))
-
-    return cell
-
-
-def _speed(run: Run) -> Cell:
-    return Cell(_format(run.measured("tokens_per_s"), "{:,.0f}"))
+    share = _note(run.figures.trainable_share, "{:.2%} of the model")
+    return Cell(_format(run.figures.trainable_parameters, "{:,}"), share)
 
 
 def _time(run: Run) -> Cell:
-    updates = run.measured("updates")
-    return Cell(_format(run.measured("seconds"), duration), () if updates is None else (f"{updates:,} updates",))
+    return Cell(_format(run.figures.seconds, duration), _note(run.figures.updates, "{:,} updates"))
 
 
-# --- evaluations -----------------------------------------------------------------------------------------------------
+def _note(value: float | None, form: str) -> tuple[str, ...]:
+    return () if value is None else (form.format(value),)
 
 
-def task_metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """The (task, metric) pairs that get a column: pass@1, and pass@n where there are n samples, by both graders."""
-    found: dict[str, dict[str, None]] = {}
+def _perplexity(run: Run) -> Cell:
+    figures, notes = run.figures, []
+    value, best = figures.perplexity, figures.best_perplexity
+    if run.is_unfinished and value is not None:
+        notes.append(f"unfinished, at update {run.files.metrics.evaluations[-1].update:,}")
+    if None not in (value, best, figures.best_update) and best < value:
+        notes.append(f"best {best:.3f} at update {figures.best_update:,}")
+    return Cell(_format(value, "{:.3f}"), (*notes, *paper_notes(run, RunResult.key_of("perplexity"), value)))
+
+
+def _mean_and_max(run: Run, quantity: str, note: str = "") -> Cell:
+    """Over the adapted modules of a run."""
+    values = {end: getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max")}
+    texts = [_format(value, "{:,}" if isinstance(value, int) else "{:,.1f}") for value in values.values()]
+    notes = [note] if note and any(texts) else []
+    for end, value in values.items():
+        key = SpectrumSummary.key_of(f"{quantity}_{end}")
+        notes += [f"{end}: {note}" for note in paper_notes(run, key, value)]
+    return Cell(" / ".join(text or NOTHING for text in texts) if any(texts) else None, tuple(notes))
+
+
+def task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
+    """The metrics of each task that get a column: those of the evaluations, then the paper's."""
+    found: dict[str, dict[str, Metric]] = {}
     for run in runs:
-        for key in run.published:
-            if is_of_task(key):
-                task, metric = key.split("/", 1)
-                found.setdefault(task, {})[metric] = None
-    for run in runs:
-        for name, evaluation in run.evaluations.items():
-            found.setdefault(name, {}).update(dict.fromkeys(_metrics(evaluation)))
-    return [(task, metric) for task in sorted(found) for metric in sorted(found[task], key=_order)]
+        for task, evaluation in run.evaluations.items():
+            found.setdefault(task, {}).update({metric.key: metric for metric in evaluation.metrics})
+    for task, name in (key.split("/", 1) for run in runs for key in run.published if is_of_task(key)):
+        known = {metric.key: metric for metric in task_report(task).shown}
+        metric = accuracy_metric(name) if Accuracies.takes(name) else Metric(name, name, is_share=False)
+        found.setdefault(task, {}).setdefault(name, known.get(name, metric))
+    return [(task, metric) for task in sorted(found) for metric in found[task].values()]
 
 
-def _metrics(evaluation: Evaluation) -> list[str]:
-    result = evaluation.result or {}
-    samples = result.get("samples") or 1
-    wanted = [f"{grader}/pass@{k}" for k in sorted({1, samples}) for grader in ("exact", "verified")]
-    return [key for key in (*wanted, "step_accuracy/mean", "state_collapse", "perplexity") if key in result]
+def _of_task(task: str, metric: Metric) -> Callable[[Run], Cell]:
+    key = f"{task}/{metric.key}"
 
-
-def _order(metric: str) -> tuple:
-    passes = re.fullmatch(r"(\w+)/pass@(\d+)", metric)
-    return (0, int(passes[2]), passes[1]) if passes else (1, 0, "" if metric.startswith("step") else metric)
-
-
-def label_of(task: str, metric: str) -> str:
-    """MATH exact, MATH exact pass@8, GSM8K verified, perplexity on forgetting."""
-    name = TASK_NAMES.get(task, task)
-    if metric == "perplexity":
-        return f"perplexity, task {name}"
-    words = {"step_accuracy/mean": "steps right", "state_collapse": "state collapse"}
-    return f"{name} {words.get(metric, metric.removesuffix('/pass@1').replace('/', ' '))}"
-
-
-def _of_task(task: str, metric: str) -> Callable[[Run], Cell]:
     def cell(run: Run) -> Cell:
-        evaluation = run.evaluations.get(task)
-        result = (evaluation.result if evaluation else None) or {}
-        value, notes = result.get(metric), []
-        if interval := result.get(f"{metric}/interval"):
-            lower, upper = interval  # of problems that came out alike a point, which is not how sure the figure is
-            notes.append(f"{100 * lower:.1f} to {upper:.1%}" if lower < upper else "all alike: no interval")
-        if value is not None and metric.startswith("exact") and (result.get("samples") or 1) > 1:
-            notes.append(f"{result['samples']} samples each")
-        if metric == "perplexity" and result.get("perplexity_base") is not None:
-            notes.append(f"{result['perplexity_base']:.3f} without adapter")
-        notes += paper_notes(run, f"{task}/{metric}", value)
-        limit = evaluation.settings.get("task.limit") if evaluation else None
-        if limit is not None and f"{task}/{metric}" in run.published:
-            notes.append(f"ours of the first {limit:,} problems")
-        return Cell(_format(value, "{:.1%}" if is_share(metric) else "{:.3f}"), tuple(notes))
+        if (evaluation := run.evaluations.get(task)) is None:
+            return Cell(None, paper_notes(run, key, None, metric.is_share))
+        value, result, notes = evaluation.value(metric), evaluation.result, []
+        if interval := evaluation.interval(metric):
+            notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+        if isinstance(result, AccuracyResult) and (result.samples or 1) > 1 and metric.key.startswith("exact"):
+            notes.append(f"{result.samples} samples each")
+        if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
+            notes.append(f"{result.perplexity_base:.3f} without adapter")
+        notes += paper_notes(run, key, value, metric.is_share)
+        if evaluation.known.task_limit is not None and key in run.published:
+            notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
+        return Cell(_format(value, "{:.1%}" if metric.is_share else "{:.3f}"), tuple(notes))
 
     return cell
 
 
-# --- the paper's figures ---------------------------------------------------------------------------------------------
-
-
-def paper_notes(run: Run, key: str, value: float | None) -> tuple[str, ...]:
+def paper_notes(run: Run, key: str, value: float | None, is_share: bool = False) -> tuple[str, ...]:
     """The published figure and ours minus it: in percentage points for a share, else as it is."""
     published = run.published.get(key)
     if published is None:
         return ()
-    paper = f"paper {published:.2%}" if is_share(key) else f"paper {published:.2f}"
+    paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
     if value is None:
         return (f"{paper}, not measured here",)
-    difference = f"{signed(100 * (value - published))} points" if is_share(key) else signed(value - published)
+    difference = f"{signed(100 * (value - published))} points" if is_share else signed(value - published)
     return paper, f"difference {difference}"
 
 
 def is_of_task(key: str) -> bool:
     """Whether a published figure is an evaluation's, TASK/METRIC."""
-    return "/" in key and not key.startswith(("eval/", "spectrum/"))
+    return "/" in key and not RunResult.takes(key)
 
 
 def has_column(key: str) -> bool:
     """Whether the table has a place for a published figure."""
-    return is_of_task(key) or bool(
-        re.fullmatch(r"eval/perplexity|spectrum/(effective_rank|manifold_dimension)/(mean|max)", key)
-    )
-
-
-def is_share(key: str) -> bool:
-    """Whether a figure is a share of problems or steps, shown in per cent."""
-    return "pass@" in key or key.rpartition("step_accuracy/mean")[1] != "" or key.endswith("state_collapse")
-
-
-# --- how figures look ------------------------------------------------------------------------------------------------
+    spectrum = [f"{quantity}_{end}" for quantity in ("effective_rank", "manifold_dimension") for end in ("mean", "max")]
+    return is_of_task(key) or key in (RunResult.key_of("perplexity"), *map(SpectrumSummary.key_of, spectrum))
 
 
 def signed(value: float, form: str = ".2f") -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from made_runs import add_evaluation, make_run, two_runs
 
-from cera_train.report import disagree
+from cera_train.report.disagree import disagree
 
 
 def test_it_shows_counts_and_every_problem_that_one_run_solves(tmp_path: Path, capsys) -> None:
@@ -103,7 +103,7 @@ def test_trajectories_are_compared_by_their_steps(tmp_path: Path, capsys) -> Non
     disagree(*runs)
     shown = capsys.readouterr().out
     assert re.findall(r"^--- \d+ of 1: (id\d+) ", shown, re.MULTILINE) == ["id001"]
-    assert f"{'A, 1 of 4 steps right: a':<48} | B, 3 of 4 steps right: b" in shown
+    assert f"{'A, 25% of steps right: a':<48} | B, 75% of steps right: b" in shown
 
 
 def test_a_folder_of_one_run_is_that_run(tmp_path: Path, capsys) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 from cera_train.evaluation.statistics import bootstrap_interval
+from cera_train.report.runs import read_runs
+from cera_train.report.table import build_columns
 
 PROBLEMS = 40
 
@@ -176,3 +178,9 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
     add_evaluation(first, "math", solved=set(range(22)))
     add_evaluation(second, "math", solved=set(range(10)) | set(range(22, 31)))
     return first, second
+
+
+def cells(*folders: Path) -> dict[str, list]:
+    """Columns by label: [(value, notes), ...] in the order of the runs."""
+    columns = build_columns(read_runs(folders))
+    return {column.label: [(cell.value, *cell.notes) for cell in column.cells] for column in columns}

@@ -1,0 +1,382 @@
+"""The files that runs and evaluations leave, with a type. Nothing here imports torch.
+
+The keys in the files are fixed: scripts and older folders rely on them. Only this module spells them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from cera_train.common.errors import UserError
+from cera_train.common.files import finite, read_json, write_text
+from cera_train.common.records import RESTORE, Record, fits, key, read_lines
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SpectrumSummary(Record):
+    """The spectra of all adapted modules in six numbers."""
+
+    effective_rank_mean: float | None = key("spectrum/effective_rank/mean")
+    effective_rank_max: float | None = key("spectrum/effective_rank/max")
+    manifold_dimension_mean: float | None = key("spectrum/manifold_dimension/mean")
+    manifold_dimension_max: float | None = key("spectrum/manifold_dimension/max")
+    dead_units_mean: float | None = key("spectrum/dead_units/mean")
+    """Share of hidden units that are closed on the whole probe; None without a gate."""
+    dead_units_max: float | None = key("spectrum/dead_units/max")
+
+
+@dataclass
+class RunResult(Record):
+    """result.json of a run, written last: a folder that has it is finished."""
+
+    perplexity: float | None = key("eval/perplexity")
+    """After the last update."""
+    perplexity_before: float | None = None
+    """The perplexity of the untouched base model."""
+    best_perplexity: float | None = None
+    best_update: int | None = None
+    spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
+    adapter_kind: str | None = None
+    adapter_r: int | None = None
+    trainable_parameters: int | None = None
+    trainable_share: float | None = None
+    """Trainable parameters over all parameters."""
+    updates: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
+    """Tokens seen in updates, without padding."""
+    tokens_per_s: float | None = None
+    seconds: float | None = None
+    """Time spent in updates."""
+    peak_memory_bytes: float | None = None
+    folder: str | None = None
+
+
+@dataclass
+class Environment(Record):
+    """environment.json: the command, the versions and the machine of a run."""
+
+    command: list[Any] | None = None
+    python: str | None = None
+    platform: str | None = None
+    packages: dict[str, Any] | None = None
+    gpus: list[Any] | None = None
+    """Names; the first versions wrote {"name": ...}."""
+    cpu_threads: int | None = None
+    processes: int | None = None
+    base_fingerprint: str | None = None
+    updates: int | None = None
+    """Updates of the whole run."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def command_line(self) -> str | None:
+        """The command as one types it; None where it is not on record."""
+        if not self.command:
+            return None
+        first, *others = map(str, self.command)
+        program = Path(first).name
+        start = ["python", "-m", "cera_train"] if program == "__main__.py" else [program]
+        return shlex.join([*start, *others])
+
+    @property
+    def machine(self) -> str | None:
+        """What the run was trained on; None where it is not on record."""
+        if self.gpus is None:
+            return None
+        names = [str(gpu.get("name")) if isinstance(gpu, dict) else str(gpu) for gpu in self.gpus]
+        threads = "?" if self.cpu_threads is None else self.cpu_threads
+        return f"{', '.join(names) or f'CPU, {threads} threads'}, {self.processes or 1} processes"
+
+
+@dataclass
+class ModuleSpectrumRecord(Record):
+    """One adapted module in spectrum.json."""
+
+    effective_rank: float | None = None
+    manifold_dimension: int | None = None
+    dead_units: float | None = key("dead_units", write_null=True)
+    singular_values: list[float] = field(default_factory=list)
+    """Singular values of the centred branch output, descending."""
+
+
+def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
+    """spectrum.json by module name.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    modules = {name: ModuleSpectrumRecord.from_json(tree, path) for name, tree in read_json(path).items()}
+    for name, module in modules.items():
+        if not module.singular_values:
+            raise UserError(f"{path} is broken: module {name[:60]!r} has no singular values. {RESTORE}")
+    return modules
+
+
+def mean_spectrum(modules: dict[str, ModuleSpectrumRecord]) -> list[float]:
+    """Singular values over their sum, in the mean over modules, as the paper draws them; a module with fewer
+    directions counts as zero further on."""
+    normalized = []
+    for module in modules.values():
+        total = sum(module.singular_values)
+        normalized.append([value / total if total > 0 else 0.0 for value in module.singular_values])
+    length = max(map(len, normalized), default=0)
+    return [sum(own[k] for own in normalized if k < len(own)) / len(normalized) for k in range(length)]
+
+
+def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None:
+    tree = {name: module.to_json() for name, module in modules.items()}
+    write_text(path, json.dumps(tree, indent=2) + "\n")
+
+
+# --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class UpdateMetrics(Record):
+    """The line of one update."""
+
+    update: int
+    epoch: int | None = None
+    loss: float | None = key("train/loss")
+    """In nats per supervised token."""
+    perplexity: float | None = key("train/perplexity")
+    grad_norm: float | None = key("train/grad_norm")
+    lr: float | None = key("train/lr")
+    tokens_per_s: float | None = key("train/tokens_per_s")
+    seconds: float | None = key("train/seconds")
+    """Time spent in updates so far."""
+
+
+@dataclass
+class EvaluationMetrics(Record):
+    """The line of one evaluation during training; also best/metrics.json."""
+
+    update: int
+    epoch: int | None = None
+    loss: float | None = key("eval/loss")
+    perplexity: float | None = key("eval/perplexity")
+    spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
+
+
+class MetricsLine(Record):
+    """A line of either kind."""
+
+    @classmethod
+    def from_json(cls, tree: Any, where: Path | str) -> UpdateMetrics | EvaluationMetrics:
+        is_evaluation = isinstance(tree, dict) and any(name.startswith("eval/") for name in tree)
+        return (EvaluationMetrics if is_evaluation else UpdateMetrics).from_json(tree, where)
+
+
+@dataclass
+class Metrics:
+    """metrics.jsonl: the updates and the evaluations of a run, in order."""
+
+    updates: list[UpdateMetrics] = field(default_factory=list)
+    evaluations: list[EvaluationMetrics] = field(default_factory=list)
+
+    @property
+    def last_update(self) -> int:
+        return max((line.update for line in (*self.updates, *self.evaluations)), default=0)
+
+    def so_far(self) -> RunResult:
+        """The figures of an unfinished run: those of its last evaluation and its last update."""
+        result = RunResult()
+        if self.evaluations:
+            result.perplexity, result.spectrum = self.evaluations[-1].perplexity, self.evaluations[-1].spectrum
+        if self.updates:
+            result.tokens_per_s, result.seconds = self.updates[-1].tokens_per_s, self.updates[-1].seconds
+        return result
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The metrics of a run, which may still be running.
+
+    Raises:
+        UserError: the file is missing, or a line before its end is broken.
+    """
+    metrics = Metrics()
+    for line in read_lines(path, MetricsLine, may_break_off=True):
+        (metrics.evaluations if isinstance(line, EvaluationMetrics) else metrics.updates).append(line)
+    return metrics
+
+
+@dataclass
+class RunFiles:
+    """What lies in a run's folder."""
+
+    result: RunResult | None = None
+    """None: the run is unfinished."""
+    metrics: Metrics = field(default_factory=Metrics)
+    spectrum: dict[str, ModuleSpectrumRecord] = field(default_factory=dict)
+    environment: Environment = field(default_factory=Environment)
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the files that are there.
+
+        Raises:
+            UserError: one of them is broken.
+        """
+        readers = {
+            "result": ("result.json", RunResult.read),
+            "metrics": ("metrics.jsonl", read_metrics),
+            "spectrum": ("spectrum.json", read_spectrum),
+            "environment": ("environment.json", Environment.read),
+        }
+        there = {name: (folder / file, read) for name, (file, read) in readers.items() if (folder / file).is_file()}
+        return cls(**{name: read(path) for name, (path, read) in there.items()})
+
+    @property
+    def figures(self) -> RunResult:
+        """The result; while a run is unfinished, its latest figures."""
+        return self.result or self.metrics.so_far()
+
+
+# --- an evaluation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EvaluationResult(Record):
+    """What every result.json of an evaluation has."""
+
+    task: str | None = None
+    """The name of the evaluation's folder."""
+    kind: str | None = None
+    """The kind of task, such as gsm8k; `perplexity` for every kind without answers."""
+
+    def write(self, path: Path) -> None:
+        write_text(path, json.dumps(finite(self.to_json()), indent=2, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of problems that one of k answers solves."""
+
+    grader: str
+    k: int
+    value: float | None
+    interval: tuple[float, float] | None
+    """95 % bootstrap interval over problems, as in the file; `AccuracyResult.interval` is the one to print."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.grader}/pass@{self.k}"
+
+
+@dataclass
+class Accuracies(Record):
+    """The accuracies of an evaluation: GRADER/pass@K and GRADER/pass@K/interval, in the order of the file."""
+
+    found: list[Accuracy] = field(default_factory=list)
+
+    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        return cls.KEY.fullmatch(name) is not None
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any], where: Path | str) -> Self:
+        found = []
+        for name, value in tree.items():
+            if (match := cls.KEY.fullmatch(name)) is None:
+                continue
+            if not fits(value, tuple[float, float] if match[3] else float | None):
+                raise UserError(f"{where} is broken: its {name} is {str(value)[:40]!r}. {cls.mend}")
+            if not match[3]:
+                interval = tree.get(f"{name}/interval")
+                found.append(Accuracy(match[1], int(match[2]), value, interval and tuple(interval)))
+        return cls(found)
+
+    def to_json(self) -> dict[str, Any]:
+        tree: dict[str, Any] = {}
+        for own in self.found:
+            tree[own.key] = own.value
+            if own.interval is not None:
+                tree[f"{own.key}/interval"] = list(own.interval)
+        return tree
+
+
+@dataclass
+class AccuracyResult(EvaluationResult):
+    """result.json of an evaluation with answers and grades."""
+
+    problems: int | None = None
+    samples: int | None = None
+    """Answers to each problem."""
+    missing: int | None = None
+    """Answers that are not there yet."""
+    accuracies: Accuracies = field(default_factory=Accuracies)
+    truncated: int | None = None
+    no_answer: int | None = None
+    grader_failures: int | None = None
+    tokens: int | None = None
+    """Tokens generated."""
+    tokens_per_s: float | None = None
+    peak_memory_bytes: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the task adds, under the task's names."""
+
+    def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
+        found = (own for own in self.accuracies.found if (own.grader, own.k) == (grader, k))
+        return next(found, None)
+
+    def interval(self, accuracy: Accuracy) -> tuple[float, float] | None:
+        """The interval to print beside an accuracy; None where there is none that means anything."""
+        return interval_of(accuracy.value, accuracy.interval, self.problems)
+
+    def figure(self, name: str) -> float | None:
+        """A number by its key, such as one that the task adds."""
+        value = self.to_json().get(name)
+        return value if fits(value, float) else None
+
+
+@dataclass
+class PerplexityResult(EvaluationResult):
+    """result.json of an evaluation of perplexity."""
+
+    perplexity: float | None = None
+    loss: float | None = None
+    rows: int | None = None
+    tokens: int | None = None
+    """Tokens predicted."""
+    perplexity_base: float | None = None
+    """Without the adapter; None where there is no adapter."""
+    spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
+    seconds: float | None = None
+    peak_memory_bytes: float | None = None
+
+
+def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
+    """result.json of an evaluation.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    tree = read_json(path)
+    kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
+    return kind.from_json(tree, path)
+
+
+def interval_of(
+    share: float | None, interval: tuple[float, float] | None, problems: int | None
+) -> tuple[float, float] | None:
+    """The 95 % interval to print beside a share of problems.
+
+    Resampling problems that all came out alike gives a point, which is not how sure the share is. For none or all of n
+    problems it is the exact binomial interval: up to 1 - 0.025^(1/n), or down to 0.025^(1/n) (Clopper & Pearson 1934).
+    """
+    if share is None or interval is None or interval[0] < interval[1]:
+        return interval if share is not None else None
+    if not problems or share not in (0, 1):
+        return None
+    bound = 0.025 ** (1 / problems)
+    return (0.0, 1 - bound) if share == 0 else (bound, 1.0)

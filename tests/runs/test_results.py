@@ -1,0 +1,176 @@
+"""Typed files: what is written reads back, the keys are those that scripts rely on, and a broken file is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from made_runs import add_evaluation, make_run, result_of
+
+from cera_train.common.errors import UserError
+from cera_train.runs.graded import GradedAnswers, GradeLine
+from cera_train.runs.results import (
+    Accuracies,
+    Accuracy,
+    AccuracyResult,
+    Environment,
+    EvaluationMetrics,
+    Metrics,
+    ModuleSpectrumRecord,
+    PerplexityResult,
+    RunFiles,
+    RunResult,
+    SpectrumSummary,
+    UpdateMetrics,
+    interval_of,
+    mean_spectrum,
+    read_evaluation_result,
+    read_metrics,
+    read_spectrum,
+    write_spectrum,
+)
+
+
+def test_a_result_keeps_the_keys_of_the_file_and_their_order(tmp_path: Path) -> None:
+    tree = result_of("cera", 64, 1.9)
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(tree))
+    result = RunResult.read(path)
+    assert (result.perplexity, result.spectrum.effective_rank_max) == (1.9, 38.4)
+    result.write(path)
+    assert list(json.loads(path.read_text()).items()) == list(tree.items())
+
+
+def test_every_key_of_a_run_is_as_scripts_know_it() -> None:
+    spectrum = SpectrumSummary(1.0, 2.0, 3.0, 4, 0.1, 0.2)
+    result = RunResult(1.9, 3.5, 1.8, 80, spectrum, "cera", 64, 9, 0.1, 100, 1.5, 7, 8.0, 9.0, 10, "outputs/x")
+    spectra = [f"spectrum/{name}/{end}" for name in ("effective_rank", "manifold_dimension", "dead_units")
+               for end in ("mean", "max")]  # fmt: skip
+    assert list(result.to_json()) == [
+        "eval/perplexity", "perplexity_before", "best_perplexity", "best_update", *spectra, "adapter_kind", "adapter_r",
+        "trainable_parameters", "trainable_share", "updates", "epochs", "tokens", "tokens_per_s", "seconds",
+        "peak_memory_bytes", "folder",
+    ]  # fmt: skip
+    assert list(EvaluationMetrics(0, 0, 1.0, 2.7, spectrum).to_json()) == [
+        "update", "epoch", "eval/loss", "eval/perplexity", *spectra,
+    ]  # fmt: skip
+    assert list(UpdateMetrics(1, 0, 1.0, 2.7, 0.5, 1e-4, 100.0, 3.0).to_json()) == [
+        "update", "epoch", "train/loss", "train/perplexity", "train/grad_norm", "train/lr", "train/tokens_per_s",
+        "train/seconds",
+    ]  # fmt: skip
+
+
+def test_the_result_of_an_evaluation_keeps_what_its_task_adds(tmp_path: Path) -> None:
+    accuracies = Accuracies([Accuracy("exact", 1, 0.5, (0.25, 0.75)), Accuracy("verified", 4, 0.75, None)])
+    added = {"step_accuracy": [0.5, None], "step_accuracy/mean": 0.5, "by_growth": {"3.2": {}}}
+    result = AccuracyResult("logistic_map", "logistic_map", 40, 4, 0, accuracies, truncated=1, details=added)
+    result.write(path := tmp_path / "result.json")
+    tree = json.loads(path.read_text())
+    assert (tree["exact/pass@1"], tree["exact/pass@1/interval"], tree["verified/pass@4"]) == (0.5, [0.25, 0.75], 0.75)
+    assert "verified/pass@4/interval" not in tree
+    assert read_evaluation_result(path) == result
+    assert result.accuracy("verified", 4).value == 0.75
+    assert result.accuracy("verified") is None
+    assert result.figure("step_accuracy/mean") == 0.5
+
+
+def test_a_perplexity_that_is_infinite_is_null_on_disk(tmp_path: Path) -> None:
+    PerplexityResult("forgetting", "perplexity", math.inf, rows=3).write(path := tmp_path / "result.json")
+    assert json.loads(path.read_text()) == {"task": "forgetting", "kind": "perplexity", "perplexity": None, "rows": 3}
+    assert read_evaluation_result(path) == PerplexityResult("forgetting", "perplexity", rows=3)
+
+
+def test_metrics_are_updates_and_evaluations_and_half_a_line_is_left_out(tmp_path: Path) -> None:
+    lines = [EvaluationMetrics(0, 0, 1.25, 3.5), UpdateMetrics(1, 0, 1.1, seconds=2.0), UpdateMetrics(2, 0, 1.0)]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line.to_json()) + "\n" for line in lines) + '{"update": 3, "train/lo')
+    metrics = read_metrics(path)
+    assert metrics == Metrics(updates=lines[1:], evaluations=lines[:1])
+    assert metrics.last_update == 2
+    assert metrics.so_far() == RunResult(perplexity=3.5)
+    path.write_text('{"update": 1, "train/lo\n{"update": 2}\n')
+    with pytest.raises(UserError, match=rf"{path}.* is broken"):
+        read_metrics(path)
+
+
+def test_spectra_read_back_with_their_nulls(tmp_path: Path) -> None:
+    modules = {
+        "q_proj": ModuleSpectrumRecord(2.0, 1, None, [3.0, 1.0]),
+        "v_proj": ModuleSpectrumRecord(1.0, 1, 0.5, [2.0]),
+    }
+    write_spectrum(path := tmp_path / "spectrum.json", modules)
+    assert json.loads(path.read_text())["q_proj"]["dead_units"] is None
+    assert read_spectrum(path) == modules
+    assert mean_spectrum(modules) == [(0.75 + 1) / 2, 0.25 / 2]
+
+
+def test_no_secret_reaches_an_environment_file(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    Environment(command=["cera-train", "key=0123456789abcdef"]).write(path := tmp_path / "environment.json")
+    assert Environment.read(path).command_line == "cera-train 'key=***'"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"eval/perplexity": "low"}', "its eval/perplexity is 'low'"),
+        ('{"eval/perplexity": true}', "its eval/perplexity is 'True'"),
+        (f'{{"seconds": 1{"0" * 400}}}', "its seconds is '1000"),
+        ('{"spectrum/effective_rank/mean": [1]}', "its spectrum/effective_rank/mean is"),
+        ("[1]", "expected names and values"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_broken_result_is_named_in_one_line(tmp_path: Path, content: str, reason: str) -> None:
+    (path := tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=f"^{path} is broken") as error:
+        RunResult.read(path)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_figures_that_a_command_needs_are_named_by_their_keys(tmp_path: Path) -> None:
+    (path := tmp_path / "result.json").write_text('{"updates": 3}')
+    with pytest.raises(UserError, match=f"{path} has no eval/perplexity, tokens."):
+        RunResult.read(path, needs=("perplexity", "updates", "tokens"))
+
+
+def test_the_interval_of_none_of_n_problems_is_the_exact_one() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    for n in (1, 5, 73, 5000):
+        for solved in (0, n):
+            exact = scipy_stats.binomtest(solved, n).proportion_ci(0.95, method="exact")
+            assert interval_of(solved / n, (solved / n, solved / n), n) == pytest.approx((exact.low, exact.high))
+    assert interval_of(0.5, (0.4, 0.6), 40) == (0.4, 0.6)
+    assert interval_of(0.25, (0.25, 0.25), 40) is None  # a quarter of the answers to every problem
+    assert interval_of(None, (0.0, 1.0), 40) is None
+
+
+def test_the_files_of_a_run_read_together(tmp_path: Path) -> None:
+    whole, cut = (RunFiles.read(make_run(tmp_path / name, finished=name == "a")) for name in "ab")
+    assert whole.figures == whole.result
+    assert len(whole.spectrum) == 2
+    assert (cut.result, cut.spectrum, cut.figures.seconds) == (None, {}, 300.0)
+    assert RunFiles.read(tmp_path) == RunFiles()
+
+
+def test_grades_read_back_with_what_their_task_adds(tmp_path: Path) -> None:
+    grade = GradeLine("id1", 0, None, False, details={"matches": [True]})
+    assert grade.to_json() == {"problem": "id1", "sample": 0, "exact": False, "verified": None, "failure": None,
+                               "matches": [True]} | {"answer": None}  # fmt: skip
+    assert GradeLine.from_json(grade.to_json(), "grades.jsonl") == grade
+    folder = add_evaluation(make_run(tmp_path / "a"), solved={0, 1}, problems=4)
+    answers = GradedAnswers(folder)
+    assert list(answers.scores(lambda grade: grade.exact).values()) == [1, 1, 0, 0]
+    with pytest.raises(UserError, match=f"{folder}/grades.jsonl is broken: KeyError"):
+        answers.scores(lambda grade: grade.details["matches"])
+
+
+def test_results_import_no_torch() -> None:
+    code = "import sys, cera_train.runs.results, cera_train.runs.graded, cera_train.common.drawing\n"
+    code += "assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
