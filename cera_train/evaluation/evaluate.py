@@ -40,6 +40,7 @@ from cera_train.model.weights import check_length, fingerprint, load_model, load
 from cera_train.runs.card import write_card
 from cera_train.runs.checkpoint import load_adapter
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
+from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.tasks.config import TaskKind
 from cera_train.tasks.problems import load_problems, open_task
@@ -269,7 +270,7 @@ def update_card(evaluation: Path) -> None:
     """Where an evaluation is of a finished run, the card of its adapter tells of it too."""
     run = evaluation.absolute().parent.parent
     if (run / "result.json").is_file() and (run / "adapter").is_dir():
-        write_card(run, read_json(run / "result.json"))
+        write_card(run, RunResult.read(run / "result.json"))
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------

@@ -6,33 +6,33 @@ It says only what the run's folder says, so it can be written again after every 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from cera_train.adapters.config import AdapterKind
 from cera_train.common.errors import UserError
-from cera_train.common.files import check_links, read_json, write_text
-from cera_train.common.trust import clean
+from cera_train.common.files import write_text
+from cera_train.common.trust import check_links, clean
 from cera_train.config import Config
 from cera_train.data.config import Layout
 from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, read_evaluation_result
 from cera_train.runs.subject import digest_of
 
 NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
-def write_card(run: Path, result: dict[str, Any]) -> None:
+def write_card(run: Path, result: RunResult) -> None:
     """Writes adapter/README.md from the config, the result and the evaluations of a run.
 
     Raises:
-        ValueError: a file of the run is broken, or its adapter's folder is a link that leads out of it.
+        UserError: a file of the run is broken, or its adapter's folder is a link that leads out of it.
     """
     check_links(run, [run / "adapter"])
     config = load_config(run / "config.yaml")
     evaluations = [
-        read_json(folder / "result.json")
+        read_evaluation_result(folder / "result.json")
         for folder in sorted(run.glob("eval/*"))
         if (folder / "result.json").is_file() and is_of_this(folder, run / "adapter", config)
     ]
@@ -49,7 +49,7 @@ def is_of_this(evaluation: Path, adapter: Path, config: Config) -> bool:
     return settings.adapter_digest == digest_of(adapter) and settings.model == config.model
 
 
-def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any]]) -> str:
+def card(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> str:
     """The card's text, with the metadata that the Hub reads."""
     model, adapter = config.model, config.adapter
     facts = model.facts if model.facts and model.facts.of == model.path else None
@@ -69,17 +69,20 @@ def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
         "Adapter": f"{NAMES[adapter.kind]} of rank {adapter.r} on {targets}",
-        "Trainable parameters": f"{result['trainable_parameters']:,}",
+        "Trainable parameters": f"{result.trainable_parameters:,}",
         "Data": data_of(config),
-        "Training": f"{result['updates']:,} updates of {config.train.batch_size} sequences, "
+        "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
         f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {config.train.seed}",
     }
     measured = {
-        "Perplexity, untouched base": f"{result['perplexity_before']:.3f}",
-        "Perplexity": f"{result['eval/perplexity']:.3f}",
-        "Effective rank, mean over modules": f"{result['spectrum/effective_rank/mean']:.1f} of {adapter.r}",
-        "Effective rank, largest": f"{result['spectrum/effective_rank/max']:.1f} of {adapter.r}",
+        "Perplexity, untouched base": f"{result.perplexity_before:.3f}",
+        "Perplexity": f"{result.perplexity:.3f}",
     }
+    if result.spectrum.effective_rank_mean is not None:
+        measured |= {
+            "Effective rank, mean over modules": f"{result.spectrum.effective_rank_mean:.1f} of {adapter.r}",
+            "Effective rank, largest": f"{result.spectrum.effective_rank_max:.1f} of {adapter.r}",
+        }
     for evaluation in evaluations:
         measured |= evaluation_rows(evaluation)
     license_text = (
@@ -131,18 +134,16 @@ def data_of(config: Config) -> str:
     return f"{data.path}{f' ({data.subset})' if data.subset else ''}, {data.train_split}"
 
 
-def evaluation_rows(result: dict[str, Any]) -> dict[str, str]:
+def evaluation_rows(result: AccuracyResult | PerplexityResult) -> dict[str, str]:
     """One evaluation in the card's table."""
-    task = result["task"]
-    if result["kind"] == "perplexity":
-        return {f"{task}, perplexity": f"{result['perplexity']:.3f}"}
+    if isinstance(result, PerplexityResult):
+        return {f"{result.task}, perplexity": f"{result.perplexity:.3f}"}
     rows = {}
     for grader in ("exact", "verified"):
-        if f"{grader}/pass@1" in result:
-            lower, upper = result[f"{grader}/pass@1/interval"]
-            rows[f"{task}, {grader} pass@1"] = (
-                f"{result[f'{grader}/pass@1']:.1%} (95 % interval {lower:.1%} to {upper:.1%}, "
-                f"{result['problems']:,} problems)"
+        if (accuracy := result.accuracy(grader)) is not None:
+            lower, upper = result.interval(accuracy)
+            rows[f"{result.task}, {grader} pass@1"] = (
+                f"{accuracy.value:.1%} (95 % interval {lower:.1%} to {upper:.1%}, {result.problems:,} problems)"
             )
     return rows
 

@@ -25,7 +25,6 @@ from cera_train.common.files import (
     find_damage,
     finite,
     lock_folder,
-    read_json,
     remove_folder,
     write_bytes,
     write_folder,
@@ -38,6 +37,7 @@ from cera_train.config import Config
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.runs.checkpoint import Progress, save_adapter, write_checkpoint
 from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import Environment, EvaluationMetrics, RunResult
 
 LOGS = ("metrics.jsonl", "spectra.jsonl")
 """Files that grow by lines, each with its update."""
@@ -77,10 +77,10 @@ class RunFolder:
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> RunResult | None:
         """What a finished run left."""
         path = self.path / "result.json"
-        return read_json(path) if path.exists() else None
+        return RunResult.read(path) if path.exists() else None
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -169,13 +169,10 @@ class RunFolder:
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
-    def write_config(self, environment: dict[str, Any]) -> None:
-        """The resolved config and what it runs on, before the first update."""
+    def write_config(self, environment: Environment) -> None:
+        """Writes the resolved config and the machine, before the first update."""
         write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-        self.write_json("environment.json", environment)
-
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(redact_tree(content), indent=2) + "\n")
+        environment.write(self.path / "environment.json")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl: an update or an evaluation."""
@@ -232,7 +229,7 @@ class RunFolder:
         for old in self.checkpoints()[:-keep]:
             remove_folder(old)
 
-    def save_best(self, model: peft.PeftModel, metrics: dict[str, Any]) -> None:
+    def save_best(self, model: peft.PeftModel, metrics: EvaluationMetrics) -> None:
         """best/: the adapter of the lowest perplexity so far."""
         weights = trainable_weights(model)
         if not self.is_main:
@@ -240,7 +237,7 @@ class RunFolder:
 
         def write(folder: Path) -> None:
             save_adapter(model, weights, folder)
-            (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+            metrics.write(folder / "metrics.json")
 
         write_folder(self.path / "best", write)
 

@@ -103,7 +103,7 @@ class ModuleSpectrumRecord(Record):
     effective_rank: float | None = None
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
-    singular_values: list[float] = field(default_factory=list)
+    singular_values: list[float] | None = None
     """Singular values of the centred branch output, descending."""
 
 

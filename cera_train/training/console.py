@@ -24,6 +24,7 @@ from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.precision import Precision
+from cera_train.runs.results import EvaluationMetrics, RunResult, SpectrumSummary, UpdateMetrics
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -132,44 +133,47 @@ class Clock:
         return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
 
 
-def describe_update(metrics: dict[str, float], seconds_left: float) -> str:
+def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
     return (
-        f"loss {metrics['train/loss']:.3f}  perplexity {metrics['train/perplexity']:.2f}  "
-        f"{metrics['train/tokens_per_s']:,.0f} tokens/s  {duration(seconds_left)} left"
+        f"loss {metrics.loss:.3f}  perplexity {metrics.perplexity:.2f}  {metrics.tokens_per_s:,.0f} tokens/s  "
+        f"{duration(seconds_left)} left"
     )
 
 
-def describe_evaluation(update: int, metrics: dict[str, float]) -> str:
-    text = f"evaluation at update {update}: perplexity {metrics['eval/perplexity']:.3f}"
-    if "spectrum/effective_rank/mean" in metrics:
-        mean, most = (metrics[f"spectrum/effective_rank/{kind}"] for kind in ("mean", "max"))
-        text += f", effective rank {mean:.1f} mean, {most:.1f} max"
-    return text
+def describe_evaluation(metrics: EvaluationMetrics) -> str:
+    text = f"evaluation at update {metrics.update}: perplexity {metrics.perplexity:.3f}"
+    rank = describe_rank(metrics.spectrum)
+    return f"{text}, effective rank {rank}" if rank else text
+
+
+def describe_rank(spectrum: SpectrumSummary) -> str:
+    if spectrum.effective_rank_mean is None:
+        return ""
+    return f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
 
 
 # --- what came out ---------------------------------------------------------------------------------------------------
 
 
-def print_result(result: dict[str, Any], config: Config) -> None:
+def print_result(result: RunResult, config: Config) -> None:
     """The figures at the end, and what to do with the run's folder next."""
     rows = {
-        "perplexity": f"{result['perplexity_before']:.2f} before, {result['eval/perplexity']:.2f} after",
-        "best": f"{result['best_perplexity']:.2f} at update {result['best_update']}",
+        "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
+        "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
     }
-    if "spectrum/effective_rank/mean" in result:
-        mean, most = (result[f"spectrum/effective_rank/{kind}"] for kind in ("mean", "max"))
-        rows["effective rank"] = f"{mean:.1f} mean, {most:.1f} max (of {result['adapter_r']})"
+    if rank := describe_rank(result.spectrum):
+        rows["effective rank"] = f"{rank} (of {result.adapter_r})"
     rows |= {
-        "trainable": f"{result['trainable_parameters']:,} parameters, {result['trainable_share']:.2%} of the model",
-        "speed": f"{result['tokens_per_s']:,.0f} tokens/s",
-        "time": f"{duration(result['seconds'])} for {result['updates']:,} updates",
-        "folder": result["folder"],
+        "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",
+        "speed": f"{result.tokens_per_s:,.0f} tokens/s",
+        "time": f"{duration(result.seconds)} for {result.updates:,} updates",
+        "folder": result.folder,
     }
     print()
     print_fields(rows)
     if Path(sys.argv[0]).name in ("cera-train", "__main__.py") and not {"-m", "--multirun"} & set(sys.argv):
         print()
-        print_fields(next_commands(config, result["folder"]))
+        print_fields(next_commands(config, result.folder))
 
 
 def next_commands(config: Config, folder: str) -> dict[str, str]:

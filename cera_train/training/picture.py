@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 
+from cera_train.common.drawing import COLORS, GRID
 from cera_train.common.files import write_bytes
-
-BLUE, ORANGE, GREY = "#2563a8", "#d9730d", "#8a8a8a"
+from cera_train.runs.results import read_metrics
 
 
 def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
-    """Writes run.png from metrics.jsonl and the mean normalised singular values."""
+    """Writes run.png from metrics.jsonl and the mean normalised singular values, which may be missing."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    train = [(line["update"], line["train/loss"]) for line in lines if "train/loss" in line]
-    evaluation = [(line["update"], line["eval/loss"]) for line in lines if "eval/loss" in line]
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    metrics = read_metrics(folder / "metrics.jsonl")
+    figure, panels = pyplot.subplots(1, 2 if spectrum else 1, figsize=(10, 3.6), layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=11)
-    left.plot(*zip(*train, strict=True), color=BLUE, linewidth=1, label="training")
-    left.plot(*zip(*evaluation, strict=True), color=ORANGE, marker="o", markersize=4, label="evaluation")
+    left = panels[0, 0]
+    for label, lines, style in (
+        ("training", metrics.updates, {"color": COLORS["cera"], "linewidth": 1}),
+        ("evaluation", metrics.evaluations, {"color": COLORS["lora"], "marker": "o", "markersize": 4}),
+    ):
+        left.plot([line.update for line in lines], [line.loss for line in lines], label=label, **style)
     left.set(xlabel="update", ylabel="loss (nats per supervised token)", ylim=(0, None))
-    left.legend(frameon=False)
-    right.plot(range(1, len(spectrum) + 1), spectrum, color=BLUE, marker=".", label="mean over modules")
-    right.axhline(1 / len(spectrum), color=GREY, linewidth=1, linestyle=":", label="all directions alike")
-    right.set(xlabel="direction", ylabel="share of the singular values", ylim=(0, None))
-    right.legend(frameon=False)
-    for axes in (left, right):
+    if spectrum:
+        right = panels[0, 1]
+        right.plot(range(1, len(spectrum) + 1), spectrum, color=COLORS["cera"], marker=".", label="mean over modules")
+        right.axhline(1 / len(spectrum), color=GRID, linewidth=1, linestyle=":", label="all directions alike")
+        right.set(xlabel="direction", ylabel="share of the singular values", ylim=(0, None))
+    for axes in panels.flat:
+        axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
-    path = folder / "run.png"
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     pyplot.close(figure)
+    path = folder / "run.png"
     write_bytes(path, picture.getvalue())
     return path

@@ -31,6 +31,7 @@ from cera_train.runs.checkpoint import Progress, load_checkpoint
 from cera_train.runs.environment import environment
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.tracking import Tracker, start_tracker
@@ -80,11 +81,12 @@ class Session:
         """Whether something is due after this update."""
         return every is not None and self.progress.update % every == 0
 
-    def log(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl, and its mirror."""
+    def log(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
+        """Writes a line of metrics.jsonl, and its mirror."""
         if self.team.is_main:
-            self.folder.append_metrics({"update": self.progress.update, "epoch": self.progress.epoch} | metrics)
-            self.tracker.log(metrics, self.progress.update)
+            line = metrics.to_json()
+            self.folder.append_metrics(line)
+            self.tracker.log({name: line[name] for name in line if "/" in name}, metrics.update)
 
     def __enter__(self) -> Session:
         return self
@@ -127,6 +129,7 @@ def build(config: Config, precision: Precision, folder: RunFolder, resume_from: 
     (resume_from,) = broadcast_object_list([resume_from])
 
     base = load_model(config.model, team.device, team.is_sharded)
+    base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
     torch.manual_seed(config.train.seed)
     model = add_adapter(base, config.adapter)
     counts = parameter_counts(model)
@@ -170,8 +173,7 @@ def build(config: Config, precision: Precision, folder: RunFolder, resume_from: 
     )
     if team.is_main:
         folder.rewind(progress.update if goes_on_here else None)
-        machine = {"processes": team.processes, "base_fingerprint": fingerprint(base), "updates": updates}
-        folder.write_config(environment() | machine | {"precision": precision.record})
+        folder.write_config(environment(team.processes, base_fingerprint, updates, precision))
         session.tracker = start_tracker(config.tracker, folder.config, config.name, folder.path, progress.update)
         console.print_start(session, precision)
     return session

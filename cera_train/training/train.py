@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cera_train.adapters.spectrum import ModuleSpectrum, mean_spectrum, module_spectra, spectrum_metrics
+from cera_train.adapters.spectrum import ModuleSpectrum, module_spectra, spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
@@ -23,6 +24,15 @@ from cera_train.distributed.signals import Interrupted, Interruption, first_hear
 from cera_train.model.perplexity import perplexity
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.results import (
+    EvaluationMetrics,
+    ModuleSpectrumRecord,
+    RunResult,
+    SpectrumSummary,
+    UpdateMetrics,
+    mean_spectrum,
+    write_spectrum,
+)
 from cera_train.training import console
 from cera_train.training.optimizer import learning_rate
 from cera_train.training.picture import draw_run
@@ -86,14 +96,16 @@ def update(session: Session, interruption: Interruption) -> int | None:
     tokens = sum(session.batches.lengths[row] for row in rows)
     seconds = time.perf_counter() - started
     progress.updated(tokens, seconds, session.order)
-    metrics = {
-        "train/loss": loss_per_token,
-        "train/perplexity": perplexity(loss_per_token),
-        "train/grad_norm": float(grad_norm),
-        "train/lr": session.optimizer.param_groups[0]["lr"],
-        "train/tokens_per_s": tokens / seconds,
-        "train/seconds": progress.seconds,
-    }
+    metrics = UpdateMetrics(
+        update=progress.update,
+        epoch=progress.epoch,
+        loss=loss_per_token,
+        perplexity=perplexity(loss_per_token),
+        grad_norm=float(grad_norm),
+        lr=session.optimizer.param_groups[0]["lr"],
+        tokens_per_s=tokens / seconds,
+        seconds=progress.seconds,
+    )
     session.log(metrics)
     session.bar.step(console.describe_update(metrics, session.clock.seconds_left(progress.update)))
     return signal
@@ -148,24 +160,25 @@ def evaluate(session: Session) -> None:
     progress, folder = session.progress, session.folder
     loss_per_token = session.held_out.mean_loss()
     spectra = session.held_out.spectra()
-    metrics = {"eval/loss": loss_per_token, "eval/perplexity": perplexity(loss_per_token)} | summary(spectra)
+    metrics = EvaluationMetrics(
+        update=progress.update,
+        epoch=progress.epoch,
+        loss=loss_per_token,
+        perplexity=perplexity(loss_per_token),
+        spectrum=SpectrumSummary.from_json(spectrum_metrics(spectra), "metrics"),
+    )
     session.log(metrics)
     if session.team.is_main:
-        folder.append_spectra({"update": progress.update, "modules": per_module(spectra)})
-    if progress.evaluated(metrics["eval/perplexity"]):
-        folder.save_best(session.model, {"update": progress.update, "eval/perplexity": progress.perplexity})
-    session.bar.note(console.describe_evaluation(progress.update, metrics))
+        modules = {name: replace(module, singular_values=None).to_json() for name, module in records(spectra).items()}
+        folder.append_spectra({"update": progress.update, "modules": modules})
+    if progress.evaluated(metrics.perplexity):
+        folder.save_best(session.model, EvaluationMetrics(update=progress.update, perplexity=metrics.perplexity))
+    session.bar.note(console.describe_evaluation(metrics))
 
 
-def summary(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
-    """The metrics of all modules together."""
-    return {name: value for name, value in spectrum_metrics(spectra).items() if name.endswith(("/mean", "/max"))}
-
-
-def per_module(spectra: dict[str, ModuleSpectrum]) -> dict[str, dict[str, float]]:
-    """The metrics of each module, for a file of their own: hundreds of numbers an evaluation."""
-    modules = module_spectra(spectra)
-    return {name: {k: v for k, v in module.items() if k != "singular_values"} for name, module in modules.items()}
+def records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpectrumRecord]:
+    """The spectrum of each module, as it is written."""
+    return {name: ModuleSpectrumRecord(**module) for name, module in module_spectra(spectra).items()}
 
 
 def save(session: Session) -> None:
@@ -197,35 +210,36 @@ def finish(session: Session) -> dict[str, Any]:
     session.bar.close()
     save(session)
     spectra = session.held_out.spectra()
-    result = {
-        "eval/perplexity": progress.perplexity,
-        "perplexity_before": progress.perplexity_before,
-        "best_perplexity": progress.best_perplexity,
-        "best_update": progress.best_update,
-        **summary(spectra),
-        "adapter_kind": config.adapter.kind.value,
-        "adapter_r": config.adapter.r,
-        "trainable_parameters": session.counts[0],
-        "trainable_share": session.counts[0] / session.counts[1],
-        "updates": progress.update,
-        "epochs": progress.update / session.order.updates_per_epoch,
-        "tokens": progress.tokens,
-        "tokens_per_s": progress.tokens / progress.seconds,
-        "seconds": progress.seconds,
-        "peak_memory_bytes": peak_memory(session.team.device),
-        "folder": str(folder.path),
-    }
+    result = RunResult(
+        perplexity=progress.perplexity,
+        perplexity_before=progress.perplexity_before,
+        best_perplexity=progress.best_perplexity,
+        best_update=progress.best_update,
+        spectrum=SpectrumSummary.from_json(spectrum_metrics(spectra), "result"),
+        adapter_kind=config.adapter.kind.value,
+        adapter_r=config.adapter.r,
+        trainable_parameters=session.counts[0],
+        trainable_share=session.counts[0] / session.counts[1],
+        updates=progress.update,
+        epochs=progress.update / session.order.updates_per_epoch,
+        tokens=progress.tokens,
+        tokens_per_s=progress.tokens / progress.seconds,
+        seconds=progress.seconds,
+        peak_memory_bytes=peak_memory(session.team.device),
+        folder=str(folder.path),
+    )
     session.team.arrive()
     folder.save_final(session.model)
     if session.team.is_main:
-        folder.write_json("spectrum.json", module_spectra(spectra))
+        modules = records(spectra)
+        write_spectrum(folder.path / "spectrum.json", modules)
         write_card(folder.path, result)
-        picture = draw_run(folder.path, mean_spectrum(spectra), config.name)
-        folder.write_json("result.json", result)  # the last file: from here on the run is finished
+        picture = draw_run(folder.path, mean_spectrum(modules), config.name)
+        result.write(folder.path / "result.json")  # the last file: from here on the run is finished
         session.tracker.picture("run", picture, progress.update)
         session.tracker.adapter(folder.path / "adapter")
         console.print_result(result, config)
-    return result
+    return result.to_json()
 
 
 # --- where a run begins ----------------------------------------------------------------------------------------------
@@ -234,9 +248,11 @@ def finish(session: Session) -> dict[str, Any]:
 def finished_result(folder: RunFolder) -> dict[str, Any] | None:
     """What a finished run left, printed in a line."""
     result = folder.result()
-    if result is not None and folder.is_main:
-        print_line("finished", f"{folder.path}: perplexity {result['eval/perplexity']:.2f}. Its result stands.")
-    return result
+    if result is None:
+        return None
+    if folder.is_main:
+        print_line("finished", f"{folder.path}: perplexity {result.perplexity:.2f}. Its result stands.")
+    return result.to_json()
 
 
 def where_to_resume(folder: RunFolder, resume: str) -> Path | None:

@@ -21,7 +21,7 @@ import yaml
 
 from cera_train.cli import evaluate as cli_evaluate
 from cera_train.cli import train as cli
-from cera_train.common.files import read_json, write_text
+from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
@@ -34,6 +34,7 @@ from cera_train.runs.checkpoint import Progress, load_checkpoint
 from cera_train.runs.evaluation_folder import EvaluationFolder
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
 from cera_train.tasks.config import TaskConfig
 from cera_train.training.console import render_example
@@ -398,7 +399,7 @@ def test_a_card_is_written_through_no_link_that_leads_out(tmp_path, config, else
     shutil.rmtree(run / "adapter")
     (run / "adapter").symlink_to(elsewhere)
     with pytest.raises(ValueError, match="run/adapter is a link that leads out"):
-        write_card(run, read_json(run / "result.json"))
+        write_card(run, RunResult.read(run / "result.json"))
     assert_untouched(elsewhere)
 
 
@@ -452,7 +453,7 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     names = ("eval/perplexity", "perplexity_before", "spectrum/effective_rank/mean", "spectrum/effective_rank/max")
     result = dict.fromkeys(names, 1.5) | {"trainable_parameters": 1, "updates": 1}
     (run / "result.json").write_text(json.dumps(result))
-    write_card(run, read_json(run / "result.json"))
+    write_card(run, RunResult.read(run / "result.json"))
     text = (run / "adapter" / "README.md").read_text()
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", text, re.DOTALL).groups()
     assert yaml.safe_load(front)["library_name"] == "peft"
@@ -467,7 +468,7 @@ def test_a_card_of_a_broken_result_says_so(tmp_path, config, content):
     run = write_run(tmp_path, config)
     (run / "result.json").write_text(content)
     with pytest.raises(ValueError, match="result.json"):
-        write_card(run, read_json(run / "result.json"))
+        write_card(run, RunResult.read(run / "result.json"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
