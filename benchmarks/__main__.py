@@ -1,4 +1,4 @@
-"""All targets, in minutes: `python benchmarks --rows train.jsonl` (see the Makefile)."""
+"""All targets, in minutes: `python -m benchmarks --rows train.jsonl` (see the Makefile)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import data
-import evaluation
-import startup
-import training
-from targets import Target, print_targets, write_results
+from benchmarks import data, evaluation, startup, training
+from benchmarks.targets import Target, print_targets, write_results
 
 
 def main() -> None:

@@ -9,14 +9,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+if TYPE_CHECKING:
+    from cera_train.training.session import Session
+
 PROMPT, COMPLETION = "Question: {question}\nAnswer:", " {answer}"
 RANK, DROPOUT, LEARNING_RATE = 64, 0.1, 3e-4
 TARGETS = ["q_proj", "v_proj"]
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 2048}
+"""Tokens of one pass of ours, by device."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Setting:
             self.base,
             dtype=self.dtype,
             device_map={"": self.device},
-            quantization_config=quantization_config(self.quantization),
+            quantization_config=quantization_config(self.quantization, self.dtype),
             **more,
         )
 
@@ -224,57 +229,55 @@ class TunedTrl(Trl):
     is_tuned = True
 
 
+def our_session(
+    setting: Setting, kind: str, rank: int, compile: bool = False, micro_batch_tokens: int | None = None
+) -> Session:
+    """A run of cera-train, built as the command builds it."""
+    from cera_train.adapters.config import AdapterConfig, AdapterKind
+    from cera_train.common.settings import to_plain
+    from cera_train.config import Config
+    from cera_train.data.config import DataConfig
+    from cera_train.model.config import Dtype, ModelConfig
+    from cera_train.runs.folder import RunFolder
+    from cera_train.training.config import OptimizerConfig, TrackerConfig, TrainConfig
+    from cera_train.training.session import build
+
+    dtype = Dtype(str(setting.dtype).removeprefix("torch."))
+    tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
+    config = Config(
+        model=ModelConfig(path=setting.base, dtype=dtype, quantization=setting.quantization),
+        adapter=AdapterConfig(AdapterKind(kind), rank, dropout=DROPOUT),
+        data=DataConfig(
+            train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True
+        ),
+        optimizer=OptimizerConfig(lr=LEARNING_RATE),
+        train=TrainConfig(micro_batch_tokens=tokens, compile=compile),
+        tracker=TrackerConfig(),
+    )
+    session = build(config, RunFolder(Path(tempfile.mkdtemp()), to_plain(config)))
+    session.loss.train()
+    return session
+
+
 class Ours(Contestant):
     """An update of cera-train, as its loop makes it."""
 
     kind = "cera"
     is_compiled = False
-    MICRO_BATCH_TOKENS: ClassVar = {"cpu": 1024, "cuda": 2048}
 
     def __init__(self, setting: Setting) -> None:
-        from cera_train.adapters.build import add_adapter
-        from cera_train.adapters.config import AdapterConfig, AdapterKind
-        from cera_train.cera.hidden import choose_kernels
-        from cera_train.data.batches import MicroBatches
-        from cera_train.data.config import BatchLayout, DataConfig
-        from cera_train.data.prepare import prepare_data
-        from cera_train.model.config import Dtype, ModelConfig
-        from cera_train.model.loss import SupervisedLoss, choose_layout
-        from cera_train.model.weights import load_model, load_tokenizer
-        from cera_train.training.config import OptimizerConfig
-        from cera_train.training.optimizer import build_optimizer
-
-        device = setting.device
-        model_config = ModelConfig(
-            path=setting.base,
-            dtype=Dtype(str(setting.dtype).removeprefix("torch.")),
-            quantization=setting.quantization,
-        )
-        data_config = DataConfig(
-            train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True
-        )
-        model = load_model(model_config, device)
-        self.model = add_adapter(model, AdapterConfig(AdapterKind(self.kind), RANK, dropout=DROPOUT))
-        self.loss = SupervisedLoss(self.model, model, setting.autocast)
-        is_flat = choose_layout(BatchLayout.auto, self.loss, device) == BatchLayout.flat
-        if self.is_compiled:
-            self.loss.compile_layers()
-        if self.kind == "cera":
-            choose_kernels(device, self.model.peft_config["default"], self.is_compiled)
-        self.loss.train()
-        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, OptimizerConfig(lr=LEARNING_RATE), device)
-        data = prepare_data(data_config, load_tokenizer(model_config))
-        self.batches = MicroBatches(data.train, is_flat, self.MICRO_BATCH_TOKENS[device.type], device)
+        self.session = our_session(setting, self.kind, RANK, self.is_compiled)
+        self.model = self.session.model
 
     def update(self, rows: Sequence[int]) -> int:
-        supervised = sum(self.batches.supervised[row] for row in rows)
-        for group, _ in self.batches.passes(rows, 1, 0, in_step=False):
-            (self.loss(self.batches.load(group)) / supervised).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return supervised
+        from cera_train.training.train import backward
+
+        session = self.session
+        backward(session, list(rows))
+        session.accelerator.clip_grad_norm_(session.weights, 1.0)
+        session.stepper.step()
+        session.stepper.zero_grad()
+        return sum(session.batches.supervised[row] for row in rows)
 
 
 class OursCompiled(Ours):

@@ -1,4 +1,4 @@
-"""What 100,000 rows of about 200 tokens cost before training starts: `python benchmarks/data.py --help`."""
+"""What 100,000 rows of about 200 tokens cost before training starts: `python -m benchmarks.data --help`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
 
-from contestants import COMPLETION, PROMPT
-from targets import Target, print_targets, write_results
-from training import lines_of, logistic_maps
+from benchmarks.contestants import COMPLETION, PROMPT
+from benchmarks.targets import Target, print_targets, write_results
+from benchmarks.training import lines_of, logistic_maps
 
 ROWS, TOKENS = 100_000, 200
 SECONDS_AT_MOST = 60.0

@@ -1,4 +1,4 @@
-"""How fast problems are answered, beside the published way: `python benchmarks/evaluation.py --help`.
+"""How fast problems are answered, beside the published way: `python -m benchmarks.evaluation --help`.
 
 Both ways answer the same problems with the same CeRA adapter in one process, in turn; so a machine that slows down
 slows both. Compare the ratios; the seconds are of this machine, now.
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from contestants import PROMPT, RANK
-from targets import Target, print_targets, ratios, write_results
-from training import PACKAGE, lines_of
 
+from benchmarks.contestants import PROMPT, RANK
+from benchmarks.targets import Target, print_targets, ratios, write_results
+from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.distributed.accelerator import quiet_libraries

@@ -1,4 +1,4 @@
-"""How time and memory of an update grow: `python benchmarks/growth.py --help`.
+"""How time and memory of an update grow: `python -m benchmarks.growth --help`.
 
 Every point is measured in a process of its own, whose memory is the most it ever held: one update as a warm-up, then
 the median of some more.
@@ -7,21 +7,26 @@ the median of some more.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import statistics
-import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parent))
 
-from training import PACKAGE, logistic_maps
+import torch
+
+from benchmarks.contestants import Setting, our_session
+from benchmarks.training import PACKAGE, logistic_maps
 
 MICRO_BATCH_TOKENS = 4096
 
@@ -53,77 +58,44 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     import logging
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
-    import torch
-
-    from cera_train.adapters.build import add_adapter
-    from cera_train.adapters.config import AdapterConfig, AdapterKind
-    from cera_train.data.batches import MicroBatches, RowOrder, flat_batch
-    from cera_train.data.config import BatchLayout
+    from cera_train.data.batches import RowOrder, flat_batch
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
-    from cera_train.model.config import ModelConfig
-    from cera_train.model.loss import SupervisedLoss, choose_layout
-    from cera_train.model.weights import load_model
-    from cera_train.training.config import OptimizerConfig
-    from cera_train.training.optimizer import build_optimizer
 
     quiet_libraries()
-    torch.manual_seed(0)
-    device = torch.device("cpu")
-    base = load_model(ModelConfig(path=PACKAGE), device)
-    model = add_adapter(base, AdapterConfig(AdapterKind(point.kind), point.rank))
-    loss = SupervisedLoss(model, base, lambda: torch.autocast("cpu", torch.bfloat16))
-    choose_layout(BatchLayout.auto, loss, device)
-    loss.train()
-    optimizer = build_optimizer(
-        [value for value in model.parameters() if value.requires_grad], OptimizerConfig(), device
-    )
+    with maps(point.rows or 20) as file:
+        setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
+        session = our_session(setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS)
+    order = RowOrder(len(session.data.train.rows), point.sequences, seed=0)
     if point.rows is None:
         numbers = random.Random(0)
         ids = [numbers.randrange(1000) for _ in range(point.length)]
         mask = [place > point.length // 3 for place in range(point.length)]
         together = max(1, min(point.sequences, MICRO_BATCH_TOKENS // point.length))
         passes = [flat_batch([ids] * together, [mask] * together)] * (point.sequences // together)
-    else:
-        data = data_set(point.rows)
-        batches = MicroBatches(data, True, MICRO_BATCH_TOKENS, device)
-        plan = RowOrder(len(data.rows), point.sequences, seed=0)
 
     taken = []
     for update in range(updates + 1):
         started = time.perf_counter()
         if point.rows is not None:
-            groups = batches.passes(plan.rows_of(update), 1, 0, in_step=False)
-            passes = [batches.load(group) for group, _ in groups]
+            groups = session.batches.passes(order.sequences(update), 1, 0, in_step=False)
+            passes = [session.batches.load(group) for group, _ in groups]
         for batch in passes:
-            (loss(batch) / (point.length * point.sequences)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            (session.loss(batch) / (point.length * point.sequences)).backward()
+        session.stepper.step()
+        session.stepper.zero_grad()
         taken.append(time.perf_counter() - started)
-    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(device)})
+    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.team.device)})
 
 
-def data_set(rows: int) -> Any:
-    """So many logistic maps, tokenised."""
-    import tempfile
-
-    from cera_train.data.config import DataConfig
-    from cera_train.data.prepare import prepare_data
-    from cera_train.model.config import ModelConfig
-    from cera_train.model.weights import load_tokenizer
-
-    texts = logistic_maps()
+@contextlib.contextmanager
+def maps(rows: int) -> Iterator[Path]:
+    """A file of so many logistic maps."""
+    lines = logistic_maps()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
-        lines = (json.dumps({**json.loads(texts[n % len(texts)]), "number": n}) for n in range(rows))
-        file.write_text("".join(f"{line}\n" for line in lines))
-        config = DataConfig(
-            train_files=[str(file)],
-            eval_rows=1,
-            prompt="{number}. {question}",
-            completion="{answer}",
-            allow_overlap=True,
-        )
-        return prepare_data(config, load_tokenizer(ModelConfig(path=PACKAGE))).train
+        with file.open("w") as out:
+            out.writelines(f"{line}\n" for line in itertools.islice(itertools.cycle(lines), rows))
+        yield file
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -134,7 +106,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from cera_train.report.pictures import LIGHT, MARKERS
+    from cera_train.common.drawing import COLORS, MARKERS
 
     figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row")
     for (name, points), column in zip(found.items(), grid.T, strict=True):
@@ -145,7 +117,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 axes.plot(
                     [point[field] for point in own],
                     [point[key] * scale for point in own],
-                    color=LIGHT.colors[kind],
+                    color=COLORS[kind],
                     marker=MARKERS[kind],
                     label={"cera": "CeRA", "lora": "LoRA"}[kind],
                 )

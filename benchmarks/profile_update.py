@@ -1,20 +1,18 @@
-"""Where an update's time goes: `python benchmarks/profile_update.py --help`."""
+"""Where an update's time goes: `python -m benchmarks.profile_update --help`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parent))
 
-from contestants import CONTESTANTS, RANK, Setting
-from training import CERA, PACKAGE, Work, first_rows, lines_of, matmul_peak
+from benchmarks.contestants import CONTESTANTS, RANK, Setting
+from benchmarks.training import CERA, PACKAGE, Work, first_rows, lines_of, matmul_peak
 
 MICRO_BATCH = 1024
 """Tokens of the products that the peak is looked for among."""

