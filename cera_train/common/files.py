@@ -1,5 +1,5 @@
-"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed; and
-the checksums that tell whether they are still as they were written."""
+"""Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed. Their
+checksums reveal damage."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from cera_train.common.trust import PlainLoader, check_links
 Record = typing.TypeVar("Record")
 
 WRITING = ".writing-"
-"""Prefix of what is not whole yet."""
+"""Prefix of files and folders that are still being written."""
 
 OLD = f"{WRITING}old-"
-"""Prefix of a whole folder whose place another is about to take."""
+"""Prefix of a folder that is about to be replaced."""
 
 CHECKSUMS = "checksums.json"
-"""The SHA-256 of every other file of a folder."""
+"""File with the SHA-256 of every other file of its folder."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,7 +50,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def finite(tree: Any) -> Any:
-    """Nested dicts and lists with null for every number that JSON has not: infinity and not-a-number."""
+    """Replaces infinity and NaN, which JSON lacks, by null in nested dicts and lists."""
     if isinstance(tree, dict):
         return {key: finite(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -59,10 +59,10 @@ def finite(tree: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object that we, or whoever sent this folder, wrote.
+    """Reads a JSON object.
 
     Raises:
-        ValueError: the file cannot be read, or is not a JSON object.
+        UserError: the file cannot be read, or is not a JSON object.
     """
     try:
         tree = json.loads(path.read_bytes())
@@ -72,21 +72,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A config that we, or whoever sent this folder, wrote: plain values, nothing of which is looked up or run.
+    """Reads a config as plain values: nothing in it is resolved or run.
 
     Raises:
-        ValueError: the file cannot be read, or is not YAML of names and values.
+        UserError: the file cannot be read, or is not YAML of names and values.
     """
     try:
         tree = yaml.load(path.read_bytes(), PlainLoader)
-    except Exception as error:  # PyYAML's constructors stumble over a value with whatever Python raises
+    except Exception as error:  # PyYAML's constructors raise whatever Python raises
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{path} is broken: {reason}. Restore it.") from error
     return _mapping(tree, path)
 
 
 def record(kind: type[Record], values: dict[str, Any]) -> Record:
-    """A dataclass from the names and values of a file.
+    """Builds a dataclass from the names and values of a file.
 
     Raises:
         TypeError: a name is missing or unknown, or a value is not of the field's kind.
@@ -100,7 +100,7 @@ def record(kind: type[Record], values: dict[str, Any]) -> Record:
 
 @functools.cache
 def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
-    """By field, what a value may be an instance of. JSON writes some floats as integers."""
+    """Types that the value of each field may have. JSON writes some floats as integers."""
     kinds = {}
     for name, hint in typing.get_type_hints(kind).items():
         choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -116,7 +116,7 @@ def _mapping(tree: Any, path: Path) -> dict[str, Any]:
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder by `write` and puts it in the place of `path`. Where `write` fails, nothing is left of it."""
+    """Fills a folder by `write` and moves it to `path`. Where `write` fails, nothing is left."""
     part, old = path.with_name(WRITING + path.name), path.with_name(OLD + path.name)
     for folder in (part, old):
         shutil.rmtree(folder, ignore_errors=True)
@@ -138,7 +138,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def clean_folder(path: Path) -> None:
-    """Removes what cut writes left in a folder, and puts back what one had taken away without a replacement."""
+    """Removes what interrupted writes left in a folder, and restores a folder that one moved aside."""
     for old in path.glob(f"{OLD}*"):
         if not (replaced := path / old.name.removeprefix(OLD)).exists():
             old.rename(replaced)
@@ -147,20 +147,20 @@ def clean_folder(path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that a cut leaves none that looks whole."""
+    """Removes a folder. Interrupted, it leaves nothing that looks whole."""
     part = path.with_name(WRITING + path.name)
     path.rename(part)
     shutil.rmtree(part)
 
 
 def write_checksums(folder: Path) -> None:
-    """Leaves the checksum of every file in a folder, for `find_damage`."""
+    """Writes the checksum of every file in a folder, for `find_damage`."""
     sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first file that is not as `write_checksums` saw it, and why; None where all are, or nothing was left."""
+    """The first file whose checksum differs, and why; None where all agree, or there are no checksums."""
     if not (folder / CHECKSUMS).exists():
         return None
     try:
@@ -182,7 +182,7 @@ def _sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
+    """Flushes a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,15 +191,15 @@ def sync(path: Path) -> None:
 
 
 def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
-    """Makes a folder where there is none, and locks it by a file `.lock` in it. The holder unlinks that file before it
-    releases it: another writer then opens a file of its own.
+    """Makes a folder if needed, and locks it by a file `.lock` in it. The holder unlinks that file before it releases
+    the lock: the next writer then opens a new file.
 
     Args:
-        writer: what writes there, for messages: a run, an evaluation.
-        root: the folder that nothing may be written outside of. None: `path`.
+        writer: the kind of writer, for messages: a run, an evaluation.
+        root: nothing may be written outside this folder. None: `path`.
 
     Raises:
-        ValueError: the folder cannot be made, has a link that leads out of it, or another such writer has it.
+        UserError: the folder cannot be made, has a link that leads out of it, or another such writer has it.
     """
     root = root or path
     on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]
@@ -220,13 +220,13 @@ def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
 
 
 def cache_dir() -> Path:
-    """Where tokenised rows and converted weights lie: $CERA_TRAIN_CACHE, else the user's cache folder."""
+    """Folder of tokenised rows and converted weights: $CERA_TRAIN_CACHE, else the user's cache folder."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("CERA_TRAIN_CACHE") or Path(user_cache) / "cera-train")
 
 
 def cached_folder(name: str, write: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by `write` the first time. Processes that want it together wait for one of them."""
+    """A folder of the cache, filled by `write` the first time. Of several processes, one fills it."""
     folder = cache_dir() / name
     if folder.is_dir():  # whole, and readable also where nothing may be written
         return folder

@@ -1,4 +1,4 @@
-"""Where a command runs: its processes, device and precision."""
+"""Accelerate, set up for our loops: processes, device and precision."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def start_accelerator(
     """Joins the processes of this command.
 
     Args:
-        timeout: how long one process waits for another.
-        strategy: how they share the model.
+        timeout: time limit of a collective.
+        strategy: how the processes share the model.
 
     Raises:
-        ValueError: the user's `accelerate config` asks for something else, such as DeepSpeed.
+        UserError: the user's `accelerate config` asks for something else, such as DeepSpeed.
     """
-    AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run would bind every later one
+    AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
     has_gpu = torch.accelerator.is_available()
     plugin = fsdp2() if strategy == Strategy.fsdp else None
     accelerator = Accelerator(
         mixed_precision=mixed_precision(model, autocast),
-        cpu=not has_gpu,  # without being told, it does not join several processes of a machine that has only CPUs
+        cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
         fsdp_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
     )
     if plugin is not None:
-        os.environ.pop("ACCELERATE_USE_FSDP")  # and so would Accelerate's mark
+        os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
     if plugin is not None and not has_gpu and accelerator.num_processes > 1:
         # Accelerate offers FSDP2 on accelerators only; torch has it on CPUs too.
         accelerator.state.fsdp_plugin = plugin
@@ -54,10 +54,10 @@ def start_accelerator(
 
 
 def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
-    """Takes what a user's `accelerate config` or launcher may have set, as far as our loops can follow it.
+    """Refuses settings of `accelerate config` or a launcher that our loops do not support.
 
     Raises:
-        ValueError: DeepSpeed and the like, or FSDP without `distributed.strategy=fsdp`.
+        UserError: DeepSpeed and the like, or FSDP without `distributed.strategy=fsdp`.
     """
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if strategy == Strategy.fsdp:
@@ -71,22 +71,22 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
             f"distributed training by {accelerator.distributed_type} is not what distributed.strategy={strategy} says. "
             "Choose no engine in `accelerate config`, and distributed.strategy=ddp or fsdp here."
         )
-    accelerator.gradient_accumulation_steps = 1  # train.batch_size and train.micro_batch_tokens say it
+    accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 
 
 def mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
-    """Accelerate's name for the precision of matrix products over float32 weights."""
+    """Accelerate's name for the precision of autocast."""
     wanted = model.dtype != Dtype.float32 if autocast is None else autocast
     if not wanted:
         return "no"
     if model.dtype == Dtype.float16:
-        return "fp16" if torch.cuda.is_available() else "no"  # needs a gradient scaler, which the CPU has not
+        return "fp16" if torch.cuda.is_available() else "no"  # float16 needs a gradient scaler, which CPUs lack
     return "bf16"
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU's allocator, or resident on a CPU. Not `ru_maxrss`, which a new process takes over from its
-    parent."""
+    """Peak bytes of the GPU's allocator, or resident on a CPU. A new process inherits `ru_maxrss` from its parent, so
+    VmHWM is read instead."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -94,17 +94,17 @@ def peak_memory(device: torch.device) -> int:
 
 
 def forget_earlier_runs() -> None:
-    """Frees what an earlier job of a sweep left in this process, and lets the peak be that of what comes now."""
+    """Frees the memory of earlier jobs of a sweep in this process, and resets the peak."""
     gc.collect()  # Accelerate's model and its forward refer to each other
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux's own way for a process
+    with contextlib.suppress(OSError):  # Linux resets VmHWM
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to this program: errors still show."""
+    """Silences libraries, except for errors."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")

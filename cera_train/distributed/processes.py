@@ -1,4 +1,4 @@
-"""Which of a command's processes this is, by what its launcher says. Nothing here imports torch."""
+"""Rank and size of a command's process group, from its launcher's environment variables. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import re
 from collections.abc import MutableMapping
 
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""Where launchers say which process this is; Accelerate reads the same."""
+"""Variables in which launchers set the rank; Accelerate reads the same."""
 
 LAUNCHED = (*RANKS, "ACCELERATE_MIXED_PRECISION")
-"""One of these is set in a process that a launcher started: `accelerate launch` gives one alone no rank."""
+"""One of these is set in a process that a launcher started: `accelerate launch` sets no rank for a single process."""
 
 
 def is_main_process() -> bool:
-    """Whether this process writes and speaks."""
+    """Whether this process writes files and prints."""
     return next((int(os.environ[name]) for name in RANKS if name in os.environ), 0) == 0
 
 
@@ -24,15 +24,15 @@ def is_one_of_several() -> bool:
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, so that it has to start none."""
+    """Whether a launcher started this process: then it starts no others."""
     return any(name in os.environ for name in LAUNCHED)
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
-    """Says in torch's words what srun says in Slurm's, where this process is one of the tasks of a step of several.
+    """Sets torch's variables from Slurm's, where srun started this process as one of several tasks.
 
     Args:
-        environment: the environment variables, which are changed.
+        environment: the environment variables, changed in place.
     """
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "RANK" in environment:
@@ -41,7 +41,7 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     gpus = environment.get("CUDA_VISIBLE_DEVICES")
     # node[003-007,9]: the first host
     host = re.sub(r"\[(\d+)[^]]*\]", r"\1", environment["SLURM_STEP_NODELIST"]).split(",")[0]
-    # The port follows from the job, so that jobs that share a node do not meet.
+    # The port follows from the job, so that jobs on one node use different ports.
     for name, value in {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,

@@ -1,5 +1,5 @@
-"""One model on several processes: whole on each, with gradients averaged (DDP), or its weights sharded (FSDP2). What a
-checkpoint holds is whole either way, so a run may go on with other processes or another strategy."""
+"""One model on several processes: replicated (DDP) or sharded (FSDP2). A checkpoint holds whole tensors either way: a
+run can resume with another number of processes or another strategy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cera_train.common.errors import UserError
 
 
 def fsdp2() -> FullyShardedDataParallelPlugin:
-    """Accelerate's settings for FSDP2: each decoder layer is gathered when it computes, in the precision it is stored
-    in, so that the numbers are those of DDP."""
+    """Accelerate's settings for FSDP2: each decoder layer is gathered when it computes, in its stored precision, so the
+    numbers are those of DDP."""
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
@@ -27,30 +27,30 @@ def fsdp2() -> FullyShardedDataParallelPlugin:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor put together, on every process: all have to call this. Any other tensor as it is."""
+    """Gathers a sharded tensor, a collective; returns any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights, whole. All processes have to call this."""
+    """The trainable weights, whole. A collective."""
     return {name: whole(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state_dict, whole. All processes have to call this."""
+    """An optimizer's state_dict, whole. A collective."""
     return _map_tensors(whole, optimizer.state_dict())
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Puts a whole state_dict in place, sharded as the weights are.
+    """Loads a whole state_dict, sharded as the weights are.
 
     Raises:
-        ValueError: the state belongs to another optimizer or to other weights.
+        UserError: the state belongs to another optimizer or to other weights.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def shard(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        is_moment = isinstance(parameter, DTensor) and value.shape == parameter.shape  # AdamW's count of steps is none
+        is_moment = isinstance(parameter, DTensor) and value.shape == parameter.shape  # AdamW's step count is a scalar
         return distribute_tensor(value, parameter.device_mesh, parameter.placements) if is_moment else value
 
     try:
@@ -64,7 +64,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def _map_tensors(function: Any, tree: Any) -> Any:
-    """Nested dicts and lists with a function's value for every tensor."""
+    """Applies a function to every tensor in nested dicts and lists."""
     if isinstance(tree, dict):
         return {key: _map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, list):

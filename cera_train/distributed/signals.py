@@ -1,5 +1,5 @@
-"""Signals that ask a run to stop, heard between updates: Ctrl-C, SIGTERM, and SIGUSR1 and SIGUSR2, by which a scheduler
-tells of a time limit or a preemption."""
+"""Signals that stop a run between two updates: Ctrl-C, SIGTERM, and SIGUSR1 and SIGUSR2, which schedulers send before a
+time limit or a preemption."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from types import FrameType, TracebackType
 from cera_train.common.errors import UserError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""Those of a scheduler first: one that comes beside another decides, since it asks to be started again."""
+"""In order of precedence: a scheduler's signal wins, since it restarts the job."""
 
 
 class Interrupted(SystemExit):
-    """The run was saved and stops, with a shell's status for the signal."""
+    """The run was saved and stops; the exit status is 128 plus the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
         self.signal = number
 
     def hand_over(self) -> None:
-        """Tells whoever listened to the signal before the run did, such as submitit, which requeues the job.
+        """Calls the handler that the run replaced, such as submitit's, which requeues the job.
 
         Raises:
-            SystemExit: with status 0, where a scheduler's signal was taken: it asks process 0, and ends all when one
-                ends in failure.
-            ValueError: the listener refuses.
+            SystemExit: with status 0 after a scheduler's signal: the scheduler looks at process 0, and would end all
+                processes when one fails.
+            UserError: the handler failed.
         """
         handler = signal.getsignal(self.signal)
         if not callable(handler) or handler is signal.default_int_handler:
@@ -42,20 +42,20 @@ class Interrupted(SystemExit):
 
 
 REPEAT_SECONDS = 1.0
-"""A signal that comes again sooner is the same: who sent it may have sent it to every process, and so do we."""
+"""A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too."""
 
 
 class Interruption:
-    """While it is open, signals are only remembered; a second SIGINT or SIGTERM acts at once. One that nobody acted on
-    is delivered when it closes.
+    """Records signals while it is open; a second SIGINT or SIGTERM acts at once. A signal that was not handled is
+    delivered when it closes.
 
     Args:
-        tell: called with each signal that is remembered, such as to pass it on to other processes.
+        pass_on: called with each recorded signal, such as to send it to other processes.
     """
 
-    def __init__(self, tell: Callable[[int], None] = lambda number: None) -> None:
+    def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
         self.signal: int | None = None
-        self._tell = tell
+        self._pass_on = pass_on
 
     def __enter__(self) -> Interruption:
         self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
@@ -70,7 +70,7 @@ class Interruption:
             self._restore()
             os.kill(os.getpid(), number)
         else:
-            self._tell(number)
+            self._pass_on(number)
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
@@ -82,10 +82,10 @@ class Interruption:
             os.kill(os.getpid(), self.signal)
 
     def heard(self) -> list[float]:
-        """For each of SIGNALS 1 where it is the one that was heard, else 0: a row that processes can add up."""
+        """One-hot over SIGNALS, so that processes can add their rows."""
         return [float(number == self.signal) for number in SIGNALS]
 
 
 def first_heard(rows: Sequence[float]) -> int | None:
-    """The signal that some process heard, by the sum or the mean of their rows."""
+    """The signal that a process received, from the sum or the mean of all rows."""
     return next((number for number, heard in zip(SIGNALS, rows, strict=True) if heard), None)

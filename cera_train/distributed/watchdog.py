@@ -1,5 +1,5 @@
-"""Names the process that the others wait for in vain. The communication library's own time limit ends a run too, but
-does not say who was missing."""
+"""Names the process that all others wait for. The communication library's time limit ends a run too, but does not name
+it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 LOOKS = 4
-"""How often a process that waits looks at the others before it judges."""
+"""Looks at the other processes before one is taken for hung."""
 
 
 class Hung(RuntimeError):
-    """A process has not been heard of for too long."""
+    """A process did not come to a collective within the time limit."""
 
 
 class Watchdog:
@@ -45,7 +45,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def arrive(self) -> None:
-        """This process is about to wait for the others."""
+        """Counts that this process is about to wait for the others."""
         self.arrivals += 1
 
     def close(self) -> None:
@@ -81,13 +81,13 @@ class Watchdog:
 
     @staticmethod
     def _published(store: torch.distributed.Store, process: int) -> tuple[int, ...]:
-        """Arrivals and beat; below any other where a process never came to publish: the store would wait for it."""
+        """Arrivals and beat of a process; -1 where it never published: `get` would block."""
         key = f"cera_train/{process}"
         return tuple(map(int, store.get(key).split())) if store.check([key]) else (-1, -1)
 
     @staticmethod
     def _missing(seen: Sequence[list[tuple[int, ...]]]) -> list[int]:
-        """Those that published nothing new, which are stopped or whose machine is gone; else those that are behind."""
+        """Processes that published nothing new (stopped, or their machine is gone); else those that are behind."""
         now = seen[-1]
         silent = [process for process, published in enumerate(now) if published == seen[0][process]]
         return silent or [process for process, (arrivals, _) in enumerate(now) if arrivals < max(now)[0]]
@@ -99,7 +99,7 @@ class Watchdog:
             f"{self.seconds:g} seconds (distributed.timeout). Look at its machine; the same command goes on from the "
             "last checkpoint."
         )
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # the launcher says it
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # the launcher reports it
             get_error_handler().record_exception(Hung(message))
         else:
             print(f"cera-train: {message}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Attention over sequences that lie end to end in one row: each is a block of its own, and no T x T mask is made.
 
-transformers calls it by its name, as it calls its own: `model.set_attn_implementation(BY_SEQUENCE)`.
+Registered with transformers by name: `model.set_attn_implementation(BY_SEQUENCE)`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from transformers import AttentionInterface
 BY_SEQUENCE = "by_sequence"
 """One sequence after the other by scaled_dot_product_attention: on every device, in every dtype."""
 VARLEN = "varlen"
-"""All sequences in one call of FlashAttention's own kernel for them: on CUDA, in 16 bits."""
+"""All sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits."""
 
 
-@torch.compiler.disable  # else it would be compiled anew for every batch's lengths
+@torch.compiler.disable  # else every new set of lengths would recompile
 def attend_by_sequence(
     module: nn.Module,
     query: torch.Tensor,
@@ -41,7 +41,7 @@ def attend_by_sequence(
     Args:
         query: [1, heads, T, d]; key and value may have fewer heads.
         sequence_lengths: their sum is T.
-        in_one_call: by FlashAttention's kernel for sequences of many lengths; but for dropout, which it has not.
+        in_one_call: uses FlashAttention's variable-length kernel, unless there is dropout, which it lacks.
 
     Returns:
         [1, T, heads, d], and no weights.
@@ -75,7 +75,7 @@ def _in_one_call(
 
     device, longest = query.device, max(sequence_lengths)
     starts = _starts(tuple(sequence_lengths), device)
-    # Autocast does not know the kernel. What comes here may be float32, as of norms between projection and attention.
+    # The kernel is outside autocast, and norms between projection and attention leave float32.
     is_cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_cast else query.dtype
     output = varlen_attn(
@@ -89,11 +89,11 @@ def _in_one_call(
 
 
 def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it is worth a try: it knows more of what it needs, such as compute capability 8.0."""
+    """Whether to try the kernel: it checks the rest, such as compute capability 8.0, by itself."""
     return device.type == "cuda" and dtype.itemsize == 2
 
 
-@functools.lru_cache(maxsize=1)  # all layers ask for those of one micro-batch
+@functools.lru_cache(maxsize=1)  # all layers use those of one micro-batch
 def _starts(sequence_lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Where each sequence starts, and where the last one ends: [sequences + 1]."""
     return torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32).to(device)
@@ -110,7 +110,7 @@ def _refuse_more(
         more.append("a mask")
     kinds = getattr(getattr(module, "config", None), "layer_types", None)
     if kinds and kinds[module.layer_idx] != ("full_attention" if window is None else "sliding_attention"):
-        more.append(kinds[module.layer_idx])  # by its mask alone, and transformers makes none for our names
+        more.append(kinds[module.layer_idx])  # it exists in its mask only, and transformers makes no mask for our names
     if more:
         raise NotImplementedError(f"this attention is more than causal ({', '.join(more)}).")
 
@@ -137,12 +137,11 @@ def _attend(
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention in a few operations on [heads, L, L]: on a CPU in 16 bits, torch's own goes block by block and
-    takes twice as long for such lengths. Gradients of SmolLM2's layers are 0.6 % off the exact ones, with torch's own
-    0.5 %."""
+    """Causal attention in a few operations on [heads, L, L]: on a CPU in 16 bits, torch's kernel takes twice as long
+    for such lengths. Gradients of SmolLM2's layers are 0.6 % off the exact ones, with torch's kernel 0.5 %."""
 
     MAX_LENGTH = 512
-    """From about 600 tokens, torch's own is faster on a CPU without AMX; with it, from more than 1,000."""
+    """torch's kernel is faster from about 600 tokens on a CPU without AMX, from more than 1,000 with it."""
 
     @classmethod
     def is_faster(cls, query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -161,23 +160,23 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, of_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         heads, length, width = key.shape[1:]
         # Query heads that share a key head stand one below the other: [heads, G L, d] against [heads, L, d].
-        q, of_o = (x.reshape(heads, -1, width) for x in (query, of_output))
+        q, grad_o = (x.reshape(heads, -1, width) for x in (query, grad_output))
         k, v = key[0], value[0]
         p = ShortAttention._weights(query, key, ctx.scaling)
-        of_p = torch.bmm(of_o, v.mT).view_as(p)
-        of_scores = torch._softmax_backward_data(of_p, p, -1, p.dtype).mul_(ctx.scaling).view(heads, -1, length)
-        of_q = torch.bmm(of_scores, k).view_as(query)
-        of_k = torch.bmm(of_scores.mT, q).unsqueeze(0)
-        of_v = torch.bmm(p.view(heads, -1, length).mT, of_o).unsqueeze(0)
-        return of_q, of_k, of_v, None
+        grad_p = torch.bmm(grad_o, v.mT).view_as(p)
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scaling).view(heads, -1, length)
+        grad_q = torch.bmm(grad_scores, k).view_as(query)
+        grad_k = torch.bmm(grad_scores.mT, q).unsqueeze(0)
+        grad_v = torch.bmm(p.view(heads, -1, length).mT, grad_o).unsqueeze(0)
+        return grad_q, grad_k, grad_v, None
 
     @staticmethod
     def _weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
-        """softmax over what a token may see, a matrix a query head: [query heads, L, L]."""
+        """Softmax over the tokens before and at each token: [query heads, L, L]."""
         heads, length, width = key.shape[1:]
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
         scores = torch.bmm(query.mul(scaling).reshape(heads, -1, width), key[0].mT)

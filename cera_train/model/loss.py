@@ -1,7 +1,7 @@
 """Next-token loss on supervised tokens only: - sum over supervised t of log p(x_t | x_<t).
 
 Only the hidden states that predict a supervised token go through the LM head, in chunks, so the logits of a long
-sequence over a large vocabulary never stand in memory whole.
+sequence over a large vocabulary are never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
 
 
 def chunk_tokens(on_gpu: bool) -> int:
-    """Supervised tokens whose logits stand in memory at once: as many as keep a GPU busy, and few enough that a CPU's
-    caches hold a part of them."""
+    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
     return 1024 if on_gpu else 128
 
 
@@ -39,7 +38,7 @@ class Allowed:
     flattens: bool = False
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
     attention: str | None = None
-    """Attention by sequence for flat rows: the fastest of ours that this model, device and dtype allow."""
+    """Name of the fastest attention by sequence that works here, for flat rows."""
 
 
 class SupervisedLoss(nn.Module):
@@ -60,7 +59,7 @@ class SupervisedLoss(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self._no_split_modules = causal_lm._no_split_modules  # by these, Accelerate shards the weights
+        self._no_split_modules = causal_lm._no_split_modules  # Accelerate shards by these
         # Not registered: these are parts of `model`, and their parameters must not appear twice.
         self._parts = {"causal_lm": causal_lm, "decoder": causal_lm.get_decoder()}
         self.allowed = Allowed()
@@ -120,10 +119,10 @@ class SupervisedLoss(nn.Module):
         return agrees(), None
 
     def compile_layers(self) -> None:
-        """One graph for all layers, whatever the lengths of a batch.
+        """Compiles the layers: one graph for all of them and for every length.
 
         Raises:
-            ValueError: the machine lacks what compiles for its device.
+            UserError: there is no compiler for this device.
         """
         causal_lm = self._parts["causal_lm"]
         if causal_lm.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
@@ -136,7 +135,7 @@ class SupervisedLoss(nn.Module):
         self.is_compiled = True
 
     def eagerly(self, batch: Batch) -> torch.Tensor:
-        """The loss, with every hook called: a compiled layer calls none."""
+        """The loss without compiled layers, which call no hooks."""
         with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
             return self(batch)
 
@@ -176,8 +175,8 @@ class SupervisedLoss(nn.Module):
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross entropy under a head that gets no gradient. Each chunk's gradient is taken while its logits are
-    there, in the forward pass: they are made once, and no more of them stand in memory than one chunk's."""
+    """Summed cross entropy under a frozen head. The gradient of each chunk is computed in the forward pass, while its
+    logits are in memory: they are computed once, and only one chunk's exist at a time."""
 
     @staticmethod
     def forward(
@@ -192,16 +191,16 @@ class FrozenHeadLoss(torch.autograd.Function):
             wide = torch.promote_types(logits.dtype, torch.float32)
             log_p = torch.log_softmax(logits.detach(), -1, dtype=wide)
             losses.append(-log_p.gather(1, wanted).sum())
-            # d loss / d logits = p - 1 at the wanted token, in the place of log p.
-            of_logits = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
-            gradients += torch.autograd.grad(logits, hidden, of_logits.to(logits.dtype))
+            # d loss / d logits = p - 1 at the wanted token, in place of log p.
+            grad_logits = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
+            gradients += torch.autograd.grad(logits, hidden, grad_logits.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
         return torch.stack(losses).sum()
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (of_hidden_states,) = ctx.saved_tensors
-        return (gradient * of_hidden_states).to(of_hidden_states.dtype), None, None
+        (grad_hidden_states,) = ctx.saved_tensors
+        return (gradient * grad_hidden_states).to(grad_hidden_states.dtype), None, None
 
 
 def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.device) -> None:
@@ -222,7 +221,7 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
 
 
 def _close(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Whether the difference is small against the expected values, both as a whole."""
+    """Whether the norm of the difference is small against the norm of the expected values."""
     return bool((values.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 

@@ -71,7 +71,7 @@ class Progress:
 def write_checkpoint(
     folder: Path, moments: dict[str, Any], progress: Progress, data_digest: str, config: dict[str, Any]
 ) -> None:
-    """Writes what stands beside the adapter in a checkpoint, and the checksums of it all."""
+    """Writes the optimizer, the progress and the config beside the adapter, and the checksums of all files."""
     with (folder / "optimizer.pt").open("wb") as file:
         torch.save(moments, file)
     (folder / "progress.json").write_text(json.dumps({**asdict(progress), "data_digest": data_digest}))
@@ -86,14 +86,14 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tu
         The progress, and the optimizer's state for `load_optimizer_state`.
 
     Raises:
-        UserError: the folder is no checkpoint, belongs to another adapter, or its rows were others.
+        UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other rows.
     """
     try:
         saved = read_json(folder / "progress.json")
         weights_of(folder)  # PEFT would also take a pickle, or look for the weights on the Hub
         weights = peft.load_peft_weights(str(folder), device="cpu")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load takes any file for its own, and stumbles over others in every way
+    except Exception as error:  # torch.load raises many types on a file that is not its own
         raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
     if saved.pop("data_digest", None) != data_digest:
         raise UserError(
@@ -120,5 +120,5 @@ def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> Non
 
 
 def save_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """An adapter in PEFT's format."""
+    """Saves an adapter in PEFT's format."""
     model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)

@@ -69,7 +69,7 @@ class EvaluationFolder:
         """The settings on record.
 
         Raises:
-            ValueError: there are none: this is no evaluation's folder.
+            UserError: there are none: this is no evaluation's folder.
         """
         path = self.path / "config.yaml"
         if not path.is_file() or "task" not in read_yaml(path):  # a run's folder has one too
@@ -82,7 +82,7 @@ class EvaluationFolder:
         """Puts the settings on record.
 
         Raises:
-            ValueError: the folder holds an evaluation with others.
+            UserError: the folder holds an evaluation with others.
         """
         path = self.path / "config.yaml"
         now = redact_tree(to_plain(config))
@@ -122,7 +122,7 @@ class EvaluationFolder:
         """The problems on record.
 
         Raises:
-            ValueError: the evaluation was cut before it had any.
+            UserError: the evaluation was cut before it had any.
         """
         path = self.path / "problems.jsonl"
         if not path.is_file():
@@ -141,7 +141,7 @@ class EvaluationFolder:
         """Puts the problems on record.
 
         Raises:
-            ValueError: the folder has answers to others.
+            UserError: the folder has answers to others.
         """
         rows = [{**asdict(problem), **problem.details} for problem in problems]
         text = _lines({name: value for name, value in row.items() if name != "details"} for row in rows)

@@ -40,10 +40,10 @@ from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, EvaluationMetrics, RunResult
 
 LOGS = ("metrics.jsonl", "spectra.jsonl")
-"""Files that grow by lines, each with its update."""
+"""Files that grow by lines, each with the number of its update."""
 
 AUTO = "auto"
-"""A setting that the hardware decides; in a folder that does not record what was taken, it agrees with every value."""
+"""Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
 
 
 class RunFolder:
@@ -68,7 +68,7 @@ class RunFolder:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if not self.is_main:
             return
-        with contextlib.suppress(OSError):  # of a disk that is gone: the error that stopped the run says it
+        with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the run is raised
             if self._is_new and not (self.path / "metrics.jsonl").exists():
                 shutil.rmtree(self.path)
             else:
@@ -78,7 +78,7 @@ class RunFolder:
     # --- resuming ----------------------------------------------------------------------------------------------------
 
     def result(self) -> RunResult | None:
-        """What a finished run left."""
+        """The result of a finished run."""
         path = self.path / "result.json"
         return RunResult.read(path) if path.exists() else None
 
@@ -88,10 +88,10 @@ class RunFolder:
         return sorted(found, key=lambda path: int(path.name))
 
     def last_sound_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is as it was written; says which are not. None where there is no checkpoint.
+        """The newest undamaged checkpoint; prints which are damaged. None where there is no checkpoint.
 
         Raises:
-            ValueError: there are checkpoints, and all are damaged.
+            UserError: there are checkpoints, and all are damaged.
         """
         damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
@@ -202,7 +202,7 @@ class RunFolder:
             return
         for path in (self.path / log for log in LOGS):
             if path.exists():
-                # A cut leaves half a line, and a machine that lost its power any bytes, but after the checkpoint's.
+                # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
                 lines = itertools.takewhile(is_whole, path.read_bytes().splitlines(keepends=True))
                 write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
 
@@ -224,7 +224,7 @@ class RunFolder:
             write_checkpoint(folder, moments, progress, data_digest, self.config)
 
         with (self.path / "metrics.jsonl").open("ab") as metrics:
-            os.fsync(metrics.fileno())  # after a crash of the machine too, no checkpoint knows more than the metrics
+            os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
         write_folder(self.path / "checkpoints" / str(progress.update), write)
         for old in self.checkpoints()[:-keep]:
             remove_folder(old)
@@ -241,11 +241,17 @@ class RunFolder:
 
         write_folder(self.path / "best", write)
 
-    def save_final(self, model: peft.PeftModel) -> None:
-        """adapter/: the adapter after the last update."""
+    def save_final(self, model: peft.PeftModel, tokenizer: Any) -> None:
+        """adapter/: the adapter after the last update, with the tokenizer that it was trained with."""
         weights = trainable_weights(model)
-        if self.is_main:
-            write_folder(self.path / "adapter", lambda folder: save_adapter(model, weights, folder))
+        if not self.is_main:
+            return
+
+        def write(folder: Path) -> None:
+            save_adapter(model, weights, folder)
+            tokenizer.save_pretrained(folder)
+
+        write_folder(self.path / "adapter", write)
 
 
 def is_whole(line: bytes) -> bool:

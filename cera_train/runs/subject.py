@@ -1,5 +1,5 @@
-"""What an evaluation is of: an adapter on its base model, or a base model alone. It is found without loading anything,
-so that a mistake gets its answer at once."""
+"""The model that an evaluation measures: an adapter on its base, or a base alone. Resolved without loading anything, so
+that a mistake is answered at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cera_train.runs.recorded_config import load_config
 from cera_train.training.config import TrainConfig
 
 ADAPTERS = ("CERA", "LORA")
-"""PEFT's types of the adapters that cera-train makes: rsLoRA and DoRA are LoRAs."""
+"""PEFT types of the adapters that cera-train makes: rsLoRA and DoRA are LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Subject:
     """An adapter on its base model, or a base model alone."""
 
     folder: Path
-    """Its evaluations lie in here, in eval/: a run's folder also for its best adapter and its checkpoints, whose own
-    folders come and go."""
+    """Evaluations are written to eval/ in here. For a best adapter or a checkpoint it is the run's folder: theirs are
+    replaced during training."""
     model: ModelConfig
     adapter: Path | None
     run: Config | None
-    """How it was trained, where that is on record."""
+    """The config it was trained with, where that is known."""
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Subject:
 
     @property
     def part(self) -> str:
-        """What of a run it is, for the name of an evaluation: nothing for the run's adapter itself, -best, ..."""
+        """Suffix of an evaluation's name: empty for the run's final adapter, -best, -checkpoints-100, ..."""
         if self.run is None or self.adapter.name == "adapter":
             return ""
         return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
@@ -50,10 +50,10 @@ class Subject:
 
 
 def find_subject(config: EvalConfig) -> Subject:
-    """What `run=` and `model=` mean.
+    """Resolves `run=` and `model=`.
 
     Raises:
-        ValueError: there is no such folder, or it is unfinished or holds no adapter.
+        UserError: there is no such folder, or it is unfinished or holds no adapter.
     """
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")
@@ -87,7 +87,7 @@ def model_of(run: Config, folder: Path, trust_remote_code: bool) -> ModelConfig:
     """The base model of a run.
 
     Raises:
-        ValueError: the folder asks to run the model's own Python code, which only who starts a command may.
+        UserError: the config asks to run the model's Python code, and the command line does not.
     """
     if run.model.trust_remote_code and not trust_remote_code:
         raise UserError(
@@ -98,7 +98,7 @@ def model_of(run: Config, folder: Path, trust_remote_code: bool) -> ModelConfig:
 
 
 def run_of(adapter: Path) -> Path | None:
-    """The run that an adapter's folder is part of: its adapter/, its best/ or one of its checkpoints/."""
+    """The run that an adapter's folder belongs to: as adapter/, best/ or one of checkpoints/."""
     if adapter.parent.name == "checkpoints":
         root = adapter.parent.parent
     elif adapter.name in ("adapter", "best"):
@@ -109,7 +109,7 @@ def run_of(adapter: Path) -> Path | None:
 
 
 def check_adapter(adapter: Path) -> None:
-    """Raises ValueError where an adapter has no safe weights, or its config asks for more than to put them in place."""
+    """Raises UserError where an adapter is a pickle, of another type, or asks for more than to load weights."""
     weights_of(adapter)
     settings = read_json(adapter / "adapter_config.json")
     if settings.get("peft_type") not in ADAPTERS:
@@ -120,7 +120,7 @@ def check_adapter(adapter: Path) -> None:
 
 
 def digest_of(adapter: Path) -> str:
-    """Of an adapter's weights: its folder can get others."""
+    """Digest of an adapter's weights: the files in a folder can change."""
     with weights_of(adapter).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
@@ -129,7 +129,7 @@ def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
     """The base model that an adapter names.
 
     Raises:
-        ValueError: its adapter_config.json is broken or names none.
+        UserError: its adapter_config.json is broken or names none.
     """
     path = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if not (path and isinstance(path, str)):

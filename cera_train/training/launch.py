@@ -95,7 +95,7 @@ def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
         _environment({name: value for name, value in shared.items() if name not in os.environ}),
         tempfile.TemporaryDirectory() as logs,
         tempfile.TemporaryDirectory() as mistakes,
-        Interruption(tell=tell_children) as interruption,
+        Interruption(pass_on=signal_children) as interruption,
     ):
         elastic = ElasticConfig(
             min_nodes=1,
@@ -130,7 +130,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
-def tell_children(number: int) -> None:
+def signal_children(number: int) -> None:
     """Passes a signal on. Ctrl-C becomes SIGTERM: Python would print a traceback in every process."""
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)

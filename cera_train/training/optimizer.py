@@ -18,7 +18,7 @@ def build_optimizer(
     """The optimizer of a config.
 
     Raises:
-        ValueError: it cannot run on this device.
+        UserError: it cannot run on this device.
     """
     settings = {
         "lr": config.lr,

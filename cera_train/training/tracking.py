@@ -1,5 +1,5 @@
-"""Mirrors of metrics.jsonl in W&B or TensorBoard. The run's folder is the record: a mirror that fails is left out, with
-one line that says so, and training goes on."""
+"""Mirrors of metrics.jsonl in W&B or TensorBoard. The run's folder is the record: a mirror that fails is dropped with
+one line, and training goes on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from urllib.parse import urlsplit
 
 from cera_train.common.files import write_text
 from cera_train.common.secrets import redact
+from cera_train.common.terminal import print_line
 from cera_train.training.config import TrackerConfig, TrackerKind
 
 
 class Tracker:
-    """No mirror. Also what the others do: start, log, add a picture and the adapter, finish."""
+    """No mirror, and the interface of the others."""
 
     def log(self, metrics: dict[str, float], update: int) -> None:
         """Numbers at an update."""
@@ -36,19 +37,19 @@ class Tracker:
 
 
 INIT_SECONDS = 30
-"""How long W&B's server may take to answer before a run is recorded offline."""
+"""Time limit for W&B's server to answer; then the run is recorded offline."""
 FINISH_SECONDS = 30
-"""How long W&B may still upload after the last update."""
+"""Time limit for uploads after the last update."""
 ADAPTER_SECONDS = 600
-"""How long it may upload the adapter."""
+"""Time limit for the upload of the adapter."""
 
 
 class WandbTracker(Tracker):
-    """Weights & Biases: online with a key and a server that answers, else offline. All of it is also on the disk, for
-    `wandb sync`."""
+    """Weights & Biases: online with a key and a server that answers, else offline. It also keeps everything on the
+    disk, for `wandb sync`."""
 
     def __init__(self, config: TrackerConfig, run_config: dict[str, Any], name: str, folder: Path) -> None:
-        # Reports of its own errors, which hold up the end of a run for 20 seconds where the server is silent.
+        # Its error reports hold up the end of a run for 20 seconds where the server is silent.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -77,12 +78,13 @@ class WandbTracker(Tracker):
             )
 
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
+        self.is_offline = mode == "offline"  # on purpose, or for want of a key
         try:
             self.run = init(mode)
         except Exception as error:
             if mode != "online":
                 raise
-            say_error(f"W&B cannot be reached, so the run is recorded offline ({error}).")
+            print_error(f"W&B cannot be reached, so the run is recorded offline ({error}).")
             wandb.teardown()  # else its service would refuse a second run of the same id
             self.run = init("offline")
         self.run.define_metric("update")
@@ -102,7 +104,7 @@ class WandbTracker(Tracker):
             artifact.add_dir(str(folder))
             logged = self.run.log_artifact(artifact)
             if not self.run.offline:
-                with contextlib.suppress(WaitTimeoutError):  # `finish` says how to upload the rest
+                with contextlib.suppress(WaitTimeoutError):  # `finish` prints how to upload the rest
                     logged.wait(ADAPTER_SECONDS)
 
     def finish(self) -> None:
@@ -114,11 +116,12 @@ class WandbTracker(Tracker):
             parts.append(Path(self.run.settings.sync_dir))
         if parts:
             command = shlex.join(["wandb", "sync", "--include-online", *sorted(map(str, parts))])
-            print(f"W&B has not got all of this run. To upload the rest: {command}")
+            so_far = "The run was recorded offline" if self.is_offline else "A part of the run is not uploaded yet"
+            print_line("wandb", f"{so_far}. To upload it: {command}")
 
 
 def has_key() -> bool:
-    """Whether W&B can log in without asking: by its environment variable or by `wandb login`'s entry in netrc."""
+    """Whether W&B can log in without a prompt: by its environment variable or by `wandb login`'s entry in netrc."""
     try:
         hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
@@ -167,7 +170,7 @@ class Guarded(Tracker):
             action()
         except Exception as error:
             self.tracker = Tracker()
-            say_error(f"{self.kind} failed and is left out ({error}). Everything is in metrics.jsonl.")
+            print_error(f"{self.kind} failed and is left out ({error}). Everything is in metrics.jsonl.")
 
     def log(self, metrics: dict[str, float], update: int) -> None:
         self._try(lambda: self.tracker.log(metrics, update))
@@ -183,8 +186,8 @@ class Guarded(Tracker):
         self.tracker = Tracker()
 
 
-def say_error(text: str) -> None:
-    """One line of errors."""
+def print_error(text: str) -> None:
+    """Prints one line of stderr."""
     print(f"cera-train: {redact(' '.join(text.split()))}", file=sys.stderr)
 
 

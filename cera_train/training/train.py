@@ -230,7 +230,7 @@ def finish(session: Session) -> dict[str, Any]:
         folder=str(folder.path),
     )
     session.team.arrive()
-    folder.save_final(session.model)
+    folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
         modules = records(spectra)
         write_spectrum(folder.path / "spectrum.json", modules)

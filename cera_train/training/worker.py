@@ -1,4 +1,4 @@
-"""The work of one of several processes. Nothing here imports torch at module level: it would chat first."""
+"""The work of one of several processes. Nothing here imports torch at module level: the workers silence it first."""
 
 from __future__ import annotations
 

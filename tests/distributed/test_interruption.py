@@ -29,7 +29,7 @@ def listeners():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_remembered_and_told_and_delivered_at_the_end_if_nobody_acted_on_it(listeners, number):
     told = []
-    with Interruption(tell=told.append) as interruption:
+    with Interruption(pass_on=told.append) as interruption:
         send(number)
         assert (interruption.signal, told, listeners) == (number, [number], [])
         assert first_heard(interruption.heard()) == number

@@ -131,6 +131,8 @@ def assert_readable(folder: Path) -> None:
                 assert torch.load(path, weights_only=True)["state"] is not None
             case ".png":
                 assert path.read_bytes().endswith(b"IEND\xaeB`\x82")
+            case ".jinja":
+                assert path.read_text()
             case ".md":
                 assert path.read_text().startswith("---")
             case _:
