@@ -70,9 +70,9 @@ def main_plan() -> None:
     with multirun_file_elsewhere():
         start(PLAN, plan)
     if SWEEP:
-        from cera_train.plan import say_sweep
+        from cera_train.planning.table import print_sweep_plans
 
-        say_sweep(SWEEP)
+        print_sweep_plans(SWEEP)
 
 
 def main_report() -> None:
@@ -261,7 +261,8 @@ def plan(composed: DictConfig) -> None:
     with errors_in_one_line(PLAN):
         refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
-        from cera_train.plan import make_plan, say_measured, say_plan
+        from cera_train.planning.plan import make_plan
+        from cera_train.planning.table import print_measured, print_plan
 
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         if is_sweep and config.plan.compare:
@@ -269,11 +270,11 @@ def plan(composed: DictConfig) -> None:
                 "plan.compare sets other adapters beside one plan; with -m, sweep them: adapter=cera,lora,dora."
             )
         if config.run is not None:
-            say_measured(Path(config.run), config.plan)
+            print_measured(Path(config.run), config.plan)
         elif is_sweep:
             SWEEP.append(make_plan(config))
         else:
-            say_plan(make_plan(config))
+            print_plan(make_plan(config))
 
 
 def report() -> None:

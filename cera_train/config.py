@@ -156,35 +156,18 @@ def require_positive(section: str, config: Any, *names: str) -> None:
 
 @dataclass
 class ModelFacts:
-    """A model's architecture, so that cera-plan needs neither its weights nor the Hub. Names and values are those of
-    its config.json."""
+    """Facts of a model that stand in conf/model."""
 
     of: str = MISSING
     """The `model.path` that these are facts of."""
-    model_type: str = "llama"
-    """llama, mistral, qwen2 or qwen3."""
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    num_hidden_layers: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int = MISSING
-    head_dim: int = MISSING
-    vocab_size: int = MISSING
-    tie_word_embeddings: bool = MISSING
-    """The head has no weights of its own: it reads the embeddings'."""
-    max_position_embeddings: int = MISSING
-    attention_bias: bool = False
-    mlp_bias: bool = False
     license: str | None = None
-    """Of the weights, for an adapter's model card: an identifier of the Hub's, such as apache-2.0."""
+    """License of the weights, for an adapter's model card: an identifier of the Hub's, such as apache-2.0."""
+    config: str | None = None
+    """The model's config.json, a file in conf/model: cera-plan reads it where the model is not on this disk."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "model.facts",
-            self,
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "vocab_size", "max_position_embeddings"),
-        )
+        is_name = self.config is None or Path(self.config).name == self.config
+        require(is_name, f"model.facts.config must be the name of a file in conf/model, got {self.config!r}.")
 
 
 @dataclass
@@ -203,7 +186,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
     facts: ModelFacts | None = None
-    """For cera-plan only."""
+    """For cera-plan and the model card."""
 
     def __post_init__(self) -> None:
         require(
@@ -729,9 +712,19 @@ def load_config(path: Path, schema: type = Config) -> Any:
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
 
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), literal(read_yaml(path))))
+        tree = _without_old_facts(read_yaml(path))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), literal(tree)))
     except OmegaConfBaseException as error:
         raise ValueError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+
+
+def _without_old_facts(tree: dict[str, Any]) -> dict[str, Any]:
+    """Runs of before 0.2 hold the model's architecture in model.facts."""
+    match tree:
+        case {"model": {"facts": dict(facts)}}:
+            kept = {name: value for name, value in facts.items() if name in ("of", "license", "config")}
+            return tree | {"model": tree["model"] | {"facts": kept}}
+    return tree
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

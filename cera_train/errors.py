@@ -14,6 +14,10 @@ OUT_OF_MEMORY = (
 )
 
 
+class UserError(ValueError):
+    """A mistake of the user's: one line with the place, what is wrong and the mend."""
+
+
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     text = " ".join(str(error).split())

@@ -1,0 +1,309 @@
+"""A run's parameters, memory, updates, time and cost, before it runs.
+
+No torch at module level: the size of the data is known, or refused, before torch is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from cera_train.config import (
+    Activation,
+    AdapterKind,
+    BatchLayout,
+    CompareAt,
+    Config,
+    Dtype,
+    GpuKind,
+    OptimizerKind,
+    PlanRun,
+    Quantization,
+    chunk_tokens,
+)
+from cera_train.errors import UserError
+from cera_train.heavy import heavy_imports
+from cera_train.planning.data_size import DataSize, data_size
+from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
+
+if TYPE_CHECKING:
+    from cera_train.planning.measure import MicroBatch, Parameters
+
+ROW_SPREAD = 0.4
+"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The largest of many
+updates is taken to be three standard deviations above the mean."""
+
+PROCESS_BYTES = 610_000_000
+"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
+
+HEAP_SHARE = 0.7
+"""On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add this share of the activations:
+0.38 to 0.47 in runs of SmolLM2-135M; none where MALLOC_MMAP_THRESHOLD_ keeps it from holding blocks."""
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """How much of the data a run goes through, without an early stop by `train.patience`."""
+
+    updates: int
+    rows: int
+    """Training rows, as often as they are seen."""
+    tokens: float
+    evaluations: int
+    eval_tokens: float
+    """Tokens of all evaluations, and of the probes on which spectra are taken."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part, of one process, at its two peaks: where an update's backward pass begins, and in an evaluation."""
+
+    training: dict[str, float]
+    evaluation: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        return max(sum(self.training.values()), sum(self.evaluation.values()))
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A planned run."""
+
+    config: PlanRun
+    device: Device
+    data: DataSize
+    parameters: Parameters
+    totals: RunTotals
+    memory: Memory
+    other_activations: float
+    """Bytes of the activations with gradient checkpointing where the run has none, and without where it has it."""
+    flops: dict[str, float]
+    """Floating-point operations of the run by part."""
+    mfu: float
+    remedies: dict[str, RunPlan] = field(default_factory=dict)
+    """For a plan that does not fit: an override, and the plan with it."""
+    compared: list[RunPlan] = field(default_factory=list)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= USABLE * self.device.memory
+
+    @property
+    def update_seconds(self) -> float:
+        """Seconds of an update, evaluations not counted."""
+        return self._seconds(sum(self.flops.values()) - self.flops["evaluations"]) / self.totals.updates
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the whole run."""
+        return self._seconds(sum(self.flops.values()))
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.seconds / 3600 * self.config.plan.gpus
+
+    @property
+    def cost(self) -> float | None:
+        price = self.config.plan.price_per_hour
+        return None if price is None else price * self.gpu_hours
+
+    def _seconds(self, flops: float) -> float:
+        return flops / (self.device.flops * self.mfu * self.config.plan.gpus)
+
+
+def make_plan(config: PlanRun) -> RunPlan:
+    """Plans a run, and beside it the same run with each adapter of `plan.compare`.
+
+    Raises:
+        UserError: the model or the data is unknown, a target matches no module, or a CPU is to be several.
+    """
+    if config.plan.gpu == GpuKind.cpu and config.plan.gpus > 1:
+        raise UserError(
+            f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
+            "Leave plan.gpus at 1."
+        )
+    plan = plan_alone(config)
+    compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
+    return replace(plan, compared=compared, remedies={} if plan.fits else _remedies(config))
+
+
+def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
+    """Plans one run; on a CPU with so many threads, or as many as torch takes."""
+    model, adapter = config.model, config.adapter
+    data = data_size(config.data, config.plan.tokens_per_row)
+    with heavy_imports():
+        from cera_train.planning import measure as measured
+    parameters = measured.count_parameters(model, adapter)
+    if parameters.positions is not None and config.data.max_length > parameters.positions:
+        raise UserError(
+            f"data.max_length={config.data.max_length} is beyond the {parameters.positions} positions of "
+            f"{model.path}: lower it."
+        )
+    on_gpu, ways = config.plan.gpu != GpuKind.cpu, measured.abilities(model)
+    largest, usual = micro_batches(config, data, ways.attends_by_sequence)
+    plain, checkpointed = (replace(model, gradient_checkpointing=flag) for flag in (False, True))
+    forward, both = measured.Pass(), measured.Pass(has_backward=True)
+    saved = measured.measure(plain, adapter, largest, both if usual == largest else forward)
+    saved_checkpointed = measured.measure(checkpointed, adapter, largest, forward)
+    # The layer inputs, and one layer whole while it is recomputed.
+    activations = [saved.saved_bytes, saved_checkpointed.saved_bytes + saved.largest_layer_bytes]
+    if model.gradient_checkpointing:
+        activations.reverse()
+    totals = run_totals(config, data)
+    trained = measured.measure(model, adapter, usual, both)
+    evaluated = measured.measure(plain, adapter, usual, measured.Pass(has_gradient=False))
+    return RunPlan(
+        config=config,
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(_computes_in_16_bits(config), cpu_threads),
+        data=data,
+        parameters=parameters,
+        totals=totals,
+        memory=memory_of(config, data, parameters, largest, activations[0], ways.chunks_head),
+        other_activations=activations[1],
+        flops={
+            "forward": trained.forward / usual.tokens * totals.tokens,
+            "backward": trained.backward / usual.tokens * totals.tokens,
+            "evaluations": evaluated.forward / usual.tokens * totals.eval_tokens,
+        },
+        mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
+    )
+
+
+def run_totals(config: Config, size: DataSize) -> RunTotals:
+    train = config.train
+    updates_per_epoch = math.ceil(size.train_rows / train.batch_size)
+    updates = train.max_updates or train.epochs * updates_per_epoch
+    epochs, rest = divmod(updates, updates_per_epoch)
+    rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
+    evaluations = 2  # before the first update and after the last
+    if train.eval_every is not None:
+        evaluations += (updates - 1) // train.eval_every
+    eval_tokens = size.eval_rows * size.tokens_per_row
+    probe_tokens = min(train.probe_tokens, eval_tokens)
+    return RunTotals(
+        updates=updates,
+        rows=rows,
+        tokens=rows * size.tokens_per_row,
+        evaluations=evaluations,
+        eval_tokens=evaluations * eval_tokens + (evaluations + 1) * probe_tokens,
+    )
+
+
+def micro_batches(config: PlanRun, size: DataSize, by_sequence: bool) -> tuple[MicroBatch, MicroBatch]:
+    """The largest micro-batch of one process, which needs the most memory, and a usual one, which takes the time.
+
+    Args:
+        by_sequence: the model's attention may run over each sequence of a flat row by itself.
+    """
+    from cera_train.planning.measure import MicroBatch
+
+    train, model, on_gpu = config.train, config.model, config.plan.gpu != GpuKind.cpu
+    has_flash = model.attn_implementation.startswith("flash") or "/" in model.attn_implementation
+    by_sequence = by_sequence or has_flash
+    is_flat = on_gpu or by_sequence if train.batch_layout == BatchLayout.auto else train.batch_layout == "flat"
+    has_mask = not by_sequence if is_flat else not (size.is_even or has_flash)
+
+    rows = math.ceil(train.batch_size / config.plan.gpus)
+    spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
+    usual_tokens = min(train.micro_batch_tokens, rows * size.tokens_per_row)
+    most_tokens = rows * min(size.tokens_per_row * (1 + spread), config.data.max_length)
+    most_tokens = min(train.micro_batch_tokens, most_tokens)
+    longest = size.tokens_per_row if is_flat or size.is_even else config.data.max_length
+
+    def batch(tokens: float, length: float) -> MicroBatch:
+        rows = max(1, round(tokens / length))
+        length = max(2, round(tokens / rows))
+        autocast = None if not _autocast(config) else Dtype.bfloat16 if model.dtype == "float32" else model.dtype
+        return MicroBatch(rows, length, size.supervised, is_flat, has_mask, autocast, on_gpu)
+
+    largest = batch(most_tokens, longest)
+    # Without a mask a token costs the same in every micro-batch: one is enough.
+    return largest, batch(usual_tokens, size.tokens_per_row) if has_mask else largest
+
+
+def _autocast(config: PlanRun) -> bool:
+    """Whether the run computes in 16 bits over float32 weights; runtime.py decides the same."""
+    wanted = config.model.dtype != Dtype.float32 if config.train.autocast is None else config.train.autocast
+    return wanted and (config.plan.gpu != GpuKind.cpu or config.model.dtype != Dtype.float16)
+
+
+def _computes_in_16_bits(config: PlanRun) -> bool:
+    return _autocast(config) or config.model.dtype != Dtype.float32
+
+
+def memory_of(
+    config: PlanRun,
+    size: DataSize,
+    parameters: Parameters,
+    batch: MicroBatch,
+    activations: float,
+    chunks_head: bool,
+) -> Memory:
+    """The memory of a run's largest micro-batch: on a GPU what torch allocates, on a CPU what is resident."""
+    on_gpu = config.plan.gpu != GpuKind.cpu
+    processes = config.plan.gpus
+    always = {
+        "weights": parameters.weight_bytes,
+        "adapter": 4 * parameters.trainable,
+        "optimizer": sum(_optimizer_bytes(count, config.optimizer.kind) for count in parameters.trainable_tensors),
+    }
+    if not on_gpu:
+        always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
+    eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_row)
+    chunk, eval_chunk = (
+        min(chunk_tokens(on_gpu) if chunks_head else tokens, max(1, tokens * size.supervised))
+        for tokens in (batch.tokens, eval_tokens)
+    )
+    training = {
+        # DDP holds gradients a second time, in the buckets it sends.
+        "gradients": 4 * parameters.trainable * (2 if processes > 1 else 1),
+        "activations": activations,
+        # Frozen head: the logits, their log-softmax in float32, which becomes its gradient, and that as the logits are.
+        # Trained: the log-softmax that was saved, its gradient, and that of the logits, in float32.
+        "logits": (12 if parameters.trains_head else 8) * parameters.vocab_size * chunk,
+    }
+    # float32 logits and their log-softmax. A CPU's heap has not given back what training took.
+    evaluation = {"logits": 8 * parameters.vocab_size * eval_chunk}
+    return Memory(always | training, always | evaluation | ({} if on_gpu else {"activations": activations}))
+
+
+def _optimizer_bytes(count: int, kind: OptimizerKind) -> float:
+    """Two moments of float32; or of 8 bits with a float32 scale for 256, which small tensors do not get."""
+    return 8 * count if kind == OptimizerKind.adamw or count < 4096 else 2 * (1 + 4 / 256) * count
+
+
+# --- the same run, changed -------------------------------------------------------------------------------------------
+
+
+def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
+    """The run with another adapter, at the same rank or the same number of parameters."""
+    gate = config.adapter.activation if kind == AdapterKind.cera else Activation.silu
+    adapter = replace(config.adapter, kind=kind, activation=gate)
+    if config.plan.compare_at == CompareAt.budget:
+        from cera_train.planning.measure import count_parameters
+
+        one, two = (count_parameters(config.model, replace(adapter, r=r)).trainable for r in (1, 2))
+        budget = count_parameters(config.model, config.adapter).trainable
+        adapter = replace(adapter, r=max(1, 1 + round((budget - one) / (two - one))))
+    return replace(config, adapter=adapter)
+
+
+def _remedies(config: PlanRun) -> dict[str, RunPlan]:
+    """What lowers the peak, each by itself and all together: an override and the plan with it."""
+    model, train = config.model, config.train
+    fewer = max(config.data.max_length, train.micro_batch_tokens // 4)
+    # nf4 does not compute in float16.
+    quantized = model if model.dtype == Dtype.float16 else replace(model, quantization=Quantization.nf4)
+    shorter = replace(train, micro_batch_tokens=fewer)
+    changed = {
+        "model.gradient_checkpointing=true": replace(config, model=replace(model, gradient_checkpointing=True)),
+        "model.quantization=nf4": replace(config, model=quantized),
+        f"train.micro_batch_tokens={fewer}": replace(config, train=shorter),
+    }
+    changed = {override: other for override, other in changed.items() if other != config}
+    if len(changed) > 1:
+        together = replace(config, model=replace(quantized, gradient_checkpointing=True), train=shorter)
+        changed["all of these"] = together
+    return {override: plan_alone(other) for override, other in changed.items()}
