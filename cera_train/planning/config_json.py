@@ -1,4 +1,4 @@
-"""A model's config.json: from its folder, from the Hub's cache on this disk, or from conf/model. Never from a network."""
+"""A model's config.json: from its folder, the Hub's cache on this disk, or conf/model. Never from a network."""
 
 from __future__ import annotations
 

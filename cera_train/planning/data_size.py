@@ -11,8 +11,8 @@ from cera_train.config import DataConfig, Layout, LogisticMapConfig, LossOn
 from cera_train.errors import UserError
 
 CHARACTERS_PER_TOKEN = 3.5
-"""Of local rows, which are not tokenised here. SmolLM2's tokenizer makes a token of 2.8 characters of GSM8K, which is
-full of digits, and of 4.2 of OpenOrca."""
+"""Estimate for local rows, which are not tokenised here. With SmolLM2's tokenizer a token has 2.8 characters on GSM8K,
+which is full of digits, and 4.2 on OpenOrca."""
 
 SAMPLE_ROWS = 1000
 """Local rows whose characters are counted."""
@@ -28,13 +28,13 @@ class DataSize:
     supervised: float
     """Share of the tokens whose prediction counts in the loss."""
     source: str
-    """Where the tokens are known from, in words."""
+    """Where the number of tokens comes from, for people."""
     is_even: bool = False
     """All rows have the same length."""
 
 
 def is_known(config: DataConfig) -> bool:
-    """Whether the rows are described, local or computed, so that nobody has to say how many there are."""
+    """Whether the number of rows is known: from data.facts, local files, or because rows are computed."""
     has_facts = config.facts is not None and config.facts.of == config.path
     return has_facts or bool(config.train_files) or config.layout == Layout.logistic_map
 
@@ -43,10 +43,10 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     """The rows and tokens of a data set, by its facts, or by counting local files.
 
     Args:
-        tokens_per_row: known better; None: take what is found.
+        tokens_per_row: overrides what is found.
 
     Raises:
-        ValueError: nothing is known about `data.path`, or local files cannot be read.
+        UserError: nothing is known about `data.path`, or local files cannot be read.
     """
     if config.layout == Layout.logistic_map:
         size = _logistic_map_size(config)
@@ -64,12 +64,12 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     elif None not in (config.train_rows, config.eval_rows, tokens_per_row):
         size = DataSize(config.train_rows, config.eval_rows, tokens_per_row, 1.0, "")
     else:
-        raise ValueError(
-            f"cera-plan does not know how large data.path={config.path!r} is: set data.train_rows, data.eval_rows and "
-            "plan.tokens_per_row, or write data.facts for it in a file of conf/data."
+        raise UserError(
+            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows and plan.tokens_per_row, "
+            "or write data.facts for it in a file of conf/data."
         )
     if tokens_per_row is not None:
-        size = replace(size, tokens_per_row=tokens_per_row, source="as plan.tokens_per_row says")
+        size = replace(size, tokens_per_row=tokens_per_row, source="plan.tokens_per_row")
     return replace(
         size,
         train_rows=min(size.train_rows, config.train_rows or size.train_rows),
@@ -83,11 +83,13 @@ def _sliced(split: str, rows: int) -> int:
     """Rows of a split in the notation of `datasets`, such as train[:100000] or test[:10%].
 
     Raises:
-        ValueError: it is more than one slice of one split.
+        UserError: it is more than one slice of one split.
     """
     match = re.fullmatch(r"\w+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
     if match is None:
-        raise ValueError(f"cera-plan reads splits such as train or train[:1000], not {split!r}.")
+        raise UserError(
+            f"data split {split!r}: cera-plan reads splits such as train or train[:1000]. Use one of that form."
+        )
     start, end = (
         None if bound is None else round(rows * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
         for bound in match.groups()
@@ -111,7 +113,7 @@ def _logistic_map_size(config: DataConfig) -> DataSize:
 
 
 def _size_of_files(config: DataConfig) -> DataSize:
-    """Counts rows, and characters of the first ones."""
+    """Counts all rows, and the characters of the first ones."""
     from cera_train.data.format import segmenter
     from cera_train.data.sources import from_files
 
@@ -122,20 +124,22 @@ def _size_of_files(config: DataConfig) -> DataSize:
         try:
             segments = to_segments(row)
         except ValueError as error:
-            raise ValueError(f"training row {number}: {error}") from error
+            raise UserError(f"training row {number}: {error}") from error
         if segments:
-            own = sum(len(segment.text) for segment in segments) / CHARACTERS_PER_TOKEN
+            length = sum(len(segment.text) for segment in segments) / CHARACTERS_PER_TOKEN
             answers = sum(len(segment.text) for segment in segments if segment.supervised) / CHARACTERS_PER_TOKEN
-            kept = min(own, config.max_length)
+            kept = min(length, config.max_length)
             tokens, used = tokens + kept, used + 1
-            supervised += max(0.0, kept - (own - answers))
+            supervised += max(0.0, kept - (length - answers))
     if not used:
-        raise ValueError(f"no training rows with an answer in {', '.join(config.train_files)}.")
+        raise UserError(
+            f"data.train_files={', '.join(config.train_files)}: no row has an answer. Check the columns and templates."
+        )
     train_rows, eval_rows = _count_rows(config.train_files), _count_rows(config.eval_files)
     if not config.eval_files:
         eval_rows = config.eval_rows
         if eval_rows >= train_rows:
-            raise ValueError(
+            raise UserError(
                 f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {train_rows} rows."
             )
         train_rows -= eval_rows
@@ -144,7 +148,7 @@ def _size_of_files(config: DataConfig) -> DataSize:
 
 
 def _chat_segments(row: dict[str, Any]) -> list[Any]:
-    """Turns without the marks that a tokenizer's chat template adds."""
+    """The turns of a row, without the marks that a tokenizer's chat template adds."""
     from cera_train.data.format import Segment, list_of, text_of
 
     messages = list_of(row, "messages")

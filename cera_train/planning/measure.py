@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.attention import BY_SEQUENCE
@@ -35,6 +37,7 @@ from cera_train.planning.config_json import read_config
 from cera_train.runtime import quiet_libraries
 
 aten = torch.ops.aten
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double quantisation)."""
@@ -133,6 +136,11 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
                 config, dtype=getattr(torch, model.dtype), attn_implementation=attention
             )
     except Exception as error:  # whatever the code of an architecture raises
+        if "attention implementation" in str(error):
+            raise UserError(
+                f"model.attn_implementation={model.attn_implementation}: a model of type {config.model_type} does not "
+                "support it. Set model.attn_implementation=eager."
+            ) from error
         raise cannot_run(model, config.model_type, "built", error) from error
     base.requires_grad_(False)
     if model.gradient_checkpointing:  # before the adapter, as in training: PEFT then lets gradients reach the input
@@ -326,8 +334,8 @@ class Runner:
 
     def run(self, batch: MicroBatch, wanted: Pass) -> Cost:
         """Forward and backward with the layers that are there now."""
-        name = (IN_ONE_CALL if batch.on_gpu else BY_SEQUENCE) if batch.is_flat and not batch.has_mask else None
-        self.base.set_attn_implementation(name or self.attention)
+        attention = (IN_ONE_CALL if batch.on_gpu else BY_SEQUENCE) if batch.is_flat else WITHOUT_MASK
+        self.base.set_attn_implementation(self.attention if batch.has_mask else attention)
         self.model.train(wanted.has_gradient)
         dtype = batch.autocast and getattr(torch, batch.autocast)
         loss = SupervisedLoss(self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None))
@@ -496,7 +504,8 @@ class FakeBatch(Batch):
         return super().inputs | lengths
 
 
-IN_ONE_CALL = "planned_in_one_call"
+IN_ONE_CALL, WITHOUT_MASK = "planned_in_one_call", "planned_without_mask"
+"""Names under which transformers makes no mask. For its own it looks at values, and a fake tensor always gets one."""
 
 
 def attend_in_one_call(
@@ -517,3 +526,4 @@ def attend_in_one_call(
 
 
 AttentionInterface.register(IN_ONE_CALL, attend_in_one_call)
+AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)

@@ -203,7 +203,8 @@ def micro_batches(config: PlanRun, size: DataSize, by_sequence: bool) -> tuple[M
     has_flash = model.attn_implementation.startswith("flash") or "/" in model.attn_implementation
     by_sequence = by_sequence or has_flash
     is_flat = on_gpu or by_sequence if train.batch_layout == BatchLayout.auto else train.batch_layout == "flat"
-    has_mask = not by_sequence if is_flat else not (size.is_even or has_flash)
+    is_masked = not by_sequence if is_flat else not (size.is_even or has_flash)
+    has_mask = is_masked or model.attn_implementation == "eager"
 
     rows = math.ceil(train.batch_size / config.plan.gpus)
     spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
