@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from cera_train.cli import main, main_plan, main_sweep, with_folder_quoted
 from cera_train.composition import config_dir, options, to_config
 from cera_train.config import CHANGES_NO_RESULT, Config, PlanRun
-from cera_train.plan import Plan, make_plan
+from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.sweep import BEGUN, JOBS, LONGEST_NAME, RECORD, choices_of, grid, job_name
 from cera_train.sweep_table import State, best_jobs, read_sweep
 
@@ -49,9 +49,9 @@ def jobs_of(compose):
 @pytest.fixture(scope="module")
 def plans_of(jobs_of):
     """plans_of("+sweep=rank_lr", ...) -> the plan of every job."""
-    known: dict[tuple[str, ...], Plan] = {}
+    known: dict[tuple[str, ...], RunPlan] = {}
 
-    def plan(job: list[str]) -> Plan:
+    def plan(job: list[str]) -> RunPlan:
         key = tuple(sorted(override for override in job if not override.startswith("name=")))
         if key not in known:
             with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
@@ -108,7 +108,7 @@ def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
         (plan,) = plans_of(f"+recipe={name}", f"plan.gpu={gpu}")
         header = (config_dir("recipes") / f"{name}.yaml").read_text()
         assert f"{plan.gpu_hours:.1f} hours of one {called} by cera-plan" in header
-        assert f"{plan.work.updates:,} updates of 64" in header
+        assert f"{plan.totals.updates:,} updates of 64" in header
 
 
 @pytest.mark.slow

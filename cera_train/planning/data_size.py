@@ -65,8 +65,8 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         size = DataSize(config.train_rows, config.eval_rows, tokens_per_row, 1.0, "")
     else:
         raise UserError(
-            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows and plan.tokens_per_row, "
-            "or write data.facts for it in a file of conf/data."
+            f"data.path={config.path}: its size is unknown. Set data.train_rows, data.eval_rows and "
+            "plan.tokens_per_row, or write data.facts for it in a file of conf/data."
         )
     if tokens_per_row is not None:
         size = replace(size, tokens_per_row=tokens_per_row, source="plan.tokens_per_row")

@@ -28,7 +28,8 @@ from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 
 if TYPE_CHECKING:
-    from cera_train.planning.measure import MicroBatch, Parameters
+    from cera_train.planning.count import Parameters
+    from cera_train.planning.measure import MicroBatch
 
 ROW_SPREAD = 0.4
 """Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The largest of many
@@ -131,41 +132,41 @@ def make_plan(config: PlanRun) -> RunPlan:
 
 def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     """Plans one run; on a CPU with so many threads, or as many as torch takes."""
-    model, adapter = config.model, config.adapter
+    model, adapter, on_gpu = config.model, config.adapter, config.plan.gpu != GpuKind.cpu
     data = data_size(config.data, config.plan.tokens_per_row)
     with heavy_imports():
-        from cera_train.planning import measure as measured
-    parameters = measured.count_parameters(model, adapter)
+        from cera_train.planning.count import count_parameters
+        from cera_train.planning.measure import abilities, measure
+    parameters = count_parameters(model, adapter)
     if parameters.positions is not None and config.data.max_length > parameters.positions:
         raise UserError(
             f"data.max_length={config.data.max_length} is beyond the {parameters.positions} positions of "
             f"{model.path}: lower it."
         )
-    on_gpu, ways = config.plan.gpu != GpuKind.cpu, measured.abilities(model)
-    largest, usual = micro_batches(config, data, ways.attends_by_sequence)
+    if model.quantization == Quantization.nf4:  # 4-bit linears save what 16-bit ones save
+        model = replace(model, quantization=Quantization.none)
     plain, checkpointed = (replace(model, gradient_checkpointing=flag) for flag in (False, True))
-    forward, both = measured.Pass(), measured.Pass(has_backward=True)
-    saved = measured.measure(plain, adapter, largest, both if usual == largest else forward)
-    saved_checkpointed = measured.measure(checkpointed, adapter, largest, forward)
-    # The layer inputs, and one layer whole while it is recomputed.
-    activations = [saved.saved_bytes, saved_checkpointed.saved_bytes + saved.largest_layer_bytes]
+    can = abilities(plain)
+    largest, usual = micro_batches(config, data, can.attends_by_sequence)
+    whole, layer_inputs = (
+        measure(way, adapter, largest, way != model or usual != largest) for way in (plain, checkpointed)
+    )
+    activations = [whole.saved_bytes, layer_inputs.saved_bytes + whole.layer_bytes]
     if model.gradient_checkpointing:
         activations.reverse()
-    totals = run_totals(config, data)
-    trained = measured.measure(model, adapter, usual, both)
-    evaluated = measured.measure(plain, adapter, usual, measured.Pass(has_gradient=False))
+    cost, totals = measure(model, adapter, usual, False), run_totals(config, data)
     return RunPlan(
         config=config,
         device=GPUS[config.plan.gpu] if on_gpu else this_cpu(_computes_in_16_bits(config), cpu_threads),
         data=data,
         parameters=parameters,
         totals=totals,
-        memory=memory_of(config, data, parameters, largest, activations[0], ways.chunks_head),
+        memory=memory_of(config, data, parameters, largest.tokens, activations[0], can.chunks_head),
         other_activations=activations[1],
         flops={
-            "forward": trained.forward / usual.tokens * totals.tokens,
-            "backward": trained.backward / usual.tokens * totals.tokens,
-            "evaluations": evaluated.forward / usual.tokens * totals.eval_tokens,
+            "forward": cost.forward / usual.tokens * totals.tokens,
+            "backward": cost.backward / usual.tokens * totals.tokens,
+            "evaluations": cost.evaluation / usual.tokens * totals.eval_tokens,
         },
         mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
     )
@@ -238,13 +239,17 @@ def memory_of(
     config: PlanRun,
     size: DataSize,
     parameters: Parameters,
-    batch: MicroBatch,
+    tokens: int,
     activations: float,
     chunks_head: bool,
 ) -> Memory:
-    """The memory of a run's largest micro-batch: on a GPU what torch allocates, on a CPU what is resident."""
-    on_gpu = config.plan.gpu != GpuKind.cpu
-    processes = config.plan.gpus
+    """The memory of one process: on a GPU what torch allocates, on a CPU what is resident.
+
+    Args:
+        tokens, activations: of the largest micro-batch.
+        chunks_head: the loss takes the logits of a chunk at a time.
+    """
+    on_gpu, processes = config.plan.gpu != GpuKind.cpu, config.plan.gpus
     always = {
         "weights": parameters.weight_bytes,
         "adapter": 4 * parameters.trainable,
@@ -254,8 +259,8 @@ def memory_of(
         always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
     eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_row)
     chunk, eval_chunk = (
-        min(chunk_tokens(on_gpu) if chunks_head else tokens, max(1, tokens * size.supervised))
-        for tokens in (batch.tokens, eval_tokens)
+        min(chunk_tokens(on_gpu) if chunks_head else count, max(1, count * size.supervised))
+        for count in (tokens, eval_tokens)
     )
     training = {
         # DDP holds gradients a second time, in the buckets it sends.
@@ -283,7 +288,7 @@ def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
     gate = config.adapter.activation if kind == AdapterKind.cera else Activation.silu
     adapter = replace(config.adapter, kind=kind, activation=gate)
     if config.plan.compare_at == CompareAt.budget:
-        from cera_train.planning.measure import count_parameters
+        from cera_train.planning.count import count_parameters
 
         one, two = (count_parameters(config.model, replace(adapter, r=r)).trainable for r in (1, 2))
         budget = count_parameters(config.model, config.adapter).trainable

@@ -1,0 +1,233 @@
+"""Memory, work, time and cost of a run; adapters side by side; what lowers the peak."""
+
+from __future__ import annotations
+
+import pytest
+
+from cera_train.planning.devices import GPU_MFU, GPUS
+from cera_train.planning.plan import HEAP_SHARE, PROCESS_BYTES, micro_batches, run_totals
+
+MATH = "+recipe=math_r64"
+QUICK = "+recipe=quickstart"
+LINEARS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_memory_by_hand(plan):
+    memory = plan(MATH).memory
+    assert memory.training["weights"] == 2 * 8_030_261_248
+    assert memory.training["adapter"] == memory.training["gradients"] == 4 * 27_262_976
+    assert memory.training["optimizer"] == 8 * 27_262_976
+    assert memory.training["logits"] == 8 * 128_256 * 1024
+    assert memory.evaluation["logits"] == 8 * 128_256 * 1024
+    assert memory.peak == sum(memory.training.values()) > sum(memory.evaluation.values())
+    assert plan(QUICK, "plan.gpus=2").memory.training["gradients"] == 8 * 921_600
+
+
+def test_the_activations_of_llama_by_hand(plan):
+    """A token leaves in each layer: q, k, v, the output of attention and a float32 number a head; x and A x of two
+    branches; gate, silu(gate) and up; the input and root mean square of two norms, in float32."""
+    saved = plan(MATH).memory.training["activations"]
+    attention = 2 * (2 * 4096 + 2 * 1024) + 4 * 32
+    layer = attention + 2 * (4096 + 2 * 64) + 2 * 3 * 14336 + 2 * 4 * (4096 + 1)
+    assert saved == pytest.approx(32 * layer * 4096, rel=0.02)
+
+
+def test_quantised_weights_and_moments(plan):
+    rest = 2 * (8_030_261_248 - LINEARS)
+    nf4 = plan("+recipe=math_r64_nf4").memory.training
+    assert nf4["weights"] == pytest.approx(LINEARS * 4.127 / 8 + rest, rel=1e-4)
+    assert nf4["optimizer"] == pytest.approx(2 * 27_262_976, rel=0.02)
+    int8 = plan(MATH, "model.quantization=int8").memory.training
+    assert int8["weights"] == pytest.approx(LINEARS + rest, rel=1e-3)
+
+
+def test_checkpointing_and_smaller_micro_batches_lower_the_activations(plan):
+    whole = plan(QUICK)
+    checkpointed = plan(QUICK, "model.gradient_checkpointing=true")
+    assert checkpointed.memory.training["activations"] < whole.memory.training["activations"] / 5
+    assert whole.other_activations == checkpointed.memory.training["activations"]
+    assert checkpointed.other_activations == whole.memory.training["activations"]
+    assert checkpointed.flops["backward"] > whole.flops["backward"] * 1.5
+    double = plan(QUICK, "train.batch_size=16").memory.training["activations"]
+    assert double == pytest.approx(whole.memory.training["activations"] * 2, rel=0.05)
+    cut = plan(QUICK, "train.batch_size=16", "train.micro_batch_tokens=576").memory.training["activations"]
+    assert cut == whole.memory.training["activations"]
+
+
+def test_a_cpu_holds_libraries_and_gaps_and_chunks_of_its_size(plan):
+    own = plan("+recipe=quickstart", "plan.gpu=cpu")
+    assert own.device.flops > 1e8
+    training, evaluation = own.memory.training, own.memory.evaluation
+    assert training["libraries"] == evaluation["libraries"] == PROCESS_BYTES
+    assert training["heap's gaps"] == HEAP_SHARE * training["activations"]
+    assert evaluation["activations"] == training["activations"]  # the heap has not given it back
+    assert training["logits"] == 8 * 49_152 * 128
+    trained = plan("+recipe=quickstart", "plan.gpu=cpu", "adapter.target_modules=[q_proj,lm_head]").memory.training
+    assert trained["logits"] == 12 * 49_152 * 128
+
+
+@pytest.mark.parametrize(
+    ("variant", "measured"),
+    [
+        (["adapter=cera", "model.dtype=bfloat16"], 1_486_544_896),
+        (["adapter=cera", "model.dtype=float32"], 2_206_175_232),
+        (["adapter=lora", "model.dtype=bfloat16"], 1_621_979_136),
+        (["adapter=lora", "model.dtype=float32"], 2_412_294_144),
+    ],
+    ids=str,
+)
+def test_the_quickstart_needs_what_it_needed_on_two_avx512_cores(plan, variant, measured):
+    """Resident memory of a process of its own, by result.json after 20 updates."""
+    predicted = plan("+recipe=quickstart", "plan.gpu=cpu", *variant).memory.peak
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+# --- micro-batches, work, time, cost ---------------------------------------------------------------------------------
+
+
+def test_updates_and_tokens_of_the_quickstart_are_those_it_has(plan):
+    totals = plan("+recipe=quickstart", "train.max_updates=20", "train.eval_every=10").totals
+    assert (totals.updates, totals.rows, totals.tokens, totals.evaluations) == (20, 158, 11_376, 3)
+    assert totals.eval_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
+    assert plan(MATH).totals.updates == 4_689
+
+
+def batches(compose, *overrides: str, by_sequence: bool = True):
+    from cera_train.planning.data_size import data_size
+
+    config = compose(MATH, *overrides, command="plan")
+    return micro_batches(config, data_size(config.data), by_sequence)
+
+
+def test_a_micro_batch_is_cut_as_in_training(compose):
+    largest, usual = batches(compose)
+    assert largest == usual
+    assert (largest.rows, largest.length, largest.is_flat, largest.has_mask) == (24, 171, True, False)
+    assert (largest.autocast, largest.on_gpu) == ("bfloat16", True)
+    eighth, _ = batches(compose, "plan.gpus=8")  # eight rows of an update, longer than usual in one of many
+    assert 8 * 171 < eighth.tokens < 8 * 171 * 1.5
+    assert batches(compose, "model.dtype=float32")[0].autocast is None
+    assert batches(compose, "model.dtype=float32", "train.autocast=true")[0].autocast == "bfloat16"
+    assert batches(compose, "model.dtype=float16")[0].autocast == "float16"
+    assert batches(compose, "model.dtype=float16", "plan.gpu=cpu")[0].autocast is None
+
+
+def test_a_mask_stands_where_attention_cannot_run_by_sequence(compose):
+    largest, usual = batches(compose, by_sequence=False)
+    assert largest.has_mask
+    assert largest.is_flat  # a GPU
+    largest, usual = batches(compose, "plan.gpu=cpu", by_sequence=False)
+    assert largest.has_mask
+    assert not largest.is_flat
+    assert (largest.length, usual.length) == (512, 171)  # the longest rows need the most memory
+    for flash in ("flash_attention_2", "kernels-community/flash-attn"):
+        own = [f"model.attn_implementation={flash}", "model.trust_remote_code=true"]
+        assert not batches(compose, *own, by_sequence=False)[0].has_mask
+    assert not batches(compose, "train.batch_layout=padded", "data=logistic_map")[0].has_mask
+    assert batches(compose, "train.batch_layout=padded")[0].has_mask
+
+
+def test_masked_attention_costs_the_whole_row(plan):
+    """SmolLM2 on the logistic map: 30 layers of 9 heads of 64; 8 rows of 72 tokens in an update."""
+    flat = plan("+recipe=quickstart", "model.attn_implementation=eager", "train.batch_layout=flat")
+    padded = plan("+recipe=quickstart", "model.attn_implementation=eager", "train.batch_layout=padded")
+    more = flat.flops["forward"] - padded.flops["forward"]
+    assert more == pytest.approx(30 * 4 * 9 * 64 * (8 * 72 - 72) * flat.totals.tokens, rel=0.01)
+    assert flat.flops["evaluations"] > padded.flops["evaluations"]
+    assert flat.memory.training["activations"] > padded.memory.training["activations"]
+
+
+def test_time_and_cost_follow_from_the_operations(plan):
+    run = [QUICK, "plan.gpu=a100", "plan.price_per_hour=2"]
+    one = plan(*run)
+    assert one.seconds == pytest.approx(sum(one.flops.values()) / (312e12 * GPU_MFU))
+    assert one.cost == pytest.approx(one.seconds / 3600 * 2)
+    assert one.update_seconds * one.totals.updates == pytest.approx(
+        one.seconds * (1 - one.flops["evaluations"] / sum(one.flops.values()))
+    )
+    eight = plan(*run, "plan.gpus=8", "plan.mfu=0.2")
+    assert eight.seconds == pytest.approx(one.seconds / 4, rel=0.01)
+    assert eight.gpu_hours == pytest.approx(one.gpu_hours * 2, rel=0.01)
+    assert plan(QUICK).cost is None
+
+
+def test_totals_follow_from_epochs_or_updates(compose):
+    from cera_train.planning.data_size import data_size
+
+    config = compose("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
+    totals = run_totals(config, data_size(config.data))
+    assert (totals.updates, totals.rows, totals.evaluations) == (2 * 117, 2 * 7473, 2)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_gpu_plans(plan, gpu):
+    assert plan("+recipe=math_r64_nf4", f"plan.gpu={gpu}").device is GPUS[gpu]
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_one_cpu(plan):
+    with pytest.raises(ValueError, match="plan.gpus=2 with plan.gpu=cpu: there is one CPU"):
+        plan("plan.gpu=cpu", "plan.gpus=2")
+
+
+def test_rows_beyond_the_positions_are_refused_as_in_training(plan):
+    with pytest.raises(ValueError, match="data.max_length=9000 is beyond the 8192 positions"):
+        plan("data.max_length=9000", "train.micro_batch_tokens=9000")
+
+
+@pytest.mark.parametrize("override", ["plan.mfu=1.5", "plan.mfu=0", "plan.gpus=0", "plan.price_per_hour=-1"])
+def test_settings_that_make_no_sense_are_refused(compose, override):
+    with pytest.raises(ValueError, match=override.split("=")[0]):
+        compose(override, command="plan")
+
+
+# --- the same run, changed -------------------------------------------------------------------------------------------
+
+
+def test_adapters_at_the_same_rank(plan):
+    own = plan(QUICK, "plan.compare=[lora,dora]")
+    adapters = [other.config.adapter for other in own.compared]
+    assert [(adapter.kind, adapter.r) for adapter in adapters] == [("lora", 16), ("dora", 16)]
+    assert own.compared[0].parameters.trainable == own.parameters.trainable == 921_600
+    assert own.compared[1].parameters.trainable == own.parameters.trainable + 30 * (576 + 192)
+    assert own.compared[1].flops["forward"] > own.flops["forward"]
+
+
+def test_adapters_at_the_same_budget(plan):
+    own = plan(QUICK, "plan.compare=[dora,lora]", "plan.compare_at=budget", "adapter.target_modules=[up_proj]")
+    dora, lora = own.compared
+    assert (dora.config.adapter.r, lora.config.adapter.r) == (15, 16)
+    assert abs(dora.parameters.trainable - own.parameters.trainable) <= 30 * (576 + 1536) / 2
+
+
+def test_a_gate_stays_with_cera(plan):
+    own = plan("adapter.activation=relu", "plan.compare=[lora,cera]")
+    assert [other.config.adapter.activation for other in own.compared] == ["silu", "relu"]
+
+
+def test_a_plan_that_does_not_fit_has_remedies(plan):
+    small = plan(MATH, "plan.gpu=rtx4090")
+    assert not small.fits
+    overrides = ["model.gradient_checkpointing=true", "model.quantization=nf4", "train.micro_batch_tokens=1024"]
+    assert list(small.remedies) == [*overrides, "all of these"]
+    for override in overrides:
+        peak = plan(MATH, "plan.gpu=rtx4090", override).memory.peak
+        assert small.remedies[override].memory.peak == peak < small.memory.peak
+    peaks = {override: other.memory.peak for override, other in small.remedies.items()}
+    assert min(peaks.values()) == peaks["all of these"]
+    assert plan("+recipe=math_r64_nf4", "plan.gpu=rtx4090").fits  # as the recipe's header says
+    assert not plan(MATH).remedies
+
+
+def test_a_remedy_that_changes_nothing_is_not_offered(compose, monkeypatch):
+    from cera_train.planning import plan as module
+
+    monkeypatch.setattr(module, "plan_alone", lambda config: config)
+    shrunk = [MATH, "model.gradient_checkpointing=true", "train.micro_batch_tokens=512"]
+    assert list(module._remedies(compose(*shrunk, command="plan"))) == ["model.quantization=nf4"]
+    assert not module._remedies(compose(*shrunk, "model.dtype=float16", command="plan"))
