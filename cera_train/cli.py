@@ -272,7 +272,7 @@ def plan(composed: DictConfig) -> None:
         if config.run is not None:
             print_measured(Path(config.run), config.plan)
         elif is_sweep:
-            SWEEP.append(make_plan(config))
+            SWEEP.append(make_plan(config, with_remedies=False))
         else:
             print_plan(make_plan(config))
 

@@ -114,11 +114,11 @@ class RunPlan:
         return flops / (self.device.flops * self.mfu * self.config.plan.gpus)
 
 
-def make_plan(config: PlanRun) -> RunPlan:
-    """Plans a run, and beside it the same run with each adapter of `plan.compare`.
+def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
+    """Plans a run, the same run with each adapter of `plan.compare`, and what would make it fit.
 
     Raises:
-        UserError: the model or the data is unknown, a target matches no module, or a CPU is to be several.
+        UserError: the model or the data is unknown, or a target matches no module.
     """
     if config.plan.gpu == GpuKind.cpu and config.plan.gpus > 1:
         raise UserError(
@@ -127,7 +127,7 @@ def make_plan(config: PlanRun) -> RunPlan:
         )
     plan = plan_alone(config)
     compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
-    return replace(plan, compared=compared, remedies={} if plan.fits else _remedies(config))
+    return replace(plan, compared=compared, remedies=_remedies(config) if with_remedies and not plan.fits else {})
 
 
 def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:

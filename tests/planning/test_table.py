@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cera_train.planning.plan import make_plan
 from cera_train.planning.table import print_plan, print_sweep_plans, print_table
 
 MATH = "+recipe=math_r64"
@@ -49,7 +50,11 @@ def test_without_a_price_it_says_what_to_set(plan, capsys):
 
 
 def test_compared_adapters_stand_side_by_side(plan, capsys):
-    print_plan(plan("+recipe=quickstart", "plan.compare=[lora,dora]"))
+    own = plan("+recipe=quickstart", "plan.compare=[lora,dora]")
+    adapters = [other.config.adapter for other in own.compared]
+    assert [(adapter.kind, adapter.r) for adapter in adapters] == [("lora", 16), ("dora", 16)]
+    assert own.compared[1].flops["forward"] > own.flops["forward"]
+    print_plan(own)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["cera", "r=16", "lora", "r=16", "dora", "r=16"] for line in lines)
     line = next(line for line in lines if line.startswith("  trainable"))
@@ -57,8 +62,18 @@ def test_compared_adapters_stand_side_by_side(plan, capsys):
     assert sum(line.startswith("fits") for line in lines) == 3
 
 
-def test_remedies_are_printed(plan, capsys):
+def test_a_plan_that_does_not_fit_prints_its_remedies(plan, capsys):
     small = plan(MATH, "plan.gpu=rtx4090")
+    assert not small.fits
+    overrides = ["model.gradient_checkpointing=true", "model.quantization=nf4", "train.micro_batch_tokens=1024"]
+    assert list(small.remedies) == [*overrides, "all of these"]
+    for override in overrides:
+        peak = plan(MATH, "plan.gpu=rtx4090", override).memory.peak
+        assert small.remedies[override].memory.peak == peak < small.memory.peak
+    peaks = {override: other.memory.peak for override, other in small.remedies.items()}
+    assert min(peaks.values()) == peaks["all of these"]
+    assert plan("+recipe=math_r64_nf4", "plan.gpu=rtx4090").fits  # as the recipe's header says
+    assert not plan(MATH).remedies
     print_plan(small)
     out = capsys.readouterr().out
     assert "too large  cera r=64 on q_proj v_proj needs 37.05 GB, more than 95% of the 24 GB of RTX 4090\n" in out
@@ -83,8 +98,10 @@ def test_a_sweep_adds_up_its_jobs(plan, capsys):
     assert total.split()[4] == "300"
 
 
-def test_a_job_that_does_not_fit_is_marked(plan, capsys):
-    print_sweep_plans([plan(MATH, f"model={name}", "plan.gpu=rtx4090") for name in ("llama3_2_1b", "llama3_1_8b")])
+def test_a_job_that_does_not_fit_is_marked(compose, capsys):
+    models = ("llama3_2_1b", "llama3_1_8b")
+    configs = [compose(MATH, f"model={name}", "plan.gpu=rtx4090", command="plan") for name in models]
+    print_sweep_plans([make_plan(config, with_remedies=False) for config in configs])
     _, small, large, _ = capsys.readouterr().out.splitlines()
     assert "does not fit" not in small
     assert large.endswith("does not fit RTX 4090")
