@@ -89,13 +89,18 @@ class Abilities(NamedTuple):
 
 @remembered
 def abilities(model: ModelConfig) -> Abilities:
-    runner = Runner(model, None)
-    with failing_in_one_line(model, runner.base.config.model_type):
-        chunks_head, attends_by_sequence = runner.applies_head_alone(), False
-        with contextlib.suppress(NotImplementedError, ImportError, TypeError):  # more than causal, or takes no lengths
-            runner.run(MicroBatch(2, 8, 1.0, is_flat=True, has_mask=False, autocast=None, on_gpu=False))
-            attends_by_sequence = runner.base.config._attn_implementation == BY_SEQUENCE
-    return Abilities(attends_by_sequence and model.attn_implementation != "eager", chunks_head)
+    runner, found = Runner(model, None), {}
+
+    def run() -> Cost:
+        found["chunks_head"] = runner.applies_head_alone()
+        return runner.run(MicroBatch(2, 8, 1.0, is_flat=True, has_mask=False, autocast=None, on_gpu=False), True)
+
+    attends_by_sequence = False
+    more_than_causal = contextlib.suppress(NotImplementedError, ImportError, TypeError)  # or it takes no lengths
+    with failing_in_one_line(model, runner.base.config.model_type), more_than_causal:
+        in_all_layers(runner.base, run)
+        attends_by_sequence = runner.base.config._attn_implementation == BY_SEQUENCE
+    return Abilities(attends_by_sequence and model.attn_implementation != "eager", found["chunks_head"])
 
 
 class Runner:
@@ -164,6 +169,7 @@ class Runner:
 
     def applies_head_alone(self) -> bool:
         """Whether the model's logits are what its head gives."""
+        self.base.set_attn_implementation(self.attention)
         given: list[torch.Tensor] = []
         head = self.base.get_output_embeddings()
         hook = head.register_forward_hook(lambda module, inputs, output: given.append(output))
