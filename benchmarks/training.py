@@ -242,11 +242,11 @@ def measure(
 def save_random_model(work: Work, tokenizer: Any, folder: str) -> None:
     """A Llama of the shape that conf/model tells, with random weights, and a tokenizer that has fewer tokens."""
     import torch
-    import yaml
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    facts = yaml.safe_load((Path(__file__).parent.parent / f"conf/model/{work.model}.yaml").read_text())["facts"]
-    shape = {name: value for name, value in facts.items() if name not in ("of", "license")}
+    from cera_train.common.places import config_dir
+
+    shape = json.loads((config_dir("conf") / "model" / f"{work.model}.json").read_text())
     with torch.device(work.device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
     model.save_pretrained(folder)

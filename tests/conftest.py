@@ -137,6 +137,14 @@ def compose():
     return compose
 
 
+@pytest.fixture(scope="session")
+def plan(compose):
+    """plan("+recipe=math_r64", ...) -> RunPlan"""
+    from cera_train.planning.plan import make_plan
+
+    return lambda *overrides: make_plan(compose(*overrides, command="plan"))
+
+
 @pytest.fixture
 def tiny_config(compose, tiny_folder: Path, tmp_path: Path):
     """tiny_config("adapter.r=4", ...): the tiny model on the logistic map in float32, into tmp_path."""

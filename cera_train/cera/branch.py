@@ -81,7 +81,7 @@ def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     `nn.Dropout` on a CPU draws for each. p is rounded to 1/65,536, and the scale of what is kept with it.
     """
     dropped = min(round(p * BITS), BITS - 1)
-    generator = torch.Generator(h.device).manual_seed(seed)
+    generator = None if h.is_meta else torch.Generator(h.device).manual_seed(seed)
     bits = torch.empty(-(-h.numel() // 4), dtype=torch.int64, device=h.device).random_(
         -(2**63), None, generator=generator
     )

@@ -99,7 +99,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         """What one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
         A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
         gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
-        if not torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device) is None:
             # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at once.
             x = self._cast_input_dtype(x, A.weight.dtype)
         return self.scaling[adapter_name] * B(dropout(gate(A(x))))
@@ -124,8 +124,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         """result + branch(x), in place where that rounds nowhere else and both matrices may be read."""
         A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
         gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.weight.dtype
+        dtype = autocast_dtype(x.device) or A.weight.dtype
         fits = result.dtype == dtype and result.is_contiguous() and not torch.compiler.is_compiling()
         if not (fits and is_plain(A) and is_plain(B)):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
@@ -156,6 +155,12 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "cera." + super().__repr__()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in; None where it is off, or where the device has none, as the meta device."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if is_on else None
 
 
 def is_plain(linear: nn.Module) -> bool:

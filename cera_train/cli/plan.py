@@ -26,9 +26,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # Hydra leaves a multirun.yaml of a sweep
         start(PLAN, plan, f"hydra.sweep.dir={folder}")
     if JOBS:
-        from cera_train.planning.plan import say_sweep
+        from cera_train.planning.table import print_sweep_plans
 
-        say_sweep(JOBS)
+        print_sweep_plans(JOBS)
 
 
 @hydra_command("plan")
@@ -37,7 +37,8 @@ def plan(composed: DictConfig) -> None:
     with errors_in_one_line(PLAN):
         refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
-        from cera_train.planning.plan import make_plan, say_measured, say_plan
+        from cera_train.planning.plan import make_plan
+        from cera_train.planning.table import print_measured, print_plan
 
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         if is_sweep and config.plan.compare:
@@ -46,8 +47,8 @@ def plan(composed: DictConfig) -> None:
                 "-m, sweep them: adapter=cera,lora,dora."
             )
         if config.run is not None:
-            say_measured(Path(config.run), config.plan)
+            print_measured(Path(config.run), config.plan)
         elif is_sweep:
-            JOBS.append(make_plan(config))
+            JOBS.append(make_plan(config, with_remedies=False))
         else:
-            say_plan(make_plan(config))
+            print_plan(make_plan(config))

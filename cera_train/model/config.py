@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
-from cera_train.common.settings import MISSING, require, require_positive, section, setting
+from cera_train.common.settings import MISSING, require, section, setting
 
 
 class Dtype(StrEnum):
@@ -23,35 +24,18 @@ class Quantization(StrEnum):
 
 @dataclass
 class ModelFacts:
-    """A model's architecture, so that cera-plan needs neither its weights nor the Hub. Names and values are those of
-    its config.json."""
+    """Facts of a model that stand in conf/model."""
 
     of: str = setting(MISSING, "nothing")
     """The `model.path` that these are facts of."""
-    model_type: str = setting("llama", "nothing")
-    """llama, mistral, qwen2 or qwen3."""
-    hidden_size: int = setting(MISSING, "nothing")
-    intermediate_size: int = setting(MISSING, "nothing")
-    num_hidden_layers: int = setting(MISSING, "nothing")
-    num_attention_heads: int = setting(MISSING, "nothing")
-    num_key_value_heads: int = setting(MISSING, "nothing")
-    head_dim: int = setting(MISSING, "nothing")
-    vocab_size: int = setting(MISSING, "nothing")
-    tie_word_embeddings: bool = setting(MISSING, "nothing")
-    """The head has no weights of its own: it reads the embeddings'."""
-    max_position_embeddings: int = setting(MISSING, "nothing")
-    attention_bias: bool = setting(False, "nothing")
-    mlp_bias: bool = setting(False, "nothing")
     license: str | None = setting(None, "nothing")
-    """Of the weights, for an adapter's model card: an identifier of the Hub's, such as apache-2.0."""
+    """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as apache-2.0."""
+    config: str | None = setting(None, "nothing")
+    """The model's config.json, a file in conf/model: cera-plan reads it where the model is not on this disk."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "model.facts",
-            self,
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("head_dim", "vocab_size", "max_position_embeddings"),
-        )
+        is_name = self.config is None or Path(self.config).name == self.config
+        require(is_name, f"model.facts.config={self.config} must be the name of a file in conf/model.")
 
 
 @dataclass
@@ -71,6 +55,7 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "result")
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
     facts: ModelFacts | None = section(None)
+    """For cera-plan and the model card."""
 
     def __post_init__(self) -> None:
         require(
@@ -82,3 +67,8 @@ class ModelConfig:
             f"model.attn_implementation={self.attn_implementation} is a kernel from the Hub, which is code: use sdpa, "
             "eager or flash_attention_2, or set model.trust_remote_code=true if you trust it.",
         )
+
+
+def chunk_tokens(on_gpu: bool) -> int:
+    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
+    return 1024 if on_gpu else 128

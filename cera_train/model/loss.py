@@ -22,11 +22,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.batches import Batch, flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
-
-
-def chunk_tokens(on_gpu: bool) -> int:
-    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
-    return 1024 if on_gpu else 128
+from cera_train.model.config import chunk_tokens
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,6 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from cera_train.model.config import Dtype, ModelConfig
 
 CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
@@ -45,7 +43,10 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Pa
         cuda: whether the model runs on a GPU. None: where there is one.
         cpuinfo: the processor's flags, as Linux reports them.
     """
-    cuda = torch.cuda.is_available() if cuda is None else cuda
+    if cuda is None:
+        import torch
+
+        cuda = torch.cuda.is_available()
     bf16, hardware = _gpu_multiplies_bf16() if cuda else _cpu_multiplies_bf16(cpuinfo)
     if wanted == Dtype.auto:
         return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
@@ -57,6 +58,8 @@ def with_precision(config: ModelConfig, precision: Precision) -> ModelConfig:
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
     return major >= 8, f"{name} multiplies bf16" if major >= 8 else f"{name} does not multiply bf16"

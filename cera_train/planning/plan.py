@@ -1,122 +1,85 @@
-"""What a run will need, before it runs: parameters, memory, updates, time and cost, from its config alone. And after a
-run, what was predicted beside what was measured."""
+"""A run's parameters, memory, updates, time and cost, before it runs.
+
+No torch at module level: the size of the data is known, or refused, before torch is imported.
+"""
 
 from __future__ import annotations
 
-import functools
-import json
 import math
-import os
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from cera_train.adapters.config import Activation, AdapterConfig, AdapterKind
+from cera_train.adapters.config import Activation, AdapterKind
 from cera_train.common.errors import UserError
-from cera_train.common.settings import Changes, changes_of, flatten, to_plain
-from cera_train.common.terminal import print_line
-from cera_train.common.text import duration, gigabytes, targets
+from cera_train.common.imports import heavy_imports
 from cera_train.config import Config, PlanRun
-from cera_train.model.config import Dtype, Quantization
-from cera_train.planning.architecture import (
-    adapted_linears,
-    adapter_parameters,
-    frozen_parameters,
-    model_facts,
-    rank_for_budget,
-)
-from cera_train.planning.config import CompareAt, GpuKind, PlanConfig
-from cera_train.planning.estimate import (
-    DataSize,
-    Memory,
-    Work,
-    data_size,
-    flops_of,
-    is_known,
-    memory_of,
-    setting_of,
-    work_of,
-)
-from cera_train.runs.recorded_config import load_config
+from cera_train.data.config import BatchLayout
+from cera_train.model.config import Dtype, Quantization, chunk_tokens
+from cera_train.model.precision import choose_precision
+from cera_train.planning.config import CompareAt, GpuKind
+from cera_train.planning.data_size import DataSize, data_size
+from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
+from cera_train.training.config import OptimizerKind
 
-GB = 1e9
+if TYPE_CHECKING:
+    from cera_train.planning.count import Parameters
+    from cera_train.planning.measure import MicroBatch
 
-GPU_MFU, CPU_MFU = 0.4, 0.45
-"""The share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M reached with
-CeRA. With LoRA it was 0.38: its dropout goes over the whole input of a projection."""
+ROW_SPREAD = 0.4
+"""Standard deviation of the tokens in a row over their mean: 0.36 on GSM8K, 0.43 on OpenOrca. The largest of many
+updates is taken to be three standard deviations above the mean."""
 
-USABLE = 0.95
-"""Of a GPU's memory: the rest is for CUDA itself and the gaps of torch's allocator."""
+PROCESS_BYTES = 610_000_000
+"""Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
+
+HEAP_SHARE = 0.7
+"""On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add this share of the activations:
+0.38 to 0.47 in runs of SmolLM2-135M; none where MALLOC_MMAP_THRESHOLD_ keeps it from holding blocks."""
 
 
 @dataclass(frozen=True)
-class Device:
-    name: str
-    memory: float
-    """Bytes. Not a number where it is not known."""
-    flops: float
-    """A second, at best. Not a number where it is not known."""
-    cuda_name: str = ""
-    """What CUDA calls it. Slower cards have names like it, such as the H100 PCIe."""
+class RunTotals:
+    """How much of the data a run goes through, without an early stop by `train.patience`."""
 
-
-GPUS = {
-    GpuKind.h100: Device("H100", 80 * GB, 989e12, "NVIDIA H100 80GB HBM3"),
-    GpuKind.a100: Device("A100", 80 * GB, 312e12, "NVIDIA A100-SXM4-80GB"),
-    GpuKind.l40s: Device("L40S", 48 * GB, 362e12, "NVIDIA L40S"),
-    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, "NVIDIA GeForce RTX 4090"),
-}
-"""Memory and dense bf16 speed by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
-
-
-@functools.cache
-def this_cpu(is_16bit: bool, threads: int | None) -> Device:
-    """This machine: its memory, and how fast torch multiplies matrices on it. That is the best that one thread does in
-    half a second, times the threads: all at once would wait for whatever else the machine is doing."""
-    import torch
-
-    usual = torch.get_num_threads()
-    torch.set_num_threads(1)
-    matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
-    best, start = 0.0, time.perf_counter()
-    while time.perf_counter() - start < 0.5:
-        began = time.perf_counter()
-        matrix @ matrix
-        best = max(best, 2 * 512**3 / (time.perf_counter() - began))
-    torch.set_num_threads(usual)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this CPU", memory, best * (threads or usual))
-
-
-# --- a plan ----------------------------------------------------------------------------------------------------------
+    updates: int
+    rows: int
+    """Training rows, as often as they are seen."""
+    tokens: float
+    evaluations: int
+    eval_tokens: float
+    """Tokens of all evaluations, and of the probes on which spectra are taken."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One run, planned."""
+class Memory:
+    """Bytes by part, of one process, at its two peaks: where an update's backward pass begins, and in an evaluation."""
+
+    training: dict[str, float]
+    evaluation: dict[str, float]
+
+    @property
+    def peak(self) -> float:
+        return max(sum(self.training.values()), sum(self.evaluation.values()))
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A planned run."""
 
     config: PlanRun
     device: Device
     data: DataSize
-    frozen: dict[str, int]
-    """Parameters by kind of module."""
-    adapter: dict[str, int]
-    """Trainable parameters by target."""
-    work: Work
+    parameters: Parameters
+    totals: RunTotals
     memory: Memory
     other_activations: float
     """Bytes of the activations with gradient checkpointing where the run has none, and without where it has it."""
     flops: dict[str, float]
+    """Floating-point operations of the run by part."""
     mfu: float
-    remedies: dict[str, Plan] = field(default_factory=dict)
+    remedies: dict[str, RunPlan] = field(default_factory=dict)
     """For a plan that does not fit: an override, and the plan with it."""
-    compared: list[Plan] = field(default_factory=list)
-
-    @property
-    def trainable(self) -> int:
-        return sum(self.adapter.values())
+    compared: list[RunPlan] = field(default_factory=list)
 
     @property
     def fits(self) -> bool:
@@ -124,12 +87,12 @@ class Plan:
 
     @property
     def update_seconds(self) -> float:
-        """Of one update, evaluations not counted."""
-        return self._seconds(sum(self.flops.values()) - self.flops["evaluations"]) / self.work.updates
+        """Seconds of an update, evaluations not counted."""
+        return self._seconds(sum(self.flops.values()) - self.flops["evaluations"]) / self.totals.updates
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Seconds of the whole run."""
         return self._seconds(sum(self.flops.values()))
 
     @property
@@ -145,61 +108,199 @@ class Plan:
         return flops / (self.device.flops * self.mfu * self.config.plan.gpus)
 
 
-def make_plan(config: PlanRun) -> Plan:
-    """Plans a run, and beside it the same run with each adapter of `plan.compare`.
+def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
+    """Plans a run, the same run with each adapter of `plan.compare`, and what would make it fit.
 
     Raises:
-        ValueError: the model or the data is unknown, a target matches no module, or a CPU is to be several.
+        UserError: the model or the data is unknown, or a target matches no module.
     """
     if config.plan.gpu == GpuKind.cpu and config.plan.gpus > 1:
         raise UserError(
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
             "Leave plan.gpus at 1."
         )
-    plan = _plan(config)
-    compared = [_plan(_with_adapter(config, kind)) for kind in config.plan.compare]
-    return replace(plan, compared=compared, remedies={} if plan.fits else _remedies(config))
+    plan = plan_alone(config)
+    compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
+    return replace(plan, compared=compared, remedies=_remedies(config) if with_remedies and not plan.fits else {})
 
 
-def _plan(config: PlanRun, cpu_threads: int | None = None) -> Plan:
-    """One run alone; on a CPU with so many threads, or as many as torch takes."""
-    model = config.model
-    facts = model_facts(model)
-    if config.data.max_length > facts.max_position_embeddings:
+def _settled(config: PlanRun) -> PlanRun:
+    """The run with the precision that `model.dtype=auto` takes on the planned device."""
+    if config.model.dtype != Dtype.auto:
+        return config
+    on_gpu = config.plan.gpu != GpuKind.cpu  # every GPU in devices.py multiplies bf16
+    dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
+    return replace(config, model=replace(config.model, dtype=dtype))
+
+
+def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
+    """Plans one run; on a CPU with so many threads, or as many as torch takes."""
+    config = _settled(config)
+    model, adapter, on_gpu = config.model, config.adapter, config.plan.gpu != GpuKind.cpu
+    data = data_size(config.data, config.plan.tokens_per_row)
+    with heavy_imports():
+        from cera_train.planning.count import count_parameters
+        from cera_train.planning.measure import abilities, measure
+    parameters = count_parameters(model, adapter)
+    if parameters.positions is not None and config.data.max_length > parameters.positions:
         raise UserError(
-            f"data.max_length={config.data.max_length} is beyond the {facts.max_position_embeddings} positions of "
+            f"data.max_length={config.data.max_length} is beyond the {parameters.positions} positions of "
             f"{model.path}: lower it."
         )
-    data = data_size(config.data, config.plan.tokens_per_row)
-    on_gpu = config.plan.gpu != GpuKind.cpu
-    setting = setting_of(config, data, on_gpu, config.plan.gpus)
-    work = work_of(config, data)
-    other = replace(config, model=replace(model, gradient_checkpointing=not model.gradient_checkpointing))
-    return Plan(
+    if model.quantization == Quantization.nf4:  # 4-bit linears save what 16-bit ones save
+        model = replace(model, quantization=Quantization.none)
+    plain, checkpointed = (replace(model, gradient_checkpointing=flag) for flag in (False, True))
+    can = abilities(plain)
+    largest, usual = micro_batches(config, data, can.attends_by_sequence)
+    whole, layer_inputs = (
+        measure(way, adapter, largest, way != model or usual != largest) for way in (plain, checkpointed)
+    )
+    activations = [whole.saved_bytes, layer_inputs.saved_bytes + whole.layer_bytes]
+    if model.gradient_checkpointing:
+        activations.reverse()
+    cost, totals = measure(model, adapter, usual, False), run_totals(config, data)
+    return RunPlan(
         config=config,
-        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(setting.base_bytes == 2, cpu_threads),
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(_computes_in_16_bits(config), cpu_threads),
         data=data,
-        frozen=frozen_parameters(facts),
-        adapter=adapter_parameters(adapted_linears(facts, config.adapter), config.adapter.kind, config.adapter.r),
-        work=work,
-        memory=memory_of(config, facts, data, setting),
-        other_activations=memory_of(other, facts, data, setting).training["activations"],
-        flops=flops_of(config, facts, data, work, setting),
+        parameters=parameters,
+        totals=totals,
+        memory=memory_of(config, data, parameters, largest.tokens, activations[0], can.chunks_head),
+        other_activations=activations[1],
+        flops={
+            "forward": cost.forward / usual.tokens * totals.tokens,
+            "backward": cost.backward / usual.tokens * totals.tokens,
+            "evaluations": cost.evaluation / usual.tokens * totals.eval_tokens,
+        },
         mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
     )
 
 
+def run_totals(config: Config, size: DataSize) -> RunTotals:
+    train = config.train
+    updates_per_epoch = math.ceil(size.train_rows / train.batch_size)
+    updates = train.max_updates or train.epochs * updates_per_epoch
+    epochs, rest = divmod(updates, updates_per_epoch)
+    rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
+    evaluations = 2  # before the first update and after the last
+    if train.eval_every is not None:
+        evaluations += (updates - 1) // train.eval_every
+    eval_tokens = size.eval_rows * size.tokens_per_row
+    probe_tokens = min(train.probe_tokens, eval_tokens)
+    return RunTotals(
+        updates=updates,
+        rows=rows,
+        tokens=rows * size.tokens_per_row,
+        evaluations=evaluations,
+        eval_tokens=evaluations * eval_tokens + (evaluations + 1) * probe_tokens,
+    )
+
+
+def micro_batches(config: PlanRun, size: DataSize, by_sequence: bool) -> tuple[MicroBatch, MicroBatch]:
+    """The largest micro-batch of one process, which needs the most memory, and a usual one, which takes the time.
+
+    Args:
+        by_sequence: the model's attention may run over each sequence of a flat row by itself.
+    """
+    from cera_train.planning.measure import MicroBatch
+
+    train, model, on_gpu = config.train, config.model, config.plan.gpu != GpuKind.cpu
+    has_flash = model.attn_implementation.startswith("flash") or "/" in model.attn_implementation
+    by_sequence = by_sequence or has_flash
+    is_flat = on_gpu or by_sequence if train.batch_layout == BatchLayout.auto else train.batch_layout == "flat"
+    is_masked = not by_sequence if is_flat else not (size.is_even or has_flash)
+    has_mask = is_masked or model.attn_implementation == "eager"
+
+    rows = math.ceil(train.batch_size / config.plan.gpus)
+    spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
+    usual_tokens = min(train.micro_batch_tokens, rows * size.tokens_per_row)
+    most_tokens = rows * min(size.tokens_per_row * (1 + spread), config.data.max_length)
+    most_tokens = min(train.micro_batch_tokens, most_tokens)
+    longest = size.tokens_per_row if is_flat or size.is_even else config.data.max_length
+
+    def batch(tokens: float, length: float) -> MicroBatch:
+        rows = max(1, round(tokens / length))
+        length = max(2, round(tokens / rows))
+        autocast = None if not _autocast(config) else Dtype.bfloat16 if model.dtype == "float32" else model.dtype
+        return MicroBatch(rows, length, size.supervised, is_flat, has_mask, autocast, on_gpu)
+
+    largest = batch(most_tokens, longest)
+    # Without a mask a token costs the same in every micro-batch: one is enough.
+    return largest, batch(usual_tokens, size.tokens_per_row) if has_mask else largest
+
+
+def _autocast(config: PlanRun) -> bool:
+    """Whether the run computes in 16 bits over float32 weights; distributed/accelerator.py decides the same."""
+    wanted = config.model.dtype != Dtype.float32 if config.train.autocast is None else config.train.autocast
+    return wanted and (config.plan.gpu != GpuKind.cpu or config.model.dtype != Dtype.float16)
+
+
+def _computes_in_16_bits(config: PlanRun) -> bool:
+    return _autocast(config) or config.model.dtype != Dtype.float32
+
+
+def memory_of(
+    config: PlanRun,
+    size: DataSize,
+    parameters: Parameters,
+    tokens: int,
+    activations: float,
+    chunks_head: bool,
+) -> Memory:
+    """The memory of one process: on a GPU what torch allocates, on a CPU what is resident.
+
+    Args:
+        tokens, activations: of the largest micro-batch.
+        chunks_head: the loss takes the logits of a chunk at a time.
+    """
+    on_gpu, processes = config.plan.gpu != GpuKind.cpu, config.plan.gpus
+    always = {
+        "weights": parameters.weight_bytes,
+        "adapter": 4 * parameters.trainable,
+        "optimizer": sum(_optimizer_bytes(count, config.optimizer.kind) for count in parameters.trainable_tensors),
+    }
+    if not on_gpu:
+        always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
+    eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_row)
+    chunk, eval_chunk = (
+        min(chunk_tokens(on_gpu) if chunks_head else count, max(1, count * size.supervised))
+        for count in (tokens, eval_tokens)
+    )
+    training = {
+        # DDP holds gradients a second time, in the buckets it sends.
+        "gradients": 4 * parameters.trainable * (2 if processes > 1 else 1),
+        "activations": activations,
+        # Frozen head: the logits, their log-softmax in float32, which becomes its gradient, and that as the logits are.
+        # Trained: the log-softmax that was saved, its gradient, and that of the logits, in float32.
+        "logits": (12 if parameters.trains_head else 8) * parameters.vocab_size * chunk,
+    }
+    # float32 logits and their log-softmax. A CPU's heap has not given back what training took.
+    evaluation = {"logits": 8 * parameters.vocab_size * eval_chunk}
+    return Memory(always | training, always | evaluation | ({} if on_gpu else {"activations": activations}))
+
+
+def _optimizer_bytes(count: int, kind: OptimizerKind) -> float:
+    """Two moments of float32; or of 8 bits with a float32 scale for 256, which small tensors do not get."""
+    return 8 * count if kind == OptimizerKind.adamw or count < 4096 else 2 * (1 + 4 / 256) * count
+
+
+# --- the same run, changed -------------------------------------------------------------------------------------------
+
+
 def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
-    """The same run with another adapter, at the same rank or the same number of parameters."""
-    adapter, r = config.adapter, config.adapter.r
+    """The run with another adapter, at the same rank or the same number of parameters."""
+    gate = config.adapter.activation if kind == AdapterKind.cera else Activation.silu
+    adapter = replace(config.adapter, kind=kind, activation=gate)
     if config.plan.compare_at == CompareAt.budget:
-        adapted = adapted_linears(model_facts(config.model), adapter)
-        r = rank_for_budget(adapted, kind, sum(adapter_parameters(adapted, adapter.kind, r).values()))
-    gate = adapter.activation if kind == AdapterKind.cera else Activation.silu
-    return replace(config, adapter=replace(adapter, kind=kind, r=r, activation=gate))
+        from cera_train.planning.count import count_parameters
+
+        one, two = (count_parameters(config.model, replace(adapter, r=r)).trainable for r in (1, 2))
+        budget = count_parameters(config.model, config.adapter).trainable
+        adapter = replace(adapter, r=max(1, 1 + round((budget - one) / (two - one))))
+    return replace(config, adapter=adapter)
 
 
-def _remedies(config: PlanRun) -> dict[str, Plan]:
+def _remedies(config: PlanRun) -> dict[str, RunPlan]:
     """What lowers the peak, each by itself and all together: an override and the plan with it."""
     model, train = config.model, config.train
     fewer = max(config.data.max_length, train.micro_batch_tokens // 4)
@@ -215,263 +316,4 @@ def _remedies(config: PlanRun) -> dict[str, Plan]:
     if len(changed) > 1:
         together = replace(config, model=replace(quantized, gradient_checkpointing=True), train=shorter)
         changed["all of these"] = together
-    return {override: _plan(other) for override, other in changed.items()}
-
-
-# --- what it prints --------------------------------------------------------------------------------------------------
-
-Cell = Callable[[Plan], str]
-
-
-def say_plan(plan: Plan) -> None:
-    """The plan, and the compared ones beside it."""
-    config, data, device = plan.config, plan.data, plan.device
-    quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
-    print_line(
-        "plan", f"{config.name}: {describe(config.adapter)} on {config.model.path}, {config.model.dtype}{quantization}"
-    )
-    where = config.data.path or ", ".join(config.data.train_files) or config.data.layout
-    print_line(
-        "data",
-        f"{where}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
-        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
-    )
-    seen = "seen with SmolLM2-135M" if config.plan.gpu == GpuKind.cpu else "an assumption"
-    assumed = "plan.mfu" if config.plan.mfu else f"{seen}; set plan.mfu"
-    print_line(
-        "device",
-        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, "
-        f"{_scaled(device.flops, 'FLOP/s')} at best, {plan.mfu:.0%} of it in training ({assumed})",
-    )
-    print()
-    plans = [plan, *plan.compared]
-    _table(plans, _rows(plans))
-    print()
-    _say_fit(plans)
-    if plan.cost is None and config.plan.gpu != GpuKind.cpu:
-        print_line("cost", "set plan.price_per_hour to the price of one GPU")
-
-
-def describe(adapter: AdapterConfig) -> str:
-    """An adapter in a few words."""
-    return f"{adapter.kind} r={adapter.r} on {targets(adapter.target_modules)}"
-
-
-def _rows(plans: list[Plan]) -> list[tuple[str, Cell | None]]:
-    """Labels and cells; without a cell it is a heading."""
-    first = plans[0]
-
-    def count(part: str, name: str) -> Cell:
-        return lambda plan: f"{getattr(plan, part)[name]:,}"
-
-    def bytes_of(moment: str, name: str) -> Cell:
-        return lambda plan: _gigabytes(getattr(plan.memory, moment)[name])
-
-    rows: list[tuple[str, Cell | None]] = [("parameters", None)]
-    rows += [(f"  {name}", count("frozen", name)) for name, own in first.frozen.items() if own or name == "head"]
-    rows += [("  frozen", lambda plan: f"{sum(plan.frozen.values()):,}")]
-    rows += [(f"  adapter {name}", count("adapter", name)) for name in first.adapter]
-    rows += [
-        ("  trainable", lambda plan: f"{plan.trainable:,}"),
-        ("  share", lambda plan: f"{plan.trainable / (plan.trainable + sum(plan.frozen.values())):.2%}"),
-        ("memory of one process", None),
-        *((f"  {name}", bytes_of("training", name)) for name in first.memory.training),
-        ("  peak in training", lambda plan: _gigabytes(sum(plan.memory.training.values()))),
-        ("  peak in evaluation", lambda plan: _gigabytes(sum(plan.memory.evaluation.values()))),
-        (
-            f"  activations with{'out' * first.config.model.gradient_checkpointing} checkpointing",
-            lambda plan: _gigabytes(plan.other_activations),
-        ),
-        ("work", None),
-        ("  updates", lambda plan: f"{plan.work.updates:,}"),
-        ("  tokens", lambda plan: f"{plan.work.tokens:,.0f}"),
-        ("  evaluations", lambda plan: f"{plan.work.evaluations:,}"),
-        ("PFLOP", None),
-        *((f"  {name}", lambda plan, name=name: _petaflops(plan.flops.get(name, 0))) for name in _flop_names(plans)),
-        ("  in all", lambda plan: _petaflops(sum(plan.flops.values()))),
-        ("time and cost", None),
-        ("  an update", lambda plan: f"{plan.update_seconds:.3g} s"),
-        ("  the run, h:mm:ss", lambda plan: duration(plan.seconds)),
-    ]
-    if first.config.plan.gpu != GpuKind.cpu:
-        rows.append(("  GPU-hours", lambda plan: f"{plan.gpu_hours:,.2f}"))
-    if first.cost is not None:
-        rows.append(("  cost", lambda plan: f"{plan.cost:,.2f}"))
-    return rows
-
-
-def _flop_names(plans: list[Plan]) -> list[str]:
-    names = dict.fromkeys(name for plan in plans for name in plan.flops if name != "evaluations")
-    return [*names, "evaluations"]
-
-
-def _table(plans: list[Plan], rows: list[tuple[str, Cell | None]]) -> None:
-    columns = [[cell(plan) if cell else "" for _, cell in rows] for plan in plans]
-    widths = [max(16, *map(len, column)) for column in columns]
-    if len(plans) > 1:
-        heads = [f"{plan.config.adapter.kind} r={plan.config.adapter.r}" for plan in plans]
-        print(" " * 36 + "  ".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
-    for index, (label, cell) in enumerate(rows):
-        values = "  ".join(f"{column[index]:>{width}}" for column, width in zip(columns, widths, strict=True))
-        print(f"{label:<36}{values}" if cell else label)
-
-
-def _say_fit(plans: list[Plan]) -> None:
-    for plan in plans:
-        needs = f"{describe(plan.config.adapter)} needs {_gigabytes(plan.memory.peak)}"
-        there = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
-        if plan.fits:
-            print_line("fits", f"{needs} of the {there}")
-        else:
-            print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
-    for override, other in plans[0].remedies.items():
-        print_line(
-            "", f"{_gigabytes(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}"
-        )
-
-
-def say_sweep(plans: list[Plan]) -> None:
-    """The jobs of a sweep, one a line by what differs, and their sum."""
-    settings = [_settings(plan.config) for plan in plans]
-    keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
-    for path in ("model.path", "data.path"):  # says it all about its section
-        section = path.split(".")[0] + "."
-        keys = [key for key in keys if path not in keys or key == path or not key.startswith(section)]
-    names = [
-        " ".join(f"{key}={own.get(key)}" for key in keys) or plan.config.name
-        for own, plan in zip(settings, plans, strict=True)
-    ]
-    width = max(12, *map(len, names))
-    print(f"{'job':<{width}}{'trainable':>16}{'peak':>11}{'updates':>10}{'time':>12}{'GPU-hours':>12}{'cost':>12}")
-    for name, plan in zip(names, plans, strict=True):
-        mark = "" if plan.fits else f"  does not fit {plan.device.name}"
-        cost = "" if plan.cost is None else f"{plan.cost:,.2f}"
-        print(
-            f"{name:<{width}}{plan.trainable:>16,}{_gigabytes(plan.memory.peak):>11}{plan.work.updates:>10,}"
-            f"{duration(plan.seconds):>12}{plan.gpu_hours:>12,.2f}{cost:>12}{mark}"
-        )
-    costs = [plan.cost for plan in plans]
-    total = "" if None in costs else f"{sum(costs):,.2f}"
-    largest = _gigabytes(max(plan.memory.peak for plan in plans))
-    jobs = "1 job" if len(plans) == 1 else f"{len(plans)} jobs"
-    print(
-        f"{jobs:<{width}}{'':>16}{largest:>11}{sum(plan.work.updates for plan in plans):>10,}"
-        f"{duration(sum(plan.seconds for plan in plans)):>12}{sum(plan.gpu_hours for plan in plans):>12,.2f}{total:>12}"
-    )
-
-
-def _settings(config: PlanRun) -> dict[str, Any]:
-    """The settings that can tell jobs apart."""
-    settings = flatten(to_plain(config))
-    return {key: value for key, value in settings.items() if changes_of(PlanRun, key) != Changes.nothing}
-
-
-def _gigabytes(size: float) -> str:
-    return gigabytes(size, decimals=3 if size < GB else 2)
-
-
-def _petaflops(flops: float) -> str:
-    return f"{flops / 1e15:,.3f}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
-
-
-def _scaled(value: float, unit: str) -> str:
-    return f"{value / 1e12:,.0f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.0f} G{unit}"
-
-
-# --- after a run -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One figure of a finished run beside its prediction."""
-
-    name: str
-    predicted: float
-    """Not a number where it cannot be told."""
-    measured: float
-    show: Callable[[float], str]
-
-    @property
-    def deviation(self) -> float:
-        """Of the prediction, as a share of what was measured."""
-        return self.predicted / self.measured - 1
-
-    @property
-    def cells(self) -> list[str]:
-        """Predicted, measured, deviation."""
-        if math.isnan(self.predicted):
-            return ["-", self.show(self.measured), "-"]
-        deviation = "equal" if self.predicted == self.measured else f"{self.deviation:+.1%}"
-        return [self.show(self.predicted), self.show(self.measured), deviation]
-
-
-def measured(folder: Path, plan: PlanConfig) -> tuple[Plan, list[Measured]]:
-    """The plan of a finished run on the device it ran on, and the predictions beside what it measured.
-
-    Args:
-        plan: its `mfu` counts; device and tokens are the run's.
-
-    Raises:
-        ValueError: the folder is missing, holds no run, or the run is unfinished or broken.
-    """
-    if not (folder / "config.yaml").is_file():
-        raise UserError(
-            f"run={folder}: there is no config.yaml of a run. Name the folder of one, such as outputs/NAME."
-        )
-    if not (folder / "result.json").is_file():
-        raise UserError(f"run={folder} is unfinished: it has no result.json yet.")
-    config = load_config(folder / "config.yaml", Config)
-    result = _read(folder / "result.json", "updates", "tokens", "seconds", "trainable_parameters", "peak_memory_bytes")
-    machine = _read(folder / "environment.json", "gpus")
-    gpus = machine["gpus"]
-    kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.cuda_name == gpus[0]), None)
-
-    config = replace(config, train=replace(config.train, max_updates=result["updates"]))  # it may have lost patience
-    if not is_known(config.data):
-        rows = result["updates"] * config.train.batch_size
-        data = replace(config.data, train_rows=rows, eval_rows=config.data.eval_rows or rows)
-        config = replace(config, data=data)
-    rows = work_of(config, data_size(config.data, tokens_per_row=1)).rows
-    plan = replace(
-        plan,
-        gpu=kind or (GpuKind.h100 if gpus else GpuKind.cpu),  # memory is alike on every GPU
-        gpus=machine.get("processes", max(1, len(gpus))),  # which the first versions did not write down
-        tokens_per_row=result["tokens"] / rows,
-    )
-    predicted = _plan(PlanRun(**vars(config) | {"plan": plan}), machine.get("cpu_threads"))
-    if gpus and kind is None:
-        predicted = replace(predicted, device=Device(gpus[0], math.nan, math.nan))
-    return predicted, [
-        Measured("trainable parameters", predicted.trainable, result["trainable_parameters"], "{:,.0f}".format),
-        Measured("peak memory", predicted.memory.peak, result["peak_memory_bytes"], _gigabytes),
-        Measured("seconds an update", predicted.update_seconds, result["seconds"] / result["updates"], "{:.3g}".format),
-    ]
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """A file that a finished run left."""
-    try:
-        values = json.loads(path.read_text())
-        absent = [key for key in keys if values.get(key) in (None, 0)]
-    except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} cannot be read: {reason}. Restore it.") from error
-    if absent:
-        raise UserError(f"{path} does not say {', '.join(absent)}. Restore it.")
-    return values
-
-
-def say_measured(folder: Path, plan: PlanConfig) -> None:
-    """Predicted beside measured, for a finished run."""
-    predicted, rows = measured(folder, plan)
-    device = predicted.device
-    print(f"{'':<24}{'predicted':>16}{'measured':>16}{'deviation':>12}")
-    for row in rows:
-        prediction, measurement, deviation = row.cells
-        print(f"{row.name:<24}{prediction:>16}{measurement:>16}{deviation:>12}")
-    print(f"{predicted.data.tokens_per_row:,.0f} tokens a row, as the run had")
-    if math.isnan(device.flops):
-        print(f"no prediction of seconds: cera-plan does not know the speed of {device.name}")
-    else:
-        whose = "this machine's CPU now" if predicted.config.plan.gpu == GpuKind.cpu else f"the {device.name}"
-        print(f"seconds by {_scaled(device.flops, 'FLOP/s')}, the speed of {whose}, at {predicted.mfu:.0%} (plan.mfu)")
+    return {override: plan_alone(other) for override, other in changed.items()}

@@ -10,8 +10,15 @@ from cera_train.common.files import read_yaml
 from cera_train.common.trust import escape_interpolations
 from cera_train.config import Config
 
-RETIRED = ("model.facts",)
-"""Settings of earlier versions, and sections of them, that changed no result: left out when an old config is read."""
+RETIRED = {
+    f"model.facts.{name}"
+    for name in (
+        *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+        *("num_key_value_heads", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
+        *("attention_bias", "mlp_bias"),
+    )
+}
+"""Settings of earlier versions that changed no result: left out when an old config is read."""
 
 
 def load_config(path: Path, schema: type = Config) -> Any:

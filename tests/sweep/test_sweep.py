@@ -29,7 +29,7 @@ from cera_train.cli.sweep import main as main_sweep
 from cera_train.cli.train import main
 from cera_train.common.settings import leaves
 from cera_train.config import Config, PlanRun
-from cera_train.planning.plan import Plan, make_plan
+from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.sweep.folder import BEGUN, JOBS, LONGEST_NAME, RECORD, choices_of, grid, job_name
 from cera_train.sweep.table import State, best_jobs, read_sweep
 
@@ -53,9 +53,9 @@ def jobs_of(compose):
 @pytest.fixture(scope="module")
 def plans_of(jobs_of):
     """plans_of("+sweep=rank_lr", ...) -> the plan of every job."""
-    known: dict[tuple[str, ...], Plan] = {}
+    known: dict[tuple[str, ...], RunPlan] = {}
 
-    def plan(job: list[str]) -> Plan:
+    def plan(job: list[str]) -> RunPlan:
         key = tuple(sorted(override for override in job if not override.startswith("name=")))
         if key not in known:
             with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
@@ -112,7 +112,7 @@ def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
         (plan,) = plans_of(f"+recipe={name}", f"plan.gpu={gpu}")
         header = (config_dir("recipes") / f"{name}.yaml").read_text()
         assert f"{plan.gpu_hours:.1f} hours of one {called} by cera-plan" in header
-        assert f"{plan.work.updates:,} updates of 64" in header
+        assert f"{plan.totals.updates:,} updates of 64" in header
 
 
 @pytest.mark.slow

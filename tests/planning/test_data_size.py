@@ -1,0 +1,90 @@
+"""Rows and tokens: from facts, by computing the rows, or by counting local files."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import needs_shared_data, needs_smollm2
+
+from cera_train.planning.data_size import data_size
+
+
+@pytest.fixture(scope="module")
+def size(compose):
+    """size("data=gsm8k", ...) -> DataSize"""
+    return lambda *overrides: data_size(compose(*overrides).data)
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [("train", 7473), ("train[:100]", 100), ("train[100:300]", 200), ("train[7000:]", 473), ("train[:10%]", 747)],
+)
+def test_a_split_is_sliced_as_datasets_does(size, split, rows):
+    assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
+
+
+def test_a_split_of_several_is_refused(size):
+    with pytest.raises(ValueError, match="split 'train.test': cera-plan reads splits such as train or train"):
+        size("data=gsm8k", "data.train_split='train+test'")
+
+
+def test_an_estimate_is_called_one(size):
+    assert size("+recipe=math_r64").source == "an estimate"
+    assert size("+recipe=gsm8k_r64").source == "by SmolLM2's tokenizer"
+
+
+def test_the_rows_of_the_logistic_map_are_those_it_has(size):
+    quickstart = size("+recipe=quickstart")
+    assert (quickstart.train_rows, quickstart.eval_rows, quickstart.tokens_per_row) == (79, 20, 72)
+    assert quickstart.is_even
+    longer = size("+recipe=quickstart", "data.logistic_map.steps=12")
+    assert longer.tokens_per_row > 72
+    assert longer.source == "by their characters"
+
+
+def test_rows_and_tokens_are_bounded_by_the_settings(size):
+    assert size("data=gsm8k", "data.train_rows=10", "data.max_length=16").train_rows == 10
+    assert size("data=gsm8k", "data.max_length=16").tokens_per_row == 16
+    assert size("data=gsm8k", "data.loss_on=all").supervised == 1.0
+
+
+def test_local_rows_are_counted_and_their_characters_too(size, write_jsonl):
+    rows = write_jsonl("rows.jsonl", [{"prompt": "p" * 35, "completion": "c" * 105}] * 50)
+    counted = size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=10")
+    assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (40, 10, 40)
+    assert counted.supervised == pytest.approx(0.75)
+    assert "estimate" in counted.source
+    with pytest.raises(ValueError, match="data.eval_rows=50 leaves nothing to train on"):
+        size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=50")
+    empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
+    with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl: no row has an answer"):
+        size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
+
+
+def test_local_chats_are_counted(size, write_jsonl):
+    chat = [{"role": "user", "content": "u" * 35}, {"role": "assistant", "content": "a" * 35}]
+    rows = write_jsonl("rows.jsonl", [{"messages": chat}] * 4)
+    chats = ["data=jsonl", "data.layout=messages", f"data.train_files=[{rows}]", f"data.eval_files=[{rows}]"]
+    counted = size(*chats)
+    assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (4, 4, 20)
+    assert counted.supervised == pytest.approx(0.5)
+
+
+def test_rows_of_unknown_number_are_asked_for(plan):
+    with pytest.raises(ValueError, match="data.path=org/rows: its size is unknown. Set data.train_rows"):
+        plan("+recipe=math_r64", "data.path=org/rows")
+    known = ["data.path=org/rows", "data.train_rows=640", "data.eval_rows=10", "plan.tokens_per_row=100"]
+    assert plan("+recipe=math_r64", *known).totals.tokens == 3 * 640 * 100
+
+
+@needs_shared_data
+@needs_smollm2
+def test_the_facts_of_gsm8k_are_its_rows(compose):
+    from conftest import SHARED_DATA
+
+    from cera_train.data.prepare import prepare_evaluation
+    from cera_train.model.weights import load_tokenizer
+
+    config = compose("data=gsm8k", f"data.train_files=[{SHARED_DATA}/gsm8k_test.jsonl]", "data.eval_rows=1000")
+    counts = prepare_evaluation(config.data, load_tokenizer(config.model)).counts
+    assert config.data.facts.tokens_per_row == pytest.approx(counts.tokens / counts.kept, rel=0.06)
+    assert config.data.facts.supervised == pytest.approx(counts.supervised_tokens / counts.tokens, abs=0.02)

@@ -1,0 +1,196 @@
+"""Activations are what autograd really holds on this CPU; operations are those of a closed form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_parameters import save_config
+from transformers import AutoModelForCausalLM
+
+from cera_train.adapters.build import add_adapter
+from cera_train.adapters.config import AdapterConfig
+from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.data.config import BatchLayout
+from cera_train.model.config import ModelConfig
+from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.planning.config_json import read_config
+from cera_train.planning.count import build_base
+from cera_train.planning.measure import (
+    Abilities,
+    MicroBatch,
+    Saved,
+    abilities,
+    in_all_layers,
+    layer_kinds,
+    measure,
+    storage_of,
+)
+
+ROWS, LENGTH = 4, 32
+BATCH = MicroBatch(ROWS, LENGTH, 0.5, is_flat=True, has_mask=False, autocast=None, on_gpu=False)
+Q_AND_V = AdapterConfig(r=4)
+
+PLACES_FOR_A_MASK = 2 * 8 * ROWS * LENGTH // 2
+"""Bytes: a fake batch has two indices for every token whose prediction counts, a real one a mask."""
+
+
+def really_saved(model: ModelConfig, adapter: AdapterConfig, autocast: bool, layout: str) -> tuple[int, MicroBatch]:
+    """Bytes that autograd holds after the loss of a real model on this CPU, and the micro-batch as it was computed."""
+    config = read_config(model)
+    base = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, model.dtype), attn_implementation=model.attn_implementation
+    ).requires_grad_(False)
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = add_adapter(base, adapter).train()
+    loss = SupervisedLoss(adapted, base, lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+    choose_layout(BatchLayout(layout), loss, torch.device("cpu"))
+    rows = [[(7 * token + row) % 128 for token in range(LENGTH)] for row in range(ROWS)]
+    masks = [[False] * (LENGTH // 2) + [True] * (LENGTH // 2)] * ROWS
+    weights = {storage_of(tensor) for tensor in (*adapted.parameters(), *adapted.buffers())}
+    with Saved([]) as saved:
+        value = loss.train()((flat_batch if loss.is_flat else padded_batch)(rows, masks))
+    assert value.requires_grad
+    has_mask = model.attn_implementation == "eager" or (loss.is_flat and loss.allowed.attention is None)
+    used = replace(BATCH, is_flat=loss.is_flat, has_mask=has_mask, autocast="bfloat16" if autocast else None)
+    return saved.bytes_without(weights), used
+
+
+@pytest.mark.parametrize(
+    ("kinds", "adapter", "model", "layout"),
+    [
+        ("cera lora dora", {}, {}, "auto"),
+        ("cera lora", {"dropout": 0.0, "target_modules": "all-linear"}, {"dtype": "float32"}, "auto"),
+        ("cera dora", {"target_modules": ["o_proj", "down_proj"], "layers": [2, 4]}, {}, "padded"),
+        ("lora", {}, {"attn_implementation": "eager"}, "flat"),
+        ("cera", {}, {"gradient_checkpointing": True}, "auto"),
+        ("cera dora", {}, {"dtype": "float32", "autocast": True}, "auto"),
+        ("lora", {"target_modules": ["q_proj", "lm_head"]}, {"dtype": "float32"}, "auto"),
+    ],
+    ids=str,
+)
+def test_activations_are_what_autograd_saves(tmp_path, kinds, adapter, model, layout):
+    autocast = model.get("autocast", model.get("dtype") != "float32")
+    settings = {name: value for name, value in model.items() if name != "autocast"}
+    model = replace(save_config("llama", tmp_path), **settings)
+    for kind in kinds.split():
+        own = AdapterConfig(kind=kind, r=4, **adapter)
+        saved, batch = really_saved(model, own, autocast, layout)
+        measured = measure(model, own, batch, True).saved_bytes
+        assert measured == pytest.approx(saved, abs=PLACES_FOR_A_MASK), kind
+
+
+@pytest.mark.parametrize(
+    ("model_type", "can"),
+    [
+        ("qwen3", Abilities(attends_by_sequence=True, chunks_head=True)),
+        ("gemma3_text", Abilities(attends_by_sequence=True, chunks_head=True)),
+        ("cohere", Abilities(attends_by_sequence=True, chunks_head=False)),  # scales its logits
+        ("stablelm", Abilities(attends_by_sequence=False, chunks_head=True)),
+        ("mixtral", Abilities(attends_by_sequence=True, chunks_head=True)),
+        ("gpt2", Abilities(attends_by_sequence=True, chunks_head=True)),
+    ],
+)
+def test_other_architectures_save_what_was_measured(tmp_path, model_type, can):
+    model = save_config(model_type, tmp_path)
+    adapter = AdapterConfig(r=4, target_modules=["c_attn"] if model_type == "gpt2" else ["q_proj", "v_proj"])
+    assert abilities(model) == can
+    saved, batch = really_saved(model, adapter, True, "auto")
+    assert batch.is_flat == can.attends_by_sequence
+    assert measure(model, adapter, batch, True).saved_bytes == pytest.approx(saved, rel=0.003)
+
+
+def test_what_eager_attention_or_a_model_of_another_kind_can(tmp_path):
+    model = replace(save_config("llama", tmp_path), attn_implementation="eager")
+    assert abilities(model) == Abilities(attends_by_sequence=False, chunks_head=True)
+
+
+def test_operations_by_hand(tmp_path):
+    """Two for a multiply and add: frozen linears cost four a token (forward, and backward for their inputs), A and B
+    six, but for the first layer's, whose input needs no gradient."""
+    model = replace(save_config("llama", tmp_path, attention_bias=False, mlp_bias=False), dtype="float32")
+    cost, tokens, supervised = measure(model, Q_AND_V, BATCH), ROWS * LENGTH, ROWS * LENGTH // 2
+    qkv, rest = 32 * 32 + 2 * 32 * 16, 32 * 32 + 3 * 32 * 48
+    adapter = 4 * (32 + 32) + 4 * (32 + 16)
+    attention = 4 * 32 * LENGTH * LENGTH // 2 * ROWS
+    head = 2 * 128 * 32 * supervised
+    layers = 6 * (2 * (qkv + rest + adapter) * tokens + attention)
+    assert cost.forward == layers + 2 * head
+    assert cost.evaluation == layers + head
+    first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * tokens  # dL/dx of the first layer
+    whole = 6 * (2 * (qkv + rest) * tokens + 4 * adapter * tokens + attention * 5 // 2)
+    assert cost.backward == pytest.approx(whole - first_inputs, rel=0.03)
+
+
+def test_checkpointing_costs_one_more_forward_of_the_layers(tmp_path):
+    model = save_config("llama", tmp_path)
+    plain, again = (measure(replace(model, gradient_checkpointing=flag), Q_AND_V, BATCH) for flag in (False, True))
+    head = 2 * 128 * 32 * ROWS * LENGTH // 2
+    recomputed = again.backward - plain.backward
+    assert again.forward == plain.forward
+    assert recomputed == pytest.approx(plain.evaluation - head, rel=0.15)  # not the last product of each layer
+    assert again.saved_bytes < plain.saved_bytes / 3
+    assert plain.layer_bytes == pytest.approx(plain.saved_bytes / 6, rel=0.1)
+
+
+def test_the_backward_pass_ends_at_the_first_adapted_layer(tmp_path):
+    model = save_config("llama", tmp_path)
+    whole = measure(model, Q_AND_V, BATCH)
+    last = measure(model, replace(Q_AND_V, layers=[5]), BATCH)
+    assert last.saved_bytes < whole.saved_bytes / 4
+    assert last.backward < whole.backward / 4
+
+
+@pytest.mark.parametrize("layers", [None, [1, 4], [5]], ids=str)
+def test_a_few_layers_stand_for_all(tmp_path, layers):
+    """One of each kind and one more give to the number what all layers give."""
+    from cera_train.planning.measure import Runner
+
+    model, adapter = save_config("qwen3", tmp_path, num_hidden_layers=9), replace(Q_AND_V, layers=layers)
+    runner, runs = Runner(model, adapter), []
+    whole = runner.run(BATCH)
+
+    def run():
+        runs.append(runner.run(BATCH))
+        return runs[-1]
+
+    assert in_all_layers(runner.base, run)._replace(layer_bytes=0.0) == whole
+    assert len(runs) <= 4
+
+
+def test_layers_of_other_windows_are_of_another_kind(tmp_path):
+    model = save_config("gemma3_text", tmp_path, layer_types=["sliding_attention"] * 4 + ["full_attention"] * 2)
+    kinds = layer_kinds(list(build_base(model).model.layers))
+    assert len(set(kinds)) == 2
+
+
+def test_a_gpu_keeps_dropouts_masks_in_bytes_and_the_output_of_attention(tmp_path):
+    model = save_config("llama", tmp_path, num_hidden_layers=2)
+    lora = AdapterConfig(kind="lora", r=4, target_modules=["o_proj"])
+
+    def saved(adapter: AdapterConfig, on_gpu: bool) -> float:
+        return measure(model, adapter, replace(BATCH, autocast="bfloat16", on_gpu=on_gpu)).saved_bytes
+
+    tokens = ROWS * LENGTH
+    without = replace(lora, dropout=0.0)
+    masks = {on_gpu: saved(lora, on_gpu) - saved(without, on_gpu) for on_gpu in (True, False)}
+    # The input of the first o_proj needs no gradient, so only one mask is kept: 32 bytes a token, or as many float32.
+    assert masks[False] - masks[True] == tokens * 32 * (4 - 1)
+    assert saved(replace(Q_AND_V, dropout=0.0), True) - saved(replace(Q_AND_V, dropout=0.0), False) == pytest.approx(
+        2 * tokens * (2 * 32 + 4 * 4), rel=0.01
+    )
+
+
+def test_8_bit_linears_keep_what_they_read(tmp_path):
+    model = save_config("llama", tmp_path)
+    saved = {q: measure(replace(model, quantization=q), Q_AND_V, BATCH).saved_bytes for q in ("none", "int8")}
+    assert saved["int8"] - saved["none"] >= 6 * ROWS * LENGTH * 2 * (32 + 48)
+
+
+def test_a_model_that_needs_values_is_refused_in_one_line(tmp_path):
+    model = replace(save_config("mixtral", tmp_path), dtype="float32")  # torch has no shapes for its experts' product
+    with pytest.raises(ValueError, match="cannot run a model of type mixtral without its weights .Runtime") as e:
+        measure(model, Q_AND_V, BATCH)
+    assert "\n" not in str(e.value)
