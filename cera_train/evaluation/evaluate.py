@@ -24,25 +24,25 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
 from cera_train.data.batches import Batch, MicroBatches
-from cera_train.data.config import BatchLayout, Layout
-from cera_train.data.format import start_ids, text_of
-from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_windows
+from cera_train.data.config import BatchLayout
+from cera_train.data.format import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation import console
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.evaluation.scores import counts_in_scores, grade_exactly, score, verify
+from cera_train.evaluation.scores import score, verify
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.perplexity import mean_loss, perplexity
-from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer, positions_of
+from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.runs.folder import load_adapter
 from cera_train.runs.subject import Subject, digest_of, find_subject
-from cera_train.tasks.config import TaskKind
-from cera_train.tasks.problems import load_problems, open_task
+from cera_train.tasks.problems import load_problems
 from cera_train.tasks.records import Generation, Problem
+from cera_train.tasks.registry import find_task
+from cera_train.tasks.task import AnswerTask, RowTask
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -66,19 +66,20 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     path = subject.folder / "eval" / name
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
-        measure = measure_perplexity if config.task.kind in (TaskKind.perplexity, TaskKind.text) else answer_and_grade
+        task = find_task(config.task.kind)
+        measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
         if is_main:
             folder.write_config(config)
             print_line("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}")
         accelerator.wait_for_everyone()
         result = folder.result() if folder.is_finished() else None
         if result is None:
-            result = measure(config, subject, folder, accelerator)
+            result = measure(task, config, subject, folder, accelerator)
             if is_main:
                 folder.write_result(result)
                 update_card(path)
         if is_main:
-            console.say_evaluation(result, path)
+            console.print_evaluation(task, result, path)
         return result
 
 
@@ -130,7 +131,7 @@ def _check_base(subject: Subject, base: PreTrainedModel) -> None:
 
 
 def answer_and_grade(
-    config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
+    task: AnswerTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Generates what is missing, then grades everything."""
     problems = load_problems(config.task, subject.run.data if subject.run else None)
@@ -146,7 +147,7 @@ def answer_and_grade(
         seconds, tokens = 0.0, 0
         with folder.append_to_answers() as file:
             try:
-                for batch, took in generate_missing(config, subject, problems, answers.keys(), accelerator):
+                for batch, took in generate_missing(task, config, subject, problems, answers.keys(), accelerator):
                     append_answers(file, batch)
                     tokens += sum(answer.tokens for answer in batch)
                     seconds += took
@@ -160,10 +161,11 @@ def answer_and_grade(
         return {}
     answers, _ = folder.answers()
     folder.finish_answers(answers[key] for key in keys)
-    return grade(config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
+    return grade(task, config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
 
 
 def generate_missing(
+    task: AnswerTask,
     config: EvalConfig,
     subject: Subject,
     problems: Sequence[Problem],
@@ -198,7 +200,7 @@ def generate_missing(
             started = time.perf_counter()
             with accelerator.autocast():
                 answers = generate(model, base, tokenizer, batch, config.generation)
-            correct = [grade_exactly(config.task.kind, by_id[answer.problem], answer).exact for answer in answers]
+            correct = [task.grade(by_id[answer.problem], answer).exact for answer in answers]
             progress.step(correct)
             missing = [answer for answer in answers if (answer.problem, answer.sample) not in done]
             yield missing, time.perf_counter() - started
@@ -214,24 +216,24 @@ def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new
         )
 
 
-def grade(config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
-    """Grades the answers on record and returns the scores; writes grades.jsonl where no answer is missing."""
+def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
+    """Grades the recorded answers and returns their scores; writes grades.jsonl once no answer is missing."""
     problems = {problem.id: problem for problem in folder.problems()}
     answers, _ = folder.answers()
     answers = [answer for answer in answers.values() if answer.problem in problems]
-    grades = [grade_exactly(config.task.kind, problems[answer.problem], answer) for answer in answers]
-    if config.task.kind != TaskKind.logistic_map:
+    grades = [task.grade(problems[answer.problem], answer) for answer in answers]
+    if task.is_verified:
         grades = verify(problems, answers, grades, config.grading_seconds)
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
         folder.write_grades(grade.line() for grade in grades)
     return {
         "task": config.folder_name,
-        "kind": config.task.kind.value,
-        "problems": sum(counts_in_scores(problem) for problem in problems.values()),
+        "kind": config.task.kind,
+        "problems": sum(map(task.counts, problems.values())),
         "samples": config.generation.samples,
         "missing": missing,
-        **score(config.task.kind, list(problems.values()), answers, grades),
+        **score(task, list(problems.values()), answers, grades),
     }
 
 
@@ -245,7 +247,8 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
     with EvaluationFolder(path) as folder:
         config = replace(folder.config(), grading_seconds=grading_seconds)
-        if config.task.kind in (TaskKind.perplexity, TaskKind.text):
+        task = find_task(config.task.kind)
+        if not isinstance(task, AnswerTask):
             raise UserError(f"{path} measured perplexity: there are no answers to grade.")
         answers, broken = folder.answers()
         if not answers:
@@ -254,13 +257,13 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
             print_line("note", f"{line} and left out; the evaluation's own command answers it again.")
         before = folder.result() or {}
         measured = {name: before[name] for name in ("tokens_per_s", "peak_memory_bytes") if name in before}
-        result = grade(config, folder) | measured
+        result = grade(task, config, folder) | measured
         if result["missing"]:
             print_line("note", f"{result['missing']} answers are missing: the scores are of the others.")
         else:
             folder.write_result(result)
             update_card(path)
-        console.say_evaluation(result, path)
+        console.print_evaluation(task, result, path)
         return result
 
 
@@ -275,11 +278,12 @@ def update_card(evaluation: Path) -> None:
 
 
 def measure_perplexity(
-    config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
+    task: RowTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Perplexity with the adapter and without it; on rows as in training, its spectra too."""
     tokenizer = load_tokenizer(subject.model)
-    rows = perplexity_rows(config, subject, tokenizer)
+    data = config.data or (subject.run.data if subject.run else None)
+    rows = task.rows(config.task, data, subject.model, tokenizer)
     model, base = load_subject(subject, accelerator.device)
     started = time.perf_counter()
     loss = SupervisedLoss(model, base)
@@ -305,7 +309,7 @@ def measure_perplexity(
     if subject.adapter is not None:
         with model.disable_adapter():
             result["perplexity_base"] = perplexity(mean_loss(loss, mine(everything), accelerator))
-        if config.task.kind == TaskKind.perplexity:
+        if task.has_spectra:
             probe = mine(batches.first(subject.train.probe_tokens))
             metrics = spectrum_metrics(measure_spectra(model, loss, probe, accelerator.reduce))
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
@@ -313,24 +317,3 @@ def measure_perplexity(
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(accelerator.device),
     }
-
-
-def perplexity_rows(config: EvalConfig, subject: Subject, tokenizer: Any) -> TokenizedRows:
-    """The rows to predict.
-
-    Raises:
-        ValueError: there are none, or they lack the columns that the layout needs.
-    """
-    task = config.task
-    if task.kind == TaskKind.text:
-        check_length(subject.model, task.window, "task.window")
-        text = "\n\n".join(text_of(row, "text") for row in open_task(task).read())
-        return prepare_windows(text, tokenizer, task.window, task.limit)
-    data = config.data or (subject.run.data if subject.run else None)
-    if data is None:
-        raise UserError(f"{subject.folder} does not say what it was trained on: choose the rows with data=....")
-    if task.files and data.layout == Layout.logistic_map:
-        raise UserError("task.files: this run's rows are computed, not read. Say how these files read: data=jsonl.")
-    if task.files:
-        data = replace(data, train_files=task.files, eval_files=task.files, eval_rows=None)
-    return prepare_evaluation(data, tokenizer, task.limit)
