@@ -1,6 +1,6 @@
-"""Evaluation, top to bottom: what is evaluated; its answers or its perplexity; grades; the result.
+"""Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write the result.
 
-It takes a run's folder and needs nothing else: the folder holds the config.
+A run's folder is all it needs: the folder holds the config.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from cera_train.tasks.task import AnswerTask, RowTask
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Measures a run on a task, or goes on where an earlier call was cut.
+    """Measures a run on a task, or resumes where an earlier call was cut.
 
     Returns:
-        The content of result.json: `exact/pass@1`, `verified/pass@1`, `perplexity`, ... by the kind of task.
+        The content of result.json, such as `exact/pass@1` or `perplexity`, by the kind of task.
 
     Raises:
-        ValueError: the run, the task or its data is not usable; the message says how to mend it.
+        UserError: the run, the task or its data cannot be used.
     """
     quiet_libraries()
     if config.grade is not None:
@@ -60,9 +60,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     subject = find_subject(config)
     name = config.folder_name + (subject.part if config.name is None else "")
     digest = digest_of(subject.adapter) if subject.adapter else None
-    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as it goes on record
+    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
     is_main = is_main_process()
-    # A process may be done long before another: nothing is wrong with waiting for it.
+    # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     path = subject.folder / "eval" / name
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
@@ -87,10 +87,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:
-    """The model with its adapter, and the transformers model inside; the same model twice for an untouched one.
+    """The model with its adapter, and the transformers model inside it. Without an adapter, the same model twice.
 
     Raises:
-        ValueError: the adapter is damaged, or belongs to another base model.
+        UserError: the adapter is damaged, or belongs to another base model.
     """
     base = load_model(subject.model, device)
     if subject.adapter is None:
@@ -101,7 +101,7 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
         weights = peft.load_peft_weights(str(subject.adapter), device="cpu")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{subject.adapter} is damaged or no adapter: {error}") from error
-    own_base = config.base_model_name_or_path
+    adapters_base = config.base_model_name_or_path
     config.base_model_name_or_path = base.name_or_path  # PEFT warns of any other
     try:
         model = peft.get_peft_model(base, config)
@@ -109,13 +109,13 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
     except ValueError as error:
         raise UserError(
             f"{subject.adapter} does not fit {subject.model.path}: it belongs to another base model, "
-            f"{own_base}. Leave out model=, or name that one. ({str(error)[:120]}...)"
+            f"{adapters_base}. Leave out model=, or name that one. ({str(error)[:120]}...)"
         ) from error
     return model.eval(), base
 
 
 def _check_base(subject: Subject, base: PreTrainedModel) -> None:
-    """Two models of one shape take the same adapter without complaint; what the run wrote down tells them apart."""
+    """Raises UserError where the base weights are not those of training: models of one shape load the same adapter."""
     record = subject.folder / "environment.json"
     if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
         return
@@ -133,7 +133,7 @@ def _check_base(subject: Subject, base: PreTrainedModel) -> None:
 def answer_and_grade(
     task: AnswerTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Generates what is missing, then grades everything."""
+    """Generates the missing answers, then grades all of them."""
     problems = load_problems(config.task, subject.run.data if subject.run else None)
     if accelerator.is_main_process:
         folder.write_problems(problems)
@@ -152,10 +152,10 @@ def answer_and_grade(
                     tokens += sum(answer.tokens for answer in batch)
                     seconds += took
             except (KeyboardInterrupt, SystemExit):
-                print_line("stopped", "every whole batch of answers is kept. The same command goes on.")
+                print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
                 raise
-        own_speed = torch.tensor(tokens / seconds if seconds else 0.0, device=accelerator.device)
-        speed = {"tokens_per_s": accelerator.reduce(own_speed, reduction="sum").item()}
+        process_speed = torch.tensor(tokens / seconds if seconds else 0.0, device=accelerator.device)
+        speed = {"tokens_per_s": accelerator.reduce(process_speed, reduction="sum").item()}
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
@@ -172,9 +172,9 @@ def generate_missing(
     done: Container[Key],
     accelerator: Accelerator,
 ) -> Iterator[tuple[list[Generation], float]]:
-    """This process's share of the answers that are not done, batch by batch, and the seconds each batch took.
+    """Yields this process's share of the missing answers, batch by batch, and the seconds each batch took.
 
-    A batch of which one answer is missing is generated whole, since the rounding of an answer follows from its batch.
+    A batch that lacks one answer is generated whole, since the rounding of an answer depends on its batch.
     """
     tokenizer = load_tokenizer(subject.model)
     model, base = load_subject(subject, accelerator.device)
@@ -211,7 +211,7 @@ def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new
     longest = max(len(request.prompt_ids) for request in requests)
     if positions is not None and longest + max_new_tokens > positions:
         raise UserError(
-            f"the longest prompt has {longest} tokens, and with task.max_new_tokens={max_new_tokens} it is beyond the "
+            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
             f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
         )
 
@@ -238,10 +238,10 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
 
 
 def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
-    """`cera-eval grade=DIR`: new grades for the answers on record, without a model.
+    """`cera-eval grade=DIR`: grades the recorded answers again, without a model.
 
     Raises:
-        ValueError: the folder holds no answers.
+        UserError: the folder holds no answers.
     """
     if not path.is_dir():
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
@@ -249,17 +249,17 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         config = replace(folder.config(), grading_seconds=grading_seconds)
         task = find_task(config.task.kind)
         if not isinstance(task, AnswerTask):
-            raise UserError(f"{path} measured perplexity: there are no answers to grade.")
+            raise UserError(f"grade={path} measured perplexity: there are no answers to grade.")
         answers, broken = folder.answers()
         if not answers:
-            raise UserError(f"{path} has no answers yet: run the evaluation first, with run= and task=.")
+            raise UserError(f"grade={path} has no answers yet: run the evaluation first, with run= and task=.")
         for line in broken:
-            print_line("note", f"{line} and left out; the evaluation's own command answers it again.")
+            print_line("note", f"{line} and left out; the evaluation's command answers it again.")
         before = folder.result() or {}
         measured = {name: before[name] for name in ("tokens_per_s", "peak_memory_bytes") if name in before}
         result = grade(task, config, folder) | measured
         if result["missing"]:
-            print_line("note", f"{result['missing']} answers are missing: the scores are of the others.")
+            print_line("note", f"{result['missing']} answers are missing: the scores leave them out.")
         else:
             folder.write_result(result)
             update_card(path)
@@ -268,7 +268,7 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
 
 
 def update_card(evaluation: Path) -> None:
-    """Where an evaluation is of a finished run, the card of its adapter tells of it too."""
+    """Adds an evaluation of a finished run to the model card of its adapter."""
     run = evaluation.absolute().parent.parent
     if (run / "result.json").is_file() and (run / "adapter").is_dir():
         write_card(run, read_json(run / "result.json"))
@@ -280,7 +280,7 @@ def update_card(evaluation: Path) -> None:
 def measure_perplexity(
     task: RowTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Perplexity with the adapter and without it; on rows as in training, its spectra too."""
+    """Measures perplexity with the adapter and without it, and the spectra where the task has them."""
     tokenizer = load_tokenizer(subject.model)
     data = config.data or (subject.run.data if subject.run else None)
     rows = task.rows(config.task, data, subject.model, tokenizer)

@@ -1,7 +1,7 @@
 r"""MATH: competition problems whose answer is the last \boxed{} of the solution.
 
-The exact rule is the published one (Hendrycks et al. 2021, arXiv 2103.03874), written anew: two answers are equal when
-a light normalisation writes them alike. It knows notation, not mathematics: 1/2 is \frac12, but 0.5 is not. Beyond the
+The exact rule follows the published one (Hendrycks et al. 2021, arXiv 2103.03874): two answers are equal when a light
+normalisation writes them alike. It knows notation, not mathematics: 1/2 equals \frac12, but not 0.5. Beyond the
 published rule it reads thousands separators, mixed numbers such as 1 1/2, and a fraction's arguments as TeX does.
 """
 
@@ -44,7 +44,7 @@ RULES = tuple(
         (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
     )
 )
-"""What is replaced, in this order."""
+"""Replacements, in this order."""
 
 
 def gold(row: Row) -> str:
@@ -86,19 +86,19 @@ def extract(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """The answer in one way of writing it, still LaTeX."""
+    """Writes equal answers alike, still in LaTeX."""
     for pattern, replacement in RULES:
         answer = pattern.sub(replacement, answer)
     return answer
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    """Whether two answers are the same once they are written in the same way."""
+    """Whether two answers are the same after normalisation."""
     return _bare(normalize(answer)) == _bare(normalize(gold))
 
 
 def _bare(answer: str) -> str:
-    r"""even for \text{even}, which math-verify should see as it is: it would read even as a product of variables."""
+    r"""Turns \text{even} into even. `normalize` does not: math-verify would read even as a product of variables."""
     word = WORD.fullmatch(answer)
     return word[1] if word else answer
 

@@ -143,7 +143,7 @@ def test_grading_a_cut_file_names_the_broken_line_and_grades_the_rest(eval_confi
     assert result["missing"] == 1
     assert (folder / "result.json").read_bytes() == kept
     assert (folder / "grades.jsonl").read_bytes() == grades
-    evaluate(eval_config())  # the evaluation's own command redoes the line, finished as it was
+    evaluate(eval_config())  # the evaluation's command redoes the line of a finished evaluation too
     assert "generations.jsonl:8 is broken: its problem is answered again" in capsys.readouterr().out
     assert len(read(path)) == 8
     assert json.loads((folder / "result.json").read_text())["missing"] == 0
