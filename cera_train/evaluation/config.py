@@ -88,7 +88,7 @@ class EvalConfig:
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
             )
         else:
-            require(self.data is None, f"data=... is for task=perplexity: task={self.task.name} has task.files.")
+            require(self.data is None, f"data=... belongs to task=perplexity; task={self.task.name} has task.files.")
 
     @property
     def folder_name(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
 from cera_train.tasks.config import TaskConfig
+from cera_train.tasks.reading import rows_place
 from cera_train.tasks.records import Problem
 from cera_train.tasks.registry import find_task
 
@@ -27,7 +28,7 @@ def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     """
     problems = _with_unique_ids(find_task(config.kind).problems(config, data))
     if not problems:
-        place = f"task.files=[{','.join(config.files)}]" if config.files else f"task.path={config.path}"
+        place = rows_place(config)
         if config.level is not None:
             raise UserError(f"task.level={config.level}: {place} has no problems of that level. Choose another.")
         raise UserError(f"{place} has no rows: name a file with a problem on each row.")

@@ -26,6 +26,11 @@ def read_rows(config: TaskConfig) -> Iterator[tuple[str, Row]]:
             yield f"{name}, row {number}", row
 
 
+def rows_place(config: TaskConfig) -> str:
+    """The setting that names a task's rows, for messages about all of them."""
+    return f"task.files=[{','.join(config.files)}]" if config.files else f"task.path={config.path}"
+
+
 @contextlib.contextmanager
 def at(place: str) -> Iterator[None]:
     """Puts a place before the error of what is done there."""

@@ -1,7 +1,7 @@
 """What a benchmark defines. Everything else that evaluates, prints or reports one reads it here.
 
-`QuestionTask` compares an answer with a gold answer; most benchmarks are one of it, made of three functions.
-`AnswerTask` grades answers in its own way; `RowTask` measures perplexity. Nothing here imports torch.
+A `QuestionTask` compares an answer with a gold answer; most benchmarks are one, made of three functions.
+An `AnswerTask` brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def question_id(question: str) -> str:
 
 def require_rows(config: TaskConfig) -> None:
     """Raises UserError where neither files nor a data set are named."""
-    require(bool(config.path or config.files), "set task.files to local files, or task.path to a Hub data set.")
+    require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.settings import require
 from cera_train.data.format import text_of
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.reading import at, read_rows
+from cera_train.tasks.reading import at, read_rows, rows_place
 from cera_train.tasks.task import RowTask, require_rows
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class RunningText(RowTask):
         for place, row in read_rows(config):
             with at(place):
                 texts.append(text_of(row, "text"))
-        return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
+        with at(rows_place(config)):
+            return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
 
 
 TASK = RunningText(name="running text")

@@ -10,6 +10,7 @@ import yaml
 from evaluation_files import base_settings
 from transformers import AutoModelForCausalLM
 
+from cera_train.common.errors import UserError
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.training.train import train
 
@@ -78,6 +79,19 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     assert result["perplexity"] != pytest.approx(result["perplexity_base"], rel=1e-3)
     untouched = evaluate(eval_config(*settings, *base_settings(run), task="forgetting", run="base"))
     assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": ""}], r"^task.files=\[.*text.jsonl\]: the text has no token to predict"),
+        ([{"text": "hello"}, {"question": "?"}], r"^\S+text.jsonl, row 2: column 'text' is missing"),
+    ],
+)
+def test_files_without_text_are_refused_and_named(eval_config, write_jsonl, rows, message):
+    path = write_jsonl("text.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        evaluate(eval_config(f"task.files=[{path}]", "task.window=8", task="forgetting"))
 
 
 def test_text_is_found_in_a_column_too(eval_config, write_jsonl):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from cera_train.evaluation.console import print_evaluation
 from cera_train.evaluation.scores import score, verify
 from cera_train.tasks import math
 from cera_train.tasks.records import Generation, Problem
@@ -42,6 +43,25 @@ def test_a_hostile_answer_is_wrong_and_the_others_go_on():
     hostile, good = verify(problems, answers, grades, seconds=2)
     assert (hostile.verified, hostile.failure) == (False, "timeout")
     assert (good.verified, good.failure) == (True, None)
+
+
+def test_a_result_is_printed_line_by_line(capsys, tmp_path):
+    problems = [Problem(name, "?", "?", "12") for name in "ab"]
+    answers = [answer(problem.id, r"\boxed{12}") for problem in problems]
+    grades = [math.TASK.grade(problem, given) for problem, given in zip(problems, answers, strict=True)]
+    grades = verify({problem.id: problem for problem in problems}, answers, grades, seconds=10)
+    counts = {"problems": 2, "samples": 1, "missing": 0}
+    print_evaluation(math.TASK, counts | score(math.TASK, problems, answers, grades), tmp_path)
+    assert capsys.readouterr().out.splitlines() == [
+        "",
+        "problems        2",
+        "exact           100.0%  (95 % interval 15.8% to 100.0%)",
+        "verified        100.0%  (95 % interval 15.8% to 100.0%)",
+        "truncated       0 of 2 answers",
+        "no answer       0",
+        "grader failed   0",
+        f"folder          {tmp_path}",
+    ]
 
 
 def test_none_or_all_of_the_problems_right_gets_the_exact_interval():

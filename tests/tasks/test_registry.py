@@ -73,12 +73,15 @@ def test_names_for_people():
     ("settings", "message"),
     [
         ({"kind": "gsm8k"}, "task.prompt is empty"),
-        ({"kind": "gsm8k", "prompt": "{question}"}, "set task.files to local files, or task.path"),
+        (
+            {"kind": "gsm8k", "prompt": "{question}"},
+            "task.files is empty: name local files, or a Hub data set in task.path",
+        ),
         ({"kind": "gsm8k", "prompt": "{question"}, "task.prompt: template '{question' is malformed"),
         ({"kind": "math", "prompt": "Problem:"}, "task.prompt='Problem:' names no column: write one in braces"),
         ({"kind": "gsm8k", "prompt": "{question}", "path": "a/b", "level": 5}, "task.level=5 is for MATH's tasks"),
         ({"kind": "text", "files": ["x"], "growths": [3.5]}, r"task.growths=\[3.5\] is for logistic map's tasks"),
-        ({"kind": "text"}, "set task.files"),
+        ({"kind": "text"}, "task.files is empty"),
         ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
     ],
 )
