@@ -1,20 +1,18 @@
-"""The problems of a benchmark, checked and with an id each."""
+"""The rows of a benchmark, each with its place, and its problems, each with an id."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
+from cera_train.data.config import DataConfig
+from cera_train.data.sources import Row, from_files, from_hub
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.reading import rows_place
 from cera_train.tasks.records import Problem
 from cera_train.tasks.registry import find_task
-
-if TYPE_CHECKING:
-    from cera_train.data.config import DataConfig
 
 
 def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
@@ -43,3 +41,33 @@ def _with_unique_ids(problems: Iterable[Problem]) -> list[Problem]:
         count = seen[problem.id]
         unique.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
     return unique
+
+
+def read_rows(config: TaskConfig) -> Iterator[tuple[str, Row]]:
+    """Rows of `task.files`, or of the data set on the Hub, each after its place.
+
+    Raises:
+        UserError: a file or data set is missing, unreadable or of an unknown kind.
+    """
+    if config.files:
+        sources = [(name, from_files([name])) for name in config.files]
+    else:
+        hub = from_hub(config.path, config.subset, config.revision, config.split)
+        sources = [(f"{config.path}, split {config.split}", hub)]
+    for name, source in sources:
+        for number, row in enumerate(source.read(), start=1):
+            yield f"{name}, row {number}", row
+
+
+def rows_place(config: TaskConfig) -> str:
+    """The setting that names a task's rows, for messages about all of them."""
+    return f"task.files=[{','.join(config.files)}]" if config.files else f"task.path={config.path}"
+
+
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Puts a place before the error of what is done there."""
+    try:
+        yield
+    except ValueError as error:  # also a UnicodeEncodeError of half a surrogate pair, which no tokenizer takes
+        raise UserError(f"{place}: {error}") from error

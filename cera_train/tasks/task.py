@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.text import duration
+from cera_train.data.config import DataConfig
 from cera_train.data.format import Row, columns_of, text_of
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.reading import at, read_rows
+from cera_train.tasks.problems import at, read_rows
 from cera_train.tasks.records import Generation, Grade, Problem
 
 if TYPE_CHECKING:
-    from cera_train.data.config import DataConfig
     from cera_train.data.prepare import TokenizedRows
     from cera_train.model.config import ModelConfig
 

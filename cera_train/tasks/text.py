@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.settings import require
+from cera_train.data.config import DataConfig
 from cera_train.data.format import text_of
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.reading import at, read_rows, rows_place
+from cera_train.tasks.problems import at, read_rows, rows_place
 from cera_train.tasks.task import RowTask, require_rows
 
 if TYPE_CHECKING:
-    from cera_train.data.config import DataConfig
     from cera_train.data.prepare import TokenizedRows
     from cera_train.model.config import ModelConfig
 
