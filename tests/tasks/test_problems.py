@@ -47,22 +47,26 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(problems):
         (
             [GSM8K, MATH],
             {},
-            r"task.prompt: column 'question' is missing in \S+/rows.jsonl, row 2; its columns are problem, solution\. "
-            r"Rename the one with the question to question, or choose another task\.$",
+            r"task.prompt: column 'question' is missing in \S+rows.jsonl(:|, row )2; its columns are problem,"
+            r" solution\. Rename the one with the question to question, or choose another task\.$",
         ),
         (
             [GSM8K],
             {"prompt": "{hint} {question}"},
-            r"task.prompt: column 'hint' is missing in .*, row 1; .* question, answer. Name one of these\.$",
+            r"task.prompt: column 'hint' is missing in .*(:|, row )1; .* question, answer. Name one of these\.$",
         ),
-        ([GSM8K | {"question": ["a"]}], {}, r"rows.jsonl, row 1: column 'question' holds a list: expected text"),
-        ([GSM8K, {"question": "?", "answer": "18"}], {}, r"rows.jsonl, row 2: column 'answer' should end in ####"),
-        ([{"question": "?"}], {}, r"rows.jsonl, row 1: column 'answer' is missing"),
-        ([{"messages": []}], {}, r"task.prompt: column 'question' is missing in .*rows.jsonl, row 1; .* are messages"),
+        ([GSM8K | {"question": ["a"]}], {}, r"rows.jsonl(:|, row )1: column 'question' holds a list: expected text"),
+        ([GSM8K, {"question": "?", "answer": "18"}], {}, r"rows.jsonl(:|, row )2: column 'answer' should end in ####"),
+        ([{"question": "?"}], {}, r"rows.jsonl(:|, row )1: column 'answer' is missing"),
+        (
+            [{"messages": []}],
+            {},
+            r"task.prompt: column 'question' is missing in .*rows.jsonl(:|, row )1; .* are messages",
+        ),
         ([], {}, r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$"),
         ([MATH | {"level": 1}], {"kind": "math", "level": 5}, r"task.level=5: task.files=.* no problems of that level"),
-        ([MATH], {"kind": "math", "level": 5}, r"rows.jsonl, row 1: column 'level' is missing"),
-        ([MATH | {"solution": "2"}], {"kind": "math"}, r"rows.jsonl, row 1: column 'solution' has no \\boxed"),
+        ([MATH], {"kind": "math", "level": 5}, r"rows.jsonl(:|, row )1: column 'level' is missing"),
+        ([MATH | {"solution": "2"}], {"kind": "math"}, r"rows.jsonl(:|, row )1: column 'solution' has no \\boxed"),
     ],
 )
 def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(problems, rows, settings, message):

@@ -77,7 +77,7 @@ def test_names_for_people():
             {"kind": "gsm8k", "prompt": "{question}"},
             "task.files is empty: name local files, or a Hub data set in task.path",
         ),
-        ({"kind": "gsm8k", "prompt": "{question"}, "task.prompt: template '{question' is malformed"),
+        ({"kind": "gsm8k", "prompt": "{question"}, r"task.prompt.*'{question' is malformed"),
         ({"kind": "math", "prompt": "Problem:"}, "task.prompt='Problem:' names no column: write one in braces"),
         ({"kind": "gsm8k", "prompt": "{question}", "path": "a/b", "level": 5}, "task.level=5 is for MATH's tasks"),
         ({"kind": "text", "files": ["x"], "growths": [3.5]}, r"task.growths=\[3.5\] is for logistic map's tasks"),
