@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from cera_train.common.settings import require, require_folder_name, require_positive, section, setting
 from cera_train.data.config import DataConfig
 from cera_train.model.config import ModelConfig
-from cera_train.tasks.config import TaskConfig, TaskKind
+from cera_train.tasks.config import TaskConfig
+from cera_train.tasks.registry import find_task
 
 
 @dataclass
@@ -15,16 +16,16 @@ class GenerationConfig:
     """How answers are generated."""
 
     samples: int = setting(1, "answers")
-    """Answers to every problem."""
+    """Answers to each problem."""
     temperature: float = setting(0.0, "answers")
     """0: greedy."""
     top_p: float = setting(1.0, "answers")
-    """Sample from the likeliest tokens that have this probability together."""
+    """Samples from the likeliest tokens whose probabilities add up to this."""
     seed: int = setting(0, "answers")
-    """The random numbers of a sample follow from (seed, problem, sample)."""
+    """A sample's random numbers depend on (seed, problem, sample) alone."""
     batch_tokens: int = setting(32768, "cost")
-    """Tokens of one batch, prompts and answers at their longest: bounds the memory of the cache, which grows with the
-    answers and seldom comes near it. A Llama of 8B needs 128 KiB a token."""
+    """Tokens of a batch if every answer were as long as it may be: bounds the memory of keys and values. A Llama of 8B
+    takes 128 KiB a token."""
 
     def __post_init__(self) -> None:
         require_positive("generation", self, "samples", "batch_tokens")
@@ -44,23 +45,23 @@ class GenerationConfig:
 @dataclass
 class EvalConfig:
     run: str | None = setting(None, "nothing")
-    """The folder of a run, the folder of an adapter, or `base` for the untouched model."""
+    """A run's folder, an adapter's folder, or `base` for the untouched model."""
     task: TaskConfig | None = section(None)
     grade: str | None = setting(None, "nothing")
-    """Instead of run and task: the folder of an evaluation whose answers are to be graded again, without a model."""
+    """Instead of run and task: the folder of an evaluation. Its answers are graded again, without a model."""
     generation: GenerationConfig = section()
     model: ModelConfig | None = section(None)
     """null: the run's."""
     data: DataConfig | None = section(None)
-    """Data set of task=perplexity, whose evaluation rows are taken. null: the run's."""
+    """The data set whose evaluation rows task=perplexity predicts. null: the run's."""
     grading_seconds: float = setting(5.0, "nothing")
-    """Time limit for the verification of one answer; one that takes longer is wrong, and counted."""
+    """Time limit of math-verify for one answer. An answer that takes longer is wrong and counted."""
     name: str | None = setting(None, "nothing")
-    """The results lie in RUN/eval/name. null: the task's name."""
+    """Results go to RUN/eval/name. null: the task's name."""
     output_dir: str = setting("outputs", "nothing")
-    """Results of run=base lie in output_dir/base-MODEL."""
+    """Results of run=base go to output_dir/base-MODEL."""
     trust_remote_code: bool = setting(False, "nothing")
-    """Run Python code that comes with the model of a run or an adapter, whatever its config.yaml sets."""
+    """Runs Python code that comes with the model of a run or an adapter."""
     adapter_digest: str | None = setting(None, "answers")
     """Digest of the adapter's weights. cera-eval fills it in."""
 
@@ -68,7 +69,8 @@ class EvalConfig:
         require_positive("", self, "grading_seconds")
         if self.grade is not None:
             require(
-                self.run is None and self.task is None, "grade=... takes neither run= nor task=: both are on record."
+                self.run is None and self.task is None,
+                "grade=... takes neither run= nor task=: the folder records both.",
             )
             return
         require(
@@ -80,10 +82,10 @@ class EvalConfig:
             self.run != "base" or self.model is not None, "run=base needs model=..., such as model=smollm2_135m_pypi."
         )
         require_folder_name(self.folder_name)
-        if self.task.kind == TaskKind.perplexity:
+        if find_task(self.task.kind).takes_data:
             require(
                 self.data is not None or self.run != "base",
-                "task=perplexity with run=base needs data=..., since there is no run whose rows to take.",
+                f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
             )
         else:
             require(self.data is None, f"data=... belongs to task=perplexity; task={self.task.name} has task.files.")

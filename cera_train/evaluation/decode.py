@@ -1,6 +1,5 @@
-"""Answers token by token, as `model.generate` gives them, for less: prompts run beside others of their length, a row
-that ends leaves the batch at once, and keys and values are written in place, where transformers' cache copies all of
-them for every token.
+"""Generates the answers that `model.generate` would, faster. Prompts run beside others of like length, a finished row
+leaves the batch at once, and keys and values are written in place; transformers' cache copies them for every token.
 """
 
 from __future__ import annotations
@@ -16,40 +15,40 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, 
 from transformers.cache_utils import DynamicLayer
 
 PROMPTS_AT_ONCE = 8
-"""Few, so that prompts of like length are padded to theirs; enough for matrix products to be of good size."""
+"""Few, so that prompts are padded little; enough to keep matrix products large."""
 
 
 class TokenChoice(Protocol):
-    """How the next token of every row follows from its logits."""
+    """Chooses the next token of every row from its logits."""
 
     def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """The next tokens, [B]."""
+        """Returns the next tokens, [B]."""
         ...
 
     def keep(self, rows: torch.Tensor) -> None:
-        """From now on the batch is made of these of its rows, in this order."""
+        """Reduces the batch to these rows, in this order."""
         ...
 
 
 @dataclass
 class Window:
-    """The part of the cache that a call of the model reads and adds to."""
+    """The part of the cache that a call of the model reads and extends."""
 
     row: int = 0
     """Its first row."""
     column: int = 0
     """Its first column."""
     end: int = 0
-    """Where its written columns end, and what the call adds begins."""
+    """The column after its written ones, where the call's first token goes."""
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, room, width], right-aligned as the left-padded prompts are.
+    """Keys and values of a layer, [rows, heads, room, width], right-aligned like the left-padded prompts.
 
-    There is room for a block of tokens more than there are: most answers end far before max_new_tokens.
+    Room grows block by block, since most answers end far before max_new_tokens.
 
     Args:
-        rows: of the batch.
+        rows: rows of the batch.
         prompt: tokens of its longest prompt.
         window: shared by all layers.
     """
@@ -61,7 +60,7 @@ class GrowingLayer(DynamicLayer):
         self.rows, self.prompt, self.window = rows, prompt, window
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Zeros: attention weighs what is masked with 0, and 0 times what memory held before may be NaN."""
+        """Allocates zeros: masked places weigh 0 in attention, and 0 times leftover memory may be NaN."""
         self.keys, self.values = (
             states.new_zeros(self.rows, states.shape[1], self.prompt + self.BLOCK, states.shape[-1])
             for states in (key_states, value_states)
@@ -71,7 +70,7 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes what is new, [rows, heads, new, width]; returns all there is in the window, as views."""
+        """Writes new keys and values, [rows, heads, new, width]; returns views of all in the window."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows = slice(self.window.row, self.window.row + len(key_states))
@@ -83,7 +82,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys[rows, :, self.window.column : end], self.values[rows, :, self.window.column : end]
 
     def get_seq_length(self) -> int:
-        """What the masks are made for: the tokens before those of this call."""
+        """The tokens before those of this call, which the attention mask is made for."""
         return self.window.end - self.window.column
 
     def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
@@ -93,9 +92,9 @@ class GrowingLayer(DynamicLayer):
 
 
 def can_decode(model: Any, base: PreTrainedModel) -> bool:
-    """Whether all the model knows of earlier tokens are their keys and values, and its inputs are the usual ones.
+    """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones.
 
-    Not so with sliding windows, recurrent states, and adapters that act on the prompt as a whole.
+    False for sliding windows, recurrent states, and adapters that act on the whole prompt.
     """
     adapter = None if model is base else model.active_peft_config
     is_of_prompt = adapter is not None and (
@@ -109,14 +108,74 @@ def can_decode(model: Any, base: PreTrainedModel) -> bool:
     )
 
 
+class DecodingBatch:
+    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values.
+
+    Args:
+        ids_BT: prompts, padded on the left.
+        mask_BT: 0 where they are padded, else 1.
+        room: tokens of the longest answer.
+    """
+
+    def __init__(
+        self, model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, room: int
+    ) -> None:
+        self.model, self.prompt, self.window = model, ids_BT.shape[1], Window()
+        self.lengths = mask_BT.sum(-1).tolist()
+        self.ids_BT = pad(ids_BT, (0, room))
+        self.mask_BT = pad(mask_BT, (0, room), value=1)
+        self.positions_BT = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
+        layers = len(DynamicCache(config=base.config).layers)
+        self.cache = Cache(layers=[GrowingLayer(len(ids_BT), self.prompt, self.window) for _ in range(layers)])
+        # transformers 5.24 renames the argument, and warns of the old name
+        self.cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+    def prompt_logits(self) -> torch.Tensor:
+        """Runs the prompts, those of like length together: padding costs as much as tokens do."""
+        logits = []
+        for row in range(0, len(self.ids_BT), PROMPTS_AT_ONCE):
+            first = self.prompt - self.lengths[row]
+            logits.append(self._last_logits(slice(row, row + PROMPTS_AT_ONCE), first, first, self.prompt))
+        return torch.cat(logits)
+
+    def next_logits(self, column: int) -> torch.Tensor:
+        """Runs the tokens of the column before this one."""
+        return self._last_logits(slice(0, len(self.ids_BT)), 0, column - 1, column)
+
+    def _last_logits(self, rows: slice, first: int, start: int, end: int) -> torch.Tensor:
+        """Runs the tokens of columns start to end; `first` is the first column that is not padding in all rows."""
+        self.window.row, self.window.column, self.window.end = rows.start, first, start
+        output = self.model(
+            input_ids=self.ids_BT[rows, start:end],
+            attention_mask=self.mask_BT[rows, first:end],
+            position_ids=self.positions_BT[rows, start:end],
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_name: self.cache},
+        )
+        return output.logits[:, -1]
+
+    def keep(self, places: list[int], has_ended: list[bool]) -> torch.Tensor:
+        """Reduces the batch to the rows at these places, in this order, and returns the places.
+
+        Only keys and values of rows that change their place are copied, into the gaps that ended rows leave.
+        """
+        kept = torch.tensor(places, device=self.ids_BT.device)
+        self.ids_BT, self.mask_BT, self.positions_BT = self.ids_BT[kept], self.mask_BT[kept], self.positions_BT[kept]
+        gaps = torch.tensor(has_ended[: len(places)], device=kept.device).nonzero()[:, 0]
+        for layer in self.cache.layers if len(gaps) else []:
+            layer.move(kept[gaps], gaps)
+        return kept
+
+
 def decode(
     model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choose: TokenChoice, tokenizer: Any
 ) -> list[list[int]]:
-    """The new tokens of every row, its end token included.
+    """Generates the new tokens of every row, its end token included.
 
     Args:
         model: the model with its adapter, or `base` itself.
-        base: the transformers model; its generation_config says when an answer ends.
+        base: the transformers model; its generation_config defines when an answer ends.
         ids_BT: prompts, padded on the left.
         mask_BT: 0 where they are padded, else 1.
         choose: greedy or sampling.
@@ -126,64 +185,32 @@ def decode(
     ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
     stops = StopStringCriteria(tokenizer, settings.stop_strings) if settings.stop_strings else None
     prompt, longest = ids_BT.shape[1], ids_BT.shape[1] + settings.max_new_tokens
-    length_B, order = mask_BT.sum(-1).sort(descending=True, stable=True)
-    ids_BT = pad(ids_BT[order], (0, settings.max_new_tokens))
-    mask_BT = pad(mask_BT[order], (0, settings.max_new_tokens), value=1)
+    order = mask_BT.sum(-1).sort(descending=True, stable=True).indices
     choose.keep(order)
-    positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
-    window = Window()
-    layers = len(DynamicCache(config=base.config).layers)
-    cache = Cache(layers=[GrowingLayer(len(ids_BT), prompt, window) for _ in range(layers)])
-    # transformers 5.24 renames the argument, and warns of the old name
-    cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-
-    def last_logits(rows: slice, first: int, start: int, end: int) -> torch.Tensor:
-        """Runs the tokens of columns start to end; `first` is the first column that is not padding in all rows."""
-        window.row, window.column, window.end = rows.start, first, start
-        output = model(
-            input_ids=ids_BT[rows, start:end],
-            attention_mask=mask_BT[rows, first:end],
-            position_ids=positions_BT[rows, start:end],
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_name: cache},
-        )
-        return output.logits[:, -1]
-
-    # Prompts of like length together: padding costs as much as tokens do.
-    groups = [slice(row, min(row + PROMPTS_AT_ONCE, len(ids_BT))) for row in range(0, len(ids_BT), PROMPTS_AT_ONCE)]
-    firsts = [prompt - length for length in length_B[::PROMPTS_AT_ONCE].tolist()]
-    logits_BV = torch.cat([last_logits(rows, first, first, prompt) for rows, first in zip(groups, firsts, strict=True)])
-
+    batch = DecodingBatch(model, base, ids_BT[order], mask_BT[order], settings.max_new_tokens)
     answers: dict[int, list[int]] = {}
     rows = order.tolist()
     for now in range(prompt, longest):
-        if now > prompt:
-            logits_BV = last_logits(slice(0, len(rows)), 0, now - 1, now)
-        ids_BT[:, now] = choose(logits_BV)
-        has_ended_B = torch.isin(ids_BT[:, now], ends)
+        logits_BV = batch.prompt_logits() if now == prompt else batch.next_logits(now)
+        batch.ids_BT[:, now] = choose(logits_BV)
+        has_ended_B = torch.isin(batch.ids_BT[:, now], ends)
         if stops is not None:
-            has_ended_B |= stops(ids_BT[:, : now + 1], None)
+            has_ended_B |= stops(batch.ids_BT[:, : now + 1], None)
         has_ended = has_ended_B.tolist() if now + 1 < longest else [True] * len(rows)
         if any(has_ended):
             for place, row in enumerate(rows):
                 if has_ended[place]:
-                    answers[row] = ids_BT[place, prompt : now + 1].tolist()
+                    answers[row] = batch.ids_BT[place, prompt : now + 1].tolist()
             places = _close_gaps(has_ended)
             if not places:
                 break
             rows = [rows[place] for place in places]
-            kept = torch.tensor(places, device=ids_BT.device)
-            ids_BT, mask_BT, positions_BT = ids_BT[kept], mask_BT[kept], positions_BT[kept]
-            choose.keep(kept)
-            gaps = torch.tensor(has_ended[: len(places)], device=ids_BT.device).nonzero()[:, 0]
-            for layer in cache.layers if len(gaps) else []:
-                layer.move(kept[gaps], gaps)
+            choose.keep(batch.keep(places, has_ended))
     return [answers[row] for row in range(len(answers))]
 
 
 def _close_gaps(has_ended: list[bool]) -> list[int]:
-    """The rows that go on, at their places where they can: the last ones move to the places of those that ended."""
+    """The places of the rows that continue: the last ones move to the places of rows that ended."""
     remaining = has_ended.count(False)
     last = [place for place in range(remaining, len(has_ended)) if not has_ended[place]]
     return [last.pop() if has_ended[place] else place for place in range(remaining)]

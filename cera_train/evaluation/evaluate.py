@@ -1,6 +1,6 @@
-"""Evaluation, top to bottom: what is evaluated; its answers or its perplexity; grades; the result.
+"""Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write the result.
 
-It takes a run's folder and needs nothing else: the folder holds the config.
+A run's folder is all it needs: the folder holds the config.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
-from cera_train.data.config import Layout
-from cera_train.data.format import start_ids, text_of
-from cera_train.data.prepare import TokenizedRows, prepare_evaluation, prepare_windows
+from cera_train.data.format import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.team import Team
@@ -33,28 +31,29 @@ from cera_train.evaluation import console
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.scores import counts_in_scores, grade_exactly, score, verify
+from cera_train.evaluation.scores import score, verify
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.perplexity import perplexity
-from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer, positions_of
+from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card
 from cera_train.runs.checkpoint import load_adapter
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
-from cera_train.tasks.config import TaskKind
-from cera_train.tasks.problems import load_problems, open_task
+from cera_train.tasks.problems import load_problems
 from cera_train.tasks.records import Generation, Problem
+from cera_train.tasks.registry import find_task
+from cera_train.tasks.task import AnswerTask, RowTask
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Measures a run on a task, or goes on where an earlier call was cut.
+    """Measures a run on a task, or resumes where an earlier call was cut.
 
     Returns:
-        The content of result.json: `exact/pass@1`, `verified/pass@1`, `perplexity`, ... by the kind of task.
+        The content of result.json, such as `exact/pass@1` or `perplexity`, by the kind of task.
 
     Raises:
-        ValueError: the run, the task or its data is not usable; the message says how to mend it.
+        UserError: the run, the task or its data cannot be used.
     """
     quiet_libraries()
     if config.grade is not None:
@@ -62,25 +61,26 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     subject = find_subject(config)
     name = config.folder_name + (subject.part if config.name is None else "")
     digest = digest_of(subject.adapter) if subject.adapter else None
-    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as it goes on record
+    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
     is_main = is_main_process()
-    # A process may be done long before another: nothing is wrong with waiting for it.
+    # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     path = subject.folder / "eval" / name
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
-        measure = measure_perplexity if config.task.kind in (TaskKind.perplexity, TaskKind.text) else answer_and_grade
+        task = find_task(config.task.kind)
+        measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
         if is_main:
             folder.write_config(config)
             print_line("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}")
         accelerator.wait_for_everyone()
         result = folder.result() if folder.is_finished() else None
         if result is None:
-            result = measure(config, subject, folder, accelerator)
+            result = measure(task, config, subject, folder, accelerator)
             if is_main:
                 folder.write_result(result)
                 update_card(path)
         if is_main:
-            console.say_evaluation(result, path)
+            console.print_evaluation(task, result, path)
         return result
 
 
@@ -88,10 +88,10 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
 
 
 def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:
-    """The model with its adapter, and the transformers model inside; the same model twice for an untouched one.
+    """The model with its adapter, and the transformers model inside it. Without an adapter, the same model twice.
 
     Raises:
-        ValueError: the adapter is damaged, or belongs to another base model.
+        UserError: the adapter is damaged, or belongs to another base model.
     """
     base = load_model(subject.model, device)
     if subject.adapter is None:
@@ -102,7 +102,7 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
         weights = peft.load_peft_weights(str(subject.adapter), device="cpu")
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{subject.adapter} is damaged or no adapter: {error}") from error
-    own_base = config.base_model_name_or_path
+    adapters_base = config.base_model_name_or_path
     config.base_model_name_or_path = base.name_or_path  # PEFT warns of any other
     try:
         model = peft.get_peft_model(base, config)
@@ -110,13 +110,13 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
     except ValueError as error:
         raise UserError(
             f"{subject.adapter} does not fit {subject.model.path}: it belongs to another base model, "
-            f"{own_base}. Leave out model=, or name that one. ({str(error)[:120]}...)"
+            f"{adapters_base}. Leave out model=, or name that one. ({str(error)[:120]}...)"
         ) from error
     return model.eval(), base
 
 
 def _check_base(subject: Subject, base: PreTrainedModel) -> None:
-    """Two models of one shape take the same adapter without complaint; what the run wrote down tells them apart."""
+    """Raises UserError where the base weights are not those of training: models of one shape load the same adapter."""
     record = subject.folder / "environment.json"
     if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
         return
@@ -132,9 +132,9 @@ def _check_base(subject: Subject, base: PreTrainedModel) -> None:
 
 
 def answer_and_grade(
-    config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
+    task: AnswerTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Generates what is missing, then grades everything."""
+    """Generates the missing answers, then grades all of them."""
     problems = load_problems(config.task, subject.run.data if subject.run else None)
     if accelerator.is_main_process:
         folder.write_problems(problems)
@@ -148,33 +148,34 @@ def answer_and_grade(
         seconds, tokens = 0.0, 0
         with folder.append_to_answers() as file:
             try:
-                for batch, took in generate_missing(config, subject, problems, answers.keys(), accelerator):
+                for batch, took in generate_missing(task, config, subject, problems, answers.keys(), accelerator):
                     append_answers(file, batch)
                     tokens += sum(answer.tokens for answer in batch)
                     seconds += took
             except (KeyboardInterrupt, SystemExit):
-                print_line("stopped", "every whole batch of answers is kept. The same command goes on.")
+                print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
                 raise
-        own_speed = torch.tensor(tokens / seconds if seconds else 0.0, device=accelerator.device)
-        speed = {"tokens_per_s": accelerator.reduce(own_speed, reduction="sum").item()}
+        process_speed = torch.tensor(tokens / seconds if seconds else 0.0, device=accelerator.device)
+        speed = {"tokens_per_s": accelerator.reduce(process_speed, reduction="sum").item()}
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
     answers, _ = folder.answers()
     folder.finish_answers(answers[key] for key in keys)
-    return grade(config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
+    return grade(task, config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
 
 
 def generate_missing(
+    task: AnswerTask,
     config: EvalConfig,
     subject: Subject,
     problems: Sequence[Problem],
     done: Container[Key],
     accelerator: Accelerator,
 ) -> Iterator[tuple[list[Generation], float]]:
-    """This process's share of the answers that are not done, batch by batch, and the seconds each batch took.
+    """Yields this process's share of the missing answers, batch by batch, and the seconds each batch took.
 
-    A batch of which one answer is missing is generated whole, since the rounding of an answer follows from its batch.
+    A batch that lacks one answer is generated whole, since the rounding of an answer depends on its batch.
     """
     tokenizer = load_tokenizer(subject.model)
     model, base = load_subject(subject, accelerator.device)
@@ -200,7 +201,7 @@ def generate_missing(
             started = time.perf_counter()
             with accelerator.autocast():
                 answers = generate(model, base, tokenizer, batch, config.generation)
-            correct = [grade_exactly(config.task.kind, by_id[answer.problem], answer).exact for answer in answers]
+            correct = [task.grade(by_id[answer.problem], answer).exact for answer in answers]
             progress.step(correct)
             missing = [answer for answer in answers if (answer.problem, answer.sample) not in done]
             yield missing, time.perf_counter() - started
@@ -211,63 +212,64 @@ def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new
     longest = max(len(request.prompt_ids) for request in requests)
     if positions is not None and longest + max_new_tokens > positions:
         raise UserError(
-            f"the longest prompt has {longest} tokens, and with task.max_new_tokens={max_new_tokens} it is beyond the "
+            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
             f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
         )
 
 
-def grade(config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
-    """Grades the answers on record and returns the scores; writes grades.jsonl where no answer is missing."""
+def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
+    """Grades the recorded answers and returns their scores; writes grades.jsonl once no answer is missing."""
     problems = {problem.id: problem for problem in folder.problems()}
     answers, _ = folder.answers()
     answers = [answer for answer in answers.values() if answer.problem in problems]
-    grades = [grade_exactly(config.task.kind, problems[answer.problem], answer) for answer in answers]
-    if config.task.kind != TaskKind.logistic_map:
+    grades = [task.grade(problems[answer.problem], answer) for answer in answers]
+    if task.is_verified:
         grades = verify(problems, answers, grades, config.grading_seconds)
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
         folder.write_grades(grade.line() for grade in grades)
     return {
         "task": config.folder_name,
-        "kind": config.task.kind.value,
-        "problems": sum(counts_in_scores(problem) for problem in problems.values()),
+        "kind": config.task.kind,
+        "problems": sum(map(task.counts, problems.values())),
         "samples": config.generation.samples,
         "missing": missing,
-        **score(config.task.kind, list(problems.values()), answers, grades),
+        **score(task, list(problems.values()), answers, grades),
     }
 
 
 def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
-    """`cera-eval grade=DIR`: new grades for the answers on record, without a model.
+    """`cera-eval grade=DIR`: grades the recorded answers again, without a model.
 
     Raises:
-        ValueError: the folder holds no answers.
+        UserError: the folder holds no answers.
     """
     if not path.is_dir():
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
     with EvaluationFolder(path) as folder:
         config = replace(folder.config(), grading_seconds=grading_seconds)
-        if config.task.kind in (TaskKind.perplexity, TaskKind.text):
-            raise UserError(f"{path} measured perplexity: there are no answers to grade.")
+        task = find_task(config.task.kind)
+        if not isinstance(task, AnswerTask):
+            raise UserError(f"grade={path} measured perplexity: there are no answers to grade.")
         answers, broken = folder.answers()
         if not answers:
-            raise UserError(f"{path} has no answers yet: run the evaluation first, with run= and task=.")
+            raise UserError(f"grade={path} has no answers yet: run the evaluation first, with run= and task=.")
         for line in broken:
-            print_line("note", f"{line} and left out; the evaluation's own command answers it again.")
+            print_line("note", f"{line} and left out; the evaluation's command answers it again.")
         before = folder.result() or {}
         measured = {name: before[name] for name in ("tokens_per_s", "peak_memory_bytes") if name in before}
-        result = grade(config, folder) | measured
+        result = grade(task, config, folder) | measured
         if result["missing"]:
-            print_line("note", f"{result['missing']} answers are missing: the scores are of the others.")
+            print_line("note", f"{result['missing']} answers are missing: the scores leave them out.")
         else:
             folder.write_result(result)
             update_card(path)
-        console.say_evaluation(result, path)
+        console.print_evaluation(task, result, path)
         return result
 
 
 def update_card(evaluation: Path) -> None:
-    """Where an evaluation is of a finished run, the card of its adapter tells of it too."""
+    """Adds an evaluation of a finished run to the model card of its adapter."""
     run = evaluation.absolute().parent.parent
     if (run / "result.json").is_file() and (run / "adapter").is_dir():
         write_card(run, RunResult.read(run / "result.json"))
@@ -277,11 +279,12 @@ def update_card(evaluation: Path) -> None:
 
 
 def measure_perplexity(
-    config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
+    task: RowTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Perplexity with the adapter and without it; on rows as in training, its spectra too."""
+    """Measures perplexity with the adapter and without it, and the spectra where the task has them."""
     tokenizer = load_tokenizer(subject.model)
-    rows = perplexity_rows(config, subject, tokenizer)
+    data = config.data or (subject.run.data if subject.run else None)
+    rows = task.rows(config.task, data, subject.model, tokenizer)
     model, base = load_subject(subject, accelerator.device)
     started = time.perf_counter()
     loss = SupervisedLoss(model, base, accelerator.autocast)
@@ -300,31 +303,10 @@ def measure_perplexity(
     if subject.adapter is not None:
         with model.disable_adapter():
             result["perplexity_base"] = perplexity(held_out.mean_loss())
-        if config.task.kind == TaskKind.perplexity:
+        if task.has_spectra:
             metrics = spectrum_metrics(held_out.spectra())
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
     return result | {
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory(accelerator.device),
     }
-
-
-def perplexity_rows(config: EvalConfig, subject: Subject, tokenizer: Any) -> TokenizedRows:
-    """The rows to predict.
-
-    Raises:
-        ValueError: there are none, or they lack the columns that the layout needs.
-    """
-    task = config.task
-    if task.kind == TaskKind.text:
-        check_length(subject.model, task.window, "task.window")
-        text = "\n\n".join(text_of(row, "text") for row in open_task(task).read())
-        return prepare_windows(text, tokenizer, task.window, task.limit)
-    data = config.data or (subject.run.data if subject.run else None)
-    if data is None:
-        raise UserError(f"{subject.folder} does not say what it was trained on: choose the rows with data=....")
-    if task.files and data.layout == Layout.logistic_map:
-        raise UserError("task.files: this run's rows are computed, not read. Say how these files read: data=jsonl.")
-    if task.files:
-        data = replace(data, train_files=task.files, eval_files=task.files, eval_rows=None)
-    return prepare_evaluation(data, tokenizer, task.limit)

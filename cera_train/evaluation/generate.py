@@ -1,8 +1,7 @@
-"""Answers to prompts: greedy, or sampled so that a sample depends on its own seed alone.
+"""Generates answers: greedy, or sampled with random numbers that depend on (seed, problem, sample) alone.
 
-A problem's answers do not depend on the batch it is in or on the order of problems, up to the rounding of 16-bit
-arithmetic; batches are cut from all requests alike whether some are done or not, so a resumed evaluation repeats an
-uninterrupted one bit for bit.
+Except for rounding, an answer depends neither on its batch nor on the order of problems. Batches are always cut from
+all requests, also where some are done, so a resumed evaluation repeats an uninterrupted one bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Request:
 
 
 def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
-    """Batches of near-equal prompt length, longest first, of at most `batch_tokens` tokens with padding and answers."""
+    """Cuts batches of similar prompt length, longest first, of at most `batch_tokens` with padding and answers."""
     batches: list[list[Request]] = []
     for request in sorted(requests, key=lambda request: -len(request.prompt_ids)):
         longest = len(batches[-1][0].prompt_ids) if batches else 0
@@ -43,13 +42,13 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 
 def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
-    """Puts our settings in the place of those that came with the model, such as a penalty on repetition.
+    """Replaces the generation settings that came with the model, such as a penalty on repetition.
 
     Raises:
-        ValueError: there is no end token.
+        UserError: there is no end token.
     """
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    models_ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(models_ends if isinstance(models_ends, list) else [models_ends])} - {None}
     if not ends:
         raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     model.generation_config = transformers.GenerationConfig(
@@ -65,7 +64,7 @@ def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: i
 def generate(
     model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
 ) -> list[Generation]:
-    """Answers a batch.
+    """Generates the answers of a batch.
 
     Args:
         model: the model with its adapter, or `base` itself.
@@ -98,7 +97,7 @@ def _generation(
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
-    # `model.generate` fills a row that met a stop text with the end token while others go on; that one is not its own.
+    # `model.generate` pads a row that met a stop text with the end token, which then is no token of the answer.
     tokens = len(ids) if end is None else end + (not stops)
     return Generation(
         request.problem,
@@ -116,7 +115,7 @@ class Likeliest:
     """Greedy decoding."""
 
     def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        tokens_B = logits_BV.argmax(-1)  # of a NaN, where there is one
+        tokens_B = logits_BV.argmax(-1)  # picks a NaN where there is one
         if not logits_BV.gather(-1, tokens_B[:, None]).isfinite().all():
             raise UserError("the model's logits are not finite: this adapter, or its training, diverged.")
         return tokens_B
@@ -126,8 +125,8 @@ class Likeliest:
 
 
 class SeededSampling(Likeliest):
-    """Samples each row by its own random numbers: the token of a step is the inverse of the distribution function, cut
-    at top-p, at a uniform number drawn from (seed, problem, sample)."""
+    """Samples a token by inverting the distribution function, cut at top-p, at a uniform random number. A row's random
+    numbers depend on (seed, problem, sample) alone."""
 
     def __init__(self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig) -> None:
         self.temperature, self.top_p = config.temperature, config.top_p
@@ -140,11 +139,11 @@ class SeededSampling(Likeliest):
         self.step = 0
 
     def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        super().__call__(logits_BV)  # refuses what is not finite
+        super().__call__(logits_BV)  # raises where logits are not finite
         probabilities = torch.softmax(logits_BV.double() / self.temperature, -1)
         likeliest, order = probabilities.sort(descending=True)
-        is_kept = likeliest.cumsum(-1) - likeliest < self.top_p  # up to the token that brings the sum to top_p
-        # In the vocabulary's order: in that of likelihood, rounding would swap tokens that are all but equally likely.
+        is_kept = likeliest.cumsum(-1) - likeliest < self.top_p  # includes the token that brings the sum to top_p
+        # In the vocabulary's order: sorted by likelihood, rounding would swap tokens that are nearly as likely.
         cumulative = (probabilities * torch.zeros_like(probabilities).scatter(-1, order, is_kept.double())).cumsum(-1)
         uniform = self.uniform_BT[:, self.step, None].to(logits_BV.device)
         self.step += 1
@@ -155,7 +154,7 @@ class SeededSampling(Likeliest):
 
 
 class OnlyTheChosen(LogitsProcessor):
-    """Leaves one possible token to a `generate` that runs greedily."""
+    """Makes a greedy `generate` take the token that `choose` picks."""
 
     def __init__(self, choose: TokenChoice) -> None:
         self.choose = choose

@@ -1,7 +1,7 @@
 """Mathematical equality of answers by math-verify, in processes that can be stopped.
 
-What a model writes is hostile input: 9^{9^{9^9}} would take all time and all memory. So each answer has a time limit,
-and the processes that look at it a memory limit. An answer that exceeds one is wrong; the others go on.
+A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So each answer has a time limit, and the
+processes that read it have a memory limit. An answer that exceeds one is wrong; the others go on.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import pebble
 from cera_train.tasks import math
 
 MEMORY_LIMIT = 2**30
-"""Bytes; what math-verify needs for honest answers is about a tenth."""
+"""Bytes, ten times what math-verify needs for honest answers."""
 
 PERCENT = re.compile(r"%[\s$.]*$")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is compared."""
+    """An answer to compare with the gold answer."""
 
     gold: str
     r"""A bare LaTeX answer, such as \frac{1}{2}."""
     answer: str | None
-    """Likewise, as found in the text. None: math-verify looks for an answer in the whole text."""
+    """The answer extracted from the text. None: math-verify looks for one in the whole text."""
     text: str
 
 
@@ -43,16 +43,16 @@ class Candidate:
 class Verdict:
     correct: bool
     failure: str | None = None
-    """`timeout`, or `crash:` and the error in one line."""
+    """`timeout`, or `crash:` and the error on one line."""
 
 
 class Verifier:
-    """A pool of processes that verify answers. They start with the first answer and end with the context.
+    """A pool of processes that verify answers. They start at the first answer and end with the context.
 
     Args:
-        time_limit: seconds for one answer, from when a process takes it up.
+        time_limit: seconds for one answer, counted from when a process begins it.
         workers: number of processes; by default one for each core.
-        memory_limit: bytes that a process may take.
+        memory_limit: bytes that a process may allocate beyond those of its imports.
     """
 
     def __init__(self, time_limit: float = 5.0, workers: int | None = None, memory_limit: int = MEMORY_LIMIT) -> None:
@@ -63,7 +63,7 @@ class Verifier:
     def __enter__(self) -> Verifier:
         self._pool = pebble.ProcessPool(
             self.workers,
-            # Spawned, not forked: a fork of a process with torch's threads can hang.
+            # Spawned: a fork of a process with torch's threads can hang.
             context=multiprocessing.get_context("spawn"),
             initializer=_start_worker,
             initargs=(self.memory_limit,),
@@ -75,12 +75,12 @@ class Verifier:
         self._pool.join()
 
     def verify(self, candidates: Sequence[Candidate]) -> Iterator[Verdict]:
-        """A verdict for each candidate, in their order, as they come.
+        """Yields a verdict for each candidate, in order, as soon as it is there.
 
         Raises:
             BrokenProcessPool: the processes cannot start.
         """
-        # Not pool.map, whose results count the wait for a free process, and its start, as time of the answer.
+        # pool.map would count the wait for a free process, and its start, as the answer's time.
         verdicts = [self._pool.schedule(_verdict, [candidate], timeout=self.time_limit) for candidate in candidates]
         for verdict in verdicts:
             try:
@@ -95,10 +95,10 @@ class Verifier:
 
 
 def _start_worker(memory_limit: int) -> None:
-    # pebble hears SIGTERM in Python, which a long multiplication keeps from running.
+    # pebble handles SIGTERM in Python, which cannot run during a long multiplication.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
-    # Imports, grammars and regular expressions take up to seconds the first time: no answer's time limit pays for that.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
+    # The first call imports and compiles for seconds, which must not count against an answer's time limit.
     _is_equal(Candidate(gold=r"\frac{1}{2}", answer="x^2", text=""))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory_limit
@@ -106,7 +106,7 @@ def _start_worker(memory_limit: int) -> None:
 
 
 def _verdict(candidate: Candidate) -> Verdict:
-    # Errors do not travel: some cannot be unpickled, which would end the pool.
+    # Some errors cannot be unpickled, which would end the pool: only their text leaves the process.
     try:
         return Verdict(_is_equal(candidate))
     except Exception as error:
@@ -121,7 +121,7 @@ def _is_equal(candidate: Candidate) -> bool:
     if math.is_exact(answer, gold):  # also where math-verify cannot read the gold answer
         return True
     golds, answers = _parse_box(gold), _parse_box(answer)
-    # Of two percentages the numbers count; one alone, 20\%, may stand for 20 or for 1/5.
+    # Two percentages are compared as numbers; one alone, 20\%, may stand for 20 or for 1/5.
     if PERCENT.search(gold) and not PERCENT.search(answer):
         golds += _parse_box(rf"\frac{{{math.normalize(gold)}}}{{100}}")
     if PERCENT.search(answer) and not PERCENT.search(gold):
@@ -134,18 +134,18 @@ def _parse_box(answer: str) -> list:
 
 
 def _parse(text: str) -> list:
-    """The ways of reading a text: an expression of sympy's, and a string."""
+    """Readings of a text: a sympy expression, and a string."""
     from math_verify import parse
 
-    # Its own limits work by signals, which do not interrupt a long multiplication.
+    # math-verify's time limits use signals, which do not interrupt a long multiplication.
     return parse(text, parsing_timeout=None, raise_on_error=True)
 
 
 def _is_any_equal(golds: list, answers: list) -> bool:
-    """Whether a reading of the gold answer equals one of the answer.
+    """Whether any reading of the gold answer equals one of the answer.
 
     Raises:
-        Exception: none does, and a comparison failed.
+        Exception: none is equal, and a comparison failed.
     """
     from math_verify import verify
 

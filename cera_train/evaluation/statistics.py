@@ -1,4 +1,4 @@
-"""How sure a measured accuracy is, and a difference between two runs on the same problems."""
+"""The uncertainty of an accuracy, and of a difference between two runs on the same problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from cera_train.common.errors import UserError
 
 BLOCK = 1_000_000
-"""Numbers that a bootstrap draws at once: 8 MB."""
+"""Numbers that the bootstrap draws at once: 8 MB."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -32,7 +32,7 @@ def bootstrap_interval(
         level: the share of resampled means that the interval holds.
 
     Raises:
-        ValueError: there are no values.
+        UserError: there are no values.
     """
     import numpy
 
@@ -41,13 +41,31 @@ def bootstrap_interval(
     return float(lower), float(upper)
 
 
+def accuracy_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The interval of an accuracy over problems: the bootstrap's.
+
+    Where no problem or every problem is solved, resampling gives a point, so the interval is the exact binomial one
+    instead (Clopper & Pearson 1934): 0 to 1 - (alpha/2)^(1/n), or (alpha/2)^(1/n) to 1.
+
+    Args:
+        values: the share of each problem's answers that is right.
+
+    Raises:
+        UserError: there are no values.
+    """
+    if len(values) and (max(values) == 0 or min(values) == 1):
+        bound = ((1 - level) / 2) ** (1 / len(values))
+        return (0.0, 1 - bound) if max(values) == 0 else (bound, 1.0)
+    return bootstrap_interval(values, level)
+
+
 def _resampled_means(values: Sequence[float], resamples: int, seed: int) -> Any:
     """Means of `resamples` draws of as many values, with replacement: [resamples]."""
     import numpy
 
     if not len(values):
         raise UserError("expected the values of at least one problem, got none.")
-    # To draw problems is to draw how often each distinct value comes up: for right and wrong, one binomial number.
+    # Drawing problems is drawing how often each distinct value comes up: for right and wrong, one binomial number.
     distinct, counts = numpy.unique(numpy.asarray(values, dtype=float), return_counts=True)
     generator = numpy.random.default_rng(seed)
     block = max(1, BLOCK // len(distinct))
@@ -66,15 +84,15 @@ class McNemar:
     only_first: int
     only_second: int
     p_value: float
-    """Two-sided and exact: the probability of a split at least as uneven, were it for a fair coin to decide which run
-    solves each of these problems."""
+    """Two-sided and exact: the probability of a split at least as uneven if a fair coin chose the run that solves each
+    of these problems."""
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form).
 
     Raises:
-        ValueError: the two are of different lengths, or empty.
+        UserError: the two have different lengths, or empty.
     """
     _check_paired(first, second)
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
@@ -89,7 +107,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of the means of two runs, second - first, with its interval."""
+    """Difference of the means of two runs, second - first, with its interval."""
 
     difference: float
     lower: float
@@ -103,10 +121,10 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Difference:
-    """Resamples problems, both runs' values together, so that what makes a problem hard for both cancels.
+    """Resamples problems with both runs' values together, so that what makes a problem hard for both cancels.
 
     Raises:
-        ValueError: the two are of different lengths, or empty.
+        UserError: the two have different lengths, or empty.
     """
     _check_paired(first, second)
     differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]

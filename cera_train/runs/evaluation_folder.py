@@ -1,7 +1,7 @@
 """The folder of one evaluation, RUN/eval/NAME: its config, problems, answers, grades and result.
 
-generations.jsonl grows by lines while answers come in, one file for each process; at the end it is put in the order of
-the problems. Every other file appears whole or not at all.
+Each process appends its answers to a generations file; at the end these become one, in the order of the problems.
+Every other file appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Key = tuple[str, int]
 HARMLESS = (Changes.cost, Changes.nothing)
 
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What a line raises that is not one of ours: no JSON, or not these names and kinds of values."""
+"""What parsing a line raises that is no JSON, or has other names or types of values."""
 
 
 class EvaluationFolder:
@@ -38,7 +38,7 @@ class EvaluationFolder:
 
     def __init__(self, path: Path, is_main: bool = True, process: int = 0) -> None:
         self.path, self.is_main = path, is_main
-        self.own_answers = path / ("generations.jsonl" if is_main else f"generations.{process}.jsonl")
+        self.process_answers = path / ("generations.jsonl" if is_main else f"generations.{process}.jsonl")
 
     def __enter__(self) -> EvaluationFolder:
         if self.is_main:
@@ -49,7 +49,7 @@ class EvaluationFolder:
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self.is_main:
-            if self._is_new and not self.has_begun:  # a mistake came to light before the first answer: leave no trace
+            if self._is_new and not self.has_begun:  # a mistake before the first answer leaves no trace
                 shutil.rmtree(self.path)
                 if not any(self.path.parent.iterdir()):
                     self.path.parent.rmdir()
@@ -59,17 +59,17 @@ class EvaluationFolder:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything that other settings would not go with."""
+        """Whether there are answers or a result, which bind the folder to its settings."""
         answers = self.path.glob("generations*.jsonl")
         return (self.path / "result.json").exists() or any(path.stat().st_size for path in answers)
 
     # --- settings and result -----------------------------------------------------------------------------------------
 
     def config(self) -> EvalConfig:
-        """The settings on record.
+        """The recorded settings.
 
         Raises:
-            UserError: there are none: this is no evaluation's folder.
+            UserError: there are none: this is not the folder of an evaluation.
         """
         path = self.path / "config.yaml"
         if not path.is_file() or "task" not in read_yaml(path):  # a run's folder has one too
@@ -79,10 +79,10 @@ class EvaluationFolder:
         return load_config(path, EvalConfig)
 
     def write_config(self, config: EvalConfig) -> None:
-        """Puts the settings on record.
+        """Records the settings.
 
         Raises:
-            UserError: the folder holds an evaluation with others.
+            UserError: the folder holds an evaluation with other settings.
         """
         path = self.path / "config.yaml"
         now = redact_tree(to_plain(config))
@@ -96,17 +96,17 @@ class EvaluationFolder:
             if different:
                 raise UserError(
                     f"{self.path} holds an evaluation with other settings: {different}. Set name=... for another "
-                    "folder, or set these back to go on with it."
+                    "folder, or set these back to resume it."
                 )
         write_text(path, yaml.safe_dump(now, sort_keys=False))
 
     def result(self) -> dict[str, Any] | None:
-        """What a finished evaluation left."""
+        """The content of result.json; None before the evaluation is finished."""
         path = self.path / "result.json"
         return read_json(path) if path.exists() else None
 
     def is_finished(self) -> bool:
-        """Whether there is a result, and every answer that it is of."""
+        """Whether there is a result, and every answer that it counts."""
         result = self.result()
         if result is None or "samples" not in result:
             return result is not None
@@ -119,10 +119,10 @@ class EvaluationFolder:
     # --- problems, answers, grades -----------------------------------------------------------------------------------
 
     def problems(self) -> list[Problem]:
-        """The problems on record.
+        """The recorded problems.
 
         Raises:
-            UserError: the evaluation was cut before it had any.
+            UserError: the evaluation was cut before it wrote any, or the file is broken.
         """
         path = self.path / "problems.jsonl"
         if not path.is_file():
@@ -131,30 +131,30 @@ class EvaluationFolder:
         for line in path.read_text().splitlines():
             try:
                 row = json.loads(line)
-                own = {name: row.pop(name) for name in ("id", "question", "prompt", "gold")}
-                problems.append(record(Problem, own | {"details": row}))
+                fields = {name: row.pop(name) for name in ("id", "question", "prompt", "gold")}
+                problems.append(record(Problem, fields | {"details": row}))
             except UNREADABLE as error:
                 raise UserError(f"{path} is broken: {error!r} in {line[:60]!r}. Restore it.") from error
         return problems
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
-        """Puts the problems on record.
+        """Records the problems.
 
         Raises:
-            UserError: the folder has answers to others.
+            UserError: the folder has answers to other problems.
         """
         rows = [{**asdict(problem), **problem.details} for problem in problems]
         text = _lines({name: value for name, value in row.items() if name != "details"} for row in rows)
         path = self.path / "problems.jsonl"
         if path.exists() and self.has_begun and path.read_text() != text:
             raise UserError(
-                f"the problems are not those that {self.path} has answers to: a data file changed. Restore it, or set "
+                f"{self.path} has answers to other problems: a data file changed. Restore it, or set "
                 "name=... for another folder."
             )
         write_text(path, text)
 
     def answers(self) -> tuple[dict[Key, Generation], list[str]]:
-        """The answers there are, and what is wrong with lines that cannot be read: a process can die in a line."""
+        """The answers so far, and a message for each broken line: a process may die while it writes one."""
         answers, broken = {}, []
         for path in sorted(self.path.glob("generations*.jsonl")):
             readable, numbers = _read_answers(path)
@@ -163,14 +163,14 @@ class EvaluationFolder:
         return answers, broken
 
     def append_to_answers(self) -> TextIO:
-        """This process's file of answers, without what cannot be read, open for more."""
-        if self.own_answers.exists():
-            readable, _ = _read_answers(self.own_answers)
-            write_text(self.own_answers, _lines(map(asdict, readable)))
-        return self.own_answers.open("a")
+        """Opens this process's file of answers for more, without its broken lines."""
+        if self.process_answers.exists():
+            readable, _ = _read_answers(self.process_answers)
+            write_text(self.process_answers, _lines(map(asdict, readable)))
+        return self.process_answers.open("a")
 
     def finish_answers(self, answers: Iterable[Generation]) -> None:
-        """All answers, in order, in one file."""
+        """Writes all answers, in order, into one file."""
         write_text(self.path / "generations.jsonl", _lines(map(asdict, answers)))
         for path in self.path.glob("generations.*.jsonl"):
             path.unlink()
@@ -180,7 +180,7 @@ class EvaluationFolder:
 
 
 def append_answers(file: TextIO, answers: Iterable[Generation]) -> None:
-    """Lines that a cut evaluation finds again."""
+    """Appends answers, which a resumed evaluation finds."""
     file.write(_lines(map(asdict, answers)))
     file.flush()
 

@@ -1,1 +1,1 @@
-"""One file per benchmark: its prompt or gold answers, and how an answer is found and graded."""
+"""One file a benchmark. A module of this folder that sets `TASK` is a `task.kind`; conf/task/ holds its settings."""

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
-from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-
-if TYPE_CHECKING:
-    from cera_train.data.format import Row
-
-QUESTION = "question"
-"""The column with the question. The gold answer is in `answer`."""
+from cera_train.data.format import Row, text_of
+from cera_train.tasks.task import QuestionTask
 
 NUMBER = re.compile(
     r"""(?:(?<![\w.)])[-−]\$?|\$[-−]?)?  # a sign, but not the minus of 10-5
@@ -26,21 +21,19 @@ def gold(row: Row) -> str:
     """The number after #### in column `answer`.
 
     Raises:
-        ValueError: the column is missing, or has no such number.
+        UserError: the column is missing, or has no such number.
     """
-    from cera_train.data.format import text_of  # not in the processes that verify: it takes a second
-
     answer = text_of(row, "answer")
     number = extract(answer) if "####" in answer else None
     if number is None:
-        raise UserError(f"column 'answer' should end in #### and a number, and ends in {answer[-60:]!r}.")
+        raise UserError(f"column 'answer' should end in #### and a number, but ends in {answer[-60:]!r}: mend the row.")
     return number
 
 
 def extract(text: str) -> str | None:
-    """The number after the first ####, on its line; in a text without ####, the last number. None where there is none.
+    """The number after the first ####, on its line; in a text without ####, the last number. It is normalised.
 
-    The first, since a model that does not stop goes on with questions of its own. The number comes normalised.
+    Not the last ####: a model that does not stop goes on to make up questions and answer them.
     """
     _, mark, rest = text.partition("####")
     if mark:
@@ -51,7 +44,7 @@ def extract(text: str) -> str | None:
 
 
 def normalize(number: str) -> str:
-    """Without currency, thousands separators, percent and a full stop at the end."""
+    """Removes currency, thousands separators, percent and a full stop at the end."""
     return re.sub(r"[\s,$%]", "", number).rstrip(".").replace("−", "-")
 
 
@@ -62,3 +55,6 @@ def is_exact(answer: str, gold: str) -> bool:
         return Decimal(answer) == Decimal(gold)
     except InvalidOperation:
         return answer == gold
+
+
+TASK = QuestionTask(name="GSM8K", question="question", gold=gold, extract=extract, is_exact=is_exact)

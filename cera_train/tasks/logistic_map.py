@@ -1,7 +1,7 @@
 """The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving.
 
-A problem gives x0 and asks for the next iterates. Every iterate comes from the exact one before it and is rounded only
-for display, so an answer cannot be had by iterating on the rounded numbers for long.
+A problem gives x0 and asks for the next iterates. Each iterate is computed from the exact one before it and rounded
+only for display, so iterating on the rounded numbers soon leaves it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,112 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from cera_train.data.config import LogisticMapConfig
+from cera_train.common.settings import require
+from cera_train.data import logistic_map as training_rows
+from cera_train.data.config import DataConfig, Layout, LogisticMapConfig
+from cera_train.tasks.config import TaskConfig
+from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.task import AnswerTask, Metric, Table, question_id
 
 EVAL_ROWS = 20
-"""Starting points of an evaluation where the run was not trained on this task: those of conf/data/logistic_map.yaml."""
+"""Starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml."""
 
 PAPER_X0, PAPER_CASE = 0.4, LogisticMapConfig(growth=3.5, steps=5, decimals=4)
-"""The paper's case study of state collapse."""
+"""The paper's case study of state collapse. It is asked and printed, and does not count in the scores."""
 
 
-# --- grading ---------------------------------------------------------------------------------------------------------
+class LogisticMap(AnswerTask):
+    def check(self, config: TaskConfig) -> None:
+        growths = config.growths
+        require(
+            bool(growths) and all(0 < growth <= 4 for growth in growths),
+            f"task.growths={growths} must be numbers above 0 and up to 4.",
+        )
+        require(
+            all(float(f"{growth:g}") == growth for growth in growths),
+            f"task.growths={growths} has more than the six digits that a prompt shows: round it.",
+        )
+        require(
+            not (config.prompt or config.files),
+            "task=logistic_map writes its problems as in training: it takes neither task.prompt nor task.files.",
+        )
+
+    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
+        """Every growth from every starting point that the run held out, then the paper's case."""
+        was_trained_on_it = data is not None and data.layout == Layout.logistic_map
+        settings = data.logistic_map if was_trained_on_it else LogisticMapConfig()
+        _, starts = training_rows.starting_points(settings, data.eval_rows if was_trained_on_it else EVAL_ROWS)
+        cases = [(x0, replace(settings, growth=growth), {}) for x0 in starts for growth in config.growths]
+        cases = [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]
+        for x0, case, mark in cases:
+            row = training_rows.problem(x0, case)
+            prompt, gold = row["prompt"], row["completion"].strip()
+            details = {"growth": case.growth, "x0": x0, "decimals": case.decimals, **mark}
+            yield Problem(question_id(prompt), prompt, prompt, gold, details)
+
+    def grade(self, problem: Problem, generation: Generation) -> Grade:
+        decimals = problem.details["decimals"]
+        values = extract(generation.text, steps=problem.gold.count(",") + 1)
+        compared = compare(values, problem.gold, decimals)
+        answer = ", ".join(f"{value:.{decimals}f}" for value in values) or None
+        details = {"values": values, **asdict(compared)}
+        return Grade(generation.problem, generation.sample, answer, exact=all(compared.matches), details=details)
+
+    def counts(self, problem: Any) -> bool:
+        return "paper_case" not in problem.details
+
+    def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
+        growths = {problem.id: f"{problem.details['growth']:g}" for problem in problems if self.counts(problem)}
+        counted = [grade for grade in grades if grade.problem in growths]
+        by_growth: dict[str, list[Grade]] = {growth: [] for growth in growths.values()}
+        for grade in counted:
+            by_growth[growths[grade.problem]].append(grade)
+        summaries = {
+            growth: {key: value for key, value in step_scores(same).items() if not isinstance(value, list)}
+            for growth, same in by_growth.items()
+            if same
+        }
+        case = next(problem for problem in problems if not self.counts(problem))
+        return step_scores(counted) | {"by_growth": summaries} | paper_case(case, grades)
+
+    def paired_value(self, grade: Any, grader: str) -> float:
+        matches = grade.details["matches"]
+        return sum(matches) / len(matches)
+
+    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
+        for growth, scores in result["by_growth"].items():
+            error = scores["absolute_error/mean"]
+            lines[f"r = {growth}"] = (
+                f"steps right {scores['step_accuracy/mean']:.1%}, "
+                f"absolute error {'none given' if error is None else f'{error:.4f}'}, "
+                f"state collapse {scores['state_collapse']:.1%}"
+            )
+        return lines
+
+    def tables(self, result: Mapping[str, Any]) -> list[Table]:
+        case = result.get("paper_case")
+        if case is None:
+            return []
+        pairs = enumerate(zip(case["truth"], case["answer"], strict=True), start=1)
+        rows = [(f"x{step}", true, answer or "-") for step, (true, answer) in pairs]
+        return [Table(f"r = {PAPER_CASE.growth:g}, x0 = {PAPER_X0:g}", ("step", "truth", "answer"), rows)]
+
+
+TASK = LogisticMap(
+    name="logistic map",
+    settings=("growths",),
+    shown=(Metric("step_accuracy/mean", "steps right", in_picture=True), Metric("state_collapse", "state collapse")),
+    is_verified=False,
+    score_name="steps",
+)
+
+
+# --- one answer ------------------------------------------------------------------------------------------------------
 
 
 def extract(text: str, steps: int) -> list[float]:
@@ -44,18 +137,18 @@ class Steps:
     """An answer beside the truth, step by step."""
 
     matches: list[bool]
-    """Whether a step agrees in every decimal; one that is missing does not."""
+    """Whether a step agrees in every decimal; a missing one does not."""
     errors: list[float | None]
     """Absolute error of a step; None where it is missing."""
     collapsed: bool
 
 
 def compare(values: Sequence[float], gold: str, decimals: int) -> Steps:
-    """Grades an answer.
+    """Compares an answer with the truth.
 
     Args:
         values: what `extract` found.
-        gold: the true iterates as a completion writes them, separated by commas.
+        gold: the true iterates, separated by commas, as a completion writes them.
     """
     truth = [number.strip() for number in gold.split(",")]
     shown = [f"{value:.{decimals}f}" for value in values] + [None] * (len(truth) - len(values))
@@ -70,3 +163,37 @@ def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
     """State collapse: from some step on the answer repeats one value to its end, where the truth moves."""
     repeated = len(list(itertools.takewhile(lambda value: value == answer[-1], reversed(answer))))
     return repeated > 1 and len(set(truth[len(answer) - repeated : len(answer)])) > 1
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
+    """Accuracy and error of each step and in the mean, and the shares of steps given and of collapsed answers."""
+    accuracy = [_mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)]
+    all_errors = [grade.details["errors"] for grade in grades]
+    given = [[value for value in step if value is not None] for step in zip(*all_errors, strict=True)]
+    error = [_mean(step) for step in given]
+    return {
+        "step_accuracy": accuracy,
+        "step_accuracy/mean": _mean(accuracy),
+        "absolute_error": error,
+        "absolute_error/mean": _mean([value for value in error if value is not None]),
+        "steps_given": _mean([value is not None for errors in all_errors for value in errors]),
+        "state_collapse": _mean([grade.details["collapsed"] for grade in grades]),
+    }
+
+
+def paper_case(case: Problem, grades: Sequence[Grade]) -> dict[str, Any]:
+    """The paper's case beside the truth, as written; nothing where it has no answer yet."""
+    grade = next((grade for grade in grades if grade.problem == case.id), None)
+    if grade is None:
+        return {}
+    truth = case.gold.split(", ")
+    answer = [f"{value:.{case.details['decimals']}f}" for value in grade.details["values"]]
+    missing = [None] * (len(truth) - len(answer))
+    return {"paper_case": {"truth": truth, "answer": answer + missing, "collapsed": grade.details["collapsed"]}}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

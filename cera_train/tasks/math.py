@@ -1,22 +1,18 @@
 r"""MATH: competition problems whose answer is the last \boxed{} of the solution.
 
-The exact rule is the published one (Hendrycks et al. 2021, arXiv 2103.03874), written anew: two answers are equal when
-a light normalisation writes them alike. It knows notation, not mathematics: 1/2 is \frac12, but 0.5 is not. Beyond the
+The exact rule follows the published one (Hendrycks et al. 2021, arXiv 2103.03874): two answers are equal when a light
+normalisation writes them alike. It knows notation, not mathematics: 1/2 equals \frac12, but not 0.5. Beyond the
 published rule it reads thousands separators, mixed numbers such as 1 1/2, and a fraction's arguments as TeX does.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-
-if TYPE_CHECKING:
-    from cera_train.data.format import Row
-
-QUESTION = "problem"
-"""The column with the question. The gold answer is in `answer`, else in `solution`."""
+from cera_train.data.format import Row, column, text_of
+from cera_train.tasks.config import TaskConfig
+from cera_train.tasks.task import QuestionTask
 
 BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
 
@@ -48,23 +44,23 @@ RULES = tuple(
         (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
     )
 )
-"""What is replaced, in this order."""
+"""Replacements, in this order."""
 
 
 def gold(row: Row) -> str:
     r"""The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`.
 
     Raises:
-        ValueError: the row has neither column, or the solution no box.
+        UserError: the row has neither column, or the solution has no box.
     """
-    from cera_train.data.format import text_of  # not in the processes that verify: it takes a second
-
     if row.get("answer") is not None:
         return text_of(row, "answer")
     solution = text_of(row, "solution")
     answer = extract(solution)
     if answer is None:
-        raise UserError(rf"column 'solution' has no \boxed{{...}} with the answer; it ends in {solution[-60:]!r}.")
+        raise UserError(
+            rf"column 'solution' has no \boxed{{...}} with the answer; it ends in {solution[-60:]!r}: mend the row."
+        )
     return answer
 
 
@@ -90,18 +86,38 @@ def extract(text: str) -> str | None:
 
 
 def normalize(answer: str) -> str:
-    """The answer in one way of writing it, still LaTeX."""
+    """Writes equal answers alike, still in LaTeX."""
     for pattern, replacement in RULES:
         answer = pattern.sub(replacement, answer)
     return answer
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    """Whether two answers are the same once they are written in the same way."""
+    """Whether two answers are the same after normalisation."""
     return _bare(normalize(answer)) == _bare(normalize(gold))
 
 
 def _bare(answer: str) -> str:
-    r"""even for \text{even}, which math-verify should see as it is: it would read even as a product of variables."""
+    r"""Turns \text{even} into even. `normalize` does not: math-verify would read even as a product of variables."""
     word = WORD.fullmatch(answer)
     return word[1] if word else answer
+
+
+def is_of_level(row: Row, config: TaskConfig) -> bool:
+    """Whether a row has the level that `task.level` asks for. MATH writes "Level 5", MATH-500 writes 5."""
+    if config.level is None:
+        return True
+    digits = re.search(r"\d+", str(column(row, "level")))
+    return digits is not None and int(digits[0]) == config.level
+
+
+TASK = QuestionTask(
+    name="MATH",
+    variants={"math500": "MATH-500", "math_hard": "MATH level 5"},
+    settings=("level",),
+    question="problem",
+    gold=gold,
+    extract=extract,
+    is_exact=is_exact,
+    takes=is_of_level,
+)

@@ -1,98 +1,73 @@
-"""The problems of a benchmark: rows -> question, prompt and gold answer."""
+"""The rows of a benchmark, each with its place, and its problems, each with an id."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import re
+import contextlib
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from types import ModuleType
 
 from cera_train.common.errors import UserError
-from cera_train.data import logistic_map as logistic_map_rows
-from cera_train.data.config import DataConfig, Layout, LogisticMapConfig
-from cera_train.data.format import Row, column, columns_of, text_of
-from cera_train.data.sources import Source, from_files, from_hub
-from cera_train.tasks import gsm8k, logistic_map, math
-from cera_train.tasks.config import TaskConfig, TaskKind
+from cera_train.data.config import DataConfig
+from cera_train.data.sources import Row, from_files, from_hub
+from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.records import Problem
-
-GRADED: dict[TaskKind, ModuleType] = {TaskKind.math: math, TaskKind.gsm8k: gsm8k}
-"""Benchmarks whose answers are extracted from a text and compared with a gold answer."""
-
-
-def open_task(config: TaskConfig) -> Source:
-    """The rows of a task, from its files or the Hub."""
-    if config.files:
-        return from_files(config.files)
-    return from_hub(config.path, config.subset, config.revision, config.split)
+from cera_train.tasks.registry import find_task
 
 
 def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     """The problems of a task, in its order.
 
     Args:
-        data: what the run was trained on, whose evaluation rows give logistic_map its starting points.
+        data: the rows that the run was trained on.
 
     Raises:
-        ValueError: rows are missing, or lack the columns that the task needs.
+        UserError: there are no rows, or they lack the columns that the task needs.
     """
-    if config.kind == TaskKind.logistic_map:
-        return _logistic_map_problems(config, data)
-    rows = enumerate(open_task(config).read())
-    if config.level is not None:
-        rows = ((number, row) for number, row in rows if _level(row) == config.level)
-    problems = []
-    for number, row in itertools.islice(rows, config.limit):
-        try:
-            problems.append(_problem(row, config))
-        except ValueError as error:
-            raise UserError(f"{config.name} row {number}: {error}") from error
+    problems = _with_unique_ids(find_task(config.kind).problems(config, data))
     if not problems:
-        raise UserError(f"task {config.name} has no problems{f' of level {config.level}' if config.level else ''}.")
-    return _with_ids_of_their_own(problems)
+        place = rows_place(config)
+        if config.level is not None:
+            raise UserError(f"task.level={config.level}: {place} has no problems of that level. Choose another.")
+        raise UserError(f"{place} has no rows: name a file with a problem on each row.")
+    return problems
 
 
-def _with_ids_of_their_own(problems: list[Problem]) -> list[Problem]:
-    """A question that comes again gets -2, -3, ... behind its id."""
-    seen, told_apart = Counter(), []
+def _with_unique_ids(problems: Iterable[Problem]) -> list[Problem]:
+    """A question that comes again gets -2, -3, ... after its id."""
+    seen, unique = Counter(), []
     for problem in problems:
         seen[problem.id] += 1
         count = seen[problem.id]
-        told_apart.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
-    return told_apart
+        unique.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
+    return unique
 
 
-def _problem(row: Row, config: TaskConfig) -> Problem:
-    task = GRADED[config.kind]
-    question = text_of(row, task.QUESTION)
-    prompt = config.prompt.format_map({name: text_of(row, name) for name in columns_of(config.prompt)})
-    details = {name: row[name] for name in ("level", "type", "subject") if row.get(name) is not None}
-    return Problem(_id(question), question, prompt, task.gold(row), details)
+def read_rows(config: TaskConfig) -> Iterator[tuple[str, Row]]:
+    """Rows of `task.files`, or of the data set on the Hub, each after its place.
+
+    Raises:
+        UserError: a file or data set is missing, unreadable or of an unknown kind.
+    """
+    if config.files:
+        sources = [(name, from_files([name])) for name in config.files]
+    else:
+        hub = from_hub(config.path, config.subset, config.revision, config.split)
+        sources = [(f"{config.path}, split {config.split}", hub)]
+    for name, source in sources:
+        for number, row in enumerate(source.read(), start=1):
+            yield f"{name}, row {number}", row
 
 
-def _id(question: str) -> str:
-    return hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+def rows_place(config: TaskConfig) -> str:
+    """The setting that names a task's rows, for messages about all of them."""
+    return f"task.files=[{','.join(config.files)}]" if config.files else f"task.path={config.path}"
 
 
-def _level(row: Row) -> int | None:
-    """MATH writes "Level 5", MATH-500 5."""
-    digits = re.search(r"\d+", str(column(row, "level")))
-    return int(digits[0]) if digits else None
-
-
-def _logistic_map_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
-    trained_on_it = data is not None and data.layout == Layout.logistic_map
-    settings = data.logistic_map if trained_on_it else LogisticMapConfig()
-    starts = logistic_map_rows.starting_points(settings, data.eval_rows if trained_on_it else logistic_map.EVAL_ROWS)[1]
-    cases = [(x0, replace(settings, growth=growth), {}) for x0 in starts for growth in config.growths]
-    cases = cases[: config.limit]
-    cases.append((logistic_map.PAPER_X0, logistic_map.PAPER_CASE, {"paper_case": True}))
-    problems = []
-    for x0, case, mark in cases:
-        row = logistic_map_rows.problem(x0, case)
-        gold = row["completion"].strip()
-        details = {"growth": case.growth, "x0": x0, "decimals": case.decimals, **mark}
-        problems.append(Problem(_id(row["prompt"]), row["prompt"], row["prompt"], gold, details))
-    return _with_ids_of_their_own(problems)
+@contextlib.contextmanager
+def at(place: str) -> Iterator[None]:
+    """Puts a place before the error of what is done there."""
+    try:
+        yield
+    except ValueError as error:  # also a UnicodeEncodeError of half a surrogate pair, which no tokenizer takes
+        raise UserError(f"{place}: {error}") from error

@@ -11,12 +11,12 @@ class Problem:
     """One problem, a line of problems.jsonl."""
 
     id: str
-    """A digest of the question, so that a problem has the same id in every evaluation, whatever its prompt."""
+    """A digest of the question: the same in every evaluation, whatever the prompt."""
     question: str
     prompt: str
     gold: str
     details: dict[str, Any] = field(default_factory=dict)
-    """What the task's own grading or a report needs besides."""
+    """What the task's grading or a report needs beside the gold answer."""
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class Generation:
     sample: int
     text: str
     tokens: int
-    """Generated, the end token included."""
+    """Tokens generated, with the end token."""
     truncated: bool
-    """Whether it was cut at max_new_tokens."""
+    """Whether max_new_tokens cut it."""
 
 
 @dataclass(frozen=True)
 class Grade:
-    """Of one answer, a line of grades.jsonl."""
+    """The grade of one answer, a line of grades.jsonl."""
 
     problem: str
     sample: int
     answer: str | None
-    """What was found in the text; None where nothing was."""
+    """What was extracted from the text; None where nothing was."""
     exact: bool
     verified: bool | None = None
-    """None: not verified, as for logistic_map."""
+    """None where math-verify does not apply."""
     failure: str | None = None
-    """What the grader ran into: a time-out, a crash."""
+    """Why the grader failed: a time-out, a crash."""
     details: dict[str, Any] = field(default_factory=dict)
 
     def line(self) -> dict[str, Any]:

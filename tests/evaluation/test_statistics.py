@@ -10,7 +10,13 @@ import numpy
 import pytest
 import scipy.stats
 
-from cera_train.evaluation.statistics import bootstrap_interval, mcnemar, paired_bootstrap, pass_at_k
+from cera_train.evaluation.statistics import (
+    accuracy_interval,
+    bootstrap_interval,
+    mcnemar,
+    paired_bootstrap,
+    pass_at_k,
+)
 
 ACCURACY = [1.0] * 120 + [0.0] * 280
 
@@ -54,6 +60,20 @@ def test_bootstrap_interval_depends_on_the_seed_and_on_nothing_else():
 def test_bootstrap_interval_of_equal_values_is_a_point():
     assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
     assert bootstrap_interval([True]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("level", [0.9, 0.95])
+@pytest.mark.parametrize("problems", [1, 7, 1319])
+def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems, level):
+    for right in (0, problems):
+        expected = scipy.stats.binomtest(right, problems).proportion_ci(level, method="exact")
+        values = [1.0] * right + [0.0] * (problems - right)
+        assert accuracy_interval(values, level) == pytest.approx((expected.low, expected.high), rel=1e-9)
+
+
+def test_the_interval_of_some_problems_is_the_bootstraps():
+    for values in (ACCURACY, [1.0, 0.5], [0.0, 0.5], [0.5, 0.5]):
+        assert accuracy_interval(values) == bootstrap_interval(values)
 
 
 def test_bootstrap_does_not_hold_all_resamples_of_many_distinct_values():
@@ -115,7 +135,13 @@ def test_runs_on_different_problems_are_refused(test):
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: mcnemar([], []), lambda: paired_bootstrap([], []), lambda: bootstrap_interval([])]
+    "call",
+    [
+        lambda: mcnemar([], []),
+        lambda: paired_bootstrap([], []),
+        lambda: bootstrap_interval([]),
+        lambda: accuracy_interval([]),
+    ],
 )
 def test_no_problems_are_refused(call):
     with pytest.raises(ValueError, match="at least one problem, got none"):

@@ -141,7 +141,11 @@ def test_a_run_of_an_older_version_holds_its_models_shape(finished):
         ("environment.json", "{}", "environment.json has no gpus"),
         ("result.json", '{"updates": 10, "tok', "result.json is broken"),
         ("result.json", "[]", "result.json is broken"),
-        ("result.json", '{"updates": 10, "tokens": 9, "seconds": 1, "trainable_parameters": 1}', "has no peak_memory_b"),
+        (
+            "result.json",
+            '{"updates": 10, "tokens": 9, "seconds": 1, "trainable_parameters": 1}',
+            "has no peak_memory_b",
+        ),
         ("config.yaml", "model: [", "config.yaml is broken"),
     ],
 )

@@ -52,7 +52,7 @@ def save_config(model_type: str, folder, **changes) -> ModelConfig:
     """A config.json of a tiny model, and nothing else."""
     shape = ({} if model_type == "gpt2" else SHAPE) | ARCHITECTURES[model_type] | changes
     AutoConfig.for_model(model_type, **shape).save_pretrained(folder)
-    return ModelConfig(path=str(folder))
+    return ModelConfig(path=str(folder), dtype="bfloat16")
 
 
 def check_counts(model: ModelConfig, adapter: AdapterConfig) -> None:

@@ -97,7 +97,7 @@ def test_gold_is_the_normalised_number_after_the_mark():
     ("row", "message"),
     [
         ({"question": "?"}, "'answer' is missing"),
-        ({"answer": "it is 18"}, "should end in #### and a number, and ends in 'it is 18'"),
+        ({"answer": "it is 18"}, "should end in #### and a number, but ends in 'it is 18'"),
         ({"answer": "18 ####"}, "should end in #### and a number"),
     ],
 )

@@ -1,0 +1,99 @@
+"""Perplexity and spectra: the numbers are those of training and of the model itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import yaml
+from evaluation_files import base_settings
+from transformers import AutoModelForCausalLM
+
+from cera_train.common.errors import UserError
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.training.train import train
+
+pytest_plugins = ("evaluated_runs",)
+
+
+@pytest.mark.parametrize("adapter", ["cera", "lora", "dora"])
+def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(tiny_config, compose, adapter):
+    trained = train(tiny_config(f"adapter={adapter}", "adapter.r=4", "train.max_updates=4"))
+    result = evaluate(compose(f"run={trained['folder']}", "task=perplexity", command="eval"))
+    assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
+    assert result["perplexity_base"] == pytest.approx(trained["perplexity_before"], rel=1e-6)
+    for kind in ("effective_rank", "manifold_dimension"):
+        for of in ("mean", "max"):
+            name = f"spectrum/{kind}/{of}"
+            assert result[name] == pytest.approx(trained[name], rel=1e-6)
+    assert result["tokens"] > 0
+
+
+def test_perplexity_on_other_rows(eval_config, questions):
+    result = evaluate(
+        eval_config(
+            *("data=jsonl", f"task.files=[{questions}]", "data.train_files=[unused.jsonl]", "data.eval_rows=1"),
+            *(r"data.prompt='{question}'", r"data.completion=' {answer}'", "task.limit=5"),
+            task="perplexity",
+        )
+    )
+    assert result["rows"] == 5
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
+def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(eval_config, run, limit, rows):
+    result = evaluate(eval_config(f"task.limit={limit}", task="perplexity"))
+    assert result["rows"] == rows
+
+
+def test_a_window_beyond_the_models_positions_is_refused(eval_config, tmp_path):
+    (tmp_path / "text.txt").write_text("hello there")
+    with pytest.raises(ValueError, match="task.window=1024 is beyond the 256 positions"):
+        evaluate(eval_config(f"task.files=[{tmp_path / 'text.txt'}]", task="forgetting"))
+
+
+def test_files_of_a_run_whose_rows_are_computed_need_a_layout(eval_config, questions):
+    with pytest.raises(ValueError, match="task.files: this run computed its rows.*data=jsonl"):
+        evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
+
+
+def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenizer, tmp_path):
+    """Against the model's own loss, window by window, with the adapter and without."""
+    text = "the next value is hello there " * 20
+    (tmp_path / "text.txt").write_text(text)
+    settings = [f"task.files=[{tmp_path / 'text.txt'}]", "task.window=32"]
+    result = evaluate(eval_config(*settings, task="forgetting"))
+
+    model = AutoModelForCausalLM.from_pretrained(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
+    start, ids = tokenizer("").input_ids, tokenizer(text, add_special_tokens=False).input_ids
+    assert len(start) == 1
+    losses, tokens = 0.0, 0
+    for first in range(0, len(ids), 31):
+        window = torch.tensor([start + ids[first : first + 31]])
+        with torch.no_grad():
+            losses += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+        tokens += window.shape[1] - 1
+    assert tokens == len(ids) == result["tokens"]
+    assert result["perplexity_base"] == pytest.approx(math.exp(losses / tokens), rel=1e-5)
+    assert result["perplexity"] != pytest.approx(result["perplexity_base"], rel=1e-3)
+    untouched = evaluate(eval_config(*settings, *base_settings(run), task="forgetting", run="base"))
+    assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": ""}], r"^task.files=\[.*text.jsonl\]: the text has no token to predict"),
+        ([{"text": "hello"}, {"question": "?"}], r"^\S+text.jsonl(:|, row )2: column 'text' is missing"),
+    ],
+)
+def test_files_without_text_are_refused_and_named(eval_config, write_jsonl, rows, message):
+    path = write_jsonl("text.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        evaluate(eval_config(f"task.files=[{path}]", "task.window=8", task="forgetting"))
+
+
+def test_text_is_found_in_a_column_too(eval_config, write_jsonl):
+    rows = write_jsonl("text.jsonl", [{"text": "hello there"}, {"text": ""}, {"text": "the next value"}])
+    assert evaluate(eval_config(f"task.files=[{rows}]", "task.window=8", task="forgetting"))["tokens"] > 5
