@@ -57,12 +57,18 @@ def from_files(names: Sequence[str], setting: str | None = None) -> Source:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             _refuse(path, setting, f"cannot read the file: {error.strerror}.")
+    return Source(digest.hexdigest(), lambda: rows_of(paths), name_of(paths, setting))
+
+
+def rows_of(paths: Sequence[Path]) -> Iterator[LocatedRow]:
+    """The rows of files, one file after the other."""
+    return (row for path in paths for row in READERS[path.suffix.lower()](path))
+
+
+def name_of(paths: Sequence[Path], setting: str | None) -> str:
+    """Files as a message names them: the first three."""
     name = f"[{','.join(map(str, paths[:3]))}{',...' if len(paths) > 3 else ''}]"
-    return Source(
-        digest.hexdigest(),
-        lambda: (row for path in paths for row in READERS[path.suffix.lower()](path)),
-        f"{setting}={name}" if setting else name,
-    )
+    return f"{setting}={name}" if setting else name
 
 
 # --- what is no file -------------------------------------------------------------------------------------------------

@@ -16,9 +16,10 @@ import pyarrow
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
+from cera_train.data.check import read_rows
 from cera_train.data.config import DataConfig, Layout
 from cera_train.data.format import encode, segmenter, start_ids
-from cera_train.data.rows import Segment, Source, head, place_of
+from cera_train.data.rows import Source, head
 from cera_train.data.sources import open_sources
 
 CACHE_VERSION = 2
@@ -196,15 +197,9 @@ def _tables(
 ) -> Iterator[pyarrow.Table]:
     """The tokenised rows, a chunk at a time. Adds to `counts`."""
     to_segments = segmenter(config, tokenizer)
-    rows = enumerate(source.read(), start=1)
+    rows = iter(source.read())
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        rows_segments: list[list[Segment]] = []
-        for number, row in chunk:
-            try:
-                rows_segments.append(to_segments(row))
-            except UserError as error:
-                place = place_of(row, f"{source.name}, row {number}")
-                raise UserError(f"{place}: {error}") from error
+        rows_segments = read_rows(chunk, to_segments, source.name, first=counts.read + 1)
         counts.read += len(chunk)
         counts.empty += sum(not segments for segments in rows_segments)
         examples = encode([segments for segments in rows_segments if segments], config, tokenizer)

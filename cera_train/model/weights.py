@@ -29,10 +29,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.data.hub import hub_or_cache, why_not_reached
 from cera_train.model.config import ModelConfig, Quantization
-from cera_train.model.folder import check_causal, check_model, place_of_model, read_object
+from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
 from cera_train.model.precision import choose_precision
-
-PYPI = "pypi:"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -147,8 +145,8 @@ def _check_all_loaded(model: nn.Module, missing: Iterable[str], config: ModelCon
 
 def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
     """A part of the model, by transformers; every error that the user can mend becomes a UserError."""
+    check_model(config.path)
     path = _pypi_folder(config.path) if config.path.startswith(PYPI) else config.path
-    check_model(str(path))
     place = place_of_model(config.path)
     try:
         with hub_or_cache(needs_hub=not Path(path).is_dir()):
