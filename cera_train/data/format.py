@@ -1,6 +1,6 @@
 """A row -> segments of text, some of them supervised -> token ids and loss mask.
 
-A segment is tokenised on its own, so the boundary between prompt and completion is exact and the same at inference,
+Each segment is tokenised separately, so the boundary between prompt and completion is exact, and the same at inference,
 where the prompt stands alone. The end token is appended by id: it is always supervised and never taken for padding.
 """
 
@@ -34,7 +34,7 @@ __all__ = [
 
 @dataclass
 class Example:
-    """Token ids of one row, and for each whether its prediction counts in the loss. The first is never predicted."""
+    """Token ids of one row, and whether the prediction of each counts in the loss. The first is never predicted."""
 
     input_ids: list[int]
     loss_mask: list[bool]
@@ -114,7 +114,7 @@ def columns_of(template: str, setting: str = "template") -> list[str]:
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """The start token, where this tokenizer puts one before a text."""
+    """The start token, where the tokenizer writes one before a text; else nothing."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
 
 
@@ -134,7 +134,7 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
             "tokenizer_config.json."
         )
     is_chat = config.layout == Layout.messages
-    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token itself
+    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     texts = [segment.text for segments in rows_segments for segment in segments]
     plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -145,7 +145,7 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
         input_ids, loss_mask = list(start), [False] * len(start)
         for segment in segments:
             ids = next(ids_of)
-            if segment.supervised and not (is_chat and ids and ids[-1] in special):  # a chat template may write its own
+            if segment.supervised and not (is_chat and ids and ids[-1] in special):  # a template may write it
                 ids = [*ids, end]
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)

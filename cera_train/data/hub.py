@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: whether it answers, so that a machine without a network hears of it at once."""
+"""Loading from the Hugging Face Hub, or from the cache alone where the Hub does not answer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def hub_answers() -> bool:
             huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
             answers.append(True)
 
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
     asking.start()
     asking.join(SECONDS)
     return bool(answers)
