@@ -252,11 +252,14 @@ def _refuse_duplicates(duplicates: list[Duplicate], place: str) -> None:
 
 
 def _holds(value: Any, wanted: dict[str, Any]) -> bool:
-    """Whether `wanted` itself is `value` or lies in it."""
-    if value is wanted:
-        return True
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(_holds(each, wanted) for each in inner)
+    """Whether `wanted` itself is `value` or lies in it. A loop: values may be nested deeper than calls may be."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if value is wanted:
+            return True
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return False
 
 
 def _as_row(value: Any, place: str) -> LocatedRow:

@@ -131,6 +131,7 @@ TWICE = '{"prompt": "a", "completion": "b", "c": [{"k": 1, "k": 1}]}\n'
         ("x.jsonl", LINES + "null\n", "x.jsonl:5: expected a JSON object with a row's columns, got null."),
         ("x.jsonl", LINES + TWICE, "x.jsonl:5: key 'k' stands twice in one object: remove or rename one."),
         ("x.json", f"[{TWICE.replace('k', 'x', 1)},{TWICE}]", "x.json, row 2: key 'k' stands twice in one object: re"),
+        ("x.json", f"[{'[' * 900}{TWICE}{']' * 900}]", "x.json, row 1: key 'k' stands twice in one object: remove or"),
         ("x.json", LINES, "x.json:2: broken JSON: Extra data (column 1). One row a line is .jsonl: rename the file."),
         ("x.json", '[\n{"a": 1},\n{"a" 2}\n]', "x.json:3: broken JSON: Expecting ':' delimiter (column 6). Mend this"),
         ("x.json", '[{"a": 1}, "b"]', "x.json, row 2: expected a JSON object with a row's columns, got a str."),

@@ -297,6 +297,15 @@ def test_a_hub_id_without_a_network_is_refused_at_once(folder, no_network, caplo
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
 
 
+def test_a_model_of_the_cache_loads_without_a_network(folder, tmp_path, no_network, monkeypatch):
+    cache = tmp_path / "hub" / "models--some--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    shutil.copytree(folder, cache / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    load("some/tiny")
+
+
 def test_a_hub_id_where_the_hub_is_switched_off_names_the_switch(folder, monkeypatch):
     assert "nothing comes from the Hub: HF_HUB_OFFLINE=1 is set" in refusal("nobody/nothing")
 
