@@ -1,7 +1,7 @@
 """Epoch order -> the sequences of an update -> a share for each process -> micro-batches of a bounded number of tokens.
 
-All of it follows from (seed, update), so resuming needs no data-loader state; and since the loss is a sum over
-supervised tokens, none of it changes the result.
+All of it follows from (seed, update), so resuming needs no data-loader state. The loss is a sum over supervised tokens,
+so none of it changes the result.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 OVERHEAD_TOKENS = 96
-"""What one more micro-batch costs beyond its tokens, in tokens (SmolLM2-135M on two cores): padding less than this is
-cheaper than another pass."""
+"""Cost of one more micro-batch beyond its tokens, in tokens (SmolLM2-135M on two cores): padding fewer tokens than this
+is cheaper than another pass."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """How `rows` training rows become updates of `batch_size` sequences."""
+    """Which of the `rows` training rows each update takes, in batches of `batch_size` sequences."""
 
     rows: int
     batch_size: int
@@ -32,11 +32,11 @@ class RowOrder:
 
     @property
     def updates_per_epoch(self) -> int:
-        """The last update of an epoch takes the sequences that are left, so an epoch has every row once."""
+        """Updates of an epoch. The last takes the sequences that remain, so an epoch has every row once."""
         return math.ceil(self.rows / self.batch_size)
 
     def epoch(self, update: int) -> int:
-        """The epoch, from 0, that update number `update` (from 0) belongs to."""
+        """The epoch of an update, both counted from 0."""
         return update // self.updates_per_epoch
 
     def sequences(self, update: int) -> list[int]:
@@ -46,14 +46,14 @@ class RowOrder:
         return order[start : start + self.batch_size].tolist()
 
 
-@functools.lru_cache(maxsize=1)  # of many rows it takes milliseconds, which every update of the epoch would wait for
+@functools.lru_cache(maxsize=1)  # takes milliseconds where there are many rows, and every update asks for it
 def epoch_order(rows: int, seed: int) -> torch.Tensor:
     """The rows in the order of an epoch."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """Every process's rows of an update, so that all get about the same number of tokens.
+    """The rows of an update that each process takes, with about the same number of tokens for all.
 
     Args:
         rows: the rows of the update.
@@ -61,17 +61,17 @@ def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[
     """
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [0] * processes
-    for row in sorted(rows, key=lambda row: (-lengths[row], row)):  # longest first, to whoever has least
-        least = tokens.index(min(tokens))
-        shares[least].append(row)
-        tokens[least] += lengths[row]
+    for row in sorted(rows, key=lambda row: (-lengths[row], row)):  # longest first, to the process with fewest tokens
+        process = tokens.index(min(tokens))
+        shares[process].append(row)
+        tokens[process] += lengths[row]
     return shares
 
 
 def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of at most `max_tokens` tokens, to be laid end to end: as few as best-fit-decreasing finds."""
+    """Groups of rows with at most `max_tokens` tokens, by best-fit-decreasing bin packing."""
     groups: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # tokens that a group still takes, and the group; sorted
+    room: list[tuple[int, int]] = []  # (free tokens, group), sorted
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):
         place = bisect.bisect_left(room, (lengths[row], 0))
         if place < len(room):
@@ -85,11 +85,14 @@ def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: 
 
 
 def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of near-equal length with at most `max_tokens` tokens, padding included: the cheapest cut of the rows
-    in order of length, counting each group's padded tokens and its overhead."""
+    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included.
+
+    Dynamic programming over the rows in order of length finds the cheapest cut: the sum of each group's padded tokens
+    and its overhead.
+    """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     cost = [0.0] + [math.inf] * len(ordered)  # cost[end]: the best cut of ordered[:end]
-    start_of = [0] * (len(ordered) + 1)
+    group_start = [0] * (len(ordered) + 1)
     for end in range(1, len(ordered) + 1):
         longest = lengths[ordered[end - 1]]
         for start in range(end - 1, -1, -1):
@@ -97,11 +100,11 @@ def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens
             if tokens > max_tokens and end - start > 1:
                 break
             if cost[start] + tokens + OVERHEAD_TOKENS < cost[end]:
-                cost[end], start_of[end] = cost[start] + tokens + OVERHEAD_TOKENS, start
+                cost[end], group_start[end] = cost[start] + tokens + OVERHEAD_TOKENS, start
     groups, end = [], len(ordered)
     while end:
-        groups.append(ordered[start_of[end] : end])
-        end = start_of[end]
+        groups.append(ordered[group_start[end] : end])
+        end = group_start[end]
     return groups[::-1]
 
 
@@ -119,7 +122,7 @@ class Batch:
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What a transformers model is called with."""
+        """The arguments of a transformers model."""
         places = {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
         return {"input_ids": self.input_ids} | {name: value for name, value in places.items() if value is not None}
 
@@ -129,7 +132,7 @@ class Batch:
 
 
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
-    """Sequences end to end in one row: no padding at all."""
+    """Sequences end to end in one row, without padding."""
     return Batch(
         torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
         torch.cat([torch.as_tensor(mask) for mask in loss_masks])[None],
@@ -140,7 +143,7 @@ def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence
 
 
 def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
-    """Sequences one a row, padded on the right. Token 0 stands for padding, which nothing attends to or predicts."""
+    """One sequence a row, padded on the right with token 0, which nothing attends to or predicts."""
     rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
     needs_mask = len(set(map(len, rows))) > 1
     pad = functools.partial(pad_sequence, batch_first=True)
@@ -148,7 +151,7 @@ def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequen
         pad(rows),
         pad([torch.as_tensor(mask) for mask in loss_masks]),
         None,
-        # All of one length: without a mask, attention takes its fast causal path.
+        # Where all lengths are equal there is no mask, and attention takes its fast causal path.
         pad([torch.ones_like(ids) for ids in rows]) if needs_mask else None,
     )
 
@@ -158,9 +161,9 @@ class MicroBatches:
 
     Args:
         rows: the split.
-        is_flat: sequences end to end instead of one a row.
-        max_tokens: of a micro-batch, padding included.
-        device: where the batches go.
+        is_flat: whether sequences stand end to end in one row.
+        max_tokens: limit of a micro-batch, padding included.
+        device: the device of the batches.
     """
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
@@ -175,27 +178,27 @@ class MicroBatches:
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
-        # By DLPack, which has no packed bits: Arrow's `to_numpy` would first import pandas, for a third of a second.
+        # Arrow's `to_numpy` would import pandas, for a third of a second. DLPack has no packed bits, so masks are cast.
         ids = [torch.from_dlpack(self.rows["input_ids"][row].values) for row in group]
         bits = [self.rows["loss_mask"][row].values for row in group]
         masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
-        """The micro-batches that a process runs for its share of these rows, and whether each counts. It runs at least
-        one, since the others wait for its gradient.
+        """The micro-batches that a process runs for its share of these rows, and whether each counts in the loss. There
+        is at least one, since the other processes wait for this one's gradient.
 
         Args:
-            in_step: every process runs as many, since each holds a part of the weights that the others need; those
-                with fewer of their own run one that does not count.
+            in_step: whether all processes run the same number, as sharded weights need. A process that has run out of
+                micro-batches runs one that does not count, so that collectives match.
         """
-        own_rows = shares(rows, self.lengths, processes)
-        own = self.groups(own_rows[process])
-        count = max(len(self.groups(share)) for share in own_rows) if in_step else max(1, len(own))
-        return [(group, True) for group in own] + [(list(rows[:1]), False)] * (count - len(own))
+        process_rows = shares(rows, self.lengths, processes)
+        groups = self.groups(process_rows[process])
+        count = max(len(self.groups(share)) for share in process_rows) if in_step else max(1, len(groups))
+        return [(group, True) for group in groups] + [(list(rows[:1]), False)] * (count - len(groups))
 
     def first(self, max_tokens: int) -> list[int]:
-        """The first rows that have at most `max_tokens` together; at least one."""
+        """The first rows, as many as have at most `max_tokens` tokens together; at least one."""
         rows, tokens = [0], self.lengths[0]
         while len(rows) < len(self.lengths) and tokens + self.lengths[len(rows)] <= max_tokens:
             tokens += self.lengths[len(rows)]

@@ -1,4 +1,4 @@
-"""Settings of the rows, and of how they become tokens."""
+"""Settings of the rows, and how they become tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LogisticMapConfig:
     growth: float = setting(3.5, "result")
     steps: int = setting(6, "result")
     decimals: int = setting(2, "result")
-    """Starting points are all numbers of so many decimals between 0 and 1."""
+    """Starting points are all numbers between 0 and 1 with this many decimals."""
     seed: int = setting(0, "result")
     """Decides which starting points train and which validate."""
 
@@ -55,10 +55,10 @@ class LogisticMapConfig:
 
 @dataclass
 class DataFacts:
-    """The size of a data set, so that cera-plan needs neither the rows nor a tokenizer."""
+    """Size of a data set: with it cera-plan needs neither the rows nor a tokenizer."""
 
     of: str | None = setting(None, "nothing")
-    """The `data.path` that these are facts of."""
+    """The `data.path` that these facts describe."""
     train_rows: int = setting(MISSING, "nothing")
     """Rows of the split that data.train_split names, before it is sliced."""
     eval_rows: int = setting(MISSING, "nothing")
@@ -100,7 +100,7 @@ class DataConfig:
     """Tokens; longer rows are truncated."""
     train_rows: int | None = setting(None, "result", splits="training")
     eval_rows: int | None = setting(None, "result")
-    """Take only so many rows from the start. null: all."""
+    """Take only this many rows, from the start. null: all."""
     allow_overlap: bool = setting(False, "result", splits="training")
     """Accept evaluation rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
@@ -134,18 +134,18 @@ class DataConfig:
 
 
 def evaluation_rows(settings: dict[str, Any], prefix: str = "data.") -> tuple:
-    """What decides which evaluation tokens a perplexity is taken on: equal for comparable runs.
+    """The settings that choose the evaluation tokens of a perplexity. Runs are comparable where these are equal.
 
     Args:
-        settings: flat settings of a run or an evaluation, in which data's start with `prefix`. A null counts as a key
-            that another version does not have.
+        settings: flat settings of a run or an evaluation, in which data's start with `prefix`. A null counts like a
+            missing key, since another version may not have it.
     """
     skipped = {
         prefix + leaf.key
         for leaf in leaves(DataConfig)
         if leaf.field.metadata["splits"] == "training" or leaf.changes == "nothing"
     }
-    if settings.get(f"{prefix}train_files"):  # then nothing comes from the Hub
+    if settings.get(f"{prefix}train_files"):  # nothing comes from the Hub
         skipped |= {f"{prefix}{name}" for name in ("path", "subset", "revision", "eval_split")}
     if settings.get(f"{prefix}eval_files"):
         skipped.add(f"{prefix}train_files")

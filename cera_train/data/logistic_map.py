@@ -1,7 +1,7 @@
 """Rows of the logistic map x' = growth x (1 - x): given x0, the next iterates.
 
-Every iterate comes from the exact one before it and is rounded only for display: iterating on the rounded numbers soon
-leaves it.
+Every iterate is computed from the exact one before it and rounded only for display: iterating on rounded numbers soon
+leaves the trajectory.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
 
 
 def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
-    """Training and evaluation starting points: all of so many decimals, split at random by the seed.
+    """Training and evaluation starting points: all numbers with the config's decimals, split at random by its seed.
 
     Raises:
-        ValueError: there are not more starting points than `eval_rows`.
+        UserError: there are not more starting points than `eval_rows`.
     """
     scale = 10**config.decimals
     starts = [number / scale for number in range(1, scale)]

@@ -1,5 +1,5 @@
-"""Rows -> token ids and loss masks in an Arrow file, tokenised once and cached by content. It is written a chunk at a
-time and read by memory map: neither takes more memory for more rows."""
+"""Rows -> token ids and loss masks in an Arrow file, tokenised once and cached by content. The file is written in
+chunks and memory-mapped to read: neither takes more memory for more rows."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ import pyarrow
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
-from cera_train.data.config import DataConfig
+from cera_train.data.check import read_rows
+from cera_train.data.config import DataConfig, Layout
 from cera_train.data.format import encode, segmenter, start_ids
-from cera_train.data.sources import Source, head, open_sources
+from cera_train.data.rows import Source, head
+from cera_train.data.sources import open_sources
 
 CACHE_VERSION = 2
 """Raised when the same rows would be tokenised differently than before."""
 
 ROWS_AT_ONCE = 1000
-"""What is in memory at a time, and what the tokenizer shares out to its threads."""
+"""Rows in memory at a time, which the tokenizer shares out to its threads."""
 
 SCHEMA = pyarrow.schema(
     {
@@ -39,7 +41,7 @@ SCHEMA = pyarrow.schema(
 
 @dataclass
 class RowCounts:
-    """What became of the rows of a split."""
+    """How many rows of a split were read, dropped and cut, and their tokens."""
 
     read: int = 0
     empty: int = 0
@@ -64,10 +66,10 @@ class TokenizedRows:
     rows: pyarrow.Table
     counts: RowCounts
     digest: str
-    """Of the rows and of all that decides how they are tokenised."""
+    """Digest of the rows, the tokenizer and the settings that change tokens."""
 
     def column(self, name: str) -> list:
-        """One of the columns with a value a row."""
+        """A column that has one value for each row."""
         return self.rows[name].to_pylist()
 
 
@@ -83,7 +85,7 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     """Tokenises both splits, or takes them from the cache.
 
     Raises:
-        ValueError: rows are missing, malformed or all dropped, or a prompt stands in both splits.
+        UserError: rows are missing, malformed or all dropped, or a prompt stands in both splits.
     """
     train_source, eval_source = open_sources(config)
     digest = _tokenization_digest(config, tokenizer)
@@ -93,10 +95,18 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     shared = sum(key in train_keys for key in evaluation.column("prompt_key"))
     if shared and not config.allow_overlap:
         raise UserError(
-            f"{shared} of {evaluation.counts.kept} evaluation prompts are also training prompts, so the perplexity "
-            "would measure memory. Remove them from one side, or set data.allow_overlap=true."
+            f"{eval_source.name}: {shared} of {evaluation.counts.kept} evaluation prompts are also training prompts"
+            f"{_shared_file(config)}, so the perplexity would measure memory. Remove them from one side, or set "
+            "data.allow_overlap=true."
         )
     return TokenizedData(train, evaluation, shared)
+
+
+def _shared_file(config: DataConfig) -> str:
+    """A file of both splits, for the message about their overlap."""
+    train_files = {Path(name).resolve() for name in config.train_files}
+    shared = [name for name in config.eval_files if Path(name).resolve() in train_files]
+    return f" ({shared[0]} is also in data.train_files)" if shared else ""
 
 
 def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
@@ -109,7 +119,7 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
     """Running text in windows of at most `window` tokens, every token but a window's first supervised.
 
     Raises:
-        ValueError: there is not enough text to predict a token.
+        UserError: there is not enough text to predict a token.
     """
     start = start_ids(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
@@ -130,7 +140,7 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
 
 
 def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:
-    """Of all that decides how a row is tokenised."""
+    """Digest of the tokenizer and the settings that change tokens."""
     changing = {leaf.key for leaf in leaves(DataConfig) if leaf.changes == Changes.tokens}
     settings = {key: value for key, value in to_plain(config).items() if key in changing}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
@@ -160,26 +170,36 @@ def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folde
         for table in _tables(source, split, config, tokenizer, counts):
             writer.write_table(table)
     if not counts.kept:
-        raise UserError(
-            f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, "
-            f"{counts.answer_truncated} whose answer lies beyond data.max_length={config.max_length}."
-        )
+        raise UserError(f"{source.name}: {_why_none_are_left(counts, split, config)}")
     (folder / "counts.json").write_text(json.dumps(asdict(counts)))
+
+
+def _why_none_are_left(counts: RowCounts, split: str, config: DataConfig) -> str:
+    if not counts.read:
+        return f"no {split} rows are left: 0 read; the data is empty. Name files or a split with rows."
+    mends = []
+    if counts.empty:
+        columns = (
+            f"the columns of data.completion={config.completion!r}" if config.layout == Layout.text else "the turns"
+        )
+        mends.append(f"look at {columns}")
+    if counts.answer_truncated:
+        mends.append("raise data.max_length")
+    mend = " or ".join(mends)
+    return (
+        f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, {counts.answer_truncated} "
+        f"whose answer lies beyond data.max_length={config.max_length}. {mend[0].upper()}{mend[1:]}."
+    )
 
 
 def _tables(
     source: Source, split: str, config: DataConfig, tokenizer: Any, counts: RowCounts
 ) -> Iterator[pyarrow.Table]:
-    """The tokenised rows, a chunk at a time; what becomes of them is added to `counts`."""
+    """The tokenised rows, a chunk at a time. Adds to `counts`."""
     to_segments = segmenter(config, tokenizer)
-    rows = enumerate(source.read())
+    rows = iter(source.read())
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        rows_segments = []
-        for number, row in chunk:
-            try:
-                rows_segments.append(to_segments(row))
-            except ValueError as error:
-                raise UserError(f"{split} row {number}: {error}") from error
+        rows_segments = read_rows(chunk, to_segments, source.name, first=counts.read + 1)
         counts.read += len(chunk)
         counts.empty += sum(not segments for segments in rows_segments)
         examples = encode([segments for segments in rows_segments if segments], config, tokenizer)

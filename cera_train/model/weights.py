@@ -6,10 +6,15 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,24 +27,35 @@ from transformers import (
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
+from cera_train.data.hub import hub_or_cache, why_not_reached
 from cera_train.model.config import ModelConfig, Quantization
+from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
 from cera_train.model.precision import choose_precision
-
-PYPI = "pypi:"
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer.
 
     Raises:
-        ValueError: there is none at `model.path`.
+        UserError: there is none at `model.path`, or the model there is not usable.
     """
     return _from_hub_or_folder(AutoTokenizer.from_pretrained, config)
 
 
+def load_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's config.json.
+
+    Raises:
+        UserError: there is none at `model.path`, or not that of a causal language model.
+    """
+    loaded = _from_hub_or_folder(AutoConfig.from_pretrained, config)
+    check_causal(loaded.to_dict(), f"model.path={config.path}")
+    return loaded
+
+
 def check_length(config: ModelConfig, length: int, setting: str) -> None:
-    """Raises ValueError where `length` tokens, by that setting, are beyond the positions the model has."""
-    positions = positions_of(_from_hub_or_folder(AutoConfig.from_pretrained, config))
+    """Raises UserError where `length` tokens, by that setting, are beyond the positions the model has."""
+    positions = positions_of(load_config(config))
     if positions is not None and length > positions:
         raise UserError(f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it.")
 
@@ -50,23 +66,28 @@ def positions_of(config: PretrainedConfig) -> int | None:
 
 
 def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool = False) -> PreTrainedModel:
-    """The frozen base model on `device`; one that will be sharded waits for that in the machine's memory, since it may
-    not fit the device as a whole, but for a quantised one: quantising takes the device.
+    """The frozen base model on `device`.
+
+    A model that will be sharded stays in the machine's memory, since the whole may not fit the device. A quantised one
+    goes to the device all the same: quantising needs it.
 
     Raises:
-        ValueError: the model cannot be found, reached or used.
+        UserError: the model cannot be found, reached or used.
     """
+    load_config(config)
     dtype = getattr(torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype)
-    model = _from_hub_or_folder(
+    model, loading = _from_hub_or_folder(
         AutoModelForCausalLM.from_pretrained,
         config,
+        output_loading_info=True,
         dtype=dtype,
         attn_implementation=config.attn_implementation,
         quantization_config=quantization_config(config.quantization, dtype, will_be_sharded),
         device_map={"": "cpu" if will_be_sharded and config.quantization == Quantization.none else device},
-        # A pickle can run code when it is read; who trusts the model's code has nothing to fear from its pickles.
+        # A pickle can run code when it is read. A user who trusts the model's code can trust its pickles too.
         use_safetensors=None if config.trust_remote_code else True,
     )
+    _check_all_loaded(model, loading["missing_keys"], config)
     model.requires_grad_(False)
     if config.quantization == Quantization.nf4:
         _keep_4bit_weights_differentiable(model)
@@ -76,7 +97,7 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells base models of one shape apart: a digest of the weights that no quantisation touches, such as norms."""
+    """A digest of the weights that no quantisation touches, such as norms: it tells base models of one shape apart."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
@@ -111,32 +132,105 @@ def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    path = _pypi_folder(config.path) if config.path.startswith(PYPI) else config.path
-    try:
-        return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
-    except ImportError as error:  # such as flash attention that is not installed
-        raise UserError(f"model.path={config.path!r} cannot be loaded as asked: {error}") from error
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        if "model.safetensors" in reason:
-            raise UserError(
-                f"cannot load model.path={config.path!r} ({reason}) Weights in other formats are not read: convert "
-                "them to safetensors, or set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) "
-                "if you trust a pickle."
-            ) from error
+def _check_all_loaded(model: nn.Module, missing: Iterable[str], config: ModelConfig) -> None:
+    """Refuses a model some of whose weights are in no file: transformers draws them at random."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if absent := sorted(parameters.intersection(missing)):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(
-            f"cannot load model.path={config.path!r} ({reason}). If it is a gated Hub model, ask for access on its "
-            "page and log in with `hf auth login`; without a network, set model.path to a local folder or use "
-            "model=smollm2_135m_pypi."
-        ) from error
-    except ValueError as error:
-        if "trust_remote_code" in str(error):
+            f"model.path={config.path}: the weights lack {absent[0]}{more}: they are not those of "
+            f"{type(model).__name__}. Check config.json, or download the model again."
+        )
+
+
+def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
+    """A part of the model, by transformers; every error that the user can mend becomes a UserError."""
+    check_model(config.path)
+    path = _pypi_folder(config.path) if config.path.startswith(PYPI) else config.path
+    place = place_of_model(config.path)
+    try:
+        with hub_or_cache(needs_hub=not Path(path).is_dir()):
+            return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
+    except ImportError as error:  # such as flash attention that is not installed
+        raise UserError(f"{place} cannot be loaded as asked: {_one_line(error)}.") from error
+    except (OSError, HFValidationError) as error:
+        raise UserError(f"{place}: {_why_not_found(error)}") from error
+    except (SafetensorError, StrictDataclassError) as error:
+        raise UserError(f"{place}: not usable: {_one_line(error)}. Download or copy the model again.") from error
+    except Exception as error:
+        if "Specified `attn_implementation=" in str(error):
             raise UserError(
-                f"model.path={config.path!r} comes with Python code of its own. If you trust it, set "
-                "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true)."
+                f"model.attn_implementation={config.attn_implementation}: not known: set sdpa, eager or "
+                "flash_attention_2."
             ) from error
+        if reason := _mistake_in_model(error) or _mistake_in_folder(error, from_pretrained, Path(path)):
+            raise UserError(f"{place}: {reason}") from error
         raise
+
+
+def _why_not_found(error: Exception) -> str:
+    """Why transformers did not find a model, or a file of it, and the mend."""
+    text = str(error)
+    if "model.safetensors" in text:
+        return (
+            f"cannot load it ({_one_line(error)}). Weights in other formats are not read: convert them to safetensors, "
+            "or set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a pickle."
+        )
+    if "gated" in text or "401" in text or "403" in text:
+        return f"cannot load it ({_one_line(error)}). Ask for access on its page and log in with `hf auth login`."
+    if any(sign in text.lower() for sign in ("couldn't connect", "offline", "cached files")):
+        return (
+            f"no such folder here, and nothing comes from the Hub: {why_not_reached()}, and the model is not in the "
+            "cache. Where there is a network, log in with `hf auth login` if it is gated; without one, set model.path "
+            "to a local folder or use model=smollm2_135m_pypi."
+        )
+    return (
+        f"cannot load it ({_one_line(error)}). Check its name, log in with `hf auth login` if it is private, or set "
+        "model.path to a local folder."
+    )
+
+
+def _mistake_in_model(error: Exception) -> str | None:
+    """What is wrong with a model that transformers refuses with this error, and the mend; None for another error."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        return (
+            "the model comes with Python code of its own. If you trust it, set model.trust_remote_code=true (cera-eval "
+            "run=...: trust_remote_code=true)."
+        )
+    if found := re.search(r"model type `([^`]*)`", text):
+        return f"model_type {found[1]!r} is not known to transformers {transformers.__version__}: upgrade it with pip."
+    if text.startswith("Unrecognized configuration class"):
+        kind = re.search(r"configuration class <class '[\w.]*?(\w+)'>", text)
+        return f"{kind[1] if kind else 'its kind'} is not that of a causal language model, which is needed."
+    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
+        return "the weights have other shapes than config.json asks for: copy the config.json that belongs to them."
+    return None
+
+
+def _mistake_in_folder(error: Exception, from_pretrained: Any, folder: Path) -> str | None:
+    """Which file of a local model makes transformers stumble, and the mend; None where none does.
+
+    transformers and tokenizers meet a wrong value with whatever Python raises there.
+    """
+    if not folder.is_dir() or isinstance(error, (MemoryError, RuntimeError)):
+        return None
+    for name in ("tokenizer.json", "special_tokens_map.json", "vocab.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            read_object(folder / name, place_of_model(str(folder)))
+    reason = f"{type(error).__name__}: {_one_line(error)[:200]}"
+    if from_pretrained != AutoConfig.from_pretrained:
+        with contextlib.suppress(Exception):  # else the error is in the config
+            AutoConfig.from_pretrained(folder)
+            is_tokenizer = from_pretrained == AutoTokenizer.from_pretrained
+            return f"its tokenizer cannot be loaded ({reason}): copy its files again." if is_tokenizer else None
+    return f"its config.json is not usable ({reason}): copy the model's own."
+
+
+def _one_line(error: BaseException) -> str:
+    """The first sentence-like line of a library's message, without its final stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[0].split()).rstrip(".:")
 
 
 def _pypi_folder(path: str) -> Path:

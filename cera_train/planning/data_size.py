@@ -114,17 +114,14 @@ def _logistic_map_size(config: DataConfig) -> DataSize:
 
 def _size_of_files(config: DataConfig) -> DataSize:
     """Counts all rows, and the characters of the first ones."""
+    from cera_train.data.check import read_rows
+    from cera_train.data.files import from_files
     from cera_train.data.format import segmenter
-    from cera_train.data.sources import from_files
 
     to_segments = _chat_segments if config.layout == Layout.messages else segmenter(config, None)
     tokens = supervised = used = 0.0
-    rows = from_files(config.train_files).read()
-    for number, row in enumerate(itertools.islice(rows, SAMPLE_ROWS)):
-        try:
-            segments = to_segments(row)
-        except ValueError as error:
-            raise UserError(f"training row {number}: {error}") from error
+    rows = itertools.islice(from_files(config.train_files, "data.train_files").read(), SAMPLE_ROWS)
+    for segments in read_rows(rows, to_segments, "data.train_files"):
         if segments:
             length = sum(len(segment.text) for segment in segments) / CHARACTERS_PER_TOKEN
             answers = sum(len(segment.text) for segment in segments if segment.supervised) / CHARACTERS_PER_TOKEN
@@ -149,14 +146,14 @@ def _size_of_files(config: DataConfig) -> DataSize:
 
 def _chat_segments(row: dict[str, Any]) -> list[Any]:
     """The turns of a row, without the marks that a tokenizer's chat template adds."""
-    from cera_train.data.format import Segment, list_of, text_of
+    from cera_train.data.rows import Segment, list_of, text_of
 
     messages = list_of(row, "messages")
     return [Segment(text_of(message, "content"), text_of(message, "role") == "assistant") for message in messages]
 
 
 def _count_rows(names: list[str]) -> int:
-    from cera_train.data.sources import from_files
+    from cera_train.data.files import from_files
 
     rows = 0
     for name in names:

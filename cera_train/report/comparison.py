@@ -14,8 +14,8 @@ from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paire
 from cera_train.report.runs import Evaluation, Run
 from cera_train.report.settings import differing_in_evaluation, differing_keys
 from cera_train.report.table import has_column, signed
-from cera_train.report.tasks import display_name
 from cera_train.runs.results import PerplexityResult
+from cera_train.tasks.registry import display_name
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 LEVEL = 0.05
@@ -119,7 +119,7 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
             f"evaluated on different problems ({len(names):,} and {len(others):,}, {len(names & others):,} of them "
             "shared), so a paired test would mean nothing: evaluate both with the same task settings."
         )
-    score = evaluations[0].report.score_name
+    score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
     scores = [list(scores_by_problem(own, grader).values()) for own in evaluations]
     problems = len(scores[0])
@@ -140,7 +140,7 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
 
 def scores_by_problem(evaluation: Evaluation, grader: str) -> dict[str, float]:
     """The share of each problem that is right: of its answers, or by the task's score."""
-    return evaluation.answers.scores(evaluation.report.paired_score or (lambda grade: getattr(grade, grader)))
+    return evaluation.answers.scores(lambda grade: evaluation.task.paired_value(grade, grader))
 
 
 # --- what to know before comparing -----------------------------------------------------------------------------------

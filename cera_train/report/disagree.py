@@ -11,7 +11,7 @@ from cera_train.common.terminal import print_line, terminal_width
 from cera_train.common.trust import clean
 from cera_train.report.comparison import compare, graded, scores_by_problem
 from cera_train.report.runs import Run, read_runs
-from cera_train.report.tasks import display_name
+from cera_train.tasks.registry import display_name
 
 GAP = " | "
 
@@ -80,9 +80,10 @@ def _common_task(runs: list[Run], task: str | None) -> str:
 def _column(run: Run, letter: str, task: str, problem: str, grader: str, width: int) -> list[str]:
     """The lines of one side: verdicts, answers and generations of one run."""
     evaluation, lines = run.evaluations[task], []
-    answers, score = evaluation.answers, evaluation.report.paired_score
+    answers, task_kind = evaluation.answers, evaluation.task
     for grade in answers.grades[problem]:
-        verdict = f"{score(grade):.0%} of {grader} right" if score else "right" if getattr(grade, grader) else "wrong"
+        value = task_kind.paired_value(grade, grader)
+        verdict = f"{value:.0%} of {grader} right" if task_kind.score_name else "right" if value else "wrong"
         sample = f", sample {grade.sample}" * (len(answers.grades[problem]) > 1)
         answer = "no answer found" if grade.answer is None else f"answer: {grade.answer}"
         failure = f" ({grade.failure})" * bool(grade.failure)

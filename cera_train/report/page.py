@@ -18,8 +18,8 @@ from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.settings import differing_settings
 from cera_train.report.table import RANK, Column, build_columns
-from cera_train.report.tasks import display_name
 from cera_train.runs.card import escape
+from cera_train.tasks.registry import display_name
 
 RANK_NOTE = (
     "A branch's output lies in the column space of B, so its effective rank is at most r. The paper's largest "

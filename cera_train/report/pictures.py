@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from cera_train.common.drawing import BACKGROUND, COLORS, Picture, shortened, styles_of
 from cera_train.report.comparison import comparable, graded, group_by, task_names
 from cera_train.report.runs import Run, accuracy_metric
-from cera_train.report.tasks import display_name
 from cera_train.runs.results import mean_spectrum
+from cera_train.tasks.registry import display_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -212,7 +212,7 @@ def thinned(line: Line) -> Line:
 
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | str:
     evaluations = {run.name: run.evaluations[task] for run in graded(runs, task)}
-    added = [metric for own in evaluations.values() for metric in own.report.shown if metric.in_picture]
+    added = [metric for own in evaluations.values() for metric in own.task.shown if metric.in_picture]
     metrics = [*added, accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
     common = [metric for metric in metrics if all(_is_finite(own.value(metric)) for own in evaluations.values())]
     if not common:

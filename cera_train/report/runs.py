@@ -16,11 +16,12 @@ from cera_train.common.settings import flatten
 from cera_train.common.trust import clean
 from cera_train.data.config import evaluation_rows
 from cera_train.report.settings import Settings
-from cera_train.report.tasks import Metric, TaskReport, display_name, task_report
 from cera_train.runs.card import NAMES
 from cera_train.runs.graded import GradedAnswers
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
+from cera_train.tasks.registry import all_tasks, display_name
+from cera_train.tasks.task import Metric, Task
 
 METHODS = NAMES | {"base": "untouched base"}
 
@@ -54,8 +55,8 @@ class Evaluation:
     """None: it is unfinished."""
 
     @property
-    def report(self) -> TaskReport:
-        return task_report((self.result and self.result.kind) or self.known.task_kind)
+    def task(self) -> Task:
+        return task_of((self.result and self.result.kind) or self.known.task_kind or "")
 
     @property
     def title(self) -> str:
@@ -68,7 +69,7 @@ class Evaluation:
 
     @cached_property
     def answers(self) -> GradedAnswers:
-        return GradedAnswers(self.folder, self.report.counts)
+        return GradedAnswers(self.folder, self.task.counts)
 
     @property
     def metrics(self) -> list[Metric]:
@@ -77,7 +78,7 @@ class Evaluation:
             return [PERPLEXITY] if self.result else []
         wanted = (1, self.result.samples)
         shown = sorted((own.k, own.grader, own.key) for own in self.result.accuracies.found if own.k in wanted)
-        added = [metric for metric in self.report.shown if metric.key in self.result.details]
+        added = [metric for metric in self.task.shown if metric.key in self.result.details]
         return [accuracy_metric(name) for _, _, name in shown] + added
 
     def value(self, metric: Metric) -> float | None:
@@ -149,6 +150,11 @@ class Run:
         )
         named = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
         return ", ".join([named, *(str(value) for value in kept if value not in (None, "none"))])
+
+
+def task_of(kind: str) -> Task:
+    """The benchmark of this kind; one that shows nothing of its own for a kind of another version."""
+    return all_tasks().get(kind, Task(name=kind))
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cera_train.common.text import duration, gigabytes
-from cera_train.report.runs import Run, accuracy_metric
-from cera_train.report.tasks import Metric, display_name, task_report
+from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import Accuracies, AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
+from cera_train.tasks.registry import display_name
+from cera_train.tasks.task import Metric
 
 NOTHING = "–"
 MINUS = "−"
@@ -96,7 +97,7 @@ def task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
         for task, evaluation in run.evaluations.items():
             found.setdefault(task, {}).update({metric.key: metric for metric in evaluation.metrics})
     for task, name in (key.split("/", 1) for run in runs for key in run.published if is_of_task(key)):
-        known = {metric.key: metric for metric in task_report(task).shown}
+        known = {metric.key: metric for metric in task_of(task).shown}
         metric = accuracy_metric(name) if Accuracies.takes(name) else Metric(name, name, is_share=False)
         found.setdefault(task, {}).setdefault(name, known.get(name, metric))
     return [(task, metric) for task in sorted(found) for metric in found[task].values()]

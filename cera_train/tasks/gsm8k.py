@@ -6,7 +6,7 @@ import re
 from decimal import Decimal, InvalidOperation
 
 from cera_train.common.errors import UserError
-from cera_train.data.format import Row, text_of
+from cera_train.data.rows import Row, text_of
 from cera_train.tasks.task import QuestionTask
 
 NUMBER = re.compile(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from cera_train.common.errors import UserError
-from cera_train.data.format import Row, column, text_of
+from cera_train.data.rows import Row, column, text_of
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import QuestionTask
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from cera_train.common.errors import UserError
 from cera_train.data.config import DataConfig
-from cera_train.data.sources import Row, from_files, from_hub
+from cera_train.data.files import from_files
+from cera_train.data.rows import Row, place_of
+from cera_train.data.sources import from_hub
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.records import Problem
 from cera_train.tasks.registry import find_task
@@ -50,13 +52,13 @@ def read_rows(config: TaskConfig) -> Iterator[tuple[str, Row]]:
         UserError: a file or data set is missing, unreadable or of an unknown kind.
     """
     if config.files:
-        sources = [(name, from_files([name])) for name in config.files]
+        sources = [(name, from_files([name], "task.files")) for name in config.files]
     else:
         hub = from_hub(config.path, config.subset, config.revision, config.split)
         sources = [(f"{config.path}, split {config.split}", hub)]
     for name, source in sources:
         for number, row in enumerate(source.read(), start=1):
-            yield f"{name}, row {number}", row
+            yield place_of(row, f"{name}, row {number}"), row
 
 
 def rows_place(config: TaskConfig) -> str:

@@ -16,7 +16,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.text import duration
 from cera_train.data.config import DataConfig
-from cera_train.data.format import Row, columns_of, text_of
+from cera_train.data.format import columns_of
+from cera_train.data.rows import Row, text_of
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.problems import at, read_rows
 from cera_train.tasks.records import Generation, Grade, Problem
@@ -58,10 +59,25 @@ class Task:
     """Names for people of further files in conf/task/ with this kind, by the name of the file."""
     settings: tuple[str, ...] = ()
     """Settings of `TaskConfig` that only some tasks have, and this one has."""
+    score_name: str = ""
+    """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
     shown: tuple[Metric, ...] = ()
     """What a report shows beside accuracy or perplexity."""
     takes_data: bool = False
     """Whether `data=` chooses its rows."""
+
+    def counts(self, problem: Any) -> bool:
+        """Whether a problem counts in the scores. A problem has `details`."""
+        return True
+
+    def paired_value(self, grade: Any, grader: str) -> float:
+        """How much of an answer is right, from 0 to 1, for the paired test of two runs.
+
+        Args:
+            grade: a `Grade`, or a line of grades.jsonl with the same attributes.
+            grader: exact or verified; of no effect where `score_name` is set.
+        """
+        return float(getattr(grade, grader))
 
     def check(self, config: TaskConfig) -> None:
         """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
@@ -84,8 +100,6 @@ class AnswerTask(Task, ABC):
 
     is_verified: bool = True
     """Whether math-verify grades the answers too."""
-    score_name: str = ""
-    """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
 
     @abstractmethod
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
@@ -99,10 +113,6 @@ class AnswerTask(Task, ABC):
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         """Grades one answer by the task's published rule."""
 
-    def counts(self, problem: Any) -> bool:
-        """Whether a problem counts in the scores. A problem has `details`."""
-        return True
-
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         """What result.json holds beside pass@k, by key.
 
@@ -111,15 +121,6 @@ class AnswerTask(Task, ABC):
             grades: the grades of their answers; some may be missing.
         """
         return {}
-
-    def paired_value(self, grade: Any, grader: str) -> float:
-        """How much of an answer is right, from 0 to 1, for the paired test of two runs.
-
-        Args:
-            grade: a `Grade`, or a line of grades.jsonl with the same attributes.
-            grader: exact or verified; of no effect where `score_name` is set.
-        """
-        return float(getattr(grade, grader))
 
 
 DETAILS = ("level", "type", "subject")

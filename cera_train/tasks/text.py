@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.settings import require
 from cera_train.data.config import DataConfig
-from cera_train.data.format import text_of
+from cera_train.data.rows import text_of
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.problems import at, read_rows, rows_place
 from cera_train.tasks.task import RowTask, require_rows

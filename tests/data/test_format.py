@@ -5,65 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-from conftest import CHAT_TEMPLATE, SHARED_DATA, needs_shared_data, needs_smollm2
-from transformers import PreTrainedTokenizerFast
+from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
+from examples import data_config, example_of, ids_of, supervised_text, with_changes
 
-from cera_train.data.config import DataConfig
-from cera_train.data.format import Example, all_turns, columns_of, encode, segmenter, templates
+from cera_train.data.format import columns_of, encode, segmenter, templates
 from cera_train.data.sources import open_sources
-
-QUESTION_AND_ANSWER = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
-
-CONVERSATION = {
-    "conversations": [
-        {"from": "system", "value": "Be brief."},
-        {"from": "human", "value": "hello"},
-        {"from": "gpt", "value": "hello there", "weight": 1.0},
-        {"from": "human", "value": "next?"},
-        {"from": "gpt", "value": "0.84"},
-    ]
-}
-
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "hello there"},
-        {"role": "user", "content": "next?"},
-        {"role": "assistant", "content": "0.84"},
-    ]
-}
-
-
-def data_config(**settings) -> DataConfig:
-    return DataConfig(**({"train_files": ["t.jsonl"], "eval_files": ["e.jsonl"]} | QUESTION_AND_ANSWER | settings))
-
-
-def example_of(row: dict, tokenizer, **settings) -> Example:
-    config = data_config(**settings)
-    return encode([segmenter(config, tokenizer)(row)], config, tokenizer)[0]
-
-
-def with_changes(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTokenizerFast:
-    tokenizer = copy.deepcopy(tokenizer)
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-    return tokenizer
-
-
-def supervised_text(example: Example, tokenizer) -> str:
-    """The supervised tokens as text, stretches of them apart by a bar."""
-    stretches, previous = [], False
-    for token, counts in zip(example.input_ids, example.loss_mask, strict=True):
-        if counts:
-            stretches = [*stretches[:-1], [*stretches[-1], token]] if previous else [*stretches, [token]]
-        previous = counts
-    return "|".join(map(tokenizer.decode, stretches))
-
-
-def ids_of(text: str, tokenizer) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
 
 # --- layout text -----------------------------------------------------------------------------------------------------
 
@@ -211,22 +157,6 @@ def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
     assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"question": "a"}, "column 'answer' is missing; the columns there are: question."),
-        ({"question": "a", "answer": ["b"]}, "column 'answer' holds a list: expected text."),
-        ({"question": {"b": 1}, "answer": "b"}, "column 'question' holds a dict: expected text."),
-        ({"question": "a", "answer": "half a pair \ud83d"}, "surrogates not allowed"),
-    ],
-)
-def test_a_row_that_is_not_text_is_refused_with_a_reason(tokenizer, row, reason):
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the reason is compared below
-        example_of(row, tokenizer)
-    assert reason in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 # --- layout logistic_map ---------------------------------------------------------------------------------------------
 
 
@@ -240,180 +170,6 @@ def test_logistic_map_supervises_the_iterates(compose, tokenizer):
     assert tokenizer.decode(example.input_ids).startswith(
         "<s>Question: x' = 3.5 x (1 - x). Starting from x = 0.40, what are the next 6 values?\nAnswer: 0.84"
     )
-
-
-# --- layout conversations --------------------------------------------------------------------------------------------
-
-
-def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(compose, tokenizer):
-    files = ("data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]")
-    config = compose("data=slimorca", "data.loss_on=completion", *files).data
-    [example] = encode([segmenter(config, tokenizer)(CONVERSATION)], config, tokenizer)
-    assert tokenizer.decode(example.input_ids) == "<s>User: hello\nAssistant: hello there</s>"
-    assert supervised_text(example, tokenizer) == " hello there</s>"
-    published = compose("data=slimorca", *files).data
-    [example] = encode([segmenter(published, tokenizer)(CONVERSATION)], published, tokenizer)
-    assert supervised_text(example, tokenizer) == "User: hello\nAssistant: hello there</s>"
-
-
-def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
-    example = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
-    assert tokenizer.decode(example.input_ids) == (
-        "<s>System: Be brief.\nUser: hello\nAssistant: hello there</s>\nUser: next?\nAssistant: 0.84</s>"
-    )
-    assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
-
-
-def test_an_empty_answer_between_others_is_context(tokenizer):
-    turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]
-    row = {"conversations": [{"from": role, "value": text} for role, text in turns]}
-    assert [(segment.text, segment.supervised) for segment in all_turns(row)] == [
-        ("User: a\nAssistant:  \nUser: b\nAssistant:", False),
-        (" c", True),
-    ]
-
-
-@pytest.mark.parametrize("turns", ["first", "all"])
-@pytest.mark.parametrize(
-    "conversations",
-    [
-        None,
-        [],
-        [{"from": "human", "value": "a"}],
-        [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}],
-        [{"from": "human", "value": "a"}, {"from": "gpt", "value": " \n"}],
-    ],
-)
-def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns, conversations):
-    segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
-    assert segments({"conversations": conversations}) == []
-
-
-@pytest.mark.parametrize("turns", ["first", "all"])
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"text": "a"}, "column 'conversations' is missing; the columns there are: text."),
-        ({"conversations": "a"}, "column 'conversations' holds a str: expected a list of turns."),
-        ({"conversations": ["a"]}, "column 'from' is missing; the columns there are: none, but str."),
-        ({"conversations": [{"role": "user"}]}, "column 'from' is missing; the columns there are: role."),
-        ({"conversations": [{"from": "bing", "value": "a"}]}, "a turn is from 'bing': expected system, human, gpt."),
-        ({"conversations": [{"from": "gpt", "value": ["a"]}]}, "column 'value' holds a list: expected text."),
-    ],
-)
-def test_a_malformed_conversation_is_refused_with_a_reason(tokenizer, turns, row, reason):
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the reason is compared below
-        segmenter(data_config(layout="conversations", turns=turns), tokenizer)(row)
-    assert str(error.value) == reason
-
-
-# --- layout messages -------------------------------------------------------------------------------------------------
-
-
-def test_messages_supervise_every_assistant_turn_with_its_end_token(tokenizer):
-    example = example_of(CHAT, tokenizer, layout="messages")
-    assert tokenizer.decode(example.input_ids) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
-        "<|im_start|>assistant\nhello there<|im_end|>\n<|im_start|>user\nnext?<|im_end|>\n"
-        "<|im_start|>assistant\n0.84<|im_end|>"
-    )
-    assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
-
-
-def test_before_each_answer_stands_what_inference_would_tokenise(tokenizer):
-    example = example_of(CHAT, tokenizer, layout="messages")
-    for count, answer in ((2, "hello there<|im_end|>"), (4, "0.84<|im_end|>")):
-        prompt = tokenizer.apply_chat_template(CHAT["messages"][:count], add_generation_prompt=True).input_ids
-        assert example.input_ids[: len(prompt)] == prompt
-        assert not example.loss_mask[len(prompt) - 1]
-        ids = ids_of(answer, tokenizer)
-        assert example.input_ids[len(prompt) : len(prompt) + len(ids)] == ids
-        assert all(example.loss_mask[len(prompt) : len(prompt) + len(ids)])
-
-
-def test_a_chat_template_that_writes_the_start_token_does_not_get_a_second(tokenizer):
-    chat = with_changes(tokenizer, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
-    example = example_of(CHAT, chat, layout="messages")
-    assert example.input_ids.count(tokenizer.bos_token_id) == 1
-    assert example.input_ids[0] == tokenizer.bos_token_id
-    assert example.input_ids[:-1] == chat.apply_chat_template(CHAT["messages"]).input_ids[:-2]  # but for "<|im_end|>\n"
-
-
-def test_a_chat_template_without_an_end_token_gets_the_tokenizers(tokenizer):
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: {% endif %}"
-    example = example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
-    assert supervised_text(example, tokenizer) == "hello there</s>|0.84</s>"
-    assert tokenizer.decode(example.input_ids).endswith("hello there</s>\nuser: next?\nassistant: 0.84</s>")
-
-
-def test_an_end_of_turn_token_counts_though_the_tokenizer_does_not_list_it(tokenizer):
-    unlisted = with_changes(tokenizer, extra_special_tokens=[])
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in unlisted.all_special_ids
-    example = example_of(CHAT, unlisted, layout="messages")
-    assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
-
-
-def test_an_opening_line_and_an_empty_turn_of_the_assistant_are_context(tokenizer):
-    turns = [("assistant", "hello"), ("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
-    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    example = example_of(row, tokenizer, layout="messages")
-    assert supervised_text(example, tokenizer) == "c<|im_end|>"
-    assert tokenizer.decode(example.input_ids).startswith("<|im_start|>assistant\nhello<|im_end|>\n<|im_start|>user\na")
-    assert segmenter(data_config(layout="messages"), tokenizer)({"messages": None}) == []
-
-
-@pytest.mark.parametrize("role", ["user", "assistant"])
-def test_a_template_that_shortens_earlier_turns_is_refused(tokenizer, role):
-    template = (
-        f"{{% for m in messages %}}{{% set shorten = m['role'] == '{role}' and not loop.last %}}"
-        "{{ m['role'] }}: {{ m['content'][:2] if shorten else m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    with pytest.raises(ValueError, match="renders earlier turns differently"):
-        example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
-
-
-def test_a_template_that_asks_with_more_than_an_answer_begins_with_is_refused(tokenizer):
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    template += "{% if add_generation_prompt %}assistant: <think>{% endif %}"
-    one_answer = {"messages": CHAT["messages"][:3]}
-    with pytest.raises(ValueError, match="renders earlier turns differently"):
-        example_of(one_answer, with_changes(tokenizer, chat_template=template), layout="messages")
-
-
-def test_a_tokenizer_without_a_chat_template_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"needs a tokenizer with a chat template.*data\.layout=text"):
-        segmenter(data_config(layout="messages"), with_changes(tokenizer, chat_template=None))
-
-
-def test_what_the_chat_template_refuses_is_the_users_to_mend(tokenizer):
-    template = "{{ raise_exception('Conversation roles must alternate') }}"
-    with pytest.raises(ValueError, match="chat template refuses these messages: Conversation roles must alternate"):
-        example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
-    template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
-    row = {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "a"}]}
-    with pytest.raises(ValueError, match="chat template refuses these messages"):
-        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
-
-
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ("hello", "column 'messages' holds a str: expected a list of turns."),
-        (["hello"], "column 'content' is missing; the columns there are: none, but str."),
-        ([{"role": "user"}], "column 'content' is missing; the columns there are: role."),
-        ([{"content": "a"}], "column 'role' is missing; the columns there are: content."),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
-            "column 'content' holds a list: expected text.",
-        ),
-    ],
-)
-def test_malformed_messages_are_refused_with_a_reason(tokenizer, messages, reason):
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the reason is compared below
-        segmenter(data_config(layout="messages"), tokenizer)({"messages": messages})
-    assert str(error.value) == reason
 
 
 # --- length ----------------------------------------------------------------------------------------------------------
@@ -466,10 +222,3 @@ def test_the_first_gsm8k_row_is_supervised_on_its_answer(compose, smollm2):
     [example] = encode([segmenter(config, smollm2)(row)], config, smollm2)
     assert supervised_text(example, smollm2) == " " + row["answer"] + "<|im_end|>"
     assert smollm2.decode(example.input_ids) == f"Question: {row['question']}\nAnswer: {row['answer']}<|im_end|>"
-
-
-@needs_smollm2
-def test_smollm2s_own_chat_template_is_supervised_on_the_answers(smollm2):
-    example = example_of(CHAT, smollm2, layout="messages")
-    assert supervised_text(example, smollm2) == "hello there<|im_end|>|0.84<|im_end|>"
-    assert example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]  # but for the line break

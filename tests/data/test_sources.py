@@ -66,61 +66,6 @@ def test_a_file_without_rows_gives_none(tmp_path):
         assert rows_of(tmp_path / name) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("x.jsonl", b'{"a": 1}\n\n{"a": }\n', "x.jsonl:3: broken JSON: Expecting value."),
-        ("x.jsonl", b'{"a": 1}\n{"a": 2', "x.jsonl:2: broken JSON: Expecting ',' delimiter."),
-        ("x.json", b'[\n{"a": 1},\n{"a" 2}\n]', "x.json:3: broken JSON: Expecting ':' delimiter."),
-        ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', "x.jsonl:2: not UTF-8: invalid start byte."),
-        ("x.json", b'[\n{"a": 1},\n\n{"a": "\xe4"}\n]', "x.json:4: not UTF-8: invalid continuation byte."),
-        ("x.jsonl", b'{"a": 1}\n[1, 2]\n', "x.jsonl:2: expected a JSON object with a row's columns, got list."),
-        ("x.json", b'[{"a": 1}, "b"]', "x.json, row 1: expected a JSON object with a row's columns, got str."),
-        ("x.json", b'{"a": 1}', "x.json: expected a JSON list of rows, got dict. One row a line is .jsonl."),
-        ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "x.jsonl:1: unusable JSON: maximum recursion depth exceeded"),
-        ("x.jsonl", b'{}\n{"a": ' + b"9" * 5000 + b"}\n", "x.jsonl:2: unusable JSON: Exceeds the limit"),
-        ("x.parquet", b"PAR1 and no more", "x.parquet is not a readable parquet file: "),
-        ("x.parquet", b"", "x.parquet is not a readable parquet file: "),
-    ],
-)
-def test_an_unreadable_file_is_told_by_file_and_line(tmp_path, name, content, reason):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the reason is compared below
-        rows_of(tmp_path / name)
-    assert str(error.value).startswith(f"{tmp_path}/{reason}")
-    assert "\n" not in str(error.value)
-
-
-def test_columns_of_one_name_in_a_parquet_file_are_refused(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.table([pyarrow.array(["x"]), pyarrow.array(["y"])], names=["a", "a"])
-    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet is not a readable parquet file: Multiple matches for .*a"):
-        rows_of(tmp_path / "x.parquet")
-
-
-def test_a_missing_file_is_named_before_any_is_read(tmp_path, write_jsonl):
-    there = write_jsonl("t.jsonl", ROWS)
-    for train, evaluation in (([there, tmp_path / "no.jsonl"], [there]), ([there], [tmp_path / "no.jsonl"])):
-        with pytest.raises(ValueError, match=r"cannot read data file .*no\.jsonl .*: No such file or directory\."):
-            open_sources(data_config(train, evaluation))
-
-
-def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
-    (tmp_path / "rows.jsonl").mkdir()
-    with pytest.raises(ValueError, match=r"cannot read data file .*rows\.jsonl .*: Is a directory\."):
-        open_sources(data_config([tmp_path / "rows.jsonl"], eval_rows=1))
-
-
-@pytest.mark.parametrize("name", ["rows.csv", "rows", "rows.jsonl.gz"])
-def test_an_unknown_kind_of_file_names_the_known_ones(tmp_path, name):
-    (tmp_path / name).write_text("a,b\n")
-    with pytest.raises(ValueError, match=r"of an unknown kind: expected \.jsonl, \.json, \.parquet, \.txt\."):
-        open_sources(data_config([tmp_path / name], eval_rows=1))
-
-
 # --- which rows train, which evaluate --------------------------------------------------------------------------------
 
 
@@ -261,23 +206,3 @@ def test_what_the_config_says_about_a_hub_data_set_reaches_the_library(monkeypat
     settings = {"path": "a/b", "subset": "main", "revision": "v1", "train_split": "x[:2]", "eval_split": "y"}
     read(*open_sources(DataConfig(**settings, prompt="{question}", completion="{answer}")))
     assert calls == [(("a/b", "main"), {"split": split, "revision": "v1"}) for split in ("x[:2]", "y")]
-
-
-def test_an_unreachable_data_set_says_how_to_log_in_or_use_files(compose):
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the reason is compared below
-        open_sources(compose("data=gsm8k").data)
-    message = str(error.value)
-    assert message.startswith("cannot load data set 'openai/gsm8k' from the Hub (")
-    for mend in ("hf auth login", "data.train_files", "data.eval_files"):
-        assert mend in message
-    assert "\n" not in message
-
-
-def test_a_broken_file_of_a_data_set_is_no_traceback(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "train.jsonl").write_text('{"a": \n')
-    with pytest.raises(ValueError, match="cannot load data set"):
-        open_sources(DataConfig(path=str(tmp_path / "folder"), prompt="{question}", completion="{answer}"))

@@ -107,9 +107,7 @@ def test_a_micro_batch_is_cut_as_in_training(compose):
     assert largest == usual
     assert (largest.rows, largest.length, largest.is_flat, largest.has_mask) == (24, 171, True, False)
     assert (largest.autocast, largest.on_gpu) == ("bfloat16", True)
-    eighth, _ = batches(
-        compose, "model.dtype=bfloat16", "plan.gpus=8"
-    )  # eight rows of an update, longer than usual in one of many
+    eighth, _ = batches(compose, "model.dtype=bfloat16", "plan.gpus=8")  # 8 rows: longer in one of many
     assert 8 * 171 < eighth.tokens < 8 * 171 * 1.5
     assert batches(compose, "model.dtype=float32")[0].autocast is None
     assert batches(compose, "model.dtype=float32", "train.autocast=true")[0].autocast == "bfloat16"

