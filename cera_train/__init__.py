@@ -14,7 +14,8 @@ def _is_command() -> bool:
     """Whether this process is one of our commands: `cera-train`, `python -m cera_train` (whose name is -m until the
     package is imported), or a process that one of them spawned."""
     program = Path(sys.argv[0] if sys.argv else "")
-    return program.name == "-m" or program.name.startswith("cera-") or program.parent == Path(__file__).parent
+    is_script = program.name.startswith("cera-") and program.suffix in ("", ".exe")
+    return is_script or program.name == "-m" or program.parent == Path(__file__).parent
 
 
 if not _is_command():

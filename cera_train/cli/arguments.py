@@ -188,7 +188,7 @@ def _check_key(composition: Composition, override: Override, arguments: Sequence
 
 
 def _free_form(schema: type) -> list[str]:
-    """The settings that take keys of the user's own."""
+    """The settings that take any key, such as published.KEY."""
     hints = typing.get_type_hints(schema)
     return [name for name, hint in hints.items() if typing.get_origin(hint) is dict]
 

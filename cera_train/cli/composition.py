@@ -113,7 +113,7 @@ class Composition:
                 return f"broken YAML: {_one_line(error)}."
             case HydraException() | OmegaConfBaseException():
                 return self._bad_value(error, arguments)
-            # OmegaConf takes a value in a section that is null for a bug of its own, and its error has no attributes.
+            # OmegaConf reports a value in a null section as a failed assertion, which has no attributes.
             case AssertionError() if "Unexpected type for root: NoneType" in str(error):
                 return self._value_in_null(arguments)
         return None
@@ -125,12 +125,12 @@ class Composition:
             place: the argument, or the file.
         """
         section = key.split(".", 1)[0]
-        own, has_recipes = self._fields(), self.program != "cera-eval"
+        ours, has_recipes = self._fields(), self.program != "cera-eval"
         if key in ("recipe", "sweep") and has_recipes:
             return f"{place}: a {key} is added with a plus sign: write +{place}."
         for program, schema in SCHEMAS.items():
             fields = {field.name for field in dataclasses.fields(schema)}
-            if section in fields - own or (key in ("recipe", "sweep") and program == "cera-train"):
+            if section in fields - ours or (key in ("recipe", "sweep") and program == "cera-train"):
                 return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
         known = keys_of(self.schema) if "." in key else [*self.groups(), *keys_of(self.schema)]
         near = did_you_mean(key, known) or did_you_mean(key, [*self.groups(), *known])

@@ -35,6 +35,7 @@ def start(composition: Composition, command: Callable[[], Any], *more: str, is_h
     os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
     if not (is_debug or sys.warnoptions):
         warnings.simplefilter("ignore")  # libraries' warnings, with paths of site-packages, before our one line
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     join_slurm_step(os.environ)
     register_configs()

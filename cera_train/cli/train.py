@@ -32,7 +32,7 @@ def main() -> None:
 def train(composed: DictConfig) -> float | None:
     """One training run, or one job of a sweep. Returns its perplexity, for sweepers that minimise.
 
-    A job that fails returns None rather than raising: the others go on, and a sweeper such as Optuna counts a failure.
+    A job that fails returns None rather than raising: the others run, and a sweeper such as Optuna counts a failure.
     """
     with errors_in_one_line(TRAIN):
         join_slurm_step(os.environ)  # submitit starts a job without `start`
@@ -80,7 +80,7 @@ class Sweep(Callback):
     """Hydra's hooks at the start and the end of a sweep. conf/config.yaml names it."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and go on
+        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and continue
             is_elsewhere, detach = "submitit" in str(config.hydra.launcher._target_), config.launch.detach
             if detach and not is_elsewhere:
                 raise UserError(

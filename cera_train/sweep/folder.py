@@ -114,7 +114,7 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 
 
 def grid(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job that Hydra's own sweeper runs, in its order. `config` has Hydra's section."""
+    """The overrides of every job that Hydra's basic sweeper runs, in its order. `config` has Hydra's section."""
     dimensions = _dimensions(config)
     for override in dimensions:
         if override.is_sweep_override() and not override.is_discrete_sweep():

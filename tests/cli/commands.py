@@ -25,7 +25,7 @@ def cera_train(*arguments: str, cwd: Path, **environment: str) -> subprocess.Com
 
 @contextlib.contextmanager
 def at_once():
-    """What runs in it takes less than two seconds of a processor: on a busy machine the clock says little."""
+    """What runs in it takes less than two seconds of a processor: a busy machine's clock measures little."""
 
     def seconds() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)

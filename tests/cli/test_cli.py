@@ -100,7 +100,7 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny
     assert exit_info.value.code == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert re.search(message, line), line
-    # A run that had begun says in its folder how far it came.
+    # A run that had begun leaves in its folder how far it came.
     assert (tmp_path / "outputs" / "run").exists() == ("finite" in message)
 
 

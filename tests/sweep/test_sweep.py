@@ -23,7 +23,7 @@ from cera_train.sweep.table import State, best_jobs, read_sweep
 
 @pytest.fixture
 def sweep_here(tmp_path, tiny_folder):
-    """A working folder with a sweep file of the user's own: two by two jobs, of which one is impossible."""
+    """A working folder with a user's sweep file: two by two jobs, of which one is impossible."""
     (tmp_path / "conf" / "sweep").mkdir(parents=True)
     content = {
         "name": "tiny",
@@ -329,7 +329,7 @@ def test_optuna_minimises_the_perplexity_and_counts_a_failure(sweep_here):
     assert f"optimizer.lr={found['best_params']['optimizer.lr']}" in best.choices
     assert f"best       outputs/tiny/{best.name}: perplexity" in output
 
-    # One of two trials is impossible: the study goes on.
+    # One of two trials is impossible: the study continues.
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
     command = [
         *command[:4],
