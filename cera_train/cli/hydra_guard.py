@@ -1,5 +1,5 @@
-"""Hydra's config loader with a guard against files from strangers. Hydra takes no loader as an argument, so its module
-gets ours: the one name that this project replaces in Hydra."""
+"""Hydra's config loader with a guard against files from strangers. Hydra takes no loader as an argument, so its name in
+Hydra's module is replaced: the one name of Hydra that this project replaces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GuardedConfigLoader(ConfigLoaderImpl):
         overrides: list[str] | None = None,
     ) -> list[str]:
         if config_name is None and not overrides:
-            # Hydra copies every config for each of the hundred questions that its help asks: a second.
+            # Hydra would copy every config for each of a hundred calls of its help: a second.
             return self.repository.get_group_options(group_name, results_filter)
         return super().get_group_options(group_name, results_filter, config_name, overrides)
 
@@ -45,7 +45,7 @@ class GuardedConfigLoader(ConfigLoaderImpl):
         scheme, _, place = result.path.partition("://")
         if scheme == "file":
             return Path(place).resolve().is_relative_to(config_dir("conf").resolve())
-        return scheme in ("structured", "pkg")  # our schemas and recipes, plugins' and Hydra's own
+        return scheme in ("structured", "pkg")  # our schemas and recipes, those of plugins and of Hydra
 
 
 def guard_composition() -> None:

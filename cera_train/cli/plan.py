@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -14,26 +16,19 @@ from cera_train.cli.composition import Composition, to_config
 from cera_train.cli.start import errors_in_one_line, hydra_command, start
 from cera_train.common.errors import UserError
 from cera_train.config import PlanRun
-from cera_train.sweep.folder import refuse_grid_of_one
+from cera_train.sweep.folder import grid, refuse_grid_of_one
 
 PLAN = Composition(PlanRun, "cera-plan")
-
-JOBS: list[Any] = []
-"""The plans of a sweep's jobs, which Hydra runs one after the other in this process."""
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # Hydra leaves a multirun.yaml of a sweep
         start(PLAN, plan, f"hydra.sweep.dir={folder}")
-    if JOBS:
-        from cera_train.planning.table import print_sweep_plans
-
-        print_sweep_plans(JOBS)
 
 
 @hydra_command("plan")
-def plan(composed: DictConfig) -> None:
-    """One plan; in a sweep, the plan of one job."""
+def plan(composed: DictConfig) -> Any:
+    """Prints one plan. In a sweep, returns the plan of one job to `Sum`."""
     with errors_in_one_line(PLAN):
         refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
@@ -49,6 +44,29 @@ def plan(composed: DictConfig) -> None:
         if config.run is not None:
             print_measured(Path(config.run), config.plan)
         elif is_sweep:
-            JOBS.append(make_plan(config, with_remedies=False))
+            return make_plan(config, with_remedies=False)
         else:
             print_plan(make_plan(config))
+
+
+class Sum(Callback):
+    """Hydra's hooks of a sweep: collects the jobs' plans, which Hydra makes one after the other in this process, and
+    prints them with their sum. conf/plan.yaml names it."""
+
+    def __init__(self) -> None:
+        self.plans: list[Any] = []
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        with errors_in_one_line(PLAN):
+            grid(config)  # refuses what a grid cannot hold
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if job_return._return_value is not None:
+            self.plans.append(job_return.return_value)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        with errors_in_one_line(PLAN):
+            from cera_train.planning.table import print_sweep_plans
+
+            if self.plans:
+                print_sweep_plans(self.plans)

@@ -12,7 +12,7 @@ from cera_train.config import Config
 
 
 def main() -> None:
-    start(Composition(Config, "cera-report"), report)
+    start(Composition(Config, "cera-report"), report, is_hydra=False)
 
 
 def report() -> None:
@@ -42,4 +42,7 @@ def report() -> None:
             raise UserError(
                 f"--task={arguments.task} is for cera-report disagree A B: a report shows every task. Leave it out."
             )
-        say_report(write_report(arguments.folders, arguments.output or Path("report")))
+        output = arguments.output or Path("report")
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--output={output}: it is a file, and a report needs a folder: choose another.")
+        say_report(write_report(arguments.folders, output))

@@ -11,7 +11,7 @@ from cera_train.config import Config
 
 
 def main() -> None:
-    start(Composition(Config, "cera-sweep"), sweep)
+    start(Composition(Config, "cera-sweep"), sweep, is_hydra=False)
 
 
 def sweep() -> None:

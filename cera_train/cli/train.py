@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict, read_write
 
 from cera_train.cli.composition import Composition, check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, hydra_command, leave_closed_pipe, print_error, start
@@ -19,23 +19,23 @@ from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import Changes, changes_of
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
-from cera_train.sweep.folder import BEGUN, Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
 
 TRAIN = Composition(Config, "cera-train")
 
 
 def main() -> None:
-    start(TRAIN, train_and_print_sweep)
+    start(TRAIN, train)
 
 
 @hydra_command("config")
 def train(composed: DictConfig) -> float | None:
     """One training run, or one job of a sweep. Returns its perplexity, for sweepers that minimise.
 
-    A job that fails returns None rather than raising: the others go on, and a sweeper such as Optuna counts a failure.
+    A job that fails returns None rather than raising: the others run, and a sweeper such as Optuna counts a failure.
     """
     with errors_in_one_line(TRAIN):
-        join_slurm_step(os.environ)  # a job that submitit started did not come by `start`
+        join_slurm_step(os.environ)  # submitit starts a job without `start`
         job = Job.current(HydraConfig.get())
         if job is None:
             return run(composed)
@@ -52,7 +52,7 @@ def train(composed: DictConfig) -> float | None:
 
 
 def run(composed: DictConfig, job: Job | None = None) -> float:
-    """Trains as composed, a job in a folder within the sweep's."""
+    """Trains as composed; a job of a sweep in its folder of the sweep's."""
     refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
@@ -60,7 +60,7 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
     if job is None:
         refuse_sweeps_folder(Path(config.output_dir) / config.name)
     else:
-        config = replace(config, output_dir=str(job.folder), name=job.name)
+        config = replace(config, output_dir=str(job.sweep), name=job.name)
     if not is_as_published(overrides):
         config = replace(config, published={})
     with heavy_imports():
@@ -76,31 +76,39 @@ def is_as_published(overrides: list[str]) -> bool:
     return all(changes_of(Config, key) not in changing for key in keys)
 
 
-class SweepStart(Callback):
-    """Hydra's hook at the start of a sweep."""
+class Sweep(Callback):
+    """Hydra's hooks at the start and the end of a sweep. conf/config.yaml names it."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and go on
-            begin(config)
-            detach = config.launch.detach
-            if "submitit" in str(config.hydra.launcher._target_):
-                from cera_train.sweep.cluster import replace_waiting
-
-                replace_waiting(detach)
-            elif detach:
+        with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and continue
+            is_elsewhere, detach = "submitit" in str(config.hydra.launcher._target_), config.launch.detach
+            if detach and not is_elsewhere:
                 raise UserError(
                     "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                     "hydra/launcher=slurm_gpu."
                 )
+            begin(config, without_hydra)
+            if is_elsewhere:
+                from cera_train.sweep.cluster import replace_waiting
+
+                replace_waiting(detach)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""
+        if not is_main_process():
+            return
+        with errors_in_one_line(TRAIN):
+            from cera_train.sweep.table import is_finished, print_sweep
+
+            folder = Path(config.hydra.sweep.dir)
+            print()
+            print_sweep(folder)
+            if not (config.launch.detach or is_finished(folder)):
+                sys.exit(1)
 
 
-def train_and_print_sweep() -> None:
-    """`train`, and after a sweep its table; exit status 1 unless all its jobs are finished or still to come."""
-    train()
-    for folder, record in BEGUN.items() if is_main_process() else ():
-        from cera_train.sweep.table import is_finished, print_sweep
-
-        print()
-        print_sweep(folder)
-        if not (record["detached"] or is_finished(folder)):
-            sys.exit(1)
+def without_hydra(composed: DictConfig) -> Config:
+    """The checked config of a job, from all that Hydra composed for it."""
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return to_config(composed)

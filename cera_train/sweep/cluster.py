@@ -1,5 +1,7 @@
-"""Sweeps through submitit, whose jobs Hydra's launcher waits for: a lost job does not end the wait, and there need not
-be one."""
+"""Sweeps through submitit: a lost job does not end the wait for the others, and there need be no wait.
+
+Hydra's launcher waits by `job.results()` and offers no hook, so `submitit.Job.results` is replaced: the one name of
+submitit that this project replaces."""
 
 from __future__ import annotations
 
@@ -16,12 +18,12 @@ from cera_train.common.terminal import print_line
 
 @functools.cache
 def replace_waiting(detach: bool) -> None:
-    """Sets what Hydra's launcher gets in this process when it asks a job of submitit for its results.
+    """Replaces what Hydra's launcher waits for in this process.
 
     Args:
-        detach: nothing, so that the launcher returns when all jobs are submitted.
+        detach: return at once, when all jobs are submitted.
     """
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every look where Slurm keeps no accounts
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every query where Slurm keeps no accounts
     wait = submitit.Job.results
 
     def results(job: submitit.Job) -> list[Any]:
@@ -31,7 +33,7 @@ def replace_waiting(detach: bool) -> None:
         try:
             return wait(job)
         except (FailedJobError, UncompletedJobError):  # killed, cancelled, or never begun
-            print_line("lost", f"job {job.job_id}; what it said is in {job.paths.folder}")
+            print_line("lost", f"job {job.job_id}; its output is in {job.paths.folder}")
             return [JobReturn(status=JobStatus.COMPLETED)]
 
     submitit.Job.results = results

@@ -1,7 +1,7 @@
-"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by the job's choices.
+"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies.
 
-So a sweep has no state beside what its jobs left. Started again, each job finds its own folder: the finished are
-skipped, the cut go on, the missing run. Nothing here imports torch.
+A sweep has no state beside what its jobs left. Started again, each job finds its folder: the finished are skipped, the
+cut resume, the missing run. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.secrets import redact, redact_tree
-from cera_train.common.settings import Changes, changes_of
+from cera_train.common.settings import Changes, changes_of, require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
@@ -38,22 +39,31 @@ LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
 
 
-# --- which jobs ------------------------------------------------------------------------------------------------------
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
 def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
-    """A job's choices as the name of its folder, such as `adapter=cera,adapter.r=64,optimizer.lr=0.0003`: the same for
-    the same choices in any order, and never that of other choices.
+    """The name of a job's folder: what varies in the sweep, such as `adapter=cera,adapter.r=64`. The same for the same
+    choices in any order, and never that of other choices.
 
     Args:
         overrides: as Hydra gives them to the job.
-        swept: the keys that differ between the jobs.
+        swept: the keys that vary; empty: every choice is in the name.
     """
     choices = choices_of(overrides, swept)
+    return _name([choice for choice in choices if key_of(choice) in swept] if swept else choices)
+
+
+def earlier_name(overrides: Iterable[str], swept: Collection[str]) -> str:
+    """The name that earlier versions gave: every choice, those that all jobs share too."""
+    return _name(choices_of(overrides, swept))
+
+
+def _name(choices: list[str]) -> str:
     exact, shown = ",".join(choices), ",".join(_file_name(redact(choice)) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
         return exact or "default"
-    # What was replaced or cut may have told two jobs apart.
+    # What was replaced or cut may be all that differs between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
@@ -70,7 +80,7 @@ def key_of(override: str) -> str:
 
 
 def is_beside_the_point(key: str) -> bool:
-    """Whether a setting says where or how a run computes, or which file the job's choices come from."""
+    """Whether a setting decides where or how a run computes, or which file the job's choices come from."""
     if key in ("recipe", "sweep") or key.startswith("hydra"):
         return True
     return changes_of(Config, key) in (Changes.cost, Changes.nothing)
@@ -87,11 +97,15 @@ def _plain(text: str) -> str:
     return text if plain == text else plain.strip("-")
 
 
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
 def _dimensions(config: DictConfig) -> list[Override]:
     """What a sweep is over: the file's dimensions and the arguments, of which a later one replaces an earlier."""
     params = config.hydra.sweeper.get("params") or {}
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
-    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
+    return list({override.get_key_element(): override for override in parsed}.values())
 
 
 def _arguments(hydra_config: DictConfig) -> list[str]:
@@ -100,22 +114,60 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 
 
 def grid(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job that Hydra's own sweeper runs, in its order. `config` has Hydra's section."""
-    (jobs,) = BasicSweeper.split_arguments(_dimensions(config), None)
+    """The overrides of every job that Hydra's basic sweeper runs, in its order. `config` has Hydra's section."""
+    dimensions = _dimensions(config)
+    for override in dimensions:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(
+                f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from needs a sweeper that "
+                "draws: hydra/sweeper=optuna."
+            )
+    (jobs,) = BasicSweeper.split_arguments(dimensions, None)
     return jobs
+
+
+def check_every_value(config: DictConfig, jobs: list[list[str]], check: Callable[[DictConfig], Any]) -> None:
+    """Composes jobs until every value of every dimension has been in one that passes `check`.
+
+    A value that is impossible beside some others fails in its jobs, and the rest of the sweep runs.
+
+    Raises:
+        Exception: Hydra's or a UserError, where a value cannot be composed, or fails beside all others.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    fine: set[str] = set()
+    failed: dict[str, Exception] = {}
+    tries = Counter()
+    for job in jobs:
+        if fine.issuperset(job) or all(value in fine or tries[value] == MOST_TRIES for value in job):
+            continue
+        try:
+            check(loader.load_sweep_config(config, job))
+            fine.update(job)
+        except UserError as error:
+            for value in job:
+                failed.setdefault(value, error)
+                tries[value] += 1
+    for value, error in failed.items():
+        if value not in fine and tries[value] < MOST_TRIES:
+            raise error
+
+
+MOST_TRIES = 16
+"""Jobs in which a value is tried. One that fails in so many is left to its jobs: a sweep should start at once."""
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
 
-BEGUN: dict[Path, dict[str, Any]] = {}
-"""The sweep that this process leads: its folder, and what stands in its sweep.json."""
 
+def begin(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
+    """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now.
 
-def begin(config: DictConfig) -> None:
-    """Writes down which jobs there will be, as far as the sweeper knows them now.
+    Args:
+        check: raises UserError for the composed config of an impossible job.
 
     Raises:
-        ValueError: the sweep has no folder of its own.
+        UserError: the sweep's folder is a run's, or holds a sweep with other fixed settings; or a value is impossible.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -123,32 +175,78 @@ def begin(config: DictConfig) -> None:
                 f"{override} is another for each job. In a sweep, name=... is the folder of all jobs, and each job's "
                 "folder in it is named by its choices: give one name, or leave it out."
             )
+    require_folder_name(config.name)
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    # A job's own name or recipe must not move it elsewhere.
+    is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
+    jobs = grid(config) if is_grid else []
+    check_every_value(config, jobs, check)
+
+    # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    earlier = read_record(folder / RECORD)
+    record = _record(config, jobs, folder, earlier)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Every process of a run writes it, the same each: none reads it before it is there.
+    write_text(folder / RECORD, json.dumps(redact_tree(record), indent=2) + "\n")
+
+
+def _record(config: DictConfig, jobs: list[list[str]], folder: Path, earlier: dict[str, Any] | None) -> dict[str, Any]:
     is_swept = {override.key_or_group: override.is_sweep_override() for override in _dimensions(config)}
-    swept = [key for key, is_dimension in is_swept.items() if is_dimension]
-    is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
-    jobs = [{"name": job_name(job, swept), "overrides": job} for job in grid(config)] if is_grid else []
-    BEGUN[folder] = {"command": sys.argv, "swept": swept, "jobs": jobs, "detached": config.launch.detach}
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RECORD, json.dumps(redact_tree(BEGUN[folder]), indent=2) + "\n")
+    swept = {key for key, is_dimension in is_swept.items() if is_dimension}
+    # A dimension of an earlier command still names the jobs where this one fixes it.
+    swept |= {key for key in (earlier or {}).get("swept", ()) if key in is_swept}
+    single = [
+        f"{override.get_key_element()}={override.get_value_element_as_str()}"
+        for override in _dimensions(config)
+        if override.key_or_group not in swept
+    ]
+    recipes = [word.lstrip("+") for word in single if key_of(word) == "recipe"]
+    fixed = redact_tree(sorted([*choices_of(single), *recipes]))
+    before = fixed_of(earlier)
+    if before is not None and (other := [choice for choice in before if key_of(choice) not in swept]) != fixed:
+        raise UserError(
+            f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(other) or 'none'}; here "
+            f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."
+        )
+    return {
+        "command": sys.argv,
+        "swept": sorted(swept),
+        "fixed": fixed,
+        "jobs": [{"name": folder_of_job(folder, job, swept), "overrides": job} for job in jobs],
+        "detached": bool(config.launch.detach),
+    }
+
+
+def fixed_of(record: dict[str, Any] | None) -> list[str] | None:
+    """The settings that all jobs of a sweep share. None: there is no sweep yet, or one of an earlier version, whose
+    jobs have them in their names."""
+    if record is None or "fixed" in record or not record["jobs"]:
+        return record and record.get("fixed")
+    shared = [choice for choice in choices_of(record["jobs"][0]["overrides"]) if key_of(choice) not in record["swept"]]
+    return None if shared else []
+
+
+def folder_of_job(sweep: Path, overrides: list[str], swept: Collection[str]) -> str:
+    """The name of a job's folder: an earlier version's where it has begun the job, else by what varies."""
+    name, earlier = job_name(overrides, swept), earlier_name(overrides, swept)
+    has_begun = (sweep / earlier).is_dir() or (sweep / JOBS / f"{earlier}.json").exists()
+    return earlier if has_begun else name
 
 
 @dataclass(frozen=True)
 class Job:
     """One job, while it runs."""
 
-    folder: Path
-    """The sweep's."""
+    sweep: Path
+    """The sweep's folder."""
     name: str
+    """The job's folder in it."""
     overrides: list[str]
     number: int
-    of: int
+    count: int
     """Jobs in all. 0: the sweeper decides as it goes."""
 
     @classmethod
@@ -156,41 +254,40 @@ class Job:
         """The job that Hydra has just started, from `HydraConfig.get()`. None: this is a single run."""
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
-        folder = Path(hydra_config.sweep.dir)
-        record = BEGUN.get(folder) or read_record(folder / RECORD)  # a launcher may run the job in another process
+        sweep = Path(hydra_config.sweep.dir)
+        record = read_record(sweep / RECORD)
         overrides = _arguments(hydra_config)
-        return cls(
-            folder, job_name(overrides, record["swept"]), overrides, hydra_config.job.num + 1, len(record["jobs"])
-        )
+        name = folder_of_job(sweep, overrides, record["swept"])
+        return cls(sweep, name, overrides, hydra_config.job.num + 1, len(record["jobs"]))
 
     def start(self) -> None:
-        """Says which job this is and clears the error of an earlier start."""
+        """Prints which job this is and clears the error of an earlier start."""
         if not is_main_process():
             return
-        (self.folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's own record, in which secrets are not redacted
+        (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
         self._write(None)
         print()
-        print_line("job", f"{self.number}{f' of {self.of}' if self.of else ''}: {self.name}")
+        print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""
-        if is_main_process() or not (read_record(self.folder / JOBS / f"{self.name}.json") or {}).get("error"):
+        if is_main_process() or not (read_record(self.sweep / JOBS / f"{self.name}.json") or {}).get("error"):
             self._write(error)
 
     def _write(self, error: str | None) -> None:
-        (self.folder / JOBS).mkdir(parents=True, exist_ok=True)
+        (self.sweep / JOBS).mkdir(parents=True, exist_ok=True)
         content = {"number": self.number, "overrides": self.overrides, "error": error}
-        write_text(self.folder / JOBS / f"{self.name}.json", json.dumps(redact_tree(content), indent=2) + "\n")
+        write_text(self.sweep / JOBS / f"{self.name}.json", json.dumps(redact_tree(content), indent=2) + "\n")
 
 
 def refuse_grid_of_one(hydra_config: DictConfig) -> None:
-    """Raises ValueError where a sweep's file was chosen for a single run."""
+    """Raises UserError where a sweep's file was chosen for a single run."""
     if hydra_config.mode != RunMode.MULTIRUN and (chosen := hydra_config.runtime.choices.get("sweep")) is not None:
         raise UserError(f"+sweep={chosen} is a grid of runs: add -m to take them all.")
 
 
 def refuse_sweeps_folder(folder: Path) -> None:
-    """Raises ValueError where a run would write among the jobs of a sweep."""
+    """Raises UserError where a run would write among the jobs of a sweep."""
     if (folder / RECORD).exists():
         raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
 

@@ -1,4 +1,4 @@
-"""Where a sweep stands: a state for every job by what lies in its folder, and a table. Nothing here imports torch."""
+"""The state of every job of a sweep, by what lies in its folder, and a table. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line
 from cera_train.data.config import evaluation_rows
-from cera_train.sweep.folder import BEGUN, JOBS, RECORD, choices_of, read_record
+from cera_train.sweep.folder import JOBS, RECORD, choices_of, read_record
 
 SHORT_ERROR = 72
 """Characters of an error in the table."""
@@ -28,37 +28,39 @@ class State(StrEnum):
     failed = "failed"
     running = "running"
     cut = "cut"
-    """It was begun, and the same command goes on with it."""
+    """It began and did not end: the same command resumes it."""
     waiting = "waiting"
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobStatus:
     """How far one job is, by what lies in its folder."""
 
     name: str
-    """Of its folder."""
+    """The name of its folder."""
     choices: list[str]
     state: State
     done: int | None = None
     """Updates."""
     total: int | None = None
     perplexity: float | None = None
-    """Of an unfinished run, at its last evaluation."""
+    """An unfinished run's: that of its last evaluation."""
     error: str | None = None
     rows: tuple = ()
-    """What decides on which rows the perplexity is taken."""
+    """The settings that decide on which rows the perplexity is taken."""
 
 
-def read_sweep(folder: Path) -> list[Standing]:
+def read_sweep(folder: Path) -> list[JobStatus]:
     """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left.
 
     Raises:
-        ValueError: the folder is not a sweep's.
+        UserError: the folder is not a sweep's.
     """
     record = read_record(folder / RECORD)
     if record is None:
         what = "holds no sweep" if folder.is_dir() else "is not a folder"
+        if (folder / "config.yaml").exists():
+            raise UserError(f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it.")
         raise UserError(
             f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
         )
@@ -66,10 +68,10 @@ def read_sweep(folder: Path) -> list[Standing]:
     started = {path.stem: read_record(path) for path in (folder / JOBS).glob("[!.]*.json")}
     for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name]["number"], name)):
         overrides[name] = started[name]["overrides"]
-    return [standing(folder, name, choices_of(own, record["swept"])) for name, own in overrides.items()]
+    return [job_status(folder, name, choices_of(words, record["swept"])) for name, words in overrides.items()]
 
 
-def standing(sweep: Path, name: str, choices: list[str]) -> Standing:
+def job_status(sweep: Path, name: str, choices: list[str]) -> JobStatus:
     """How far a job of a sweep is."""
     folder, record = sweep / name, sweep / JOBS / f"{name}.json"
     result, error = read_record(folder / "result.json"), (read_record(record) or {}).get("error")
@@ -89,12 +91,12 @@ def standing(sweep: Path, name: str, choices: list[str]) -> Standing:
         state = State.cut if settings else State.waiting
     total = settings.get("train.max_updates") or (read_record(folder / "environment.json") or {}).get("updates")
     rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
-    return Standing(name, choices, state, updates, total, perplexity, error, rows)
+    return JobStatus(name, choices, state, updates, total, perplexity, error, rows)
 
 
-def best_jobs(jobs: Sequence[Standing]) -> list[Standing]:
+def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
     """The finished jobs of the lowest perplexity, one for every choice of evaluation rows."""
-    best: dict[tuple, Standing] = {}
+    best: dict[tuple, JobStatus] = {}
     for job in jobs:
         if job.state == State.finished and (job.rows not in best or job.perplexity < best[job.rows].perplexity):
             best[job.rows] = job
@@ -167,8 +169,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether every job of this command is, whatever earlier ones left in the folder."""
-    jobs, own = read_sweep(folder), {job["name"] for job in BEGUN[folder]["jobs"]}
-    if not own:  # the sweeper decided as it went
+    """Whether every job of the last command is finished, whatever earlier ones left in the folder."""
+    jobs, names = read_sweep(folder), {job["name"] for job in read_record(folder / RECORD)["jobs"]}
+    if not names:  # the sweeper decided as it went
         return all(job.state != State.failed for job in jobs)
-    return all(job.state == State.finished for job in jobs if job.name in own)
+    return all(job.state == State.finished for job in jobs if job.name in names)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -14,35 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import at_once, cera_train, command
 
 from cera_train.cli.composition import options
 from cera_train.cli.train import is_as_published, main
 from cera_train.common.errors import explain
-
-
-def cera_train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cera_train", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | environment,
-        check=False,
-        timeout=300,
-    )
-
-
-@contextlib.contextmanager
-def at_once():
-    """What runs in it takes less than two seconds of a processor: on a busy machine the clock says little."""
-
-    def seconds() -> float:
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    before = seconds()
-    yield
-    assert seconds() - before < 2
 
 
 @pytest.fixture
@@ -51,62 +25,6 @@ def tiny_arguments(tiny_folder) -> list[str]:
         f"model.path={tiny_folder}",
         *("model.dtype=float32", "data.max_length=256", "adapter.r=4", "train.max_updates=4", "name=run"),
     ]
-
-
-def assert_refused(done: subprocess.CompletedProcess[str], message: str, cwd: Path) -> None:
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("cera-train: ")
-    assert re.search(message, lines[0]), lines[0]
-    assert not (cwd / "outputs" / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        ("adapter.rank=3", r"unknown setting 'adapter.rank' \(from 'adapter.rank=3'\). Did you mean adapter.r"),
-        ("train.lr=3", "Did you mean optimizer.lr"),
-        ("batch_size=3", "Did you mean train.batch_size"),
-        ("+train.batch=3", "unknown setting 'train.batch'.*Did you mean train.batch_size"),
-        ("adaptr=lora", "unknown setting 'adaptr'.*Did you mean adapter"),
-        ("model=llama3_1_8", "unknown model 'llama3_1_8'. Did you mean llama3_1_8b.*There are: .*smollm2_135m_pypi"),
-        ("+recipe=math_r6", "unknown recipe 'math_r6'. Did you mean math_r64.*There are: gsm8k_r64"),
-        ("recipe=math_r64", r"write \+recipe=math_r64"),
-        ("+adapter=lora", "adapter is chosen twice: write adapter=NAME"),
-        ("adapter.r=abc", "adapter.r: Value 'abc' of type 'str' could not be converted to Integer"),
-        ("adapter.r=-1", "adapter.r=-1 must be positive"),
-        ("adapter.kind=loha", r"adapter.kind: Invalid value 'loha', expected one of \[cera, lora, rslora, dora\]"),
-        ("adapter.layers=3", "adapter.layers: expected a list"),
-        ("adapter.r=[", "cannot read the argument 'adapter.r=\\['"),
-        ("adapter.alpha=${nothing}", "adapter.alpha: Interpolation key 'nothing' not found"),
-        ("model=null", "model=null: expected the name of a file"),
-        ("train.micro_batch_tokens=8", "train.micro_batch_tokens=8 is less than data.max_length=128"),
-        ("data=jsonl", "there is no training data: set data.train_files"),
-    ],
-)
-def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, argument, message):
-    with at_once():
-        done = cera_train(argument, "name=run", cwd=tmp_path)
-    assert_refused(done, message, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (
-            "quantisation: nf4",
-            "unknown setting 'model.quantisation' .from 'model/mine.yaml'.. Did you mean model.quant",
-        ),
-        ("dtype: bf16", r"model.dtype: Invalid value 'bf16', expected one of .* \(in model/mine.yaml\)"),
-        ("path: a: b", "broken YAML: mapping values are not allowed here.*mine.yaml.*line 1"),
-    ],
-)
-def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
-    (tmp_path / "conf" / "model").mkdir(parents=True)
-    (tmp_path / "conf" / "model" / "mine.yaml").write_text(content)
-    assert_refused(cera_train("--config-dir", "conf", "model=mine", "name=run", cwd=tmp_path), message, tmp_path)
 
 
 def test_help_answers_at_once_and_names_every_choice(tmp_path):
@@ -120,6 +38,7 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
 
 IMPORTS = """
 import gc, sys
+sys.argv[0] = "cera-train"
 from cera_train.common.imports import heavy_imports
 
 with heavy_imports():
@@ -174,13 +93,14 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny
     (tmp_path / "empty.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
     # In this process: torch is imported already.
-    monkeypatch.setattr(sys, "argv", ["cera-train", *tiny_arguments, *arguments])
+    merged = {argument.partition("=")[0]: argument for argument in [*tiny_arguments, *arguments]}
+    monkeypatch.setattr(sys, "argv", ["cera-train", *merged.values()])
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert re.search(message, line), line
-    # A run that had begun says in its folder how far it came.
+    # A run that had begun leaves in its folder how far it came.
     assert (tmp_path / "outputs" / "run").exists() == ("finite" in message)
 
 
@@ -286,67 +206,6 @@ def test_out_of_memory_names_the_settings_to_lower():
 def test_a_bug_of_ours_keeps_its_traceback():
     assert explain(AttributeError("'NoneType' object has no attribute 'x'")) is None
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-
-
-# --- the other commands ----------------------------------------------------------------------------------------------
-
-
-def command(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(Path(sys.executable).parent / name), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-        timeout=300,
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("cera-eval", [], r"run=... is missing: the folder of a run"),
-        ("cera-eval", ["run=x"], "task=... is missing: `cera-eval --help` lists the tasks"),
-        ("cera-eval", ["run=x", "task=maths"], "unknown task 'maths'. Did you mean math"),
-        ("cera-eval", ["run=x", "tsk=math"], "unknown setting 'tsk' .*Did you mean task[?] `cera-eval --help`"),
-        ("cera-eval", ["run=x", "task=math", "adapter=lora"], "unknown setting 'adapter'|Could not override"),
-        ("cera-eval", ["run=x", "task.limit=4"], "task.limit needs a file for task: add task=NAME, one of forgetting"),
-        ("cera-eval", ["run=x", "task=math", "model.dtype=float32"], "model.dtype needs a file for model"),
-        ("cera-eval", ["run=base", "task=math"], "run=base needs model="),
-        ("cera-eval", ["run=base", "task=perplexity", "model=smollm2_135m"], "needs data=..."),
-        ("cera-eval", ["run=x", "task=math", "data=math"], "data=... belongs to task=perplexity"),
-        ("cera-eval", ["run=x", "task=math", "task.limit=0"], "task.limit=0 must be positive"),
-        ("cera-eval", ["run=x", "task=math", "generation.samples=4"], "choose generation=sample"),
-        ("cera-eval", ["run=x", "task=math", "generation.top_p=0.9"], "no meaning for greedy answers"),
-        ("cera-eval", ["run=x", "task=math", "generation=sample", "generation.top_p=0"], "must be above 0"),
-        ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[5]"], "must be numbers above 0"),
-        ("cera-eval", ["run=x", "task=math", "task.name=../out"], "expected the name of one folder"),
-        ("cera-eval", ["run=x", "task=gsm8k", "task.level=5"], "task.level=5 is for MATH's tasks"),
-        ("cera-eval", ["run=x", "task=logistic_map", "task.files=[x.jsonl]"], "takes neither task.prompt nor"),
-        ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[3.5699456]"], "more than the six digits"),
-        ("cera-eval", ["run=x", "task=forgetting", "task.window=1"], "task.window=1 must be at least 2"),
-        ("cera-eval", ["grade=x", "task=math"], "grade=... takes neither run= nor task="),
-    ],
-)
-def test_a_mistake_in_an_evaluations_settings_gets_one_line_and_status_2(tmp_path, name, arguments, message):
-    with at_once():
-        done = command(name, *arguments, cwd=tmp_path)
-    assert_one_line(done, name, message)
-    assert not list(tmp_path.iterdir())
-
-
-def assert_one_line(done: subprocess.CompletedProcess[str], program: str, message: str) -> None:
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"{program}: ")
-    assert re.search(message, line), line
-
-
-def test_an_evaluation_of_a_folder_that_is_no_run_gets_one_line(tmp_path):
-    with at_once():
-        done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path)
-    assert_one_line(done, "cera-eval", "run=nothing does not exist: expected a folder that cera-train left")
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan"])

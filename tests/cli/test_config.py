@@ -10,7 +10,7 @@ import yaml
 
 from cera_train.adapters.config import Activation, AdapterKind
 from cera_train.cli.composition import config_dir, options
-from cera_train.common.settings import flatten, to_plain
+from cera_train.common.settings import flatten, leaves, to_plain
 from cera_train.common.settings import keys_of as config_keys
 from cera_train.config import Config
 from cera_train.data.config import LossOn
@@ -20,7 +20,7 @@ from cera_train.training.config import OptimizerKind
 CHOICES = [
     (path.parent.name, path.stem)
     for path in sorted(config_dir("conf").glob("*/*.yaml"))
-    if path.parent.name != "sweep"  # grids of whole runs: tests/test_sweep.py
+    if path.parent.name != "sweep"  # grids of whole runs: tests/sweep/test_grids.py
 ]
 RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
 
@@ -80,6 +80,44 @@ def test_recipes_hold_the_published_settings(compose):
 
     nf4 = compose("+recipe=math_r64_nf4")
     assert (nf4.model.quantization, nf4.optimizer.kind) == ("nf4", OptimizerKind.paged_adamw_8bit)
+
+
+def test_the_defaults_are_those_of_the_settings_and_no_recipe_restates_them(compose):
+    config = compose()
+    assert (config.adapter.r, config.optimizer.lr, config.train.batch_size, config.train.epochs) == (64, 3e-4, 64, 3)
+    defaults = {leaf.key: leaf.field.default for leaf in leaves(Config)}
+    files = [*RECIPES, *config_dir("conf").glob("sweep/*.yaml"), *config_dir("conf").glob("optimizer/*.yaml")]
+    assert len(files) > 15
+    for path in files:
+        content = flatten(yaml.safe_load(path.read_text()))
+        if path.parent.name == "optimizer":
+            assert list(content) == ["kind"], path
+        restated = {key: value for key, value in content.items() if key in defaults and defaults[key] == _number(value)}
+        assert not restated.keys() - {"name"}, path
+
+
+def _number(value: object) -> object:
+    """YAML 1.1 reads 3e-4 as a text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def test_the_papers_recipes_and_grids_fix_the_precision(compose):
+    for path in RECIPES:
+        if path.stem != "quickstart":
+            assert yaml.safe_load(path.read_text())["model"]["dtype"] == "bfloat16", path
+    for path in config_dir("conf").glob("sweep/*.yaml"):
+        if path.stem != "quickstart_grid":
+            assert yaml.safe_load(path.read_text())["model"]["dtype"] == "bfloat16", path
+    assert compose().model.dtype == compose("+recipe=quickstart").model.dtype == "auto"
+
+
+@pytest.mark.parametrize("overrides", [[], ["+recipe=math_lora_r512"], ["+recipe=quickstart", "adapter=dora"]])
+def test_a_plan_is_of_the_same_settings_as_the_run(compose, overrides):
+    plan = to_plain(compose(*overrides, command="plan"))
+    assert {key: value for key, value in plan.items() if key not in ("plan", "run")} == to_plain(compose(*overrides))
 
 
 def test_a_recipe_yields_to_the_command_line(compose):

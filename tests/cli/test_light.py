@@ -1,0 +1,84 @@
+"""What has to answer at once imports nothing heavy, and every setting carries its mark."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import subprocess
+import sys
+import typing
+
+import pytest
+
+import cera_train
+from cera_train.common.settings import Changes, section_of
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
+FOLDERS = ("cli", "sweep", "report", "common")
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(cera_train.__path__, "cera_train.")
+    if module.name.split(".")[1] in FOLDERS or module.name.endswith(".config")
+    if not module.name.startswith("cera_train.cera.")  # PEFT's settings of the method
+)
+SETTINGS = [
+    kind
+    for module in MODULES
+    if module.endswith(".config")
+    for kind in vars(importlib.import_module(module)).values()
+    if dataclasses.is_dataclass(kind) and kind.__module__ == module
+]
+
+IMPORT_ALL = """
+import importlib, sys
+sys.argv[0] = "cera-train"
+for name in {modules}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name == "submitit" and name == "cera_train.sweep.cluster", error
+    print(name, *sorted(set({heavy}) & sys.modules.keys()))
+"""
+
+
+def test_what_answers_at_once_imports_nothing_heavy():
+    assert {"cera_train.config", "cera_train.cli.train", "cera_train.report.page", "cera_train.sweep.table"} <= {
+        *MODULES
+    }
+    script = IMPORT_ALL.format(modules=MODULES, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n")[:-1] == MODULES, done.stdout + done.stderr
+
+
+def test_importing_the_package_registers_cera_with_peft_whichever_comes_first():
+    for first, second in (("cera_train", "peft"), ("peft", "cera_train")):
+        script = f"import {first}, {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        script += "import sys; print('CERA' in [kind.value for kind in known])\n"
+        script += "print([type(finder) for finder in sys.meta_path if 'cera' in str(type(finder)).lower()])"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.stdout == "True\n[]\n", done.stderr
+
+
+def test_an_evaluation_and_a_run_register_cera_where_they_load_torch():
+    for module in ("cera_train.evaluation.evaluate", "cera_train.training.train"):
+        script = f"import sys; sys.argv[0] = 'cera-train'; import {module}; print('cera_train.cera' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.stdout == "True\n", (module, done.stderr)
+
+
+def test_the_settings_were_found():
+    assert len(SETTINGS) >= 15
+
+
+@pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__name__)
+def test_every_setting_carries_the_mark_of_what_it_changes(kind):
+    """Resuming, the token cache, sweeps and reports go by it: a field without one would be forgotten by all."""
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        if section_of(hint) is None:
+            assert field.metadata.get("changes") in set(Changes), (
+                f"{kind.__name__}.{field.name}: make it by setting(...)"
+            )
+        else:
+            assert not field.metadata, f"{kind.__name__}.{field.name}: make it by section(...)"

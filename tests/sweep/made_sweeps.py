@@ -1,0 +1,49 @@
+"""Folders of sweeps as real ones leave them, without training."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import yaml
+
+from cera_train.cli.sweep import main as main_sweep
+from cera_train.sweep.folder import JOBS, RECORD
+from cera_train.sweep.table import State, read_sweep
+
+
+def make_job(sweep: Path, name: str, perplexity: float | None = None, error: str | None = None, **data: str) -> Path:
+    """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity."""
+    folder = sweep / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}, "data": data}))
+    lines = [{"update": 0, "eval/perplexity": 9.0}, {"update": 5, "train/loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr')
+    if perplexity is not None:
+        (folder / "result.json").write_text(json.dumps({"updates": 20, "eval/perplexity": perplexity}))
+    if error is not None:
+        record_job(sweep, name, error)
+    return folder
+
+
+def record_job(sweep: Path, name: str, error: str | None, number: int = 1) -> Path:
+    path = sweep / JOBS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"number": number, "overrides": name.split(","), "error": error}))
+    return path
+
+
+def record_sweep(sweep: Path, *names: str) -> None:
+    sweep.mkdir(parents=True, exist_ok=True)
+    jobs = [{"name": name, "overrides": name.split(",")} for name in names]
+    (sweep / RECORD).write_text(json.dumps({"command": ["cera-train"], "swept": [], "jobs": jobs}))
+
+
+def states(sweep: Path) -> dict[str, State]:
+    return {job.name: job.state for job in read_sweep(sweep)}
+
+
+def cera_sweep(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["cera-sweep", *map(str, arguments)])
+    main_sweep()

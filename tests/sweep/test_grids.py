@@ -1,0 +1,144 @@
+"""Every file of conf/sweep: its jobs compose, and its header holds what cera-plan predicts."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+
+from cera_train.cli.composition import config_dir, options, to_config
+from cera_train.cli.plan import main as main_plan
+from cera_train.config import Config, PlanRun
+from cera_train.planning.plan import RunPlan, make_plan
+from cera_train.sweep.folder import grid, job_name
+
+SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def jobs_of(compose):
+    """jobs_of("+sweep=rank_lr", ...) -> the overrides of every job, as Hydra's sweeper makes them."""
+
+    def jobs_of(*arguments: str) -> list[list[str]]:
+        with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+            loaded = GlobalHydra.instance().hydra
+            return grid(loaded.compose_config("plan", list(arguments), run_mode=RunMode.MULTIRUN))
+
+    return jobs_of
+
+
+@pytest.fixture(scope="module")
+def plans_of(jobs_of):
+    """plans_of("+sweep=rank_lr", ...) -> the plan of every job."""
+    known: dict[tuple[str, ...], RunPlan] = {}
+
+    def plan(job: list[str]) -> RunPlan:
+        key = tuple(sorted(override for override in job if not override.startswith("name=")))
+        if key not in known:
+            with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+                known[key] = make_plan(to_config(hydra.compose("plan", job), PlanRun))
+        return known[key]
+
+    return lambda *arguments: [plan(job) for job in jobs_of(*arguments)]
+
+
+def test_the_glob_found_the_sweeps():
+    assert {path.stem for path in SWEEPS} == {
+        *("rank_lr", "model_scale", "data_sets", "rank_scaling"),
+        *("ablation_gate", "ablation_targets", "ablation_dropout", "quickstart_grid"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_job_of_every_sweep_composes_and_has_a_folder_of_its_own(compose, jobs_of, plans_of, path):
+    jobs = jobs_of(f"+sweep={path.stem}")
+    plans = plans_of(f"+sweep={path.stem}")
+    for plan in plans:
+        assert plan.config.name == path.stem
+        assert plan.config.adapter.alpha is None  # each method at the scale CeRA has
+    swept = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
+    names = {job_name(job, swept) for job in jobs}
+    assert len(names) == len(jobs) > 1
+    for job in (jobs[0], jobs[-1]):
+        assert isinstance(compose(*job), Config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweeps_header_says_its_command_and_what_cera_plan_predicts(plans_of, path):
+    header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert header.startswith("# @package _global_\n")
+    assert f"command   cera-train -m +sweep={path.stem}\n" in header
+    assert "expected  " in header
+    plans = plans_of(f"+sweep={path.stem}")
+    if path.stem == "quickstart_grid":  # it was measured
+        assert f"cost      {len(plans)} jobs, " in header
+    else:
+        hours = f"{sum(plan.gpu_hours for plan in plans):,.2f}"
+        assert f"cost      {len(plans)} jobs, {hours} GPU-hours of an H100 by cera-plan" in header
+        assert all(plan.data.source == "an estimate" for plan in plans)
+        assert "tokens per row are estimates" in header
+        assert all(plan.fits for plan in plans)
+
+
+@pytest.mark.slow
+def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
+    for name in set(options("recipe")) - {"quickstart"}:  # it was measured
+        gpu, called = ("rtx4090", "RTX 4090") if name == "math_r64_nf4" else ("h100", "H100")
+        (plan,) = plans_of(f"+recipe={name}", f"plan.gpu={gpu}")
+        header = (config_dir("recipes") / f"{name}.yaml").read_text()
+        assert f"{plan.gpu_hours:.1f} hours of one {called} by cera-plan" in header
+        assert f"{plan.totals.updates:,} updates of 64" in header
+
+
+@pytest.mark.slow
+def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
+    """recipes/README.md: every command that trains composes, and its jobs and GPU-hours are those of now."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (config_dir("recipes") / "README.md").read_text().splitlines()
+        if line.startswith("|") and "`cera-train " in line
+    ]
+    assert len(rows) >= 10
+    seen = set()
+    for row in rows:
+        command, jobs, hours = row[1:4]
+        (command,) = re.fullmatch(r"`cera-train (.*)`", command).groups()
+        arguments = [argument for argument in shlex.split(command) if argument != "-m"]
+        plans = plans_of(*arguments)
+        assert ("-m " in command) == (len(plans) > 1), command
+        assert (jobs, hours) == (str(len(plans)), f"{sum(plan.gpu_hours for plan in plans):,.2f}"), command
+        assert all(plan.fits for plan in plans), command
+        seen |= set(re.findall(r"\b(?:\w+_)*\w+\b", command))
+    assert {path.stem for path in SWEEPS} - {"quickstart_grid"} <= seen
+    assert set(options("recipe")) - {"quickstart", "math_r64_nf4"} <= seen
+
+
+def test_an_argument_replaces_a_dimension_of_the_file(jobs_of):
+    jobs = jobs_of("+sweep=rank_lr", "model=llama3_2_1b", "optimizer.lr=3e-4")
+    assert len(jobs) == 9
+    assert all({"model=llama3_2_1b", "optimizer.lr=0.0003"} <= set(job) for job in jobs)
+    wider = jobs_of("+sweep=rank_lr", "adapter=cera", "adapter.r=64", "train.seed=range(3)")
+    assert len(wider) == 4 * 3
+
+
+def test_cera_plan_adds_up_a_sweeps_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cera-plan", "-m", "+sweep=rank_scaling", "adapter=cera"])
+    main_plan()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("adapter.r=16 ")
+    assert lines[-1].startswith("4 jobs ")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(sys, "argv", ["cera-plan", "+sweep=rank_scaling"])
+    with pytest.raises(SystemExit) as exit_info:
+        main_plan()
+    assert exit_info.value.code == 2
+    assert "+sweep=rank_scaling is a grid of runs: add -m" in capsys.readouterr().err
