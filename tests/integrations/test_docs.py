@@ -1,0 +1,353 @@
+"""README.md, docs/, CONTRIBUTING.md and recipes/README.md hold: their commands compose, their Python runs, what they
+name exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import needs_smollm2
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+
+from cera_train.cli.composition import config_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
+TASKS = {  # the pages that the README promises, by task
+    *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
+    "computes",
+}
+SCHEMAS = {"cera-train": "config", "cera-eval": "eval", "cera-plan": "plan"}
+NOT_RUN = "<!-- not run by the tests"
+MADE_BY_COMMANDS = ("outputs/", "report/")
+"""Folders that the pages' commands create."""
+
+
+# --- what a page holds -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, or an indented one."""
+
+    page: Path
+    line: int
+    language: str | None
+    """None: indented."""
+    text: str
+    comment: str
+    """The line above it, where that is a comment."""
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    lines = page.read_text().splitlines()
+    number = 0
+    while number < len(lines):
+        start = number
+        if fence := re.fullmatch(r"```(\w*)", lines[number]):
+            end = lines.index("```", number + 1)
+            above = lines[start - 1] if start and lines[start - 1].startswith("<!--") else ""
+            yield Block(page, start + 1, fence[1], "\n".join(lines[start + 1 : end]), above)
+            number = end
+        elif lines[number].startswith("    ") and (start == 0 or not lines[start - 1].strip()):
+            while number + 1 < len(lines) and lines[number + 1].startswith("    "):
+                number += 1
+            yield Block(page, start + 1, None, "\n".join(lines[start : number + 1]), "")
+        number += 1
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def inline_code(page: Path) -> list[str]:
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", prose(page), flags=re.DOTALL)
+    return [" ".join(span.replace("\\|", "|").split()) for span in spans]
+
+
+PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a line as bash splits it; comments are left out."""
+
+    def unescape(quoted: re.Match) -> str:
+        return shlex.quote(ast.literal_eval(f"'''{quoted[1]}'''"))
+
+    return shlex.split(re.sub(r"\$'([^']*)'", unescape, line), comments=True)
+
+
+def cut(words: list[str]) -> tuple[str, list[str]] | None:
+    """A command of ours among these words, and its arguments. A launcher may stand before it."""
+    for number, word in enumerate(words):
+        if word.startswith("cera-") and word in (*SCHEMAS, "cera-sweep", "cera-report"):
+            rest = words[number + 1 :]
+        elif word == "cera_train" and words[number - 1] == "-m":
+            word, rest = "cera-train", words[number + 1 :]
+        else:
+            continue
+        end = next((at for at, other in enumerate(rest) if other in (";", "&&", "|") or other.endswith(";")), None)
+        return word, [*rest[:end], *([rest[end].rstrip(";")] if end is not None and rest[end] != ";" else [])]
+    return None
+
+
+def commands_of(page: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Every command of ours: where it stands, its name, its arguments."""
+    for block in blocks(page):
+        if block.language in ("python", "json"):
+            continue
+        for line in block.text.replace("\\\n", " ").splitlines():
+            line = line.strip().removeprefix("$ ")
+            if re.match(r"(cera-\w+|torchrun|accelerate|srun|for) ", line) and (found := cut(words_of(line))):
+                yield str(block), *found
+    for span in inline_code(page):
+        if re.match(r"cera-\w+ \S", span) and (found := cut(words_of(span))):
+            yield page.name, *found
+
+
+COMMANDS = [command for page in PAGES for command in commands_of(page)]
+CHECKED = list({(name, *arguments): (place, name, arguments) for place, name, arguments in COMMANDS}.values())
+
+
+def single_value(override: Override) -> str:
+    """An override with the first value of a range that a sweeper draws from."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return f"{override.get_key_element()}={value.start}"
+    return override.input_line
+
+
+def dimensions_of(arguments: list[str]) -> list[str]:
+    """The overrides of a sweep: those of its file, in which an argument replaces a dimension."""
+    params = {}
+    for argument in arguments:
+        if argument.startswith("+sweep="):
+            path = config_dir("conf") / "sweep" / f"{argument.removeprefix('+sweep=')}.yaml"
+            params = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
+    dimensions = [f"{key}={value}" for key, value in params.items()]
+    parsed = OverridesParser.create().parse_overrides([*dimensions, *arguments])
+    later_replaces_earlier = {override.get_key_element(): override for override in parsed}
+    return [single_value(override) for override in later_replaces_earlier.values()]
+
+
+def jobs_of(arguments: list[str]) -> list[list[str]]:
+    """Jobs of a sweep that together have every value of every dimension."""
+    overrides = OverridesParser.create().parse_overrides(dimensions_of(arguments))
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    chosen, seen = [], set()
+    for job in jobs:
+        if not seen.issuperset(job):
+            chosen.append(job)
+            seen.update(job)
+    return chosen
+
+
+def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
+    """The overrides among these arguments, without flags and without Hydra's section; and whether they are a sweep."""
+    settings = []
+    words = iter(arguments)
+    for word in words:
+        if word in ("--cfg", "--config-dir"):
+            next(words)
+        elif not word.startswith("-"):
+            settings.append(word)
+    for launcher in (word.partition("=")[2] for word in settings if word.startswith("hydra/launcher=")):
+        known = {path.stem for path in (config_dir("conf") / "hydra" / "launcher").glob("*.yaml")}
+        assert launcher in known | {"submitit_slurm", "submitit_local"}
+    return [word for word in settings if not word.lstrip("+").startswith("hydra")], "-m" in arguments
+
+
+def check_paths(name: str, arguments: list[str]) -> None:
+    """cera-sweep and cera-report take folders of outputs/ and options that their parsers know."""
+    known = {"cera-report": ("--output", "--task"), "cera-sweep": ()}[name]
+    for argument in arguments:
+        if argument.startswith("-"):
+            assert argument.partition("=")[0] in known, argument
+        else:
+            words = {"disagree", "A", "B", "DIR", "RUN", "FOLDER", "..."}
+            assert argument.startswith("outputs/") or argument in words, argument
+
+
+def test_the_pages_hold_commands():
+    assert len(COMMANDS) >= 60
+    assert {name for _, name, _ in COMMANDS} == {*SCHEMAS, "cera-sweep", "cera-report"}
+
+
+@pytest.mark.parametrize(("place", "name", "arguments"), CHECKED, ids=[f"{place} {name}" for place, name, _ in CHECKED])
+def test_every_command_composes_to_a_checked_config(compose, place, name, arguments):
+    if name not in SCHEMAS:
+        check_paths(name, arguments)
+        return
+    if {"--help", "-sc"} & {*arguments}:
+        return
+    overrides, is_sweep = overrides_of(arguments)
+    for job in jobs_of(overrides) if is_sweep else [overrides]:
+        if any(word.startswith("run=") for word in job) and name == "cera-plan":
+            assert [word.partition("=")[0] for word in job] == ["run"]
+            continue
+        assert compose(*with_config_of_sweep(overrides, job), command=SCHEMAS[name]) is not None
+
+
+def with_config_of_sweep(overrides: list[str], job: list[str]) -> list[str]:
+    """A job composes with +sweep=NAME itself, for the settings that all its jobs share."""
+    return list(dict.fromkeys([*(word for word in overrides if word.startswith("+sweep=")), *job]))
+
+
+def test_a_wrong_command_is_found(compose):
+    """The checks above fail where they should."""
+    assert words_of("cera-train $'data.prompt=\"Q: {q}\\nA:\"' # why") == ["cera-train", 'data.prompt="Q: {q}\nA:"']
+    assert cut(words_of("for run in outputs/a/*=*; do cera-eval run=$run task=math; done")) == (
+        *("cera-eval", ["run=$run", "task=math"]),
+    )
+    assert cut(words_of("torchrun -m cera_train adapter.r=4")) == ("cera-train", ["adapter.r=4"])
+    jobs = jobs_of(["+sweep=quickstart_grid", "optimizer.lr=1e-4"])
+    assert [{*job} - {"+sweep=quickstart_grid"} for job in jobs] == [
+        {"adapter=cera", "optimizer.lr=0.0001"},
+        {"adapter=lora", "optimizer.lr=0.0001"},
+    ]
+    values = {value for job in jobs_of(["adapter.r=4,16", "optimizer.lr=interval(1e-4,1e-2)"]) for value in job}
+    assert values == {"adapter.r=4", "adapter.r=16", "optimizer.lr=0.0001"}
+    for wrong in (["adapter.rank=4"], ["+recipe=math_r65"], ["model=llama"], ["train.patience=0"]):
+        with pytest.raises(Exception, match=r"adapter\.rank|rank|math_r65|llama|patience"):
+            compose(*overrides_of(wrong)[0])
+
+
+# --- Python ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quickstart(compose, tmp_path_factory) -> Path:
+    """A folder in which the quickstart has run, cut to two updates."""
+    from cera_train.training.train import train
+
+    folder = tmp_path_factory.mktemp("docs")
+    changes = ("train.max_updates=2", "train.eval_every=null", f"output_dir={folder / 'outputs'}")
+    train(compose("+recipe=quickstart", *changes))
+    return folder
+
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.filterwarnings("default")  # of TRL and transformers: the blocks are a user's program
+@pytest.mark.parametrize("page", sorted({block.page for block in PYTHON}), ids=lambda page: page.name)
+def test_every_python_block_runs(quickstart, monkeypatch, capsys, page):
+    """The blocks of a page run one after the other, as a reader would type them."""
+    monkeypatch.chdir(quickstart)
+    names: dict[str, object] = {"__name__": "__docs__"}
+    for block in PYTHON:
+        if block.page == page and not block.comment.startswith(NOT_RUN):
+            exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_every_python_block_imports_what_exists(block):
+    """Also those that are not run, and where the real model is not installed."""
+    for node in ast.walk(ast.parse(block.text)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("cera_train"):
+            module = __import__(node.module, fromlist=["_"])
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_only_a_block_that_needs_the_hub_is_not_run():
+    assert [block.page.name for block in PYTHON if block.comment.startswith(NOT_RUN)] == ["python.md"]
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors_of(there), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_is_named_exists(page):
+    """Paths from the top of the project, and tasks/gsm8k.py for one of cera_train/."""
+    tops = {path.name for folder in (ROOT, ROOT / "cera_train") for path in folder.iterdir() if path.is_dir()}
+    for span in inline_code(page):
+        path = span.rstrip("/")
+        is_path = re.fullmatch(r"[\w.-]+(/[\w.-]+)+/?", span) or re.fullmatch(r"[\w-]+\.(py|toml)|[\w-]+/", span)
+        if not is_path or span.startswith(MADE_BY_COMMANDS) or path.split("/")[0] not in tops or "NAME" in span:
+            continue
+        assert (ROOT / path).exists() or (ROOT / "cera_train" / path).exists(), span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_exists(page):
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {*re.findall(r"^([\w-]+):(?!=)", makefile, flags=re.MULTILINE)}
+    lines = [line.strip() for block in blocks(page) if block.language != "python" for line in block.text.splitlines()]
+    named = [match[1] for text in [*lines, *inline_code(page)] if (match := re.match(r"make ([a-z][\w-]*)", text))]
+    assert {*named} <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_module_that_is_named_exists(page):
+    """`python -m benchmarks.evaluation`, and cera_train.common.errors.UserError."""
+    for span in inline_code(page):
+        for module in re.findall(r"python -m (benchmarks\S*)", span):
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), span
+        if match := re.fullmatch(r"(cera_train(?:\.\w+)+)\.(\w+)", span):
+            module = __import__(match[1], fromlist=["_"])
+            assert inspect.isclass(getattr(module, match[2])), span
+
+
+# --- shape -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_fits_on_150_lines_and_links_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert {page.stem for page in DOCS} == TASKS
+    assert all(f"(docs/{page.name})" in text for page in DOCS)
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = next(block.text for block in blocks(ROOT / "README.md") if block.text.startswith("cera_train/"))
+    named = {*re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE)}
+    assert named == {path.parent.name for path in (ROOT / "cera_train").glob("*/__init__.py")}
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [*DOCS, ROOT / "recipes" / "README.md"], ids=lambda page: page.name)
+def test_a_page_opens_with_its_command(page):
+    title, first, *_ = [line for line in page.read_text().splitlines() if line.strip()]
+    assert title.startswith("# ")
+    assert re.match(r"    (cera-|make )", first)
+
+
+def test_the_license_is_apaches():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "END OF TERMS AND CONDITIONS" in text
