@@ -232,9 +232,8 @@ class Ours(Contestant):
     MICRO_BATCH_TOKENS: ClassVar = {"cpu": 1024, "cuda": 2048}
 
     def __init__(self, setting: Setting) -> None:
-        from cera_train.adapters.build import add_adapter
+        from cera_train.adapters.build import add_adapter, choose_kernels, use_kernels
         from cera_train.adapters.config import AdapterConfig, AdapterKind
-        from cera_train.cera.hidden import choose_kernels
         from cera_train.data.batches import MicroBatches
         from cera_train.data.config import BatchLayout, DataConfig
         from cera_train.data.prepare import prepare_data
@@ -254,13 +253,13 @@ class Ours(Contestant):
             train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True
         )
         model = load_model(model_config, device)
-        self.model = add_adapter(model, AdapterConfig(AdapterKind(self.kind), RANK, dropout=DROPOUT))
+        adapter = AdapterConfig(AdapterKind(self.kind), RANK, dropout=DROPOUT)
+        self.model = add_adapter(model, adapter)
         self.loss = SupervisedLoss(self.model, model, setting.autocast)
         is_flat = choose_layout(BatchLayout.auto, self.loss, device) == BatchLayout.flat
         if self.is_compiled:
             self.loss.compile_layers()
-        if self.kind == "cera":
-            choose_kernels(device, self.model.peft_config["default"], self.is_compiled)
+        use_kernels(self.model, choose_kernels(adapter, device, self.is_compiled))
         self.loss.train()
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = build_optimizer(self.parameters, OptimizerConfig(lr=LEARNING_RATE), device)

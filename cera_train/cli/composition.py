@@ -17,7 +17,7 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import flatten, keys_of
+from cera_train.common.settings import flatten, keys_of, leaves
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
@@ -60,8 +60,9 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
         ValueError: a key is unknown, a value is out of range, or values contradict each other.
     """
     known = set(keys_of(schema))
+    free_form = tuple(f"{leaf.key}." for leaf in leaves(schema))  # a setting that is a dict, such as adapter.settings
     keys = flatten(OmegaConf.to_container(composed))
-    unknown = [key for key in keys if key not in known and not key.startswith("published.")]
+    unknown = [key for key in keys if key not in known and not key.startswith(free_form)]
     if unknown:  # Hydra lets +key=value add anything
         key = min(unknown)
         raise UserError(Composition(schema).unknown_setting(key, f"+{key}"))

@@ -39,10 +39,10 @@ from cera_train.common.files import (
 from cera_train.common.secrets import redact_tree
 from cera_train.common.settings import Changes, changes_of, flatten, leaves
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import weights_of
 from cera_train.config import Config
 from cera_train.data.batches import Plan
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.runs.subject import weights_of
 
 
 @dataclass

@@ -15,10 +15,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from cera_train.adapters.build import add_adapter, parameter_counts
-from cera_train.adapters.config import AdapterKind
+from cera_train.adapters.build import build, choose_kernels, parameter_counts, parameter_groups, use_kernels
 from cera_train.adapters.spectrum import mean_spectrum, measure_spectra, module_spectra, spectrum_metrics
-from cera_train.cera.hidden import choose_kernels
 from cera_train.common.errors import UserError
 from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
@@ -38,7 +36,7 @@ from cera_train.model.weights import check_length, fingerprint, load_model, load
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.training import console
-from cera_train.training.optimizer import build_optimizer, learning_rate
+from cera_train.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.tracking import Tracker, start_tracker
 
@@ -77,7 +75,7 @@ def train(config: Config) -> dict[str, Any]:
         base = load_model(config.model, device, is_sharded)
         machine = environment() | {"processes": processes, "base_fingerprint": fingerprint(base)}
         torch.manual_seed(config.train.seed)
-        model = add_adapter(base, config.adapter)
+        model = build(base, config.adapter)
         trainable, total = parameter_counts(model)
         progress, moments = Progress(), None
         goes_on_here = resume_from is not None and folder.holds(resume_from)
@@ -86,7 +84,7 @@ def train(config: Config) -> dict[str, Any]:
             if not goes_on_here:
                 progress.forget_best()  # that adapter lies in another folder
 
-        optimizer = build_optimizer(trainable_parameters(model), config.optimizer, device)
+        optimizer = build_optimizer(parameter_groups(model, config.adapter), config.optimizer, device)
         loss, stepper = accelerator.prepare(SupervisedLoss(model, base, accelerator.autocast), optimizer)
         local_loss = accelerator.unwrap_model(loss)  # of DDP: evaluates without waiting for other processes
         parameters = trainable_parameters(model)  # which sharding replaced
@@ -95,9 +93,8 @@ def train(config: Config) -> dict[str, Any]:
         is_flat = choose_layout(config.train.batch_layout, local_loss, device) == BatchLayout.flat
         if config.train.compile:
             local_loss.compile_layers()
-        kernels = ""
-        if config.adapter.kind == AdapterKind.cera:
-            kernels = choose_kernels(device, model.peft_config["default"], local_loss.is_compiled)
+        kernels = choose_kernels(config.adapter, device, local_loss.is_compiled)
+        use_kernels(model, kernels)
         train_batches = MicroBatches(data.train, is_flat, config.train.micro_batch_tokens, device)
         eval_batches = MicroBatches(data.evaluation, is_flat, config.train.micro_batch_tokens, device)
         eval_rows = range(len(data.evaluation.rows))
@@ -111,7 +108,9 @@ def train(config: Config) -> dict[str, Any]:
             folder.write_config(machine | {"updates": updates})
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, (trainable, total), accelerator, is_flat, updates, progress.update)
-            print_line("speed", console.describe_speed(config.train.batch_layout, local_loss, is_flat, kernels))
+            print_line(
+                "speed", console.describe_speed(config.train.batch_layout, local_loss, is_flat, f"{kernels} kernels")
+            )
             console.say_data(data, tokenizer)
         at_exit.callback(tracker.finish)
         bar = ProgressBar("update", updates, progress.update, visible=is_main)
@@ -162,8 +161,7 @@ def train(config: Config) -> dict[str, Any]:
             rows = plan.sequences(progress.update)
             supervised = sum(train_batches.supervised[row] for row in rows)
             seed_update(config.train.seed, progress.update, process)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, progress.update, updates)
+            set_learning_rate(optimizer, learning_rate(config.optimizer, progress.update, updates))
 
             loss_per_token = torch.zeros((), device=device)
             passes = train_batches.passes(rows, processes, process, in_step=is_sharded)
