@@ -48,6 +48,8 @@ class Family(ABC):
     """The settings that it reads, beside kind and label. Any other that is set is refused."""
     needs_targets: ClassVar[bool] = True
     """Whether target_modules must be given."""
+    trains_base: ClassVar[bool] = False
+    """Whether the base's weights are trained, so that they are to be loaded in float32."""
     b_matrix: ClassVar[str | None] = None
     """The module that holds B, for `adapter.b_lr_ratio`."""
 

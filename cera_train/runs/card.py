@@ -53,7 +53,7 @@ def card(config: Config, result: dict[str, Any], evaluations: list[dict[str, Any
     facts = model.facts if model.facts and model.facts.of == model.path else None
     license_name = facts.license if facts else None
     is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
-    is_full = adapter.kind == "full"
+    is_full = adapter.family.trains_base
     metadata = {
         "library_name": "transformers" if is_full else "peft",
         "base_model": model.path if is_hub_id else None,

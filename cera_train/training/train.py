@@ -109,7 +109,10 @@ def train(config: Config) -> dict[str, Any]:
             tracker = start_tracker(config.tracker, folder.config, config.name, path, progress.update)
             console.say_start(config, path, (trainable, total), accelerator, is_flat, updates, progress.update)
             print_line(
-                "speed", console.describe_speed(config.train.batch_layout, local_loss, is_flat, f"{kernels} kernels")
+                "speed",
+                console.describe_speed(
+                    config.train.batch_layout, local_loss, is_flat, "Triton kernels" if kernels == "triton" else ""
+                ),
             )
             console.say_data(data, tokenizer)
         at_exit.callback(tracker.finish)

@@ -27,6 +27,7 @@ class Full(Family):
     name = "full fine-tuning"
     uses = frozenset()
     needs_targets = False
+    trains_base = True
 
     def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
         if getattr(base, "is_quantized", False):

@@ -190,7 +190,7 @@ class Peft(Family):
         import peft
 
         config = peft.PeftConfig.from_pretrained(str(folder))
-        config.base_model_name_or_path = base.name_or_path  # PEFT warns of any other
+        config.base_model_name_or_path = None  # PEFT puts the base's name there, and warns of any other
         return peft.get_peft_model(base, config)
 
 
