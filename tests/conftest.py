@@ -123,7 +123,8 @@ def compose():
     """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of another command."""
     import hydra
 
-    from cera_train.cli.composition import config_dir, register_configs, to_config
+    from cera_train.cli.composition import register_configs, to_config
+    from cera_train.common.places import config_dir
     from cera_train.config import Config, PlanRun
     from cera_train.evaluation.config import EvalConfig
 

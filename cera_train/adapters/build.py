@@ -1,81 +1,47 @@
-"""An adapter on its base model."""
+"""An adapter on its base model: built, counted, saved, loaded. What differs between methods stands in families/."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import peft
-from peft.utils.other import match_target_against_key
+import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from cera_train.adapters.config import AdapterConfig, AdapterKind
-from cera_train.cera import CeraConfig
+from cera_train.adapters.config import AdapterConfig, Kernels
+from cera_train.adapters.family import Family, families, family_that_wrote
+from cera_train.adapters.targets import check_targets, linear_names
+from cera_train.cera import CeraLayer
+from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
 
+__all__ = ["linear_names"]
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig) -> peft.PeftModel:
-    """The model with a fresh adapter on its target modules, float32 whatever the base.
+
+def check(config: AdapterConfig) -> None:
+    """Raises UserError for settings that PEFT does not understand. Needs no model, so that nothing is loaded first."""
+    config.family.check_by_library(config)
+
+
+def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
+    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself.
 
     Raises:
-        ValueError: a target matches no module, or one that cannot be adapted.
+        UserError: a target matches no module, or one that cannot be adapted, or PEFT refuses the settings.
     """
-    _check_targets(model, config)
-    if config.target_modules == "all-linear" and config.layers is not None:
-        # PEFT's LoRA takes layers with named modules only; the head is in no layer.
-        layers = {name: module for name, module in model.named_modules() if re.search(r"\.\d+\.", name)}
-        config = replace(config, target_modules=linear_names(layers.items()))
-    return peft.get_peft_model(model, adapter_config(config))
+    check_targets(base, config)
+    return config.family.build(base, config)
+
+
+add_adapter = build
 
 
 def adapter_config(config: AdapterConfig) -> peft.PeftConfig:
-    """The PEFT config of an adapter: ours for CeRA, PEFT's LoRA for the others."""
-    common = {
-        "r": config.r,
-        "target_modules": config.target_modules,
-        "layers_to_transform": config.layers,
-        "task_type": peft.TaskType.CAUSAL_LM,
-    }
-    if config.kind == AdapterKind.cera:
-        return CeraConfig(**common, alpha=config.alpha, dropout=config.dropout, activation=str(config.activation))
-    return peft.LoraConfig(
-        **common,
-        lora_alpha=config.scaled_alpha,
-        lora_dropout=config.dropout,
-        use_rslora=config.kind == AdapterKind.rslora,
-        use_dora=config.kind == AdapterKind.dora,
-    )
-
-
-def _check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """PEFT complains only when nothing at all matches; one mistyped name of two would be ignored."""
-    names = [name for name, _ in model.named_modules() if name]
-    if isinstance(config.target_modules, list):
-        wanted = config.target_modules
-        unmatched = [want for want in wanted if not any(name == want or name.endswith(f".{want}") for name in names)]
-    elif config.target_modules != "all-linear":
-        matches = any(match_target_against_key(config.target_modules, name) for name in names)
-        unmatched = [] if matches else [config.target_modules]
-    else:
-        unmatched = []
-    if unmatched:
-        raise UserError(
-            f"adapter.target_modules: {', '.join(map(repr, unmatched))} matches no module of this model. "
-            f"Its linear projections are {', '.join(linear_names(model.named_modules()))}."
-        )
-    layers = model.config.get_text_config().num_hidden_layers
-    outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
-    if outside:
-        raise UserError(f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}.")
-
-
-def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
-    """The last part of the names of the linear projections, each once, in their order."""
-    names = (name for name, module in named_modules if isinstance(module, (nn.Linear, Conv1D)))
-    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    """The PEFT config of an adapter; full has none."""
+    return config.family.peft_config(config)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -87,3 +53,104 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
+
+
+def label(config: AdapterConfig) -> str:
+    """The method's name for tables and pictures."""
+    return config.title
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes trained weights, whole and by parameter name, into a folder: an adapter in PEFT's format, a fully
+    fine-tuned model in transformers'."""
+    _family_of(model).save(model, weights, folder)
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a folder that `save` wrote, on the CPU, for `load`.
+
+    Raises:
+        UserError: the folder is damaged or holds no adapter.
+    """
+    try:
+        return family_that_wrote(folder).read(folder)
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged or no adapter: {error}") from error
+
+
+def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Puts weights that `read` returned into a model.
+
+    Raises:
+        UserError: a tensor is missing, extra or misshapen.
+    """
+    _family_of(model).load(model, weights)
+
+
+def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
+    """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
+
+    Raises:
+        UserError: the folder is damaged, holds no adapter, or belongs to another base model.
+    """
+    weights = read(folder)
+    try:
+        model = family_that_wrote(folder).attach(base, folder)
+        load(model, weights)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged or no adapter: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{folder} does not fit {base.name_or_path}: {error}") from error
+    return model
+
+
+def keeps_base(model: nn.Module) -> bool:
+    """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of W0 into the adapter,
+    and full fine-tuning has no adapter."""
+    return _family_of(model).keeps_base(model)
+
+
+def _family_of(model: nn.Module) -> Family:
+    return next(family for family in families() if family.made(model))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
+    """The trainable parameters as groups of an optimizer; `lr_ratio` multiplies the learning rate of a group.
+
+    One group, unless `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354).
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if config.b_lr_ratio == 1:
+        return [{"params": list(trainable.values()), "lr_ratio": 1.0}]
+    is_B = {name: f".{config.family.b_matrix}." in name for name in trainable}
+    return [
+        {"params": [trainable[name] for name in trainable if not is_B[name]], "lr_ratio": 1.0},
+        {"params": [trainable[name] for name in trainable if is_B[name]], "lr_ratio": config.b_lr_ratio},
+    ]
+
+
+def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:
+    """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind.
+
+    Raises:
+        UserError: triton is asked for and cannot run.
+    """
+    if "kernels" not in config.family.uses:
+        return config.kernels
+    try:
+        return Kernels(choose_cera_kernels(config.kernels, device, is_compiled))
+    except ValueError as error:
+        raise UserError(f"adapter.kernels={config.kernels}: {error}. Set adapter.kernels=auto or torch.") from error
+
+
+def use_kernels(model: nn.Module, kernels: str) -> None:
+    """Lets every CeRA layer compute gate and dropout by these kernels, from now on and in this process."""
+    for layer in model.modules():
+        if isinstance(layer, CeraLayer):
+            layer.kernels = str(kernels)

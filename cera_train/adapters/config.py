@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from cera_train.adapters.family import Family, family, kinds
 from cera_train.common.settings import require, require_positive, setting
 
-
-class AdapterKind(StrEnum):
-    cera = "cera"
-    lora = "lora"
-    rslora = "rslora"
-    dora = "dora"
+AdapterKind = StrEnum("AdapterKind", {kind: kind for kind in kinds()}, module=__name__)
+"""One member for each file of families/."""
 
 
 class Activation(StrEnum):
@@ -25,44 +21,80 @@ class Activation(StrEnum):
     identity = "identity"
 
 
+class Kernels(StrEnum):
+    auto = "auto"
+    torch = "torch"
+    triton = "triton"
+
+
 @dataclass
 class AdapterConfig:
     kind: AdapterKind = setting(AdapterKind.cera, "result", binds_checkpoint=True)
-    r: int = setting(64, "result", binds_checkpoint=True)
-    """Rank."""
+    """cera, lora, rslora, dora, peft (any other method of PEFT) or full (every weight, no adapter)."""
+    r: int | None = setting(64, "result", binds_checkpoint=True)
+    """Rank. null: PEFT's default for `kind=peft`; full has none."""
     alpha: float | None = setting(None, "result", binds_checkpoint=True)
-    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)). null: a scale of 1."""
+    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)). null: a scale of 1, or PEFT's for `kind=peft`."""
     dropout: float = setting(0.1, "result", binds_checkpoint=True)
     """cera: on the hidden units, after the gate. The others: PEFT's, on the input of A."""
     activation: Activation = setting(Activation.silu, "result", binds_checkpoint=True)
     """The gate of cera."""
     target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result", binds_checkpoint=True)
-    """Module names, one regular expression for the whole name, or `all-linear`."""
+    """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
+    full trains every module."""
     layers: list[int] | None = setting(None, "result", binds_checkpoint=True)
     """Only these layers. null: every layer."""
+    method: str | None = setting(None, "result", binds_checkpoint=True)
+    """The PEFT method of `kind=peft`: a name of peft.PeftType, such as MISS."""
+    settings: Any = setting(None, "result", binds_checkpoint=True)
+    """Further fields of the PEFT config, such as {init_weights: bat}. null: none."""
+    b_lr_ratio: float = setting(1.0, "result")
+    """Learning rate of B over that of A. Above 1: LoRA+ (arXiv 2402.12354)."""
+    kernels: Kernels = setting(Kernels.auto, "result")
+    """torch or triton computes cera's gate and dropout; the two draw different dropout masks. auto: triton on CUDA,
+    else torch. The run's folder records which."""
+    label: str | None = setting(None, "nothing")
+    """The name in tables and pictures. null: the kind's."""
 
     def __post_init__(self) -> None:
-        require_positive("adapter", self, "r", "alpha")
+        require(self.kind in kinds(), f"adapter.kind={self.kind}: expected one of {', '.join(kinds())}.")
+        require_positive("adapter", self, "r", "alpha", "b_lr_ratio")
         require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
-        is_list = isinstance(self.target_modules, list) and all(isinstance(name, str) for name in self.target_modules)
-        require(
-            bool(self.target_modules) and (is_list or isinstance(self.target_modules, str)),
-            f"adapter.target_modules={self.target_modules!r} must be a list of module names, a regular expression or "
-            "all-linear.",
-        )
         require(self.layers != [], "adapter.layers=[] adapts nothing: name layers, or leave it null for all.")
+        self.settings = {} if self.settings is None else self.settings  # a null takes 'adapter.settings={...}'
+        is_dict = isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings)
         require(
-            self.kind == AdapterKind.cera or self.activation == Activation.silu,
-            f"adapter.activation={self.activation} is the gate of cera; adapter.kind={self.kind} has none: leave it.",
+            is_dict, f"adapter.settings={self.settings!r}: expected names and values, such as {{init_weights: bat}}."
         )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            self._check_expression(self.target_modules)
+        self._check_is_used()
+        self._check_targets()
+        self.family.check(self)
 
-    def _check_expression(self, expression: str) -> None:
+    def _check_is_used(self) -> None:
+        """Refuses a setting that this kind of adapter would ignore."""
+        for name, (unset, meaning) in UNSET.items():
+            value = getattr(self, name)
+            require(
+                value == unset or name in self.family.uses,
+                f"adapter.{name}={value} is {meaning}; adapter.kind={self.kind} has none: set "
+                f"adapter.{name}={'null' if unset is None else unset}.",
+            )
+
+    def _check_targets(self) -> None:
+        targets = self.target_modules
+        if targets is None and not self.family.needs_targets:
+            return
+        is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        require(
+            bool(targets) and (is_list or isinstance(targets, str)),
+            f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
+        )
+        if not isinstance(targets, str) or targets == "all-linear":
+            return
         try:
-            re.compile(expression)
+            re.compile(targets)
         except re.error as error:
-            require(False, f"adapter.target_modules={expression!r} is not a regular expression: {error}.")
+            require(False, f"adapter.target_modules={targets!r} is not a regular expression: {error}.")
         require(
             self.layers is None,
             f"adapter.layers={self.layers} cannot be combined with a regular expression in adapter.target_modules: "
@@ -70,8 +102,25 @@ class AdapterConfig:
         )
 
     @property
-    def scaled_alpha(self) -> float:
-        """The alpha that PEFT's LoRA needs for the scale this config asks for."""
-        if self.alpha is not None:
-            return self.alpha
-        return math.sqrt(self.r) if self.kind == AdapterKind.rslora else self.r
+    def family(self) -> Family:
+        return family(self.kind)
+
+    @property
+    def title(self) -> str:
+        """The name for tables and pictures."""
+        return self.label or self.family.title(self)
+
+
+UNSET = {
+    "r": (None, "the rank of an adapter"),
+    "alpha": (None, "the scale of an adapter"),
+    "dropout": (0, "the dropout of an adapter"),
+    "activation": (Activation.silu, "the gate of cera"),
+    "target_modules": (None, "a choice of modules"),
+    "layers": (None, "a choice of layers"),
+    "method": (None, "a method for adapter.kind=peft"),
+    "settings": ({}, "for PEFT's config"),
+    "b_lr_ratio": (1, "a ratio for the learning rate of B"),
+    "kernels": (Kernels.auto, "a choice for the gate of cera"),
+}
+"""The value with which a setting is not set, and its meaning."""

@@ -1,9 +1,8 @@
 """How many directions an adapter uses: the singular values of its branch's centred output on a fixed probe.
 
 The branch's output is h B^T with h of width r. Its singular values are the square roots of the eigenvalues of
-N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out: one definition for CeRA,
-LoRA and DoRA. DoRA also rescales the rows of W0 + s B A to a learned magnitude m. Its branch is s B A x times
-m / |W0 + s B A|; the rescaled W0 x is of full rank whatever the adapter learns, and would drown it.
+N (B^T B)^(1/2) Cov(h) (B^T B)^(1/2), an r x r problem, instead of an SVD of tokens x d_out: one definition for every
+method with hidden units. What A, the gate and B are stands in families/.
 """
 
 from __future__ import annotations
@@ -13,14 +12,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from cera_train.cera import CeraLayer
+from cera_train.adapters.family import Branch, families
 from cera_train.data.batches import Batch
-
-ADAPTER = "default"
 
 
 @dataclass
@@ -28,7 +23,7 @@ class ModuleSpectrum:
     """One adapted projection."""
 
     singular_values: torch.Tensor
-    """Of the centred branch output, descending, float64, [min(r, d_out)]."""
+    """Singular values of the centred branch output, descending, float64, [min(r, d_out)]."""
     dead_units: float | None
     """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where there is no gate."""
 
@@ -56,11 +51,10 @@ class ModuleSpectrum:
 
 class _Moments:
     """Streaming count, sum and second moment of hidden rows, in float64; the passes in which a gate was open; and the
-    root of s^2 B^T B, taken while the layer computes, when its weights are whole also where they are sharded."""
+    root of s^2 B^T B."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-        r, device = layer.r[ADAPTER], _down(layer).weight.device
+    def __init__(self, branch: Branch) -> None:
+        r, device = branch.r, branch.A.weight.device
         self.count = torch.zeros(1, dtype=torch.float64, device=device)
         self.sum = torch.zeros(r, dtype=torch.float64, device=device)
         self.second = torch.zeros(r, r, dtype=torch.float64, device=device)
@@ -74,7 +68,7 @@ class _Moments:
         self.second += rows_NR.T @ rows_NR
 
     def reduce(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Takes in what other processes saw."""
+        """Adds up the moments of all processes."""
         parts = (self.count, self.sum, self.second.flatten(), self.open)
         sums = reduce(torch.cat(parts)).split([len(part) for part in parts])
         self.count, self.sum, self.second, self.open = sums[0], sums[1], sums[2].view_as(self.second), sums[3]
@@ -84,40 +78,53 @@ class _Moments:
         return self.second - torch.outer(self.sum, self.sum) / self.count
 
 
+def find_branches(model: nn.Module) -> dict[str, Branch]:
+    """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
+    found = {}
+    for name, module in model.named_modules():
+        branch = next(filter(None, (family.branch(module) for family in families())), None)
+        if branch is not None:
+            found[name.removeprefix("base_model.model.")] = branch
+    return found
+
+
+def why_no_spectrum(model: nn.Module) -> str | None:
+    """The reason why a model's spectrum cannot be taken; None where it can."""
+    if find_branches(model):
+        return None
+    return next(family for family in families() if family.made(model)).why_no_spectrum(model)
+
+
 @torch.no_grad()
 def measure_spectra(
     model: nn.Module,
     forward: Callable[[Batch], object],
     probe: Iterable[tuple[Batch, bool]],
-    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda own: own,
+    reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> dict[str, ModuleSpectrum]:
-    """The spectrum of every adapted projection, in eval mode.
+    """The spectrum of every adapted projection, in eval mode. Empty where `why_no_spectrum` has a reason.
 
     Args:
         model: a model with one active adapter, "default".
         forward: runs the model on a batch.
-        probe: the probe's micro-batches, and whether each counts; of several processes, this one's. Padding does not
-            count.
+        probe: the probe's micro-batches, and whether each counts; where several processes share the probe, this one's
+            part. Padding does not count.
         reduce: sums a tensor over the processes that share the probe.
 
     Returns:
         Module name (as in the base model) -> spectrum.
     """
-    layers = {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, (CeraLayer, LoraLayer)) and ADAPTER in module.r
-    }
-    moments = {name: _Moments(layer) for name, layer in layers.items()}
+    branches = find_branches(model)
+    if not branches:
+        return {}
+    moments = {name: _Moments(branch) for name, branch in branches.items()}
     batch: Batch
     counts: bool
 
-    def watch(layer: nn.Module, moments: _Moments) -> Callable[..., None]:
-        A, gate = _down(layer), layer.cera_gate[ADAPTER] if isinstance(layer, CeraLayer) else None
-
+    def watch(branch: Branch, moments: _Moments) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple) -> None:
-            if moments.root is None:
-                moments.root = _branch_root(layer)
+            if moments.root is None:  # taken here: where weights are sharded, they are whole inside a forward only
+                moments.root = _psd_root(branch.gram())
             if not counts:
                 return
             # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
@@ -125,14 +132,14 @@ def measure_spectra(
             is_padded = batch.attention_mask is not None and args[0].ndim > 2  # a head gets [N, d_in], without padding
             if is_padded:
                 x = x[batch.attention_mask.reshape(-1).bool()]
-            z_NR = nn.functional.linear(x.to(A.weight.dtype), A.weight).float()
-            if gate is not None:
+            z_NR = nn.functional.linear(x.to(branch.A.weight.dtype), branch.A.weight).float()
+            if branch.gate is not None:
                 moments.open += (z_NR > 0).any(0)
-            moments.add(z_NR if gate is None else gate(z_NR))
+            moments.add(z_NR if branch.gate is None else branch.gate(z_NR))
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(watch(layer, moments[name])) for name, layer in layers.items()]
+    hooks = [branch.layer.register_forward_pre_hook(watch(branch, moments[name])) for name, branch in branches.items()]
     was_training = model.training
     model.eval()
     try:
@@ -142,43 +149,17 @@ def measure_spectra(
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    for own in moments.values():
-        own.reduce(reduce)
-    return {name: _spectrum(layer, moments[name]) for name, layer in layers.items()}
+    for part in moments.values():
+        part.reduce(reduce)
+    return {name: _spectrum(branch, moments[name]) for name, branch in branches.items()}
 
 
-def _down(layer: nn.Module) -> nn.Linear:
-    """A."""
-    return (layer.cera_A if isinstance(layer, CeraLayer) else layer.lora_A)[ADAPTER]
-
-
-def _branch_root(layer: nn.Module) -> torch.Tensor:
-    """The symmetric root of s^2 B^T B, [R, R]; of DoRA with its B as rescaled."""
-    if isinstance(layer, CeraLayer):
-        B = layer.cera_B[ADAPTER].weight.double()
-    else:
-        B = layer.lora_B[ADAPTER].weight.double()
-        if layer.use_dora[ADAPTER]:
-            B = _dora_scale(layer)[:, None] * B
-    return _psd_root(layer.scaling[ADAPTER] ** 2 * B.T @ B)
-
-
-def _spectrum(layer: nn.Module, moments: _Moments) -> ModuleSpectrum:
-    dead_units = None
-    if isinstance(layer, CeraLayer) and not isinstance(layer.cera_gate[ADAPTER], nn.Identity):
-        dead_units = 1 - (moments.open > 0).double().mean().item()
+def _spectrum(branch: Branch, moments: _Moments) -> ModuleSpectrum:
+    dead_units = None if branch.gate is None else 1 - (moments.open > 0).double().mean().item()
     root = moments.root
     singular_values = torch.linalg.eigvalsh(root @ moments.scatter() @ root).clamp(min=0).sqrt().flip(0)
     # h B^T has at most d_out directions: with r above that, the rest is rounding.
-    return ModuleSpectrum(singular_values[: layer.out_features].cpu(), dead_units)
-
-
-def _dora_scale(layer: LoraLayer) -> torch.Tensor:
-    """m / |W0 + s B A|, [d_out]: what DoRA multiplies the rows of its weight by."""
-    magnitude = layer.lora_magnitude_vector[ADAPTER]
-    update = layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight
-    weight = dequantize_module_weight(layer.get_base_layer()).to(update.dtype)
-    return (magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])).double()
+    return ModuleSpectrum(singular_values[: branch.out_features].cpu(), dead_units)
 
 
 def _psd_root(matrix: torch.Tensor) -> torch.Tensor:
@@ -188,7 +169,7 @@ def _psd_root(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
-    """Named numbers for the log: mean and max over modules, then every module."""
+    """Named numbers for the log: mean and max over modules, then every module. None of them for no spectra."""
     columns = {
         "effective_rank": {name: spectrum.effective_rank for name, spectrum in spectra.items()},
         "manifold_dimension": {name: spectrum.manifold_dimension for name, spectrum in spectra.items()},
@@ -220,7 +201,10 @@ def module_spectra(spectra: dict[str, ModuleSpectrum]) -> dict[str, dict]:
 
 
 def mean_spectrum(spectra: dict[str, ModuleSpectrum]) -> list[float]:
-    """Normalised singular values averaged over modules, as the paper draws them; shorter spectra end in zeros."""
+    """Normalised singular values averaged over modules, as the paper draws them; shorter spectra end in zeros.
+    Empty for no spectra."""
+    if not spectra:
+        return []
     longest = max(len(spectrum.singular_values) for spectrum in spectra.values())
     rows = [nn.functional.pad(s.normalized, (0, longest - len(s.normalized))) for s in spectra.values()]
     return torch.stack(rows).mean(0).tolist()

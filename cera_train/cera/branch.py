@@ -1,8 +1,7 @@
-"""A projection's output plus its CeRA branch, as one step of autograd: what the plain formula gives, with less kept.
-First derivatives only.
+"""y + s B hidden(A x) as one step of autograd: the numbers of the plain formula, less memory, first derivatives only.
 
-From forward to backward it keeps x, which the base's own graph mostly holds anyway, and z = A x. The gate and the
-dropout mask are r wide and made again; nothing d_out wide is made at all, since B's product is added in place.
+From forward to backward it keeps x, which the base's graph mostly holds anyway, and z = A x. The gate and the dropout
+mask are r wide and computed again; no tensor d_out wide is allocated, since B's product is added in place.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ def add_branch(
         result: [..., d_out], contiguous, of x's dtype.
         x: [..., d_in].
         A: [r, d_in]. B: [d_out, r].
-        hidden: gate and dropout, [N, r] -> [N, r]; it answers every call alike.
+        hidden: gate and dropout, [N, r] -> [N, r]; the same input gives the same output at every call.
     """
     if torch.is_grad_enabled():
         return _AddBranch.apply(result, x, A, B, scaling, hidden)
-    result.view(-1, len(B)).addmm_(hidden(_rows(x) @ A.T), B.T, alpha=scaling)
+    result.view(-1, len(B)).addmm_(hidden(_rows(x) @ A.T), B.T, alpha=scaling)  # result += s hidden(x A^T) B^T
     return result
 
 
@@ -55,18 +54,18 @@ class _AddBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, of_result: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, z, A, B = ctx.saved_tensors
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             h = ctx.hidden(z)
-        of_branch = _rows(of_result)
-        of_h = (of_branch @ B).mul_(ctx.scaling)
-        (of_z,) = torch.autograd.grad(h, z, of_h)
-        of_x = (of_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
-        of_A = of_z.T @ _rows(x) if ctx.needs_input_grad[2] else None
-        of_B = of_branch.T @ h.detach().mul(ctx.scaling) if ctx.needs_input_grad[3] else None
-        return of_result, of_x, of_A, of_B, None, None
+        grad_branch = _rows(grad_output)
+        grad_h = (grad_branch @ B).mul_(ctx.scaling)
+        (grad_z,) = torch.autograd.grad(h, z, grad_h)
+        grad_x = (grad_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
+        grad_A = grad_z.T @ _rows(x) if ctx.needs_input_grad[2] else None
+        grad_B = grad_branch.T @ h.detach().mul(ctx.scaling) if ctx.needs_input_grad[3] else None
+        return grad_output, grad_x, grad_A, grad_B, None, None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -75,13 +74,13 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """Dropout whose mask follows from the seed: made again in backward instead of kept.
+    """Dropout whose mask follows from the seed: computed again in backward instead of kept.
 
-    A hidden unit is dropped where 16 random bits, as a number, are below p: four units a draw of 64 bits, where
-    `nn.Dropout` on a CPU draws for each. p is rounded to 1/65,536, and the scale of what is kept with it.
+    A hidden unit is dropped where 16 random bits, as a number, are below p: one draw of 64 bits serves four units,
+    where `nn.Dropout` on a CPU draws for each. p, and with it the scale of the kept units, is rounded to 1/65,536.
     """
     dropped = min(round(p * BITS), BITS - 1)
-    generator = None if h.is_meta else torch.Generator(h.device).manual_seed(seed)
+    generator = None if h.is_meta else torch.Generator(h.device).manual_seed(seed)  # meta has none
     bits = torch.empty(-(-h.numel() // 4), dtype=torch.int64, device=h.device).random_(
         -(2**63), None, generator=generator
     )

@@ -1,7 +1,7 @@
 """h = dropout(gate(z)) as one Triton kernel, and dL/dz = dL/dh mask gate'(z) / (1 - p) as another.
 
 Both draw the mask by Philox, from the seed and an element's place, so it is never stored. Both compute in float32,
-whatever the tensors hold. Only `hidden.choose_kernels` imports this: torch's builds for CPUs come without triton.
+whatever the tensors hold. Only `hidden` imports this, where Triton was chosen: torch's CPU builds come without triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 BLOCK = 1024
-"""Elements a program of the grid computes."""
+"""Elements that one program of the grid computes."""
 
 
 def hidden(z: torch.Tensor, gate: nn.Module, p: float, seed: int) -> torch.Tensor:
@@ -40,16 +40,16 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, of_h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (z,) = ctx.saved_tensors
         gate, p, seed = ctx.settings
-        of_z = torch.empty_like(z)
-        _launch(_backward, z, of_h.contiguous(), of_z, gate=gate, p=p, seed=seed)
-        return of_z, None, None, None
+        grad_z = torch.empty_like(z)
+        _launch(_backward, z, grad_h.contiguous(), grad_z, gate=gate, p=p, seed=seed)
+        return grad_z, None, None, None
 
 
 def _launch(kernel: triton.JITFunction, *tensors: torch.Tensor, gate: str, p: float, seed: int) -> None:
-    """Runs a kernel over tensors of one size, the last of which it writes."""
+    """Runs a kernel over tensors of one size. It writes the last of them."""
     count = tensors[0].numel()
     with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device, wherever the tensors are
         kernel[(triton.cdiv(count, BLOCK),)](*tensors, count, seed, p=p, GATE=gate, BLOCK=BLOCK)
@@ -66,23 +66,23 @@ def _forward(z_ptr, h_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLO
 
 
 @triton.jit(do_not_specialize=["seed"])
-def _backward(z_ptr, of_h_ptr, of_z_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
+def _backward(z_ptr, grad_h_ptr, grad_z_ptr, count, seed, p: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_inside = places < count
     z = tl.load(z_ptr + places, mask=is_inside).to(tl.float32)
-    of_h = tl.load(of_h_ptr + places, mask=is_inside).to(tl.float32)
+    grad_h = tl.load(grad_h_ptr + places, mask=is_inside).to(tl.float32)
     _, slope = _gate(z, GATE)
-    tl.store(of_z_ptr + places, of_h * _kept(seed, places, p) * slope, mask=is_inside)
+    tl.store(grad_z_ptr + places, grad_h * _kept(seed, places, p) * slope, mask=is_inside)
 
 
 @triton.jit
 def _gate(z, GATE: tl.constexpr):
-    """gate(z) and gate'(z); the one that is not used costs nothing."""
+    """gate(z) and gate'(z). The compiler removes the one that is not used."""
     if GATE == "SiLU":
         sigma = tl.sigmoid(z)
         h, slope = z * sigma, sigma * (1 + z * (1 - sigma))
     elif GATE == "ReLU":
-        h, slope = tl.where(z < 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)  # NaN stays NaN: the loop looks for it
+        h, slope = tl.where(z < 0, 0.0, z), tl.where(z <= 0, 0.0, 1.0)  # NaN stays NaN: the loop stops on it
     elif GATE == "GELU":  # Phi and phi of the normal distribution: 1 / sqrt(2) = 0.7071..., 1 / sqrt(2 pi) = 0.3989...
         Phi, phi = 0.5 * (1 + tl.erf(z * 0.7071067811865476)), 0.3989422804014327 * tl.exp(-0.5 * z * z)
         h, slope = z * Phi, Phi + z * phi
@@ -94,7 +94,7 @@ def _gate(z, GATE: tl.constexpr):
 
 @triton.jit
 def _kept(seed, places, p: tl.constexpr):
-    """By what dropout multiplies: 0, or 1 / (1 - p)."""
+    """Dropout's factor for each unit: 0, or 1 / (1 - p)."""
     factor = tl.full(places.shape, 1.0, tl.float32)
     if p > 0:
         factor = tl.where(tl.rand(seed, places) < p, 0.0, 1 / (1 - p))

@@ -38,6 +38,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("cera_A", "cera_B")
     other_param_names = ("r", "scaling", "cera_gate", "cera_dropout")
 
+    kernels = "torch"
+    """What computes gate and dropout: torch or triton. A choice for one process, which no file stores."""
+
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: CeraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -77,18 +80,18 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """What the base computes in; float32 where a quantised weight does not say."""
+        """The base's dtype; float32 where a quantised weight has none."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         return dtype if dtype is not None and dtype.is_floating_point else torch.float32
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
-        """Gives up float32 adapter weights over a 16-bit base: PEFT's `autocast_adapter_dtype=False`."""
+        """Casts A and B to the base's 16 bits: PEFT's `autocast_adapter_dtype=False`."""
         for linears in (self.cera_A, self.cera_B):
             if adapter_name in linears:
                 linears[adapter_name].to(self.base_dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """The device only. PEFT calls this on loaded weights too, and its own would round them to a 16-bit base."""
+        """Moves and never casts. PEFT calls this on loaded weights too; its version rounds them to a 16-bit base."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for linears in (self.cera_A, self.cera_B):
@@ -96,7 +99,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
                 linears[adapter_name].to(device)
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """What one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
+        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
         A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
         gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
         if autocast_dtype(x.device) is None:
@@ -129,14 +132,14 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         if not (fits and is_plain(A) and is_plain(B)):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
         if torch.is_grad_enabled() and result._is_view():
-            # Of a product with a bias added, or in 8 bits; autograd forbids or copies for an operation in its place.
+            # A bias or 8-bit weights return a view, which autograd does not let an in-place operation change.
             result = result.clone()
         p = dropout.p if dropout.training else 0.0
-        # From the CPU's generator: reading a GPU's would wait for it.
+        # The CPU's generator: reading a number from the GPU's would wait for the GPU.
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
-        own_hidden = functools.partial(hidden, gate=gate, p=p, seed=seed)
+        gate_and_dropout = functools.partial(hidden, gate=gate, p=p, seed=seed, kernels=self.kernels)
         matrices = A.weight.to(dtype), B.weight.to(dtype)
-        return add_branch(result, x.to(dtype), *matrices, self.scaling[adapter_name], own_hidden)
+        return add_branch(result, x.to(dtype), *matrices, self.scaling[adapter_name], gate_and_dropout)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         if len(adapter_names) != len(x):
@@ -164,7 +167,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether its weight may be read without calling it: FSDP1, ZeRO-3 and offloading bring a weight at a call only."""
+    """Whether its weight may be read without a call: FSDP1, ZeRO-3 and offloading fetch a weight at the call."""
     has_hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
     return type(linear) is nn.Linear and not has_hooks
 

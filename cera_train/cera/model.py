@@ -111,7 +111,7 @@ class CeraModel(BaseTuner):
                 hook.remove()
 
     def _copies_of_a_row(self, generate_kwargs: dict[str, Any]) -> int:
-        """How often generate() repeats every row: for its beams, or for the sequences it returns."""
+        """Copies that generate() makes of every row: one for each beam, or for each sequence it returns."""
         configs = generate_kwargs.get("generation_config"), getattr(self.model, "generation_config", None)
 
         def setting(name: str) -> int:

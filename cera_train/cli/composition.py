@@ -20,7 +20,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cera_train.cli.names import did_you_mean
 from cera_train.common.errors import UserError
-from cera_train.common.settings import flatten, keys_of, section_of
+from cera_train.common.places import config_dir
+from cera_train.common.settings import flatten, keys_of, leaves, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
@@ -37,12 +38,6 @@ PLUGINS = {
     "hydra/sweeper/optuna": "pip install hydra-optuna-sweeper",
 }
 """Files of Hydra's plugins, and how to install them."""
-
-
-def config_dir(name: str) -> Path:
-    """conf/ or recipes/: inside the package where a wheel put it, else beside the package in a checkout."""
-    inside = PACKAGE / name
-    return inside if inside.is_dir() else CHECKOUT / name
 
 
 def register_configs() -> None:
@@ -77,7 +72,8 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
     """
     known = set(keys_of(schema))
     tree = flatten(OmegaConf.to_container(composed))
-    unknown = [key for key in tree if key not in known and not key.startswith("published.")]
+    free_form = tuple(f"{leaf.key}." for leaf in leaves(schema))  # a setting that is a dict, such as adapter.settings
+    unknown = [key for key in tree if key not in known and not key.startswith(free_form)]
     if unknown:  # Hydra lets +key=value add anything
         key = min(unknown)
         raise UserError(Composition(schema).unknown_setting(key, f"+{key}={tree[key]}"))

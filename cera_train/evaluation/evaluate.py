@@ -13,12 +13,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+from cera_train.adapters.build import attach, keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
@@ -36,7 +35,6 @@ from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.perplexity import perplexity
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card
-from cera_train.runs.checkpoint import load_adapter
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
@@ -97,22 +95,7 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
     if subject.adapter is None:
         return base.eval(), base
     _check_base(subject, base)
-    try:
-        config = peft.PeftConfig.from_pretrained(str(subject.adapter))
-        weights = peft.load_peft_weights(str(subject.adapter), device="cpu")
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{subject.adapter} is damaged or no adapter: {error}") from error
-    adapters_base = config.base_model_name_or_path
-    config.base_model_name_or_path = base.name_or_path  # PEFT warns of any other
-    try:
-        model = peft.get_peft_model(base, config)
-        load_adapter(model, weights)
-    except ValueError as error:
-        raise UserError(
-            f"{subject.adapter} does not fit {subject.model.path}: it belongs to another base model, "
-            f"{adapters_base}. Leave out model=, or name that one. ({str(error)[:120]}...)"
-        ) from error
-    return model.eval(), base
+    return attach(base, subject.adapter).eval(), base
 
 
 def _check_base(subject: Subject, base: PreTrainedModel) -> None:
@@ -301,8 +284,9 @@ def measure_perplexity(
         "tokens": sum(held_out.batches.supervised),
     }
     if subject.adapter is not None:
-        with model.disable_adapter():
-            result["perplexity_base"] = perplexity(held_out.mean_loss())
+        if keeps_base(model):
+            with model.disable_adapter():
+                result["perplexity_base"] = perplexity(held_out.mean_loss())
         if task.has_spectra:
             metrics = spectrum_metrics(held_out.spectra())
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from cera_train.adapters.family import family, kinds
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.records import RESTORE, Record, fits, key
@@ -16,14 +17,13 @@ from cera_train.common.settings import flatten
 from cera_train.common.trust import clean
 from cera_train.data.config import evaluation_rows
 from cera_train.report.settings import Settings
-from cera_train.runs.card import NAMES
 from cera_train.runs.graded import GradedAnswers
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
 from cera_train.tasks.registry import all_tasks, display_name
 from cera_train.tasks.task import Metric, Task
 
-METHODS = NAMES | {"base": "untouched base"}
+UNTOUCHED = "untouched base"
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
@@ -36,6 +36,8 @@ class KnownSettings(Record):
     """The settings that the report reads by name, of a run or of an evaluation."""
 
     kind: str | None = key("adapter.kind")
+    label: str | None = key("adapter.label")
+    peft_method: str | None = key("adapter.method")
     r: int | None = key("adapter.r")
     alpha: float | None = key("adapter.alpha")
     activation: str | None = key("adapter.activation")
@@ -130,12 +132,19 @@ class Run:
         return self.known.r
 
     @property
+    def _method_name(self) -> str:
+        known = self.known
+        if known.label or self.kind == "base":
+            return known.label or UNTOUCHED
+        return known.peft_method or (family(self.kind).name if self.kind in kinds() else self.kind)
+
+    @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
         alpha, gate = self.known.alpha, self.known.activation or "silu"
         variant = [gate] if self.kind == "cera" and gate != "silu" else []
         variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != self.rank else []
-        return METHODS.get(self.kind, self.kind) + (f" ({', '.join(variant)})" if variant else "")
+        return self._method_name + (f" ({', '.join(variant)})" if variant else "")
 
     @property
     def evaluation_rows(self) -> tuple:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from cera_train.adapters.config import AdapterKind
+from cera_train.adapters.config import AdapterConfig
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.trust import check_links, clean
@@ -19,8 +19,6 @@ from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, read_evaluation_result
 from cera_train.runs.subject import digest_of
-
-NAMES = {"cera": "CeRA", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 
 
 def write_card(run: Path, result: RunResult) -> None:
@@ -55,20 +53,20 @@ def card(config: Config, result: RunResult, evaluations: list[AccuracyResult | P
     facts = model.facts if model.facts and model.facts.of == model.path else None
     license_name = facts.license if facts else None
     is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
+    is_full = adapter.family.trains_base
     metadata = {
-        "library_name": "peft",
+        "library_name": "transformers" if is_full else "peft",
         "base_model": model.path if is_hub_id else None,
         "license": license_name,
         "datasets": [config.data.path] if config.data.path and not config.data.train_files else None,
         "tags": [adapter.kind.value],
         "pipeline_tag": "text-generation",
     }
-    targets = adapter.target_modules if isinstance(adapter.target_modules, str) else ", ".join(adapter.target_modules)
-    is_cera = adapter.kind == AdapterKind.cera
+    is_cera = adapter.kind == "cera"
     trained = {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
-        "Adapter": f"{NAMES[adapter.kind]} of rank {adapter.r} on {targets}",
+        "Adapter": described(adapter),
         "Trainable parameters": f"{result.trainable_parameters:,}",
         "Data": data_of(config),
         "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
@@ -96,19 +94,21 @@ def card(config: Config, result: RunResult, evaluations: list[AccuracyResult | P
         else ""
     )
     registers = "import cera_train  # registers CeRA with PEFT\n" if is_cera else ""
+    library, loader = ("transformers", "AutoModelForCausalLM") if is_full else ("peft", "AutoPeftModelForCausalLM")
+    what = f"The base model after {adapter.title}" if is_full else f"A {adapter.title} adapter"
     return f"""---
 {yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)}---
 
 # {escape(config.name)}
 
-A {NAMES[adapter.kind]} adapter, trained with cera-train.
+{escape(what)}, trained with cera-train.
 {formula}
 ## How to load it
 
 ```python
-{registers}from peft import AutoPeftModelForCausalLM
+{registers}from {library} import {loader}
 
-model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")  # where this file lies
+model = {loader}.from_pretrained("FOLDER")  # where this file lies
 ```
 
 ## How it was trained
@@ -123,6 +123,15 @@ model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")  # where this file li
 
 {license_text}
 """
+
+
+def described(adapter: AdapterConfig) -> str:
+    """The method with its rank and targets."""
+    rank = "" if adapter.r is None else f" of rank {adapter.r}"
+    targets = adapter.target_modules
+    if targets is None:
+        return f"{adapter.title}{rank}"
+    return f"{adapter.title}{rank} on {targets if isinstance(targets, str) else ', '.join(targets)}"
 
 
 def data_of(config: Config) -> str:

@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import yaml
+from torch import nn
 
+from cera_train.adapters.build import load, read
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, record, write_checksums
-from cera_train.common.trust import weights_of
 from cera_train.data.batches import RowOrder
 
 
@@ -79,8 +79,8 @@ def write_checkpoint(
     write_checksums(folder)
 
 
-def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tuple[Progress, dict[str, Any]]:
-    """Loads a checkpoint's adapter into the model.
+def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[Progress, dict[str, Any]]:
+    """Loads a checkpoint's weights into the model.
 
     Returns:
         The progress, and the optimizer's state for `load_optimizer_state`.
@@ -90,8 +90,7 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tu
     """
     try:
         saved = read_json(folder / "progress.json")
-        weights_of(folder)  # PEFT would also take a pickle, or look for the weights on the Hub
-        weights = peft.load_peft_weights(str(folder), device="cpu")
+        weights = read(folder)
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a file that is not its own
         raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
@@ -100,25 +99,8 @@ def load_checkpoint(folder: Path, model: peft.PeftModel, data_digest: str) -> tu
             f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
             "Restore the files, or choose another name=... for a new run."
         )
-    load_adapter(model, weights)
+    load(model, weights)
     try:
         return record(Progress, saved), state
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder} does not fit this version: {error!r}.") from error
-
-
-def load_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Sets an adapter's weights; a missing, extra or misshapen tensor is a UserError."""
-    try:
-        loaded = peft.set_peft_model_state_dict(model, weights)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint does not fit this adapter: {' '.join(str(error).split())}") from error
-    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    wrong = sorted(expected.keys() ^ weights.keys())
-    if wrong or loaded.unexpected_keys:
-        raise UserError(f"the checkpoint does not fit this adapter: {len(wrong)} tensors differ, first {wrong[:1]}.")
-
-
-def save_adapter(model: peft.PeftModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Saves an adapter in PEFT's format."""
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)

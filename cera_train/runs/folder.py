@@ -15,10 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import peft
 import torch
 import yaml
+from torch import nn
 
+from cera_train.adapters.build import save
 from cera_train.common.errors import UserError
 from cera_train.common.files import (
     clean_folder,
@@ -35,7 +36,7 @@ from cera_train.common.settings import Changes, changes_of, flatten, leaves, to_
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.runs.checkpoint import Progress, save_adapter, write_checkpoint
+from cera_train.runs.checkpoint import Progress, write_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, EvaluationMetrics, RunResult
 
@@ -208,7 +209,7 @@ class RunFolder:
 
     def save_checkpoint(
         self,
-        model: peft.PeftModel,
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         progress: Progress,
         data_digest: str,
@@ -220,7 +221,7 @@ class RunFolder:
             return
 
         def write(folder: Path) -> None:
-            save_adapter(model, weights, folder)
+            save(model, weights, folder)
             write_checkpoint(folder, moments, progress, data_digest, self.config)
 
         with (self.path / "metrics.jsonl").open("ab") as metrics:
@@ -229,26 +230,26 @@ class RunFolder:
         for old in self.checkpoints()[:-keep]:
             remove_folder(old)
 
-    def save_best(self, model: peft.PeftModel, metrics: EvaluationMetrics) -> None:
+    def save_best(self, model: nn.Module, metrics: EvaluationMetrics) -> None:
         """best/: the adapter of the lowest perplexity so far."""
         weights = trainable_weights(model)
         if not self.is_main:
             return
 
         def write(folder: Path) -> None:
-            save_adapter(model, weights, folder)
+            save(model, weights, folder)
             metrics.write(folder / "metrics.json")
 
         write_folder(self.path / "best", write)
 
-    def save_final(self, model: peft.PeftModel, tokenizer: Any) -> None:
+    def save_final(self, model: nn.Module, tokenizer: Any) -> None:
         """adapter/: the adapter after the last update, with the tokenizer that it was trained with."""
         weights = trainable_weights(model)
         if not self.is_main:
             return
 
         def write(folder: Path) -> None:
-            save_adapter(model, weights, folder)
+            save(model, weights, folder)
             tokenizer.save_pretrained(folder)
 
         write_folder(self.path / "adapter", write)

@@ -7,17 +7,13 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cera_train.adapters.family import family_that_wrote, is_saved_in
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json
-from cera_train.common.trust import check_adapter_settings, weights_of
 from cera_train.config import Config
 from cera_train.evaluation.config import EvalConfig
 from cera_train.model.config import ModelConfig
 from cera_train.runs.recorded_config import load_config
 from cera_train.training.config import TrainConfig
-
-ADAPTERS = ("CERA", "LORA")
-"""PEFT types of the adapters that cera-train makes: rsLoRA and DoRA are LoRAs."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def find_subject(config: EvalConfig) -> Subject:
         name = Path(config.model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", config.model, None, None)
     folder = Path(config.run)
-    if (folder / "adapter_config.json").is_file():
+    if is_saved_in(folder):
         check_adapter(folder)
         root = run_of(folder)
         if root is None:  # an adapter from anywhere
@@ -76,7 +72,7 @@ def find_subject(config: EvalConfig) -> Subject:
     if not (folder / "result.json").is_file():
         best = f", or evaluate its best adapter so far, run={folder}/best" if (folder / "best").is_dir() else ""
         raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
-    if not (folder / "adapter" / "adapter_config.json").is_file():
+    if not is_saved_in(folder / "adapter"):
         raise UserError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
     check_adapter(folder / "adapter")
     model = config.model or model_of(run, folder, config.trust_remote_code)
@@ -110,18 +106,12 @@ def run_of(adapter: Path) -> Path | None:
 
 def check_adapter(adapter: Path) -> None:
     """Raises UserError where an adapter is a pickle, of another type, or asks for more than to load weights."""
-    weights_of(adapter)
-    settings = read_json(adapter / "adapter_config.json")
-    if settings.get("peft_type") not in ADAPTERS:
-        raise UserError(
-            f"{adapter} is an adapter of type {settings.get('peft_type')!r}: expected {' or '.join(ADAPTERS)}."
-        )
-    check_adapter_settings(adapter, settings)
+    family_that_wrote(adapter).check_saved(adapter)
 
 
 def digest_of(adapter: Path) -> str:
     """Digest of an adapter's weights: the files in a folder can change."""
-    with weights_of(adapter).open("rb") as file:
+    with family_that_wrote(adapter).weights_file(adapter).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
@@ -131,7 +121,7 @@ def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
     Raises:
         UserError: its adapter_config.json is broken or names none.
     """
-    path = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    path = family_that_wrote(adapter).description(adapter).get("base_model_name_or_path")
     if not (path and isinstance(path, str)):
         raise UserError(f"{adapter} does not name its base model: set model=....")
     return ModelConfig(path=path, trust_remote_code=trust_remote_code)

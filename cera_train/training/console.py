@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from cera_train.adapters.config import AdapterKind
+from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.common.secrets import redact
 from cera_train.common.terminal import console, highlighted, print_fields, print_line
 from cera_train.common.text import duration, targets
@@ -35,16 +36,20 @@ def print_start(session: Session, precision: Precision) -> None:
     config, updates, done = session.config, session.updates, session.progress.update
     already = f", {done:,} done" if done else ""
     print_line("run", f"{session.folder.path}, {updates:,} updates of {config.train.batch_size} sequences{already}")
-    print_model(config, session.counts, precision)
+    print_model(config, session.counts, precision, why_no_spectrum(session.model))
     print_device(config, session.team, session.held_out.loss)
     print_data(session.data, session.tokenizer)
 
 
-def print_model(config: Config, counts: tuple[int, int], precision: Precision) -> None:
+def print_model(config: Config, counts: tuple[int, int], precision: Precision, reason: str | None) -> None:
+    """The base, its precision and the adapter.
+
+    Args:
+        reason: why this method has no spectrum; None: it has one.
+    """
     trainable, total = counts
     model, adapter = config.model, config.adapter
     quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
-    gate = f", {adapter.activation}" if adapter.kind == AdapterKind.cera else ""
     print_line("model", f"{model.path}, {model.dtype}{quantization}, {total - trainable:,} parameters")
     print_line("precision", f"{precision.dtype}: {precision.reason}")
     if precision.is_slow:
@@ -53,11 +58,21 @@ def print_model(config: Config, counts: tuple[int, int], precision: Precision) -
             "this hardware does not multiply bf16, and emulating it takes about 20 times as long as float32: "
             "model.dtype=auto takes float32 here.",
         )
-    print_line(
-        "adapter",
-        f"{adapter.kind} r={adapter.r}{gate}, dropout {adapter.dropout:g}, on {targets(adapter.target_modules)}: "
-        f"{trainable:,} trainable",
-    )
+    print_line("adapter", f"{describe_adapter(adapter)}: {trainable:,} trainable")
+    if reason is not None:
+        print_line("spectrum", f"none: {reason}")
+
+
+def describe_adapter(adapter: AdapterConfig) -> str:
+    parts = [f"{adapter.kind}" if adapter.r is None else f"{adapter.kind} r={adapter.r}"]
+    if adapter.method:
+        parts[0] = f"{adapter.method} r={adapter.r}" if adapter.r else adapter.method
+    if "activation" in adapter.family.uses:
+        parts.append(str(adapter.activation))
+    if "dropout" in adapter.family.uses:
+        parts.append(f"dropout {adapter.dropout:g}")
+    where = f", on {targets(adapter.target_modules)}" if adapter.target_modules else ""
+    return ", ".join(parts) + where
 
 
 def print_device(config: Config, team: Team, loss: SupervisedLoss) -> None:
@@ -68,7 +83,8 @@ def print_device(config: Config, team: Team, loss: SupervisedLoss) -> None:
         f"{'flat' if loss.is_flat else 'padded'} micro-batches of up to {config.train.micro_batch_tokens:,} tokens"
     )
     print_line("device", f"{device}, {autocast}, {batches}")
-    print_line("speed", describe_speed(config.train.batch_layout, loss))
+    kernels = "Triton kernels" if config.adapter.kernels == "triton" else ""
+    print_line("speed", describe_speed(config.train.batch_layout, loss, kernels))
 
 
 def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:

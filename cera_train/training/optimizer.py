@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +14,28 @@ from cera_train.training.config import OptimizerConfig, OptimizerKind, Schedule
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig, device: torch.device
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
     """The optimizer of a config.
+
+    Args:
+        parameters: what it updates; or groups, in which `lr_ratio` multiplies the learning rate.
 
     Raises:
         UserError: it cannot run on this device.
     """
+    optimizer = _optimizer(parameters, config, device)
+    set_learning_rate(optimizer, config.lr)
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group of parameters its learning rate, in ratio to `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_ratio", 1.0)  # checkpoints of before lack the ratio
+
+
+def _optimizer(parameters: Iterable[Any], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     settings = {
         "lr": config.lr,
         "betas": (config.beta1, config.beta2),
@@ -41,7 +57,7 @@ def build_optimizer(
 
 
 def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
-    """The learning rate of update number `update` (from 0) of `updates`: linear warm-up, then the schedule. `linear`
+    """The learning rate of update number `update` (from 0) of `updates`: a linear warm-up, then the schedule. `linear`
     and `cosine` reach 0 after the last update."""
     warmup = math.ceil(config.warmup_ratio * updates)
     if update < warmup:

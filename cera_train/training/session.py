@@ -14,7 +14,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from cera_train.adapters.build import add_adapter, parameter_counts
+from cera_train.adapters import build as adapters
+from cera_train.adapters.config import Kernels
 from cera_train.common.terminal import ProgressBar
 from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder
@@ -103,16 +104,18 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine.
 
     Raises:
-        UserError: the config.yaml of the folder is broken.
+        UserError: the config.yaml of the folder is broken, or a setting cannot work here.
     """
-    recorded = folder / "config.yaml"
-    if config.model.dtype == Dtype.auto and recorded.is_file():
-        begun = load_config(recorded).model.dtype
-        if begun != Dtype.auto:
-            reason = f"as {folder} was begun"
-            return replace(config, model=replace(config.model, dtype=begun)), Precision(begun, reason)
+    begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = choose_precision(config.model.dtype)
-    return replace(config, model=replace(config.model, dtype=precision.dtype)), precision
+    if config.model.dtype == Dtype.auto != begun.model.dtype:
+        precision = Precision(begun.model.dtype, f"as {folder} was begun")
+    adapter = config.adapter
+    if adapter.kernels == Kernels.auto != begun.adapter.kernels:
+        adapter = replace(adapter, kernels=begun.adapter.kernels)
+    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
+    return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
 
 
 def build(config: Config, folder: RunFolder, resume_from: Path | None = None) -> Session:
@@ -134,8 +137,9 @@ def build(config: Config, folder: RunFolder, resume_from: Path | None = None) ->
     base = load_model(config.model, team.device, team.is_sharded)
     base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
     torch.manual_seed(config.train.seed)
-    model = add_adapter(base, config.adapter)
-    counts = parameter_counts(model)
+    model = adapters.build(base, config.adapter)
+    adapters.use_kernels(model, config.adapter.kernels)
+    counts = adapters.parameter_counts(model)
     progress, moments = Progress(), None
     if resume_from is not None:
         progress, moments = load_checkpoint(resume_from, model, data.train.digest)
@@ -143,7 +147,7 @@ def build(config: Config, folder: RunFolder, resume_from: Path | None = None) ->
     if not goes_on_here:
         progress.forget_best()  # that adapter lies in another folder
 
-    optimizer = build_optimizer(trainable_parameters(model), config.optimizer, team.device)
+    optimizer = build_optimizer(adapters.parameter_groups(model, config.adapter), config.optimizer, team.device)
     loss, stepper = team.accelerator.prepare(SupervisedLoss(model, base, team.accelerator.autocast), optimizer)
     if moments is not None:
         load_optimizer_state(optimizer, moments)  # after prepare: sharding replaces the parameters

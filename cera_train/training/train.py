@@ -34,7 +34,7 @@ from cera_train.runs.results import (
     write_spectrum,
 )
 from cera_train.training import console
-from cera_train.training.optimizer import learning_rate
+from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, begin, build, settle
 
@@ -85,8 +85,8 @@ def update(session: Session, interruption: Interruption) -> int | None:
     started = time.perf_counter()
     rows = session.order.sequences(progress.update)
     seed_update(config.train.seed, progress.update, session.team.process)
-    for group in session.optimizer.param_groups:
-        group["lr"] = learning_rate(config.optimizer, progress.update, session.updates)
+    lr = learning_rate(config.optimizer, progress.update, session.updates)
+    set_learning_rate(session.optimizer, lr)
 
     loss_per_token, signal = agree(session, backward(session, rows), interruption)
     grad_norm = session.accelerator.clip_grad_norm_(session.weights, config.optimizer.max_grad_norm)
@@ -103,7 +103,7 @@ def update(session: Session, interruption: Interruption) -> int | None:
         loss=loss_per_token,
         perplexity=perplexity(loss_per_token),
         grad_norm=float(grad_norm),
-        lr=session.optimizer.param_groups[0]["lr"],
+        lr=lr,
         tokens_per_s=tokens / seconds,
         seconds=progress.seconds,
     )
@@ -169,7 +169,7 @@ def evaluate(session: Session) -> None:
         spectrum=SpectrumSummary.from_json(spectrum_metrics(spectra), "metrics"),
     )
     session.log(metrics)
-    if session.team.is_main:
+    if session.team.is_main and spectra:
         modules = {name: replace(module, singular_values=None).to_json() for name, module in records(spectra).items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if progress.evaluated(metrics.perplexity):
@@ -233,7 +233,8 @@ def finish(session: Session) -> dict[str, Any]:
     folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
         modules = records(spectra)
-        write_spectrum(folder.path / "spectrum.json", modules)
+        if modules:  # a method may have no spectrum
+            write_spectrum(folder.path / "spectrum.json", modules)
         write_card(folder.path, result)
         picture = draw_run(folder.path, mean_spectrum(modules), config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished

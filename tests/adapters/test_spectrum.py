@@ -1,4 +1,4 @@
-"""Spectra against an SVD of the branch's outputs, for all three methods."""
+"""Spectra against an SVD of the branch's outputs. test_families.py does the same for every method of conf/adapter."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import peft
 import pytest
 import torch
+from branches import MASKS, ROWS, branch_outputs, forward_of
 from conftest import make_tiny_llama
-from peft.tuners.lora import LoraLayer
 
 from cera_train.adapters.spectrum import (
     ModuleSpectrum,
@@ -19,9 +19,6 @@ from cera_train.adapters.spectrum import (
 )
 from cera_train.cera import CeraConfig
 from cera_train.data.batches import flat_batch, padded_batch
-
-ROWS = [list(range(3, 40)), list(range(100, 120)), list(range(200, 260, 2))]
-MASKS = [[False] + [True] * (len(row) - 1) for row in ROWS]
 
 CONFIGS = {
     "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
@@ -37,31 +34,6 @@ def adapted(kind: str):
     model = peft.get_peft_model(make_tiny_llama(), CONFIGS[kind])
     model.train()
     return model
-
-
-def forward_of(model):
-    return lambda batch: model(**batch.inputs, use_cache=False)
-
-
-def branch_outputs(model, name: str) -> torch.Tensor:
-    """What the adapter adds at one module, [tokens, d_out], by calling the module and its base layer."""
-    layer = model.get_submodule(f"base_model.model.{name}")
-    inputs = []
-    hook = layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    model.eval()
-    with torch.no_grad():
-        for row in ROWS:
-            model(input_ids=torch.tensor([row]))
-        hook.remove()
-        x = torch.cat([values[0] for values in inputs])
-        base = layer.base_layer(x)
-        if isinstance(layer, LoraLayer) and layer.use_dora["default"]:
-            # DoRA rescales the rows of W0 + s B A to its magnitude m; what that does to W0 x is not the branch.
-            weight = layer.base_layer.weight + layer.get_delta_weight("default")
-            base = base * layer.lora_magnitude_vector["default"].weight / weight.norm(dim=1)
-        outputs = (layer(x) - base).double()
-    model.train()
-    return outputs
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

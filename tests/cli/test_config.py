@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from cera_train.adapters.config import Activation, AdapterKind
-from cera_train.cli.composition import config_dir, options
+from cera_train.cli.composition import options
+from cera_train.common.places import config_dir
 from cera_train.common.settings import flatten, leaves, to_plain
 from cera_train.common.settings import keys_of as config_keys
 from cera_train.config import Config
@@ -25,7 +26,11 @@ CHOICES = [
 RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
 
 # What a file leaves for the user to say.
-NEEDED = {("data", "jsonl"): ["data.train_files=[rows.jsonl]", "data.eval_rows=5"]}
+NEEDED = {
+    ("data", "jsonl"): ["data.train_files=[rows.jsonl]", "data.eval_rows=5"],
+    ("adapter", "full"): ["adapter.r=null"],
+    ("adapter", "peft"): ["adapter.method=LOHA"],
+}
 
 
 def test_the_globs_found_the_files():
@@ -131,11 +136,12 @@ def test_yaml_files_name_only_keys_of_the_schema():
     for path in (config_dir("conf") / group / f"{name}.yaml" for group, name in CHOICES):
         content = yaml.safe_load(path.read_text())
         assert content, path
-        assert {f"{path.parent.name}.{key}" for key in flatten(content)} <= keys, path
+        named = {f"{path.parent.name}.{key}" for key in flatten(content)}
+        assert {key for key in named if not key.startswith("adapter.settings.")} <= keys, path
 
 
 def test_options_of_a_group_are_its_files():
-    assert options("adapter") == ["cera", "dora", "lora", "rslora"]
+    assert {"cera", "dora", "full", "lora", "miss", "peft", "rslora"} < set(options("adapter"))
     assert "math_r64" in options("recipe")
 
 

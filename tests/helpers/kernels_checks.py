@@ -30,9 +30,9 @@ def z_of(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE).mul(2).to(dtype).requires_grad_()
 
 
-def both_ways(hidden, z, gate, p, of_h):
+def both_ways(hidden, z, gate, p, grad_h):
     h = hidden(z, gate, p, SEED)
-    return h.detach(), *torch.autograd.grad(h, z, of_h)
+    return h.detach(), *torch.autograd.grad(h, z, grad_h)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -40,8 +40,8 @@ def both_ways(hidden, z, gate, p, of_h):
 @pytest.mark.parametrize("rows", [1, 5, 2 * BLOCK // 8])
 def test_h_and_its_gradient_equal_torchs(gate, dtype, rows):
     """Of sizes below a block, and of exactly two blocks; the next test has one block and a part."""
-    z, of_h = z_of(rows, 8, dtype=dtype), z_of(rows, 8, dtype=dtype).detach()
-    got, expected = (both_ways(way, z, GATES[gate](), 0.0, of_h) for way in (hidden, hidden_by_torch))
+    z, grad_h = z_of(rows, 8, dtype=dtype), z_of(rows, 8, dtype=dtype).detach()
+    got, expected = (both_ways(way, z, GATES[gate](), 0.0, grad_h) for way in (hidden, hidden_by_torch))
     for one, other in zip(got, expected, strict=True):
         assert one.dtype == dtype
         torch.testing.assert_close(one, other, **TOLERANCE[dtype])
@@ -53,9 +53,9 @@ def test_dropout_multiplies_h_and_its_gradient_by_the_same_mask(gate, dtype):
     p, ones = 0.2, torch.ones(BLOCK // 8 + 3, 9, device=DEVICE, dtype=dtype)
     kept = hidden(ones, nn.Identity(), p, SEED).float()
     assert set(kept.unique().tolist()) == {0, 1.25}
-    z, of_h = z_of(*ones.shape, dtype=dtype), z_of(*ones.shape, dtype=dtype).detach()
+    z, grad_h = z_of(*ones.shape, dtype=dtype), z_of(*ones.shape, dtype=dtype).detach()
     got, expected = (
-        both_ways(way, z, GATES[gate](), share, of_h) for way, share in ((hidden, p), (hidden_by_torch, 0))
+        both_ways(way, z, GATES[gate](), share, grad_h) for way, share in ((hidden, p), (hidden_by_torch, 0))
     )
     for one, other in zip(got, expected, strict=True):
         exact = other.float() * (kept > 0) / (1 - p)
@@ -85,9 +85,9 @@ def test_neighbours_are_dropped_independently():
 
 
 def test_layouts_that_are_not_contiguous_and_empty_batches():
-    z, of_h = z_of(6, 10), torch.ones((), device=DEVICE).expand(10, 6)
+    z, grad_h = z_of(6, 10), torch.ones((), device=DEVICE).expand(10, 6)
     for one, other in zip(
-        *(both_ways(way, z.T, nn.SiLU(), 0.0, of_h) for way in (hidden, hidden_by_torch)), strict=True
+        *(both_ways(way, z.T, nn.SiLU(), 0.0, grad_h) for way in (hidden, hidden_by_torch)), strict=True
     ):
         torch.testing.assert_close(one, other)
     assert hidden(z[:0], nn.SiLU(), 0.1, SEED).shape == (0, 10)
@@ -96,9 +96,9 @@ def test_layouts_that_are_not_contiguous_and_empty_batches():
 @pytest.mark.parametrize("gate", GATES)
 def test_what_is_not_a_number_is_not_hidden(gate):
     z = torch.full((3, 4), torch.nan, device=DEVICE, requires_grad=True)
-    h, of_z = both_ways(hidden, z, GATES[gate](), 0.5, torch.ones_like(z))
+    h, grad_z = both_ways(hidden, z, GATES[gate](), 0.5, torch.ones_like(z))
     assert h.isnan().all()
-    assert of_z.isnan().all() or gate in ("relu", "identity")  # whose slope is a constant, as torch's is
+    assert grad_z.isnan().all() or gate in ("relu", "identity")  # whose slope is a constant, as torch's is
 
 
 def test_a_branch_with_the_kernels_equals_the_plain_formula():

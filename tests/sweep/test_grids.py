@@ -12,8 +12,9 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli.composition import config_dir, options, to_config
+from cera_train.cli.composition import options, to_config
 from cera_train.cli.plan import main as main_plan
+from cera_train.common.places import config_dir
 from cera_train.config import Config, PlanRun
 from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.sweep.folder import grid, job_name

@@ -7,9 +7,12 @@ import math
 import bitsandbytes
 import pytest
 import torch
+from conftest import make_tiny_llama
 
+from cera_train.adapters.build import build, parameter_groups
+from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.training.config import OptimizerConfig, OptimizerKind, Schedule
-from cera_train.training.optimizer import build_optimizer, learning_rate
+from cera_train.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 
 def test_constant_without_warmup_is_constant():
@@ -62,3 +65,50 @@ def test_adamw_8bit_keeps_8_bit_moments_and_steps_on_a_cpu():
 def test_paged_adamw_is_refused_where_there_is_no_gpu_memory_to_page():
     with pytest.raises(ValueError, match="use optimizer=adamw_8bit"):
         build_optimizer(parameters(), OptimizerConfig(kind=OptimizerKind.paged_adamw_8bit), torch.device("cpu"))
+
+
+# --- LoRA+ -----------------------------------------------------------------------------------------------------------
+
+
+def groups_of(config: AdapterConfig):
+    model = build(make_tiny_llama().requires_grad_(False), config)
+    return model, parameter_groups(model, config)
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.lora, AdapterKind.dora, AdapterKind.cera])
+def test_b_learns_faster_than_the_rest_by_its_ratio(kind):
+    model, groups = groups_of(AdapterConfig(kind, 4, b_lr_ratio=16))
+    B = {id(parameter) for name, parameter in model.named_parameters() if "lora_B" in name or "cera_B" in name}
+    optimizer = build_optimizer(groups, OptimizerConfig(lr=1e-3), torch.device("cpu"))
+    rest, fast = optimizer.param_groups
+    assert {id(parameter) for parameter in fast["params"]} == B
+    assert not {id(parameter) for parameter in rest["params"]} & B
+    assert (rest["lr"], fast["lr"]) == (1e-3, pytest.approx(16e-3))
+    set_learning_rate(optimizer, 5e-4)  # as the schedule does
+    assert (rest["lr"], fast["lr"]) == (5e-4, pytest.approx(8e-3))
+    sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
+    assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_the_first_step_of_b_is_longer_by_the_ratio():
+    """Adam's first step is lr * sign(gradient)."""
+    steps = {}
+    for ratio in (1.0, 4.0):
+        model, groups = groups_of(AdapterConfig(AdapterKind.lora, 4, dropout=0.0, b_lr_ratio=ratio))
+        optimizer = build_optimizer(groups, OptimizerConfig(lr=1e-3, weight_decay=0.0), torch.device("cpu"))
+        ids = torch.arange(3, 27)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        steps[ratio] = next(value for name, value in model.named_parameters() if "lora_B" in name).abs().max().item()
+    assert steps[4.0] == pytest.approx(4 * steps[1.0], rel=1e-3)
+
+
+def test_equal_rates_are_one_group_as_before():
+    _, groups = groups_of(AdapterConfig(r=4))
+    assert len(groups) == 1
+    optimizer = build_optimizer(groups, OptimizerConfig(), torch.device("cpu"))
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["lr_ratio"]  # a checkpoint of before
+    optimizer.load_state_dict(state)
+    set_learning_rate(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5

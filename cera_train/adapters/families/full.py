@@ -1,0 +1,91 @@
+"""Full fine-tuning: every weight of the base, in float32, and no adapter.
+
+The model is saved in transformers' format. A small file beside it, `full_model.json`, marks it as what a run trained:
+an adapter_config.json would send transformers looking for an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cera_train.adapters.family import Family
+from cera_train.common.errors import UserError
+from cera_train.common.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+MARKER = "full_model.json"
+WEIGHTS = "model.safetensors"
+
+
+class Full(Family):
+    name = "full fine-tuning"
+    uses = frozenset()
+    needs_targets = False
+    trains_base = True
+
+    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+        if getattr(base, "is_quantized", False):
+            raise UserError(
+                "adapter.kind=full trains every weight, and quantised ones take no gradient: set "
+                "model.quantization=none."
+            )
+        # 16-bit weights would round most updates away; the loop computes in 16 bits by autocast.
+        return base.float().requires_grad_(True)
+
+    def why_no_spectrum(self, model: nn.Module) -> str:
+        return "full fine-tuning has no hidden units: its update of a projection is a matrix of any rank"
+
+    def made(self, model: nn.Module) -> bool:
+        import peft
+
+        return not isinstance(model, peft.PeftModel)
+
+    def keeps_base(self, model: nn.Module) -> bool:
+        return False
+
+    def wrote(self, folder: Path) -> bool:
+        return (folder / MARKER).is_file()
+
+    def description(self, folder: Path) -> dict[str, Any]:
+        return read_json(folder / MARKER)
+
+    def weights_file(self, folder: Path) -> Path:
+        if not (folder / WEIGHTS).is_file():
+            raise UserError(f"{folder} lacks its weights, {WEIGHTS}: restore the file.")
+        return folder / WEIGHTS
+
+    def check_saved(self, folder: Path) -> None:
+        self.weights_file(folder)
+        self.description(folder)
+
+    def save(self, model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        model.save_pretrained(str(folder), state_dict=dict(weights), max_shard_size="1TB")  # one file
+        marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
+        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.weights_file(folder))
+
+    def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        wanted = {name for name, _ in model.named_parameters()}
+        wrong = sorted(wanted ^ weights.keys())
+        if wrong:
+            raise UserError(f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}.")
+        try:
+            model.load_state_dict(weights, strict=False)
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
+
+    def attach(self, base: PreTrainedModel, folder: Path) -> nn.Module:
+        return base
+
+
+FAMILY = Full()

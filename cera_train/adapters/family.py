@@ -1,0 +1,158 @@
+"""What the program asks of every kind of adapter: check its settings, build it, count it, save it, measure it.
+
+Each file of families/ holds one kind. The settings are checked by these files too, so they and this module import torch
+and peft inside functions only.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cera_train.common.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""The name under which PEFT keeps the adapter."""
+
+
+@dataclass
+class Branch:
+    """s B gate(A x) beside one projection: r hidden units, whose spectrum can be taken."""
+
+    layer: nn.Module
+    A: nn.Linear
+    gate: nn.Module | None
+    """None: the identity."""
+    r: int
+    out_features: int
+    gram: Callable[[], torch.Tensor]
+    """s^2 B^T B, [R, R], float64. Called inside the model's forward, where sharded weights are whole."""
+
+
+class Family(ABC):
+    """One kind of adapter. The methods get an `AdapterConfig`, a base model, or the model that `build` returned."""
+
+    name: ClassVar[str]
+    """For tables and pictures."""
+    uses: ClassVar[frozenset[str]]
+    """The settings that it reads, beside kind and label. Any other that is set is refused."""
+    needs_targets: ClassVar[bool] = True
+    """Whether target_modules must be given."""
+    trains_base: ClassVar[bool] = False
+    """Whether the base's weights are trained, so that they are to be loaded in float32."""
+    b_matrix: ClassVar[str | None] = None
+    """The module that holds B, for `adapter.b_lr_ratio`."""
+
+    def title(self, config: Any) -> str:
+        """The name of a config's method."""
+        return self.name
+
+    def check(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
+        """Raises UserError where settings contradict each other. Imports no torch."""
+
+    def check_by_library(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
+        """Raises UserError for settings that only the library behind this kind understands. Needs no model."""
+
+    @abstractmethod
+    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+        """The base with a fresh adapter. Its trainable parameters require gradients, no others do."""
+
+    def branch(self, module: nn.Module) -> Branch | None:
+        """The branch of one module; None for a module of another kind."""
+        return None
+
+    @abstractmethod
+    def why_no_spectrum(self, model: nn.Module) -> str:
+        """The reason why a model of this kind without any `branch` has no spectrum."""
+
+    @abstractmethod
+    def made(self, model: nn.Module) -> bool:
+        """Whether `model` is one that this kind builds, saves and loads."""
+
+    @abstractmethod
+    def keeps_base(self, model: nn.Module) -> bool:
+        """Whether `model.disable_adapter()` gives the base model back."""
+
+    @abstractmethod
+    def wrote(self, folder: Path) -> bool:
+        """Whether a folder is one that `save` wrote, or a library that saves alike."""
+
+    @abstractmethod
+    def description(self, folder: Path) -> dict[str, Any]:
+        """The JSON beside the weights, with base_model_name_or_path."""
+
+    @abstractmethod
+    def weights_file(self, folder: Path) -> Path:
+        """The safetensors file with the weights.
+
+        Raises:
+            UserError: there is none.
+        """
+
+    @abstractmethod
+    def check_saved(self, folder: Path) -> None:
+        """Raises UserError where a folder lacks its weights, or asks for more than to put them in place."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+        """Writes the trained weights, whole and by parameter name, into a folder that exists."""
+
+    @abstractmethod
+    def read(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The weights that `save` wrote, on the CPU."""
+
+    @abstractmethod
+    def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        """Puts weights that `read` returned into a model that `build` made.
+
+        Raises:
+            UserError: a tensor is missing, extra or misshapen.
+        """
+
+    @abstractmethod
+    def attach(self, base: PreTrainedModel, folder: Path) -> nn.Module:
+        """The base with the adapter that lies in a folder, built as the folder describes it, without its weights."""
+
+
+FOLDER = Path(__file__).parent / "families"
+
+
+def kinds() -> list[str]:
+    """The values of `adapter.kind`: the names of the files in families/."""
+    return sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
+
+
+def family(kind: str) -> Family:
+    """The family of an `adapter.kind`."""
+    return importlib.import_module(f"cera_train.adapters.families.{kind}").FAMILY
+
+
+def families() -> list[Family]:
+    return [family(kind) for kind in kinds()]
+
+
+def is_saved_in(folder: Path) -> bool:
+    """Whether a folder holds trained weights that a family loads."""
+    return any(family.wrote(folder) for family in families())
+
+
+def family_that_wrote(folder: Path) -> Family:
+    """The family that loads a folder.
+
+    Raises:
+        UserError: no family does.
+    """
+    found = next((family for family in families() if family.wrote(folder)), None)
+    if found is None:
+        raise UserError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
+    return found

@@ -1,0 +1,242 @@
+"""One table for every file of conf/adapter: each method builds, learns, counts, saves, loads, and has a spectrum or a
+reason for none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from branches import MASKS, ROWS, branch_outputs, forward_of
+from conftest import make_tiny_llama
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cera_train.adapters import build
+from cera_train.adapters.config import AdapterKind
+from cera_train.adapters.family import family_that_wrote, is_saved_in, kinds
+from cera_train.adapters.spectrum import mean_spectrum, measure_spectra, spectrum_metrics, why_no_spectrum
+from cera_train.data.batches import flat_batch
+from cera_train.distributed.sharding import trainable_weights
+from cera_train.training.config import OptimizerConfig
+from cera_train.training.optimizer import build_optimizer
+
+CONF = Path(__file__).parents[2] / "conf" / "adapter"
+OVERRIDES = {
+    "peft": ["adapter.method=LOHA", "adapter.r=4"],
+    "full": ["adapter.r=null"],
+    "randlora": ["adapter.r=4", "adapter.alpha=80"],
+}
+TITLES = {
+    "cera": "CeRA",
+    "dora": "DoRA",
+    "full": "full fine-tuning",
+    "hira": "HiRA",
+    "lora": "LoRA",
+    "loraplus": "LoRA+",
+    "miss": "MiSS",
+    "peft": "LOHA",
+    "pissa": "PiSSA",
+    "randlora": "RandLoRA",
+    "rslora": "rsLoRA",
+}
+WITHOUT_SPECTRUM = {
+    "full": "full fine-tuning has no hidden units",
+    "hira": "PEFT's HIRA, as configured, adds no B h",
+    "miss": "PEFT's MISS, as configured, adds no B h",
+    "peft": "PEFT's LOHA, as configured, adds no B h",
+    "randlora": "PEFT's RANDLORA, as configured, adds no B h",
+}
+TAKES_FROM_BASE = {"pissa", "full"}
+IDS = torch.arange(3, 75).view(3, 24)
+
+every_file = pytest.mark.parametrize("name", sorted(path.stem for path in CONF.glob("*.yaml")))
+"""A new file runs through every test; the tables above hold what is known of the files that are here."""
+
+
+@pytest.fixture
+def adapter_of(compose):
+    """adapter_of("lora") -> the AdapterConfig of conf/adapter/lora.yaml, at a rank for the tiny model."""
+
+    def adapter_of(name: str):
+        return compose(f"adapter={name}", *OVERRIDES.get(name, ["adapter.r=4"])).adapter
+
+    return adapter_of
+
+
+def built(config, **changes):
+    torch.manual_seed(1)
+    return build.build(make_tiny_llama(**changes).requires_grad_(False), config)
+
+
+def causal_lm(model):
+    """The transformers model inside, which the loop calls."""
+    return model.get_base_model() if isinstance(model, peft.PeftModel) else model
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return causal_lm(model.eval())(input_ids=IDS).logits
+
+
+def loss(model) -> torch.Tensor:
+    return causal_lm(model)(input_ids=IDS, labels=IDS).loss
+
+
+def trained(config, lr: float = 1e-3):
+    """The tiny model after two updates."""
+    model = built(config).train()
+    optimizer = build_optimizer(build.parameter_groups(model, config), OptimizerConfig(lr=lr), torch.device("cpu"))
+    for _ in range(2):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_the_table_has_every_file_and_every_family():
+    assert set(TITLES) <= {path.stem for path in CONF.glob("*.yaml")}
+    assert set(kinds()) == {str(kind) for kind in AdapterKind} >= {"cera", "dora", "full", "lora", "peft", "rslora"}
+
+
+def test_settings_are_checked_without_torch():
+    """Every command makes these settings before it loads anything, and a table shows their names."""
+    script = """
+import sys
+from cera_train.adapters.config import AdapterConfig
+for kind in ("cera", "lora", "rslora", "dora"):
+    print(AdapterConfig(kind).title)
+print(AdapterConfig("peft", method="MISS").title, AdapterConfig("full", None, dropout=0, target_modules=None).title)
+print([name for name in ("torch", "peft", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:-1] == ["CeRA", "LoRA", "rsLoRA", "DoRA", "MISS full fine-tuning", "[]"]
+
+
+@every_file
+def test_it_has_a_name_for_people(name, adapter_of):
+    assert build.label(adapter_of(name)) == TITLES.get(name, build.label(adapter_of(name))) != ""
+
+
+@every_file
+def test_it_learns_and_counts_what_it_trains(name, adapter_of):
+    config = adapter_of(name)
+    build.check(config)
+    model = built(config)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = sum(parameter.numel() for parameter in trainable), sum(p.numel() for p in model.parameters())
+    assert build.parameter_counts(model) == expected
+    assert {parameter.dtype for parameter in trainable} == {torch.float32}
+    assert sum(len(group["params"]) for group in build.parameter_groups(model, config)) == len(trainable)
+    before = loss(model.eval()).item()
+    assert loss(trained(config)).item() < before
+
+
+@every_file
+def test_update_zero_is_the_base_model(name, adapter_of):
+    model = built(adapter_of(name))
+    torch.testing.assert_close(logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4)
+
+
+@every_file
+def test_over_a_16_bit_base_it_trains_in_32_bits(name, adapter_of):
+    config = adapter_of(name)
+    model = build.build(make_tiny_llama().bfloat16().requires_grad_(False), config)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss(model.train()).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert any(gradient is not None and gradient.abs().max() > 0 for gradient in gradients)
+
+
+@every_file
+def test_what_is_saved_loads_to_equal_logits(name, adapter_of, tmp_path):
+    config = adapter_of(name)
+    model = trained(config)
+    expected = logits(model)
+    build.save(model, trainable_weights(model), tmp_path)
+    assert is_saved_in(tmp_path)
+    family_that_wrote(tmp_path).check_saved(tmp_path)
+    assert family_that_wrote(tmp_path).weights_file(tmp_path).suffix == ".safetensors"
+
+    resumed = built(config)
+    build.load(resumed, build.read(tmp_path))
+    assert torch.equal(logits(resumed), expected)
+    evaluated = build.attach(make_tiny_llama().requires_grad_(False), tmp_path)
+    assert torch.equal(logits(evaluated), expected)
+    assert not torch.equal(expected, logits(make_tiny_llama()))
+
+
+@every_file
+def test_weights_that_do_not_fit_are_refused(name, adapter_of, tmp_path):
+    model = built(adapter_of(name))
+    build.save(model, trainable_weights(model), tmp_path)
+    weights = build.read(tmp_path)
+    first = next(iter(weights))
+    with pytest.raises(ValueError, match="does not fit"):
+        build.load(model, {key: value for key, value in weights.items() if key != first})
+    with pytest.raises(ValueError, match="does not fit"):
+        build.load(model, weights | {"model.stranger.weight": weights[first]})
+    family_that_wrote(tmp_path).weights_file(tmp_path).write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"is damaged or no adapter"):
+        build.attach(make_tiny_llama(), tmp_path)
+
+
+@every_file
+def test_its_spectrum_equals_an_svd_or_it_says_why_not(name, adapter_of):
+    model = built(adapter_of(name))
+    with torch.no_grad():  # B starts at zero
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key or "cera_B" in key:
+                parameter.normal_()
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    reason = why_no_spectrum(model)
+    assert (reason is not None) == (name in WITHOUT_SPECTRUM) or name not in TITLES
+    if reason is not None:
+        assert reason.startswith(WITHOUT_SPECTRUM.get(name, ""))
+        assert (spectra, spectrum_metrics(spectra), mean_spectrum(spectra)) == ({}, {}, [])
+        return
+    assert set(spectra) == {f"model.layers.{i}.self_attn.{part}" for i in (0, 1) for part in ("q_proj", "v_proj")}
+    for module, spectrum in spectra.items():
+        outputs = branch_outputs(model, module)
+        expected = torch.linalg.svdvals(outputs - outputs.mean(0))[:4]
+        torch.testing.assert_close(spectrum.singular_values, expected, rtol=2e-3, atol=1e-4 * expected[0].item())
+
+
+@every_file
+def test_the_base_comes_back_where_the_adapter_is_beside_it(name, adapter_of):
+    config = adapter_of(name)
+    model = trained(config)
+    assert build.keeps_base(model) == (name not in TAKES_FROM_BASE) or name not in TITLES
+    if config.family.trains_base:
+        return
+    with model.disable_adapter():
+        is_base = torch.allclose(logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4)
+    assert is_base == build.keeps_base(model)
+
+
+# --- full fine-tuning ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+def test_a_full_model_is_one_that_transformers_loads(adapter_of, tmp_path, tie_word_embeddings):
+    model = built(adapter_of("full"), tie_word_embeddings=tie_word_embeddings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.01)
+    build.save(model, trainable_weights(model), tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    base = make_tiny_llama(tie_word_embeddings=tie_word_embeddings)
+    assert torch.equal(logits(build.attach(base, tmp_path)), logits(model))
+    assert len(load_file(tmp_path / "model.safetensors")) == len(list(model.parameters()))
+
+
+def test_full_fine_tuning_of_quantised_weights_is_refused(adapter_of):
+    base = make_tiny_llama()
+    base.is_quantized = True
+    with pytest.raises(ValueError, match=r"^adapter.kind=full trains every weight.*model.quantization=none"):
+        build.build(base, adapter_of("full"))

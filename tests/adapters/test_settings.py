@@ -1,0 +1,229 @@
+"""Settings of an adapter that contradict each other, PEFT or the model are refused in one line that names the key."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from omegaconf import OmegaConf
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from cera_train.adapters import build
+from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.common.errors import UserError
+
+
+def refuses(message: str):
+    """One line, whose start is the place."""
+    return pytest.raises(UserError, match=rf"\A{message}[^\n]*\Z")
+
+
+# --- settings among themselves ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "adapter=lora adapter.activation=relu",
+            "adapter.activation=relu is the gate of cera; adapter.kind=lora has none",
+        ),
+        ("adapter=lora adapter.kernels=torch", "adapter.kernels=torch is a choice for the gate of cera"),
+        (
+            "adapter=full adapter.r=16",
+            "adapter.r=16 is the rank of an adapter; adapter.kind=full has none: set adapter.r=n",
+        ),
+        ("adapter=full adapter.r=null adapter.alpha=2", "adapter.alpha=2.0 is the scale"),
+        ("adapter=full adapter.r=null adapter.dropout=0.1", "adapter.dropout=0.1 is the dropout"),
+        (
+            "adapter=full adapter.r=null adapter.target_modules=[q_proj]",
+            r"adapter.target_modules=\['q_proj'\] is a choice",
+        ),
+        ("adapter=full adapter.r=null adapter.layers=[0]", r"adapter.layers=\[0\] is a choice of layers"),
+        ("adapter=full adapter.r=null adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0 is a ratio"),
+        ("adapter=cera adapter.method=MISS", "adapter.method=MISS is a method for adapter.kind=peft"),
+        ("adapter=cera adapter.r=null", "adapter.r=null: adapter.kind=cera needs a rank"),
+        ("adapter=cera adapter.target_modules=null", "adapter.target_modules=None must be a list"),
+        ("adapter=peft", "adapter.method=null: name a method of PEFT"),
+        ("adapter=miss adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0 is a ratio for the learning rate of B"),
+        ("adapter.b_lr_ratio=0", "adapter.b_lr_ratio=0.0 must be positive"),
+    ],
+)
+def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
+    with pytest.raises(Exception, match=message) as caught:
+        compose(*overrides.split())
+    assert isinstance(caught.value, UserError) or isinstance(caught.value.__cause__, UserError)
+
+
+def test_an_unknown_kind_is_refused():
+    with refuses("adapter.kind=pissa: expected one of cera, dora, full, lora, peft, rslora"):
+        AdapterConfig("pissa")
+
+
+def test_a_config_of_before_loads_with_the_same_meaning():
+    old = {"kind": "lora", "r": 8, "alpha": None, "dropout": 0.1, "activation": "silu", "target_modules": ["q_proj"]}
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AdapterConfig), old | {"layers": None}))
+    assert config == AdapterConfig(AdapterKind.lora, 8, target_modules=["q_proj"])
+    assert (config.settings, config.b_lr_ratio, config.kernels, config.title) == ({}, 1.0, "auto", "LoRA")
+
+
+def test_another_kind_on_the_command_line_has_its_own_name(compose):
+    assert compose("adapter.kind=lora").adapter.title == "LoRA"
+
+
+# --- settings that PEFT understands ----------------------------------------------------------------------------------
+
+
+def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
+    return AdapterConfig("peft", rank, dropout=0.0, method=method, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft_of("MIST"), "adapter.method=MIST is no method of PEFT's. There are: BEFT, "),
+        (peft_of("PREFIX_TUNING"), "adapter.method=PREFIX_TUNING needs more than a forward and a backward pass"),
+        (peft_of("ADALORA"), "adapter.method=ADALORA needs more than"),
+        (
+            peft_of("IA3", 4),
+            r"adapter.r=4: PEFT's IA3 has none. Set adapter.r=null, or one of adapter.settings: exclude_",
+        ),
+        (peft_of("MISS", 4, minir=2), "adapter.settings.minir=2: MissConfig has bias, .*mini_r, "),
+        (peft_of("MISS", 4, mini_r="x"), "adapter.settings.mini_r='x': expected int"),
+        (peft_of("MISS", 4, init_weights="bats"), "adapter.settings.init_weights='bats': expected bool or bat, mini"),
+        (peft_of("MISS", 4, r=3), "adapter.settings.r=3 is not for here"),
+        (AdapterConfig("lora", 4, settings={"lora_alpha": 3}), "adapter.settings.lora_alpha=3 is not for here"),
+        (AdapterConfig("lora", 4, settings={"eva_config": {}}), "adapter.settings.eva_config={} is not for here"),
+        (
+            AdapterConfig("lora", 4, settings={"auto_mapping": {}}),
+            "adapter.settings.auto_mapping={} is not for here",
+        ),
+        (
+            AdapterConfig("cera", 4, settings={"layers_pattern": "h"}),
+            "adapter.kind=cera adapter.settings.layers_pattern=h: ",
+        ),
+        (
+            AdapterConfig("peft", None, dropout=0.0, method="LN_TUNING", layers=[0]),
+            "adapter.method=LN_TUNING has no field layers_to_transform: set adapter.layers=null",
+        ),
+    ],
+)
+def test_what_peft_does_not_know_is_refused_before_anything_is_loaded(config, message):
+    with refuses(message):
+        build.check(config)
+
+
+def test_r_alpha_and_dropout_go_to_the_fields_that_hold_them():
+    config = AdapterConfig("peft", 8, 2.0, 0.25, method="randlora").family.peft_config(
+        AdapterConfig("peft", 8, 2.0, 0.25, method="randlora", settings={"sparse": True})
+    )
+    assert (config.r, config.randlora_alpha, config.randlora_dropout, config.sparse) == (8, 2.0, 0.25, True)
+
+
+def test_a_pattern_of_pefts_is_understood():
+    build.check(AdapterConfig("lora", 4, settings={"init_lora_weights": "pissa_niter_4"}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["adapter=miss", "adapter.settings={init_weights: bat, bias: none}"], {"init_weights": "bat", "bias": "none"}),
+        (["adapter=peft", "adapter.method=MISS", "adapter.settings={mini_r: 2}"], {"mini_r": 2}),
+        (["adapter=miss", "+adapter.settings.mini_r=2"], {"mini_r": 2}),
+        (["adapter=pissa", "adapter.settings.init_lora_weights=olora"], {"init_lora_weights": "olora"}),
+        (["adapter=pissa", "+adapter.settings.bias=all"], {"init_lora_weights": "pissa", "bias": "all"}),
+        (["adapter=cera"], {}),
+    ],
+)
+def test_free_form_settings_come_through_the_command_line(compose, overrides, expected):
+    assert compose(*overrides).adapter.settings == expected
+
+
+def test_a_mistyped_key_beside_the_settings_is_refused(compose):
+    with pytest.raises(UserError, match="unknown setting 'adapter.setting"):
+        compose("+adapter.setting.bias=none")
+    with refuses(r"adapter.settings=\['bias'\]: expected names and values"):
+        AdapterConfig("lora", 4, settings=["bias"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft_of("C3A"), "adapter.method=C3A: The block size should be a factor"),
+        (peft_of("IA3"), "adapter.method=IA3: `feedforward_modules` should be a subset"),
+        (AdapterConfig("lora", 4, target_modules=["norm"]), "adapter.kind=lora: Target module LlamaRMSNorm"),
+        (
+            AdapterConfig("cera", 4, target_modules=["embed_tokens"]),
+            "adapter.kind=cera: target module 'model.embed_tok",
+        ),
+    ],
+)
+def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(config, message):
+    with refuses(message):
+        build.build(make_tiny_llama(), config)
+
+
+# --- targets and rank ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cera", "lora", "dora", "rslora"])
+def test_a_rank_above_every_width_is_refused_at_once(kind):
+    with refuses(
+        "adapter.r=5000 .* model.layers.0.self_attn.q_proj, the widest, maps 32 to 32. Use adapter.r=32 or less"
+    ):
+        build.build(make_tiny_llama(), AdapterConfig(kind, 5000))
+    with refuses("adapter.r=17 .* model.layers.0.self_attn.v_proj, the widest, maps 32 to 16"):
+        build.build(make_tiny_llama(), AdapterConfig(kind, 17, target_modules=["v_proj"]))
+    with refuses("adapter.r=5000"):
+        build.build(make_tiny_llama(), AdapterConfig(kind, 5000, target_modules="all-linear"))
+
+
+def test_a_rank_that_one_target_can_use_is_accepted():
+    model = build.build(make_tiny_llama(), AdapterConfig(r=32))  # v_proj is 16 wide
+    assert build.parameter_counts(model)[0] == 2 * 32 * (32 + 32 + 32 + 16)
+
+
+def test_the_rank_is_checked_on_conv1d_too():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    with refuses("adapter.r=33 .* transformer.h.0.attn.c_attn, the widest, maps 32 to 96"):
+        build.build(model, AdapterConfig(r=33, target_modules=["c_attn"]))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("as_expression", [False, True])
+def test_tied_weights_are_not_untied(target, as_expression):
+    targets = rf"(.*\.)?{target}" if as_expression else ["q_proj", target]
+    with refuses(f"adapter.target_modules=.* share weights, .*{target} would untie them"):
+        build.build(make_tiny_llama(tie_word_embeddings=True), AdapterConfig("lora", 4, target_modules=targets))
+
+
+def test_an_untied_head_and_all_linear_are_fine():
+    build.build(make_tiny_llama(), AdapterConfig(r=4, target_modules=["lm_head"]))
+    build.build(make_tiny_llama(tie_word_embeddings=True), AdapterConfig(r=4, target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("kind", ["cera", "lora", "peft"])
+def test_one_mistyped_target_of_two_is_refused(kind):
+    config = AdapterConfig(
+        kind, 4, dropout=0.0, target_modules=["q_proj", "v_prj"], method="MISS" if kind == "peft" else None
+    )
+    with refuses(
+        "adapter.target_modules: 'v_prj' matches no module of this model. Its linear projections are q_proj, "
+    ):
+        build.build(make_tiny_llama(), config)
+
+
+def test_layers_of_all_linear_are_kept():
+    model = build.build(make_tiny_llama(), AdapterConfig("lora", 4, target_modules="all-linear", layers=[1]))
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(names) == 14
+    assert all(".layers.1." in name for name in names)
+    with refuses(r"adapter.layers: \[2\] is outside this model's layers 0 to 1"):
+        build.build(make_tiny_llama(), AdapterConfig(r=4, layers=[2]))
+
+
+def test_building_works_on_the_meta_device():
+    with torch.device("meta"):
+        model = build.build(make_tiny_llama(), AdapterConfig(r=4))
+        logits = model(input_ids=torch.zeros(1, 5, dtype=torch.long)).logits
+    assert logits.device.type == "meta"

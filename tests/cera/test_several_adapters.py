@@ -1,0 +1,237 @@
+"""Several adapters on one model, a different one for each row, and what a branch that is no matrix cannot do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cera_models import IDS, ROWS, WARNINGS, adapted, cera, cera_layers, logits, with_two
+from conftest import make_tiny_llama
+from peft import PeftModel
+
+pytestmark = WARNINGS
+
+# --- several adapters ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_switch_add_up_and_turn_off():
+    base = logits(make_tiny_llama())
+    model = with_two()
+    first = logits(model)
+    model.set_adapter("second")
+    second = logits(model)
+    model.base_model.set_adapter(["first", "second"])
+    both = logits(model)
+    for one, other in [(first, base), (second, base), (first, second), (both, first), (both, second)]:
+        assert not torch.allclose(one, other, atol=1e-3)
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), both)
+    model.set_adapter("first")
+    assert torch.equal(logits(model), first)
+
+
+def test_two_active_adapters_add_their_branches_in_every_projection():
+    model = with_two()
+    v_proj = model.base_model.model.model.layers[0].self_attn.v_proj  # has both
+    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj  # has "first" alone
+    model.base_model.set_adapter(["first", "second"])
+    x = torch.randn(2, 3, 32)
+    torch.testing.assert_close(v_proj(x), v_proj.base_layer(x) + v_proj.branch(x, "first") + v_proj.branch(x, "second"))
+    torch.testing.assert_close(q_proj(x), q_proj.base_layer(x) + q_proj.branch(x, "first"))
+
+
+def test_an_added_adapter_is_neither_active_nor_trainable_until_it_is_set():
+    model = with_two()
+
+    def trainable() -> set[str]:
+        return {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    assert model.active_adapters == ["first"]
+    assert trainable() == {"first"}
+    model.set_adapter("second")
+    assert trainable() == {"second"}
+    model.base_model.set_adapter(["first", "second"])
+    assert trainable() == {"first", "second"}
+
+
+def test_an_adapter_added_to_a_model_in_eval_does_not_drop():
+    model = adapted()
+    model.add_adapter("second", cera(dropout=0.9))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(model))
+
+
+def test_a_deleted_adapter_is_gone_and_the_other_takes_over():
+    model = adapted(name="first")
+    model.add_adapter("second", cera(r=6))
+    model.set_adapter("second")
+    expected = logits(model)
+    model.set_adapter("first")
+    with pytest.warns(UserWarning, match="first was active which is now deleted. Setting active adapter to second"):
+        model.delete_adapter("first")
+    assert list(model.peft_config) == model.active_adapters == ["second"]
+    assert torch.equal(logits(model), expected)
+    assert not any(".first" in name for name, _ in model.named_modules())
+    with pytest.raises(ValueError, match="first does not exist"):
+        model.delete_adapter("first")
+
+
+def test_pefts_status_report_understands_the_layers():
+    status = with_two().get_model_status()
+    assert status.adapter_model_type == "CeraModel"
+    assert status.peft_types == {"first": "CERA", "second": "CERA"}
+    assert status.enabled is True
+    assert status.active_adapters == ["first"]
+    assert status.merged_adapters == []
+    assert status.available_adapters == ["first", "second"]
+    assert status.num_adapter_layers == 6
+    assert status.requires_grad == {"first": True, "second": False}
+
+
+# --- a different adapter for each row --------------------------------------------------------------------------------
+
+
+def alone(model: PeftModel, row: int, call):
+    """What a row gives when it runs alone, with its adapter active."""
+    if ROWS[row] == "__base__":
+        with model.disable_adapter():
+            return call(IDS[row : row + 1])
+    model.set_adapter(ROWS[row])
+    return call(IDS[row : row + 1])
+
+
+def test_every_row_equals_running_alone_with_its_adapter():
+    model = with_two()
+    mixed = logits(model, adapter_names=ROWS)
+    for row in range(4):
+        torch.testing.assert_close(mixed[row : row + 1], alone(model, row, lambda ids: logits(model, ids)))
+    assert not torch.allclose(mixed, logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "copies"),
+    [({}, 1), ({"num_beams": 3}, 1), ({"num_beams": 3, "num_return_sequences": 2}, 2)],
+    ids=["greedy", "beams", "beams-returned"],
+)
+def test_every_row_generates_what_it_generates_alone(settings, copies):
+    model = with_two()
+
+    def generate(ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        settings_ = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False} | settings
+        return model.generate(input_ids=ids, attention_mask=mask, **settings_, **kwargs)
+
+    mixed = generate(IDS, adapter_names=ROWS)
+    assert len(mixed) == 4 * copies
+    for row in range(4):
+        assert torch.equal(mixed[row * copies : (row + 1) * copies], alone(model, row, generate))
+    model.set_adapter("first")
+    assert not torch.equal(mixed, generate(IDS))
+
+
+def test_beams_from_a_generation_config_repeat_the_names_too():
+    model, mask = with_two(), torch.ones_like(IDS)
+    expected = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, num_beams=2, max_new_tokens=4)
+    config = copy.deepcopy(model.generation_config)
+    config.update(num_beams=2, max_new_tokens=4)
+    given = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, generation_config=config)
+    assert torch.equal(given, expected)
+    model.generation_config.num_beams = 2
+    given = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, max_new_tokens=4)
+    assert torch.equal(given, expected)
+
+
+def test_sampled_sequences_of_a_row_run_through_its_adapter():
+    model, mask = with_two(), torch.ones_like(IDS)
+    settings = {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
+    sampled = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, **settings)
+    greedy = model.generate(
+        input_ids=IDS, attention_mask=mask, adapter_names=ROWS, do_sample=False, max_new_tokens=4, min_new_tokens=4
+    )
+    assert torch.equal(sampled, greedy.repeat_interleave(2, dim=0))
+
+
+def test_names_of_rows_are_refused_in_training_unknown_or_in_a_wrong_number():
+    model = with_two()
+    with pytest.raises(ValueError, match=r"adapter_names has other; the adapters of this model are first, second"):
+        logits(model, adapter_names=["first", "other", "first", "first"])
+    for count in (2, 3, 5, 8):  # two names for four rows could pass for beams
+        with pytest.raises(ValueError, match=f"expected 4 names, got {count}"):
+            logits(model, adapter_names=["first"] * count)
+    settings = {"attention_mask": torch.ones_like(IDS), "num_beams": 3, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match=r"expected 12 names, got 6"):
+        model.generate(input_ids=IDS, adapter_names=["first"] * 2, **settings)
+    with pytest.raises(ValueError, match=r"inference only: call model.eval\(\) first"):
+        logits(model.train(), adapter_names=ROWS)
+
+
+def test_names_of_rows_do_not_outlive_their_call_even_if_it_fails():
+    model = with_two()
+    before = logits(model)
+    with pytest.raises(ValueError, match="expected 4 names"):
+        logits(model, adapter_names=["second"] * 3)
+    logits(model, adapter_names=["second"] * 4)
+    assert torch.equal(logits(model), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_heads_saved_with_adapters_follow_the_rows_too():
+    """ "first" has a head of its own, "second" has none, "third" has another."""
+    model = adapted(name="first", modules_to_save=["lm_head"])
+    model.add_adapter("second", cera())
+    model.add_adapter("third", cera(modules_to_save=["lm_head"]))
+    for name in ("first", "third"):
+        model.base_model.model.lm_head.modules_to_save[name].weight.data.normal_(std=0.2)
+    rows = ["third", "second", "first", "__base__"]
+    mixed = logits(model, adapter_names=rows)
+    for row, name in enumerate(rows[:3]):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], logits(model, IDS[row : row + 1])[0])
+    torch.testing.assert_close(mixed[3], logits(make_tiny_llama(), IDS[3:])[0])
+
+    for active in ("first", "second", "third"):
+        model.set_adapter(active)
+        torch.testing.assert_close(logits(model, adapter_names=rows), mixed)
+
+
+# --- what a branch that is no matrix cannot do -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda model: model.merge_and_unload(),
+        lambda model: model.merge_adapter(),
+        lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.merge(),
+    ],
+    ids=["merge_and_unload", "merge_adapter", "layer"],
+)
+def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
+    model = adapted(modules_to_save=["embed_tokens"])
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="CeRA cannot be merged: its branch is non-linear in x"):
+        merge(model)
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_modules()] == modules
+
+
+def test_a_weighted_sum_of_adapters_is_refused_with_a_reason():
+    with pytest.raises(ValueError, match="cannot be combined into one"):
+        with_two().add_weighted_adapter(["first", "second"], [0.5, 0.5], "third")
+
+
+def test_conversion_to_lora_is_refused():
+    assert not adapted().supports_lora_conversion()
+
+
+def test_unload_gives_the_base_model_back():
+    expected, weights = logits(make_tiny_llama()), make_tiny_llama().state_dict()
+    base = with_two(modules_to_save=["lm_head"]).unload()
+    assert type(base) is type(make_tiny_llama())
+    assert not cera_layers(base)
+    assert torch.equal(logits(base), expected)
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in base.state_dict().items())
