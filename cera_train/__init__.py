@@ -4,6 +4,7 @@ Importing this package registers CeRA with PEFT, so that `PeftModel.from_pretrai
 do so later, where they load torch: their `--help`, mistakes and tables answer without those two seconds.
 """
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -18,5 +19,6 @@ def _is_command() -> bool:
     return is_script or program.name == "-m" or program.parent == Path(__file__).parent
 
 
-if not _is_command():
+# A process that another one spawned, such as a grader, imports what it needs by module.
+if not _is_command() and multiprocessing.parent_process() is None:
     import cera_train.cera  # noqa: F401

@@ -103,7 +103,11 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
-        raise UserError(f"{folder} does not fit {base.name_or_path}: {error}") from error
+        wanted = family_that_wrote(folder).description(folder).get("base_model_name_or_path")
+        raise UserError(
+            f"{folder} does not fit {base.name_or_path}: it belongs to another base model, {wanted}. Leave out model=, "
+            f"or name that one. ({str(error)[:120]}...)"
+        ) from error
     return model
 
 

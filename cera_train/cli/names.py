@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 
 USUAL_NAMES = {
-    "adapter=NAME": ("peft_type", "peft_method", "method", "use_dora", "use_rslora"),
+    "adapter=NAME": ("peft_type", "peft_method", "use_dora", "use_rslora"),
     "adapter.r": ("rank", "lora_r", "lora_rank", "lora_dim", "r"),
     "adapter.alpha": ("lora_alpha", "scaling", "scale"),
     "adapter.dropout": ("lora_dropout", "dropout_rate"),

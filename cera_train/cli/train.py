@@ -18,7 +18,9 @@ from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import Changes, changes_of
 from cera_train.config import Config
+from cera_train.data.check import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
+from cera_train.model.folder import check_model
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
 
 TRAIN = Composition(Config, "cera-train")
@@ -63,6 +65,9 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
         config = replace(config, output_dir=str(job.sweep), name=job.name)
     if not is_as_published(overrides):
         config = replace(config, published={})
+    if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more
+        check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
+        check_data(config.data)
     with heavy_imports():
         from cera_train.training.launch import launch
 

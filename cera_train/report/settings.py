@@ -21,6 +21,8 @@ def differing_keys(settings: Sequence[Settings]) -> list[str]:
 def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
     """The settings in which training runs differ: key -> a text for each run."""
     keys = [key for key in differing_keys(settings) if changes_of(Config, key) != Changes.nothing]
+    # A setting that means nothing to a method stays auto.
+    keys = [key for key in keys if len({repr(own.get(key)) for own in settings} - {"'auto'"}) > 1]
     return {key: [show(own.get(key)) for own in settings] for key in keys}
 
 

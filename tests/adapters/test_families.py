@@ -106,6 +106,7 @@ def test_settings_are_checked_without_torch():
     """Every command makes these settings before it loads anything, and a table shows their names."""
     script = """
 import sys
+sys.argv[0] = "cera-train"
 from cera_train.adapters.config import AdapterConfig
 for kind in ("cera", "lora", "rslora", "dora"):
     print(AdapterConfig(kind).title)

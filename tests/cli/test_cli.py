@@ -63,14 +63,17 @@ def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_no
     ("arguments", "message"),
     [
         (["adapter.target_modules=[q_porj]"], "'q_porj' matches no module.*q_proj, k_proj"),
-        (["model.path=nobody/nothing"], "cannot load model.path='nobody/nothing'.*hf auth login.*local folder"),
+        (["model.path=nobody/nothing"], "model.path=nobody/nothing: .*hf auth login.*local folder"),
         (["data=gsm8k"], "cannot load data set 'openai/gsm8k'.*data.train_files"),
         (
             ["data=gsm8k", "data.train_files=[no.jsonl]", "data.eval_rows=1"],
-            "cannot read data file no.jsonl .*No such file",
+            "data.train_files=no.jsonl: cannot read the file.*",
         ),
         (["data=gsm8k", "data.train_files=[broken.jsonl]", "data.eval_rows=1"], "broken.jsonl:2: broken JSON"),
-        (["data=math", "data.train_files=[rows.jsonl]", "data.eval_rows=1"], "'problem' is missing.*question, answer"),
+        (
+            ["data=math", "data.train_files=[rows.jsonl]", "data.eval_rows=1"],
+            "rows.jsonl:1: column 'problem' .*is missing; its columns are question, answer",
+        ),
         (
             ["data=gsm8k", "data.train_files=[empty.jsonl]", "data.eval_files=[rows.jsonl]"],
             "no training rows are left: 0",

@@ -34,7 +34,7 @@ def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
     plan = RowOrder(rows, batch_size, seed=0)
     for epoch in range(3):
         first = epoch * plan.updates_per_epoch
-        updates = [plan.rows_of(update) for update in range(first, first + plan.updates_per_epoch)]
+        updates = [plan.sequences(update) for update in range(first, first + plan.updates_per_epoch)]
         assert sorted(chain.from_iterable(updates)) == list(range(rows))
         assert {plan.epoch(update) for update in range(first, first + plan.updates_per_epoch)} == {epoch}
         assert all(len(update) == batch_size for update in updates[:-1])
@@ -43,9 +43,9 @@ def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
 
 def test_order_follows_from_the_seed_and_the_epoch():
     plan = RowOrder(50, 50, seed=1)
-    orders = [plan.rows_of(update) for update in range(3)]
-    assert orders == [RowOrder(50, 50, seed=1).rows_of(update) for update in range(3)]
-    assert len({tuple(order) for order in [*orders, RowOrder(50, 50, seed=2).rows_of(0)]}) == 4
+    orders = [plan.sequences(update) for update in range(3)]
+    assert orders == [RowOrder(50, 50, seed=1).sequences(update) for update in range(3)]
+    assert len({tuple(order) for order in [*orders, RowOrder(50, 50, seed=2).sequences(0)]}) == 4
     assert list(range(50)) not in orders
 
 
@@ -54,16 +54,16 @@ def test_an_update_is_a_slice_of_the_epochs_permutation():
     for update in (0, 5, 6, 2, 11):
         order = torch.Generator().manual_seed(7 * 1_000_003 + update // 6)
         permutation = torch.randperm(23, generator=order).tolist()
-        assert plan.rows_of(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
+        assert plan.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
 
 
 def test_an_update_does_not_depend_on_those_before_it_nor_on_torchs_seed():
     plan = RowOrder(20, 6, seed=0)
-    in_order = [plan.rows_of(update) for update in range(12)]
+    in_order = [plan.sequences(update) for update in range(12)]
     torch.manual_seed(5)
-    assert [plan.rows_of(update) for update in reversed(range(12))] == in_order[::-1]
+    assert [plan.sequences(update) for update in reversed(range(12))] == in_order[::-1]
     before = torch.get_rng_state()
-    plan.rows_of(0)
+    plan.sequences(0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

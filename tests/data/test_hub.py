@@ -138,5 +138,6 @@ def test_the_quick_look_finds_a_missing_evaluation_file_and_passes_good_rows(wri
 
 def test_the_quick_look_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}"
-    program = f"import sys, cera_train.data.check; print(sorted({heavy}.intersection(sys.modules)))"
+    program = "import sys; sys.argv[0] = 'cera-train'\n"
+    program += f"import cera_train.data.check; print(sorted({heavy}.intersection(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -131,7 +131,8 @@ def test_a_long_multiplication_is_stopped_at_once(impatient):
 
 
 def test_processes_import_neither_torch_nor_transformers():
-    code = "import sys, cera_train.evaluation.grading, math_verify\n"
+    code = "import sys; sys.argv[0] = 'cera-train'\n"
+    code += "import cera_train.evaluation.grading, math_verify\n"
     code += "print({'torch', 'transformers', 'peft'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"

@@ -356,6 +356,7 @@ def test_the_checks_of_a_folder_need_no_torch():
     import subprocess
     import sys
 
-    program = "import sys; from cera_train.model.folder import check_model; assert 'torch' not in sys.modules"
+    program = "import sys; sys.argv[0] = 'cera-train'\n"
+    program += "from cera_train.model.folder import check_model; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
     check_model(ADDRESS)

@@ -171,6 +171,7 @@ def test_grades_read_back_with_what_their_task_adds(tmp_path: Path) -> None:
 
 
 def test_results_import_no_torch() -> None:
-    code = "import sys, cera_train.runs.results, cera_train.runs.graded, cera_train.common.drawing\n"
+    code = "import sys; sys.argv[0] = 'cera-train'\n"
+    code += "import cera_train.runs.results, cera_train.runs.graded, cera_train.common.drawing\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -91,7 +91,8 @@ def test_a_task_checks_its_settings(settings, message):
 
 
 def test_finding_every_task_imports_neither_torch_nor_pyarrow():
-    code = "import sys; from cera_train.tasks.registry import all_tasks; all_tasks()\n"
+    code = "import sys; sys.argv[0] = 'cera-train'\n"
+    code += "from cera_train.tasks.registry import all_tasks; all_tasks()\n"
     code += "import cera_train.evaluation.config, cera_train.tasks.problems\n"
     code += "print({'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'pyarrow', 'numpy'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

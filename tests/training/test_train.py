@@ -21,6 +21,7 @@ from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.distributed.config import Strategy
 from cera_train.runs.folder import RunFolder
+from cera_train.training.session import settle
 from cera_train.training.train import train
 
 
@@ -70,7 +71,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished, tiny_folder)
         *("metrics.jsonl", "result.json", "run.png", "spectra.jsonl", "spectrum.json"),
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
-    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(config)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(settle(config, folder)[0])
     assert json.loads((folder / "result.json").read_text()) == result
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
     assert len(json.loads((folder / "spectrum.json").read_text())) == 4
