@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all check bench growth clean
+.PHONY: help quickstart install test test-all lint check bench growth clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -20,11 +20,12 @@ test: $(VENV)/.installed-test  ## run the fast tests
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
 
-check: $(VENV)/.installed-test  ## run ruff, the contracts of what imports what, and the fast tests
+lint: $(VENV)/.installed-test  ## run ruff, and the contracts of what imports what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+check: lint test  ## run both
 
 bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes; ROWS=train.jsonl takes GSM8K's rows
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS))

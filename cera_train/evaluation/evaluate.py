@@ -31,11 +31,14 @@ from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.scores import score, verify
+from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.perplexity import perplexity
+from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
+from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.tasks.problems import load_problems
@@ -61,15 +64,19 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     digest = digest_of(subject.adapter) if subject.adapter else None
     config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
     is_main = is_main_process()
+    path = subject.folder / "eval" / name
+    subject = settled(subject, path / "config.yaml")
+    config = replace(config, model=subject.model)
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
-    path = subject.folder / "eval" / name
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
         task = find_task(config.task.kind)
         measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
         if is_main:
             folder.write_config(config)
-            print_line("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}")
+            print_line(
+                "evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
+            )
         accelerator.wait_for_everyone()
         result = folder.result() if folder.is_finished() else None
         if result is None:
@@ -80,6 +87,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if is_main:
             console.print_evaluation(task, result, path)
         return result
+
+
+def settled(subject: Subject, recorded: Path) -> Subject:
+    """The subject in the precision that `model.dtype=auto` takes: as an evaluation in this folder was begun, else by
+    this machine."""
+    dtype = subject.model.dtype
+    if dtype == Dtype.auto and recorded.is_file():
+        begun = load_config(recorded, EvalConfig)
+        dtype = begun.model.dtype if begun.model else dtype
+    return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).dtype))
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ It says only what the run's folder says, so it can be written again after every 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,6 +17,7 @@ from cera_train.common.trust import check_links, clean
 from cera_train.config import Config
 from cera_train.data.config import Layout
 from cera_train.evaluation.config import EvalConfig
+from cera_train.model.config import ModelConfig
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, read_evaluation_result
 from cera_train.runs.subject import digest_of
@@ -49,80 +51,95 @@ def is_of_this(evaluation: Path, adapter: Path, config: Config) -> bool:
 
 def card(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> str:
     """The card's text, with the metadata that the Hub reads."""
-    model, adapter = config.model, config.adapter
-    facts = model.facts if model.facts and model.facts.of == model.path else None
-    license_name = facts.license if facts else None
-    is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
-    is_full = adapter.family.trains_base
-    metadata = {
-        "library_name": "transformers" if is_full else "peft",
-        "base_model": model.path if is_hub_id else None,
-        "license": license_name,
-        "datasets": [config.data.path] if config.data.path and not config.data.train_files else None,
-        "tags": [adapter.kind.value],
-        "pipeline_tag": "text-generation",
-    }
-    is_cera = adapter.kind == "cera"
-    trained = {
-        "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
-        "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
-        "Adapter": described(adapter),
-        "Trainable parameters": f"{result.trainable_parameters:,}",
-        "Data": data_of(config),
-        "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
-        f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {config.train.seed}",
-    }
-    measured = {
-        "Perplexity, untouched base": f"{result.perplexity_before:.3f}",
-        "Perplexity": f"{result.perplexity:.3f}",
-    }
-    if result.spectrum.effective_rank_mean is not None:
-        measured |= {
-            "Effective rank, mean over modules": f"{result.spectrum.effective_rank_mean:.1f} of {adapter.r}",
-            "Effective rank, largest": f"{result.spectrum.effective_rank_max:.1f} of {adapter.r}",
-        }
-    for evaluation in evaluations:
-        measured |= evaluation_rows(evaluation)
+    adapter, license_name = config.adapter, license_of(config.model)
+    is_full, is_cera = adapter.family.trains_base, adapter.kind == "cera"
     license_text = (
         f"The base weights are under `{escape(license_name)}`; an adapter of theirs comes under its terms."
         if license_name
         else "The licence of the base weights is not on record here: see where they come from."
     )
-    formula = (
-        f"\nIts branch is non-linear, `y = W0 x + s B dropout({adapter.activation}(A x))`, and stays beside W0.\n"
-        if is_cera
-        else ""
-    )
+    formula = f"y = W0 x + s B dropout({adapter.activation}(A x))"
+    branch = f"\nIts branch is non-linear, `{formula}`, and stays beside W0.\n" if is_cera else ""
     registers = "import cera_train  # registers CeRA with PEFT\n" if is_cera else ""
     library, loader = ("transformers", "AutoModelForCausalLM") if is_full else ("peft", "AutoPeftModelForCausalLM")
     what = f"The base model after {adapter.title}" if is_full else f"A {adapter.title} adapter"
     return f"""---
-{yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False)}---
+{yaml.safe_dump(metadata(config, license_name), sort_keys=False)}---
 
 # {escape(config.name)}
 
 {escape(what)}, trained with cera-train.
-{formula}
+{branch}
 ## How to load it
 
 ```python
 {registers}from {library} import {loader}
+from transformers import AutoTokenizer
 
 model = {loader}.from_pretrained("FOLDER")  # where this file lies
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 ## How it was trained
 
-{table(trained)}
+{table(trained(config, result))}
 
 ## What was measured
 
-{table(measured)}
+{table(measured(config, result, evaluations))}
 
 ## Licence
 
 {license_text}
 """
+
+
+def license_of(model: ModelConfig) -> str | None:
+    """The licence of the base weights, where conf/model has it."""
+    return model.facts.license if model.facts and model.facts.of == model.path else None
+
+
+def metadata(config: Config, license_name: str | None) -> dict[str, Any]:
+    """What the Hub reads."""
+    model, data = config.model, config.data
+    is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
+    fields = {
+        "library_name": "transformers" if config.adapter.family.trains_base else "peft",
+        "base_model": model.path if is_hub_id else None,
+        "license": license_name,
+        "datasets": [data.path] if data.path and not data.train_files else None,
+        "tags": [config.adapter.kind.value],
+        "pipeline_tag": "text-generation",
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def trained(config: Config, result: RunResult) -> dict[str, str]:
+    model = config.model
+    return {
+        "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
+        "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
+        "Adapter": described(config.adapter),
+        "Trainable parameters": f"{result.trainable_parameters:,}",
+        "Data": data_of(config),
+        "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
+        f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {config.train.seed}",
+    }
+
+
+def measured(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> dict[str, str]:
+    rows = {
+        "Perplexity, untouched base": f"{result.perplexity_before:.3f}",
+        "Perplexity": f"{result.perplexity:.3f}",
+    }
+    if result.spectrum.effective_rank_mean is not None:
+        rows |= {
+            "Effective rank, mean over modules": f"{result.spectrum.effective_rank_mean:.1f} of {config.adapter.r}",
+            "Effective rank, largest": f"{result.spectrum.effective_rank_max:.1f} of {config.adapter.r}",
+        }
+    for evaluation in evaluations:
+        rows |= evaluation_rows(evaluation)
+    return rows
 
 
 def described(adapter: AdapterConfig) -> str:

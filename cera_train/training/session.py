@@ -140,12 +140,7 @@ def build(config: Config, folder: RunFolder, resume_from: Path | None = None) ->
     model = adapters.build(base, config.adapter)
     adapters.use_kernels(model, config.adapter.kernels)
     counts = adapters.parameter_counts(model)
-    progress, moments = Progress(), None
-    if resume_from is not None:
-        progress, moments = load_checkpoint(resume_from, model, data.train.digest)
-    goes_on_here = resume_from is not None and folder.holds(resume_from)
-    if not goes_on_here:
-        progress.forget_best()  # that adapter lies in another folder
+    progress, moments = restore(folder, resume_from, model, data.train.digest)
 
     optimizer = build_optimizer(adapters.parameter_groups(model, config.adapter), config.optimizer, team.device)
     loss, stepper = team.accelerator.prepare(SupervisedLoss(model, base, team.accelerator.autocast), optimizer)
@@ -178,8 +173,20 @@ def build(config: Config, folder: RunFolder, resume_from: Path | None = None) ->
         bar=ProgressBar("update", updates, progress.update, visible=team.is_main),
         clock=console.Clock(progress.update, updates),
         base_fingerprint=base_fingerprint,
-        goes_on_here=goes_on_here,
+        goes_on_here=resume_from is not None and folder.holds(resume_from),
     )
+
+
+def restore(
+    folder: RunFolder, checkpoint: Path | None, model: nn.Module, data_digest: str
+) -> tuple[Progress, dict[str, Any] | None]:
+    """The progress and the optimizer's state to begin with; loads the weights of a checkpoint into the model."""
+    if checkpoint is None:
+        return Progress(), None
+    progress, moments = load_checkpoint(checkpoint, model, data_digest)
+    if not folder.holds(checkpoint):
+        progress.forget_best()  # that adapter lies in another folder
+    return progress, moments
 
 
 def begin(session: Session, precision: Precision) -> None:
