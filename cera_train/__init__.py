@@ -19,6 +19,6 @@ def _is_command() -> bool:
     return is_script or program.name == "-m" or program.parent == Path(__file__).parent
 
 
-# A process that another one spawned, such as a grader, imports what it needs by module.
-if not _is_command() and multiprocessing.parent_process() is None:
+# A grader's process answers no one who could load an adapter (evaluation/grading.py).
+if not _is_command() and multiprocessing.current_process().name != "pebble_pool_worker":
     import cera_train.cera  # noqa: F401

@@ -19,7 +19,6 @@ from cera_train.model.precision import choose_precision
 from cera_train.planning.config import CompareAt, GpuKind
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
-from cera_train.training.config import OptimizerKind
 
 if TYPE_CHECKING:
     from cera_train.planning.count import Parameters
@@ -257,7 +256,7 @@ def memory_of(
     always = {
         "weights": parameters.weight_bytes,
         "adapter": 4 * parameters.trainable,
-        "optimizer": sum(_optimizer_bytes(count, config.optimizer.kind) for count in parameters.trainable_tensors),
+        "optimizer": sum(config.optimizer.kind.state_bytes(count) for count in parameters.trainable_tensors),
     }
     if not on_gpu:
         always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
@@ -277,11 +276,6 @@ def memory_of(
     # float32 logits and their log-softmax. A CPU's heap has not given back what training took.
     evaluation = {"logits": 8 * parameters.vocab_size * eval_chunk}
     return Memory(always | training, always | evaluation | ({} if on_gpu else {"activations": activations}))
-
-
-def _optimizer_bytes(count: int, kind: OptimizerKind) -> float:
-    """Two moments of float32; or of 8 bits with a float32 scale for 256, which small tensors do not get."""
-    return 8 * count if kind == OptimizerKind.adamw or count < 4096 else 2 * (1 + 4 / 256) * count
 
 
 # --- the same run, changed -------------------------------------------------------------------------------------------

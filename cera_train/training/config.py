@@ -14,6 +14,11 @@ class OptimizerKind(StrEnum):
     adamw_8bit = "adamw_8bit"
     paged_adamw_8bit = "paged_adamw_8bit"
 
+    def state_bytes(self, count: int) -> float:
+        """What it keeps for a tensor of `count` weights: two moments of float32; or of 8 bits with a float32 scale for
+        256, which small tensors do not get."""
+        return 8 * count if self == OptimizerKind.adamw or count < 4096 else 2 * (1 + 4 / 256) * count
+
 
 class Schedule(StrEnum):
     constant = "constant"

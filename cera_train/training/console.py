@@ -6,6 +6,7 @@ import itertools
 import shlex
 import shutil
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,7 +198,9 @@ def next_commands(config: Config, folder: str) -> dict[str, str]:
     task = "logistic_map" if config.data.layout == Layout.logistic_map else "perplexity"
     other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
     kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in ("adapter", "name")]
-    bin = "" if shutil.which("cera-train") else f"{Path(sys.argv[0]).parent}/"  # as `make` starts it
+    started = Path(sys.argv[0])
+    scripts = started.parent if started.name == "cera-train" else sysconfig.get_path("scripts")
+    bin = "" if shutil.which("cera-train") else f"{scripts}/"  # `make` starts .venv/bin/cera-train
     commands = {
         "ask it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
         f"train {other}": [f"{bin}cera-train", *kept, f"adapter={other}", f"name={config.name}_{other}"],

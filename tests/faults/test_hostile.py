@@ -74,22 +74,22 @@ def run_command(monkeypatch, capfd, tmp_path) -> Callable:
     return run_command
 
 
-OPEN = "_target_: io.open\n    _args_: [MARKER, w]\n"
+CREATE = "_target_: os.mknod\n    _args_: [MARKER]\n"
 LOGGING = "version: 1\nhandlers:\n  x: {(): io.open, file: MARKER, mode: w}\nroot: {handlers: [x]}\n"
 CALLBACKS = {
-    "under a global package": f"# @package _global_\nhydra:\n  callbacks:\n   x:\n    {OPEN}",
-    "spelt with escapes": f'# @package _global_\n"hy\\u0064ra":\n  callbacks:\n   x:\n    {OPEN}'.replace(
+    "under a global package": f"# @package _global_\nhydra:\n  callbacks:\n   x:\n    {CREATE}",
+    "spelt with escapes": f'# @package _global_\n"hy\\u0064ra":\n  callbacks:\n   x:\n    {CREATE}'.replace(
         "_target_", '"_targ\\u0065t_"'
     ),
     "made by a resolver": "# @package _global_\nhydra:\n  callbacks:\n    x: "
     "${oc.create:{_target_:io.open,_args_:[MARKER,w]}}\n",
-    "put there by a package": f"# @package hydra.callbacks.x\n{OPEN.replace('    ', '')}",
+    "put there by a package": f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
     "put there by another file": "defaults: [/payload@_global_.hydra.callbacks.x]\npath: x\n",
     "as a logging factory": f"# @package hydra.job_logging\n{LOGGING}",
     "as Hydra's own logging factory": f"# @package hydra.hydra_logging\n{LOGGING}",
     "in the environment of children": "# @package hydra.job\nenv_set: {PYTHONSTARTUP: MARKER}\n",
     "beside the grid of a sweep": "# @package _global_\nhydra:\n  sweeper:\n    params: {adapter.r: '4,8'}\n"
-    f"  callbacks:\n   x:\n    {OPEN}",
+    f"  callbacks:\n   x:\n    {CREATE}",
     "as a dimension of a sweep": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
     "      +hydra.job.env_set.PYTHONSTARTUP: MARKER\n",
     "as a dimension that trusts": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
@@ -103,7 +103,7 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command
     folder = tmp_path / "stranger"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "mine.yaml").write_text(CALLBACKS[way].replace("MARKER", str(marker)))
-    (folder / "payload.yaml").write_text(OPEN.replace("    ", "").replace("MARKER", str(marker)))
+    (folder / "payload.yaml").write_text(CREATE.replace("    ", "").replace("MARKER", str(marker)))
     where = ["--config-dir", str(folder)] if by == "--config-dir" else [f"hydra.searchpath=[file://{folder}]"]
     line = run_command(cli.main, *where, "model=mine", "name=run")
     assert not marker.exists()
@@ -111,14 +111,14 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command
 
 
 def test_a_main_config_from_elsewhere_runs_no_code(tmp_path, marker, run_command):
-    (tmp_path / "config.yaml").write_text(f"hydra:\n  callbacks:\n   x:\n    {OPEN}".replace("MARKER", str(marker)))
+    (tmp_path / "config.yaml").write_text(f"hydra:\n  callbacks:\n   x:\n    {CREATE}".replace("MARKER", str(marker)))
     line = run_command(cli.main, "--config-path", str(tmp_path))
     assert not marker.exists()
     assert "sets `hydra`" in line
 
 
 def test_what_the_command_line_itself_says_of_hydra_is_the_users(marker, run_command):
-    callback = f"+hydra.callbacks.x={{_target_:io.open,_args_:['{marker}',w]}}"
+    callback = f"+hydra.callbacks.x={{_target_:os.mknod,_args_:['{marker}']}}"
     run_command(cli.main, callback, "model.path=/no/such/model", "name=run")
     assert marker.exists()  # so the callbacks above would have run
 

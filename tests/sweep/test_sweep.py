@@ -211,6 +211,7 @@ FIXED = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=2", "dat
 
 
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, monkeypatch, counted):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
     command = ["-m", "adapter.r=4,8", *FIXED, "name=mine"]
     assert cera_train(monkeypatch, tmp_path, *command) == 0
     assert counted == ["adapter.r=4", "adapter.r=8"]
