@@ -51,7 +51,7 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
         import torch
 
         from cera_train.common.files import cache_dir
-        from cera_train.data.batches import MicroBatches, Plan
+        from cera_train.data.batches import MicroBatches, RowOrder
         from cera_train.data.config import DataConfig
         from cera_train.data.prepare import prepare_data
         from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory
@@ -76,7 +76,7 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
             started = time.perf_counter()
             data = prepare_data(config, tokenizer)
             batches = MicroBatches(data.train, True, 4096, cpu)
-            batches.load(batches.groups(Plan(len(data.train.rows), 16, seed=0).sequences(0))[0])
+            batches.load(batches.groups(RowOrder(len(data.train.rows), 16, seed=0).sequences(0))[0])
             opened = time.perf_counter() - started
         finally:
             os.environ["CERA_TRAIN_CACHE"] = str(users_cache)

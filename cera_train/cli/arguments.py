@@ -45,7 +45,7 @@ def for_hydra(composition: Composition, arguments: Sequence[str]) -> list[str]:
     flags, rest = _split(composition, arguments)
     if not rest and not flags and composition.program == "cera-train":
         rest = [QUICKSTART]
-    rest = list(dict.fromkeys(map(with_folder_quoted, rest)))
+    rest = list(dict.fromkeys(map(with_folder_quoted, reversed(rest))))[::-1]  # of the same argument, the last
     if not any(flag in ELSEWHERE for flag in flags):
         check(composition, rest, is_sweep=any(flag in SWEEPS for flag in flags) or "hydra.mode=MULTIRUN" in rest)
     return [*flags, *rest]
@@ -67,8 +67,8 @@ def check(composition: Composition, arguments: Sequence[str], is_sweep: bool) ->
         _check_form(composition, argument, following)
         (override,) = parser.parse_overrides([argument])
         key = override.key_or_group
-        if seen.setdefault(key, argument) != argument:
-            raise UserError(f"{argument}: {key} is set twice, by {seen[key]} too: keep one.")
+        if key in composition.groups() and seen.setdefault(key, argument) != argument:  # of a setting, the last holds
+            raise UserError(f"{argument}: {key} is chosen twice, by {seen[key]} too: keep one.")
         if override.is_sweep_override() and not is_sweep:
             raise UserError(_several_values(composition, override))
         if override.package is None and not key.startswith(("hydra.", "hydra/")):

@@ -78,7 +78,7 @@ from cera_train.evaluation.config import EvalConfig
         (["--cfg", "jobs"], "--cfg jobs: expected one of job, hydra, all"),
         ([""], "'': an empty argument"),
         (["=3"], "=3: the key is missing"),
-        (["adapter.r=4", "adapter.r=8"], "adapter.r=8: adapter.r is set twice, by adapter.r=4 too"),
+        (["adapter=lora", "adapter=dora"], "adapter=dora: adapter is chosen twice, by adapter=lora too"),
         # several values
         (["adapter.r=4,8"], "adapter.r=4,8: several values for one run: add -m"),
         (["adapter.target_modules=q,v"], r"write 'adapter.target_modules=\[q,v\]' for a list, or add -m"),
@@ -198,6 +198,7 @@ def test_flags_stand_anywhere(arguments):
 def test_without_arguments_the_quickstart_runs():
     assert for_hydra(TRAIN, []) == for_hydra(TRAIN, ["--debug"]) == ["+recipe=quickstart"]
     assert for_hydra(TRAIN, ["name=mine"]) == ["name=mine"]
+    assert for_hydra(TRAIN, ["adapter.r=4", "adapter.r=8", "adapter.r=4"])[-1] == "adapter.r=4"  # the last holds
     assert for_hydra(TRAIN, ["--help"]) == ["--help"]
     assert for_hydra(Composition(PlanRun, "cera-plan"), []) == []
 
