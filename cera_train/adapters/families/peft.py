@@ -157,15 +157,16 @@ class Peft(Family):
         check_adapter_settings(folder, settings)
 
     def save(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        # All names of the state, from which PEFT takes what the method saves: random projections in buffers too, and a
-        # weight that modules share under each of its names.
+        # PEFT chooses from trained weights, one that modules share under each of its names, and from buffers, where some
+        # methods hold random projections. Not from state_dict(): of a sharded model that is a collective.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         shared = {
             alias: weights[names[id(parameter)]]
             for alias, parameter in model.named_parameters(remove_duplicate=False)
             if names[id(parameter)] in weights
         }
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=model.state_dict() | shared)
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=buffers | shared)
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         import peft
