@@ -325,7 +325,7 @@ def test_a_mistake_comes_to_light_before_any_process_starts(tmp_path, arguments)
     )
     out, err = run.communicate()
     assert (run.returncode, out) == (2, "")
-    assert "cannot read data file no.jsonl" in err
+    assert "data.train_files=no.jsonl: cannot read the file" in err
     assert not (tmp_path / "outputs" / "default").exists()
 
 

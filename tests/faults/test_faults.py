@@ -346,7 +346,7 @@ def start_tracked(arguments: list[str], folder: Path, **environment: str) -> sub
 
 def assert_synced_later(output: str, folder: Path) -> None:
     """The command that the run named brings every row of its metrics to a server."""
-    (command,) = re.findall(r"To upload the rest: (wandb sync .*)", output)
+    (command,) = re.findall(r"To upload it: (wandb sync .*)", output)
     with WandbServer() as server:
         done = subprocess.run(
             [Path(sys.executable).parent / "wandb", *shlex.split(command)[1:]],

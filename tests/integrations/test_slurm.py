@@ -84,10 +84,10 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     out = run(*sweep)
     assert "jobs       4 finished" in out
     assert results == {job: (job / "result.json").stat().st_mtime_ns for job in results}
-    for job, own in ((jobs[1], ["adapter.r=2", "optimizer.lr=0.01"]), (jobs[2], ["adapter.r=4", "optimizer.lr=0.001"])):
-        alone = compose(*arguments, *own, "name=alone" + job.name[-5:])
+    for number, own in {1: ["adapter.r=2", "optimizer.lr=0.01"], 2: ["adapter.r=4", "optimizer.lr=0.001"]}.items():
+        alone = compose(*arguments, *own, f"name=alone{number}")
         train(alone)
-        assert adapter_of(job) == adapter_of(tmp_path / alone.name)
+        assert adapter_of(jobs[number]) == adapter_of(tmp_path / alone.name)
 
 
 def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):

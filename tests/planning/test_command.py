@@ -64,13 +64,7 @@ def test_help_and_mistakes_are_answered_without_torch(tmp_path, arguments, statu
 
 @pytest.mark.slow
 def test_a_sweep_leaves_nothing_behind_and_one_job_is_a_sweep_too(tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        "from cera_train.cli.plan import main; main()",
-        "-m",
-        "+recipe=math_r64",
-    ]
+    command = [Path(sys.executable).parent / "cera-plan", "-m", "+recipe=math_r64"]
     for ranks, jobs in (("16,64", "2 jobs"), ("64", "1 job")):
         done = subprocess.run(
             [*command, f"adapter.r={ranks}"], capture_output=True, text=True, cwd=tmp_path, check=True
@@ -88,10 +82,8 @@ def test_a_sweep_leaves_nothing_behind_and_one_job_is_a_sweep_too(tmp_path):
 
 @pytest.mark.slow
 def test_a_plan_prints_and_leaves_nothing_behind(tmp_path):
-    script = "from cera_train.cli.plan import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", script, "+recipe=math_r64"], cwd=tmp_path, capture_output=True, text=True
-    )
+    command = [Path(sys.executable).parent / "cera-plan", "+recipe=math_r64"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "27,262,976" in done.stdout
     assert not list(Path(tmp_path).iterdir())

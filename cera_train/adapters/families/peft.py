@@ -157,8 +157,8 @@ class Peft(Family):
         check_adapter_settings(folder, settings)
 
     def save(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-        # PEFT chooses from trained weights, one that modules share under each of its names, and from buffers, where some
-        # methods hold random projections. Not from state_dict(): of a sharded model that is a collective.
+        # PEFT chooses from trained weights, one that modules share under each of its names, and from buffers: some
+        # methods hold random projections there. Not from state_dict(): of a sharded model that is a collective.
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         shared = {
             alias: weights[names[id(parameter)]]
