@@ -76,7 +76,7 @@ def test_a_sweep_leaves_nothing_behind_and_one_job_is_a_sweep_too(tmp_path):
     )
     assert refused.returncode == 2
     assert (refused.stdout, refused.stderr.count("\n")) == ("", 1)
-    assert "plan.compare sets other adapters beside one plan; with -m, sweep them" in refused.stderr
+    assert "plan.compare=['lora'] sets other adapters beside one plan; with -m, sweep them" in refused.stderr
     assert not list(tmp_path.iterdir())
 
 
