@@ -16,6 +16,11 @@ class UserError(ValueError):
     key=value), what is wrong, the mend."""
 
 
+def words_of(error: BaseException) -> str:
+    """What an error says: of the system's errors the words alone, without number and path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     text = " ".join(str(error).split())

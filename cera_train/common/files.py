@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, words_of
 from cera_train.common.trust import PlainLoader, check_links
 
 Record = typing.TypeVar("Record")
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken: {getattr(error, 'strerror', None) or error}. Restore it.") from error
+        raise UserError(f"{path} is broken: {words_of(error)}. Restore it.") from error
     return _mapping(tree, path)
 
 
@@ -80,8 +80,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_bytes(), PlainLoader)
     except Exception as error:  # PyYAML's constructors raise whatever Python raises
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{path} is broken: {reason}. Restore it.") from error
+        raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. Restore it.") from error
     return _mapping(tree, path)
 
 

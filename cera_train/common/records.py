@@ -17,7 +17,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import read_json, write_text
 from cera_train.common.secrets import redact_tree
 
@@ -133,7 +133,7 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
         trees = [json.loads(line) for number, line in enumerate(lines, start=1)]
     except (OSError, ValueError, RecursionError) as error:
         line = f":{number}" * bool(number)
-        raise UserError(f"{path}{line} is broken: {getattr(error, 'strerror', None) or error}. {kind.mend}") from error
+        raise UserError(f"{path}{line} is broken: {words_of(error)}. {kind.mend}") from error
     return [kind.from_json(tree, f"{path}:{number}") for number, tree in enumerate(trees, start=1)]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, words_of
 from cera_train.data.rows import LocatedRow, Source, kind_of
 
 CONVERSIONS = {
@@ -92,7 +92,7 @@ def _check_file(name: str, setting: str | None) -> Path:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # a ValueError: the name holds a zero byte
-        reason = f"cannot read the file: {getattr(error, 'strerror', None) or error}"
+        reason = f"cannot read the file: {words_of(error)}"
         _refuse(path, setting, f"{reason} (from {Path.cwd()}). {_other_name(path)}")
     if stat.S_ISDIR(mode):
         files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)[:3]

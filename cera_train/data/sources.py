@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, words_of
 from cera_train.data import logistic_map
 from cera_train.data.config import DataConfig, Layout
 from cera_train.data.files import READERS, from_files
@@ -115,7 +115,7 @@ def _check_place(path: str, section: str) -> None:
     try:
         is_file, is_folder = Path(path).is_file(), Path(path).is_dir()
     except (OSError, ValueError) as error:
-        raise UserError(f"{place}: cannot read it: {getattr(error, 'strerror', None) or error}.") from error
+        raise UserError(f"{place}: cannot read it: {words_of(error)}.") from error
     if is_file:
         raise UserError(f"{place}: it is a file: {mend}, such as [{path}].")
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):

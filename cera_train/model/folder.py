@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, words_of
 
 PYPI = "pypi:"
 """Start of a `model.path` that names a package of PyPI's."""
@@ -172,7 +172,7 @@ def read_object(path: Path, place: str) -> dict[str, Any]:
         reason = f"broken JSON: {error.msg}" if path.stat().st_size else "the file is empty"
         raise UserError(f"{path}:{error.lineno}: {reason} ({place}). Download or copy the file again.") from error
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = words_of(error)
         raise UserError(f"{path}: cannot read the file: {reason} ({place}). Download or copy it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__} ({place}). Copy the file again.")
