@@ -25,11 +25,12 @@ from cera_train.common.settings import flatten, keys_of, leaves, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
+from cera_train.serving.config import ChatConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
 
-SCHEMAS = {"cera-train": Config, "cera-eval": EvalConfig, "cera-plan": PlanRun}
+SCHEMAS = {"cera-train": Config, "cera-eval": EvalConfig, "cera-plan": PlanRun, "cera-chat": ChatConfig}
 
 PLUGINS = {
     "hydra/launcher/submitit_local": "pip install 'cera-train[slurm]'",
@@ -48,6 +49,7 @@ def register_configs() -> None:
     store.store(name="schema", node=Config)
     store.store(name="eval_schema", node=EvalConfig)
     store.store(name="plan_schema", node=PlanRun)
+    store.store(name="chat_schema", node=ChatConfig)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
@@ -121,7 +123,7 @@ class Composition:
             place: the argument, or the file.
         """
         section = key.split(".", 1)[0]
-        ours, has_recipes = self._fields(), self.program != "cera-eval"
+        ours, has_recipes = self._fields(), self.program in ("cera-train", "cera-plan")
         if key in ("recipe", "sweep") and has_recipes:
             return f"{place}: a {key} is added with a plus sign: write +{place}."
         for program, schema in SCHEMAS.items():

@@ -11,6 +11,8 @@ import random
 from cera_train.common.errors import UserError
 from cera_train.data.config import LogisticMapConfig
 
+PROMPT = "Question: {question}\nAnswer:"
+
 
 def trajectory(x0: float, growth: float, steps: int) -> list[float]:
     """The `steps` iterates after x0."""
@@ -26,8 +28,10 @@ def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
     show = f"{{:.{config.decimals}f}}".format
     iterates = trajectory(x0, config.growth, config.steps)
     return {
-        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {show(x0)}, "
-        f"what are the next {config.steps} values?\nAnswer:",
+        "prompt": PROMPT.format(
+            question=f"x' = {config.growth:g} x (1 - x). Starting from x = {show(x0)}, "
+            f"what are the next {config.steps} values?"
+        ),
         "completion": " " + ", ".join(show(x) for x in iterates),
     }
 

@@ -212,7 +212,7 @@ def test_a_bug_of_ours_keeps_its_traceback():
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-@pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan"])
+@pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan", "cera-chat"])
 def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
     done = command(name, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
