@@ -216,9 +216,8 @@ def test_a_bug_of_ours_keeps_its_traceback():
 def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
     done = command(name, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for group in {"cera-eval": ["task", "generation", "model", "data"]}.get(
-        name, ["recipe", "model", "adapter", "data"]
-    ):
+    groups = {"cera-eval": ["task", "generation", "model", "data"], "cera-chat": ["generation", "model"]}
+    for group in groups.get(name, ["recipe", "model", "adapter", "data"]):
         assert re.search(rf"^  {group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), group
     assert ("task " in done.stdout) == (name == "cera-eval")
 

@@ -29,6 +29,10 @@ TURNS = [{"from": "human", "value": ONE}, {"from": "gpt", "value": "Six."}, {"fr
 MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS]
 
 
+def base_settings(folder):
+    return ["model=smollm2_135m", f"model.path={folder}", "model.dtype=float32"]
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
