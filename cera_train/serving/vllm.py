@@ -213,7 +213,7 @@ def with_gates(kind: type) -> type:
             return super().add_expand(y, gated, *arguments, **settings)
 
         def computes(self, slot: int, code: int) -> bool:
-            """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites the tokens' slots."""
+            """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
             from vllm.lora.layers import LoRAMapping
 
             held = self.slot_codes[slot].clone()
@@ -235,9 +235,10 @@ def with_gates(kind: type) -> type:
             ids[slot] = 1
             self.update_metadata(LoRAMapping((1,) * tokens, (1,) * tokens, is_prefill=True), ids, slots + 1, width)
             y = torch.zeros(tokens, width, device=self.device, dtype=self.gate_dtype)
-            self.add_lora_linear(y, x.to(y), (stacked_A,), (stacked_B,), 1.0, (width,))
+            x = x.to(y)
+            self.add_lora_linear(y, x, (stacked_A,), (stacked_B,), 1.0, (width,))
             self.slot_codes[slot] = held
-            A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.to(y).float()
+            A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.float()
             wanted = formula(GATES[code])(x @ A.T) @ B.T
             return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
 
