@@ -15,7 +15,7 @@ from cera_train.data.config import evaluation_rows
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paired_bootstrap
 from cera_train.report.runs import Evaluation, Run, Settings
-from cera_train.report.table import has_column, signed
+from cera_train.report.table import has_column, row_of, signed
 from cera_train.runs.results import PerplexityResult
 from cera_train.tasks.registry import display_name
 
@@ -234,19 +234,16 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
 
 
 def _missing_of_run(run: Run) -> list[str]:
-    lines, files, figures = [], run.files, run.figures
+    lines, files, perplexity = [], run.files, run.figures.perplexity
     if run.is_unfinished:
         lines.append(f"is unfinished (update {files.metrics.last_update:,}): its row has its latest figures")
-    if figures.perplexity is not None and not math.isfinite(figures.perplexity):
-        lines.append(f"has diverged (perplexity {figures.perplexity}): pictures leave out what is not finite")
+    if perplexity is not None and not math.isfinite(perplexity):
+        lines.append(f"has diverged (perplexity {perplexity}): pictures leave out what is not finite")
     if not run.is_training:
         lines.append("has evaluations only: no training figures")
     if files.result is not None:
-        named = {"perplexity": figures.perplexity, "effective rank": figures.spectrum.effective_rank_mean,
-                 "manifold dimension": figures.spectrum.manifold_dimension_mean, "tokens/s": figures.tokens_per_s,
-                 "peak memory": figures.peak_memory_bytes, "time": figures.seconds,
-                 "parameters": figures.trainable_parameters}  # fmt: skip
-        if absent := [name for name, value in named.items() if value is None]:
+        absent = [label.split(",")[0] for label, _, cell in row_of(run) if cell.value is None and label != "r"]
+        if absent:
             lines.append(f"has no {', '.join(absent)} in its result.json")
         lines += ["has no spectrum.json, so the spectra are without it"] * (not files.spectrum)
         lines += ["has no metrics.jsonl, so the curves are without it"] * (not files.metrics.last_update)

@@ -46,10 +46,6 @@ def _finite(line: Line) -> Line:
     return [(x, y) for x, y in line if _is_finite(y)]
 
 
-def _plot(axes: Axes, line: Line, **style: object) -> None:
-    axes.plot([x for x, _ in line], [y for _, y in line], **style)
-
-
 # --- against the rank ------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +96,8 @@ def _against_rank(runs: Sequence[Run], name: str, quantity: str, names: str = ""
                 style = styles[method] | ({"markerfacecolor": BACKGROUND} if place else {})
                 label = f"{method}, largest module" if place else method
                 for shown, change in ((same, {"linestyle": "none"}), (best, {"linestyle": dash, "label": label})):
-                    _plot(axes, _finite([(run.rank, values(run)[place]) for run in shown]), **style | change)
+                    line = _finite([(run.rank, values(run)[place]) for run in shown])
+                    axes.plot(*zip(*line, strict=True), **style | change)
         if is_spectrum:
             axes.set_ylim(bottom=0)
         if has_bound:  # as far as it is near the figures
@@ -162,7 +159,7 @@ def _curve(runs: Sequence[Run], name: str, title: str, labels: tuple[str, str], 
         plain = FuncFormatter(lambda value, position: f"{value:g}")
         for run, line in lines.items():
             marked = [0, len(line) // 2, len(line) - 1] if from_zero else None
-            _plot(axes, line, **styles[run], markevery=marked, label=shortened(run))
+            axes.plot(*zip(*line, strict=True), **styles[run], markevery=marked, label=shortened(run))
         axes.set(xlabel=xlabel, ylabel=ylabel)
         lengths, values = [line[-1][0] for line in lines.values()], [y for line in lines.values() for _, y in line]
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

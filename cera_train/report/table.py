@@ -42,13 +42,13 @@ class Column:
 def build_columns(runs: Sequence[Run]) -> list[Column]:
     """Every column for which a run has a figure, or its recipe the paper's."""
     metrics = task_metrics(runs)
-    rows = [_row(run, metrics) for run in runs]
+    rows = [row_of(run, metrics) for run in runs]
     columns = [Column(*cells[0][:2], [cell for *_, cell in cells]) for cells in zip(*rows, strict=True)]
     return [column for column in columns if any(cell.value or cell.notes for cell in column.cells)]
 
 
-def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> list[tuple[str, int, Cell]]:
-    """Label, group and cell of each column."""
+def row_of(run: Run, metrics: Sequence[tuple[str, Metric]] = ()) -> list[tuple[str, int, Cell]]:
+    """Label, group and cell of each column: the figures of a run, and these metrics of tasks."""
     figures = run.figures
     share, updates = _format(figures.trainable_share, "{:.2%} of the model"), _format(figures.updates, "{:,} updates")
     return [
