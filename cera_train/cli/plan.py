@@ -32,9 +32,8 @@ def plan(composed: DictConfig) -> Any:
     with errors_in_one_line(PLAN):
         refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
-        from cera_train.planning.finished import print_measured
         from cera_train.planning.plan import make_plan
-        from cera_train.planning.table import print_plan
+        from cera_train.planning.table import print_measured, print_plan
 
         is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         if is_sweep and config.plan.compare:

@@ -6,6 +6,7 @@ A model's config.json is read from its folder, the Hub's cache on this disk, or 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 from collections import Counter
@@ -62,6 +63,7 @@ def remembered(function: Callable) -> Callable:
     """Keeps results by the text of the arguments: jobs of a sweep and remedies of a plan share most of them."""
     results: dict[str, Any] = {}
 
+    @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         if (key := repr(arguments)) not in results:
             results[key] = function(*arguments)

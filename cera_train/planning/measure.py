@@ -263,7 +263,7 @@ class GpuDropout(nn.Dropout):
 
 @dataclass(eq=False)
 class Held:
-    """A tensor that autograd holds. A tensor itself would be held by whatever counts it."""
+    """A tensor for as long as autograd holds it: the tensor itself may live on elsewhere."""
 
     tensor: torch.Tensor
 

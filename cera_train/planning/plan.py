@@ -144,11 +144,10 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     if model.gradient_checkpointing:
         activations.reverse()
     cost, totals = measure(model, adapter, usual, False), run_totals(config, data)
+    is_16bit = (_autocast(config) or model.dtype) != Dtype.float32
     return RunPlan(
         config=config,
-        device=GPUS[config.plan.gpu]
-        if on_gpu
-        else this_cpu((_autocast(config) or model.dtype) != Dtype.float32, cpu_threads),
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit, cpu_threads),
         data=data,
         parameters=parameters,
         totals=totals,

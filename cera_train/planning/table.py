@@ -1,15 +1,27 @@
-"""Plans as tables in the terminal: one run and those compared with it, or the jobs of a sweep."""
+"""Plans as tables in the terminal: one run and those compared with it, the jobs of a sweep, or a finished run."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
 from cera_train.adapters.config import AdapterConfig
+from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.terminal import print_line, print_table
 from cera_train.common.text import duration, gigabytes, targets
-from cera_train.config import PlanRun
+from cera_train.common.trust import clean
+from cera_train.config import Config, PlanRun
 from cera_train.model.config import Quantization
-from cera_train.planning.devices import GB, USABLE
-from cera_train.planning.plan import RunPlan
+from cera_train.planning.config import GpuKind, PlanConfig
+from cera_train.planning.data_size import data_size, is_known
+from cera_train.planning.devices import GB, GPUS, USABLE, Device
+from cera_train.planning.plan import RunPlan, plan_alone, run_totals
+from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import Environment, RunResult
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -27,7 +39,7 @@ def print_plan(plan: RunPlan) -> None:
     assumed = "an assumption; set plan.mfu" if on_gpu else "seen with SmolLM2-135M; set plan.mfu"
     print_line(
         "device",
-        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, {speed(device.flops)} at best, "
+        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, {_speed(device.flops)} at best, "
         f"{plan.mfu:.0%} of it in training ({'plan.mfu' if config.plan.mfu else assumed})",
     )
     print()
@@ -42,14 +54,14 @@ def print_plan(plan: RunPlan) -> None:
     print_table(["", *heads], rows, right=range(1, len(plans) + 1))
     print()
     for other in plans:
-        needs = f"{_adapter(other.config.adapter)} needs {size_of(other.memory.peak)}"
+        needs = f"{_adapter(other.config.adapter)} needs {_size(other.memory.peak)}"
         there = f"{device.memory / GB:.0f} GB of {device.name}"
         if other.fits:
             print_line("fits", f"{needs} of the {there}")
         else:
             print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
     for override, other in plan.remedies.items():
-        print_line("", f"{size_of(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
+        print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
     if plan.cost is None and on_gpu:
         print_line("cost", "set plan.price_per_hour to the price of one GPU")
 
@@ -79,11 +91,14 @@ def _figures(plan: RunPlan) -> dict[str, dict[str, str]]:
     time |= {} if plan.cost is None else {"cost": f"{plan.cost:,.2f}"}
     return {
         "parameters": {name: f"{count:,}" for name, count in counts.items()} | {"share": f"{parameters.share:.2%}"},
-        "memory of one process": {name: size_of(part) for name, part in peaks.items()},
+        "memory of one process": {name: _size(part) for name, part in peaks.items()},
         "work": {name: f"{getattr(totals, name):,.0f}" for name in ("updates", "tokens", "evaluations")},
         "PFLOP": {name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()},
         "time and cost": time,
     }
+
+
+# --- a sweep ---------------------------------------------------------------------------------------------------------
 
 
 def print_sweep_plans(plans: list[RunPlan]) -> None:
@@ -108,7 +123,7 @@ def _job_cells(plans: list[RunPlan]) -> list[str]:
     """Peak, updates, time, GPU-hours and cost of all these together."""
     costs = [plan.cost for plan in plans]
     return [
-        size_of(max(plan.memory.peak for plan in plans)),
+        _size(max(plan.memory.peak for plan in plans)),
         f"{sum(plan.totals.updates for plan in plans):,}",
         duration(sum(plan.seconds for plan in plans)),
         f"{sum(plan.gpu_hours for plan in plans):,.2f}",
@@ -116,9 +131,84 @@ def _job_cells(plans: list[RunPlan]) -> list[str]:
     ]
 
 
-def size_of(size: float) -> str:
+# --- after a run -----------------------------------------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    """One figure of a finished run beside its prediction."""
+
+    name: str
+    predicted: float
+    """NaN where nothing can be predicted."""
+    measured: float
+    show: Callable[[float], str] = "{:,.0f}".format
+
+    @property
+    def deviation(self) -> float:
+        """As a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def cells(self) -> list[str]:
+        if math.isnan(self.predicted):
+            return [self.name, "-", self.show(self.measured), "-"]
+        deviation = "equal" if self.predicted == self.measured else f"{self.deviation:+.1%}"
+        return [self.name, self.show(self.predicted), self.show(self.measured), deviation]
+
+
+def compare_with_measured(folder: Path, plan: PlanConfig) -> tuple[RunPlan, list[Figure]]:
+    """Plans a finished run on the device it ran on, and puts the predictions beside what it measured. Of `plan` only
+    `mfu` counts: device and tokens are the run's."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run={folder}: there is no config.yaml of a run. Name the folder of one, as outputs/NAME.")
+    if not (folder / "result.json").is_file():
+        raise UserError(f"run={folder} is unfinished: it has no result.json yet.")
+    config = load_config(folder / "config.yaml", Config)
+    needs = ("updates", "tokens", "seconds", "trainable_parameters", "peak_memory_bytes")
+    result = RunResult.read(folder / "result.json", needs)
+    if not all(getattr(result, name) for name in needs):
+        raise UserError(f"{folder / 'result.json'} has a figure of zero that no run measures. Restore it.")
+    machine = Environment.read(folder / "environment.json", ("gpus",))
+    gpus = machine.gpus
+    kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.cuda_name == gpus[0]), None)
+
+    config = replace(config, train=replace(config.train, max_updates=result.updates))  # it may have lost patience
+    if not is_known(config.data):
+        rows = result.updates * config.train.batch_size
+        config = replace(config, data=replace(config.data, train_rows=rows, eval_rows=config.data.eval_rows or rows))
+    rows = run_totals(config, data_size(config.data, tokens_per_row=1)).rows
+    plan = replace(
+        plan,
+        gpu=kind or (GpuKind.h100 if gpus else GpuKind.cpu),  # memory is alike on every GPU
+        gpus=machine.processes or max(1, len(gpus)),  # which the first versions did not write down
+        tokens_per_row=result.tokens / rows,
+    )
+    predicted = plan_alone(PlanRun(**vars(config) | {"plan": plan}), machine.cpu_threads)
+    if gpus and kind is None:
+        predicted = replace(predicted, device=Device(gpus[0], math.nan, math.nan))
+    return predicted, [
+        Figure("trainable parameters", predicted.parameters.trainable, result.trainable_parameters),
+        Figure("peak memory", predicted.memory.peak, result.peak_memory_bytes, _size),
+        Figure("seconds an update", predicted.update_seconds, result.seconds / result.updates, "{:.3g}".format),
+    ]
+
+
+def print_measured(folder: Path, plan: PlanConfig) -> None:
+    """Predicted beside measured, for a finished run."""
+    predicted, figures = compare_with_measured(folder, plan)
+    device = predicted.device
+    print_table(["", "predicted", "measured", "deviation"], [figure.cells for figure in figures], right=(1, 2, 3))
+    print(f"{predicted.data.tokens_per_row:,.0f} tokens a row, as the run had")
+    if math.isnan(device.flops):
+        print(f"no prediction of seconds: cera-plan does not know the speed of {clean(device.name)}")
+    else:
+        whose = f"the {device.name}" if predicted.config.plan.on_gpu else "this machine's CPU now"
+        print(f"seconds by {_speed(device.flops)}, the speed of {whose}, at {predicted.mfu:.0%} (plan.mfu)")
+
+
+def _size(size: float) -> str:
     return gigabytes(size, decimals=3 if size < GB else 2)
 
 
-def speed(flops: float) -> str:
+def _speed(flops: float) -> str:
     return f"{flops / 1e12:,.0f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.0f} GFLOP/s"

@@ -73,10 +73,9 @@ class Evaluation:
         """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        wanted = (1, self.result.samples)
-        shown = sorted((own.k, own.grader, own.key) for own in self.result.accuracies.found if own.k in wanted)
+        found = sorted(self.result.accuracies.found, key=lambda own: (own.k, own.grader))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
-        return [accuracy_metric(name) for _, _, name in shown] + added
+        return [accuracy_metric(own.key) for own in found if own.k in (1, self.result.samples)] + added
 
     def figure(self, metric: Metric) -> tuple[float | None, tuple[float, float] | None]:
         """A figure, and the 95 % interval of an accuracy."""
