@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, TextStreamer
+from transformers import LogitsProcessorList, TextStreamer
 
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.rows import Row
-from cera_train.distributed.accelerator import mixed_precision, quiet_libraries
-from cera_train.evaluation.evaluate import load_subject
+from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Likeliest, OnlyTheChosen, Request, SeededSampling, prepare_generation
-from cera_train.model.precision import choose_precision
-from cera_train.model.weights import load_tokenizer, positions_of
-from cera_train.runs.subject import Subject, find_subject
+from cera_train.model.weights import positions_of
 from cera_train.serving.config import ChatConfig
+from cera_train.serving.loading import load
 from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
 from cera_train.tasks.problems import at
 
 NEW, END = "/new", "/end"
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def chat(config: ChatConfig) -> None:
@@ -35,7 +29,7 @@ def chat(config: ChatConfig) -> None:
         UserError: a run, the file or a question cannot be used.
     """
     quiet_libraries()
-    answerers = [Answerer.load(config, place) for place in (config.run, config.compare) if place is not None]
+    answerers = [Answerer(config, place) for place in (config.run, config.compare) if place is not None]
     if config.prompts is not None:
         answer_file(answerers, config)
     elif config.prompt is not None or not sys.stdin.isatty():
@@ -47,31 +41,14 @@ def chat(config: ChatConfig) -> None:
 # --- one model -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Answerer:
-    """A model that answers, with its adapter, and how it is asked."""
+    """A model that answers, and how it is asked."""
 
-    name: str
-    model: Any
-    base: PreTrainedModel
-    tokenizer: Any
-    prompts: Prompts
-    autocast: torch.autocast
-    config: ChatConfig
-    asked: int = 0
-
-    @classmethod
-    def load(cls, config: ChatConfig, place: str) -> Answerer:
-        """The model in a folder, or the base model."""
-        subject = in_precision(find_subject(replace(config, run=place)))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        precision = mixed_precision(subject.model, subject.train.autocast)
-        autocast = torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
-        tokenizer = load_tokenizer(subject.model)
-        prompts = Prompts(choose_rows(config.template, subject.run.data if subject.run else None, tokenizer), tokenizer)
-        model, base = load_subject(subject, device)
-        prepare_generation(base, tokenizer, config.max_new_tokens, stop=[])
-        return cls(f"{subject.name}, {subject.model.path}", model, base, tokenizer, prompts, autocast, config)
+    def __init__(self, config: ChatConfig, place: str) -> None:
+        self.config, self.loaded, self.asked = config, load(config, place), 0
+        run, tokenizer = self.loaded.subject.run, self.loaded.tokenizer
+        self.prompts = Prompts(choose_rows(config.template, run.data if run else None, tokenizer), tokenizer)
+        prepare_generation(self.loaded.base, tokenizer, config.max_new_tokens, stop=[])
 
     @torch.no_grad()
     def answer(self, row: Row) -> str:
@@ -82,27 +59,23 @@ class Answerer:
         self.asked += 1
         generation, room = self.config.generation, self.config.max_new_tokens
         choose = SeededSampling([request], room, generation) if generation.temperature else Likeliest()
-        with self.autocast:
-            output = self.model.generate(
-                input_ids=torch.tensor([ids], device=self.base.device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=self.base.device),
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        with self.loaded.autocast:
+            output = model.generate(
+                input_ids=torch.tensor([ids], device=model.device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
                 logits_processor=LogitsProcessorList([OnlyTheChosen(choose)]),
-                streamer=CleanStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
-        return self.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
 
     def _check_fits(self, tokens: int) -> None:
-        positions = positions_of(self.base.config)
+        positions = positions_of(self.loaded.base.config)
         if positions is not None and tokens + self.config.max_new_tokens > positions:
             raise UserError(
                 f"max_new_tokens={self.config.max_new_tokens} after a prompt of {tokens} tokens is beyond the "
                 f"{positions} positions of this model: lower max_new_tokens, or begin anew with {NEW}."
             )
-
-
-def in_precision(subject: Subject) -> Subject:
-    """The subject in the precision that `model.dtype=auto` takes on this machine."""
-    return replace(subject, model=replace(subject.model, dtype=choose_precision(subject.model.dtype).dtype))
 
 
 class CleanStreamer(TextStreamer):
@@ -130,7 +103,7 @@ def answer_row(answerers: list[Answerer], rows: list[Row]) -> list[str]:
     answers = []
     for answerer, row in zip(answerers, rows, strict=True):
         if len(answerers) > 1:
-            print(f"[{answerer.name}]", flush=True)
+            print(f"[{answerer.loaded.name}]", flush=True)
         answers.append(answerer.answer(row))
     return answers
 
@@ -151,7 +124,7 @@ def answer_file(answerers: list[Answerer], config: ChatConfig) -> None:
 def converse(answerers: list[Answerer]) -> None:
     """A conversation in the terminal, until its input ends."""
     for answerer in answerers:
-        print_line("model", answerer.name)
+        print_line("model", answerer.loaded.name)
     keeps_turns = all(answerer.prompts.keeps_turns for answerer in answerers) and len(answerers) == 1
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
     print_line("chat", f"each question {memory}; {NEW} begins anew, {END} or Ctrl-D ends")

@@ -1,4 +1,4 @@
-"""Settings of a chat: what `cera-chat` does."""
+"""Settings of what comes after training: `cera-chat` and `cera-export`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, section, setting
+from cera_train.data.config import DataConfig
 from cera_train.evaluation.config import GenerationConfig
-from cera_train.model.config import ModelConfig
+from cera_train.model.config import ModelConfig, Quantization
+from cera_train.tasks.config import TaskConfig
 
 
 class Template(StrEnum):
@@ -52,3 +54,56 @@ class ChatConfig:
             f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",
         )
         require(self.prompt is None or bool(self.prompt.strip()), "prompt='' is empty: write a question.")
+
+
+class ExportFormat(StrEnum):
+    lora = "lora"
+    merged = "merged"
+
+
+@dataclass
+class ExportConfig:
+    run: str | None = setting(None, "nothing")
+    """The folder of a finished run with a CeRA adapter, or of such an adapter."""
+    format: ExportFormat = setting(ExportFormat.lora, "result")
+    """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a plain model."""
+    output: str | None = setting(None, "nothing")
+    """null: RUN/export_FORMAT."""
+    tolerance: float = setting(0.01, "nothing")
+    """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches above this."""
+    bias: bool | None = setting(None, "result")
+    """Whether the LoRA has a bias (PEFT's `lora_bias`, which vLLM and llama.cpp do not take). null: lora has, merged has
+    not."""
+    calibration_tokens: int = setting(4096, "result")
+    """Training rows that the affine maps are fitted to, up to so many tokens."""
+    rows: int | None = setting(None, "result")
+    """Held-out rows to judge on. null: all."""
+    data: DataConfig | None = section(None)
+    """null: the run's rows."""
+    task: TaskConfig | None = section(None)
+    """A benchmark whose accuracy the certificate gives, before and after."""
+    generation: GenerationConfig = section()
+    model: ModelConfig | None = section(None)
+    """null: the run's."""
+    output_dir: str = setting("outputs", "nothing")
+    trust_remote_code: bool = setting(False, "nothing")
+    """Runs Python code that comes with the model of a run or an adapter."""
+
+    def __post_init__(self) -> None:
+        require_positive("", self, "calibration_tokens", "rows")
+        require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative.")
+        require(self.run not in (None, "base"), "run=... is missing: the folder of a finished run with a CeRA adapter.")
+        require(
+            not (self.bias and self.format == ExportFormat.merged),
+            "bias=true with format=merged: most models have no bias to merge it into. Leave bias out.",
+        )
+        if self.bias is None:
+            self.bias = self.format == ExportFormat.lora
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises UserError for a base that weights cannot be merged into."""
+        require(
+            self.format == ExportFormat.lora or model.quantization == Quantization.none,
+            f"format=merged: the base is quantised (model.quantization={model.quantization}), and merging would round "
+            "the adapter away. Set format=lora, or a model= without quantisation.",
+        )
