@@ -9,27 +9,18 @@ from __future__ import annotations
 import hashlib
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cera_train.common.errors import UserError
-from cera_train.data.chat import all_turns, chat_turns, first_turns, layout_of
+from cera_train.data.chat import all_turns, bare_turns, chat_turns, first_turns, layout_of
 from cera_train.data.config import DataConfig, Layout, LossOn, Turns
-from cera_train.data.rows import Row, Segment, column, list_of, text_of
+from cera_train.data.rows import Row, Segment, at, text_of
 
-__all__ = [
-    "Example",
-    "Row",
-    "Segment",
-    "column",
-    "columns_of",
-    "encode",
-    "list_of",
-    "segmenter",
-    "start_ids",
-    "text_of",
-]
+Segmenter = Callable[[Row], list[Segment]]
+"""Makes the segments of a row. An empty list means that the row has no answer."""
 
 
 @dataclass
@@ -38,44 +29,52 @@ class Example:
 
     input_ids: list[int]
     loss_mask: list[bool]
-    prompt_key: str
+    prompt_key: str = ""
     """A digest of the text before the first supervised token: equal prompts have equal keys."""
-    truncated: bool
-    has_answer: bool
+    truncated: bool = False
+    has_answer: bool = True
     """Whether a token of an answer is left, also where the loss is on all tokens."""
 
     @property
-    def supervised_tokens(self) -> int:
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
         return sum(self.loss_mask)
 
 
-def segmenter(config: DataConfig, tokenizer: Any) -> Callable[[Row], list[Segment]]:
-    """The function from a row to its segments. An empty list means that the row has no answer.
+def segments_of(rows: Iterable[tuple[str, Row]], to_segments: Segmenter) -> Iterator[list[Segment]]:
+    """The segments of each of some `located` rows; an error starts with the row's place."""
+    for place, row in rows:
+        with at(place):
+            segments = to_segments(row)
+        yield segments
 
-    Raises:
-        UserError: a template names no column, or the tokenizer has no chat template.
-    """
-    if config.layout == Layout.conversations:
-        return first_turns if config.turns == Turns.first else all_turns
-    if config.layout == Layout.messages:
-        if not tokenizer.chat_template:
-            raise UserError(
-                "data.layout=messages needs a tokenizer with a chat template, and this model's has none: use an "
-                "instruction-tuned model, or data.layout=text."
-            )
-        return lambda row: chat_turns(row, tokenizer)
-    if config.layout == Layout.logistic_map:
-        return templates("{prompt}", "{completion}")
+
+def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
+    """The function from a row to its segments. Without a tokenizer, chats lack the marks of a chat template."""
+    match config.layout:
+        case Layout.conversations:
+            return first_turns if config.turns == Turns.first else all_turns
+        case Layout.messages if tokenizer is None:
+            return bare_turns
+        case Layout.messages:
+            if not tokenizer.chat_template:
+                raise UserError(
+                    "data.layout=messages needs a tokenizer with a chat template, and this model's has none: use an "
+                    "instruction-tuned model, or data.layout=text."
+                )
+            return partial(chat_turns, tokenizer=tokenizer)
+        case Layout.logistic_map:
+            return templates("{prompt}", "{completion}")
     return templates(config.prompt, config.completion)
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------
-
-
-def templates(prompt: str, completion: str) -> Callable[[Row], list[Segment]]:
+def templates(prompt: str, completion: str) -> Segmenter:
     """Layout `text`: columns in templates."""
     asked, answers = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
-    setting_of = {name: "data.prompt" if name in asked else "data.completion" for name in [*asked, *answers]}
+    setting_of = dict.fromkeys([*asked, *answers], "data.completion") | dict.fromkeys(asked, "data.prompt")
     if not answers:
         raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
 
@@ -90,14 +89,7 @@ def templates(prompt: str, completion: str) -> Callable[[Row], list[Segment]]:
 
 
 def columns_of(template: str, setting: str = "template") -> list[str]:
-    """The columns a template names.
-
-    Args:
-        setting: the key of the template, for messages.
-
-    Raises:
-        UserError: the template is malformed, or does more than name columns (`{a.b}`, `{a[0]}`, `{a:>{b}}`).
-    """
+    """The columns that the template of a setting names. One that does more is refused: `{a.b}`, `{a[0]}`, `{a:>9}`."""
     try:
         fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
     except ValueError as error:
@@ -110,23 +102,18 @@ def columns_of(template: str, setting: str = "template") -> list[str]:
     return [name for _, name, _, _ in fields]
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
 def start_ids(tokenizer: Any) -> list[int]:
     """The start token, where the tokenizer writes one before a text; else nothing."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
 
 
+def ids_of(texts: str | list[str], tokenizer: Any) -> list:
+    """The token ids of a text or of each of several, without special tokens."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
 def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer: Any) -> list[Example]:
-    """Token ids and loss masks of many rows at once.
-
-    Args:
-        rows_segments: the segments of each row; none of them empty.
-
-    Raises:
-        UserError: the tokenizer has no end token.
-    """
+    """Token ids and loss masks of many rows at once. None of them may be without segments."""
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(
@@ -137,14 +124,13 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
     start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     texts = [segment.text for segments in rows_segments for segment in segments]
-    plain = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids_of = iter(tokenizer(texts, **plain).input_ids if texts else [])
+    segment_ids = iter(ids_of(texts, tokenizer) if texts else [])
 
     examples = []
     for segments in rows_segments:
         input_ids, loss_mask = list(start), [False] * len(start)
         for segment in segments:
-            ids = next(ids_of)
+            ids = next(segment_ids)
             if segment.supervised and not (is_chat and ids and ids[-1] in special):  # a template may write it
                 ids = [*ids, end]
             input_ids += ids
@@ -153,13 +139,8 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
         if config.loss_on == LossOn.all:
             loss_mask = [True] * len(input_ids)
         loss_mask[0] = False
-        examples.append(
-            Example(
-                input_ids[: config.max_length],
-                loss_mask[: config.max_length],
-                hashlib.blake2b(segments[0].text.encode(), digest_size=16).hexdigest(),
-                truncated=len(input_ids) > config.max_length,
-                has_answer=has_answer,
-            )
-        )
+        prompt_key = hashlib.blake2b(segments[0].text.encode(), digest_size=16).hexdigest()
+        is_cut = len(input_ids) > config.max_length
+        kept = slice(config.max_length)
+        examples.append(Example(input_ids[kept], loss_mask[kept], prompt_key, is_cut, has_answer))
     return examples

@@ -14,30 +14,24 @@ from cera_train.data.config import LogisticMapConfig
 
 def trajectory(x0: float, growth: float, steps: int) -> list[float]:
     """The `steps` iterates after x0."""
-    values = []
+    values = [x0]
     for _ in range(steps):
-        x0 = growth * x0 * (1 - x0)
-        values.append(x0)
-    return values
+        values.append(growth * values[-1] * (1 - values[-1]))
+    return values[1:]
 
 
 def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
     """One row: prompt and completion."""
-    show = f"{{:.{config.decimals}f}}".format
-    iterates = trajectory(x0, config.growth, config.steps)
+    start, *iterates = (f"{x:.{config.decimals}f}" for x in (x0, *trajectory(x0, config.growth, config.steps)))
     return {
-        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {show(x0)}, "
+        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {start}, "
         f"what are the next {config.steps} values?\nAnswer:",
-        "completion": " " + ", ".join(show(x) for x in iterates),
+        "completion": " " + ", ".join(iterates),
     }
 
 
 def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
-    """Training and evaluation starting points: all numbers with the config's decimals, split at random by its seed.
-
-    Raises:
-        UserError: there are not more starting points than `eval_rows`.
-    """
+    """Training and evaluation starting points: all numbers with the config's decimals, split at random by its seed."""
     scale = 10**config.decimals
     starts = [number / scale for number in range(1, scale)]
     if eval_rows >= len(starts):

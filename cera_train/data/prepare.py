@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ import pyarrow
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
-from cera_train.data.check import read_rows
 from cera_train.data.config import DataConfig, Layout
-from cera_train.data.format import encode, segmenter, start_ids
-from cera_train.data.rows import Source, head
+from cera_train.data.format import Example, encode, ids_of, segmenter, segments_of, start_ids
+from cera_train.data.rows import Source, located
 from cera_train.data.sources import open_sources
 
 CACHE_VERSION = 2
@@ -37,6 +36,7 @@ SCHEMA = pyarrow.schema(
         "supervised": pyarrow.int32(),
     }
 )
+"""Columns of a split, each an attribute of `Example`."""
 
 
 @dataclass
@@ -57,11 +57,22 @@ class RowCounts:
     def kept(self) -> int:
         return self.read - self.empty - self.answer_truncated
 
+    def add(self, read: int, examples: Sequence[Example]) -> pyarrow.Table:
+        """Counts `read` rows, of which `examples` have an answer; the table of those that keep a part of it."""
+        kept = [example for example in examples if example.has_answer]
+        self.read += read
+        self.empty += read - len(examples)
+        self.answer_truncated += len(examples) - len(kept)
+        self.truncated += sum(example.truncated for example in kept)
+        columns = {name: [getattr(example, name) for example in kept] for name in SCHEMA.names}
+        self.tokens += sum(columns["length"])
+        self.supervised_tokens += sum(columns["supervised"])
+        return pyarrow.table(columns, schema=SCHEMA)
+
 
 @dataclass
 class TokenizedRows:
-    """A split, memory-mapped: columns `input_ids` and `loss_mask` of equal lengths, and by row `length` and
-    `supervised` (tokens) and `prompt_key`."""
+    """A split, memory-mapped."""
 
     rows: pyarrow.Table
     counts: RowCounts
@@ -82,11 +93,7 @@ class TokenizedData:
 
 
 def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
-    """Tokenises both splits, or takes them from the cache.
-
-    Raises:
-        UserError: rows are missing, malformed or all dropped, or a prompt stands in both splits.
-    """
+    """Tokenises both splits, or takes them from the cache. A prompt in both is refused unless the config allows it."""
     train_source, eval_source = open_sources(config)
     digest = _tokenization_digest(config, tokenizer)
     train = _tokenize(train_source, "training", config, tokenizer, digest)
@@ -94,53 +101,36 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     train_keys = set(train.column("prompt_key"))
     shared = sum(key in train_keys for key in evaluation.column("prompt_key"))
     if shared and not config.allow_overlap:
+        train_files = {Path(name).resolve() for name in config.train_files}
+        in_both = [name for name in config.eval_files if Path(name).resolve() in train_files]
+        file = f" ({in_both[0]} is also in data.train_files)" if in_both else ""
         raise UserError(
             f"{eval_source.name}: {shared} of {evaluation.counts.kept} evaluation prompts are also training prompts"
-            f"{_shared_file(config)}, so the perplexity would measure memory. Remove them from one side, or set "
+            f"{file}, so the perplexity would measure memory. Remove them from one side, or set "
             "data.allow_overlap=true."
         )
     return TokenizedData(train, evaluation, shared)
 
 
-def _shared_file(config: DataConfig) -> str:
-    """A file of both splits, for the message about their overlap."""
-    train_files = {Path(name).resolve() for name in config.train_files}
-    shared = [name for name in config.eval_files if Path(name).resolve() in train_files]
-    return f" ({shared[0]} is also in data.train_files)" if shared else ""
-
-
 def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
     """Only the evaluation split of `prepare_data`, or its first `limit` rows."""
-    _, source = open_sources(config)
-    return _tokenize(head(source, limit), "evaluation", config, tokenizer, _tokenization_digest(config, tokenizer))
+    source = open_sources(config)[1].head(limit)
+    return _tokenize(source, "evaluation", config, tokenizer, _tokenization_digest(config, tokenizer))
 
 
 def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -> TokenizedRows:
-    """Running text in windows of at most `window` tokens, every token but a window's first supervised.
-
-    Raises:
-        UserError: there is not enough text to predict a token.
-    """
-    start = start_ids(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    """Running text in windows of at most `window` tokens, every token but a window's first supervised."""
+    start, ids = start_ids(tokenizer), ids_of(text, tokenizer)
     step = window - len(start)
     windows = [start + ids[first : first + step] for first in range(0, len(ids), step)][:limit]
-    windows = [window for window in windows if len(window) > 1]
-    if not windows:
+    examples = [Example(window, [False] + [True] * (len(window) - 1)) for window in windows if len(window) > 1]
+    if not examples:
         raise UserError("the text has no token to predict: it is empty or a single token.")
-    columns = {
-        "input_ids": windows,
-        "loss_mask": [[False, *[True] * (len(window) - 1)] for window in windows],
-        "prompt_key": [""] * len(windows),
-        "length": [len(window) for window in windows],
-        "supervised": [len(window) - 1 for window in windows],
-    }
-    counts = RowCounts(len(windows), tokens=sum(columns["length"]), supervised_tokens=sum(columns["supervised"]))
-    return TokenizedRows(pyarrow.table(columns, schema=SCHEMA), counts, _digest(text, window, limit))
+    counts = RowCounts()
+    return TokenizedRows(counts.add(len(examples), examples), counts, _digest(text, window, limit))
 
 
 def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:
-    """Digest of the tokenizer and the settings that change tokens."""
     changing = {leaf.key for leaf in leaves(DataConfig) if leaf.changes == Changes.tokens}
     settings = {key: value for key, value in to_plain(config).items() if key in changing}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
@@ -154,65 +144,33 @@ def _digest(*parts: Any) -> str:
 def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any, tokenization: str) -> TokenizedRows:
     digest = _digest(tokenization, source.fingerprint)
     folder = cached_folder(f"tokens/{digest}", lambda part: _write(source, split, config, tokenizer, part))
-    counts = RowCounts(**json.loads((folder / "counts.json").read_text()))
-    return TokenizedRows(_memory_mapped(folder), counts, digest)
-
-
-def _memory_mapped(folder: Path) -> pyarrow.Table:
-    """The rows of a folder, whose bytes are read when they are used."""
     files = sorted(folder.glob("*.arrow"))  # `datasets`, which wrote them once, made several of many rows
-    return pyarrow.concat_tables(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files)
+    tables = (pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all() for file in files)
+    counts = RowCounts(**json.loads((folder / "counts.json").read_text()))
+    return TokenizedRows(pyarrow.concat_tables(tables), counts, digest)
 
 
 def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folder: Path) -> None:
     counts = RowCounts()
+    to_segments = segmenter(config, tokenizer)
+    rows = located(source.read(), source.name)
     with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
-        for table in _tables(source, split, config, tokenizer, counts):
-            writer.write_table(table)
+        while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            examples = encode(list(filter(None, segments_of(chunk, to_segments))), config, tokenizer)
+            writer.write_table(counts.add(len(chunk), examples))
     if not counts.kept:
-        raise UserError(f"{source.name}: {_why_none_are_left(counts, split, config)}")
+        raise UserError(f"{source.name}: no {split} rows are left: {_why_none_are_left(counts, config)}")
     (folder / "counts.json").write_text(json.dumps(asdict(counts)))
 
 
-def _why_none_are_left(counts: RowCounts, split: str, config: DataConfig) -> str:
+def _why_none_are_left(counts: RowCounts, config: DataConfig) -> str:
     if not counts.read:
-        return f"no {split} rows are left: 0 read; the data is empty. Name files or a split with rows."
-    mends = []
-    if counts.empty:
-        columns = (
-            f"the columns of data.completion={config.completion!r}" if config.layout == Layout.text else "the turns"
-        )
-        mends.append(f"look at {columns}")
-    if counts.answer_truncated:
-        mends.append("raise data.max_length")
+        return "0 read; the data is empty. Name files or a split with rows."
+    is_text = config.layout == Layout.text
+    columns = f"the columns of data.completion={config.completion!r}" if is_text else "the turns"
+    mends = [f"look at {columns}"] * bool(counts.empty) + ["raise data.max_length"] * bool(counts.answer_truncated)
     mend = " or ".join(mends)
     return (
-        f"no {split} rows are left: {counts.read} read, {counts.empty} without an answer, {counts.answer_truncated} "
-        f"whose answer lies beyond data.max_length={config.max_length}. {mend[0].upper()}{mend[1:]}."
+        f"{counts.read} read, {counts.empty} without an answer, {counts.answer_truncated} whose answer lies beyond "
+        f"data.max_length={config.max_length}. {mend[0].upper()}{mend[1:]}."
     )
-
-
-def _tables(
-    source: Source, split: str, config: DataConfig, tokenizer: Any, counts: RowCounts
-) -> Iterator[pyarrow.Table]:
-    """The tokenised rows, a chunk at a time. Adds to `counts`."""
-    to_segments = segmenter(config, tokenizer)
-    rows = iter(source.read())
-    while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
-        rows_segments = read_rows(chunk, to_segments, source.name, first=counts.read + 1)
-        counts.read += len(chunk)
-        counts.empty += sum(not segments for segments in rows_segments)
-        examples = encode([segments for segments in rows_segments if segments], config, tokenizer)
-        kept = [example for example in examples if example.has_answer]
-        counts.answer_truncated += len(examples) - len(kept)
-        counts.truncated += sum(example.truncated for example in kept)
-        columns = {
-            "input_ids": [example.input_ids for example in kept],
-            "loss_mask": [example.loss_mask for example in kept],
-            "prompt_key": [example.prompt_key for example in kept],
-            "length": [len(example.input_ids) for example in kept],
-            "supervised": [example.supervised_tokens for example in kept],
-        }
-        counts.tokens += sum(columns["length"])
-        counts.supervised_tokens += sum(columns["supervised"])
-        yield pyarrow.table(columns, schema=SCHEMA)

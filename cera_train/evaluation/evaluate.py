@@ -41,10 +41,9 @@ from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answ
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
-from cera_train.tasks.problems import load_problems
 from cera_train.tasks.records import Generation, Problem
 from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, RowTask
+from cera_train.tasks.task import AnswerTask, RowTask, load_problems
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

@@ -49,8 +49,7 @@ class LogisticMap(AnswerTask):
         settings = data.logistic_map if was_trained_on_it else LogisticMapConfig()
         _, starts = training_rows.starting_points(settings, data.eval_rows if was_trained_on_it else EVAL_ROWS)
         cases = [(x0, replace(settings, growth=growth), {}) for x0 in starts for growth in config.growths]
-        cases = [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]
-        for x0, case, mark in cases:
+        for x0, case, mark in [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]:
             row = training_rows.problem(x0, case)
             prompt, gold = row["prompt"], row["completion"].strip()
             details = {"growth": case.growth, "x0": x0, "decimals": case.decimals, **mark}
@@ -59,10 +58,10 @@ class LogisticMap(AnswerTask):
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
         values = extract(generation.text, steps=problem.gold.count(",") + 1)
-        compared = compare(values, problem.gold, decimals)
+        steps = compare(values, problem.gold, decimals)
         answer = ", ".join(f"{value:.{decimals}f}" for value in values) or None
-        details = {"values": values, **asdict(compared)}
-        return Grade(generation.problem, generation.sample, answer, exact=all(compared.matches), details=details)
+        details = {"values": values, **asdict(steps)}
+        return Grade(generation.problem, generation.sample, answer, exact=all(steps.matches), details=details)
 
     def counts(self, problem: Any) -> bool:
         return "paper_case" not in problem.details
@@ -70,16 +69,15 @@ class LogisticMap(AnswerTask):
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         growths = {problem.id: f"{problem.details['growth']:g}" for problem in problems if self.counts(problem)}
         counted = [grade for grade in grades if grade.problem in growths]
-        by_growth: dict[str, list[Grade]] = {growth: [] for growth in growths.values()}
-        for grade in counted:
-            by_growth[growths[grade.problem]].append(grade)
-        summaries = {
-            growth: {key: value for key, value in step_scores(same).items() if not isinstance(value, list)}
-            for growth, same in by_growth.items()
-            if same
-        }
+        by_growth = {}
+        for growth in dict.fromkeys(growths.values()):
+            if same := [grade for grade in counted if growths[grade.problem] == growth]:
+                scores = step_scores(same).items()
+                by_growth[growth] = {key: value for key, value in scores if not isinstance(value, list)}
+        scores = step_scores(counted) | {"by_growth": by_growth}
         case = next(problem for problem in problems if not self.counts(problem))
-        return step_scores(counted) | {"by_growth": summaries} | paper_case(case, grades)
+        grade = next((grade for grade in grades if grade.problem == case.id), None)
+        return scores if grade is None else scores | {"paper_case": _beside_truth(case, grade)}
 
     def paired_value(self, grade: Any, grader: str) -> float:
         matches = grade.details["matches"]
@@ -114,9 +112,6 @@ TASK = LogisticMap(
 )
 
 
-# --- one answer ------------------------------------------------------------------------------------------------------
-
-
 def extract(text: str, steps: int) -> list[float]:
     """The first `steps` values of an answer's first line; fewer where it gives fewer.
 
@@ -144,19 +139,15 @@ class Steps:
 
 
 def compare(values: Sequence[float], gold: str, decimals: int) -> Steps:
-    """Compares an answer with the truth.
-
-    Args:
-        values: what `extract` found.
-        gold: the true iterates, separated by commas, as a completion writes them.
-    """
+    """Compares what `extract` found with the true iterates, which a completion separates by commas."""
     truth = [number.strip() for number in gold.split(",")]
-    shown = [f"{value:.{decimals}f}" for value in values] + [None] * (len(truth) - len(values))
-    matches = [value == true for value, true in zip(shown, truth, strict=True)]
-    errors = [
-        None if value is None else abs(value - float(true)) for value, true in itertools.zip_longest(values, truth)
-    ]
-    return Steps(matches, errors, is_collapsed(shown[: len(values)], truth))
+    shown = [f"{value:.{decimals}f}" for value in values]
+    pairs = list(itertools.zip_longest(values, truth))
+    return Steps(
+        matches=[value == true for value, true in itertools.zip_longest(shown, truth)],
+        errors=[None if value is None else abs(value - float(true)) for value, true in pairs],
+        collapsed=is_collapsed(shown, truth),
+    )
 
 
 def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
@@ -165,15 +156,11 @@ def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
     return repeated > 1 and len(set(truth[len(answer) - repeated : len(answer)])) > 1
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     """Accuracy and error of each step and in the mean, and the shares of steps given and of collapsed answers."""
     accuracy = [_mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)]
     all_errors = [grade.details["errors"] for grade in grades]
-    given = [[value for value in step if value is not None] for step in zip(*all_errors, strict=True)]
-    error = [_mean(step) for step in given]
+    error = [_mean([value for value in step if value is not None]) for step in zip(*all_errors, strict=True)]
     return {
         "step_accuracy": accuracy,
         "step_accuracy/mean": _mean(accuracy),
@@ -184,15 +171,11 @@ def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     }
 
 
-def paper_case(case: Problem, grades: Sequence[Grade]) -> dict[str, Any]:
-    """The paper's case beside the truth, as written; nothing where it has no answer yet."""
-    grade = next((grade for grade in grades if grade.problem == case.id), None)
-    if grade is None:
-        return {}
+def _beside_truth(case: Problem, grade: Grade) -> dict[str, Any]:
     truth = case.gold.split(", ")
     answer = [f"{value:.{case.details['decimals']}f}" for value in grade.details["values"]]
     missing = [None] * (len(truth) - len(answer))
-    return {"paper_case": {"truth": truth, "answer": answer + missing, "collapsed": grade.details["collapsed"]}}
+    return {"truth": truth, "answer": answer + missing, "collapsed": grade.details["collapsed"]}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 
 from cera_train.common.errors import UserError
-from cera_train.data.rows import Row, column, text_of
+from cera_train.data.rows import Row, text_of
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import QuestionTask
 
 BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
 
 TEXT = r"\\(?:text|textbf|mbox|mathrm)(?!\{[ie]\})"
-WORD = re.compile(rf"{TEXT}\{{([^{{}}]*)\}}")
+WORD = re.compile(rf"^{TEXT}\{{([^{{}}]*)\}}\Z")
 GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 
 RULES = tuple(
@@ -48,11 +48,7 @@ RULES = tuple(
 
 
 def gold(row: Row) -> str:
-    r"""The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`.
-
-    Raises:
-        UserError: the row has neither column, or the solution has no box.
-    """
+    """The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`."""
     if row.get("answer") is not None:
         return text_of(row, "answer")
     solution = text_of(row, "solution")
@@ -65,12 +61,8 @@ def gold(row: Row) -> str:
 
 
 def extract(text: str) -> str | None:
-    r"""The content of the last \boxed{}, or of the last \fbox{} where there is no \boxed.
-
-    Returns:
-        None where there is no box, or the last one is empty or cut off. A box without braces, as in `$\boxed 3$`, ends
-        with the formula or the line.
-    """
+    r"""The content of the last \boxed{}, else of the last \fbox{}; None where that is empty or cut off. A box without
+    braces, as in `$\boxed 3$`, ends with the formula or the line."""
     starts = next(filter(None, ([box.end() for box in command.finditer(text)] for command in BOXES)), None)
     if starts is None:
         return None
@@ -93,22 +85,15 @@ def normalize(answer: str) -> str:
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    """Whether two answers are the same after normalisation."""
-    return _bare(normalize(answer)) == _bare(normalize(gold))
-
-
-def _bare(answer: str) -> str:
-    r"""Turns \text{even} into even. `normalize` does not: math-verify would read even as a product of variables."""
-    word = WORD.fullmatch(answer)
-    return word[1] if word else answer
+    r"""Whether two answers are the same after normalisation, and \text{even} the same as even. `normalize` leaves the
+    former, since math-verify would read the latter as a product of variables."""
+    answer, gold = (WORD.sub(r"\1", normalize(text)) for text in (answer, gold))
+    return answer == gold
 
 
 def is_of_level(row: Row, config: TaskConfig) -> bool:
     """Whether a row has the level that `task.level` asks for. MATH writes "Level 5", MATH-500 writes 5."""
-    if config.level is None:
-        return True
-    digits = re.search(r"\d+", str(column(row, "level")))
-    return digits is not None and int(digits[0]) == config.level
+    return config.level is None or re.findall(r"\d+", text_of(row, "level"))[:1] == [str(config.level)]
 
 
 TASK = QuestionTask(
