@@ -42,11 +42,8 @@ def from_files(names: Sequence[str], setting: str = "files") -> Source:
     paths = check_files(names, setting)
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"{setting}={path}: cannot read the file: {words_of(error)}.") from error
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return Source(digest.hexdigest(), lambda: rows_of(paths), name_of(paths, setting))
 
 
@@ -78,8 +75,7 @@ def _check_file(name: str) -> None:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # a ValueError: the name holds a zero byte
-        reason = f"cannot read the file: {words_of(error)} (from {Path.cwd()})"
-        raise UserError(f"{reason}. {_other_name(path)}") from error
+        raise UserError(f"cannot read the file: {words_of(error)} (from {Path.cwd()}). {_other_name(path)}") from error
     if stat.S_ISDIR(mode):
         files = _data_files(path)
         mend = f"such as {path / files[0]}" if files else f"and it holds none of {', '.join(READERS)}"
@@ -101,8 +97,6 @@ def _other_name(path: Path) -> str:
         return f"A ~ is not expanded here: write {path.expanduser()}."
     if "$" in name:
         return "Variables are not expanded inside single quotes."
-    if "\0" in name:
-        return "Write another name."
     if glob.has_magic(name):
         found = sorted(glob.glob(name))[:3]
         files = f", such as [{','.join(found)}]" if found else "; nothing matches this one"

@@ -103,10 +103,8 @@ def _check_place(path: str, place: str, mend: str) -> None:
     if is_file:
         raise UserError(f"{place}: it is a file: {mend}, such as [{path}].")
     if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
-        raise UserError(
-            f"{place}: folder does not exist (from {Path.cwd()}), and a Hub id looks like organisation/name. Mend it, "
-            f"or {mend}."
-        )
+        reason = f"folder does not exist (from {Path.cwd()}), and a Hub id looks like organisation/name"
+        raise UserError(f"{place}: {reason}. Mend it, or {mend}.")
 
 
 def _mistake_in_settings(error: Exception, path: str, subset: str | None, split: str, section: str) -> str | None:
@@ -137,11 +135,7 @@ def _why_not_loaded(error: BaseException | None, path: str, mend: str) -> str:
         reason = reasons[-1] if reasons[0].startswith("An error occurred") else reasons[0]
         return f"{start} this folder ({reason}). Mend its files, or {mend}."
     if any("offline" in reason.lower() for reason in reasons):
-        return (
-            f"{start} the Hub ({why_not_reached()}, and the cache does not hold it). Where there is a network, log in "
-            f"with `hf auth login` if it is gated; without one, {mend}."
-        )
-    return (
-        f"{start} the Hub ({reasons[0]}). Check its name; log in with `hf auth login` if it is gated or private, or "
-        f"{mend}."
-    )
+        login = "Where there is a network, log in with `hf auth login` if it is gated"
+        return f"{start} the Hub ({why_not_reached()}, and the cache does not hold it). {login}; without one, {mend}."
+    login = "log in with `hf auth login` if it is gated or private"
+    return f"{start} the Hub ({reasons[0]}). Check its name; {login}, or {mend}."

@@ -16,9 +16,9 @@ import pyarrow
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
-from cera_train.data.config import DataConfig, Layout
-from cera_train.data.format import Example, encode, ids_of, segmenter, segments_of, start_ids
+from cera_train.data.config import DataConfig, Layout, LossOn
 from cera_train.data.rows import Source, located
+from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
 
 CACHE_VERSION = 2
@@ -37,6 +37,27 @@ SCHEMA = pyarrow.schema(
     }
 )
 """Columns of a split, each an attribute of `Example`."""
+
+
+@dataclass
+class Example:
+    """Token ids of one row, and whether the prediction of each counts in the loss. The first is never predicted."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+    prompt_key: str = ""
+    """A digest of the text before the first supervised token: equal prompts have equal keys."""
+    truncated: bool = False
+    has_answer: bool = True
+    """Whether a token of an answer is left, also where the loss is on all tokens."""
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
+        return sum(self.loss_mask)
 
 
 @dataclass
@@ -128,6 +149,50 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
         raise UserError("the text has no token to predict: it is empty or a single token.")
     counts = RowCounts()
     return TokenizedRows(counts.add(len(examples), examples), counts, _digest(text, window, limit))
+
+
+def start_ids(tokenizer: Any) -> list[int]:
+    """The start token, where the tokenizer writes one before a text; else nothing."""
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
+
+
+def ids_of(texts: str | list[str], tokenizer: Any) -> list:
+    """The token ids of a text or of each of several, without special tokens."""
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
+def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer: Any) -> list[Example]:
+    """Token ids and loss masks of many rows at once. None of them may be without segments."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise UserError(
+            f"model.path={tokenizer.name_or_path}: the tokenizer has no end-of-text token: set eos_token in its "
+            "tokenizer_config.json."
+        )
+    is_chat = config.layout == Layout.messages
+    start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    texts = [segment.text for segments in rows_segments for segment in segments]
+    segment_ids = iter(ids_of(texts, tokenizer) if texts else [])
+
+    examples = []
+    for segments in rows_segments:
+        input_ids, loss_mask = list(start), [False] * len(start)
+        for segment in segments:
+            ids = next(segment_ids)
+            if segment.supervised and not (is_chat and ids and ids[-1] in special):  # a template may write it
+                ids = [*ids, end]
+            input_ids += ids
+            loss_mask += [segment.supervised] * len(ids)
+        has_answer = any(loss_mask[1 : config.max_length])
+        if config.loss_on == LossOn.all:
+            loss_mask = [True] * len(input_ids)
+        loss_mask[0] = False
+        prompt_key = hashlib.blake2b(segments[0].text.encode(), digest_size=16).hexdigest()
+        is_cut = len(input_ids) > config.max_length
+        kept = slice(config.max_length)
+        examples.append(Example(input_ids[kept], loss_mask[kept], prompt_key, is_cut, has_answer))
+    return examples
 
 
 def _tokenization_digest(config: DataConfig, tokenizer: Any) -> str:

@@ -57,17 +57,6 @@ def at(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from error
 
 
-@dataclass
-class Segment:
-    """A stretch of text. A supervised one ends with the end token."""
-
-    text: str
-    supervised: bool
-
-    def __post_init__(self) -> None:
-        as_text(self.text, "the text")  # a chat template can show more of a message than its role and content
-
-
 def text_of(row: Row, name: str, setting: str = "", mend: str = "") -> str:
     """A cell as text; null is empty.
 

@@ -11,9 +11,9 @@ from cera_train.common.errors import UserError
 from cera_train.data import logistic_map
 from cera_train.data.config import DataConfig, Layout
 from cera_train.data.files import check_files, from_files, name_of, rows_of
-from cera_train.data.format import segmenter, segments_of
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, located
+from cera_train.data.segments import segmenter, segments_of
 
 LOOKED_AT = 200
 """Rows of each file that `check_data` reads."""

@@ -22,7 +22,7 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
-from cera_train.data.format import start_ids
+from cera_train.data.prepare import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.team import Team

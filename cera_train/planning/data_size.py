@@ -114,8 +114,8 @@ def _logistic_map_size(config: DataConfig) -> DataSize:
 def _size_of_files(config: DataConfig) -> DataSize:
     """Counts all rows, and the characters of the first ones."""
     from cera_train.data.files import from_files
-    from cera_train.data.format import segmenter, segments_of
     from cera_train.data.rows import located
+    from cera_train.data.segments import segmenter, segments_of
 
     tokens = supervised = used = 0.0
     rows = itertools.islice(from_files(config.train_files, "data.train_files").read(), SAMPLE_ROWS)

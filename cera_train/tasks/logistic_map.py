@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cera_train.common.settings import require
+from cera_train.common.errors import UserError
 from cera_train.data import logistic_map as training_rows
 from cera_train.data.config import DataConfig, Layout, LogisticMapConfig
 from cera_train.tasks.config import TaskConfig
@@ -30,18 +30,13 @@ PAPER_X0, PAPER_CASE = 0.4, LogisticMapConfig(growth=3.5, steps=5, decimals=4)
 class LogisticMap(AnswerTask):
     def check(self, config: TaskConfig) -> None:
         growths = config.growths
-        require(
-            bool(growths) and all(0 < growth <= 4 for growth in growths),
-            f"task.growths={growths} must be numbers above 0 and up to 4.",
-        )
-        require(
-            all(float(f"{growth:g}") == growth for growth in growths),
-            f"task.growths={growths} has more than the six digits that a prompt shows: round it.",
-        )
-        require(
-            not (config.prompt or config.files),
-            "task=logistic_map writes its problems as in training: it takes neither task.prompt nor task.files.",
-        )
+        if not growths or not all(0 < growth <= 4 for growth in growths):
+            raise UserError(f"task.growths={growths} must be numbers above 0 and up to 4.")
+        if any(float(f"{growth:g}") != growth for growth in growths):
+            raise UserError(f"task.growths={growths} has more than the six digits that a prompt shows: round it.")
+        if config.prompt or config.files:
+            place = "task=logistic_map writes its problems as in training"
+            raise UserError(f"{place}: it takes neither task.prompt nor task.files.")
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, then the paper's case."""

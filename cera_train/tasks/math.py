@@ -20,29 +20,26 @@ TEXT = r"\\(?:text|textbf|mbox|mathrm)(?!\{[ie]\})"
 WORD = re.compile(rf"^{TEXT}\{{([^{{}}]*)\}}\Z")
 GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 
-RULES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<!\\)\\!", ""),
-        (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\[tdc]frac", r"\\frac"),
-        (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
-        (r"\\?[$%]", ""),
-        (r"(?<![ .])[ .]+$|^ +", ""),  # looks behind, else a long row of dots is searched from each of them
-        (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
-        (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
-        (r"\{,\}", ","),
-        (r"^-?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?$", lambda number: re.sub("[, ]", "", number[0])),
-        (r", *", ", "),  # so that math-verify takes 1,234 for a number and 1, 234 for a list
-        (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),  # spaces, but in \pi r, 1 000 and after a list's comma
-        (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
-        (r"\\frac ?(\w) ?", r"\\frac{\1}"),
-        (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
-    )
+RULES = (
+    (r"(?<!\\)\\!", ""),
+    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
+    (r"\\(?:left|right)(?![a-zA-Z])", ""),
+    (r"\\[tdc]frac", r"\\frac"),
+    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
+    (r"\\?[$%]", ""),
+    (r"(?<![ .])[ .]+$|^ +", ""),  # looks behind, else a long row of dots is searched from each of them
+    (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
+    (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
+    (r"\{,\}", ","),
+    (r"^-?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?$", lambda number: re.sub("[, ]", "", number[0])),
+    (r", *", ", "),  # so that math-verify takes 1,234 for a number and 1, 234 for a list
+    (r"(?<![\d.])\.(?=\d)", "0."),
+    (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+    (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+    (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),  # spaces, but in \pi r, 1 000 and after a list's comma
+    (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
+    (r"\\frac ?(\w) ?", r"\\frac{\1}"),
+    (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
 )
 """Replacements, in this order."""
 
@@ -80,7 +77,7 @@ def extract(text: str) -> str | None:
 def normalize(answer: str) -> str:
     """Writes equal answers alike, still in LaTeX."""
     for pattern, replacement in RULES:
-        answer = pattern.sub(replacement, answer)
+        answer = re.sub(pattern, replacement, answer)
     return answer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.config import DataConfig, Layout
 from cera_train.model.config import ModelConfig
@@ -19,15 +20,11 @@ class Perplexity(RowTask):
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         from cera_train.data.prepare import prepare_evaluation
 
-        require(
-            data is not None,
-            "data=... is missing: the training data of this adapter is not on record. Choose the rows.",
-        )
+        if data is None:
+            raise UserError("data=... is missing: the training data of this adapter is not on record. Choose the rows.")
         if config.files:
-            require(
-                data.layout != Layout.logistic_map,
-                "task.files: this run computed its rows and has no layout for files. Add one, such as data=jsonl.",
-            )
+            mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
+            require(data.layout != Layout.logistic_map, f"task.files: {mend}")
             data = replace(data, train_files=config.files, eval_files=config.files, eval_rows=None)
         return prepare_evaluation(data, tokenizer, config.limit)
 

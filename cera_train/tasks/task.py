@@ -19,9 +19,9 @@ from cera_train.common.settings import require
 from cera_train.common.text import duration
 from cera_train.data.config import DataConfig
 from cera_train.data.files import from_files
-from cera_train.data.format import columns_of
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, at, located, text_of
+from cera_train.data.segments import columns_of
 from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.records import Generation, Grade, Problem

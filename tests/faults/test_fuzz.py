@@ -22,7 +22,8 @@ from cera_train.config import Config
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.data.config import DataConfig
 from cera_train.data.files import READERS
-from cera_train.data.format import columns_of, encode, segmenter
+from cera_train.data.prepare import encode
+from cera_train.data.segments import columns_of, segmenter
 from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.card import escape
 from cera_train.runs.evaluation_folder import EvaluationFolder

@@ -1,17 +1,22 @@
-"""Rows of turns: layout `conversations` (ShareGPT's from and value) and layout `messages` (role and content, by the
-tokenizer's chat template)."""
+"""A row -> segments of text, some of them supervised: by templates (layout `text`), by ShareGPT's from and value
+(`conversations`), or by the tokenizer's chat template (`messages`). Nothing here imports torch."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+import re
+import string
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jinja2
 
 from cera_train.common.errors import UserError
-from cera_train.data.rows import Row, Segment, as_text, kind_of
+from cera_train.data.config import DataConfig, Layout, Turns
+from cera_train.data.rows import Row, as_text, at, kind_of, text_of
 
 SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
 """The speakers of layout `conversations`, and how they are written."""
@@ -27,6 +32,75 @@ SYNONYMS = {
     **{"bot": "assistant", "model": "assistant", "chatgpt": "gpt", "function": "tool"},
 }
 """Names of speakers in other data sets, and what to write instead."""
+
+
+@dataclass
+class Segment:
+    """A stretch of text. A supervised one ends with the end token."""
+
+    text: str
+    supervised: bool
+
+    def __post_init__(self) -> None:
+        as_text(self.text, "the text")  # a chat template can show more of a message than its role and content
+
+
+Segmenter = Callable[[Row], list[Segment]]
+"""Makes the segments of a row. An empty list means that the row has no answer."""
+
+
+def segments_of(rows: Iterable[tuple[str, Row]], to_segments: Segmenter) -> Iterator[list[Segment]]:
+    """The segments of each of some `located` rows; an error starts with the row's place."""
+    for place, row in rows:
+        with at(place):
+            segments = to_segments(row)
+        yield segments
+
+
+def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
+    """The function from a row to its segments. Without a tokenizer, chats lack the marks of a chat template."""
+    if config.layout == Layout.text:
+        return templates(config.prompt, config.completion)
+    if config.layout == Layout.logistic_map:
+        return templates("{prompt}", "{completion}")
+    if config.layout == Layout.conversations:
+        return first_turns if config.turns == Turns.first else all_turns
+    if tokenizer is None:
+        return bare_turns
+    if not tokenizer.chat_template:
+        place = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
+        raise UserError(f"{place}: use an instruction-tuned model, or data.layout=text.")
+    return partial(chat_turns, tokenizer=tokenizer)
+
+
+def templates(prompt: str, completion: str) -> Segmenter:
+    """Layout `text`: columns in templates."""
+    asked, answers = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
+    setting_of = dict.fromkeys([*asked, *answers], "data.completion") | dict.fromkeys(asked, "data.prompt")
+    if not answers:
+        raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
+
+    def segments(row: Row) -> list[Segment]:
+        mend = layout_of(row) or "Set data.prompt and data.completion."
+        values = {name: text_of(row, name, setting, mend) for name, setting in setting_of.items()}
+        if not any(values[name].strip() for name in answers):
+            return []
+        return [Segment(prompt.format_map(values), False), Segment(completion.format_map(values), True)]
+
+    return segments
+
+
+def columns_of(template: str, setting: str = "template") -> list[str]:
+    """The columns that the template of a setting names. One that does more is refused: `{a.b}`, `{a[0]}`, `{a:>9}`."""
+    try:
+        fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    except ValueError as error:
+        raise UserError(f"{setting}={template!r} is malformed: {error}. Write a literal brace twice.") from None
+    for _, name, format_spec, conversion in fields:
+        if format_spec or conversion or not re.fullmatch(r"[^\W\d][^.\[{]*", name):
+            reason = f"{{{name}}} is not just the name of a column. Write a literal brace twice."
+            raise UserError(f"{setting}={template!r}: {reason}")
+    return [name for _, name, _, _ in fields]
 
 
 def layout_of(row: Row) -> str | None:
@@ -52,7 +126,7 @@ def turns_of(row: Row, layout: str) -> list[Row]:
         mend = mend or "Set data.layout=text with data.prompt and data.completion, or rename the column."
         columns = ", ".join(row) or "none"
         raise UserError(f"column {layout!r} is missing (data.layout={layout}); its columns are {columns}. {mend}")
-    turns = row[layout] or []
+    turns = [] if row[layout] is None else row[layout]
     if not isinstance(turns, list):
         mend = " Write the list itself, not a JSON text of it." if isinstance(turns, str) else ""
         raise UserError(f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.{mend}")
@@ -136,10 +210,8 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
         answer = after.removeprefix(before).rstrip()
         if any(_function_name(call) not in answer for call in calls):
-            raise UserError(
-                f"messages[{index}] has tool_calls, which this model's chat template leaves out: use a model whose "
-                "template renders tool calls, or write them into the content."
-            )
+            place = f"messages[{index}] has tool_calls, which this model's chat template leaves out"
+            raise UserError(f"{place}: use a model whose template renders them, or write them into the content.")
         segments += [Segment(before.removeprefix(rendered), False), Segment(answer, True)]
         rendered = before + answer
     if any(message["role"] in ("tool", "developer") for message in messages):
@@ -153,10 +225,8 @@ def _check_all_are_rendered(messages: list[Row], text: str) -> None:
         content = str(message["content"]).strip()
         is_shown = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
         if message["role"] in ("tool", "developer") and not is_shown:
-            raise UserError(
-                f"messages[{number}] has role {message['role']!r}, which this model's chat template leaves out: use a "
-                "model whose template renders it, or rename the role."
-            )
+            place = f"messages[{number}] has role {message['role']!r}, which this model's chat template leaves out"
+            raise UserError(f"{place}: use a model whose template renders it, or rename the role.")
 
 
 def messages_of(row: Row) -> list[Row]:
@@ -178,8 +248,8 @@ def messages_of(row: Row) -> list[Row]:
         message = {key: value for key, value in message.items() if value is not None}
         message.setdefault("content", "")
         if calls:
-            message["tool_calls"] = calls = _without_nulls(calls)
-        for call in calls or ():
+            message["tool_calls"] = _without_nulls(calls)
+        for call in message.get("tool_calls", ()):
             function = call.get("function", call)
             with contextlib.suppress(TypeError, ValueError):  # they are an object already, or no JSON
                 function["arguments"] = json.loads(function.get("arguments"))
