@@ -37,11 +37,9 @@ class RowOrder:
         return math.ceil(self.rows / self.batch_size)
 
     def epoch(self, update: int) -> int:
-        """The epoch of an update, both counted from 0."""
         return update // self.updates_per_epoch
 
     def sequences(self, update: int) -> list[int]:
-        """The rows of one update."""
         order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
         start = update % self.updates_per_epoch * self.batch_size
         return order[start : start + self.batch_size].tolist()
@@ -82,9 +80,8 @@ def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: 
 
 
 def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included.
-
-    Dynamic programming over the rows in order of length finds the cut with the fewest padded tokens and overheads.
+    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included: the cut with the fewest
+    padded tokens and overheads, by dynamic programming over the rows in order of length.
     """
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
     cost = [0.0] + [math.inf] * len(ordered)  # cost[end]: the best cut of ordered[:end]
@@ -171,12 +168,8 @@ class MicroBatches:
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
         """The micro-batches that a process runs for its share of these rows, and whether each counts in the loss. There
-        is at least one, since the other processes wait for this one's gradient.
-
-        Args:
-            in_step: all processes run the same number, as sharded weights need: a process that has run out of
-                micro-batches runs one that does not count, so that collectives match.
-        """
+        is at least one, since the other processes wait for this one's gradient. `in_step`, all processes run the same
+        number, as sharded weights need: one that has run out of micro-batches runs one that does not count."""
         process_rows = shares(rows, self.lengths, processes)
         groups = self.groups(process_rows[process])
         count = max(len(self.groups(share)) for share in process_rows) if in_step else max(1, len(groups))

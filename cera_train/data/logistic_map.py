@@ -35,10 +35,9 @@ def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[flo
     scale = 10**config.decimals
     starts = [number / scale for number in range(1, scale)]
     if eval_rows >= len(starts):
-        raise UserError(
-            f"data.eval_rows={eval_rows} leaves nothing to train on: there are {len(starts)} starting points of "
-            f"{config.decimals} decimals. Lower it, or raise data.logistic_map.decimals."
-        )
+        there = f"there are {len(starts)} starting points of {config.decimals} decimals"
+        mend = "Lower it, or raise data.logistic_map.decimals."
+        raise UserError(f"data.eval_rows={eval_rows} leaves nothing to train on: {there}. {mend}")
     random.Random(config.seed).shuffle(starts)
     return starts[eval_rows:], starts[:eval_rows]
 

@@ -36,7 +36,6 @@ SCHEMA = pyarrow.schema(
         "supervised": pyarrow.int32(),
     }
 )
-"""Columns of a split, each an attribute of `Example`."""
 
 
 @dataclass
@@ -51,18 +50,10 @@ class Example:
     has_answer: bool = True
     """Whether a token of an answer is left, also where the loss is on all tokens."""
 
-    @property
-    def length(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def supervised(self) -> int:
-        return sum(self.loss_mask)
-
 
 @dataclass
 class RowCounts:
-    """How many rows of a split were read, dropped and cut, and their tokens."""
+    """Rows of a split that were read, dropped and cut, and the tokens that are kept."""
 
     read: int = 0
     empty: int = 0
@@ -85,7 +76,9 @@ class RowCounts:
         self.empty += read - len(examples)
         self.answer_truncated += len(examples) - len(kept)
         self.truncated += sum(example.truncated for example in kept)
-        columns = {name: [getattr(example, name) for example in kept] for name in SCHEMA.names}
+        columns = {name: [getattr(each, name) for each in kept] for name in ("input_ids", "loss_mask", "prompt_key")}
+        columns["length"] = [len(example.input_ids) for example in kept]
+        columns["supervised"] = [sum(example.loss_mask) for example in kept]
         self.tokens += sum(columns["length"])
         self.supervised_tokens += sum(columns["supervised"])
         return pyarrow.table(columns, schema=SCHEMA)
@@ -125,11 +118,9 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         train_files = {Path(name).resolve() for name in config.train_files}
         in_both = [name for name in config.eval_files if Path(name).resolve() in train_files]
         file = f" ({in_both[0]} is also in data.train_files)" if in_both else ""
-        raise UserError(
-            f"{eval_source.name}: {shared} of {evaluation.counts.kept} evaluation prompts are also training prompts"
-            f"{file}, so the perplexity would measure memory. Remove them from one side, or set "
-            "data.allow_overlap=true."
-        )
+        place = f"{eval_source.name}: {shared} of {evaluation.counts.kept} evaluation prompts are also training prompts"
+        mend = "Remove them from one side, or set data.allow_overlap=true."
+        raise UserError(f"{place}{file}, so the perplexity would measure memory. {mend}")
     return TokenizedData(train, evaluation, shared)
 
 
@@ -165,10 +156,8 @@ def encode(rows_segments: Sequence[list[Segment]], config: DataConfig, tokenizer
     """Token ids and loss masks of many rows at once. None of them may be without segments."""
     end = tokenizer.eos_token_id
     if end is None:
-        raise UserError(
-            f"model.path={tokenizer.name_or_path}: the tokenizer has no end-of-text token: set eos_token in its "
-            "tokenizer_config.json."
-        )
+        reason = "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
+        raise UserError(f"model.path={tokenizer.name_or_path}: {reason}")
     is_chat = config.layout == Layout.messages
     start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -231,8 +220,7 @@ def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folde
 def _why_none_are_left(counts: RowCounts, config: DataConfig) -> str:
     if not counts.read:
         return "0 read; the data is empty. Name files or a split with rows."
-    is_text = config.layout == Layout.text
-    columns = f"the columns of data.completion={config.completion!r}" if is_text else "the turns"
+    columns = f"the columns of data.completion={config.completion!r}" if config.layout == Layout.text else "the turns"
     mends = [f"look at {columns}"] * bool(counts.empty) + ["raise data.max_length"] * bool(counts.answer_truncated)
     mend = " or ".join(mends)
     return (

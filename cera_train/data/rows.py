@@ -38,8 +38,8 @@ class Source:
         """The first `count` rows; None: all."""
         if count is None:
             return self
-        read = self.read
-        return replace(self, fingerprint=f"{self.fingerprint} [:{count}]", read=lambda: itertools.islice(read(), count))
+        fingerprint = f"{self.fingerprint} [:{count}]"
+        return replace(self, fingerprint=fingerprint, read=lambda: itertools.islice(self.read(), count))
 
 
 def located(rows: Iterable[Row], name: str) -> Iterator[tuple[str, Row]]:
@@ -58,12 +58,8 @@ def at(place: str) -> Iterator[None]:
 
 
 def text_of(row: Row, name: str, setting: str = "", mend: str = "") -> str:
-    """A cell as text; null is empty.
-
-    Args:
-        setting: the key that names the column, for the message.
-        mend: what to do where the column is missing.
-    """
+    """A cell as text; null is empty. Where the column is missing, the message names the setting that wants it and the
+    mend."""
     cell = f"column {name!r}" + (f" (named in {setting})" if setting else "")
     if name not in row:
         raise UserError(f"{cell} is missing; its columns are {', '.join(row) or 'none'}. {mend}".rstrip())
@@ -82,10 +78,8 @@ def as_text(value: Any, cell: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, and no tokenizer takes it
-        half = text[error.start]
-        raise UserError(
-            f"{cell} holds {half!r}, half of a surrogate pair ({error.reason}): write the whole character."
-        ) from None
+        reason = f"half of a surrogate pair ({error.reason}): write the whole character."
+        raise UserError(f"{cell} holds {text[error.start]!r}, {reason}") from None
     return text
 
 

@@ -66,11 +66,9 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
             if count > eval_rows:
                 yield last.popleft()
         if 0 < count <= eval_rows:
-            mend = f"Lower it to at most {count - 1}." if count > 1 else "Add rows, or name another file."
-            raise UserError(
-                f"data.eval_rows={eval_rows} leaves nothing to train on: {source.name} has "
-                f"{count} row{'s' * (count > 1)}. {mend}"
-            )
+            mend = f"rows. Lower it to at most {count - 1}." if count > 1 else "row. Add rows, or name another file."
+            place = f"data.eval_rows={eval_rows} leaves nothing to train on"
+            raise UserError(f"{place}: {source.name} has {count} {mend}")
         held_out[:] = last
 
     def evaluation() -> list[Row]:

@@ -27,10 +27,8 @@ def gold(row: Row) -> str:
 
 
 def extract(text: str) -> str | None:
-    """The number after the first ####, on its line; in a text without ####, the last number. It is normalised.
-
-    Not the last ####: a model that does not stop goes on to make up questions and answer them.
-    """
+    """The number after the first ####, on its line; in a text without ####, the last number. It is normalised. Not the
+    last ####: a model that does not stop goes on to make up questions and answer them."""
     _, mark, rest = text.partition("####")
     numbers = NUMBER.findall(rest.strip().partition("\n")[0])[:1] if mark else NUMBER.findall(text)
     return normalize(numbers[-1]) if numbers else None

@@ -1,8 +1,5 @@
-"""The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving.
-
-A problem gives x0 and asks for the next iterates. Each iterate is computed from the exact one before it and rounded
-only for display, so iterating on the rounded numbers soon leaves it.
-"""
+"""The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving. A problem gives x0
+and asks for the next iterates; data/logistic_map.py computes them."""
 
 from __future__ import annotations
 
@@ -40,10 +37,10 @@ class LogisticMap(AnswerTask):
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, then the paper's case."""
-        was_trained_on_it = data is not None and data.layout == Layout.logistic_map
-        settings = data.logistic_map if was_trained_on_it else LogisticMapConfig()
-        _, starts = training_rows.starting_points(settings, data.eval_rows if was_trained_on_it else EVAL_ROWS)
-        cases = [(x0, replace(settings, growth=growth), {}) for x0 in starts for growth in config.growths]
+        if data is None or data.layout != Layout.logistic_map:
+            data = DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
+        _, starts = training_rows.starting_points(data.logistic_map, data.eval_rows)
+        cases = [(x0, replace(data.logistic_map, growth=growth), {}) for x0 in starts for growth in config.growths]
         for x0, case, mark in [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]:
             row = training_rows.problem(x0, case)
             prompt, gold = row["prompt"], row["completion"].strip()
@@ -82,11 +79,9 @@ class LogisticMap(AnswerTask):
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
         for growth, scores in result["by_growth"].items():
             error = scores["absolute_error/mean"]
-            lines[f"r = {growth}"] = (
-                f"steps right {scores['step_accuracy/mean']:.1%}, "
-                f"absolute error {'none given' if error is None else f'{error:.4f}'}, "
-                f"state collapse {scores['state_collapse']:.1%}"
-            )
+            shown = "none given" if error is None else f"{error:.4f}"
+            right, collapse = scores["step_accuracy/mean"], scores["state_collapse"]
+            lines[f"r = {growth}"] = f"steps right {right:.1%}, absolute error {shown}, state collapse {collapse:.1%}"
         return lines
 
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
@@ -108,16 +103,12 @@ TASK = LogisticMap(
 
 
 def extract(text: str, steps: int) -> list[float]:
-    """The first `steps` values of an answer's first line; fewer where it gives fewer.
-
-    Between commas, a value is the last number: the 0.84 of `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas,
-    every number with a decimal point is one.
-    """
+    """The first `steps` values of an answer's first line. Between commas, a value is the last number: the 0.84 of
+    `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas, every number with a decimal point is one."""
     line = text.strip().partition("\n")[0]
     if "," in line:
         numbers = [numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))]
-    else:
-        # Digits are taken from their first one on only, else a long row of them is searched from each.
+    else:  # digits are taken from their first one on only, else a long row of them is searched from each
         numbers = re.findall(r"-?(?:(?<!\d)\d++)?\.\d+", line)
     return [value for value in map(float, numbers) if math.isfinite(value)][:steps]
 
@@ -137,12 +128,10 @@ def compare(values: Sequence[float], gold: str, decimals: int) -> Steps:
     """Compares what `extract` found with the true iterates, which a completion separates by commas."""
     truth = [number.strip() for number in gold.split(",")]
     shown = [f"{value:.{decimals}f}" for value in values]
-    pairs = list(itertools.zip_longest(values, truth))
-    return Steps(
-        matches=[value == true for value, true in itertools.zip_longest(shown, truth)],
-        errors=[None if value is None else abs(value - float(true)) for value, true in pairs],
-        collapsed=is_collapsed(shown, truth),
-    )
+    matches = [value == true for value, true in itertools.zip_longest(shown, truth)]
+    pairs = itertools.zip_longest(values, truth)
+    errors = [None if value is None else abs(value - float(true)) for value, true in pairs]
+    return Steps(matches, errors, is_collapsed(shown, truth))
 
 
 def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:

@@ -1,8 +1,5 @@
-"""What a benchmark defines. Everything else that evaluates, prints or reports one reads it here.
-
-A `QuestionTask` compares an answer with a gold answer; most benchmarks are one, made of three functions.
-An `AnswerTask` brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch.
-"""
+"""What a benchmark defines, and all else reads: a `QuestionTask` compares an answer with a gold answer; an `AnswerTask`
+brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -74,16 +71,12 @@ class Task:
         """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
 
     def counts(self, problem: Any) -> bool:
-        """Whether a problem counts in the scores. It has `details`."""
+        """Whether a problem counts in the scores."""
         return True
 
     def paired_value(self, grade: Any, grader: str) -> float:
-        """How much of an answer is right, from 0 to 1, for the paired test of two runs.
-
-        Args:
-            grade: a `Grade`, or a line of grades.jsonl with the same attributes.
-            grader: exact or verified; of no effect where `score_name` is set.
-        """
+        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grade is a `Grade`, or a
+        line of grades.jsonl; the grader, exact or verified, has no effect where `score_name` is set."""
         return float(getattr(grade, grader))
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
@@ -111,8 +104,7 @@ class AnswerTask(Task, ABC):
         """Grades one answer by the task's published rule."""
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        """What result.json holds beside pass@k, from all problems, also those that do not count, and the grades that
-        there are."""
+        """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""
         return {}
 
 
@@ -150,10 +142,8 @@ class QuestionTask(AnswerTask):
     def check(self, config: TaskConfig) -> None:
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
         require(bool(config.prompt), f"task.prompt is empty: set a template, such as {example}.")
-        require(
-            bool(columns_of(config.prompt, "task.prompt")),
-            f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.",
-        )
+        if not columns_of(config.prompt, "task.prompt"):
+            raise UserError(f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.")
         require_rows(config)
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
@@ -171,12 +161,11 @@ class QuestionTask(AnswerTask):
                 if not self.takes(row, config):
                     continue
             if absent := next((name for name in columns if name not in row), None):
-                mend = "Name one of these"
-                if absent == self.question:
-                    mend = f"Rename the one with the question to {self.question}, or choose another task"
-                raise UserError(
-                    f"task.prompt: column {absent!r} is missing in {place}; its columns are {', '.join(row)}. {mend}."
+                rename = f"Rename the one with the question to {self.question}, or choose another task."
+                mend = (
+                    f"its columns are {', '.join(row)}. {rename if absent == self.question else 'Name one of these.'}"
                 )
+                raise UserError(f"task.prompt: column {absent!r} is missing in {place}; {mend}")
             with at(place):
                 question = text_of(row, self.question)
                 prompt = config.prompt.format_map({name: text_of(row, name) for name in columns})
