@@ -1,7 +1,5 @@
 """Settings of the rows, and how they become tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any

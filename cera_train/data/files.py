@@ -1,7 +1,5 @@
 """Rows of local files. A row knows the file and line it stands in. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import collections
 import glob
 import hashlib

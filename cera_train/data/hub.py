@@ -1,7 +1,5 @@
 """Loading from the Hugging Face Hub, or from the cache alone where the Hub does not answer."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

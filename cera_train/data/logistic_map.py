@@ -4,8 +4,6 @@ Every iterate is computed from the exact one before it and rounded only for disp
 leaves the trajectory.
 """
 
-from __future__ import annotations
-
 import random
 
 from cera_train.common.errors import UserError

@@ -1,8 +1,6 @@
 """Rows -> token ids and loss masks in an Arrow file, tokenised once and cached by content. The file is written in
 chunks and memory-mapped to read: neither takes more memory for more rows."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -17,7 +15,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
 from cera_train.data.config import DataConfig, Layout, LossOn
-from cera_train.data.rows import Source, located
+from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
 
@@ -207,7 +205,7 @@ def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any, to
 def _write(source: Source, split: str, config: DataConfig, tokenizer: Any, folder: Path) -> None:
     counts = RowCounts()
     to_segments = segmenter(config, tokenizer)
-    rows = located(source.read(), source.name)
+    rows = source.located()
     with pyarrow.OSFile(str(folder / "rows.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, SCHEMA) as writer:
         while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
             examples = encode(list(filter(None, segments_of(chunk, to_segments))), config, tokenizer)

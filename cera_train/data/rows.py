@@ -41,11 +41,10 @@ class Source:
         fingerprint = f"{self.fingerprint} [:{count}]"
         return replace(self, fingerprint=fingerprint, read=lambda: itertools.islice(self.read(), count))
 
-
-def located(rows: Iterable[Row], name: str) -> Iterator[tuple[str, Row]]:
-    """Each row after its place: in its file, else its number in the rows that `name` names."""
-    for number, row in enumerate(rows, start=1):
-        yield row.place if isinstance(row, LocatedRow) else f"{name}, row {number}", row
+    def located(self) -> Iterator[tuple[str, Row]]:
+        """Each row after its place: in its file, else by its number."""
+        for number, row in enumerate(self.read(), start=1):
+            yield row.place if isinstance(row, LocatedRow) else f"{self.name}, row {number}", row
 
 
 @contextlib.contextmanager

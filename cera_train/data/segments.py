@@ -1,8 +1,6 @@
 """A row -> segments of text, some of them supervised: by templates (layout `text`), by ShareGPT's from and value
 (`conversations`), or by the tokenizer's chat template (`messages`). Nothing here imports torch."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -50,7 +48,7 @@ Segmenter = Callable[[Row], list[Segment]]
 
 
 def segments_of(rows: Iterable[tuple[str, Row]], to_segments: Segmenter) -> Iterator[list[Segment]]:
-    """The segments of each of some `located` rows; an error starts with the row's place."""
+    """The segments of each row, given after its place; an error starts with the place."""
     for place, row in rows:
         with at(place):
             segments = to_segments(row)

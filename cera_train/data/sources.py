@@ -1,9 +1,6 @@
 """Where a run's rows come from: the Hub, local files, or a generator. Nothing here imports torch."""
 
-from __future__ import annotations
-
 import collections
-import itertools
 import json
 from collections.abc import Iterator
 
@@ -12,7 +9,7 @@ from cera_train.data import logistic_map
 from cera_train.data.config import DataConfig, Layout
 from cera_train.data.files import check_files, from_files, name_of, rows_of
 from cera_train.data.hub import from_hub
-from cera_train.data.rows import Row, Source, located
+from cera_train.data.rows import Row, Source
 from cera_train.data.segments import segmenter, segments_of
 
 LOOKED_AT = 200
@@ -30,8 +27,8 @@ def check_data(config: DataConfig) -> None:
     to_segments = segmenter(config, None)
     for setting, path in files:
         if path.suffix.lower() == ".jsonl" or path.stat().st_size < WHOLE_BYTES:
-            rows = located(itertools.islice(rows_of([path]), LOOKED_AT), name_of([path], setting))
-            collections.deque(segments_of(rows, to_segments), maxlen=0)
+            source = Source("", lambda path=path: rows_of([path]), name_of([path], setting))
+            collections.deque(segments_of(source.head(LOOKED_AT).located(), to_segments), maxlen=0)
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:

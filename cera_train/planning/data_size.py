@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -114,12 +113,11 @@ def _logistic_map_size(config: DataConfig) -> DataSize:
 def _size_of_files(config: DataConfig) -> DataSize:
     """Counts all rows, and the characters of the first ones."""
     from cera_train.data.files import from_files
-    from cera_train.data.rows import located
     from cera_train.data.segments import segmenter, segments_of
 
     tokens = supervised = used = 0.0
-    rows = itertools.islice(from_files(config.train_files, "data.train_files").read(), SAMPLE_ROWS)
-    for segments in segments_of(located(rows, "data.train_files"), segmenter(config, tokenizer=None)):
+    rows = from_files(config.train_files, "data.train_files").head(SAMPLE_ROWS).located()
+    for segments in segments_of(rows, segmenter(config, tokenizer=None)):
         if segments:
             length = sum(len(segment.text) for segment in segments) / CHARACTERS_PER_TOKEN
             answers = sum(len(segment.text) for segment in segments if segment.supervised) / CHARACTERS_PER_TOKEN

@@ -1,7 +1,5 @@
 """GSM8K: grade-school word problems whose answer is a number after #### (Cobbe et al. 2021, arXiv 2110.14168)."""
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal, InvalidOperation
 

@@ -1,8 +1,6 @@
 """The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving. A problem gives x0
 and asks for the next iterates; data/logistic_map.py computes them."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

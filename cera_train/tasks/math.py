@@ -5,8 +5,6 @@ normalisation writes them alike. It knows notation, not mathematics: 1/2 equals 
 published rule it reads thousands separators, mixed numbers such as 1 1/2, and a fraction's arguments as TeX does.
 """
 
-from __future__ import annotations
-
 import re
 
 from cera_train.common.errors import UserError

@@ -17,7 +17,7 @@ from cera_train.common.text import duration
 from cera_train.data.config import DataConfig
 from cera_train.data.files import from_files
 from cera_train.data.hub import from_hub
-from cera_train.data.rows import Row, Source, at, located, text_of
+from cera_train.data.rows import Row, Source, at, text_of
 from cera_train.data.segments import columns_of
 from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
@@ -156,16 +156,15 @@ class QuestionTask(AnswerTask):
 
     def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
         columns = columns_of(config.prompt)
-        for place, row in located(source.read(), source.name):
+        for place, row in source.located():
             with at(place):
                 if not self.takes(row, config):
                     continue
             if absent := next((name for name in columns if name not in row), None):
                 rename = f"Rename the one with the question to {self.question}, or choose another task."
-                mend = (
-                    f"its columns are {', '.join(row)}. {rename if absent == self.question else 'Name one of these.'}"
-                )
-                raise UserError(f"task.prompt: column {absent!r} is missing in {place}; {mend}")
+                mend = rename if absent == self.question else "Name one of these."
+                reason = f"column {absent!r} is missing in {place}; its columns are {', '.join(row)}"
+                raise UserError(f"task.prompt: {reason}. {mend}")
             with at(place):
                 question = text_of(row, self.question)
                 prompt = config.prompt.format_map({name: text_of(row, name) for name in columns})

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.settings import require
 from cera_train.data.config import DataConfig
-from cera_train.data.rows import at, located, text_of
+from cera_train.data.rows import at, text_of
 from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import RowTask, open_rows, require_rows
@@ -26,7 +26,7 @@ class RunningText(RowTask):
 
         check_length(model, config.window, "task.window")
         source, texts = open_rows(config), []
-        for place, row in located(source.read(), source.name):
+        for place, row in source.located():
             with at(place):
                 texts.append(text_of(row, "text"))
         with at(source.name):
