@@ -81,23 +81,18 @@ def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: 
 
 def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included: the cut with the fewest
-    padded tokens and overheads, by dynamic programming over the rows in order of length.
-    """
+    padded tokens and overheads, by dynamic programming over the rows in order of length."""
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    cost = [0.0] + [math.inf] * len(ordered)  # cost[end]: the best cut of ordered[:end]
-    group_start = [0] * (len(ordered) + 1)
-    for end in range(1, len(ordered) + 1):
-        longest = lengths[ordered[end - 1]]
-        for start in range(end - 1, -1, -1):
-            tokens = (end - start) * longest
-            if tokens > max_tokens and end - start > 1:
-                break
-            if cost[start] + tokens + OVERHEAD_TOKENS < cost[end]:
-                cost[end], group_start[end] = cost[start] + tokens + OVERHEAD_TOKENS, start
+    best = [(0, 0)]  # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
+    for end, longest in enumerate(ordered, start=1):
+        tokens = lengths[longest]  # of each row in the group that ends here, with its padding
+        starts = range(max(0, end - max(1, max_tokens // tokens)), end)
+        best.append(min((best[start][0] + (end - start) * tokens + OVERHEAD_TOKENS, -start) for start in starts))
     groups, end = [], len(ordered)
     while end:
-        groups.append(ordered[group_start[end] : end])
-        end = group_start[end]
+        start = -best[end][1]
+        groups.append(ordered[start:end])
+        end = start
     return groups[::-1]
 
 

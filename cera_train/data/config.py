@@ -7,28 +7,10 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import MISSING, Changes, leaves, require, require_positive, section, setting
 
-
-class Layout(StrEnum):
-    text = "text"
-    conversations = "conversations"
-    messages = "messages"
-    logistic_map = "logistic_map"
-
-
-class Turns(StrEnum):
-    first = "first"
-    all = "all"
-
-
-class LossOn(StrEnum):
-    completion = "completion"
-    all = "all"
-
-
-class BatchLayout(StrEnum):
-    auto = "auto"
-    flat = "flat"
-    padded = "padded"
+Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map"])
+Turns = StrEnum("Turns", ["first", "all"])
+LossOn = StrEnum("LossOn", ["completion", "all"])
+BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 
 
 @dataclass

@@ -1,16 +1,17 @@
 """Where a run's rows come from: the Hub, local files, or a generator. Nothing here imports torch."""
 
 import collections
+import itertools
 import json
 from collections.abc import Iterator
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map
 from cera_train.data.config import DataConfig, Layout
-from cera_train.data.files import check_files, from_files, name_of, rows_of
+from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.hub import from_hub
-from cera_train.data.rows import Row, Source
-from cera_train.data.segments import segmenter, segments_of
+from cera_train.data.rows import Row, Source, at
+from cera_train.data.segments import segmenter
 
 LOOKED_AT = 200
 """Rows of each file that `check_data` reads."""
@@ -23,12 +24,13 @@ def check_data(config: DataConfig) -> None:
     """Looks at the files of a config and at their first rows, before anything heavy is imported: most mistakes show
     there. The tokenizer's chat template is not needed for that."""
     splits = {"data.train_files": config.train_files, "data.eval_files": config.eval_files}
-    files = [(setting, path) for setting, names in splits.items() for path in check_files(names, setting)]
+    paths = [path for setting, names in splits.items() for path in check_files(names, setting)]
     to_segments = segmenter(config, None)
-    for setting, path in files:
+    for path in paths:
         if path.suffix.lower() == ".jsonl" or path.stat().st_size < WHOLE_BYTES:
-            source = Source("", lambda path=path: rows_of([path]), name_of([path], setting))
-            collections.deque(segments_of(source.head(LOOKED_AT).located(), to_segments), maxlen=0)
+            for row in itertools.islice(rows_of([path]), LOOKED_AT):
+                with at(row.place):
+                    to_segments(row)
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
