@@ -116,9 +116,9 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         train_files = {Path(name).resolve() for name in config.train_files}
         in_both = [name for name in config.eval_files if Path(name).resolve() in train_files]
         file = f" ({in_both[0]} is also in data.train_files)" if in_both else ""
-        place = f"{eval_source.name}: {shared} of {evaluation.counts.kept} evaluation prompts are also training prompts"
+        count = f"{shared} of {evaluation.counts.kept} evaluation prompts are also training prompts{file}"
         mend = "Remove them from one side, or set data.allow_overlap=true."
-        raise UserError(f"{place}{file}, so the perplexity would measure memory. {mend}")
+        raise UserError(f"{eval_source.name}: {count}, so the perplexity would measure memory. {mend}")
     return TokenizedData(train, evaluation, shared)
 
 

@@ -66,8 +66,8 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
     if tokenizer is None:
         return bare_turns
     if not tokenizer.chat_template:
-        place = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
-        raise UserError(f"{place}: use an instruction-tuned model, or data.layout=text.")
+        reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
+        raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
     return partial(chat_turns, tokenizer=tokenizer)
 
 
@@ -208,8 +208,8 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
         answer = after.removeprefix(before).rstrip()
         if any(_function_name(call) not in answer for call in calls):
-            place = f"messages[{index}] has tool_calls, which this model's chat template leaves out"
-            raise UserError(f"{place}: use a model whose template renders them, or write them into the content.")
+            reason = f"messages[{index}] has tool_calls, which this model's chat template leaves out"
+            raise UserError(f"{reason}: use a model whose template renders them, or write them into the content.")
         segments += [Segment(before.removeprefix(rendered), False), Segment(answer, True)]
         rendered = before + answer
     if any(message["role"] in ("tool", "developer") for message in messages):
@@ -223,8 +223,8 @@ def _check_all_are_rendered(messages: list[Row], text: str) -> None:
         content = str(message["content"]).strip()
         is_shown = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
         if message["role"] in ("tool", "developer") and not is_shown:
-            place = f"messages[{number}] has role {message['role']!r}, which this model's chat template leaves out"
-            raise UserError(f"{place}: use a model whose template renders it, or rename the role.")
+            reason = f"messages[{number}] has role {message['role']!r}, which this model's chat template leaves out"
+            raise UserError(f"{reason}: use a model whose template renders it, or rename the role.")
 
 
 def messages_of(row: Row) -> list[Row]:

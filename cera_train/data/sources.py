@@ -66,8 +66,8 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
                 yield last.popleft()
         if 0 < count <= eval_rows:
             mend = f"rows. Lower it to at most {count - 1}." if count > 1 else "row. Add rows, or name another file."
-            place = f"data.eval_rows={eval_rows} leaves nothing to train on"
-            raise UserError(f"{place}: {source.name} has {count} {mend}")
+            reason = f"data.eval_rows={eval_rows} leaves nothing to train on"
+            raise UserError(f"{reason}: {source.name} has {count} {mend}")
         held_out[:] = last
 
     def evaluation() -> list[Row]:

@@ -30,8 +30,8 @@ class LogisticMap(AnswerTask):
         if any(float(f"{growth:g}") != growth for growth in growths):
             raise UserError(f"task.growths={growths} has more than the six digits that a prompt shows: round it.")
         if config.prompt or config.files:
-            place = "task=logistic_map writes its problems as in training"
-            raise UserError(f"{place}: it takes neither task.prompt nor task.files.")
+            reason = "task=logistic_map writes its problems as in training"
+            raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, then the paper's case."""
