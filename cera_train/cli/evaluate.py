@@ -13,9 +13,8 @@ from cera_train.common.imports import heavy_imports
 from cera_train.evaluation.config import EvalConfig
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
-from cera_train.tasks.problems import load_problems
 from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask
+from cera_train.tasks.task import AnswerTask, load_problems
 
 EVAL = Composition(EvalConfig, "cera-eval")
 

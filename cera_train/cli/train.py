@@ -18,7 +18,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import Changes, changes_of
 from cera_train.config import Config
-from cera_train.data.check import check_data
+from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.model.folder import check_model
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder

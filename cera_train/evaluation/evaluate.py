@@ -22,7 +22,7 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
-from cera_train.data.format import start_ids
+from cera_train.data.prepare import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.team import Team
@@ -41,10 +41,9 @@ from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answ
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
-from cera_train.tasks.problems import load_problems
 from cera_train.tasks.records import Generation, Problem
 from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, RowTask
+from cera_train.tasks.task import AnswerTask, RowTask, load_problems
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from transformers import LogitsProcessorList, TextStreamer
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.rows import Row
+from cera_train.data.rows import Row, at
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Likeliest, OnlyTheChosen, Request, SeededSampling, prepare_generation
 from cera_train.model.weights import positions_of
 from cera_train.serving.config import ChatConfig
 from cera_train.serving.loading import load
 from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
-from cera_train.tasks.problems import at
 
 NEW, END = "/new", "/end"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError, words_of
-from cera_train.data.chat import turns_in
 from cera_train.data.config import DataConfig, Layout, Turns
 from cera_train.data.files import READERS, from_files
-from cera_train.data.format import columns_of, encode, segmenter
 from cera_train.data.logistic_map import PROMPT
-from cera_train.data.rows import Row, place_of
+from cera_train.data.prepare import encode
+from cera_train.data.rows import Row
+from cera_train.data.segments import columns_of, segmenter, turns_of
 from cera_train.serving.config import Template
 
 ANSWER = "?"
@@ -96,7 +96,7 @@ class Prompts:
         if layout == Layout.logistic_map:
             return row | {"completion": ANSWER}
         role, text = ("from", "value") if layout == Layout.conversations else ("role", "content")
-        return row | {str(layout): [*turns_in(row, str(layout)), {role: SPEAKERS[layout][1], text: ANSWER}]}
+        return row | {str(layout): [*turns_of(row, str(layout)), {role: SPEAKERS[layout][1], text: ANSWER}]}
 
 
 def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
@@ -106,8 +106,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
         UserError: the file cannot be read.
     """
     if Path(file).suffix.lower() in READERS.keys() - {".txt"}:
-        for number, row in enumerate(from_files([file], "prompts").read(), start=1):
-            yield place_of(row, f"{file}, row {number}"), row
+        yield from from_files([file], "prompts").located()
         return
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()

@@ -1,7 +1,5 @@
 """A problem, an answer to it and its grade: the lines of an evaluation's files."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 

@@ -473,7 +473,7 @@ def test_a_card_of_a_broken_result_says_so(tmp_path, config, content):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
 def test_what_is_no_text_is_no_answer(tokenizer, value):
-    from cera_train.data.format import text_of
+    from cera_train.data.rows import text_of
 
     row = json.loads(json.dumps({"answer": value}))
     with pytest.raises(ValueError, match="column 'answer' holds|surrogates not allowed"):

@@ -15,7 +15,8 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.data.config import DataConfig
-from cera_train.data.format import encode, segmenter
+from cera_train.data.prepare import encode
+from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.serving.chat import chat
 from cera_train.serving.config import Template
