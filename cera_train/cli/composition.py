@@ -25,12 +25,18 @@ from cera_train.common.settings import flatten, keys_of, leaves, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
-from cera_train.serving.config import ChatConfig
+from cera_train.serving.config import ChatConfig, ExportConfig
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
 
-SCHEMAS = {"cera-train": Config, "cera-eval": EvalConfig, "cera-plan": PlanRun, "cera-chat": ChatConfig}
+SCHEMAS = {
+    "cera-train": Config,
+    "cera-eval": EvalConfig,
+    "cera-plan": PlanRun,
+    "cera-chat": ChatConfig,
+    "cera-export": ExportConfig,
+}
 
 PLUGINS = {
     "hydra/launcher/submitit_local": "pip install 'cera-train[slurm]'",
@@ -50,6 +56,7 @@ def register_configs() -> None:
     store.store(name="eval_schema", node=EvalConfig)
     store.store(name="plan_schema", node=PlanRun)
     store.store(name="chat_schema", node=ChatConfig)
+    store.store(name="export_schema", node=ExportConfig)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 

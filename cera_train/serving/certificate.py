@@ -68,9 +68,7 @@ def compare(
     sums = []
     for ids, mask in rows:
         counts, wanted = mask[1:], ids[1:][mask[1:]]
-        log_p, log_q = (
-            log_softmax(model(ids[None])[0, :-1][counts].float(), -1) for model in (before, after)
-        )
+        log_p, log_q = (log_softmax(model(ids[None])[0, :-1][counts].float(), -1) for model in (before, after))
         losses = [-each.gather(1, wanted[:, None]).sum() for each in (log_p, log_q)]
         kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
         same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()

@@ -6,6 +6,7 @@ h ~ M z + c with M = Cov(h, z) Cov(z)^-1 and c = E h - M E z. What is left is a 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -131,7 +132,42 @@ def write_lora(model: nn.Module, gates: dict[str, AffineGate], has_bias: bool, b
 def _linear_names(model: nn.Module) -> Iterator[str]:
     """The projections of the base model, adapted or not."""
     for name, module in model.named_modules():
-        if hasattr(module, "weight") and not name.endswith("base_layer"):
+        if (hasattr(module, "weight") and not name.endswith("base_layer")) or isinstance(module, CeraLayer):
             yield name.removeprefix("base_model.model.")
-        elif isinstance(module, CeraLayer):
-            yield name.removeprefix("base_model.model.")
+
+
+@contextlib.contextmanager
+def explained(model: nn.Module, gates: dict[str, AffineGate]) -> Iterator[Callable[[], dict[str, float]]]:
+    """Watches the branches while the model runs. What is yielded returns, for each, the share of its variance that the
+    map explains: 1 - E |B (h - M z - c)|^2 / E |B (h - E h)|^2."""
+    sums = {name: [0.0, 0.0, 0.0, 0] for name in gates}
+    hooks = []
+
+    def watch(name: str, layer: CeraLayer) -> Callable[..., None]:
+        B = layer.cera_B[ADAPTER].weight.double()
+
+        def hook(gate: nn.Module, args: tuple[torch.Tensor], h: torch.Tensor) -> None:
+            z, h = args[0].flatten(0, -2).double(), h.flatten(0, -2).double()
+            residual, output = (h - gates[name](z)) @ B.T, h @ B.T
+            held = sums[name]
+            held[0] += residual.square().sum()
+            held[1] += output.square().sum()
+            held[2] += output.sum(0)
+            held[3] += len(z)
+
+        return hook
+
+    for name, layer in branches(model):
+        hooks.append(layer.cera_gate[ADAPTER].register_forward_hook(watch(name, layer)))
+
+    def shares() -> dict[str, float]:
+        return {
+            name: float(1 - residual / (square - total.square().sum() / count))
+            for name, (residual, square, total, count) in sums.items()
+        }
+
+    try:
+        yield shares
+    finally:
+        for hook in hooks:
+            hook.remove()
