@@ -1,7 +1,5 @@
 """What every command prints: labelled lines, aligned tables, and a progress bar that becomes plain lines in a log.
-
-Colours and a live bar appear in a terminal only. Nothing here imports torch.
-"""
+Colours and a live bar appear in a terminal only."""
 
 from __future__ import annotations
 
@@ -18,17 +16,10 @@ from rich.text import Text
 
 from cera_train.common.trust import clean
 
-PIPE_WIDTH = 10_000
-"""Columns of an output that is no terminal: nothing wraps, since whatever reads it can."""
-
-TEXT_WIDTH = 100
-"""Columns of running text in an output that is no terminal."""
-
-LINE_SECONDS = 60.0
-"""A log gets a line of progress at least so often."""
-
-PLAIN_LINES = 10
-"""A log gets at least so many lines of progress, however short the run."""
+PIPE_WIDTH = 10_000  # columns of an output that is no terminal: nothing wraps, since whatever reads it can
+TEXT_WIDTH = 100  # columns of running text in an output that is no terminal
+LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
+PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
 
 
 def console(stderr: bool = False) -> Console:
@@ -45,9 +36,9 @@ def print_line(label: str, text: str) -> None:
 
 def print_fields(fields: Mapping[str, str]) -> None:
     """A label and a value on each line, values aligned."""
-    width = max(map(len, fields), default=0) + 2
+    width = max([16, *(len(label) + 2 for label in fields)])
     for label, value in fields.items():
-        print(clean(f"{label:<{max(16, width)}}{value}"), flush=True)
+        print(clean(f"{label:<{width}}{value}"), flush=True)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> None:
@@ -97,15 +88,12 @@ class ProgressBar:
         """Counts what has been done since the last call, and shows a text about it."""
         tenths = self.done // self._every
         self.done += count
+        is_tenth = self.done // self._every > tenths or self.done == self.total
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=text)
-        elif self.visible and self._is_due(tenths):
+        elif self.visible and (is_tenth or time.monotonic() - self._printed >= LINE_SECONDS):
             self._printed = time.monotonic()
             print(f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
-
-    def _is_due(self, tenths_before: int) -> bool:
-        is_tenth = self.done // self._every > tenths_before or self.done == self.total
-        return is_tenth or time.monotonic() - self._printed >= LINE_SECONDS
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -122,13 +110,10 @@ class ProgressBar:
 
 def highlighted(parts: Iterable[tuple[str, bool]], indent: int) -> Any:
     """A text with marked parts: green in a terminal, between [[ ]] elsewhere."""
-    text = Text()
+    text, is_terminal = Text(), sys.stdout.isatty()
     for part, is_marked in parts:
         shown = clean(part).replace("\n", "\n" + " " * indent)
-        if not is_marked:
-            text.append(shown)
-        elif sys.stdout.isatty():
-            text.append(shown, style="green")
-        else:
-            text.append(f"[[{shown}]]")
+        if is_marked and not is_terminal:
+            shown = f"[[{shown}]]"
+        text.append(shown, style="green" if is_marked and is_terminal else None)
     return text

@@ -1,4 +1,4 @@
-"""How quantities read in the terminal and in reports. Nothing here imports torch."""
+"""How quantities read in the terminal and in reports."""
 
 from __future__ import annotations
 

@@ -1,13 +1,5 @@
-"""What protects against files from strangers: configs, run folders, adapters and texts are data, never code.
-
-- A config from elsewhere leaves `hydra` alone, by which a file can run code, and cannot turn on a model's code.
-- A config on record holds plain values: no alias, no interpolation.
-- An adapter is safetensors, and its config asks for nothing but to put its weights in place.
-- A link does not lead what we write out of a run's folder.
-- A text is shown as text: no escape sequence reaches the terminal.
-
-Nothing here imports torch.
-"""
+"""What protects against files from strangers: a config or an adapter runs no code, a link leads no writing out of a
+run's folder, a text steers no terminal. Also what keeps secrets out of all that a run writes or prints."""
 
 from __future__ import annotations
 
@@ -20,8 +12,7 @@ from typing import Any
 import yaml
 
 from cera_train.common.errors import UserError
-
-# --- configs ---------------------------------------------------------------------------------------------------------
+from cera_train.common.settings import map_values
 
 
 def check_hydra_section(section: Any, file: str) -> None:
@@ -51,12 +42,7 @@ def refuse_pickled_configs(arguments: Sequence[str]) -> None:
 
 
 def check_remote_code(flags: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Refuses to run a model's Python code unless the command line itself asks for it.
-
-    Args:
-        flags: key -> value of the settings that turn it on.
-        overrides: the arguments of the command.
-    """
+    """Refuses to run a model's Python code unless the command line itself turns on one of these settings."""
     for key, value in flags.items():
         if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
             raise UserError(
@@ -76,14 +62,7 @@ class PlainLoader(yaml.SafeLoader):
 
 def escape_interpolations(tree: Any) -> Any:
     """A config on record with `${` as text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
-    if isinstance(tree, dict):
-        return {key: escape_interpolations(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [escape_interpolations(value) for value in tree]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
+    return map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), tree, str)
 
 
 def check_links(root: Path, paths: Iterable[Path]) -> None:
@@ -101,8 +80,6 @@ def check_links(root: Path, paths: Iterable[Path]) -> None:
                 "put what it leads to in its place."
             )
 
-
-# --- adapters --------------------------------------------------------------------------------------------------------
 
 BEYOND_WEIGHTS = (
     *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
@@ -138,8 +115,6 @@ def weights_of(adapter: Path) -> Path:
     raise UserError(f"{adapter} lacks its weights, adapter_model.safetensors: restore the file.")
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
-
 STEERS_A_DISPLAY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, such as the start of a terminal's escape sequence; marks that reorder the letters after them; and
 halves of a surrogate pair, which no file and no terminal takes."""
@@ -148,3 +123,22 @@ halves of a surrogate pair, which no file and no terminal takes."""
 def clean(text: str) -> str:
     """A text of a model, a data file or a stranger's run, as characters that are only shown."""
     return STEERS_A_DISPLAY.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))
+
+
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+SHORTEST_SECRET = 8
+"""Characters. Shorter values ("1", "true") are settings, and would blot out ordinary words."""
+
+
+def redact(text: str) -> str:
+    """The text with `***` for every secret of the environment and the credentials of every URL in it."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return URL_CREDENTIALS.sub("***", text)
+
+
+def redact_tree(tree: Any) -> Any:
+    """`redact` for every string in nested dicts and lists."""
+    return map_values(redact, tree, str)

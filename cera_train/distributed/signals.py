@@ -14,6 +14,9 @@ from cera_train.common.errors import UserError
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """In order of precedence: a scheduler's signal wins, since it restarts the job."""
 
+REPEAT_SECONDS = 1.0
+"""A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too."""
+
 
 class Interrupted(SystemExit):
     """The run was saved and stops; the exit status is 128 plus the signal."""
@@ -41,10 +44,6 @@ class Interrupted(SystemExit):
             raise SystemExit(0)
 
 
-REPEAT_SECONDS = 1.0
-"""A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too."""
-
-
 class Interruption:
     """Records signals while it is open; a second SIGINT or SIGTERM acts at once. A signal that was not handled is
     delivered when it closes.
@@ -58,14 +57,13 @@ class Interruption:
         self._pass_on = pass_on
 
     def __enter__(self) -> Interruption:
-        self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         is_repeated = self.signal is not None and time.monotonic() - self._heard > REPEAT_SECONDS
         self._heard = time.monotonic()
-        if self.signal is None or SIGNALS.index(number) < SIGNALS.index(self.signal):
-            self.signal = number
+        self.signal = min(number, self.signal or number, key=SIGNALS.index)
         if is_repeated and number in (signal.SIGINT, signal.SIGTERM):
             self._restore()
             os.kill(os.getpid(), number)

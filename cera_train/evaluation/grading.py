@@ -1,31 +1,89 @@
-"""Mathematical equality of answers by math-verify, in processes that can be stopped.
+"""Answers -> grades -> scores. Two graders, both reported: `exact` is the task's published rule; `verified` is
+mathematical equality by math-verify, or exact. An answer that a grader cannot read is wrong and counted.
 
-A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So each answer has a time limit, and the
-processes that read it have a memory limit. An answer that exceeds one is wrong; the others go on.
+A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So math-verify runs in processes with a
+memory limit and a time limit for each answer. An answer that exceeds one is wrong; the others go on.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
 import re
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pebble
 
+from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.tasks import math
+from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.task import AnswerTask
 
 MEMORY_LIMIT = 2**30
-"""Bytes, ten times what math-verify needs for honest answers."""
+"""Bytes that a process may allocate beyond its imports, ten times what math-verify needs for honest answers."""
 
 PERCENT = re.compile(r"%[\s$.]*$")
+
+
+def verify(
+    problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade], seconds: float
+) -> list[Grade]:
+    """Fills in `verified`: true for an exact answer, else what math-verify finds within `seconds`."""
+    candidates = [
+        Candidate(problems[grade.problem].gold, grade.answer, answer.text)
+        for answer, grade in zip(answers, grades, strict=True)
+        if not grade.exact
+    ]
+    with Verifier(seconds, min(len(os.sched_getaffinity(0)), len(candidates) or 1)) as verifier:
+        verdicts = verifier.verify(candidates)
+        return [replace(grade, verified=True) if grade.exact else _verified(grade, next(verdicts)) for grade in grades]
+
+
+def _verified(grade: Grade, verdict: Verdict) -> Grade:
+    return replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure)
+
+
+def score(
+    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
+) -> dict[str, Any]:
+    """The scores of an evaluation by the keys of result.json, each accuracy with its 95 % interval."""
+    counted = {problem.id for problem in problems if task.counts(problem)}
+    counted_grades = [grade for grade in grades if grade.problem in counted]
+    counted_answers = [answer for answer in answers if answer.problem in counted]
+    return {
+        **_accuracies(counted_grades, "exact"),
+        **(_accuracies(counted_grades, "verified") if task.is_verified else {}),
+        **task.scores(problems, grades),
+        "truncated": sum(answer.truncated for answer in counted_answers),
+        "no_answer": sum(grade.answer is None for grade in counted_grades),
+        "grader_failures": sum(grade.failure is not None for grade in counted_grades),
+        "tokens": sum(answer.tokens for answer in counted_answers),
+    }
+
+
+def _accuracies(grades: Sequence[Grade], grader: str) -> dict[str, Any]:
+    """pass@k for every k up to the number of samples."""
+    correct: dict[str, list[bool]] = {}
+    for grade in grades:
+        correct.setdefault(grade.problem, []).append(getattr(grade, grader))
+    scores = {}
+    for k in range(1, min(map(len, correct.values()), default=0) + 1):
+        values = [pass_at_k(len(samples), sum(samples), k) for samples in correct.values()]
+        scores[f"{grader}/pass@{k}"] = sum(values) / len(values)
+        scores[f"{grader}/pass@{k}/interval"] = list(accuracy_interval(values))
+    return scores
+
+
+# --- math-verify -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,23 +109,16 @@ class Verifier:
 
     Args:
         time_limit: seconds for one answer, counted from when a process begins it.
-        workers: number of processes; by default one for each core.
-        memory_limit: bytes that a process may allocate beyond those of its imports.
+        workers: number of processes.
     """
 
-    def __init__(self, time_limit: float = 5.0, workers: int | None = None, memory_limit: int = MEMORY_LIMIT) -> None:
-        self.time_limit = time_limit
-        self.workers = workers or len(os.sched_getaffinity(0))
-        self.memory_limit = memory_limit
+    def __init__(self, time_limit: float = 5.0, workers: int = 1) -> None:
+        self.time_limit, self.workers = time_limit, workers
 
     def __enter__(self) -> Verifier:
-        self._pool = pebble.ProcessPool(
-            self.workers,
-            # Spawned: a fork of a process with torch's threads can hang.
-            context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(self.memory_limit,),
-        )
+        # Spawned: a fork of a process with torch's threads can hang.
+        context = multiprocessing.get_context("spawn")
+        self._pool = pebble.ProcessPool(self.workers, context=context, initializer=_start_worker)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -91,17 +142,14 @@ class Verifier:
                 yield Verdict(False, f"crash: ProcessExpired: exit code {error.exitcode}")
 
 
-# --- in the processes ------------------------------------------------------------------------------------------------
-
-
-def _start_worker(memory_limit: int) -> None:
+def _start_worker() -> None:
     # pebble handles SIGTERM in Python, which cannot run during a long multiplication.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     # The first call imports and compiles for seconds, which must not count against an answer's time limit.
     _is_equal(Candidate(gold=r"\frac{1}{2}", answer="x^2", text=""))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_limit
+    limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -142,21 +190,17 @@ def _parse(text: str) -> list:
 
 
 def _is_any_equal(golds: list, answers: list) -> bool:
-    """Whether any reading of the gold answer equals one of the answer.
-
-    Raises:
-        Exception: none is equal, and a comparison failed.
-    """
+    """Whether any reading of the gold answer equals one of the answer; raises an error where none does and a comparison
+    failed."""
     from math_verify import verify
 
     failure = None
-    for gold in golds:
-        for answer in answers:
-            try:
-                if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except Exception as error:
-                failure = failure or error
+    for gold, answer in itertools.product(golds, answers):
+        try:
+            if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+                return True
+        except Exception as error:
+            failure = failure or error
     if failure:
         raise failure
     return False

@@ -9,8 +9,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import cache_dir
-from cera_train.common.places import config_dir
+from cera_train.common.files import cache_dir, config_dir
 from cera_train.model.config import ModelConfig
 
 
