@@ -42,13 +42,11 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Picture:
-    name: str
-    """The stem of its file."""
+    name: str  # the stem of its file
     title: str
     alt: str
     caption: str
-    draw: Callable[[Any], None]
-    """Draws into matplotlib axes."""
+    draw: Callable[[Any], None]  # into matplotlib axes
 
 
 def render(picture: Picture, file_format: str) -> bytes:
@@ -88,11 +86,7 @@ def color_name(kind: str) -> str:
 
 
 def styles_of(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Arguments for `Axes.plot` that tell lines apart, by the line's name.
-
-    Args:
-        kinds: the kind of adapter of each line.
-    """
+    """Arguments for `Axes.plot` that tell lines apart, from the kind of adapter of each line."""
     styles: dict[str, dict[str, Any]] = {}
     used = dict.fromkeys(COLORS, 0)
     for name, kind in kinds.items():

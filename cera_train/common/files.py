@@ -46,20 +46,12 @@ def finite(tree: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: the file cannot be read, or is not a JSON object.
-    """
+    """Reads a JSON object; raises UserError for anything else."""
     return _read(path, json.loads)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a config as plain values: nothing in it is resolved or run.
-
-    Raises:
-        UserError: the file cannot be read, or is not YAML of names and values.
-    """
+    """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
     return _read(path, lambda content: yaml.load(content, PlainLoader))
 
 
@@ -118,18 +110,16 @@ def write_checksums(folder: Path) -> None:
 
 def find_damage(folder: Path) -> str | None:
     """The first file whose checksum differs, and why; None where all agree, or there are no checksums."""
-    if not (folder / CHECKSUMS).exists():
+    checked = CHECKSUMS
+    if not (folder / checked).exists():
         return None
     try:
-        sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_bytes())
+        sums = json.loads((folder / checked).read_bytes())
+        for checked, written in sums.items():
+            if _sha256(folder / checked) != written:
+                return f"{checked}: checksum differs"
     except (OSError, ValueError) as error:
-        return f"{CHECKSUMS}: {error}"
-    for name, written in sums.items():
-        try:
-            if _sha256(folder / name) != written:
-                return f"{name}: checksum differs"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        return f"{checked}: {words_of(error)}"
     return None
 
 
@@ -153,10 +143,7 @@ def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
-        root: nothing may be written outside this folder. None: `path`.
-
-    Raises:
-        UserError: the folder cannot be made, has a link that leads out of it, or another such writer has it.
+        root: no link may lead out of this folder. None: `path`.
     """
     root = root or path
     on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]

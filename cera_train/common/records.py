@@ -26,31 +26,19 @@ Made = TypeVar("Made")
 
 
 def key(name: str, *, default: Any = None, write_null: bool = False) -> Any:
-    """A field under another name in the file.
-
-    Args:
-        write_null: writes None as null instead of leaving the key out.
-    """
+    """A field under another name in the file. `write_null` writes None as null instead of leaving the key out."""
     return dataclasses.field(default=default, metadata={"key": name, "write_null": write_null})
 
 
 class Record:
-    """A dataclass that is one JSON object of a file.
+    """A dataclass that is one JSON object of a file. A field whose type is a record has its keys in the same object. A
+    field `details` takes all keys that no other field takes."""
 
-    A field whose type is a record has its keys in the same object. A field `details` takes all keys that no other field
-    takes.
-    """
-
-    mend: ClassVar[str] = RESTORE
-    """What to do about a broken file."""
+    mend: ClassVar[str] = RESTORE  # what to do about a broken file
 
     @classmethod
     def from_json(cls, tree: Any, where: Path | str) -> Self:
-        """The record in a JSON object of a file, or of a FILE:LINE.
-
-        Raises:
-            UserError: it is no object, a value has another type, or a required key is missing.
-        """
+        """The record in a JSON object. `where` is its file, or FILE:LINE, for messages."""
         if not isinstance(tree, dict):
             raise UserError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {cls.mend}")
         values = {}
@@ -96,11 +84,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path, needs: Sequence[str] = ()) -> Self:
-        """The record in a file.
-
-        Raises:
-            UserError: the file is missing or broken, or one of the fields `needs` has no value.
-        """
+        """The record in a file; raises UserError where it is missing or broken, or lacks a field of `needs`."""
         made = cls.from_json(read_json(path), path)
         if absent := [cls.key_of(name) for name in needs if getattr(made, name) is None]:
             raise UserError(f"{path} has no {', '.join(absent)}. {cls.mend}")
@@ -116,9 +100,6 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
 
     Args:
         may_break_off: skips half a line at the end, which a run that still writes, or was cut, may leave.
-
-    Raises:
-        UserError: the file is missing, or a line is broken.
     """
     number = 0
     try:
@@ -133,11 +114,7 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
 
 
 def record(kind: type[Made], values: dict[str, Any]) -> Made:
-    """Builds any dataclass from the names and values of a file.
-
-    Raises:
-        TypeError: a name is missing or unknown, or a value has another type than the field.
-    """
+    """Builds any dataclass from the names and values of a file; raises TypeError where they do not fit."""
     made = kind(**values)
     for name, (_, hint) in _fields(kind).items():
         if not fits(getattr(made, name), hint):

@@ -12,8 +12,7 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 
-MISSING: Any = "???"
-"""OmegaConf's mark for a value that has to be given."""
+MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
 
 class Changes(StrEnum):
@@ -76,10 +75,8 @@ def section_of(hint: Any) -> type | None:
 
 
 def changes_of(schema: type, key: str) -> Changes:
-    """What a key changes: of a section the most that one of its settings does, of an unknown key `result`.
-
-    Keys below a free-form setting, such as published.math/exact/pass@1, change what the setting does.
-    """
+    """What a key changes: of a section the most that one of its settings does, of an unknown key `result`. Keys below a
+    free-form setting, such as published.math/exact/pass@1, change what the setting does."""
     found = [
         leaf.changes
         for leaf in leaves(schema)
@@ -137,8 +134,7 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
         require(value is None or value > 0, f"{key}={value} must be positive.")
 
 
-LONGEST_NAME = 200
-"""Bytes. A file system takes 255, and a folder is written under a longer name first."""
+LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written under a longer name first
 
 
 def require_folder_name(name: str) -> None:

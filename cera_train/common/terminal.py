@@ -42,12 +42,8 @@ def print_fields(fields: Mapping[str, str]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> None:
-    """Prints aligned columns. Cells may have several lines, and none is wrapped.
-
-    Args:
-        header: the columns' names; all empty: no header.
-        right: the columns aligned to the right, such as figures.
-    """
+    """Prints aligned columns, those of `right` to the right, without a header where all its names are empty. Cells may
+    have several lines, and none is wrapped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(Text(clean(name)), justify="right" if index in right else "left", no_wrap=True)
@@ -65,13 +61,7 @@ def terminal_width() -> int:
 
 
 class ProgressBar:
-    """A bar in a terminal; elsewhere a line every minute, and every tenth of the work.
-
-    Args:
-        unit: what is counted.
-        total: how much there is, of which `done` is done.
-        visible: whether this process prints.
-    """
+    """A bar in a terminal; elsewhere a line every minute, and every tenth of the work."""
 
     def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
         self.unit, self.total, self.done, self.visible = unit, total, done, visible

@@ -16,15 +16,8 @@ from cera_train.common.settings import map_values
 
 
 def check_hydra_section(section: Any, file: str) -> None:
-    """Refuses a config from elsewhere that sets Hydra's section, but for the dimensions of a sweep.
-
-    A config of Hydra's can run code in more ways than a `_target_`: by the factories of a logging config, by the
-    environment of processes, by a launcher's shell commands.
-
-    Args:
-        section: the unresolved `hydra` section, as nested dicts.
-        file: the config, for the message.
-    """
+    """Refuses a config from elsewhere that sets Hydra's section, but for the dimensions of a sweep. It runs code by a
+    `_target_`, the factories of a logging config, the environment of processes, or a launcher's shell commands."""
     match section:
         case {"sweeper": {"params": dict(params), **other_params}, **others} if not (others or other_params):
             if not any(word in str(key) for key in params for word in ("hydra", "trust_remote_code")):
@@ -66,11 +59,7 @@ def escape_interpolations(tree: Any) -> Any:
 
 
 def check_links(root: Path, paths: Iterable[Path]) -> None:
-    """Refuses a link in a run's folder, such as eval -> ~/.ssh, that leads out of it.
-
-    Raises:
-        UserError: one of `paths` is a link that leads out of `root`.
-    """
+    """Refuses a link among `paths`, such as eval -> ~/.ssh, that leads out of the folder `root`."""
     home = root.resolve()
     for link in filter(Path.is_symlink, paths):
         target = Path(os.path.realpath(link))  # also of a link that leads nowhere yet, or in a circle
@@ -81,11 +70,11 @@ def check_links(root: Path, paths: Iterable[Path]) -> None:
             )
 
 
+# Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
     *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
     *("arrow_config", "layer_replication", "runtime_config"),
 )
-"""Fields of PEFT's configs that name modules to import, files to open, or layers to add."""
 
 
 def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
@@ -98,11 +87,8 @@ def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
 
 
 def weights_of(adapter: Path) -> Path:
-    """The safetensors file with an adapter's weights.
-
-    Raises:
-        UserError: there is none, or only a pickle. PEFT would look for it on the Hub, under the folder's name.
-    """
+    """The safetensors file with an adapter's weights. PEFT would look for a missing one on the Hub, by the folder's
+    name, and would read a pickle."""
     weights = adapter / "adapter_model.safetensors"
     if weights.is_file():
         return weights
@@ -127,8 +113,7 @@ def clean(text: str) -> str:
 
 SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-SHORTEST_SECRET = 8
-"""Characters. Shorter values ("1", "true") are settings, and would blot out ordinary words."""
+SHORTEST_SECRET = 8  # characters; shorter values ("1", "true") are settings, and would blot out ordinary words
 
 
 def redact(text: str) -> str:

@@ -24,14 +24,19 @@ from cera_train.model.config import Dtype, ModelConfig
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, timeout: timedelta, strategy: Strategy = Strategy.ddp
 ) -> Accelerator:
-    """Joins the processes of this command; `timeout` is the time limit of a collective.
-
-    Raises:
-        UserError: the user's `accelerate config` asks for something else, such as DeepSpeed.
-    """
+    """Joins the processes of this command; `timeout` is the time limit of a collective."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
     has_gpu = torch.accelerator.is_available()
-    plugin = _fsdp2() if strategy == Strategy.fsdp else None
+    plugin = None
+    if strategy == Strategy.fsdp:
+        # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            mixed_precision_policy=MixedPrecisionPolicy(),
+        )
     accelerator = Accelerator(
         mixed_precision=_mixed_precision(model, autocast),
         cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
@@ -50,11 +55,8 @@ def start_accelerator(
 
 
 def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
-    """Refuses settings of `accelerate config` or a launcher that our loops do not support.
-
-    Raises:
-        UserError: DeepSpeed and the like, or FSDP without `distributed.strategy=fsdp`.
-    """
+    """Refuses what our loops do not support: DeepSpeed and the like of `accelerate config` or a launcher, and FSDP
+    without `distributed.strategy=fsdp`."""
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if strategy == Strategy.fsdp:
         supported = {DistributedType.FSDP}
@@ -68,17 +70,6 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
             "Choose no engine in `accelerate config`, and distributed.strategy=ddp or fsdp here."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
-
-
-def _fsdp2() -> FullyShardedDataParallelPlugin:
-    # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.
-    return FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        reshard_after_forward=True,
-        cpu_ram_efficient_loading=False,
-        mixed_precision_policy=MixedPrecisionPolicy(),
-    )
 
 
 def _mixed_precision(model: ModelConfig, autocast: bool | None) -> str:

@@ -7,8 +7,7 @@ from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, setting
 
-MOST_PROCESSES = 256
-"""More than any machine has GPUs. A process takes half a gigabyte before it holds a model."""
+MOST_PROCESSES = 256  # more than any machine has GPUs; a process takes half a gigabyte before it holds a model
 
 
 class Strategy(StrEnum):

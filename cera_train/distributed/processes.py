@@ -6,8 +6,8 @@ import os
 import re
 from collections.abc import MutableMapping
 
+# Variables in which launchers set the rank; Accelerate reads the same.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""Variables in which launchers set the rank; Accelerate reads the same."""
 
 
 def is_main_process() -> bool:
@@ -27,11 +27,7 @@ def is_launched() -> bool:
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
-    """Sets torch's variables from Slurm's, where srun started this process as one of several tasks.
-
-    Args:
-        environment: the environment variables, changed in place.
-    """
+    """Sets torch's variables from Slurm's, where srun started this process as one of several tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "RANK" in environment:
         return

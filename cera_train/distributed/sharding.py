@@ -25,11 +25,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a whole state_dict, sharded as the weights are.
-
-    Raises:
-        UserError: the state belongs to another optimizer or to other weights.
-    """
+    """Loads a whole state_dict, sharded as the weights are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         sharded = {

@@ -11,11 +11,10 @@ from types import FrameType, TracebackType
 
 from cera_train.common.errors import UserError
 
+# In order of precedence: a scheduler's signal wins, since it restarts the job.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""In order of precedence: a scheduler's signal wins, since it restarts the job."""
-
+# A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too.
 REPEAT_SECONDS = 1.0
-"""A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too."""
 
 
 class Interrupted(SystemExit):
@@ -45,12 +44,8 @@ class Interrupted(SystemExit):
 
 
 class Interruption:
-    """Records signals while it is open; a second SIGINT or SIGTERM acts at once. A signal that was not handled is
-    delivered when it closes.
-
-    Args:
-        pass_on: called with each recorded signal, such as to send it to other processes.
-    """
+    """Records signals while it is open, and passes each on; a second SIGINT or SIGTERM acts at once. A signal that was
+    not handled is delivered when it closes."""
 
     def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
         self.signal: int | None = None

@@ -19,8 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 Pass = TypeVar("Pass")
 
-LOOKS = 4
-"""Looks at the other processes before one is taken for hung."""
+LOOKS = 4  # at the other processes before one is taken for hung
 
 
 class Hung(RuntimeError):
@@ -28,11 +27,7 @@ class Hung(RuntimeError):
 
 
 class Team:
-    """Accelerate's processes with a watchdog beside them. Before each collective a process counts an arrival.
-
-    Args:
-        timeout: seconds that processes wait for one that does not come. None: without a limit.
-    """
+    """Accelerate's processes with a watchdog beside them. Before each collective a process counts an arrival."""
 
     def __init__(self, accelerator: Accelerator, timeout: float | None = None) -> None:
         self.accelerator = accelerator
@@ -66,13 +61,8 @@ class Watchdog:
     """Ends this process when others wait too long for one that does not come, and says which one.
 
     A thread publishes the arrivals again and again in the key-value store by which the processes found each other, so
-    the loop pays an addition. Where nothing has moved for the limit, a process that no longer publishes, or one that is
-    behind, is the one waited for.
-
-    Args:
-        processes: how many there are; one alone waits for nobody.
-        process: which of them this is.
-        seconds: the limit. None: it does not watch.
+    the loop pays an addition. Where nothing has moved for `seconds` (None: no limit), a process that no longer
+    publishes, or one that is behind, is the one waited for.
     """
 
     def __init__(self, processes: int, process: int, seconds: float | None) -> None:

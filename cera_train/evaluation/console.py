@@ -13,12 +13,7 @@ from cera_train.tasks.task import AnswerTask, Task
 
 
 class EvaluationProgress(ProgressBar):
-    """The answers done, the share that is right so far by the exact rule, and the time left.
-
-    Args:
-        total: answers of this process.
-        processes: number of processes that share the answers; all are taken to be equally fast.
-    """
+    """The answers of this process that are done, the share that is right so far by the exact rule, the time left."""
 
     def __init__(self, total: int, visible: bool, processes: int) -> None:
         super().__init__("answer", total, 0, visible)

@@ -16,8 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cera_train.common.errors import UserError
 
-PROMPTS_AT_ONCE = 8
-"""Few, so that prompts are padded little; enough to keep matrix products large."""
+PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
 
 
 class Likeliest:
@@ -43,15 +42,8 @@ class Window:
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, room, width], right-aligned like the left-padded prompts.
-
-    Room grows block by block, since most answers end far before max_new_tokens.
-
-    Args:
-        rows: rows of the batch.
-        prompt: tokens of its longest prompt.
-        window: shared by all layers.
-    """
+    """Keys and values of a layer, [rows, heads, room, width], right-aligned like the left-padded prompts. Room grows
+    block by block, since most answers end far before max_new_tokens. All layers share one window."""
 
     BLOCK = 128
 
@@ -87,10 +79,8 @@ class GrowingLayer(DynamicLayer):
 
 
 def can_decode(model: Any, base: PreTrainedModel) -> bool:
-    """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones.
-
-    False for sliding windows, recurrent states, and adapters that act on the whole prompt.
-    """
+    """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones. False
+    for sliding windows, recurrent states, and adapters that act on the whole prompt."""
     adapter = None if model is base else model.active_peft_config
     is_of_prompt = adapter is not None and (
         adapter.is_prompt_learning or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens is not None)
@@ -104,13 +94,8 @@ def can_decode(model: Any, base: PreTrainedModel) -> bool:
 
 
 class DecodingBatch:
-    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values.
-
-    Args:
-        ids_BT: prompts, padded on the left.
-        mask_BT: 0 where they are padded, else 1.
-        room: tokens of the longest answer.
-    """
+    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values. Answers
+    have room for so many tokens."""
 
     def __init__(
         self, model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, room: int
@@ -172,8 +157,6 @@ def decode(
         base: the transformers model; its generation_config defines when an answer ends.
         ids_BT: prompts, padded on the left.
         mask_BT: 0 where they are padded, else 1.
-        choose: greedy or sampling.
-        tokenizer: for stop strings.
     """
     settings = base.generation_config
     ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)

@@ -117,11 +117,7 @@ def write_result(folder: EvaluationFolder, result: dict[str, Any]) -> None:
 
 
 def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:
-    """The model with its adapter, and the transformers model inside it. Without an adapter, the same model twice.
-
-    Raises:
-        UserError: the adapter is damaged, or belongs to another base model.
-    """
+    """The model with its adapter, and the transformers model inside it. Without an adapter, the same model twice."""
     base = load_model(subject.model, device)
     if subject.adapter is None:
         return base.eval(), base
@@ -183,7 +179,8 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
     config, accelerator, task = evaluation.config, evaluation.accelerator, evaluation.task
     tokenizer = load_tokenizer(evaluation.subject.model)
     model, base = load_subject(evaluation.subject, accelerator.device)
-    prepare_generation(base, tokenizer, config.task.max_new_tokens, config.task.stop)
+    max_new_tokens = config.task.max_new_tokens
+    prepare_generation(base, tokenizer, max_new_tokens, config.task.stop)
     start = start_ids(tokenizer)
     prompt_ids = tokenizer([problem.prompt for problem in problems], add_special_tokens=False).input_ids
     requests = [
@@ -191,8 +188,13 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
         for problem, ids in zip(problems, prompt_ids, strict=True)
         for sample in range(config.generation.samples)
     ]
-    _check_positions(base, requests, config.task.max_new_tokens)
-    batches = cut_batches(requests, config.task.max_new_tokens, config.generation.batch_tokens)
+    longest, positions = max(len(request.prompt_ids) for request in requests), positions_of(base.config)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise UserError(
+            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
+            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
+        )
+    batches = cut_batches(requests, max_new_tokens, config.generation.batch_tokens)
     unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
     mine = unfinished[accelerator.process_index :: accelerator.num_processes]
 
@@ -212,16 +214,6 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
             seconds += time.perf_counter() - started
             tokens += sum(answer.tokens for answer in missing)
     return tokens / seconds if seconds else 0.0
-
-
-def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
-    positions = positions_of(base.config)
-    longest = max(len(request.prompt_ids) for request in requests)
-    if positions is not None and longest + max_new_tokens > positions:
-        raise UserError(
-            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
-            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
-        )
 
 
 def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
@@ -246,11 +238,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
 
 
 def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
-    """`cera-eval grade=DIR`: grades the recorded answers again, without a model.
-
-    Raises:
-        UserError: the folder holds no answers.
-    """
+    """`cera-eval grade=DIR`: grades the recorded answers again, without a model."""
     if not path.is_dir():
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
     with EvaluationFolder(path) as folder:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.config import GenerationConfig
@@ -43,11 +43,7 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 
 def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
-    """Replaces the generation settings that came with the model, such as a penalty on repetition.
-
-    Raises:
-        UserError: there is no end token.
-    """
+    """Replaces the generation settings that came with the model, such as a penalty on repetition."""
     models_ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(models_ends if isinstance(models_ends, list) else [models_ends])} - {None}
     if not ends:
@@ -65,12 +61,7 @@ def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: i
 def generate(
     model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
 ) -> list[Generation]:
-    """Generates the answers of a batch.
-
-    Args:
-        model: the model with its adapter, or `base` itself.
-        base: the transformers model, after `prepare_generation`.
-    """
+    """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`."""
     settings = base.generation_config
     prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
     ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(base.device)
@@ -79,10 +70,14 @@ def generate(
     if can_decode(model, base):
         answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
     else:
+
+        def only_the_chosen(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(logits_BV, -torch.inf).scatter(-1, choose(logits_BV)[:, None], 0.0)
+
         output = model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            logits_processor=[OnlyTheChosen(choose)],
+            logits_processor=[only_the_chosen],
             tokenizer=tokenizer if settings.stop_strings else None,
         )
         answers = output[:, ids_BT.shape[1] :].tolist()
@@ -132,13 +127,3 @@ class SeededSampling(Likeliest):
 
     def keep(self, rows: torch.Tensor) -> None:
         self.uniform_BT = self.uniform_BT[rows.cpu()]
-
-
-class OnlyTheChosen(LogitsProcessor):
-    """Makes a greedy `generate` take the token that `choose` picks."""
-
-    def __init__(self, choose: Likeliest) -> None:
-        self.choose = choose
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(scores, -torch.inf).scatter(-1, self.choose(scores)[:, None], 0.0)

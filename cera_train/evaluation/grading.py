@@ -28,9 +28,7 @@ from cera_train.tasks import math
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask
 
-MEMORY_LIMIT = 2**30
-"""Bytes that a process may allocate beyond its imports, ten times what math-verify needs for honest answers."""
-
+MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
 PERCENT = re.compile(r"%[\s$.]*$")
 
 
@@ -43,7 +41,8 @@ def verify(
         for answer, grade in zip(answers, grades, strict=True)
         if not grade.exact
     ]
-    with Verifier(seconds, min(len(os.sched_getaffinity(0)), len(candidates) or 1)) as verifier:
+    workers = min(len(os.sched_getaffinity(0)), len(candidates) or 1)
+    with Verifier(seconds, workers) as verifier:
         verdicts = verifier.verify(candidates)
         return [replace(grade, verified=True) if grade.exact else _verified(grade, next(verdicts)) for grade in grades]
 
@@ -90,27 +89,20 @@ def _accuracies(grades: Sequence[Grade], grader: str) -> dict[str, Any]:
 class Candidate:
     """An answer to compare with the gold answer."""
 
-    gold: str
-    r"""A bare LaTeX answer, such as \frac{1}{2}."""
-    answer: str | None
-    """The answer extracted from the text. None: math-verify looks for one in the whole text."""
+    gold: str  # bare LaTeX, such as \frac{1}{2}
+    answer: str | None  # extracted from the text; None: math-verify looks for one in the whole text
     text: str
 
 
 @dataclass(frozen=True)
 class Verdict:
     correct: bool
-    failure: str | None = None
-    """`timeout`, or `crash:` and the error on one line."""
+    failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
 class Verifier:
-    """A pool of processes that verify answers. They start at the first answer and end with the context.
-
-    Args:
-        time_limit: seconds for one answer, counted from when a process begins it.
-        workers: number of processes.
-    """
+    """A pool of processes that verify answers, each within seconds of when a process begins it. They start at the first
+    answer and end with the context."""
 
     def __init__(self, time_limit: float = 5.0, workers: int = 1) -> None:
         self.time_limit, self.workers = time_limit, workers
@@ -126,11 +118,7 @@ class Verifier:
         self._pool.join()
 
     def verify(self, candidates: Sequence[Candidate]) -> Iterator[Verdict]:
-        """Yields a verdict for each candidate, in order, as soon as it is there.
-
-        Raises:
-            BrokenProcessPool: the processes cannot start.
-        """
+        """Yields a verdict for each candidate, in order, as soon as it is there."""
         # pool.map would count the wait for a free process, and its start, as the answer's time.
         verdicts = [self._pool.schedule(_verdict, [candidate], timeout=self.time_limit) for candidate in candidates]
         for verdict in verdicts:

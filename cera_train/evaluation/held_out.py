@@ -17,9 +17,7 @@ class HeldOut:
     """Evaluation rows, shared out over the processes of a team.
 
     Args:
-        model: the model with its adapter.
-        loss: the loss of that model, without DDP around it: processes evaluate without waiting for others.
-        micro_batch_tokens: tokens of one forward pass.
+        loss: without DDP around it: processes evaluate without waiting for others.
         probe_tokens: tokens of the first rows, on which spectra are taken.
     """
 

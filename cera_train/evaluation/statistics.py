@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from cera_train.common.errors import UserError
 
-BLOCK = 1_000_000
-"""Numbers that the bootstrap draws at once: 8 MB."""
+BLOCK = 1_000_000  # numbers that the bootstrap draws at once: 8 MB
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -24,15 +23,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def bootstrap_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same for the same seed.
-
-    Args:
-        values: one for each problem.
-        level: the share of resampled means that the interval holds.
-
-    Raises:
-        UserError: there are no values.
-    """
+    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same for the same seed. It holds a
+    share of `level` of the resampled means."""
     import numpy
 
     _require_problems(values)
@@ -73,11 +65,7 @@ class McNemar:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
-    """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form).
-
-    Raises:
-        UserError: the two have different lengths, or are empty.
-    """
+    """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form)."""
     pairs = _paired(first, second)
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
@@ -96,11 +84,7 @@ class Difference:
 
 
 def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """Resamples problems with both runs' values together, so that what makes a problem hard for both cancels.
-
-    Raises:
-        UserError: the two have different lengths, or are empty.
-    """
+    """Resamples problems with both runs' values together, so that what makes a problem hard for both cancels."""
     differences = [float(b) - float(a) for a, b in _paired(first, second)]
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
 
