@@ -25,9 +25,9 @@ RESTORE = "Restore it, or leave its folder out."
 Made = TypeVar("Made")
 
 
-def key(name: str, *, default: Any = None, write_null: bool = False) -> Any:
+def key(name: str, *, write_null: bool = False) -> Any:
     """A field under another name in the file. `write_null` writes None as null instead of leaving the key out."""
-    return dataclasses.field(default=default, metadata={"key": name, "write_null": write_null})
+    return dataclasses.field(default=None, metadata={"key": name, "write_null": write_null})
 
 
 class Record:

@@ -1,5 +1,5 @@
-"""What every command prints: labelled lines, aligned tables, and a progress bar that becomes plain lines in a log.
-Colours and a live bar appear in a terminal only."""
+"""What every command prints: labelled lines, aligned tables, quantities, and a progress bar that becomes plain lines in
+a log. Colours and a live bar appear in a terminal only."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
 PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
 
 
-def console(stderr: bool = False) -> Console:
-    """A console for one print: it looks at the stream as it is now, which tests and pipes replace."""
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+def console() -> Console:
+    """A console for one print: it looks at stdout as it is now, which tests and pipes replace."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_line(label: str, text: str) -> None:
@@ -107,3 +106,20 @@ def highlighted(parts: Iterable[tuple[str, bool]], indent: int) -> Any:
             shown = f"[[{shown}]]"
         text.append(shown, style="green" if is_marked and is_terminal else None)
     return text
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def gigabytes(size: float, decimals: int = 1) -> str:
+    """Gigabytes of 10^9 bytes."""
+    return f"{size / 1e9:,.{decimals}f} GB"
+
+
+def targets(target_modules: Any) -> str:
+    """`adapter.target_modules` in a line."""
+    return target_modules if isinstance(target_modules, str) else " ".join(target_modules)

@@ -35,8 +35,8 @@ class Team:
         self.is_main = accelerator.is_main_process
         self.is_sharded = accelerator.is_fsdp2
         self.device = accelerator.device
-        self._watchdog = Watchdog(self.processes, self.process, timeout)
-        self.arrive, self.close = self._watchdog.arrive, self._watchdog.close
+        watchdog = Watchdog(self.processes, self.process, timeout)
+        self.arrive, self.close = watchdog.arrive, watchdog.close
 
     def reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
         """The sum or the mean of a tensor over all processes."""

@@ -37,8 +37,10 @@ class GenerationConfig:
                 f"generation.samples={self.samples} greedy answers would all be the same: choose generation=sample, or "
                 "set generation.temperature.",
             )
-            no_meaning = "has no meaning for greedy answers: set generation.temperature too."
-            require(self.top_p == 1, f"generation.top_p={self.top_p} {no_meaning}")
+            require(
+                self.top_p == 1,
+                f"generation.top_p={self.top_p} has no meaning for greedy answers: set generation.temperature too.",
+            )
 
 
 @dataclass
@@ -67,18 +69,24 @@ class EvalConfig:
     def __post_init__(self) -> None:
         require_positive("", self, "grading_seconds")
         if self.grade is not None:
-            no_other = self.run is None and self.task is None
-            require(no_other, "grade=... takes neither run= nor task=: the folder records both.")
+            require(
+                self.run is None and self.task is None,
+                "grade=... takes neither run= nor task=: the folder records both.",
+            )
             return
         is_base = self.run == "base"
-        run = "the folder of a run, the folder of an adapter, or base (with model=...)"
-        require(self.run is not None, f"run=... is missing: {run}.")
+        require(
+            self.run is not None,
+            "run=... is missing: the folder of a run, the folder of an adapter, or base (with model=...).",
+        )
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require(self.model is not None or not is_base, "run=base needs model=..., such as model=smollm2_135m_pypi.")
         require_folder_name(self.folder_name)
         if find_task(self.task.kind).takes_data:
-            no_rows = f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take."
-            require(self.data is not None or not is_base, no_rows)
+            require(
+                self.data is not None or not is_base,
+                f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
+            )
         else:
             require(self.data is None, f"data=... belongs to task=perplexity; task={self.task.name} has task.files.")
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.terminal import ProgressBar, print_fields, print_table
-from cera_train.common.text import duration
+from cera_train.common.terminal import ProgressBar, duration, print_fields, print_table
 from cera_train.tasks.task import AnswerTask, Task
 
 

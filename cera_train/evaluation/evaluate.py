@@ -22,7 +22,6 @@ from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
 from cera_train.data.format import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
-from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.team import Team
 from cera_train.evaluation import console
 from cera_train.evaluation.config import EvalConfig
@@ -76,7 +75,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
-    is_main = is_main_process()
+    is_main = accelerator.is_main_process
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
         task = find_task(config.task.kind)
         if is_main:
@@ -121,21 +120,16 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
     base = load_model(subject.model, device)
     if subject.adapter is None:
         return base.eval(), base
-    _check_base(subject, base)
-    return attach(base, subject.adapter).eval(), base
-
-
-def _check_base(subject: Subject, base: PreTrainedModel) -> None:
-    """Raises UserError where the base weights are not those of training: models of one shape load the same adapter."""
     record = subject.folder / "environment.json"
-    if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
-        return
-    expected = read_json(record).get("base_fingerprint")
-    if expected is not None and expected != fingerprint(base):
-        raise UserError(
-            f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "
-            f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
-        )
+    if subject.run is not None and subject.run.model.dtype == subject.model.dtype and record.is_file():
+        # models of one shape load the same adapter
+        expected = read_json(record).get("base_fingerprint")
+        if expected not in (None, fingerprint(base)):
+            raise UserError(
+                f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "
+                f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
+            )
+    return attach(base, subject.adapter).eval(), base
 
 
 # --- answers and grades ----------------------------------------------------------------------------------------------

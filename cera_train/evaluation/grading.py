@@ -44,11 +44,11 @@ def verify(
     workers = min(len(os.sched_getaffinity(0)), len(candidates) or 1)
     with Verifier(seconds, workers) as verifier:
         verdicts = verifier.verify(candidates)
-        return [replace(grade, verified=True) if grade.exact else _verified(grade, next(verdicts)) for grade in grades]
-
-
-def _verified(grade: Grade, verdict: Verdict) -> Grade:
-    return replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure)
+        verified = []
+        for grade in grades:
+            verdict = Verdict(True) if grade.exact else next(verdicts)
+            verified.append(replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure))
+    return verified
 
 
 def score(
