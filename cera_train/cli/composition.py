@@ -20,7 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cera_train.cli.names import did_you_mean
 from cera_train.common.errors import UserError
-from cera_train.common.places import config_dir
+from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, keys_of, leaves, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun

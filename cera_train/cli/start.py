@@ -18,9 +18,8 @@ from cera_train.cli.arguments import for_hydra
 from cera_train.cli.composition import Composition, register_configs
 from cera_train.cli.hydra_guard import guard_composition
 from cera_train.common.errors import UserError, explain
-from cera_train.common.places import config_dir
-from cera_train.common.secrets import redact
-from cera_train.common.trust import clean
+from cera_train.common.files import config_dir
+from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
 
 

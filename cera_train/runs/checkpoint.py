@@ -14,7 +14,8 @@ from torch import nn
 
 from cera_train.adapters.build import load, read
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, record, write_checksums
+from cera_train.common.files import read_json, write_checksums
+from cera_train.common.records import record
 from cera_train.data.batches import RowOrder
 
 

@@ -17,9 +17,10 @@ from typing import Any, TextIO
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import finite, lock_folder, read_json, read_yaml, record, write_text
-from cera_train.common.secrets import redact_tree
+from cera_train.common.files import finite, lock_folder, read_json, read_yaml, write_text
+from cera_train.common.records import record
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
+from cera_train.common.trust import redact_tree
 from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import load_config
 from cera_train.tasks.records import Generation, Problem

@@ -31,9 +31,9 @@ from cera_train.common.files import (
     write_folder,
     write_text,
 )
-from cera_train.common.secrets import redact_tree
 from cera_train.common.settings import Changes, changes_of, flatten, leaves, to_plain
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact_tree
 from cera_train.config import Config
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.runs.checkpoint import Progress, write_checkpoint

@@ -25,9 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
-from cera_train.common.secrets import redact, redact_tree
 from cera_train.common.settings import Changes, changes_of, require_folder_name
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact, redact_tree
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
 

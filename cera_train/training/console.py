@@ -15,9 +15,8 @@ from rich.text import Text
 
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
-from cera_train.common.secrets import redact
-from cera_train.common.terminal import console, highlighted, print_fields, print_line
-from cera_train.common.text import duration, targets
+from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
+from cera_train.common.trust import redact
 from cera_train.config import Config
 from cera_train.data.config import BatchLayout, Layout
 from cera_train.data.prepare import TokenizedData

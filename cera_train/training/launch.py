@@ -28,7 +28,7 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.processes import is_launched
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption
-from cera_train.distributed.watchdog import Hung
+from cera_train.distributed.team import Hung
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.folder import RunFolder
 from cera_train.training.session import settle

@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cera_train.common.files import write_text
-from cera_train.common.secrets import redact
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact
 from cera_train.training.config import TrackerConfig, TrackerKind
 
 
