@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
@@ -14,16 +14,19 @@ from torch import nn
 
 from cera_train.adapters.build import load, read
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, record, write_checksums
+from cera_train.common.files import read_json, write_checksums
+from cera_train.common.records import Record
 from cera_train.data.batches import RowOrder
 
 
 @dataclass
-class Progress:
+class Progress(Record):
     """What resuming needs beside adapter and optimizer.
 
     The order of the rows, the learning rate and the random numbers of every process follow from the seed and `update`:
     they have no state to save."""
+
+    mend: ClassVar[str] = "Remove the checkpoint to resume from another."
 
     update: int = 0
     """Updates done."""
@@ -80,10 +83,7 @@ def write_checkpoint(
 
 
 def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[Progress, dict[str, Any]]:
-    """Loads a checkpoint's weights into the model.
-
-    Returns:
-        The progress, and the optimizer's state for `load_optimizer_state`.
+    """Loads a checkpoint's weights into the model; returns the progress, and a state for `load_optimizer_state`.
 
     Raises:
         UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other rows.
@@ -94,13 +94,11 @@ def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[P
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a file that is not its own
         raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
-    if saved.pop("data_digest", None) != data_digest:
+    if saved.get("data_digest") != data_digest:
         raise UserError(
             f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
             "Restore the files, or choose another name=... for a new run."
         )
+    progress = Progress.from_json(saved, folder / "progress.json")
     load(model, weights)
-    try:
-        return record(Progress, saved), state
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} does not fit this version: {error!r}.") from error
+    return progress, state

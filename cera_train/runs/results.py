@@ -1,10 +1,9 @@
-"""The files that runs and evaluations leave, with a type. Nothing here imports torch.
-
-The keys in the files are fixed: scripts and older folders rely on them. Only this module spells them.
-"""
+"""The files that runs and evaluations leave, with a type. Scripts and older folders rely on the keys, and only this
+module spells them. Imports no torch."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -72,6 +71,7 @@ class Environment(Record):
     cpu_threads: int | None = None
     processes: int | None = None
     base_fingerprint: str | None = None
+    """Tells base models of one shape apart."""
     updates: int | None = None
     """Updates of the whole run."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -108,11 +108,7 @@ class ModuleSpectrumRecord(Record):
 
 
 def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
-    """spectrum.json by module name.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
+    """spectrum.json by module name."""
     modules = {name: ModuleSpectrumRecord.from_json(tree, path) for name, tree in read_json(path).items()}
     for name, module in modules.items():
         if not module.singular_values:
@@ -127,8 +123,7 @@ def mean_spectrum(modules: dict[str, ModuleSpectrumRecord]) -> list[float]:
     for module in modules.values():
         total = sum(module.singular_values)
         normalized.append([value / total if total > 0 else 0.0 for value in module.singular_values])
-    length = max(map(len, normalized), default=0)
-    return [sum(own[k] for own in normalized if k < len(own)) / len(normalized) for k in range(length)]
+    return [sum(column) / len(normalized) for column in itertools.zip_longest(*normalized, fillvalue=0.0)]
 
 
 def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None:
@@ -197,11 +192,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The metrics of a run, which may still be running.
-
-    Raises:
-        UserError: the file is missing, or a line before its end is broken.
-    """
+    """The metrics of a run, which may still be running."""
     metrics = Metrics()
     for line in read_lines(path, MetricsLine, may_break_off=True):
         (metrics.evaluations if isinstance(line, EvaluationMetrics) else metrics.updates).append(line)
@@ -220,19 +211,15 @@ class RunFiles:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Reads the files that are there.
-
-        Raises:
-            UserError: one of them is broken.
-        """
+        """Reads the files that are there."""
         readers = {
-            "result": ("result.json", RunResult.read),
-            "metrics": ("metrics.jsonl", read_metrics),
-            "spectrum": ("spectrum.json", read_spectrum),
-            "environment": ("environment.json", Environment.read),
+            "result.json": RunResult.read,
+            "metrics.jsonl": read_metrics,
+            "spectrum.json": read_spectrum,
+            "environment.json": Environment.read,
         }
-        there = {name: (folder / file, read) for name, (file, read) in readers.items() if (folder / file).is_file()}
-        return cls(**{name: read(path) for name, (path, read) in there.items()})
+        there = {name: read for name, read in readers.items() if (folder / name).is_file()}
+        return cls(**{Path(name).stem: read(folder / name) for name, read in there.items()})
 
     @property
     def figures(self) -> RunResult:
@@ -298,10 +285,10 @@ class Accuracies(Record):
 
     def to_json(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
-        for own in self.found:
-            tree[own.key] = own.value
-            if own.interval is not None:
-                tree[f"{own.key}/interval"] = list(own.interval)
+        for accuracy in self.found:
+            tree[accuracy.key] = accuracy.value
+            if accuracy.interval is not None:
+                tree[f"{accuracy.key}/interval"] = list(accuracy.interval)
         return tree
 
 
@@ -326,8 +313,7 @@ class AccuracyResult(EvaluationResult):
     """What the task adds, under the task's names."""
 
     def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
-        found = (own for own in self.accuracies.found if (own.grader, own.k) == (grader, k))
-        return next(found, None)
+        return next((found for found in self.accuracies.found if (found.grader, found.k) == (grader, k)), None)
 
     def interval(self, accuracy: Accuracy) -> tuple[float, float] | None:
         """The interval to print beside an accuracy; None where there is none that means anything."""
@@ -356,11 +342,7 @@ class PerplexityResult(EvaluationResult):
 
 
 def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
-    """result.json of an evaluation.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
+    """result.json of an evaluation."""
     tree = read_json(path)
     kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
     return kind.from_json(tree, path)
