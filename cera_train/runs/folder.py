@@ -1,7 +1,8 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all, but for metrics.jsonl and spectra.jsonl: they grow by
-lines, and resuming cuts them back to the checkpoint. One process writes, under a lock.
+Every file and folder in it appears whole or not at all, but for metrics.jsonl and spectra.jsonl: they grow by lines,
+and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is all that
+resuming needs; where its checksums reveal damage, the run goes on from the one before. One process writes, locked.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from torch import nn
 
-from cera_train.adapters.build import save
+from cera_train.adapters.build import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
+from cera_train.common.records import Record
 from cera_train.common.secrets import redact_tree
 from cera_train.common.settings import leaves
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
+from cera_train.data.batches import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
-from cera_train.runs.checkpoint import Progress, write_checkpoint
 from cera_train.runs.recorded_config import differences
 from cera_train.runs.results import Environment, EvaluationMetrics, RunResult
 
@@ -40,6 +43,53 @@ LOGS = ("metrics.jsonl", "spectra.jsonl")
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
+
+
+@dataclass
+class Progress(Record):
+    """What resuming needs beside adapter and optimizer.
+
+    The order of the rows, the learning rate and the random numbers of every process follow from the seed and `update`:
+    they have no state to save."""
+
+    mend: ClassVar[str] = "Remove the checkpoint to resume from another."
+
+    update: int = 0  # updates done
+    epoch: int = 0
+    seconds: float = 0.0  # time spent in updates
+    tokens: int = 0  # tokens seen in updates, padding not counted
+    perplexity_before: float | None = None
+    perplexity: float | None = None  # at the last evaluation
+    best_perplexity: float | None = None
+    best_update: int = 0
+    evaluations_since_best: int = 0
+    evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
+
+    def updated(self, tokens: int, seconds: float, order: RowOrder) -> None:
+        """Counts one more update."""
+        self.update += 1
+        self.epoch = order.epoch(self.update)
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def evaluated(self, perplexity: float) -> bool:
+        """Counts an evaluation; returns whether it is the best so far."""
+        self.perplexity, self.evaluation_pending = perplexity, False
+        if self.perplexity_before is None:
+            self.perplexity_before = perplexity
+        is_best = self.best_perplexity is None or perplexity < self.best_perplexity
+        if is_best:
+            self.best_perplexity, self.best_update = perplexity, self.update
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        return is_best
+
+    def forget_best(self) -> None:
+        """Lets the next evaluation be the best so far."""
+        self.best_perplexity, self.best_update, self.evaluations_since_best = None, 0, 0
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought no lower perplexity."""
+        return patience is not None and self.evaluations_since_best >= patience
 
 
 class RunFolder:
@@ -191,14 +241,17 @@ class RunFolder:
     ) -> None:
         """checkpoints/<update>: adapter, optimizer, progress and config; then removes all but the last `keep`."""
         moments = optimizer_state(optimizer)
-        if self.is_main:
+
+        def write(folder: Path) -> None:
             with (self.path / "metrics.jsonl").open("ab") as metrics:
                 os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
-        self._save(
-            f"checkpoints/{progress.update}",
-            model,
-            lambda folder: write_checkpoint(folder, moments, progress, data_digest, self.config),
-        )
+            with (folder / "optimizer.pt").open("wb") as file:
+                torch.save(moments, file)
+            (folder / "progress.json").write_text(json.dumps(asdict(progress) | {"data_digest": data_digest}))
+            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+            files.write_checksums(folder)
+
+        self._save(f"checkpoints/{progress.update}", model, write)
         for old in self.checkpoints()[:-keep] if self.is_main else ():
             files.remove_folder(old)
 
@@ -227,6 +280,28 @@ def _is_whole(line: bytes) -> bool:
         return line.endswith(b"\n") and "update" in json.loads(line)
     except (TypeError, ValueError):
         return False
+
+
+def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[Progress, dict[str, Any]]:
+    """Loads a checkpoint's weights into the model; returns the progress, and a state for `load_optimizer_state`.
+
+    Raises:
+        UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other rows.
+    """
+    try:
+        saved = files.read_json(folder / "progress.json")
+        weights = read(folder)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types on a file that is not its own
+        raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
+    if saved.get("data_digest") != data_digest:
+        raise UserError(
+            f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
+            "Restore the files, or choose another name=... for a new run."
+        )
+    progress = Progress.from_json(saved, folder / "progress.json")
+    load(model, weights)
+    return progress, state
 
 
 def environment(processes: int, base_fingerprint: str, updates: int, precision: Precision) -> Environment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def differences(path: Path, config: dict[str, Any], schema: type = Config) -> di
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) not in (now.get(key), AUTO)
-        and changes_of(schema, key) not in (Changes.cost, Changes.nothing)
+        if before.get(key) not in (now.get(key), AUTO) and changes_result(key, schema)
     }
+
+
+@functools.cache
+def changes_result(key: str, schema: type = Config) -> bool:
+    """Whether a setting changes what is learned or measured, beyond its cost."""
+    return changes_of(schema, key) not in (Changes.cost, Changes.nothing)

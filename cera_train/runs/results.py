@@ -35,25 +35,20 @@ class SpectrumSummary(Record):
 class RunResult(Record):
     """result.json of a run, written last: a folder that has it is finished."""
 
-    perplexity: float | None = key("eval/perplexity")
-    """After the last update."""
-    perplexity_before: float | None = None
-    """The perplexity of the untouched base model."""
+    perplexity: float | None = key("eval/perplexity")  # after the last update
+    perplexity_before: float | None = None  # the perplexity of the untouched base model
     best_perplexity: float | None = None
     best_update: int | None = None
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
     adapter_kind: str | None = None
     adapter_r: int | None = None
     trainable_parameters: int | None = None
-    trainable_share: float | None = None
-    """Trainable parameters over all parameters."""
+    trainable_share: float | None = None  # trainable parameters over all parameters
     updates: int | None = None
     epochs: float | None = None
-    tokens: int | None = None
-    """Tokens seen in updates, without padding."""
+    tokens: int | None = None  # tokens seen in updates, without padding
     tokens_per_s: float | None = None
-    seconds: float | None = None
-    """Time spent in updates."""
+    seconds: float | None = None  # time spent in updates
     peak_memory_bytes: float | None = None
     folder: str | None = None
 
@@ -66,14 +61,11 @@ class Environment(Record):
     python: str | None = None
     platform: str | None = None
     packages: dict[str, Any] | None = None
-    gpus: list[Any] | None = None
-    """Names; the first versions wrote {"name": ...}."""
+    gpus: list[Any] | None = None  # names; the first versions wrote {"name": ...}
     cpu_threads: int | None = None
     processes: int | None = None
-    base_fingerprint: str | None = None
-    """Tells base models of one shape apart."""
-    updates: int | None = None
-    """Updates of the whole run."""
+    base_fingerprint: str | None = None  # tells base models of one shape apart
+    updates: int | None = None  # updates of the whole run
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,8 +95,7 @@ class ModuleSpectrumRecord(Record):
     effective_rank: float | None = None
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
-    singular_values: list[float] | None = None
-    """Singular values of the centred branch output, descending."""
+    singular_values: list[float] | None = None  # singular values of the centred branch output, descending
 
 
 def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
@@ -140,14 +131,12 @@ class UpdateMetrics(Record):
 
     update: int
     epoch: int | None = None
-    loss: float | None = key("train/loss")
-    """In nats per supervised token."""
+    loss: float | None = key("train/loss")  # in nats per supervised token
     perplexity: float | None = key("train/perplexity")
     grad_norm: float | None = key("train/grad_norm")
     lr: float | None = key("train/lr")
     tokens_per_s: float | None = key("train/tokens_per_s")
-    seconds: float | None = key("train/seconds")
-    """Time spent in updates so far."""
+    seconds: float | None = key("train/seconds")  # time spent in updates so far
 
 
 @dataclass
@@ -203,8 +192,7 @@ def read_metrics(path: Path) -> Metrics:
 class RunFiles:
     """What lies in a run's folder."""
 
-    result: RunResult | None = None
-    """None: the run is unfinished."""
+    result: RunResult | None = None  # None: the run is unfinished
     metrics: Metrics = field(default_factory=Metrics)
     spectrum: dict[str, ModuleSpectrumRecord] = field(default_factory=dict)
     environment: Environment = field(default_factory=Environment)
@@ -234,10 +222,8 @@ class RunFiles:
 class EvaluationResult(Record):
     """What every result.json of an evaluation has."""
 
-    task: str | None = None
-    """The name of the evaluation's folder."""
-    kind: str | None = None
-    """The kind of task, such as gsm8k; `perplexity` for every kind without answers."""
+    task: str | None = None  # the name of the evaluation's folder
+    kind: str | None = None  # the kind of task, such as gsm8k; `perplexity` for every kind without answers
 
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(finite(self.to_json()), indent=2, allow_nan=False) + "\n")
@@ -297,20 +283,16 @@ class AccuracyResult(EvaluationResult):
     """result.json of an evaluation with answers and grades."""
 
     problems: int | None = None
-    samples: int | None = None
-    """Answers to each problem."""
-    missing: int | None = None
-    """Answers that are not there yet."""
+    samples: int | None = None  # answers to each problem
+    missing: int | None = None  # answers that are not there yet
     accuracies: Accuracies = field(default_factory=Accuracies)
     truncated: int | None = None
     no_answer: int | None = None
     grader_failures: int | None = None
-    tokens: int | None = None
-    """Tokens generated."""
+    tokens: int | None = None  # tokens generated
     tokens_per_s: float | None = None
     peak_memory_bytes: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-    """What the task adds, under the task's names."""
+    details: dict[str, Any] = field(default_factory=dict)  # what the task adds, under the task's names
 
     def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
         return next((found for found in self.accuracies.found if (found.grader, found.k) == (grader, k)), None)
@@ -332,10 +314,8 @@ class PerplexityResult(EvaluationResult):
     perplexity: float | None = None
     loss: float | None = None
     rows: int | None = None
-    tokens: int | None = None
-    """Tokens predicted."""
-    perplexity_base: float | None = None
-    """Without the adapter; None where there is no adapter."""
+    tokens: int | None = None  # tokens predicted
+    perplexity_base: float | None = None  # without the adapter; None where there is no adapter
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
     seconds: float | None = None
     peak_memory_bytes: float | None = None

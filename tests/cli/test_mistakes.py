@@ -102,6 +102,7 @@ def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, monkeypatch, ca
         (["adapter.r=-1"], "adapter.r=-1 must be positive"),
         (["optimizer.learning_rate=1e-3"], "Did you mean optimizer.lr"),
         (["-m", "+sweep=rank_lr", "adapter=cera,lorra"], "adapter=lorra: unknown adapter"),
+        (["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"], "model.path=./no: folder does"),
     ],
 )
 def test_a_mistake_is_answered_at_once(tmp_path, arguments, message):
