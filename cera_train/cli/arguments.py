@@ -24,11 +24,8 @@ ALONE = (
 )
 """Hydra's flags, and ours: --debug."""
 
-KINDS = ("job", "hydra", "all")
-"""Values of --cfg."""
-
-ELSEWHERE = ("--shell-completion", "-sc", "--hydra-help", "--info", "-i")
-"""With these, what is no flag is not a setting."""
+KINDS = ("job", "hydra", "all")  # values of --cfg
+ELSEWHERE = ("--shell-completion", "-sc", "--hydra-help", "--info", "-i")  # beside these, no word is a setting
 
 
 def for_hydra(composition: Composition, arguments: Sequence[str]) -> list[str]:

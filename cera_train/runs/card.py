@@ -49,29 +49,20 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def write_card(run: Path, result: RunResult) -> None:
-    """Writes adapter/README.md from the config, the result and the evaluations of a run.
-
-    Raises:
-        UserError: a file of the run is broken, or its adapter's folder is a link that leads out of it.
-    """
+    """Writes adapter/README.md from the config, the result and the evaluations of a run."""
     check_links(run, [run / "adapter"])
     config = load_config(run / "config.yaml")
-    evaluations = [
-        read_evaluation_result(folder / "result.json")
-        for folder in sorted(run.glob("eval/*"))
-        if (folder / "result.json").is_file() and _is_of_adapter(folder, run / "adapter", config)
-    ]
+    evaluations = []
+    for path in sorted(run.glob("eval/*/result.json")):
+        settings = load_config(path.with_name("config.yaml"), EvalConfig)
+        # Not of the run's best adapter, nor over a base in 4 bits.
+        if settings.adapter_digest == digest_of(run / "adapter") and settings.model == config.model:
+            evaluations.append(read_evaluation_result(path))
     try:
         text = _card(config, result, evaluations)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"a result.json of {run} is not as cera-train writes it: {error!r}. Restore it.") from error
     write_text(run / "adapter" / "README.md", text)
-
-
-def _is_of_adapter(evaluation: Path, adapter: Path, config: Config) -> bool:
-    """Whether an evaluation is of this adapter on the run's base: not of the run's best one, nor over 4 bits."""
-    settings = load_config(evaluation / "config.yaml", EvalConfig)
-    return settings.adapter_digest == digest_of(adapter) and settings.model == config.model
 
 
 def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> str:

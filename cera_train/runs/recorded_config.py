@@ -25,11 +25,7 @@ AUTO = "auto"
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
-    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text.
-
-    Raises:
-        UserError: the file is missing, broken, or of another version.
-    """
+    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -43,11 +39,7 @@ def load_config(path: Path, schema: type = Config) -> Any:
 
 
 def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
-    """The settings that change results and differ from those of a file: key -> both values in words.
-
-    Args:
-        config: plain values without secrets, as a file has them.
-    """
+    """The settings that change results and differ between a file and plain values: key -> both values in words."""
     before, now = flatten(redact_tree(to_plain(load_config(path, schema)))), flatten(config)
     return {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"

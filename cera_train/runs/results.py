@@ -26,8 +26,8 @@ class SpectrumSummary(Record):
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
     manifold_dimension_mean: float | None = key("spectrum/manifold_dimension/mean")
     manifold_dimension_max: float | None = key("spectrum/manifold_dimension/max")
+    # The share of hidden units that are closed on the whole probe; None without a gate.
     dead_units_mean: float | None = key("spectrum/dead_units/mean")
-    """Share of hidden units that are closed on the whole probe; None without a gate."""
     dead_units_max: float | None = key("spectrum/dead_units/max")
 
 

@@ -25,8 +25,7 @@ class Subject:
     replaced during training."""
     model: ModelConfig
     adapter: Path | None = None
-    run: Config | None = None
-    """The config it was trained with, where that is known."""
+    run: Config | None = None  # the config it was trained with, where that is known
 
     @property
     def name(self) -> str:
@@ -46,11 +45,7 @@ class Subject:
 
 
 def find_subject(config: EvalConfig) -> Subject:
-    """Resolves `run=` and `model=`.
-
-    Raises:
-        UserError: there is no such folder, or it is unfinished or holds no adapter.
-    """
+    """Resolves `run=` and `model=`; a UserError where a folder is missing, unfinished or without an adapter."""
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", config.model)

@@ -122,12 +122,12 @@ def grid(config: DictConfig) -> list[list[str]]:
 
 
 def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable[[DictConfig], Config]) -> None:
-    """Composes jobs until every value has been in a possible one, and checks the files of these. A value that is
-    impossible beside some others fails in its jobs, and the rest of the sweep runs.
+    """Composes jobs until every value has been in a possible one. A value that is impossible beside some others fails
+    in its jobs, and the rest of the sweep runs.
 
     Raises:
-        Exception: Hydra's where a value cannot be composed; a UserError where it fails beside all others, or a file is
-            missing.
+        Exception: a UserError or Hydra's, where a value cannot be composed or fails beside all others, or a local file
+            is missing or of an unknown kind.
     """
     loader = GlobalHydra.instance().config_loader()
     fine: set[str] = set()
@@ -145,31 +145,24 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
                 tries[value] += 1
             continue
         fine.update(values)
-        if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():
-            check_files_of(run)
+        if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
+            check_model(run.model.path)
+            check_files(run.data.train_files, "data.train_files")
+            check_files(run.data.eval_files, "data.eval_files")
     for value, error in failed.items():
         if value not in fine and tries[value] < MOST_TRIES:
             raise error
-
-
-def check_files_of(config: Config) -> None:
-    """Raises UserError where a local file or folder that a run reads is missing or of an unknown kind."""
-    check_model(config.model.path)
-    check_files(config.data.train_files, "data.train_files")
-    check_files(config.data.eval_files, "data.eval_files")
 
 
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
 def begin(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
-    """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now.
+    """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
+    run, of a sweep with other fixed settings, and what `check_jobs` refuses.
 
     Args:
         compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
-
-    Raises:
-        UserError: the folder is a run's, or a sweep's with other fixed settings; or as `check_jobs` does.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
