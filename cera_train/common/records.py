@@ -22,7 +22,6 @@ from cera_train.common.trust import redact_tree
 
 RESTORE = "Restore it, or leave its folder out."
 
-Made = TypeVar("Made")
 
 
 def key(name: str, *, write_null: bool = False) -> Any:
@@ -111,15 +110,6 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
         line = f":{number}" * bool(number)
         raise UserError(f"{path}{line} is broken: {words_of(error)}. {kind.mend}") from error
     return [kind.from_json(tree, f"{path}:{number}") for number, tree in enumerate(trees, start=1)]
-
-
-def record(kind: type[Made], values: dict[str, Any]) -> Made:
-    """Builds any dataclass from the names and values of a file; raises TypeError where they do not fit."""
-    made = kind(**values)
-    for name, (_, hint) in _fields(kind).items():
-        if not fits(getattr(made, name), hint):
-            raise TypeError(f"{name} is {getattr(made, name)!r}")
-    return made
 
 
 @functools.cache

@@ -219,7 +219,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
         grades = verify(problems, answers, grades, config.grading_seconds)
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
-        folder.write_grades(grade.line() for grade in grades)
+        folder.write_grades(grades)
     return {
         "task": config.folder_name,
         "kind": config.task.kind,

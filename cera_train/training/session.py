@@ -28,9 +28,7 @@ from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
-from cera_train.runs.checkpoint import Progress, load_checkpoint
-from cera_train.runs.environment import environment
-from cera_train.runs.folder import RunFolder
+from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.training import console
