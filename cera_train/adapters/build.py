@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ __all__ = ["linear_names"]
 
 def check(config: AdapterConfig) -> None:
     """Raises UserError for settings that PEFT does not understand. Needs no model, so that nothing is loaded first."""
-    config.family.check_by_library(config)
+    # PEFT takes no layers beside all-linear; `build` names the modules of these layers instead.
+    adapter_config(replace(config, layers=None) if config.target_modules == "all-linear" else config)
 
 
 def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
@@ -39,7 +41,7 @@ def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
 add_adapter = build
 
 
-def adapter_config(config: AdapterConfig) -> peft.PeftConfig:
+def adapter_config(config: AdapterConfig) -> peft.PeftConfig | None:
     """The PEFT config of an adapter; full has none."""
     return config.family.peft_config(config)
 
@@ -55,11 +57,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def label(config: AdapterConfig) -> str:
-    """The method's name for tables and pictures."""
-    return config.title
-
-
 # --- saving and loading ----------------------------------------------------------------------------------------------
 
 
@@ -70,11 +67,7 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a folder that `save` wrote, on the CPU, for `load`.
-
-    Raises:
-        UserError: the folder is damaged or holds no adapter.
-    """
+    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none."""
     try:
         return family_that_wrote(folder).read(folder)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -82,12 +75,14 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Puts weights that `read` returned into a model.
-
-    Raises:
-        UserError: a tensor is missing, extra or misshapen.
-    """
-    _family_of(model).load(model, weights)
+    """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
+    family = _family_of(model)
+    if wrong := sorted(family.saved_names(model) ^ weights.keys()):
+        raise UserError(f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}.")
+    try:
+        family.load(model, weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
 
 
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
@@ -96,14 +91,14 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     Raises:
         UserError: the folder is damaged, holds no adapter, or belongs to another base model.
     """
-    weights = read(folder)
+    weights, family = read(folder), family_that_wrote(folder)
     try:
-        model = family_that_wrote(folder).attach(base, folder)
+        model = family.attach(base, folder)
         load(model, weights)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
-        wanted = family_that_wrote(folder).description(folder).get("base_model_name_or_path")
+        wanted = family.description(folder).get("base_model_name_or_path")
         raise UserError(
             f"{folder} does not fit {base.name_or_path}: it belongs to another base model, {wanted}. Leave out model=, "
             f"or name that one. ({str(error)[:120]}...)"
@@ -140,11 +135,7 @@ def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, 
 
 
 def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:
-    """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind.
-
-    Raises:
-        UserError: triton is asked for and cannot run.
-    """
+    """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind."""
     if "kernels" not in config.family.uses:
         return config.kernels
     try:
