@@ -29,11 +29,8 @@ def check(config: AdapterConfig) -> None:
 
 
 def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
-    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself.
-
-    Raises:
-        UserError: a target matches no module, or one that cannot be adapted, or PEFT refuses the settings.
-    """
+    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
+    UserError where the adapter does not go with the model."""
     check_targets(base, config)
     return config.family.build(base, config)
 
@@ -55,9 +52,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
 
 
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -87,10 +81,7 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
-
-    Raises:
-        UserError: the folder is damaged, holds no adapter, or belongs to another base model.
-    """
+    Raises UserError where the folder is damaged, holds no adapter, or belongs to another base model."""
     weights, family = read(folder), family_that_wrote(folder)
     try:
         model = family.attach(base, folder)
@@ -116,14 +107,9 @@ def _family_of(model: nn.Module) -> Family:
     return next(family for family in families() if family.made(model))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
-    """The trainable parameters as groups of an optimizer; `lr_ratio` multiplies the learning rate of a group.
-
-    One group, unless `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354).
-    """
+    """The trainable parameters as groups of an optimizer, whose learning rate `lr_ratio` multiplies: one group, unless
+    `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354)."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if config.b_lr_ratio == 1:
         return [{"params": list(trainable.values()), "lr_ratio": 1.0}]

@@ -51,8 +51,7 @@ class _Moments:
     each gate was open."""
 
     def __init__(self, branch: Branch) -> None:
-        r = branch.r
-        self.branch = branch
+        self.branch, r = branch, len(branch.A.weight)
         self.all = torch.zeros(1 + r + r * r + r, dtype=torch.float64, device=branch.A.weight.device)
         self.count, self.sum, second, self.open = self.all.split([1, r, r * r, r])  # views
         self.second = second.view(r, r)
@@ -82,7 +81,7 @@ class _Moments:
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
         dead_units = None if self.branch.gate is None else 1 - (self.open > 0).double().mean().item()
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
-        return ModuleSpectrum(singular_values[: self.branch.out_features].cpu(), dead_units)
+        return ModuleSpectrum(singular_values[: self.branch.layer.out_features].cpu(), dead_units)
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
@@ -109,17 +108,14 @@ def measure_spectra(
     probe: Iterable[tuple[Batch, bool]],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> dict[str, ModuleSpectrum]:
-    """The spectrum of every adapted projection, in eval mode. Empty where `why_no_spectrum` has a reason.
+    """The spectrum of every adapted projection, by its name in the base model. In eval mode; empty where
+    `why_no_spectrum` has a reason.
 
     Args:
-        model: a model with one active adapter, "default".
         forward: runs the model on a batch.
         probe: the probe's micro-batches, and whether each counts; where several processes share the probe, this one's
             part. Padding does not count.
         reduce: sums a tensor over the processes that share the probe.
-
-    Returns:
-        Module name (as in the base model) -> spectrum.
     """
     found = {name: _Moments(branch) for name, branch in find_branches(model).items()}
     if not found:

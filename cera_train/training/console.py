@@ -84,12 +84,7 @@ def print_device(session: Session) -> None:
 
 
 def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:
-    """What makes this run fast, and why it does without the rest.
-
-    Args:
-        wanted: `train.batch_layout`; `loss.is_flat` is what came of it.
-        kernels: what computes the adapter's branch, empty without CeRA.
-    """
+    """What makes this run fast, and why it does without the rest. `loss.is_flat` is what came of the layout wanted."""
     if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
@@ -128,9 +123,6 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) 
     return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
 
 
-# --- while it trains -------------------------------------------------------------------------------------------------
-
-
 def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
     return (
         f"loss {metrics.loss:.3f}  perplexity {metrics.perplexity:.2f}  {metrics.tokens_per_s:,.0f} tokens/s  "
@@ -148,9 +140,6 @@ def describe_rank(spectrum: SpectrumSummary) -> str:
     if spectrum.effective_rank_mean is None:
         return ""
     return f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
-
-
-# --- what came out ---------------------------------------------------------------------------------------------------
 
 
 def print_result(result: RunResult, config: Config) -> None:

@@ -39,11 +39,8 @@ from cera_train.training.tracking import Tracker, start_tracker
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
-    """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine.
-
-    Raises:
-        UserError: the config.yaml of the folder is broken, or a setting cannot work here.
-    """
+    """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine. Raises
+    UserError where a setting cannot work here."""
     adapters.check(config.adapter)
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
     precision = choose_precision(config.model.dtype)
@@ -63,9 +60,6 @@ class Session:
     Args:
         config: settled settings.
         resume_from: a checkpoint, as process 0 found it; None: a new run.
-
-    Raises:
-        UserError: the data, the model or the checkpoint is not usable.
     """
 
     def __init__(self, config: Config, folder: RunFolder, resume_from: Path | None = None) -> None:

@@ -35,12 +35,9 @@ class Tracker:
         """Flushes."""
 
 
-INIT_SECONDS = 30
-"""Time limit for W&B's server to answer; then the run is recorded offline."""
-FINISH_SECONDS = 30
-"""Time limit for uploads after the last update."""
-ADAPTER_SECONDS = 600
-"""Time limit for the upload of the adapter."""
+INIT_SECONDS, FINISH_SECONDS, ADAPTER_SECONDS = 30, 30, 600
+"""Time limits of W&B: for its server to answer, else the run is recorded offline; for uploads after the last update;
+for the upload of the adapter."""
 
 
 class WandbTracker(Tracker):

@@ -238,12 +238,8 @@ def finished_result(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        UserError: the folder holds a run that must not be overwritten or has another config; or all checkpoints are
-            damaged.
-    """
+    """The checkpoint to go on from, or None for a new run. Raises UserError where the folder holds a run that must not
+    be overwritten or has another config, or only damaged checkpoints."""
     folder.check_may_run(resume)
     if resume == "auto":
         return None if folder.result() is not None else folder.last_sound_checkpoint()

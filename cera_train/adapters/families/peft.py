@@ -34,8 +34,6 @@ class Peft(Family):
     uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
     needs_targets = False
 
-    # --- settings ----------------------------------------------------------------------------------------------------
-
     def title(self, config: Any) -> str:
         return config.method or self.name
 
@@ -87,8 +85,6 @@ class Peft(Family):
         with refusals_of_peft(config):
             return config_class(**fields, **config.settings)
 
-    # --- building ----------------------------------------------------------------------------------------------------
-
     def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
         import peft
 
@@ -105,8 +101,6 @@ class Peft(Family):
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
             return model
 
-    # --- what a model of PEFT's is ------------------------------------------------------------------------------------
-
     def made(self, model: nn.Module) -> bool:
         import peft
 
@@ -119,8 +113,6 @@ class Peft(Family):
     def why_no_spectrum(self, model: nn.Module) -> str:
         method = model.peft_config[ADAPTER].peft_type.value
         return f"PEFT's {method}, as configured, adds no B h with hidden units h beside a projection"
-
-    # --- saving and loading ------------------------------------------------------------------------------------------
 
     def weights_file(self, folder: Path) -> Path:
         return weights_of(folder)
