@@ -110,14 +110,12 @@ def _family_of(model: nn.Module) -> Family:
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
     """The trainable parameters as groups of an optimizer, whose learning rate `lr_ratio` multiplies: one group, unless
     `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354)."""
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if config.b_lr_ratio == 1:
-        return [{"params": list(trainable.values()), "lr_ratio": 1.0}]
-    is_B = {name: f".{config.family.b_matrix}." in name for name in trainable}
-    return [
-        {"params": [trainable[name] for name in trainable if not is_B[name]], "lr_ratio": 1.0},
-        {"params": [trainable[name] for name in trainable if is_B[name]], "lr_ratio": config.b_lr_ratio},
-    ]
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = config.b_lr_ratio if f".{config.family.b_matrix}." in name else 1.0
+            groups.setdefault(ratio, []).append(parameter)
+    return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]
 
 
 def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:

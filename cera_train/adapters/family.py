@@ -32,10 +32,11 @@ class Branch:
     """s B gate(A x) beside one projection: r hidden units, whose spectrum can be taken."""
 
     layer: nn.Module
-    """The projection with its branch."""
     A: nn.Linear
     gate: nn.Module | None
     """None: the identity."""
+    r: int
+    out_features: int
     gram: Callable[[], torch.Tensor]
     """s^2 B^T B, [R, R], float64. Called inside the model's forward, where sharded weights are whole."""
 

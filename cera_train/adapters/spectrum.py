@@ -51,7 +51,7 @@ class _Moments:
     each gate was open."""
 
     def __init__(self, branch: Branch) -> None:
-        self.branch, r = branch, len(branch.A.weight)
+        self.branch, r = branch, branch.r
         self.all = torch.zeros(1 + r + r * r + r, dtype=torch.float64, device=branch.A.weight.device)
         self.count, self.sum, second, self.open = self.all.split([1, r, r * r, r])  # views
         self.second = second.view(r, r)
@@ -81,7 +81,7 @@ class _Moments:
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
         dead_units = None if self.branch.gate is None else 1 - (self.open > 0).double().mean().item()
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
-        return ModuleSpectrum(singular_values[: self.branch.layer.out_features].cpu(), dead_units)
+        return ModuleSpectrum(singular_values[: self.branch.out_features].cpu(), dead_units)
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:

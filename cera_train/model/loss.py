@@ -1,4 +1,5 @@
-"""Next-token loss on supervised tokens only: - sum over supervised t of log p(x_t | x_<t).
+"""Next-token loss on supervised tokens only, - sum over supervised t of log p(x_t | x_<t), and perplexity = exp(loss /
+supervised tokens): every token weighs the same, whatever the batch.
 
 Only the hidden states that predict a supervised token go through the LM head, in chunks, so the logits of a long
 sequence over a large vocabulary are never in memory as a whole.
@@ -7,8 +8,9 @@ sequence over a large vocabulary are never in memory as a whole.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,3 +208,31 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
     is_fast = allowed.attention is not None or device.type != "cpu"
     if wanted == BatchLayout.flat or (wanted == BatchLayout.auto and allowed.flattens and is_fast):
         loss.use_flat_batches()
+
+
+@torch.no_grad()
+def mean_loss(
+    loss: SupervisedLoss,
+    batches: Iterable[tuple[Batch, bool]],
+    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
+) -> float:
+    """Mean loss of a supervised token in nats, over the batches of all processes, in eval mode.
+
+    Args:
+        batches: this process's, and whether each counts.
+        reduce: sums a tensor over the processes.
+    """
+    was_training = loss.training
+    loss.eval()
+    totals = torch.zeros(2, dtype=torch.float64)
+    for batch, counts in batches:
+        totals = totals.to(batch.input_ids.device)
+        totals += counts * torch.stack([loss(batch).double(), batch.loss_mask[:, 1:].sum().double()])
+    loss.train(was_training)
+    summed, tokens = reduce(totals).tolist()
+    return summed / tokens
+
+
+def perplexity(mean_loss: float) -> float:
+    """exp of a mean loss in nats; infinite where a float has no room for it."""
+    return math.exp(mean_loss) if mean_loss < 700 else math.inf

@@ -6,10 +6,8 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -67,7 +65,10 @@ class Session:
         self.tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
-        self.team = join_team(config)
+        limit, strategy = config.distributed.timeout, config.distributed.strategy
+        collective_limit = timedelta(seconds=2 * limit)  # the watchdog acts first, and names the process
+        accelerator = start_accelerator(config.model, config.train.autocast, collective_limit, strategy)
+        self.accelerator, self.team = accelerator, Team(accelerator, limit)
         (resume_from,) = broadcast_object_list([resume_from])
 
         base = load_model(config.model, self.team.device, self.team.is_sharded)
@@ -86,14 +87,14 @@ class Session:
 
         groups = adapters.parameter_groups(self.model, config.adapter)
         self.optimizer = build_optimizer(groups, config.optimizer, self.team.device)
-        loss = SupervisedLoss(self.model, base, self.accelerator.autocast)
+        loss = SupervisedLoss(self.model, base, accelerator.autocast)
         # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
-        self.loss, self.stepper = self.accelerator.prepare(loss, self.optimizer)
+        self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
         if moments is not None:
             load_optimizer_state(self.optimizer, moments)  # after prepare: sharding replaces the parameters
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-        local_loss = self.accelerator.unwrap_model(self.loss)
+        local_loss = accelerator.unwrap_model(self.loss)
         if self.team.is_sharded:
             register_fsdp_forward_method(local_loss, "probe")  # the weights are whole only inside such methods
         choose_layout(config.train.batch_layout, local_loss, self.team.device)
@@ -127,10 +128,6 @@ class Session:
         self.started, self.first_update = time.perf_counter(), self.progress.update
 
     @property
-    def accelerator(self) -> Accelerator:
-        return self.team.accelerator
-
-    @property
     def is_done(self) -> bool:
         """Whether the last update is done, or the last evaluations brought no lower perplexity."""
         return self.progress.update >= self.updates or self.progress.out_of_patience(self.config.train.patience)
@@ -154,15 +151,6 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for close in (self.team.close, self.bar.close, self.tracker.finish):
             close()
-
-
-def join_team(config: Config) -> Team:
-    """The processes of this run, with a watchdog that acts before the communication library's time limit does."""
-    limit = config.distributed.timeout
-    accelerator = start_accelerator(
-        config.model, config.train.autocast, timedelta(seconds=2 * limit), config.distributed.strategy
-    )
-    return Team(accelerator, limit)

@@ -21,7 +21,7 @@ from cera_train.config import Config
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
-from cera_train.model.perplexity import perplexity
+from cera_train.model.loss import perplexity
 from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder

@@ -32,8 +32,14 @@ class Cera(RankedPeft):
             return None
         A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
         scaling = module.scaling[ADAPTER]
-        gate = None if isinstance(gate, nn.Identity) else gate
-        return Branch(module, A, gate, gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double())
+        return Branch(
+            module,
+            A,
+            gate=None if isinstance(gate, nn.Identity) else gate,
+            r=module.r[ADAPTER],
+            out_features=module.out_features,
+            gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
+        )
 
 
 FAMILY = Cera()

@@ -41,7 +41,14 @@ class Lora(RankedPeft):
         A = module.lora_A[ADAPTER]
         if variant != self.variant or not isinstance(A, nn.Linear):
             return None
-        return Branch(module, A, None, gram=lambda: module.scaling[ADAPTER] ** 2 * (B := self.B(module)).T @ B)
+        return Branch(
+            module,
+            A,
+            gate=None,
+            r=module.r[ADAPTER],
+            out_features=module.out_features,
+            gram=lambda: module.scaling[ADAPTER] ** 2 * (B := self.B(module)).T @ B,
+        )
 
     def B(self, layer: nn.Module) -> torch.Tensor:
         """B as the layer multiplies by it, [d_out, R], float64."""
