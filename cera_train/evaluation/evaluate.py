@@ -29,8 +29,7 @@ from cera_train.evaluation.generate import Request, cut_batches, generate, prepa
 from cera_train.evaluation.grading import score, verify
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.config import Dtype
-from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.model.perplexity import perplexity
+from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card

@@ -9,8 +9,7 @@ from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
 from cera_train.data.batches import Batch, MicroBatches
 from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.team import Team
-from cera_train.model.loss import SupervisedLoss
-from cera_train.model.perplexity import mean_loss
+from cera_train.model.loss import SupervisedLoss, mean_loss
 
 
 class HeldOut:
