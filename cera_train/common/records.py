@@ -23,7 +23,6 @@ from cera_train.common.trust import redact_tree
 RESTORE = "Restore it, or leave its folder out."
 
 
-
 def key(name: str, *, write_null: bool = False) -> Any:
     """A field under another name in the file. `write_null` writes None as null instead of leaving the key out."""
     return dataclasses.field(default=None, metadata={"key": name, "write_null": write_null})
