@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cera_train.cli.composition import Composition, check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, hydra_command, start
+from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
@@ -24,14 +25,11 @@ def check_places(config: ChatConfig) -> None:
 
 
 def main() -> None:
-    start(CHAT, chat)
+    start_hydra(CHAT, "chat", chat)
 
 
-@hydra_command("chat")
 def chat(composed: DictConfig) -> None:
     """Checks the config and the folders, then asks."""
-    from hydra.core.hydra_config import HydraConfig
-
     with errors_in_one_line(CHAT):
         config = to_config(composed, ChatConfig)
         check_trust(composed, HydraConfig.get().overrides.task)

@@ -6,7 +6,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cera_train.cli.composition import Composition, check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, hydra_command, start
+from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
@@ -16,10 +16,9 @@ EXPORT = Composition(ExportConfig, "cera-export")
 
 
 def main() -> None:
-    start(EXPORT, export)
+    start_hydra(EXPORT, "export", export)
 
 
-@hydra_command("export")
 def export(composed: DictConfig) -> None:
     """One export."""
     with errors_in_one_line(EXPORT):

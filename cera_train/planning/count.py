@@ -24,8 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
 from cera_train.common.errors import UserError
-from cera_train.common.files import cache_dir
-from cera_train.common.places import config_dir
+from cera_train.common.files import cache_dir, config_dir
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.precision import choose_precision

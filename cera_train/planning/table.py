@@ -11,8 +11,7 @@ from typing import NamedTuple
 from cera_train.adapters.config import AdapterConfig
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
-from cera_train.common.terminal import print_line, print_table
-from cera_train.common.text import duration, gigabytes, targets
+from cera_train.common.terminal import duration, gigabytes, print_line, print_table, targets
 from cera_train.common.trust import clean
 from cera_train.config import Config, PlanRun
 from cera_train.model.config import Quantization

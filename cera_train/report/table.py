@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cera_train.common.text import duration, gigabytes
+from cera_train.common.terminal import duration, gigabytes
 from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import Accuracies, AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 from cera_train.tasks.registry import display_name

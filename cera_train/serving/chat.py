@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 
 import torch
-from transformers import LogitsProcessorList, TextStreamer
+from transformers import TextStreamer
 
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.rows import Row, at
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.generate import Likeliest, OnlyTheChosen, Request, SeededSampling, prepare_generation
+from cera_train.evaluation.generate import Likeliest, Request, SeededSampling, only_the_chosen, prepare_generation
 from cera_train.model.weights import positions_of
 from cera_train.serving.config import ChatConfig
 from cera_train.serving.loading import load
@@ -63,7 +63,7 @@ class Answerer:
             output = model.generate(
                 input_ids=torch.tensor([ids], device=model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
-                logits_processor=LogitsProcessorList([OnlyTheChosen(choose)]),
+                logits_processor=[only_the_chosen(choose)],
                 streamer=CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()

@@ -72,8 +72,8 @@ class ExportConfig:
     tolerance: float = setting(0.01, "nothing")
     """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches above this."""
     bias: bool | None = setting(None, "result")
-    """Whether the LoRA has a bias (PEFT's `lora_bias`, which vLLM and llama.cpp do not take). null: lora has, merged has
-    not."""
+    """Whether the LoRA has a bias (PEFT's `lora_bias`, which vLLM and llama.cpp do not take). null: lora has,
+    merged has not."""
     calibration_tokens: int = setting(4096, "result")
     """Training rows that the affine maps are fitted to, up to so many tokens."""
     rows: int | None = setting(None, "result")

@@ -179,9 +179,9 @@ def accuracies(config: ExportConfig, folder: Path) -> dict[str, Any]:
 
 def fields(certificate: Certificate) -> dict[str, str]:
     """The certificate as labels and values."""
-    change = certificate
+    change, bias = certificate, "with" if certificate.bias else "no"
     return {
-        "fitted": f"{change.fit}, to {change.calibration_tokens:,} training tokens, {'with' if change.bias else 'no'} bias",
+        "fitted": f"{change.fit}, to {change.calibration_tokens:,} training tokens, {bias} bias",
         "judged on": f"{change.rows:,} held-out rows, {change.tokens:,} supervised tokens",
         "loss": f"{change.loss_adapter:.4f} to {change.loss_export:.4f} nats a token",
         "change": f"{change.loss_change:+.5f}, 95 % interval {change.loss_change_lower:+.5f} to "

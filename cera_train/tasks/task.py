@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.text import duration
+from cera_train.common.terminal import duration
 from cera_train.data.config import DataConfig
 from cera_train.data.files import from_files
 from cera_train.data.hub import from_hub

@@ -385,8 +385,7 @@ def checkpoint(tmp_path_factory, tokenizer) -> tuple[Path, Any, Any]:
 
     from cera_train.adapters.build import add_adapter
     from cera_train.adapters.config import AdapterConfig
-    from cera_train.runs.checkpoint import Progress
-    from cera_train.runs.folder import RunFolder
+    from cera_train.runs.folder import Progress, RunFolder
 
     model = add_adapter(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
@@ -404,7 +403,7 @@ def checkpoint(tmp_path_factory, tokenizer) -> tuple[Path, Any, Any]:
 @fuzz
 @given(data=st.data())
 def test_a_damaged_checkpoint_is_loaded_or_refused(checkpoint, name, data):
-    from cera_train.runs.checkpoint import Progress, load_checkpoint
+    from cera_train.runs.folder import Progress, load_checkpoint
 
     folder, model = checkpoint
     path = folder / name

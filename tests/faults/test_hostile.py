@@ -30,9 +30,8 @@ from cera_train.evaluation.config import EvalConfig, GenerationConfig
 from cera_train.model.config import ModelConfig
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
-from cera_train.runs.checkpoint import Progress, load_checkpoint
 from cera_train.runs.evaluation_folder import EvaluationFolder
-from cera_train.runs.folder import RunFolder
+from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject

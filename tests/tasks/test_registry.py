@@ -9,7 +9,7 @@ import pytest
 
 import cera_train.tasks
 from cera_train.common.errors import UserError
-from cera_train.evaluation.scores import score
+from cera_train.evaluation.grading import score
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.records import Generation
 from cera_train.tasks.registry import all_tasks, display_name, find_task
