@@ -86,9 +86,10 @@ def test_the_explained_share_is_that_of_the_branch(trained, tiny_folder):
     assert shares()[name] == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_an_identity_gate_loses_nothing(compose, trained):
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_identity_gate_loses_nothing(compose, trained, bias):
     folder = trained("adapter.activation=identity", name="identity")
-    certificate = export(compose(f"run={folder}", command="export"))
+    certificate = export(compose(f"run={folder}", f"bias={bias}", command="export"))
     assert certificate.holds
     assert abs(certificate.loss_change_upper) < 1e-5
     assert certificate.same_tokens == 1
@@ -99,10 +100,8 @@ def test_an_identity_gate_loses_nothing(compose, trained):
 
 
 def test_the_certificate_compares_token_by_token():
-    rows = [
-        (torch.tensor([1, 2, 3]), torch.tensor([False, True, True])),
-        (torch.tensor([4, 0]), torch.tensor([True] * 2)),
-    ]
+    first = torch.tensor([1, 2, 3]), torch.tensor([False, True, True])
+    second = torch.tensor([4, 0]), torch.tensor([True, True])
     table = torch.randn(2, 5, 5, dtype=torch.float64)
     before, after = (lambda ids, each=each: each[ids] for each in table)
     found = compare(before, after, [first, second])
@@ -138,7 +137,7 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
 
 def test_plain_peft_loads_and_merges_it_without_cera_train(compose, trained, tiny_folder):
     folder = trained()
-    export(compose(f"run={folder}", "bias=false", "tolerance=100", command="export"))
+    export(compose(f"run={folder}", "tolerance=100", command="export"))
     script = """
 import sys, torch
 from peft import PeftModel
@@ -164,7 +163,7 @@ torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
 
 def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, trained, tiny_folder):
     folder = trained()
-    lora = export(compose(f"run={folder}", "bias=false", "tolerance=100", command="export"))
+    lora = export(compose(f"run={folder}", "tolerance=100", command="export"))
     merged = export(compose(f"run={folder}", "format=merged", "tolerance=100", command="export"))
     assert merged.loss_export == pytest.approx(lora.loss_export, abs=1e-5)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
