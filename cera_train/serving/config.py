@@ -72,7 +72,7 @@ class ExportConfig:
     tolerance: float = setting(0.01, "nothing")
     """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches above this."""
     bias: bool = setting(False, "result")
-    """Whether the LoRA has a bias (PEFT's `lora_bias`). It fits better, and neither vLLM, llama.cpp nor a merge take it."""
+    """Whether the LoRA has a bias (PEFT's `lora_bias`). It fits better; vLLM, llama.cpp and a merge do not take it."""
     calibration_tokens: int = setting(4096, "result")
     """Training rows that the affine maps are fitted to, up to so many tokens."""
     rows: int | None = setting(None, "result")

@@ -67,7 +67,7 @@ def export(config: ExportConfig) -> Certificate:
     if not certificate.holds:
         raise UserError(
             f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, so "
-            f"nothing is exported but {folder}/{CERTIFICATE}. Raise tolerance=, set bias=true, or serve the adapter itself."
+            f"nothing is exported but {folder}/{CERTIFICATE}. Raise tolerance=, set bias=true, or serve the adapter."
         )
     if config.task is not None:
         certificate = replace(certificate, accuracy=accuracies(config, folder))
