@@ -4,10 +4,11 @@ from peft import PeftType
 from peft.utils import register_peft_method
 
 from .config import CeraConfig
+from .experts import CeraExperts
 from .layer import CeraLayer
 from .model import CeraModel
 
-__all__ = ["CeraConfig", "CeraLayer", "CeraModel"]
+__all__ = ["CeraConfig", "CeraExperts", "CeraLayer", "CeraModel"]
 
 
 def _add_peft_type(name: str) -> None:

@@ -29,9 +29,17 @@ class CeraConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Module names (matched from the end), a regular expression for the whole name, or 'all-linear'. "
-            "None takes q_proj and v_proj, as in the paper."
+            "None takes q_proj and v_proj, as in the paper; or nothing beside target_parameters."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Experts' 3-D parameters (matched from the end), such as mlp.experts.gate_up_proj: every expert "
+            "gets a branch."
+        },
+    )
+    expert_r: int | None = field(default=None, metadata={"help": "Rank of an expert's branch; None means r."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out again."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
     layers_pattern: list[str] | str | None = field(
@@ -49,6 +57,12 @@ class CeraConfig(PeftConfig):
         self.peft_type = PeftType("CERA")
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"r must be a positive integer, got {self.r!r}.")
+        if self.expert_r is not None and not (isinstance(self.expert_r, int) and self.expert_r > 0):
+            raise ValueError(f"expert_r must be a positive integer, or None for r, got {self.expert_r!r}.")
+        if self.expert_r is not None and not self.target_parameters:
+            raise ValueError("expert_r has a meaning only with target_parameters: name experts' parameters there.")
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be positive, or None for a scale of 1, got {self.alpha!r}.")
         if not 0 <= self.dropout < 1:
@@ -67,7 +81,16 @@ class CeraConfig(PeftConfig):
     @property
     def scaling(self) -> float:
         """The factor s in front of the branch."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        return self.scaling_of(self.r)
+
+    @property
+    def expert_rank(self) -> int:
+        """The rank of an expert's branch."""
+        return self.r if self.expert_r is None else self.expert_r
+
+    def scaling_of(self, rank: int) -> float:
+        """The factor in front of a branch of this rank."""
+        return 1.0 if self.alpha is None else self.alpha / rank
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in a fixed order so that a saved config has the same bytes every time."""

@@ -46,6 +46,11 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self._make_containers(adapter_name)
+        self.update_layer(adapter_name, config)
+
+    def _make_containers(self, adapter_name: str) -> None:
+        """The parts of all adapters, by the adapter's name."""
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
         self.cera_A = nn.ModuleDict()
@@ -55,7 +60,6 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
         """Adds an adapter, or replaces the one of that name."""
@@ -95,7 +99,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         for linears in (self.cera_A, self.cera_B):
-            if adapter_name in linears and not linears[adapter_name].weight.is_meta:
+            if adapter_name in linears and not any(weight.is_meta for weight in linears[adapter_name].parameters()):
                 linears[adapter_name].to(device)
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
@@ -142,10 +146,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         return add_branch(result, x.to(dtype), *matrices, self.scaling[adapter_name], gate_and_dropout)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names must name one adapter for each row: expected {len(x)} names, got {len(adapter_names)}."
-            )
+        check_rows(len(x), adapter_names)
         result = result.clone()  # its rows are written to
         for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
             rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
@@ -158,6 +159,14 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "cera." + super().__repr__()
+
+
+def check_rows(rows: int, adapter_names: list[str]) -> None:
+    """Raises ValueError where there is not one name for each row."""
+    if len(adapter_names) != rows:
+        raise ValueError(
+            f"adapter_names must name one adapter for each row: expected {rows} names, got {len(adapter_names)}."
+        )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

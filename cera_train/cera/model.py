@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
 from .config import CeraConfig
-from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer
+from .experts import CeraExperts, expert_parameters
+from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, check_rows
 
 
 class CeraModel(BaseTuner):
@@ -28,8 +30,16 @@ class CeraModel(BaseTuner):
 
     def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
         if config.target_modules is None:
-            config.target_modules = ["q_proj", "v_proj"]  # the paper's, for every architecture
+            # the paper's, for every architecture
+            config.target_modules = [] if config.target_parameters else ["q_proj", "v_proj"]
         return config
+
+    def _prepare_model(self, config: CeraConfig, model: nn.Module) -> None:
+        for target in config.target_parameters or []:
+            if not any(_ends_with(f"{key}.{name}", target) for key, name in _parameters(model)):
+                experts = sorted({".".join(key.split(".")[-2:]) + f".{name}" for key, name in all_experts(model)})
+                there = f"Its experts are {', '.join(experts)}." if experts else "It has no experts: it is dense."
+                raise ValueError(f"target_parameters: {target!r} matches no parameter of this model. {there}")
 
     @staticmethod
     def _check_target_module_exists(config: CeraConfig, key: str) -> Any:
@@ -54,6 +64,8 @@ class CeraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if isinstance(target, CeraExperts) or expert_parameters(target):
+            raise ValueError(f"target module {current_key!r} holds experts: name its parameters in target_parameters.")
         if isinstance(target, CeraLayer):
             target.update_layer(adapter_name, config)
             return
@@ -64,6 +76,36 @@ class CeraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: CeraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Puts branches on experts, on all targeted parameters of a module at once."""
+        targets = defaultdict(list)
+        for key, name in _parameters(model):
+            is_target = any(_ends_with(f"{key}.{name}", target) for target in peft_config.target_parameters)
+            if is_target and self._check_target_module_exists(replace(peft_config, target_modules=[key]), key):
+                targets[key].append(name)
+        for key, names in targets.items():
+            parent, target, target_name = _get_submodules(model, key)
+            try:
+                with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                    if isinstance(target, CeraExperts):
+                        target.update_layer(adapter_name, peft_config, names)
+                        continue
+                    experts = CeraExperts(target, adapter_name, peft_config, names)
+            except TypeError as error:
+                raise ValueError(f"target_parameters of {key!r} cannot be adapted. {error}") from error
+            if adapter_name not in self.active_adapters:
+                experts.requires_grad_(False)  # as in `_create_and_replace`
+            self._replace_module(parent, target_name, experts, target)
+        return [f"{key}.{name}" for key, names in targets.items() for name in names]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, CeraExperts):  # PEFT hands over a weight, which experts have none of
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -90,16 +132,29 @@ class CeraModel(BaseTuner):
                 f"{', '.join(sorted(self.peft_config))}, and {BASE_ADAPTER} for none."
             )
         copies = self._copies_of_a_row(kwargs)
+        rows: dict[nn.Module, int] = {}  # of the batch, by module of experts
+
+        def remember_rows(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            rows.update(dict.fromkeys(block.children(), len(hidden_states)))
 
         def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             # an encoder still runs on the rows themselves
-            repeats = 1 if len(args[0]) == len(adapter_names) else copies
+            count = rows[layer] if isinstance(layer, CeraExperts) else len(args[0])
+            repeats = 1 if count == len(adapter_names) else copies
             names = [name for name in adapter_names for _ in range(repeats)]
             if isinstance(layer, AuxiliaryTrainingWrapper):  # fails on an adapter that has no module to save here
                 names = [name if name in layer._get_available_adapters() else BASE_ADAPTER for name in names]
+            if isinstance(layer, CeraExperts):  # sees tokens, not rows
+                check_rows(count, names)
             return args, kwargs | {"adapter_names": names}
 
         hooks = [
+            block.register_forward_pre_hook(remember_rows, with_kwargs=True)
+            for block in self.modules()
+            if any(isinstance(child, CeraExperts) for child in block.children())
+        ]
+        hooks += [
             layer.register_forward_pre_hook(add_names, with_kwargs=True)
             for layer in self.modules()
             if isinstance(layer, (CeraLayer, AuxiliaryTrainingWrapper))
@@ -135,6 +190,15 @@ class CeraModel(BaseTuner):
     # --- loading -----------------------------------------------------------------------------------------------------
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT looks for it before the last name at most; experts' matrices have their parameter's name there.
+        for matrix in ("cera_A", "cera_B"):
+            head, found, tail = key.partition(f".{matrix}.{adapter_name}.")
+            if found:
+                return f"{head}.{matrix}.{tail}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: CeraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -145,9 +209,7 @@ class CeraModel(BaseTuner):
         """
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         places = set(model.state_dict())
-        needed = {
-            key for key in places if key.endswith((f".cera_A.{adapter_name}.weight", f".cera_B.{adapter_name}.weight"))
-        }
+        needed = {key for key in places if f".cera_A.{adapter_name}." in key or f".cera_B.{adapter_name}." in key}
         missing = sorted(needed - set(state_dict))
         extra = sorted(
             key for key in state_dict if key not in places and key.removeprefix("base_model.model.") not in places
@@ -159,6 +221,25 @@ class CeraModel(BaseTuner):
                 "Check that it belongs to this base model and to these target_modules."
             )
         return state_dict
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of all parameters of the base, as those of their module and in it."""
+    for name, _ in model.named_parameters():
+        if ".cera_" not in name:
+            key, _, last = name.replace(".base_layer.", ".").rpartition(".")
+            yield key, last
+
+
+def all_experts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of the experts' parameters that can carry branches, as those of their module and in it."""
+    for key, module in model.named_modules():
+        for name in expert_parameters(module):
+            yield key.removesuffix(".base_layer"), name
+
+
+def _ends_with(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def _first(keys: list[str]) -> str:
