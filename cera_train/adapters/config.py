@@ -42,6 +42,13 @@ class AdapterConfig:
     target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result", binds_checkpoint=True)
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
     full trains every module."""
+    target_parameters: list[str] | None = setting(None, "result", binds_checkpoint=True)
+    """cera: experts' parameters, such as [mlp.experts.down_proj]: every expert gets a branch. null: none."""
+    experts: bool = setting(False, "result", binds_checkpoint=True)
+    """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since a branch for each of
+    many experts is most of an adapter (Qwen3-30B-A3B at r=16: 47 times the rest)."""
+    expert_r: int | None = setting(None, "result", binds_checkpoint=True)
+    """Rank of an expert's branch. null: r."""
     layers: list[int] | None = setting(None, "result", binds_checkpoint=True)
     """Only these layers. null: every layer."""
     method: str | None = setting(None, "result", binds_checkpoint=True)
@@ -58,8 +65,11 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in kinds(), f"adapter.kind={self.kind}: expected one of {', '.join(kinds())}.")
-        require_positive("adapter", self, "r", "alpha", "b_lr_ratio")
+        require_positive("adapter", self, "r", "alpha", "b_lr_ratio", "expert_r")
         require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
+        require(
+            self.target_parameters != [], "adapter.target_parameters=[] adapts nothing: name some, or leave it null."
+        )
         require(self.layers != [], "adapter.layers=[] adapts nothing: name layers, or leave it null for all.")
         self.settings = {} if self.settings is None else self.settings  # a null takes 'adapter.settings={...}'
         is_dict = isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings)
@@ -85,6 +95,8 @@ class AdapterConfig:
         if targets is None and not self.family.needs_targets:
             return
         is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        if targets == [] and (self.experts or self.target_parameters):
+            return
         require(
             bool(targets) and (is_list or isinstance(targets, str)),
             f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
@@ -117,6 +129,9 @@ UNSET = {
     "dropout": (0, "the dropout of an adapter"),
     "activation": (Activation.silu, "the gate of cera"),
     "target_modules": (None, "a choice of modules"),
+    "target_parameters": (None, "a choice of experts' parameters"),
+    "experts": (False, "a choice of cera's"),
+    "expert_r": (None, "the rank of an expert of cera's"),
     "layers": (None, "a choice of layers"),
     "method": (None, "a method for adapter.kind=peft"),
     "settings": ({}, "for PEFT's config"),

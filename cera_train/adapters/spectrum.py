@@ -8,6 +8,7 @@ method with hidden units. What A, the gate and B are stands in families/.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -82,9 +83,8 @@ def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
     found = {}
     for name, module in model.named_modules():
-        branch = next(filter(None, (family.branch(module) for family in families())), None)
-        if branch is not None:
-            found[name.removeprefix("base_model.model.")] = branch
+        branches = next(filter(None, (family.branches(module) for family in families())), {})
+        found |= {name.removeprefix("base_model.model.") + end: branch for end, branch in branches.items()}
     return found
 
 
@@ -128,10 +128,7 @@ def measure_spectra(
             if not counts:
                 return
             # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
-            x = args[0].reshape(-1, args[0].shape[-1])
-            is_padded = batch.attention_mask is not None and args[0].ndim > 2  # a head gets [N, d_in], without padding
-            if is_padded:
-                x = x[batch.attention_mask.reshape(-1).bool()]
+            x = branch.rows(args, None if batch.attention_mask is None else batch.attention_mask.reshape(-1).bool())
             z_NR = nn.functional.linear(x.to(branch.A.weight.dtype), branch.A.weight).float()
             if branch.gate is not None:
                 moments.open += (z_NR > 0).any(0)
@@ -151,7 +148,8 @@ def measure_spectra(
             hook.remove()
     for part in moments.values():
         part.reduce(reduce)
-    return {name: _spectrum(branch, moments[name]) for name, branch in branches.items()}
+    # An expert may have got no token of the probe.
+    return {name: _spectrum(branch, moments[name]) for name, branch in branches.items() if moments[name].count}
 
 
 def _spectrum(branch: Branch, moments: _Moments) -> ModuleSpectrum:
@@ -169,7 +167,8 @@ def _psd_root(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
-    """Named numbers for the log: mean and max over modules, then every module. None of them for no spectra."""
+    """Named numbers for the log: mean and max over modules, then every module; mean and max over a layer's experts in
+    place of every one. None of them for no spectra."""
     columns = {
         "effective_rank": {name: spectrum.effective_rank for name, spectrum in spectra.items()},
         "manifold_dimension": {name: spectrum.manifold_dimension for name, spectrum in spectra.items()},
@@ -183,7 +182,16 @@ def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
             metrics[f"spectrum/{kind}/mean"] = sum(values.values()) / len(values)
             metrics[f"spectrum/{kind}/max"] = max(values.values())
     for kind, values in columns.items():
-        metrics |= {f"spectrum/{kind}/{name}": value for name, value in values.items()}
+        experts = defaultdict(list)
+        for name, value in values.items():
+            stem, _, last = name.rpartition(".")
+            if last.isdigit():
+                experts[stem].append(value)
+            else:
+                metrics[f"spectrum/{kind}/{name}"] = value
+        for name, of_experts in experts.items():
+            metrics[f"spectrum/{kind}/{name}/mean"] = sum(of_experts) / len(of_experts)
+            metrics[f"spectrum/{kind}/{name}/max"] = max(of_experts)
     return metrics
 
 

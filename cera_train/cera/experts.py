@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,12 @@ class Routing:
     """The pairs' experts, ascending, [S]."""
     ends: torch.Tensor
     """The place after the last pair of every expert, int32, [E]."""
+
+    @functools.cached_property
+    def pairs_of(self) -> list[slice]:
+        """The places of every expert's pairs. On a GPU this waits for it."""
+        ends = [0, *self.ends.tolist()]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
 
     @classmethod
     def by_expert(cls, top_k_index: torch.Tensor, num_experts: int) -> Routing:
@@ -255,10 +262,17 @@ class CeraExperts(CeraLayer):
 
 
 def expert_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module of experts that can carry branches; empty for any other module."""
-    if not hasattr(module, "has_gate") or not hasattr(module, "is_transposed"):
-        return []
-    return [up_name(module), "down_proj"]
+    """Names of the projections in a module of experts, which are its parameters; empty for any other module."""
+    held = module._parameters
+    is_experts = held.get("down_proj") is not None and held["down_proj"].ndim > 2
+    return [name for name in ("gate_up_proj", "up_proj", "down_proj") if is_experts and name in held]
+
+
+def all_experts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of all projections of experts, as those of their module and in it."""
+    for key, module in model.named_modules():
+        for name in expert_parameters(module):
+            yield key.removesuffix(".base_layer"), name
 
 
 def expert_features(experts: nn.Module, name: str) -> tuple[int, int, int]:
@@ -278,7 +292,7 @@ def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
                 f"{name} of {kind} is quantised ({weight.dtype}), and its kernel takes no branch: load the experts in "
                 "16 or 32 bits."
             )
-        if not adaptable:
+        if not hasattr(experts, "is_transposed"):
             raise TypeError(f"{kind} does not run through transformers' experts interface, so no branch would run.")
         if name not in adaptable:
             raise TypeError(f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}.")

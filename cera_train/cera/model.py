@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 
 from .config import CeraConfig
-from .experts import CeraExperts, expert_parameters
+from .experts import CeraExperts, all_experts, expert_parameters
 from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, check_rows
 
 
@@ -37,7 +37,7 @@ class CeraModel(BaseTuner):
     def _prepare_model(self, config: CeraConfig, model: nn.Module) -> None:
         for target in config.target_parameters or []:
             if not any(_ends_with(f"{key}.{name}", target) for key, name in _parameters(model)):
-                experts = sorted({".".join(key.split(".")[-2:]) + f".{name}" for key, name in all_experts(model)})
+                experts = sorted({f"{key.rpartition('.')[2]}.{name}" for key, name in all_experts(model)})
                 there = f"Its experts are {', '.join(experts)}." if experts else "It has no experts: it is dense."
                 raise ValueError(f"target_parameters: {target!r} matches no parameter of this model. {there}")
 
@@ -229,13 +229,6 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
         if ".cera_" not in name:
             key, _, last = name.replace(".base_layer.", ".").rpartition(".")
             yield key, last
-
-
-def all_experts(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Names of the experts' parameters that can carry branches, as those of their module and in it."""
-    for key, module in model.named_modules():
-        for name in expert_parameters(module):
-            yield key.removesuffix(".base_layer"), name
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -2,39 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families.peft import Peft
 from cera_train.adapters.family import ADAPTER, Branch
+from cera_train.common.settings import require
 
 if TYPE_CHECKING:
     import peft
+    import torch
     from torch import nn
+    from transformers import PreTrainedModel
+
+    from cera_train.cera.experts import CeraExperts, ExpertMatrices
 
 
 class Cera(Peft):
     name = "CeRA"
     uses = frozenset(
         {"r", "alpha", "dropout", "activation", "target_modules", "layers", "settings", "b_lr_ratio", "kernels"}
+        | {"target_parameters", "experts", "expert_r"}
     )
     needs_targets = True
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
         self.require_rank(config)
+        adapts_experts = config.experts or config.target_parameters
+        require(
+            not (config.experts and config.target_parameters),
+            "adapter.experts=true adapts all experts: leave out adapter.target_parameters.",
+        )
+        require(
+            config.expert_r is None or adapts_experts,
+            f"adapter.expert_r={config.expert_r} is the rank of an expert, and none is adapted: set "
+            "adapter.experts=true or adapter.target_parameters=[...].",
+        )
+
+    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+        from cera_train.adapters.targets import expert_names
+
+        if config.experts:
+            config = replace(config, experts=False, target_parameters=expert_names(base))
+        return super().build(base, config)
 
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout, "activation": str(config.activation)}
+        fields = {name: getattr(config, name) for name in ("r", "alpha", "dropout", "target_parameters", "expert_r")}
+        fields["activation"] = str(config.activation)
         return self.make(CeraConfig, config, fields)
 
     def branch(self, module: nn.Module) -> Branch | None:
         from torch import nn
 
-        from cera_train.cera import CeraLayer
+        from cera_train.cera import CeraExperts, CeraLayer
 
-        if not isinstance(module, CeraLayer) or ADAPTER not in module.r:
+        if not isinstance(module, CeraLayer) or isinstance(module, CeraExperts) or ADAPTER not in module.r:
             return None
         A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
         scaling = module.scaling[ADAPTER]
@@ -46,6 +71,57 @@ class Cera(Peft):
             out_features=module.out_features,
             gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
         )
+
+    def branches(self, module: nn.Module) -> dict[str, Branch]:
+        from cera_train.cera import CeraExperts
+
+        if not isinstance(module, CeraExperts) or ADAPTER not in module.r:
+            return super().branches(module)
+        return {
+            f".{name}.{expert}": self._expert_branch(module, name, expert)
+            for name, matrices in module.cera_A[ADAPTER].items()
+            for expert in range(len(matrices.weight))
+        }
+
+    def _expert_branch(self, module: CeraExperts, name: str, expert: int) -> Branch:
+        from torch import nn
+
+        A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
+        scaling, r = module.scaling[ADAPTER], module.r[ADAPTER]
+
+        def gram() -> torch.Tensor:
+            B_e = B[name].weight[expert].double()
+            return scaling**2 * B_e.T @ B_e
+
+        return ExpertBranch(
+            A[name],
+            ExpertMatrix(A[name], expert),
+            gate=None if isinstance(gate, nn.Identity) else gate,
+            r=r,
+            out_features=B[name].weight.shape[1],
+            gram=gram,
+        )
+
+
+@dataclass
+class ExpertMatrix:
+    """One of the matrices of a layer's experts."""
+
+    matrices: ExpertMatrices
+    expert: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.matrices.weight[self.expert]
+
+
+class ExpertBranch(Branch):
+    """The branch of one expert: A gets the rows that are routed to it."""
+
+    def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
+        x, routing = inputs
+        pairs = routing.pairs_of[self.A.expert]
+        return x[pairs] if is_token is None else x[pairs][is_token[routing.tokens[pairs]]]
 
 
 FAMILY = Cera()
