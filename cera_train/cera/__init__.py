@@ -6,8 +6,9 @@ from peft.utils import register_peft_method
 from .config import CeraConfig
 from .layer import CeraLayer
 from .model import CeraModel
+from .optimizer import create_loraplus_optimizer
 
-__all__ = ["CeraConfig", "CeraLayer", "CeraModel"]
+__all__ = ["CeraConfig", "CeraLayer", "CeraModel", "create_loraplus_optimizer"]
 
 
 def _add_peft_type(name: str) -> None:

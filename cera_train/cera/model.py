@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from .config import CeraConfig
-from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer
+from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, CeraLinear
 
 
 class CeraModel(BaseTuner):
@@ -22,14 +24,44 @@ class CeraModel(BaseTuner):
 
     prefix = "cera_"
     tuner_layer_cls = CeraLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- building ----------------------------------------------------------------------------------------------------
 
     def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
         if config.target_modules is None:
-            config.target_modules = ["q_proj", "v_proj"]  # the paper's, for every architecture
+            config.target_modules = self._default_targets(model_config.get("model_type"))
+            config.check_contradictions()
         return config
+
+    def _default_targets(self, model_type: str | None) -> list[str] | str:
+        """q_proj and v_proj, the paper's; where a model has none, what PEFT takes for LoRA."""
+        mapped = self.target_module_mapping.get(model_type)
+        names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+        if isinstance(mapped, str):  # an expression for a part of the model, as its language model
+            return mapped
+        if names >= {"q_proj", "v_proj"}:
+            return ["q_proj", "v_proj"]
+        if mapped is None:
+            raise ValueError(
+                f"target_modules=None: a model of type {model_type} has no q_proj and v_proj, and PEFT no default for "
+                "it. Name the projections to adapt, or set target_modules='all-linear'."
+            )
+        return list(mapped)
+
+    def _prepare_model(self, config: CeraConfig, model: nn.Module) -> None:
+        """Refuses a pattern that matches no target, before anything is adapted."""
+        if not (config.rank_pattern or config.alpha_pattern):
+            return
+        config = _maybe_include_all_linear_layers(replace(config), model)
+        targets = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, field)
+            unmatched = patterns.keys() - {get_pattern_key(patterns, name) for name in targets}
+            if unmatched:
+                raise ValueError(
+                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no target module."
+                )
 
     @staticmethod
     def _check_target_module_exists(config: CeraConfig, key: str) -> Any:
@@ -54,11 +86,12 @@ class CeraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        config = config.of_module(current_key)
         if isinstance(target, CeraLayer):
             target.update_layer(adapter_name, config)
             return
         try:
-            layer = CeraLayer(target, adapter_name, config)
+            layer = CeraLinear(target, adapter_name, config)
         except TypeError as error:
             raise ValueError(f"target module {current_key!r} cannot be adapted. {error}") from error
         if adapter_name not in self.active_adapters:
@@ -92,8 +125,9 @@ class CeraModel(BaseTuner):
         copies = self._copies_of_a_row(kwargs)
 
         def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
             # an encoder still runs on the rows themselves
-            repeats = 1 if len(args[0]) == len(adapter_names) else copies
+            repeats = 1 if len(rows) == len(adapter_names) else copies
             names = [name for name in adapter_names for _ in range(repeats)]
             if isinstance(layer, AuxiliaryTrainingWrapper):  # fails on an adapter that has no module to save here
                 names = [name if name in layer._get_available_adapters() else BASE_ADAPTER for name in names]
@@ -120,6 +154,17 @@ class CeraModel(BaseTuner):
 
         return max(setting("num_beams"), setting("num_return_sequences"))
 
+    # --- weights that are tied ----------------------------------------------------------------------------------------
+
+    def _add_modules_to_save_to_tie(self, config: CeraConfig, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, config, tied_weight_keys)
+
+    def _add_targets_to_tie(self, config: CeraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying: an embedding takes no CeRA branch, so none can be tied to the head's. Leave the head "
+            "out of target_modules."
+        )
+
     # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
@@ -145,9 +190,8 @@ class CeraModel(BaseTuner):
         """
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         places = set(model.state_dict())
-        needed = {
-            key for key in places if key.endswith((f".cera_A.{adapter_name}.weight", f".cera_B.{adapter_name}.weight"))
-        }
+        parts = [f".{part}.{adapter_name}." for part in CeraLayer.adapter_layer_names]
+        needed = {key for key in places if any(part in key for part in parts)}
         missing = sorted(needed - set(state_dict))
         extra = sorted(
             key for key in state_dict if key not in places and key.removeprefix("base_model.model.") not in places
