@@ -33,11 +33,14 @@ class Cera(Peft):
         from torch import nn
 
         from cera_train.cera import CeraLayer
+        from cera_train.cera.gate import LearnedGate
 
         if not isinstance(module, CeraLayer) or ADAPTER not in module.r:
             return None
         A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
         scaling = module.scaling[ADAPTER]
+        mixes = isinstance(gate, LearnedGate) and gate.gamma is not None
+        activation = gate.gate if isinstance(gate, LearnedGate) else gate
         return Branch(
             module,
             A,
@@ -45,6 +48,8 @@ class Cera(Peft):
             r=module.r[ADAPTER],
             out_features=module.out_features,
             gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
+            closes=not (mixes or isinstance(activation, nn.Identity)),
+            gamma=(lambda: gate.gamma.item()) if mixes else None,
         )
 
 
