@@ -38,6 +38,10 @@ class Branch:
     out_features: int
     gram: Callable[[], torch.Tensor]
     """s^2 B^T B, [R, R], float64. Called inside the model's forward, where sharded weights are whole."""
+    closes: bool = False
+    """Whether a hidden unit is off where the gate gives nothing above 0."""
+    gamma: Callable[[], float] | None = None
+    """The learned share of the gate, called inside the forward too; None where it is not learned."""
 
     def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
         """The rows that A gets from the layer's inputs, [N, d_in].

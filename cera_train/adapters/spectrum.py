@@ -26,7 +26,9 @@ class ModuleSpectrum:
     singular_values: torch.Tensor
     """Singular values of the centred branch output, descending, float64, [min(r, d_out)]."""
     dead_units: float | None
-    """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where there is no gate."""
+    """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where no gate closes."""
+    gamma: float | None = None
+    """The learned share of the gate; None where it is not learned."""
 
     @property
     def effective_rank(self) -> float:
@@ -61,6 +63,7 @@ class _Moments:
         self.second = torch.zeros(r, r, dtype=torch.float64, device=device)
         self.open = torch.zeros(r, dtype=torch.float64, device=device)
         self.root: torch.Tensor | None = None
+        self.gamma: float | None = None
 
     def add(self, rows_NR: torch.Tensor) -> None:
         rows_NR = rows_NR.double()
@@ -125,14 +128,15 @@ def measure_spectra(
         def hook(module: nn.Module, args: tuple) -> None:
             if moments.root is None:  # taken here: where weights are sharded, they are whole inside a forward only
                 moments.root = _psd_root(branch.gram())
+                moments.gamma = branch.gamma() if branch.gamma else None
             if not counts:
                 return
             # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
             x = branch.rows(args, None if batch.attention_mask is None else batch.attention_mask.reshape(-1).bool())
             z_NR = nn.functional.linear(x.to(branch.A.weight.dtype), branch.A.weight).float()
-            if branch.gate is not None:
-                moments.open += (z_NR > 0).any(0)
-            moments.add(z_NR if branch.gate is None else branch.gate(z_NR))
+            h_NR = z_NR if branch.gate is None else branch.gate(z_NR)
+            moments.open += (h_NR > 0).any(0)
+            moments.add(h_NR)
 
         return hook
 
@@ -153,11 +157,11 @@ def measure_spectra(
 
 
 def _spectrum(branch: Branch, moments: _Moments) -> ModuleSpectrum:
-    dead_units = None if branch.gate is None else 1 - (moments.open > 0).double().mean().item()
+    dead_units = 1 - (moments.open > 0).double().mean().item() if branch.closes else None
     root = moments.root
     singular_values = torch.linalg.eigvalsh(root @ moments.scatter() @ root).clamp(min=0).sqrt().flip(0)
     # h B^T has at most d_out directions: with r above that, the rest is rounding.
-    return ModuleSpectrum(singular_values[: branch.out_features].cpu(), dead_units)
+    return ModuleSpectrum(singular_values[: branch.out_features].cpu(), dead_units, moments.gamma)
 
 
 def _psd_root(matrix: torch.Tensor) -> torch.Tensor:
@@ -192,7 +196,8 @@ def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
         for name, of_experts in experts.items():
             metrics[f"spectrum/{kind}/{name}/mean"] = sum(of_experts) / len(of_experts)
             metrics[f"spectrum/{kind}/{name}/max"] = max(of_experts)
-    return metrics
+    gammas = [spectrum.gamma for spectrum in spectra.values() if spectrum.gamma is not None]
+    return metrics | ({"adapter/gamma": sum(gammas) / len(gammas)} if gammas else {})
 
 
 def module_spectra(spectra: dict[str, ModuleSpectrum]) -> dict[str, dict]:
@@ -202,6 +207,7 @@ def module_spectra(spectra: dict[str, ModuleSpectrum]) -> dict[str, dict]:
             "effective_rank": spectrum.effective_rank,
             "manifold_dimension": spectrum.manifold_dimension,
             "dead_units": spectrum.dead_units,
+            "gamma": spectrum.gamma,
             "singular_values": spectrum.singular_values.tolist(),
         }
         for name, spectrum in spectra.items()

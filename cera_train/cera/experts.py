@@ -18,8 +18,10 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 
+from .branch import seeded_dropout
 from .config import CeraConfig
-from .hidden import GATES, hidden
+from .gate import LearnedGate, draw_matrix, make_gate
+from .hidden import hidden
 from .layer import CeraLayer, autocast_dtype
 
 IMPLEMENTATION = "cera"
@@ -145,21 +147,21 @@ class ExpertMatrices(nn.Module):
 class CeraExperts(CeraLayer):
     """Frozen experts with CeRA branches beside their projections.
 
-    An adapter's A and B hold one `ExpertMatrices` for each adapted parameter, by its name.
+    An adapter's A and B hold one `ExpertMatrices` for each adapted parameter, by its name. The experts of a parameter
+    share a gate that learns.
 
     Args:
         base_layer: a module of experts that transformers calls through its interface.
         adapter_name: the first adapter.
-        config: its settings.
-        parameters: names of the parameters to adapt.
+        configs: its settings by the name of a parameter to adapt.
 
     Raises:
         TypeError: the experts cannot be called with branches.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: CeraConfig, parameters: Iterable[str]) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
         nn.Module.__init__(self)
-        check_experts(base_layer, parameters)
+        check_experts(base_layer, configs)
         self.base_layer = base_layer
         # A config for this module alone: the model's says which implementation runs without branches, and generate()
         # changes it.
@@ -167,36 +169,41 @@ class CeraExperts(CeraLayer):
         base_layer.config.base_config = base_config
         base_layer.config._experts_implementation_internal = IMPLEMENTATION
         self._make_containers(adapter_name)
-        self.update_layer(adapter_name, config, parameters)
+        self.train(base_layer.training)
+        self.update_layer(adapter_name, configs)
 
-    def update_layer(self, adapter_name: str, config: CeraConfig, parameters: Iterable[str]) -> None:
+    def update_layer(self, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
         """Adds an adapter, or replaces the one of that name."""
-        check_experts(self.base_layer, parameters)
-        self.r[adapter_name] = config.expert_rank
-        self.scaling[adapter_name] = config.scaling_of(config.expert_rank)
-        self.cera_A[adapter_name], self.cera_B[adapter_name] = nn.ModuleDict(), nn.ModuleDict()
+        check_experts(self.base_layer, configs)
         dtype = self.base_dtype if self.base_dtype.itemsize >= 4 else torch.float32
-        for name in parameters:
+        parts = self.cera_A, self.cera_B, self.cera_gate, self.cera_dropout
+        for part in parts:
+            part[adapter_name] = nn.ModuleDict()
+        for values in (self.r, self.scaling, self.drops_input):
+            values[adapter_name] = {}
+        A, B, gate, dropout = (part[adapter_name] for part in parts)
+        for name, config in configs.items():
             num_experts, d_in, d_out = expert_features(self.base_layer, name)
-            r = config.expert_rank
-            self.cera_A[adapter_name][name] = ExpertMatrices(num_experts, d_in, r, dtype=dtype)
-            self.cera_B[adapter_name][name] = ExpertMatrices(num_experts, r, d_out, dtype=dtype)
-        self.cera_gate[adapter_name] = GATES[config.activation]()
-        self.cera_dropout[adapter_name] = nn.Dropout(config.dropout).train(self.training)
-        self.reset_parameters(adapter_name, config.init_weights)
+            self.r[adapter_name][name] = config.r
+            self.scaling[adapter_name][name] = config.scaling
+            self.drops_input[adapter_name][name] = config.dropout_on == "input"
+            A[name] = ExpertMatrices(num_experts, d_in, config.r, dtype=dtype)
+            B[name] = ExpertMatrices(num_experts, config.r, d_out, dtype=dtype)
+            gate[name] = make_gate(config, dtype)
+            dropout[name] = nn.Dropout(config.dropout).train(self.training)
+            self.reset_parameters(adapter_name, name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+    def reset_parameters(self, adapter_name: str, name: str, config: CeraConfig) -> None:
         """Draws every expert's A as a projection's; B starts at zero, so update 0 is the base model."""
-        for name, B in self.cera_B[adapter_name].items():
-            for matrix in self.cera_A[adapter_name][name].weight:
-                nn.init.kaiming_normal_(matrix, nonlinearity="relu")
-            if init_weights:
-                nn.init.zeros_(B.weight)
-            else:
-                for matrix in B.weight:
-                    nn.init.kaiming_normal_(matrix, nonlinearity="linear")
+        for A_e, B_e in zip(
+            self.cera_A[adapter_name][name].weight, self.cera_B[adapter_name][name].weight, strict=True
+        ):
+            draw_matrix(A_e, config.init)
+            nn.init.zeros_(B_e) if config.init_weights else nn.init.kaiming_normal_(B_e, nonlinearity="linear")
+        if isinstance(gate := self.cera_gate[adapter_name][name], LearnedGate):
+            gate.reset_parameters(config)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return base_layer.down_proj.device, base_layer.down_proj.dtype
@@ -223,14 +230,17 @@ class CeraExperts(CeraLayer):
 
     def branch(self, x: torch.Tensor, adapter_name: str, name: str, routing: Routing) -> torch.Tensor:
         """s B_e dropout(gate(A_e x)), which one adapter adds to a projection, [S, d_in] -> [S, d_out]."""
-        A, B = self.cera_A[adapter_name][name], self.cera_B[adapter_name][name]
-        gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
+        A, B, gate = (part[adapter_name][name] for part in (self.cera_A, self.cera_B, self.cera_gate))
+        dropout, drops_input = self.cera_dropout[adapter_name][name], self.drops_input[adapter_name][name]
         p = dropout.p if dropout.training else 0.0
         # The CPU's generator: reading a number from the GPU's would wait for the GPU.
         seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
-        x = x.to(autocast_dtype(x.device) or A.weight.dtype)
-        h = hidden(A(x, routing), gate, p, seed, self.kernels)
-        return B(h * self.scaling[adapter_name], routing)
+        dtype = autocast_dtype(x.device)
+        x = self._cast_input_dtype(x, A.weight.dtype) if dtype is None else x.to(dtype)
+        if p and drops_input:
+            x = seeded_dropout(x, p, seed)
+        h = hidden(A(x, routing), gate, 0.0 if drops_input else p, seed, self.kernels)
+        return B(h * self.scaling[adapter_name][name], routing)
 
     def _add_by_row(
         self,

@@ -21,7 +21,7 @@ from cera_train.common.records import RESTORE, Record, fits, key, read_lines
 
 @dataclass
 class SpectrumSummary(Record):
-    """The spectra of all adapted modules in six numbers."""
+    """The spectra of all adapted modules in six numbers, and the mean of the learned mix."""
 
     effective_rank_mean: float | None = key("spectrum/effective_rank/mean")
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
@@ -30,6 +30,8 @@ class SpectrumSummary(Record):
     dead_units_mean: float | None = key("spectrum/dead_units/mean")
     """Share of hidden units that are closed on the whole probe; None without a gate."""
     dead_units_max: float | None = key("spectrum/dead_units/max")
+    gamma: float | None = key("adapter/gamma")
+    """Share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is learned."""
 
 
 @dataclass
@@ -103,6 +105,8 @@ class ModuleSpectrumRecord(Record):
     effective_rank: float | None = None
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
+    gamma: float | None = None
+    """Share of the gate; None unless it is learned."""
     singular_values: list[float] | None = None
     """Singular values of the centred branch output, descending."""
 

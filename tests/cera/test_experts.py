@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cera_train.cera import CeraConfig, CeraExperts, CeraLayer
+from cera_train.cera.layer import CeraLinear
 
 pytestmark = WARNINGS
 
@@ -58,9 +59,12 @@ def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters):
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "identity"])
-def test_gradients_of_a_layer_equal_the_loops_for_every_gate(activation):
+@pytest.mark.parametrize("variant", [{}, {"mix": "learned"}, {"recurrent_steps": 2}], ids=str)
+def test_gradients_of_a_layer_equal_the_loops_for_every_gate(activation, variant):
     """Those at the hidden states and the routing weights too, which the layers below and the router learn by."""
-    layer = experts_of(adapted_mixture("qwen3_moe", double=True, activation=activation))[0]
+    if activation == "identity" and "mix" in variant:
+        pytest.skip("refused: there is nothing to mix")
+    layer = experts_of(adapted_mixture("qwen3_moe", double=True, activation=activation, **variant))[0]
     x, weights, index = random_routing(layer)
     tensors = [x, weights, *adapter_weights(layer)]
     found = torch.autograd.grad(layer(x, index, weights).sin().sum(), tensors)
@@ -143,7 +147,7 @@ def test_shared_experts_are_projections_like_any_other():
     names = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"]
     model = adapted_mixture("qwen2_moe", target_modules=names)
     kinds = [type(module) for module in model.modules() if isinstance(module, CeraLayer)]
-    assert sorted(kind.__name__ for kind in kinds) == ["CeraExperts"] * 2 + ["CeraLayer"] * 6
+    assert sorted(kind.__name__ for kind in kinds) == ["CeraExperts"] * 2 + ["CeraLinear"] * 6
     assert len(gradients(model, IDS)) == 2 * (4 + 6)
 
 
@@ -178,10 +182,25 @@ def test_every_experts_A_starts_as_a_projections_does():
 
 def test_rank_and_scale_of_an_expert():
     layer = experts_of(adapted_mixture(r=8, expert_r=2, alpha=4))[0]
-    assert layer.r == {"default": 2}
-    assert layer.scaling == {"default": 2.0}
-    assert experts_of(adapted_mixture(r=8, alpha=4))[0].scaling == {"default": 0.5}
-    assert experts_of(adapted_mixture(r=8, expert_r=2))[0].scaling == {"default": 1.0}
+    both = ("gate_up_proj", "down_proj")
+    assert layer.r["default"] == dict.fromkeys(both, 2)
+    assert layer.scaling["default"] == dict.fromkeys(both, 2.0)
+    assert experts_of(adapted_mixture(r=8, alpha=4))[0].scaling["default"] == dict.fromkeys(both, 0.5)
+    assert experts_of(adapted_mixture(r=8, expert_r=2))[0].scaling["default"] == dict.fromkeys(both, 1.0)
+
+
+def test_patterns_choose_the_rank_and_alpha_of_experts():
+    settings = {"expert_r": 2, "alpha": 4, "use_rslora": True, "target_modules": ["q_proj"]}
+    patterns = {
+        "rank_pattern": {"layers.1.mlp.experts.down_proj": 9, "experts.down_proj": 4},
+        "alpha_pattern": {"gate_up_proj": 8},
+    }
+    first, last = experts_of(adapted_mixture(r=8, **settings, **patterns))
+    assert first.r["default"] == {"gate_up_proj": 2, "down_proj": 4}
+    assert last.r["default"]["down_proj"] == 9
+    assert first.scaling["default"] == {"gate_up_proj": 8 / 2**0.5, "down_proj": 2.0}
+    with pytest.raises(ValueError, match="rank_pattern has 'experts.up_proj', which matches no target module"):
+        adapted_mixture(rank_pattern={"experts.up_proj": 4})
 
 
 def test_float32_branches_over_a_16_bit_base_with_and_without_autocast():
@@ -208,8 +227,9 @@ def test_an_adapter_may_compute_in_the_bases_16_bits():
     assert all(slope.isfinite().all() for slope in gradients(model, IDS).values())
 
 
-def test_dropout_drops_hidden_units_in_training_alone():
-    model = adapted_mixture(dropout=0.5)
+@pytest.mark.parametrize("place", ["hidden", "input"])
+def test_dropout_drops_units_in_training_alone(place):
+    model = adapted_mixture(dropout=0.5, dropout_on=place)
     assert torch.equal(logits(model, IDS), logits(model, IDS))
     model.train()
     assert not torch.equal(logits(model, IDS), logits(model, IDS))
@@ -217,6 +237,19 @@ def test_dropout_drops_hidden_units_in_training_alone():
     once = logits(model, IDS)
     torch.manual_seed(3)
     assert torch.equal(logits(model, IDS), once)
+
+
+def test_dropout_on_the_input_drops_what_A_reads():
+    layer = experts_of(adapted_mixture(dropout=0.5, dropout_on="input"))[0].train()
+    inputs = []
+    layer.cera_A["default"]["gate_up_proj"].register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    layer(torch.ones(8, 32), torch.tensor([[0, 1]]).expand(8, 2), torch.ones(8, 2))
+    assert set(inputs[0].unique().tolist()) == {0.0, 2.0}
+
+
+def test_an_adapter_in_a_model_in_eval_mode_does_not_drop():
+    model = get_peft_model(make_mixture(), expert_config(dropout=0.9))
+    assert torch.equal(logits(model, IDS), logits(model, IDS))
 
 
 def test_checkpointing_draws_the_same_dropout_again():
@@ -349,6 +382,16 @@ def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_gates_that_learn_are_saved(tmp_path):
+    model = adapted_mixture(mix="learned", recurrent_steps=1, init="kaiming_uniform")
+    assert len(gradients(model, IDS)) == 2 * 2 * (2 + 3)
+    model.eval().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.mlp.experts.cera_gate.down_proj.gamma" in tensors
+    loaded = PeftModel.from_pretrained(make_mixture(), tmp_path).eval()
+    assert torch.equal(logits(loaded, IDS), logits(model, IDS))
+
+
 def test_a_second_adapter_is_loaded_beside_the_first(tmp_path):
     model = with_two()
     model.save_pretrained(tmp_path)
@@ -400,12 +443,12 @@ def test_parameters_alone_leave_the_modules_as_they_are():
     assert {type(module) for module in model.modules() if isinstance(module, CeraLayer)} == {CeraExperts}
     assert model.peft_config["default"].target_modules == []
     both = get_peft_model(make_mixture(), expert_config(target_modules=["q_proj"]))
-    assert sum(type(module) is CeraLayer for module in both.modules()) == 2
+    assert sum(type(module) is CeraLinear for module in both.modules()) == 2
 
 
 def test_a_name_that_matches_nothing_is_refused():
     config = expert_config(target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_proj"])
-    message = r"'mlp.experts.gate_proj' matches no parameter of this model. Its experts are .*mlp.experts.gate_up_proj"
+    message = r"'mlp.experts.gate_proj' matches no parameter of this model. Its experts' are .*experts.gate_up_proj"
     with pytest.raises(ValueError, match=message):
         get_peft_model(make_mixture(), config)
 

@@ -98,7 +98,7 @@ def plain_product(layer: CeraExperts, name: str, expert: int, x: torch.Tensor) -
     for adapter in layer.active_adapters:
         if adapter in layer.cera_A and name in layer.cera_A[adapter]:
             A, B = (matrices[adapter][name].weight[expert] for matrices in (layer.cera_A, layer.cera_B))
-            y = y + layer.scaling[adapter] * (B @ layer.cera_gate[adapter](A @ x))
+            y = y + layer.scaling[adapter][name] * (B @ layer.cera_gate[adapter][name](A @ x))
     return y
 
 

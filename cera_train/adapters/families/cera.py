@@ -55,7 +55,6 @@ class Cera(Peft):
         return self.make(CeraConfig, config, fields)
 
     def branch(self, module: nn.Module) -> Branch | None:
-        from torch import nn
 
         from cera_train.cera import CeraExperts, CeraLayer
 
@@ -66,10 +65,10 @@ class Cera(Peft):
         return Branch(
             module,
             A,
-            gate=None if isinstance(gate, nn.Identity) else gate,
             r=module.r[ADAPTER],
             out_features=module.out_features,
             gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
+            **gate_fields(gate),
         )
 
     def branches(self, module: nn.Module) -> dict[str, Branch]:
@@ -84,23 +83,36 @@ class Cera(Peft):
         }
 
     def _expert_branch(self, module: CeraExperts, name: str, expert: int) -> Branch:
-        from torch import nn
-
-        A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
-        scaling, r = module.scaling[ADAPTER], module.r[ADAPTER]
+        A, B, gate = (part[ADAPTER][name] for part in (module.cera_A, module.cera_B, module.cera_gate))
+        scaling = module.scaling[ADAPTER][name]
 
         def gram() -> torch.Tensor:
-            B_e = B[name].weight[expert].double()
+            B_e = B.weight[expert].double()
             return scaling**2 * B_e.T @ B_e
 
         return ExpertBranch(
-            A[name],
-            ExpertMatrix(A[name], expert),
-            gate=None if isinstance(gate, nn.Identity) else gate,
-            r=r,
-            out_features=B[name].weight.shape[1],
+            A,
+            ExpertMatrix(A, expert),
+            r=module.r[ADAPTER][name],
+            out_features=B.weight.shape[1],
             gram=gram,
+            **gate_fields(gate),
         )
+
+
+def gate_fields(gate: nn.Module) -> dict[str, Any]:
+    """What a branch's gate is, as fields of `Branch`."""
+    from torch import nn
+
+    from cera_train.cera.gate import LearnedGate
+
+    mixes = isinstance(gate, LearnedGate) and gate.gamma is not None
+    activation = gate.gate if isinstance(gate, LearnedGate) else gate
+    return {
+        "gate": None if isinstance(gate, nn.Identity) else gate,
+        "closes": not (mixes or isinstance(activation, nn.Identity)),
+        "gamma": (lambda: gate.gamma.item()) if mixes else None,
+    }
 
 
 @dataclass

@@ -14,6 +14,7 @@ from cera_train.adapters import build
 from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.cera import CeraExperts, CeraLayer
+from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError
 from cera_train.data.batches import flat_batch, padded_batch
 
@@ -40,10 +41,10 @@ def test_all_linear_has_experts_in_or_out(model_type):
     assert not experts_of(without)
     assert len(experts_of(model)) == 2
     linears = [name for name, module in without.named_modules() if isinstance(module, CeraLayer)]
-    assert linears == [name for name, module in model.named_modules() if type(module) is CeraLayer]
+    assert linears == [name for name, module in model.named_modules() if type(module) is CeraLinear]
     layer = experts_of(model)[0]
     assert list(layer.cera_A["default"]) == ["gate_up_proj", "down_proj"]
-    assert layer.r["default"] == 2
+    assert layer.r["default"] == {"gate_up_proj": 2, "down_proj": 2}
     weights = sum(
         weight.numel() for layer in experts_of(model) for weight in layer.parameters() if weight.requires_grad
     )
