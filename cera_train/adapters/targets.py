@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.config import AdapterConfig
-from cera_train.cera.experts import all_experts
+from cera_train.cera.experts import all_experts, expert_parameters
 from cera_train.common.errors import UserError
 
 
@@ -34,6 +34,12 @@ def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
 def expert_names(model: PreTrainedModel) -> list[str]:
     """The last two parts of the names of the experts' projections, each once."""
     return list(dict.fromkeys(f"{key.rpartition('.')[2]}.{name}" for key, name in all_experts(model)))
+
+
+def layers_without_adapted_experts(model: nn.Module) -> int:
+    """Number of modules of experts that no adapter wraps."""
+    modules = model.named_modules()
+    return sum(bool(expert_parameters(module)) and not name.endswith(".base_layer") for name, module in modules)
 
 
 def _is_target(name: str, targets: list[str] | str) -> bool:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
+from cera_train.adapters.targets import layers_without_adapted_experts
 from cera_train.common.secrets import redact
 from cera_train.common.terminal import console, highlighted, print_fields, print_line
 from cera_train.common.text import duration, targets
@@ -38,6 +39,9 @@ def print_start(session: Session, precision: Precision) -> None:
     already = f", {done:,} done" if done else ""
     print_line("run", f"{session.folder.path}, {updates:,} updates of {config.train.batch_size} sequences{already}")
     print_model(config, session.counts, precision, why_no_spectrum(session.model))
+    if config.adapter.target_modules == "all-linear" and (layers := layers_without_adapted_experts(session.model)):
+        mend = ": adapter.experts=true adds them" if "experts" in config.adapter.family.uses else ""
+        print_line("experts", f"those of {layers} layers are not adapted, all-linear leaves them out{mend}")
     print_device(config, session.team, session.held_out.loss)
     print_data(session.data, session.tokenizer)
 
@@ -72,8 +76,11 @@ def describe_adapter(adapter: AdapterConfig) -> str:
         parts.append(str(adapter.activation))
     if "dropout" in adapter.family.uses:
         parts.append(f"dropout {adapter.dropout:g}")
-    where = f", on {targets(adapter.target_modules)}" if adapter.target_modules else ""
-    return ", ".join(parts) + where
+    places = [targets(adapter.target_modules)] if adapter.target_modules else []
+    if adapter.experts or adapter.target_parameters:
+        experts = "all experts" if adapter.experts else targets(adapter.target_parameters)
+        places.append(f"{experts} at r={adapter.expert_r or adapter.r}")
+    return ", ".join(parts) + (f", on {' and '.join(places)}" if places else "")
 
 
 def print_device(config: Config, team: Team, loss: SupervisedLoss) -> None:
