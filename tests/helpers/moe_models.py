@@ -118,10 +118,9 @@ def plain_experts() -> Iterator[None]:
         yield
 
 
-def lora_experts(model: PeftModel, base: nn.Module, r: int) -> PeftModel:
+def lora_experts(model: PeftModel, base: nn.Module, r: int, parameters: list[str] = PARAMETERS) -> PeftModel:
     """A LoRA of PEFT's on the same parameters of another copy of the base, with the same A and B."""
-    config = LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=PARAMETERS, task_type="CAUSAL_LM")
-    lora = get_peft_model(base, config).eval()
+    lora = get_peft_model(base, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=parameters)).eval()
     for ours, theirs in zip(experts_of(model), expert_loras(lora), strict=True):
         for name, wrapper in theirs.items():
             A, B = (matrices["default"][name].weight for matrices in (ours.cera_A, ours.cera_B))
