@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, evaluation, experts, startup, training
+from benchmarks import data, evaluation, startup, training
 from benchmarks.targets import Target, print_targets, write_results
 
 
@@ -29,7 +29,6 @@ def main() -> None:
 
     keep("start-up", startup.measure(arguments.rounds))
     keep("data", data.measure(arguments.rows))
-    keep("experts", experts.measure(5 * arguments.rounds))
     with evaluation.questions(arguments.rows) as file:
         keep("evaluation", evaluation.measure(file, arguments.rounds))
     with training.first_rows(arguments.rows) as file:
