@@ -118,6 +118,14 @@ class AdapterConfig:
         return family(self.kind)
 
     @property
+    def adapted_experts(self) -> str:
+        """The experts' projections that are adapted, in a few words; empty for none."""
+        if not (self.experts or self.target_parameters):
+            return ""
+        names = "all experts" if self.experts else " ".join(self.target_parameters)
+        return f"{names} at r={self.expert_r or self.r}"
+
+    @property
     def title(self) -> str:
         """The name for tables and pictures."""
         return self.label or self.family.title(self)

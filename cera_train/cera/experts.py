@@ -197,11 +197,10 @@ class CeraExperts(CeraLayer):
 
     def reset_parameters(self, adapter_name: str, name: str, config: CeraConfig) -> None:
         """Draws every expert's A as a projection's; B starts at zero, so update 0 is the base model."""
-        for A_e, B_e in zip(
-            self.cera_A[adapter_name][name].weight, self.cera_B[adapter_name][name].weight, strict=True
-        ):
-            draw_matrix(A_e, config.init)
-            nn.init.zeros_(B_e) if config.init_weights else nn.init.kaiming_normal_(B_e, nonlinearity="linear")
+        # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
+        A, B = (part[adapter_name][name].weight.detach().flatten(0, 1) for part in (self.cera_A, self.cera_B))
+        draw_matrix(A, config.init)
+        nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
         if isinstance(gate := self.cera_gate[adapter_name][name], LearnedGate):
             gate.reset_parameters(config)
 

@@ -53,6 +53,11 @@ def test_all_linear_has_experts_in_or_out(model_type):
     assert model.peft_config["default"].target_parameters == ["experts.gate_up_proj", "experts.down_proj"]
 
 
+def test_settings_are_checked_before_a_model_is_there():
+    build.check(AdapterConfig(r=4, target_modules="all-linear", experts=True, expert_r=2))
+    build.check(AdapterConfig(r=4, target_modules=[], target_parameters=DOWN, expert_r=2))
+
+
 def test_experts_in_some_layers():
     model = built(target_modules="all-linear", experts=True, layers=[1])
     adapted = [name for name, module in model.named_modules() if isinstance(module, CeraLayer)]

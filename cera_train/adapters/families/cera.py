@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cera_train.adapters.families.peft import Peft
+from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.common.settings import require
 
@@ -18,17 +18,13 @@ if TYPE_CHECKING:
     from cera_train.cera.experts import CeraExperts, ExpertMatrices
 
 
-class Cera(Peft):
+class Cera(RankedPeft):
     name = "CeRA"
-    uses = frozenset(
-        {"r", "alpha", "dropout", "activation", "target_modules", "layers", "settings", "b_lr_ratio", "kernels"}
-        | {"target_parameters", "experts", "expert_r"}
-    )
-    needs_targets = True
+    uses = RankedPeft.uses | {"activation", "kernels", "target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
-        self.require_rank(config)
+        super().check(config)
         adapts_experts = config.experts or config.target_parameters
         require(
             not (config.experts and config.target_parameters),
@@ -50,12 +46,12 @@ class Cera(Peft):
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        fields = {name: getattr(config, name) for name in ("r", "alpha", "dropout", "target_parameters", "expert_r")}
+        fields = {name: getattr(config, name) for name in ("r", "alpha", "dropout", "target_parameters")}
         fields["activation"] = str(config.activation)
+        fields["expert_r"] = config.expert_r if config.target_parameters else None  # `build` knows all experts' names
         return self.make(CeraConfig, config, fields)
 
     def branch(self, module: nn.Module) -> Branch | None:
-
         from cera_train.cera import CeraExperts, CeraLayer
 
         if not isinstance(module, CeraLayer) or isinstance(module, CeraExperts) or ADAPTER not in module.r:
