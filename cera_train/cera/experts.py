@@ -106,7 +106,7 @@ def experts_forward(
     back = torch.empty_like(routing.order)
     back[routing.order] = torch.arange(len(back), device=back.device)
     # A sum over k, not index_add_, which on CUDA adds in any order.
-    return weighted[back].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+    return weighted[back].view(*top_k_index.shape, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
 def _project(experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, branches: Branches) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 
 import pytest
@@ -141,6 +142,31 @@ def test_an_expert_without_tokens_has_a_zero_gradient():
     for weight in adapter_weights(layer):
         assert weight.grad[[0, 2]].flatten(1).any(1).all()
         assert not weight.grad[[1, 3]].any()
+
+
+def test_no_tokens_at_all_are_no_error():
+    layer = experts_of(adapted_mixture())[0]
+    output = layer(torch.empty(0, 32), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2))
+    output.sum().backward()
+    assert output.shape == (0, 32)
+    assert all(weight.grad is not None and not weight.grad.any() for weight in adapter_weights(layer))
+
+
+def test_second_derivatives_equal_the_loops():
+    layer = experts_of(adapted_mixture())[0]
+    x, weights, index = random_routing(layer, dtype=torch.float32)
+    found = []
+    for forward in (layer, functools.partial(plain_forward, layer)):
+        (grad_x,) = torch.autograd.grad(forward(x, index, weights).sin().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad_x.square().sum(), adapter_weights(layer)))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-2)
+
+
+def test_peft_reports_experts_as_a_layer():
+    status = with_two().get_layer_status()[0]
+    assert (status.name, status.module_type) == ("model.model.layers.0.mlp.experts", "cera.CeraExperts")
+    assert status.requires_grad == {"first": True, "second": False}
 
 
 def test_shared_experts_are_projections_like_any_other():
