@@ -100,7 +100,7 @@ def experts_forward(
     x = _project(experts, up_name(experts), hidden_states[routing.tokens], routing, branches)
     x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
     x = _project(experts, "down_proj", x, routing, branches)
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # transformers 5.10 knows none
         x = experts.post_expert_norm(x)
     weighted = x * top_k_weights.reshape(-1)[routing.order, None]
     back = torch.empty_like(routing.order)
@@ -305,5 +305,5 @@ def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
             raise TypeError(f"{kind} does not run through transformers' experts interface, so no branch would run.")
         if name not in adaptable:
             raise TypeError(f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}.")
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):  # nor does it mark these
         raise TypeError(f"{kind} is spread over processes (expert parallelism): load the model without it.")

@@ -248,8 +248,9 @@ FORMULAS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
     ATEN._grouped_mm: grouped_flops,
     torch.ops.transformers.grouped_mm_fallback: grouped_flops,
-    torch.ops.transformers.grouped_mm_fallback_backward: both_gradients,
 }
+if hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
+    FORMULAS[torch.ops.transformers.grouped_mm_fallback_backward] = both_gradients
 FORMULAS |= {
     getattr(ATEN, f"{FLASH}_for_cpu{end}"): half_if_causal(flop_registry[getattr(ATEN, FLASH + end)])
     for end in ("", "_backward")
