@@ -147,6 +147,8 @@ def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: boo
     """
     if "kernels" not in config.family.uses:
         return config.kernels
+    if config.family.has_learned_gate(config):
+        return Kernels.torch
     try:
         return Kernels(choose_cera_kernels(config.kernels, device, is_compiled))
     except ValueError as error:

@@ -288,9 +288,7 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
 )
 def test_a_pattern_that_matches_no_target_is_refused_before_anything_is_adapted(settings):
     model = make_tiny_llama()
-    with pytest.raises(
-        ValueError, match=r"^(rank|alpha)_pattern has '[^']+', which matches no target"
-    ):
+    with pytest.raises(ValueError, match=r"^(rank|alpha)_pattern has '[^']+', which matches no target"):
         get_peft_model(model, cera(**settings))
     assert not cera_layers(model)
 
@@ -312,6 +310,27 @@ def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+
+def test_every_bias_is_loaded_beside_a_module_that_is_trained_whole(tmp_path):
+    base = make_tiny_llama(attention_bias=True)
+    model = get_peft_model(base, cera(bias="all", modules_to_save=["o_proj"])).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_unloading_gives_the_base_back_without_trained_tokens():
+    expected = logits(make_tiny_llama())
+    model = adapted(trainable_token_indices=[5, 17])
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            nn.init.normal_(parameter)
+    assert not torch.allclose(logits(model), expected)
+    assert torch.equal(logits(model.unload()), expected)
 
 
 def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families.peft import Peft
 from cera_train.adapters.family import ADAPTER, Branch
+from cera_train.common.settings import require
 
 if TYPE_CHECKING:
     import peft
@@ -15,18 +16,38 @@ if TYPE_CHECKING:
 class Cera(Peft):
     name = "CeRA"
     uses = frozenset(
-        {"r", "alpha", "dropout", "activation", "target_modules", "layers", "settings", "b_lr_ratio", "kernels"}
+        {
+            *("r", "alpha", "dropout", "activation", "init", "dropout_on", "mix", "recurrent_steps"),
+            *("target_modules", "layers", "settings", "b_lr_ratio", "kernels"),
+        }
     )
     needs_targets = True
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
         self.require_rank(config)
+        steps = config.recurrent_steps
+        require(steps >= 0, f"adapter.recurrent_steps={steps} must be 0 or more.")
+        require(
+            not (config.mix == "learned" and config.activation == "identity"),
+            "adapter.mix=learned mixes the gate with the identity, and adapter.activation=identity is none: set "
+            "another, or adapter.mix=none.",
+        )
+        require(
+            not (self.has_learned_gate(config) and config.kernels == "triton"),
+            f"adapter.kernels=triton computes no gate with parameters, as adapter.mix={config.mix} "
+            f"adapter.recurrent_steps={steps} has: set adapter.kernels=auto.",
+        )
+
+    def has_learned_gate(self, config: Any) -> bool:
+        """Whether the gate has parameters, so that torch computes it."""
+        return config.mix == "learned" or config.recurrent_steps > 0
 
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout, "activation": str(config.activation)}
+        fields = {name: getattr(config, name) for name in ("r", "alpha", "dropout", "recurrent_steps")}
+        fields |= {name: str(getattr(config, name)) for name in ("activation", "init", "dropout_on", "mix")}
         return self.make(CeraConfig, config, fields)
 
     def branch(self, module: nn.Module) -> Branch | None:
