@@ -200,7 +200,17 @@ def test_triton_is_for_gates_without_parameters(monkeypatch):
 
 
 @every_variant
-def test_rows_by_name_compilation_and_the_fused_branch_agree(settings):
+def test_a_compiled_layer_is_one_graph_and_equals_the_layer(settings):
+    layer, x = make_layer(torch.float32, **settings).train(), x_of(dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    upstream = torch.randn(4, 7, 5)
+    got, expected = (torch.autograd.grad(one(x), leaves(layer, x), upstream) for one in (compiled, layer))
+    torch.testing.assert_close(got, expected)
+
+
+@every_variant
+def test_rows_by_name_equal_one_adapter_at_a_time(settings):
     model = adapted(name="first", **settings)
     model.add_adapter("second", cera(r=6, target_modules=["k_proj", "v_proj"]))
     names = ["first", "second", "__base__", "first"]
