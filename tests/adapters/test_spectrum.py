@@ -10,15 +10,11 @@ import torch
 from branches import MASKS, ROWS, branch_outputs, forward_of
 from conftest import make_tiny_llama
 
-from cera_train.adapters.spectrum import (
-    ModuleSpectrum,
-    mean_spectrum,
-    measure_spectra,
-    module_spectra,
-    spectrum_metrics,
-)
+from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra, spectrum_metrics
 from cera_train.cera import CeraConfig
 from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.runs.results import mean_spectrum
+from cera_train.training.train import spectrum_records
 
 CONFIGS = {
     "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
@@ -115,7 +111,7 @@ def test_gamma_is_the_mean_over_modules_and_each_modules():
         torch.nn.init.constant_(gate.gamma, 0.25 * k)
     spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert spectrum_metrics(spectra)["adapter/gamma"] == pytest.approx(0.375)
-    assert [module["gamma"] for module in module_spectra(spectra).values()] == pytest.approx([0, 0.25, 0.5, 0.75])
+    assert [spectrum.gamma for spectrum in spectra.values()] == pytest.approx([0, 0.25, 0.5, 0.75])
     published = adapted("cera")
     spectra = measure_spectra(published, forward_of(published), [(flat_batch(ROWS, MASKS), True)])
     assert "adapter/gamma" not in spectrum_metrics(spectra)
@@ -140,5 +136,6 @@ def test_metrics_have_mean_max_and_every_module():
     assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
     assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
     assert 0 <= metrics["spectrum/dead_units/mean"] <= 1
-    assert sum(mean_spectrum(spectra)) == pytest.approx(1)
-    assert module_spectra(spectra).keys() == spectra.keys()
+    modules = spectrum_records(spectra)
+    assert sum(mean_spectrum(modules)) == pytest.approx(1)
+    assert modules.keys() == spectra.keys()

@@ -13,8 +13,7 @@ from torch.nn.functional import log_softmax
 from cera_train.cera import CeraConfig
 from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.model import loss as loss_module
-from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss
-from cera_train.model.perplexity import mean_loss, perplexity
+from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, mean_loss, perplexity
 
 
 def make_rows(count: int = 7, vocab_size: int = 512):

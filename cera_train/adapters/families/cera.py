@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cera_train.adapters.families.peft import Peft
+from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.common.settings import require
 
@@ -13,19 +13,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Cera(Peft):
+class Cera(RankedPeft):
     name = "CeRA"
-    uses = frozenset(
-        {
-            *("r", "alpha", "dropout", "activation", "init", "dropout_on", "mix", "recurrent_steps"),
-            *("target_modules", "layers", "settings", "b_lr_ratio", "kernels"),
-        }
-    )
-    needs_targets = True
+    uses = RankedPeft.uses | {"activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"}
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
-        self.require_rank(config)
+        super().check(config)
         steps = config.recurrent_steps
         require(steps >= 0, f"adapter.recurrent_steps={steps} must be 0 or more.")
         require(
