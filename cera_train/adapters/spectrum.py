@@ -62,7 +62,7 @@ class _Moments:
         self.gamma: float | None = None
 
     def take_weights(self) -> None:
-        """Takes what follows from weights alone, inside the model's forward: where they are sharded, they are whole there only."""
+        """What follows from weights alone. Called in the model's forward: sharded weights are whole only there."""
         values, vectors = torch.linalg.eigh(self.branch.gram())
         self.root_gram = vectors * values.clamp(min=0).sqrt() @ vectors.T
         self.gamma = self.branch.gamma() if self.branch.gamma else None
