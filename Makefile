@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all lint check bench growth clean
+.PHONY: help quickstart install test test-all test-peft lint check bench growth clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-test  ## run the fast tests
 
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads PEFT's source package
+	$(BIN)/python tests/peft_suite/run.py
 
 lint: $(VENV)/.installed-test  ## run ruff, and the contracts of what imports what
 	$(BIN)/ruff check .

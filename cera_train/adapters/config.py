@@ -21,6 +21,21 @@ class Activation(StrEnum):
     identity = "identity"
 
 
+class Init(StrEnum):
+    kaiming_normal = "kaiming_normal"
+    kaiming_uniform = "kaiming_uniform"
+
+
+class DropoutOn(StrEnum):
+    hidden = "hidden"
+    input = "input"
+
+
+class Mix(StrEnum):
+    none = "none"
+    learned = "learned"
+
+
 class Kernels(StrEnum):
     auto = "auto"
     torch = "torch"
@@ -36,9 +51,17 @@ class AdapterConfig:
     alpha: float | None = setting(None, "result", binds_checkpoint=True)
     """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)). null: a scale of 1, or PEFT's for `kind=peft`."""
     dropout: float = setting(0.1, "result", binds_checkpoint=True)
-    """cera: on the hidden units, after the gate. The others: PEFT's, on the input of A."""
+    """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on the input of A."""
     activation: Activation = setting(Activation.silu, "result", binds_checkpoint=True)
     """The gate of cera."""
+    init: Init = setting(Init.kaiming_normal, "result", binds_checkpoint=True)
+    """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3 d_in), as LoRA."""
+    dropout_on: DropoutOn = setting(DropoutOn.hidden, "result", binds_checkpoint=True)
+    """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
+    mix: Mix = setting(Mix.none, "result", binds_checkpoint=True)
+    """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is trained from 0."""
+    recurrent_steps: int = setting(0, "result", binds_checkpoint=True)
+    """Residual steps z + W_out silu(W_in z / rms(z)) / n before cera's gate, W_in and W_out of r x r."""
     target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result", binds_checkpoint=True)
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
     full trains every module."""
@@ -136,6 +159,10 @@ UNSET = {
     "alpha": (None, "the scale of an adapter"),
     "dropout": (0, "the dropout of an adapter"),
     "activation": (Activation.silu, "the gate of cera"),
+    "init": (Init.kaiming_normal, "a draw of cera's A"),
+    "dropout_on": (DropoutOn.hidden, "a place for the dropout of cera"),
+    "mix": (Mix.none, "a mix of cera's gate and the identity"),
+    "recurrent_steps": (0, "a number of steps before the gate of cera"),
     "target_modules": (None, "a choice of modules"),
     "target_parameters": (None, "a choice of experts' parameters"),
     "experts": (False, "a choice of cera's"),

@@ -62,8 +62,8 @@ class _Moments:
         """(s^2 B^T B)^(1/2)"""
         self.gamma: float | None = None
 
-    def take_gram(self) -> None:
-        """Called inside the model's forward: where weights are sharded, they are whole only there."""
+    def take_weights(self) -> None:
+        """What follows from weights alone. Called in the model's forward: sharded weights are whole only there."""
         values, vectors = torch.linalg.eigh(self.branch.gram())
         self.root_gram = vectors * values.clamp(min=0).sqrt() @ vectors.T
         self.gamma = self.branch.gamma() if self.branch.gamma else None
@@ -72,10 +72,8 @@ class _Moments:
         """Adds the hidden rows of these inputs, [N, d_in]."""
         A, gate = self.branch.A.weight, self.branch.gate
         h_NR = nn.functional.linear(x.to(A.dtype), A).float()
-        if gate is not None:
-            h_NR = gate(h_NR)
+        h_NR = (h_NR if gate is None else gate(h_NR)).double()
         self.open += (h_NR > 0).any(0)
-        h_NR = h_NR.double()
         self.count += len(h_NR)
         self.sum += h_NR.sum(0)
         self.second += h_NR.T @ h_NR
@@ -131,7 +129,7 @@ def measure_spectra(
         # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
         def hook(module: nn.Module, args: tuple) -> None:
             if moments.root_gram is None:
-                moments.take_gram()
+                moments.take_weights()
             if counts:
                 mask = batch.attention_mask
                 moments.add(moments.branch.rows(args, None if mask is None else mask.reshape(-1).bool()))
@@ -173,7 +171,9 @@ def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
         for name, numbers in experts.items():
             modules |= mean_and_max(f"spectrum/{kind}/{name}", numbers)
     gammas = [spectrum.gamma for spectrum in spectra.values() if spectrum.gamma is not None]
-    return summary | modules | ({"adapter/gamma": sum(gammas) / len(gammas)} if gammas else {})
+    if gammas:
+        summary["adapter/gamma"] = sum(gammas) / len(gammas)
+    return summary | modules
 
 
 def mean_and_max(name: str, values: Collection[float]) -> dict[str, float]:

@@ -42,7 +42,7 @@ class CeraConfig(PeftConfig):
     )
     dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."})
     activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(ACTIVATIONS)}."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Module names (matched from the end), a regular expression for the whole name, or 'all-linear'. "

@@ -141,29 +141,24 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(output)
         if adapter_names is not None:
             return self._forward_by_row(x, result, adapter_names)
-        # Others may hold the output of a layer with hooks, or need it in backward.
-        is_writable = result is not output or is_plain(self.base_layer, nn.Linear, Conv1D)
+        is_ours = result is not output
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A:
-                result = self._add_branch(result, x, adapter_name, is_writable)
-                is_writable = True
+                result = self._add_branch(result, x, adapter_name, is_ours)
+                is_ours = True
         return result
 
-    def _add_branch(
-        self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_writable: bool = True
-    ) -> torch.Tensor:
+    def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_ours: bool) -> torch.Tensor:
         """result + branch(x), fused where that rounds nowhere else and all weights may be read."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
         dtype = autocast_dtype(x.device) or A.weight.dtype
-        fits = result.dtype == dtype and result.is_contiguous() and not is_transformed()
-        parameters = tuple(gate.parameters())
-        is_readable = (
-            is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and (not parameters or is_plain(gate, LearnedGate))
-        )
-        if not (fits and is_readable):
+        fits = not is_transformed() and result.dtype == dtype and result.is_contiguous()
+        if not (fits and is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain_gate(gate)):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
+        # Others may hold the output of a base layer with hooks, or need it in backward. A bias or 8-bit weights return
+        # a view, which autograd does not let an in-place operation change.
+        is_writable = is_ours or is_plain(self.base_layer, nn.Linear, Conv1D)
         if not is_writable or (torch.is_grad_enabled() and result._is_view()):
-            # A bias or 8-bit weights return a view, which autograd does not let an in-place operation change.
             result = result.clone()
         p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
         # The CPU's generator: reading a number from the GPU's would wait for the GPU.
@@ -175,10 +170,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         def gate_and_dropout(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             return hidden(z, with_parameters(gate, parameters), p, seed, self.kernels)
 
-        matrices = A.weight.to(dtype), B.weight.to(dtype)
-        return add_branch(
-            result, x.to(dtype), *matrices, self.scaling[adapter_name], gate_and_dropout, parameters, drop_x
-        )
+        matrices, parameters = (A.weight.to(dtype), B.weight.to(dtype)), tuple(gate.parameters())
+        scaling = self.scaling[adapter_name]
+        return add_branch(result, x.to(dtype), *matrices, scaling, gate_and_dropout, parameters, drop_x)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         check_rows(len(x), adapter_names)
@@ -224,6 +218,11 @@ def is_plain(module: nn.Module, *classes: type) -> bool:
     """
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     return type(module) in classes and not any(hooks) and not {"forward", "_hf_hook"} & vars(module).keys()
+
+
+def is_plain_gate(gate: nn.Module) -> bool:
+    """Whether its weights, if any, may be read without a call."""
+    return type(gate) is not LearnedGate or is_plain(gate, LearnedGate)
 
 
 def is_transformed() -> bool:

@@ -45,20 +45,20 @@ class CeraModel(BaseTuner):
             config.check_contradictions()
         return config
 
-    def _default_targets(self, model_type: str | None) -> list[str] | str:
+    def _default_targets(self, model_type: str | None) -> set[str] | str:
         """q_proj and v_proj, the paper's; where a model has none, what PEFT takes for LoRA."""
         mapped = self.target_module_mapping.get(model_type)
         names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
         if isinstance(mapped, str):  # an expression for a part of the model, as its language model
             return mapped
         if names >= {"q_proj", "v_proj"}:
-            return ["q_proj", "v_proj"]
+            return {"q_proj", "v_proj"}
         if mapped is None:
             raise ValueError(
                 f"target_modules=None: a model of type {model_type} has no q_proj and v_proj, and PEFT no default for "
                 "it. Name the projections to adapt, or set target_modules='all-linear'."
             )
-        return list(mapped)
+        return set(mapped)
 
     def _prepare_model(self, config: CeraConfig, model: nn.Module) -> None:
         """Refuses a pattern or a parameter's name that matches no target, before anything is adapted."""
@@ -157,10 +157,9 @@ class CeraModel(BaseTuner):
         return [f"{key}.{name}" for key, names in targets.items() for name in names]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, CeraExperts):  # PEFT hands over a weight, which experts have none of
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT's would also assign weights, which fails where it takes trainable tokens out, and move the branch, which
+        # the layer has done.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -277,8 +276,10 @@ class CeraModel(BaseTuner):
         parts = [f".{part}.{adapter_name}." for part in CeraLayer.adapter_layer_names]
         needed = {key for key in places if any(part in key for part in parts)}
         missing = sorted(needed - set(state_dict))
+        # bias="all" saves the biases of a module to save twice, once without the adapter's name.
+        whole = ".modules_to_save.", f".modules_to_save.{adapter_name}."
         extra = sorted(
-            key for key in state_dict if key not in places and key.removeprefix("base_model.model.") not in places
+            key for key in state_dict if not {key, key.replace(*whole), key.removeprefix("base_model.model.")} & places
         )
         if missing or extra:
             raise ValueError(

@@ -29,8 +29,8 @@ class SpectrumSummary(Record):
     # The share of hidden units that are closed on the whole probe; None without a gate.
     dead_units_mean: float | None = key("spectrum/dead_units/mean")
     dead_units_max: float | None = key("spectrum/dead_units/max")
+    # The share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is learned.
     gamma: float | None = key("adapter/gamma")
-    """Share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is learned."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ class ModuleSpectrumRecord(Record):
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
     singular_values: list[float] | None = None  # singular values of the centred branch output, descending
-    gamma: float | None = None  # the learned share of the gate
+    gamma: float | None = None  # the share of the gate; None unless it is learned
 
 
 def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:

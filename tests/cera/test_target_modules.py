@@ -101,7 +101,7 @@ def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
 def test_without_targets_gpt2_takes_the_projection_that_holds_q_k_and_v():
     model = adapted(tiny_gpt2())
     assert set(cera_layers(model)) == {f"transformer.h.{layer}.attn.c_attn" for layer in range(2)}
-    assert adapted(tiny_gpt2(), layers_to_transform=[1]).peft_config["default"].target_modules == ["c_attn"]
+    assert adapted(tiny_gpt2(), layers_to_transform=[1]).peft_config["default"].target_modules == {"c_attn"}
 
 
 def test_without_targets_an_unknown_model_is_refused():

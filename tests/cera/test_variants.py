@@ -200,7 +200,17 @@ def test_triton_is_for_gates_without_parameters(monkeypatch):
 
 
 @every_variant
-def test_rows_by_name_compilation_and_the_fused_branch_agree(settings):
+def test_a_compiled_layer_is_one_graph_and_equals_the_layer(settings):
+    layer, x = make_layer(torch.float32, **settings).train(), x_of(dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    upstream = torch.randn(4, 7, 5)
+    got, expected = (torch.autograd.grad(one(x), leaves(layer, x), upstream) for one in (compiled, layer))
+    torch.testing.assert_close(got, expected)
+
+
+@every_variant
+def test_rows_by_name_equal_one_adapter_at_a_time(settings):
     model = adapted(name="first", **settings)
     model.add_adapter("second", cera(r=6, target_modules=["k_proj", "v_proj"]))
     names = ["first", "second", "__base__", "first"]
@@ -310,6 +320,27 @@ def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+
+def test_every_bias_is_loaded_beside_a_module_that_is_trained_whole(tmp_path):
+    base = make_tiny_llama(attention_bias=True)
+    model = get_peft_model(base, cera(bias="all", modules_to_save=["o_proj"])).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_unloading_gives_the_base_back_without_trained_tokens():
+    expected = logits(make_tiny_llama())
+    model = adapted(trainable_token_indices=[5, 17])
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            nn.init.normal_(parameter)
+    assert not torch.allclose(logits(model), expected)
+    assert torch.equal(logits(model.unload()), expected)
 
 
 def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):

@@ -20,11 +20,26 @@ if TYPE_CHECKING:
 
 class Cera(RankedPeft):
     name = "CeRA"
-    uses = RankedPeft.uses | {"activation", "kernels", "target_parameters", "experts", "expert_r"}
+    uses = RankedPeft.uses | {
+        *("activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"),
+        *("target_parameters", "experts", "expert_r"),
+    }
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
         super().check(config)
+        steps = config.recurrent_steps
+        require(steps >= 0, f"adapter.recurrent_steps={steps} must be 0 or more.")
+        require(
+            not (config.mix == "learned" and config.activation == "identity"),
+            "adapter.mix=learned mixes the gate with the identity, and adapter.activation=identity is none: set "
+            "another, or adapter.mix=none.",
+        )
+        require(
+            not (self.has_learned_gate(config) and config.kernels == "triton"),
+            f"adapter.kernels=triton computes no gate with parameters, as adapter.mix={config.mix} "
+            f"adapter.recurrent_steps={steps} has: set adapter.kernels=auto.",
+        )
         adapts_experts = config.experts or config.target_parameters
         require(
             not (config.experts and config.target_parameters),
@@ -36,6 +51,10 @@ class Cera(RankedPeft):
             "adapter.experts=true or adapter.target_parameters=[...].",
         )
 
+    def has_learned_gate(self, config: Any) -> bool:
+        """Whether the gate has parameters, so that torch computes it."""
+        return config.mix == "learned" or config.recurrent_steps > 0
+
     def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
         from cera_train.adapters.targets import expert_names
 
@@ -46,8 +65,9 @@ class Cera(RankedPeft):
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        fields = {name: getattr(config, name) for name in ("r", "alpha", "dropout", "target_parameters")}
-        fields["activation"] = str(config.activation)
+        plain = ("r", "alpha", "dropout", "recurrent_steps", "target_parameters")
+        fields = {name: getattr(config, name) for name in plain}
+        fields |= {name: str(getattr(config, name)) for name in ("activation", "init", "dropout_on", "mix")}
         fields["expert_r"] = config.expert_r if config.target_parameters else None  # `build` knows all experts' names
         return self.make(CeraConfig, config, fields)
 
