@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all lint check bench growth clean test-serving
+.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -22,6 +22,9 @@ test-all: test  ## run also the tests that start and kill processes, fill disks,
 
 test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters by a real vLLM, in an environment of 4 GB
 	$(VENV)-serving/bin/python -m pytest -W default -m serving tests/serving
+
+test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads PEFT's source package
+	$(BIN)/python tests/peft_suite/run.py
 
 lint: $(VENV)/.installed-test  ## run ruff, and the contracts of what imports what
 	$(BIN)/ruff check .

@@ -4,10 +4,12 @@ from peft import PeftType
 from peft.utils import register_peft_method
 
 from .config import CeraConfig
+from .experts import CeraExperts
 from .layer import CeraLayer
 from .model import CeraModel
+from .optimizer import create_loraplus_optimizer
 
-__all__ = ["CeraConfig", "CeraLayer", "CeraModel"]
+__all__ = ["CeraConfig", "CeraExperts", "CeraLayer", "CeraModel", "create_loraplus_optimizer"]
 
 
 def _add_peft_type(name: str) -> None:

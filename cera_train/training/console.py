@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
+from cera_train.adapters.targets import layers_without_adapted_experts
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
 from cera_train.config import Config
@@ -36,6 +37,7 @@ def print_start(session: Session, precision: Precision) -> None:
     batch_size = session.config.train.batch_size
     print_line("run", f"{session.folder.path}, {updates:,} updates of {batch_size} sequences{already}")
     print_model(session, precision)
+    print_experts(session)
     print_device(session)
     print_data(session.data, session.tokenizer)
 
@@ -57,6 +59,15 @@ def print_model(session: Session, precision: Precision) -> None:
         print_line("spectrum", f"none: {reason}")
 
 
+def print_experts(session: Session) -> None:
+    """The experts that all-linear leaves out: who asks for all of them would look for them in vain."""
+    adapter = session.config.adapter
+    layers = layers_without_adapted_experts(session.model) if adapter.target_modules == "all-linear" else 0
+    if layers:
+        mend = ": adapter.experts=true adds them" if "experts" in adapter.family.uses else ""
+        print_line("experts", f"those of {layers} layers are not adapted, all-linear leaves them out{mend}")
+
+
 def describe_adapter(adapter: AdapterConfig) -> str:
     parts = [adapter.method or str(adapter.kind)]
     if adapter.r is not None:
@@ -65,8 +76,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
         parts.append(str(adapter.activation))
     if "dropout" in adapter.family.uses:
         parts.append(f"dropout {adapter.dropout:g}")
-    if adapter.target_modules:
-        parts.append(f"on {targets(adapter.target_modules)}")
+    if places := [place for place in (targets(adapter.target_modules or ""), adapter.adapted_experts) if place]:
+        parts.append(f"on {' and '.join(places)}")
     return ", ".join(parts)
 
 

@@ -268,7 +268,7 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
     """A projection whose input is split has a part of x A^T in each process: the gate needs the sum."""
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
-    # The refused one comes last: of a call that fails in two processes, vLLM leaves the second answer for the next call.
+    # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
     names = "silu,gelu,lora,silu_all" if sharded == "sharded" else "silu,lora,silu_all"
     done = subprocess.run(
         [sys.executable, str(script), str(folder), sharded, names, json.dumps(PROMPTS), str(TOKENS)],
