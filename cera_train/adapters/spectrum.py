@@ -53,7 +53,7 @@ class ModuleSpectrum:
 
 
 class _Moments:
-    """Sums over the rows of a branch, in float64: their number, sum and second moment; and the passes in which each gate
+    """Sums over the rows of a branch, in float64: their number, sum and second moment; and the passes in which a gate
     was open. A row holds the hidden units h and, where there is a gate, z = A x."""
 
     def __init__(self, branch: Branch) -> None:
