@@ -3,11 +3,13 @@
 from peft import PeftType
 from peft.utils import register_peft_method
 
+from .bypass import unfuse
 from .config import CeraConfig
+from .coverage import CoverageCallback, check_coverage
 from .layer import CeraLayer
 from .model import CeraModel
 
-__all__ = ["CeraConfig", "CeraLayer", "CeraModel"]
+__all__ = ["CeraConfig", "CeraLayer", "CeraModel", "CoverageCallback", "check_coverage", "unfuse"]
 
 
 def _add_peft_type(name: str) -> None:

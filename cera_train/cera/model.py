@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .bypass import bypass, exclude_bypassed, runs_beside
 from .config import CeraConfig
 from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer
 
@@ -40,9 +41,16 @@ class CeraModel(BaseTuner):
             found = "." in key and BaseTuner._check_target_module_exists(config, key)
         return found
 
-    def _check_target_module_compatiblity(self, config: CeraConfig, model: nn.Module, target_name: str) -> None:
-        # Mamba's kernels read some weights past their module. PEFT knows which, but checks for LoRA only.
-        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Leaves out of all-linear what would never run, and records it in `exclude_modules`."""
+        config = self.peft_config[adapter_name]
+        is_all = str(config.target_modules).lower() == "all-linear"
+        if is_all and (found := exclude_bypassed(config, model)):
+            warnings.warn(f"all-linear leaves out {', '.join(found)}: {next(iter(found.values()))}.", stacklevel=2)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _check_target_module_compatiblity(self, *args: Any) -> None:
+        """Does nothing: PEFT's list of Mamba models is for LoRA. `_create_and_replace` asks the model's source."""
 
     def _create_and_replace(
         self,
@@ -54,6 +62,10 @@ class CeraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if (found := bypass(parent, target_name)) is not None and not (found.is_fused and config.inference_mode):
+            others = ", ".join(runs_beside(parent)) or "modules of another kind"
+            unfused = ", or call cera_train.cera.unfuse(model) before" if found.is_fused else ""
+            raise ValueError(f"target module {current_key!r}: {found}. Target {others} instead{unfused}.")
         if isinstance(target, CeraLayer):
             target.update_layer(adapter_name, config)
             return
