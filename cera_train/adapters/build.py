@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cera_train.adapters.config import AdapterConfig, Kernels
 from cera_train.adapters.family import Family, families, family_that_wrote
 from cera_train.adapters.targets import check_targets, linear_names
-from cera_train.cera import CeraLayer
+from cera_train.cera import CeraLayer, unfuse
 from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
 
@@ -32,6 +32,10 @@ def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
     Raises:
         UserError: a target matches no module, or one that cannot be adapted, or PEFT refuses the settings.
     """
+    if config.unfused and not unfuse(base):
+        raise UserError(
+            "adapter.unfused=true: no fused kernel of this model reads a weight past its module. Leave it out."
+        )
     check_targets(base, config)
     return config.family.build(base, config)
 

@@ -72,7 +72,7 @@ class SupervisedLoss(nn.Module):
         """
         causal_lm = self._parts["causal_lm"]
         vocabulary = causal_lm.get_input_embeddings().num_embeddings
-        first, second = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3))
+        first, second, third = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3, 5))
         masks = [[False] + [True] * 7] * 2
         was_training = self.training
         self.eval()  # dropout would make any two passes differ
@@ -81,20 +81,28 @@ class SupervisedLoss(nn.Module):
             expected = causal_lm(**apart.inputs, use_cache=False).logits
             hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
             chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
-            flattens, attention = self._probe_flat(flat_batch([first, second], masks).to(causal_lm.device), expected)
+            flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
+            flattens, attention = self._probe_flat(*flat, expected)
         self.train(was_training)
         self.allowed = Allowed(chunks_head, flattens, attention)
         return self.allowed
 
-    def _probe_flat(self, flat: Batch, expected: torch.Tensor) -> tuple[bool, str | None]:
-        """Whether sequences that share a row get the logits they get apart, and by which attention of ours."""
+    def _probe_flat(self, flat: Batch, other: Batch, expected: torch.Tensor) -> tuple[bool, str | None]:
+        """Whether sequences that share a row get the logits they get apart, and by which attention of ours.
+
+        Args:
+            other: `flat` with another first sequence. The second one's logits must not move: a state that crosses over
+                can be smaller than what another mask rounds in 16 bits.
+        """
         causal_lm = self._parts["causal_lm"]
         # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
         tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
 
         def agrees() -> bool:
-            logits = causal_lm(**self._inputs(flat), use_cache=False).logits
-            return _close(logits.view_as(expected), expected, tolerance)
+            logits, moved = (
+                causal_lm(**self._inputs(batch), use_cache=False).logits.view_as(expected) for batch in (flat, other)
+            )
+            return _close(logits, expected, tolerance) and _close(moved[1], logits[1], tolerance / 10)
 
         before = causal_lm.config._attn_implementation
         if before != "sdpa":  # chosen by the user

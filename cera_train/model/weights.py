@@ -28,6 +28,7 @@ from transformers import (
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.data.hub import hub_or_cache, why_not_reached
+from cera_train.model.architecture import attention_for
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
 from cera_train.model.precision import choose_precision
@@ -74,14 +75,14 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     Raises:
         UserError: the model cannot be found, reached or used.
     """
-    load_config(config)
+    attention = attention_for(load_config(config), config.attn_implementation)
     dtype = getattr(torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype)
     model, loading = _from_hub_or_folder(
         AutoModelForCausalLM.from_pretrained,
         config,
         output_loading_info=True,
         dtype=dtype,
-        attn_implementation=config.attn_implementation,
+        attn_implementation=attention,
         quantization_config=quantization_config(config.quantization, dtype, will_be_sharded),
         device_map={"": "cpu" if will_be_sharded and config.quantization == Quantization.none else device},
         # A pickle can run code when it is read. A user who trusts the model's code can trust its pickles too.

@@ -19,6 +19,7 @@ from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.model.architecture import attention_for
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import positions_of
@@ -99,7 +100,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
             "language models. Choose one of those."
         )
     # Others may need a package or a GPU that this machine lacks; `micro_batches` knows what they save.
-    attention = "eager" if model.attn_implementation == "eager" else "sdpa"
+    attention = attention_for(config, "eager" if model.attn_implementation == "eager" else "sdpa")
     with failing_in_one_line(model, config.model_type), torch.device("meta"):
         dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
+from cera_train.adapters.targets import describe_left_out, describe_targets
+from cera_train.adapters.unfused import describe_unfused
 from cera_train.common.secrets import redact
 from cera_train.common.terminal import console, highlighted, print_fields, print_line
 from cera_train.common.text import duration, targets
@@ -38,6 +40,7 @@ def print_start(session: Session, precision: Precision) -> None:
     already = f", {done:,} done" if done else ""
     print_line("run", f"{session.folder.path}, {updates:,} updates of {config.train.batch_size} sequences{already}")
     print_model(config, session.counts, precision, why_no_spectrum(session.model))
+    print_coverage(session)
     print_device(config, session.team, session.held_out.loss)
     print_data(session.data, session.tokenizer)
 
@@ -62,6 +65,17 @@ def print_model(config: Config, counts: tuple[int, int], precision: Precision, r
     print_line("adapter", f"{describe_adapter(adapter)}: {trainable:,} trainable")
     if reason is not None:
         print_line("spectrum", f"none: {reason}")
+
+
+def print_coverage(session: Session) -> None:
+    """The adapted projections, those that all-linear leaves out, and the cost of doing without fused kernels."""
+    lines = [describe_targets(session.model)]
+    if session.config.adapter.target_modules == "all-linear":
+        lines.append(describe_left_out(session.model))
+    for line in filter(None, lines):
+        print_line("coverage", line)
+    if session.config.adapter.unfused and not session.team.is_sharded:  # a layer's weights are whole in a pass only
+        print_line("unfused", describe_unfused(session.model))
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:

@@ -34,6 +34,7 @@ from cera_train.runs.results import (
     write_spectrum,
 )
 from cera_train.training import console
+from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, begin, build, settle
@@ -59,6 +60,7 @@ def train(config: Config) -> dict[str, Any]:
             return result
         with build(config, folder, resume_from) as session, Interruption() as interruption:
             begin(session, precision)
+            prove_coverage(session, backward)
             if session.progress.update == 0 or session.progress.evaluation_pending:
                 evaluate(session)
             session.loss.train()
