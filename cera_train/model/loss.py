@@ -79,8 +79,10 @@ class SupervisedLoss(nn.Module):
         with torch.autocast(causal_lm.device.type, enabled=False):
             apart = padded_batch([first, second], masks).to(causal_lm.device)
             expected = causal_lm(**apart.inputs, use_cache=False).logits
-            hidden_states = self._parts["decoder"](**apart.inputs, use_cache=False).last_hidden_state
-            chunks_head = _close(causal_lm.get_output_embeddings()(hidden_states), expected, tolerance=1e-3)
+            # A few models are their decoder: it gives logits.
+            states = getattr(self._parts["decoder"](**apart.inputs, use_cache=False), "last_hidden_state", None)
+            head = causal_lm.get_output_embeddings()
+            chunks_head = states is not None and _close(head(_narrow(states, head)), expected, tolerance=1e-3)
             flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
             flattens, attention = self._probe_flat(*flat, expected)
         self.train(was_training)
@@ -166,8 +168,8 @@ class SupervisedLoss(nn.Module):
             return cross_entropy(logits.float(), targets, reduction="sum")
 
         hidden_states = decoder(**self._inputs(batch), use_cache=False).last_hidden_state
-        hidden_states = hidden_states[:, :-1][batch.loss_mask[:, 1:]]
         head = causal_lm.get_output_embeddings()
+        hidden_states = _narrow(hidden_states[:, :-1][batch.loss_mask[:, 1:]], head)
         if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
             return FrozenHeadLoss.apply(hidden_states, targets, head)
         size = chunk_tokens(hidden_states.is_cuda)
@@ -222,6 +224,12 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
         wanted = BatchLayout.flat if allowed.flattens and is_fast else BatchLayout.padded
     if wanted == BatchLayout.flat:
         loss.use_flat_batches()
+
+
+def _narrow(hidden_states: torch.Tensor, head: nn.Module) -> torch.Tensor:
+    """Hidden states as the head takes them: Mamba's are float32 over 16-bit weights."""
+    is_wide = hidden_states.dtype.itemsize > head.weight.dtype.itemsize
+    return hidden_states.to(head.weight.dtype) if is_wide else hidden_states
 
 
 def _close(values: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
