@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
+from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.architecture import attention_for
@@ -172,9 +173,13 @@ def trainable_by_target(adapted: nn.Module) -> dict[str, int]:
 
 
 def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
-    """The linears that bitsandbytes quantises: all but the head."""
-    head = base.get_output_embeddings()
-    return [module for module in base.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    """The linears that bitsandbytes quantises: all but the head and those that the model reads past their module."""
+    head, kinds = base.get_output_embeddings(), {name.rpartition(".")[2] for name in bypassed(base)}
+    return [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.rpartition(".")[2] not in kinds
+    ]
 
 
 def stored_bytes(base: PreTrainedModel, quantization: Quantization) -> float:
