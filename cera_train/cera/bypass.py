@@ -24,20 +24,21 @@ from transformers.pytorch_utils import Conv1D
 
 @dataclass(frozen=True)
 class Bypass:
-    """What reads a projection's weight without calling the projection."""
+    """Why a branch beside a projection would not run."""
 
-    reader: str
-    """Such as `mamba_inner_fn of MambaMixer`."""
-    is_fused: bool
-    """Only a fused kernel reads it, and only in training: `unfuse` takes the model off it."""
+    reason: str
+    is_fused: bool = False
+    """Only a fused kernel reads its weight, and only in training: `unfuse` takes the model off it."""
 
     def __str__(self) -> str:
-        when = " in training" if self.is_fused else ""
-        return f"{self.reader} reads its weight without calling it{when}, so an adapter there would never run"
+        return f"{self.reason}, so an adapter there would never run"
 
 
 def bypass(parent: nn.Module, name: str) -> Bypass | None:
-    """What reads the weight of `parent.name` without calling it; None where a branch beside it runs."""
+    """Why a branch beside `parent.name` would not run; None where it does."""
+    kind = type(getattr(parent, name))
+    if _returns_several(kind):
+        return Bypass(f"{kind.__name__} returns more than a projection")
     uses = [use for use in _uses(type(parent), name) if _may_run(use, parent)]
     reads = [use for use in uses if use.is_read]
     if not reads:
@@ -46,9 +47,11 @@ def bypass(parent: nn.Module, name: str) -> Bypass | None:
     never_called = len(reads) == len(uses)
     if not never_called and not fused:
         return None  # conditions decide that only a pass knows: `check_coverage` sees which hold
-    reader = (reads if never_called else fused)[-1].reader
-    layer = type(parent).__name__
-    return Bypass(f"{reader} of {layer}" if reader else layer, is_fused=not never_called)
+    function, layer = (reads if never_called else fused)[-1].reader, type(parent).__name__
+    reader = f"{function} of {layer}" if function else layer
+    return Bypass(
+        f"{reader} reads its weight without calling it{'' if never_called else ' in training'}", not never_called
+    )
 
 
 def bypassed(model: nn.Module) -> dict[str, Bypass]:
@@ -109,6 +112,17 @@ def unfuse(model: nn.Module) -> list[str]:
             module.training = False
             names.append(name)
     return names
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would not be halved."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "rescale_every", 0) > 0 and hasattr(module, "_rescale_layers"):
+            if module.layers_are_rescaled:
+                mode, module.training = module.training, True
+                module._rescale_layers()
+                module.training = mode
+            module.config.rescale_every = 0
 
 
 def is_unfused(module: nn.Module) -> bool:
@@ -173,6 +187,21 @@ def _uses(layer: type[nn.Module], name: str) -> tuple[_Use, ...]:
             if "super()" not in ast.unparse(method):
                 seen.add(method.name)  # overridden below
     return tuple(uses)
+
+
+@functools.cache
+def _returns_several(kind: type[nn.Module]) -> bool:
+    """Whether a class of linear layers returns a tuple, as routers of experts do."""
+    if not issubclass(kind, (nn.Linear, Conv1D)) or kind.forward in (nn.Linear.forward, Conv1D.forward):
+        return False
+    returned = [
+        node.value
+        for part in _methods(kind)
+        if part.name == "forward"
+        for node in ast.walk(part)
+        if isinstance(node, ast.Return)
+    ]
+    return any(isinstance(value, ast.Tuple) for value in returned)
 
 
 @functools.cache

@@ -150,7 +150,9 @@ class Coverage:
             elif not any(has_gradient[weight] for weight in mine):
                 reasons[name] = "called, but the loss does not depend on its output"
             elif not moves_loss:
-                reasons[name] = "called, but the gradient at its output is exactly zero"
+                reasons[name] = (
+                    "called, but the loss has a gradient of exactly zero at its output (a weight behind it is zero)"
+                )
             elif without := [weight.removeprefix(f"{name}.") for weight in mine if not has_gradient[weight]]:
                 reasons[name] = f"no gradient reaches {', '.join(without)}"
         return reasons

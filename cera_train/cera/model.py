@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .bypass import bypass, exclude_bypassed, runs_beside
+from .bypass import bypass, exclude_bypassed, keep_scale, runs_beside
 from .config import CeraConfig
 from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer
 
@@ -43,6 +43,7 @@ class CeraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Leaves out of all-linear what would never run, and records it in `exclude_modules`."""
+        keep_scale(model)
         config = self.peft_config[adapter_name]
         is_all = str(config.target_modules).lower() == "all-linear"
         if is_all and (found := exclude_bypassed(config, model)):

@@ -123,7 +123,7 @@ def test_a_layer_that_is_never_reached_is_named():
     ("change", "reason"),
     [
         (lambda output: output.detach(), "the loss does not depend on its output"),
-        (lambda output: output * 0, "the gradient at its output is exactly zero"),
+        (lambda output: output * 0, "the loss has a gradient of exactly zero at its output"),
     ],
 )
 def test_an_output_that_does_not_reach_the_loss_is_refused(change, reason):

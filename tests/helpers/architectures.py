@@ -54,9 +54,13 @@ class Architecture:
         return AutoConfig.for_model(self.model_type, **(self.usual | self.changes | changes))
 
     def model(self, **changes: Any) -> PreTrainedModel:
-        """The random model, frozen and in eval mode."""
+        """The random model, frozen and in eval mode. No matrix is zero, as xLSTM's gates are before training."""
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(self.config(**changes)).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(self.config(**changes)).eval().requires_grad_(False)
+        for weight in model.parameters():
+            if weight.ndim > 1 and not weight.any():
+                weight.normal_(std=0.2)
+        return model
 
 
 DENSE = [
@@ -116,7 +120,7 @@ STATES = [
     ),
     Architecture("lfm2", {"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj")),
     Architecture("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, ("q_proj", "v_proj", "linear_x")),
-    Architecture("rwkv", SIZES | {"attention_hidden_size": 32, "intermediate_size": 64}, ("key", "value"), WORDS),
+    Architecture("rwkv", SIZES | {"attention_hidden_size": 32, "rescale_every": 1}, ("key", "output"), WORDS),
     Architecture("xlstm", {"hidden_size": 32, "num_heads": 4, "num_blocks": 2}, ("q", "v"), WORDS),
 ]
 """These carry a state, or the end of a convolution, from token to token."""
