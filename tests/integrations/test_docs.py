@@ -25,7 +25,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
-    "computes",
+    *("computes", "architectures"),
 }
 SCHEMAS = {"cera-train": "config", "cera-eval": "eval", "cera-plan": "plan"}
 NOT_RUN = "<!-- not run by the tests"
