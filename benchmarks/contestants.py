@@ -240,7 +240,7 @@ def our_session(
     from cera_train.model.config import Dtype, ModelConfig
     from cera_train.runs.folder import RunFolder
     from cera_train.training.config import OptimizerConfig, TrackerConfig, TrainConfig
-    from cera_train.training.session import build
+    from cera_train.training.session import Session
 
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
@@ -254,7 +254,7 @@ def our_session(
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),
         tracker=TrackerConfig(),
     )
-    session = build(config, RunFolder(Path(tempfile.mkdtemp()), to_plain(config)))
+    session = Session(config, RunFolder(Path(tempfile.mkdtemp()), to_plain(config)))
     session.loss.train()
     return session
 

@@ -244,7 +244,7 @@ def save_random_model(work: Work, tokenizer: Any, folder: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from cera_train.common.places import config_dir
+    from cera_train.common.files import config_dir
 
     shape = json.loads((config_dir("conf") / "model" / f"{work.model}.json").read_text())
     with torch.device(work.device):

@@ -134,7 +134,7 @@ def compose():
     import hydra
 
     from cera_train.cli.composition import register_configs, to_config
-    from cera_train.common.places import config_dir
+    from cera_train.common.files import config_dir
     from cera_train.config import Config, PlanRun
     from cera_train.evaluation.config import EvalConfig
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,13 @@ __all__ = ["linear_names"]
 
 def check(config: AdapterConfig) -> None:
     """Raises UserError for settings that PEFT does not understand. Needs no model, so that nothing is loaded first."""
-    config.family.check_by_library(config)
+    # PEFT takes no layers beside all-linear; `build` names the modules of these layers instead.
+    adapter_config(replace(config, layers=None) if config.target_modules == "all-linear" else config)
 
 
 def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
-    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself.
-
-    Raises:
-        UserError: a target matches no module, or one that cannot be adapted, or PEFT refuses the settings.
-    """
+    """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
+    UserError where the adapter does not go with the model."""
     if config.unfused and not unfuse(base):
         raise UserError(
             "adapter.unfused=true: no fused kernel of this model reads a weight past its module. Leave it out."
@@ -43,7 +42,7 @@ def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
 add_adapter = build
 
 
-def adapter_config(config: AdapterConfig) -> peft.PeftConfig:
+def adapter_config(config: AdapterConfig) -> peft.PeftConfig | None:
     """The PEFT config of an adapter; full has none."""
     return config.family.peft_config(config)
 
@@ -59,14 +58,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def label(config: AdapterConfig) -> str:
-    """The method's name for tables and pictures."""
-    return config.title
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
-
-
 def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes trained weights, whole and by parameter name, into a folder: an adapter in PEFT's format, a fully
     fine-tuned model in transformers'."""
@@ -74,11 +65,7 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a folder that `save` wrote, on the CPU, for `load`.
-
-    Raises:
-        UserError: the folder is damaged or holds no adapter.
-    """
+    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none."""
     try:
         return family_that_wrote(folder).read(folder)
     except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -86,28 +73,27 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Puts weights that `read` returned into a model.
-
-    Raises:
-        UserError: a tensor is missing, extra or misshapen.
-    """
-    _family_of(model).load(model, weights)
+    """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
+    family = _family_of(model)
+    if wrong := sorted(family.saved_names(model) ^ weights.keys()):
+        raise UserError(f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}.")
+    try:
+        family.load(model, weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
 
 
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
-
-    Raises:
-        UserError: the folder is damaged, holds no adapter, or belongs to another base model.
-    """
-    weights = read(folder)
+    Raises UserError where the folder is damaged, holds no adapter, or belongs to another base model."""
+    weights, family = read(folder), family_that_wrote(folder)
     try:
-        model = family_that_wrote(folder).attach(base, folder)
+        model = family.attach(base, folder)
         load(model, weights)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
-        wanted = family_that_wrote(folder).description(folder).get("base_model_name_or_path")
+        wanted = family.description(folder).get("base_model_name_or_path")
         raise UserError(
             f"{folder} does not fit {base.name_or_path}: it belongs to another base model, {wanted}. Leave out model=, "
             f"or name that one. ({str(error)[:120]}...)"
@@ -125,30 +111,19 @@ def _family_of(model: nn.Module) -> Family:
     return next(family for family in families() if family.made(model))
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
-    """The trainable parameters as groups of an optimizer; `lr_ratio` multiplies the learning rate of a group.
-
-    One group, unless `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354).
-    """
-    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if config.b_lr_ratio == 1:
-        return [{"params": list(trainable.values()), "lr_ratio": 1.0}]
-    is_B = {name: f".{config.family.b_matrix}." in name for name in trainable}
-    return [
-        {"params": [trainable[name] for name in trainable if not is_B[name]], "lr_ratio": 1.0},
-        {"params": [trainable[name] for name in trainable if is_B[name]], "lr_ratio": config.b_lr_ratio},
-    ]
+    """The trainable parameters as groups of an optimizer, whose learning rate `lr_ratio` multiplies: one group, unless
+    `adapter.b_lr_ratio` lets B learn faster than A (LoRA+, arXiv 2402.12354)."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ratio = config.b_lr_ratio if f".{config.family.b_matrix}." in name else 1.0
+            groups.setdefault(ratio, []).append(parameter)
+    return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]
 
 
 def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:
-    """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind.
-
-    Raises:
-        UserError: triton is asked for and cannot run.
-    """
+    """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind."""
     if "kernels" not in config.family.uses:
         return config.kernels
     try:

@@ -1,7 +1,6 @@
-"""What the program asks of every kind of adapter: check its settings, build it, count it, save it, measure it.
+"""What every kind of adapter does: check its settings, build, save and load itself. Each file of families/ holds one.
 
-Each file of families/ holds one kind. The settings are checked by these files too, so they and this module import torch
-and peft inside functions only.
+The settings are checked by these files too, so they and this module import torch and peft inside functions only.
 """
 
 from __future__ import annotations
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_json
 
 if TYPE_CHECKING:
+    import peft
     import torch
     from torch import nn
     from transformers import PreTrainedModel
@@ -45,6 +46,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     """For tables and pictures."""
+    marker: ClassVar[str]
+    """The JSON file beside saved weights, with base_model_name_or_path: a folder that has it is of this kind."""
     uses: ClassVar[frozenset[str]]
     """The settings that it reads, beside kind and label. Any other that is set is refused."""
     needs_targets: ClassVar[bool] = True
@@ -61,8 +64,9 @@ class Family(ABC):
     def check(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
         """Raises UserError where settings contradict each other. Imports no torch."""
 
-    def check_by_library(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
-        """Raises UserError for settings that only the library behind this kind understands. Needs no model."""
+    def peft_config(self, config: Any) -> peft.PeftConfig | None:
+        """The config of PEFT's; None without an adapter. Raises UserError for settings that PEFT refuses."""
+        return None
 
     @abstractmethod
     def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
@@ -84,25 +88,22 @@ class Family(ABC):
     def keeps_base(self, model: nn.Module) -> bool:
         """Whether `model.disable_adapter()` gives the base model back."""
 
-    @abstractmethod
     def wrote(self, folder: Path) -> bool:
         """Whether a folder is one that `save` wrote, or a library that saves alike."""
+        return (folder / self.marker).is_file()
 
-    @abstractmethod
     def description(self, folder: Path) -> dict[str, Any]:
-        """The JSON beside the weights, with base_model_name_or_path."""
+        """The content of `marker`."""
+        return read_json(folder / self.marker)
 
     @abstractmethod
     def weights_file(self, folder: Path) -> Path:
-        """The safetensors file with the weights.
+        """The safetensors file with the weights. Raises UserError where there is none."""
 
-        Raises:
-            UserError: there is none.
-        """
-
-    @abstractmethod
     def check_saved(self, folder: Path) -> None:
         """Raises UserError where a folder lacks its weights, or asks for more than to put them in place."""
+        self.weights_file(folder)
+        self.description(folder)
 
     @abstractmethod
     def save(self, model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
@@ -113,25 +114,22 @@ class Family(ABC):
         """The weights that `save` wrote, on the CPU."""
 
     @abstractmethod
-    def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        """Puts weights that `read` returned into a model that `build` made.
+    def saved_names(self, model: nn.Module) -> set[str]:
+        """The names under which `save` writes the model's weights."""
 
-        Raises:
-            UserError: a tensor is missing, extra or misshapen.
-        """
+    @abstractmethod
+    def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        """Puts weights that `read` returned into a model. Raises ValueError or RuntimeError where they do not fit."""
 
     @abstractmethod
     def attach(self, base: PreTrainedModel, folder: Path) -> nn.Module:
         """The base with the adapter that lies in a folder, built as the folder describes it, without its weights."""
 
 
-FOLDER = Path(__file__).parent / "families"
-
-
 @functools.cache
 def kinds() -> list[str]:
     """The values of `adapter.kind`: the names of the files in families/."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(FOLDER)]))
+    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "families")]))
 
 
 def family(kind: str) -> Family:
@@ -149,11 +147,7 @@ def is_saved_in(folder: Path) -> bool:
 
 
 def family_that_wrote(folder: Path) -> Family:
-    """The family that loads a folder.
-
-    Raises:
-        UserError: no family does.
-    """
+    """The family that loads a folder. Raises UserError where none does."""
     found = next((family for family in families() if family.wrote(folder)), None)
     if found is None:
         raise UserError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")

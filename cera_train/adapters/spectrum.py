@@ -30,8 +30,11 @@ class ModuleSpectrum:
     @property
     def effective_rank(self) -> float:
         """exp of the Shannon entropy of the singular values over their sum (Roy & Vetterli 2007); 0 for no output."""
-        p = self.normalized
-        return math.exp(-torch.special.xlogy(p, p).sum().item()) if p.any() else 0.0
+        total = self.singular_values.sum()
+        if total == 0:
+            return 0.0
+        p = self.singular_values / total
+        return math.exp(-torch.special.xlogy(p, p).sum().item())
 
     @property
     def manifold_dimension(self) -> int:
@@ -42,40 +45,43 @@ class ModuleSpectrum:
         explained = variance.cumsum(0) / variance.sum()
         return int((explained < 0.9).sum()) + 1
 
-    @property
-    def normalized(self) -> torch.Tensor:
-        """Singular values over their sum."""
-        total = self.singular_values.sum()
-        return self.singular_values / total if total > 0 else self.singular_values
-
 
 class _Moments:
-    """Streaming count, sum and second moment of hidden rows, in float64; the passes in which a gate was open; and the
-    root of s^2 B^T B."""
+    """Sums over the hidden rows h of a branch, in float64: their number, sum and second moment, and the passes in which
+    each gate was open."""
 
     def __init__(self, branch: Branch) -> None:
-        r, device = branch.r, branch.A.weight.device
-        self.count = torch.zeros(1, dtype=torch.float64, device=device)
-        self.sum = torch.zeros(r, dtype=torch.float64, device=device)
-        self.second = torch.zeros(r, r, dtype=torch.float64, device=device)
-        self.open = torch.zeros(r, dtype=torch.float64, device=device)
-        self.root: torch.Tensor | None = None
+        self.branch, r = branch, branch.r
+        self.all = torch.zeros(1 + r + r * r + r, dtype=torch.float64, device=branch.A.weight.device)
+        self.count, self.sum, second, self.open = self.all.split([1, r, r * r, r])  # views
+        self.second = second.view(r, r)
+        self.root_gram: torch.Tensor | None = None
+        """(s^2 B^T B)^(1/2)"""
 
-    def add(self, rows_NR: torch.Tensor) -> None:
-        rows_NR = rows_NR.double()
-        self.count += len(rows_NR)
-        self.sum += rows_NR.sum(0)
-        self.second += rows_NR.T @ rows_NR
+    def take_gram(self) -> None:
+        """Called inside the model's forward: where weights are sharded, they are whole only there."""
+        values, vectors = torch.linalg.eigh(self.branch.gram())
+        self.root_gram = vectors * values.clamp(min=0).sqrt() @ vectors.T
 
-    def reduce(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Adds up the moments of all processes."""
-        parts = (self.count, self.sum, self.second.flatten(), self.open)
-        sums = reduce(torch.cat(parts)).split([len(part) for part in parts])
-        self.count, self.sum, self.second, self.open = sums[0], sums[1], sums[2].view_as(self.second), sums[3]
+    def add(self, x: torch.Tensor) -> None:
+        """Adds the hidden rows of these inputs, [N, d_in]."""
+        A, gate = self.branch.A.weight, self.branch.gate
+        h_NR = nn.functional.linear(x.to(A.dtype), A).float()
+        if gate is not None:
+            self.open += (h_NR > 0).any(0)
+            h_NR = gate(h_NR)
+        h_NR = h_NR.double()
+        self.count += len(h_NR)
+        self.sum += h_NR.sum(0)
+        self.second += h_NR.T @ h_NR
 
-    def scatter(self) -> torch.Tensor:
-        """N Cov: the sum of outer products of the centred rows, [R, R]."""
-        return self.second - torch.outer(self.sum, self.sum) / self.count
+    def spectrum(self) -> ModuleSpectrum:
+        scatter = self.second - torch.outer(self.sum, self.sum) / self.count  # N Cov(h)
+        eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter @ self.root_gram)
+        singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
+        dead_units = None if self.branch.gate is None else 1 - (self.open > 0).double().mean().item()
+        # h B^T has at most d_out directions: with r above that, the rest is rounding.
+        return ModuleSpectrum(singular_values[: self.branch.out_features].cpu(), dead_units)
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
@@ -102,44 +108,34 @@ def measure_spectra(
     probe: Iterable[tuple[Batch, bool]],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> dict[str, ModuleSpectrum]:
-    """The spectrum of every adapted projection, in eval mode. Empty where `why_no_spectrum` has a reason.
+    """The spectrum of every adapted projection, by its name in the base model. In eval mode; empty where
+    `why_no_spectrum` has a reason.
 
     Args:
-        model: a model with one active adapter, "default".
         forward: runs the model on a batch.
         probe: the probe's micro-batches, and whether each counts; where several processes share the probe, this one's
             part. Padding does not count.
         reduce: sums a tensor over the processes that share the probe.
-
-    Returns:
-        Module name (as in the base model) -> spectrum.
     """
-    branches = find_branches(model)
-    if not branches:
+    found = {name: _Moments(branch) for name, branch in find_branches(model).items()}
+    if not found:
         return {}
-    moments = {name: _Moments(branch) for name, branch in branches.items()}
     batch: Batch
     counts: bool
 
-    def watch(branch: Branch, moments: _Moments) -> Callable[..., None]:
+    def watch(moments: _Moments) -> Callable[..., None]:
+        # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
         def hook(module: nn.Module, args: tuple) -> None:
-            if moments.root is None:  # taken here: where weights are sharded, they are whole inside a forward only
-                moments.root = _psd_root(branch.gram())
-            if not counts:
-                return
-            # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
-            x = args[0].reshape(-1, args[0].shape[-1])
-            is_padded = batch.attention_mask is not None and args[0].ndim > 2  # a head gets [N, d_in], without padding
-            if is_padded:
-                x = x[batch.attention_mask.reshape(-1).bool()]
-            z_NR = nn.functional.linear(x.to(branch.A.weight.dtype), branch.A.weight).float()
-            if branch.gate is not None:
-                moments.open += (z_NR > 0).any(0)
-            moments.add(z_NR if branch.gate is None else branch.gate(z_NR))
+            if moments.root_gram is None:
+                moments.take_gram()
+            if counts:
+                x = args[0]
+                is_padded = batch.attention_mask is not None and x.ndim > 2  # a head gets [N, d_in], without padding
+                moments.add(x[batch.attention_mask.bool()] if is_padded else x.reshape(-1, x.shape[-1]))
 
         return hook
 
-    hooks = [branch.layer.register_forward_pre_hook(watch(branch, moments[name])) for name, branch in branches.items()]
+    hooks = [moments.branch.layer.register_forward_pre_hook(watch(moments)) for moments in found.values()]
     was_training = model.training
     model.eval()
     try:
@@ -149,62 +145,19 @@ def measure_spectra(
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    for part in moments.values():
-        part.reduce(reduce)
-    return {name: _spectrum(branch, moments[name]) for name, branch in branches.items()}
-
-
-def _spectrum(branch: Branch, moments: _Moments) -> ModuleSpectrum:
-    dead_units = None if branch.gate is None else 1 - (moments.open > 0).double().mean().item()
-    root = moments.root
-    singular_values = torch.linalg.eigvalsh(root @ moments.scatter() @ root).clamp(min=0).sqrt().flip(0)
-    # h B^T has at most d_out directions: with r above that, the rest is rounding.
-    return ModuleSpectrum(singular_values[: branch.out_features].cpu(), dead_units)
-
-
-def _psd_root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric square root of a positive semi-definite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+    for moments in found.values():
+        moments.all.copy_(reduce(moments.all))
+    return {name: moments.spectrum() for name, moments in found.items()}
 
 
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
     """Named numbers for the log: mean and max over modules, then every module. None of them for no spectra."""
-    columns = {
-        "effective_rank": {name: spectrum.effective_rank for name, spectrum in spectra.items()},
-        "manifold_dimension": {name: spectrum.manifold_dimension for name, spectrum in spectra.items()},
-        "dead_units": {
-            name: spectrum.dead_units for name, spectrum in spectra.items() if spectrum.dead_units is not None
-        },
-    }
-    metrics = {}
-    for kind, values in columns.items():
+    summary, modules = {}, {}
+    for kind in ("effective_rank", "manifold_dimension", "dead_units"):
+        values = {name: getattr(spectrum, kind) for name, spectrum in spectra.items()}
+        values = {name: value for name, value in values.items() if value is not None}
         if values:
-            metrics[f"spectrum/{kind}/mean"] = sum(values.values()) / len(values)
-            metrics[f"spectrum/{kind}/max"] = max(values.values())
-    for kind, values in columns.items():
-        metrics |= {f"spectrum/{kind}/{name}": value for name, value in values.items()}
-    return metrics
-
-
-def module_spectra(spectra: dict[str, ModuleSpectrum]) -> dict[str, dict]:
-    """Every module's spectrum as plain numbers, for spectrum.json."""
-    return {
-        name: {
-            "effective_rank": spectrum.effective_rank,
-            "manifold_dimension": spectrum.manifold_dimension,
-            "dead_units": spectrum.dead_units,
-            "singular_values": spectrum.singular_values.tolist(),
-        }
-        for name, spectrum in spectra.items()
-    }
-
-
-def mean_spectrum(spectra: dict[str, ModuleSpectrum]) -> list[float]:
-    """Normalised singular values averaged over modules, as the paper draws them; shorter spectra end in zeros.
-    Empty for no spectra."""
-    if not spectra:
-        return []
-    longest = max(len(spectrum.singular_values) for spectrum in spectra.values())
-    rows = [nn.functional.pad(s.normalized, (0, longest - len(s.normalized))) for s in spectra.values()]
-    return torch.stack(rows).mean(0).tolist()
+            summary[f"spectrum/{kind}/mean"] = sum(values.values()) / len(values)
+            summary[f"spectrum/{kind}/max"] = max(values.values())
+            modules |= {f"spectrum/{kind}/{name}": value for name, value in values.items()}
+    return summary | modules

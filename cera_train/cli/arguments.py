@@ -1,12 +1,11 @@
 """The arguments of a command that Hydra composes, checked before Hydra sees them: flags may stand anywhere, and every
-mistake that shows in an argument alone gets its line here. Nothing here imports torch."""
+mistake that shows in an argument alone gets its line here. Imports no torch."""
 
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
-import types
-import typing
 from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,7 +13,6 @@ from hydra.core.override_parser.types import Override
 
 from cera_train.cli.composition import Composition, options
 from cera_train.common.errors import UserError
-from cera_train.common.settings import keys_of, section_of
 from cera_train.common.trust import refuse_pickled_configs
 
 SWEEPS = ("-m", "--multirun")
@@ -26,28 +24,19 @@ ALONE = (
 )
 """Hydra's flags, and ours: --debug."""
 
-KINDS = ("job", "hydra", "all")
-"""Values of --cfg."""
-
-ELSEWHERE = ("--shell-completion", "-sc", "--hydra-help", "--info", "-i")
-"""With these, what is no flag is not a setting."""
-
-QUICKSTART = "+recipe=quickstart"
+KINDS = ("job", "hydra", "all")  # values of --cfg
+ELSEWHERE = ("--shell-completion", "-sc", "--hydra-help", "--info", "-i")  # beside these, no word is a setting
 
 
 def for_hydra(composition: Composition, arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra should read them.
-
-    Raises:
-        UserError: one of them is a mistake, or would make Hydra read a pickle.
-    """
+    """The arguments as Hydra should read them; a UserError where one is a mistake or makes Hydra read a pickle."""
     refuse_pickled_configs(arguments)
     flags, rest = _split(composition, arguments)
     if not rest and not flags and composition.program == "cera-train":
-        rest = [QUICKSTART]
+        rest = ["+recipe=quickstart"]
     rest = list(dict.fromkeys(map(with_folder_quoted, reversed(rest))))[::-1]  # of the same argument, the last
     if not any(flag in ELSEWHERE for flag in flags):
-        check(composition, rest, is_sweep=any(flag in SWEEPS for flag in flags) or "hydra.mode=MULTIRUN" in rest)
+        _check(composition, rest, is_sweep=any(flag in SWEEPS for flag in flags) or "hydra.mode=MULTIRUN" in rest)
     return [*flags, *rest]
 
 
@@ -56,23 +45,6 @@ def with_folder_quoted(argument: str) -> str:
     key, _, value = argument.partition("=")
     is_folder = any(sign in value for sign in ",=") and "'" not in value and os.path.isdir(value)
     return f"{key}='{value}'" if is_folder else argument
-
-
-def check(composition: Composition, arguments: Sequence[str], is_sweep: bool) -> None:
-    """Raises UserError for the first argument that is a mistake by itself, or contradicts another."""
-    parser = OverridesParser.create()
-    seen: dict[str, str] = {}
-    for position, argument in enumerate(arguments):
-        following = arguments[position + 1] if position + 1 < len(arguments) else ""
-        _check_form(composition, argument, following)
-        (override,) = parser.parse_overrides([argument])
-        key = override.key_or_group
-        if key in composition.groups() and seen.setdefault(key, argument) != argument:  # of a setting, the last holds
-            raise UserError(f"{argument}: {key} is chosen twice, by {seen[key]} too: keep one.")
-        if override.is_sweep_override() and not is_sweep:
-            raise UserError(_several_values(composition, override))
-        if override.package is None and not key.startswith(("hydra.", "hydra/")):
-            _check_key(composition, override, arguments)
 
 
 def _split(composition: Composition, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -92,13 +64,13 @@ def _split(composition: Composition, arguments: Sequence[str]) -> tuple[list[str
         elif word in ALONE or word.partition("=")[0] in WITH_VALUE:
             flags += [word] * (word != "--debug")
         else:
-            raise UserError(_unknown_flag(composition, word, next(words, None)))
+            raise UserError(_unknown_flag(composition, word, next(words, "")))
     return flags, rest
 
 
-def _unknown_flag(composition: Composition, flag: str, following: str | None) -> str:
+def _unknown_flag(composition: Composition, flag: str, following: str) -> str:
     key, equals, value = flag.lstrip("-").partition("=")
-    if equals or key in keys_of(composition.schema) or "." in key or key in composition.groups():
+    if equals or "." in key or key in composition.names:
         has_value = following and not following.startswith("-") and "=" not in following
         value = value or (following if has_value else "VALUE")
         return f"{flag}: settings take no dashes: write {key}={value}."
@@ -107,40 +79,50 @@ def _unknown_flag(composition: Composition, flag: str, following: str | None) ->
     return f"{flag}: unknown option. {hint}Settings are written key=value; `{composition.program} --help` lists all."
 
 
-def _check_form(composition: Composition, argument: str, following: str) -> None:
-    """Raises UserError for what is neither key=value nor ~key.
+def _check(composition: Composition, arguments: Sequence[str], is_sweep: bool) -> None:
+    """Raises UserError for the first argument that is a mistake by itself, or contradicts another."""
+    parser = OverridesParser.create()
+    seen: dict[str, str] = {}
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        if mistake := _mistake_in_form(composition, argument, following):
+            raise UserError(mistake)
+        (override,) = parser.parse_overrides([argument])
+        key = override.key_or_group
+        if key in composition.groups() and seen.setdefault(key, argument) != argument:  # of a setting, the last holds
+            raise UserError(f"{argument}: {key} is chosen twice, by {seen[key]} too: keep one.")
+        if override.is_sweep_override() and not is_sweep:
+            raise UserError(_several_values(composition, override))
+        is_ours = override.package is None and not key.startswith(("hydra.", "hydra/"))
+        if is_ours and (mistake := _mistake_in_key(composition, override, arguments)):
+            raise UserError(mistake)
 
-    Args:
-        following: the next argument, which may be the value.
-    """
+
+def _mistake_in_form(composition: Composition, argument: str, following: str) -> str | None:
+    """What is wrong with an argument that is neither key=value nor ~key; the next one may be its value."""
     key, equals, value = argument.partition("=")
-    if argument.startswith("~"):
-        return
     if not argument:
-        raise UserError("'': an empty argument. Leave it out, or check the shell's variable.")
+        return "'': an empty argument. Leave it out, or check the shell's variable."
+    if argument.startswith("~") or (value and key.strip("+")):
+        return None
     if not key.strip("+"):
-        raise UserError(f"{argument}: the key is missing: expected key=value.")
-    if not equals:
-        raise UserError(_no_value(composition, argument, following))
-    if not value and following and "=" not in following:
-        raise UserError(f"{argument} {following}: expected key=value without spaces: write {key}={following}.")
-    if not value:
-        empty = f", or \"{key}=''\" for an empty text" if "text" in (composition.expected(key) or "") else ""
-        raise UserError(f"{argument}: the value is missing: write {key}=VALUE{empty}.")
+        return f"{argument}: the key is missing: expected key=value."
+    is_known, next_value = key in composition.names, following.removeprefix("=")
+    if not equals and not is_known:
+        return _no_setting(composition, argument)
+    if next_value and "=" not in next_value:
+        return f"{argument} {following}: expected key=value without spaces: write {key}={next_value}."
+    is_text = equals and "text" in (composition.expected(key) or "")
+    empty = f", or \"{key}=''\" for an empty text" if is_text else ""
+    return f"{argument}: the value is missing: write {key}=VALUE{empty}."
 
 
-def _no_value(composition: Composition, word: str, following: str) -> str:
-    """The line about an argument without an equals sign."""
-    for group, more in (("recipe", ""), ("sweep", "-m ")) if composition.program != "cera-eval" else ():
+def _no_setting(composition: Composition, word: str) -> str:
+    """The line about an argument without an equals sign that names no setting."""
+    for group, more in (("recipe", ""), ("sweep", "-m ")) if composition.has_recipes else ():
         if word in options(group):
             return f"{word}: a {group} is added with a plus sign: write {more}+{group}={word}."
-    if "run" in keys_of(composition.schema) and os.path.isdir(word):
+    if "run" in composition.names and os.path.isdir(word):
         return f"{word}: expected key=value: write run={word}."
-    value = following.lstrip("=")
-    if word in keys_of(composition.schema) or word in composition.groups():
-        if value and "=" not in value:
-            return f"{word} {following}: expected key=value without spaces: write {word}={value}."
-        return f"{word}: the value is missing: write {word}=VALUE."
     return (
         f"{word}: expected key=value. If it belongs to the value before it, quote the whole argument, such as "
         "'data.prompt=\"Question: {question}\"'."
@@ -156,43 +138,30 @@ def _several_values(composition: Composition, override: Override) -> str:
     return f"{override.input_line}: several values for one run: add -m for a run each{quoted}."
 
 
-def _check_key(composition: Composition, override: Override, arguments: Sequence[str]) -> None:
+def _mistake_in_key(composition: Composition, override: Override, arguments: Sequence[str]) -> str | None:
     key, argument = override.key_or_group, override.input_line
-    section, _, inner = key.partition(".")
-    groups = composition.groups()
-    if key in ("recipe", "sweep") and composition.program != "cera-eval":
-        if not override.is_add() and not override.is_force_add():
-            raise UserError(composition.unknown_setting(key, argument))
-        return
-    if key in groups:
+    without_plus = argument.lstrip("+")
+    if key in ("recipe", "sweep") and composition.has_recipes:
+        is_added = override.is_add() or override.is_force_add()
+        return None if is_added else composition.unknown_setting(key, argument)
+    if key in composition.groups():
         if override.is_add():
-            raise UserError(f"{argument}: a file of {key} is chosen without a plus sign: write {argument.lstrip('+')}.")
+            return f"{argument}: a file of {key} is chosen without a plus sign: write {without_plus}."
         if override.is_delete():
-            raise UserError(f"{argument}: {key} cannot be left out: choose a file of it, {key}=NAME.")
+            return f"{argument}: {key} cannot be left out: choose a file of it, {key}=NAME."
         if override.value() is None:
-            raise UserError(f"{argument}: expected the name of a file in conf/{key}: {', '.join(options(key))}.")
-        return
-    known = keys_of(composition.schema)
-    if key not in known and not any(key.startswith(f"{free}.") for free in _free_form(composition.schema)):
-        if any(other.startswith(f"{key}.") for other in known):
-            example = next(other for other in known if other.startswith(f"{key}."))
-            raise UserError(f"{argument}: {key} is a section: set its values one by one, such as {example}=VALUE.")
-        raise UserError(composition.unknown_setting(key, argument))
-    if override.is_add() and key in known:
-        raise UserError(f"{argument}: the setting exists, so it takes no plus sign: write {argument.lstrip('+')}.")
-    is_chosen = any(word.lstrip("+").partition("=")[0] == section for word in arguments)
-    if inner and section in groups and not is_chosen and _can_be_null(composition.schema, section):
-        raise UserError(
+            return f"{argument}: expected the name of a file in conf/{key}: {', '.join(options(key))}."
+        return None
+    if not composition.takes(key):
+        if example := next((other for other in composition.keys if other.startswith(f"{key}.")), None):
+            return f"{argument}: {key} is a section: set its values one by one, such as {example}=VALUE."
+        return composition.unknown_setting(key, argument)
+    if override.is_add() and key in composition.keys:
+        return f"{argument}: the setting exists, so it takes no plus sign: write {without_plus}."
+    section = key.partition(".")[0]
+    can_be_null = section != key and section in composition.groups() and section in composition.keys
+    if can_be_null and not any(word.lstrip("+").partition("=")[0] == section for word in arguments):
+        return (
             f"{argument}: {key} needs a file for {section}: add {section}=NAME, one of {', '.join(options(section))}."
         )
-
-
-def _free_form(schema: type) -> list[str]:
-    """The settings that take any key, such as published.KEY."""
-    hints = typing.get_type_hints(schema)
-    return [name for name, hint in hints.items() if typing.get_origin(hint) is dict]
-
-
-def _can_be_null(schema: type, section: str) -> bool:
-    hint = typing.get_type_hints(schema)[section]
-    return isinstance(hint, types.UnionType) and section_of(hint) is not None
+    return None

@@ -1,5 +1,5 @@
 """Hydra's side of a command: where the configs lie, the checked config, and one line for every error of Hydra and
-OmegaConf. Nothing here imports torch."""
+OmegaConf. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Sequence
 from enum import StrEnum
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import yaml
@@ -20,14 +20,11 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from cera_train.cli.names import did_you_mean
 from cera_train.common.errors import UserError
-from cera_train.common.places import config_dir
-from cera_train.common.settings import flatten, keys_of, leaves, section_of
+from cera_train.common.files import config_dir
+from cera_train.common.settings import flatten, keys_of, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
-
-PACKAGE = Path(__file__).resolve().parents[1]
-CHECKOUT = PACKAGE.parent
 
 SCHEMAS = {"cera-train": Config, "cera-eval": EvalConfig, "cera-plan": PlanRun}
 
@@ -45,9 +42,8 @@ def register_configs() -> None:
     help text lists the group's choices."""
     OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    store.store(name="eval_schema", node=EvalConfig)
-    store.store(name="plan_schema", node=PlanRun)
+    for name, schema in {"schema": Config, "eval_schema": EvalConfig, "plan_schema": PlanRun}.items():
+        store.store(name=name, node=schema)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
@@ -65,18 +61,11 @@ def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def to_config(composed: DictConfig, schema: type = Config) -> Any:
-    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf.
-
-    Raises:
-        UserError: a key is unknown, a value is out of range, or values contradict each other.
-    """
-    known = set(keys_of(schema))
-    tree = flatten(OmegaConf.to_container(composed))
-    free_form = tuple(f"{leaf.key}." for leaf in leaves(schema))  # a setting that is a dict, such as adapter.settings
-    unknown = [key for key in tree if key not in known and not key.startswith(free_form)]
-    if unknown:  # Hydra lets +key=value add anything
+    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
+    composition, tree = Composition(schema), flatten(OmegaConf.to_container(composed))
+    if unknown := [key for key in tree if not composition.takes(key)]:  # Hydra lets +key=value add anything
         key = min(unknown)
-        raise UserError(Composition(schema).unknown_setting(key, f"+{key}={tree[key]}"))
+        raise UserError(composition.unknown_setting(key, f"+{key}={tree[key]}"))
     return OmegaConf.to_object(composed)
 
 
@@ -90,17 +79,55 @@ class Composition:
     schema: type
     program: str = "cera-train"
 
+    @property
+    def has_recipes(self) -> bool:
+        return self.program != "cera-eval"
+
+    @cached_property
+    def keys(self) -> list[str]:
+        return keys_of(self.schema)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What can stand before an equals sign."""
+        return [*self.groups(), *self.keys]
+
     def groups(self) -> list[str]:
         """The config groups of this command."""
-        fields = {field.name for field in dataclasses.fields(self.schema)}
+        fields = _fields(self.schema)
         return [path.name for path in sorted(config_dir("conf").iterdir()) if path.is_dir() and path.name in fields]
 
+    def takes(self, key: str) -> bool:
+        """Whether a key is a setting, or lies in one that takes any key, such as adapter.settings."""
+        return key in self.keys or any(key.startswith(f"{name}.") and not self.expected(name) for name in self.keys)
+
+    def expected(self, key: str) -> str | None:
+        """The kind of value that a setting takes, such as `a whole number`; None for any kind, or an unknown key."""
+        hint: Any = self.schema
+        for name in re.sub(r"\[.*", "", key).split("."):
+            inner = section_of(hint)
+            hint = typing.get_type_hints(inner).get(name) if inner is not None else None
+        return _kind(hint)
+
+    def unknown_setting(self, key: str, place: str) -> str:
+        """The line about a key that no setting has, in an argument or a file."""
+        section = key.split(".", 1)[0]
+        if key in ("recipe", "sweep") and self.has_recipes:
+            return f"{place}: a {key} is added with a plus sign: write +{place}."
+        for program, schema in SCHEMAS.items():
+            is_other = section in _fields(schema) - _fields(self.schema)
+            if is_other or (key in ("recipe", "sweep") and program == "cera-train"):
+                return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
+        near = did_you_mean(key, self.keys if "." in key else self.names) or did_you_mean(key, self.names)
+        return f"{place}: unknown setting {key}. {near}`{self.program} --help` lists all."
+
+    # --- errors of Hydra ---------------------------------------------------------------------------------------------
+
     def explain(self, error: Exception, arguments: list[str]) -> str | None:
-        """One line for an error of Hydra, OmegaConf or PyYAML: the place, what is wrong, the mend. None for another
-        error."""
+        """One line for an error of Hydra, OmegaConf or PyYAML; None for another error."""
         match error:
             case OverrideParseException():
-                return unreadable(error.override)
+                return _unreadable(error.override)
             case MissingConfigException():
                 return self._missing_file(error, arguments)
             case yaml.MarkedYAMLError() if error.problem_mark is not None:
@@ -114,35 +141,6 @@ class Composition:
                 return self._value_in_null(arguments)
         return None
 
-    def unknown_setting(self, key: str, place: str) -> str:
-        """The line about a key that no setting has.
-
-        Args:
-            place: the argument, or the file.
-        """
-        section = key.split(".", 1)[0]
-        ours, has_recipes = self._fields(), self.program != "cera-eval"
-        if key in ("recipe", "sweep") and has_recipes:
-            return f"{place}: a {key} is added with a plus sign: write +{place}."
-        for program, schema in SCHEMAS.items():
-            fields = {field.name for field in dataclasses.fields(schema)}
-            if section in fields - ours or (key in ("recipe", "sweep") and program == "cera-train"):
-                return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
-        known = keys_of(self.schema) if "." in key else [*self.groups(), *keys_of(self.schema)]
-        near = did_you_mean(key, known) or did_you_mean(key, [*self.groups(), *known])
-        return f"{place}: unknown setting {key}. {near}`{self.program} --help` lists all."
-
-    def expected(self, key: str) -> str | None:
-        """The kind of value that a setting takes, such as `a whole number`; None where the key is none of ours."""
-        hint: Any = self.schema
-        for name in re.sub(r"\[.*", "", key).split("."):
-            inner = section_of(hint)
-            hints = typing.get_type_hints(inner) if inner is not None else {}
-            if name not in hints:
-                return None
-            hint = hints[name]
-        return _kind(hint)
-
     def _missing_file(self, error: MissingConfigException, arguments: list[str]) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         if not group:
@@ -150,8 +148,7 @@ class Composition:
         place = _argument(arguments, group) or f"{group}={name}"
         if error.missing_cfg_file in PLUGINS:
             return f"{place}: it needs a plugin that is not installed: {PLUGINS[error.missing_cfg_file]}."
-        choices = sorted(error.options or options(group))
-        called = group.rpartition("/")[2]
+        choices, called = sorted(error.options or options(group)), group.rpartition("/")[2]
         return f"{place}: unknown {called} {name!r}. {did_you_mean(name, choices)}There are: {', '.join(choices)}."
 
     def _bad_value(self, error: Exception, arguments: list[str]) -> str:
@@ -167,33 +164,29 @@ class Composition:
         if isinstance(cause, ConfigKeyError | ConfigAttributeError):
             return self.unknown_setting(key, argument or place.removesuffix(": ") or key)
         value = getattr(cause, "value", None)
-        shown = argument or (key if value is None else f"{key}={value}")
+        place += argument or (key if value is None else f"{key}={value}")
         expected = self.expected(key)
         if isinstance(cause, ValidationError) and expected is not None:
             near = did_you_mean(str(value), expected.removeprefix("one of ").split(", ")) if value else ""
-            return f"{place}{shown}: expected {expected}. {near}".rstrip()
-        return f"{place}{shown}: {_one_line(cause)}."
+            return f"{place}: expected {expected}. {near}".rstrip()
+        return f"{place}: {_one_line(cause)}."
 
     def _value_in_null(self, arguments: list[str]) -> str | None:
         """The line about a value in a section that is null, such as data.facts.train_rows=5 with data=jsonl."""
-        known = set(keys_of(self.schema))
         for argument in arguments:
-            names = argument.lstrip("+").partition("=")[0].split(".")
-            for depth in range(1, len(names)):
-                section = ".".join(names[:depth])
-                if section in known:
-                    return f"{argument}: {section} is null here. Set the whole section in your file, by --config-dir."
+            key = argument.lstrip("+").partition("=")[0]
+            if section := next((name for name in self.keys if key.startswith(f"{name}.")), None):
+                return f"{argument}: {section} is null here. Set the whole section in your file, by --config-dir."
         return None
 
-    def _fields(self) -> set[str]:
-        return {field.name for field in dataclasses.fields(self.schema)}
+
+def _fields(schema: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(schema)}
 
 
-def unreadable(argument: str) -> str:
+def _unreadable(argument: str) -> str:
     """The line about an argument that Hydra cannot parse."""
-    key, equals, value = argument.partition("=")
-    if not equals or not value:
-        return f"{argument}: expected key=value."
+    key, _, value = argument.partition("=")
     inner = value.strip("'\"").replace("\\", "\\\\").replace('"', '\\"')
     return (
         f"{argument}: cannot read the value: brackets, quotes or braces are not closed, or a text lacks its quotes. "
@@ -204,17 +197,14 @@ def unreadable(argument: str) -> str:
 def _kind(hint: Any) -> str | None:
     """A type in words."""
     if isinstance(hint, types.UnionType):
-        kinds = [_kind(part) for part in typing.get_args(hint) if part is not types.NoneType]
-        return f"{kinds[0]}, or null"
+        return f"{_kind(next(part for part in typing.get_args(hint) if part is not types.NoneType))}, or null"
     if typing.get_origin(hint) is list:
-        (item,) = typing.get_args(hint)
-        return "a list of whole numbers, such as [1,2]" if item is int else "a list, such as [a,b]"
+        return "a list of whole numbers, such as [1,2]" if typing.get_args(hint) == (int,) else "a list, such as [a,b]"
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return f"one of {', '.join(hint)}"
     if section_of(hint) is not None:
         return "single values, by section.key=value"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return words.get(hint)
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(hint)
 
 
 def _argument(arguments: list[str], key: str) -> str | None:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import tempfile
-
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cera_train.cli.composition import Composition, check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, hydra_command, start
+from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.evaluation.config import EvalConfig
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
-from cera_train.tasks.problems import load_problems
 from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask
+from cera_train.tasks.task import AnswerTask, load_problems
 
 EVAL = Composition(EvalConfig, "cera-eval")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # Hydra leaves a multirun.yaml of a sweep
-        start(EVAL, evaluate, f"hydra.sweep.dir={folder}")
+    start_hydra(EVAL, "eval", evaluate)
 
 
-@hydra_command("eval")
 def evaluate(composed: DictConfig) -> None:
     """One evaluation."""
     with errors_in_one_line(EVAL):

@@ -13,7 +13,7 @@ from hydra.core.object_type import ObjectType
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 
-from cera_train.common.places import config_dir
+from cera_train.common.files import config_dir
 from cera_train.common.trust import check_hydra_section
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.composition import Composition, to_config
-from cera_train.cli.start import errors_in_one_line, hydra_command, start
+from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.config import PlanRun
 from cera_train.sweep.folder import grid, refuse_grid_of_one
@@ -22,11 +21,9 @@ PLAN = Composition(PlanRun, "cera-plan")
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # Hydra leaves a multirun.yaml of a sweep
-        start(PLAN, plan, f"hydra.sweep.dir={folder}")
+    start_hydra(PLAN, "plan", plan)
 
 
-@hydra_command("plan")
 def plan(composed: DictConfig) -> Any:
     """Prints one plan. In a sweep, returns the plan of one job to `Sum`."""
     with errors_in_one_line(PLAN):

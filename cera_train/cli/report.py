@@ -7,12 +7,12 @@ from pathlib import Path
 
 from cera_train.cli.composition import Composition
 from cera_train.cli.start import refuse_arguments, start
-from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.config import Config
 
 
 def main() -> None:
-    start(Composition(Config, "cera-report"), report, is_hydra=False)
+    start(Composition(Config, "cera-report"), report)
 
 
 def report() -> None:
@@ -25,24 +25,23 @@ def report() -> None:
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, or a folder of runs")
     parser.add_argument("--output", type=Path, help="where report.md and report.html go (report)")
     parser.add_argument("--task", help="the evaluation to look at (disagree)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
+    folders, output, task = arguments.folders, arguments.output, arguments.task
 
-    if arguments.folders[0] == Path("disagree"):
+    if folders[0] == Path("disagree"):
         from cera_train.report.disagree import disagree
 
-        if len(arguments.folders) != 3:
-            raise UserError(f"disagree takes two runs, got {len(arguments.folders) - 1}: cera-report disagree A B.")
-        if arguments.output is not None:
-            raise UserError(f"--output={arguments.output}: disagree writes no files: leave it out.")
-        disagree(*arguments.folders[1:], arguments.task)
+        require(len(folders) == 3, f"disagree takes two runs, got {len(folders) - 1}: cera-report disagree A B.")
+        require(output is None, f"--output={output}: disagree writes no files: leave it out.")
+        disagree(*folders[1:], task)
     else:
         from cera_train.report.page import say_report, write_report
 
-        if arguments.task is not None:
-            raise UserError(
-                f"--task={arguments.task} is for cera-report disagree A B: a report shows every task. Leave it out."
-            )
-        output = arguments.output or Path("report")
-        if output.exists() and not output.is_dir():
-            raise UserError(f"--output={output}: it is a file, and a report needs a folder: choose another.")
-        say_report(write_report(arguments.folders, output))
+        require(
+            task is None, f"--task={task} is for cera-report disagree A B: a report shows every task. Leave it out."
+        )
+        output = output or Path("report")
+        is_free = output.is_dir() or not output.exists()
+        require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
+        say_report(write_report(folders, output))

@@ -1,4 +1,4 @@
-"""How every command starts and ends: one line for a mistake, a traceback for a bug. Nothing here imports torch."""
+"""How every command starts and ends: one line for a mistake, a traceback for a bug. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,46 +7,35 @@ import errno
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import hydra
+from omegaconf import DictConfig
 
 from cera_train.cli.arguments import for_hydra
 from cera_train.cli.composition import Composition, register_configs
 from cera_train.cli.hydra_guard import guard_composition
 from cera_train.common.errors import UserError, explain
-from cera_train.common.places import config_dir
-from cera_train.common.secrets import redact
-from cera_train.common.trust import clean
+from cera_train.common.files import config_dir
+from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
 
 
-def start(composition: Composition, command: Callable[[], Any], *more: str, is_hydra: bool = True) -> None:
-    """Runs a command as a whole process. The only place that changes sys.argv, which Hydra reads.
-
-    Args:
-        more: arguments that the command adds for Hydra.
-        is_hydra: whether Hydra reads the arguments; else argparse does.
-    """
+def start(composition: Composition, command: Callable[[], Any]) -> None:
+    """Runs a command as a whole process."""
     is_debug = "--debug" in sys.argv
     os.environ["CERA_TRAIN_DEBUG"] = "1" if is_debug else ""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
     if not (is_debug or sys.warnoptions):
         warnings.simplefilter("ignore")  # libraries' warnings, with paths of site-packages, before our one line
         os.environ.setdefault("PYTHONWARNINGS", "ignore")  # and in the processes of a run
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     join_slurm_step(os.environ)
-    register_configs()
-    guard_composition()
     try:
         with errors_in_one_line(composition):
-            if is_hydra:
-                sys.argv[1:] = [*for_hydra(composition, sys.argv[1:]), *more]
-            else:
-                sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
             command()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -55,13 +44,27 @@ def start(composition: Composition, command: Callable[[], Any], *more: str, is_h
         sys.exit(130)
 
 
-def hydra_command(config_name: str) -> Callable:
-    """Decorates a function of a composed config, which explains its errors itself: Hydra prints a report about an error
-    that leaves it."""
-    return hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)
+def start_hydra(
+    composition: Composition, config_name: str, command: Callable[[DictConfig], Any], keeps_sweeps: bool = False
+) -> None:
+    """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
 
+    Args:
+        command: explains its errors itself: Hydra prints a report about an error that leaves it.
+        keeps_sweeps: whether a sweep has a folder. Without one, the multirun.yaml that Hydra writes is thrown away.
+    """
+    compose = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)
 
-# --- how it ends -----------------------------------------------------------------------------------------------------
+    def compose_and_run() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
+        register_configs()
+        guard_composition()
+        sys.argv[1:] = for_hydra(composition, sys.argv[1:])
+        with contextlib.nullcontext() if keeps_sweeps else tempfile.TemporaryDirectory() as folder:
+            sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
+            compose(command)()
+
+    start(composition, compose_and_run)
 
 
 def leave_closed_pipe() -> NoReturn:

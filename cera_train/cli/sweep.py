@@ -8,20 +8,17 @@ from pathlib import Path
 from cera_train.cli.composition import Composition
 from cera_train.cli.start import refuse_arguments, start
 from cera_train.config import Config
+from cera_train.sweep.table import print_sweep
 
 
 def main() -> None:
-    start(Composition(Config, "cera-sweep"), sweep, is_hydra=False)
+    start(Composition(Config, "cera-sweep"), sweep)
 
 
 def sweep() -> None:
-    parser = argparse.ArgumentParser(
-        prog="cera-sweep",
-        description="Shows every job of a sweep, its state and perplexity, and the best, also while it runs.",
-    )
+    description = "Shows every job of a sweep, its state and perplexity, and the best, also while it runs."
+    parser = argparse.ArgumentParser(prog="cera-sweep", description=description)
     parser.error = refuse_arguments("cera-sweep")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
-    folder = parser.parse_args().folder
-    from cera_train.sweep.table import print_sweep
-
-    print_sweep(folder)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    print_sweep(parser.parse_args().folder)

@@ -13,24 +13,24 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, open_dict, read_write
 
 from cera_train.cli.composition import Composition, check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, hydra_command, leave_closed_pipe, print_error, start
+from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
-from cera_train.common.settings import Changes, changes_of
 from cera_train.config import Config
-from cera_train.data.check import check_data
+from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.model.folder import check_model
+from cera_train.runs.recorded_config import changes_result
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.table import is_finished, print_sweep
 
 TRAIN = Composition(Config, "cera-train")
 
 
 def main() -> None:
-    start(TRAIN, train)
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True)
 
 
-@hydra_command("config")
 def train(composed: DictConfig) -> float | None:
     """One training run, or one job of a sweep. Returns its perplexity, for sweepers that minimise.
 
@@ -54,7 +54,7 @@ def train(composed: DictConfig) -> float | None:
 
 
 def run(composed: DictConfig, job: Job | None = None) -> float:
-    """Trains as composed; a job of a sweep in its folder of the sweep's."""
+    """Trains as composed; a job of a sweep in its folder there."""
     refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
@@ -76,9 +76,7 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
 
 def is_as_published(overrides: list[str]) -> bool:
     """Whether the paper's figures of a recipe still apply: no override changes the result."""
-    changing = (Changes.result, Changes.tokens, Changes.answers)
-    keys = [key for key in map(key_of, overrides) if key != "recipe"]
-    return all(changes_of(Config, key) not in changing for key in keys)
+    return all(key == "recipe" or not changes_result(key) for key in map(key_of, overrides))
 
 
 class Sweep(Callback):
@@ -103,8 +101,6 @@ class Sweep(Callback):
         if not is_main_process():
             return
         with errors_in_one_line(TRAIN):
-            from cera_train.sweep.table import is_finished, print_sweep
-
             folder = Path(config.hydra.sweep.dir)
             print()
             print_sweep(folder)

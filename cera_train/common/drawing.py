@@ -1,9 +1,5 @@
-"""How pictures look: one palette and one style, as PNG for files and as SVG inside a page.
-
-A picture is drawn once. In a page its colours are CSS variables, so that it follows the reader's light or dark. Methods
-are told apart by colour (Okabe and Ito's palette, for colour-blind readers) and by marker, runs of one method by marker
-and dash. Nothing here imports torch.
-"""
+"""How pictures look, as PNG for files and as SVG inside a page, where it follows the reader's light or dark. Methods
+differ in colour (Okabe and Ito's palette, for colour-blind readers) and marker, runs of a method in marker and dash."""
 
 from __future__ import annotations
 
@@ -14,26 +10,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SIZE = (4.5, 3.1)
-"""Inches, without the legend: on a telephone the text is still large enough."""
-LEGEND_LINE = 0.2
-"""Inches."""
+SIZE = (4.5, 3.1)  # inches, without the legend: on a telephone the text is still large enough
+LEGEND_LINE = 0.2  # inches
 LONGEST_LABEL = 48
 
 TEXT, GRID, BACKGROUND = "#1f2328", "#d9dde2", "#ffffff"
 COLORS = {
-    "cera": "#0072b2",
-    "lora": "#c04a00",
-    "rslora": "#00795a",
-    "dora": "#a8437f",
-    "base": "#5f6670",
-    "other": "#7a5c00",
+    **{"cera": "#0072b2", "lora": "#c04a00", "rslora": "#00795a"},
+    **{"dora": "#a8437f", "base": "#5f6670", "other": "#7a5c00"},
 }
 VARIABLES = {TEXT: "text", GRID: "line", BACKGROUND: "card"} | {color: name for name, color in COLORS.items()}
 """The CSS variable of each colour."""
 MARKERS = {"cera": "o", "lora": "s", "rslora": "^", "dora": "D", "base": "v", "other": "h"}
 MORE_MARKERS = ["P", "X", "*", "p"]
 DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
+LINE = {"markersize": 5.5, "linewidth": 1.5}
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), BACKGROUND),
@@ -51,14 +42,11 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Picture:
-    name: str
-    """The stem of its file."""
+    name: str  # the stem of its file
     title: str
     alt: str
-    """What the picture shows, in words."""
     caption: str
-    draw: Callable[[Any], None]
-    """Draws into matplotlib axes."""
+    draw: Callable[[Any], None]  # into matplotlib axes
 
 
 def render(picture: Picture, file_format: str) -> bytes:
@@ -98,24 +86,14 @@ def color_name(kind: str) -> str:
 
 
 def styles_of(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Arguments for `Axes.plot` that tell lines apart.
-
-    Args:
-        kinds: the kind of adapter of each line, by the line's name.
-    """
+    """Arguments for `Axes.plot` that tell lines apart, from the kind of adapter of each line."""
     styles: dict[str, dict[str, Any]] = {}
     used = dict.fromkeys(COLORS, 0)
     for name, kind in kinds.items():
         color = color_name(kind)
         markers = [MARKERS[color], *MORE_MARKERS]
         marker, dash = markers[used[color] % len(markers)], DASHES[used[color] % len(DASHES)]
-        styles[name] = {
-            "color": COLORS[color],
-            "marker": marker,
-            "linestyle": dash,
-            "markersize": 5.5,
-            "linewidth": 1.5,
-        }
+        styles[name] = LINE | {"color": COLORS[color], "marker": marker, "linestyle": dash}
         used[color] += 1
     return styles
 

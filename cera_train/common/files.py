@@ -1,17 +1,14 @@
 """Files and folders that appear whole or not at all: written under another name, flushed to the disk and renamed. Their
-checksums reveal damage."""
+checksums reveal damage. Also where configs and caches are."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,18 +17,12 @@ import yaml
 from filelock import FileLock, Timeout
 
 from cera_train.common.errors import UserError, words_of
+from cera_train.common.settings import map_values
 from cera_train.common.trust import PlainLoader, check_links
 
-Record = typing.TypeVar("Record")
-
-WRITING = ".writing-"
-"""Prefix of files and folders that are still being written."""
-
-OLD = f"{WRITING}old-"
-"""Prefix of a folder that is about to be replaced."""
-
-CHECKSUMS = "checksums.json"
-"""File with the SHA-256 of every other file of its folder."""
+WRITING = ".writing-"  # prefix of files and folders that are still being written
+OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
+CHECKSUMS = "checksums.json"  # the SHA-256 of every other file of its folder
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,64 +42,24 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def finite(tree: Any) -> Any:
     """Replaces infinity and NaN, which JSON lacks, by null in nested dicts and lists."""
-    if isinstance(tree, dict):
-        return {key: finite(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    return map_values(lambda number: number if math.isfinite(number) else None, tree, float)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: the file cannot be read, or is not a JSON object.
-    """
-    try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is broken: {words_of(error)}. Restore it.") from error
-    return _mapping(tree, path)
+    """Reads a JSON object; raises UserError for anything else."""
+    return _read(path, json.loads)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a config as plain values: nothing in it is resolved or run.
+    """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
+    return _read(path, lambda content: yaml.load(content, PlainLoader))
 
-    Raises:
-        UserError: the file cannot be read, or is not YAML of names and values.
-    """
+
+def _read(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_bytes(), PlainLoader)
+        tree = parse(path.read_bytes())
     except Exception as error:  # PyYAML's constructors raise whatever Python raises
         raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. Restore it.") from error
-    return _mapping(tree, path)
-
-
-def record(kind: type[Record], values: dict[str, Any]) -> Record:
-    """Builds a dataclass from the names and values of a file.
-
-    Raises:
-        TypeError: a name is missing or unknown, or a value is not of the field's kind.
-    """
-    made = kind(**values)
-    for name, allowed in _kinds(kind).items():
-        if not isinstance(getattr(made, name), allowed):
-            raise TypeError(f"{name} is {getattr(made, name)!r}")
-    return made
-
-
-@functools.cache
-def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
-    """Types that the value of each field may have. JSON writes some floats as integers."""
-    kinds = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        choices = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        choices = tuple(typing.get_origin(choice) or choice for choice in choices)
-        kinds[name] = (*choices, int) if float in choices else choices
-    return kinds
-
-
-def _mapping(tree: Any, path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. Restore it.")
     return tree
@@ -117,17 +68,16 @@ def _mapping(tree: Any, path: Path) -> dict[str, Any]:
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Fills a folder by `write` and moves it to `path`. Where `write` fails, nothing is left."""
     part, old = path.with_name(WRITING + path.name), path.with_name(OLD + path.name)
-    for folder in (part, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         write(part)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for file in part.rglob("*"):
-        if file.is_file():
-            sync(file)
+    for file in filter(Path.is_file, part.rglob("*")):
+        sync(file)
     sync(part)
     if path.exists():
         path.rename(old)  # a cut between these two lines leaves no `path`: see clean_folder
@@ -160,18 +110,16 @@ def write_checksums(folder: Path) -> None:
 
 def find_damage(folder: Path) -> str | None:
     """The first file whose checksum differs, and why; None where all agree, or there are no checksums."""
-    if not (folder / CHECKSUMS).exists():
+    checked = CHECKSUMS
+    if not (folder / checked).exists():
         return None
     try:
-        sums: dict[str, str] = json.loads((folder / CHECKSUMS).read_bytes())
+        sums = json.loads((folder / checked).read_bytes())
+        for checked, written in sums.items():
+            if _sha256(folder / checked) != written:
+                return f"{checked}: checksum differs"
     except (OSError, ValueError) as error:
-        return f"{CHECKSUMS}: {error}"
-    for name, written in sums.items():
-        try:
-            if _sha256(folder / name) != written:
-                return f"{name}: checksum differs"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        return f"{checked}: {words_of(error)}"
     return None
 
 
@@ -195,10 +143,7 @@ def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
-        root: nothing may be written outside this folder. None: `path`.
-
-    Raises:
-        UserError: the folder cannot be made, has a link that leads out of it, or another such writer has it.
+        root: no link may lead out of this folder. None: `path`.
     """
     root = root or path
     on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]
@@ -216,6 +161,12 @@ def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
     except Timeout:
         raise UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...") from None
     return lock
+
+
+def config_dir(name: str) -> Path:
+    """conf/ or recipes/: inside the package where a wheel put it, else beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / name if (package / name).is_dir() else package.parent / name
 
 
 def cache_dir() -> Path:

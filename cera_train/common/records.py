@@ -1,8 +1,8 @@
-"""Dataclasses that are JSON objects of a file: each reads, checks and writes itself. Nothing here imports torch.
+"""Dataclasses that are JSON objects of a file: each reads, checks and writes itself.
 
 A field stands for one key of the file: its name, or `key("eval/perplexity")` where the two differ, so that no other
-module spells a key. Reading checks types and raises a UserError that names the file. None means "not measured": a
-missing key reads as None, and None is not written unless the field has no default.
+module spells a key. None means "not measured": a missing key reads as None, and None is not written unless the field
+has no default.
 """
 
 from __future__ import annotations
@@ -13,81 +13,65 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import read_json, write_text
-from cera_train.common.secrets import redact_tree
+from cera_train.common.trust import redact_tree
 
 RESTORE = "Restore it, or leave its folder out."
 
 
-def key(name: str, *, default: Any = None, write_null: bool = False) -> Any:
-    """A field under another name in the file.
-
-    Args:
-        write_null: writes None as null instead of leaving the key out.
-    """
-    return field(default=default, metadata={"key": name, "write_null": write_null})
+def key(name: str, *, write_null: bool = False) -> Any:
+    """A field under another name in the file. `write_null` writes None as null instead of leaving the key out."""
+    return dataclasses.field(default=None, metadata={"key": name, "write_null": write_null})
 
 
 class Record:
-    """A dataclass that is one JSON object of a file.
+    """A dataclass that is one JSON object of a file. A field whose type is a record has its keys in the same object. A
+    field `details` takes all keys that no other field takes."""
 
-    A field whose type is a record has its keys in the same object. A field `details` takes all keys that no other field
-    takes.
-    """
-
-    mend: ClassVar[str] = RESTORE
-    """What to do about a broken file."""
+    mend: ClassVar[str] = RESTORE  # what to do about a broken file
 
     @classmethod
     def from_json(cls, tree: Any, where: Path | str) -> Self:
-        """The record in a JSON object.
-
-        Args:
-            where: the file, or FILE:LINE, for messages.
-
-        Raises:
-            UserError: it is no object, a value has another type, or a required key is missing.
-        """
+        """The record in a JSON object. `where` is its file, or FILE:LINE, for messages."""
         if not isinstance(tree, dict):
             raise UserError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {cls.mend}")
         values = {}
-        for name, (own_key, hint) in _fields(cls).items():
+        for name, (file_key, hint) in _fields(cls).items():
             if name == "details":
                 values[name] = {other: value for other, value in tree.items() if not cls.takes(other)}
             elif _is_record(hint):
                 values[name] = hint.from_json(tree, where)
-            elif own_key in tree:
-                if not fits(tree[own_key], hint):
-                    raise UserError(f"{where} is broken: its {own_key} is {str(tree[own_key])[:40]!r}. {cls.mend}")
-                values[name] = tree[own_key]
+            elif file_key in tree:
+                if not fits(tree[file_key], hint):
+                    raise UserError(f"{where} is broken: its {file_key} is {str(tree[file_key])[:40]!r}. {cls.mend}")
+                values[name] = tree[file_key]
             elif cls.__dataclass_fields__[name].default is dataclasses.MISSING:
-                raise UserError(f"{where} is broken: it has no {own_key}. {cls.mend}")
+                raise UserError(f"{where} is broken: it has no {file_key}. {cls.mend}")
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object, in the order of the fields."""
         tree: dict[str, Any] = {}
-        for name, (own_key, hint) in _fields(type(self)).items():
-            value = getattr(self, name)
+        for name, (file_key, hint) in _fields(type(self)).items():
+            value, field = getattr(self, name), self.__dataclass_fields__[name]
             if name == "details":
                 tree |= value
             elif _is_record(hint):
                 tree |= value.to_json()
-            elif value is not None or _is_always_written(self.__dataclass_fields__[name]):
-                tree[own_key] = value
+            elif value is not None or field.default is dataclasses.MISSING or field.metadata.get("write_null"):
+                tree[file_key] = value
         return tree
 
     @classmethod
     def takes(cls, name: str) -> bool:
         """Whether a key of the file belongs to a field other than `details`."""
         return any(
-            hint.takes(name) if _is_record(hint) else own_key == name
-            for field_name, (own_key, hint) in _fields(cls).items()
+            hint.takes(name) if _is_record(hint) else file_key == name
+            for field_name, (file_key, hint) in _fields(cls).items()
             if field_name != "details"
         )
 
@@ -98,14 +82,7 @@ class Record:
 
     @classmethod
     def read(cls, path: Path, needs: Sequence[str] = ()) -> Self:
-        """The record in a file.
-
-        Args:
-            needs: fields that must have a value.
-
-        Raises:
-            UserError: the file is missing or broken, or lacks one of `needs`.
-        """
+        """The record in a file; raises UserError where it is missing or broken, or lacks a field of `needs`."""
         made = cls.from_json(read_json(path), path)
         if absent := [cls.key_of(name) for name in needs if getattr(made, name) is None]:
             raise UserError(f"{path} has no {', '.join(absent)}. {cls.mend}")
@@ -121,9 +98,6 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
 
     Args:
         may_break_off: skips half a line at the end, which a run that still writes, or was cut, may leave.
-
-    Raises:
-        UserError: the file is missing, or a line is broken.
     """
     number = 0
     try:
@@ -141,11 +115,9 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
 def _fields(kind: type) -> dict[str, tuple[str, Any]]:
     """The key in the file and the type of each field."""
     hints = typing.get_type_hints(kind)
-    return {own.name: (own.metadata.get("key", own.name), hints[own.name]) for own in dataclasses.fields(kind)}
-
-
-def _is_always_written(own: dataclasses.Field) -> bool:
-    return own.default is dataclasses.MISSING or bool(own.metadata.get("write_null"))
+    return {
+        field.name: (field.metadata.get("key", field.name), hints[field.name]) for field in dataclasses.fields(kind)
+    }
 
 
 def _is_record(hint: Any) -> bool:

@@ -1,37 +1,28 @@
-"""What a setting is: a dataclass field with a default, and a mark that names what the setting changes.
-
-Resuming, the token cache, sweeps, reports and recipes read the mark; no list of names stands elsewhere. Nothing here
-imports torch.
-"""
+"""What a setting is: a dataclass field with a default, and a mark that names what the setting changes. Resuming, the
+token cache, sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from typing import Any
 
 from cera_train.common.errors import UserError
 
-MISSING: Any = "???"
-"""OmegaConf's mark for a value that has to be given."""
+MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
 
 class Changes(StrEnum):
-    """What another value of a setting changes."""
+    """What another value of a setting changes, the most first."""
 
-    result = "result"
-    """What a run learns, or what an evaluation measures."""
-    tokens = "tokens"
-    """The same, through the token ids and loss masks of a row: the cache of tokenised rows depends on it."""
-    answers = "answers"
-    """What a model generates: answers on the disk belong to the old value."""
-    cost = "cost"
-    """Time and memory only."""
-    nothing = "nothing"
-    """Nothing measured: where a run computes, what it is called, how it is shown."""
+    result = "result"  # what a run learns, or what an evaluation measures
+    tokens = "tokens"  # the same, through the token ids and loss masks of a row: they are cached
+    answers = "answers"  # what a model generates: answers on the disk belong to the old value
+    cost = "cost"  # time and memory only
+    nothing = "nothing"  # nothing measured: where a run computes, what it is called, how it is shown
 
 
 def setting(default: Any, changes: str, *, splits: str = "both", binds_checkpoint: bool = False) -> Any:
@@ -42,25 +33,24 @@ def setting(default: Any, changes: str, *, splits: str = "both", binds_checkpoin
         splits: "training" where the setting chooses training rows only.
         binds_checkpoint: another run's checkpoint can only be resumed with the same value.
     """
-    metadata = {"changes": Changes(changes), "splits": splits, "binds_checkpoint": binds_checkpoint}
-    if callable(default):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return _field(default, {"changes": Changes(changes), "splits": splits, "binds_checkpoint": binds_checkpoint})
 
 
 def section(default: Any = MISSING) -> Any:
     """A field that holds another settings dataclass, or None. Its fields carry the marks."""
-    if callable(default):
-        return dataclasses.field(default_factory=default)
-    return dataclasses.field(default=default)
+    return _field(default, {})
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One setting of a schema."""
 
-    key: str
-    """Dotted, such as optimizer.lr."""
+    key: str  # dotted, such as optimizer.lr
     field: dataclasses.Field
 
     @property
@@ -85,17 +75,14 @@ def section_of(hint: Any) -> type | None:
 
 
 def changes_of(schema: type, key: str) -> Changes:
-    """What a key changes: of a section the most that one of its settings does, of an unknown key `result`.
-
-    Keys below a free-form setting, such as published.math/exact/pass@1, change what the setting does.
-    """
-    order = list(Changes)
-    found = [leaf.changes for leaf in leaves(schema) if _is_within(leaf.key, key) or _is_within(key, leaf.key)]
-    return min(found, key=order.index, default=Changes.result)
-
-
-def _is_within(key: str, outer: str) -> bool:
-    return key == outer or key.startswith(f"{outer}.")
+    """What a key changes: of a section the most that one of its settings does, of an unknown key `result`. Keys below a
+    free-form setting, such as published.math/exact/pass@1, change what the setting does."""
+    found = [
+        leaf.changes
+        for leaf in leaves(schema)
+        if f"{leaf.key}.".startswith(f"{key}.") or f"{key}.".startswith(f"{leaf.key}.")
+    ]
+    return min(found, key=list(Changes).index, default=Changes.result)
 
 
 def keys_of(schema: type) -> list[str]:
@@ -119,22 +106,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def map_values(function: Callable[[Any], Any], tree: Any, kind: type) -> Any:
+    """Applies a function to every value of a type in nested dicts and lists."""
+    if isinstance(tree, dict):
+        return {key: map_values(function, value, kind) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [map_values(function, value, kind) for value in tree]
+    return function(tree) if isinstance(tree, kind) else tree
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """A config as nested dicts of plain values, for YAML, JSON and trackers."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, StrEnum):
-            return value.value
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return value
-
-    return plain(dataclasses.asdict(config))
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
+    return map_values(lambda choice: choice.value, dataclasses.asdict(config), StrEnum)
 
 
 def require(condition: bool, message: str) -> None:
@@ -151,13 +134,12 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
         require(value is None or value > 0, f"{key}={value} must be positive.")
 
 
-LONGEST_NAME = 200
-"""Bytes. A file system takes 255, and a folder is written under a longer name first."""
+LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written under a longer name first
 
 
 def require_folder_name(name: str) -> None:
     require(
-        name not in ("", ".", "..") and "/" not in name and "\\" not in name and "\0" not in name,
+        name not in ("", ".", "..") and not set(name) & set("/\\\0"),
         f"name={name!r}: expected the name of one folder, without a slash.",
     )
     size = len(name.encode(errors="replace"))

@@ -1,7 +1,5 @@
-"""What every command prints: labelled lines, aligned tables, and a progress bar that becomes plain lines in a log.
-
-Colours and a live bar appear in a terminal only. Nothing here imports torch.
-"""
+"""What every command prints: labelled lines, aligned tables, quantities, and a progress bar that becomes plain lines in
+a log. Colours and a live bar appear in a terminal only."""
 
 from __future__ import annotations
 
@@ -18,24 +16,16 @@ from rich.text import Text
 
 from cera_train.common.trust import clean
 
-PIPE_WIDTH = 10_000
-"""Columns of an output that is no terminal: nothing wraps, since whatever reads it can."""
-
-TEXT_WIDTH = 100
-"""Columns of running text in an output that is no terminal."""
-
-LINE_SECONDS = 60.0
-"""A log gets a line of progress at least so often."""
-
-PLAIN_LINES = 10
-"""A log gets at least so many lines of progress, however short the run."""
+PIPE_WIDTH = 10_000  # columns of an output that is no terminal: nothing wraps, since whatever reads it can
+TEXT_WIDTH = 100  # columns of running text in an output that is no terminal
+LINE_SECONDS = 60.0  # a log gets a line of progress at least so often
+PLAIN_LINES = 10  # a log gets at least so many lines of progress, however short the run
 
 
-def console(stderr: bool = False) -> Console:
-    """A console for one print: it looks at the stream as it is now, which tests and pipes replace."""
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PIPE_WIDTH
-    return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+def console() -> Console:
+    """A console for one print: it looks at stdout as it is now, which tests and pipes replace."""
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
 def print_line(label: str, text: str) -> None:
@@ -45,18 +35,14 @@ def print_line(label: str, text: str) -> None:
 
 def print_fields(fields: Mapping[str, str]) -> None:
     """A label and a value on each line, values aligned."""
-    width = max(map(len, fields), default=0) + 2
+    width = max([16, *(len(label) + 2 for label in fields)])
     for label, value in fields.items():
-        print(clean(f"{label:<{max(16, width)}}{value}"), flush=True)
+        print(clean(f"{label:<{width}}{value}"), flush=True)
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Collection[int] = ()) -> None:
-    """Prints aligned columns. Cells may have several lines, and none is wrapped.
-
-    Args:
-        header: the columns' names; all empty: no header.
-        right: the columns aligned to the right, such as figures.
-    """
+    """Prints aligned columns, those of `right` to the right, without a header where all its names are empty. Cells may
+    have several lines, and none is wrapped."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(header))
     for index, name in enumerate(header):
         table.add_column(Text(clean(name)), justify="right" if index in right else "left", no_wrap=True)
@@ -74,13 +60,7 @@ def terminal_width() -> int:
 
 
 class ProgressBar:
-    """A bar in a terminal; elsewhere a line every minute, and every tenth of the work.
-
-    Args:
-        unit: what is counted.
-        total: how much there is, of which `done` is done.
-        visible: whether this process prints.
-    """
+    """A bar in a terminal; elsewhere a line every minute, and every tenth of the work."""
 
     def __init__(self, unit: str, total: int, done: int, visible: bool = True) -> None:
         self.unit, self.total, self.done, self.visible = unit, total, done, visible
@@ -97,15 +77,12 @@ class ProgressBar:
         """Counts what has been done since the last call, and shows a text about it."""
         tenths = self.done // self._every
         self.done += count
+        is_tenth = self.done // self._every > tenths or self.done == self.total
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=text)
-        elif self.visible and self._is_due(tenths):
+        elif self.visible and (is_tenth or time.monotonic() - self._printed >= LINE_SECONDS):
             self._printed = time.monotonic()
             print(f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}  {text}", flush=True)
-
-    def _is_due(self, tenths_before: int) -> bool:
-        is_tenth = self.done // self._every > tenths_before or self.done == self.total
-        return is_tenth or time.monotonic() - self._printed >= LINE_SECONDS
 
     def note(self, text: str) -> None:
         """A line above the bar."""
@@ -122,13 +99,27 @@ class ProgressBar:
 
 def highlighted(parts: Iterable[tuple[str, bool]], indent: int) -> Any:
     """A text with marked parts: green in a terminal, between [[ ]] elsewhere."""
-    text = Text()
+    text, is_terminal = Text(), sys.stdout.isatty()
     for part, is_marked in parts:
         shown = clean(part).replace("\n", "\n" + " " * indent)
-        if not is_marked:
-            text.append(shown)
-        elif sys.stdout.isatty():
-            text.append(shown, style="green")
-        else:
-            text.append(f"[[{shown}]]")
+        if is_marked and not is_terminal:
+            shown = f"[[{shown}]]"
+        text.append(shown, style="green" if is_marked and is_terminal else None)
     return text
+
+
+def duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def gigabytes(size: float, decimals: int = 1) -> str:
+    """Gigabytes of 10^9 bytes."""
+    return f"{size / 1e9:,.{decimals}f} GB"
+
+
+def targets(target_modules: Any) -> str:
+    """`adapter.target_modules` in a line."""
+    return target_modules if isinstance(target_modules, str) else " ".join(target_modules)

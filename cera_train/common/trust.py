@@ -1,13 +1,5 @@
-"""What protects against files from strangers: configs, run folders, adapters and texts are data, never code.
-
-- A config from elsewhere leaves `hydra` alone, by which a file can run code, and cannot turn on a model's code.
-- A config on record holds plain values: no alias, no interpolation.
-- An adapter is safetensors, and its config asks for nothing but to put its weights in place.
-- A link does not lead what we write out of a run's folder.
-- A text is shown as text: no escape sequence reaches the terminal.
-
-Nothing here imports torch.
-"""
+"""What protects against files from strangers: a config or an adapter runs no code, a link leads no writing out of a
+run's folder, a text steers no terminal. Also what keeps secrets out of all that a run writes or prints."""
 
 from __future__ import annotations
 
@@ -20,20 +12,12 @@ from typing import Any
 import yaml
 
 from cera_train.common.errors import UserError
-
-# --- configs ---------------------------------------------------------------------------------------------------------
+from cera_train.common.settings import map_values
 
 
 def check_hydra_section(section: Any, file: str) -> None:
-    """Refuses a config from elsewhere that sets Hydra's section, but for the dimensions of a sweep.
-
-    A config of Hydra's can run code in more ways than a `_target_`: by the factories of a logging config, by the
-    environment of processes, by a launcher's shell commands.
-
-    Args:
-        section: the unresolved `hydra` section, as nested dicts.
-        file: the config, for the message.
-    """
+    """Refuses a config from elsewhere that sets Hydra's section, but for the dimensions of a sweep. It runs code by a
+    `_target_`, the factories of a logging config, the environment of processes, or a launcher's shell commands."""
     match section:
         case {"sweeper": {"params": dict(params), **other_params}, **others} if not (others or other_params):
             if not any(word in str(key) for key in params for word in ("hydra", "trust_remote_code")):
@@ -51,12 +35,7 @@ def refuse_pickled_configs(arguments: Sequence[str]) -> None:
 
 
 def check_remote_code(flags: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Refuses to run a model's Python code unless the command line itself asks for it.
-
-    Args:
-        flags: key -> value of the settings that turn it on.
-        overrides: the arguments of the command.
-    """
+    """Refuses to run a model's Python code unless the command line itself turns on one of these settings."""
     for key, value in flags.items():
         if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
             raise UserError(
@@ -76,22 +55,11 @@ class PlainLoader(yaml.SafeLoader):
 
 def escape_interpolations(tree: Any) -> Any:
     """A config on record with `${` as text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
-    if isinstance(tree, dict):
-        return {key: escape_interpolations(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [escape_interpolations(value) for value in tree]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
+    return map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), tree, str)
 
 
 def check_links(root: Path, paths: Iterable[Path]) -> None:
-    """Refuses a link in a run's folder, such as eval -> ~/.ssh, that leads out of it.
-
-    Raises:
-        UserError: one of `paths` is a link that leads out of `root`.
-    """
+    """Refuses a link among `paths`, such as eval -> ~/.ssh, that leads out of the folder `root`."""
     home = root.resolve()
     for link in filter(Path.is_symlink, paths):
         target = Path(os.path.realpath(link))  # also of a link that leads nowhere yet, or in a circle
@@ -102,13 +70,11 @@ def check_links(root: Path, paths: Iterable[Path]) -> None:
             )
 
 
-# --- adapters --------------------------------------------------------------------------------------------------------
-
+# Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
     *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
     *("arrow_config", "layer_replication", "runtime_config"),
 )
-"""Fields of PEFT's configs that name modules to import, files to open, or layers to add."""
 
 
 def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
@@ -121,11 +87,8 @@ def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
 
 
 def weights_of(adapter: Path) -> Path:
-    """The safetensors file with an adapter's weights.
-
-    Raises:
-        UserError: there is none, or only a pickle. PEFT would look for it on the Hub, under the folder's name.
-    """
+    """The safetensors file with an adapter's weights. PEFT would look for a missing one on the Hub, by the folder's
+    name, and would read a pickle."""
     weights = adapter / "adapter_model.safetensors"
     if weights.is_file():
         return weights
@@ -138,8 +101,6 @@ def weights_of(adapter: Path) -> Path:
     raise UserError(f"{adapter} lacks its weights, adapter_model.safetensors: restore the file.")
 
 
-# --- texts -----------------------------------------------------------------------------------------------------------
-
 STEERS_A_DISPLAY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, such as the start of a terminal's escape sequence; marks that reorder the letters after them; and
 halves of a surrogate pair, which no file and no terminal takes."""
@@ -148,3 +109,21 @@ halves of a surrogate pair, which no file and no terminal takes."""
 def clean(text: str) -> str:
     """A text of a model, a data file or a stranger's run, as characters that are only shown."""
     return STEERS_A_DISPLAY.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))
+
+
+SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+SHORTEST_SECRET = 8  # characters; shorter values ("1", "true") are settings, and would blot out ordinary words
+
+
+def redact(text: str) -> str:
+    """The text with `***` for every secret of the environment and the credentials of every URL in it."""
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return URL_CREDENTIALS.sub("***", text)
+
+
+def redact_tree(tree: Any) -> Any:
+    """`redact` for every string in nested dicts and lists."""
+    return map_values(redact, tree, str)

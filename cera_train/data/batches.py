@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +37,9 @@ class RowOrder:
         return math.ceil(self.rows / self.batch_size)
 
     def epoch(self, update: int) -> int:
-        """The epoch of an update, both counted from 0."""
         return update // self.updates_per_epoch
 
     def sequences(self, update: int) -> list[int]:
-        """The rows of one update."""
         order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
         start = update % self.updates_per_epoch * self.batch_size
         return order[start : start + self.batch_size].tolist()
@@ -53,12 +52,8 @@ def epoch_order(rows: int, seed: int) -> torch.Tensor:
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """The rows of an update that each process takes, with about the same number of tokens for all.
-
-    Args:
-        rows: the rows of the update.
-        lengths: tokens of every row of the data set.
-    """
+    """The rows of an update that each process takes, with about the same number of tokens for all. `lengths` holds the
+    tokens of every row of the data set."""
     shares: list[list[int]] = [[] for _ in range(processes)]
     tokens = [0] * processes
     for row in sorted(rows, key=lambda row: (-lengths[row], row)):  # longest first, to the process with fewest tokens
@@ -85,86 +80,68 @@ def flat_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: 
 
 
 def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included.
-
-    Dynamic programming over the rows in order of length finds the cheapest cut: the sum of each group's padded tokens
-    and its overhead.
-    """
+    """Groups of rows of near-equal length with at most `max_tokens` tokens, padding included: the cut with the fewest
+    padded tokens and overheads, by dynamic programming over the rows in order of length."""
     ordered = sorted(rows, key=lambda row: (lengths[row], row))
-    cost = [0.0] + [math.inf] * len(ordered)  # cost[end]: the best cut of ordered[:end]
-    group_start = [0] * (len(ordered) + 1)
-    for end in range(1, len(ordered) + 1):
-        longest = lengths[ordered[end - 1]]
-        for start in range(end - 1, -1, -1):
-            tokens = (end - start) * longest
-            if tokens > max_tokens and end - start > 1:
-                break
-            if cost[start] + tokens + OVERHEAD_TOKENS < cost[end]:
-                cost[end], group_start[end] = cost[start] + tokens + OVERHEAD_TOKENS, start
+    best = [(0, 0)]  # best[end]: the cost of the best cut of ordered[:end], and minus the start of its last group
+    for end, longest in enumerate(ordered, start=1):
+        tokens = lengths[longest]  # of each row in the group that ends here, with its padding
+        starts = range(max(0, end - max(1, max_tokens // tokens)), end)
+        best.append(min((best[start][0] + (end - start) * tokens + OVERHEAD_TOKENS, -start) for start in starts))
     groups, end = [], len(ordered)
     while end:
-        groups.append(ordered[group_start[end] : end])
-        end = group_start[end]
+        start = -best[end][1]
+        groups.append(ordered[start:end])
+        end = start
     return groups[::-1]
 
 
 @dataclass
 class Batch:
-    """One micro-batch of shape [B, T]. Flat: B is 1, positions restart with each sequence, no attention mask."""
+    """One micro-batch of shape [B, T]. Flat: B is 1, and positions restart with each sequence."""
 
     input_ids: torch.Tensor
     loss_mask: torch.Tensor
     """True where the token's prediction counts."""
-    position_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
     sequence_lengths: list[int] | None = None
     """Flat: the tokens of each sequence."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
         """The arguments of a transformers model."""
-        places = {"position_ids": self.position_ids, "attention_mask": self.attention_mask}
-        return {"input_ids": self.input_ids} | {name: value for name, value in places.items() if value is not None}
+        inputs = {name: getattr(self, name) for name in ("input_ids", "position_ids", "attention_mask")}
+        return {name: value for name, value in inputs.items() if value is not None}
 
     def to(self, device: torch.device) -> Batch:
-        places = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return replace(self, **places)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def flat_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """Sequences end to end in one row, without padding."""
+    lengths = [len(ids) for ids in input_ids]
     return Batch(
         torch.cat([torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids])[None],
         torch.cat([torch.as_tensor(mask) for mask in loss_masks])[None],
-        torch.cat([torch.arange(len(ids)) for ids in input_ids])[None],
-        None,
-        [len(ids) for ids in input_ids],
+        position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
+        sequence_lengths=lengths,
     )
 
 
 def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequence[bool]]) -> Batch:
     """One sequence a row, padded on the right with token 0, which nothing attends to or predicts."""
     rows = [torch.as_tensor(ids, dtype=torch.int64) for ids in input_ids]
-    needs_mask = len(set(map(len, rows))) > 1
     pad = functools.partial(pad_sequence, batch_first=True)
-    return Batch(
-        pad(rows),
-        pad([torch.as_tensor(mask) for mask in loss_masks]),
-        None,
-        # Where all lengths are equal there is no mask, and attention takes its fast causal path.
-        pad([torch.ones_like(ids) for ids in rows]) if needs_mask else None,
-    )
+    batch = Batch(pad(rows), pad([torch.as_tensor(mask) for mask in loss_masks]))
+    if len(set(map(len, rows))) > 1:  # where all lengths are equal, attention takes its fast causal path
+        batch.attention_mask = pad([torch.ones_like(ids) for ids in rows])
+    return batch
 
 
 class MicroBatches:
-    """Cuts rows of a tokenised split into micro-batches and loads them.
-
-    Args:
-        rows: the split.
-        is_flat: whether sequences stand end to end in one row.
-        max_tokens: limit of a micro-batch, padding included.
-        device: the device of the batches.
-    """
+    """Cuts rows of a tokenised split into micro-batches of at most `max_tokens`, padding included, and loads them."""
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
         self.rows, self.is_flat, self.max_tokens, self.device = rows.rows, is_flat, max_tokens, device
@@ -186,12 +163,8 @@ class MicroBatches:
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
         """The micro-batches that a process runs for its share of these rows, and whether each counts in the loss. There
-        is at least one, since the other processes wait for this one's gradient.
-
-        Args:
-            in_step: whether all processes run the same number, as sharded weights need. A process that has run out of
-                micro-batches runs one that does not count, so that collectives match.
-        """
+        is at least one, since the other processes wait for this one's gradient. `in_step`, all processes run the same
+        number, as sharded weights need: one that has run out of micro-batches runs one that does not count."""
         process_rows = shares(rows, self.lengths, processes)
         groups = self.groups(process_rows[process])
         count = max(len(self.groups(share)) for share in process_rows) if in_step else max(1, len(groups))
@@ -199,8 +172,5 @@ class MicroBatches:
 
     def first(self, max_tokens: int) -> list[int]:
         """The first rows, as many as have at most `max_tokens` tokens together; at least one."""
-        rows, tokens = [0], self.lengths[0]
-        while len(rows) < len(self.lengths) and tokens + self.lengths[len(rows)] <= max_tokens:
-            tokens += self.lengths[len(rows)]
-            rows.append(len(rows))
-        return rows
+        count = bisect.bisect_right(list(itertools.accumulate(self.lengths)), max_tokens)
+        return list(range(max(1, count)))

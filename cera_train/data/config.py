@@ -1,35 +1,16 @@
 """Settings of the rows, and how they become tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cera_train.common.settings import MISSING, leaves, require, require_positive, section, setting
+from cera_train.common.errors import UserError
+from cera_train.common.settings import MISSING, Changes, leaves, require, require_positive, section, setting
 
-
-class Layout(StrEnum):
-    text = "text"
-    conversations = "conversations"
-    messages = "messages"
-    logistic_map = "logistic_map"
-
-
-class Turns(StrEnum):
-    first = "first"
-    all = "all"
-
-
-class LossOn(StrEnum):
-    completion = "completion"
-    all = "all"
-
-
-class BatchLayout(StrEnum):
-    auto = "auto"
-    flat = "flat"
-    padded = "padded"
+Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map"])
+Turns = StrEnum("Turns", ["first", "all"])
+LossOn = StrEnum("LossOn", ["completion", "all"])
+BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 
 
 @dataclass
@@ -45,11 +26,10 @@ class LogisticMapConfig:
 
     def __post_init__(self) -> None:
         require_positive("data.logistic_map", self, "growth", "steps", "decimals")
-        require(self.growth <= 4, f"data.logistic_map.growth={self.growth} must be at most 4, else x leaves [0, 1].")
-        require(
-            float(f"{self.growth:g}") == self.growth,
-            f"data.logistic_map.growth={self.growth} has more than the six digits that a prompt shows: round it.",
-        )
+        growth = f"data.logistic_map.growth={self.growth}"
+        require(self.growth <= 4, f"{growth} must be at most 4, else x leaves [0, 1].")
+        if float(f"{self.growth:g}") != self.growth:
+            raise UserError(f"{growth} has more than the six digits that a prompt shows: round it.")
         require(self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4.")
 
 
@@ -109,28 +89,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "max_length", "train_rows", "eval_rows")
-        if self.layout == Layout.text:
-            require(
-                bool(self.prompt) and bool(self.completion),
-                "data.layout=text needs data.prompt and data.completion, such as "
-                "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'.",
-            )
+        if self.layout == Layout.text and not (self.prompt and self.completion):
+            example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
+            raise UserError(f"data.layout=text needs data.prompt and data.completion, such as {example}.")
         if self.layout == Layout.logistic_map:
             require(self.eval_rows is not None, "data.layout=logistic_map needs data.eval_rows, such as 20.")
-        else:
-            require(
-                bool(self.path or self.train_files),
-                "there is no training data: set data.train_files to local files or data.path to a Hub data set.",
-            )
-        require(
-            not (self.train_files and not self.eval_files and self.eval_rows is None),
-            "data.train_files without data.eval_files: name evaluation files, or set data.eval_rows to hold out the "
-            "last rows of the training files.",
-        )
-        require(
-            not (self.eval_files and not self.train_files),
-            "data.eval_files without data.train_files: name the training files too.",
-        )
+        elif not (self.path or self.train_files):
+            mend = "set data.train_files to local files or data.path to a Hub data set"
+            raise UserError(f"there is no training data: {mend}.")
+        if self.train_files and not self.eval_files and self.eval_rows is None:
+            mend = "name evaluation files, or set data.eval_rows to hold out the last rows of the training files"
+            raise UserError(f"data.train_files without data.eval_files: {mend}.")
+        if self.eval_files and not self.train_files:
+            raise UserError("data.eval_files without data.train_files: name the training files too.")
 
 
 def evaluation_rows(settings: dict[str, Any], prefix: str = "data.") -> tuple:
@@ -140,15 +111,11 @@ def evaluation_rows(settings: dict[str, Any], prefix: str = "data.") -> tuple:
         settings: flat settings of a run or an evaluation, in which data's start with `prefix`. A null counts like a
             missing key, since another version may not have it.
     """
-    skipped = {
-        prefix + leaf.key
-        for leaf in leaves(DataConfig)
-        if leaf.field.metadata["splits"] == "training" or leaf.changes == "nothing"
-    }
+    marked = [(leaf.key, leaf.field.metadata["splits"], leaf.changes) for leaf in leaves(DataConfig)]
+    skipped = [key for key, splits, changes in marked if splits == "training" or changes == Changes.nothing]
     if settings.get(f"{prefix}train_files"):  # nothing comes from the Hub
-        skipped |= {f"{prefix}{name}" for name in ("path", "subset", "revision", "eval_split")}
+        skipped += ["path", "subset", "revision", "eval_split"]
     if settings.get(f"{prefix}eval_files"):
-        skipped.add(f"{prefix}train_files")
-    return tuple(
-        sorted((key, repr(value)) for key, value in settings.items() if value is not None and key not in skipped)
-    )
+        skipped += ["train_files"]
+    keys = {key for key, value in settings.items() if value is not None} - {prefix + name for name in skipped}
+    return tuple(sorted((key, repr(settings[key])) for key in keys))

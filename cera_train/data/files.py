@@ -1,7 +1,6 @@
 """Rows of local files. A row knows the file and line it stands in. Nothing here imports torch."""
 
-from __future__ import annotations
-
+import collections
 import glob
 import hashlib
 import itertools
@@ -10,17 +9,13 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cera_train.common.errors import UserError, words_of
-from cera_train.data.rows import LocatedRow, Source, kind_of
+from cera_train.data.rows import LocatedRow, Source, at, kind_of
 
-CONVERSIONS = {
-    ".gz": "decompress it with gunzip",
-    ".zip": "decompress it with unzip",
-    ".zst": "decompress it with zstd -d",
-    ".xz": "decompress it with unxz",
-    ".bz2": "decompress it with bunzip2",
+DECOMPRESSORS = {".gz": "gunzip", ".zip": "unzip", ".zst": "zstd -d", ".xz": "unxz", ".bz2": "bunzip2"}
+CONVERSIONS = {suffix: f"decompress it with {program}" for suffix, program in DECOMPRESSORS.items()} | {
     ".csv": "convert it with pandas.read_csv(file).to_json('rows.jsonl', orient='records', lines=True)",
     ".tsv": "convert it with pandas.read_csv(file, sep='\\t').to_json('rows.jsonl', orient='records', lines=True)",
     ".arrow": "convert it with datasets.Dataset.from_file(file).to_json('rows.jsonl')",
@@ -29,34 +24,24 @@ CONVERSIONS = {
 """How to turn a file of an unknown kind into one that is read."""
 
 OTHER_CONTENT = {
-    b"\x1f\x8b": "it is compressed: decompress it with gunzip",
-    b"PK\x03\x04": "it is a zip archive: decompress it with unzip",
-    b"PAR1": "it is a parquet file: rename it to .parquet",
-    b"version https://git-lfs": "it is a Git LFS pointer: get the file with git lfs pull",
-    b"<": "it is a web page or XML: download the file itself",
-    b"\xff\xfe": "it is UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "it is UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "It is compressed: decompress it with gunzip.",
+    b"PK\x03\x04": "It is a zip archive: decompress it with unzip.",
+    b"PAR1": "It is a parquet file: rename it to .parquet.",
+    b"version https://git-lfs": "It is a Git LFS pointer: get the file with git lfs pull.",
+    b"<": "It is a web page or XML: download the file itself.",
+    b"\xff\xfe": "It is UTF-16: convert it with iconv -f UTF-16 -t UTF-8.",
+    b"\xfe\xff": "It is UTF-16: convert it with iconv -f UTF-16 -t UTF-8.",
 }
 """First bytes of a file that is not JSON, and the mend."""
 
 
-def from_files(names: Sequence[str], setting: str | None = None) -> Source:
-    """The rows of local files, one file after the other.
-
-    Args:
-        setting: the key that names the files, for messages.
-
-    Raises:
-        UserError: a file is missing, unreadable or of an unknown kind.
-    """
+def from_files(names: Sequence[str], setting: str = "files") -> Source:
+    """The rows of local files, one file after the other. Messages name `setting`, the key that names the files."""
     paths = check_files(names, setting)
     digest = hashlib.sha256()
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            _refuse(path, setting, f"cannot read the file: {error.strerror}.")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return Source(digest.hexdigest(), lambda: rows_of(paths), name_of(paths, setting))
 
 
@@ -65,52 +50,42 @@ def rows_of(paths: Sequence[Path]) -> Iterator[LocatedRow]:
     return (row for path in paths for row in READERS[path.suffix.lower()](path))
 
 
-def name_of(paths: Sequence[Path], setting: str | None) -> str:
+def name_of(paths: Sequence[Path], setting: str) -> str:
     """Files as a message names them: the first three."""
-    name = f"[{','.join(map(str, paths[:3]))}{',...' if len(paths) > 3 else ''}]"
-    return f"{setting}={name}" if setting else name
+    return f"{setting}=[{','.join(map(str, paths[:3]))}{',...' if len(paths) > 3 else ''}]"
 
 
-# --- what is no file -------------------------------------------------------------------------------------------------
+def check_files(names: Sequence[str], setting: str) -> list[Path]:
+    """The files of these names. Opens none: a pipe would wait for a writer, and a device may never end."""
+    for name in names:
+        with at(f"{setting}={name}"):
+            _check_file(name)
+    return list(map(Path, names))
 
 
-def check_files(names: Sequence[str], setting: str | None = None) -> list[Path]:
-    """The files of these names. Opens none: a pipe would wait for a writer, and a device may never end.
-
-    Raises:
-        UserError: a name is not that of a regular file of a known kind.
-    """
-    return [_check_file(name, setting) for name in names]
-
-
-def _check_file(name: str, setting: str | None) -> Path:
+def _check_file(name: str) -> None:
     path = Path(name)
+    kind = path.suffix.lower()
     if not name.strip():
-        _refuse(name, setting, "an empty name: write the name of a file.")
+        raise UserError("an empty name: write the name of a file.")
     if "://" in name:
-        _refuse(name, setting, "only local files are read: download it first.")
+        raise UserError("only local files are read: download it first.")
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # a ValueError: the name holds a zero byte
-        reason = f"cannot read the file: {words_of(error)}"
-        _refuse(path, setting, f"{reason} (from {Path.cwd()}). {_other_name(path)}")
+        raise UserError(f"cannot read the file: {words_of(error)} (from {Path.cwd()}). {_other_name(path)}") from error
     if stat.S_ISDIR(mode):
-        files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in READERS)[:3]
+        files = _data_files(path)
         mend = f"such as {path / files[0]}" if files else f"and it holds none of {', '.join(READERS)}"
-        _refuse(path, setting, f"it is a folder: name the files in it, {mend}.")
+        raise UserError(f"it is a folder: name the files in it, {mend}.")
     if not stat.S_ISREG(mode):
-        _refuse(path, setting, f"it is a {_special(mode)}: rows are read more than once, write them to a file.")
-    if path.suffix.lower() not in READERS:
-        mend = CONVERSIONS.get(path.suffix.lower(), "convert it, or rename it if its content is one of these")
-        _refuse(path, setting, f"unknown kind of file: expected {', '.join(READERS)}; {mend}.")
+        special = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        raise UserError(f"it is a {special}: rows are read more than once, write them to a file.")
+    if kind not in READERS:
+        mend = CONVERSIONS.get(kind, "convert it, or rename it if its content is one of these")
+        raise UserError(f"unknown kind of file: expected {', '.join(READERS)}; {mend}.")
     if not os.access(path, os.R_OK):
-        _refuse(path, setting, "cannot read the file: Permission denied. Run chmod +r on it, or copy it.")
-    return path
-
-
-def _special(mode: int) -> str:
-    kinds = {"pipe": stat.S_ISFIFO, "socket": stat.S_ISSOCK, "device": lambda mode: True}
-    return next(kind for kind, is_kind in kinds.items() if is_kind(mode))
+        raise UserError("cannot read the file: Permission denied. Run chmod +r on it, or copy it.")
 
 
 def _other_name(path: Path) -> str:
@@ -120,24 +95,18 @@ def _other_name(path: Path) -> str:
         return f"A ~ is not expanded here: write {path.expanduser()}."
     if "$" in name:
         return "Variables are not expanded inside single quotes."
-    if "\0" in name:
-        return "Write another name."
     if glob.has_magic(name):
         found = sorted(glob.glob(name))[:3]
         files = f", such as [{','.join(found)}]" if found else "; nothing matches this one"
         return f"Patterns are not expanded: name the files{files}."
     try:
-        there = sorted(file.name for file in path.parent.iterdir() if file.suffix.lower() in READERS)[:5]
+        return f"Its folder has {', '.join(_data_files(path.parent)[:5]) or 'no data files'}."
     except OSError:
         return "Its folder does not exist or cannot be read."
-    return f"Its folder has {', '.join(there)}." if there else "Its folder has no data files."
 
 
-def _refuse(path: Path | str, setting: str | None, reason: str) -> NoReturn:
-    raise UserError(f"{f'{setting}={path}' if setting else path or repr(path)}: {reason}")
-
-
-# --- readers ---------------------------------------------------------------------------------------------------------
+def _data_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in READERS)
 
 
 def _read_jsonl(path: Path) -> Iterator[LocatedRow]:
@@ -145,14 +114,8 @@ def _read_jsonl(path: Path) -> Iterator[LocatedRow]:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 row, duplicates = _parse(line.rstrip(), path, number)
-                place = f"{path}:{number}"
-                if isinstance(row, list):
-                    raise UserError(
-                        f"{place}: expected a JSON object with a row's columns, got a list. A list of rows is .json: "
-                        "rename the file."
-                    )
-                _refuse_duplicates(duplicates, place)
-                yield _as_row(row, place)
+                mend = " A list of rows is .json: rename the file." if isinstance(row, list) else ""
+                yield _located(row, f"{path}:{number}", duplicates, mend)
 
 
 def _read_json(path: Path) -> Iterator[LocatedRow]:
@@ -163,9 +126,7 @@ def _read_json(path: Path) -> Iterator[LocatedRow]:
         mend = f"Write the list in {lists[0]!r} alone." if lists else "One row a line is .jsonl: rename the file."
         raise UserError(f"{path}: expected a JSON list of rows, got {kind_of(rows)}. {mend}")
     for number, row in enumerate(rows, start=1):
-        place = f"{path}, row {number}"
-        _refuse_duplicates([found for found in duplicates if _holds(row, found[1])], place)
-        yield _as_row(row, place)
+        yield _located(row, f"{path}, row {number}", duplicates)
 
 
 def _read_parquet(path: Path) -> Iterator[LocatedRow]:
@@ -181,8 +142,7 @@ def _read_parquet(path: Path) -> Iterator[LocatedRow]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         # ValueError: text that is not UTF-8, or a date that Python has no object for.
         reason = str(error).strip().splitlines()[0].rstrip(".")
-        size = path.stat().st_size
-        mend = "The file is empty." if not size else "Write or download it again: it may be cut off."
+        mend = "Write or download it again: it may be cut off." if path.stat().st_size else "The file is empty."
         raise UserError(f"{path}: not a readable parquet file: {reason}. {mend}") from error
 
 
@@ -213,42 +173,41 @@ def _parse(text: bytes, path: Path, first_line: int) -> tuple[Any, list[Duplicat
     def as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) < len(pairs):
-            names = [name for name, _ in pairs]
-            duplicates.append((next(name for name in names if names.count(name) > 1), made))
+            [(name, _)] = collections.Counter(name for name, _ in pairs).most_common(1)
+            duplicates.append((name, made))
         return made
 
-    mend = "Write it as UTF-8, such as with iconv -t UTF-8"
+    line, mend = 0, "Mend this line."
     try:
         return json.loads(text, object_pairs_hook=as_object), duplicates
     except UnicodeDecodeError as error:
         line, reason = text.count(b"\n", 0, error.start), f"not UTF-8: {error.reason}"
+        mend = "Write it as UTF-8, such as with iconv -t UTF-8."
     except json.JSONDecodeError as error:
         line, reason = error.lineno - 1, f"broken JSON: {error.msg} (column {error.colno})"
-        is_lines = path.suffix.lower() == ".json" and error.msg == "Extra data"
-        is_spread = path.suffix.lower() == ".jsonl" and text.strip() in (b"{", b"[", b"[{")
-        mend = "Mend this line"
-        if is_lines:
-            mend = "One row a line is .jsonl: rename the file"
-        if is_spread:
-            mend = "A row must stand on one line; a list of rows is .json"
+        if path.suffix.lower() == ".json" and error.msg == "Extra data":
+            mend = "One row a line is .jsonl: rename the file."
+        if path.suffix.lower() == ".jsonl" and text.strip() in (b"{", b"[", b"[{"):
+            mend = "A row must stand on one line; a list of rows is .json."
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
-        line, reason, mend = 0, f"unusable JSON: {error}", "Mend this line"
-    mend = _mend_of_content(path) or f"{mend}."
-    raise UserError(f"{path}:{first_line + line}: {reason}. {mend}")
+        reason = f"unusable JSON: {error}"
+    raise UserError(f"{path}:{first_line + line}: {reason}. {_mend_of_content(path) or mend}")
 
 
 def _mend_of_content(path: Path) -> str | None:
     """The mend for a file whose first bytes show that it is of another kind."""
     with path.open("rb") as file:
         start = file.read(32)
-    mends = (mend for signature, mend in OTHER_CONTENT.items() if start.startswith(signature))
-    mend = next(mends, None)
-    return mend and f"{mend[0].upper()}{mend[1:]}."
+    return next((mend for signature, mend in OTHER_CONTENT.items() if start.startswith(signature)), None)
 
 
-def _refuse_duplicates(duplicates: list[Duplicate], place: str) -> None:
-    if duplicates:
-        raise UserError(f"{place}: key {duplicates[0][0]!r} stands twice in one object: remove or rename one.")
+def _located(value: Any, place: str, duplicates: list[Duplicate], mend: str = "") -> LocatedRow:
+    for name, holder in duplicates:
+        if _holds(value, holder):
+            raise UserError(f"{place}: key {name!r} stands twice in one object: remove or rename one.")
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: expected a JSON object with a row's columns, got {kind_of(value)}.{mend}")
+    return LocatedRow(value, place)
 
 
 def _holds(value: Any, wanted: dict[str, Any]) -> bool:
@@ -260,9 +219,3 @@ def _holds(value: Any, wanted: dict[str, Any]) -> bool:
             return True
         left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return False
-
-
-def _as_row(value: Any, place: str) -> LocatedRow:
-    if not isinstance(value, dict):
-        raise UserError(f"{place}: expected a JSON object with a row's columns, got {kind_of(value)}.")
-    return LocatedRow(value, place)

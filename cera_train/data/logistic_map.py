@@ -4,8 +4,6 @@ Every iterate is computed from the exact one before it and rounded only for disp
 leaves the trajectory.
 """
 
-from __future__ import annotations
-
 import random
 
 from cera_train.common.errors import UserError
@@ -14,37 +12,30 @@ from cera_train.data.config import LogisticMapConfig
 
 def trajectory(x0: float, growth: float, steps: int) -> list[float]:
     """The `steps` iterates after x0."""
-    values = []
+    values = [x0]
     for _ in range(steps):
-        x0 = growth * x0 * (1 - x0)
-        values.append(x0)
-    return values
+        values.append(growth * values[-1] * (1 - values[-1]))
+    return values[1:]
 
 
 def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
     """One row: prompt and completion."""
-    show = f"{{:.{config.decimals}f}}".format
-    iterates = trajectory(x0, config.growth, config.steps)
+    start, *iterates = (f"{x:.{config.decimals}f}" for x in (x0, *trajectory(x0, config.growth, config.steps)))
     return {
-        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {show(x0)}, "
+        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {start}, "
         f"what are the next {config.steps} values?\nAnswer:",
-        "completion": " " + ", ".join(show(x) for x in iterates),
+        "completion": " " + ", ".join(iterates),
     }
 
 
 def starting_points(config: LogisticMapConfig, eval_rows: int) -> tuple[list[float], list[float]]:
-    """Training and evaluation starting points: all numbers with the config's decimals, split at random by its seed.
-
-    Raises:
-        UserError: there are not more starting points than `eval_rows`.
-    """
+    """Training and evaluation starting points: all numbers with the config's decimals, split at random by its seed."""
     scale = 10**config.decimals
     starts = [number / scale for number in range(1, scale)]
     if eval_rows >= len(starts):
-        raise UserError(
-            f"data.eval_rows={eval_rows} leaves nothing to train on: there are {len(starts)} starting points of "
-            f"{config.decimals} decimals. Lower it, or raise data.logistic_map.decimals."
-        )
+        there = f"there are {len(starts)} starting points of {config.decimals} decimals"
+        mend = "Lower it, or raise data.logistic_map.decimals."
+        raise UserError(f"data.eval_rows={eval_rows} leaves nothing to train on: {there}. {mend}")
     random.Random(config.seed).shuffle(starts)
     return starts[eval_rows:], starts[:eval_rows]
 

@@ -13,31 +13,32 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
 from cera_train.distributed.config import Strategy
-from cera_train.distributed.sharding import fsdp2
 from cera_train.model.config import Dtype, ModelConfig
 
 
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, timeout: timedelta, strategy: Strategy = Strategy.ddp
 ) -> Accelerator:
-    """Joins the processes of this command.
-
-    Args:
-        timeout: time limit of a collective.
-        strategy: how the processes share the model.
-
-    Raises:
-        UserError: the user's `accelerate config` asks for something else, such as DeepSpeed.
-    """
+    """Joins the processes of this command; `timeout` is the time limit of a collective."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
     has_gpu = torch.accelerator.is_available()
-    plugin = fsdp2() if strategy == Strategy.fsdp else None
+    plugin = None
+    if strategy == Strategy.fsdp:
+        # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            mixed_precision_policy=MixedPrecisionPolicy(),
+        )
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(model, autocast),
+        mixed_precision=_mixed_precision(model, autocast),
         cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
         fsdp_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
@@ -54,11 +55,8 @@ def start_accelerator(
 
 
 def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
-    """Refuses settings of `accelerate config` or a launcher that our loops do not support.
-
-    Raises:
-        UserError: DeepSpeed and the like, or FSDP without `distributed.strategy=fsdp`.
-    """
+    """Refuses what our loops do not support: DeepSpeed and the like of `accelerate config` or a launcher, and FSDP
+    without `distributed.strategy=fsdp`."""
     supported = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if strategy == Strategy.fsdp:
         supported = {DistributedType.FSDP}
@@ -74,10 +72,9 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 
 
-def mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
+def _mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
     """Accelerate's name for the precision of autocast."""
-    wanted = model.dtype != Dtype.float32 if autocast is None else autocast
-    if not wanted:
+    if not (model.dtype != Dtype.float32 if autocast is None else autocast):
         return "no"
     if model.dtype == Dtype.float16:
         return "fp16" if torch.cuda.is_available() else "no"  # float16 needs a gradient scaler, which CPUs lack
@@ -85,11 +82,10 @@ def mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes of the GPU's allocator, or resident on a CPU. A new process inherits `ru_maxrss` from its parent, so
-    VmHWM is read instead."""
+    """Peak bytes of the GPU's allocator, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().splitlines()  # a new process inherits `ru_maxrss` from its parent
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 

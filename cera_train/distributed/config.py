@@ -7,14 +7,12 @@ from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, setting
 
+MOST_PROCESSES = 256  # more than any machine has GPUs; a process takes half a gigabyte before it holds a model
+
 
 class Strategy(StrEnum):
     ddp = "ddp"
     fsdp = "fsdp"
-
-
-MOST_PROCESSES = 256
-"""More than any machine has GPUs. A process takes half a gigabyte before it holds a model."""
 
 
 @dataclass
@@ -26,13 +24,12 @@ class LaunchConfig:
     """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
 
     def __post_init__(self) -> None:
+        if self.processes == "auto":
+            return
         is_number = self.processes.isascii() and self.processes.isdecimal() and int(self.processes) > 0
+        require(is_number, f"launch.processes={self.processes} must be auto or a positive number.")
         require(
-            self.processes == "auto" or is_number,
-            f"launch.processes={self.processes} must be auto or a positive number.",
-        )
-        require(
-            self.processes == "auto" or int(self.processes) <= MOST_PROCESSES,
+            int(self.processes) <= MOST_PROCESSES,
             f"launch.processes={self.processes}: one machine runs at most {MOST_PROCESSES}. Set auto for one a GPU.",
         )
 

@@ -6,11 +6,8 @@ import os
 import re
 from collections.abc import MutableMapping
 
+# Variables in which launchers set the rank; Accelerate reads the same.
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-"""Variables in which launchers set the rank; Accelerate reads the same."""
-
-LAUNCHED = (*RANKS, "ACCELERATE_MIXED_PRECISION")
-"""One of these is set in a process that a launcher started: `accelerate launch` sets no rank for a single process."""
 
 
 def is_main_process() -> bool:
@@ -25,15 +22,12 @@ def is_one_of_several() -> bool:
 
 def is_launched() -> bool:
     """Whether a launcher started this process: then it starts no others."""
-    return any(name in os.environ for name in LAUNCHED)
+    # `accelerate launch` sets no rank for a single process
+    return any(name in os.environ for name in (*RANKS, "ACCELERATE_MIXED_PRECISION"))
 
 
 def join_slurm_step(environment: MutableMapping[str, str]) -> None:
-    """Sets torch's variables from Slurm's, where srun started this process as one of several tasks.
-
-    Args:
-        environment: the environment variables, changed in place.
-    """
+    """Sets torch's variables from Slurm's, where srun started this process as one of several tasks."""
     tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     if tasks == 1 or "RANK" in environment:
         return
@@ -45,11 +39,11 @@ def join_slurm_step(environment: MutableMapping[str, str]) -> None:
     for name, value in {
         "RANK": environment["SLURM_PROCID"],
         "WORLD_SIZE": tasks,
-        "LOCAL_RANK": local % len(gpus.split(",")) if gpus else local,  # a task with one GPU of its own sees only that
+        "LOCAL_RANK": local % len(gpus.split(",")) if gpus else local,  # a task that sees one GPU counts it as 0
         "LOCAL_WORLD_SIZE": re.match(r"\d+", environment["SLURM_STEP_TASKS_PER_NODE"])[0],
         "MASTER_ADDR": environment.get("MASTER_ADDR", host),
         "MASTER_PORT": environment.get("MASTER_PORT", 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
     }.items():
         environment[name] = str(value)
-    own_cpus = environment.get("SLURM_CPUS_PER_TASK", "1")  # Accelerate would share out the whole node's
-    environment.setdefault("OMP_NUM_THREADS", own_cpus)
+    # Accelerate would share out the whole node's cores.
+    environment.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))

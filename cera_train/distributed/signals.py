@@ -11,8 +11,10 @@ from types import FrameType, TracebackType
 
 from cera_train.common.errors import UserError
 
+# In order of precedence: a scheduler's signal wins, since it restarts the job.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""In order of precedence: a scheduler's signal wins, since it restarts the job."""
+# A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too.
+REPEAT_SECONDS = 1.0
 
 
 class Interrupted(SystemExit):
@@ -41,31 +43,22 @@ class Interrupted(SystemExit):
             raise SystemExit(0)
 
 
-REPEAT_SECONDS = 1.0
-"""A repeat within this time counts as the same signal: it may be sent to every process, and we pass it on too."""
-
-
 class Interruption:
-    """Records signals while it is open; a second SIGINT or SIGTERM acts at once. A signal that was not handled is
-    delivered when it closes.
-
-    Args:
-        pass_on: called with each recorded signal, such as to send it to other processes.
-    """
+    """Records signals while it is open, and passes each on; a second SIGINT or SIGTERM acts at once. A signal that was
+    not handled is delivered when it closes."""
 
     def __init__(self, pass_on: Callable[[int], None] = lambda number: None) -> None:
         self.signal: int | None = None
         self._pass_on = pass_on
 
     def __enter__(self) -> Interruption:
-        self._handlers = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
         return self
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         is_repeated = self.signal is not None and time.monotonic() - self._heard > REPEAT_SECONDS
         self._heard = time.monotonic()
-        if self.signal is None or SIGNALS.index(number) < SIGNALS.index(self.signal):
-            self.signal = number
+        self.signal = min(number, self.signal or number, key=SIGNALS.index)
         if is_repeated and number in (signal.SIGINT, signal.SIGTERM):
             self._restore()
             os.kill(os.getpid(), number)

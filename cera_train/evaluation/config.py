@@ -31,15 +31,16 @@ class GenerationConfig:
         require_positive("generation", self, "samples", "batch_tokens")
         require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative.")
         require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be above 0 and at most 1.")
-        require(
-            self.samples == 1 or self.temperature > 0,
-            f"generation.samples={self.samples} greedy answers would all be the same: choose generation=sample, or set "
-            "generation.temperature.",
-        )
-        require(
-            self.top_p == 1 or self.temperature > 0,
-            f"generation.top_p={self.top_p} has no meaning for greedy answers: set generation.temperature too.",
-        )
+        if self.temperature == 0:
+            require(
+                self.samples == 1,
+                f"generation.samples={self.samples} greedy answers would all be the same: choose generation=sample, or "
+                "set generation.temperature.",
+            )
+            require(
+                self.top_p == 1,
+                f"generation.top_p={self.top_p} has no meaning for greedy answers: set generation.temperature too.",
+            )
 
 
 @dataclass
@@ -73,18 +74,17 @@ class EvalConfig:
                 "grade=... takes neither run= nor task=: the folder records both.",
             )
             return
+        is_base = self.run == "base"
         require(
             self.run is not None,
             "run=... is missing: the folder of a run, the folder of an adapter, or base (with model=...).",
         )
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
-        require(
-            self.run != "base" or self.model is not None, "run=base needs model=..., such as model=smollm2_135m_pypi."
-        )
+        require(self.model is not None or not is_base, "run=base needs model=..., such as model=smollm2_135m_pypi.")
         require_folder_name(self.folder_name)
         if find_task(self.task.kind).takes_data:
             require(
-                self.data is not None or self.run != "base",
+                self.data is not None or not is_base,
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
             )
         else:

@@ -7,34 +7,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.terminal import ProgressBar, print_fields, print_table
-from cera_train.common.text import duration
+from cera_train.common.terminal import ProgressBar, duration, print_fields, print_table
 from cera_train.tasks.task import AnswerTask, Task
 
 
-class EvaluationProgress:
-    """Prints the answers done, the share that is right so far by the exact rule, and the time left.
-
-    Args:
-        total: answers of this process.
-        processes: number of processes that share the answers; all are taken to be equally fast.
-    """
+class EvaluationProgress(ProgressBar):
+    """The answers of this process that are done, the share that is right so far by the exact rule, the time left."""
 
     def __init__(self, total: int, visible: bool, processes: int) -> None:
-        self.total, self.others = total, processes - 1
-        self.answered, self.correct, self.started = 0, 0, time.perf_counter()
-        self.bar = ProgressBar("answer", total, 0, visible)
+        super().__init__("answer", total, 0, visible)
+        self.others, self.correct, self.started = processes - 1, 0, time.perf_counter()
 
-    def step(self, correct: Sequence[bool]) -> None:
+    def count(self, correct: Sequence[bool]) -> None:
         """Counts a batch of answers."""
-        self.answered += len(correct)
         self.correct += sum(correct)
-        seconds_left = (time.perf_counter() - self.started) / self.answered * (self.total - self.answered)
+        answered = self.done + len(correct)
+        seconds_left = (time.perf_counter() - self.started) / answered * (self.total - answered)
         sharing = f" in this process, {self.others} more at work" if self.others else ""
-        self.bar.step(f"exact {self.correct / self.answered:.1%}{sharing}  {duration(seconds_left)} left", len(correct))
-
-    def close(self) -> None:
-        self.bar.close()
+        self.step(f"exact {self.correct / answered:.1%}{sharing}  {duration(seconds_left)} left", len(correct))
 
 
 def print_evaluation(task: Task, result: Mapping[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -14,44 +14,36 @@ from torch.nn.functional import pad
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, StopStringCriteria
 from transformers.cache_utils import DynamicLayer
 
-PROMPTS_AT_ONCE = 8
-"""Few, so that prompts are padded little; enough to keep matrix products large."""
+from cera_train.common.errors import UserError
+
+PROMPTS_AT_ONCE = 8  # few, so that prompts are padded little; enough to keep matrix products large
 
 
-class TokenChoice(Protocol):
-    """Chooses the next token of every row from its logits."""
+class Likeliest:
+    """Greedy decoding: chooses the next token of every row from its logits."""
 
     def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Returns the next tokens, [B]."""
-        ...
+        tokens_B = logits_BV.argmax(-1)  # picks a NaN where there is one
+        if not logits_BV.gather(-1, tokens_B[:, None]).isfinite().all():
+            raise UserError("the model's logits are not finite: this adapter, or its training, diverged.")
+        return tokens_B
 
     def keep(self, rows: torch.Tensor) -> None:
         """Reduces the batch to these rows, in this order."""
-        ...
 
 
 @dataclass
 class Window:
     """The part of the cache that a call of the model reads and extends."""
 
-    row: int = 0
-    """Its first row."""
-    column: int = 0
-    """Its first column."""
-    end: int = 0
-    """The column after its written ones, where the call's first token goes."""
+    row: int = 0  # its first row
+    column: int = 0  # its first column
+    end: int = 0  # the column after its written ones, where the call's first token goes
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, room, width], right-aligned like the left-padded prompts.
-
-    Room grows block by block, since most answers end far before max_new_tokens.
-
-    Args:
-        rows: rows of the batch.
-        prompt: tokens of its longest prompt.
-        window: shared by all layers.
-    """
+    """Keys and values of a layer, [rows, heads, room, width], right-aligned like the left-padded prompts. Room grows
+    block by block, since most answers end far before max_new_tokens. All layers share one window."""
 
     BLOCK = 128
 
@@ -85,17 +77,10 @@ class GrowingLayer(DynamicLayer):
         """The tokens before those of this call, which the attention mask is made for."""
         return self.window.end - self.window.column
 
-    def move(self, sources: torch.Tensor, places: torch.Tensor) -> None:
-        """Copies rows over others."""
-        self.keys[places] = self.keys[sources]
-        self.values[places] = self.values[sources]
-
 
 def can_decode(model: Any, base: PreTrainedModel) -> bool:
-    """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones.
-
-    False for sliding windows, recurrent states, and adapters that act on the whole prompt.
-    """
+    """Whether keys and values are all that the model keeps of earlier tokens, and its inputs are the usual ones. False
+    for sliding windows, recurrent states, and adapters that act on the whole prompt."""
     adapter = None if model is base else model.active_peft_config
     is_of_prompt = adapter is not None and (
         adapter.is_prompt_learning or (isinstance(adapter, LoraConfig) and adapter.alora_invocation_tokens is not None)
@@ -109,13 +94,8 @@ def can_decode(model: Any, base: PreTrainedModel) -> bool:
 
 
 class DecodingBatch:
-    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values.
-
-    Args:
-        ids_BT: prompts, padded on the left.
-        mask_BT: 0 where they are padded, else 1.
-        room: tokens of the longest answer.
-    """
+    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values. Answers
+    have room for so many tokens."""
 
     def __init__(
         self, model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, room: int
@@ -130,17 +110,15 @@ class DecodingBatch:
         # transformers 5.24 renames the argument, and warns of the old name
         self.cache_name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
-    def prompt_logits(self) -> torch.Tensor:
-        """Runs the prompts, those of like length together: padding costs as much as tokens do."""
+    def logits(self, column: int) -> torch.Tensor:
+        """Logits of the token at a column, from the token before it or, right after the prompts, from these."""
+        if column > self.prompt:
+            return self._last_logits(slice(0, len(self.ids_BT)), 0, column - 1, column)
         logits = []
-        for row in range(0, len(self.ids_BT), PROMPTS_AT_ONCE):
+        for row in range(0, len(self.ids_BT), PROMPTS_AT_ONCE):  # of like length: padding costs as much as tokens do
             first = self.prompt - self.lengths[row]
             logits.append(self._last_logits(slice(row, row + PROMPTS_AT_ONCE), first, first, self.prompt))
         return torch.cat(logits)
-
-    def next_logits(self, column: int) -> torch.Tensor:
-        """Runs the tokens of the column before this one."""
-        return self._last_logits(slice(0, len(self.ids_BT)), 0, column - 1, column)
 
     def _last_logits(self, rows: slice, first: int, start: int, end: int) -> torch.Tensor:
         """Runs the tokens of columns start to end; `first` is the first column that is not padding in all rows."""
@@ -155,21 +133,22 @@ class DecodingBatch:
         )
         return output.logits[:, -1]
 
-    def keep(self, places: list[int], has_ended: list[bool]) -> torch.Tensor:
-        """Reduces the batch to the rows at these places, in this order, and returns the places.
-
-        Only keys and values of rows that change their place are copied, into the gaps that ended rows leave.
-        """
+    def drop(self, has_ended: list[bool]) -> torch.Tensor:
+        """Lets the last rows move to the places of those that ended: only their keys and values are copied. Returns the
+        former place of each row that remains."""
+        remaining = has_ended.count(False)
+        last = [place for place in range(remaining, len(has_ended)) if not has_ended[place]]
+        places = [last.pop() if has_ended[place] else place for place in range(remaining)]
         kept = torch.tensor(places, device=self.ids_BT.device)
         self.ids_BT, self.mask_BT, self.positions_BT = self.ids_BT[kept], self.mask_BT[kept], self.positions_BT[kept]
-        gaps = torch.tensor(has_ended[: len(places)], device=kept.device).nonzero()[:, 0]
+        gaps = torch.tensor(has_ended[:remaining], device=kept.device).nonzero()[:, 0]
         for layer in self.cache.layers if len(gaps) else []:
-            layer.move(kept[gaps], gaps)
+            layer.keys[gaps], layer.values[gaps] = layer.keys[kept[gaps]], layer.values[kept[gaps]]
         return kept
 
 
 def decode(
-    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choose: TokenChoice, tokenizer: Any
+    model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, choose: Likeliest, tokenizer: Any
 ) -> list[list[int]]:
     """Generates the new tokens of every row, its end token included.
 
@@ -178,8 +157,6 @@ def decode(
         base: the transformers model; its generation_config defines when an answer ends.
         ids_BT: prompts, padded on the left.
         mask_BT: 0 where they are padded, else 1.
-        choose: greedy or sampling.
-        tokenizer: for stop strings.
     """
     settings = base.generation_config
     ends = torch.tensor(settings.eos_token_id, device=ids_BT.device)
@@ -191,26 +168,18 @@ def decode(
     answers: dict[int, list[int]] = {}
     rows = order.tolist()
     for now in range(prompt, longest):
-        logits_BV = batch.prompt_logits() if now == prompt else batch.next_logits(now)
-        batch.ids_BT[:, now] = choose(logits_BV)
+        batch.ids_BT[:, now] = choose(batch.logits(now))
         has_ended_B = torch.isin(batch.ids_BT[:, now], ends)
         if stops is not None:
             has_ended_B |= stops(batch.ids_BT[:, : now + 1], None)
         has_ended = has_ended_B.tolist() if now + 1 < longest else [True] * len(rows)
+        for place, row in enumerate(rows):
+            if has_ended[place]:
+                answers[row] = batch.ids_BT[place, prompt : now + 1].tolist()
+        if all(has_ended):
+            break
         if any(has_ended):
-            for place, row in enumerate(rows):
-                if has_ended[place]:
-                    answers[row] = batch.ids_BT[place, prompt : now + 1].tolist()
-            places = _close_gaps(has_ended)
-            if not places:
-                break
-            rows = [rows[place] for place in places]
-            choose.keep(batch.keep(places, has_ended))
+            kept = batch.drop(has_ended)
+            choose.keep(kept)
+            rows = [rows[place] for place in kept.tolist()]
     return [answers[row] for row in range(len(answers))]
-
-
-def _close_gaps(has_ended: list[bool]) -> list[int]:
-    """The places of the rows that continue: the last ones move to the places of rows that ended."""
-    remaining = has_ended.count(False)
-    last = [place for place in range(remaining, len(has_ended)) if not has_ended[place]]
-    return [last.pop() if has_ended[place] else place for place in range(remaining)]

@@ -1,17 +1,15 @@
 """Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write the result.
-
-A run's folder is all it needs: the folder holds the config.
-"""
+A run's folder is all it needs: the folder holds the config."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Container, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
@@ -22,18 +20,16 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
-from cera_train.data.format import start_ids
+from cera_train.data.prepare import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
-from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.team import Team
 from cera_train.evaluation import console
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
+from cera_train.evaluation.grading import score, verify
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.scores import score, verify
 from cera_train.model.config import Dtype
-from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.model.perplexity import perplexity
+from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
 from cera_train.runs.card import write_card
@@ -41,10 +37,20 @@ from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answ
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
-from cera_train.tasks.problems import load_problems
-from cera_train.tasks.records import Generation, Problem
+from cera_train.tasks.records import Problem
 from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, RowTask
+from cera_train.tasks.task import AnswerTask, Task, load_problems
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured, on what, by whom."""
+
+    task: Task
+    config: EvalConfig
+    subject: Subject
+    folder: EvaluationFolder
+    accelerator: Accelerator
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -62,28 +68,25 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     subject = find_subject(config)
     name = config.folder_name + (subject.part if config.name is None else "")
     digest = digest_of(subject.adapter) if subject.adapter else None
-    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
-    is_main = is_main_process()
     path = subject.folder / "eval" / name
     subject = settled(subject, path / "config.yaml")
-    config = replace(config, model=subject.model)
+    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
+    is_main = accelerator.is_main_process
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
         task = find_task(config.task.kind)
-        measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
         if is_main:
             folder.write_config(config)
-            print_line(
-                "evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
-            )
+            measured = f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
+            print_line("evaluate", measured)
         accelerator.wait_for_everyone()
         result = folder.result() if folder.is_finished() else None
         if result is None:
-            result = measure(task, config, subject, folder, accelerator)
+            measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
+            result = measure(Evaluation(task, config, subject, folder, accelerator))
             if is_main:
-                folder.write_result(result)
-                update_card(path)
+                write_result(folder, result)
         if is_main:
             console.print_evaluation(task, result, path)
         return result
@@ -99,42 +102,41 @@ def settled(subject: Subject, recorded: Path) -> Subject:
     return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).dtype))
 
 
+def write_result(folder: EvaluationFolder, result: dict[str, Any]) -> None:
+    """Writes result.json, and the model card of a finished run's adapter, which shows its evaluations."""
+    folder.write_result(result)
+    run = folder.path.absolute().parent.parent
+    if (run / "result.json").is_file() and (run / "adapter").is_dir():
+        write_card(run, RunResult.read(run / "result.json"))
+
+
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
 def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:
-    """The model with its adapter, and the transformers model inside it. Without an adapter, the same model twice.
-
-    Raises:
-        UserError: the adapter is damaged, or belongs to another base model.
-    """
+    """The model with its adapter, and the transformers model inside it. Without an adapter, the same model twice."""
     base = load_model(subject.model, device)
     if subject.adapter is None:
         return base.eval(), base
-    _check_base(subject, base)
-    return attach(base, subject.adapter).eval(), base
-
-
-def _check_base(subject: Subject, base: PreTrainedModel) -> None:
-    """Raises UserError where the base weights are not those of training: models of one shape load the same adapter."""
     record = subject.folder / "environment.json"
-    if subject.run is None or subject.run.model.dtype != subject.model.dtype or not record.is_file():
-        return
-    expected = read_json(record).get("base_fingerprint")
-    if expected is not None and expected != fingerprint(base):
-        raise UserError(
-            f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "
-            f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
-        )
+    if subject.run is not None and subject.run.model.dtype == subject.model.dtype and record.is_file():
+        # models of one shape load the same adapter
+        expected = read_json(record).get("base_fingerprint")
+        if expected not in (None, fingerprint(base)):
+            raise UserError(
+                f"{subject.adapter} was trained on other weights than those of {subject.model.path}: it belongs to "
+                f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
+            )
+    return attach(base, subject.adapter).eval(), base
 
 
 # --- answers and grades ----------------------------------------------------------------------------------------------
 
 
-def answer_and_grade(
-    task: AnswerTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
-) -> dict[str, Any]:
+def answer_and_grade(evaluation: Evaluation) -> dict[str, Any]:
     """Generates the missing answers, then grades all of them."""
+    config, subject = evaluation.config, evaluation.subject
+    folder, accelerator = evaluation.folder, evaluation.accelerator
     problems = load_problems(config.task, subject.run.data if subject.run else None)
     if accelerator.is_main_process:
         folder.write_problems(problems)
@@ -145,41 +147,32 @@ def answer_and_grade(
     keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
     speed = {}
     if any(key not in answers for key in keys):
-        seconds, tokens = 0.0, 0
         with folder.append_to_answers() as file:
             try:
-                for batch, took in generate_missing(task, config, subject, problems, answers.keys(), accelerator):
-                    append_answers(file, batch)
-                    tokens += sum(answer.tokens for answer in batch)
-                    seconds += took
+                process_speed = generate_missing(evaluation, problems, answers.keys(), file)
             except (KeyboardInterrupt, SystemExit):
                 print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
                 raise
-        process_speed = torch.tensor(tokens / seconds if seconds else 0.0, device=accelerator.device)
+        process_speed = torch.tensor(process_speed, device=accelerator.device)
         speed = {"tokens_per_s": accelerator.reduce(process_speed, reduction="sum").item()}
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return {}
     answers, _ = folder.answers()
     folder.finish_answers(answers[key] for key in keys)
-    return grade(task, config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
+    return grade(evaluation.task, config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
 
 
-def generate_missing(
-    task: AnswerTask,
-    config: EvalConfig,
-    subject: Subject,
-    problems: Sequence[Problem],
-    done: Container[Key],
-    accelerator: Accelerator,
-) -> Iterator[tuple[list[Generation], float]]:
-    """Yields this process's share of the missing answers, batch by batch, and the seconds each batch took.
+def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key], file: TextIO) -> float:
+    """Appends this process's share of the missing answers to a file, batch by batch; returns its tokens per second.
 
     A batch that lacks one answer is generated whole, since the rounding of an answer depends on its batch.
     """
-    tokenizer = load_tokenizer(subject.model)
-    model, base = load_subject(subject, accelerator.device)
-    prepare_generation(base, tokenizer, config.task.max_new_tokens, config.task.stop)
+    config, accelerator, task = evaluation.config, evaluation.accelerator, evaluation.task
+    tokenizer = load_tokenizer(evaluation.subject.model)
+    model, base = load_subject(evaluation.subject, accelerator.device)
+    max_new_tokens = config.task.max_new_tokens
+    prepare_generation(base, tokenizer, max_new_tokens, config.task.stop)
     start = start_ids(tokenizer)
     prompt_ids = tokenizer([problem.prompt for problem in problems], add_special_tokens=False).input_ids
     requests = [
@@ -187,12 +180,18 @@ def generate_missing(
         for problem, ids in zip(problems, prompt_ids, strict=True)
         for sample in range(config.generation.samples)
     ]
-    _check_positions(base, requests, config.task.max_new_tokens)
-    batches = cut_batches(requests, config.task.max_new_tokens, config.generation.batch_tokens)
+    longest, positions = max(len(request.prompt_ids) for request in requests), positions_of(base.config)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise UserError(
+            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
+            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
+        )
+    batches = cut_batches(requests, max_new_tokens, config.generation.batch_tokens)
     unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
     mine = unfinished[accelerator.process_index :: accelerator.num_processes]
 
     by_id = {problem.id: problem for problem in problems}
+    seconds, tokens = 0.0, 0
     progress = console.EvaluationProgress(
         sum(map(len, mine)), visible=accelerator.is_main_process, processes=accelerator.num_processes
     )
@@ -201,20 +200,12 @@ def generate_missing(
             started = time.perf_counter()
             with accelerator.autocast():
                 answers = generate(model, base, tokenizer, batch, config.generation)
-            correct = [task.grade(by_id[answer.problem], answer).exact for answer in answers]
-            progress.step(correct)
+            progress.count([task.grade(by_id[answer.problem], answer).exact for answer in answers])
             missing = [answer for answer in answers if (answer.problem, answer.sample) not in done]
-            yield missing, time.perf_counter() - started
-
-
-def _check_positions(base: PreTrainedModel, requests: Sequence[Request], max_new_tokens: int) -> None:
-    positions = positions_of(base.config)
-    longest = max(len(request.prompt_ids) for request in requests)
-    if positions is not None and longest + max_new_tokens > positions:
-        raise UserError(
-            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
-            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
-        )
+            append_answers(file, missing)
+            seconds += time.perf_counter() - started
+            tokens += sum(answer.tokens for answer in missing)
+    return tokens / seconds if seconds else 0.0
 
 
 def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
@@ -227,7 +218,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
         grades = verify(problems, answers, grades, config.grading_seconds)
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
-        folder.write_grades(grade.line() for grade in grades)
+        folder.write_grades(grades)
     return {
         "task": config.folder_name,
         "kind": config.task.kind,
@@ -239,11 +230,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
 
 
 def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
-    """`cera-eval grade=DIR`: grades the recorded answers again, without a model.
-
-    Raises:
-        UserError: the folder holds no answers.
-    """
+    """`cera-eval grade=DIR`: grades the recorded answers again, without a model."""
     if not path.is_dir():
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
     with EvaluationFolder(path) as folder:
@@ -262,29 +249,19 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         if result["missing"]:
             print_line("note", f"{result['missing']} answers are missing: the scores leave them out.")
         else:
-            folder.write_result(result)
-            update_card(path)
+            write_result(folder, result)
         console.print_evaluation(task, result, path)
         return result
-
-
-def update_card(evaluation: Path) -> None:
-    """Adds an evaluation of a finished run to the model card of its adapter."""
-    run = evaluation.absolute().parent.parent
-    if (run / "result.json").is_file() and (run / "adapter").is_dir():
-        write_card(run, RunResult.read(run / "result.json"))
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
 
 
-def measure_perplexity(
-    task: RowTask, config: EvalConfig, subject: Subject, folder: EvaluationFolder, accelerator: Accelerator
-) -> dict[str, Any]:
+def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
     """Measures perplexity with the adapter and without it, and the spectra where the task has them."""
-    tokenizer = load_tokenizer(subject.model)
-    data = config.data or (subject.run.data if subject.run else None)
-    rows = task.rows(config.task, data, subject.model, tokenizer)
+    task, subject, accelerator = evaluation.task, evaluation.subject, evaluation.accelerator
+    data = evaluation.config.data or (subject.run.data if subject.run else None)
+    rows = task.rows(evaluation.config.task, data, subject.model, load_tokenizer(subject.model))
     model, base = load_subject(subject, accelerator.device)
     started = time.perf_counter()
     loss = SupervisedLoss(model, base, accelerator.autocast)
@@ -293,7 +270,7 @@ def measure_perplexity(
     held_out = HeldOut(model, loss, rows, Team(accelerator), micro_batch_tokens, subject.train.probe_tokens)
     loss_per_token = held_out.mean_loss()
     result = {
-        "task": config.folder_name,
+        "task": evaluation.config.folder_name,
         "kind": "perplexity",
         "perplexity": perplexity(loss_per_token),
         "loss": loss_per_token,
@@ -307,7 +284,5 @@ def measure_perplexity(
         if task.has_spectra:
             metrics = spectrum_metrics(held_out.spectra())
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
-    return result | {
-        "seconds": time.perf_counter() - started,
-        "peak_memory_bytes": peak_memory(accelerator.device),
-    }
+    seconds = time.perf_counter() - started
+    return result | {"seconds": seconds, "peak_memory_bytes": peak_memory(accelerator.device)}

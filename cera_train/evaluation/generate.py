@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import LogitsProcessor, PreTrainedModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.config import GenerationConfig
-from cera_train.evaluation.decode import TokenChoice, can_decode, decode
+from cera_train.evaluation.decode import Likeliest, can_decode, decode
 from cera_train.tasks.records import Generation
 
 
@@ -42,11 +43,7 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 
 def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
-    """Replaces the generation settings that came with the model, such as a penalty on repetition.
-
-    Raises:
-        UserError: there is no end token.
-    """
+    """Replaces the generation settings that came with the model, such as a penalty on repetition."""
     models_ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(models_ends if isinstance(models_ends, list) else [models_ends])} - {None}
     if not ends:
@@ -64,30 +61,26 @@ def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: i
 def generate(
     model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
 ) -> list[Generation]:
-    """Generates the answers of a batch.
-
-    Args:
-        model: the model with its adapter, or `base` itself.
-        base: the transformers model, after `prepare_generation`.
-    """
+    """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`."""
     settings = base.generation_config
-    longest = max(len(request.prompt_ids) for request in batch)
-    padding = [longest - len(request.prompt_ids) for request in batch]
-    pad = settings.pad_token_id
-    rows = [[pad] * missing + list(request.prompt_ids) for missing, request in zip(padding, batch, strict=True)]
-    ids_BT = torch.tensor(rows, device=base.device)
-    mask_BT = torch.tensor([[0] * missing + [1] * (longest - missing) for missing in padding], device=base.device)
+    prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
+    ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(base.device)
+    mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(base.device)
     choose = SeededSampling(batch, settings.max_new_tokens, config) if config.temperature else Likeliest()
     if can_decode(model, base):
         answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
     else:
+
+        def only_the_chosen(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+            return torch.full_like(logits_BV, -torch.inf).scatter(-1, choose(logits_BV)[:, None], 0.0)
+
         output = model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            logits_processor=[OnlyTheChosen(choose)],
+            logits_processor=[only_the_chosen],
             tokenizer=tokenizer if settings.stop_strings else None,
         )
-        answers = output[:, longest:].tolist()
+        answers = output[:, ids_BT.shape[1] :].tolist()
     return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
 
 
@@ -108,35 +101,18 @@ def _generation(
     )
 
 
-# --- the next token --------------------------------------------------------------------------------------------------
-
-
-class Likeliest:
-    """Greedy decoding."""
-
-    def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        tokens_B = logits_BV.argmax(-1)  # picks a NaN where there is one
-        if not logits_BV.gather(-1, tokens_B[:, None]).isfinite().all():
-            raise UserError("the model's logits are not finite: this adapter, or its training, diverged.")
-        return tokens_B
-
-    def keep(self, rows: torch.Tensor) -> None:
-        pass
-
-
 class SeededSampling(Likeliest):
     """Samples a token by inverting the distribution function, cut at top-p, at a uniform random number. A row's random
     numbers depend on (seed, problem, sample) alone."""
 
     def __init__(self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig) -> None:
-        self.temperature, self.top_p = config.temperature, config.top_p
-        self.uniform_BT = torch.stack(
-            [
-                torch.rand(max_new_tokens, generator=_generator(config.seed, request), dtype=torch.float64)
-                for request in batch
-            ]
-        )
-        self.step = 0
+        self.temperature, self.top_p, self.step = config.temperature, config.top_p, 0
+        uniform = []
+        for request in batch:
+            digest = hashlib.sha256(f"{config.seed}/{request.problem}/{request.sample}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+            uniform.append(torch.rand(max_new_tokens, generator=generator, dtype=torch.float64))
+        self.uniform_BT = torch.stack(uniform)
 
     def __call__(self, logits_BV: torch.Tensor) -> torch.Tensor:
         super().__call__(logits_BV)  # raises where logits are not finite
@@ -151,18 +127,3 @@ class SeededSampling(Likeliest):
 
     def keep(self, rows: torch.Tensor) -> None:
         self.uniform_BT = self.uniform_BT[rows.cpu()]
-
-
-class OnlyTheChosen(LogitsProcessor):
-    """Makes a greedy `generate` take the token that `choose` picks."""
-
-    def __init__(self, choose: TokenChoice) -> None:
-        self.choose = choose
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(scores, -torch.inf).scatter(-1, self.choose(scores)[:, None], 0.0)
-
-
-def _generator(seed: int, request: Request) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{request.problem}/{request.sample}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)

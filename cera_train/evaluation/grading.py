@@ -1,73 +1,116 @@
-"""Mathematical equality of answers by math-verify, in processes that can be stopped.
+"""Answers -> grades -> scores. Two graders, both reported: `exact` is the task's published rule; `verified` is
+mathematical equality by math-verify, or exact. An answer that a grader cannot read is wrong and counted.
 
-A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So each answer has a time limit, and the
-processes that read it have a memory limit. An answer that exceeds one is wrong; the others go on.
+A model's answer is hostile input: 9^{9^{9^9}} would take all time and memory. So math-verify runs in processes with a
+memory limit and a time limit for each answer. An answer that exceeds one is wrong; the others go on.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import os
 import re
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import pebble
 
+from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.tasks import math
+from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.task import AnswerTask
 
-MEMORY_LIMIT = 2**30
-"""Bytes, ten times what math-verify needs for honest answers."""
-
+MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
 PERCENT = re.compile(r"%[\s$.]*$")
+
+
+def verify(
+    problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade], seconds: float
+) -> list[Grade]:
+    """Fills in `verified`: true for an exact answer, else what math-verify finds within `seconds`."""
+    candidates = [
+        Candidate(problems[grade.problem].gold, grade.answer, answer.text)
+        for answer, grade in zip(answers, grades, strict=True)
+        if not grade.exact
+    ]
+    workers = min(len(os.sched_getaffinity(0)), len(candidates) or 1)
+    with Verifier(seconds, workers) as verifier:
+        verdicts = verifier.verify(candidates)
+        verified = []
+        for grade in grades:
+            verdict = Verdict(True) if grade.exact else next(verdicts)
+            verified.append(replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure))
+    return verified
+
+
+def score(
+    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
+) -> dict[str, Any]:
+    """The scores of an evaluation by the keys of result.json, each accuracy with its 95 % interval."""
+    counted = {problem.id for problem in problems if task.counts(problem)}
+    counted_grades = [grade for grade in grades if grade.problem in counted]
+    counted_answers = [answer for answer in answers if answer.problem in counted]
+    return {
+        **_accuracies(counted_grades, "exact"),
+        **(_accuracies(counted_grades, "verified") if task.is_verified else {}),
+        **task.scores(problems, grades),
+        "truncated": sum(answer.truncated for answer in counted_answers),
+        "no_answer": sum(grade.answer is None for grade in counted_grades),
+        "grader_failures": sum(grade.failure is not None for grade in counted_grades),
+        "tokens": sum(answer.tokens for answer in counted_answers),
+    }
+
+
+def _accuracies(grades: Sequence[Grade], grader: str) -> dict[str, Any]:
+    """pass@k for every k up to the number of samples."""
+    correct: dict[str, list[bool]] = {}
+    for grade in grades:
+        correct.setdefault(grade.problem, []).append(getattr(grade, grader))
+    scores = {}
+    for k in range(1, min(map(len, correct.values()), default=0) + 1):
+        values = [pass_at_k(len(samples), sum(samples), k) for samples in correct.values()]
+        scores[f"{grader}/pass@{k}"] = sum(values) / len(values)
+        scores[f"{grader}/pass@{k}/interval"] = list(accuracy_interval(values))
+    return scores
+
+
+# --- math-verify -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Candidate:
     """An answer to compare with the gold answer."""
 
-    gold: str
-    r"""A bare LaTeX answer, such as \frac{1}{2}."""
-    answer: str | None
-    """The answer extracted from the text. None: math-verify looks for one in the whole text."""
+    gold: str  # bare LaTeX, such as \frac{1}{2}
+    answer: str | None  # extracted from the text; None: math-verify looks for one in the whole text
     text: str
 
 
 @dataclass(frozen=True)
 class Verdict:
     correct: bool
-    failure: str | None = None
-    """`timeout`, or `crash:` and the error on one line."""
+    failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
 class Verifier:
-    """A pool of processes that verify answers. They start at the first answer and end with the context.
+    """A pool of processes that verify answers, each within seconds of when a process begins it. They start at the first
+    answer and end with the context."""
 
-    Args:
-        time_limit: seconds for one answer, counted from when a process begins it.
-        workers: number of processes; by default one for each core.
-        memory_limit: bytes that a process may allocate beyond those of its imports.
-    """
-
-    def __init__(self, time_limit: float = 5.0, workers: int | None = None, memory_limit: int = MEMORY_LIMIT) -> None:
-        self.time_limit = time_limit
-        self.workers = workers or len(os.sched_getaffinity(0))
-        self.memory_limit = memory_limit
+    def __init__(self, time_limit: float = 5.0, workers: int = 1) -> None:
+        self.time_limit, self.workers = time_limit, workers
 
     def __enter__(self) -> Verifier:
-        self._pool = pebble.ProcessPool(
-            self.workers,
-            # Spawned: a fork of a process with torch's threads can hang.
-            context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(self.memory_limit,),
-        )
+        # Spawned: a fork of a process with torch's threads can hang.
+        context = multiprocessing.get_context("spawn")
+        self._pool = pebble.ProcessPool(self.workers, context=context, initializer=_start_worker)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -75,11 +118,7 @@ class Verifier:
         self._pool.join()
 
     def verify(self, candidates: Sequence[Candidate]) -> Iterator[Verdict]:
-        """Yields a verdict for each candidate, in order, as soon as it is there.
-
-        Raises:
-            BrokenProcessPool: the processes cannot start.
-        """
+        """Yields a verdict for each candidate, in order, as soon as it is there."""
         # pool.map would count the wait for a free process, and its start, as the answer's time.
         verdicts = [self._pool.schedule(_verdict, [candidate], timeout=self.time_limit) for candidate in candidates]
         for verdict in verdicts:
@@ -91,17 +130,14 @@ class Verifier:
                 yield Verdict(False, f"crash: ProcessExpired: exit code {error.exitcode}")
 
 
-# --- in the processes ------------------------------------------------------------------------------------------------
-
-
-def _start_worker(memory_limit: int) -> None:
+def _start_worker() -> None:
     # pebble handles SIGTERM in Python, which cannot run during a long multiplication.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
     # The first call imports and compiles for seconds, which must not count against an answer's time limit.
     _is_equal(Candidate(gold=r"\frac{1}{2}", answer="x^2", text=""))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + memory_limit
+    limit = pages * resource.getpagesize() + MEMORY_LIMIT
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
@@ -142,21 +178,17 @@ def _parse(text: str) -> list:
 
 
 def _is_any_equal(golds: list, answers: list) -> bool:
-    """Whether any reading of the gold answer equals one of the answer.
-
-    Raises:
-        Exception: none is equal, and a comparison failed.
-    """
+    """Whether any reading of the gold answer equals one of the answer; raises an error where none does and a comparison
+    failed."""
     from math_verify import verify
 
     failure = None
-    for gold in golds:
-        for answer in answers:
-            try:
-                if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
-                    return True
-            except Exception as error:
-                failure = failure or error
+    for gold, answer in itertools.product(golds, answers):
+        try:
+            if verify(gold, answer, timeout_seconds=None, raise_on_error=True):
+                return True
+        except Exception as error:
+            failure = failure or error
     if failure:
         raise failure
     return False

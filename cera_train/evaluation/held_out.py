@@ -9,18 +9,14 @@ from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
 from cera_train.data.batches import Batch, MicroBatches
 from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.team import Team
-from cera_train.model.loss import SupervisedLoss
-from cera_train.model.perplexity import mean_loss
+from cera_train.model.loss import SupervisedLoss, mean_loss
 
 
 class HeldOut:
     """Evaluation rows, shared out over the processes of a team.
 
     Args:
-        model: the model with its adapter.
-        loss: the supervised loss of that model, without DDP around it: processes evaluate without waiting for others.
-        rows: the evaluation rows.
-        micro_batch_tokens: tokens of one forward pass.
+        loss: without DDP around it: processes evaluate without waiting for others.
         probe_tokens: tokens of the first rows, on which spectra are taken.
     """
 
@@ -35,8 +31,7 @@ class HeldOut:
     ) -> None:
         self.model, self.loss, self.team = model, loss, team
         self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, team.device)
-        self.rows = range(len(rows.rows))
-        self.probe = self.batches.first(probe_tokens)
+        self.rows, self.probe = range(len(rows.rows)), self.batches.first(probe_tokens)
 
     def mean_loss(self) -> float:
         """Mean loss of a supervised token in nats."""

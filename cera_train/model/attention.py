@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
@@ -24,10 +24,10 @@ VARLEN = "varlen"
 @torch.compiler.disable  # else every new set of lengths would recompile
 def attend_by_sequence(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     sequence_lengths: Sequence[int],
     scaling: float | None = None,
@@ -35,25 +35,20 @@ def attend_by_sequence(
     sliding_window: int | None = None,
     in_one_call: bool = False,
     **settings: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each sequence of a row.
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a row: [1, heads, T, d] -> [1, T, heads, d], and no weights. Key and
+    value may have fewer heads.
 
     Args:
-        query: [1, heads, T, d]; key and value may have fewer heads.
-        sequence_lengths: their sum is T.
         in_one_call: uses FlashAttention's variable-length kernel, unless there is dropout, which it lacks.
-
-    Returns:
-        [1, T, heads, d], and no weights.
 
     Raises:
         NotImplementedError: the model's attention is more than that (biases, sinks, soft caps, both directions).
-        RuntimeError: the kernel does not take this device, dtype or width of heads.
-        ImportError, TypeError: torch is too old: it has no such kernel, or not with these arguments.
+        RuntimeError, ImportError, TypeError: the kernel does not take this device, dtype, width of heads or torch.
     """
     _refuse_more(module, attention_mask, sliding_window, settings)
     if in_one_call and not dropout:
-        return _in_one_call(query, key, value, sequence_lengths, scaling, sliding_window), None
+        return _in_one_call(query, key, value, tuple(sequence_lengths), scaling, sliding_window), None
     blocks = zip(*(heads.split(sequence_lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1), None
@@ -62,19 +57,33 @@ def attend_by_sequence(
 attend_varlen = functools.partial(attend_by_sequence, in_one_call=True)
 
 
+def _refuse_more(module: nn.Module, mask: Tensor | None, window: int | None, settings: dict[str, Any]) -> None:
+    more = [name for name in ("position_bias", "softcap", "s_aux") if settings.get(name) is not None]
+    is_causal = module.is_causal if settings.get("is_causal") is None else settings["is_causal"]
+    if not is_causal:
+        more.append("both ways")
+    if mask is not None:
+        more.append("a mask")
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    if kinds and kinds[module.layer_idx] != ("full_attention" if window is None else "sliding_attention"):
+        more.append(kinds[module.layer_idx])  # it exists in its mask only, and transformers makes no mask for our names
+    if more:
+        raise NotImplementedError(f"this attention is more than causal ({', '.join(more)}).")
+
+
+def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether to try the kernel: it checks the rest, such as compute capability 8.0, by itself."""
+    return device.type == "cuda" and dtype.itemsize == 2
+
+
 def _in_one_call(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    sequence_lengths: Sequence[int],
-    scaling: float | None,
-    window: int | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None
+) -> Tensor:
     """All sequences: [1, heads, T, d] -> [1, T, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device, longest = query.device, max(sequence_lengths)
-    starts = _starts(tuple(sequence_lengths), device)
+    device, longest = query.device, max(lengths)
+    starts = _starts(lengths, device)
     # The kernel is outside autocast, and norms between projection and attention leave float32.
     is_cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if is_cast else query.dtype
@@ -88,41 +97,15 @@ def _in_one_call(
     return output.unsqueeze(0)
 
 
-def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether to try the kernel: it checks the rest, such as compute capability 8.0, by itself."""
-    return device.type == "cuda" and dtype.itemsize == 2
-
-
 @functools.lru_cache(maxsize=1)  # all layers use those of one micro-batch
-def _starts(sequence_lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each sequence starts, and where the last one ends: [sequences + 1]."""
-    return torch.tensor([0, *sequence_lengths]).cumsum(0, dtype=torch.int32).to(device)
-
-
-def _refuse_more(
-    module: nn.Module, attention_mask: torch.Tensor | None, window: int | None, settings: dict[str, Any]
-) -> None:
-    more = [name for name in ("position_bias", "softcap", "s_aux") if settings.get(name) is not None]
-    is_causal = module.is_causal if settings.get("is_causal") is None else settings["is_causal"]
-    if not is_causal:
-        more.append("both ways")
-    if attention_mask is not None:
-        more.append("a mask")
-    kinds = getattr(getattr(module, "config", None), "layer_types", None)
-    if kinds and kinds[module.layer_idx] != ("full_attention" if window is None else "sliding_attention"):
-        more.append(kinds[module.layer_idx])  # it exists in its mask only, and transformers makes no mask for our names
-    if more:
-        raise NotImplementedError(f"this attention is more than causal ({', '.join(more)}).")
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
 
 
 def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    window: int | None,
-) -> torch.Tensor:
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None
+) -> Tensor:
     """One sequence: [1, heads, L, d] -> [1, heads, L, d]."""
     length, width = query.shape[2:]
     mask = None
@@ -144,15 +127,13 @@ class ShortAttention(torch.autograd.Function):
     """torch's kernel is faster from about 600 tokens on a CPU without AMX, from more than 1,000 with it."""
 
     @classmethod
-    def is_faster(cls, query: torch.Tensor, value: torch.Tensor) -> bool:
+    def is_faster(cls, query: Tensor, value: Tensor) -> bool:
         is_16bit_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16
         is_usual = query.shape[-1] == value.shape[-1] and query.shape[2] <= cls.MAX_LENGTH
         return is_16bit_cpu and is_usual and torch.is_grad_enabled()
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
         p = ShortAttention._weights(query, key, scaling)
@@ -160,7 +141,7 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         heads, length, width = key.shape[1:]
         # Query heads that share a key head stand one below the other: [heads, G L, d] against [heads, L, d].
@@ -175,7 +156,7 @@ class ShortAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
     @staticmethod
-    def _weights(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    def _weights(query: Tensor, key: Tensor, scaling: float) -> Tensor:
         """Softmax over the tokens before and at each token: [query heads, L, L]."""
         heads, length, width = key.shape[1:]
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)

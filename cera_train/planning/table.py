@@ -4,117 +4,97 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from cera_train.adapters.config import AdapterConfig
+from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
-from cera_train.common.terminal import print_line, print_table
-from cera_train.common.text import duration, gigabytes, targets
+from cera_train.common.terminal import duration, gigabytes, print_line, print_table, targets
 from cera_train.common.trust import clean
-from cera_train.config import PlanRun
+from cera_train.config import Config, PlanRun
 from cera_train.model.config import Quantization
 from cera_train.planning.config import GpuKind, PlanConfig
-from cera_train.planning.devices import GB, USABLE
-from cera_train.planning.finished import Figure, compare_with_measured
-from cera_train.planning.plan import RunPlan
-
-Row = tuple[str, Callable[[RunPlan], str] | None]
-"""A label and a cell of each plan. A heading has no cell."""
-
-
-# --- one plan --------------------------------------------------------------------------------------------------------
+from cera_train.planning.data_size import data_size, is_known
+from cera_train.planning.devices import GB, GPUS, USABLE, Device
+from cera_train.planning.plan import RunPlan, plan_alone, run_totals
+from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import Environment, RunResult
 
 
 def print_plan(plan: RunPlan) -> None:
     """The plan, and the compared ones beside it."""
-    config, data, device = plan.config, plan.data, plan.device
-    quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
-    precision = f"{config.model.dtype}{quantization}"
-    print_line("plan", f"{config.name}: {describe(config.adapter)} on {config.model.path}, {precision}")
+    config, data, device, on_gpu = plan.config, plan.data, plan.device, plan.config.plan.on_gpu
+    model = config.model
+    precision = model.dtype if model.quantization == Quantization.none else f"{model.dtype}, {model.quantization}"
+    print_line("plan", f"{config.name}: {_adapter(config.adapter)} on {model.path}, {precision}")
     where = config.data.path or ", ".join(config.data.train_files) or config.data.layout
     print_line(
         "data",
         f"{where}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
         f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
     )
-    seen = "seen with SmolLM2-135M" if config.plan.gpu == GpuKind.cpu else "an assumption"
-    assumed = "plan.mfu" if config.plan.mfu else f"{seen}; set plan.mfu"
+    assumed = "an assumption; set plan.mfu" if on_gpu else "seen with SmolLM2-135M; set plan.mfu"
     print_line(
         "device",
-        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, "
-        f"{_scaled(device.flops, 'FLOP/s')} at best, {plan.mfu:.0%} of it in training ({assumed})",
+        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, {_speed(device.flops)} at best, "
+        f"{plan.mfu:.0%} of it in training ({'plan.mfu' if config.plan.mfu else assumed})",
     )
     print()
     plans = [plan, *plan.compared]
     heads = [f"{other.config.adapter.kind} r={other.config.adapter.r}" if plan.compared else "" for other in plans]
-    rows = [[label, *(cell(other) if cell else "" for other in plans)] for label, cell in _rows(plan)]
+    first, *others = map(_figures, plans)
+    rows: list[list[str]] = []
+    for section, figures in first.items():
+        rows.append([section, *("" for _ in plans)])
+        rows += [[f"  {name}", text, *(other[section].get(name, "0") for other in others)]
+                 for name, text in figures.items()]  # fmt: skip
     print_table(["", *heads], rows, right=range(1, len(plans) + 1))
     print()
-    _print_fit(plans)
-    if plan.cost is None and config.plan.gpu != GpuKind.cpu:
-        print_line("cost", "set plan.price_per_hour to the price of one GPU")
-
-
-def describe(adapter: AdapterConfig) -> str:
-    """An adapter in a few words."""
-    return f"{adapter.kind} r={adapter.r} on {targets(adapter.target_modules)}"
-
-
-def _rows(first: RunPlan) -> list[Row]:
-    def counts(prefix: str, part: str) -> list[Row]:
-        return [
-            (f"  {prefix}{name}", lambda plan, name=name: f"{getattr(plan.parameters, part).get(name, 0):,}")
-            for name in getattr(first.parameters, part)
-        ]
-
-    is_gpu = first.config.plan.gpu != GpuKind.cpu
-    hours: Row = ("  GPU-hours", lambda plan: f"{plan.gpu_hours:,.2f}")
-    cost: Row = ("  cost", lambda plan: f"{plan.cost:,.2f}")
-    return [
-        ("parameters", None),
-        *counts("", "frozen"),
-        ("  frozen", lambda plan: f"{sum(plan.parameters.frozen.values()):,}"),
-        *counts("adapter ", "adapter"),
-        ("  trainable", lambda plan: f"{plan.parameters.trainable:,}"),
-        ("  share", lambda plan: f"{plan.parameters.share:.2%}"),
-        ("memory of one process", None),
-        *(
-            (f"  {name}", lambda plan, name=name: _gigabytes(plan.memory.training[name]))
-            for name in first.memory.training
-        ),
-        ("  peak in training", lambda plan: _gigabytes(sum(plan.memory.training.values()))),
-        ("  peak in evaluation", lambda plan: _gigabytes(sum(plan.memory.evaluation.values()))),
-        (
-            f"  activations with{'out' * first.config.model.gradient_checkpointing} checkpointing",
-            lambda plan: _gigabytes(plan.other_activations),
-        ),
-        ("work", None),
-        ("  updates", lambda plan: f"{plan.totals.updates:,}"),
-        ("  tokens", lambda plan: f"{plan.totals.tokens:,.0f}"),
-        ("  evaluations", lambda plan: f"{plan.totals.evaluations:,}"),
-        ("PFLOP", None),
-        *((f"  {name}", lambda plan, name=name: _petaflops(plan.flops[name])) for name in first.flops),
-        ("  in all", lambda plan: _petaflops(sum(plan.flops.values()))),
-        ("time and cost", None),
-        ("  an update", lambda plan: f"{plan.update_seconds:.3g} s"),
-        ("  the run, h:mm:ss", lambda plan: duration(plan.seconds)),
-        *([hours] if is_gpu else []),
-        *([cost] if first.cost is not None else []),
-    ]
-
-
-def _print_fit(plans: list[RunPlan]) -> None:
-    for plan in plans:
-        needs = f"{describe(plan.config.adapter)} needs {_gigabytes(plan.memory.peak)}"
-        there = f"{plan.device.memory / GB:.0f} GB of {plan.device.name}"
-        if plan.fits:
+    for other in plans:
+        needs = f"{_adapter(other.config.adapter)} needs {_size(other.memory.peak)}"
+        there = f"{device.memory / GB:.0f} GB of {device.name}"
+        if other.fits:
             print_line("fits", f"{needs} of the {there}")
         else:
             print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
-    for override, other in plans[0].remedies.items():
-        verdict = "fits" if other.fits else "still too large"
-        print_line("", f"{_gigabytes(other.memory.peak)} with {override}: {verdict}")
+    for override, other in plan.remedies.items():
+        print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
+    if plan.cost is None and on_gpu:
+        print_line("cost", "set plan.price_per_hour to the price of one GPU")
+
+
+def _adapter(adapter: AdapterConfig) -> str:
+    return f"{adapter.kind} r={adapter.r} on {targets(adapter.target_modules)}"
+
+
+def _figures(plan: RunPlan) -> dict[str, dict[str, str]]:
+    """The figures of a plan, by section of the table."""
+    parameters, memory, totals = plan.parameters, plan.memory, plan.totals
+    other = "without" if plan.config.model.gradient_checkpointing else "with"
+    counts = {
+        **parameters.frozen,
+        "frozen": sum(parameters.frozen.values()),
+        **{f"adapter {name}": count for name, count in parameters.adapter.items()},
+        "trainable": parameters.trainable,
+    }
+    peaks = memory.training | {
+        "peak in training": sum(memory.training.values()),
+        "peak in evaluation": sum(memory.evaluation.values()),
+        f"activations {other} checkpointing": plan.other_activations,
+    }
+    flops = plan.flops | {"in all": sum(plan.flops.values())}
+    time = {"an update": f"{plan.update_seconds:.3g} s", "the run, h:mm:ss": duration(plan.seconds)}
+    time |= {"GPU-hours": f"{plan.gpu_hours:,.2f}"} if plan.config.plan.on_gpu else {}
+    time |= {} if plan.cost is None else {"cost": f"{plan.cost:,.2f}"}
+    return {
+        "parameters": {name: f"{count:,}" for name, count in counts.items()} | {"share": f"{parameters.share:.2%}"},
+        "memory of one process": {name: _size(part) for name, part in peaks.items()},
+        "work": {name: f"{getattr(totals, name):,.0f}" for name in ("updates", "tokens", "evaluations")},
+        "PFLOP": {name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()},
+        "time and cost": time,
+    }
 
 
 # --- a sweep ---------------------------------------------------------------------------------------------------------
@@ -122,20 +102,17 @@ def _print_fit(plans: list[RunPlan]) -> None:
 
 def print_sweep_plans(plans: list[RunPlan]) -> None:
     """The jobs of a sweep, one a line by what differs, and their sum."""
-    settings = [_settings(plan) for plan in plans]
+    settings = [flatten(to_plain(plan.config)) for plan in plans]
     keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
+    keys = [key for key in keys if changes_of(PlanRun, key) != Changes.nothing]
     for path in ("model.path", "data.path"):  # tells its whole section apart
         section = path.split(".")[0] + "."
         keys = [key for key in keys if path not in keys or key == path or not key.startswith(section)]
-    rows = [
-        [
-            " ".join(f"{key}={values.get(key)}" for key in keys) or plan.config.name,
-            f"{plan.parameters.trainable:,}",
-            *_job_cells([plan]),
-            "" if plan.fits else f"does not fit {plan.device.name}",
-        ]
-        for values, plan in zip(settings, plans, strict=True)
-    ]
+    rows = []
+    for values, plan in zip(settings, plans, strict=True):
+        job = " ".join(f"{key}={values.get(key)}" for key in keys) or plan.config.name
+        note = "" if plan.fits else f"does not fit {plan.device.name}"
+        rows.append([job, f"{plan.parameters.trainable:,}", *_job_cells([plan]), note])
     jobs = "1 job" if len(plans) == 1 else f"{len(plans)} jobs"
     heads = ["job", "trainable", "peak", "updates", "time", "GPU-hours", "cost", ""]
     print_table(heads, [*rows, [jobs, "", *_job_cells(plans), ""]], right=range(1, 7))
@@ -145,7 +122,7 @@ def _job_cells(plans: list[RunPlan]) -> list[str]:
     """Peak, updates, time, GPU-hours and cost of all these together."""
     costs = [plan.cost for plan in plans]
     return [
-        _gigabytes(max(plan.memory.peak for plan in plans)),
+        _size(max(plan.memory.peak for plan in plans)),
         f"{sum(plan.totals.updates for plan in plans):,}",
         duration(sum(plan.seconds for plan in plans)),
         f"{sum(plan.gpu_hours for plan in plans):,.2f}",
@@ -153,44 +130,84 @@ def _job_cells(plans: list[RunPlan]) -> list[str]:
     ]
 
 
-def _settings(plan: RunPlan) -> dict[str, Any]:
-    """The settings that can tell jobs apart."""
-    settings = flatten(to_plain(plan.config))
-    return {key: value for key, value in settings.items() if changes_of(PlanRun, key) != Changes.nothing}
-
-
 # --- after a run -----------------------------------------------------------------------------------------------------
+
+
+class Figure(NamedTuple):
+    """One figure of a finished run beside its prediction."""
+
+    name: str
+    predicted: float
+    """NaN where nothing can be predicted."""
+    measured: float
+    show: Callable[[float], str] = "{:,.0f}".format
+
+    @property
+    def deviation(self) -> float:
+        """As a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+    @property
+    def cells(self) -> list[str]:
+        if math.isnan(self.predicted):
+            return [self.name, "-", self.show(self.measured), "-"]
+        deviation = "equal" if self.predicted == self.measured else f"{self.deviation:+.1%}"
+        return [self.name, self.show(self.predicted), self.show(self.measured), deviation]
+
+
+def compare_with_measured(folder: Path, plan: PlanConfig) -> tuple[RunPlan, list[Figure]]:
+    """Plans a finished run on the device it ran on, and puts the predictions beside what it measured. Of `plan` only
+    `mfu` counts: device and tokens are the run's."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"run={folder}: there is no config.yaml of a run. Name the folder of one, as outputs/NAME.")
+    if not (folder / "result.json").is_file():
+        raise UserError(f"run={folder} is unfinished: it has no result.json yet.")
+    config = load_config(folder / "config.yaml", Config)
+    needs = ("updates", "tokens", "seconds", "trainable_parameters", "peak_memory_bytes")
+    result = RunResult.read(folder / "result.json", needs)
+    if not all(getattr(result, name) for name in needs):
+        raise UserError(f"{folder / 'result.json'} has a figure of zero that no run measures. Restore it.")
+    machine = Environment.read(folder / "environment.json", ("gpus",))
+    gpus = machine.gpus
+    kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.cuda_name == gpus[0]), None)
+
+    config = replace(config, train=replace(config.train, max_updates=result.updates))  # it may have lost patience
+    if not is_known(config.data):
+        rows = result.updates * config.train.batch_size
+        config = replace(config, data=replace(config.data, train_rows=rows, eval_rows=config.data.eval_rows or rows))
+    rows = run_totals(config, data_size(config.data, tokens_per_row=1)).rows
+    plan = replace(
+        plan,
+        gpu=kind or (GpuKind.h100 if gpus else GpuKind.cpu),  # memory is alike on every GPU
+        gpus=machine.processes or max(1, len(gpus)),  # which the first versions did not write down
+        tokens_per_row=result.tokens / rows,
+    )
+    predicted = plan_alone(PlanRun(**vars(config) | {"plan": plan}), machine.cpu_threads)
+    if gpus and kind is None:
+        predicted = replace(predicted, device=Device(gpus[0], math.nan, math.nan))
+    return predicted, [
+        Figure("trainable parameters", predicted.parameters.trainable, result.trainable_parameters),
+        Figure("peak memory", predicted.memory.peak, result.peak_memory_bytes, _size),
+        Figure("seconds an update", predicted.update_seconds, result.seconds / result.updates, "{:.3g}".format),
+    ]
 
 
 def print_measured(folder: Path, plan: PlanConfig) -> None:
     """Predicted beside measured, for a finished run."""
     predicted, figures = compare_with_measured(folder, plan)
     device = predicted.device
-    heads = ["", "predicted", "measured", "deviation"]
-    print_table(heads, [_figure_cells(figure) for figure in figures], right=(1, 2, 3))
+    print_table(["", "predicted", "measured", "deviation"], [figure.cells for figure in figures], right=(1, 2, 3))
     print(f"{predicted.data.tokens_per_row:,.0f} tokens a row, as the run had")
     if math.isnan(device.flops):
         print(f"no prediction of seconds: cera-plan does not know the speed of {clean(device.name)}")
     else:
-        whose = "this machine's CPU now" if predicted.config.plan.gpu == GpuKind.cpu else f"the {device.name}"
-        print(f"seconds by {_scaled(device.flops, 'FLOP/s')}, the speed of {whose}, at {predicted.mfu:.0%} (plan.mfu)")
+        whose = f"the {device.name}" if predicted.config.plan.on_gpu else "this machine's CPU now"
+        print(f"seconds by {_speed(device.flops)}, the speed of {whose}, at {predicted.mfu:.0%} (plan.mfu)")
 
 
-def _figure_cells(figure: Figure) -> list[str]:
-    show = {"bytes": _gigabytes, "seconds": "{:.3g}".format}.get(figure.unit, "{:,.0f}".format)
-    if math.isnan(figure.predicted):
-        return [figure.name, "-", show(figure.measured), "-"]
-    deviation = "equal" if figure.predicted == figure.measured else f"{figure.deviation:+.1%}"
-    return [figure.name, show(figure.predicted), show(figure.measured), deviation]
-
-
-def _gigabytes(size: float) -> str:
+def _size(size: float) -> str:
     return gigabytes(size, decimals=3 if size < GB else 2)
 
 
-def _petaflops(flops: float) -> str:
-    return f"{flops / 1e15:,.3f}" if flops < 1e17 else f"{flops / 1e15:,.0f}"
-
-
-def _scaled(value: float, unit: str) -> str:
-    return f"{value / 1e12:,.0f} T{unit}" if value >= 1e12 else f"{value / 1e9:,.0f} G{unit}"
+def _speed(flops: float) -> str:
+    return f"{flops / 1e12:,.0f} TFLOP/s" if flops >= 1e12 else f"{flops / 1e9:,.0f} GFLOP/s"

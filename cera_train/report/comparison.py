@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import combinations
 from typing import Any
 
 from cera_train.common.errors import UserError
+from cera_train.common.settings import Changes, changes_of
+from cera_train.config import Config
 from cera_train.data.config import evaluation_rows
+from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paired_bootstrap
-from cera_train.report.runs import Evaluation, Run
-from cera_train.report.settings import differing_in_evaluation, differing_keys
-from cera_train.report.table import has_column, signed
+from cera_train.report.runs import Evaluation, Run, Settings
+from cera_train.report.table import has_column, row_of, signed
 from cera_train.runs.results import PerplexityResult
 from cera_train.tasks.registry import display_name
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 LEVEL = 0.05
+
+
+# --- paired tests ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,10 +60,7 @@ class PairedTest:
     @property
     def evidence(self) -> str:
         """In words: 12 to 9 of 40 problems, p = 0.66; ..."""
-        points, lower, upper = (
-            signed(100 * value, ".1f")
-            for value in (self.difference.difference, self.difference.lower, self.difference.upper)
-        )
+        points, lower, upper = (signed(100 * value, ".1f") for value in astuple(self.difference))
         size = f"{points} points for {self.second} (95 % interval by paired bootstrap {lower} to {upper})"
         if self.difference.lower == self.difference.upper:  # resampling equal differences gives a point
             size = f"{points} points for {self.second} on every problem"
@@ -107,11 +109,7 @@ def graded(runs: Sequence[Run], task: str) -> list[Run]:
 
 def compare(first: Run, second: Run, task: str) -> PairedTest:
     """McNemar's test and the paired bootstrap, by the task's score where it has one, else by math-verify's verdicts
-    where both runs have them, else by the exact rule.
-
-    Raises:
-        UserError: the runs were evaluated on different problems, or grades are missing.
-    """
+    where both runs have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
     evaluations = first.evaluations[task], second.evaluations[task]
     a, b = (own.answers for own in evaluations)
     if (names := a.problems.keys()) != (others := b.problems.keys()):
@@ -122,18 +120,13 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
     score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
     scores = [list(scores_by_problem(own, grader).values()) for own in evaluations]
-    problems = len(scores[0])
+    problems, is_one_answer = len(scores[0]), a.samples == b.samples == 1 and not score
     return PairedTest(
-        task,
-        grader,
-        first.name,
-        second.name,
+        *(task, grader, first.name, second.name),
         means=(sum(scores[0]) / problems, sum(scores[1]) / problems),
         problems=problems,
         difference=paired_bootstrap(*scores),
-        mcnemar=mcnemar(*([score == 1 for score in own] for own in scores))
-        if a.samples == b.samples == 1 and not score
-        else None,
+        mcnemar=mcnemar(*([score == 1 for score in own] for own in scores)) if is_one_answer else None,
         other_settings=differing_in_evaluation(*(own.settings for own in evaluations)),
     )
 
@@ -141,6 +134,41 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
 def scores_by_problem(evaluation: Evaluation, grader: str) -> dict[str, float]:
     """The share of each problem that is right: of its answers, or by the task's score."""
     return evaluation.answers.scores(lambda grade: evaluation.task.paired_value(grade, grader))
+
+
+# --- settings that differ --------------------------------------------------------------------------------------------
+
+
+def differing_keys(settings: Sequence[Settings]) -> list[str]:
+    keys = dict.fromkeys(key for own in settings for key in own)
+    return [key for key in keys if any(own.get(key) != settings[0].get(key) for own in settings)]
+
+
+def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
+    """The settings in which training runs differ: key -> a text for each run."""
+    keys = [key for key in differing_keys(settings) if changes_of(Config, key) != Changes.nothing]
+    # A setting that means nothing to a method stays auto.
+    keys = [key for key in keys if len({repr(own.get(key)) for own in settings} - {"'auto'"}) > 1]
+    return {key: [_shown(own.get(key)) for own in settings] for key in keys}
+
+
+def differing_in_evaluation(first: Settings, second: Settings) -> tuple[str, ...]:
+    """The settings in which two evaluations of a task differ, beside what is compared: their models and adapters."""
+    compared = ("adapter_digest", "task.name", "model.")
+    return tuple(
+        f"{key} {_shown(first.get(key))} and {_shown(second.get(key))}"
+        for key in sorted(differing_keys([first, second]))
+        if not key.startswith(compared) and changes_of(EvalConfig, key) not in (Changes.cost, Changes.nothing)
+    )
+
+
+def _shown(value: Any) -> str:
+    """A setting as one writes it."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- what to know before comparing -----------------------------------------------------------------------------------
@@ -188,10 +216,8 @@ def _problem_ids(evaluation: Evaluation) -> frozenset[str]:
 
 def _perplexity_rows(run: Run, evaluation: Evaluation) -> tuple:
     """Equal for evaluations of perplexity on the same tokens."""
-    is_own_data = evaluation.known.task_kind != "text" and not any(
-        key.startswith("data.") for key in evaluation.settings
-    )
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith(("task.", "data"))}
+    is_own_data = evaluation.known.task_kind != "text" and not any(key.startswith("data.") for key in settings)
     return run.base, evaluation_rows(settings), run.evaluation_rows if is_own_data else ()
 
 
@@ -208,19 +234,16 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
 
 
 def _missing_of_run(run: Run) -> list[str]:
-    lines, files, figures = [], run.files, run.figures
+    lines, files, perplexity = [], run.files, run.figures.perplexity
     if run.is_unfinished:
         lines.append(f"is unfinished (update {files.metrics.last_update:,}): its row has its latest figures")
-    if figures.perplexity is not None and not math.isfinite(figures.perplexity):
-        lines.append(f"has diverged (perplexity {figures.perplexity}): pictures leave out what is not finite")
+    if perplexity is not None and not math.isfinite(perplexity):
+        lines.append(f"has diverged (perplexity {perplexity}): pictures leave out what is not finite")
     if not run.is_training:
         lines.append("has evaluations only: no training figures")
     if files.result is not None:
-        named = {"perplexity": figures.perplexity, "effective rank": figures.spectrum.effective_rank_mean,
-                 "manifold dimension": figures.spectrum.manifold_dimension_mean, "tokens/s": figures.tokens_per_s,
-                 "peak memory": figures.peak_memory_bytes, "time": figures.seconds,
-                 "parameters": figures.trainable_parameters}  # fmt: skip
-        if absent := [name for name, value in named.items() if value is None]:
+        absent = [label.split(",")[0] for label, _, cell in row_of(run) if cell.value is None and label != "r"]
+        if absent:
             lines.append(f"has no {', '.join(absent)} in its result.json")
         lines += ["has no spectrum.json, so the spectra are without it"] * (not files.spectrum)
         lines += ["has no metrics.jsonl, so the curves are without it"] * (not files.metrics.last_update)
@@ -228,11 +251,11 @@ def _missing_of_run(run: Run) -> list[str]:
     lines += [f"has no column for the paper's {key}, {value:g}" for key, value in nowhere.items()]
     unknown = {path.parent.name for path in run.folder.glob("eval/*/result.json")} - run.evaluations.keys()
     lines += [f"has no config.yaml in eval/{name}, which is left out" for name in sorted(unknown)]
-    for own in run.evaluations.values():
+    for task, own in run.evaluations.items():
         if own.result is None:
-            lines.append(f"has an unfinished evaluation on {own.title}")
+            lines.append(f"has an unfinished evaluation on {display_name(task)}")
         elif own.is_graded and own.result.missing:
-            lines.append(f"lacks {own.result.missing:,} answers on {own.title}")
+            lines.append(f"lacks {own.result.missing:,} answers on {display_name(task)}")
     return lines
 
 

@@ -17,17 +17,17 @@ GAP = " | "
 
 
 def disagree(first: Path, second: Path, task: str | None = None) -> None:
-    """Prints the counts, the paired test, and every problem on which two runs differ.
-
-    Args:
-        task: the evaluation to look at. None: the one that both have.
-
-    Raises:
-        UserError: a folder is not that of one run, or there is no such task that both answered the same problems of.
-    """
-    runs = [_one_run(first), _one_run(second)]
-    if runs[0].folder.resolve() != runs[1].folder.resolve():
-        runs = read_runs([run.folder for run in runs])  # with names that tell them apart
+    """Prints the counts, the paired test, and every problem on which two runs differ in a task: None for the one that
+    both have."""
+    for folder in (first, second):
+        if len(inside := read_runs([folder])) > 1:
+            raise UserError(
+                f"{folder} is a folder of {len(inside)} runs: disagree takes one run on each side, such as "
+                f"{inside[0].folder}."
+            )
+    runs = read_runs([first, second])  # with names that tell them apart
+    if len(runs) == 1:
+        runs *= 2  # a run beside itself
     task = _common_task(runs, task)
     evaluations = [run.evaluations[task] for run in runs]
     test, width = compare(*runs, task), terminal_width()
@@ -54,15 +54,6 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
         sides = (_column(run, letter, task, name, test.grader, half) for run, letter in zip(runs, "AB", strict=True))
         for left, right in zip_longest(*sides, fillvalue=""):
             print(f"{left:<{half}}{GAP}{right}".rstrip())
-
-
-def _one_run(folder: Path) -> Run:
-    runs = read_runs([folder])
-    if len(runs) > 1:
-        raise UserError(
-            f"{folder} is a folder of {len(runs)} runs: disagree takes one run on each side, such as {runs[0].folder}."
-        )
-    return runs[0]
 
 
 def _common_task(runs: list[Run], task: str | None) -> str:

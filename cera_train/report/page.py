@@ -13,18 +13,12 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import write_bytes, write_text
 from cera_train.common.terminal import print_line, print_table, terminal_width
 from cera_train.common.trust import clean
-from cera_train.report.comparison import PairedTest, cautions, missing_pieces, paired_tests
+from cera_train.report.comparison import PairedTest, cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, read_runs
-from cera_train.report.settings import differing_settings
 from cera_train.report.table import RANK, Column, build_columns
 from cera_train.runs.card import escape
 from cera_train.tasks.registry import display_name
-
-RANK_NOTE = (
-    "A branch's output lies in the column space of B, so its effective rank is at most r. The paper's largest "
-    "effective rank, above 330, is of r = 512."
-)
 
 
 @dataclass(frozen=True)
@@ -53,19 +47,17 @@ class Report:
 
     @property
     def rank_note(self) -> str:
-        return RANK_NOTE if any(column.group == RANK for column in self.columns) else ""
+        if not any(column.group == RANK for column in self.columns):
+            return ""
+        return (
+            "A branch's output lies in the column space of B, so its effective rank is at most r. The paper's largest "
+            "effective rank, above 330, is of r = 512."
+        )
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Report:
-    """Compares runs in report.md with its pictures, and in report.html, which needs nothing beside it.
-
-    Args:
-        folders: of runs, of sweeps, or of evaluations.
-        output: the folder to write to. Files of an earlier report in it are replaced.
-
-    Raises:
-        UserError: a folder holds no run, or a file in it is broken.
-    """
+    """Compares runs in report.md with its pictures, and in report.html, which needs nothing beside it. Files of an
+    earlier report in `output` are replaced."""
     report = compare_runs(folders, output)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output={output} is a file: expected a folder for report.md and report.html.")
@@ -78,13 +70,22 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Report:
-    """The comparison, before it is written to `output`; raises as `write_report`."""
+    """The comparison, before it is written to `output`."""
     runs = read_runs(folders)
     tests, test_notes = paired_tests(runs)
     pictures, not_shown = plan_pictures(runs)
-    settings = differing_settings([run.settings for run in runs if run.is_training])
-    columns, warnings, missing = build_columns(runs), cautions(runs, tests), missing_pieces(runs)
-    return Report(runs, columns, tests, test_notes, warnings, missing, pictures, not_shown, settings, output)
+    return Report(
+        runs=runs,
+        columns=build_columns(runs),
+        tests=tests,
+        test_notes=test_notes,
+        cautions=cautions(runs, tests),
+        missing=missing_pieces(runs),
+        pictures=pictures,
+        not_shown=not_shown,
+        settings=differing_settings([run.settings for run in runs if run.is_training]),
+        output=output,
+    )
 
 
 def template(name: str) -> Any:
@@ -105,43 +106,39 @@ def template(name: str) -> Any:
 
 def say_report(report: Report) -> None:
     """Prints the table, the tests and what to know."""
-    width = terminal_width()
-    _print_tables(report, width)
-    _print_list("effective rank", [report.rank_note] * bool(report.rank_note), width)
-    tests = (
+    _print_tables(report)
+    tests = [
         f"{display_name(own.task)}, {own.first} and {own.second}: {own.verdict}: {own.evidence}."
         for own in report.tests
-    )
-    _print_list("paired tests", [*tests, *report.test_notes], width)
-    _print_list("before comparing", report.cautions, width)
-    _print_list("missing", report.missing + report.not_shown, width)
+    ]
+    sections = {
+        "effective rank": [report.rank_note] * bool(report.rank_note),
+        "paired tests": tests + report.test_notes,
+        "before comparing": report.cautions,
+        "missing": report.missing + report.not_shown,
+    }
+    for heading, lines in sections.items():
+        if lines:
+            wrap = textwrap.TextWrapper(terminal_width(), initial_indent="  - ", subsequent_indent="    ")
+            print("\n".join([heading, *(wrap.fill(clean(line)) for line in lines), ""]))
     print_line("report", f" {report.output / 'report.html'}, {report.output / 'report.md'}")
 
 
-def _print_tables(report: Report, width: int) -> None:
+def _print_tables(report: Report) -> None:
     """As many tables as the width needs, each with the names of the runs."""
+    from rich.cells import cell_len
+
+    def width(block: list[str]) -> int:
+        return max(cell_len(clean(line)) for text in block for line in text.split("\n"))
+
     names = ["run", *(run.name for run in report.runs)]
     tables = [[names]]
     for column in report.columns:
         block = [column.label.replace(", ", "\n"), *("\n".join([cell.text, *cell.notes]) for cell in column.cells)]
-        if sum(map(_width, [*tables[-1], block])) + 2 * len(tables[-1]) > width and len(tables[-1]) > 1:
+        if sum(map(width, [*tables[-1], block])) + 2 * len(tables[-1]) > terminal_width() and len(tables[-1]) > 1:
             tables.append([names])
         tables[-1].append(block)
     for table in tables:
         header, *rows = zip(*table, strict=True)
         print_table(header, rows, right=range(1, len(header)))
-        print()
-
-
-def _width(block: Sequence[str]) -> int:
-    from rich.cells import cell_len
-
-    return max(cell_len(clean(line)) for text in block for line in text.split("\n"))
-
-
-def _print_list(heading: str, lines: Sequence[str], width: int) -> None:
-    if lines:
-        print(heading)
-        for line in lines:
-            print(textwrap.fill(clean(line), width, initial_indent="  - ", subsequent_indent="    "))
         print()

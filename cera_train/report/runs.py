@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from cera_train.adapters.family import family, kinds
 from cera_train.common.errors import UserError
@@ -16,19 +17,18 @@ from cera_train.common.records import RESTORE, Record, fits, key
 from cera_train.common.settings import flatten
 from cera_train.common.trust import clean
 from cera_train.data.config import evaluation_rows
-from cera_train.report.settings import Settings
-from cera_train.runs.graded import GradedAnswers
+from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
-from cera_train.tasks.registry import all_tasks, display_name
+from cera_train.tasks.registry import all_tasks
 from cera_train.tasks.task import Metric, Task
-
-UNTOUCHED = "untouched base"
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
 NUMBER_IN_NAME = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
-"""In the name of a folder."""
+
+Settings = dict[str, Any]
+"""A config.yaml with dotted keys."""
 
 
 @dataclass
@@ -49,7 +49,6 @@ class KnownSettings(Record):
 class Evaluation:
     """RUN/eval/NAME."""
 
-    name: str
     folder: Path
     settings: Settings
     known: KnownSettings
@@ -59,10 +58,6 @@ class Evaluation:
     @property
     def task(self) -> Task:
         return task_of((self.result and self.result.kind) or self.known.task_kind or "")
-
-    @property
-    def title(self) -> str:
-        return display_name(self.name)
 
     @property
     def is_graded(self) -> bool:
@@ -78,25 +73,26 @@ class Evaluation:
         """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        wanted = (1, self.result.samples)
-        shown = sorted((own.k, own.grader, own.key) for own in self.result.accuracies.found if own.k in wanted)
+        found = sorted(self.result.accuracies.found, key=lambda own: (own.k, own.grader))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
-        return [accuracy_metric(name) for _, _, name in shown] + added
+        return [accuracy_metric(own.key) for own in found if own.k in (1, self.result.samples)] + added
 
-    def value(self, metric: Metric) -> float | None:
-        if self.is_graded:
-            return self.result.figure(metric.key)
-        return self.result.perplexity if self.result and metric == PERPLEXITY else None
-
-    def interval(self, metric: Metric) -> tuple[float, float] | None:
-        """The 95 % interval of an accuracy."""
-        found = self.result.accuracies.found if self.is_graded else []
-        return next((self.result.interval(own) for own in found if own.key == metric.key), None)
+    def figure(self, metric: Metric) -> tuple[float | None, tuple[float, float] | None]:
+        """A figure, and the 95 % interval of an accuracy."""
+        if not self.is_graded:
+            return self.result.perplexity if self.result and metric == PERPLEXITY else None, None
+        intervals = (self.result.interval(own) for own in self.result.accuracies.found if own.key == metric.key)
+        return self.result.figure(metric.key), next(intervals, None)
 
 
 def accuracy_metric(name: str) -> Metric:
     """The column of GRADER/pass@K."""
     return Metric(name, name.removesuffix("/pass@1").replace("/", " "))
+
+
+def task_of(kind: str) -> Task:
+    """The benchmark of this kind; one that shows nothing of its own for a kind of another version."""
+    return all_tasks().get(kind, Task(name=kind))
 
 
 @dataclass(frozen=True)
@@ -109,6 +105,7 @@ class Run:
     """config.yaml; without training, what is known of it."""
     known: KnownSettings
     evaluations: dict[str, Evaluation]
+    """By the name of their task."""
     is_training: bool = False
     """False: there are evaluations only."""
     files: RunFiles = field(default_factory=RunFiles)
@@ -132,19 +129,13 @@ class Run:
         return self.known.r
 
     @property
-    def _method_name(self) -> str:
-        known = self.known
-        if known.label or self.kind == "base":
-            return known.label or UNTOUCHED
-        return known.peft_method or (family(self.kind).name if self.kind in kinds() else self.kind)
-
-    @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
-        alpha, gate = self.known.alpha, self.known.activation or "silu"
-        variant = [gate] if self.kind == "cera" and gate != "silu" else []
-        variant += [f"alpha {alpha:g}"] if alpha is not None and alpha != self.rank else []
-        return self._method_name + (f" ({', '.join(variant)})" if variant else "")
+        known, name = self.known, family(self.kind).name if self.kind in kinds() else self.kind
+        name = known.label or ("untouched base" if self.kind == "base" else known.peft_method or name)
+        variant = [known.activation] if self.kind == "cera" and known.activation not in (None, "silu") else []
+        variant += [f"alpha {known.alpha:g}"] if known.alpha not in (None, self.rank) else []
+        return f"{name} ({', '.join(variant)})" if variant else name
 
     @property
     def evaluation_rows(self) -> tuple:
@@ -161,24 +152,15 @@ class Run:
         return ", ".join([named, *(str(value) for value in kept if value not in (None, "none"))])
 
 
-def task_of(kind: str) -> Task:
-    """The benchmark of this kind; one that shows nothing of its own for a kind of another version."""
-    return all_tasks().get(kind, Task(name=kind))
-
-
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in some folders, each once, in the order given; those of a sweep by name.
-
-    Args:
-        folders: of a run, of an adapter or a base model with evaluations, or a folder of such folders.
-
-    Raises:
-        UserError: a folder is none of these, or a file in it is broken.
-    """
+    """The runs in some folders, each once, in the order given; those of a sweep by name. A folder is that of a run, of
+    an adapter or a base model with evaluations, or holds such folders."""
     if not folders:
         raise UserError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
-    found = {folder.resolve(): folder for given in folders for folder in _expand(Path(given))}
-    runs, depth = [_read_run(folder) for folder in found.values()], 1
+    found: dict[Path, Run] = {}
+    for run in (run for folder in folders for run in _runs_in(Path(folder))):
+        found.setdefault(run.folder.resolve(), run)
+    runs, depth = list(found.values()), 1
     while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
         names = ["/".join(run.folder.resolve().parts[-depth:]) if run.name in repeated else run.name for run in runs]
         runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
@@ -186,18 +168,17 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _expand(folder: Path) -> Iterator[Path]:
-    if _is_run(folder):
-        yield folder
-        return
-    inside = [path for path in folder.iterdir() if path.is_dir() and _is_run(path)] if folder.is_dir() else []
-    if not inside:
-        what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
-        raise UserError(
-            f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
-            "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
-        )
-    yield from sorted(inside, key=_by_number)
+def _runs_in(folder: Path) -> list[Run]:
+    if run := _read_run(folder):
+        return [run]
+    inside = sorted(filter(Path.is_dir, folder.iterdir()), key=_by_number) if folder.is_dir() else []
+    if runs := list(filter(None, map(_read_run, inside))):
+        return runs
+    what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
+    raise UserError(
+        f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
+        "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
+    )
 
 
 def _by_number(path: Path) -> list[str | float]:
@@ -205,23 +186,13 @@ def _by_number(path: Path) -> list[str | float]:
     return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))]
 
 
-def _is_run(folder: Path) -> bool:
-    return _is_training(folder) or any(folder.glob("eval/*/config.yaml"))
-
-
-def _is_training(folder: Path) -> bool:
+def _read_run(folder: Path) -> Run | None:
+    """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
-    return path.is_file() and "adapter" in read_yaml(path)  # an evaluation's config.yaml has no adapter
-
-
-def _read_run(folder: Path) -> Run:
-    evaluations = {
-        path.parent.name: _read_evaluation(path.parent) for path in sorted(folder.glob("eval/*/config.yaml"))
-    }
-    if not _is_training(folder):
-        return _without_training(folder, evaluations)
-    path = folder / "config.yaml"
-    tree = read_yaml(path)
+    tree = read_yaml(path) if path.is_file() else {}
+    evaluations = {own.parent.name: _read_evaluation(own.parent) for own in sorted(folder.glob("eval/*/config.yaml"))}
+    if "adapter" not in tree:  # an evaluation's config.yaml has none
+        return _without_training(folder, evaluations) if evaluations else None
     published = tree.pop("published", None) or {}
     if not fits(published, dict[str, float]):
         raise UserError(f"{path} is broken: its published is {str(published)[:40]!r}. {RESTORE}")
@@ -256,4 +227,4 @@ def _read_evaluation(folder: Path) -> Evaluation:
     path, result = folder / "config.yaml", folder / "result.json"
     settings = flatten(read_yaml(path))
     found = read_evaluation_result(result) if result.is_file() else None
-    return Evaluation(folder.name, folder, settings, KnownSettings.from_json(settings, path), found)
+    return Evaluation(folder, settings, KnownSettings.from_json(settings, path), found)

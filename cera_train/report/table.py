@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from cera_train.common.text import duration, gigabytes
+from cera_train.common.terminal import duration, gigabytes
 from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import Accuracies, AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 from cera_train.tasks.registry import display_name
@@ -40,33 +41,28 @@ class Column:
 
 def build_columns(runs: Sequence[Run]) -> list[Column]:
     """Every column for which a run has a figure, or its recipe the paper's."""
-    makers = [
-        ("method", QUALITY, lambda run: Cell(run.method)),
-        ("r", QUALITY, lambda run: Cell(_format(run.rank, "{:,}"))),
-        ("parameters", QUALITY, _parameters),
-        ("perplexity", QUALITY, _perplexity),
-        *((f"{display_name(task)} {own.label}", QUALITY, _of_task(task, own)) for task, own in task_metrics(runs)),
-        ("effective rank, mean / max", RANK, lambda run: _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
-        ("manifold dimension, mean / max", RANK, lambda run: _mean_and_max(run, "manifold_dimension")),
-        ("tokens/s", COST, lambda run: Cell(_format(run.figures.tokens_per_s, "{:,.0f}"))),
-        ("peak memory", COST, lambda run: Cell(_format(run.figures.peak_memory_bytes, gigabytes))),
-        ("time", COST, _time),
-    ]
-    columns = [Column(label, group, [cell(run) for run in runs]) for label, group, cell in makers]
+    metrics = task_metrics(runs)
+    rows = [row_of(run, metrics) for run in runs]
+    columns = [Column(*cells[0][:2], [cell for *_, cell in cells]) for cells in zip(*rows, strict=True)]
     return [column for column in columns if any(cell.value or cell.notes for cell in column.cells)]
 
 
-def _parameters(run: Run) -> Cell:
-    share = _note(run.figures.trainable_share, "{:.2%} of the model")
-    return Cell(_format(run.figures.trainable_parameters, "{:,}"), share)
-
-
-def _time(run: Run) -> Cell:
-    return Cell(_format(run.figures.seconds, duration), _note(run.figures.updates, "{:,} updates"))
-
-
-def _note(value: float | None, form: str) -> tuple[str, ...]:
-    return () if value is None else (form.format(value),)
+def row_of(run: Run, metrics: Sequence[tuple[str, Metric]] = ()) -> list[tuple[str, int, Cell]]:
+    """Label, group and cell of each column: the figures of a run, and these metrics of tasks."""
+    figures = run.figures
+    share, updates = _format(figures.trainable_share, "{:.2%} of the model"), _format(figures.updates, "{:,} updates")
+    return [
+        ("method", QUALITY, Cell(run.method)),
+        ("r", QUALITY, _cell(run.rank, "{:,}")),
+        ("parameters", QUALITY, _cell(figures.trainable_parameters, "{:,}", share)),
+        ("perplexity", QUALITY, _perplexity(run)),
+        *((f"{display_name(task)} {own.label}", QUALITY, _of_task(run, task, own)) for task, own in metrics),
+        ("effective rank, mean / max", RANK, _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
+        ("manifold dimension, mean / max", RANK, _mean_and_max(run, "manifold_dimension")),
+        ("tokens/s", COST, _cell(figures.tokens_per_s, "{:,.0f}")),
+        ("peak memory", COST, _cell(figures.peak_memory_bytes, gigabytes)),
+        ("time", COST, _cell(figures.seconds, duration, updates)),
+    ]
 
 
 def _perplexity(run: Run) -> Cell:
@@ -76,7 +72,7 @@ def _perplexity(run: Run) -> Cell:
         notes.append(f"unfinished, at update {run.files.metrics.evaluations[-1].update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
-    return Cell(_format(value, "{:.3f}"), (*notes, *paper_notes(run, RunResult.key_of("perplexity"), value)))
+    return _cell(value, "{:.3f}", *notes, *paper_notes(run, RunResult.key_of("perplexity"), value))
 
 
 def _mean_and_max(run: Run, quantity: str, note: str = "") -> Cell:
@@ -92,42 +88,37 @@ def _mean_and_max(run: Run, quantity: str, note: str = "") -> Cell:
 
 def task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
     """The metrics of each task that get a column: those of the evaluations, then the paper's."""
-    found: dict[str, dict[str, Metric]] = {}
+    found: dict[str, dict[str, Metric]] = defaultdict(dict)
     for run in runs:
         for task, evaluation in run.evaluations.items():
-            found.setdefault(task, {}).update({metric.key: metric for metric in evaluation.metrics})
+            found[task] |= {metric.key: metric for metric in evaluation.metrics}
     for task, name in (key.split("/", 1) for run in runs for key in run.published if is_of_task(key)):
         known = {metric.key: metric for metric in task_of(task).shown}
         metric = accuracy_metric(name) if Accuracies.takes(name) else Metric(name, name, is_share=False)
-        found.setdefault(task, {}).setdefault(name, known.get(name, metric))
+        found[task].setdefault(name, known.get(name, metric))
     return [(task, metric) for task in sorted(found) for metric in found[task].values()]
 
 
-def _of_task(task: str, metric: Metric) -> Callable[[Run], Cell]:
+def _of_task(run: Run, task: str, metric: Metric) -> Cell:
     key = f"{task}/{metric.key}"
-
-    def cell(run: Run) -> Cell:
-        if (evaluation := run.evaluations.get(task)) is None:
-            return Cell(None, paper_notes(run, key, None, metric.is_share))
-        value, result, notes = evaluation.value(metric), evaluation.result, []
-        if interval := evaluation.interval(metric):
-            notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
-        if isinstance(result, AccuracyResult) and (result.samples or 1) > 1 and metric.key.startswith("exact"):
-            notes.append(f"{result.samples} samples each")
-        if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
-            notes.append(f"{result.perplexity_base:.3f} without adapter")
-        notes += paper_notes(run, key, value, metric.is_share)
-        if evaluation.known.task_limit is not None and key in run.published:
-            notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
-        return Cell(_format(value, "{:.1%}" if metric.is_share else "{:.3f}"), tuple(notes))
-
-    return cell
+    if (evaluation := run.evaluations.get(task)) is None:
+        return Cell(None, paper_notes(run, key, None, metric.is_share))
+    (value, interval), result, notes = evaluation.figure(metric), evaluation.result, []
+    if interval:
+        notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+    if isinstance(result, AccuracyResult) and (result.samples or 1) > 1 and metric.key.startswith("exact"):
+        notes.append(f"{result.samples} samples each")
+    if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
+        notes.append(f"{result.perplexity_base:.3f} without adapter")
+    notes += paper_notes(run, key, value, metric.is_share)
+    if evaluation.known.task_limit is not None and key in run.published:
+        notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
+    return _cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
 
 
 def paper_notes(run: Run, key: str, value: float | None, is_share: bool = False) -> tuple[str, ...]:
     """The published figure and ours minus it: in percentage points for a share, else as it is."""
-    published = run.published.get(key)
-    if published is None:
+    if (published := run.published.get(key)) is None:
         return ()
     paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
     if value is None:
@@ -150,6 +141,10 @@ def has_column(key: str) -> bool:
 def signed(value: float, form: str = ".2f") -> str:
     text = f"{value:+{form}}".replace("-", MINUS)
     return text if text.strip(f"+{MINUS}0.") else text[1:]
+
+
+def _cell(value: float | None, form: str | Callable[[float], str], *notes: str | None) -> Cell:
+    return Cell(_format(value, form), tuple(filter(None, notes)))
 
 
 def _format(value: float | None, form: str | Callable[[float], str]) -> str | None:

@@ -1,36 +1,29 @@
-"""The folder of one evaluation, RUN/eval/NAME: its config, problems, answers, grades and result.
-
-Each process appends its answers to a generations file; at the end these become one, in the order of the problems.
-Every other file appears whole or not at all.
-"""
+"""The folder of one evaluation, RUN/eval/NAME: its config, problems, answers, grades and result. Each process appends
+its answers to a file; at the end these become one. Every other file appears whole or not at all. Imports no torch."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import finite, lock_folder, read_json, read_yaml, record, write_text
-from cera_train.common.secrets import redact_tree
-from cera_train.common.settings import Changes, changes_of, flatten, to_plain
+from cera_train.common.files import finite, lock_folder, read_json, read_yaml, write_text
+from cera_train.common.records import Record, read_lines
+from cera_train.common.settings import to_plain
+from cera_train.common.trust import redact_tree
 from cera_train.evaluation.config import EvalConfig
-from cera_train.runs.recorded_config import load_config
-from cera_train.tasks.records import Generation, Problem
+from cera_train.runs.recorded_config import differences, load_config
+from cera_train.tasks.records import EVALUATE_AGAIN, Generation, Grade, Problem
 
 Key = tuple[str, int]
 """Problem and sample."""
-
-HARMLESS = (Changes.cost, Changes.nothing)
-
-UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What parsing a line raises that is no JSON, or has other names or types of values."""
 
 
 class EvaluationFolder:
@@ -47,7 +40,7 @@ class EvaluationFolder:
             self._lock = lock_folder(self.path, "evaluation", root=run)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.is_main:
             if self._is_new and not self.has_begun:  # a mistake before the first answer leaves no trace
                 shutil.rmtree(self.path)
@@ -66,11 +59,7 @@ class EvaluationFolder:
     # --- settings and result -----------------------------------------------------------------------------------------
 
     def config(self) -> EvalConfig:
-        """The recorded settings.
-
-        Raises:
-            UserError: there are none: this is not the folder of an evaluation.
-        """
+        """The recorded settings; without any, a UserError: this is not the folder of an evaluation."""
         path = self.path / "config.yaml"
         if not path.is_file() or "task" not in read_yaml(path):  # a run's folder has one too
             found = sorted(str(path.parent) for path in self.path.glob("**/eval/*/config.yaml"))
@@ -79,26 +68,14 @@ class EvaluationFolder:
         return load_config(path, EvalConfig)
 
     def write_config(self, config: EvalConfig) -> None:
-        """Records the settings.
-
-        Raises:
-            UserError: the folder holds an evaluation with other settings.
-        """
-        path = self.path / "config.yaml"
-        now = redact_tree(to_plain(config))
-        if path.exists() and self.has_begun:
-            before, after = flatten(read_yaml(path)), flatten(now)
-            different = "; ".join(
-                f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
-                for key in sorted(before.keys() | after.keys())
-                if before.get(key) != after.get(key) and changes_of(EvalConfig, key) not in HARMLESS
+        """Records the settings; a UserError where answers belong to others."""
+        path, plain = self.path / "config.yaml", redact_tree(to_plain(config))
+        if path.exists() and self.has_begun and (different := differences(path, plain, EvalConfig)):
+            raise UserError(
+                f"{self.path} holds an evaluation with other settings: {'; '.join(different.values())}. Set name=... "
+                "for another folder, or set these back to resume it."
             )
-            if different:
-                raise UserError(
-                    f"{self.path} holds an evaluation with other settings: {different}. Set name=... for another "
-                    "folder, or set these back to resume it."
-                )
-        write_text(path, yaml.safe_dump(now, sort_keys=False))
+        write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
     def result(self) -> dict[str, Any] | None:
         """The content of result.json; None before the evaluation is finished."""
@@ -119,33 +96,15 @@ class EvaluationFolder:
     # --- problems, answers, grades -----------------------------------------------------------------------------------
 
     def problems(self) -> list[Problem]:
-        """The recorded problems.
-
-        Raises:
-            UserError: the evaluation was cut before it wrote any, or the file is broken.
-        """
+        """The recorded problems; a UserError where the file is broken, or not there: the evaluation was cut before."""
         path = self.path / "problems.jsonl"
         if not path.is_file():
             raise UserError(f"{path} is missing: the evaluation did not begin. Run it again with run= and task=.")
-        problems = []
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-                fields = {name: row.pop(name) for name in ("id", "question", "prompt", "gold")}
-                problems.append(record(Problem, fields | {"details": row}))
-            except UNREADABLE as error:
-                raise UserError(f"{path} is broken: {error!r} in {line[:60]!r}. Restore it.") from error
-        return problems
+        return read_lines(path, Problem)
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
-        """Records the problems.
-
-        Raises:
-            UserError: the folder has answers to other problems.
-        """
-        rows = [{**asdict(problem), **problem.details} for problem in problems]
-        text = _lines({name: value for name, value in row.items() if name != "details"} for row in rows)
-        path = self.path / "problems.jsonl"
+        """Records the problems; a UserError where the folder has answers to others."""
+        path, text = self.path / "problems.jsonl", _lines(problems)
         if path.exists() and self.has_begun and path.read_text() != text:
             raise UserError(
                 f"{self.path} has answers to other problems: a data file changed. Restore it, or set "
@@ -165,23 +124,22 @@ class EvaluationFolder:
     def append_to_answers(self) -> TextIO:
         """Opens this process's file of answers for more, without its broken lines."""
         if self.process_answers.exists():
-            readable, _ = _read_answers(self.process_answers)
-            write_text(self.process_answers, _lines(map(asdict, readable)))
+            write_text(self.process_answers, _lines(_read_answers(self.process_answers)[0]))
         return self.process_answers.open("a")
 
     def finish_answers(self, answers: Iterable[Generation]) -> None:
         """Writes all answers, in order, into one file."""
-        write_text(self.path / "generations.jsonl", _lines(map(asdict, answers)))
+        write_text(self.path / "generations.jsonl", _lines(answers))
         for path in self.path.glob("generations.*.jsonl"):
             path.unlink()
 
-    def write_grades(self, grades: Iterable[dict[str, Any]]) -> None:
+    def write_grades(self, grades: Iterable[Grade]) -> None:
         write_text(self.path / "grades.jsonl", _lines(grades))
 
 
 def append_answers(file: TextIO, answers: Iterable[Generation]) -> None:
     """Appends answers, which a resumed evaluation finds."""
-    file.write(_lines(map(asdict, answers)))
+    file.write(_lines(answers))
     file.flush()
 
 
@@ -190,11 +148,67 @@ def _read_answers(path: Path) -> tuple[list[Generation], list[int]]:
     answers, broken = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            answers.append(record(Generation, json.loads(line)))
-        except UNREADABLE:
+            answers.append(Generation.from_json(json.loads(line), path))
+        except (ValueError, RecursionError):
             broken.append(number)
     return answers, broken
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    return "".join(json.dumps(finite(row), allow_nan=False) + "\n" for row in rows)
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(finite(record.to_json()), allow_nan=False) + "\n" for record in records)
+
+
+# --- a finished evaluation -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradedAnswers:
+    """The answers of an evaluation, read when they are needed; reading raises a UserError that names a broken file."""
+
+    folder: Path
+    counts: Callable[[Problem], bool] = lambda problem: True
+    """Whether a problem counts in the accuracies."""
+
+    @cached_property
+    def problems(self) -> dict[str, Problem]:
+        """By id, in the task's order."""
+        return {problem.id: problem for problem in read_lines(self.folder / "problems.jsonl", Problem)}
+
+    @cached_property
+    def grades(self) -> dict[str, list[Grade]]:
+        """By problem, one for each sample, for the problems that count in the accuracies."""
+        grades: dict[str, list[Grade]] = {name: [] for name, problem in self.problems.items() if self.counts(problem)}
+        if not grades:
+            raise UserError(f"{self.folder} has no problems. {EVALUATE_AGAIN}")
+        for grade in read_lines(self.folder / "grades.jsonl", Grade):
+            if grade.problem in grades:
+                grades[grade.problem].append(grade)
+        if ungraded := sum(not found for found in grades.values()):
+            raise UserError(
+                f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
+                f"grade the answers again with cera-eval grade={self.folder}."
+            )
+        return grades
+
+    @cached_property
+    def texts(self) -> dict[Key, str]:
+        """The generated texts."""
+        lines = read_lines(self.folder / "generations.jsonl", Generation)
+        return {(line.problem, line.sample): line.text for line in lines}
+
+    @property
+    def samples(self) -> int:
+        """Answers to a problem."""
+        return max(map(len, self.grades.values()))
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether the second grader looked at every answer."""
+        return all(grade.verified is not None for grades in self.grades.values() for grade in grades)
+
+    def scores(self, score: Callable[[Grade], float]) -> dict[str, float]:
+        """The mean score of the answers to each problem."""
+        try:
+            return {name: sum(map(score, grades)) / len(grades) for name, grades in self.grades.items()}
+        except (LookupError, TypeError, ZeroDivisionError) as error:
+            raise UserError(f"{self.folder / 'grades.jsonl'} is broken: {error!r}. {EVALUATE_AGAIN}") from error

@@ -1,7 +1,8 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all, but for metrics.jsonl and spectra.jsonl: they grow by
-lines, and resuming cuts them back to the checkpoint. One process writes, under a lock.
+Every file and folder in it appears whole or not at all, but for metrics.jsonl and spectra.jsonl: they grow by lines,
+and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is all that
+resuming needs; where its checksums reveal damage, the run goes on from the one before. One process writes, locked.
 """
 
 from __future__ import annotations
@@ -10,41 +11,85 @@ import contextlib
 import itertools
 import json
 import os
+import platform
 import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from torch import nn
 
-from cera_train.adapters.build import save
+from cera_train.adapters.build import load, read, save
+from cera_train.common import files
 from cera_train.common.errors import UserError
-from cera_train.common.files import (
-    clean_folder,
-    find_damage,
-    finite,
-    lock_folder,
-    remove_folder,
-    write_bytes,
-    write_folder,
-    write_text,
-)
-from cera_train.common.secrets import redact_tree
-from cera_train.common.settings import Changes, changes_of, flatten, leaves, to_plain
+from cera_train.common.records import Record
+from cera_train.common.settings import leaves
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact_tree
 from cera_train.config import Config
+from cera_train.data.batches import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.runs.checkpoint import Progress, write_checkpoint
-from cera_train.runs.recorded_config import load_config
+from cera_train.model.precision import Precision
+from cera_train.runs.recorded_config import differences
 from cera_train.runs.results import Environment, EvaluationMetrics, RunResult
 
 LOGS = ("metrics.jsonl", "spectra.jsonl")
 """Files that grow by lines, each with the number of its update."""
 
-AUTO = "auto"
-"""Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
+PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+"""Their versions stand in environment.json."""
+
+
+@dataclass
+class Progress(Record):
+    """What resuming needs beside adapter and optimizer.
+
+    The order of the rows, the learning rate and the random numbers of every process follow from the seed and `update`:
+    they have no state to save."""
+
+    mend: ClassVar[str] = "Remove the checkpoint to resume from another."
+
+    update: int = 0  # updates done
+    epoch: int = 0
+    seconds: float = 0.0  # time spent in updates
+    tokens: int = 0  # tokens seen in updates, padding not counted
+    perplexity_before: float | None = None
+    perplexity: float | None = None  # at the last evaluation
+    best_perplexity: float | None = None
+    best_update: int = 0
+    evaluations_since_best: int = 0
+    evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
+
+    def updated(self, tokens: int, seconds: float, order: RowOrder) -> None:
+        """Counts one more update."""
+        self.update += 1
+        self.epoch = order.epoch(self.update)
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def evaluated(self, perplexity: float) -> bool:
+        """Counts an evaluation; returns whether it is the best so far."""
+        self.perplexity, self.evaluation_pending = perplexity, False
+        if self.perplexity_before is None:
+            self.perplexity_before = perplexity
+        is_best = self.best_perplexity is None or perplexity < self.best_perplexity
+        if is_best:
+            self.best_perplexity, self.best_update = perplexity, self.update
+        self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
+        return is_best
+
+    def forget_best(self) -> None:
+        """Lets the next evaluation be the best so far."""
+        self.best_perplexity, self.best_update, self.evaluations_since_best = None, 0, 0
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Whether the last `patience` evaluations brought no lower perplexity."""
+        return patience is not None and self.evaluations_since_best >= patience
 
 
 class RunFolder:
@@ -61,12 +106,12 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            self._lock = lock_folder(self.path, "run")
-            clean_folder(self.path)
-            clean_folder(self.path / "checkpoints")
+            self._lock = files.lock_folder(self.path, "run")
+            files.clean_folder(self.path)
+            files.clean_folder(self.path / "checkpoints")
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self.is_main:
             return
         with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the run is raised
@@ -89,14 +134,11 @@ class RunFolder:
         return sorted(found, key=lambda path: int(path.name))
 
     def last_sound_checkpoint(self) -> Path | None:
-        """The newest undamaged checkpoint; prints which are damaged. None where there is no checkpoint.
-
-        Raises:
-            UserError: there are checkpoints, and all are damaged.
-        """
+        """The newest undamaged checkpoint; prints which are damaged, and raises UserError where all are. None where
+        there is no checkpoint."""
         damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
-            damage = find_damage(checkpoint)
+            damage = files.find_damage(checkpoint)
             if damage is None:
                 if damaged and self.is_main:
                     print_line("damaged", f"{'; '.join(damaged)}. Going on from {checkpoint}.")
@@ -133,46 +175,33 @@ class RunFolder:
 
     def check_same_config(self) -> None:
         """Raises UserError where the folder was begun with a config that changes the result."""
-        different = self._different(self.path / "config.yaml")
+        different = self._differences(self.path)
+        if not different:
+            return
+        mend = "Choose another name=..., or set these back to go on with it."
         if "train.max_updates" in different or "train.epochs" in different:
             checkpoint = self.checkpoints()[-1:]
             longer = f"train.resume={checkpoint[0]} name=NEW" if checkpoint else "another name"
-            raise UserError(
-                f"{self.path} holds a run with another config: {'; '.join(different.values())}. To train longer, go on "
-                f"from its checkpoint in a new folder: {longer}."
-            )
-        if different:
-            raise UserError(
-                f"{self.path} holds a run with another config: {'; '.join(different.values())}. Choose another "
-                "name=..., or set these back to go on with it."
-            )
+            mend = f"To train longer, go on from its checkpoint in a new folder: {longer}."
+        raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
 
     def check_compatible(self, checkpoint: Path) -> None:
         """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""
         binding = {leaf.key for leaf in leaves(Config) if leaf.field.metadata["binds_checkpoint"]}
-        different = [text for key, text in self._different(checkpoint / "config.yaml").items() if key in binding]
-        if different:
+        if different := [text for key, text in self._differences(checkpoint).items() if key in binding]:
             raise UserError(
                 f"{checkpoint} was made with another config: {'; '.join(different)}. Set these back to go on from it."
             )
 
-    def _different(self, path: Path) -> dict[str, str]:
-        """The settings that change the result and differ from those in a file: key -> both values in words."""
-        if not path.exists():
-            return {}
-        now, before = flatten(self.config), flatten(redact_tree(to_plain(load_config(path))))
-        return {
-            key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) not in (now.get(key), AUTO)
-            and changes_of(Config, key) not in (Changes.cost, Changes.nothing)
-        }
+    def _differences(self, folder: Path) -> dict[str, str]:
+        path = folder / "config.yaml"
+        return differences(path, self.config) if path.exists() else {}
 
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def write_config(self, environment: Environment) -> None:
         """Writes the resolved config and the machine, before the first update."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         environment.write(self.path / "environment.json")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
@@ -185,7 +214,7 @@ class RunFolder:
 
     def _append(self, log: str, line: dict[str, Any]) -> None:
         with (self.path / log).open("a") as file:
-            file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+            file.write(json.dumps(files.finite(line), allow_nan=False) + "\n")
 
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything.
@@ -194,7 +223,7 @@ class RunFolder:
         """
         for checkpoint in reversed(self.checkpoints()):
             if update is None or int(checkpoint.name) > update:
-                remove_folder(checkpoint)
+                files.remove_folder(checkpoint)
         if update is None:
             for name in ("best", "adapter", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -204,60 +233,88 @@ class RunFolder:
         for path in (self.path / log for log in LOGS):
             if path.exists():
                 # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
-                lines = itertools.takewhile(is_whole, path.read_bytes().splitlines(keepends=True))
-                write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
+                lines = itertools.takewhile(_is_whole, path.read_bytes().splitlines(keepends=True))
+                files.write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def save_checkpoint(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        data_digest: str,
-        keep: int,
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, data_digest: str, keep: int
     ) -> None:
         """checkpoints/<update>: adapter, optimizer, progress and config; then removes all but the last `keep`."""
-        weights, moments = trainable_weights(model), optimizer_state(optimizer)
-        if not self.is_main:
-            return
+        moments = optimizer_state(optimizer)
 
         def write(folder: Path) -> None:
-            save(model, weights, folder)
-            write_checkpoint(folder, moments, progress, data_digest, self.config)
+            with (self.path / "metrics.jsonl").open("ab") as metrics:
+                os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
+            with (folder / "optimizer.pt").open("wb") as file:
+                torch.save(moments, file)
+            (folder / "progress.json").write_text(json.dumps(asdict(progress) | {"data_digest": data_digest}))
+            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
+            files.write_checksums(folder)
 
-        with (self.path / "metrics.jsonl").open("ab") as metrics:
-            os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
-        write_folder(self.path / "checkpoints" / str(progress.update), write)
-        for old in self.checkpoints()[:-keep]:
-            remove_folder(old)
+        self._save(f"checkpoints/{progress.update}", model, write)
+        for old in self.checkpoints()[:-keep] if self.is_main else ():
+            files.remove_folder(old)
 
     def save_best(self, model: nn.Module, metrics: EvaluationMetrics) -> None:
         """best/: the adapter of the lowest perplexity so far."""
-        weights = trainable_weights(model)
-        if not self.is_main:
-            return
-
-        def write(folder: Path) -> None:
-            save(model, weights, folder)
-            metrics.write(folder / "metrics.json")
-
-        write_folder(self.path / "best", write)
+        self._save("best", model, lambda folder: metrics.write(folder / "metrics.json"))
 
     def save_final(self, model: nn.Module, tokenizer: Any) -> None:
         """adapter/: the adapter after the last update, with the tokenizer that it was trained with."""
-        weights = trainable_weights(model)
+        self._save("adapter", model, tokenizer.save_pretrained)
+
+    def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
+        weights = trainable_weights(model)  # of a sharded model, collected by all processes
         if not self.is_main:
             return
 
-        def write(folder: Path) -> None:
-            save(model, weights, folder)
-            tokenizer.save_pretrained(folder)
+        def write(part: Path) -> None:
+            save(model, weights, part)
+            write_more(part)
 
-        write_folder(self.path / "adapter", write)
+        files.write_folder(self.path / name, write)
 
 
-def is_whole(line: bytes) -> bool:
-    """Whether a line of a log is whole."""
+def _is_whole(line: bytes) -> bool:
     try:
         return line.endswith(b"\n") and "update" in json.loads(line)
     except (TypeError, ValueError):
         return False
+
+
+def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[Progress, dict[str, Any]]:
+    """Loads a checkpoint's weights into the model; returns the progress, and a state for `load_optimizer_state`.
+
+    Raises:
+        UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other rows.
+    """
+    try:
+        saved = files.read_json(folder / "progress.json")
+        weights = read(folder)
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types on a file that is not its own
+        raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
+    if saved.get("data_digest") != data_digest:
+        raise UserError(
+            f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
+            "Restore the files, or choose another name=... for a new run."
+        )
+    progress = Progress.from_json(saved, folder / "progress.json")
+    load(model, weights)
+    return progress, state
+
+
+def environment(processes: int, base_fingerprint: str, updates: int, precision: Precision) -> Environment:
+    """environment.json of a run that begins here and now."""
+    return Environment(
+        command=sys.argv,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: version(name) for name in PACKAGES},
+        gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        cpu_threads=torch.get_num_threads(),
+        processes=processes,
+        base_fingerprint=base_fingerprint,
+        updates=updates,
+        details={"precision": precision.record},
+    )

@@ -2,44 +2,52 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_yaml
-from cera_train.common.trust import escape_interpolations
+from cera_train.common.settings import Changes, changes_of, flatten, to_plain
+from cera_train.common.trust import escape_interpolations, redact_tree
 from cera_train.config import Config
 
-RETIRED = {
-    f"model.facts.{name}"
-    for name in (
-        *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
-        *("num_key_value_heads", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
-        *("attention_bias", "mlp_bias"),
-    )
-}
-"""Settings of earlier versions that changed no result: left out when an old config is read."""
+RETIRED = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
+    *("attention_bias", "mlp_bias"),
+)
+"""Settings in model.facts of earlier versions, which changed no result: left out when an old config is read."""
+
+AUTO = "auto"
+"""Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
-    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text.
-
-    Raises:
-        UserError: the file is missing, broken, or of another version.
-    """
+    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = escape_interpolations(_without_retired(read_yaml(path)))
+    match tree := escape_interpolations(read_yaml(path)):
+        case {"model": {"facts": dict(facts)}}:
+            tree["model"]["facts"] = {name: value for name, value in facts.items() if name not in RETIRED}
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
 
 
-def _without_retired(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    kept = {name: value for name, value in tree.items() if prefix + str(name) not in RETIRED}
+def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
+    """The settings that change results and differ between a file and plain values: key -> both values in words."""
+    before, now = flatten(redact_tree(to_plain(load_config(path, schema)))), flatten(config)
     return {
-        name: _without_retired(value, f"{prefix}{name}.") if isinstance(value, dict) else value
-        for name, value in kept.items()
+        key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) not in (now.get(key), AUTO) and changes_result(key, schema)
     }
+
+
+@functools.cache
+def changes_result(key: str, schema: type = Config) -> bool:
+    """Whether a setting changes what is learned or measured, beyond its cost."""
+    return changes_of(schema, key) not in (Changes.cost, Changes.nothing)

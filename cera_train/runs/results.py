@@ -1,10 +1,9 @@
-"""The files that runs and evaluations leave, with a type. Nothing here imports torch.
-
-The keys in the files are fixed: scripts and older folders rely on them. Only this module spells them.
-"""
+"""The files that runs and evaluations leave, with a type. Scripts and older folders rely on the keys, and only this
+module spells them. Imports no torch."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -27,8 +26,8 @@ class SpectrumSummary(Record):
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
     manifold_dimension_mean: float | None = key("spectrum/manifold_dimension/mean")
     manifold_dimension_max: float | None = key("spectrum/manifold_dimension/max")
+    # The share of hidden units that are closed on the whole probe; None without a gate.
     dead_units_mean: float | None = key("spectrum/dead_units/mean")
-    """Share of hidden units that are closed on the whole probe; None without a gate."""
     dead_units_max: float | None = key("spectrum/dead_units/max")
 
 
@@ -36,25 +35,20 @@ class SpectrumSummary(Record):
 class RunResult(Record):
     """result.json of a run, written last: a folder that has it is finished."""
 
-    perplexity: float | None = key("eval/perplexity")
-    """After the last update."""
-    perplexity_before: float | None = None
-    """The perplexity of the untouched base model."""
+    perplexity: float | None = key("eval/perplexity")  # after the last update
+    perplexity_before: float | None = None  # the perplexity of the untouched base model
     best_perplexity: float | None = None
     best_update: int | None = None
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
     adapter_kind: str | None = None
     adapter_r: int | None = None
     trainable_parameters: int | None = None
-    trainable_share: float | None = None
-    """Trainable parameters over all parameters."""
+    trainable_share: float | None = None  # trainable parameters over all parameters
     updates: int | None = None
     epochs: float | None = None
-    tokens: int | None = None
-    """Tokens seen in updates, without padding."""
+    tokens: int | None = None  # tokens seen in updates, without padding
     tokens_per_s: float | None = None
-    seconds: float | None = None
-    """Time spent in updates."""
+    seconds: float | None = None  # time spent in updates
     peak_memory_bytes: float | None = None
     folder: str | None = None
 
@@ -67,13 +61,11 @@ class Environment(Record):
     python: str | None = None
     platform: str | None = None
     packages: dict[str, Any] | None = None
-    gpus: list[Any] | None = None
-    """Names; the first versions wrote {"name": ...}."""
+    gpus: list[Any] | None = None  # names; the first versions wrote {"name": ...}
     cpu_threads: int | None = None
     processes: int | None = None
-    base_fingerprint: str | None = None
-    updates: int | None = None
-    """Updates of the whole run."""
+    base_fingerprint: str | None = None  # tells base models of one shape apart
+    updates: int | None = None  # updates of the whole run
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,16 +95,11 @@ class ModuleSpectrumRecord(Record):
     effective_rank: float | None = None
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
-    singular_values: list[float] | None = None
-    """Singular values of the centred branch output, descending."""
+    singular_values: list[float] | None = None  # singular values of the centred branch output, descending
 
 
 def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
-    """spectrum.json by module name.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
+    """spectrum.json by module name."""
     modules = {name: ModuleSpectrumRecord.from_json(tree, path) for name, tree in read_json(path).items()}
     for name, module in modules.items():
         if not module.singular_values:
@@ -127,8 +114,7 @@ def mean_spectrum(modules: dict[str, ModuleSpectrumRecord]) -> list[float]:
     for module in modules.values():
         total = sum(module.singular_values)
         normalized.append([value / total if total > 0 else 0.0 for value in module.singular_values])
-    length = max(map(len, normalized), default=0)
-    return [sum(own[k] for own in normalized if k < len(own)) / len(normalized) for k in range(length)]
+    return [sum(column) / len(normalized) for column in itertools.zip_longest(*normalized, fillvalue=0.0)]
 
 
 def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None:
@@ -145,14 +131,12 @@ class UpdateMetrics(Record):
 
     update: int
     epoch: int | None = None
-    loss: float | None = key("train/loss")
-    """In nats per supervised token."""
+    loss: float | None = key("train/loss")  # in nats per supervised token
     perplexity: float | None = key("train/perplexity")
     grad_norm: float | None = key("train/grad_norm")
     lr: float | None = key("train/lr")
     tokens_per_s: float | None = key("train/tokens_per_s")
-    seconds: float | None = key("train/seconds")
-    """Time spent in updates so far."""
+    seconds: float | None = key("train/seconds")  # time spent in updates so far
 
 
 @dataclass
@@ -197,11 +181,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The metrics of a run, which may still be running.
-
-    Raises:
-        UserError: the file is missing, or a line before its end is broken.
-    """
+    """The metrics of a run, which may still be running."""
     metrics = Metrics()
     for line in read_lines(path, MetricsLine, may_break_off=True):
         (metrics.evaluations if isinstance(line, EvaluationMetrics) else metrics.updates).append(line)
@@ -212,27 +192,22 @@ def read_metrics(path: Path) -> Metrics:
 class RunFiles:
     """What lies in a run's folder."""
 
-    result: RunResult | None = None
-    """None: the run is unfinished."""
+    result: RunResult | None = None  # None: the run is unfinished
     metrics: Metrics = field(default_factory=Metrics)
     spectrum: dict[str, ModuleSpectrumRecord] = field(default_factory=dict)
     environment: Environment = field(default_factory=Environment)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Reads the files that are there.
-
-        Raises:
-            UserError: one of them is broken.
-        """
+        """Reads the files that are there."""
         readers = {
-            "result": ("result.json", RunResult.read),
-            "metrics": ("metrics.jsonl", read_metrics),
-            "spectrum": ("spectrum.json", read_spectrum),
-            "environment": ("environment.json", Environment.read),
+            "result.json": RunResult.read,
+            "metrics.jsonl": read_metrics,
+            "spectrum.json": read_spectrum,
+            "environment.json": Environment.read,
         }
-        there = {name: (folder / file, read) for name, (file, read) in readers.items() if (folder / file).is_file()}
-        return cls(**{name: read(path) for name, (path, read) in there.items()})
+        there = {name: read for name, read in readers.items() if (folder / name).is_file()}
+        return cls(**{Path(name).stem: read(folder / name) for name, read in there.items()})
 
     @property
     def figures(self) -> RunResult:
@@ -247,10 +222,8 @@ class RunFiles:
 class EvaluationResult(Record):
     """What every result.json of an evaluation has."""
 
-    task: str | None = None
-    """The name of the evaluation's folder."""
-    kind: str | None = None
-    """The kind of task, such as gsm8k; `perplexity` for every kind without answers."""
+    task: str | None = None  # the name of the evaluation's folder
+    kind: str | None = None  # the kind of task, such as gsm8k; `perplexity` for every kind without answers
 
     def write(self, path: Path) -> None:
         write_text(path, json.dumps(finite(self.to_json()), indent=2, allow_nan=False) + "\n")
@@ -298,10 +271,10 @@ class Accuracies(Record):
 
     def to_json(self) -> dict[str, Any]:
         tree: dict[str, Any] = {}
-        for own in self.found:
-            tree[own.key] = own.value
-            if own.interval is not None:
-                tree[f"{own.key}/interval"] = list(own.interval)
+        for accuracy in self.found:
+            tree[accuracy.key] = accuracy.value
+            if accuracy.interval is not None:
+                tree[f"{accuracy.key}/interval"] = list(accuracy.interval)
         return tree
 
 
@@ -310,24 +283,19 @@ class AccuracyResult(EvaluationResult):
     """result.json of an evaluation with answers and grades."""
 
     problems: int | None = None
-    samples: int | None = None
-    """Answers to each problem."""
-    missing: int | None = None
-    """Answers that are not there yet."""
+    samples: int | None = None  # answers to each problem
+    missing: int | None = None  # answers that are not there yet
     accuracies: Accuracies = field(default_factory=Accuracies)
     truncated: int | None = None
     no_answer: int | None = None
     grader_failures: int | None = None
-    tokens: int | None = None
-    """Tokens generated."""
+    tokens: int | None = None  # tokens generated
     tokens_per_s: float | None = None
     peak_memory_bytes: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-    """What the task adds, under the task's names."""
+    details: dict[str, Any] = field(default_factory=dict)  # what the task adds, under the task's names
 
     def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
-        found = (own for own in self.accuracies.found if (own.grader, own.k) == (grader, k))
-        return next(found, None)
+        return next((found for found in self.accuracies.found if (found.grader, found.k) == (grader, k)), None)
 
     def interval(self, accuracy: Accuracy) -> tuple[float, float] | None:
         """The interval to print beside an accuracy; None where there is none that means anything."""
@@ -346,21 +314,15 @@ class PerplexityResult(EvaluationResult):
     perplexity: float | None = None
     loss: float | None = None
     rows: int | None = None
-    tokens: int | None = None
-    """Tokens predicted."""
-    perplexity_base: float | None = None
-    """Without the adapter; None where there is no adapter."""
+    tokens: int | None = None  # tokens predicted
+    perplexity_base: float | None = None  # without the adapter; None where there is no adapter
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
     seconds: float | None = None
     peak_memory_bytes: float | None = None
 
 
 def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
-    """result.json of an evaluation.
-
-    Raises:
-        UserError: the file is missing or broken.
-    """
+    """result.json of an evaluation."""
     tree = read_json(path)
     kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
     return kind.from_json(tree, path)

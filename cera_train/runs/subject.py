@@ -24,9 +24,8 @@ class Subject:
     """Evaluations are written to eval/ in here. For a best adapter or a checkpoint it is the run's folder: theirs are
     replaced during training."""
     model: ModelConfig
-    adapter: Path | None
-    run: Config | None
-    """The config it was trained with, where that is known."""
+    adapter: Path | None = None
+    run: Config | None = None  # the config it was trained with, where that is known
 
     @property
     def name(self) -> str:
@@ -46,62 +45,49 @@ class Subject:
 
 
 def find_subject(config: EvalConfig) -> Subject:
-    """Resolves `run=` and `model=`.
-
-    Raises:
-        UserError: there is no such folder, or it is unfinished or holds no adapter.
-    """
+    """Resolves `run=` and `model=`; a UserError where a folder is missing, unfinished or without an adapter."""
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")
-        return Subject(Path(config.output_dir) / f"base-{name}", config.model, None, None)
+        return Subject(Path(config.output_dir) / f"base-{name}", config.model)
     folder = Path(config.run)
     if is_saved_in(folder):
-        check_adapter(folder)
-        root = run_of(folder)
-        if root is None:  # an adapter from anywhere
-            return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder, None)
-        run = load_config(root / "config.yaml")
-        return Subject(root, config.model or model_of(run, root, config.trust_remote_code), folder, run)
+        root, adapter = run_of(folder), folder
+    else:
+        root, adapter = folder, folder / "adapter"
+        _check_finished(folder)
+    check_adapter(adapter)
+    if root is None:  # an adapter from anywhere
+        return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
+    run = load_config(root / "config.yaml")
+    if config.model is None and run.model.trust_remote_code and not config.trust_remote_code:
+        raise UserError(
+            f"{root}/config.yaml asks to run the Python code that comes with {run.model.path}. If you trust that "
+            "code, say so on the command line: trust_remote_code=true."
+        )
+    return Subject(root, config.model or run.model, adapter, run)
+
+
+def _check_finished(folder: Path) -> None:
+    """Refuses a folder that is not that of a finished run with its adapter."""
     if not (folder / "config.yaml").is_file():
         what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
         raise UserError(
-            f"run={config.run} {what}: expected a folder that cera-train left (with config.yaml), an adapter's folder "
+            f"run={folder} {what}: expected a folder that cera-train left (with config.yaml), an adapter's folder "
             "(with adapter_config.json), or base."
         )
-    run = load_config(folder / "config.yaml")
     if not (folder / "result.json").is_file():
         best = f", or evaluate its best adapter so far, run={folder}/best" if (folder / "best").is_dir() else ""
         raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
     if not is_saved_in(folder / "adapter"):
         raise UserError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
-    check_adapter(folder / "adapter")
-    model = config.model or model_of(run, folder, config.trust_remote_code)
-    return Subject(folder, model, folder / "adapter", run)
-
-
-def model_of(run: Config, folder: Path, trust_remote_code: bool) -> ModelConfig:
-    """The base model of a run.
-
-    Raises:
-        UserError: the config asks to run the model's Python code, and the command line does not.
-    """
-    if run.model.trust_remote_code and not trust_remote_code:
-        raise UserError(
-            f"{folder}/config.yaml asks to run the Python code that comes with {run.model.path}. If you trust that "
-            "code, say so on the command line: trust_remote_code=true."
-        )
-    return run.model
 
 
 def run_of(adapter: Path) -> Path | None:
     """The run that an adapter's folder belongs to: as adapter/, best/ or one of checkpoints/."""
-    if adapter.parent.name == "checkpoints":
-        root = adapter.parent.parent
-    elif adapter.name in ("adapter", "best"):
-        root = adapter.parent
-    else:
-        return None
-    return root if (root / "config.yaml").is_file() else None
+    is_checkpoint = adapter.parent.name == "checkpoints"
+    root = adapter.parent.parent if is_checkpoint else adapter.parent
+    is_in_run = is_checkpoint or adapter.name in ("adapter", "best")
+    return root if is_in_run and (root / "config.yaml").is_file() else None
 
 
 def check_adapter(adapter: Path) -> None:
@@ -116,11 +102,7 @@ def digest_of(adapter: Path) -> str:
 
 
 def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
-    """The base model that an adapter names.
-
-    Raises:
-        UserError: its adapter_config.json is broken or names none.
-    """
+    """The base model that an adapter names; a UserError where its adapter_config.json is broken or names none."""
     path = family_that_wrote(adapter).description(adapter).get("base_model_name_or_path")
     if not (path and isinstance(path, str)):
         raise UserError(f"{adapter} does not name its base model: set model=....")

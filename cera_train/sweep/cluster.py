@@ -18,11 +18,7 @@ from cera_train.common.terminal import print_line
 
 @functools.cache
 def replace_waiting(detach: bool) -> None:
-    """Replaces what Hydra's launcher waits for in this process.
-
-    Args:
-        detach: return at once, when all jobs are submitted.
-    """
+    """Replaces what Hydra's launcher waits for in this process; detached, for no job once all are submitted."""
     logging.getLogger("submitit").setLevel(logging.ERROR)  # it warns at every query where Slurm keeps no accounts
     wait = submitit.Job.results
 

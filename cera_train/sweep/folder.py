@@ -1,7 +1,7 @@
 """A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies.
 
 A sweep has no state beside what its jobs left. Started again, each job finds its folder: the finished are skipped, the
-cut resume, the missing run. Nothing here imports torch.
+cut resume, the missing run. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
-from cera_train.common.secrets import redact, redact_tree
-from cera_train.common.settings import Changes, changes_of, require_folder_name
+from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact, redact_tree
 from cera_train.config import Config
+from cera_train.data.files import check_files
 from cera_train.distributed.processes import is_main_process
+from cera_train.model.folder import check_model
+from cera_train.runs.recorded_config import changes_result
 
 RECORD = "sweep.json"
 JOBS = ".jobs"
@@ -38,18 +41,16 @@ JOBS = ".jobs"
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
 
+MOST_TRIES = 16
+"""Jobs in which a value is tried. One that fails in so many is left to its jobs: a sweep should start at once."""
+
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
 def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
-    """The name of a job's folder: what varies in the sweep, such as `adapter=cera,adapter.r=64`. The same for the same
-    choices in any order, and never that of other choices.
-
-    Args:
-        overrides: as Hydra gives them to the job.
-        swept: the keys that vary; empty: every choice is in the name.
-    """
+    """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; where nothing does, every choice.
+    The same for the same choices in any order, and never that of other choices."""
     choices = choices_of(overrides, swept)
     return _name([choice for choice in choices if key_of(choice) in swept] if swept else choices)
 
@@ -60,7 +61,8 @@ def earlier_name(overrides: Iterable[str], swept: Collection[str]) -> str:
 
 
 def _name(choices: list[str]) -> str:
-    exact, shown = ",".join(choices), ",".join(_file_name(redact(choice)) for choice in choices)
+    exact = ",".join(choices)
+    shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
         return exact or "default"
     # What was replaced or cut may be all that differs between two jobs.
@@ -68,10 +70,16 @@ def _name(choices: list[str]) -> str:
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
+def _plain(text: str) -> str:
+    """A text with nothing in it that does not belong in the name of a folder."""
+    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
+    return text if plain == text else plain.strip("-")
+
+
 def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
     """What a job chooses, sorted by key. A setting that changes no result is no choice unless it is swept."""
     choices = [override.lstrip("+").replace("$\\{", "${").replace("\\}", "}") for override in overrides]
-    choices = [choice for choice in choices if (key := key_of(choice)) in swept or not is_beside_the_point(key)]
+    choices = [choice for choice in choices if (key := key_of(choice)) in swept or _is_choice(key)]
     return sorted(choices, key=lambda choice: (key_of(choice), choice))
 
 
@@ -79,22 +87,9 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def is_beside_the_point(key: str) -> bool:
-    """Whether a setting decides where or how a run computes, or which file the job's choices come from."""
-    if key in ("recipe", "sweep") or key.startswith("hydra"):
-        return True
-    return changes_of(Config, key) in (Changes.cost, Changes.nothing)
-
-
-def _file_name(choice: str) -> str:
-    """A choice with nothing in it that does not belong in the name of a folder."""
-    key, equals, value = choice.partition("=")
-    return _plain(key) + equals + _plain(value)
-
-
-def _plain(text: str) -> str:
-    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
-    return text if plain == text else plain.strip("-")
+def _is_choice(key: str) -> bool:
+    is_source = key in ("recipe", "sweep") or key.startswith("hydra")  # a file that a job's choices come from
+    return not is_source and changes_result(key)
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
@@ -126,48 +121,48 @@ def grid(config: DictConfig) -> list[list[str]]:
     return jobs
 
 
-def check_every_value(config: DictConfig, jobs: list[list[str]], check: Callable[[DictConfig], Any]) -> None:
-    """Composes jobs until every value of every dimension has been in one that passes `check`.
-
-    A value that is impossible beside some others fails in its jobs, and the rest of the sweep runs.
+def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable[[DictConfig], Config]) -> None:
+    """Composes jobs until every value has been in a possible one. A value that is impossible beside some others fails
+    in its jobs, and the rest of the sweep runs.
 
     Raises:
-        Exception: Hydra's or a UserError, where a value cannot be composed, or fails beside all others.
+        Exception: a UserError or Hydra's, where a value cannot be composed or fails beside all others, or a local file
+            is missing or of an unknown kind.
     """
     loader = GlobalHydra.instance().config_loader()
     fine: set[str] = set()
     failed: dict[str, Exception] = {}
     tries = Counter()
     for job in jobs:
-        if fine.issuperset(job) or all(value in fine or tries[value] == MOST_TRIES for value in job):
+        values = job["overrides"]
+        if fine.issuperset(values) or all(value in fine or tries[value] == MOST_TRIES for value in values):
             continue
         try:
-            check(loader.load_sweep_config(config, job))
-            fine.update(job)
+            run = compose(loader.load_sweep_config(config, values))
         except UserError as error:
-            for value in job:
+            for value in values:
                 failed.setdefault(value, error)
                 tries[value] += 1
+            continue
+        fine.update(values)
+        if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
+            check_model(run.model.path)
+            check_files(run.data.train_files, "data.train_files")
+            check_files(run.data.eval_files, "data.eval_files")
     for value, error in failed.items():
         if value not in fine and tries[value] < MOST_TRIES:
             raise error
 
 
-MOST_TRIES = 16
-"""Jobs in which a value is tried. One that fails in so many is left to its jobs: a sweep should start at once."""
-
-
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def begin(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
-    """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now.
+def begin(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
+    """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
+    run, of a sweep with other fixed settings, and what `check_jobs` refuses.
 
     Args:
-        check: raises UserError for the composed config of an impossible job.
-
-    Raises:
-        UserError: the sweep's folder is a run's, or holds a sweep with other fixed settings; or a value is impossible.
+        compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -180,28 +175,26 @@ def begin(config: DictConfig, check: Callable[[DictConfig], Any]) -> None:
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
-    jobs = grid(config) if is_grid else []
-    check_every_value(config, jobs, check)
+    record = _record(config, grid(config) if is_grid else [], folder)
+    check_jobs(config, record["jobs"], compose)
 
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    earlier = read_record(folder / RECORD)
-    record = _record(config, jobs, folder, earlier)
-    folder.mkdir(parents=True, exist_ok=True)
     # Every process of a run writes it, the same each: none reads it before it is there.
-    write_text(folder / RECORD, json.dumps(redact_tree(record), indent=2) + "\n")
+    _write_json(folder / RECORD, record)
 
 
-def _record(config: DictConfig, jobs: list[list[str]], folder: Path, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    is_swept = {override.key_or_group: override.is_sweep_override() for override in _dimensions(config)}
-    swept = {key for key, is_dimension in is_swept.items() if is_dimension}
+def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str, Any]:
+    dimensions, earlier = _dimensions(config), read_record(folder / RECORD)
+    keys = {dimension.key_or_group for dimension in dimensions}
+    swept = {dimension.key_or_group for dimension in dimensions if dimension.is_sweep_override()}
     # A dimension of an earlier command still names the jobs where this one fixes it.
-    swept |= {key for key in (earlier or {}).get("swept", ()) if key in is_swept}
+    swept |= keys.intersection((earlier or {}).get("swept", ()))
     single = [
-        f"{override.get_key_element()}={override.get_value_element_as_str()}"
-        for override in _dimensions(config)
-        if override.key_or_group not in swept
+        f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}"
+        for dimension in dimensions
+        if dimension.key_or_group not in swept
     ]
     recipes = [word.lstrip("+") for word in single if key_of(word) == "recipe"]
     fixed = redact_tree(sorted([*choices_of(single), *recipes]))
@@ -240,25 +233,25 @@ def folder_of_job(sweep: Path, overrides: list[str], swept: Collection[str]) -> 
 class Job:
     """One job, while it runs."""
 
-    sweep: Path
-    """The sweep's folder."""
-    name: str
-    """The job's folder in it."""
+    sweep: Path  # the sweep's folder
+    name: str  # the job's folder in it
     overrides: list[str]
     number: int
-    count: int
-    """Jobs in all. 0: the sweeper decides as it goes."""
+    count: int  # jobs in all; 0: the sweeper decides as it goes
 
     @classmethod
     def current(cls, hydra_config: DictConfig) -> Job | None:
         """The job that Hydra has just started, from `HydraConfig.get()`. None: this is a single run."""
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
-        sweep = Path(hydra_config.sweep.dir)
+        sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
         record = read_record(sweep / RECORD)
-        overrides = _arguments(hydra_config)
         name = folder_of_job(sweep, overrides, record["swept"])
         return cls(sweep, name, overrides, hydra_config.job.num + 1, len(record["jobs"]))
+
+    @property
+    def record(self) -> Path:
+        return self.sweep / JOBS / f"{self.name}.json"
 
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
@@ -271,13 +264,16 @@ class Job:
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""
-        if is_main_process() or not (read_record(self.sweep / JOBS / f"{self.name}.json") or {}).get("error"):
+        if is_main_process() or not (read_record(self.record) or {}).get("error"):
             self._write(error)
 
     def _write(self, error: str | None) -> None:
-        (self.sweep / JOBS).mkdir(parents=True, exist_ok=True)
-        content = {"number": self.number, "overrides": self.overrides, "error": error}
-        write_text(self.sweep / JOBS / f"{self.name}.json", json.dumps(redact_tree(content), indent=2) + "\n")
+        _write_json(self.record, {"number": self.number, "overrides": self.overrides, "error": error})
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(redact_tree(tree), indent=2) + "\n")
 
 
 def refuse_grid_of_one(hydra_config: DictConfig) -> None:

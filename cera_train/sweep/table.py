@@ -1,4 +1,4 @@
-"""The state of every job of a sweep, by what lies in its folder, and a table. Nothing here imports torch."""
+"""The state of every job of a sweep, by what lies in its folder, and a table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line
 from cera_train.data.config import evaluation_rows
@@ -27,8 +26,7 @@ class State(StrEnum):
     finished = "finished"
     failed = "failed"
     running = "running"
-    cut = "cut"
-    """It began and did not end: the same command resumes it."""
+    cut = "cut"  # it began and did not end: the same command resumes it
     waiting = "waiting"
 
 
@@ -36,31 +34,23 @@ class State(StrEnum):
 class JobStatus:
     """How far one job is, by what lies in its folder."""
 
-    name: str
-    """The name of its folder."""
+    name: str  # the name of its folder
     choices: list[str]
     state: State
-    done: int | None = None
-    """Updates."""
+    done: int | None = None  # updates
     total: int | None = None
-    perplexity: float | None = None
-    """An unfinished run's: that of its last evaluation."""
+    perplexity: float | None = None  # an unfinished run's: that of its last evaluation
     error: str | None = None
-    rows: tuple = ()
-    """The settings that decide on which rows the perplexity is taken."""
+    rows: tuple = ()  # the settings that decide on which rows the perplexity is taken
 
 
 def read_sweep(folder: Path) -> list[JobStatus]:
-    """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left.
-
-    Raises:
-        UserError: the folder is not a sweep's.
-    """
+    """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left."""
     record = read_record(folder / RECORD)
     if record is None:
-        what = "holds no sweep" if folder.is_dir() else "is not a folder"
         if (folder / "config.yaml").exists():
             raise UserError(f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it.")
+        what = "holds no sweep" if folder.is_dir() else "is not a folder"
         raise UserError(
             f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
         )
@@ -75,9 +65,10 @@ def job_status(sweep: Path, name: str, choices: list[str]) -> JobStatus:
     """How far a job of a sweep is."""
     folder, record = sweep / name, sweep / JOBS / f"{name}.json"
     result, error = read_record(folder / "result.json"), (read_record(record) or {}).get("error")
-    if error and result is not None and _written(folder / "result.json") > _written(record):
+    if error and result is not None and (folder / "result.json").stat().st_mtime > record.stat().st_mtime:
         error = None  # it was run again by itself
-    settings = flatten(_read_yaml(folder / "config.yaml"))
+    config = folder / "config.yaml"
+    settings = flatten(read_yaml(config)) if config.exists() else {}
     updates, perplexity = _last_metrics(folder / "metrics.jsonl")
     if result is not None:
         updates, perplexity = result["updates"], result["eval/perplexity"]
@@ -153,19 +144,6 @@ def _last_metrics(path: Path) -> tuple[int | None, float | None]:
             if "eval/perplexity" in metrics:
                 return update, metrics["eval/perplexity"]
     return update, None
-
-
-def _written(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        return yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        return {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is broken: {' '.join(str(error).split())}. Remove the job's folder.") from error
 
 
 def is_finished(folder: Path) -> bool:

@@ -1,7 +1,5 @@
 """Settings of a benchmark."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cera_train.common.errors import UserError

@@ -1,7 +1,5 @@
 """GSM8K: grade-school word problems whose answer is a number after #### (Cobbe et al. 2021, arXiv 2110.14168)."""
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal, InvalidOperation
 
@@ -18,11 +16,7 @@ NUMBER = re.compile(
 
 
 def gold(row: Row) -> str:
-    """The number after #### in column `answer`.
-
-    Raises:
-        UserError: the column is missing, or has no such number.
-    """
+    """The number after #### in column `answer`."""
     answer = text_of(row, "answer")
     number = extract(answer) if "####" in answer else None
     if number is None:
@@ -31,15 +25,10 @@ def gold(row: Row) -> str:
 
 
 def extract(text: str) -> str | None:
-    """The number after the first ####, on its line; in a text without ####, the last number. It is normalised.
-
-    Not the last ####: a model that does not stop goes on to make up questions and answer them.
-    """
+    """The number after the first ####, on its line; in a text without ####, the last number. It is normalised. Not the
+    last ####: a model that does not stop goes on to make up questions and answer them."""
     _, mark, rest = text.partition("####")
-    if mark:
-        number = NUMBER.search(rest.strip().partition("\n")[0])
-        return normalize(number[0]) if number else None
-    numbers = NUMBER.findall(text)
+    numbers = NUMBER.findall(rest.strip().partition("\n")[0])[:1] if mark else NUMBER.findall(text)
     return normalize(numbers[-1]) if numbers else None
 
 

@@ -1,10 +1,5 @@
-"""The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving.
-
-A problem gives x0 and asks for the next iterates. Each iterate is computed from the exact one before it and rounded
-only for display, so iterating on the rounded numbers soon leaves it.
-"""
-
-from __future__ import annotations
+"""The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving. A problem gives x0
+and asks for the next iterates; data/logistic_map.py computes them."""
 
 import itertools
 import math
@@ -13,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cera_train.common.settings import require
+from cera_train.common.errors import UserError
 from cera_train.data import logistic_map as training_rows
 from cera_train.data.config import DataConfig, Layout, LogisticMapConfig
 from cera_train.tasks.config import TaskConfig
@@ -30,27 +25,21 @@ PAPER_X0, PAPER_CASE = 0.4, LogisticMapConfig(growth=3.5, steps=5, decimals=4)
 class LogisticMap(AnswerTask):
     def check(self, config: TaskConfig) -> None:
         growths = config.growths
-        require(
-            bool(growths) and all(0 < growth <= 4 for growth in growths),
-            f"task.growths={growths} must be numbers above 0 and up to 4.",
-        )
-        require(
-            all(float(f"{growth:g}") == growth for growth in growths),
-            f"task.growths={growths} has more than the six digits that a prompt shows: round it.",
-        )
-        require(
-            not (config.prompt or config.files),
-            "task=logistic_map writes its problems as in training: it takes neither task.prompt nor task.files.",
-        )
+        if not growths or not all(0 < growth <= 4 for growth in growths):
+            raise UserError(f"task.growths={growths} must be numbers above 0 and up to 4.")
+        if any(float(f"{growth:g}") != growth for growth in growths):
+            raise UserError(f"task.growths={growths} has more than the six digits that a prompt shows: round it.")
+        if config.prompt or config.files:
+            reason = "task=logistic_map writes its problems as in training"
+            raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, then the paper's case."""
-        was_trained_on_it = data is not None and data.layout == Layout.logistic_map
-        settings = data.logistic_map if was_trained_on_it else LogisticMapConfig()
-        _, starts = training_rows.starting_points(settings, data.eval_rows if was_trained_on_it else EVAL_ROWS)
-        cases = [(x0, replace(settings, growth=growth), {}) for x0 in starts for growth in config.growths]
-        cases = [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]
-        for x0, case, mark in cases:
+        if data is None or data.layout != Layout.logistic_map:
+            data = DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
+        _, starts = training_rows.starting_points(data.logistic_map, data.eval_rows)
+        cases = [(x0, replace(data.logistic_map, growth=growth), {}) for x0 in starts for growth in config.growths]
+        for x0, case, mark in [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]:
             row = training_rows.problem(x0, case)
             prompt, gold = row["prompt"], row["completion"].strip()
             details = {"growth": case.growth, "x0": x0, "decimals": case.decimals, **mark}
@@ -59,10 +48,10 @@ class LogisticMap(AnswerTask):
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
         values = extract(generation.text, steps=problem.gold.count(",") + 1)
-        compared = compare(values, problem.gold, decimals)
+        steps = compare(values, problem.gold, decimals)
         answer = ", ".join(f"{value:.{decimals}f}" for value in values) or None
-        details = {"values": values, **asdict(compared)}
-        return Grade(generation.problem, generation.sample, answer, exact=all(compared.matches), details=details)
+        details = {"values": values, **asdict(steps)}
+        return Grade(generation.problem, generation.sample, answer, exact=all(steps.matches), details=details)
 
     def counts(self, problem: Any) -> bool:
         return "paper_case" not in problem.details
@@ -70,16 +59,15 @@ class LogisticMap(AnswerTask):
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         growths = {problem.id: f"{problem.details['growth']:g}" for problem in problems if self.counts(problem)}
         counted = [grade for grade in grades if grade.problem in growths]
-        by_growth: dict[str, list[Grade]] = {growth: [] for growth in growths.values()}
-        for grade in counted:
-            by_growth[growths[grade.problem]].append(grade)
-        summaries = {
-            growth: {key: value for key, value in step_scores(same).items() if not isinstance(value, list)}
-            for growth, same in by_growth.items()
-            if same
-        }
+        by_growth = {}
+        for growth in dict.fromkeys(growths.values()):
+            if same := [grade for grade in counted if growths[grade.problem] == growth]:
+                scores = step_scores(same).items()
+                by_growth[growth] = {key: value for key, value in scores if not isinstance(value, list)}
+        scores = step_scores(counted) | {"by_growth": by_growth}
         case = next(problem for problem in problems if not self.counts(problem))
-        return step_scores(counted) | {"by_growth": summaries} | paper_case(case, grades)
+        grade = next((grade for grade in grades if grade.problem == case.id), None)
+        return scores if grade is None else scores | {"paper_case": _beside_truth(case, grade)}
 
     def paired_value(self, grade: Any, grader: str) -> float:
         matches = grade.details["matches"]
@@ -89,11 +77,9 @@ class LogisticMap(AnswerTask):
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
         for growth, scores in result["by_growth"].items():
             error = scores["absolute_error/mean"]
-            lines[f"r = {growth}"] = (
-                f"steps right {scores['step_accuracy/mean']:.1%}, "
-                f"absolute error {'none given' if error is None else f'{error:.4f}'}, "
-                f"state collapse {scores['state_collapse']:.1%}"
-            )
+            shown = "none given" if error is None else f"{error:.4f}"
+            right, collapse = scores["step_accuracy/mean"], scores["state_collapse"]
+            lines[f"r = {growth}"] = f"steps right {right:.1%}, absolute error {shown}, state collapse {collapse:.1%}"
         return lines
 
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
@@ -114,20 +100,13 @@ TASK = LogisticMap(
 )
 
 
-# --- one answer ------------------------------------------------------------------------------------------------------
-
-
 def extract(text: str, steps: int) -> list[float]:
-    """The first `steps` values of an answer's first line; fewer where it gives fewer.
-
-    Between commas, a value is the last number: the 0.84 of `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas,
-    every number with a decimal point is one.
-    """
+    """The first `steps` values of an answer's first line. Between commas, a value is the last number: the 0.84 of
+    `x1 = 3.5 * 0.4 * 0.6 = 0.84`. In a line without commas, every number with a decimal point is one."""
     line = text.strip().partition("\n")[0]
     if "," in line:
         numbers = [numbers[-1] for part in line.split(",") if (numbers := re.findall(r"-?\d*\.?\d+", part))]
-    else:
-        # Digits are taken from their first one on only, else a long row of them is searched from each.
+    else:  # digits are taken from their first one on only, else a long row of them is searched from each
         numbers = re.findall(r"-?(?:(?<!\d)\d++)?\.\d+", line)
     return [value for value in map(float, numbers) if math.isfinite(value)][:steps]
 
@@ -144,19 +123,13 @@ class Steps:
 
 
 def compare(values: Sequence[float], gold: str, decimals: int) -> Steps:
-    """Compares an answer with the truth.
-
-    Args:
-        values: what `extract` found.
-        gold: the true iterates, separated by commas, as a completion writes them.
-    """
+    """Compares what `extract` found with the true iterates, which a completion separates by commas."""
     truth = [number.strip() for number in gold.split(",")]
-    shown = [f"{value:.{decimals}f}" for value in values] + [None] * (len(truth) - len(values))
-    matches = [value == true for value, true in zip(shown, truth, strict=True)]
-    errors = [
-        None if value is None else abs(value - float(true)) for value, true in itertools.zip_longest(values, truth)
-    ]
-    return Steps(matches, errors, is_collapsed(shown[: len(values)], truth))
+    shown = [f"{value:.{decimals}f}" for value in values]
+    matches = [value == true for value, true in itertools.zip_longest(shown, truth)]
+    pairs = itertools.zip_longest(values, truth)
+    errors = [None if value is None else abs(value - float(true)) for value, true in pairs]
+    return Steps(matches, errors, is_collapsed(shown, truth))
 
 
 def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
@@ -165,15 +138,11 @@ def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
     return repeated > 1 and len(set(truth[len(answer) - repeated : len(answer)])) > 1
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     """Accuracy and error of each step and in the mean, and the shares of steps given and of collapsed answers."""
     accuracy = [_mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)]
     all_errors = [grade.details["errors"] for grade in grades]
-    given = [[value for value in step if value is not None] for step in zip(*all_errors, strict=True)]
-    error = [_mean(step) for step in given]
+    error = [_mean([value for value in step if value is not None]) for step in zip(*all_errors, strict=True)]
     return {
         "step_accuracy": accuracy,
         "step_accuracy/mean": _mean(accuracy),
@@ -184,15 +153,11 @@ def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
     }
 
 
-def paper_case(case: Problem, grades: Sequence[Grade]) -> dict[str, Any]:
-    """The paper's case beside the truth, as written; nothing where it has no answer yet."""
-    grade = next((grade for grade in grades if grade.problem == case.id), None)
-    if grade is None:
-        return {}
+def _beside_truth(case: Problem, grade: Grade) -> dict[str, Any]:
     truth = case.gold.split(", ")
     answer = [f"{value:.{case.details['decimals']}f}" for value in grade.details["values"]]
     missing = [None] * (len(truth) - len(answer))
-    return {"paper_case": {"truth": truth, "answer": answer + missing, "collapsed": grade.details["collapsed"]}}
+    return {"truth": truth, "answer": answer + missing, "collapsed": grade.details["collapsed"]}
 
 
 def _mean(values: Sequence[float]) -> float | None:

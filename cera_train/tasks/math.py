@@ -5,54 +5,45 @@ normalisation writes them alike. It knows notation, not mathematics: 1/2 equals 
 published rule it reads thousands separators, mixed numbers such as 1 1/2, and a fraction's arguments as TeX does.
 """
 
-from __future__ import annotations
-
 import re
 
 from cera_train.common.errors import UserError
-from cera_train.data.rows import Row, column, text_of
+from cera_train.data.rows import Row, text_of
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import QuestionTask
 
 BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
 
 TEXT = r"\\(?:text|textbf|mbox|mathrm)(?!\{[ie]\})"
-WORD = re.compile(rf"{TEXT}\{{([^{{}}]*)\}}")
+WORD = re.compile(rf"^{TEXT}\{{([^{{}}]*)\}}\Z")
 GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 
-RULES = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<!\\)\\!", ""),
-        (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
-        (r"\\(?:left|right)(?![a-zA-Z])", ""),
-        (r"\\[tdc]frac", r"\\frac"),
-        (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
-        (r"\\?[$%]", ""),
-        (r"(?<![ .])[ .]+$|^ +", ""),  # looks behind, else a long row of dots is searched from each of them
-        (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
-        (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
-        (r"\{,\}", ","),
-        (r"^-?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?$", lambda number: re.sub("[, ]", "", number[0])),
-        (r", *", ", "),  # so that math-verify takes 1,234 for a number and 1, 234 for a list
-        (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
-        (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),  # spaces, but in \pi r, 1 000 and after a list's comma
-        (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
-        (r"\\frac ?(\w) ?", r"\\frac{\1}"),
-        (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
-    )
+RULES = (
+    (r"(?<!\\)\\!", ""),
+    (r"(?:(?<!\\)\\(?:[,;:> ]|q?quad(?![a-zA-Z]))|~|\s)+", " "),
+    (r"\\(?:left|right)(?![a-zA-Z])", ""),
+    (r"\\[tdc]frac", r"\\frac"),
+    (r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
+    (r"\\?[$%]", ""),
+    (r"(?<![ .])[ .]+$|^ +", ""),  # looks behind, else a long row of dots is searched from each of them
+    (rf"(?<=[\w)}}\]! ]) ?{TEXT}\{{[^{{}}]*\}}(?: ?\^ ?(?:\d|\{{\d\}}))?$", ""),  # a unit
+    (r"^[a-zA-Z]{1,2} ?= ?(?=[^=]*$)", ""),  # x = 5
+    (r"\{,\}", ","),
+    (r"^-?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?$", lambda number: re.sub("[, ]", "", number[0])),
+    (r", *", ", "),  # so that math-verify takes 1,234 for a number and 1, 234 for a list
+    (r"(?<![\d.])\.(?=\d)", "0."),
+    (r"^(-?)(\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+    (r"^(-?\d+) (\d+) ?/ ?(\d+)$", r"\1\\frac{\2}{\3}"),
+    (r"(\\[a-zA-Z]+ (?=[a-zA-Z])|\d (?=\d)|, )| ", r"\1"),  # spaces, but in \pi r, 1 000 and after a list's comma
+    (r"\\sqrt ?(\w)", r"\\sqrt{\1}"),
+    (r"\\frac ?(\w) ?", r"\\frac{\1}"),
+    (rf"(\\frac{GROUP}) ?(\w)", r"\1{\2}"),
 )
 """Replacements, in this order."""
 
 
 def gold(row: Row) -> str:
-    r"""The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`.
-
-    Raises:
-        UserError: the row has neither column, or the solution has no box.
-    """
+    """The reference answer: column `answer` where there is one (MATH-500), else the last box of column `solution`."""
     if row.get("answer") is not None:
         return text_of(row, "answer")
     solution = text_of(row, "solution")
@@ -65,12 +56,8 @@ def gold(row: Row) -> str:
 
 
 def extract(text: str) -> str | None:
-    r"""The content of the last \boxed{}, or of the last \fbox{} where there is no \boxed.
-
-    Returns:
-        None where there is no box, or the last one is empty or cut off. A box without braces, as in `$\boxed 3$`, ends
-        with the formula or the line.
-    """
+    r"""The content of the last \boxed{}, else of the last \fbox{}; None where that is empty or cut off. A box without
+    braces, as in `$\boxed 3$`, ends with the formula or the line."""
     starts = next(filter(None, ([box.end() for box in command.finditer(text)] for command in BOXES)), None)
     if starts is None:
         return None
@@ -88,27 +75,20 @@ def extract(text: str) -> str | None:
 def normalize(answer: str) -> str:
     """Writes equal answers alike, still in LaTeX."""
     for pattern, replacement in RULES:
-        answer = pattern.sub(replacement, answer)
+        answer = re.sub(pattern, replacement, answer)
     return answer
 
 
 def is_exact(answer: str, gold: str) -> bool:
-    """Whether two answers are the same after normalisation."""
-    return _bare(normalize(answer)) == _bare(normalize(gold))
-
-
-def _bare(answer: str) -> str:
-    r"""Turns \text{even} into even. `normalize` does not: math-verify would read even as a product of variables."""
-    word = WORD.fullmatch(answer)
-    return word[1] if word else answer
+    r"""Whether two answers are the same after normalisation, and \text{even} the same as even. `normalize` leaves the
+    former, since math-verify would read the latter as a product of variables."""
+    answer, gold = (WORD.sub(r"\1", normalize(text)) for text in (answer, gold))
+    return answer == gold
 
 
 def is_of_level(row: Row, config: TaskConfig) -> bool:
     """Whether a row has the level that `task.level` asks for. MATH writes "Level 5", MATH-500 writes 5."""
-    if config.level is None:
-        return True
-    digits = re.search(r"\d+", str(column(row, "level")))
-    return digits is not None and int(digits[0]) == config.level
+    return config.level is None or re.findall(r"\d+", text_of(row, "level"))[:1] == [str(config.level)]
 
 
 TASK = QuestionTask(

@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.data.config import DataConfig, Layout
+from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import RowTask
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows
-    from cera_train.model.config import ModelConfig
 
 
 class Perplexity(RowTask):
@@ -21,11 +22,9 @@ class Perplexity(RowTask):
 
         if data is None:
             raise UserError("data=... is missing: the training data of this adapter is not on record. Choose the rows.")
-        if config.files and data.layout == Layout.logistic_map:
-            raise UserError(
-                "task.files: this run computed its rows and has no layout for files. Add one, such as data=jsonl."
-            )
         if config.files:
+            mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
+            require(data.layout != Layout.logistic_map, f"task.files: {mend}")
             data = replace(data, train_files=config.files, eval_files=config.files, eval_rows=None)
         return prepare_evaluation(data, tokenizer, config.limit)
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from cera_train.common.records import Record, key
+
+EVALUATE_AGAIN = "Evaluate the run again."
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(Record):
     """One problem, a line of problems.jsonl."""
+
+    mend: ClassVar[str] = EVALUATE_AGAIN
 
     id: str
     """A digest of the question: the same in every evaluation, whatever the prompt."""
@@ -20,8 +26,10 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(Record):
     """One answer, a line of generations.jsonl."""
+
+    mend: ClassVar[str] = EVALUATE_AGAIN
 
     problem: str
     sample: int
@@ -33,20 +41,18 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Grade:
+class Grade(Record):
     """The grade of one answer, a line of grades.jsonl."""
+
+    mend: ClassVar[str] = EVALUATE_AGAIN
 
     problem: str
     sample: int
     answer: str | None
     """What was extracted from the text; None where nothing was."""
     exact: bool
-    verified: bool | None = None
+    verified: bool | None = key("verified", write_null=True)
     """None where math-verify does not apply."""
-    failure: str | None = None
+    failure: str | None = key("failure", write_null=True)
     """Why the grader failed: a time-out, a crash."""
     details: dict[str, Any] = field(default_factory=dict)
-
-    def line(self) -> dict[str, Any]:
-        row = asdict(self)
-        return row | row.pop("details")

@@ -1,30 +1,31 @@
-"""What a benchmark defines. Everything else that evaluates, prints or reports one reads it here.
-
-A `QuestionTask` compares an answer with a gold answer; most benchmarks are one, made of three functions.
-An `AnswerTask` brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch.
-"""
+"""What a benchmark defines, and all else reads: a `QuestionTask` compares an answer with a gold answer; an `AnswerTask`
+brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.text import duration
+from cera_train.common.terminal import duration
 from cera_train.data.config import DataConfig
-from cera_train.data.format import columns_of
-from cera_train.data.rows import Row, text_of
+from cera_train.data.files import from_files
+from cera_train.data.hub import from_hub
+from cera_train.data.rows import Row, Source, at, text_of
+from cera_train.data.segments import columns_of
+from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.problems import at, read_rows
 from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows
-    from cera_train.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -66,21 +67,17 @@ class Task:
     takes_data: bool = False
     """Whether `data=` chooses its rows."""
 
+    def check(self, config: TaskConfig) -> None:
+        """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
+
     def counts(self, problem: Any) -> bool:
-        """Whether a problem counts in the scores. A problem has `details`."""
+        """Whether a problem counts in the scores."""
         return True
 
     def paired_value(self, grade: Any, grader: str) -> float:
-        """How much of an answer is right, from 0 to 1, for the paired test of two runs.
-
-        Args:
-            grade: a `Grade`, or a line of grades.jsonl with the same attributes.
-            grader: exact or verified; of no effect where `score_name` is set.
-        """
+        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grade is a `Grade`, or a
+        line of grades.jsonl; the grader, exact or verified, has no effect where `score_name` is set."""
         return float(getattr(grade, grader))
-
-    def check(self, config: TaskConfig) -> None:
-        """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         """Labels and texts to print of a result, beside its accuracies."""
@@ -89,9 +86,6 @@ class Task:
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
         """Tables to print after the lines."""
         return []
-
-
-# --- answers ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,24 +97,27 @@ class AnswerTask(Task, ABC):
 
     @abstractmethod
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
-        """The problems, in order, at most `config.limit`.
-
-        Args:
-            data: the rows that the run was trained on; None for a model without a run.
-        """
+        """The problems, in order, at most `config.limit`. `data` holds the rows that the run was trained on."""
 
     @abstractmethod
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         """Grades one answer by the task's published rule."""
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        """What result.json holds beside pass@k, by key.
-
-        Args:
-            problems: all of them, also those that do not count.
-            grades: the grades of their answers; some may be missing.
-        """
+        """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""
         return {}
+
+
+def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
+    """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
+    task = find_task(config.kind)
+    assert isinstance(task, AnswerTask)
+    seen, problems = Counter(), []
+    for problem in task.problems(config, data):
+        seen[problem.id] += 1
+        count = seen[problem.id]
+        problems.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
+    return problems
 
 
 DETAILS = ("level", "type", "subject")
@@ -145,39 +142,35 @@ class QuestionTask(AnswerTask):
     def check(self, config: TaskConfig) -> None:
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
         require(bool(config.prompt), f"task.prompt is empty: set a template, such as {example}.")
-        with at("task.prompt"):
-            columns = columns_of(config.prompt)
-        require(
-            bool(columns), f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}."
-        )
+        if not columns_of(config.prompt, "task.prompt"):
+            raise UserError(f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.")
         require_rows(config)
 
-    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
-        count = 0
-        for place, row in read_rows(config):
-            if count == config.limit:
-                return
-            with at(place):
-                is_taken = self.takes(row, config)
-            if is_taken:
-                count += 1
-                yield self._problem(place, row, config)
+    def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
+        source = open_rows(config)
+        problems = list(itertools.islice(self._read(source, config), config.limit))
+        if not problems and config.level is not None:
+            raise UserError(f"task.level={config.level}: {source.name} has no problems of that level. Choose another.")
+        require(bool(problems), f"{source.name} has no rows: name a file with a problem on each row.")
+        return problems
 
-    def _problem(self, place: str, row: Row, config: TaskConfig) -> Problem:
+    def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
         columns = columns_of(config.prompt)
-        if absent := next((name for name in columns if name not in row), None):
-            mend = "Name one of these"
-            if absent == self.question:
-                mend = f"Rename the one with the question to {self.question}, or choose another task"
-            raise UserError(
-                f"task.prompt: column {absent!r} is missing in {place}; its columns are {', '.join(row)}. {mend}."
-            )
-        with at(place):
-            question = text_of(row, self.question)
-            prompt = config.prompt.format_map({name: text_of(row, name) for name in columns})
-            gold = self.gold(row)
-        details = {name: row[name] for name in DETAILS if row.get(name) is not None}
-        return Problem(question_id(question), question, prompt, gold, details)
+        for place, row in source.located():
+            with at(place):
+                if not self.takes(row, config):
+                    continue
+            if absent := next((name for name in columns if name not in row), None):
+                rename = f"Rename the one with the question to {self.question}, or choose another task."
+                mend = rename if absent == self.question else "Name one of these."
+                reason = f"column {absent!r} is missing in {place}; its columns are {', '.join(row)}"
+                raise UserError(f"task.prompt: {reason}. {mend}")
+            with at(place):
+                question = text_of(row, self.question)
+                prompt = config.prompt.format_map({name: text_of(row, name) for name in columns})
+                gold = self.gold(row)
+            details = {name: row[name] for name in DETAILS if row.get(name) is not None}
+            yield Problem(question_id(question), question, prompt, gold, details)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         answer, exact, failure = None, False, None
@@ -199,7 +192,11 @@ def require_rows(config: TaskConfig) -> None:
     require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
 
 
-# --- perplexity ------------------------------------------------------------------------------------------------------
+def open_rows(config: TaskConfig) -> Source:
+    """The rows of `task.files`, or of the data set on the Hub."""
+    if config.files:
+        return from_files(config.files, "task.files")
+    return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +208,7 @@ class RowTask(Task, ABC):
 
     @abstractmethod
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
-        """The rows to predict.
-
-        Args:
-            data: chosen by `data=`, else the rows that the run was trained on; None where neither is known.
-
-        Raises:
-            UserError: there are none, or they lack the columns that the layout needs.
-        """
+        """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         lines = {"perplexity": f"{result['perplexity']:.3f}"}

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.settings import require
 from cera_train.data.config import DataConfig
-from cera_train.data.rows import text_of
+from cera_train.data.rows import at, text_of
+from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.problems import at, read_rows, rows_place
-from cera_train.tasks.task import RowTask, require_rows
+from cera_train.tasks.task import RowTask, open_rows, require_rows
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows
-    from cera_train.model.config import ModelConfig
 
 
 class RunningText(RowTask):
@@ -26,11 +25,11 @@ class RunningText(RowTask):
         from cera_train.model.weights import check_length
 
         check_length(model, config.window, "task.window")
-        texts = []
-        for place, row in read_rows(config):
+        source, texts = open_rows(config), []
+        for place, row in source.located():
             with at(place):
                 texts.append(text_of(row, "text"))
-        with at(rows_place(config)):
+        with at(source.name):
             return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
 
 

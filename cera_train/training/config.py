@@ -90,12 +90,8 @@ class TrainConfig:
     finished run; a checkpoint's folder: go on from that."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "train",
-            self,
-            *("batch_size", "micro_batch_tokens", "epochs", "max_updates", "eval_every", "save_every"),
-            *("keep", "patience", "probe_tokens"),
-        )
+        counts = "batch_size micro_batch_tokens epochs max_updates eval_every save_every keep patience probe_tokens"
+        require_positive("train", self, *counts.split())
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
 
 

@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import sysconfig
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +16,11 @@ from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets
 from cera_train.adapters.unfused import describe_unfused
-from cera_train.common.secrets import redact
-from cera_train.common.terminal import console, highlighted, print_fields, print_line
-from cera_train.common.text import duration, targets
+from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
+from cera_train.common.trust import redact
 from cera_train.config import Config
 from cera_train.data.config import BatchLayout, Layout
 from cera_train.data.prepare import TokenizedData
-from cera_train.distributed.team import Team
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
@@ -36,25 +33,20 @@ if TYPE_CHECKING:
 
 def print_start(session: Session, precision: Precision) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
-    config, updates, done = session.config, session.updates, session.progress.update
+    updates, done = session.updates, session.progress.update
     already = f", {done:,} done" if done else ""
-    print_line("run", f"{session.folder.path}, {updates:,} updates of {config.train.batch_size} sequences{already}")
-    print_model(config, session.counts, precision, why_no_spectrum(session.model))
-    print_coverage(session)
-    print_device(config, session.team, session.held_out.loss)
+    batch_size = session.config.train.batch_size
+    print_line("run", f"{session.folder.path}, {updates:,} updates of {batch_size} sequences{already}")
+    print_model(session, precision)
+    print_device(session)
     print_data(session.data, session.tokenizer)
 
 
-def print_model(config: Config, counts: tuple[int, int], precision: Precision, reason: str | None) -> None:
-    """The base, its precision and the adapter.
-
-    Args:
-        reason: why this method has no spectrum; None: it has one.
-    """
-    trainable, total = counts
-    model, adapter = config.model, config.adapter
+def print_model(session: Session, precision: Precision) -> None:
+    model, adapter = session.config.model, session.config.adapter
+    frozen = session.total_count - session.trainable_count
     quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
-    print_line("model", f"{model.path}, {model.dtype}{quantization}, {total - trainable:,} parameters")
+    print_line("model", f"{model.path}, {model.dtype}{quantization}, {frozen:,} parameters")
     print_line("precision", f"{precision.dtype}: {precision.reason}")
     if precision.is_slow:
         print_line(
@@ -62,9 +54,10 @@ def print_model(config: Config, counts: tuple[int, int], precision: Precision, r
             "this hardware does not multiply bf16, and emulating it takes about 20 times as long as float32: "
             "model.dtype=auto takes float32 here.",
         )
-    print_line("adapter", f"{describe_adapter(adapter)}: {trainable:,} trainable")
-    if reason is not None:
+    print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
+    if (reason := why_no_spectrum(session.model)) is not None:
         print_line("spectrum", f"none: {reason}")
+    print_coverage(session)
 
 
 def print_coverage(session: Session) -> None:
@@ -79,36 +72,32 @@ def print_coverage(session: Session) -> None:
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:
-    parts = [f"{adapter.kind}" if adapter.r is None else f"{adapter.kind} r={adapter.r}"]
-    if adapter.method:
-        parts[0] = f"{adapter.method} r={adapter.r}" if adapter.r else adapter.method
+    parts = [adapter.method or str(adapter.kind)]
+    if adapter.r is not None:
+        parts[0] += f" r={adapter.r}"
     if "activation" in adapter.family.uses:
         parts.append(str(adapter.activation))
     if "dropout" in adapter.family.uses:
         parts.append(f"dropout {adapter.dropout:g}")
-    where = f", on {targets(adapter.target_modules)}" if adapter.target_modules else ""
-    return ", ".join(parts) + where
+    if adapter.target_modules:
+        parts.append(f"on {targets(adapter.target_modules)}")
+    return ", ".join(parts)
 
 
-def print_device(config: Config, team: Team, loss: SupervisedLoss) -> None:
+def print_device(session: Session) -> None:
+    config, team, loss = session.config, session.team, session.held_out.loss
     device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
     mixed = team.accelerator.mixed_precision
     autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
-    batches = (
-        f"{'flat' if loss.is_flat else 'padded'} micro-batches of up to {config.train.micro_batch_tokens:,} tokens"
-    )
-    print_line("device", f"{device}, {autocast}, {batches}")
+    layout = "flat" if loss.is_flat else "padded"
+    tokens = config.train.micro_batch_tokens
+    print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
     kernels = "Triton kernels" if config.adapter.kernels == "triton" else ""
     print_line("speed", describe_speed(config.train.batch_layout, loss, kernels))
 
 
 def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:
-    """What makes this run fast, and why it does without the rest.
-
-    Args:
-        wanted: `train.batch_layout`; `loss.is_flat` is what came of it.
-        kernels: what computes the adapter's branch, empty without CeRA.
-    """
+    """What makes this run fast, and why it does without the rest. `loss.is_flat` is what came of the layout wanted."""
     if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
@@ -147,23 +136,6 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) 
     return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
 
 
-# --- while it trains -------------------------------------------------------------------------------------------------
-
-
-class Clock:
-    """How long the rest takes, evaluations and checkpoints included, at the pace since the start."""
-
-    def __init__(self, done: int, total: int) -> None:
-        self.first, self.total = done, total
-        self.start()
-
-    def start(self) -> None:
-        self.started = time.perf_counter()
-
-    def seconds_left(self, done: int) -> float:
-        return (time.perf_counter() - self.started) / (done - self.first) * (self.total - done)
-
-
 def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
     return (
         f"loss {metrics.loss:.3f}  perplexity {metrics.perplexity:.2f}  {metrics.tokens_per_s:,.0f} tokens/s  "
@@ -183,25 +155,20 @@ def describe_rank(spectrum: SpectrumSummary) -> str:
     return f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
 
 
-# --- what came out ---------------------------------------------------------------------------------------------------
-
-
 def print_result(result: RunResult, config: Config) -> None:
     """The figures at the end, and what to do with the run's folder next."""
+    rank = describe_rank(result.spectrum)
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
-    }
-    if rank := describe_rank(result.spectrum):
-        rows["effective rank"] = f"{rank} (of {result.adapter_r})"
-    rows |= {
+        "effective rank": f"{rank} (of {result.adapter_r})" if rank else None,
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",
         "speed": f"{result.tokens_per_s:,.0f} tokens/s",
         "time": f"{duration(result.seconds)} for {result.updates:,} updates",
         "folder": result.folder,
     }
     print()
-    print_fields(rows)
+    print_fields({label: row for label, row in rows.items() if row is not None})
     if Path(sys.argv[0]).name in ("cera-train", "__main__.py") and not {"-m", "--multirun"} & set(sys.argv):
         print()
         print_fields(next_commands(config, result.folder))

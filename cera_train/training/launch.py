@@ -28,7 +28,7 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.processes import is_launched
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption
-from cera_train.distributed.watchdog import Hung
+from cera_train.distributed.team import Hung
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.folder import RunFolder
 from cera_train.training.session import settle
@@ -36,17 +36,12 @@ from cera_train.training.train import finished_result, train
 from cera_train.training.worker import read_mistake, train_beside_others, work
 
 
+class ProcessFailed(RuntimeError):
+    """A process ended with an error that is not the user's to mend; the message holds its traceback."""
+
+
 def launch(config: Config) -> dict[str, Any]:
-    """`train`, in as many processes as `launch.processes` says.
-
-    Returns:
-        The content of result.json.
-
-    Raises:
-        UserError: as `train` does, in whichever process.
-        Interrupted: as `train` does.
-        ProcessFailed: a process met an error that is not the user's to mend.
-    """
+    """`train`, in as many processes as `launch.processes` says: same result, and same errors, or ProcessFailed."""
     try:
         if is_launched():
             return train_beside_others(config)
@@ -58,23 +53,12 @@ def launch(config: Config) -> dict[str, Any]:
 
 
 def processes_to_start(config: LaunchConfig) -> int:
-    """One process a GPU, or as many as the config asks for.
-
-    Raises:
-        UserError: there are GPUs, but fewer than that.
-    """
+    """One process a GPU, or as many as the config asks for; UserError where there are GPUs, but fewer than that."""
     gpus = torch.cuda.device_count()
     processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
     if 0 < gpus < processes:
         raise UserError(f"launch.processes={processes}, but this machine shows {gpus} GPUs: lower it, or set auto.")
     return processes
-
-
-# --- the parent ------------------------------------------------------------------------------------------------------
-
-
-class ProcessFailed(RuntimeError):
-    """A process ended with an error that is not the user's to mend; the message holds its traceback."""
 
 
 def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
@@ -90,9 +74,12 @@ def train_in_processes(config: Config, processes: int) -> dict[str, Any]:
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
-    shared = {"TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))}
+    variables = {
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
+    }
     with (
-        _environment({name: value for name, value in shared.items() if name not in os.environ}),
+        _environment({name: value for name, value in variables.items() if name not in os.environ}),
         tempfile.TemporaryDirectory() as logs,
         tempfile.TemporaryDirectory() as mistakes,
         Interruption(pass_on=signal_children) as interruption,
@@ -142,10 +129,9 @@ def _as_error(rank: int, failure: Any, mistakes: Path) -> Exception:
         return UserError(message)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
+        cause = ", as a machine that is out of memory does" if name == "SIGKILL" else ""
         return UserError(
-            f"process {rank} was ended by {name}"
-            + (", as a machine that is out of memory does" if name == "SIGKILL" else "")
-            + ". The same command goes on from the last checkpoint."
+            f"process {rank} was ended by {name}{cause}. The same command goes on from the last checkpoint."
         )
     if isinstance(failure.message, str):  # it ended itself and left no error
         return ProcessFailed(f"process {rank} ended with status {failure.exitcode} and no error.")

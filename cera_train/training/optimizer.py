@@ -16,15 +16,24 @@ from cera_train.training.config import OptimizerConfig, OptimizerKind, Schedule
 def build_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], config: OptimizerConfig, device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of a config.
+    """The optimizer of a config. Raises UserError where it cannot run on this device.
 
     Args:
         parameters: what it updates; or groups, in which `lr_ratio` multiplies the learning rate.
-
-    Raises:
-        UserError: it cannot run on this device.
     """
-    optimizer = _optimizer(parameters, config, device)
+    if config.kind == OptimizerKind.paged_adamw_8bit and device.type != "cuda":
+        raise UserError(
+            f"optimizer.kind=paged_adamw_8bit pages GPU memory, and this run is on {device.type}: "
+            "use optimizer=adamw_8bit or optimizer=adamw."
+        )
+    if config.kind == OptimizerKind.adamw:
+        adamw = torch.optim.AdamW
+    else:
+        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+        adamw = AdamW8bit if config.kind == OptimizerKind.adamw_8bit else PagedAdamW8bit
+    betas = (config.beta1, config.beta2)
+    optimizer = adamw(parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     set_learning_rate(optimizer, config.lr)
     return optimizer
 
@@ -33,27 +42,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives every group of parameters its learning rate, in ratio to `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_ratio", 1.0)  # checkpoints of before lack the ratio
-
-
-def _optimizer(parameters: Iterable[Any], config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    settings = {
-        "lr": config.lr,
-        "betas": (config.beta1, config.beta2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-    }
-    if config.kind == OptimizerKind.adamw:
-        return torch.optim.AdamW(parameters, **settings)
-    import bitsandbytes
-
-    if config.kind == OptimizerKind.adamw_8bit:
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    if device.type != "cuda":
-        raise UserError(
-            f"optimizer.kind=paged_adamw_8bit pages GPU memory, and this run is on {device.type}: "
-            "use optimizer=adamw_8bit or optimizer=adamw."
-        )
-    return bitsandbytes.optim.PagedAdamW8bit(parameters, **settings)
 
 
 def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:

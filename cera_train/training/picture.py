@@ -18,26 +18,25 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
     from matplotlib import pyplot
 
     metrics = read_metrics(folder / "metrics.jsonl")
-    figure, panels = pyplot.subplots(1, 2 if spectrum else 1, figsize=(10, 3.6), layout="constrained", squeeze=False)
+    figure, [panels] = pyplot.subplots(1, 2 if spectrum else 1, figsize=(10, 3.6), layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=11)
-    left = panels[0, 0]
     for label, lines, style in (
         ("training", metrics.updates, {"color": COLORS["cera"], "linewidth": 1}),
         ("evaluation", metrics.evaluations, {"color": COLORS["lora"], "marker": "o", "markersize": 4}),
     ):
-        left.plot([line.update for line in lines], [line.loss for line in lines], label=label, **style)
-    left.set(xlabel="update", ylabel="loss (nats per supervised token)", ylim=(0, None))
+        panels[0].plot([line.update for line in lines], [line.loss for line in lines], label=label, **style)
+    panels[0].set(xlabel="update", ylabel="loss (nats per supervised token)")
     if spectrum:
-        right = panels[0, 1]
-        right.plot(range(1, len(spectrum) + 1), spectrum, color=COLORS["cera"], marker=".", label="mean over modules")
-        right.axhline(1 / len(spectrum), color=GRID, linewidth=1, linestyle=":", label="all directions alike")
-        right.set(xlabel="direction", ylabel="share of the singular values", ylim=(0, None))
-    for axes in panels.flat:
+        directions = range(1, len(spectrum) + 1)
+        panels[1].plot(directions, spectrum, color=COLORS["cera"], marker=".", label="mean over modules")
+        panels[1].axhline(1 / len(spectrum), color=GRID, linewidth=1, linestyle=":", label="all directions alike")
+        panels[1].set(xlabel="direction", ylabel="share of the singular values")
+    for axes in panels:
+        axes.set_ylim(0, None)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
     pyplot.close(figure)
-    path = folder / "run.png"
-    write_bytes(path, picture.getvalue())
-    return path
+    write_bytes(folder / "run.png", picture.getvalue())
+    return folder / "run.png"

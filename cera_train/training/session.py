@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cera_train.adapters import build as adapters
@@ -19,18 +16,17 @@ from cera_train.adapters.config import Kernels
 from cera_train.common.terminal import ProgressBar
 from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder
-from cera_train.data.prepare import TokenizedData, prepare_data
+from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state
+from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
-from cera_train.runs.checkpoint import Progress, load_checkpoint
-from cera_train.runs.environment import environment
-from cera_train.runs.folder import RunFolder
+from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.training import console
@@ -38,43 +34,96 @@ from cera_train.training.optimizer import build_optimizer
 from cera_train.training.tracking import Tracker, start_tracker
 
 
-@dataclass
+def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
+    """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine. Raises
+    UserError where a setting cannot work here."""
+    adapters.check(config.adapter)
+    begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
+    precision = choose_precision(config.model.dtype)
+    if config.model.dtype == Dtype.auto != begun.model.dtype:
+        precision = Precision(begun.model.dtype, f"as {folder} was begun")
+    adapter = config.adapter
+    if adapter.kernels == Kernels.auto != begun.adapter.kernels:
+        adapter = replace(adapter, kernels=begun.adapter.kernels)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
+    return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
+
+
 class Session:
-    """A run while it trains. Built by `build`; used as a context manager, it closes what it opened."""
+    """A run while it trains. Building it writes and prints nothing; as a context manager it closes what it opened.
 
-    config: Config
-    folder: RunFolder
-    data: TokenizedData
-    tokenizer: Any
-    team: Team
-    model: Any
-    """The model with its adapter."""
-    loss: nn.Module
-    """SupervisedLoss of `model`, under DDP or FSDP where there are several processes."""
-    optimizer: torch.optim.Optimizer
-    stepper: Any
-    """Accelerate's view of the optimizer: it knows the gradient scaler."""
-    batches: MicroBatches
-    """Training rows as micro-batches."""
-    held_out: HeldOut
-    order: RowOrder
-    updates: int
-    """Updates of the whole run."""
-    progress: Progress
-    weights: list[nn.Parameter]
-    """The trainable parameters."""
-    counts: tuple[int, int]
-    """Numbers of trainable and of all parameters."""
-    tracker: Tracker
-    bar: ProgressBar
-    clock: console.Clock
-    base_fingerprint: str
-    goes_on_here: bool
-    """It resumes from a checkpoint of its folder."""
+    Args:
+        config: settled settings.
+        resume_from: a checkpoint, as process 0 found it; None: a new run.
+    """
 
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.team.accelerator
+    def __init__(self, config: Config, folder: RunFolder, resume_from: Path | None = None) -> None:
+        self.config, self.folder = config, folder
+        self.tokenizer = load_tokenizer(config.model)
+        check_length(config.model, config.data.max_length, "data.max_length")
+        self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
+        limit, strategy = config.distributed.timeout, config.distributed.strategy
+        collective_limit = timedelta(seconds=2 * limit)  # the watchdog acts first, and names the process
+        accelerator = start_accelerator(config.model, config.train.autocast, collective_limit, strategy)
+        self.accelerator, self.team = accelerator, Team(accelerator, limit)
+        (resume_from,) = broadcast_object_list([resume_from])
+
+        base = load_model(config.model, self.team.device, self.team.is_sharded)
+        self.base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
+        torch.manual_seed(config.train.seed)
+        self.model = adapters.build(base, config.adapter)
+        adapters.use_kernels(self.model, config.adapter.kernels)
+        self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
+
+        self.goes_on_here = resume_from is not None and folder.holds(resume_from)
+        self.progress, moments = Progress(), None
+        if resume_from is not None:
+            self.progress, moments = load_checkpoint(resume_from, self.model, self.data.train.digest)
+            if not self.goes_on_here:
+                self.progress.forget_best()  # that adapter lies in another folder
+
+        groups = adapters.parameter_groups(self.model, config.adapter)
+        self.optimizer = build_optimizer(groups, config.optimizer, self.team.device)
+        loss = SupervisedLoss(self.model, base, accelerator.autocast)
+        # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
+        self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
+        if moments is not None:
+            load_optimizer_state(self.optimizer, moments)  # after prepare: sharding replaces the parameters
+        self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+        local_loss = accelerator.unwrap_model(self.loss)
+        if self.team.is_sharded:
+            register_fsdp_forward_method(local_loss, "probe")  # the weights are whole only inside such methods
+        choose_layout(config.train.batch_layout, local_loss, self.team.device)
+        if config.train.compile:
+            local_loss.compile_layers()
+
+        tokens = config.train.micro_batch_tokens
+        self.batches = MicroBatches(self.data.train, local_loss.is_flat, tokens, self.team.device)
+        self.held_out = HeldOut(
+            self.model, local_loss, self.data.evaluation, self.team, tokens, config.train.probe_tokens
+        )
+        self.order = RowOrder(len(self.data.train.rows), config.train.batch_size, config.train.seed)
+        self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        self.bar = ProgressBar("update", self.updates, self.progress.update, visible=self.team.is_main)
+        self.tracker = Tracker()
+        self.interruption = Interruption()
+
+    def begin(self, precision: Precision) -> None:
+        """Writes the config and the machine, starts the tracker, and prints what the run is about to do."""
+        if not self.team.is_main:
+            return
+        folder, done = self.folder, self.progress.update
+        folder.rewind(done if self.goes_on_here else None)
+        folder.write_config(environment(self.team.processes, self.base_fingerprint, self.updates, precision))
+        self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
+        console.print_start(self, precision)
+
+    def start(self) -> None:
+        """Puts the model into training mode, and starts the clock."""
+        self.loss.train()
+        self.started, self.first_update = time.perf_counter(), self.progress.update
 
     @property
     def is_done(self) -> bool:
@@ -84,6 +133,11 @@ class Session:
     def is_due(self, every: int | None) -> bool:
         """Whether something is due after this update."""
         return every is not None and self.progress.update % every == 0
+
+    def seconds_left(self) -> float:
+        """How long the rest takes at the pace since the start, evaluations and checkpoints included."""
+        done = self.progress.update - self.first_update
+        return (time.perf_counter() - self.started) / done * (self.updates - self.progress.update)
 
     def log(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
         """Writes a line of metrics.jsonl, and its mirror."""
@@ -95,128 +149,6 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for close in (self.team.close, self.bar.close, self.tracker.finish):
             close()
-
-
-def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
-    """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine.
-
-    Raises:
-        UserError: the config.yaml of the folder is broken, or a setting cannot work here.
-    """
-    begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(config.model.dtype)
-    if config.model.dtype == Dtype.auto != begun.model.dtype:
-        precision = Precision(begun.model.dtype, f"as {folder} was begun")
-    adapter = config.adapter
-    if adapter.kernels == Kernels.auto != begun.adapter.kernels:
-        adapter = replace(adapter, kernels=begun.adapter.kernels)
-    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
-    return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
-
-
-def build(config: Config, folder: RunFolder, resume_from: Path | None = None) -> Session:
-    """Builds everything, the rows before a process group exists. Writes and prints nothing.
-
-    Args:
-        config: settled settings.
-        resume_from: a checkpoint, as process 0 found it; None: a new run.
-
-    Raises:
-        UserError: the data, the model or the checkpoint is not usable.
-    """
-    tokenizer = load_tokenizer(config.model)
-    check_length(config.model, config.data.max_length, "data.max_length")
-    data = prepare_data(config.data, tokenizer)
-    team = join_team(config)
-    (resume_from,) = broadcast_object_list([resume_from])
-
-    base = load_model(config.model, team.device, team.is_sharded)
-    base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
-    torch.manual_seed(config.train.seed)
-    model = adapters.build(base, config.adapter)
-    adapters.use_kernels(model, config.adapter.kernels)
-    counts = adapters.parameter_counts(model)
-    progress, moments = restore(folder, resume_from, model, data.train.digest)
-
-    optimizer = build_optimizer(adapters.parameter_groups(model, config.adapter), config.optimizer, team.device)
-    loss, stepper = team.accelerator.prepare(SupervisedLoss(model, base, team.accelerator.autocast), optimizer)
-    if moments is not None:
-        load_optimizer_state(optimizer, moments)  # after prepare: sharding replaces the parameters
-    local_loss = team.accelerator.unwrap_model(loss)
-    prepare_loss(local_loss, config, team)
-
-    order = RowOrder(len(data.train.rows), config.train.batch_size, config.train.seed)
-    updates = config.train.max_updates or config.train.epochs * order.updates_per_epoch
-    micro_batch_tokens, probe_tokens = config.train.micro_batch_tokens, config.train.probe_tokens
-    return Session(
-        config=config,
-        folder=folder,
-        data=data,
-        tokenizer=tokenizer,
-        team=team,
-        model=model,
-        loss=loss,
-        optimizer=optimizer,
-        stepper=stepper,
-        batches=MicroBatches(data.train, local_loss.is_flat, micro_batch_tokens, team.device),
-        held_out=HeldOut(model, local_loss, data.evaluation, team, micro_batch_tokens, probe_tokens),
-        order=order,
-        updates=updates,
-        progress=progress,
-        weights=trainable_parameters(model),
-        counts=counts,
-        tracker=Tracker(),
-        bar=ProgressBar("update", updates, progress.update, visible=team.is_main),
-        clock=console.Clock(progress.update, updates),
-        base_fingerprint=base_fingerprint,
-        goes_on_here=resume_from is not None and folder.holds(resume_from),
-    )
-
-
-def restore(
-    folder: RunFolder, checkpoint: Path | None, model: nn.Module, data_digest: str
-) -> tuple[Progress, dict[str, Any] | None]:
-    """The progress and the optimizer's state to begin with; loads the weights of a checkpoint into the model."""
-    if checkpoint is None:
-        return Progress(), None
-    progress, moments = load_checkpoint(checkpoint, model, data_digest)
-    if not folder.holds(checkpoint):
-        progress.forget_best()  # that adapter lies in another folder
-    return progress, moments
-
-
-def begin(session: Session, precision: Precision) -> None:
-    """Writes the config and the machine, starts the tracker, and prints what the run is about to do."""
-    if not session.team.is_main:
-        return
-    config, folder, done = session.config, session.folder, session.progress.update
-    folder.rewind(done if session.goes_on_here else None)
-    folder.write_config(environment(session.team.processes, session.base_fingerprint, session.updates, precision))
-    session.tracker = start_tracker(config.tracker, folder.config, config.name, folder.path, done)
-    console.print_start(session, precision)
-
-
-def join_team(config: Config) -> Team:
-    """The processes of this run, with a watchdog that allows for the communication library's time limit."""
-    limit = config.distributed.timeout
-    accelerator = start_accelerator(
-        config.model, config.train.autocast, timedelta(seconds=2 * limit), config.distributed.strategy
-    )
-    return Team(accelerator, limit)
-
-
-def prepare_loss(loss: SupervisedLoss, config: Config, team: Team) -> None:
-    """Chooses the layout of the batches, and compiles the layers where that is asked for."""
-    if team.is_sharded:
-        register_fsdp_forward_method(loss, "probe")  # the weights are whole only inside such methods
-    choose_layout(config.train.batch_layout, loss, team.device)
-    if config.train.compile:
-        loss.compile_layers()
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

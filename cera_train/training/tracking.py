@@ -4,19 +4,18 @@ one line, and training goes on."""
 from __future__ import annotations
 
 import contextlib
-import netrc
 import os
 import secrets
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cera_train.common.files import write_text
-from cera_train.common.secrets import redact
 from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact
 from cera_train.training.config import TrackerConfig, TrackerKind
 
 
@@ -36,12 +35,9 @@ class Tracker:
         """Flushes."""
 
 
-INIT_SECONDS = 30
-"""Time limit for W&B's server to answer; then the run is recorded offline."""
-FINISH_SECONDS = 30
-"""Time limit for uploads after the last update."""
-ADAPTER_SECONDS = 600
-"""Time limit for the upload of the adapter."""
+INIT_SECONDS, FINISH_SECONDS, ADAPTER_SECONDS = 30, 30, 600
+"""Time limits of W&B: for its server to answer, else the run is recorded offline; for uploads after the last update;
+for the upload of the adapter."""
 
 
 class WandbTracker(Tracker):
@@ -57,36 +53,27 @@ class WandbTracker(Tracker):
         id_file = folder / "wandb-run-id"  # a resumed run goes on in the same W&B run
         if not id_file.exists():
             write_text(id_file, secrets.token_hex(6))
-
-        def init(mode: str) -> wandb.Run:
-            return wandb.init(
-                project=config.project,
-                entity=config.entity,
-                name=name,
-                id=id_file.read_text(),
-                resume="allow",
-                dir=str(folder),
-                config=run_config,
-                mode=mode,
-                settings=wandb.Settings(
-                    console="off",
-                    silent=True,
-                    init_timeout=INIT_SECONDS,
-                    finish_timeout=FINISH_SECONDS,
-                    finish_timeout_raises=True,
-                ),
-            )
-
+        limits = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS, "finish_timeout_raises": True}
+        arguments = {
+            "project": config.project,
+            "entity": config.entity,
+            "name": name,
+            "id": id_file.read_text(),
+            "resume": "allow",
+            "dir": str(folder),
+            "config": run_config,
+            "settings": wandb.Settings(console="off", silent=True, **limits),
+        }
         mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         self.is_offline = mode == "offline"  # on purpose, or for want of a key
         try:
-            self.run = init(mode)
+            self.run = wandb.init(mode=mode, **arguments)
         except Exception as error:
             if mode != "online":
                 raise
             print_error(f"W&B cannot be reached, so the run is recorded offline ({error}).")
             wandb.teardown()  # else its service would refuse a second run of the same id
-            self.run = init("offline")
+            self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric("update")
         self.run.define_metric("*", step_metric="update")
 
@@ -122,12 +109,10 @@ class WandbTracker(Tracker):
 
 def has_key() -> bool:
     """Whether W&B can log in without a prompt: by its environment variable or by `wandb login`'s entry in netrc."""
-    try:
-        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        hosts = {}
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    return bool(os.environ.get("WANDB_API_KEY")) or host in hosts
+    from requests.utils import get_netrc_auth
+
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY")) or get_netrc_auth(host) is not None
 
 
 class TensorBoardTracker(Tracker):
@@ -160,26 +145,25 @@ class TensorBoardTracker(Tracker):
 class Guarded(Tracker):
     """Keeps a tracker's failure away from training."""
 
-    def __init__(self, kind: TrackerKind, make: Any) -> None:
-        self.kind = kind
-        self.tracker = Tracker()
-        self._try(lambda: setattr(self, "tracker", make()))
+    def __init__(self, kind: TrackerKind, make: Callable[[], Tracker]) -> None:
+        self.kind, self.tracker = kind, Tracker()
+        self.tracker = self._try(make) or Tracker()
 
-    def _try(self, action: Any) -> None:
+    def _try(self, action: Callable, *arguments: Any) -> Any:
         try:
-            action()
+            return action(*arguments)
         except Exception as error:
             self.tracker = Tracker()
             print_error(f"{self.kind} failed and is left out ({error}). Everything is in metrics.jsonl.")
 
-    def log(self, metrics: dict[str, float], update: int) -> None:
-        self._try(lambda: self.tracker.log(metrics, update))
+    def log(self, *arguments: Any) -> None:
+        self._try(self.tracker.log, *arguments)
 
-    def picture(self, name: str, path: Path, update: int) -> None:
-        self._try(lambda: self.tracker.picture(name, path, update))
+    def picture(self, *arguments: Any) -> None:
+        self._try(self.tracker.picture, *arguments)
 
-    def adapter(self, folder: Path) -> None:
-        self._try(lambda: self.tracker.adapter(folder))
+    def adapter(self, *arguments: Any) -> None:
+        self._try(self.tracker.adapter, *arguments)
 
     def finish(self) -> None:
         self._try(self.tracker.finish)

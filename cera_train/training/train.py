@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cera_train.adapters.spectrum import ModuleSpectrum, module_spectra, spectrum_metrics
+from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
@@ -20,24 +20,17 @@ from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.processes import is_main_process
-from cera_train.distributed.signals import Interrupted, Interruption, first_heard
-from cera_train.model.perplexity import perplexity
+from cera_train.distributed.signals import Interrupted, first_heard
+from cera_train.model.loss import perplexity
+from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.results import (
-    EvaluationMetrics,
-    ModuleSpectrumRecord,
-    RunResult,
-    SpectrumSummary,
-    UpdateMetrics,
-    mean_spectrum,
-    write_spectrum,
-)
+from cera_train.runs.results import EvaluationMetrics, ModuleSpectrumRecord, RunResult, SpectrumSummary, UpdateMetrics
 from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
-from cera_train.training.session import Session, begin, build, settle
+from cera_train.training.session import Session, settle
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -58,20 +51,20 @@ def train(config: Config) -> dict[str, Any]:
         resume_from = where_to_resume(folder, config.train.resume) if folder.is_main else None
         if (result := finished_result(folder)) is not None:
             return result
-        with build(config, folder, resume_from) as session, Interruption() as interruption:
-            begin(session, precision)
+        with Session(config, folder, resume_from) as session, session.interruption:
+            session.begin(precision)
             prove_coverage(session, backward)
-            if session.progress.update == 0 or session.progress.evaluation_pending:
+            progress = session.progress
+            if progress.update == 0 or progress.evaluation_pending:
                 evaluate(session)
-            session.loss.train()
-            session.clock.start()
+            session.start()
             while not session.is_done:
-                signal = update(session, interruption)
-                is_evaluation = session.is_due(config.train.eval_every) or session.progress.update == session.updates
-                if signal is not None and session.progress.update < session.updates:
-                    session.progress.evaluation_pending = is_evaluation  # whoever sent the signal may not wait for it
-                    stop(session, signal)
-                if is_evaluation:
+                signal = update(session)
+                is_last = progress.update == session.updates
+                progress.evaluation_pending = is_last or session.is_due(config.train.eval_every)
+                if signal is not None and not is_last:
+                    stop(session, signal)  # without the evaluation: whoever sent the signal may not wait for it
+                if progress.evaluation_pending:
                     evaluate(session)
                 if session.is_due(config.train.save_every) and not session.is_done:
                     save(session)
@@ -81,18 +74,18 @@ def train(config: Config) -> dict[str, Any]:
 # --- one update ------------------------------------------------------------------------------------------------------
 
 
-def update(session: Session, interruption: Interruption) -> int | None:
+def update(session: Session) -> int | None:
     """One step of the optimizer on `train.batch_size` sequences. Returns the signal that a process heard meanwhile."""
-    config, progress = session.config, session.progress
-    started = time.perf_counter()
+    config, progress, started = session.config, session.progress, time.perf_counter()
     rows = session.order.sequences(progress.update)
-    seed_update(config.train.seed, progress.update, session.team.process)
+    # Dropout follows from (seed, update, process): a resumed run draws what an uninterrupted one draws.
+    torch.manual_seed((config.train.seed * 1_000_003 + progress.update) * 1_009 + session.team.process)
     lr = learning_rate(config.optimizer, progress.update, session.updates)
     set_learning_rate(session.optimizer, lr)
 
-    loss_per_token, signal = agree(session, backward(session, rows), interruption)
-    grad_norm = session.accelerator.clip_grad_norm_(session.weights, config.optimizer.max_grad_norm)
-    check_finite(session, rows, loss_per_token, float(grad_norm))
+    loss, signal = agree(session, backward(session, rows))
+    grad_norm = float(session.accelerator.clip_grad_norm_(session.weights, config.optimizer.max_grad_norm))
+    check_finite(session, rows, loss, grad_norm)
     session.stepper.step()
     session.stepper.zero_grad()
 
@@ -100,23 +93,11 @@ def update(session: Session, interruption: Interruption) -> int | None:
     seconds = time.perf_counter() - started
     progress.updated(tokens, seconds, session.order)
     metrics = UpdateMetrics(
-        update=progress.update,
-        epoch=progress.epoch,
-        loss=loss_per_token,
-        perplexity=perplexity(loss_per_token),
-        grad_norm=float(grad_norm),
-        lr=lr,
-        tokens_per_s=tokens / seconds,
-        seconds=progress.seconds,
+        progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
     )
     session.log(metrics)
-    session.bar.step(console.describe_update(metrics, session.clock.seconds_left(progress.update)))
+    session.bar.step(console.describe_update(metrics, session.seconds_left()))
     return signal
-
-
-def seed_update(seed: int, update: int, process: int) -> None:
-    """Makes dropout follow from (seed, update, process): a resumed run draws what an uninterrupted one draws."""
-    torch.manual_seed((seed * 1_000_003 + update) * 1_009 + process)
 
 
 def backward(session: Session, rows: list[int]) -> torch.Tensor:
@@ -134,9 +115,9 @@ def backward(session: Session, rows: list[int]) -> torch.Tensor:
     return total
 
 
-def agree(session: Session, loss: torch.Tensor, interruption: Interruption) -> tuple[float, int | None]:
+def agree(session: Session, loss: torch.Tensor) -> tuple[float, int | None]:
     """The loss over all processes, and the signal that one of them heard: all stop at the same update."""
-    heard = torch.tensor(interruption.heard(), device=session.team.device)
+    heard = torch.tensor(session.interruption.heard(), device=session.team.device)
     loss_per_token, *heard = session.team.reduce(torch.stack([loss, *heard]), reduction="mean").tolist()
     return loss_per_token, first_heard(heard)
 
@@ -148,10 +129,9 @@ def check_finite(session: Session, rows: list[int], loss: float, grad_norm: floa
         return
     checkpoints = session.folder.checkpoints()
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
-    number = session.progress.update + 1
     raise UserError(
-        f"the loss of update {number} or its gradient is not finite (training rows {rows}). {kept}. "
-        "Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
+        f"the loss of update {session.progress.update + 1} or its gradient is not finite (training rows {rows}). "
+        f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
 
 
@@ -161,27 +141,31 @@ def check_finite(session: Session, rows: list[int], loss: float, grad_norm: floa
 def evaluate(session: Session) -> None:
     """Perplexity on the held-out rows and the spectra of the adapter; keeps the adapter if it is the best so far."""
     progress, folder = session.progress, session.folder
-    loss_per_token = session.held_out.mean_loss()
+    loss = session.held_out.mean_loss()
     spectra = session.held_out.spectra()
-    metrics = EvaluationMetrics(
-        update=progress.update,
-        epoch=progress.epoch,
-        loss=loss_per_token,
-        perplexity=perplexity(loss_per_token),
-        spectrum=SpectrumSummary.from_json(spectrum_metrics(spectra), "metrics"),
-    )
+    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra))
     session.log(metrics)
     if session.team.is_main and spectra:
-        modules = {name: replace(module, singular_values=None).to_json() for name, module in records(spectra).items()}
+        records = spectrum_records(spectra)
+        modules = {name: replace(module, singular_values=None).to_json() for name, module in records.items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if progress.evaluated(metrics.perplexity):
-        folder.save_best(session.model, EvaluationMetrics(update=progress.update, perplexity=metrics.perplexity))
+        folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
     session.bar.note(console.describe_evaluation(metrics))
 
 
-def records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpectrumRecord]:
+def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
+    return SpectrumSummary.from_json(spectrum_metrics(spectra), "spectra")
+
+
+def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpectrumRecord]:
     """The spectrum of each module, as it is written."""
-    return {name: ModuleSpectrumRecord(**module) for name, module in module_spectra(spectra).items()}
+    return {
+        name: ModuleSpectrumRecord(
+            module.effective_rank, module.manifold_dimension, module.dead_units, module.singular_values.tolist()
+        )
+        for name, module in spectra.items()
+    }
 
 
 def save(session: Session) -> None:
@@ -192,11 +176,7 @@ def save(session: Session) -> None:
 
 
 def stop(session: Session, signal: int) -> None:
-    """Saves and ends the run.
-
-    Raises:
-        Interrupted: always.
-    """
+    """Saves and ends the run: always raises Interrupted."""
     save(session)
     session.bar.close()
     if session.team.is_main:
@@ -218,11 +198,11 @@ def finish(session: Session) -> dict[str, Any]:
         perplexity_before=progress.perplexity_before,
         best_perplexity=progress.best_perplexity,
         best_update=progress.best_update,
-        spectrum=SpectrumSummary.from_json(spectrum_metrics(spectra), "result"),
+        spectrum=summary(spectra),
         adapter_kind=config.adapter.kind.value,
         adapter_r=config.adapter.r,
-        trainable_parameters=session.counts[0],
-        trainable_share=session.counts[0] / session.counts[1],
+        trainable_parameters=session.trainable_count,
+        trainable_share=session.trainable_count / session.total_count,
         updates=progress.update,
         epochs=progress.update / session.order.updates_per_epoch,
         tokens=progress.tokens,
@@ -234,11 +214,11 @@ def finish(session: Session) -> dict[str, Any]:
     session.team.arrive()
     folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
-        modules = records(spectra)
+        modules = spectrum_records(spectra)
         if modules:  # a method may have no spectrum
-            write_spectrum(folder.path / "spectrum.json", modules)
+            results.write_spectrum(folder.path / "spectrum.json", modules)
         write_card(folder.path, result)
-        picture = draw_run(folder.path, mean_spectrum(modules), config.name)
+        picture = draw_run(folder.path, results.mean_spectrum(modules), config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
         session.tracker.picture("run", picture, progress.update)
         session.tracker.adapter(folder.path / "adapter")
@@ -260,12 +240,8 @@ def finished_result(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a new run.
-
-    Raises:
-        UserError: the folder holds a finished run that must not be overwritten, or a run with another config; or there
-            is no sound checkpoint.
-    """
+    """The checkpoint to go on from, or None for a new run. Raises UserError where the folder holds a run that must not
+    be overwritten or has another config, or only damaged checkpoints."""
     folder.check_may_run(resume)
     if resume == "auto":
         return None if folder.result() is not None else folder.last_sound_checkpoint()

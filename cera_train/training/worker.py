@@ -23,11 +23,8 @@ PEER_SECONDS = 5
 
 
 def work(config: Config, mistakes: str) -> dict[str, Any]:
-    """Trains as one of the processes that `launch` started. Torch's launcher brings an error to the parent as text.
-
-    Args:
-        mistakes: a folder of the parent's, in which a mistake of the user's is left for it.
-    """
+    """Trains as one of the processes that `launch` started. Torch's launcher brings an error to the parent as text, so
+    a mistake of the user's is left in the folder `mistakes`."""
     os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
     for number in SIGNALS:  # while the run does not handle them, such as while it loads
         signal.signal(number, lambda number, _: sys.exit(128 + number))

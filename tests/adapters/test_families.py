@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from cera_train.adapters import build
 from cera_train.adapters.config import AdapterKind
 from cera_train.adapters.family import family_that_wrote, is_saved_in, kinds
-from cera_train.adapters.spectrum import mean_spectrum, measure_spectra, spectrum_metrics, why_no_spectrum
+from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.data.batches import flat_batch
 from cera_train.distributed.sharding import trainable_weights
+from cera_train.runs.results import mean_spectrum
 from cera_train.training.config import OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
@@ -119,7 +120,7 @@ print([name for name in ("torch", "peft", "transformers") if name in sys.modules
 
 @every_file
 def test_it_has_a_name_for_people(name, adapter_of):
-    assert build.label(adapter_of(name)) == TITLES.get(name, build.label(adapter_of(name))) != ""
+    assert adapter_of(name).title == TITLES.get(name, adapter_of(name).title) != ""
 
 
 @every_file

@@ -214,7 +214,9 @@ def test_one_mistyped_target_of_two_is_refused(kind):
 
 
 def test_layers_of_all_linear_are_kept():
-    model = build.build(make_tiny_llama(), AdapterConfig("lora", 4, target_modules="all-linear", layers=[1]))
+    config = AdapterConfig("lora", 4, target_modules="all-linear", layers=[1])
+    build.check(config)
+    model = build.build(make_tiny_llama(), config)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert len(names) == 14
     assert all(".layers.1." in name for name in names)

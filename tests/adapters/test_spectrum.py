@@ -10,15 +10,11 @@ import torch
 from branches import MASKS, ROWS, branch_outputs, forward_of
 from conftest import make_tiny_llama
 
-from cera_train.adapters.spectrum import (
-    ModuleSpectrum,
-    mean_spectrum,
-    measure_spectra,
-    module_spectra,
-    spectrum_metrics,
-)
+from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra, spectrum_metrics
 from cera_train.cera import CeraConfig
 from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.runs.results import mean_spectrum
+from cera_train.training.train import spectrum_records
 
 CONFIGS = {
     "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
@@ -112,5 +108,6 @@ def test_metrics_have_mean_max_and_every_module():
     assert metrics["spectrum/effective_rank/mean"] == pytest.approx(sum(ranks) / 4)
     assert metrics["spectrum/effective_rank/max"] == max(ranks) <= 6
     assert 0 <= metrics["spectrum/dead_units/mean"] <= 1
-    assert sum(mean_spectrum(spectra)) == pytest.approx(1)
-    assert module_spectra(spectra).keys() == spectra.keys()
+    modules = spectrum_records(spectra)
+    assert sum(mean_spectrum(modules)) == pytest.approx(1)
+    assert modules.keys() == spectra.keys()

@@ -10,7 +10,7 @@ import yaml
 
 from cera_train.adapters.config import Activation, AdapterKind
 from cera_train.cli.composition import options
-from cera_train.common.places import config_dir
+from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, leaves, to_plain
 from cera_train.common.settings import keys_of as config_keys
 from cera_train.config import Config

@@ -14,6 +14,7 @@ from cera_train.cli.arguments import for_hydra
 from cera_train.cli.composition import Composition
 from cera_train.cli.names import USUAL_NAMES, did_you_mean
 from cera_train.cli.train import TRAIN, main
+from cera_train.common.errors import UserError
 from cera_train.common.settings import keys_of
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
@@ -102,6 +103,7 @@ def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, monkeypatch, ca
         (["adapter.r=-1"], "adapter.r=-1 must be positive"),
         (["optimizer.learning_rate=1e-3"], "Did you mean optimizer.lr"),
         (["-m", "+sweep=rank_lr", "adapter=cera,lorra"], "adapter=lorra: unknown adapter"),
+        (["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"], "model.path=./no: folder does"),
     ],
 )
 def test_a_mistake_is_answered_at_once(tmp_path, arguments, message):
@@ -193,6 +195,13 @@ def test_a_report_is_not_written_over_a_file(tmp_path):
 )
 def test_flags_stand_anywhere(arguments):
     assert for_hydra(TRAIN, arguments)[1:] == ["adapter.r=4,5", "name=x"]
+
+
+def test_what_peft_alone_knows_is_set_by_a_key_below_the_free_form_setting():
+    for arguments in (["adapter=pissa", "adapter.settings.bias=all"], ["adapter=miss", "+adapter.settings.mini_r=2"]):
+        assert for_hydra(TRAIN, arguments) == arguments
+    with pytest.raises(UserError, match="adapter.r.x=2: unknown setting adapter.r.x"):
+        for_hydra(TRAIN, ["adapter.r.x=2"])
 
 
 def test_without_arguments_the_quickstart_runs():

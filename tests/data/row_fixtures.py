@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from examples import EVALUATION, TRAIN
 
-from cera_train.data import sources
+from cera_train.data import files
 from cera_train.data.config import DataConfig
 
 
@@ -37,6 +37,6 @@ def config_of(write_jsonl):
 def reads(monkeypatch) -> list[str]:
     """The files whose rows were read, in order."""
     names: list[str] = []
-    read = sources.READERS[".jsonl"]
-    monkeypatch.setitem(sources.READERS, ".jsonl", lambda path: names.append(path.name) or read(path))
+    read = files.READERS[".jsonl"]
+    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: names.append(path.name) or read(path))
     return names

@@ -151,11 +151,11 @@ import os, signal, sys, time
 import pyarrow.ipc
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes twice as long to import
 from cera_train.data.config import DataConfig
-from cera_train.data import sources
+from cera_train.data import files
 from cera_train.data.prepare import SCHEMA, prepare_data
 
 what, train, evaluation, tokenizer, log = sys.argv[1:]
-read = sources.READERS[".jsonl"]
+read = files.READERS[".jsonl"]
 
 def slow_read(path):
     with open(log, "a") as file:
@@ -166,7 +166,7 @@ def slow_read(path):
 def die(writer, table):
     os.kill(os.getpid(), signal.SIGKILL)
 
-sources.READERS[".jsonl"] = slow_read
+files.READERS[".jsonl"] = slow_read
 if what == "killed":
     pyarrow.ipc.RecordBatchStreamWriter.write_table = die
 texts = {"prompt": "Question: {question}\\nAnswer:", "completion": " {answer}"}

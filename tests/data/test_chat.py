@@ -6,8 +6,8 @@ import pytest
 from conftest import CHAT_TEMPLATE, needs_smollm2
 from examples import CHAT, CONVERSATION, data_config, example_of, ids_of, supervised_text, with_changes
 
-from cera_train.data.chat import all_turns
-from cera_train.data.format import encode, segmenter
+from cera_train.data.prepare import encode
+from cera_train.data.segments import all_turns, segmenter
 
 # --- layout conversations --------------------------------------------------------------------------------------------
 

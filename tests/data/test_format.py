@@ -8,7 +8,8 @@ import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 from examples import data_config, example_of, ids_of, supervised_text, with_changes
 
-from cera_train.data.format import columns_of, encode, segmenter, templates
+from cera_train.data.prepare import encode
+from cera_train.data.segments import columns_of, segmenter, templates
 from cera_train.data.sources import open_sources
 
 # --- layout text -----------------------------------------------------------------------------------------------------

@@ -12,9 +12,8 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.data import hub
-from cera_train.data.check import check_data
 from cera_train.data.config import DataConfig
-from cera_train.data.sources import from_hub, open_sources
+from cera_train.data.sources import check_data, from_hub, open_sources
 
 ROWS = [{"prompt": f"p{number}", "completion": f"c{number}"} for number in range(4)]
 
@@ -139,5 +138,5 @@ def test_the_quick_look_finds_a_missing_evaluation_file_and_passes_good_rows(wri
 def test_the_quick_look_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}"
     program = "import sys; sys.argv[0] = 'cera-train'\n"
-    program += f"import cera_train.data.check; print(sorted({heavy}.intersection(sys.modules)))"
+    program += f"import cera_train.data.sources; print(sorted({heavy}.intersection(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -13,8 +13,8 @@ from examples import EVALUATION, TRAIN
 
 from cera_train.data import sources
 from cera_train.data.config import DataConfig, LossOn
-from cera_train.data.format import encode, segmenter
-from cera_train.data.prepare import prepare_data
+from cera_train.data.prepare import encode, prepare_data
+from cera_train.data.segments import segmenter
 
 pytest_plugins = ["row_fixtures"]
 pytestmark = pytest.mark.usefixtures("cache")

@@ -85,10 +85,10 @@ def test_holding_out_every_row_is_refused(write_jsonl, eval_rows):
 
 
 def test_held_out_rows_are_read_once_for_both_splits(write_jsonl, monkeypatch):
-    from cera_train.data import sources
+    from cera_train.data import files
 
     path, calls = write_jsonl("t.jsonl", number_rows(4)), []
-    monkeypatch.setitem(sources.READERS, ".jsonl", lambda path: calls.append(path) or number_rows(4))
+    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: calls.append(path) or number_rows(4))
     train, evaluation = open_sources(data_config([path], eval_rows=1))
     assert calls == []  # not before they are needed: the cache may have them
     assert read(train, evaluation) == [number_rows(4)[:3], number_rows(4)[3:]]

@@ -10,8 +10,8 @@ from examples import example_of, supervised_text, with_changes
 
 from cera_train.common.errors import UserError
 from cera_train.data.config import DataConfig
-from cera_train.data.format import segmenter
 from cera_train.data.prepare import prepare_data
+from cera_train.data.segments import segmenter
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}

@@ -16,7 +16,7 @@ import pytest
 
 from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.processes import join_slurm_step
-from cera_train.distributed.watchdog import Watchdog
+from cera_train.distributed.team import Watchdog
 from cera_train.training.launch import processes_to_start
 from cera_train.training.train import train
 

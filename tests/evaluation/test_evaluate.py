@@ -15,6 +15,7 @@ from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.recorded_config import load_config
 from cera_train.tasks import gsm8k
+from cera_train.tasks.records import Generation
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -96,7 +97,7 @@ def test_samples_give_pass_at_k_for_every_k(eval_config, run, monkeypatch):
             for index in [int(position[request.problem])]
         ]
         return [
-            evaluate_module.Generation(request.problem, request.sample, text, 1, False)
+            Generation(request.problem, request.sample, text, 1, False)
             for request, text in zip(batch, texts, strict=True)
         ]
 
@@ -157,7 +158,7 @@ def test_math_from_a_file_is_graded_by_both_graders(eval_config, write_jsonl, ru
     texts = {"half of 1": r"It is \boxed{0.5}.", "half of 2": r"It is \boxed{1}."}
 
     def by_hand(model, base, tokenizer, batch, config):
-        return [evaluate_module.Generation(r.problem, 0, texts[question[r.problem]], 5, False) for r in batch]
+        return [Generation(r.problem, 0, texts[question[r.problem]], 5, False) for r in batch]
 
     config = eval_config(f"task.files=[{write_jsonl('math.jsonl', rows)}]", task="math")
     question = {problem.id: problem.question for problem in evaluate_module.load_problems(config.task, None)}
@@ -190,8 +191,7 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
             return {3.5: f" {problem.gold}", 3.8: f" {repeated}", 3.2: " I do not know."}[problem.details["growth"]]
 
         return [
-            evaluate_module.Generation(request.problem, request.sample, text(by_id[request.problem]), 9, False)
-            for request in batch
+            Generation(request.problem, request.sample, text(by_id[request.problem]), 9, False) for request in batch
         ]
 
     config = eval_config("task.max_new_tokens=32", task="logistic_map")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cera_train.evaluation.console import print_evaluation
-from cera_train.evaluation.scores import score, verify
+from cera_train.evaluation.grading import score, verify
 from cera_train.tasks import math
 from cera_train.tasks.records import Generation, Problem
 

@@ -21,8 +21,9 @@ from cera_train.common.trust import clean
 from cera_train.config import Config
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.data.config import DataConfig
-from cera_train.data.format import columns_of, encode, segmenter
-from cera_train.data.sources import READERS
+from cera_train.data.files import READERS
+from cera_train.data.prepare import encode
+from cera_train.data.segments import columns_of, segmenter
 from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.card import escape
 from cera_train.runs.evaluation_folder import EvaluationFolder
@@ -31,8 +32,8 @@ from cera_train.runs.subject import base_of, check_adapter
 from cera_train.tasks import gsm8k, logistic_map
 from cera_train.tasks import math as math_task
 from cera_train.tasks.config import TaskConfig
-from cera_train.tasks.problems import load_problems
 from cera_train.tasks.records import Generation, Problem
+from cera_train.tasks.task import load_problems
 
 
 def result_or_value_error(function: Callable, *arguments: Any) -> Any:
@@ -384,8 +385,7 @@ def checkpoint(tmp_path_factory, tokenizer) -> tuple[Path, Any, Any]:
 
     from cera_train.adapters.build import add_adapter
     from cera_train.adapters.config import AdapterConfig
-    from cera_train.runs.checkpoint import Progress
-    from cera_train.runs.folder import RunFolder
+    from cera_train.runs.folder import Progress, RunFolder
 
     model = add_adapter(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
@@ -403,7 +403,7 @@ def checkpoint(tmp_path_factory, tokenizer) -> tuple[Path, Any, Any]:
 @fuzz
 @given(data=st.data())
 def test_a_damaged_checkpoint_is_loaded_or_refused(checkpoint, name, data):
-    from cera_train.runs.checkpoint import Progress, load_checkpoint
+    from cera_train.runs.folder import Progress, load_checkpoint
 
     folder, model = checkpoint
     path = folder / name

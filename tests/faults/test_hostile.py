@@ -30,9 +30,8 @@ from cera_train.evaluation.config import EvalConfig, GenerationConfig
 from cera_train.model.config import ModelConfig
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
-from cera_train.runs.checkpoint import Progress, load_checkpoint
 from cera_train.runs.evaluation_folder import EvaluationFolder
-from cera_train.runs.folder import RunFolder
+from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
@@ -473,7 +472,7 @@ def test_a_card_of_a_broken_result_says_so(tmp_path, config, content):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
 def test_what_is_no_text_is_no_answer(tokenizer, value):
-    from cera_train.data.format import text_of
+    from cera_train.data.rows import text_of
 
     row = json.loads(json.dumps({"answer": value}))
     with pytest.raises(ValueError, match="column 'answer' holds|surrogates not allowed"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 
 from cera_train.cli.composition import register_configs, to_config
-from cera_train.common.places import config_dir
+from cera_train.common.files import config_dir
 from cera_train.training.train import train
 
 register_configs()

@@ -16,8 +16,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
 from cera_train.model import loss as loss_module
-from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout
-from cera_train.model.perplexity import mean_loss, perplexity
+from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout, mean_loss, perplexity
 
 
 def make_rows(count: int = 7, vocab_size: int = 512):

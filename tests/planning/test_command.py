@@ -10,7 +10,7 @@ from pathlib import Path
 import hydra
 import pytest
 
-from cera_train.common.places import config_dir
+from cera_train.common.files import config_dir
 
 WITHOUT_TORCH = """
 import sys, time

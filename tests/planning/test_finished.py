@@ -16,8 +16,7 @@ from cera_train.common.settings import to_plain
 from cera_train.config import Config
 from cera_train.planning.config import PlanConfig
 from cera_train.planning.devices import CPU_MFU
-from cera_train.planning.finished import compare_with_measured
-from cera_train.planning.table import print_measured
+from cera_train.planning.table import compare_with_measured, print_measured
 from cera_train.runs.recorded_config import load_config
 
 

@@ -13,12 +13,11 @@ from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
 from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
+from cera_train.model.attention import BY_SEQUENCE
 from cera_train.model.config import ModelConfig
-from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.planning.config_json import read_config
-from cera_train.planning.count import build_base
+from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout
+from cera_train.planning.count import build_base, read_config
 from cera_train.planning.measure import (
-    Abilities,
     MicroBatch,
     Saved,
     abilities,
@@ -85,12 +84,12 @@ def test_activations_are_what_autograd_saves(tmp_path, kinds, adapter, model, la
 @pytest.mark.parametrize(
     ("model_type", "can"),
     [
-        ("qwen3", Abilities(attends_by_sequence=True, chunks_head=True)),
-        ("gemma3_text", Abilities(attends_by_sequence=True, chunks_head=True)),
-        ("cohere", Abilities(attends_by_sequence=True, chunks_head=False)),  # scales its logits
-        ("stablelm", Abilities(attends_by_sequence=False, chunks_head=True)),
-        ("mixtral", Abilities(attends_by_sequence=True, chunks_head=True)),
-        ("gpt2", Abilities(attends_by_sequence=True, chunks_head=True)),
+        ("qwen3", Allowed(chunks_head=True, attention=BY_SEQUENCE)),
+        ("gemma3_text", Allowed(chunks_head=True, attention=BY_SEQUENCE)),
+        ("cohere", Allowed(chunks_head=False, attention=BY_SEQUENCE)),  # scales its logits
+        ("stablelm", Allowed(chunks_head=True)),
+        ("mixtral", Allowed(chunks_head=True, attention=BY_SEQUENCE)),
+        ("gpt2", Allowed(chunks_head=True, attention=BY_SEQUENCE)),
     ],
 )
 def test_other_architectures_save_what_was_measured(tmp_path, model_type, can):
@@ -98,13 +97,13 @@ def test_other_architectures_save_what_was_measured(tmp_path, model_type, can):
     adapter = AdapterConfig(r=4, target_modules=["c_attn"] if model_type == "gpt2" else ["q_proj", "v_proj"])
     assert abilities(model) == can
     saved, batch = really_saved(model, adapter, True, "auto")
-    assert batch.is_flat == can.attends_by_sequence
+    assert batch.is_flat == (can.attention is not None)
     assert measure(model, adapter, batch, True).saved_bytes == pytest.approx(saved, rel=0.003)
 
 
 def test_what_eager_attention_or_a_model_of_another_kind_can(tmp_path):
     model = replace(save_config("llama", tmp_path), attn_implementation="eager")
-    assert abilities(model) == Abilities(attends_by_sequence=False, chunks_head=True)
+    assert abilities(model) == Allowed(chunks_head=True)
 
 
 def test_operations_by_hand(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from made_runs import add_evaluation, make_run, result_of
 
 from cera_train.common.errors import UserError
-from cera_train.runs.graded import GradedAnswers, GradeLine
+from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.results import (
     Accuracies,
     Accuracy,
@@ -33,6 +33,7 @@ from cera_train.runs.results import (
     read_spectrum,
     write_spectrum,
 )
+from cera_train.tasks.records import Grade
 
 
 def test_a_result_keeps_the_keys_of_the_file_and_their_order(tmp_path: Path) -> None:
@@ -159,10 +160,10 @@ def test_the_files_of_a_run_read_together(tmp_path: Path) -> None:
 
 
 def test_grades_read_back_with_what_their_task_adds(tmp_path: Path) -> None:
-    grade = GradeLine("id1", 0, None, False, details={"matches": [True]})
+    grade = Grade("id1", 0, None, False, details={"matches": [True]})
     assert grade.to_json() == {"problem": "id1", "sample": 0, "exact": False, "verified": None, "failure": None,
                                "matches": [True]} | {"answer": None}  # fmt: skip
-    assert GradeLine.from_json(grade.to_json(), "grades.jsonl") == grade
+    assert Grade.from_json(grade.to_json(), "grades.jsonl") == grade
     folder = add_evaluation(make_run(tmp_path / "a"), solved={0, 1}, problems=4)
     answers = GradedAnswers(folder)
     assert list(answers.scores(lambda grade: grade.exact).values()) == [1, 1, 0, 0]
@@ -172,6 +173,6 @@ def test_grades_read_back_with_what_their_task_adds(tmp_path: Path) -> None:
 
 def test_results_import_no_torch() -> None:
     code = "import sys; sys.argv[0] = 'cera-train'\n"
-    code += "import cera_train.runs.results, cera_train.runs.graded, cera_train.common.drawing\n"
+    code += "import cera_train.runs.results, cera_train.runs.evaluation_folder, cera_train.common.drawing\n"
     code += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 
 from cera_train.cli.composition import options, to_config
 from cera_train.cli.plan import main as main_plan
-from cera_train.common.places import config_dir
+from cera_train.common.files import config_dir
 from cera_train.config import Config, PlanRun
 from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.sweep.folder import grid, job_name

@@ -281,6 +281,38 @@ def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, 
     assert not counted
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train_files=[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file: No such file or directory"),
+        (["data.train_files=[rows.jsonl],[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file"),
+        (["data.train_files=[rows.csv]"], "data.train_files=rows.csv: unknown kind of file: expected .jsonl"),
+        (["data.eval_files=[no.jsonl]"], "data.eval_files=no.jsonl: cannot read the file"),
+        (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
+        # Every value is tried in many jobs, and none of them is possible.
+        (["data.train_files=[no.jsonl]", "train.seed=range(1,40)"], "data.train_files=no.jsonl: cannot read the file"),
+    ],
+)
+def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, monkeypatch, capfd, counted, arguments, message):
+    for name in ("rows.jsonl", "rows.csv"):
+        (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
+    given = {argument.partition("=")[0]: argument for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]}
+    assert cera_train(monkeypatch, tmp_path, "-m", *given.values(), "name=mine") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.csv"}
+    assert not counted
+
+
+def test_finished_jobs_need_their_files_no_more(tmp_path, monkeypatch, counted):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
+    command = ["-m", "adapter.r=4,8", *FIXED, "name=mine"]
+    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    (tmp_path / "rows.jsonl").unlink()
+    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert len(counted) == 2
+
+
 def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, monkeypatch, counted):
     assert cera_train(monkeypatch, sweep_here, *TINY) == 1
     found = states(sweep_here / "outputs" / "tiny")

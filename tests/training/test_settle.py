@@ -41,6 +41,12 @@ def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, mon
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
 
 
+def test_what_peft_refuses_is_refused_before_anything_is_loaded(tiny_config, monkeypatch):
+    monkeypatch.setattr("cera_train.training.session.load_tokenizer", None)
+    with pytest.raises(UserError, match="adapter.settings.minir=2: MissConfig has"):
+        train(tiny_config("adapter=miss", "+adapter.settings.minir=2"))
+
+
 def test_a_config_of_an_earlier_version_is_resumed(tiny_config, monkeypatch):
     """It lacks settings that came later, and has the model's shape in model.facts."""
     config = tiny_config()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cera_train.adapters.families.peft import Peft
+from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 
 if TYPE_CHECKING:
@@ -12,16 +12,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Cera(Peft):
+class Cera(RankedPeft):
     name = "CeRA"
-    uses = frozenset(
-        {"r", "alpha", "dropout", "activation", "target_modules", "layers", "settings", "b_lr_ratio", "kernels"}
-    )
-    needs_targets = True
+    uses = RankedPeft.uses | {"activation", "kernels"}
     b_matrix = "cera_B"
-
-    def check(self, config: Any) -> None:
-        self.require_rank(config)
 
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig

@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.family import Family
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedModel
 
-MARKER = "full_model.json"
 WEIGHTS = "model.safetensors"
 
 
 class Full(Family):
     name = "full fine-tuning"
+    marker = "full_model.json"
     uses = frozenset()
     needs_targets = False
     trains_base = True
@@ -49,40 +48,26 @@ class Full(Family):
     def keeps_base(self, model: nn.Module) -> bool:
         return False
 
-    def wrote(self, folder: Path) -> bool:
-        return (folder / MARKER).is_file()
-
-    def description(self, folder: Path) -> dict[str, Any]:
-        return read_json(folder / MARKER)
-
     def weights_file(self, folder: Path) -> Path:
         if not (folder / WEIGHTS).is_file():
             raise UserError(f"{folder} lacks its weights, {WEIGHTS}: restore the file.")
         return folder / WEIGHTS
 
-    def check_saved(self, folder: Path) -> None:
-        self.weights_file(folder)
-        self.description(folder)
-
     def save(self, model: PreTrainedModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
         model.save_pretrained(str(folder), state_dict=dict(weights), max_shard_size="1TB")  # one file
         marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
-        (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        (folder / self.marker).write_text(json.dumps(marker, indent=2) + "\n")
 
     def read(self, folder: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(self.weights_file(folder))
 
+    def saved_names(self, model: nn.Module) -> set[str]:
+        return {name for name, _ in model.named_parameters()}
+
     def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-        wanted = {name for name, _ in model.named_parameters()}
-        wrong = sorted(wanted ^ weights.keys())
-        if wrong:
-            raise UserError(f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}.")
-        try:
-            model.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
+        model.load_state_dict(weights, strict=False)
 
     def attach(self, base: PreTrainedModel, folder: Path) -> nn.Module:
         return base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cera_train.adapters.families.peft import Peft
+from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 
 if TYPE_CHECKING:
@@ -13,17 +13,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-class Lora(Peft):
+class Lora(RankedPeft):
     name = "LoRA"
-    uses = frozenset({"r", "alpha", "dropout", "target_modules", "layers", "settings", "b_lr_ratio"})
-    needs_targets = True
     b_matrix = "lora_B"
 
     variant: str | None = None
     """The name of PEFT's class that replaces LoRA's forward."""
-
-    def check(self, config: Any) -> None:
-        self.require_rank(config)
 
     def lora_fields(self, config: Any) -> dict[str, Any]:
         """What makes this kind of LoRA, as fields of PEFT's config."""

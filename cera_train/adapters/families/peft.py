@@ -3,17 +3,18 @@ rest, from building to loading, is the same."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import re
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.family import ADAPTER, Family
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_json
 from cera_train.common.settings import require
 from cera_train.common.trust import BEYOND_WEIGHTS, check_adapter_settings, weights_of
 
@@ -29,29 +30,18 @@ REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
 
 class Peft(Family):
     name = "PEFT"
+    marker = "adapter_config.json"
     uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
     needs_targets = False
 
-    # --- settings ----------------------------------------------------------------------------------------------------
-
     def title(self, config: Any) -> str:
-        return config.method if config.method else self.name
+        return config.method or self.name
 
     def check(self, config: Any) -> None:
         require(config.method is not None, "adapter.method=null: name a method of PEFT, such as adapter.method=MISS.")
 
-    def require_rank(self, config: Any) -> None:
-        require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
-
-    def check_by_library(self, config: Any) -> None:
-        self.peft_config(config)
-
     def peft_config(self, config: Any) -> peft.PeftConfig:
-        """The PEFT config. r, alpha and dropout go to the fields that hold them; null and 0 leave PEFT's defaults.
-
-        Raises:
-            UserError: the method or one of its settings is unknown, or PEFT refuses their values.
-        """
+        """The PEFT config. r, alpha and dropout go to the fields that hold them; null and 0 leave PEFT's defaults."""
         config_class, prefix = config_class_of(config.method), config.method.lower()
         names = {field.name for field in dataclasses.fields(config_class)}
         others = ", ".join(sorted(names - taken_fields()))
@@ -61,15 +51,16 @@ class Peft(Family):
             ("alpha", None, (f"{prefix}_alpha", "alpha")),
             ("dropout", 0, (f"{prefix}_dropout",)),
         ):
-            place = next((place for place in places if place in names), None)
             value = getattr(config, setting)
-            if place is not None and value != unset:
-                fields[place] = value
+            if value == unset:
+                continue
+            place = next((place for place in places if place in names), None)
             require(
-                place is not None or value == unset,
+                place is not None,
                 f"adapter.{setting}={value}: PEFT's {config.method} has none. Set adapter.{setting}="
                 f"{'null' if unset is None else unset}, or one of adapter.settings: {others}.",
             )
+            fields[place] = value
         return self.make(config_class, config, fields)
 
     def make(self, config_class: type, config: Any, fields: dict[str, Any]) -> peft.PeftConfig:
@@ -86,21 +77,13 @@ class Peft(Family):
         taken = taken_fields() | fields.keys()
         for key, value in config.settings.items():
             what = f"adapter.settings.{key}={value!r}"
-            if key in taken:
-                raise UserError(f"{what} is not for here: another setting holds it, or it opens files.")
-            if key not in names:
-                raise UserError(f"{what}: {config_class.__name__} has {', '.join(sorted(names - taken))}.")
-            if not fits(value, hints[key]):
-                raise UserError(f"{what}: expected {name_of(hints[key])}.")
-        unknown = [key for key in fields if key not in names]
-        if unknown:
-            raise UserError(f"{described(config)} has no field {', '.join(unknown)}: set adapter.layers=null.")
-        try:
+            require(key not in taken, f"{what} is not for here: another setting holds it, or it opens files.")
+            require(key in names, f"{what}: {config_class.__name__} has {', '.join(sorted(names - taken))}.")
+            require(fits(value, hints[key]), f"{what}: expected {name_of(hints[key])}.")
+        unknown = ", ".join(fields.keys() - names)
+        require(not unknown, f"{described(config)} has no field {unknown}: set adapter.layers=null.")
+        with refusals_of_peft(config):
             return config_class(**fields, **config.settings)
-        except (TypeError, ValueError, NotImplementedError, ImportError) as error:
-            raise UserError(f"{described(config)}: {one_line(error)}") from error
-
-    # --- building ----------------------------------------------------------------------------------------------------
 
     def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
         import peft
@@ -117,15 +100,11 @@ class Peft(Family):
         peft_config = self.peft_config(config)
         if is_all:
             exclude_bypassed(peft_config, base)
-        try:
+        with refusals_of_peft(config):
             model = peft.get_peft_model(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved must load again.
             peft.PeftConfig.from_peft_type(**copy.deepcopy(peft_config.to_dict()))
             return model
-        except (TypeError, ValueError, NotImplementedError, ImportError) as error:
-            raise UserError(f"{described(config)}: {one_line(error)}") from error
-
-    # --- what a model of PEFT's is ------------------------------------------------------------------------------------
 
     def made(self, model: nn.Module) -> bool:
         import peft
@@ -137,27 +116,17 @@ class Peft(Family):
         return not (isinstance(start, str) and start.startswith(REPLACES_BASE))
 
     def why_no_spectrum(self, model: nn.Module) -> str:
-        config = model.peft_config[ADAPTER]
-        return f"PEFT's {config.peft_type.value}, as configured, adds no B h with hidden units h beside a projection"
-
-    # --- saving and loading ------------------------------------------------------------------------------------------
-
-    def wrote(self, folder: Path) -> bool:
-        return (folder / "adapter_config.json").is_file()
-
-    def description(self, folder: Path) -> dict[str, Any]:
-        return read_json(folder / "adapter_config.json")
+        method = model.peft_config[ADAPTER].peft_type.value
+        return f"PEFT's {method}, as configured, adds no B h with hidden units h beside a projection"
 
     def weights_file(self, folder: Path) -> Path:
         return weights_of(folder)
 
     def check_saved(self, folder: Path) -> None:
-        weights_of(folder)
+        super().check_saved(folder)
         settings = self.description(folder)
         kind = settings.get("peft_type")
-        if kind not in ("CERA", "LORA") and kind not in (
-            methods := usable_methods()
-        ):  # needs PEFT, which takes seconds
+        if kind not in ("CERA", "LORA") and kind not in (methods := usable_methods()):  # imports PEFT, which is slow
             raise UserError(f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}.")
         check_adapter_settings(folder, settings)
 
@@ -179,18 +148,16 @@ class Peft(Family):
         self.check_saved(folder)  # PEFT would also take a pickle, or look for the weights on the Hub
         return peft.load_peft_weights(str(folder), device="cpu")
 
+    def saved_names(self, model: nn.Module) -> set[str]:
+        import peft
+
+        return set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+
     def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         import peft
 
-        wanted = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-        try:
-            loaded = peft.set_peft_model_state_dict(model, weights)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"the checkpoint does not fit this adapter: {one_line(error)}") from error
-        wrong = sorted(wanted.keys() ^ weights.keys())
-        if wrong or loaded.unexpected_keys:
-            detail = f"{len(wrong)} tensors differ, first {wrong[:1]}"
-            raise UserError(f"the checkpoint does not fit this adapter: {detail}.")
+        if unexpected := peft.set_peft_model_state_dict(model, weights).unexpected_keys:
+            raise ValueError(f"nothing takes {unexpected[0]}")
 
     def attach(self, base: PreTrainedModel, folder: Path) -> nn.Module:
         import peft
@@ -200,12 +167,32 @@ class Peft(Family):
         return peft.get_peft_model(base, config)
 
 
-def config_class_of(method: str) -> type[peft.PeftConfig]:
-    """The config class of a PEFT method that the loop can train.
+class RankedPeft(Peft):
+    """A method with A and B of a rank, which has a kind of its own."""
 
-    Raises:
-        UserError: there is no such method, or it needs more than a model's forward and backward pass.
-    """
+    uses = Peft.uses - {"method"} | {"b_lr_ratio"}
+    needs_targets = True
+
+    def check(self, config: Any) -> None:
+        require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
+
+
+@contextlib.contextmanager
+def refusals_of_peft(config: Any) -> Iterator[None]:
+    """Turns PEFT's refusal of an adapter into one line with the settings to look at."""
+    try:
+        yield
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        raise UserError(f"{described(config)}: {' '.join(str(error).split())}") from error
+
+
+def described(config: Any) -> str:
+    settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
+    return f"adapter.{f'method={config.method}' if config.method else f'kind={config.kind}'}{settings}"
+
+
+def config_class_of(method: str) -> type[peft.PeftConfig]:
+    """The config class of a PEFT method that the loop can train."""
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -218,42 +205,29 @@ def config_class_of(method: str) -> type[peft.PeftConfig]:
     return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
 
 
+def usable_methods() -> list[str]:
+    """The names of PEFT's methods whose tuner only replaces modules: the loop calls the model inside it, and nothing
+    between updates."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    import cera_train.cera  # noqa: F401 - registers CeRA
+
+    return sorted(
+        kind.value
+        for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+        if issubclass(tuner, BaseTuner)
+        and tuner.forward is BaseTuner.forward
+        and not hasattr(tuner, "update_and_allocate")
+    )
+
+
 def taken_fields() -> set[str]:
     """Fields of PEFT's configs that `adapter.settings` may not hold: other settings do, or they open files."""
     import peft
 
     base = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     return {*base, *BEYOND_WEIGHTS, "r", "target_modules", "layers_to_transform"}
-
-
-def usable_methods() -> list[str]:
-    """The names of PEFT's methods that the loop can train."""
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-
-    import cera_train.cera  # noqa: F401 - registers CeRA
-
-    return sorted(kind.value for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if is_trainable(tuner))
-
-
-def is_trainable(tuner: type) -> bool:
-    """Whether a tuner only replaces modules: the loop calls the model inside it, and nothing between updates."""
-    from peft.tuners.tuners_utils import BaseTuner
-
-    return (
-        issubclass(tuner, BaseTuner)
-        and tuner.forward is BaseTuner.forward
-        and not hasattr(tuner, "update_and_allocate")
-    )
-
-
-def described(config: Any) -> str:
-    """The settings to look at where PEFT refuses an adapter."""
-    settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
-    return f"adapter.{f'method={config.method}' if config.method else f'kind={config.kind}'}{settings}"
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -265,12 +239,10 @@ def fits(value: Any, hint: Any) -> bool:
         # PEFT writes a pattern as pissa_niter_[number of iters]
         starts = tuple(argument.split("[")[0] for argument in arguments if "[" in str(argument))
         return value in arguments or (bool(starts) and isinstance(value, str) and value.startswith(starts))
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     kind = origin or hint
-    return not isinstance(kind, type) or kind not in (bool, str, list, dict, types.NoneType) or isinstance(value, kind)
+    return kind not in (bool, str, list, dict, types.NoneType) or isinstance(value, kind)
 
 
 def name_of(hint: Any) -> str:
