@@ -95,7 +95,8 @@ def _check_layers(model: PreTrainedModel, config: AdapterConfig) -> None:
         raise UserError(f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}.")
     if not config.layers or config.target_modules == "all-linear":
         return
-    for target in config.target_modules:  # in a hybrid, not every layer has every projection
+    # In a hybrid, not every layer has every projection.
+    for target in (target for target in config.target_modules if not re.search(r"\.\d+\.", target)):
         found = [re.search(r"\.(\d+)\.", name) for name in _targeted(model, config) if _is_target(name, [target])]
         within = sorted({int(index[1]) for index in found if index})
         if within and not set(within) & set(config.layers):
