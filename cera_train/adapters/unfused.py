@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from inspect import getclosurevars
+from inspect import getclosurevars, isfunction
 from typing import Any
 
 import torch
@@ -35,8 +35,10 @@ def is_installed(kernel: Callable[..., Any] | None) -> bool:
     """Whether a function of transformers runs a kernel, and not torch's operations in place of one."""
     if kernel is None:
         return False
+    if not isfunction(kernel):
+        return True  # a layer from the Hub
     # transformers' wrapper keeps in its closure which of the two it found
-    return getclosurevars(getattr(kernel, "forward", kernel)).nonlocals.get("is_new_implementation", True)
+    return getclosurevars(kernel).nonlocals.get("is_new_implementation", True)
 
 
 def seconds_of_pass(layer: nn.Module, width: int, is_fused: bool) -> float:

@@ -31,14 +31,14 @@ class Bypass:
     """Only a fused kernel reads its weight, and only in training: `unfuse` takes the model off it."""
 
     def __str__(self) -> str:
-        return f"{self.reason}, so an adapter there would never run"
+        return self.reason
 
 
 def bypass(parent: nn.Module, name: str) -> Bypass | None:
     """Why a branch beside `parent.name` would not run; None where it does."""
     kind = type(getattr(parent, name))
     if _returns_several(kind):
-        return Bypass(f"{kind.__name__} returns more than a projection")
+        return Bypass(f"{kind.__name__} returns a tuple, to which a branch cannot be added")
     uses = [use for use in _uses(type(parent), name) if _may_run(use, parent)]
     reads = [use for use in uses if use.is_read]
     if not reads:
@@ -49,8 +49,9 @@ def bypass(parent: nn.Module, name: str) -> Bypass | None:
         return None  # conditions decide that only a pass knows: `check_coverage` sees which hold
     function, layer = (reads if never_called else fused)[-1].reader, type(parent).__name__
     reader = f"{function} of {layer}" if function else layer
+    when = "" if never_called else " in training"
     return Bypass(
-        f"{reader} reads its weight without calling it{'' if never_called else ' in training'}", not never_called
+        f"{reader} reads its weight without calling it{when}, so an adapter there would never run", bool(when)
     )
 
 

@@ -43,13 +43,18 @@ class CoverageCallback(TrainerCallback):
     """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers."""
 
     def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.coverage, self.watching = Coverage(model), ExitStack()
+        self.coverage = Coverage(model)
+        self.watching: ExitStack | None = ExitStack()
         self.watching.enter_context(self.coverage.watch())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watching is None:
+            return
         self.watching.close()
-        problem = self.coverage.problem() if state.global_step == 0 else None
-        if problem is not None:
+        self.watching = None  # the first update alone
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.coverage.sum(_sum_over_processes)
+        if (problem := self.coverage.problem()) is not None:
             raise ValueError(problem)
 
 
@@ -173,6 +178,11 @@ class Coverage:
             return False
         siblings = re.compile(re.escape(EXPERT.sub("<>", name)).replace("<>", EXPERT.pattern))
         return any(found and siblings.fullmatch(other) for other, found in self._calls().items())
+
+
+def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
 
 
 def _first(names: list[str]) -> str:

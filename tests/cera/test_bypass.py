@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from architectures import STATES, Architecture
+from architectures import ARCHITECTURES, STATES, Architecture
 from cera_models import WARNINGS
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -184,6 +184,30 @@ def test_an_adapter_that_was_trained_unfused_is_loaded_for_inference_into_a_fuse
     assert not torch.equal(FAMILIES["bamba"].model()(input_ids=IDS).logits, expected)
     with pytest.raises(ValueError, match="unfuse"):
         PeftModel.from_pretrained(FAMILIES["bamba"].model(), tmp_path, is_trainable=True)
+
+
+def test_a_router_is_no_target():
+    """A linear layer of its own class, which returns a tuple."""
+    family = ARCHITECTURES["llama4_text"]
+    with pytest.raises(
+        ValueError, match=r"router': Llama4Router returns a tuple, to which a branch cannot be added\. T"
+    ):
+        get_peft_model(family.model(), CeraConfig(r=4, target_modules=["q_proj", "router"]))
+    with pytest.warns(UserWarning, match="all-linear leaves out router: Llama4Router"):
+        model = get_peft_model(family.model(), CeraConfig(r=4, target_modules="all-linear"))
+    assert model(input_ids=IDS).logits.isfinite().all()
+
+
+def test_rwkv_computes_the_same_in_training_and_evaluation():
+    """It halves weights past their modules in eval mode, here from the second layer on."""
+    base = ARCHITECTURES["rwkv"].model()
+    expected = base(input_ids=IDS).logits
+    assert base.rwkv.layers_are_rescaled
+    model = get_peft_model(base, CeraConfig(r=4, dropout=0.0, target_modules=["output"], init_weights=False))
+    evaluated = model.eval()(input_ids=IDS).logits
+    torch.testing.assert_close(model.train()(input_ids=IDS, use_cache=False).logits, evaluated)
+    with model.disable_adapter():
+        torch.testing.assert_close(model.eval()(input_ids=IDS).logits, expected, rtol=1e-2, atol=1e-3)
 
 
 # --- reading a class -------------------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ def test_refuses(family: Architecture, cell):
             adapted(family.model(), [kind])
         assert "LORA" not in str(caught.value)
         assert ("set adapter.unfused=true" in str(caught.value)) == reason.is_fused
-        text = f"{reason.reason}{': adapter.unfused=true trains it' if reason.is_fused else ''}"
+        text = f"{reason.reason.split(', ')[0]}{': adapter.unfused=true trains it' if reason.is_fused else ''}"
         reasons.setdefault(text, [])
         reasons[text] += [kind] * (kind not in reasons[text])
     cell("; ".join(f"{', '.join(kinds)} ({text})" for text, kinds in reasons.items()) or "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,37 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(ti
         "set train.check_coverage=false."
     )
     assert "evaluation at update" not in capsys.readouterr().out
+
+
+LEAVES_OUT_THE_LAST_LAYER = """
+import sys
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from cera_train.cli import train
+
+forward = LlamaDecoderLayer.forward
+LlamaDecoderLayer.forward = (
+    lambda self, x, *args, **kwargs: x if self.self_attn.layer_idx == 1 else forward(self, x, *args, **kwargs)
+)
+sys.argv[0] = "cera-train"
+train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes_refuse_together(tiny_folder, tmp_path, strategy):
+    """In one line with status 2, whether each holds the whole model or a shard."""
+    (tmp_path / "script.py").write_text(LEAVES_OUT_THE_LAST_LAYER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
+    settings = [f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"]
+    done = subprocess.run(
+        [*command, *settings, f"distributed.strategy={strategy}", "train.max_updates=1"],
+        **{"capture_output": True, "text": True, "cwd": tmp_path, "check": False, "timeout": 300},
+    )
+    assert done.returncode != 0
+    assert "2 of 4 adapted modules would not train. model.layers.1.self_attn.q_proj" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert "evaluation at update" not in done.stdout
 
 
 def test_the_proof_can_be_switched_off(tiny_config, monkeypatch):
