@@ -77,6 +77,8 @@ class Coverage:
         device = next(iter(self.weights.values())).device if self.weights else "cpu"
         self.called, self.reached, self.moves_loss = (torch.zeros(len(self.layers), device=device) for _ in range(3))
         self.has_gradient = torch.zeros(len(self.weights), device=device)
+        self.idle_in_layers = 0
+        """Experts without a token in layers that hold all of theirs, [E, ...] in one parameter."""
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -92,6 +94,7 @@ class Coverage:
         for number, weight in enumerate(self.weights.values()):
             if weight.grad is not None:  # sharded, the hook is on a tensor that takes no part in the pass
                 self.has_gradient[number] = 1
+        self.idle_in_layers = sum(_idle_experts(layer) for layer in self.layers.values())
 
     def _at_call(self, number: int) -> Callable[..., None]:
         def look(gradient: torch.Tensor) -> None:
@@ -125,8 +128,7 @@ class Coverage:
     @property
     def idle_experts(self) -> int:
         """Adapted experts to which no token was routed: they are proven when one is."""
-        by_layer = sum(int(getattr(layer, "idle_experts", 0)) for layer in self.layers.values())
-        return by_layer + sum(self._is_idle(name, called) for name, called in self._calls().items())
+        return self.idle_in_layers + sum(self._is_idle(name, called) for name, called in self._calls().items())
 
     def problem(self) -> str | None:
         """The adapted modules that were not proven and the likely reason, in one line; None where all were."""
@@ -178,6 +180,16 @@ class Coverage:
             return False
         siblings = re.compile(re.escape(EXPERT.sub("<>", name)).replace("<>", EXPERT.pattern))
         return any(found and siblings.fullmatch(other) for other, found in self._calls().items())
+
+
+def _idle_experts(layer: nn.Module) -> int:
+    """The experts of a layer that got no gradient, where its matrices hold one for each: [E, ...]."""
+    gradients = [weight.grad for weight in layer.parameters() if weight.ndim == 3 and weight.grad is not None]
+    if not gradients:
+        return 0
+    whole = [gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient for gradient in gradients]
+    learned = torch.stack([gradient.flatten(1).any(1) for gradient in whole]).any(0)
+    return int(learned.logical_not().sum())
 
 
 def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:

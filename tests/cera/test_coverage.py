@@ -8,6 +8,7 @@ from cera_models import IDS, WARNINGS
 from conftest import make_tiny_llama
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -182,12 +183,21 @@ def test_experts_without_a_token_are_exempt_and_counted(running):
         assert "10 of 10 adapted modules would not train" in coverage.problem()
 
 
-def test_a_layer_that_holds_all_experts_counts_its_idle_ones():
-    model = adapted(target_modules=["q_proj"])
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    layer.idle_experts = torch.tensor(3)
+class Grouped(nn.Module, BaseTunerLayer):
+    """Five experts in two parameters, of which the first two get tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(5, 2, 4)), nn.Parameter(torch.zeros(5, 4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x @ self.A[:2].mT @ self.B[:2].mT).sum(0)
+
+
+def test_a_layer_that_holds_all_experts_counts_those_without_a_token():
+    model = nn.Sequential(Grouped())
     with check_coverage(model) as coverage:
-        passes(model)
+        model(torch.randn(3, 4)).square().sum().backward()
     assert coverage.idle_experts == 3
 
 
