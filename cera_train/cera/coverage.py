@@ -94,7 +94,7 @@ class Coverage:
         for number, weight in enumerate(self.weights.values()):
             if weight.grad is not None:  # sharded, the hook is on a tensor that takes no part in the pass
                 self.has_gradient[number] = 1
-        self.idle_in_layers = sum(_idle_experts(layer) for layer in self.layers.values())
+        self.idle_in_layers = sum(_idle_experts(layer) for name, layer in self.layers.items() if "expert" in name)
 
     def _at_call(self, number: int) -> Callable[..., None]:
         def look(gradient: torch.Tensor) -> None:

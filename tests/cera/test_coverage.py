@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from cera_models import IDS, WARNINGS
@@ -195,7 +197,7 @@ class Grouped(nn.Module, BaseTunerLayer):
 
 
 def test_a_layer_that_holds_all_experts_counts_those_without_a_token():
-    model = nn.Sequential(Grouped())
+    model = nn.Sequential(OrderedDict(experts=Grouped()))
     with check_coverage(model) as coverage:
         model(torch.randn(3, 4)).square().sum().backward()
     assert coverage.idle_experts == 3
