@@ -15,12 +15,12 @@ from cera_train.common.terminal import print_line
 if TYPE_CHECKING:
     from cera_train.training.session import Session
 
-ROWS = 2
-"""Training rows of each process in the pass that proves."""
+TOKENS = 64
+"""The pass takes a row of about this length for each process: attention matters in it, and it costs little."""
 
 
 def prove_coverage(session: Session, backward: Callable[[Session, list[int]], torch.Tensor]) -> None:
-    """Runs one forward and backward pass over the first rows of the next update, and leaves no trace of it.
+    """Runs one forward and backward pass over a few rows of the next update, and leaves no trace of it.
 
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
@@ -28,7 +28,8 @@ def prove_coverage(session: Session, backward: Callable[[Session, list[int]], to
     coverage = Coverage(session.model)
     if not session.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
         return
-    rows = session.order.sequences(session.progress.update)[: ROWS * session.team.processes]
+    lengths, rows = session.batches.lengths, session.order.sequences(session.progress.update)
+    rows = sorted(rows, key=lambda row: abs(lengths[row] - TOKENS))[: session.team.processes]
     eagerly = (
         torch.compiler.set_stance("force_eager") if session.held_out.loss.is_compiled else contextlib.nullcontext()
     )
