@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from cera_train.common.errors import UserError
 from cera_train.data.batches import Batch, flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run, places_of_sequences
 from cera_train.model.config import chunk_tokens
 
 
@@ -37,6 +37,8 @@ class Allowed:
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
     attention: str | None = None
     """Name of the fastest attention by sequence that works here, for flat rows."""
+    takes_places: bool = False
+    """Its states start anew at each sequence of a flat row where its kernels are given the sequences' places."""
 
 
 class SupervisedLoss(nn.Module):
@@ -85,6 +87,9 @@ class SupervisedLoss(nn.Module):
         # transformers sees that a row is flat only where it uses no cache
         is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
         lengths = {"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {}
+        is_flat = batch.sequence_lengths is not None
+        if is_flat and self.allowed.takes_places:
+            lengths |= places_of_sequences(batch.sequence_lengths, batch.input_ids.device)
         return batch.inputs | lengths | {"use_cache": False}
 
     # --- what the model allows ---------------------------------------------------------------------------------------
@@ -106,9 +111,16 @@ class SupervisedLoss(nn.Module):
             head = causal_lm.get_output_embeddings()
             chunks_head = states is not None and _close(head(_narrow(states, head)), expected, tolerance=1e-3)
             flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
+            self.allowed = Allowed(chunks_head)
             flattens, attention = self._probe_flat(*flat, expected)
+            if not flattens:
+                self.allowed = Allowed(chunks_head, takes_places=True)
+                # Without the kernels transformers refuses places; a model without states may take none.
+                with contextlib.suppress(ValueError, TypeError, RuntimeError):
+                    flattens, attention = self._probe_flat(*flat, expected)
         self.train(was_training)
-        self.allowed = Allowed(chunks_head, flattens, attention)
+        takes_places = flattens and self.allowed.takes_places
+        self.allowed = Allowed(chunks_head, flattens, attention, takes_places)
         return self.allowed
 
     def _probe_flat(self, flat: Batch, other: Batch, expected: Tensor) -> tuple[bool, str | None]:
