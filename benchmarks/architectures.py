@@ -72,7 +72,8 @@ Each cell is what a test found, on a CPU without the packages of fused kernels, 
 
 {meanings}
 
-A model that is not here works where its projections are called as modules: a run proves that on its first rows, or
+With mamba-ssm, causal-conv1d or flash-linear-attention installed, a model whose kernels take the places of sequences
+gets flat rows too. A model that is not here works where its projections are called as modules: a run proves that on its first rows, or
 stops. Adapters on experts that transformers holds as parameters are a matter of `adapter.experts`.
 
 | {header} |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -28,3 +29,12 @@ def left_unquantised(config: PretrainedConfig) -> list[str] | None:
     head = model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
     return sorted(kinds | heads) if kinds else None
+
+
+def mixes_sequences(model: nn.Module) -> bool:
+    """Whether sequences that share a row are likely to see each other, by what the layers are made of: a state or a
+    convolution goes from token to token. A pass over weights tells for sure, `SupervisedLoss.probe`."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    attends = any(hasattr(module, "is_causal") for module in model.modules())
+    return is_convolved or not attends or "linear_attention" in kinds

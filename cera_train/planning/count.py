@@ -27,7 +27,7 @@ from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
 from cera_train.common.files import cache_dir, config_dir
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.model.architecture import attention_for
+from cera_train.model.architecture import attention_for, mixes_sequences
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import positions_of
@@ -50,6 +50,8 @@ class Parameters:
     trains_head: bool
     positions: int | None
     """Tokens that the model has places for. None: no limit."""
+    mixes_sequences: bool
+    """Its rows are padded: it carries a state from token to token."""
 
     @property
     def trainable(self) -> int:
@@ -88,6 +90,7 @@ def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
         vocab_size=vocab_size,
         trains_head=any(weight.requires_grad for weight in base.get_output_embeddings().parameters()),
         positions=positions_of(base.config),
+        mixes_sequences=mixes_sequences(base),
     )
 
 

@@ -7,7 +7,6 @@ trains over 4-bit weights; and what would never run is refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -79,9 +78,20 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
+def batch_of(supervised: SupervisedLoss) -> Batch:
+    return (flat_batch if supervised.is_flat else padded_batch)(ROWS, MASKS)
+
+
+def prove(supervised: SupervisedLoss) -> None:
+    """Raises where an adapter does not run or gets no gradient."""
+    with check_coverage(supervised.model):
+        supervised.train()(batch_of(supervised)).backward()
+    supervised.zero_grad()
+
+
 def losses_of(supervised: SupervisedLoss, updates: int = 8) -> list[float]:
     """The loss of a few updates on the same rows."""
-    batch = (flat_batch if supervised.is_flat else padded_batch)(ROWS, MASKS)
+    batch = batch_of(supervised)
     weights = [weight for weight in supervised.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.03)
     losses = []
@@ -129,9 +139,7 @@ def test_trains(family: Architecture, cell):
         base = family.model()
         supervised = SupervisedLoss(adapted(base, targets, dropout=0.1), base)
         choose_layout(BatchLayout.auto, supervised, CPU)
-        with check_coverage(supervised.model):
-            supervised.train()(flat_batch(ROWS, MASKS) if supervised.is_flat else padded_batch(ROWS, MASKS)).backward()
-        supervised.zero_grad()
+        prove(supervised)
         losses = losses_of(supervised)
         assert losses[-1] < 0.99 * losses[0]
     cell("yes")
@@ -216,6 +224,7 @@ def test_plans(family: Architecture, cell, compose, tmp_path):
     assert plan.parameters.trainable == trainable
     assert sum(plan.parameters.frozen.values()) == total - trainable
     assert plan.memory.peak > 0
+    assert plan.parameters.mixes_sequences >= (family.model_type in STATEFUL)
     cell("yes")
 
 
@@ -227,9 +236,7 @@ def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
     base = load_model(ModelConfig(str(tmp_path), dtype=Dtype.float32, quantization=Quantization.nf4), CPU)
     supervised = SupervisedLoss(adapted(base, list(family.targets)), base)
     choose_layout(BatchLayout.auto, supervised, CPU)
-    with check_coverage(supervised.model):
-        supervised.train()(flat_batch(ROWS, MASKS) if supervised.is_flat else padded_batch(ROWS, MASKS)).backward()
-    supervised.zero_grad()
+    prove(supervised)
     losses = losses_of(supervised)
     assert losses[-1] < losses[0]
     cell("yes")
@@ -237,7 +244,8 @@ def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
 
 @every_family
 def test_refuses(family: Architecture, cell):
-    """What the model reads past its module is refused by name, with what to target instead."""
+    """What the model reads past its module is refused by name, with what to target instead; what only a fused kernel
+    reads trains without it."""
     reasons: dict[str, list[str]] = {}
     for name, reason in bypassed(family.model()).items():
         kind = name.rpartition(".")[2]
@@ -248,9 +256,16 @@ def test_refuses(family: Architecture, cell):
         text = f"{reason.reason.split(', ')[0]}{': adapter.unfused=true trains it' if reason.is_fused else ''}"
         reasons.setdefault(text, [])
         reasons[text] += [kind] * (kind not in reasons[text])
+    fused = {name.rpartition(".")[2] for name, reason in bypassed(family.model()).items() if reason.is_fused}
+    if fused:
+        base = family.model()
+        supervised = SupervisedLoss(adapted(base, sorted(fused), unfused=True), base)
+        supervised.probe()
+        prove(supervised)
+        losses = losses_of(supervised)
+        assert losses[-1] < losses[0]
     cell("; ".join(f"{', '.join(kinds)} ({text})" for text, kinds in reasons.items()) or "")
 
 
 def test_the_fast_families_are_families():
     assert set(QUICK) <= set(ARCHITECTURES)
-    assert Path(__file__).with_name("test_architectures.py").exists()

@@ -21,6 +21,11 @@ MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]
 KERNELS = {"causal_conv1d_fn": -1, "mamba2_chunk_scan": 1, "torch_chunk_gated_delta_rule": 1}
 """Functions of transformers that a kernel replaces, and the dimension of their tokens."""
 
+TAKE_PLACES = (
+    *("bamba", "falcon_h1", "zamba2", "granitemoehybrid", "nemotron_h", "lfm2"),
+    *("qwen3_next", "qwen3_5_text", "olmo_hybrid"),
+)
+
 
 def one_by_one(reference, dim: int):
     """A kernel that starts anew at each sequence, by torch's own function on each."""
@@ -70,7 +75,7 @@ def gradients(supervised: SupervisedLoss, batch) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, [w for w in supervised.parameters() if w.requires_grad])]
 
 
-@pytest.mark.parametrize("name", ["bamba", "granitemoehybrid", "nemotron_h", "qwen3_next", "qwen3_5_text", "falcon_h1", "zamba2", "olmo_hybrid", "lfm2"])
+@pytest.mark.parametrize("name", TAKE_PLACES)
 def test_with_kernels_that_take_places_rows_are_flat_and_equal_padded_ones(name, with_kernels):
     family = ARCHITECTURES[name]
     base = family.model()
