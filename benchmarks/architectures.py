@@ -73,8 +73,8 @@ Each cell is what a test found, on a CPU without the packages of fused kernels, 
 {meanings}
 
 With mamba-ssm, causal-conv1d or flash-linear-attention installed, a model whose kernels take the places of sequences
-gets flat rows too. A model that is not here works where its projections are called as modules: a run proves that on its first rows, or
-stops. Adapters on experts that transformers holds as parameters are a matter of `adapter.experts`.
+gets flat rows too. A model that is not here works where its projections are called as modules: a run proves that on its
+first rows, or stops. Experts that transformers holds as parameters are adapted by `adapter.experts`.
 
 | {header} |
 |{"---|" * (len(COLUMNS) + 1)}
