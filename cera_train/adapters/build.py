@@ -126,6 +126,8 @@ def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: boo
     """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind."""
     if "kernels" not in config.family.uses:
         return config.kernels
+    if config.family.has_learned_gate(config):
+        return Kernels.torch
     try:
         return Kernels(choose_cera_kernels(config.kernels, device, is_compiled))
     except ValueError as error:

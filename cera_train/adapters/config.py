@@ -21,6 +21,21 @@ class Activation(StrEnum):
     identity = "identity"
 
 
+class Init(StrEnum):
+    kaiming_normal = "kaiming_normal"
+    kaiming_uniform = "kaiming_uniform"
+
+
+class DropoutOn(StrEnum):
+    hidden = "hidden"
+    input = "input"
+
+
+class Mix(StrEnum):
+    none = "none"
+    learned = "learned"
+
+
 class Kernels(StrEnum):
     auto = "auto"
     torch = "torch"
@@ -36,12 +51,27 @@ class AdapterConfig:
     alpha: float | None = setting(None, "result", binds_checkpoint=True)
     """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)). null: a scale of 1, or PEFT's for `kind=peft`."""
     dropout: float = setting(0.1, "result", binds_checkpoint=True)
-    """cera: on the hidden units, after the gate. The others: PEFT's, on the input of A."""
+    """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on the input of A."""
     activation: Activation = setting(Activation.silu, "result", binds_checkpoint=True)
     """The gate of cera."""
+    init: Init = setting(Init.kaiming_normal, "result", binds_checkpoint=True)
+    """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3 d_in), as LoRA."""
+    dropout_on: DropoutOn = setting(DropoutOn.hidden, "result", binds_checkpoint=True)
+    """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
+    mix: Mix = setting(Mix.none, "result", binds_checkpoint=True)
+    """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is trained from 0."""
+    recurrent_steps: int = setting(0, "result", binds_checkpoint=True)
+    """Residual steps z + W_out silu(W_in z / rms(z)) / n before cera's gate, W_in and W_out of r x r."""
     target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result", binds_checkpoint=True)
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
     full trains every module."""
+    target_parameters: list[str] | None = setting(None, "result", binds_checkpoint=True)
+    """cera: experts' parameters, such as [mlp.experts.down_proj]: every expert gets a branch. null: none."""
+    experts: bool = setting(False, "result", binds_checkpoint=True)
+    """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since a branch for each of
+    many experts is most of an adapter (Qwen3-30B-A3B at r=16: 47 times the rest)."""
+    expert_r: int | None = setting(None, "result", binds_checkpoint=True)
+    """Rank of an expert's branch. null: r."""
     layers: list[int] | None = setting(None, "result", binds_checkpoint=True)
     """Only these layers. null: every layer."""
     method: str | None = setting(None, "result", binds_checkpoint=True)
@@ -61,8 +91,11 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in kinds(), f"adapter.kind={self.kind}: expected one of {', '.join(kinds())}.")
-        require_positive("adapter", self, "r", "alpha", "b_lr_ratio")
+        require_positive("adapter", self, "r", "alpha", "b_lr_ratio", "expert_r")
         require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
+        require(
+            self.target_parameters != [], "adapter.target_parameters=[] adapts nothing: name some, or leave it null."
+        )
         require(self.layers != [], "adapter.layers=[] adapts nothing: name layers, or leave it null for all.")
         self.settings = {} if self.settings is None else self.settings  # a null takes 'adapter.settings={...}'
         is_dict = isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings)
@@ -88,6 +121,8 @@ class AdapterConfig:
         if targets is None and not self.family.needs_targets:
             return
         is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        if targets == [] and (self.experts or self.target_parameters):
+            return
         require(
             bool(targets) and (is_list or isinstance(targets, str)),
             f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
@@ -109,6 +144,14 @@ class AdapterConfig:
         return family(self.kind)
 
     @property
+    def adapted_experts(self) -> str:
+        """The experts' projections that are adapted, in a few words; empty for none."""
+        if not (self.experts or self.target_parameters):
+            return ""
+        names = "all experts" if self.experts else " ".join(self.target_parameters)
+        return f"{names} at r={self.expert_r or self.r}"
+
+    @property
     def title(self) -> str:
         """The name for tables and pictures."""
         return self.label or self.family.title(self)
@@ -119,7 +162,14 @@ UNSET = {
     "alpha": (None, "the scale of an adapter"),
     "dropout": (0, "the dropout of an adapter"),
     "activation": (Activation.silu, "the gate of cera"),
+    "init": (Init.kaiming_normal, "a draw of cera's A"),
+    "dropout_on": (DropoutOn.hidden, "a place for the dropout of cera"),
+    "mix": (Mix.none, "a mix of cera's gate and the identity"),
+    "recurrent_steps": (0, "a number of steps before the gate of cera"),
     "target_modules": (None, "a choice of modules"),
+    "target_parameters": (None, "a choice of experts' parameters"),
+    "experts": (False, "a choice of cera's"),
+    "expert_r": (None, "the rank of an expert of cera's"),
     "layers": (None, "a choice of layers"),
     "method": (None, "a method for adapter.kind=peft"),
     "settings": ({}, "for PEFT's config"),

@@ -39,6 +39,20 @@ class Branch:
     out_features: int
     gram: Callable[[], torch.Tensor]
     """s^2 B^T B, [R, R], float64. Called inside the model's forward, where sharded weights are whole."""
+    closes: bool = False
+    """Whether a hidden unit is off where the gate gives nothing above 0."""
+    gamma: Callable[[], float] | None = None
+    """The learned share of the gate, called inside the forward too; None where it is not learned."""
+
+    def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
+        """The rows that A gets from the layer's inputs, [N, d_in].
+
+        Args:
+            is_token: which places of the batch, flattened, are no padding; None: all.
+        """
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        # a head gets [N, d_in], without padding
+        return x if is_token is None or inputs[0].ndim == 2 else x[is_token]
 
 
 class Family(ABC):
@@ -75,6 +89,11 @@ class Family(ABC):
     def branch(self, module: nn.Module) -> Branch | None:
         """The branch of one module; None for a module of another kind."""
         return None
+
+    def branches(self, module: nn.Module) -> dict[str, Branch]:
+        """The branches of one module by what follows its name."""
+        branch = self.branch(module)
+        return {} if branch is None else {"": branch}
 
     @abstractmethod
     def why_no_spectrum(self, model: nn.Module) -> str:

@@ -8,7 +8,8 @@ method with hidden units. What A, the gate and B are stands in families/.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,9 @@ class ModuleSpectrum:
     singular_values: torch.Tensor
     """Singular values of the centred branch output, descending, float64, [min(r, d_out)]."""
     dead_units: float | None
-    """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where there is no gate."""
+    """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where no gate closes."""
+    gamma: float | None = None
+    """The learned share of the gate; None where it is not learned."""
 
     @property
     def effective_rank(self) -> float:
@@ -57,20 +60,20 @@ class _Moments:
         self.second = second.view(r, r)
         self.root_gram: torch.Tensor | None = None
         """(s^2 B^T B)^(1/2)"""
+        self.gamma: float | None = None
 
-    def take_gram(self) -> None:
-        """Called inside the model's forward: where weights are sharded, they are whole only there."""
+    def take_weights(self) -> None:
+        """What follows from weights alone. Called in the model's forward: sharded weights are whole only there."""
         values, vectors = torch.linalg.eigh(self.branch.gram())
         self.root_gram = vectors * values.clamp(min=0).sqrt() @ vectors.T
+        self.gamma = self.branch.gamma() if self.branch.gamma else None
 
     def add(self, x: torch.Tensor) -> None:
         """Adds the hidden rows of these inputs, [N, d_in]."""
         A, gate = self.branch.A.weight, self.branch.gate
         h_NR = nn.functional.linear(x.to(A.dtype), A).float()
-        if gate is not None:
-            self.open += (h_NR > 0).any(0)
-            h_NR = gate(h_NR)
-        h_NR = h_NR.double()
+        h_NR = (h_NR if gate is None else gate(h_NR)).double()
+        self.open += (h_NR > 0).any(0)
         self.count += len(h_NR)
         self.sum += h_NR.sum(0)
         self.second += h_NR.T @ h_NR
@@ -79,18 +82,17 @@ class _Moments:
         scatter = self.second - torch.outer(self.sum, self.sum) / self.count  # N Cov(h)
         eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter @ self.root_gram)
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
-        dead_units = None if self.branch.gate is None else 1 - (self.open > 0).double().mean().item()
+        dead_units = 1 - (self.open > 0).double().mean().item() if self.branch.closes else None
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
-        return ModuleSpectrum(singular_values[: self.branch.out_features].cpu(), dead_units)
+        return ModuleSpectrum(singular_values[: self.branch.out_features].cpu(), dead_units, self.gamma)
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
     found = {}
     for name, module in model.named_modules():
-        branch = next(filter(None, (family.branch(module) for family in families())), None)
-        if branch is not None:
-            found[name.removeprefix("base_model.model.")] = branch
+        branches = next(filter(None, (family.branches(module) for family in families())), {})
+        found |= {name.removeprefix("base_model.model.") + end: branch for end, branch in branches.items()}
     return found
 
 
@@ -127,11 +129,10 @@ def measure_spectra(
         # Not a hook on A itself: DoRA calls A once more, on the identity, for the norm of its weight.
         def hook(module: nn.Module, args: tuple) -> None:
             if moments.root_gram is None:
-                moments.take_gram()
+                moments.take_weights()
             if counts:
-                x = args[0]
-                is_padded = batch.attention_mask is not None and x.ndim > 2  # a head gets [N, d_in], without padding
-                moments.add(x[batch.attention_mask.bool()] if is_padded else x.reshape(-1, x.shape[-1]))
+                mask = batch.attention_mask
+                moments.add(moments.branch.rows(args, None if mask is None else mask.reshape(-1).bool()))
 
         return hook
 
@@ -147,17 +148,33 @@ def measure_spectra(
             hook.remove()
     for moments in found.values():
         moments.all.copy_(reduce(moments.all))
-    return {name: moments.spectrum() for name, moments in found.items()}
+    # An expert may have got no token of the probe.
+    return {name: moments.spectrum() for name, moments in found.items() if moments.count}
 
 
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
-    """Named numbers for the log: mean and max over modules, then every module. None of them for no spectra."""
+    """Named numbers for the log: mean and max over modules, then every module; mean and max over a layer's experts in
+    place of every one. None of them for no spectra."""
     summary, modules = {}, {}
     for kind in ("effective_rank", "manifold_dimension", "dead_units"):
         values = {name: getattr(spectrum, kind) for name, spectrum in spectra.items()}
         values = {name: value for name, value in values.items() if value is not None}
         if values:
-            summary[f"spectrum/{kind}/mean"] = sum(values.values()) / len(values)
-            summary[f"spectrum/{kind}/max"] = max(values.values())
-            modules |= {f"spectrum/{kind}/{name}": value for name, value in values.items()}
+            summary |= mean_and_max(f"spectrum/{kind}", values.values())
+        experts = defaultdict(list)
+        for name, value in values.items():
+            stem, _, expert = name.rpartition(".")
+            if expert.isdigit():
+                experts[stem].append(value)
+            else:
+                modules[f"spectrum/{kind}/{name}"] = value
+        for name, numbers in experts.items():
+            modules |= mean_and_max(f"spectrum/{kind}/{name}", numbers)
+    gammas = [spectrum.gamma for spectrum in spectra.values() if spectrum.gamma is not None]
+    if gammas:
+        summary["adapter/gamma"] = sum(gammas) / len(gammas)
     return summary | modules
+
+
+def mean_and_max(name: str, values: Collection[float]) -> dict[str, float]:
+    return {f"{name}/mean": sum(values) / len(values), f"{name}/max": max(values)}

@@ -14,11 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.config import AdapterConfig
 from cera_train.cera.bypass import bypassed, runs_beside
+from cera_train.cera.experts import all_experts, expert_parameters
 from cera_train.common.errors import UserError
 
 
 def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
     """Raises UserError where the targets or the rank do not fit the model."""
+    _check_experts(model, config)
     if config.target_modules is None:
         return
     _check_names(model, config)
@@ -39,7 +41,7 @@ def describe_targets(model: nn.Module) -> str | None:
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
             adapted[name.rpartition(".")[2]] += 1
-        if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)):
+        if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)) or expert_parameters(module):
             total[name.rpartition(".")[2]] += 1
     whole = [kind for kind in adapted if adapted[kind] == total[kind]]
     groups = [whole] * bool(whole) + [[kind] for kind in adapted if kind not in whole]
@@ -56,14 +58,27 @@ def describe_left_out(model: nn.Module) -> str | None:
     left_out = {
         name: reason for name, reason in bypassed(model).items() if not isinstance(modules[name], BaseTunerLayer)
     }
-    kinds: dict[str, str] = {name.rpartition(".")[2]: str(reason) for name, reason in left_out.items()}
-    return "; ".join(f"without {kind}: {reason}" for kind, reason in kinds.items()) or None
+    kinds: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        kinds.setdefault(str(reason), []).append(name.rpartition(".")[2])
+    return "; ".join(f"without {' '.join(dict.fromkeys(names))}: {reason}" for reason, names in kinds.items()) or None
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
     """The last part of the names of the linear projections, each once, in their order."""
     names = (name for name, module in named_modules if isinstance(module, (nn.Linear, Conv1D)))
     return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+
+
+def expert_names(model: PreTrainedModel) -> list[str]:
+    """The last two parts of the names of the experts' projections, each once."""
+    return list(dict.fromkeys(f"{key.rpartition('.')[2]}.{name}" for key, name in all_experts(model)))
+
+
+def layers_without_adapted_experts(model: nn.Module) -> int:
+    """Number of modules of experts that no adapter wraps."""
+    modules = model.named_modules()
+    return sum(bool(expert_parameters(module)) and not name.endswith(".base_layer") for name, module in modules)
 
 
 def _is_target(name: str, targets: list[str] | str) -> bool:
@@ -86,6 +101,22 @@ def _check_names(model: PreTrainedModel, config: AdapterConfig) -> None:
             f"adapter.target_modules: {shown} matches no module of this model. "
             f"Its linear projections are {', '.join(linear_names(model.named_modules()))}."
         )
+
+
+def _check_experts(model: PreTrainedModel, config: AdapterConfig) -> None:
+    names = [f"{key}.{name}" for key, name in all_experts(model)]
+    if config.experts and not names:
+        raise UserError("adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false.")
+    for target in config.target_parameters or []:
+        if not any(_is_target(name, [target]) for name in names):
+            there = f"Its experts' are {', '.join(expert_names(model))}." if names else "It has none, it is dense."
+            raise UserError(f"adapter.target_parameters: {target!r} is no expert's projection in this model. {there}")
+    targeted = expert_names(model) if config.experts else config.target_parameters or []
+    rank, widths = config.expert_r or config.r, {}
+    for key, name in all_experts(model):
+        if _is_target(f"{key}.{name}", targeted):
+            widths[f"{key}.{name}"] = tuple(getattr(model.get_submodule(key), name).shape[1:])
+    _check_width("r" if config.expert_r is None else "expert_r", rank, widths)
 
 
 def _check_layers(model: PreTrainedModel, config: AdapterConfig) -> None:
@@ -144,14 +175,17 @@ def _check_they_run(model: PreTrainedModel, config: AdapterConfig) -> None:
 
 
 def _check_rank(model: PreTrainedModel, config: AdapterConfig) -> None:
+    _check_width("r", config.r, {name: _widths(module) for name, module in _targeted(model, config).items()})
+
+
+def _check_width(setting: str, rank: int | None, widths: dict[str, tuple[int, int]]) -> None:
     """Refuses a rank above d_in or d_out of every target: B h spans at most d_out directions, A x at most d_in."""
-    widths = {name: _widths(module) for name, module in _targeted(model, config).items()}
-    if config.r is None or not widths or any(config.r <= min(sides) for sides in widths.values()):
+    if rank is None or not widths or any(rank <= min(sides) for sides in widths.values()):
         return
     name, (d_in, d_out) = max(widths.items(), key=lambda item: min(item[1]))
     raise UserError(
-        f"adapter.r={config.r} is more than the width of every targeted projection: {name}, the widest, maps {d_in} "
-        f"to {d_out}. Use adapter.r={min(d_in, d_out)} or less."
+        f"adapter.{setting}={rank} is more than the width of every targeted projection: {name}, the widest, maps "
+        f"{d_in} to {d_out}. Use adapter.{setting}={min(d_in, d_out)} or less."
     )
 
 

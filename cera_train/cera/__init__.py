@@ -6,10 +6,21 @@ from peft.utils import register_peft_method
 from .bypass import unfuse
 from .config import CeraConfig
 from .coverage import CoverageCallback, check_coverage
+from .experts import CeraExperts
 from .layer import CeraLayer
 from .model import CeraModel
+from .optimizer import create_loraplus_optimizer
 
-__all__ = ["CeraConfig", "CeraLayer", "CeraModel", "CoverageCallback", "check_coverage", "unfuse"]
+__all__ = [
+    "CeraConfig",
+    "CeraExperts",
+    "CeraLayer",
+    "CeraModel",
+    "CoverageCallback",
+    "check_coverage",
+    "create_loraplus_optimizer",
+    "unfuse",
+]
 
 
 def _add_peft_type(name: str) -> None:

@@ -1,15 +1,15 @@
-"""y + s B hidden(A x) as one step of autograd: the numbers of the plain formula, less memory, first derivatives only.
+"""y + s B hidden(A drop(x)) as one step of autograd: the numbers of the plain formula, less memory.
 
-From forward to backward it keeps x, which the base's graph mostly holds anyway, and z = A x. The gate and the dropout
-mask are r wide and computed again; no tensor d_out wide is allocated, since B's product is added in place.
+From forward to backward it keeps x, which the base's graph mostly holds anyway, and z = A drop(x). The gate and the
+dropout masks are computed again; no tensor d_out wide is allocated, since B's product is added in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 
 def add_branch(
@@ -18,19 +18,24 @@ def add_branch(
     A: torch.Tensor,
     B: torch.Tensor,
     scaling: float,
-    hidden: Callable[[torch.Tensor], torch.Tensor],
+    hidden: Callable[..., torch.Tensor],
+    parameters: Sequence[torch.Tensor] = (),
+    drop: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> torch.Tensor:
-    """result + s B hidden(A x), written into `result`.
+    """result + s B hidden(A drop(x)), written into `result`.
 
     Args:
         result: [..., d_out], contiguous, of x's dtype.
         x: [..., d_in].
         A: [r, d_in]. B: [d_out, r].
-        hidden: gate and dropout, [N, r] -> [N, r]; the same input gives the same output at every call.
+        hidden: gate and dropout, ([N, r], *parameters) -> [N, r]; the same input gives the same output at every call.
+        parameters: the gate's, which get gradients.
+        drop: multiplies [N, d_in] by a mask, the same at every call.
     """
     if torch.is_grad_enabled():
-        return _AddBranch.apply(result, x, A, B, scaling, hidden)
-    result.view(-1, len(B)).addmm_(hidden(_rows(x) @ A.T), B.T, alpha=scaling)  # result += s hidden(x A^T) B^T
+        return _AddBranch.apply(result, x, A, B, scaling, hidden, drop, *parameters)
+    z = drop(_rows(x)) @ A.T
+    result.view(-1, len(B)).addmm_(hidden(z, *parameters), B.T, alpha=scaling)  # result += s hidden(z) B^T
     return result
 
 
@@ -43,29 +48,39 @@ class _AddBranch(torch.autograd.Function):
         A: torch.Tensor,
         B: torch.Tensor,
         scaling: float,
-        hidden: Callable[[torch.Tensor], torch.Tensor],
+        hidden: Callable[..., torch.Tensor],
+        drop: Callable[[torch.Tensor], torch.Tensor],
+        *parameters: torch.Tensor,
     ) -> torch.Tensor:
-        z = _rows(x) @ A.T
-        result.view(-1, len(B)).addmm_(hidden(z), B.T, alpha=scaling)
-        ctx.save_for_backward(x, z, A, B)
-        ctx.scaling, ctx.hidden = scaling, hidden
+        z = drop(_rows(x)) @ A.T
+        result.view(-1, len(B)).addmm_(hidden(z, *parameters), B.T, alpha=scaling)
+        ctx.save_for_backward(x, z, A, B, *parameters)
+        ctx.scaling, ctx.hidden, ctx.drop = scaling, hidden, drop
         ctx.mark_dirty(result)
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, z, A, B = ctx.saved_tensors
+        x, z, A, B, *parameters = ctx.saved_tensors
+        is_differentiated = torch.is_grad_enabled()  # create_graph=True: this gradient is differentiated once more
+        if is_differentiated:
+            z = ctx.drop(_rows(x)) @ A.T  # the saved one has no graph
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            h = ctx.hidden(z)
+            z, *parameters = (_leaf(value, is_differentiated) for value in (z, *parameters))
+            h = ctx.hidden(z, *parameters)
         grad_branch = _rows(grad_output)
-        grad_h = (grad_branch @ B).mul_(ctx.scaling)
-        (grad_z,) = torch.autograd.grad(h, z, grad_h)
-        grad_x = (grad_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
-        grad_A = grad_z.T @ _rows(x) if ctx.needs_input_grad[2] else None
-        grad_B = grad_branch.T @ h.detach().mul(ctx.scaling) if ctx.needs_input_grad[3] else None
-        return grad_output, grad_x, grad_A, grad_B, None, None
+        grad_h = (grad_branch @ B) * ctx.scaling
+        grad_z, *grad_parameters = torch.autograd.grad(h, (z, *parameters), grad_h, create_graph=is_differentiated)
+        # A mask multiplies the gradient of x as it multiplied x.
+        grad_x = ctx.drop(grad_z @ A).view_as(x) if ctx.needs_input_grad[1] else None
+        grad_A = grad_z.T @ ctx.drop(_rows(x)) if ctx.needs_input_grad[2] else None
+        grad_B = grad_branch.T @ (h * ctx.scaling) if ctx.needs_input_grad[3] else None
+        return grad_output, grad_x, grad_A, grad_B, None, None, None, *grad_parameters
+
+
+def _leaf(value: torch.Tensor, has_graph: bool) -> torch.Tensor:
+    """`value` to differentiate by: with its graph, or as a leaf."""
+    return value if has_graph and value.requires_grad else value.detach().requires_grad_()
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft import PeftConfig, PeftType
+from peft.utils.other import get_pattern_key
 
 ACTIVATIONS = ("silu", "relu", "gelu", "identity")
 """The gates between A and B. `identity` makes the branch linear: LoRA with its dropout moved."""
 
+INITS = ("kaiming_normal", "kaiming_uniform")
+DROPOUT_PLACES = ("hidden", "input")
+MIXES = ("none", "learned")
+BIASES = ("none", "all", "cera_only")
+
 
 @dataclass
 class CeraConfig(PeftConfig):
-    """Configuration of y = W0 x + s B dropout(gate(A x)), arXiv 2602.22911.
+    """Configuration of y = W0 x + s B drop(gate(A x)), arXiv 2602.22911.
+
+    The variants, each one line of mathematics; z = A x, and m is the mask of dropout:
+
+    - `init`: A ~ N(0, 2 / d_in) for kaiming_normal, the paper's; A ~ U(-1 / sqrt(d_in), 1 / sqrt(d_in)) for
+      kaiming_uniform, PEFT's for LoRA.
+    - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as PEFT's LoRA has it.
+    - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma for a module, 0 at the start.
+    - `recurrent_steps=n`: B drop(gate(z_n)), z_0 = z, z_(i+1) = z_i + W_out silu(W_in z_i / rms(z_i)) / n, with W_in
+      and W_out [r, r] trained, W_out 0 at the start.
+    - `use_rslora`: s = alpha / sqrt(r).
 
     Raises:
         ValueError: a field is outside its range, or two fields contradict each other.
@@ -23,15 +40,24 @@ class CeraConfig(PeftConfig):
     alpha: float | None = field(
         default=None, metadata={"help": "The branch is scaled by alpha / r; None means a scale of 1, as in the paper."}
     )
-    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a hidden unit, after the gate."})
+    dropout: float = field(default=0.1, metadata={"help": "Probability of dropping a unit, where dropout_on puts it."})
     activation: str = field(default="silu", metadata={"help": f"The gate: {', '.join(ACTIVATIONS)}."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={
             "help": "Module names (matched from the end), a regular expression for the whole name, or 'all-linear'. "
-            "None takes q_proj and v_proj, as in the paper."
+            "None takes q_proj and v_proj, as in the paper; where a model has none, those that PEFT takes for LoRA; "
+            "beside target_parameters none."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Experts' 3-D parameters (matched from the end), such as mlp.experts.gate_up_proj: every expert "
+            "gets a branch."
+        },
+    )
+    expert_r: int | None = field(default=None, metadata={"help": "Rank of an expert's branch; None means r."})
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out again."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layer indices."})
     layers_pattern: list[str] | str | None = field(
@@ -43,18 +69,58 @@ class CeraConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "Start B at zero, so the adapted model starts as the base. False: for tests."}
     )
+    init: str = field(default="kaiming_normal", metadata={"help": f"How A is drawn: {', '.join(INITS)}."})
+    dropout_on: str = field(default="hidden", metadata={"help": f"What drops units: {', '.join(DROPOUT_PLACES)}."})
+    mix: str = field(default="none", metadata={"help": "learned: a trained share gamma of the gate in every module."})
+    recurrent_steps: int = field(default=0, metadata={"help": "Residual steps between A and the gate."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale the branch by alpha / sqrt(r)."})
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Name or regular expression of modules -> their rank instead of r."}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict, metadata={"help": "Name or regular expression of modules -> their alpha."}
+    )
+    bias: str = field(default="none", metadata={"help": f"The base's biases to train: {', '.join(BIASES)}."})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained, by PEFT's trainable tokens."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Train and save a module of modules_to_save and what is tied to it as one."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CERA")
-        if not (isinstance(self.r, int) and self.r > 0):
-            raise ValueError(f"r must be a positive integer, got {self.r!r}.")
+        ranks = [("r", self.r), *_named("rank_pattern", self.rank_pattern)]
+        if self.expert_r is not None:
+            ranks.append(("expert_r", self.expert_r))
+        for name, r in ranks:
+            if not (isinstance(r, int) and r > 0):
+                raise ValueError(f"{name} must be a positive integer, got {r!r}.")
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}.")
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha must be positive, or None for a scale of 1, got {self.alpha!r}.")
+        for name, alpha in _named("alpha_pattern", self.alpha_pattern):
+            if not (isinstance(alpha, (int, float)) and alpha > 0):
+                raise ValueError(f"{name} must be positive, got {alpha!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout!r}.")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}.")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+        if not (isinstance(self.recurrent_steps, int) and self.recurrent_steps >= 0):
+            raise ValueError(f"recurrent_steps must be 0 or a positive integer, got {self.recurrent_steps!r}.")
+        self.check_contradictions()
+
+    def check_contradictions(self) -> None:
+        """Raises ValueError where two fields contradict each other."""
+        if self.expert_r is not None and not self.target_parameters:
+            raise ValueError("expert_r has a meaning only with target_parameters: name experts' parameters there.")
+        if self.mix == "learned" and self.activation == "identity":
+            raise ValueError("mix='learned' mixes the gate with the identity: activation must not be 'identity'.")
+        if self.use_rslora and self.alpha is None:
+            raise ValueError("use_rslora divides alpha by sqrt(r), and alpha=None is a scale of 1: set alpha.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern has a meaning only with layers_to_transform: set that too.")
         is_expression = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
@@ -64,11 +130,44 @@ class CeraConfig(PeftConfig):
                 "name the layers in the expression."
             )
 
+    def of_module(self, name: str) -> CeraConfig:
+        """The settings of one module: its rank and alpha by the patterns."""
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
+        r = self.rank_pattern.get(get_pattern_key(self.rank_pattern, name), self.r)
+        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, name), self.alpha)
+        return replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def of_experts(self, name: str) -> CeraConfig:
+        """The settings of an experts' parameter: `expert_r` in place of r, then the patterns."""
+        r = self.r if self.expert_r is None else self.expert_r
+        return replace(self, r=r, expert_r=None).of_module(name)
+
+    @property
+    def has_learned_gate(self) -> bool:
+        """Whether the gate has parameters."""
+        return self.mix == "learned" or self.recurrent_steps > 0
+
     @property
     def scaling(self) -> float:
         """The factor s in front of the branch."""
-        return 1.0 if self.alpha is None else self.alpha / self.r
+        if self.alpha is None:
+            return 1.0
+        return self.alpha / math.sqrt(self.r) if self.use_rslora else self.alpha / self.r
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in a fixed order so that a saved config has the same bytes every time."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+CHOICES = {
+    "activation": ACTIVATIONS,
+    "init": INITS,
+    "dropout_on": DROPOUT_PLACES,
+    "mix": MIXES,
+    "bias": BIASES,
+}
+
+
+def _named(field: str, pattern: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(f"{field}[{key!r}]", value) for key, value in pattern.items()]

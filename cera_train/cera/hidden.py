@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -18,24 +19,27 @@ from .branch import seeded_dropout
 GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Identity}
 """The module of every name in `config.ACTIVATIONS`."""
 
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
 KERNELS = ("torch", "triton")
 
 
-def hidden(z: torch.Tensor, gate: nn.Module, p: float, seed: int, kernels: str = "torch") -> torch.Tensor:
+def hidden(z: torch.Tensor, gate: Gate, p: float, seed: int, kernels: str = "torch") -> torch.Tensor:
     """dropout(gate(z)), [N, r] -> [N, r]. A share p is dropped, and the mask follows from the seed.
 
     Args:
         kernels: torch or triton. Triton falls back to torch for a tensor it cannot take: one on a CPU, of 64 bits, or
-            of 2^31 elements and more.
+            of 2^31 elements and more; and for a gate that is none of `GATES`.
     """
-    if kernels == "triton" and z.is_cuda and z.dtype.itemsize <= 4 and z.numel() < 2**31:
+    fits = z.is_cuda and z.dtype.itemsize <= 4 and z.numel() < 2**31 and type(gate) in GATES.values()
+    if kernels == "triton" and fits:
         from . import kernels as triton_kernels
 
         return triton_kernels.hidden(z, gate, p, seed)
     return hidden_by_torch(z, gate, p, seed)
 
 
-def hidden_by_torch(z: torch.Tensor, gate: nn.Module, p: float, seed: int) -> torch.Tensor:
+def hidden_by_torch(z: torch.Tensor, gate: Gate, p: float, seed: int) -> torch.Tensor:
     """The same by torch's operations, for any dtype on any device."""
     return seeded_dropout(gate(z), p, seed) if p else gate(z)
 

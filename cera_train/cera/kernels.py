@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 BLOCK = 1024
 """Elements that one program of the grid computes."""
@@ -39,8 +39,9 @@ class _Hidden(torch.autograd.Function):
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_h: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True. `once_differentiable` notices only a grad_h with a graph
+            raise RuntimeError("CeRA's Triton kernels have first derivatives only: set the layers' kernels to 'torch'.")
         (z,) = ctx.saved_tensors
         gate, p, seed = ctx.settings
         grad_z = torch.empty_like(z)

@@ -6,7 +6,6 @@ W0 is never read, only called: the same layer stands on nn.Linear, transformers'
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import add_branch
+from .branch import add_branch, seeded_dropout
 from .config import CeraConfig
-from .hidden import GATES, hidden
+from .gate import LearnedGate, draw_matrix, make_gate, with_parameters
+from .hidden import hidden
 
 BASE_ADAPTER = "__base__"
 """PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
@@ -35,19 +35,29 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         TypeError: the base layer is not a linear projection.
     """
 
-    adapter_layer_names = ("cera_A", "cera_B")
-    other_param_names = ("r", "scaling", "cera_gate", "cera_dropout")
+    adapter_layer_names = ("cera_A", "cera_B", "cera_gate")
+    other_param_names = ("r", "scaling", "drops_input", "cera_dropout")
 
     kernels = "torch"
     """What computes gate and dropout: torch or triton. A choice for one process, which no file stores."""
+
+    cast_input_dtype_enabled = True
+    """Whether x is cast to the adapter's dtype; `peft.helpers.disable_input_dtype_casting` sets it."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: CeraConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
+        self._make_containers(adapter_name)
+        self.train(base_layer.training)  # a new module is in train mode, and would drop units of a model in eval mode
+        self.update_layer(adapter_name, config)
+
+    def _make_containers(self, adapter_name: str) -> None:
+        """The parts of all adapters, by the adapter's name."""
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
+        self.drops_input: dict[str, bool] = {}
         self.cera_A = nn.ModuleDict()
         self.cera_B = nn.ModuleDict()
         self.cera_gate = nn.ModuleDict()
@@ -55,28 +65,30 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: CeraConfig) -> None:
         """Adds an adapter, or replaces the one of that name."""
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.scaling
+        self.drops_input[adapter_name] = config.dropout_on == "input"
         dtype = self.base_dtype if self.base_dtype.itemsize >= 4 else torch.float32
         self.cera_A[adapter_name] = nn.Linear(self.in_features, config.r, bias=False, dtype=dtype)
         self.cera_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False, dtype=dtype)
-        self.cera_gate[adapter_name] = GATES[config.activation]()
+        self.cera_gate[adapter_name] = make_gate(config, dtype)
         self.cera_dropout[adapter_name] = nn.Dropout(config.dropout).train(self.training)
-        self.reset_parameters(adapter_name, config.init_weights)
+        self.reset_parameters(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def reset_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Draws A from a Kaiming normal (fan-in, gain of relu); B starts at zero, so update 0 is the base model."""
-        nn.init.kaiming_normal_(self.cera_A[adapter_name].weight, nonlinearity="relu")
-        if init_weights:
+    def reset_parameters(self, adapter_name: str, config: CeraConfig) -> None:
+        """Draws A (`config.init`); B starts at zero, so update 0 is the base model."""
+        draw_matrix(self.cera_A[adapter_name].weight, config.init)
+        if config.init_weights:
             nn.init.zeros_(self.cera_B[adapter_name].weight)
         else:
             nn.init.kaiming_normal_(self.cera_B[adapter_name].weight, nonlinearity="linear")
+        if isinstance(gate := self.cera_gate[adapter_name], LearnedGate):
+            gate.reset_parameters(config)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -86,66 +98,84 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Casts A and B to the base's 16 bits: PEFT's `autocast_adapter_dtype=False`."""
-        for linears in (self.cera_A, self.cera_B):
-            if adapter_name in linears:
-                linears[adapter_name].to(self.base_dtype)
+        for part in self._trained(adapter_name):
+            part.to(self.base_dtype)
+
+    def _trained(self, adapter_name: str) -> list[nn.Module]:
+        """A, B and the gate of an adapter."""
+        parts = (getattr(self, name) for name in self.adapter_layer_names)
+        return [part[adapter_name] for part in parts if adapter_name in part]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Moves and never casts. PEFT calls this on loaded weights too; its version rounds them to a 16-bit base."""
         if device is None:
             device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        for linears in (self.cera_A, self.cera_B):
-            if adapter_name in linears and not linears[adapter_name].weight.is_meta:
-                linears[adapter_name].to(device)
+        for part in self._trained(adapter_name):
+            if not any(parameter.is_meta for parameter in part.parameters()):
+                part.to(device)
+
+    def _parts(self, adapter_name: str) -> tuple[nn.Linear, nn.Linear, nn.Module, nn.Dropout, nn.Dropout]:
+        """A, B, the gate, dropout of x, dropout of the hidden units."""
+        A, B, gate = self.cera_A[adapter_name], self.cera_B[adapter_name], self.cera_gate[adapter_name]
+        dropout = self.cera_dropout[adapter_name]
+        dropouts = (dropout, NO_DROPOUT) if self.drops_input[adapter_name] else (NO_DROPOUT, dropout)
+        return A, B, gate, *dropouts
 
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
-        A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
-        gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
+        A, B, gate, dropout_x, dropout = self._parts(adapter_name)
         if autocast_dtype(x.device) is None:
             # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at once.
             x = self._cast_input_dtype(x, A.weight.dtype)
-        return self.scaling[adapter_name] * B(dropout(gate(A(x))))
+        return self.scaling[adapter_name] * B(dropout(gate(A(dropout_x(x)))))
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """The projection with its active branches; with `adapter_names`, one adapter for each row of the batch."""
-        result = self.base_layer(x, *args, **kwargs)
+        output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return result
+            return output
+        result = output
         if self.quantization_backend is not None:
-            result = self.quantization_backend.maybe_clone_base_result(result)
+            result = self.quantization_backend.maybe_clone_base_result(output)
         if adapter_names is not None:
             return self._forward_by_row(x, result, adapter_names)
+        is_ours = result is not output
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A:
-                result = self._add_branch(result, x, adapter_name)
+                result = self._add_branch(result, x, adapter_name, is_ours)
+                is_ours = True
         return result
 
-    def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """result + branch(x), in place where that rounds nowhere else and both matrices may be read."""
-        A, B = self.cera_A[adapter_name], self.cera_B[adapter_name]
-        gate, dropout = self.cera_gate[adapter_name], self.cera_dropout[adapter_name]
+    def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_ours: bool) -> torch.Tensor:
+        """result + branch(x), fused where that rounds nowhere else and all weights may be read."""
+        A, B, gate, dropout_x, dropout = self._parts(adapter_name)
         dtype = autocast_dtype(x.device) or A.weight.dtype
-        fits = result.dtype == dtype and result.is_contiguous() and not torch.compiler.is_compiling()
-        if not (fits and is_plain(A) and is_plain(B)):
+        fits = not is_transformed() and result.dtype == dtype and result.is_contiguous()
+        if not (fits and is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain_gate(gate)):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
-        if torch.is_grad_enabled() and result._is_view():
-            # A bias or 8-bit weights return a view, which autograd does not let an in-place operation change.
+        # Others may hold the output of a base layer with hooks, or need it in backward. A bias or 8-bit weights return
+        # a view, which autograd does not let an in-place operation change.
+        is_writable = is_ours or is_plain(self.base_layer, nn.Linear, Conv1D)
+        if not is_writable or (torch.is_grad_enabled() and result._is_view()):
             result = result.clone()
-        p = dropout.p if dropout.training else 0.0
+        p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
         # The CPU's generator: reading a number from the GPU's would wait for the GPU.
-        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
-        gate_and_dropout = functools.partial(hidden, gate=gate, p=p, seed=seed, kernels=self.kernels)
-        matrices = A.weight.to(dtype), B.weight.to(dtype)
-        return add_branch(result, x.to(dtype), *matrices, self.scaling[adapter_name], gate_and_dropout)
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p_x or p else 0
+
+        def drop_x(x: torch.Tensor) -> torch.Tensor:
+            return seeded_dropout(x, p_x, seed) if p_x else x
+
+        def gate_and_dropout(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+            return hidden(z, with_parameters(gate, parameters), p, seed, self.kernels)
+
+        matrices, parameters = (A.weight.to(dtype), B.weight.to(dtype)), tuple(gate.parameters())
+        scaling = self.scaling[adapter_name]
+        return add_branch(result, x.to(dtype), *matrices, scaling, gate_and_dropout, parameters, drop_x)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                f"adapter_names must name one adapter for each row: expected {len(x)} names, got {len(adapter_names)}."
-            )
+        check_rows(len(x), adapter_names)
         result = result.clone()  # its rows are written to
         for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
             rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
@@ -156,8 +186,23 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         """Refused: the branch is not a matrix."""
         raise ValueError(MERGE_REFUSAL)
 
+    def unmerge(self) -> None:
+        """Does nothing: nothing is ever merged."""
+
     def __repr__(self) -> str:
         return "cera." + super().__repr__()
+
+
+class CeraLinear(CeraLayer):
+    """A `CeraLayer` under the name by which `all-linear` of a second adapter finds it: PEFT looks for "Linear"."""
+
+
+def check_rows(rows: int, adapter_names: list[str]) -> None:
+    """Raises ValueError where there is not one name for each row."""
+    if len(adapter_names) != rows:
+        raise ValueError(
+            f"adapter_names must name one adapter for each row: expected {rows} names, got {len(adapter_names)}."
+        )
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -166,11 +211,32 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if is_on else None
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether its weight may be read without a call: FSDP1, ZeRO-3 and offloading fetch a weight at the call."""
-    has_hooks = linear._forward_pre_hooks or linear._forward_hooks or hasattr(linear, "_hf_hook")
-    return type(linear) is nn.Linear and not has_hooks
+def is_plain(module: nn.Module, *classes: type) -> bool:
+    """Whether it is of one of these classes, and a call of it does what its class does.
 
+    FSDP1, ZeRO-3 and offloading fetch a weight at the call, and a hook may keep the output.
+    """
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return type(module) in classes and not any(hooks) and not {"forward", "_hf_hook"} & vars(module).keys()
+
+
+def is_plain_gate(gate: nn.Module) -> bool:
+    """Whether its weights, if any, may be read without a call."""
+    return type(gate) is not LearnedGate or is_plain(gate, LearnedGate)
+
+
+def is_transformed() -> bool:
+    """Whether something reads the operations, and could not read into the fused branch: torch.compile, torch.func,
+    torch.jit.trace, forward-mode derivatives."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+NO_DROPOUT = nn.Dropout(0.0).eval()
 
 MERGE_REFUSAL = (
     "CeRA cannot be merged: its branch is non-linear in x, so no weight matrix equals W0 plus the branch. "

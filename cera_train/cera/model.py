@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import nn
 
 from .bypass import bypass, exclude_bypassed, keep_scale, runs_beside
 from .config import CeraConfig
-from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer
+from .experts import CeraExperts, all_experts, expert_parameters
+from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, CeraLinear, check_rows
 
 
 class CeraModel(BaseTuner):
@@ -23,14 +27,60 @@ class CeraModel(BaseTuner):
 
     prefix = "cera_"
     tuner_layer_cls = CeraLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # --- building ----------------------------------------------------------------------------------------------------
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model, as PEFT does. Leaves out of all-linear what would never run, and records it
+        in `exclude_modules`."""
+        keep_scale(model)
+        config = self.peft_config[adapter_name]
+        is_all = str(config.target_modules).lower() == "all-linear"
+        if is_all and (found := exclude_bypassed(config, model)):
+            warnings.warn(f"all-linear leaves out {', '.join(found)}: {next(iter(found.values()))}.", stacklevel=2)
+        with warnings.catch_warnings():
+            # PEFT looks for patterns among modules; `_prepare_model` has looked among experts' parameters too.
+            warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
         if config.target_modules is None:
-            config.target_modules = ["q_proj", "v_proj"]  # the paper's, for every architecture
+            alone = config.target_parameters
+            config.target_modules = [] if alone else self._default_targets(model_config.get("model_type"))
+            config.check_contradictions()
         return config
+
+    def _default_targets(self, model_type: str | None) -> set[str] | str:
+        """q_proj and v_proj, the paper's; where a model has none, what PEFT takes for LoRA."""
+        mapped = self.target_module_mapping.get(model_type)
+        names = {name.rpartition(".")[2] for name, _ in self.model.named_modules()}
+        if isinstance(mapped, str):  # an expression for a part of the model, as its language model
+            return mapped
+        if names >= {"q_proj", "v_proj"}:
+            return {"q_proj", "v_proj"}
+        if mapped is None:
+            raise ValueError(
+                f"target_modules=None: a model of type {model_type} has no q_proj and v_proj, and PEFT no default for "
+                "it. Name the projections to adapt, or set target_modules='all-linear'."
+            )
+        return set(mapped)
+
+    def _prepare_model(self, config: CeraConfig, model: nn.Module) -> None:
+        """Refuses a pattern or a parameter's name that matches no target, before anything is adapted."""
+        experts = [f"{key}.{name}" for key, names in self._targeted_parameters(config, model).items() for name in names]
+        if not (config.rank_pattern or config.alpha_pattern):
+            return
+        config = _maybe_include_all_linear_layers(replace(config), model)
+        targets = [name for name, _ in model.named_modules() if self._check_target_module_exists(config, name)]
+        targets += experts
+        for field in ("rank_pattern", "alpha_pattern"):
+            patterns = getattr(config, field)
+            unmatched = patterns.keys() - {get_pattern_key(patterns, name) for name in targets}
+            if unmatched:
+                raise ValueError(
+                    f"{field} has {', '.join(map(repr, sorted(unmatched)))}, which matches no target module."
+                )
 
     @staticmethod
     def _check_target_module_exists(config: CeraConfig, key: str) -> Any:
@@ -40,15 +90,6 @@ class CeraModel(BaseTuner):
             config = replace(config, target_modules=[key.rpartition(".")[2]])
             found = "." in key and BaseTuner._check_target_module_exists(config, key)
         return found
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Leaves out of all-linear what would never run, and records it in `exclude_modules`."""
-        keep_scale(model)
-        config = self.peft_config[adapter_name]
-        is_all = str(config.target_modules).lower() == "all-linear"
-        if is_all and (found := exclude_bypassed(config, model)):
-            warnings.warn(f"all-linear leaves out {', '.join(found)}: {next(iter(found.values()))}.", stacklevel=2)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_compatiblity(self, *args: Any) -> None:
         """Does nothing: PEFT's list of Mamba models is for LoRA. `_create_and_replace` asks the model's source."""
@@ -67,16 +108,67 @@ class CeraModel(BaseTuner):
             others = ", ".join(runs_beside(parent)) or "modules of another kind"
             unfused = ", or call cera_train.cera.unfuse(model) before" if found.is_fused else ""
             raise ValueError(f"target module {current_key!r}: {found}. Target {others} instead{unfused}.")
+        if isinstance(target, CeraExperts) or expert_parameters(target):
+            raise ValueError(f"target module {current_key!r} holds experts: name its parameters in target_parameters.")
+        config = config.of_module(current_key)
         if isinstance(target, CeraLayer):
             target.update_layer(adapter_name, config)
             return
         try:
-            layer = CeraLayer(target, adapter_name, config)
+            layer = CeraLinear(target, adapter_name, config)
         except TypeError as error:
             raise ValueError(f"target module {current_key!r} cannot be adapted. {error}") from error
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an additional adapter is not trainable until it is made active
         self._replace_module(parent, target_name, layer, target)
+
+    def _targeted_parameters(self, config: CeraConfig, model: nn.Module) -> dict[str, list[str]]:
+        """Names of the parameters in target_parameters, by their module's.
+
+        Raises:
+            ValueError: a name matches nothing.
+        """
+        found, matched = defaultdict(list), set()
+        for full_name, _ in model.named_parameters():
+            if ".cera_" in full_name or not config.target_parameters:
+                continue
+            key, _, name = full_name.replace(".base_layer.", ".").rpartition(".")
+            by = {target for target in config.target_parameters if f".{key}.{name}".endswith(f".{target}")}
+            matched |= by
+            if by and self._check_target_module_exists(replace(config, target_modules=[key]), key):
+                found[key].append(name)
+        for target in config.target_parameters or []:
+            if target not in matched:
+                experts = sorted({f"{key.rpartition('.')[2]}.{name}" for key, name in all_experts(model)})
+                there = f"Its experts' are {', '.join(experts)}." if experts else "It has no experts: it is dense."
+                raise ValueError(f"target_parameters: {target!r} matches no parameter of this model. {there}")
+        return found
+
+    def _inject_parameters(
+        self, peft_config: CeraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Puts branches on experts, on all targeted parameters of a module at once."""
+        targets = self._targeted_parameters(peft_config, model)
+        for key, names in targets.items():
+            parent, target, target_name = _get_submodules(model, key)
+            configs = {name: peft_config.of_experts(f"{key}.{name}") for name in names}
+            try:
+                with torch.device("meta") if low_cpu_mem_usage else nullcontext():
+                    if isinstance(target, CeraExperts):
+                        target.update_layer(adapter_name, configs)
+                        continue
+                    experts = CeraExperts(target, adapter_name, configs)
+            except TypeError as error:
+                raise ValueError(f"target_parameters of {key!r} cannot be adapted. {error}") from error
+            if adapter_name not in self.active_adapters:
+                experts.requires_grad_(False)  # as in `_create_and_replace`
+            self._replace_module(parent, target_name, experts, target)
+        return [f"{key}.{name}" for key, names in targets.items() for name in names]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's would also assign weights, which fails where it takes trainable tokens out, and move the branch, which
+        # the layer has done.
+        setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -103,16 +195,28 @@ class CeraModel(BaseTuner):
                 f"{', '.join(sorted(self.peft_config))}, and {BASE_ADAPTER} for none."
             )
         copies = self._copies_of_a_row(kwargs)
+        rows_of: dict[nn.Module, int] = {}  # experts see tokens, the block around them rows
+
+        def remember_rows(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            rows_of.update(dict.fromkeys(block.children(), len(_first_tensor(args, kwargs))))
 
         def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            count = rows_of[layer] if isinstance(layer, CeraExperts) else len(_first_tensor(args, kwargs))
             # an encoder still runs on the rows themselves
-            repeats = 1 if len(args[0]) == len(adapter_names) else copies
+            repeats = 1 if count == len(adapter_names) else copies
             names = [name for name in adapter_names for _ in range(repeats)]
             if isinstance(layer, AuxiliaryTrainingWrapper):  # fails on an adapter that has no module to save here
                 names = [name if name in layer._get_available_adapters() else BASE_ADAPTER for name in names]
+            if isinstance(layer, CeraExperts):
+                check_rows(count, names)
             return args, kwargs | {"adapter_names": names}
 
         hooks = [
+            block.register_forward_pre_hook(remember_rows, with_kwargs=True)
+            for block in self.modules()
+            if any(isinstance(child, CeraExperts) for child in block.children())
+        ]
+        hooks += [
             layer.register_forward_pre_hook(add_names, with_kwargs=True)
             for layer in self.modules()
             if isinstance(layer, (CeraLayer, AuxiliaryTrainingWrapper))
@@ -133,6 +237,17 @@ class CeraModel(BaseTuner):
 
         return max(setting("num_beams"), setting("num_return_sequences"))
 
+    # --- weights that are tied ----------------------------------------------------------------------------------------
+
+    def _add_modules_to_save_to_tie(self, config: CeraConfig, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(self, config, tied_weight_keys)
+
+    def _add_targets_to_tie(self, config: CeraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            "ensure_weight_tying: an embedding takes no CeRA branch, so none can be tied to the head's. Leave the head "
+            "out of target_modules."
+        )
+
     # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
@@ -148,6 +263,15 @@ class CeraModel(BaseTuner):
     # --- loading -----------------------------------------------------------------------------------------------------
 
     @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT looks for it before the last name at most; experts' matrices have their parameter's name there.
+        for part in CeraLayer.adapter_layer_names:
+            head, found, tail = key.partition(f".{part}.{adapter_name}.")
+            if found:
+                return f"{head}.{part}.{tail}"
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: CeraConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
@@ -158,12 +282,13 @@ class CeraModel(BaseTuner):
         """
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         places = set(model.state_dict())
-        needed = {
-            key for key in places if key.endswith((f".cera_A.{adapter_name}.weight", f".cera_B.{adapter_name}.weight"))
-        }
+        parts = [f".{part}.{adapter_name}." for part in CeraLayer.adapter_layer_names]
+        needed = {key for key in places if any(part in key for part in parts)}
         missing = sorted(needed - set(state_dict))
+        # bias="all" saves the biases of a module to save twice, once without the adapter's name.
+        whole = ".modules_to_save.", f".modules_to_save.{adapter_name}."
         extra = sorted(
-            key for key in state_dict if key not in places and key.removeprefix("base_model.model.") not in places
+            key for key in state_dict if not {key, key.replace(*whole), key.removeprefix("base_model.model.")} & places
         )
         if missing or extra:
             raise ValueError(
@@ -172,6 +297,10 @@ class CeraModel(BaseTuner):
                 "Check that it belongs to this base model and to these target_modules."
             )
         return state_dict
+
+
+def _first_tensor(args: tuple, kwargs: dict) -> torch.Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
 
 def _first(keys: list[str]) -> str:

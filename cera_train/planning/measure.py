@@ -20,6 +20,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from cera_train.adapters.config import AdapterConfig
@@ -230,9 +231,29 @@ def half_if_causal(formula: Callable) -> Callable:
     return lambda *arguments, **settings: formula(*arguments, **settings) // (1 + any(it is True for it in arguments))
 
 
+def grouped_flops(a: torch.Tensor, b: torch.Tensor, *arguments: Any, **settings: Any) -> int:
+    """Operations of a grouped product: [S, in] with [E, in, out], or in backward [in, S] with [S, out]."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+def both_gradients(a: torch.Tensor, b: torch.Tensor, *arguments: Any, **settings: Any) -> int:
+    return 2 * grouped_flops(a, b)
+
+
+def grouped_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """What a grouped product returns. torch computes it for 32 bits too, but has the shapes for bfloat16 alone."""
+    return a.new_empty(a.shape[0], b.shape[-1]) if b.ndim == 3 else a.new_empty(len(ends), a.shape[0], b.shape[-1])
+
+
 ATEN = torch.ops.aten
 FLASH = "_scaled_dot_product_flash_attention"
-FORMULAS = flop_registry | {ATEN.addmm_: flop_registry[ATEN.addmm]}
+FORMULAS = flop_registry | {
+    ATEN.addmm_: flop_registry[ATEN.addmm],
+    ATEN._grouped_mm: grouped_flops,
+    torch.ops.transformers.grouped_mm_fallback: grouped_flops,
+}
+if hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
+    FORMULAS[torch.ops.transformers.grouped_mm_fallback_backward] = both_gradients
 FORMULAS |= {
     getattr(ATEN, f"{FLASH}_for_cpu{end}"): half_if_causal(flop_registry[getattr(ATEN, FLASH + end)])
     for end in ("", "_backward")
@@ -251,7 +272,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if operation is ATEN._local_scalar_dense.default:
             return 0
-        output = operation(*args, **(kwargs or {}))
+        is_grouped = operation is ATEN._grouped_mm.default
+        output = grouped_shape(*args[:3]) if is_grouped else operation(*args, **(kwargs or {}))
         if (formula := FORMULAS.get(operation._overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=output)
         return output

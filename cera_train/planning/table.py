@@ -66,7 +66,8 @@ def print_plan(plan: RunPlan) -> None:
 
 
 def _adapter(adapter: AdapterConfig) -> str:
-    return f"{adapter.kind} r={adapter.r} on {targets(adapter.target_modules)}"
+    places = [place for place in (targets(adapter.target_modules), adapter.adapted_experts) if place]
+    return f"{adapter.kind} r={adapter.r} on {' and '.join(places)}"
 
 
 def _figures(plan: RunPlan) -> dict[str, dict[str, str]]:

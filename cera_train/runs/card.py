@@ -98,7 +98,9 @@ def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | 
 def _trained(config: Config, result: RunResult) -> dict[str, str]:
     model, adapter, targets = config.model, config.adapter, config.adapter.target_modules
     rank = "" if adapter.r is None else f" of rank {adapter.r}"
-    where = "" if targets is None else f" on {targets if isinstance(targets, str) else ', '.join(targets)}"
+    modules = targets or "" if isinstance(targets, str | None) else ", ".join(targets)
+    places = " and ".join(filter(None, (modules, adapter.adapted_experts)))
+    where = f" on {places}" if places else ""
     return {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
-from cera_train.adapters.targets import describe_left_out, describe_targets
+from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.adapters.unfused import describe_unfused
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
@@ -38,6 +38,7 @@ def print_start(session: Session, precision: Precision) -> None:
     batch_size = session.config.train.batch_size
     print_line("run", f"{session.folder.path}, {updates:,} updates of {batch_size} sequences{already}")
     print_model(session, precision)
+    print_experts(session)
     print_device(session)
     print_data(session.data, session.tokenizer)
 
@@ -71,6 +72,15 @@ def print_coverage(session: Session) -> None:
         print_line("unfused", describe_unfused(session.model))
 
 
+def print_experts(session: Session) -> None:
+    """The experts that all-linear leaves out: who asks for all of them would look for them in vain."""
+    adapter = session.config.adapter
+    layers = layers_without_adapted_experts(session.model) if adapter.target_modules == "all-linear" else 0
+    if layers:
+        mend = ": adapter.experts=true adds them" if "experts" in adapter.family.uses else ""
+        print_line("experts", f"those of {layers} layers are not adapted, all-linear leaves them out{mend}")
+
+
 def describe_adapter(adapter: AdapterConfig) -> str:
     parts = [adapter.method or str(adapter.kind)]
     if adapter.r is not None:
@@ -79,8 +89,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
         parts.append(str(adapter.activation))
     if "dropout" in adapter.family.uses:
         parts.append(f"dropout {adapter.dropout:g}")
-    if adapter.target_modules:
-        parts.append(f"on {targets(adapter.target_modules)}")
+    if places := [place for place in (targets(adapter.target_modules or ""), adapter.adapted_experts) if place]:
+        parts.append(f"on {' and '.join(places)}")
     return ", ".join(parts)
 
 
@@ -183,7 +193,8 @@ def next_commands(config: Config, folder: str) -> dict[str, str]:
     scripts = started.parent if started.name == "cera-train" else sysconfig.get_path("scripts")
     bin = "" if shutil.which("cera-train") else f"{scripts}/"  # `make` starts .venv/bin/cera-train
     commands = {
-        "ask it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
+        "ask it": [f"{bin}cera-chat", f"run={folder}"],
+        "grade it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
         f"train {other}": [f"{bin}cera-train", *kept, f"adapter={other}", f"name={config.name}_{other}"],
         "compare": [f"{bin}cera-report", folder, f"{folder}_{other}"],
     }

@@ -162,7 +162,8 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
     """The spectrum of each module, as it is written."""
     return {
         name: ModuleSpectrumRecord(
-            module.effective_rank, module.manifold_dimension, module.dead_units, module.singular_values.tolist()
+            *(module.effective_rank, module.manifold_dimension, module.dead_units),
+            *(module.singular_values.tolist(), module.gamma),
         )
         for name, module in spectra.items()
     }

@@ -33,6 +33,9 @@ OVERRIDES = {
 }
 TITLES = {
     "cera": "CeRA",
+    "cera_aligned": "CeRA aligned",
+    "cera_identity": "CeRA identity",
+    "cera_mix": "CeRA mix",
     "dora": "DoRA",
     "full": "full fine-tuning",
     "hira": "HiRA",

@@ -47,6 +47,14 @@ def refuses(message: str):
         ("adapter=peft", "adapter.method=null: name a method of PEFT"),
         ("adapter=miss adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0 is a ratio for the learning rate of B"),
         ("adapter.b_lr_ratio=0", "adapter.b_lr_ratio=0.0 must be positive"),
+        ("adapter=lora adapter.mix=learned", "adapter.mix=learned is a mix of cera's gate .* set adapter.mix=none"),
+        ("adapter=dora adapter.init=kaiming_uniform", "adapter.init=kaiming_uniform is a draw of cera's A"),
+        ("adapter=lora adapter.dropout_on=input", "adapter.dropout_on=input is a place for the dropout of cera"),
+        ("adapter=lora adapter.recurrent_steps=2", "adapter.recurrent_steps=2 is a number of steps"),
+        ("adapter.recurrent_steps=-1", "adapter.recurrent_steps=-1 must be 0 or more"),
+        ("adapter=cera_mix adapter.activation=identity", "adapter.activation=identity is none: set another"),
+        ("adapter=cera_mix adapter.kernels=triton", "adapter.kernels=triton computes no gate with parameters"),
+        ("adapter.recurrent_steps=1 adapter.kernels=triton", "as adapter.mix=none adapter.recurrent_steps=1 has"),
     ],
 )
 def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
@@ -164,6 +172,32 @@ def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(confi
 
 
 # --- targets and rank ------------------------------------------------------------------------------------------------
+
+
+def test_presets_of_cera_are_what_their_names_say(compose):
+    variants = ("alpha", "dropout", "activation", "init", "dropout_on", "mix", "recurrent_steps")
+
+    def fields(name: str) -> tuple:
+        config = build.adapter_config(compose(f"adapter={name}").adapter)
+        return tuple(getattr(config, variant) for variant in variants)
+
+    assert fields("cera") == (None, 0.1, "silu", "kaiming_normal", "hidden", "none", 0)
+    assert fields("cera_aligned") == (None, 0.1, "silu", "kaiming_uniform", "input", "none", 0)
+    assert fields("cera_identity") == (None, 0.1, "identity", "kaiming_normal", "hidden", "none", 0)
+    assert fields("cera_mix") == (None, 0.1, "silu", "kaiming_normal", "hidden", "learned", 0)
+
+
+def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
+    with refuses("adapter.kind=cera .*rank_pattern has 'o_proj', which matches no target module"):
+        build.build(make_tiny_llama(), AdapterConfig(r=4, settings={"rank_pattern": {"o_proj": 2}}))
+    config = AdapterConfig(r=4, settings={"rank_pattern": {"q_proj": 2}, "use_rslora": True}, alpha=8)
+    layer = build.build(make_tiny_llama(), config).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert (layer.r, layer.scaling) == ({"default": 2}, {"default": 8 / 2**0.5})
+
+
+def test_a_gate_with_parameters_is_computed_by_torch():
+    config = AdapterConfig(mix="learned")
+    assert build.choose_kernels(config, torch.device("cuda")) == "torch"
 
 
 @pytest.mark.parametrize("kind", ["cera", "lora", "dora", "rslora"])

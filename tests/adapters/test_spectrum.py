@@ -18,6 +18,9 @@ from cera_train.training.train import spectrum_records
 
 CONFIGS = {
     "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
+    "cera_mix": CeraConfig(r=6, mix="learned", init_weights=False, task_type="CAUSAL_LM"),
+    "cera_recurrent": CeraConfig(r=6, recurrent_steps=2, init_weights=False, task_type="CAUSAL_LM"),
+    "cera_on_input": CeraConfig(r=6, alpha=2, dropout=0.5, dropout_on="input", init_weights=False),
     "cera_identity": CeraConfig(r=6, activation="identity", init_weights=False, task_type="CAUSAL_LM"),
     "lora": peft.LoraConfig(r=6, lora_alpha=3, init_lora_weights=False, target_modules=["q_proj", "v_proj"]),
     "dora": peft.LoraConfig(
@@ -81,12 +84,37 @@ def test_dead_units_are_those_never_open_on_the_probe():
     assert spectra["model.layers.0.self_attn.q_proj"].dead_units == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "cera_identity"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "cera_identity", "cera_mix"])
 def test_a_branch_without_a_gate_has_no_dead_units(kind):
     model = adapted(kind)
     spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert all(spectrum.dead_units is None for spectrum in spectra.values())
     assert not any("dead_units" in name for name in spectrum_metrics(spectra))
+
+
+def test_a_recurrent_branch_has_dead_units_where_its_gate_is_closed_after_the_steps():
+    model = adapted("cera_recurrent")
+    seen = []
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.cera_gate["default"].gate.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    for row in ROWS[:1]:
+        model.eval()(input_ids=torch.tensor([row]))
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS[:1], MASKS[:1]), True)])
+    expected = (seen[0] <= 0).all(0).double().mean().item()
+    assert spectra["model.layers.0.self_attn.q_proj"].dead_units == pytest.approx(expected)
+
+
+def test_gamma_is_the_mean_over_modules_and_each_modules():
+    model = adapted("cera_mix")
+    gates = {n: m.cera_gate["default"] for n, m in model.named_modules() if type(m).__name__ == "CeraLinear"}
+    for k, gate in enumerate(gates.values()):
+        torch.nn.init.constant_(gate.gamma, 0.25 * k)
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    assert spectrum_metrics(spectra)["adapter/gamma"] == pytest.approx(0.375)
+    assert [spectrum.gamma for spectrum in spectra.values()] == pytest.approx([0, 0.25, 0.5, 0.75])
+    published = adapted("cera")
+    spectra = measure_spectra(published, forward_of(published), [(flat_batch(ROWS, MASKS), True)])
+    assert "adapter/gamma" not in spectrum_metrics(spectra)
 
 
 def test_effective_rank_and_manifold_dimension_by_hand():

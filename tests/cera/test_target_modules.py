@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 from cera_models import WARNINGS, adapted, cera_layers, tiny_gpt2
 from conftest import make_tiny_llama
 from peft import PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from cera_train.cera import CeraConfig
 
@@ -64,8 +68,44 @@ def test_a_target_that_is_no_projection_is_refused_by_its_name():
 def test_targets_that_match_nothing_are_refused():
     with pytest.raises(ValueError, match="not found in the base model"):
         adapted(target_modules=["no_such_proj"])
-    with pytest.raises(ValueError, match="q_proj"):
-        adapted(tiny_gpt2())  # the default targets are the paper's
+
+
+MAPPED = sorted(
+    name for name in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING if name in CONFIG_MAPPING and name != "gemma4"
+)
+
+
+def skeleton(model_type: str, names: Iterable[str]) -> nn.Module:
+    """A module with linears of these names and the config of a model type."""
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+    model.config = CONFIG_MAPPING[model_type]()
+    return model
+
+
+@pytest.mark.parametrize("model_type", MAPPED)
+def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
+    targets = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type])
+    paper = {"q_proj", "v_proj"}
+    model = get_peft_model(skeleton(model_type, [*targets, "other"]), CeraConfig(r=2))
+    assert set(cera_layers(model)) == (paper if paper <= targets else targets)
+
+
+def test_without_targets_gpt2_takes_the_projection_that_holds_q_k_and_v():
+    model = adapted(tiny_gpt2())
+    assert set(cera_layers(model)) == {f"transformer.h.{layer}.attn.c_attn" for layer in range(2)}
+    assert adapted(tiny_gpt2(), layers_to_transform=[1]).peft_config["default"].target_modules == {"c_attn"}
+
+
+def test_without_targets_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="target_modules=None: a model of type vit has no q_proj and v_proj"):
+        get_peft_model(skeleton("vit", ["query"]), CeraConfig())
+    with pytest.raises(ValueError, match="Name the projections"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), CeraConfig())
+
+
+def test_a_default_that_is_an_expression_contradicts_a_choice_of_layers():
+    with pytest.raises(ValueError, match="cannot be combined with a regular expression"):
+        get_peft_model(skeleton("gemma4", ["q_proj", "v_proj"]), CeraConfig(r=2, layers_to_transform=[0]))
 
 
 @pytest.mark.parametrize(

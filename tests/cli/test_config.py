@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from cera_train.adapters.config import Activation, AdapterKind
+from cera_train.adapters.config import Activation, AdapterKind, DropoutOn, Init, Mix
 from cera_train.cli.composition import options
 from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, leaves, to_plain
@@ -41,6 +41,7 @@ def test_the_globs_found_the_files():
     assert {path.stem for path in RECIPES} == {
         *("quickstart", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
         *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
+        *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora"),
     }
 
 
@@ -85,6 +86,23 @@ def test_recipes_hold_the_published_settings(compose):
 
     nf4 = compose("+recipe=math_r64_nf4")
     assert (nf4.model.quantization, nf4.optimizer.kind) == ("nf4", OptimizerKind.paged_adamw_8bit)
+
+
+def test_recipes_of_other_protocols_hold_their_settings(compose):
+    aligned = compose("+recipe=metamath_r64_aligned")
+    assert (aligned.adapter.init, aligned.adapter.dropout_on, aligned.adapter.r) == ("kaiming_uniform", "input", 64)
+    assert (aligned.adapter.target_modules, aligned.data.loss_on) == ("all-linear", LossOn.completion)
+    assert (aligned.optimizer.lr, aligned.optimizer.schedule, aligned.optimizer.warmup_ratio) == (1e-4, "cosine", 0.03)
+
+    cera, lora = compose("+recipe=peft_comparison_cera"), compose("+recipe=peft_comparison_lora")
+    assert (cera.adapter.kind, lora.adapter.kind) == ("cera", "lora")
+    assert (lora.adapter.r, lora.adapter.alpha, lora.adapter.dropout) == (32, 64, 0)
+    for config in (cera, lora):
+        assert config.model.path == "meta-llama/Llama-3.2-3B"
+        assert (config.train.batch_size, config.train.max_updates, config.optimizer.lr) == (4, 5000, 1e-4)
+        assert (config.optimizer.weight_decay, config.optimizer.warmup_ratio) == (0.1, 0.1)
+        assert config.data.prompt == "Question: {query} Think step by step.\nAnswer:"
+        assert (config.data.loss_on, config.data.max_length) == (LossOn.all, 768)
 
 
 def test_the_defaults_are_those_of_the_settings_and_no_recipe_restates_them(compose):
@@ -194,11 +212,13 @@ def test_to_plain_is_yaml_and_composes_the_same_config(compose):
     assert set(plain) == {field.name for field in fields(Config)}
 
 
-def test_both_names_for_the_gates_agree():
-    from cera_train.cera.config import ACTIVATIONS
-    from cera_train.cera.layer import GATES
+def test_both_names_for_the_choices_of_cera_agree():
+    from cera_train.cera.config import ACTIVATIONS, CHOICES
+    from cera_train.cera.hidden import GATES
 
     assert tuple(Activation) == ACTIVATIONS == tuple(GATES)
+    for name, choices in (("init", Init), ("dropout_on", DropoutOn), ("mix", Mix)):
+        assert tuple(choices) == CHOICES[name]
 
 
 def test_templates_take_line_breaks_as_the_readme_quotes_them(compose):

@@ -25,9 +25,15 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
-    *("computes", "architectures"),
+    *("computes", "architectures", "serving"),
 }
-SCHEMAS = {"cera-train": "config", "cera-eval": "eval", "cera-plan": "plan"}
+SCHEMAS = {
+    "cera-train": "config",
+    "cera-eval": "eval",
+    "cera-plan": "plan",
+    "cera-chat": "chat",
+    "cera-export": "export",
+}
 NOT_RUN = "<!-- not run by the tests"
 MADE_BY_COMMANDS = ("outputs/", "report/")
 """Folders that the pages' commands create."""

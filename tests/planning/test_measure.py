@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from moe_models import MIXTURES, SIZES
 from test_parameters import save_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
@@ -189,7 +190,50 @@ def test_8_bit_linears_keep_what_they_read(tmp_path):
 
 
 def test_a_model_that_needs_values_is_refused_in_one_line(tmp_path):
-    model = replace(save_config("mixtral", tmp_path), dtype="float32")  # torch has no shapes for its experts' product
-    with pytest.raises(ValueError, match="cannot run a model of type mixtral without its weights .Runtime") as e:
-        measure(model, Q_AND_V, BATCH)
+    """JetMoE splits tokens by the number that each expert got."""
+    settings = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+    }
+    AutoConfig.for_model("jetmoe", **settings, intermediate_size=48, pad_token_id=0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot run a model of type jetmoe without its weights .Runtime") as e:
+        measure(ModelConfig(path=str(tmp_path), dtype="float32"), replace(Q_AND_V, target_modules=["kv_proj"]), BATCH)
     assert "\n" not in str(e.value)
+
+
+# --- mixtures of experts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "adapter", [Q_AND_V, replace(Q_AND_V, experts=True), replace(Q_AND_V, experts=True, expert_r=8)]
+)
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_mixtures_save_what_was_measured(tmp_path, model_type, adapter, dtype):
+    attention = "eager" if model_type == "gpt_oss" else "sdpa"
+    model = replace(save_mixture(model_type, tmp_path), dtype=dtype, attn_implementation=attention)
+    saved, batch = really_saved(model, adapter, dtype == "bfloat16", "auto")
+    assert measure(model, adapter, batch, True).saved_bytes == pytest.approx(saved, abs=PLACES_FOR_A_MASK)
+
+
+def test_operations_of_experts_by_hand(tmp_path):
+    """Each token passes k experts: frozen ones cost two for a multiply and add forward, A and B too."""
+    frozen, expert_r, k, tokens = replace(Q_AND_V, dropout=0.0), 8, 2, ROWS * LENGTH
+    model = replace(save_mixture("mixtral", tmp_path), dtype="float32")
+    without, with_experts = (
+        measure(model, adapter, BATCH) for adapter in (frozen, replace(frozen, experts=True, expert_r=expert_r))
+    )
+    sides = (32 + 48) + (24 + 32)  # of gate_up_proj and down_proj
+    branches = 2 * 2 * expert_r * sides * k * tokens
+    assert with_experts.forward - without.forward == branches
+    assert with_experts.evaluation - without.evaluation == branches
+    assert with_experts.backward - without.backward == 2 * branches
+
+
+def save_mixture(model_type: str, folder) -> ModelConfig:
+    settings = SIZES | MIXTURES[model_type] | {"vocab_size": 128}
+    AutoConfig.for_model(model_type, **settings).save_pretrained(folder)
+    return ModelConfig(path=str(folder), dtype="bfloat16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_conv1d_and_experts_have_rows(tmp_path):
     assert set(gpt2.adapter) == {"c_attn"}
     mixtral = count_parameters(save_config("mixtral", tmp_path / "mixtral"), AdapterConfig(r=4))
     assert mixtral.frozen["MLP"] >= 6 * 4 * 3 * 32 * 48
+
+
+@pytest.mark.parametrize("expert_r", [None, 2])
+def test_adapted_experts_have_a_row(tmp_path, expert_r):
+    model = save_config("mixtral", tmp_path)
+    adapter = AdapterConfig(r=4, target_modules="all-linear", experts=True, expert_r=expert_r)
+    check_counts(model, adapter)
+    counted = count_parameters(model, adapter).adapter
+    assert counted["experts"] == 6 * 4 * (expert_r or 4) * ((32 + 2 * 48) + (48 + 32))
+    assert set(counted) == {"q_proj", "k_proj", "v_proj", "o_proj", "experts"}
+    assert "experts" not in count_parameters(model, replace(adapter, experts=False, expert_r=None)).adapter
 
 
 def test_a_trained_head_is_known(tmp_path):

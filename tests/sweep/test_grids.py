@@ -96,7 +96,7 @@ def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
         (plan,) = plans_of(f"+recipe={name}", f"plan.gpu={gpu}")
         header = (config_dir("recipes") / f"{name}.yaml").read_text()
         assert f"{plan.gpu_hours:.1f} hours of one {called} by cera-plan" in header
-        assert f"{plan.totals.updates:,} updates of 64" in header
+        assert f"{plan.totals.updates:,} updates of {plan.config.train.batch_size}" in header
 
 
 @pytest.mark.slow

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from cera_train.adapters.config import AdapterConfig
 from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import Allowed, SupervisedLoss
-from cera_train.training.console import describe_speed
+from cera_train.training.console import describe_adapter, describe_speed
 
 
 @pytest.mark.parametrize(
@@ -38,3 +39,16 @@ def test_compiled_layers_and_kernels_are_said(tiny_llama):
     supervised.is_compiled = True
     said = describe_speed(BatchLayout.padded, supervised, "no Triton kernels beside compiled layers")
     assert said.endswith("; compiled layers; no Triton kernels beside compiled layers")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "on q_proj v_proj"),
+        ({"experts": True}, "on q_proj v_proj and all experts at r=8"),
+        ({"experts": True, "expert_r": 2, "target_modules": "all-linear"}, "on all-linear and all experts at r=2"),
+        ({"target_modules": [], "target_parameters": ["experts.down_proj"]}, "on experts.down_proj at r=8"),
+    ],
+)
+def test_an_adapter_is_described_with_its_places(settings, expected):
+    assert describe_adapter(AdapterConfig(r=8, **settings)) == f"cera r=8, silu, dropout 0.1, {expected}"

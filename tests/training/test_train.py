@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.settings import to_plain
@@ -77,6 +78,18 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished, tiny_folder)
     assert len(json.loads((folder / "spectrum.json").read_text())) == 4
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_learned_mix_logs_its_gamma(tiny_config):
+    config = tiny_config("adapter=cera_mix", "adapter.r=4", "adapter.recurrent_steps=1")
+    train(config)
+    gammas = [line["adapter/gamma"] for line in metrics_of(config) if "eval/loss" in line]
+    assert gammas[0] == 0
+    assert len(gammas) == 4
+    modules = json.loads((folder_of(config) / "spectrum.json").read_text())
+    assert gammas[-1] == pytest.approx(sum(module["gamma"] for module in modules.values()) / 4) != 0
+    weights = load_file(folder_of(config) / "adapter" / "adapter_model.safetensors")
+    assert sum(name.endswith("cera_gate.gamma") for name in weights) == 4
 
 
 def test_metrics_have_the_promised_names(finished):

@@ -2,44 +2,154 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
+from cera_train.common.settings import require
 
 if TYPE_CHECKING:
     import peft
+    import torch
     from torch import nn
+    from transformers import PreTrainedModel
+
+    from cera_train.cera.experts import CeraExperts, ExpertMatrices
 
 
 class Cera(RankedPeft):
     name = "CeRA"
-    uses = RankedPeft.uses | {"activation", "kernels"}
+    uses = RankedPeft.uses | {
+        *("activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"),
+        *("target_parameters", "experts", "expert_r"),
+    }
     b_matrix = "cera_B"
+
+    def check(self, config: Any) -> None:
+        super().check(config)
+        steps = config.recurrent_steps
+        require(steps >= 0, f"adapter.recurrent_steps={steps} must be 0 or more.")
+        require(
+            not (config.mix == "learned" and config.activation == "identity"),
+            "adapter.mix=learned mixes the gate with the identity, and adapter.activation=identity is none: set "
+            "another, or adapter.mix=none.",
+        )
+        require(
+            not (self.has_learned_gate(config) and config.kernels == "triton"),
+            f"adapter.kernels=triton computes no gate with parameters, as adapter.mix={config.mix} "
+            f"adapter.recurrent_steps={steps} has: set adapter.kernels=auto.",
+        )
+        adapts_experts = config.experts or config.target_parameters
+        require(
+            not (config.experts and config.target_parameters),
+            "adapter.experts=true adapts all experts: leave out adapter.target_parameters.",
+        )
+        require(
+            config.expert_r is None or adapts_experts,
+            f"adapter.expert_r={config.expert_r} is the rank of an expert, and none is adapted: set "
+            "adapter.experts=true or adapter.target_parameters=[...].",
+        )
+
+    def has_learned_gate(self, config: Any) -> bool:
+        """Whether the gate has parameters, so that torch computes it."""
+        return config.mix == "learned" or config.recurrent_steps > 0
+
+    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+        from cera_train.adapters.targets import expert_names
+
+        if config.experts:
+            config = replace(config, experts=False, target_parameters=expert_names(base))
+        return super().build(base, config)
 
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        fields = {"r": config.r, "alpha": config.alpha, "dropout": config.dropout, "activation": str(config.activation)}
+        plain = ("r", "alpha", "dropout", "recurrent_steps", "target_parameters")
+        fields = {name: getattr(config, name) for name in plain}
+        fields |= {name: str(getattr(config, name)) for name in ("activation", "init", "dropout_on", "mix")}
+        fields["expert_r"] = config.expert_r if config.target_parameters else None  # `build` knows all experts' names
         return self.make(CeraConfig, config, fields)
 
     def branch(self, module: nn.Module) -> Branch | None:
-        from torch import nn
+        from cera_train.cera import CeraExperts, CeraLayer
 
-        from cera_train.cera import CeraLayer
-
-        if not isinstance(module, CeraLayer) or ADAPTER not in module.r:
+        if not isinstance(module, CeraLayer) or isinstance(module, CeraExperts) or ADAPTER not in module.r:
             return None
         A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
         scaling = module.scaling[ADAPTER]
         return Branch(
             module,
             A,
-            gate=None if isinstance(gate, nn.Identity) else gate,
             r=module.r[ADAPTER],
             out_features=module.out_features,
             gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
+            **gate_fields(gate),
         )
+
+    def branches(self, module: nn.Module) -> dict[str, Branch]:
+        from cera_train.cera import CeraExperts
+
+        if not isinstance(module, CeraExperts) or ADAPTER not in module.r:
+            return super().branches(module)
+        return {
+            f".{name}.{expert}": self._expert_branch(module, name, expert)
+            for name, matrices in module.cera_A[ADAPTER].items()
+            for expert in range(len(matrices.weight))
+        }
+
+    def _expert_branch(self, module: CeraExperts, name: str, expert: int) -> Branch:
+        A, B, gate = (part[ADAPTER][name] for part in (module.cera_A, module.cera_B, module.cera_gate))
+        scaling = module.scaling[ADAPTER][name]
+
+        def gram() -> torch.Tensor:
+            B_e = B.weight[expert].double()
+            return scaling**2 * B_e.T @ B_e
+
+        return ExpertBranch(
+            A,
+            ExpertMatrix(A, expert),
+            r=module.r[ADAPTER][name],
+            out_features=B.weight.shape[1],
+            gram=gram,
+            **gate_fields(gate),
+        )
+
+
+def gate_fields(gate: nn.Module) -> dict[str, Any]:
+    """What a branch's gate is, as fields of `Branch`."""
+    from torch import nn
+
+    from cera_train.cera.gate import LearnedGate
+
+    mixes = isinstance(gate, LearnedGate) and gate.gamma is not None
+    activation = gate.gate if isinstance(gate, LearnedGate) else gate
+    return {
+        "gate": None if isinstance(gate, nn.Identity) else gate,
+        "closes": not (mixes or isinstance(activation, nn.Identity)),
+        "gamma": (lambda: gate.gamma.item()) if mixes else None,
+    }
+
+
+@dataclass
+class ExpertMatrix:
+    """One of the matrices of a layer's experts."""
+
+    matrices: ExpertMatrices
+    expert: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.matrices.weight[self.expert]
+
+
+class ExpertBranch(Branch):
+    """The branch of one expert: A gets the rows that are routed to it."""
+
+    def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
+        x, routing = inputs
+        pairs = routing.pairs_of[self.A.expert]
+        return x[pairs] if is_token is None else x[pairs][is_token[routing.tokens[pairs]]]
 
 
 FAMILY = Cera()

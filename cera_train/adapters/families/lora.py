@@ -33,8 +33,11 @@ class Lora(RankedPeft):
 
     def branch(self, module: nn.Module) -> Branch | None:
         from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora.layer import ParamWrapper
         from torch import nn
 
+        if isinstance(module, ParamWrapper):  # adds to the experts' weights: there are no hidden units
+            return None
         if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
             return None
         variant = type(module.lora_variant[ADAPTER]).__name__ if ADAPTER in module.lora_variant else None

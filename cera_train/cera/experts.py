@@ -1,0 +1,309 @@
+"""y = W_e x + s B_e dropout(gate(A_e x)) for every expert e of a mixture, in the experts' projections.
+
+transformers keeps the experts of a layer as 3-D parameters, W: [E, out, in], and calls them through an interface of
+implementations. Ours sorts the tokens by expert, runs the base's grouped product, and adds the branch to gate and up
+before their product, to down before the routing weights. A: [E, r, in], B: [E, out, r].
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
+
+from .branch import seeded_dropout
+from .config import CeraConfig
+from .gate import LearnedGate, draw_matrix, make_gate
+from .hidden import hidden
+from .layer import CeraLayer, autocast_dtype
+
+IMPLEMENTATION = "cera"
+"""Our name in transformers' experts interface."""
+
+Branches = Callable[[str, torch.Tensor, torch.Tensor, "Routing"], torch.Tensor]
+"""(parameter name, W x, x, routing) -> W x with the branches added."""
+
+
+@dataclass
+class Routing:
+    """Pairs of a token and one of its experts, sorted by expert."""
+
+    order: torch.Tensor
+    """Places of the pairs in top_k_index, flattened, [S]."""
+    tokens: torch.Tensor
+    """The pairs' tokens, [S]."""
+    experts: torch.Tensor
+    """The pairs' experts, ascending, [S]."""
+    ends: torch.Tensor
+    """The place after the last pair of every expert, int32, [E]."""
+
+    @functools.cached_property
+    def pairs_of(self) -> list[slice]:
+        """The places of every expert's pairs. On a GPU this waits for it."""
+        ends = [0, *self.ends.tolist()]
+        return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+    @classmethod
+    def by_expert(cls, top_k_index: torch.Tensor, num_experts: int) -> Routing:
+        """The routing of top_k_index, [tokens, k]."""
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        return cls(order, order // top_k_index.shape[-1], experts, _ends(experts, num_experts))
+
+    def select(self, pairs: torch.Tensor) -> Routing:
+        """The routing of some pairs alone, given by their ascending places."""
+        experts = self.experts[pairs]
+        return Routing(self.order[pairs], self.tokens[pairs], experts, _ends(experts, len(self.ends)))
+
+
+def _ends(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+    every_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
+    return torch.searchsorted(experts, every_expert, right=True, out_int32=True)
+
+
+def grouped_product(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows of x, sorted by expert, times their expert's matrix: [S, in], [E, in, out] -> [S, out]."""
+    # torch's grouped product takes no float64, and only rows of a multiple of 16 bytes.
+    if x.dtype == torch.float64 or any(width * x.element_size() % 16 for width in weight.shape[1:]):
+        return torch.ops.transformers.grouped_mm_fallback(x, weight, ends)
+    return _grouped_mm(x, weight, ends)
+
+
+# --- the implementation ----------------------------------------------------------------------------------------------
+
+
+def experts_forward(
+    experts: nn.Module,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    branches: Branches | None = None,
+) -> torch.Tensor:
+    """The experts' output with branches; without any, the base's by the implementation that the model is set to.
+
+    Args:
+        hidden_states: [tokens, d].
+        top_k_index: the experts of every token, [tokens, k].
+        top_k_weights: their weights, [tokens, k].
+    """
+    if branches is None:
+        base_implementation = experts.config.base_config._experts_implementation
+        forward = ALL_EXPERTS_FUNCTIONS.get_interface(base_implementation, type(experts).forward.__wrapped__)
+        return forward(experts, hidden_states, top_k_index, top_k_weights)
+    routing = Routing.by_expert(top_k_index, experts.num_experts)
+    x = _project(experts, up_name(experts), hidden_states[routing.tokens], routing, branches)
+    x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)
+    x = _project(experts, "down_proj", x, routing, branches)
+    if getattr(experts, "has_post_expert_norm", False):  # transformers 5.10 knows none
+        x = experts.post_expert_norm(x)
+    weighted = x * top_k_weights.reshape(-1)[routing.order, None]
+    back = torch.empty_like(routing.order)
+    back[routing.order] = torch.arange(len(back), device=back.device)
+    # A sum over k, not index_add_, which on CUDA adds in any order.
+    return weighted[back].view(*top_k_index.shape, weighted.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def _project(experts: nn.Module, name: str, x: torch.Tensor, routing: Routing, branches: Branches) -> torch.Tensor:
+    weight = getattr(experts, name)
+    W = weight if experts.is_transposed else weight.transpose(-2, -1)
+    result = grouped_product(x.to(weight.dtype), W, routing.ends)
+    if experts.has_bias:
+        result = result + getattr(experts, f"{name}_bias")[routing.experts]
+    return branches(name, result, x, routing)
+
+
+def up_name(experts: nn.Module) -> str:
+    """The parameter that the hidden states meet first."""
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+# --- the layer -------------------------------------------------------------------------------------------------------
+
+
+class ExpertMatrices(nn.Module):
+    """One matrix for each expert, [E, out, in]."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features, **kwargs))
+
+    def forward(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Rows sorted by expert, [S, in] -> [S, out], in x's dtype."""
+        return grouped_product(x, self.weight.to(x.dtype).transpose(-2, -1), routing.ends)
+
+    def extra_repr(self) -> str:
+        return "experts={}, out_features={}, in_features={}".format(*self.weight.shape)
+
+
+class CeraExperts(CeraLayer):
+    """Frozen experts with CeRA branches beside their projections.
+
+    An adapter's A and B hold one `ExpertMatrices` for each adapted parameter, by its name. The experts of a parameter
+    share a gate that learns.
+
+    Args:
+        base_layer: a module of experts that transformers calls through its interface.
+        adapter_name: the first adapter.
+        configs: its settings by the name of a parameter to adapt.
+
+    Raises:
+        TypeError: the experts cannot be called with branches.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
+        nn.Module.__init__(self)
+        check_experts(base_layer, configs)
+        self.base_layer = base_layer
+        # A config for this module alone: the model's says which implementation runs without branches, and generate()
+        # changes it.
+        base_layer.config, base_config = copy.copy(base_layer.config), base_layer.config
+        base_layer.config.base_config = base_config
+        base_layer.config._experts_implementation_internal = IMPLEMENTATION
+        self._make_containers(adapter_name)
+        self.train(base_layer.training)
+        self.update_layer(adapter_name, configs)
+
+    def update_layer(self, adapter_name: str, configs: dict[str, CeraConfig]) -> None:
+        """Adds an adapter, or replaces the one of that name."""
+        check_experts(self.base_layer, configs)
+        dtype = self.base_dtype if self.base_dtype.itemsize >= 4 else torch.float32
+        parts = self.cera_A, self.cera_B, self.cera_gate, self.cera_dropout
+        for part in parts:
+            part[adapter_name] = nn.ModuleDict()
+        for values in (self.r, self.scaling, self.drops_input):
+            values[adapter_name] = {}
+        A, B, gate, dropout = (part[adapter_name] for part in parts)
+        for name, config in configs.items():
+            num_experts, d_in, d_out = expert_features(self.base_layer, name)
+            self.r[adapter_name][name] = config.r
+            self.scaling[adapter_name][name] = config.scaling
+            self.drops_input[adapter_name][name] = config.dropout_on == "input"
+            A[name] = ExpertMatrices(num_experts, d_in, config.r, dtype=dtype)
+            B[name] = ExpertMatrices(num_experts, config.r, d_out, dtype=dtype)
+            gate[name] = make_gate(config, dtype)
+            dropout[name] = nn.Dropout(config.dropout).train(self.training)
+            self.reset_parameters(adapter_name, name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def reset_parameters(self, adapter_name: str, name: str, config: CeraConfig) -> None:
+        """Draws every expert's A as a projection's; B starts at zero, so update 0 is the base model."""
+        # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
+        A, B = (part[adapter_name][name].weight.detach().flatten(0, 1) for part in (self.cera_A, self.cera_B))
+        draw_matrix(A, config.init)
+        nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
+        if isinstance(gate := self.cera_gate[adapter_name][name], LearnedGate):
+            gate.reset_parameters(config)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        return base_layer.down_proj.device, base_layer.down_proj.dtype
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The experts with their active branches; with `adapter_names`, one adapter for each row of the batch."""
+        if self.disable_adapters:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        if adapter_names is not None:
+            branches = functools.partial(self._add_by_row, adapter_names=adapter_names, tokens=len(hidden_states))
+        elif any(name in self.cera_A for name in self.active_adapters):
+            branches = self._add_active
+        else:
+            return self.base_layer(hidden_states, *args, **kwargs)
+        return self.base_layer(hidden_states, *args, branches=branches, **kwargs)
+
+    def _add_active(self, name: str, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.cera_A and name in self.cera_A[adapter_name]:
+                result = result.add_(self.branch(x, adapter_name, name, routing))
+        return result
+
+    def branch(self, x: torch.Tensor, adapter_name: str, name: str, routing: Routing) -> torch.Tensor:
+        """s B_e dropout(gate(A_e x)), which one adapter adds to a projection, [S, d_in] -> [S, d_out]."""
+        A, B, gate = (part[adapter_name][name] for part in (self.cera_A, self.cera_B, self.cera_gate))
+        dropout, drops_input = self.cera_dropout[adapter_name][name], self.drops_input[adapter_name][name]
+        p = dropout.p if dropout.training else 0.0
+        # The CPU's generator: reading a number from the GPU's would wait for the GPU.
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
+        dtype = autocast_dtype(x.device)
+        x = self._cast_input_dtype(x, A.weight.dtype) if dtype is None else x.to(dtype)
+        if p and drops_input:
+            x = seeded_dropout(x, p, seed)
+        h = hidden(A(x, routing), gate, 0.0 if drops_input else p, seed, self.kernels)
+        return B(h * self.scaling[adapter_name][name], routing)
+
+    def _add_by_row(
+        self,
+        name: str,
+        result: torch.Tensor,
+        x: torch.Tensor,
+        routing: Routing,
+        *,
+        adapter_names: list[str],
+        tokens: int,
+    ) -> torch.Tensor:
+        """The branches of a batch whose rows run through different adapters, flattened row after row to `tokens`."""
+        rows = routing.tokens // (tokens // len(adapter_names))
+        for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
+            if name in self.cera_A[adapter_name]:
+                is_row = torch.tensor([row == adapter_name for row in adapter_names], device=rows.device)
+                pairs = is_row[rows].nonzero().squeeze(1)
+                branch = self.branch(x[pairs], adapter_name, name, routing.select(pairs))
+                result = result.index_add(0, pairs, branch.to(result.dtype))
+        return result
+
+    def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The experts as they were. PEFT calls this, and has refused to merge before."""
+        self.base_layer.config = self.base_layer.config.base_config
+        return self.base_layer
+
+
+# --- what can be adapted ---------------------------------------------------------------------------------------------
+
+
+def expert_parameters(module: nn.Module) -> list[str]:
+    """Names of the projections in a module of experts, which are its parameters; empty for any other module."""
+    held = module._parameters
+    is_experts = held.get("down_proj") is not None and held["down_proj"].ndim > 2
+    return [name for name in ("gate_up_proj", "up_proj", "down_proj") if is_experts and name in held]
+
+
+def all_experts(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names of all projections of experts, as those of their module and in it."""
+    for key, module in model.named_modules():
+        for name in expert_parameters(module):
+            yield key.removesuffix(".base_layer"), name
+
+
+def expert_features(experts: nn.Module, name: str) -> tuple[int, int, int]:
+    """(number of experts, d_in, d_out) of an experts' parameter."""
+    num_experts, *sides = getattr(experts, name).shape
+    d_in, d_out = sides if experts.is_transposed else reversed(sides)
+    return num_experts, d_in, d_out
+
+
+def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
+    """Raises TypeError where branches cannot be added to these parameters of a module."""
+    kind, adaptable = type(experts).__name__, expert_parameters(experts)
+    for name in parameters:
+        weight = getattr(experts, name)
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise TypeError(
+                f"{name} of {kind} is quantised ({weight.dtype}), and its kernel takes no branch: load the experts in "
+                "16 or 32 bits."
+            )
+        if not hasattr(experts, "is_transposed"):
+            raise TypeError(f"{kind} does not run through transformers' experts interface, so no branch would run.")
+        if name not in adaptable:
+            raise TypeError(f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}.")
+    if getattr(experts, "_is_expert_parallel", False):  # nor does it mark these
+        raise TypeError(f"{kind} is spread over processes (expert parallelism): load the model without it.")

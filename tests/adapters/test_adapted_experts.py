@@ -1,0 +1,239 @@
+"""Settings of an adapter on experts, what they build, and the spectra of its branches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from branches import MASKS, ROWS, forward_of
+from conftest import make_tiny_llama
+from moe_models import MIXTURES, expert_config, experts_of, lora_experts, make_mixture
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from cera_train.adapters import build
+from cera_train.adapters.config import AdapterConfig
+from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
+from cera_train.cera import CeraExperts, CeraLayer
+from cera_train.cera.layer import CeraLinear
+from cera_train.common.errors import UserError
+from cera_train.data.batches import flat_batch, padded_batch
+
+DOWN = ["mlp.experts.down_proj"]
+
+
+def refuses(message: str):
+    """One line, whose start is the place."""
+    return pytest.raises(UserError, match=rf"\A{message}[^\n]*\Z")
+
+
+def built(model_type: str = "mixtral", **settings):
+    config = AdapterConfig(**({"r": 4, "dropout": 0.0} | settings))
+    return build.build(make_mixture(model_type).requires_grad_(False), config)
+
+
+# --- what is adapted -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_all_linear_has_experts_in_or_out(model_type):
+    without = built(model_type, target_modules="all-linear")
+    model = built(model_type, target_modules="all-linear", experts=True, expert_r=2)
+    assert not experts_of(without)
+    assert len(experts_of(model)) == 2
+    linears = [name for name, module in without.named_modules() if isinstance(module, CeraLayer)]
+    assert linears == [name for name, module in model.named_modules() if type(module) is CeraLinear]
+    layer = experts_of(model)[0]
+    assert list(layer.cera_A["default"]) == ["gate_up_proj", "down_proj"]
+    assert layer.r["default"] == {"gate_up_proj": 2, "down_proj": 2}
+    weights = sum(
+        weight.numel() for layer in experts_of(model) for weight in layer.parameters() if weight.requires_grad
+    )
+    trainable, total = build.parameter_counts(model)
+    assert (trainable - weights, total - weights) == build.parameter_counts(without)
+    assert model.peft_config["default"].target_parameters == ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def test_settings_are_checked_before_a_model_is_there():
+    build.check(AdapterConfig(r=4, target_modules="all-linear", experts=True, expert_r=2))
+    build.check(AdapterConfig(r=4, target_modules=[], target_parameters=DOWN, expert_r=2))
+
+
+def test_experts_in_some_layers():
+    model = built(target_modules="all-linear", experts=True, layers=[1])
+    adapted = [name for name, module in model.named_modules() if isinstance(module, CeraLayer)]
+    assert adapted
+    assert all(".layers.1." in name for name in adapted)
+    assert len(experts_of(model)) == 1
+
+
+def test_experts_alone():
+    model = built(target_modules=[], target_parameters=DOWN)
+    assert {type(module) for module in model.modules() if isinstance(module, CeraLayer)} == {CeraExperts}
+    assert list(experts_of(model)[0].cera_A["default"]) == ["down_proj"]
+
+
+def test_what_is_saved_loads_to_equal_logits(tmp_path):
+    model = built(experts=True, expert_r=3, alpha=6)
+    for layer in experts_of(model):
+        nn.init.normal_(layer.cera_B["default"]["down_proj"].weight)
+    build.save(model, dict(model.named_parameters()), tmp_path)
+    ids = torch.tensor([ROWS[0]])
+    expected = model.eval()(input_ids=ids).logits
+    for loaded in (build.attach(make_mixture(), tmp_path), PeftModel.from_pretrained(make_mixture(), tmp_path)):
+        assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
+    build.load(built(experts=True, expert_r=3, alpha=6), build.read(tmp_path))
+    with pytest.raises(UserError, match="does not fit this"):
+        build.load(built(experts=True), build.read(tmp_path))
+
+
+def test_every_expert_is_trained_and_b_learns_faster_where_it_should():
+    config = AdapterConfig(r=4, dropout=0.0, experts=True, b_lr_ratio=4)
+    model = build.build(make_mixture().requires_grad_(False), config)
+    groups = build.parameter_groups(model, config)
+    fast = {id(weight) for weight in groups[1]["params"]}
+    assert all(
+        id(matrices.weight) in fast for layer in experts_of(model) for matrices in layer.cera_B["default"].values()
+    )
+
+
+def test_kernels_are_chosen_for_experts_too():
+    model = built(experts=True)
+    build.use_kernels(model, "triton")
+    assert {layer.kernels for layer in experts_of(model)} == {"triton"}
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "lora", "experts": True}, r"adapter.experts=True is a choice of cera's; adapter.kind=lora has none"),
+        ({"kind": "dora", "target_parameters": DOWN}, r"adapter.target_parameters=.* is a choice of experts' param"),
+        ({"kind": "lora", "expert_r": 2}, "adapter.expert_r=2 is the rank of an expert of cera's"),
+        ({"experts": True, "target_parameters": DOWN}, "adapter.experts=true adapts all experts: leave out"),
+        ({"expert_r": 2}, "adapter.expert_r=2 is the rank of an expert, and none is adapted: set adapter.experts=true"),
+        ({"expert_r": 0, "experts": True}, "adapter.expert_r=0 must be positive"),
+        ({"target_modules": []}, r"adapter.target_modules=\[\] must be a list"),
+        ({"target_parameters": []}, r"adapter.target_parameters=\[\] adapts nothing"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with refuses(message):
+        AdapterConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"experts": True}, "adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false."),
+        ({"target_parameters": DOWN}, r"adapter.target_parameters: 'mlp.experts.down_proj' is no .*It has none, it is"),
+    ],
+)
+def test_experts_of_a_dense_model_are_refused(settings, message):
+    with refuses(message):
+        build.build(make_tiny_llama(), AdapterConfig(r=4, **settings))
+
+
+def test_a_name_that_matches_nothing_is_refused():
+    with refuses(r"adapter.target_parameters: 'experts.up_proj' is no expert's .*Its experts' are experts.gate_up_pro"):
+        built(target_parameters=[*DOWN, "experts.up_proj"])
+
+
+def test_a_rank_above_every_width_of_an_expert_is_refused():
+    with refuses(
+        "adapter.expert_r=33 is more than the width of every targeted projection: .*maps .*adapter.expert_r=32"
+    ):
+        built(experts=True, expert_r=33)
+
+
+def test_quantised_experts_are_refused_by_name():
+    model = make_mixture()
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.uint8), requires_grad=False)
+    with refuses(r"adapter.kind=cera: .*layers.1.mlp.experts.*down_proj of MixtralExperts is quantised .torch.uint8"):
+        build.build(model, AdapterConfig(r=4, experts=True))
+
+
+def test_experts_that_no_interface_calls_are_refused_by_name():
+    model = make_mixture()
+    experts = model.model.layers[0].mlp.experts
+    del experts.is_transposed
+    with refuses("adapter.kind=cera: .*MixtralExperts does not run through transformers' experts interface"):
+        build.build(model, AdapterConfig(r=4, experts=True))
+
+
+# --- spectra ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("batch", [flat_batch, padded_batch])
+def test_every_experts_spectrum_equals_an_svd_of_its_outputs(model_type, batch):
+    if model_type == "gpt_oss" and batch is flat_batch:
+        pytest.skip("its attention looks beyond a sequence of a flat row, and so no run flattens its rows")
+    model = get_peft_model(make_mixture(model_type), expert_config(alpha=8, dropout=0.5)).train()
+    probe = [(batch(ROWS[:2], MASKS[:2]), True), (batch(ROWS[2:], MASKS[2:]), True)]
+    spectra = measure_spectra(model, forward_of(model), probe)
+    outputs = expert_outputs(model)
+    assert spectra.keys() == outputs.keys()
+    assert len(spectra) > 8
+    for name, spectrum in spectra.items():
+        expected = torch.linalg.svdvals(outputs[name] - outputs[name].mean(0))
+        count = min(4, len(expected))
+        values = spectrum.singular_values
+        torch.testing.assert_close(values[:count], expected[:count], rtol=5e-3, atol=1e-4 * outputs[name].norm().item())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def expert_outputs(model) -> dict[str, torch.Tensor]:
+    """What the adapter adds for every expert that got tokens, [tokens, d_out], row by row of the probe."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def hook_of(name: str, layer: CeraExperts):
+        def add(parameter, result, x, routing):
+            branch = layer.branch(x, "default", parameter, routing)
+            for place, expert in enumerate(routing.experts.tolist()):
+                found.setdefault(f"{name}.{parameter}.{expert}", []).append(branch[place].double())
+            return result + branch
+
+        return add
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, CeraExperts):
+            layer._add_active = hook_of(name.removeprefix("base_model.model."), layer)
+    model.eval()
+    for row in ROWS:
+        model(input_ids=torch.tensor([row]))
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+def test_metrics_have_mean_and_max_over_a_layers_experts():
+    model = built(experts=True)
+    for layer in experts_of(model):
+        for B in layer.cera_B["default"].values():
+            nn.init.normal_(B.weight)
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    metrics = spectrum_metrics(spectra)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    ranks = [spectrum.effective_rank for key, spectrum in spectra.items() if key.startswith(f"{name}.")]
+    assert len(ranks) == 4
+    assert metrics[f"spectrum/effective_rank/{name}/mean"] == pytest.approx(sum(ranks) / 4)
+    assert metrics[f"spectrum/effective_rank/{name}/max"] == max(ranks)
+    assert 1 < max(ranks) <= 4
+    assert f"spectrum/dead_units/{name}/mean" in metrics
+    assert "spectrum/effective_rank/model.layers.1.self_attn.q_proj" in metrics
+    assert not any(key.rpartition(".")[2].isdigit() for key in metrics)
+
+
+def test_an_expert_without_tokens_has_no_spectrum():
+    model = built("qwen3_moe", target_modules=[], target_parameters=DOWN)
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch([[5]], [[True]]), True)])
+    assert len(spectra) == 2 * 3  # layers and experts of the one token
+    assert all(spectrum.effective_rank == 0 for spectrum in spectra.values())
+
+
+def test_pefts_lora_on_experts_has_no_spectrum():
+    model = built(experts=True, target_modules=[], activation="identity")
+    lora = lora_experts(model, make_mixture(), r=4)
+    assert why_no_spectrum(lora).startswith("PEFT's LORA, as configured, adds no B h")

@@ -1,0 +1,409 @@
+"""The variants of the adapter, each against its line of mathematics in double precision."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from cera_models import WARNINGS, adapted, cera, cera_layers, gradients, logits
+from conftest import make_tiny_llama
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn.functional import silu
+
+from cera_train.cera import CeraConfig, CeraLayer
+from cera_train.cera.branch import seeded_dropout
+from cera_train.cera.gate import LearnedGate
+
+pytestmark = WARNINGS
+
+VARIANTS = {
+    "as published": {},
+    "uniform": {"init": "kaiming_uniform"},
+    "dropout on x": {"dropout_on": "input"},
+    "mix": {"mix": "learned"},
+    "recurrent": {"recurrent_steps": 3},
+    "recurrent identity": {"recurrent_steps": 2, "activation": "identity"},
+    "rslora": {"use_rslora": True, "alpha": 6},
+    "all": {
+        "init": "kaiming_uniform",
+        "dropout_on": "input",
+        "mix": "learned",
+        "recurrent_steps": 2,
+        "activation": "gelu",
+        "use_rslora": True,
+        "alpha": 6,
+    },
+}
+every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
+
+GATES = {"silu": silu, "gelu": nn.functional.gelu, "identity": lambda z: z}
+
+
+def make_layer(dtype: torch.dtype = torch.float64, **settings) -> CeraLayer:
+    base = nn.Linear(6, 5, dtype=dtype).requires_grad_(False)
+    return CeraLayer(base, "default", CeraConfig(**{"r": 3, "init_weights": False, "dropout": 0.0} | settings))
+
+
+def x_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*(shape or (4, 7)), 6, dtype=dtype)
+
+
+def by_hand(layer: CeraLayer, x: torch.Tensor, config: CeraConfig, mask_x=1.0, mask_h=1.0) -> torch.Tensor:
+    """W0 x + s B (m_h hidden(A (m_x x))), as CeraConfig's docstring has it."""
+    A, B, gate = layer.cera_A["default"].weight, layer.cera_B["default"].weight, layer.cera_gate["default"]
+    z = (mask_x * x) @ A.T
+    for _ in range(config.recurrent_steps):
+        rms = (z.square().mean(-1, keepdim=True) + torch.finfo(z.dtype).eps).sqrt()
+        z = z + silu((z / rms) @ gate.W_in.T) @ gate.W_out.T / config.recurrent_steps
+    h = GATES[config.activation](z)
+    if config.mix == "learned":
+        h = z + gate.gamma * (h - z)
+    scale = 1.0 if config.alpha is None else config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return layer.base_layer(x) + scale * (mask_h * h) @ B.T
+
+
+def leaves(layer: CeraLayer, x: torch.Tensor) -> list[torch.Tensor]:
+    return [x, *(parameter for name, parameter in layer.named_parameters() if "cera_" in name)]
+
+
+# --- the mathematics -------------------------------------------------------------------------------------------------
+
+
+@every_variant
+@pytest.mark.parametrize("shape", [(4,), (2, 3)])
+def test_output_and_gradients_equal_the_mathematics(settings, shape):
+    layer, x = make_layer(**settings).train(), x_of(*shape).requires_grad_()
+    config = CeraConfig(r=3, **settings)
+    y, expected = layer(x), by_hand(layer, x, config)
+    torch.testing.assert_close(y, expected)
+    assert "AddBranch" in str(y.grad_fn)
+    upstream = torch.randn_like(y)
+    got, wanted = (torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected))
+    torch.testing.assert_close(got, wanted)
+    assert all(gradient.abs().max() > 0 for gradient in got)
+
+
+@every_variant
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_first_and_second_derivatives_equal_finite_differences(settings, dropout):
+    layer, x = make_layer(**settings, dropout=dropout).train(), x_of(2).requires_grad_()
+
+    def ours(x: torch.Tensor, *_) -> torch.Tensor:
+        torch.manual_seed(1)  # one mask
+        return layer(x)
+
+    assert torch.autograd.gradcheck(ours, leaves(layer, x))
+    assert torch.autograd.gradgradcheck(ours, leaves(layer, x))
+
+
+@every_variant
+def test_dropout_stands_where_the_variant_puts_it(settings):
+    layer, x = make_layer(**settings, dropout=0.4).train(), x_of()
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**63 - 1, ()))
+    config = CeraConfig(r=3, **settings)
+    on_input = config.dropout_on == "input"
+    mask = seeded_dropout(torch.ones(28, 6 if on_input else 3, dtype=x.dtype), 0.4, seed).view(4, 7, -1)
+    assert (mask == 0).any()
+    expected = by_hand(layer, x, config, mask_x=mask) if on_input else by_hand(layer, x, config, mask_h=mask)
+    torch.testing.assert_close(y, expected)
+    layer.eval()
+    torch.testing.assert_close(layer(x), by_hand(layer, x, config))
+
+
+@every_variant
+def test_the_plain_formula_drops_in_the_same_place(settings):
+    layer, x = make_layer(**settings, dropout=0.5).train(), x_of()
+    handed = {}
+    layer.cera_dropout["default"].register_forward_hook(lambda module, args, output: handed.update(x=args[0], y=output))
+    layer.branch(x, "default")
+    width = 6 if settings.get("dropout_on") == "input" else 3
+    assert handed["x"].shape[-1] == width
+    assert (handed["y"] == 0).any()
+
+
+@every_variant
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
+def test_16_bits_stay_near_double_precision(settings, dtype, autocast):
+    layer, x = make_layer(dtype, **settings).train(), x_of(dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, plain = layer(x), layer.base_layer(x) + layer.branch(x, "default")
+    assert y.dtype == (torch.bfloat16 if autocast else dtype)
+    assert {parameter.dtype for parameter in leaves(layer, x)[1:]} == {torch.float32}
+    upstream = torch.randn_like(y)
+    for one, other in zip(
+        (y, *torch.autograd.grad(y, leaves(layer, x), upstream)),
+        (plain, *torch.autograd.grad(plain, leaves(layer, x), upstream.to(plain.dtype))),
+        strict=True,
+    ):
+        assert (one.float() - other.float()).norm() <= 4e-2 * other.float().norm()
+
+
+@every_variant
+def test_the_start_is_the_base_layer_and_everything_but_b_waits(settings):
+    layer, x = make_layer(**settings, init_weights=True).train(), x_of()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer(x).square().sum().backward()
+    moved = {name for name, value in layer.named_parameters() if value.grad is not None and value.grad.any()}
+    assert moved == {"cera_B.default.weight"}
+
+
+def test_a_learned_mix_starts_linear_and_reaches_the_gate_at_one():
+    settings = {"init_weights": True, "mix": "learned"}
+    layer, x = make_layer(**settings).eval(), x_of()
+    nn.init.normal_(layer.cera_B["default"].weight)
+    A, B = layer.cera_A["default"].weight, layer.cera_B["default"].weight
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ A.T @ B.T)
+    nn.init.ones_(layer.cera_gate["default"].gamma)
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), silu(x @ A.T) @ B.T)
+
+
+@pytest.mark.parametrize(
+    ("init", "deviation", "fourth_moment"),
+    [("kaiming_normal", math.sqrt(2 / 1024), 3), ("kaiming_uniform", math.sqrt(1 / (3 * 1024)), 1.8)],
+)
+def test_a_is_drawn_as_init_has_it(init, deviation, fourth_moment):
+    layer = CeraLayer(nn.Linear(1024, 16), "default", CeraConfig(r=256, init=init))
+    A = layer.cera_A["default"].weight
+    assert A.std().item() == pytest.approx(deviation, rel=0.01)
+    assert (A.pow(4).mean() / deviation**4).item() == pytest.approx(fourth_moment, rel=0.05)
+
+
+def test_memory_kept_for_backward_does_not_grow_with_the_steps():
+    def kept(**settings) -> int:
+        layer, sizes = make_layer(torch.float32, **settings).train(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            layer(x_of(50, dtype=torch.float32).requires_grad_())
+        return sum(sizes)
+
+    steps = [kept(recurrent_steps=n, mix="learned", dropout_on="input", dropout=0.1) for n in (1, 5)]
+    assert steps[0] == steps[1]
+    assert steps[0] - kept() == 3 * 3 * 2 + 1  # W_in, W_out, gamma
+
+
+def test_triton_is_for_gates_without_parameters(monkeypatch):
+    layer, x = make_layer(torch.float32, mix="learned"), x_of(dtype=torch.float32)
+    expected = layer(x)
+    layer.kernels = "triton"
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(layer(x), expected)
+
+
+# --- in a model ------------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_a_compiled_layer_is_one_graph_and_equals_the_layer(settings):
+    layer, x = make_layer(torch.float32, **settings).train(), x_of(dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    upstream = torch.randn(4, 7, 5)
+    got, expected = (torch.autograd.grad(one(x), leaves(layer, x), upstream) for one in (compiled, layer))
+    torch.testing.assert_close(got, expected)
+
+
+@every_variant
+def test_rows_by_name_equal_one_adapter_at_a_time(settings):
+    model = adapted(name="first", **settings)
+    model.add_adapter("second", cera(r=6, target_modules=["k_proj", "v_proj"]))
+    names = ["first", "second", "__base__", "first"]
+    rows = logits(model, adapter_names=names)
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        torch.testing.assert_close(rows[row], logits(model)[row], rtol=1e-4, atol=1e-5)
+    with model.disable_adapter():
+        torch.testing.assert_close(rows[2], logits(model)[2], rtol=1e-4, atol=1e-5)
+    assert (rows[0] - logits(model)[0]).abs().max() > 1e-3
+
+
+@every_variant
+def test_an_adapter_is_saved_and_loaded_whole(settings, tmp_path):
+    model = adapted(**settings)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kinds = {"A.default.weight", "B.default.weight"}
+    kinds |= {"gate.default.gamma"} if settings.get("mix") == "learned" else set()
+    kinds |= {"gate.default.W_in", "gate.default.W_out"} if settings.get("recurrent_steps") else set()
+    assert {name.rpartition(".cera_")[2] for name in trained} == kinds
+    assert {name for name, _ in gradients(model).items()} == trained
+
+
+def test_a_checkpoint_without_gamma_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    config = cera(mix="learned")
+    with pytest.raises(ValueError, match="4 tensors missing .*cera_gate.default.gamma"):
+        PeftModel.from_pretrained(make_tiny_llama(), tmp_path, config=config)
+
+
+def test_an_adapter_of_an_earlier_version_loads_as_published(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    later = ("init", "dropout_on", "mix", "recurrent_steps", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
+    path.write_text(json.dumps({key: value for key, value in fields.items() if key not in later}))
+    assert torch.equal(logits(PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()), logits(model))
+
+
+def test_weights_of_a_16_bit_base_are_cast_whole():
+    model = get_peft_model(
+        make_tiny_llama().bfloat16(), cera(mix="learned", recurrent_steps=1), autocast_adapter_dtype=False
+    )
+    assert {p.dtype for name, p in model.named_parameters() if "cera_" in name} == {torch.bfloat16}
+    assert gradients(model).keys() >= {"base_model.model.model.layers.0.self_attn.q_proj.cera_gate.default.gamma"}
+
+
+# --- rank, scale and modules by pattern ------------------------------------------------------------------------------
+
+
+def test_patterns_give_modules_their_rank_and_scale(tmp_path):
+    settings = {
+        "r": 4,
+        "alpha": 8,
+        "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"v_proj": 1},
+    }
+    model = adapted(**settings)
+    model.save_pretrained(tmp_path)
+    for subject in (model, PeftModel.from_pretrained(make_tiny_llama(), tmp_path)):
+        layers = {name: subject.get_submodule(f"base_model.model.{name}") for name in cera_layers(subject)}
+        found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
+        assert found == {
+            "model.layers.0.self_attn.q_proj": (4, 2.0),
+            "model.layers.0.self_attn.v_proj": (2, 0.5),
+            "model.layers.1.self_attn.q_proj": (6, 8 / 6),
+            "model.layers.1.self_attn.v_proj": (2, 0.5),
+        }
+        assert {len(layer.cera_A["default"].weight) for layer in layers.values()} == {2, 4, 6}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_pattern": {"o_proj": 2}},
+        {"alpha_pattern": {"layers.7.*": 2}},
+        {"rank_pattern": {"q_proj": 2, "nothing": 3}, "target_modules": "all-linear"},
+        {"rank_pattern": {"q_proj": 2}, "exclude_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_a_pattern_that_matches_no_target_is_refused_before_anything_is_adapted(settings):
+    model = make_tiny_llama()
+    with pytest.raises(ValueError, match=r"^(rank|alpha)_pattern has '[^']+', which matches no target"):
+        get_peft_model(model, cera(**settings))
+    assert not cera_layers(model)
+
+
+# --- beside the branches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bias", "expected"), [("none", set()), ("cera_only", {"q_proj", "v_proj"}), ("all", None)])
+def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
+    base = make_tiny_llama(attention_bias=True)
+    with_bias = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    model = get_peft_model(base, cera(bias=bias))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
+    assert {name.replace(".base_layer", "").split(".")[-2] for name in trained} == (
+        with_bias if expected is None else expected
+    )
+    for name in trained:
+        nn.init.normal_(model.get_parameter(name))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path)
+    assert torch.equal(logits(loaded.eval()), logits(model.eval()))
+
+
+def test_every_bias_is_loaded_beside_a_module_that_is_trained_whole(tmp_path):
+    base = make_tiny_llama(attention_bias=True)
+    model = get_peft_model(base, cera(bias="all", modules_to_save=["o_proj"])).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.endswith("bias"):
+            nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_unloading_gives_the_base_back_without_trained_tokens():
+    expected = logits(make_tiny_llama())
+    model = adapted(trainable_token_indices=[5, 17])
+    for name, parameter in model.named_parameters():
+        if "trainable_tokens" in name:
+            nn.init.normal_(parameter)
+    assert not torch.allclose(logits(model), expected)
+    assert torch.equal(logits(model.unload()), expected)
+
+
+def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):
+    model = adapted(trainable_token_indices=[5, 17])
+    (name,) = [n for n, p in model.named_parameters() if p.requires_grad and "cera_" not in n]
+    assert model.get_parameter(name).shape == (2, 32)
+    nn.init.normal_(model.get_parameter(name))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded)[0], logits(adapted())[0])
+
+
+def test_a_tied_head_and_embedding_stay_tied_when_trained_whole(tmp_path):
+    base = make_tiny_llama(tie_word_embeddings=True)
+    model = get_peft_model(base, cera(modules_to_save=["embed_tokens"], ensure_weight_tying=True))
+    embedding = model.get_parameter("base_model.model.model.embed_tokens.modules_to_save.default.weight")
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    assert head is embedding
+    nn.init.normal_(embedding)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_tiny_llama(tie_word_embeddings=True), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
+
+
+def test_a_branch_on_a_tied_head_is_refused():
+    base = make_tiny_llama(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="an embedding takes no CeRA branch"):
+        get_peft_model(base, cera(target_modules=["lm_head"], ensure_weight_tying=True))
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),
+        ({"dropout_on": "output"}, "dropout_on must be one of hidden, input"),
+        ({"mix": "fixed"}, "mix must be one of none, learned"),
+        ({"bias": "lora_only"}, "bias must be one of none, all, cera_only"),
+        ({"recurrent_steps": -1}, "recurrent_steps must be 0 or a positive integer, got -1"),
+        ({"recurrent_steps": 1.5}, "recurrent_steps must be 0 or a positive integer, got 1.5"),
+        ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
+        ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a positive integer, got 0"),
+        ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\] must be positive, got -1"),
+        ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] must be positive, got None"),
+    ],
+    ids=str,
+)
+def test_a_contradiction_is_refused_with_a_reason(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CeraConfig(**settings)
+
+
+def test_the_docstring_has_a_line_for_every_variant():
+    for name in ("init", "dropout_on", "mix", "recurrent_steps", "use_rslora"):
+        assert f"`{name}" in CeraConfig.__doc__
+
+
+def test_variants_that_need_no_parameters_have_the_published_gate():
+    for settings in VARIANTS.values():
+        gate = make_layer(**settings).cera_gate["default"]
+        has_parameters = settings.get("mix") == "learned" or settings.get("recurrent_steps", 0) > 0
+        assert isinstance(gate, LearnedGate) is has_parameters
