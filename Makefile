@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth clean
+.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth architectures clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's CPU or GPU
 	$(BIN)/cera-train
@@ -38,6 +38,9 @@ bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes; ROWS=trai
 
 growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
+
+architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
+	$(BIN)/python -m benchmarks.architectures
 
 clean:  ## remove .venv
 	rm -rf $(VENV) $(VENV)-serving

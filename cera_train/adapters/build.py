@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from cera_train.adapters.config import AdapterConfig, Kernels
 from cera_train.adapters.family import Family, families, family_that_wrote
 from cera_train.adapters.targets import check_targets, linear_names
-from cera_train.cera import CeraLayer
+from cera_train.cera import CeraLayer, unfuse
 from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
 
@@ -31,6 +31,10 @@ def check(config: AdapterConfig) -> None:
 def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
     """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
     UserError where the adapter does not go with the model."""
+    if config.unfused and not unfuse(base):
+        raise UserError(
+            "adapter.unfused=true: no fused kernel of this model reads a weight past its module. Leave it out."
+        )
     check_targets(base, config)
     return config.family.build(base, config)
 

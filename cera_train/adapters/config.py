@@ -83,6 +83,9 @@ class AdapterConfig:
     kernels: Kernels = setting(Kernels.auto, "result")
     """torch or triton computes cera's gate and dropout; the two draw different dropout masks. auto: triton on CUDA,
     else torch. The run's folder records which."""
+    unfused: bool = setting(False, "cost")
+    """Train without the fused kernels that read weights past their modules, so that an adapter can go there: Mamba's
+    x_proj and out_proj. The run prints what that costs."""
     label: str | None = setting(None, "nothing")
     """The name in tables and pictures. null: the kind's."""
 

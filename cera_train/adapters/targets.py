@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import match_target_against_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.config import AdapterConfig
+from cera_train.cera.bypass import bypassed, runs_beside
 from cera_train.cera.experts import all_experts, expert_parameters
 from cera_train.common.errors import UserError
 
@@ -22,7 +26,42 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
     _check_names(model, config)
     _check_layers(model, config)
     _check_tied_head(model, config)
+    _check_they_run(model, config)
     _check_rank(model, config)
+
+
+def describe_targets(model: nn.Module) -> str | None:
+    """How many projections were adapted of all that have the names of adapted ones: `q_proj v_proj: 60 of 60 layers`.
+    None for a model without adapter layers."""
+    total, adapted = Counter(), Counter()
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+            adapted[name.rpartition(".")[2]] += 1
+        if isinstance(module, (BaseTunerLayer, nn.Linear, Conv1D)) or expert_parameters(module):
+            total[name.rpartition(".")[2]] += 1
+    whole = [kind for kind in adapted if adapted[kind] == total[kind]]
+    groups = [whole] * bool(whole) + [[kind] for kind in adapted if kind not in whole]
+    parts = [
+        f"{' '.join(group)}: {sum(adapted[kind] for kind in group)} of {sum(total[kind] for kind in group)} layers"
+        for group in groups
+    ]
+    return "; ".join(parts) or None
+
+
+def describe_left_out(model: nn.Module) -> str | None:
+    """The projections that the model reads past their module, and so got no adapter; None where there are none."""
+    modules = dict(model.named_modules())
+    left_out = {
+        name: reason for name, reason in bypassed(model).items() if not isinstance(modules[name], BaseTunerLayer)
+    }
+    kinds: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        kinds.setdefault(str(reason), []).append(name.rpartition(".")[2])
+    return "; ".join(f"without {' '.join(dict.fromkeys(names))}: {reason}" for reason, names in kinds.items()) or None
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
@@ -85,6 +124,17 @@ def _check_layers(model: PreTrainedModel, config: AdapterConfig) -> None:
     outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
     if outside:
         raise UserError(f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}.")
+    if not config.layers or config.target_modules == "all-linear":
+        return
+    # In a hybrid, not every layer has every projection.
+    for target in (target for target in config.target_modules if not re.search(r"\.\d+\.", target)):
+        found = [re.search(r"\.(\d+)\.", name) for name in _targeted(model, config) if _is_target(name, [target])]
+        within = sorted({int(index[1]) for index in found if index})
+        if within and not set(within) & set(config.layers):
+            raise UserError(
+                f"adapter.layers={config.layers}: {target} is in none of them. Name layers that have it ({within}), or "
+                "leave it out of adapter.target_modules."
+            )
 
 
 def _targeted(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -106,6 +156,22 @@ def _check_tied_head(model: PreTrainedModel, config: AdapterConfig) -> None:
                 f"adapter.target_modules={config.target_modules}: head and embeddings of this model share weights, "
                 f"and an adapter on {name} would untie them. Leave it out."
             )
+
+
+def _check_they_run(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Refuses a target whose weight the model reads without calling it. all-linear leaves such ones out."""
+    found = bypassed(model)
+    wrong = {name: found[name] for name in found if name in _targeted(model, config)}
+    if not wrong or config.target_modules == "all-linear":
+        return
+    reason = next(iter(wrong.values()))
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name, other in wrong.items() if other == reason)
+    layers = {name.rpartition(".")[0] for name in found}
+    others = dict.fromkeys(name for layer in layers for name in runs_beside(model.get_submodule(layer)))
+    unfused = ", or set adapter.unfused=true" if reason.is_fused else ""
+    raise UserError(
+        f"adapter.target_modules: {', '.join(kinds)}: {reason}. Target {', '.join(others)} instead{unfused}."
+    )
 
 
 def _check_rank(model: PreTrainedModel, config: AdapterConfig) -> None:

@@ -3,13 +3,24 @@
 from peft import PeftType
 from peft.utils import register_peft_method
 
+from .bypass import unfuse
 from .config import CeraConfig
+from .coverage import CoverageCallback, check_coverage
 from .experts import CeraExperts
 from .layer import CeraLayer
 from .model import CeraModel
 from .optimizer import create_loraplus_optimizer
 
-__all__ = ["CeraConfig", "CeraExperts", "CeraLayer", "CeraModel", "create_loraplus_optimizer"]
+__all__ = [
+    "CeraConfig",
+    "CeraExperts",
+    "CeraLayer",
+    "CeraModel",
+    "CoverageCallback",
+    "check_coverage",
+    "create_loraplus_optimizer",
+    "unfuse",
+]
 
 
 def _add_peft_type(name: str) -> None:

@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import nn
 
+from .bypass import bypass, exclude_bypassed, keep_scale, runs_beside
 from .config import CeraConfig
 from .experts import CeraExperts, all_experts, expert_parameters
 from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, CeraLinear, check_rows
@@ -31,12 +31,18 @@ class CeraModel(BaseTuner):
 
     # --- building ----------------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter into the model, as PEFT does."""
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model, as PEFT does. Leaves out of all-linear what would never run, and records it
+        in `exclude_modules`."""
+        keep_scale(model)
+        config = self.peft_config[adapter_name]
+        is_all = str(config.target_modules).lower() == "all-linear"
+        if is_all and (found := exclude_bypassed(config, model)):
+            warnings.warn(f"all-linear leaves out {', '.join(found)}: {next(iter(found.values()))}.", stacklevel=2)
         with warnings.catch_warnings():
             # PEFT looks for patterns among modules; `_prepare_model` has looked among experts' parameters too.
             warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
-            super().inject_adapter(*args, **kwargs)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, config: CeraConfig, model_config: dict[str, Any]) -> CeraConfig:
         if config.target_modules is None:
@@ -85,9 +91,8 @@ class CeraModel(BaseTuner):
             found = "." in key and BaseTuner._check_target_module_exists(config, key)
         return found
 
-    def _check_target_module_compatiblity(self, config: CeraConfig, model: nn.Module, target_name: str) -> None:
-        # Mamba's kernels read some weights past their module. PEFT knows which, but checks for LoRA only.
-        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+    def _check_target_module_compatiblity(self, *args: Any) -> None:
+        """Does nothing: PEFT's list of Mamba models is for LoRA. `_create_and_replace` asks the model's source."""
 
     def _create_and_replace(
         self,
@@ -99,6 +104,10 @@ class CeraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if (found := bypass(parent, target_name)) is not None and not (found.is_fused and config.inference_mode):
+            others = ", ".join(runs_beside(parent)) or "modules of another kind"
+            unfused = ", or call cera_train.cera.unfuse(model) before" if found.is_fused else ""
+            raise ValueError(f"target module {current_key!r}: {found}. Target {others} instead{unfused}.")
         if isinstance(target, CeraExperts) or expert_parameters(target):
             raise ValueError(f"target module {current_key!r} holds experts: name its parameters in target_parameters.")
         config = config.of_module(current_key)

@@ -97,6 +97,13 @@ def _in_one_call(
     return output.unsqueeze(0)
 
 
+def places_of_sequences(lengths: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """By what kernels of states, such as Mamba-2's, keep the sequences of a row apart, under transformers' names: the
+    number of each token's sequence, [1, T], and where each sequence starts, [sequences + 1]."""
+    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    return {"seq_idx": numbers[None].to(device), "cu_seq_lens_q": _starts(tuple(lengths), device)}
+
+
 @functools.lru_cache(maxsize=1)  # all layers use those of one micro-batch
 def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each sequence starts, and where the last one ends: [sequences + 1]."""

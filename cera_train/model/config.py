@@ -50,6 +50,7 @@ class ModelConfig:
     quantization: Quantization = setting(Quantization.none, "result")
     """`int8` or `nf4` (double quantisation, computing in `dtype`) of the frozen linears, by bitsandbytes."""
     attn_implementation: str = setting("sdpa", "result")
+    """sdpa, eager, flash_attention_2 or another of transformers'. sdpa is eager for a model without it."""
     gradient_checkpointing: bool = setting(False, "cost")
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = setting(False, "result")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from cera_train.common.errors import UserError
 from cera_train.data.batches import Batch, flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run, places_of_sequences
 from cera_train.model.config import chunk_tokens
 
 
@@ -37,6 +37,8 @@ class Allowed:
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
     attention: str | None = None
     """Name of the fastest attention by sequence that works here, for flat rows."""
+    takes_places: bool = False
+    """Its states start anew at each sequence of a flat row where its kernels are given the sequences' places."""
 
 
 class SupervisedLoss(nn.Module):
@@ -70,8 +72,8 @@ class SupervisedLoss(nn.Module):
                 logits = causal_lm(**self._inputs(batch)).logits[:, :-1][is_supervised]
                 return cross_entropy(logits.float(), targets, reduction="sum")
 
-            hidden_states = decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised]
             head = causal_lm.get_output_embeddings()
+            hidden_states = _narrow(decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised], head)
             if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
                 return FrozenHeadLoss.apply(hidden_states, targets, head)
             size = chunk_tokens(hidden_states.is_cuda)
@@ -85,6 +87,9 @@ class SupervisedLoss(nn.Module):
         # transformers sees that a row is flat only where it uses no cache
         is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
         lengths = {"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {}
+        is_flat = batch.sequence_lengths is not None
+        if is_flat and self.allowed.takes_places:
+            lengths |= places_of_sequences(batch.sequence_lengths, batch.input_ids.device)
         return batch.inputs | lengths | {"use_cache": False}
 
     # --- what the model allows ---------------------------------------------------------------------------------------
@@ -95,28 +100,40 @@ class SupervisedLoss(nn.Module):
         whole here, as in `forward`: see `register_fsdp_forward_method`."""
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
         vocabulary = causal_lm.get_input_embeddings().num_embeddings
-        rows = [[(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3)]
+        first, second, third = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3, 5))
         masks = [[False] + [True] * 7] * 2
         was_training = self.training
         self.eval()  # dropout would make any two passes differ
         with torch.autocast(causal_lm.device.type, enabled=False):
-            apart = self._inputs(padded_batch(rows, masks).to(causal_lm.device))
+            apart = self._inputs(padded_batch([first, second], masks).to(causal_lm.device))
             expected = causal_lm(**apart).logits
-            logits = causal_lm.get_output_embeddings()(decoder(**apart).last_hidden_state)
-            chunks_head = _close(logits, expected, tolerance=1e-3)
-            flattens, attention = self._probe_flat(flat_batch(rows, masks).to(causal_lm.device), expected)
+            states = getattr(decoder(**apart), "last_hidden_state", None)  # Llama 4's decoder gives logits
+            head = causal_lm.get_output_embeddings()
+            chunks_head = states is not None and _close(head(_narrow(states, head)), expected, tolerance=1e-3)
+            flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
+            self.allowed = Allowed(chunks_head)
+            flattens, attention = self._probe_flat(*flat, expected)
+            if not flattens:
+                self.allowed = Allowed(chunks_head, takes_places=True)
+                # Without the kernels transformers refuses places; a model without states may take none.
+                with contextlib.suppress(ValueError, TypeError, RuntimeError):
+                    flattens, attention = self._probe_flat(*flat, expected)
         self.train(was_training)
-        self.allowed = Allowed(chunks_head, flattens, attention)
+        takes_places = flattens and self.allowed.takes_places
+        self.allowed = Allowed(chunks_head, flattens, attention, takes_places)
         return self.allowed
 
-    def _probe_flat(self, flat: Batch, expected: Tensor) -> tuple[bool, str | None]:
-        """Whether sequences that share a row get the logits they get apart, and by which attention of ours."""
+    def _probe_flat(self, flat: Batch, other: Batch, expected: Tensor) -> tuple[bool, str | None]:
+        """Whether sequences that share a row get the logits they get apart, and by which attention of ours. In `other`
+        the first sequence is another one: the second's logits must stay, since a state that crosses over can move them
+        less than another mask does in 16 bits."""
         causal_lm = self._parts["causal_lm"]
         # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
         tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
 
         def agrees() -> bool:
-            return _close(causal_lm(**self._inputs(flat)).logits.view_as(expected), expected, tolerance)
+            logits, moved = (causal_lm(**self._inputs(rows)).logits.view_as(expected) for rows in (flat, other))
+            return _close(logits, expected, tolerance) and _close(moved[1], logits[1], tolerance / 10)
 
         before = causal_lm.config._attn_implementation
         if before != "sdpa":  # chosen by the user
@@ -191,6 +208,12 @@ class FrozenHeadLoss(torch.autograd.Function):
 def head_loss(head: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
     """Summed cross entropy of [N, d] hidden states against N token ids, in float32."""
     return cross_entropy(head(hidden_states).float(), targets, reduction="sum")
+
+
+def _narrow(hidden_states: Tensor, head: nn.Module) -> Tensor:
+    """Hidden states as the head takes them: Mamba's are float32 over 16-bit weights."""
+    is_wide = hidden_states.dtype.itemsize > head.weight.dtype.itemsize
+    return hidden_states.to(head.weight.dtype) if is_wide else hidden_states
 
 
 def _close(values: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.data.hub import hub_or_cache, why_not_reached
+from cera_train.model.architecture import attention_for, left_unquantised
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
 from cera_train.model.precision import choose_precision
@@ -59,15 +60,19 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     Raises:
         UserError: the model cannot be found, reached or used.
     """
-    load_config(config)
+    architecture = load_config(config)
+    attention = attention_for(architecture, config.attn_implementation)
+    is_quantised = config.quantization != Quantization.none
     dtype = getattr(torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype)
     model, loading = _from_hub_or_folder(
         AutoModelForCausalLM.from_pretrained,
         config,
         output_loading_info=True,
         dtype=dtype,
-        attn_implementation=config.attn_implementation,
-        quantization_config=quantization_config(config.quantization, dtype, will_be_sharded),
+        attn_implementation=attention,
+        quantization_config=quantization_config(
+            config.quantization, dtype, will_be_sharded, left_unquantised(architecture) if is_quantised else None
+        ),
         device_map={"": "cpu" if will_be_sharded and config.quantization == Quantization.none else device},
         # A pickle can run code when it is read. A user who trusts the model's code can trust its pickles too.
         use_safetensors=None if config.trust_remote_code else True,
@@ -92,9 +97,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def quantization_config(
-    quantization: Quantization, dtype: torch.dtype, will_be_sharded: bool = False
+    quantization: Quantization, dtype: torch.dtype, will_be_sharded: bool = False, skip: list[str] | None = None
 ) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8()."""
+    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8().
+
+    Args:
+        skip: the modules that stay as they are; None: the head.
+    """
     if quantization == Quantization.nf4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -103,8 +112,11 @@ def quantization_config(
             bnb_4bit_compute_dtype=dtype,
             # The bits are the same; FSDP shards floats only.
             bnb_4bit_quant_storage=dtype if will_be_sharded else torch.uint8,
+            llm_int8_skip_modules=skip,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if quantization == Quantization.int8 else None
+    return (
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip) if quantization == Quantization.int8 else None
+    )
 
 
 def _keep_4bit_weights_differentiable(model: nn.Module) -> None:

@@ -23,9 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import add_adapter
 from cera_train.adapters.config import AdapterConfig
+from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
 from cera_train.common.files import cache_dir, config_dir
 from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.model.architecture import attention_for, mixes_sequences
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import positions_of
@@ -48,6 +50,8 @@ class Parameters:
     trains_head: bool
     positions: int | None
     """Tokens that the model has places for. None: no limit."""
+    mixes_sequences: bool
+    """Its rows are padded: it carries a state from token to token."""
 
     @property
     def trainable(self) -> int:
@@ -86,6 +90,7 @@ def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
         vocab_size=vocab_size,
         trains_head=any(weight.requires_grad for weight in base.get_output_embeddings().parameters()),
         positions=positions_of(base.config),
+        mixes_sequences=mixes_sequences(base),
     )
 
 
@@ -102,7 +107,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
             "language models. Choose one of those."
         )
     # Others may need a package or a GPU that this machine lacks; `micro_batches` knows what they save.
-    attention = "eager" if model.attn_implementation == "eager" else "sdpa"
+    attention = attention_for(config, "eager" if model.attn_implementation == "eager" else "sdpa")
     with failing_in_one_line(model, config.model_type), torch.device("meta"):
         dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
@@ -205,9 +210,13 @@ def trainable_by_target(adapted: nn.Module) -> dict[str, int]:
 
 
 def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
-    """The linears that bitsandbytes quantises: all but the head."""
-    head = base.get_output_embeddings()
-    return [module for module in base.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    """The linears that bitsandbytes quantises: all but the head and those that the model reads past their module."""
+    head, kinds = base.get_output_embeddings(), {name.rpartition(".")[2] for name in bypassed(base)}
+    return [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.rpartition(".")[2] not in kinds
+    ]
 
 
 def _stored_bytes(base: PreTrainedModel, quantization: Quantization) -> float:

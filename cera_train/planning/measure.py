@@ -142,6 +142,8 @@ class Runner:
         if batch.has_mask:  # four-dimensional, as transformers would make it by looking at values
             dtype = self.base.dtype if self.attention == "eager" else torch.bool
             mask = torch.zeros(rows, 1, length, length, dtype=dtype)
+            if self.base.config.model_type == "bloom":  # counts positions by the mask as the user gives it
+                mask = torch.ones(rows, length)
         return FakeBatch(
             torch.zeros(rows, length, dtype=torch.int64),
             Places(max(1, round(batch.tokens * batch.supervised))),
@@ -159,7 +161,8 @@ class Runner:
         with self.fake_mode, Operations(), torch.no_grad():
             logits = self.base(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits
         hook.remove()
-        return bool(given) and storage_of(given[-1]) == storage_of(logits)
+        is_apart = self.base.get_decoder() is not self.base  # Llama 4's is the whole model
+        return is_apart and bool(given) and storage_of(given[-1]) == storage_of(logits)
 
 
 # --- all layers from a few -------------------------------------------------------------------------------------------

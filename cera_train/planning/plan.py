@@ -137,7 +137,11 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
         model = replace(model, quantization=Quantization.none)
     plain, checkpointed = (replace(model, gradient_checkpointing=flag) for flag in (False, True))
     allowed = abilities(plain)
-    largest, usual = micro_batches(config, data, allowed.attention is not None)
+    layout = config.train.batch_layout
+    if parameters.mixes_sequences and layout == BatchLayout.auto:
+        layout = BatchLayout.padded
+    laid_out = replace(config, train=replace(config.train, batch_layout=layout))
+    largest, usual = micro_batches(laid_out, data, allowed.attention is not None)
     whole, layer_inputs = (
         measure(way, adapter, largest, way != model or usual != largest) for way in (plain, checkpointed)
     )

@@ -96,6 +96,9 @@ class TrainConfig:
     """Checkpoints kept; the best adapter is kept besides."""
     patience: int | None = setting(None, "result")
     """Stop after so many evaluations without a lower perplexity. null: never."""
+    check_coverage: bool = setting(True, "nothing")
+    """Prove on a few rows, before the first update, that every adapter runs and gets a gradient; refuse the run where
+    one does not."""
     probe_tokens: int = setting(2048, "result")
     """Tokens of evaluation rows on which the spectra are taken."""
     seed: int = setting(0, "result", binds_checkpoint=True)

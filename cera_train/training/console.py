@@ -14,7 +14,8 @@ from rich.text import Text
 
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
-from cera_train.adapters.targets import layers_without_adapted_experts
+from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
+from cera_train.adapters.unfused import describe_unfused
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
 from cera_train.config import Config
@@ -57,6 +58,18 @@ def print_model(session: Session, precision: Precision) -> None:
     print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
     if (reason := why_no_spectrum(session.model)) is not None:
         print_line("spectrum", f"none: {reason}")
+    print_coverage(session)
+
+
+def print_coverage(session: Session) -> None:
+    """The adapted projections, those that all-linear leaves out, and the cost of doing without fused kernels."""
+    lines = [describe_targets(session.model)]
+    if session.config.adapter.target_modules == "all-linear":
+        lines.append(describe_left_out(session.model))
+    for line in filter(None, lines):
+        print_line("coverage", line)
+    if session.config.adapter.unfused and not session.team.is_sharded:  # a layer's weights are whole in a pass only
+        print_line("unfused", describe_unfused(session.model))
 
 
 def print_experts(session: Session) -> None:

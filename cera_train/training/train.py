@@ -27,6 +27,7 @@ from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.results import EvaluationMetrics, ModuleSpectrumRecord, RunResult, SpectrumSummary, UpdateMetrics
 from cera_train.training import console
+from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, settle
@@ -52,6 +53,7 @@ def train(config: Config) -> dict[str, Any]:
             return result
         with Session(config, folder, resume_from) as session, session.interruption:
             session.begin(precision)
+            prove_coverage(session, backward)
             progress = session.progress
             if progress.update == 0 or progress.evaluation_pending:
                 evaluate(session)

@@ -10,7 +10,7 @@ from conftest import make_tiny_llama
 from peft import PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import CONFIG_MAPPING, LlamaConfig
+from transformers import CONFIG_MAPPING
 
 from cera_train.cera import CeraConfig
 
@@ -63,14 +63,6 @@ def test_a_target_that_is_no_projection_is_refused_by_its_name():
         get_peft_model(image, CeraConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match=r"'model\.norm' cannot be adapted\. .*not LlamaRMSNorm"):
         adapted(target_modules=["norm"])
-
-
-def test_a_projection_that_mamba_reads_past_its_module_is_refused():
-    model = nn.ModuleDict({"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4)})
-    model.config = LlamaConfig()
-    model.config.model_type = "mamba"
-    with pytest.raises(ValueError, match="'out_proj' is incompatible with Mamba"):
-        get_peft_model(model, CeraConfig(target_modules=["out_proj"]))
 
 
 def test_targets_that_match_nothing_are_refused():

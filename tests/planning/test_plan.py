@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from architectures import ARCHITECTURES
 
+from cera_train.planning import plan as plan_module
 from cera_train.planning.devices import GPU_MFU, GPUS
 from cera_train.planning.plan import HEAP_SHARE, PROCESS_BYTES, micro_batches, run_totals
 
@@ -209,3 +211,13 @@ def test_a_remedy_that_changes_nothing_is_not_offered(compose, monkeypatch):
     shrunk = [MATH, "model.gradient_checkpointing=true", "train.micro_batch_tokens=512"]
     assert list(module._remedies(compose(*shrunk, command="plan"))) == ["model.quantization=nf4"]
     assert not module._remedies(compose(*shrunk, "model.dtype=float16", command="plan"))
+
+
+@pytest.mark.parametrize(("name", "is_flat"), [("llama", True), ("bamba", False)])
+def test_rows_of_a_model_with_a_state_are_padded(plan, tmp_path, monkeypatch, name, is_flat):
+    ARCHITECTURES[name].config().save_pretrained(tmp_path)
+    planned = []
+    monkeypatch.setattr(plan_module, "micro_batches", lambda *args: planned.append(micro_batches(*args)) or planned[-1])
+    small = ["adapter.r=4", "train.micro_batch_tokens=64", "data.max_length=32", "plan.gpu=h100"]
+    plan(QUICK, f"model.path={tmp_path}", *small)
+    assert [batch.is_flat for batch in planned[0]] == [is_flat, is_flat]

@@ -88,13 +88,18 @@ class Peft(Family):
     def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
         import peft
 
-        if config.target_modules == "all-linear" and config.layers is not None:
+        from cera_train.cera.bypass import exclude_bypassed
+
+        is_all = config.target_modules == "all-linear"
+        if is_all and config.layers is not None:
             from cera_train.adapters.targets import linear_names
 
             # PEFT's LoRA takes layers with named modules only; the head is in no layer.
             layers = {name: module for name, module in base.named_modules() if re.search(r"\.\d+\.", name)}
             config = dataclasses.replace(config, target_modules=linear_names(layers.items()))
         peft_config = self.peft_config(config)
+        if is_all:
+            exclude_bypassed(peft_config, base)
         with refusals_of_peft(config):
             model = peft.get_peft_model(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved must load again.

@@ -1,0 +1,202 @@
+"""Proof, on the first forward and backward pass, that every adapter runs and learns.
+
+A module is proven when it was called, the loss has a non-zero gradient at its output, and each of its trainable
+matrices has a gradient. A's alone is no proof: it is exactly zero until B has left zero.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.trainer_callback import TrainerCallback
+
+from .bypass import bypass
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a projection: that of one expert, which runs where a token is routed to it."""
+
+
+@contextmanager
+def check_coverage(model: nn.Module) -> Iterator[Coverage]:
+    """Watches the passes inside it, and refuses adapters that did not run or do not learn.
+
+        with check_coverage(model):
+            model(**batch).loss.backward()
+
+    Raises:
+        ValueError: the message names the modules and the likely reason.
+    """
+    coverage = Coverage(model)
+    with coverage.watch():
+        yield coverage
+    if (problem := coverage.problem()) is not None:
+        raise ValueError(problem)
+
+
+class CoverageCallback(TrainerCallback):
+    """`check_coverage` around the first update of transformers' Trainer, and so of TRL's trainers."""
+
+    def on_train_begin(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        self.coverage = Coverage(model)
+        self.watching: ExitStack | None = ExitStack()
+        self.watching.enter_context(self.coverage.watch())
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.watching is None:
+            return
+        self.watching.close()
+        self.watching = None  # the first update alone
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.coverage.sum(_sum_over_processes)
+        if (problem := self.coverage.problem()) is not None:
+            raise ValueError(problem)
+
+
+class Coverage:
+    """What the adapted modules of a model did while they were watched.
+
+    Args:
+        model: a model with trainable adapters, of any PEFT method that puts layers beside projections.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        self.layers: dict[str, nn.Module] = {
+            name: module
+            for name, module in modules.items()
+            if isinstance(module, BaseTunerLayer) and any(weight.requires_grad for weight in module.parameters())
+        }
+        self.parents = {name: modules[name.rpartition(".")[0]] for name in self.layers}
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        device = next(iter(self.weights.values())).device if self.weights else "cpu"
+        self.called, self.reached, self.moves_loss = (torch.zeros(len(self.layers), device=device) for _ in range(3))
+        self.has_gradient = torch.zeros(len(self.weights), device=device)
+        self.idle_in_layers = 0
+        """Experts without a token in layers that hold all of theirs, [E, ...] in one parameter."""
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Counts calls, and looks at the gradients of outputs and weights."""
+        with ExitStack() as hooks:
+            for number, (name, layer) in enumerate(self.layers.items()):
+                parent = self.parents[name]
+                hooks.callback(layer.register_forward_hook(self._at_call(number)).remove)
+                hooks.callback(parent.register_forward_pre_hook(self._mark(self.reached, number)).remove)
+            for number, weight in enumerate(self.weights.values()):
+                hooks.callback(weight.register_hook(self._mark(self.has_gradient, number)).remove)
+            yield
+        for number, weight in enumerate(self.weights.values()):
+            if weight.grad is not None:  # sharded, the hook is on a tensor that takes no part in the pass
+                self.has_gradient[number] = 1
+        self.idle_in_layers = sum(_idle_experts(layer) for name, layer in self.layers.items() if "expert" in name)
+
+    def _at_call(self, number: int) -> Callable[..., None]:
+        def look(gradient: torch.Tensor) -> None:
+            self.moves_loss[number] += gradient.ne(0).any().to(self.moves_loss.device)
+
+        def count(layer: nn.Module, args: Any, output: Any) -> None:
+            self.called[number] = 1
+            output = output[0] if isinstance(output, tuple) else output
+            if output.requires_grad:
+                output.register_hook(look)
+
+        return count
+
+    @staticmethod
+    def _mark(flags: torch.Tensor, number: int) -> Callable[..., None]:
+        def mark(*args: Any) -> None:
+            flags[number] = 1
+
+        return mark
+
+    def sum(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Adds what was seen in every process.
+
+        Args:
+            reduce: the sum of a tensor over the processes.
+        """
+        parts = (self.called, self.reached, self.moves_loss, self.has_gradient)
+        sizes = [len(part) for part in parts]
+        self.called, self.reached, self.moves_loss, self.has_gradient = reduce(torch.cat(parts)).split(sizes)
+
+    @property
+    def idle_experts(self) -> int:
+        """Adapted experts to which no token was routed: they are proven when one is."""
+        return self.idle_in_layers + sum(self._is_idle(name, called) for name, called in self._calls().items())
+
+    def problem(self) -> str | None:
+        """The adapted modules that were not proven and the likely reason, in one line; None where all were."""
+        if not self.layers:
+            return "this model has no trainable adapter: build one, or load it with is_trainable=True."
+        names: dict[str, list[str]] = {}
+        for name, reason in self._reasons().items():
+            names.setdefault(reason, []).append(name)
+        if not names:
+            return None
+        parts = [f"{_first(found)}: {reason}" for reason, found in names.items()]
+        count = sum(map(len, names.values()))
+        return f"{count} of {len(self.layers)} adapted modules would not train. {'; '.join(parts)}."
+
+    def _reasons(self) -> dict[str, str]:
+        """Why a module was not proven, by its name."""
+        reasons = {}
+        has_gradient = dict(zip(self.weights, self.has_gradient.tolist(), strict=True))
+        calls, seen = self._calls(), zip(self.reached.tolist(), self.moves_loss.tolist(), strict=True)
+        for (name, called), (reached, moves_loss) in zip(calls.items(), seen, strict=True):
+            mine = [weight for weight in self.weights if weight.startswith(f"{name}.")]
+            if self._is_idle(name, called):
+                continue
+            if not called:
+                reasons[name] = self._why_not_called(name, bool(reached))
+            elif not any(has_gradient[weight] for weight in mine):
+                reasons[name] = "called, but the loss does not depend on its output"
+            elif not moves_loss:
+                reasons[name] = (
+                    "called, but the loss has a gradient of exactly zero at its output (a weight behind it is zero)"
+                )
+            elif without := [weight.removeprefix(f"{name}.") for weight in mine if not has_gradient[weight]]:
+                reasons[name] = f"no gradient reaches {', '.join(without)}"
+        return reasons
+
+    def _why_not_called(self, name: str, reached: bool) -> str:
+        parent = self.parents[name]
+        if (found := bypass(parent, name.rpartition(".")[2])) is not None:
+            return str(found)
+        kind = type(parent).__name__
+        return f"{kind} never calls it (dead code)" if reached else f"{kind}, the layer around it, is never reached"
+
+    def _calls(self) -> dict[str, bool]:
+        return dict(zip(self.layers, map(bool, self.called.tolist()), strict=True))
+
+    def _is_idle(self, name: str, called: bool) -> bool:
+        """Whether it belongs to an expert without a token, beside one that has a token."""
+        if called or not EXPERT.search(name):
+            return False
+        siblings = re.compile(re.escape(EXPERT.sub("<>", name)).replace("<>", EXPERT.pattern))
+        return any(found and siblings.fullmatch(other) for other, found in self._calls().items())
+
+
+def _idle_experts(layer: nn.Module) -> int:
+    """The experts of a layer that got no gradient, where its matrices hold one for each: [E, ...]."""
+    gradients = [weight.grad for weight in layer.parameters() if weight.ndim == 3 and weight.grad is not None]
+    if not gradients:
+        return 0
+    whole = [gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient for gradient in gradients]
+    learned = torch.stack([gradient.flatten(1).any(1) for gradient in whole]).any(0)
+    return int(learned.logical_not().sum())
+
+
+def _sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(name.removeprefix("base_model.model.") for name in names[:3]) + more

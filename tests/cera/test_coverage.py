@@ -1,0 +1,261 @@
+"""A first forward and backward pass proves that every adapter runs and learns, or names those that do not."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from cera_models import IDS, WARNINGS
+from conftest import make_tiny_llama
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from cera_train.cera import CeraConfig, CeraLayer, CoverageCallback, check_coverage
+from cera_train.cera.coverage import Coverage
+
+pytestmark = WARNINGS
+
+
+def adapted(base: nn.Module | None = None, **settings) -> nn.Module:
+    config = {"r": 4, "dropout": 0.1, "task_type": "CAUSAL_LM", "target_modules": "all-linear"} | settings
+    return get_peft_model(make_tiny_llama() if base is None else base, CeraConfig(**config)).train()
+
+
+def passes(model: nn.Module) -> None:
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def refusal(model: nn.Module) -> str:
+    with pytest.raises(ValueError, match="would not train") as caught, check_coverage(model):
+        passes(model)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- what is proven --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "identity"])
+def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero(activation):
+    model = adapted(activation=activation, r=1)  # a rank of one: relu may switch off the only unit
+    with check_coverage(model) as coverage:
+        passes(model)
+    assert len(coverage.layers) == 14
+    assert coverage.idle_experts == 0
+    assert all(weight.grad.eq(0).all() for name, weight in model.named_parameters() if "cera_A" in name)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_and_several_passes_are_proven(reentrant):
+    model = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with check_coverage(model):
+        passes(model)
+        passes(model)
+
+
+def test_other_methods_of_peft_and_trained_copies_are_proven():
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_tiny_llama(tie_word_embeddings=False), config).train()
+    with check_coverage(model) as coverage:
+        passes(model)
+    assert len(coverage.layers) == 2
+
+
+def test_only_the_trainable_adapter_of_several_counts():
+    model = adapted(target_modules=["q_proj"])
+    model.add_adapter("second", CeraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
+    with check_coverage(model) as coverage:
+        passes(model)
+    assert len(coverage.layers) == 2
+    model.set_adapter("second")
+    with check_coverage(model) as coverage:
+        passes(model)
+    assert {name.rpartition(".")[2] for name in coverage.layers} == {"v_proj"}
+
+
+def test_the_hooks_are_gone_afterwards():
+    model = adapted()
+    with check_coverage(model):
+        passes(model)
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    assert not any(weight._backward_hooks for weight in model.parameters())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Calls one projection, reads the weight of another, and has no use for a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = CeraConfig(r=2)
+        self.called, self.read, self.dead = (CeraLayer(nn.Linear(4, 4), "default", config) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(x) @ self.read.weight
+
+
+def test_a_module_that_is_not_called_is_named_with_the_likely_reason():
+    model = Layer()
+    with pytest.raises(ValueError, match="would not train") as caught, check_coverage(model):
+        model(torch.randn(3, 4)).sum().backward()
+    assert str(caught.value) == (
+        "2 of 3 adapted modules would not train. read: Layer reads its weight without calling it, so an adapter there "
+        "would never run; dead: Layer never calls it (dead code)."
+    )
+
+
+def test_a_layer_that_is_never_reached_is_named():
+    model = adapted(target_modules=["q_proj"])
+    model.base_model.model.config.num_hidden_layers = 1  # the decoder runs so many of its layers
+    text = refusal(model)
+    assert text.startswith("1 of 2 adapted modules would not train. model.layers.1.self_attn.q_proj: ")
+    assert "LlamaAttention, the layer around it, is never reached" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda output: output.detach(), "the loss does not depend on its output"),
+        (lambda output: output * 0, "the loss has a gradient of exactly zero at its output"),
+    ],
+)
+def test_an_output_that_does_not_reach_the_loss_is_refused(change, reason):
+    model = adapted(target_modules=["up_proj"])
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.register_forward_hook(lambda module, args, output: change(output))
+    assert f"model.layers.0.mlp.up_proj: called, but {reason}" in refusal(model)
+
+
+def test_a_matrix_without_gradient_is_refused():
+    model = adapted(target_modules=["q_proj"])
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    A = layer.cera_A["default"]
+    A.register_forward_hook(lambda module, args, output: output.detach())  # hooks take the plain formula
+    assert "model.layers.0.self_attn.q_proj: no gradient reaches cera_A.default.weight" in refusal(model)
+
+
+def test_a_model_without_trainable_adapters_is_refused():
+    with (
+        pytest.raises(ValueError, match="no trainable adapter"),
+        check_coverage(make_tiny_llama().requires_grad_(False)),
+    ):
+        pass
+
+
+def test_an_error_inside_is_not_hidden():
+    with pytest.raises(KeyError), check_coverage(adapted()):
+        raise KeyError
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Experts as modules, of which the first `running` run."""
+
+    def __init__(self, running: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(5))
+        self.running = running
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(expert(x) for expert in self.experts[: self.running]) + x
+
+
+@pytest.mark.parametrize("running", [2, 0])
+def test_experts_without_a_token_are_exempt_and_counted(running):
+    model = get_peft_model(nn.Sequential(Experts(running)), CeraConfig(r=2, target_modules=r".*experts\.\d\.\d"))
+    coverage = Coverage(model)
+    with coverage.watch():
+        model(torch.randn(3, 4).requires_grad_()).square().sum().backward()
+    if running:
+        assert coverage.problem() is None
+        assert coverage.idle_experts == 6  # three experts of two projections
+    else:  # the router is not to blame
+        assert "10 of 10 adapted modules would not train" in coverage.problem()
+
+
+class Grouped(nn.Module, BaseTunerLayer):
+    """Five experts in two parameters, of which the first two get tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(5, 2, 4)), nn.Parameter(torch.zeros(5, 4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (x @ self.A[:2].mT @ self.B[:2].mT).sum(0)
+
+
+def test_a_layer_that_holds_all_experts_counts_those_without_a_token():
+    model = nn.Sequential(OrderedDict(experts=Grouped()))
+    with check_coverage(model) as coverage:
+        model(torch.randn(3, 4)).square().sum().backward()
+    assert coverage.idle_experts == 3
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_what_one_process_has_not_seen_another_may_have():
+    model = adapted(target_modules=["q_proj"])
+    idle, busy = Coverage(model), Coverage(model)
+    with busy.watch():
+        passes(model)
+    assert idle.problem() is not None
+    idle.sum(lambda seen: seen + torch.cat([busy.called, busy.reached, busy.moves_loss, busy.has_gradient]))
+    assert idle.problem() is None
+
+
+# --- trainers --------------------------------------------------------------------------------------------------------
+
+
+def trainer_of(model: nn.Module, tmp_path, **changes) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True}
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False}
+    arguments = TrainingArguments(str(tmp_path), **settings | quiet | changes)
+    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[CoverageCallback()])
+
+
+def test_the_callback_proves_the_first_update_of_the_trainer(tmp_path):
+    trainer = trainer_of(adapted(), tmp_path)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_the_callback_stops_the_trainer_before_its_first_step(tmp_path):
+    model = adapted(target_modules=["q_proj"])
+    model.base_model.model.config.num_hidden_layers = 1
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trainer = trainer_of(model, tmp_path)
+    with pytest.raises(ValueError, match=r"1 of 2 adapted modules would not train\. model\.layers\.1"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_the_callback_works_in_trl(tiny_folder, tokenizer, tmp_path):
+    trl = pytest.importorskip("trl")
+    trainer = trl.SFTTrainer(
+        model=str(tiny_folder),
+        args=trl.SFTConfig(
+            **{"output_dir": str(tmp_path), "max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none"},
+            **{"disable_tqdm": True, "max_length": 64, "save_strategy": "no"},
+        ),
+        train_dataset=Dataset.from_list([{"text": f"Answer: it is 0.{number}"} for number in range(16)]),
+        processing_class=tokenizer,
+        peft_config=CeraConfig(r=4, task_type="CAUSAL_LM"),
+        callbacks=[callback := CoverageCallback()],
+    )
+    trainer.train()
+    assert len(callback.coverage.layers) == 4
+    assert callback.coverage.problem() is None

@@ -1,0 +1,271 @@
+"""Every family of architectures, tiny and random: it attaches, trains, generates, packs, saves and loads, plans, and
+trains over 4-bit weights; and what would never run is refused.
+
+`make architectures` runs these tests and writes docs/architectures.md from what they record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from architectures import ARCHITECTURES, STATES, Architecture
+from torch import nn
+
+from cera_train.adapters import build as adapters
+from cera_train.adapters.config import AdapterConfig
+from cera_train.adapters.targets import describe_targets
+from cera_train.cera.bypass import bypassed, keep_scale
+from cera_train.cera.coverage import check_coverage
+from cera_train.common.errors import UserError
+from cera_train.data.batches import Batch, flat_batch, padded_batch
+from cera_train.data.config import BatchLayout
+from cera_train.model.config import Dtype, ModelConfig, Quantization
+from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.model.weights import load_model
+from cera_train.planning.plan import make_plan
+
+CPU = torch.device("cpu")
+STATEFUL = {family.model_type for family in STATES}
+QUICK = ("llama", "gpt2", "mixtral", "mamba", "qwen3_next")
+"""Families whose tests run with the fast ones."""
+
+WITHOUT_CACHE = ("rwkv", "xlstm")
+"""transformers' own models of these fail with a cache, or write other tokens than without one."""
+
+ROWS = [[5, 17, 99, 4, 250, 31, 8, 60], [7, 7, 300, 12, 3], [401, 2, 45, 46, 6, 9, 120]]
+MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]
+IDS = torch.tensor([ROWS[0], ROWS[0][::-1]])
+
+every_family = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, family in ARCHITECTURES.items()
+    ],
+)
+pytestmark = pytest.mark.filterwarnings(
+    "error",
+    "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
+    "ignore:Could not find a config file in:UserWarning",  # PEFT's, of a model that was made in memory
+)
+
+
+@pytest.fixture
+def cell(record_property) -> Callable[[str], None]:
+    """cell("flat"): what stands in the table for this family and test."""
+    return lambda text: record_property("cell", text)
+
+
+def adapted(base: nn.Module, targets: Any, **settings: Any) -> nn.Module:
+    return adapters.build(base, AdapterConfig(r=4, target_modules=targets, **{"dropout": 0.0} | settings))
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Gives B random numbers, so that the adapter changes the model."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "cera_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def batch_of(supervised: SupervisedLoss) -> Batch:
+    return (flat_batch if supervised.is_flat else padded_batch)(ROWS, MASKS)
+
+
+def prove(supervised: SupervisedLoss) -> None:
+    """Raises where an adapter does not run or gets no gradient."""
+    with check_coverage(supervised.model):
+        supervised.train()(batch_of(supervised)).backward()
+    supervised.zero_grad()
+
+
+def losses_of(supervised: SupervisedLoss, updates: int = 8) -> list[float]:
+    """The loss of a few updates on the same rows."""
+    batch = batch_of(supervised)
+    weights = [weight for weight in supervised.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.03)
+    losses = []
+    for _ in range(updates):
+        loss = supervised.train()(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@every_family
+def test_attaches(family: Architecture, cell):
+    """all-linear: a fresh adapter changes nothing; each of its modules moves the logits alone, and in training, without
+    dropout, as it does in eval mode."""
+    dropouts = [
+        name for name, value in family.config().to_dict().items() if "drop" in name and isinstance(value, float)
+    ]
+    base = family.model(**dict.fromkeys(dropouts, 0.0))
+    keep_scale(base)
+    expected = logits(base)
+    skipped = set(bypassed(base))
+    model = adapted(base, "all-linear")
+    assert torch.equal(logits(model), expected)
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
+    linears = {name for name, module in family.model().named_modules() if adapters.linear_names([(name, module)])}
+    assert len(layers) == len(linears - skipped) - 1  # but for the head
+    for layer in layers:
+        weight = layer.cera_B["default"].weight
+        nn.init.normal_(weight)
+        assert not torch.equal(logits(model), expected)
+        nn.init.zeros_(weight)
+    expected = logits(randomise(model))
+    with torch.no_grad():
+        trained = model.train()(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(trained, expected, rtol=1e-3, atol=1e-4)
+    cell(describe_targets(model).split(": ")[1].split(" of ")[0] + " modules")
+
+
+@every_family
+def test_trains(family: Architecture, cell):
+    """Coverage is proven and the loss falls, over the targets of the family and over all-linear."""
+    for targets in (list(family.targets), "all-linear"):
+        base = family.model()
+        supervised = SupervisedLoss(adapted(base, targets, dropout=0.1), base)
+        choose_layout(BatchLayout.auto, supervised, CPU)
+        prove(supervised)
+        losses = losses_of(supervised)
+        assert losses[-1] < 0.99 * losses[0]
+    cell("yes")
+
+
+@every_family
+def test_generates(family: Architecture, cell):
+    """With a cache, token by token, it writes what whole passes without a cache predict."""
+    model = randomise(adapted(family.model(), list(family.targets))).eval()
+    has_cache = family.model_type not in WITHOUT_CACHE
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    settings |= {"use_cache": has_cache, "attention_mask": torch.ones_like(IDS)}
+    tokens = model.generate(input_ids=IDS, **settings)
+    wanted = IDS
+    with torch.no_grad():
+        for _ in range(6):
+            next_tokens = model(input_ids=wanted, use_cache=False).logits[:, -1].argmax(-1)
+            wanted = torch.cat([wanted, next_tokens[:, None]], dim=1)
+    assert tokens.tolist() == wanted.tolist()
+    assert tokens.tolist() != family.model().generate(input_ids=IDS, **settings).tolist()
+    cell("yes" if has_cache else "without a cache")
+
+
+@every_family
+def test_packs(family: Architecture, cell):
+    """The layout that the probe allows gives the loss and the gradients of one row at a time; and where it allows no
+    flat rows, sequences that share a row see each other."""
+    base = family.model()
+    supervised = SupervisedLoss(randomise(adapted(base, list(family.targets))), base)
+    allowed = supervised.probe()
+    supervised.eval()  # GPT-2 drops hidden states by default
+
+    def loss_and_gradients(batches: list[Batch]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loss = sum(supervised(batch) for batch in batches)
+        weights = [weight for weight in supervised.parameters() if weight.requires_grad]
+        return loss.detach(), list(torch.autograd.grad(loss, weights))
+
+    apart = [padded_batch([row], [mask]) for row, mask in zip(ROWS, MASKS, strict=True)]
+    expected = loss_and_gradients(apart)
+    torch.testing.assert_close(loss_and_gradients([padded_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4)
+    if allowed.flattens:
+        supervised.use_flat_batches()
+        torch.testing.assert_close(loss_and_gradients([flat_batch(ROWS, MASKS)]), expected, rtol=1e-3, atol=1e-4)
+        assert not moves_the_next(supervised)
+    else:
+        with pytest.raises(UserError, match="mixes sequences that share a row"):
+            choose_layout(BatchLayout.flat, supervised, CPU)
+        assert moves_the_next(supervised)
+    assert not (allowed.flattens and family.model_type in STATEFUL)
+    cell("flat rows" if allowed.flattens else "padded rows")
+
+
+def moves_the_next(supervised: SupervisedLoss) -> bool:
+    """Whether another first sequence of a flat row changes the loss of the others."""
+    masks = [[False] * len(MASKS[0]), *MASKS[1:]]
+    with torch.no_grad():
+        before, after = (supervised(flat_batch([first, *ROWS[1:]], masks)) for first in (ROWS[0], [9, *ROWS[0][:0:-1]]))
+    return abs(float(after / before) - 1) > 1e-5
+
+
+@every_family
+def test_saves_and_loads(family: Architecture, cell, tmp_path):
+    """A saved adapter gives the same logits on another copy of the base, by our loading and by PEFT's."""
+    model = randomise(adapted(family.model(), "all-linear"))
+    expected = logits(model)
+    weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    adapters.save(model, weights, tmp_path)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(family.model(), str(tmp_path))), expected)
+    assert torch.equal(logits(adapters.attach(family.model(), tmp_path)), expected)
+    cell("yes")
+
+
+@every_family
+def test_plans(family: Architecture, cell, compose, tmp_path):
+    """cera-plan counts it from its config.json alone."""
+    family.config().save_pretrained(tmp_path)
+    targets = f"adapter.target_modules=[{','.join(family.targets)}]"
+    base = ["+recipe=quickstart", f"model.path={tmp_path}", "adapter.r=4", "plan.gpu=h100"]
+    small = ["data.max_length=16", "train.micro_batch_tokens=32", "train.batch_size=2"]
+    plan = make_plan(compose(*base, targets, *small, command="plan"))
+    trainable, total = adapters.parameter_counts(adapted(family.model(), list(family.targets)))
+    assert plan.parameters.trainable == trainable
+    assert sum(plan.parameters.frozen.values()) == total - trainable
+    assert plan.memory.peak > 0
+    assert plan.parameters.mixes_sequences >= (family.model_type in STATEFUL)
+    cell("yes")
+
+
+@every_family
+def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
+    """NF4 on this CPU: coverage is proven and the loss falls."""
+    family.model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    base = load_model(ModelConfig(str(tmp_path), dtype=Dtype.float32, quantization=Quantization.nf4), CPU)
+    supervised = SupervisedLoss(adapted(base, list(family.targets)), base)
+    choose_layout(BatchLayout.auto, supervised, CPU)
+    prove(supervised)
+    losses = losses_of(supervised)
+    assert losses[-1] < losses[0]
+    cell("yes")
+
+
+@every_family
+def test_refuses(family: Architecture, cell):
+    """What the model reads past its module is refused by name, with what to target instead; what only a fused kernel
+    reads trains without it."""
+    reasons: dict[str, list[str]] = {}
+    for name, reason in bypassed(family.model()).items():
+        kind = name.rpartition(".")[2]
+        with pytest.raises(UserError, match=rf"adapter\.target_modules: {kind}: .* Target .* instead") as caught:
+            adapted(family.model(), [kind])
+        assert "LORA" not in str(caught.value)
+        assert ("set adapter.unfused=true" in str(caught.value)) == reason.is_fused
+        text = f"{reason.reason.split(', ')[0]}{': adapter.unfused=true trains it' if reason.is_fused else ''}"
+        reasons.setdefault(text, [])
+        reasons[text] += [kind] * (kind not in reasons[text])
+    fused = {name.rpartition(".")[2] for name, reason in bypassed(family.model()).items() if reason.is_fused}
+    if fused:
+        base = family.model()
+        supervised = SupervisedLoss(adapted(base, sorted(fused), unfused=True), base)
+        supervised.probe()
+        prove(supervised)
+        losses = losses_of(supervised)
+        assert losses[-1] < losses[0]
+    cell("; ".join(f"{', '.join(kinds)} ({text})" for text, kinds in reasons.items()) or "")
+
+
+def test_the_fast_families_are_families():
+    assert set(QUICK) <= set(ARCHITECTURES)
