@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft lint check bench growth clean
+.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -23,6 +23,9 @@ test-all: test  ## run also the tests that start and kill processes, fill disks,
 test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads PEFT's source package
 	$(BIN)/python tests/peft_suite/run.py
 
+test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters by a real vLLM, in an environment of 4 GB
+	$(VENV)-serving/bin/python -m pytest -W default -m serving tests/serving
+
 lint: $(VENV)/.installed-test  ## run ruff, and the contracts of what imports what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +40,7 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
 
 clean:  ## remove .venv
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-serving
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,4 +50,11 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# vLLM pins its torch and transformers. PyPI's torchaudio does not load beside its torch.
+$(VENV)-serving/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-serving
+	$(VENV)-serving/bin/python -m pip install --quiet --editable '.[serve]'
+	$(VENV)-serving/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	touch $@

@@ -11,7 +11,7 @@ from cera_train.data.config import DataConfig
 from cera_train.distributed.config import DistributedConfig, LaunchConfig, Strategy
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.planning.config import PlanConfig
-from cera_train.training.config import OptimizerConfig, OptimizerKind, TrackerConfig, TrainConfig
+from cera_train.training.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Config:
 
     def _check_sharding(self) -> None:
         require(
-            self.optimizer.kind == OptimizerKind.adamw,
+            OPTIMIZERS[self.optimizer.kind].bits == 32,
             f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: with distributed.strategy=fsdp "
             "choose optimizer=adamw.",
         )

@@ -137,9 +137,10 @@ def compose():
     from cera_train.common.files import config_dir
     from cera_train.config import Config, PlanRun
     from cera_train.evaluation.config import EvalConfig
+    from cera_train.serving.config import ChatConfig, ExportConfig
 
     register_configs()
-    schemas = {"config": Config, "eval": EvalConfig, "plan": PlanRun}
+    schemas = {"config": Config, "eval": EvalConfig, "plan": PlanRun, "chat": ChatConfig, "export": ExportConfig}
 
     def compose(*overrides: str, command: str = "config"):
         with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):

@@ -25,8 +25,15 @@ from cera_train.common.settings import flatten, keys_of, section_of
 from cera_train.common.trust import check_remote_code
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
+from cera_train.serving.config import ChatConfig, ExportConfig
 
-SCHEMAS = {"cera-train": Config, "cera-eval": EvalConfig, "cera-plan": PlanRun}
+SCHEMAS = {
+    "cera-train": Config,
+    "cera-eval": EvalConfig,
+    "cera-plan": PlanRun,
+    "cera-chat": ChatConfig,
+    "cera-export": ExportConfig,
+}
 
 PLUGINS = {
     "hydra/launcher/submitit_local": "pip install 'cera-train[slurm]'",
@@ -42,8 +49,8 @@ def register_configs() -> None:
     help text lists the group's choices."""
     OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
     store = ConfigStore.instance()
-    for name, schema in {"schema": Config, "eval_schema": EvalConfig, "plan_schema": PlanRun}.items():
-        store.store(name=name, node=schema)
+    for program, schema in SCHEMAS.items():
+        store.store(name="schema" if schema is Config else f"{program.removeprefix('cera-')}_schema", node=schema)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
@@ -81,7 +88,7 @@ class Composition:
 
     @property
     def has_recipes(self) -> bool:
-        return self.program != "cera-eval"
+        return self.program in ("cera-train", "cera-plan")
 
     @cached_property
     def keys(self) -> list[str]:

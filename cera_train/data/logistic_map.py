@@ -9,6 +9,8 @@ import random
 from cera_train.common.errors import UserError
 from cera_train.data.config import LogisticMapConfig
 
+PROMPT = "Question: {question}\nAnswer:"
+
 
 def trajectory(x0: float, growth: float, steps: int) -> list[float]:
     """The `steps` iterates after x0."""
@@ -22,8 +24,10 @@ def problem(x0: float, config: LogisticMapConfig) -> dict[str, str]:
     """One row: prompt and completion."""
     start, *iterates = (f"{x:.{config.decimals}f}" for x in (x0, *trajectory(x0, config.growth, config.steps)))
     return {
-        "prompt": f"Question: x' = {config.growth:g} x (1 - x). Starting from x = {start}, "
-        f"what are the next {config.steps} values?\nAnswer:",
+        "prompt": PROMPT.format(
+            question=f"x' = {config.growth:g} x (1 - x). Starting from x = {start}, "
+            f"what are the next {config.steps} values?"
+        ),
         "completion": " " + ", ".join(iterates),
     }
 

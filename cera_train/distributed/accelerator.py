@@ -38,7 +38,7 @@ def start_accelerator(
             mixed_precision_policy=MixedPrecisionPolicy(),
         )
     accelerator = Accelerator(
-        mixed_precision=_mixed_precision(model, autocast),
+        mixed_precision=mixed_precision(model, autocast),
         cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
         fsdp_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
@@ -72,7 +72,7 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 
 
-def _mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
+def mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
     """Accelerate's name for the precision of autocast."""
     if not (model.dtype != Dtype.float32 if autocast is None else autocast):
         return "no"

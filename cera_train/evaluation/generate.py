@@ -7,7 +7,7 @@ all requests, also where some are done, so a resumed evaluation repeats an unint
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,18 +70,23 @@ def generate(
     if can_decode(model, base):
         answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
     else:
-
-        def only_the_chosen(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-            return torch.full_like(logits_BV, -torch.inf).scatter(-1, choose(logits_BV)[:, None], 0.0)
-
         output = model.generate(
             input_ids=ids_BT,
             attention_mask=mask_BT,
-            logits_processor=[only_the_chosen],
+            logits_processor=[only_the_chosen(choose)],
             tokenizer=tokenizer if settings.stop_strings else None,
         )
         answers = output[:, ids_BT.shape[1] :].tolist()
     return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+
+
+def only_the_chosen(choose: Likeliest) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A logits processor that makes a greedy `generate` take the tokens of `choose`."""
+
+    def process(ids_BT: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits_BV, -torch.inf).scatter(-1, choose(logits_BV)[:, None], 0.0)
+
+    return process
 
 
 def _generation(

@@ -19,6 +19,7 @@ from cera_train.model.precision import choose_precision
 from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
+from cera_train.training.config import OPTIMIZERS
 
 if TYPE_CHECKING:
     from cera_train.planning.count import Parameters
@@ -226,7 +227,7 @@ def memory_of(
     always = {
         "weights": parameters.weight_bytes,
         "adapter": 4 * parameters.trainable,
-        "optimizer": sum(config.optimizer.kind.state_bytes(count) for count in parameters.trainable_tensors),
+        "optimizer": sum(map(OPTIMIZERS[config.optimizer.kind].state_bytes, parameters.trainable_tensors)),
     }
     if not on_gpu:
         always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from cera_train.common.settings import require, require_positive, setting
 from cera_train.data.config import BatchLayout
 
 
-class OptimizerKind(StrEnum):
-    adamw = "adamw"
-    adamw_8bit = "adamw_8bit"
-    paged_adamw_8bit = "paged_adamw_8bit"
+class Optimizer(NamedTuple):
+    """A class that takes lr, betas, eps and weight_decay."""
+
+    path: str
+    """Where it is imported from."""
+    moments: int = 2
+    """Numbers that it keeps for each weight."""
+    bits: int = 32
+    """Of each of them. 8 bits come with a float32 scale for 256 numbers; tensors of fewer than 4,096 keep 32."""
+    needs_gpu: bool = False
 
     def state_bytes(self, count: int) -> float:
-        """What it keeps for a tensor of `count` weights: two moments of float32; or of 8 bits with a float32 scale for
-        256, which small tensors do not get."""
-        return 8 * count if self == OptimizerKind.adamw or count < 4096 else 2 * (1 + 4 / 256) * count
+        """What it keeps for a tensor of `count` weights."""
+        is_wide = self.bits == 32 or count < 4096
+        return self.moments * count * (4 if is_wide else 1 + 4 / 256)
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer("torch.optim.AdamW"),
+    "adamw_8bit": Optimizer("bitsandbytes.optim.AdamW8bit", bits=8),
+    "paged_adamw_8bit": Optimizer("bitsandbytes.optim.PagedAdamW8bit", bits=8, needs_gpu=True),
+}
+"""By the value of `optimizer.kind`. An entry here and a file in conf/optimizer add one."""
+
+OptimizerKind = StrEnum("OptimizerKind", {kind: kind for kind in OPTIMIZERS}, module=__name__)
 
 
 class Schedule(StrEnum):

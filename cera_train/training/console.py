@@ -180,7 +180,8 @@ def next_commands(config: Config, folder: str) -> dict[str, str]:
     scripts = started.parent if started.name == "cera-train" else sysconfig.get_path("scripts")
     bin = "" if shutil.which("cera-train") else f"{scripts}/"  # `make` starts .venv/bin/cera-train
     commands = {
-        "ask it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
+        "ask it": [f"{bin}cera-chat", f"run={folder}"],
+        "grade it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
         f"train {other}": [f"{bin}cera-train", *kept, f"adapter={other}", f"name={config.name}_{other}"],
         "compare": [f"{bin}cera-report", folder, f"{folder}_{other}"],
     }

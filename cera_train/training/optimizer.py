@@ -1,7 +1,8 @@
-"""AdamW, plain or with 8-bit moments, and the learning rate as a function of the update."""
+"""The optimizer of a config, and its learning rate as a function of the update."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from cera_train.common.errors import UserError
-from cera_train.training.config import OptimizerConfig, OptimizerKind, Schedule
+from cera_train.training.config import OPTIMIZERS, OptimizerConfig, Schedule
 
 
 def build_optimizer(
@@ -21,19 +22,20 @@ def build_optimizer(
     Args:
         parameters: what it updates; or groups, in which `lr_ratio` multiplies the learning rate.
     """
-    if config.kind == OptimizerKind.paged_adamw_8bit and device.type != "cuda":
+    kind = OPTIMIZERS[config.kind]
+    if kind.needs_gpu and device.type != "cuda":
         raise UserError(
-            f"optimizer.kind=paged_adamw_8bit pages GPU memory, and this run is on {device.type}: "
+            f"optimizer.kind={config.kind} pages GPU memory, and this run is on {device.type}: "
             "use optimizer=adamw_8bit or optimizer=adamw."
         )
-    if config.kind == OptimizerKind.adamw:
-        adamw = torch.optim.AdamW
-    else:
-        from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-        adamw = AdamW8bit if config.kind == OptimizerKind.adamw_8bit else PagedAdamW8bit
-    betas = (config.beta1, config.beta2)
-    optimizer = adamw(parameters, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    module, _, name = kind.path.rpartition(".")
+    optimizer = getattr(importlib.import_module(module), name)(
+        parameters,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
     set_learning_rate(optimizer, config.lr)
     return optimizer
 

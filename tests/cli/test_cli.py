@@ -212,15 +212,15 @@ def test_a_bug_of_ours_keeps_its_traceback():
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-@pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan"])
+@pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan", "cera-chat", "cera-export"])
 def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
     done = command(name, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for group in {"cera-eval": ["task", "generation", "model", "data"]}.get(
-        name, ["recipe", "model", "adapter", "data"]
-    ):
+    measured = ["task", "generation", "model", "data"]
+    groups = {"cera-eval": measured, "cera-export": measured, "cera-chat": ["generation", "model"]}
+    for group in groups.get(name, ["recipe", "model", "adapter", "data"]):
         assert re.search(rf"^  {group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), group
-    assert ("task " in done.stdout) == (name == "cera-eval")
+    assert ("task " in done.stdout) == (name in ("cera-eval", "cera-export"))
 
 
 @pytest.mark.parametrize(

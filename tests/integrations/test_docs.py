@@ -27,7 +27,13 @@ TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
     "computes",
 }
-SCHEMAS = {"cera-train": "config", "cera-eval": "eval", "cera-plan": "plan"}
+SCHEMAS = {
+    "cera-train": "config",
+    "cera-eval": "eval",
+    "cera-plan": "plan",
+    "cera-chat": "chat",
+    "cera-export": "export",
+}
 NOT_RUN = "<!-- not run by the tests"
 MADE_BY_COMMANDS = ("outputs/", "report/")
 """Folders that the pages' commands create."""

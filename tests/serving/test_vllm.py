@@ -1,0 +1,284 @@
+"""A real vLLM serves CeRA: every answer is that of transformers and PEFT. Run by `make test-serving`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.serving
+
+import httpx  # noqa: E402
+import openai  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from cera_train.cera import CeraConfig  # noqa: E402
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QV = ["q_proj", "v_proj"]
+ADAPTERS = {
+    "silu": CeraConfig(r=8, target_modules=QV),
+    "silu_all": CeraConfig(r=4, alpha=8, target_modules=LINEARS),
+    "relu": CeraConfig(r=8, target_modules=QV, activation="relu"),
+    "gelu": CeraConfig(r=8, target_modules=LINEARS, activation="gelu"),
+    "identity": CeraConfig(r=8, target_modules=QV, activation="identity"),
+    "lora": LoraConfig(r=8, lora_alpha=8, target_modules=QV),
+}
+BASE = "base"
+PROMPTS = [[5, 9, 23, 41], [7, 7, 7], [100, 3, 50, 60, 70, 80], [11, 2]]
+TOKENS = 8
+
+
+def drawn(config, base, seed: int):
+    """A model with an adapter whose branches matter."""
+    torch.manual_seed(seed)
+    model = get_peft_model(base, config).eval()
+    for name, weight in model.named_parameters():
+        if "_A." in name or "_B." in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def greedy(model) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities of the answers to PROMPTS."""
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
+            output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        tokens = output.sequences[0, len(prompt) :].tolist()
+        scores = [score[0].log_softmax(-1)[token].item() for score, token in zip(output.scores, tokens, strict=True)]
+        answers.append((tokens, scores))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer) -> Path:
+    """The base model and the adapters."""
+    folder = tmp_path_factory.mktemp("serving")
+    torch.manual_seed(0)
+    # The CPU kernels of vLLM take heads of 64.
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    model.save_pretrained(folder / BASE)
+    tokenizer.save_pretrained(folder / BASE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wanted(folder) -> dict[str, list]:
+    """What transformers and PEFT answer."""
+
+    def base() -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32).eval()
+
+    answers = {BASE: greedy(base())}
+    for seed, (name, config) in enumerate(ADAPTERS.items()):
+        model = drawn(config, base(), seed)
+        model.save_pretrained(folder / name)
+        answers[name] = greedy(model)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def server(folder, wanted, tmp_path_factory):
+    """The address of a vLLM with two slots for six adapters."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / BASE),
+        *("--served-model-name", BASE, "--dtype", "float32", "--host", "127.0.0.1", "--port", port),
+        *("--enable-lora", "--max-loras", 2, "--max-cpu-loras", 8, "--max-lora-rank", 8, "--max-model-len", 128),
+        *("--enforce-eager", "--gpu-memory-utilization", 0.1, "--max-num-seqs", 32),
+        *("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS)),
+    ]
+    settings = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*map(str, command)], stdout=output, stderr=output, env=os.environ | settings, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                httpx.get(f"{url}/health", timeout=1).raise_for_status()
+                break
+            except httpx.HTTPError:
+                time.sleep(1)
+        else:
+            pytest.fail(log.read_text()[-4000:])
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def ask(url: str, model: str, prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Tokens and log-probabilities, as the OpenAI client gets them."""
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+    completion = client.completions.create(
+        model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, logprobs=1,
+        extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
+    )  # fmt: skip
+    found = completion.choices[0].logprobs
+    return [int(token.removeprefix("token_id:")) for token in found.tokens], found.token_logprobs
+
+
+def post(url: str, path: str, **body) -> httpx.Response:
+    return httpx.post(f"{url}/v1/{path}", json=body, timeout=300)
+
+
+def assert_equal(answer, wanted) -> None:
+    assert answer[0] == wanted[0]
+    assert answer[1] == pytest.approx(wanted[1], abs=1e-3)
+
+
+def test_the_adapters_answer_differently(wanted):
+    answers = [str([tokens for tokens, _ in answer]) for answer in wanted.values()]
+    assert len(set(answers)) == len(answers)
+
+
+def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_own_answer(server, wanted):
+    asked = [(name, place) for name in wanted for place in range(len(PROMPTS))]
+    requests = [asked[number * 11 % len(asked)] for number in range(200)]
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda request: ask(server, request[0], PROMPTS[request[1]]), requests))
+    for (name, place), answer in zip(requests, answers, strict=True):
+        assert_equal(answer, wanted[name][place])
+
+
+def test_adapters_come_and_go_while_others_answer(server, folder, wanted):
+    is_over = threading.Event()
+
+    def others() -> int:
+        count = 0
+        while not is_over.is_set():
+            assert_equal(ask(server, "silu_all", PROMPTS[0]), wanted["silu_all"][0])
+            count += 1
+        return count
+
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(others)
+        try:
+            for _ in range(3):
+                assert post(server, "load_lora_adapter", lora_name="late", lora_path=str(folder / "gelu")).is_success
+                assert_equal(ask(server, "late", PROMPTS[1]), wanted["gelu"][1])
+                assert post(server, "unload_lora_adapter", lora_name="late").is_success
+                with pytest.raises(openai.NotFoundError):
+                    ask(server, "late", PROMPTS[1])
+        finally:
+            is_over.set()
+        assert answered.result() > 0
+
+
+def test_an_adapter_is_replaced_in_place_by_one_with_another_gate(server, folder, wanted):
+    for name in ("silu", "lora", "relu"):
+        path = str(folder / name)
+        assert post(server, "load_lora_adapter", lora_name="swapped", lora_path=path, load_inplace=True).is_success
+        assert_equal(ask(server, "swapped", PROMPTS[2]), wanted[name][2])
+    assert post(server, "unload_lora_adapter", lora_name="swapped").is_success
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "mish"}, "activation=mish is no gate that can be served: identity, silu, relu, gelu."),
+        ({"mix": "learned"}, "mix=learned is not served"),
+        ({"recurrent_steps": 2}, "recurrent_steps=2 is not served"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters=['experts.down_proj'] is not served"),
+        ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
+        (None, "adapter_model"),
+    ],
+    ids=["gate", "mix", "recurrent", "experts", "rank", "truncated"],
+)
+def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, wanted, tmp_path, changes, message):
+    broken = Path(shutil.copytree(folder / "silu", tmp_path / "broken"))
+    if changes is None:
+        weights = broken / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        message = ""
+    else:
+        file = broken / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    response = post(server, "load_lora_adapter", lora_name="broken", lora_path=str(broken))
+    assert response.status_code >= 400
+    assert message in response.text
+    assert_equal(ask(server, "silu", PROMPTS[3]), wanted["silu"][3])
+
+
+def test_a_wrapper_that_passes_the_gate_by_is_found_out():
+    from types import SimpleNamespace
+
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from cera_train.serving import vllm as plugin
+
+    class Fused(PunicaWrapperCPU):
+        def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more):
+            slot = self.token_lora_indices[0]
+            y += x @ lora_a_stacked[0][slot, 0].T @ lora_b_stacked[0][slot, 0].T
+
+    config = SimpleNamespace(max_loras=2, max_lora_rank=8, lora_dtype=torch.float32)
+    for kind, sound in ((PunicaWrapperCPU, ["identity", "silu", "relu", "gelu"]), (Fused, ["identity"])):
+        wrapper = plugin.gated_wrapper(kind, 16, max_batches=4, device="cpu", lora_config=config)
+        for slot in (0, 1):
+            assert [name for code, name in enumerate(plugin.GATES) if wrapper.computes(slot, code)] == sound
+
+
+def test_the_compiled_wrapper_takes_a_batch_of_other_gates():
+    """A graph that was made for a batch of LoRA serves CeRA: the codes are data of the graph, not branches."""
+    from types import SimpleNamespace
+
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from cera_train.serving import vllm as plugin
+
+    config = SimpleNamespace(max_loras=3, max_lora_rank=4, lora_dtype=torch.float32)
+    wrapper = plugin.gated_wrapper(PunicaWrapperCPU, 16, max_batches=4, device="cpu", lora_config=config)
+    wrapper.slot_codes[:3] = torch.tensor([0, 1, 2])
+    A, B, x = torch.randn(3, 1, 4, 8), torch.randn(3, 1, 8, 4), torch.randn(6, 8)
+
+    def add(y):
+        wrapper.add_lora_linear(y, x, (A,), (B,), 1.0, (8,))
+        return y
+
+    compiled = torch.compile(add, fullgraph=True, backend="eager")
+    for ids in ((1, 1, 1, 1, 1, 1), (3, 2, 1, 0, 2, 3)):
+        wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=False), [1, 2, 3], 4, 8)
+        gates = [plugin.formula(name) for name in ("identity", "silu", "relu")]
+        rows = [
+            gates[slot](row @ A[slot, 0].T) @ B[slot, 0].T if slot >= 0 else torch.zeros(8)
+            for row, slot in zip(x, (number - 1 for number in ids), strict=True)
+        ]
+        wanted = torch.stack(rows)
+        torch.testing.assert_close(compiled(torch.zeros(6, 8)), wanted)
