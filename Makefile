@@ -20,11 +20,11 @@ test: $(VENV)/.installed-test  ## run the fast tests
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
 
-test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads PEFT's source package
-	$(BIN)/python tests/peft_suite/run.py
-
 test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters by a real vLLM, in an environment of 4 GB
 	$(VENV)-serving/bin/python -m pytest -W default -m serving tests/serving
+
+test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads PEFT's source package
+	$(BIN)/python tests/peft_suite/run.py
 
 lint: $(VENV)/.installed-test  ## run ruff, and the contracts of what imports what
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
+    *("serving",),
     "computes",
 }
 SCHEMAS = {

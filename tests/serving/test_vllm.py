@@ -39,6 +39,10 @@ ADAPTERS = {
 BASE = "base"
 PROMPTS = [[5, 9, 23, 41], [7, 7, 7], [100, 3, 50, 60, 70, 80], [11, 2]]
 TOKENS = 8
+SETTINGS = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
 
 
 def drawn(config, base, seed: int):
@@ -114,13 +118,9 @@ def server(folder, wanted, tmp_path_factory):
         *("--enforce-eager", "--gpu-memory-utilization", 0.1, "--max-num-seqs", 32),
         *("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS)),
     ]
-    settings = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=output, env=os.environ | settings, start_new_session=True
+            [*map(str, command)], stdout=output, stderr=output, env=os.environ | SETTINGS, start_new_session=True
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -233,6 +233,55 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, w
     assert response.status_code >= 400
     assert message in response.text
     assert_equal(ask(server, "silu", PROMPTS[3]), wanted["silu"][3])
+
+
+TWO_PROCESSES = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+folder, sharded, names = sys.argv[1], sys.argv[2] == "sharded", sys.argv[3].split(",")
+if __name__ == "__main__":
+    engine = LLM(
+        f"{folder}/base", dtype="float32", tensor_parallel_size=2, enable_lora=True, max_lora_rank=8, max_loras=2,
+        max_cpu_loras=8, max_model_len=128, enforce_eager=True, gpu_memory_utilization=0.1,
+        fully_sharded_loras=sharded,
+    )
+    answers = {}
+    for number, name in enumerate(names, start=1):
+        request = LoRARequest(name, number, f"{folder}/{name}")
+        try:
+            engine.llm_engine.add_lora(request)
+        except Exception as error:
+            answers[name] = str(error)
+            continue
+        prompts = [{"prompt_token_ids": prompt} for prompt in json.loads(sys.argv[4])]
+        sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[5]), ignore_eos=True)
+        outputs = engine.generate(prompts, sampling, lora_request=request)
+        answers[name] = [list(output.outputs[0].token_ids) for output in outputs]
+    print("ANSWERS", json.dumps(answers))
+"""
+
+
+@pytest.mark.parametrize("sharded", ["sharded", "not"])
+def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, sharded):
+    """A projection whose input is split has a part of x A^T in each process: the gate needs the sum."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
+    names = "silu,gelu,lora,silu_all" if sharded == "sharded" else "silu,lora,silu_all"
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder), sharded, names, json.dumps(PROMPTS), str(TOKENS)],
+        capture_output=True, text=True, check=False, timeout=500, env=os.environ | SETTINGS,
+    )  # fmt: skip
+    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
+    assert line, done.stdout[-2000:] + done.stderr[-4000:]
+    answers = json.loads(line.removeprefix("ANSWERS "))
+    for name in names.split(","):
+        if sharded == "not" and name == "silu_all":
+            assert "start vLLM with --fully-sharded-loras" in answers[name]
+        else:
+            assert answers[name] == [tokens for tokens, _ in wanted[name]], name
 
 
 def test_a_wrapper_that_passes_the_gate_by_is_found_out():
