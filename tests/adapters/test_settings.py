@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -188,8 +190,15 @@ def test_presets_of_cera_are_what_their_names_say(compose):
 
 
 def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
-    with refuses("adapter.kind=cera .*rank_pattern has 'o_proj', which matches no target module"):
-        build.build(make_tiny_llama(), AdapterConfig(r=4, settings={"rank_pattern": {"o_proj": 2}}))
+    for kind in ("cera", "lora"):
+        for settings, message in (
+            ({"rank_pattern": {"q_proj": 2, "o_proj": 2}}, "rank_pattern: 'o_proj' matches no target"),
+            ({"alpha_pattern": {"layers.9.*q_proj": 2}}, "alpha_pattern: 'layers.9.*q_proj' matches no target"),
+            ({"exclude_modules": ["v_proj", "x_proj"]}, "exclude_modules: 'x_proj' matches no module"),
+            ({"exclude_modules": ".*x_proj"}, "exclude_modules: '.*x_proj' matches no module"),
+        ):
+            with refuses(rf"adapter\.settings\.{re.escape(message)} of this model"):
+                build.build(make_tiny_llama(), AdapterConfig(kind, r=4, settings=settings))
     config = AdapterConfig(r=4, settings={"rank_pattern": {"q_proj": 2}, "use_rslora": True}, alpha=8)
     layer = build.build(make_tiny_llama(), config).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert (layer.r, layer.scaling) == ({"default": 2}, {"default": 8 / 2**0.5})
