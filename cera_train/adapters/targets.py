@@ -20,7 +20,10 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
         return
     _check_names(model, config)
     _check_layers(model, config)
-    _check_patterns(model, config)
+    try:
+        _check_patterns(model, config)
+    except re.error as error:
+        raise UserError(f"adapter.settings={config.settings} has no regular expression: {error}.") from error
     _check_tied_head(model, config)
     _check_rank(model, config)
 
