@@ -33,9 +33,9 @@ updates is taken to be three standard deviations above the mean."""
 PROCESS_BYTES = 610_000_000
 """Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
 
-HEAP_SHARE = 0.7
+HEAP_SHARE = 0.45
 """On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add this share of the activations:
-0.38 to 0.47 in runs of SmolLM2-135M; none where MALLOC_MMAP_THRESHOLD_ keeps it from holding blocks."""
+0.2 to 0.8 in runs of SmolLM2-135M, by the day; none where MALLOC_MMAP_THRESHOLD_ keeps it from holding blocks."""
 
 
 @dataclass(frozen=True)

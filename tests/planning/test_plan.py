@@ -75,17 +75,19 @@ def test_a_cpu_holds_libraries_and_gaps_and_chunks_of_its_size(plan):
 @pytest.mark.parametrize(
     ("variant", "measured"),
     [
-        (["adapter=cera", "model.dtype=bfloat16"], 1_486_544_896),
-        (["adapter=cera", "model.dtype=float32"], 2_206_175_232),
-        (["adapter=lora", "model.dtype=bfloat16"], 1_621_979_136),
-        (["adapter=lora", "model.dtype=float32"], 2_412_294_144),
+        (["adapter=cera", "model.dtype=bfloat16"], (1_486_544_896, 1_301_422_080)),
+        (["adapter=cera", "model.dtype=float32"], (2_206_175_232, 1_841_664_000)),
+        (["adapter=lora", "model.dtype=bfloat16"], (1_621_979_136, 1_418_838_016)),
+        (["adapter=lora", "model.dtype=float32"], (2_412_294_144, 2_004_000_768)),
     ],
     ids=str,
 )
 def test_the_quickstart_needs_what_it_needed_on_two_avx512_cores(plan, variant, measured):
-    """Resident memory of a process of its own, by result.json after 20 updates."""
+    """Resident memory of a process of its own, by result.json, on two days: the same code took 13 to 18 % less on the
+    second, with the heap's gaps."""
     predicted = plan("+recipe=quickstart", "plan.gpu=cpu", *variant).memory.peak
-    assert predicted == pytest.approx(measured, rel=0.05)
+    for peak in measured:
+        assert predicted == pytest.approx(peak, rel=0.1)
 
 
 # --- micro-batches, work, time, cost ---------------------------------------------------------------------------------
