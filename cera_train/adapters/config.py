@@ -177,3 +177,6 @@ UNSET = {
     "kernels": (Kernels.auto, "a choice for the gate of cera"),
 }
 """The value with which a setting is not set, and its meaning."""
+
+GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"})
+"""What only cera has."""

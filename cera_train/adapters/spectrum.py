@@ -27,6 +27,9 @@ class ModuleSpectrum:
     """Singular values of the centred branch output, descending, float64, [min(r, d_out)]."""
     dead_units: float | None
     """Share of hidden units whose gate is closed (A x <= 0) on every probe token; None where no gate closes."""
+    linear_share: float | None = None
+    """Share of the branch's variance that the best affine map of z = A x explains; 1 without a gate, None where the
+    branch gives nothing."""
     gamma: float | None = None
     """The learned share of the gate; None where it is not learned."""
 
@@ -50,14 +53,15 @@ class ModuleSpectrum:
 
 
 class _Moments:
-    """Sums over the hidden rows h of a branch, in float64: their number, sum and second moment, and the passes in which
-    each gate was open."""
+    """Sums over the rows of a branch, in float64: their number, sum and second moment; and the passes in which a gate
+    was open. A row holds the hidden units h and, where there is a gate, z = A x."""
 
     def __init__(self, branch: Branch) -> None:
         self.branch, r = branch, branch.r
-        self.all = torch.zeros(1 + r + r * r + r, dtype=torch.float64, device=branch.A.weight.device)
-        self.count, self.sum, second, self.open = self.all.split([1, r, r * r, r])  # views
-        self.second = second.view(r, r)
+        width = r if branch.gate is None else 2 * r
+        self.all = torch.zeros(1 + width + width**2 + r, dtype=torch.float64, device=branch.A.weight.device)
+        self.count, self.sum, second, self.open = self.all.split([1, width, width**2, r])  # views
+        self.second = second.view(width, width)
         self.root_gram: torch.Tensor | None = None
         """(s^2 B^T B)^(1/2)"""
         self.gamma: float | None = None
@@ -71,20 +75,34 @@ class _Moments:
     def add(self, x: torch.Tensor) -> None:
         """Adds the hidden rows of these inputs, [N, d_in]."""
         A, gate = self.branch.A.weight, self.branch.gate
-        h_NR = nn.functional.linear(x.to(A.dtype), A).float()
-        h_NR = (h_NR if gate is None else gate(h_NR)).double()
+        z_NR = nn.functional.linear(x.to(A.dtype), A).float()
+        h_NR = z_NR if gate is None else gate(z_NR)
         self.open += (h_NR > 0).any(0)
-        self.count += len(h_NR)
-        self.sum += h_NR.sum(0)
-        self.second += h_NR.T @ h_NR
+        rows = (h_NR if gate is None else torch.cat([h_NR, z_NR], -1)).double()
+        self.count += len(rows)
+        self.sum += rows.sum(0)
+        self.second += rows.T @ rows
 
     def spectrum(self) -> ModuleSpectrum:
-        scatter = self.second - torch.outer(self.sum, self.sum) / self.count  # N Cov(h)
-        eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter @ self.root_gram)
+        r = self.branch.r
+        scatter = self.second - torch.outer(self.sum, self.sum) / self.count  # N Cov of the rows
+        eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter[:r, :r] @ self.root_gram)
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
         dead_units = 1 - (self.open > 0).double().mean().item() if self.branch.closes else None
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
-        return ModuleSpectrum(singular_values[: self.branch.out_features].cpu(), dead_units, self.gamma)
+        return ModuleSpectrum(
+            singular_values[: self.branch.out_features].cpu(), dead_units, self._linear_share(scatter), self.gamma
+        )
+
+    def _linear_share(self, scatter: torch.Tensor) -> float | None:
+        """tr G Cov(h, z) Cov(z)^-1 Cov(z, h) / tr G Cov(h), with G = s^2 B^T B."""
+        r, gram = self.branch.r, self.root_gram @ self.root_gram
+        variance = (gram * scatter[:r, :r]).sum()
+        if self.branch.gate is None or variance == 0:
+            return 1.0 if variance else None
+        h_z, z_z = scatter[:r, r:], scatter[r:, r:]
+        explained = h_z @ torch.linalg.pinv(z_z, hermitian=True) @ h_z.T
+        return ((gram * explained).sum() / variance).item()
 
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
@@ -156,7 +174,7 @@ def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
     """Named numbers for the log: mean and max over modules, then every module; mean and max over a layer's experts in
     place of every one. None of them for no spectra."""
     summary, modules = {}, {}
-    for kind in ("effective_rank", "manifold_dimension", "dead_units"):
+    for kind in ("effective_rank", "manifold_dimension", "dead_units", "linear_share"):
         values = {name: getattr(spectrum, kind) for name, spectrum in spectra.items()}
         values = {name: value for name, value in values.items() if value is not None}
         if values:

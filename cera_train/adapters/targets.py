@@ -25,6 +25,10 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
         return
     _check_names(model, config)
     _check_layers(model, config)
+    try:
+        _check_patterns(model, config)
+    except re.error as error:
+        raise UserError(f"adapter.settings={config.settings} has no regular expression: {error}.") from error
     _check_tied_head(model, config)
     _check_they_run(model, config)
     _check_rank(model, config)
@@ -143,6 +147,20 @@ def _targeted(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Mod
     if config.target_modules == "all-linear":  # of which PEFT leaves out the head
         return {name: module for name, module in modules.items() if module is not model.get_output_embeddings()}
     return {name: module for name, module in modules.items() if _is_target(name, config.target_modules)}
+
+
+def _check_patterns(model: PreTrainedModel, config: AdapterConfig) -> None:
+    """Refuses a setting of PEFT's by module that matches nothing. PEFT only warns of it."""
+    excluded = config.settings.get("exclude_modules") or []
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(_is_target(name, pattern if isinstance(excluded, str) else [pattern]) for name in names):
+            raise UserError(f"adapter.settings.exclude_modules: {pattern!r} matches no module of this model.")
+    targets = _targeted(model, config)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.settings.get(field) or {}:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
+                raise UserError(f"adapter.settings.{field}: {pattern!r} matches no target of this model.")
 
 
 def _check_tied_head(model: PreTrainedModel, config: AdapterConfig) -> None:

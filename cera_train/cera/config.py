@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +93,7 @@ class CeraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("CERA")
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
         ranks = [("r", self.r), *_named("rank_pattern", self.rank_pattern)]
         if self.expert_r is not None:
             ranks.append(("expert_r", self.expert_r))
@@ -169,5 +172,12 @@ CHOICES = {
 }
 
 
-def _named(field: str, pattern: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(f"{field}[{key!r}]", value) for key, value in pattern.items()]
+def _named(field: str, pattern: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Each value under the name of its place. Raises ValueError for a key that is no regular expression."""
+    for key, value in pattern.items():
+        name = f"{field}[{key!r}]"
+        try:
+            re.compile(key)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{name} is no name or regular expression: {error}.") from error
+        yield name, value

@@ -22,7 +22,7 @@ from .branch import seeded_dropout
 from .config import CeraConfig
 from .gate import LearnedGate, draw_matrix, make_gate
 from .hidden import hidden
-from .layer import CeraLayer, autocast_dtype
+from .layer import CeraLayer, autocast_dtype, is_transformed
 
 IMPLEMENTATION = "cera"
 """Our name in transformers' experts interface."""
@@ -231,14 +231,17 @@ class CeraExperts(CeraLayer):
         """s B_e dropout(gate(A_e x)), which one adapter adds to a projection, [S, d_in] -> [S, d_out]."""
         A, B, gate = (part[adapter_name][name] for part in (self.cera_A, self.cera_B, self.cera_gate))
         dropout, drops_input = self.cera_dropout[adapter_name][name], self.drops_input[adapter_name][name]
-        p = dropout.p if dropout.training else 0.0
-        # The CPU's generator: reading a number from the GPU's would wait for the GPU.
-        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
         dtype = autocast_dtype(x.device)
         x = self._cast_input_dtype(x, A.weight.dtype) if dtype is None else x.to(dtype)
-        if p and drops_input:
-            x = seeded_dropout(x, p, seed)
-        h = hidden(A(x, routing), gate, 0.0 if drops_input else p, seed, self.kernels)
+        if is_transformed():  # a graph has no place for a seed that Python reads
+            z = A(dropout(x) if drops_input else x, routing)
+            h = gate(z) if drops_input else dropout(gate(z))
+        else:
+            p = dropout.p if dropout.training else 0.0
+            # The CPU's generator: reading a number from the GPU's would wait for the GPU.
+            seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
+            x = seeded_dropout(x, p, seed) if p and drops_input else x
+            h = hidden(A(x, routing), gate, 0.0 if drops_input else p, seed, self.kernels)
         return B(h * self.scaling[adapter_name][name], routing)
 
     def _add_by_row(
@@ -305,5 +308,5 @@ def check_experts(experts: nn.Module, parameters: Iterable[str]) -> None:
             raise TypeError(f"{kind} does not run through transformers' experts interface, so no branch would run.")
         if name not in adaptable:
             raise TypeError(f"{name} of {kind} is no projection of experts: target {' or '.join(adaptable)}.")
-    if getattr(experts, "_is_expert_parallel", False):  # nor does it mark these
+    if getattr(experts, "_is_expert_parallel", False):  # transformers 5.10 does not mark them
         raise TypeError(f"{kind} is spread over processes (expert parallelism): load the model without it.")

@@ -13,6 +13,7 @@ adapter.r                  rank lora_r lora_rank lora_dim r
 adapter.alpha              lora_alpha scaling scale
 adapter.dropout            lora_dropout dropout_rate
 adapter.activation         gate act nonlinearity activation_function
+adapter.init               init_lora_weights init_weights lora_init
 adapter.target_modules     lora_target lora_target_modules lora_modules targets
 adapter.layers             layers_to_transform lora_layers
 data=NAME                  dataset dataset_name datasets

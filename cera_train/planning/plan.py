@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.config import Activation, AdapterKind
+from cera_train.adapters.config import GATE_SETTINGS, UNSET, AdapterKind
+from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.config import Config, PlanRun
@@ -258,8 +259,8 @@ def memory_of(
 
 def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
     """The run with another adapter, at the same rank or the same number of parameters."""
-    gate = config.adapter.activation if kind == AdapterKind.cera else Activation.silu
-    adapter = replace(config.adapter, kind=kind, activation=gate)
+    ignored = GATE_SETTINGS - family(kind).uses
+    adapter = replace(config.adapter, kind=kind, **{name: UNSET[name][0] for name in ignored})
     if config.plan.compare_at == CompareAt.budget:
         from cera_train.planning.count import count_parameters
 

@@ -41,6 +41,10 @@ class KnownSettings(Record):
     r: int | None = key("adapter.r")
     alpha: float | None = key("adapter.alpha")
     activation: str | None = key("adapter.activation")
+    init: str | None = key("adapter.init")
+    dropout_on: str | None = key("adapter.dropout_on")
+    mix: str | None = key("adapter.mix")
+    recurrent_steps: int | None = key("adapter.recurrent_steps")
     task_kind: str | None = key("task.kind")
     task_limit: int | None = key("task.limit")
 
@@ -133,7 +137,7 @@ class Run:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
         known, name = self.known, family(self.kind).name if self.kind in kinds() else self.kind
         name = known.label or ("untouched base" if self.kind == "base" else known.peft_method or name)
-        variant = [known.activation] if self.kind == "cera" and known.activation not in (None, "silu") else []
+        variant = family("cera").variants(known) if self.kind == "cera" else []
         variant += [f"alpha {known.alpha:g}"] if known.alpha not in (None, self.rank) else []
         return f"{name} ({', '.join(variant)})" if variant else name
 

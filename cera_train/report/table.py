@@ -59,6 +59,7 @@ def row_of(run: Run, metrics: Sequence[tuple[str, Metric]] = ()) -> list[tuple[s
         *((f"{display_name(task)} {own.label}", QUALITY, _of_task(run, task, own)) for task, own in metrics),
         ("effective rank, mean / max", RANK, _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
         ("manifold dimension, mean / max", RANK, _mean_and_max(run, "manifold_dimension")),
+        ("linear share, mean", RANK, _cell(run.figures.spectrum.linear_share_mean, "{:.1%}")),
         ("tokens/s", COST, _cell(figures.tokens_per_s, "{:,.0f}")),
         ("peak memory", COST, _cell(figures.peak_memory_bytes, gigabytes)),
         ("time", COST, _cell(figures.seconds, duration, updates)),

@@ -78,12 +78,12 @@ def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | 
         "tags": [adapter.kind.value],
         "pipeline_tag": "text-generation",
     }
-    formula = f"y = W0 x + s B dropout({adapter.activation}(A x))"
+    shape = "linear" if adapter.activation == "identity" and not adapter.recurrent_steps else "non-linear"
     return CARD.format(
         metadata=yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False),
         name=escape(config.name),
         what=escape(f"The base model after {adapter.title}" if is_full else f"A {adapter.title} adapter"),
-        branch=f"\nIts branch is non-linear, `{formula}`, and stays beside W0.\n" if is_cera else "",
+        branch=f"\nIts {shape} branch, `{adapter.family.formula(adapter)}`, stays beside W0.\n" if is_cera else "",
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=metadata["library_name"],
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",

@@ -20,7 +20,7 @@ from cera_train.common.records import RESTORE, Record, fits, key, read_lines
 
 @dataclass
 class SpectrumSummary(Record):
-    """The spectra of all adapted modules in six numbers, and the mean of the learned mix."""
+    """The spectra of all adapted modules in eight numbers, and the mean of the learned mix."""
 
     effective_rank_mean: float | None = key("spectrum/effective_rank/mean")
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
@@ -29,6 +29,9 @@ class SpectrumSummary(Record):
     # The share of hidden units that are closed on the whole probe; None without a gate.
     dead_units_mean: float | None = key("spectrum/dead_units/mean")
     dead_units_max: float | None = key("spectrum/dead_units/max")
+    # The share of a branch's variance that the best affine map of A x explains.
+    linear_share_mean: float | None = key("spectrum/linear_share/mean")
+    linear_share_max: float | None = key("spectrum/linear_share/max")
     # The share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is learned.
     gamma: float | None = key("adapter/gamma")
 
@@ -98,6 +101,7 @@ class ModuleSpectrumRecord(Record):
     manifold_dimension: int | None = None
     dead_units: float | None = key("dead_units", write_null=True)
     singular_values: list[float] | None = None  # singular values of the centred branch output, descending
+    linear_share: float | None = None  # of its variance, what an affine map of A x explains
     gamma: float | None = None  # the share of the gate; None unless it is learned
 
 

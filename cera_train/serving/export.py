@@ -82,8 +82,8 @@ def check(config: ExportConfig, loaded: Loaded) -> None:
     if not any(True for _ in branches(loaded.model)):
         raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
     peft_config = loaded.model.peft_config["default"]
-    for name in ("modules_to_save", "target_parameters", "trainable_token_indices"):
-        if getattr(peft_config, name, None):
+    for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
+        if getattr(peft_config, name, None) not in (None, [], {}, "none"):
             raise UserError(
                 f"run={run} has {name}={getattr(peft_config, name)}: a LoRA of this export has no place for it."
             )

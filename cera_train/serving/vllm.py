@@ -98,7 +98,12 @@ def _why_not_served(config: dict[str, Any]) -> str | None:
     """What keeps an adapter from being served; None where nothing does."""
     if config.get("activation") not in GATES:
         return f"activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
-    refused = {"mix": ("none", None), "recurrent_steps": (0, None), "target_parameters": ([], None)}
+    refused = {
+        "mix": ("none", None),
+        "recurrent_steps": (0, None),
+        "target_parameters": ([], None),
+        "bias": ("none", None),
+    }
     for name, unset in refused.items():
         if config.get(name) not in unset:
             return f"{name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."

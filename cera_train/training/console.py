@@ -86,7 +86,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     if adapter.r is not None:
         parts[0] += f" r={adapter.r}"
     if "activation" in adapter.family.uses:
-        parts.append(str(adapter.activation))
+        others = [variant for variant in adapter.family.variants(adapter) if variant != adapter.activation]
+        parts += [str(adapter.activation), *others]
     if "dropout" in adapter.family.uses:
         parts.append(f"dropout {adapter.dropout:g}")
     if places := [place for place in (targets(adapter.target_modules or ""), adapter.adapted_experts) if place]:

@@ -163,7 +163,7 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
     return {
         name: ModuleSpectrumRecord(
             *(module.effective_rank, module.manifold_dimension, module.dead_units),
-            *(module.singular_values.tolist(), module.gamma),
+            *(module.singular_values.tolist(), module.linear_share, module.gamma),
         )
         for name, module in spectra.items()
     }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from branches import MASKS, ROWS, forward_of
 from conftest import make_tiny_llama
-from moe_models import MIXTURES, expert_config, experts_of, lora_experts, make_mixture
+from moe_models import MIXTURES, expert_config, expert_loras, experts_of, lora_experts, make_mixture
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -100,6 +100,27 @@ def test_kernels_are_chosen_for_experts_too():
     model = built(experts=True)
     build.use_kernels(model, "triton")
     assert {layer.kernels for layer in experts_of(model)} == {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ""),
+        ({"experts": True}, "all experts at r=8"),
+        ({"experts": True, "expert_r": 2}, "all experts at r=2"),
+        ({"target_parameters": ["experts.gate_up_proj", *DOWN]}, "experts.gate_up_proj mlp.experts.down_proj at r=8"),
+    ],
+)
+def test_adapted_experts_in_words(settings, expected):
+    assert AdapterConfig(r=8, **settings).adapted_experts == expected
+
+
+def test_pefts_lora_takes_experts_by_its_own_settings():
+    settings = {"kind": "lora", "target_modules": ["q_proj"], "settings": {"target_parameters": DOWN}}
+    lora = built(**settings)
+    assert [list(wrappers) for wrappers in expert_loras(lora)] == [["down_proj"]] * 2
+    with refuses("adapter.kind=lora adapter.settings.target_parameters=.*does not work with lora_dropout"):
+        built(dropout=0.1, **settings)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -33,9 +33,9 @@ OVERRIDES = {
 }
 TITLES = {
     "cera": "CeRA",
-    "cera_aligned": "CeRA aligned",
-    "cera_identity": "CeRA identity",
-    "cera_mix": "CeRA mix",
+    "cera_aligned": "CeRA (init kaiming_uniform, dropout on input)",
+    "cera_identity": "CeRA (identity)",
+    "cera_mix": "CeRA (learned mix)",
     "dora": "DoRA",
     "full": "full fine-tuning",
     "hira": "HiRA",

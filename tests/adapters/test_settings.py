@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import make_tiny_llama
@@ -188,11 +190,47 @@ def test_presets_of_cera_are_what_their_names_say(compose):
 
 
 def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
-    with refuses("adapter.kind=cera .*rank_pattern has 'o_proj', which matches no target module"):
-        build.build(make_tiny_llama(), AdapterConfig(r=4, settings={"rank_pattern": {"o_proj": 2}}))
+    for kind in ("cera", "lora"):
+        for settings, message in (
+            ({"rank_pattern": {"q_proj": 2, "o_proj": 2}}, "rank_pattern: 'o_proj' matches no target"),
+            ({"alpha_pattern": {"layers.9.*q_proj": 2}}, "alpha_pattern: 'layers.9.*q_proj' matches no target"),
+            ({"exclude_modules": ["v_proj", "x_proj"]}, "exclude_modules: 'x_proj' matches no module"),
+            ({"exclude_modules": ".*x_proj"}, "exclude_modules: '.*x_proj' matches no module"),
+        ):
+            with refuses(rf"adapter\.settings\.{re.escape(message)} of this model"):
+                build.build(make_tiny_llama(), AdapterConfig(kind, r=4, settings=settings))
+        for settings in ({"rank_pattern": {"(": 2}}, {"exclude_modules": "(q_proj"}):
+            with refuses(r"adapter\..* regular expression"):
+                build.build(make_tiny_llama(), AdapterConfig(kind, r=4, settings=settings))
     config = AdapterConfig(r=4, settings={"rank_pattern": {"q_proj": 2}, "use_rslora": True}, alpha=8)
     layer = build.build(make_tiny_llama(), config).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert (layer.r, layer.scaling) == ({"default": 2}, {"default": 8 / 2**0.5})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "title", "formula"),
+    [
+        ("adapter=cera", "CeRA", "s B dropout(silu(A x))"),
+        ("adapter=cera_identity", "CeRA (identity)", "s B dropout(identity(A x))"),
+        ("adapter=cera_aligned", "CeRA (init kaiming_uniform, dropout on input)", "s B silu(A dropout(x))"),
+        ("adapter=cera_mix", "CeRA (learned mix)", "s B dropout (z + gamma (silu(z) - z)), z = A x"),
+        (
+            "adapter=cera_mix adapter.recurrent_steps=2 adapter.activation=relu",
+            "CeRA (relu, learned mix, 2 recurrent steps)",
+            "s B dropout (z + gamma (relu(z) - z)), z = A x after 2 recurrent steps",
+        ),
+    ],
+)
+def test_a_variant_has_a_name_and_a_formula(compose, overrides, title, formula):
+    adapter = compose(*overrides.split()).adapter
+    assert adapter.title == title
+    assert adapter.family.formula(adapter) == f"y = W0 x + {formula}"
+
+
+def test_a_plan_compares_a_variant_with_kinds_that_have_none(plan):
+    compared = plan("adapter=cera_mix", "adapter.kernels=torch", "plan.compare=[lora,dora]").compared
+    assert [run.config.adapter.kind for run in compared] == ["lora", "dora"]
+    assert {run.config.adapter.mix for run in compared} == {"none"}
 
 
 def test_a_gate_with_parameters_is_computed_by_torch():

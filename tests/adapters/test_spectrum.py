@@ -63,7 +63,7 @@ def test_measuring_leaves_the_model_as_it_was():
 def test_a_fresh_adapter_has_no_spectrum():
     model = peft.get_peft_model(make_tiny_llama(), CeraConfig(r=6, task_type="CAUSAL_LM"))
     spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
-    assert {(s.effective_rank, s.manifold_dimension) for s in spectra.values()} == {(0.0, 0)}
+    assert {(s.effective_rank, s.manifold_dimension, s.linear_share) for s in spectra.values()} == {(0.0, 0, None)}
 
 
 def test_dead_units_are_those_never_open_on_the_probe():
@@ -90,6 +90,29 @@ def test_a_branch_without_a_gate_has_no_dead_units(kind):
     spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert all(spectrum.dead_units is None for spectrum in spectra.values())
     assert not any("dead_units" in name for name in spectrum_metrics(spectra))
+
+
+def test_the_linear_share_is_what_a_regression_on_z_explains():
+    model = adapted("cera")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    inputs = []
+    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    A, B = (part["default"].weight.double() for part in (layer.cera_A, layer.cera_B))
+    z = inputs[0].double() @ A.T
+    output = torch.nn.functional.silu(z) @ B.T
+    columns = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1)
+    residual = output - columns @ torch.linalg.lstsq(columns, output).solution
+    expected = 1 - residual.square().sum() / (output - output.mean(0)).square().sum()
+    share = spectra["model.layers.0.self_attn.q_proj"].linear_share
+    assert 0 < share < 1
+    assert share == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lora", "cera_identity"])
+def test_a_branch_without_a_gate_is_linear(kind):
+    spectra = measure_spectra(model := adapted(kind), forward_of(model), [(flat_batch(ROWS, MASKS), True)])
+    assert {spectrum.linear_share for spectrum in spectra.values()} == {1.0}
 
 
 def test_a_recurrent_branch_has_dead_units_where_its_gate_is_closed_after_the_steps():

@@ -273,6 +273,23 @@ def test_dropout_on_the_input_drops_what_A_reads():
     assert set(inputs[0].unique().tolist()) == {0.0, 2.0}
 
 
+@pytest.mark.parametrize("place", ["hidden", "input"])
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place):
+    layer = experts_of(adapted_mixture(model_type, dropout=0.5, dropout_on=place))[0]
+    x, weights, index = random_routing(layer, dtype=torch.float32)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, index, weights), layer(x, index, weights))
+    found, expected = (
+        torch.autograd.grad(forward(x, index, weights).sin().sum(), adapter_weights(layer))
+        for forward in (compiled, layer)
+    )
+    for slope, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(slope, plain, rtol=1e-4, atol=1e-4)
+    layer.train()
+    assert not torch.equal(compiled(x, index, weights), compiled(x, index, weights))
+
+
 def test_an_adapter_in_a_model_in_eval_mode_does_not_drop():
     model = get_peft_model(make_mixture(), expert_config(dropout=0.9))
     assert torch.equal(logits(model, IDS), logits(model, IDS))

@@ -13,8 +13,15 @@ import pytest
 import torch
 from cera_models import IDS, WARNINGS, adapted, cera_dtypes, gradients, logits, with_two
 from conftest import make_tiny_llama
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from cera_train.cera import CeraConfig
@@ -106,6 +113,13 @@ def test_each_of_several_adapters_is_saved_in_its_own_folder(tmp_path):
         model.set_adapter(name)
         loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / name)
         assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_module_of_the_base_may_be_named_like_a_part_of_the_adapter():
+    base = nn.ModuleDict({"q": nn.Linear(5, 5), "cera_A": nn.Linear(5, 5)})
+    model = get_peft_model(base, CeraConfig(r=2, target_modules=["q"]))
+    assert not any(parameter.requires_grad for parameter in base["cera_A"].parameters())
+    assert get_peft_model_state_dict(model).keys() == {f"base_model.model.q.cera_{part}.weight" for part in "AB"}
 
 
 def test_modules_saved_with_the_adapter_come_back_with_it(tmp_path):

@@ -388,6 +388,7 @@ def test_a_branch_on_a_tied_head_is_refused():
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a positive integer, got 0"),
         ({"alpha_pattern": {"q_proj": -1}}, r"alpha_pattern\['q_proj'\] must be positive, got -1"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no name or regular expression"),
         ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] must be positive, got None"),
     ],
     ids=str,

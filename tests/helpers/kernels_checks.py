@@ -101,6 +101,13 @@ def test_what_is_not_a_number_is_not_hidden(gate):
     assert grad_z.isnan().all() or gate in ("relu", "identity")  # whose slope is a constant, as torch's is
 
 
+def test_a_second_derivative_is_refused():
+    z = z_of(3, 4)
+    h = hidden(z, nn.SiLU(), 0.1, SEED)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(h.sum(), z, create_graph=True)
+
+
 def test_a_branch_with_the_kernels_equals_the_plain_formula():
     result, x, A, B = (
         torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((7, 5), (7, 6), (3, 6), (5, 3))

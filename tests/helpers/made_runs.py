@@ -49,6 +49,7 @@ def result_of(kind: str, r: int, perplexity: float) -> dict[str, Any]:
         "spectrum/effective_rank/max": r * 0.6,
         "spectrum/manifold_dimension/mean": r * 0.2,
         "spectrum/manifold_dimension/max": r // 3,
+        "spectrum/linear_share/mean": 0.9,
         "adapter_kind": kind,
         "adapter_r": r,
         "trainable_parameters": 425984 * r,

@@ -12,6 +12,7 @@ import importlib.util
 import re
 import sys
 import types
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for mark in metafunc.definition.iter_markers("parametrize"):
         names, rows = mark.args[0], mark.args[1]
         names = tuple(name.strip() for name in names.split(",")) if isinstance(names, str) else tuple(names)
-        if isinstance(rows, list) and "config_cls" in names and is_for_lora(rows):
-            rows[:] = cera_rows(names, rows)
+        if {"config_cls", "config_class", "config"} & {*names} and is_for_lora(rows):
+            object.__setattr__(mark, "args", (mark.args[0], cera_rows(names, rows)))
+            mark.kwargs.pop("ids", None)  # those of the rows that are replaced
 
 
-def is_for_lora(rows: list) -> bool:
-    return any(peft.LoraConfig in (row if isinstance(row, (tuple, list)) else (row,)) for row in rows)
+def is_for_lora(rows: Iterable) -> bool:
+    """Whether LoRA's config is in one of the rows: its class, or an instance."""
+    values = [value for row in rows for value in (row if isinstance(row, (tuple, list)) else (row,))]
+    return peft.LoraConfig in values or any(type(value) is peft.LoraConfig for value in values)
 
 
-def cera_rows(names: tuple[str, ...], rows: list) -> list:
+def cera_rows(names: tuple[str, ...], rows: Sequence) -> list:
     """CeRA's rows for a test of these parameters; none for one that is not known here."""
     if names == ("config_cls",):
         return [CeraConfig]
+    if names == ("config_class", "mandatory_kwargs"):
+        return [pytest.param(CeraConfig, {}, id="cera")]
+    if names == ("config",):
+        return [pytest.param(CeraConfig(), id="cera"), pytest.param(CeraConfig(**VARIED), id="cera-varied")]
     if names == ("config_cls", "config_kwargs"):
         task = {"task_type": rows[0][1]["task_type"], "target_modules": None}
         return [pytest.param(CeraConfig, task | settings, id=id) for id, settings in ROWS[names].items()]
@@ -120,13 +128,18 @@ def row_start(names: tuple[str, ...], id: str) -> tuple[Any, ...]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    ours = [item for item in items if CeraConfig in getattr(getattr(item, "callspec", None), "params", {}).values()]
+    ours = [item for item in items if is_for_cera(item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(ours)])
     items[:] = ours
     for pattern, reason in listed_failures():
         for item in ours:
             if pattern.fullmatch(item.nodeid.removeprefix("peft_tests/")):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+
+
+def is_for_cera(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
+    return any(value is CeraConfig or isinstance(value, CeraConfig) for value in parameters)
 
 
 def listed_failures() -> list[tuple[re.Pattern, str]]:

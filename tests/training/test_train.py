@@ -108,7 +108,7 @@ def test_metrics_have_the_promised_names(finished):
     spectra = [json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()]
     assert [line["update"] for line in spectra] == [0, 4, 8, 12]
     module = spectra[-1]["modules"]["model.layers.0.self_attn.q_proj"]
-    assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units"}
+    assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
 

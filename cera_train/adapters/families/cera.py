@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cera_train.adapters.config import GATE_SETTINGS
 from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.common.settings import require
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
 
 class Cera(RankedPeft):
     name = "CeRA"
-    uses = RankedPeft.uses | {
-        *("activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"),
-        *("target_parameters", "experts", "expert_r"),
-    }
+    uses = RankedPeft.uses | GATE_SETTINGS | {"target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
@@ -50,6 +48,30 @@ class Cera(RankedPeft):
             f"adapter.expert_r={config.expert_r} is the rank of an expert, and none is adapted: set "
             "adapter.experts=true or adapter.target_parameters=[...].",
         )
+
+    def title(self, config: Any) -> str:
+        variants = self.variants(config)
+        return f"{self.name} ({', '.join(variants)})" if variants else self.name
+
+    def variants(self, settings: Any) -> list[str]:
+        """What sets these settings apart from the paper's. A run of an earlier version lacks some: None."""
+        return [
+            *[str(settings.activation)] * (settings.activation not in (None, "silu")),
+            *[f"init {settings.init}"] * (settings.init not in (None, "kaiming_normal")),
+            *["dropout on input"] * (settings.dropout_on == "input"),
+            *["learned mix"] * (settings.mix == "learned"),
+            *[f"{settings.recurrent_steps} recurrent steps"] * bool(settings.recurrent_steps),
+        ]
+
+    def formula(self, config: Any) -> str:
+        """The branch in a line, for a reader."""
+        gate, on_input = config.activation, config.dropout_on == "input"
+        z = "A dropout(x)" if on_input else "A x"
+        if not self.has_learned_gate(config):
+            return f"y = W0 x + s B {f'{gate}({z})' if on_input else f'dropout({gate}({z}))'}"
+        hidden = f"(z + gamma ({gate}(z) - z))" if config.mix == "learned" else f"{gate}(z)"
+        steps = f" after {config.recurrent_steps} recurrent steps" * bool(config.recurrent_steps)
+        return f"y = W0 x + s B {hidden if on_input else f'dropout {hidden}'}, z = {z}{steps}"
 
     def has_learned_gate(self, config: Any) -> bool:
         """Whether the gate has parameters, so that torch computes it."""
