@@ -270,7 +270,7 @@ def _value(test: str, parent: nn.Module) -> bool | None:
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     if not all(isinstance(function, ast.Name) and function.id in HARMLESS for function in calls):
         return None
-    try:  # the layer's class asks the same at every pass
+    try:  # the same condition that the class evaluates at every pass
         return bool(eval(compile(tree, "<condition>", "eval"), {"__builtins__": HARMLESS, "self": parent}))
     except Exception:  # an argument of the pass, or an attribute that a pass sets
         return None
