@@ -118,7 +118,7 @@ def unfuse(model: nn.Module) -> list[str]:
 def keep_scale(model: nn.Module) -> None:
     """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would not be halved."""
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "rescale_every", 0) > 0 and hasattr(module, "_rescale_layers"):
+        if hasattr(module, "_rescale_layers") and module.config.rescale_every > 0:
             if module.layers_are_rescaled:
                 mode, module.training = module.training, True
                 module._rescale_layers()
@@ -270,7 +270,7 @@ def _value(test: str, parent: nn.Module) -> bool | None:
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     if not all(isinstance(function, ast.Name) and function.id in HARMLESS for function in calls):
         return None
-    try:  # the layer's class asks the same at every pass
+    try:  # the same condition that the class evaluates at every pass
         return bool(eval(compile(tree, "<condition>", "eval"), {"__builtins__": HARMLESS, "self": parent}))
     except Exception:  # an argument of the pass, or an attribute that a pass sets
         return None

@@ -92,7 +92,7 @@ class CeraModel(BaseTuner):
         return found
 
     def _check_target_module_compatiblity(self, *args: Any) -> None:
-        """Does nothing: PEFT's list of Mamba models is for LoRA. `_create_and_replace` asks the model's source."""
+        """Does nothing: PEFT's list of Mamba models is for LoRA. `_create_and_replace` reads the model's source."""
 
     def _create_and_replace(
         self,

@@ -33,7 +33,7 @@ def left_unquantised(config: PretrainedConfig) -> list[str] | None:
 
 def mixes_sequences(model: nn.Module) -> bool:
     """Whether sequences that share a row are likely to see each other, by what the layers are made of: a state or a
-    convolution goes from token to token. A pass over weights tells for sure, `SupervisedLoss.probe`."""
+    convolution goes from token to token. Certain is only a pass: `SupervisedLoss.probe`."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
     attends = any(hasattr(module, "is_causal") for module in model.modules())
