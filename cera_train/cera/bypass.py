@@ -118,7 +118,7 @@ def unfuse(model: nn.Module) -> list[str]:
 def keep_scale(model: nn.Module) -> None:
     """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would not be halved."""
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "rescale_every", 0) > 0 and hasattr(module, "_rescale_layers"):
+        if hasattr(module, "_rescale_layers") and module.config.rescale_every > 0:
             if module.layers_are_rescaled:
                 mode, module.training = module.training, True
                 module._rescale_layers()
