@@ -156,7 +156,7 @@ def _check_patterns(model: PreTrainedModel, config: AdapterConfig) -> None:
     for pattern in [excluded] if isinstance(excluded, str) else excluded:
         if not any(_is_target(name, pattern if isinstance(excluded, str) else [pattern]) for name in names):
             raise UserError(f"adapter.settings.exclude_modules: {pattern!r} matches no module of this model.")
-    targets = _targeted(model, config)
+    targets = [*_targeted(model, config), *(f"{key}.{name}" for key, name in all_experts(model))]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in config.settings.get(field) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):

@@ -53,6 +53,14 @@ def test_all_linear_has_experts_in_or_out(model_type):
     assert model.peft_config["default"].target_parameters == ["experts.gate_up_proj", "experts.down_proj"]
 
 
+def test_a_pattern_of_the_settings_may_name_an_experts_parameter():
+    targets = {"target_modules": ["q_proj"], "target_parameters": DOWN}
+    model = built(**targets, settings={"rank_pattern": {"experts.down_proj": 2}})
+    assert experts_of(model)[0].r["default"] == {"down_proj": 2}
+    with refuses("adapter.settings.rank_pattern: 'experts.up_proj' matches no target of this model"):
+        built(**targets, settings={"rank_pattern": {"experts.up_proj": 2}})
+
+
 def test_settings_are_checked_before_a_model_is_there():
     build.check(AdapterConfig(r=4, target_modules="all-linear", experts=True, expert_r=2))
     build.check(AdapterConfig(r=4, target_modules=[], target_parameters=DOWN, expert_r=2))

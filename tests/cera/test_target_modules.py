@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pytest
 from cera_models import WARNINGS, adapted, cera_layers, tiny_gpt2
@@ -94,6 +95,12 @@ def test_without_targets_gpt2_takes_the_projection_that_holds_q_k_and_v():
     model = adapted(tiny_gpt2())
     assert set(cera_layers(model)) == {f"transformer.h.{layer}.attn.c_attn" for layer in range(2)}
     assert adapted(tiny_gpt2(), layers_to_transform=[1]).peft_config["default"].target_modules == {"c_attn"}
+
+
+def test_a_model_may_have_a_config_of_any_kind():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4)})
+    model.config = SimpleNamespace(rescale_every=None)
+    assert cera_layers(get_peft_model(model, CeraConfig(r=2, target_modules=["q"]))) == ["q"]
 
 
 def test_without_targets_an_unknown_model_is_refused():
