@@ -227,6 +227,7 @@ def test_a_variant_has_a_name_and_a_formula(compose, overrides, title, formula):
     assert adapter.family.formula(adapter) == f"y = W0 x + {formula}"
 
 
+@pytest.mark.slow
 def test_a_plan_compares_a_variant_with_kinds_that_have_none(plan):
     compared = plan("adapter=cera_mix", "adapter.kernels=torch", "plan.compare=[lora,dora]").compared
     assert [run.config.adapter.kind for run in compared] == ["lora", "dora"]

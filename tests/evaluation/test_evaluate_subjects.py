@@ -16,6 +16,7 @@ from cera_train.evaluation.evaluate import evaluate
 pytest_plugins = ("evaluated_runs",)
 
 
+@pytest.mark.slow
 def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
     """The run's, its best, a checkpoint's, and one that was carried elsewhere. What is measured of best/ and
     checkpoints/ lies beside them: training replaces these folders."""

@@ -326,6 +326,7 @@ def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, data):
     assert config is None or isinstance(config, Config)
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=st.data())
 def test_a_config_of_other_values_is_a_config_or_a_reason(tmp_path, data):
@@ -336,6 +337,7 @@ def test_a_config_of_other_values_is_a_config_or_a_reason(tmp_path, data):
     result_or_value_error(load_config, path, EvalConfig)
 
 
+@pytest.mark.slow
 @fuzz
 @given(prompt=st.text("\\${}abc:'\".?[]oc env,TOK\n", min_size=1, max_size=20))
 @example(prompt="${oc.env:HOME}")

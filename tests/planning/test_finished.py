@@ -110,6 +110,7 @@ def test_no_seconds_are_predicted_for_a_gpu_of_unknown_speed(finished, plan, cap
     assert lines[-1] == f"no prediction of seconds: cera-plan does not know the speed of {name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "processes"), [([], 1), (["NVIDIA L40S"] * 4, 4)])
 def test_a_run_of_an_older_version_used_all_its_gpus(finished, gpus, processes):
     folder = finished("+recipe=math_r64")
@@ -119,6 +120,7 @@ def test_a_run_of_an_older_version_used_all_its_gpus(finished, gpus, processes):
     assert predicted.device.name == ("L40S" if gpus else "this CPU")
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_on_a_cpu_is_measured(finished):
     one, _ = figures_of(finished("+recipe=quickstart", machine={"gpus": []}))
     two, _ = figures_of(finished("+recipe=quickstart", machine={"gpus": [], "processes": 2}))

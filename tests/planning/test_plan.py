@@ -37,6 +37,7 @@ def test_the_activations_of_llama_by_hand(plan):
     assert saved == pytest.approx(32 * layer * 4096, rel=0.02)
 
 
+@pytest.mark.slow
 def test_quantised_weights_and_moments(plan):
     rest = 2 * (8_030_261_248 - LINEARS)
     nf4 = plan("+recipe=math_r64_nf4").memory.training
@@ -46,6 +47,7 @@ def test_quantised_weights_and_moments(plan):
     assert int8["weights"] == pytest.approx(LINEARS + rest, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_smaller_micro_batches_lower_the_activations(plan):
     whole = plan(QUICK)
     checkpointed = plan(QUICK, "model.gradient_checkpointing=true")
@@ -59,6 +61,7 @@ def test_checkpointing_and_smaller_micro_batches_lower_the_activations(plan):
     assert cut == whole.memory.training["activations"]
 
 
+@pytest.mark.slow
 def test_a_cpu_holds_libraries_and_gaps_and_chunks_of_its_size(plan):
     own = plan("+recipe=quickstart", "plan.gpu=cpu")
     assert own.device.flops > 1e8
@@ -194,6 +197,7 @@ def test_settings_that_make_no_sense_are_refused(compose, override):
 # --- the same run, changed -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_adapters_at_the_same_budget(plan):
     own = plan(QUICK, "plan.compare=[dora,lora]", "plan.compare_at=budget", "adapter.target_modules=[up_proj]")
     dora, lora = own.compared

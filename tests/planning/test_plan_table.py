@@ -63,6 +63,7 @@ def test_compared_adapters_stand_side_by_side(plan, capsys):
     assert sum(line.startswith("fits") for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_prints_its_remedies(plan, capsys):
     small = plan(MATH, "plan.gpu=rtx4090")
     assert not small.fits

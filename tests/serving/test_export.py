@@ -146,6 +146,7 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
 # --- what takes it ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_and_merges_it_without_cera_train(compose, trained, tiny_folder):
     folder = trained()
     export(compose(f"run={folder}", "tolerance=100", command="export"))

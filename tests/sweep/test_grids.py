@@ -130,6 +130,7 @@ def test_an_argument_replaces_a_dimension_of_the_file(jobs_of):
     assert len(wider) == 4 * 3
 
 
+@pytest.mark.slow
 def test_cera_plan_adds_up_a_sweeps_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cera-plan", "-m", "+sweep=rank_scaling", "adapter=cera"])

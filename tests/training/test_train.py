@@ -381,6 +381,7 @@ def test_a_mistake_costs_an_unfinished_run_nothing(tiny_config, monkeypatch):
     assert len(metrics_of(config)) == 8
 
 
+@pytest.mark.slow
 def test_resume_from_an_earlier_checkpoint_of_the_folder_goes_back(tiny_config, monkeypatch):
     whole, config = tiny_config("name=whole"), tiny_config("train.keep=9")
     train(whole)
