@@ -45,6 +45,8 @@ def export(config: ExportConfig) -> Certificate:
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     calibration = calibration_batch(data.train, config.calibration_tokens, loaded.base.device)
+    mask = calibration.attention_mask
+    tokens = calibration.input_ids.numel() if mask is None else int(mask.sum())
     fit, gates = best_fit(loaded, calibration, config.bias)
     certificates: list[Certificate] = []
 
@@ -52,7 +54,7 @@ def export(config: ExportConfig) -> Certificate:
         write_lora(loaded.model, gates, config.bias, loaded.subject.model.path, part)
         exported = load_export(config, loaded, part)
         found = certify(config, loaded, exported, gates, data.evaluation)
-        certificate = Certificate(str(config.format), fit, config.bias, calibration.input_ids.numel(), **found)
+        certificate = Certificate(str(config.format), fit, config.bias, tokens, **found)
         certificates.append(certificate)
         write_text(part / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
         write_text(part / "README.md", card(config, loaded, certificate))

@@ -123,6 +123,11 @@ def test_the_certificate_compares_token_by_token():
     assert found["same_tokens"] == (p[asked].argmax(-1) == q[asked].argmax(-1)).double().mean().item()
 
 
+def test_padding_is_no_calibration_token(compose, trained):
+    certificate = export(compose(f"run={trained()}", "calibration_tokens=200", "tolerance=100", command="export"))
+    assert 0 < certificate.calibration_tokens <= 200
+
+
 def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
     values = numpy.random.default_rng(1).normal(size=60)
     assert interval_of_ratio(values, numpy.ones(60)) == pytest.approx(bootstrap_interval(list(values)), abs=0.02)
