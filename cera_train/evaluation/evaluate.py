@@ -92,11 +92,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         return result
 
 
-def settled(subject: Subject, recorded: Path) -> Subject:
+def settled(subject: Subject, recorded: Path | None = None) -> Subject:
     """The subject in the precision that `model.dtype=auto` takes: as an evaluation in this folder was begun, else by
     this machine."""
     dtype = subject.model.dtype
-    if dtype == Dtype.auto and recorded.is_file():
+    if dtype == Dtype.auto and recorded is not None and recorded.is_file():
         begun = load_config(recorded, EvalConfig)
         dtype = begun.model.dtype if begun.model else dtype
     return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).dtype))

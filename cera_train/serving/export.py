@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import torch
 
+from cera_train.adapters.family import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import print_fields, print_line, print_table
@@ -24,7 +25,7 @@ from cera_train.model.weights import load_model
 from cera_train.runs.subject import find_subject
 from cera_train.serving.certificate import Certificate, compare
 from cera_train.serving.config import ExportConfig, ExportFormat
-from cera_train.serving.linear import AffineGate, branches, explained, fit_all, replace_gates, write_lora
+from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora
 from cera_train.serving.loading import Loaded, load
 
 CERTIFICATE = "certificate.json"
@@ -83,7 +84,7 @@ def check(config: ExportConfig, loaded: Loaded) -> None:
     config.check_model(subject.model)
     if not any(True for _ in branches(loaded.model)):
         raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
-    peft_config = loaded.model.peft_config["default"]
+    peft_config = loaded.model.peft_config[ADAPTER]
     for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
         if getattr(peft_config, name, None) not in (None, [], {}, "none"):
             raise UserError(
@@ -117,7 +118,7 @@ def best_fit(loaded: Loaded, calibration: Batch, has_bias: bool) -> tuple[str, d
         wanted = calibration.input_ids[:, 1:][calibration.loss_mask[:, 1:]]
         return torch.nn.functional.cross_entropy(logits.float(), wanted).item()
 
-    before = {name: layer.cera_gate["default"] for name, layer in branches(loaded.model)}
+    before = gates_of(loaded.model)
     fits = {}
     for fit, layer_by_layer in (("layer by layer", True), ("at once", False)):
         gates = fit_all(loaded.model, run, layer_by_layer, has_bias, is_kept)

@@ -80,15 +80,19 @@ def fit_all(
         layer_by_layer: whether each is fitted to the inputs that the maps below give it, or to those of the adapter.
         is_kept: which positions of the batch are no padding.
     """
-    layers = dict(branches(model))
-    gates = {name: layer.cera_gate[ADAPTER] for name, layer in layers.items()}
+    gates = gates_of(model)
+    fitted = {name: FittedGate(gate, layer_by_layer, has_bias, is_kept) for name, gate in gates.items()}
     try:
-        for name, layer in layers.items():
-            layer.cera_gate[ADAPTER] = FittedGate(gates[name], layer_by_layer, has_bias, is_kept)
+        replace_gates(model, fitted)
         forward()
-        return {name: layer.cera_gate[ADAPTER].affine for name, layer in layers.items()}
     finally:
         replace_gates(model, gates)
+    return {name: gate.affine for name, gate in fitted.items()}
+
+
+def gates_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The gate of every branch, by the name of its projection."""
+    return {name: layer.cera_gate[ADAPTER] for name, layer in branches(model)}
 
 
 def replace_gates(model: nn.Module, gates: dict[str, nn.Module]) -> None:

@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cera_train.distributed.accelerator import mixed_precision
-from cera_train.evaluation.evaluate import load_subject
-from cera_train.model.precision import choose_precision
+from cera_train.evaluation.evaluate import load_subject, settled
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.subject import Subject, find_subject
 
@@ -42,8 +41,7 @@ def load(config: Any, place: str) -> Loaded:
     Raises:
         UserError: there is no such folder, or it does not fit its base model.
     """
-    subject = find_subject(replace(config, run=place))
-    subject = replace(subject, model=replace(subject.model, dtype=choose_precision(subject.model.dtype).dtype))
+    subject = settled(find_subject(replace(config, run=place)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, base = load_subject(subject, device)
     return Loaded(subject, model, base, load_tokenizer(subject.model), autocast_of(subject, device))
