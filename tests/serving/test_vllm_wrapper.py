@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, in a process of their own
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -18,10 +19,11 @@ pytestmark = pytest.mark.serving
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
-    from triton.backends import backends
+    import vllm.triton_utils
 
-    # vLLM's wheel for CPUs takes Triton only with a backend for CPUs. The interpreter is one.
-    backends.setdefault("cpu", backends["nvidia"])
+    # vLLM for CPUs switches Triton off.
+    vllm.triton_utils.importing.HAS_TRITON = True
+    importlib.reload(vllm.triton_utils)
 
 from vllm.lora.layers import LoRAMapping  # noqa: E402
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU  # noqa: E402
