@@ -255,12 +255,15 @@ class Job:
 
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
-        if not is_main_process():
-            return
+        if is_main_process():
+            self.clear()
+            print()
+            print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
+
+    def clear(self) -> None:
+        """Clears the error of an earlier start."""
         (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
         self._write(None)
-        print()
-        print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""
