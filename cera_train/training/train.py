@@ -37,7 +37,8 @@ def train(config: Config) -> dict[str, Any]:
     """Fine-tunes an adapter as the config says, or goes on where an earlier call was cut.
 
     Returns:
-        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...
+        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...; of a
+        run that pauses at `train.stop_at`, `update` and `eval/perplexity`.
 
     Raises:
         UserError: the config, the data or the run's folder is not usable; the message says how to mend it.
@@ -58,7 +59,7 @@ def train(config: Config) -> dict[str, Any]:
             if progress.update == 0 or progress.evaluation_pending:
                 evaluate(session)
             session.start()
-            while not session.is_done:
+            while not (session.is_done or session.is_paused):
                 signal = update(session)
                 is_last = progress.update == session.updates
                 progress.evaluation_pending = is_last or session.is_due(config.train.eval_every)
@@ -68,7 +69,7 @@ def train(config: Config) -> dict[str, Any]:
                     evaluate(session)
                 if session.is_due(config.train.save_every) and not session.is_done:
                     save(session)
-            return finish(session)
+            return pause(session) if session.is_paused else finish(session)
 
 
 # --- one update ------------------------------------------------------------------------------------------------------
@@ -186,6 +187,25 @@ def stop(session: Session, signal: int) -> None:
     session.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
+
+
+def pause(session: Session) -> dict[str, Any]:
+    """Evaluates and saves at `train.stop_at`. This evaluation is no candidate for the best and takes no patience: the
+    run ends as if it had not been paused."""
+    progress, bar = session.progress, session.bar
+    if session.is_due(session.config.train.eval_every):  # it was evaluated in the loop
+        metrics = EvaluationMetrics(progress.update, progress.epoch, perplexity=progress.perplexity)
+    else:
+        loss = session.held_out.mean_loss()
+        metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss))
+        session.log(metrics)
+        bar.note(console.describe_evaluation(metrics))
+    save(session)
+    bar.close()
+    if session.team.is_main:
+        place = f"after update {progress.update:,} of {session.updates:,}, saved"
+        print_line("paused", f"{place}. The same command without train.stop_at goes on.")
+    return metrics.to_json()
 
 
 def finish(session: Session) -> dict[str, Any]:
