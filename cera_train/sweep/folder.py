@@ -41,6 +41,9 @@ JOBS = ".jobs"
 GRID_SWEEPERS = (".BasicSweeper", ".Halving")
 """Sweepers whose jobs are the whole grid, known before the first."""
 
+NO_CHOICE = "default"
+"""The name of a job that chooses nothing."""
+
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
 
@@ -67,7 +70,7 @@ def _name(choices: list[str]) -> str:
     exact = ",".join(choices)
     shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
-        return exact or "default"
+        return exact or NO_CHOICE
     # What was replaced or cut may be all that differs between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"

@@ -81,7 +81,7 @@ class Halving(Sweeper):
 
     def has_rung(self, group: Group, rung: int) -> bool:
         """Whether a group has several candidates before this rung, and a job that trains beyond it."""
-        totals = [job_status(self.folder, job, []).total for job in group.jobs]
+        totals = [job_status(self.folder, job).total for job in group.jobs]
         return len(group.candidates) > 1 and any(total is None or total > self.rules.update(rung) for total in totals)
 
     def train_to(self, rung: int, groups: Sequence[Group]) -> None:
@@ -97,7 +97,7 @@ class Halving(Sweeper):
             for name, overrides in group.jobs.items():
                 if loss_at(self.folder / name, update) is None:
                     require(
-                        (job_status(self.folder, name, []).done or 0) <= update,
+                        (job_status(self.folder, name).done or 0) <= update,
                         f"{self.folder / name} is beyond update {update}, and was not evaluated there: it cannot be "
                         "compared at this rung. Choose another hydra.sweeper.first=..., or another name=...",
                     )
@@ -115,18 +115,21 @@ class Halving(Sweeper):
         return True
 
     def decide(self, group: Group, rung: int) -> Decision | None:
-        """Decides a rung and writes it down. None: a job has neither come so far nor failed."""
-        update = self.rules.update(rung)
+        """Decides a rung and writes it down. None: a job has neither come so far nor failed, or all have failed."""
+        update, label = self.rules.update(rung), f"rung {rung}"
         losses = {job: loss_at(self.folder / job, update) for job in group.jobs}
         for job in [job for job, loss in losses.items() if loss is None]:
-            if job_status(self.folder, job, []).error is None:
-                self.print(f"rung {rung}", f"{group.name} is undecided: {job} was cut. The same command goes on.")
+            if job_status(self.folder, job).error is None:
+                self.print(label, f"undecided: {job} was cut. The same command goes on.")
                 return None
             losses[job] = math.inf
         decision = decide(group, rung, update, losses, self.rules.factor)
+        if not any(outcome.goes_on for outcome in decision.candidates):
+            self.print(label, f"undecided: every candidate failed, as {job} did. The same command tries them again.")
+            return None
         self.record.decisions.append(decision)
         self.record.write(self.folder)
-        self.print(f"rung {rung}", decision.describe())
+        self.print(label, decision.describe())
         return decision
 
     def launch(self, label: str, goal: str, jobs: Sequence[list[str]]) -> None:

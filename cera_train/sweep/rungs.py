@@ -22,7 +22,7 @@ from cera_train.common.files import finite, read_json, write_text
 from cera_train.common.settings import require
 from cera_train.config import Config
 from cera_train.runs.results import RunResult, read_metrics
-from cera_train.sweep.folder import job_name, key_of
+from cera_train.sweep.folder import NO_CHOICE, job_name, key_of
 
 HALVING = "halving.json"
 """In the sweep's folder."""
@@ -96,7 +96,7 @@ class Candidate:
 class Group:
     """Candidates that are compared: everything but tuned values and seeds is the same."""
 
-    name: str  # such as adapter=cera; `default` where nothing else varies
+    name: str  # such as adapter=cera; NO_CHOICE where nothing else varies
     candidates: list[Candidate]
 
     @property
@@ -187,7 +187,8 @@ class Decision:
         for outcome in sorted(self.candidates, key=lambda outcome: outcome.loss):
             loss = f"{outcome.loss:.4f}" if math.isfinite(outcome.loss) else "failed"
             texts.append(f"{outcome.name} {loss} {'goes on' if outcome.goes_on else 'stops'}")
-        return f"{self.group}, loss at update {self.update:,}: {'; '.join(texts)}"
+        group = "" if self.group == NO_CHOICE else f"{self.group}, "
+        return f"{group}loss at update {self.update:,}: {'; '.join(texts)}"
 
 
 def decide(group: Group, rung: int, update: int, losses: Mapping[str, float], factor: int) -> Decision:

@@ -44,7 +44,7 @@ class JobStatus:
     perplexity: float | None = None  # an unfinished run's: that of its last evaluation
     error: str | None = None
     rows: tuple = ()  # the settings that decide on which rows the perplexity is taken
-    rung: int | None = None  # where a halving stopped it
+    rung: int | None = None  # where a halving let others go on
 
     @property
     def standing(self) -> str:
@@ -137,7 +137,10 @@ def print_sweep(folder: Path) -> None:
     if counts[State.stopped]:
         print_line("stopped", "the command with a job's values and hydra/sweeper=basic goes on with that job")
     if counts[State.failed]:
-        print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
+        is_tried_again = any(job.state == State.failed and job.rung is None for job in jobs)
+        print_line(
+            "errors", f"in full in {folder / JOBS}" + "; the same command tries these jobs again" * is_tried_again
+        )
 
 
 def _is_locked(folder: Path) -> bool:

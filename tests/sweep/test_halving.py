@@ -7,6 +7,9 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +19,12 @@ from omegaconf import OmegaConf
 
 from cera_train.common.errors import UserError
 from cera_train.config import Config
+from cera_train.runs.results import read_metrics
 from cera_train.sweep.folder import JOBS, RECORD, read_record
 from cera_train.sweep.halving import Halving
 from cera_train.sweep.rungs import HALVING, Group, HalvingRecord, Rules, decide, goes_on, groups_of, loss_at
-from cera_train.sweep.table import is_finished
+from cera_train.sweep.table import is_finished, print_sweep
+from cera_train.training.train import train
 
 # --- the rule --------------------------------------------------------------------------------------------------------
 
@@ -283,7 +288,7 @@ def test_a_killed_halving_repeats_nothing(tmp_path, halve):
     assert HalvingRecord.read(tmp_path).decisions[:2] == before
 
 
-def test_a_failed_job_is_last(tmp_path, halve):
+def test_a_failed_job_is_last(tmp_path, halve, capsys):
     launcher = Launcher(tmp_path)
     launcher.failing = {CERA[2]}
     halve(launcher, *CERA)
@@ -295,13 +300,30 @@ def test_a_failed_job_is_last(tmp_path, halve):
     again = Launcher(tmp_path)
     halve(again, *CERA)
     assert not again.began  # a decided rung stands
+    capsys.readouterr()
+    print_sweep(tmp_path)
+    assert capsys.readouterr().out.endswith(f"\nerrors     in full in {tmp_path / JOBS}\n")
+
+
+def test_a_method_whose_jobs_all_fail_stays_undecided(tmp_path, halve, capsys):
+    """What failed them may be mended."""
+    launcher = Launcher(tmp_path)
+    launcher.failing = set(CERA)
+    halve(launcher)
+    assert "rung 1     undecided: every candidate failed" in capsys.readouterr().out
+    assert [decision.group for decision in HalvingRecord.read(tmp_path).decisions] == ["adapter=lora"] * 2
+    again = Launcher(tmp_path)
+    for job in CERA:
+        record_job(tmp_path, job, None)
+    halve(again)
+    assert again.began[:4] == [(job, 0, 20) for job in CERA]
 
 
 def test_a_job_that_was_lost_leaves_its_method_undecided_and_the_others_go_on(tmp_path, halve, capsys):
     launcher = Launcher(tmp_path)
     launcher.lost = {CERA[2]}
     halve(launcher)
-    assert f"adapter=cera is undecided: {CERA[2]} was cut. The same command goes on." in capsys.readouterr().out
+    assert f"undecided: {CERA[2]} was cut. The same command goes on." in capsys.readouterr().out
     assert list(states(tmp_path).values()) == [
         *("cut", "cut", "waiting", "cut"),
         *("stopped", "stopped", "finished", "stopped"),
@@ -422,3 +444,35 @@ def test_a_halving_that_cannot_be_is_refused_before_anything_starts(tmp_path, mo
 def test_rules_that_cannot_be_are_refused(rules, message):
     with pytest.raises(UserError, match=message):
         Rules(**{"tune": ["optimizer.lr"], "first": 20, "factor": 2} | rules)
+
+
+@pytest.mark.slow
+def test_a_halving_that_is_killed_ends_as_if_it_was_not_and_its_winner_is_a_run_alone(tmp_path, tiny_folder, compose):
+    settings = [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *("train.batch_size=16", "train.max_updates=60", "train.eval_every=null", "train.save_every=null"),
+        *("optimizer.schedule=cosine", f"output_dir={tmp_path}"),
+    ]
+    sweep, first = tmp_path / "halved", [name.removeprefix("adapter=cera,") for name in CERA]
+    rates = "optimizer.lr=0.0001,0.0003,0.001,0.003"
+    halving = [*("-m", *settings, rates, "name=halved", "hydra/sweeper=halving", "hydra.sweeper.first=10")]
+    command = [sys.executable, "-m", "cera_train", *halving]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (sweep / HALVING).exists() or len(read_metrics(sweep / first[2] / "metrics.jsonl").updates) < 12:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    decided = HalvingRecord.read(sweep).decisions
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert HalvingRecord.read(sweep).decisions[: len(decided)] == decided
+    assert [decision.update for decision in HalvingRecord.read(sweep).decisions] == [10, 20]
+    assert done.stdout.count("\nrung 1 ") == 0
+    (winner,) = [name for name, state in states(sweep).items() if state == "finished"]
+    assert sorted(states(sweep).values()) == ["finished", "stopped", "stopped", "stopped"]
+
+    train(compose(*settings, winner, "name=alone"))
+    weights = "adapter/adapter_model.safetensors"
+    assert (sweep / winner / weights).read_bytes() == (tmp_path / "alone" / weights).read_bytes()
