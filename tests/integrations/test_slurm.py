@@ -151,5 +151,5 @@ def test_a_halving_waits_for_its_jobs_at_each_rung(cluster, arguments, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\njobs       1 finished, 1 stopped\n" in done.stdout
     logs = sorted(path.read_text() for path in (tmp_path / "halved" / ".submitit").glob("*/*_log.out"))
-    assert sum("of 40, saved. The same command without train.stop_at goes on." in log for log in logs) == 2
+    assert sum("paused after update 10 of 40, saved." in log for log in logs) == 2
     assert sum("40 updates of 16 sequences, 10 done" in log for log in logs) == 1

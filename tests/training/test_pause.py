@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cera_train.runs.folder import Progress
-from cera_train.training.train import train
+from cera_train.training.train import train, train_together
 
 
 def folder_of(config) -> Path:
@@ -31,16 +31,15 @@ def figures_of(result: dict) -> dict:
     }
 
 
-# Evaluations and checkpoints are due every 4 updates of 12.
-@pytest.mark.parametrize("stops", [[6], [8], [3, 6]])
-def test_a_paused_run_ends_as_if_it_had_not_been_paused(tiny_config, stops, capsys):
+def test_a_paused_run_ends_as_if_it_had_not_been_paused(tiny_config, capsys):
+    stops = [3, 8]  # evaluations and checkpoints are due every 4 updates of 12
     settings = ["adapter.dropout=0.3", "optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1", "train.patience=2"]
     whole, paused = tiny_config("name=whole", *settings), tiny_config("name=paused", *settings)
     result = train(whole)
     for stop in stops:
         found = train(tiny_config("name=paused", *settings, f"train.stop_at={stop}"))
         assert found["update"] == stop
-        assert f"paused     after update {stop} of 12, saved." in capsys.readouterr().out
+        assert f"paused after update {stop} of 12, saved." in capsys.readouterr().out
         assert not (folder_of(paused) / "result.json").exists()
         assert (folder_of(paused) / "checkpoints" / str(stop) / "progress.json").exists()
         line = metrics_of(paused)[-1]
@@ -78,3 +77,16 @@ def test_the_same_command_again_pauses_at_once(tiny_config):
     assert [line for line in metrics_of(config) if "train/loss" in line] == [
         line for line in before if "train/loss" in line
     ]
+
+
+def test_an_arm_that_pauses_leaves_the_others_to_go_on(tiny_config):
+    rates = ("1e-2", "3e-3")
+    both = [tiny_config(f"optimizer.lr={lr}", f"name={lr}", "adapter.dropout=0", "train.stop_at=6") for lr in rates]
+    whole = tiny_config("name=whole", "adapter.dropout=0", "train.seed=1")
+    outcomes = train_together([*both, whole])
+    assert [outcome.get("updates", outcome.get("update")) for outcome in outcomes] == [6, 6, 12]
+    for lr in rates:
+        assert (folder_of(tiny_config(f"name={lr}")) / "checkpoints" / "6").is_dir()
+        on = train(tiny_config(f"optimizer.lr={lr}", f"name={lr}", "adapter.dropout=0"))
+        alone = train(tiny_config(f"optimizer.lr={lr}", f"name={lr}_alone", "adapter.dropout=0"))
+        assert on["eval/perplexity"] == pytest.approx(alone["eval/perplexity"], rel=1e-5)
