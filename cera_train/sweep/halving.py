@@ -120,28 +120,28 @@ class Halving(Sweeper):
         losses = {job: loss_at(self.folder / job, update) for job in group.jobs}
         for job in [job for job, loss in losses.items() if loss is None]:
             if job_status(self.folder, job).error is None:
-                self.print(label, f"undecided: {job} was cut. The same command goes on.")
+                self.announce(label, f"undecided: {job} was cut. The same command goes on.")
                 return None
             losses[job] = math.inf
         decision = decide(group, rung, update, losses, self.rules.factor)
         if not any(outcome.goes_on for outcome in decision.candidates):
-            self.print(label, f"undecided: every candidate failed, as {job} did. The same command tries them again.")
+            self.announce(label, "undecided: every candidate failed. The same command tries them again.")
             return None
         self.record.decisions.append(decision)
         self.record.write(self.folder)
-        self.print(label, decision.describe())
+        self.announce(label, decision.describe())
         return decision
 
     def launch(self, label: str, goal: str, jobs: Sequence[list[str]]) -> None:
         """Runs jobs by the launcher of the sweep, and waits for them."""
         if not jobs:
             return
-        self.print(label, f"{len(jobs)} jobs to {goal}")
+        self.announce(label, f"{len(jobs)} jobs to {goal}")
         for job in self.launcher.launch(jobs, initial_job_idx=self.launched):
             _ = job.return_value  # raises what the job did not catch
         self.launched += len(jobs)
 
-    def print(self, label: str, text: str) -> None:
+    def announce(self, label: str, text: str) -> None:
         if is_main_process():
             print()
             print_line(label, text)
