@@ -17,6 +17,7 @@ import yaml
 from made_sweeps import cera_sweep, cera_train, record_job, record_sweep, states
 from omegaconf import OmegaConf
 
+from cera_train.cli.plan import main as main_plan
 from cera_train.common.errors import UserError
 from cera_train.config import Config
 from cera_train.runs.results import read_metrics
@@ -426,6 +427,15 @@ def test_a_halving_that_cannot_be_is_refused_before_anything_starts(tmp_path, mo
     (line,) = capfd.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_refuses_a_halving(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cera-plan", *GRID, *HALF])
+    with pytest.raises(SystemExit, match="2"):
+        main_plan()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "hydra/sweeper=halving: a plan is of whole jobs" in line
 
 
 @pytest.mark.parametrize(
