@@ -23,6 +23,7 @@ from cera_train.distributed.processes import is_main_process, is_one_of_several,
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
 
 TRAIN = Composition(Config, "cera-train")
@@ -31,7 +32,7 @@ TRAIN = Composition(Config, "cera-train")
 def main() -> None:
     from cera_train.cli.together import launchers
 
-    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=launchers())
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=[Halving, *launchers()])
 
 
 def train(composed: DictConfig) -> float | None:
@@ -104,7 +105,7 @@ class Sweep(Callback):
                     "hydra/launcher=slurm_gpu."
                 )
             check_together(config, is_elsewhere)
-            begin(config, without_hydra)
+            (begin_halving if is_halving(config) else begin)(config, without_hydra)
             if is_elsewhere:
                 from cera_train.sweep.cluster import replace_waiting
 
