@@ -1,24 +1,21 @@
-"""`hydra/launcher=together`, and `launch.together=N` on a cluster: Hydra's launchers that train jobs of a sweep on one
-base. What a job leaves is what it leaves by any other launcher."""
+"""`hydra/launcher=together`: Hydra's launcher that trains jobs of a sweep on one base. What a job leaves is what it
+leaves by any other launcher."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from cera_train.cli.start import errors_in_one_line
-from cera_train.cli.train import TRAIN, fail, prepare, run, without_hydra
+from cera_train.cli.train import TRAIN, fail, prepare, run
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.terminal import print_line
@@ -26,9 +23,6 @@ from cera_train.config import Config
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.sweep.folder import Job
 from cera_train.sweep.together import Group, describe_groups, groups_of
-
-BETWEEN_JOBS = ";"
-"""Between the overrides of jobs that one job of a cluster trains."""
 
 
 @dataclass
@@ -137,63 +131,11 @@ def train_group(jobs: Sequence[Prepared]) -> None:
             job.perplexity = outcome["eval/perplexity"]
 
 
-def join(jobs: Iterable[Sequence[str]]) -> list[str]:
-    """The overrides of several jobs as those of one."""
-    first, *others = jobs
-    return [*first, *(word for job in others for word in (BETWEEN_JOBS, *job))]
-
-
-class Packing:
-    """Lets each job of a cluster train `launch.together` jobs of the sweep, by `Together`. Mixed into a launcher of
-    submitit's, which passes overrides on to the node as one list."""
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        packs = self._packs(job_overrides)
-        joined = [join(job_overrides[number] for number in pack) for pack in packs]
-        returns: dict[int, JobReturn] = {}
-        for pack, returned in zip(packs, super().launch(joined, initial_job_idx), strict=True):
-            is_pack = len(pack) > 1 and returned.return_value is not None  # None: it was lost, or is not waited for
-            returns |= zip(pack, returned.return_value if is_pack else [returned] * len(pack), strict=True)
-        return [returns[number] for number in range(len(job_overrides))]
-
-    def _packs(self, job_overrides: Sequence[Sequence[str]]) -> list[list[int]]:
-        """The numbers of the jobs that go to the cluster as one."""
-        wanted = self.config.launch.together
-        size = 1 if wanted is None else int(wanted)
-        if size == 1:
-            return [[number] for number in range(len(job_overrides))]
-        compose = self.hydra_context.config_loader.load_sweep_config
-        configs = {}
-        for number, overrides in enumerate(job_overrides):
-            with contextlib.suppress(UserError):  # it goes alone, and fails in its job
-                configs[number] = without_hydra(compose(self.config, list(overrides)))
-        groups = group(list(configs.values()), lambda _: size)
-        numbers = list(configs)
-        packs = [[numbers[place] for place in group.jobs] for group in groups]
-        return packs + [[number] for number in range(len(job_overrides)) if number not in configs]
-
-    def __call__(self, sweep_overrides: list[str], *arguments: Any) -> JobReturn:
-        """Runs on the node."""
-        if BETWEEN_JOBS not in sweep_overrides:
-            return super().__call__(sweep_overrides, *arguments)
-        _, number, _, singletons = arguments
-        Singleton.set_state(singletons)
-        launcher = Together()
-        launcher.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)
-        words = itertools.groupby(sweep_overrides, key=lambda word: word == BETWEEN_JOBS)
-        jobs = [list(overrides) for is_between, overrides in words if not is_between]
-        return JobReturn(status=JobStatus.COMPLETED, _return_value=launcher.launch(jobs, number))
-
-
-def packing(launcher: type[Launcher]) -> type[Launcher]:
-    return type(f"Submitit{launcher.__name__}", (Packing, launcher), {})
-
-
 def launchers() -> list[type[Launcher]]:
-    """The launchers of ours; those of a cluster where submitit's are installed."""
-    Plugins.instance()  # executes the modules of plugins, also those that were imported before
+    """Our launchers; those of a cluster where submitit's are installed."""
+    Plugins.instance()  # executes the modules of plugins, those that were imported before too
     try:
-        from hydra_plugins.hydra_submitit_launcher import submitit_launcher
+        from cera_train.cli.cluster import SubmititLocalLauncher, SubmititSlurmLauncher
     except ImportError:
         return [Together]
-    return [Together, *(packing(getattr(submitit_launcher, name)) for name in ("LocalLauncher", "SlurmLauncher"))]
+    return [Together, SubmititLocalLauncher, SubmititSlurmLauncher]

@@ -20,24 +20,29 @@ FULL = 1_000
 
 
 def arms_that_fit(configs: Sequence[Config]) -> int:
-    """How many of these runs, from the first on, can train on one base in the memory that is free here; at least 1.
+    """How many of these runs, from the first on, can train on one base in the memory that is free here; at least 1. One
+    that cannot be planned will fail by itself, and counts as nothing.
 
     Raises:
-        UserError: they cannot be planned.
+        UserError: none of them can be planned.
     """
     import torch
 
     on_gpu = torch.cuda.is_available()
-    left = USABLE * (torch.cuda.mem_get_info()[0] if on_gpu else available_memory())
+    memory = USABLE * (torch.cuda.mem_get_info()[0] if on_gpu else available_memory())
     plan = PlanConfig(gpu=GpuKind.h100 if on_gpu else GpuKind.cpu)  # bytes are alike on all GPUs
+    shared = adapters = 0.0
     for count, config in enumerate(configs):
         try:
-            shared, own = memory_of_arm(PlanRun(**vars(config), plan=plan))
+            base, adapter = memory_of_arm(PlanRun(**vars(config), plan=plan))
         except UserError as error:
-            raise UserError(f"launch.together=auto cannot be planned: {error} Or set launch.together=8.") from error
-        left -= own + (0 if count else shared)
-        if left < 0:
+            reason = error
+            continue
+        shared, adapters = max(shared, base), adapters + adapter
+        if shared + adapters > memory:
             return max(1, count)
+    if not shared:
+        raise UserError(f"launch.together=auto cannot be planned: {reason} Or set launch.together=8.") from reason
     return len(configs)
 
 
