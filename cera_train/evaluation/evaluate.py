@@ -274,7 +274,7 @@ def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
         "kind": "perplexity",
         "perplexity": perplexity(loss_per_token),
         "loss": loss_per_token,
-        "rows": len(rows.rows),
+        "rows": len(rows),
         "tokens": sum(held_out.batches.supervised),
     }
     if subject.adapter is not None:

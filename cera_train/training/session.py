@@ -104,7 +104,7 @@ class Session:
         self.held_out = HeldOut(
             self.model, local_loss, self.data.evaluation, self.team, tokens, config.train.probe_tokens
         )
-        self.order = RowOrder(len(self.data.train.rows), config.train.batch_size, config.train.seed)
+        self.order = RowOrder(len(self.data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=self.team.is_main)
         self.tracker = Tracker()
