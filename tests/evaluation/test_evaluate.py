@@ -170,6 +170,22 @@ def test_math_from_a_file_is_graded_by_both_graders(eval_config, write_jsonl, ru
     assert (first["level"], first["type"]) == ("Level 1", "Algebra")
 
 
+def test_a_task_of_ones_own_is_graded_by_the_grader_it_names(eval_config, compose, write_jsonl, run, monkeypatch):
+    rows = write_jsonl("halves.jsonl", [{"question": f"half of {n}", "answer": n / 2} for n in (1, 2)])
+
+    def by_hand(model, base, tokenizer, batch, config):
+        return [Generation(request.problem, 0, " It is 1/2", 5, False) for request in batch]
+
+    monkeypatch.setattr(evaluate_module, "generate", by_hand)
+    scores = {}
+    for grader in ("number", "text"):
+        settings = [f"task.files=[{rows}]", f"task.grader={grader}", f"task.name={grader}"]
+        result = evaluate(eval_config(*settings, task="jsonl"))
+        scores[grader] = {key: value for key, value in result.items() if key.endswith("pass@1")}
+        assert evaluate(compose(f"grade={run}/eval/{grader}", command="eval")) == result
+    assert scores == {"number": {"exact/pass@1": 0, "verified/pass@1": 0.5}, "text": {"exact/pass@1": 0}}
+
+
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
     def crash(text):
         raise RecursionError("too deep")
