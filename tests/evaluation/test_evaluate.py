@@ -12,6 +12,7 @@ from evaluation_files import QUESTIONS, contents, read, tiny_path
 
 import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
+from cera_train.data.config import DataConfig, Layout, MixPart
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.recorded_config import load_config
 from cera_train.tasks import gsm8k
@@ -247,3 +248,10 @@ def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_conf
     asked = {problem.prompt for problem in own if problem.details["growth"] == 3.5}
     assert asked == {row["prompt"] for row in held_out}
     assert {problem.details["growth"] for problem in own} == {3.2, 3.5, 3.8}
+
+
+def test_logistic_map_finds_what_a_part_of_a_mix_held_out(eval_config):
+    parts = [MixPart(path="a/b"), MixPart(layout=Layout.logistic_map, eval_rows=7)]
+    data = DataConfig(prompt="{a}", completion="{b}", mix=parts)
+    problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, data)
+    assert len(problems) == 3 * 7 + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from test_train import adapter_bytes, train_and_die_after
 
+from cera_train.evaluation.evaluate import evaluate
 from cera_train.planning.data_size import data_size
 from cera_train.training.train import train
 
@@ -34,6 +35,18 @@ def test_the_first_lines_count_the_parts_and_a_plan_finds_the_same(mixed, capsys
         (30, 18, 2),
         (6, 9, 2),
     ]
+
+
+def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, compose, tmp_path):
+    trained = train(mixed("train.max_updates=2"))
+    run = f"run={trained['folder']}"
+    result = evaluate(compose(run, "task=perplexity", command="eval"))
+    assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
+    assert result["rows"] == 4
+    files = [f"task.files=[{tmp_path / 'b.jsonl'}]", "name=small"]
+    assert evaluate(compose(run, "task=perplexity", *files, command="eval"))["rows"] == 8
+    card = (tmp_path / "outputs" / "run" / "adapter" / "README.md").read_text()
+    assert "| Data | a.jsonl + b.jsonl |" in card
 
 
 def test_a_run_on_a_mix_resumes_to_the_bit(mixed, monkeypatch):
