@@ -155,7 +155,7 @@ class MicroBatches:
     """Cuts rows of a tokenised split into micro-batches of at most `max_tokens`, padding included, and loads them."""
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
-        self.rows, self.is_flat, self.max_tokens, self.device = rows.rows, is_flat, max_tokens, device
+        self.rows, self.is_flat, self.max_tokens, self.device = rows, is_flat, max_tokens, device
         self.lengths: list[int] = rows.column("length")
         self.supervised: list[int] = rows.column("supervised")
 
@@ -172,8 +172,8 @@ class MicroBatches:
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
         # Arrow's `to_numpy` would import pandas, for a third of a second. DLPack has no packed bits, so masks are cast.
-        ids = [torch.from_dlpack(self.rows["input_ids"][row].values) for row in group]
-        bits = [self.rows["loss_mask"][row].values for row in group]
+        ids = [torch.from_dlpack(self.rows.tokens("input_ids", row)) for row in group]
+        bits = [self.rows.tokens("loss_mask", row) for row in group]
         masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 

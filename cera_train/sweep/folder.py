@@ -29,7 +29,7 @@ from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
 from cera_train.config import Config
-from cera_train.data.files import check_files
+from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
@@ -153,8 +153,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
         fine.update(values)
         if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
             check_model(run.model.path)
-            check_files(run.data.train_files, "data.train_files")
-            check_files(run.data.eval_files, "data.eval_files")
+            data_files(run.data)
     for value, error in failed.items():
         if value not in fine and tries[value] < MOST_TRIES:
             raise error

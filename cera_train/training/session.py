@@ -208,7 +208,7 @@ class Arm:
         data, tokens = session.data, config.train.micro_batch_tokens
         self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
         self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
-        self.order = RowOrder(len(data.train.rows), config.train.batch_size, config.train.seed)
+        self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.tracker = Tracker()
 

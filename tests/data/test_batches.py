@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import chain, combinations, pairwise
-from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -21,6 +20,7 @@ from cera_train.data.batches import (
     padded_micro_batches,
     shares,
 )
+from cera_train.data.prepare import RowCounts, TokenizedRows
 
 
 def random_lengths(seed: int, count: int, longest: int = 300) -> list[int]:
@@ -194,15 +194,15 @@ def test_batches_have_the_types_a_model_takes(make):
 # --- a tokenised split -----------------------------------------------------------------------------------------------
 
 
-def split_of(lengths: list[int]) -> SimpleNamespace:
-    """Rows whose tokens are 1000 times their number, and what TokenizedRows offers of them."""
+def split_of(lengths: list[int]) -> TokenizedRows:
+    """Rows whose tokens are 1000 times their number."""
     columns = {
         "input_ids": [[1000 * row + place for place in range(length)] for row, length in enumerate(lengths)],
         "loss_mask": [[place > 0 for place in range(length)] for length in lengths],
         "length": lengths,
         "supervised": [length - 1 for length in lengths],
     }
-    return SimpleNamespace(rows=pyarrow.table(columns), column=columns.get)
+    return TokenizedRows(pyarrow.table(columns), RowCounts(), "digest")
 
 
 @pytest.mark.parametrize("is_flat", [True, False])
