@@ -65,7 +65,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     with maps(point.rows or 20) as file:
         setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
         session = our_session(setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    order = RowOrder(len(session.data.train.rows), point.sequences, seed=0)
+    order = RowOrder(len(session.data.train), point.sequences, seed=0)
     if point.rows is None:
         numbers = random.Random(0)
         ids = [numbers.randrange(1000) for _ in range(point.length)]
@@ -81,8 +81,8 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
             passes = [session.batches.load(group) for group, _ in groups]
         for batch in passes:
             (session.loss(batch) / (point.length * point.sequences)).backward()
-        session.stepper.step()
-        session.stepper.zero_grad()
+        session.arms[0].stepper.step()
+        session.arms[0].stepper.zero_grad()
         taken.append(time.perf_counter() - started)
     pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.team.device)})
 
