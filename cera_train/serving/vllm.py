@@ -26,7 +26,8 @@ from torch.nn import functional
 
 logger = logging.getLogger("vllm.cera_train")
 
-TESTED = "0.32"
+TESTED = ("0.27.1", "0.28.0", "0.31.0", "0.32.0")
+"""The versions whose engine served every kind of adapter: docs/serving.md."""
 
 GATES = ("identity", "silu", "relu", "gelu")
 """The gates by code."""
@@ -45,10 +46,12 @@ def register() -> None:
     if lacking:
         logger.warning(
             "cera-train knows vLLM %s; this is %s, which lacks %s as it was. It serves LoRA, and no CeRA adapters.",
-            *(TESTED, _installed(), ", ".join(lacking)),
+            *(", ".join(TESTED), _installed(), ", ".join(lacking)),
         )
         return
     for place, (replacement, _) in REPLACED.items():
+        if replacement is None:
+            continue
         owner, name = _owner(place)
         attribute = inspect.getattr_static(owner, name)
         original = getattr(attribute, "__func__", attribute)
@@ -56,6 +59,10 @@ def register() -> None:
             return
         replaced = _bind(replacement, original)
         setattr(owner, name, classmethod(replaced) if isinstance(attribute, classmethod) else replaced)
+    if _installed() not in TESTED:
+        logger.info(
+            "cera-train knows vLLM %s; this is %s, and all that is replaced is there.", ", ".join(TESTED), _installed()
+        )
 
 
 def _bind(replacement: Callable, original: Callable) -> Callable:
@@ -323,17 +330,18 @@ def hash_with_gates(original: Callable, config: Any) -> str:
 
 # --- what is replaced ------------------------------------------------------------------------------------------------
 
-REPLACED: dict[str, tuple[Callable, tuple[str, ...]]] = {
+REPLACED: dict[str, tuple[Callable | None, tuple[str, ...]]] = {
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir": (read_config, ("lora_path", "max_position_embeddings")),
     "vllm.lora.lora_model:parse_fine_tuned_lora_name": (parse_name, ("name",)),
     "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (keep_gate, ("tensors", "peft_helper")),
     "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": (merge_slices, ("lora_model",)),
+    "vllm.lora.model_manager:LoRAModelManager._get_lora_layer_weights": (None, ("lora_model", "module_name")),
     "vllm.lora.model_manager:LoRAModelManager.activate_adapter": (activate, ("lora_id",)),
     "vllm.lora.layers.base:BaseLayerWithLoRA.set_mapping": (set_wrapper, ("punica_wrapper",)),
     "vllm.lora.model_manager:get_punica_wrapper": (gated_wrapper, ()),
     "vllm.config.lora:LoRAConfig.compute_hash": (hash_with_gates, ()),
 }
-"""Where vLLM is changed: what stands there now, and the parameters that it counts on."""
+"""Where vLLM is changed: what stands there now (None: it is only called), and the parameters that it counts on."""
 
 
 def _owner(place: str) -> tuple[Any, str]:
