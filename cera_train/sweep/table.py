@@ -17,6 +17,7 @@ from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line
 from cera_train.data.config import evaluation_rows
 from cera_train.sweep.folder import JOBS, RECORD, choices_of, read_record
+from cera_train.sweep.metric import PERPLEXITIES, SweepMetric
 
 SHORT_ERROR = 72
 """Characters of an error in the table."""
@@ -37,11 +38,12 @@ class JobStatus:
     name: str  # the name of its folder
     choices: list[str]
     state: State
+    metric: SweepMetric
     done: int | None = None  # updates
     total: int | None = None
-    perplexity: float | None = None  # an unfinished run's: that of its last evaluation
+    value: float | None = None  # of the sweep's metric; an unfinished run's: that of its last evaluation
     error: str | None = None
-    rows: tuple = ()  # the settings that decide on which rows the perplexity is taken
+    rows: tuple = ()  # the settings that decide on which rows a perplexity is taken
 
 
 def read_sweep(folder: Path) -> list[JobStatus]:
@@ -58,10 +60,11 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     started = {path.stem: read_record(path) for path in (folder / JOBS).glob("[!.]*.json")}
     for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name]["number"], name)):
         overrides[name] = started[name]["overrides"]
-    return [job_status(folder, name, choices_of(words, record["swept"])) for name, words in overrides.items()]
+    metric = SweepMetric.from_json(record.get("metric", {}), folder / RECORD)
+    return [job_status(folder, name, choices_of(words, record["swept"]), metric) for name, words in overrides.items()]
 
 
-def job_status(sweep: Path, name: str, choices: list[str]) -> JobStatus:
+def job_status(sweep: Path, name: str, choices: list[str], metric: SweepMetric) -> JobStatus:
     """How far a job of a sweep is."""
     folder, record = sweep / name, sweep / JOBS / f"{name}.json"
     result, error = read_record(folder / "result.json"), (read_record(record) or {}).get("error")
@@ -69,9 +72,9 @@ def job_status(sweep: Path, name: str, choices: list[str]) -> JobStatus:
         error = None  # it was run again by itself
     config = folder / "config.yaml"
     settings = flatten(read_yaml(config)) if config.exists() else {}
-    updates, perplexity = _last_metrics(folder / "metrics.jsonl")
+    updates, value = _last_metrics(folder / "metrics.jsonl", metric.key)
     if result is not None:
-        updates, perplexity = result["updates"], result["eval/perplexity"]
+        updates, value = result["updates"], result.get(metric.key)
     if _is_locked(folder):
         state = State.running
     elif error:
@@ -82,15 +85,18 @@ def job_status(sweep: Path, name: str, choices: list[str]) -> JobStatus:
         state = State.cut if settings else State.waiting
     total = settings.get("train.max_updates") or (read_record(folder / "environment.json") or {}).get("updates")
     rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
-    return JobStatus(name, choices, state, updates, total, perplexity, error, rows)
+    return JobStatus(name, choices, state, metric, updates, total, value, error, rows)
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
-    """The finished jobs of the lowest perplexity, one for every choice of evaluation rows."""
+    """The best finished job by the sweep's metric; by a perplexity, one for every choice of evaluation rows."""
     best: dict[tuple, JobStatus] = {}
     for job in jobs:
-        if job.state == State.finished and (job.rows not in best or job.perplexity < best[job.rows].perplexity):
-            best[job.rows] = job
+        rows = job.rows if job.metric.key in PERPLEXITIES else ()
+        if job.state != State.finished or job.value is None:
+            continue
+        if rows not in best or job.metric.cost(job.value) < job.metric.cost(best[rows].value):
+            best[rows] = job
     return list(best.values())
 
 
@@ -102,19 +108,21 @@ def print_sweep(folder: Path) -> None:
     labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
     width = max(map(len, ["job", *labels]))
     print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
-    print(f"\n{'job':<{width}}  {'state':<9}{'updates':>15}{'perplexity':>13}")
-    for job, label in zip(jobs, labels, strict=True):
+    label = jobs[0].metric.label if jobs else SweepMetric().label
+    column = max(13, len(label) + 2)
+    print(f"\n{'job':<{width}}  {'state':<9}{'updates':>15}{label:>{column}}")
+    for job, choices in zip(jobs, labels, strict=True):
         done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
-        perplexity = "" if job.perplexity is None else f"{job.perplexity:,.3f}"
+        value = "" if job.value is None else job.metric.shown(job.value)
         note = "best" if job in best else ""
         if job.state == State.failed:
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        print(f"{label:<{width}}  {job.state:<9}{done:>15}{perplexity:>13}  {note}".rstrip())
+        print(f"{choices:<{width}}  {job.state:<9}{done:>15}{value:>{column}}  {note}".rstrip())
     print()
     counts = Counter(job.state for job in jobs)
     print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
     for job in best:
-        print_line("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}")
+        print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
     if counts[State.failed]:
         print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
 
@@ -131,18 +139,18 @@ def _is_locked(folder: Path) -> bool:
         return True
 
 
-def _last_metrics(path: Path) -> tuple[int | None, float | None]:
-    """The last update on record, and the last perplexity. A run that is writing may have left half a line."""
+def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
+    """The last update on record, and the last value of a metric. A run that is writing may have left half a line."""
     update = None
     for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        if update is None or '"eval/perplexity"' in line:
+        if update is None or f'"{key}"' in line:
             try:
                 metrics = json.loads(line)
             except ValueError:
                 continue
             update = metrics["update"] if update is None else update
-            if "eval/perplexity" in metrics:
-                return update, metrics["eval/perplexity"]
+            if key in metrics:
+                return update, metrics[key]
     return update, None
 
 

@@ -3,11 +3,17 @@
 from dataclasses import dataclass
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, require_positive, setting
 from cera_train.tasks.registry import all_tasks, find_task
 
 SOME_TASKS = ("level", "growths")
 """Settings that a task has only where it lists them in `Task.settings`."""
+
+
+def known_tasks() -> list[str]:
+    """The names of the files in conf/task."""
+    return sorted(path.stem for path in (config_dir("conf") / "task").glob("*.yaml"))
 
 
 @dataclass

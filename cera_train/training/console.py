@@ -26,6 +26,7 @@ from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.precision import Precision
 from cera_train.runs.results import EvaluationMetrics, RunResult, SpectrumSummary, UpdateMetrics
+from cera_train.training.tasks import describe
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -41,6 +42,8 @@ def print_start(session: Session, precision: Precision) -> None:
     print_experts(session)
     print_device(session)
     print_data(session.data, session.tokenizer)
+    if session.exams.plan:
+        print_line("answers", session.exams.plan)
 
 
 def print_model(session: Session, precision: Precision) -> None:
@@ -171,6 +174,7 @@ def print_result(result: RunResult, config: Config) -> None:
     rank = describe_rank(result.spectrum)
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
+        "tasks": describe(result.tasks.found) or None,
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": f"{rank} (of {result.adapter_r})" if rank else None,
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",

@@ -31,6 +31,7 @@ from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
+from cera_train.training.tasks import Exams
 from cera_train.training.tracking import Tracker, start_tracker
 
 
@@ -104,6 +105,7 @@ class Session:
         self.held_out = HeldOut(
             self.model, local_loss, self.data.evaluation, self.team, tokens, config.train.probe_tokens
         )
+        self.exams = Exams(config, self.tokenizer, local_loss, self.team)
         self.order = RowOrder(len(self.data.train.rows), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=self.team.is_main)
