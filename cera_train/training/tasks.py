@@ -40,7 +40,7 @@ from cera_train.tasks.registry import find_task
 from cera_train.tasks.task import AnswerTask, load_problems, question_id
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Session
+    from cera_train.training.session import Arm
 
 ROOM = 64
 """Tokens that an answer to an evaluation row may have; more where a reference has more."""
@@ -155,10 +155,10 @@ class Exams:
         return [answers[problem.id] for problem in exam.problems]
 
 
-def evaluate_tasks(session: Session, is_last: bool) -> TaskFigures:
+def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     """Answers the tasks that are due and the samples; returns the figures. The samples go to the run's folder and its
     tracker."""
-    exams, update, is_main = session.exams, session.progress.update, session.team.is_main
+    exams, update, is_main = arm.exams, arm.progress.update, arm.session.team.is_main
     figures, samples, notes = {}, [], []
     for exam in exams.tasks if exams.are_due(update, is_last) else []:
         started, answers = time.perf_counter(), exams.answer(exam)
@@ -173,11 +173,11 @@ def evaluate_tasks(session: Session, is_last: bool) -> TaskFigures:
         notes.append(f"{len(samples)} samples in {time.perf_counter() - started:.1f} s")
     if is_main and samples:
         for sample in samples:
-            session.folder.append_sample(sample)
-        session.tracker.table("samples", [sample.to_json() for sample in samples], update)
+            arm.folder.append_sample(sample)
+        arm.tracker.table("samples", [sample.to_json() for sample in samples], update)
     if notes:
-        session.bar.note(f"answers at update {update}: {'; '.join(notes)}")
-    session.progress.tasks = figures or session.progress.tasks
+        arm.note(f"answers at update {update}: {'; '.join(notes)}")
+    arm.progress.tasks = figures or arm.progress.tasks
     return TaskFigures(figures)
 
 

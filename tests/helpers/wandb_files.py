@@ -11,7 +11,7 @@ HEADER = 7  # checksum (4), length (2), kind (1): whole, first, middle or last p
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of an offline run, in order."""
+    """The rows of an offline run, in order; the values of a table are under NAME/path, NAME/nrows, ..."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     [path] = folder.glob("*.wandb")
@@ -24,9 +24,9 @@ def history(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def table(folder: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of a table that a row of the history names."""
-    content = json.loads((folder / "files" / entry["path"]).read_text())
+def table(folder: Path, path: str) -> list[dict[str, Any]]:
+    """The rows of a table, by the path under which the history names it."""
+    content = json.loads((folder / "files" / path).read_text())
     return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
 
 

@@ -22,7 +22,7 @@ from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
 from cera_train.training.tasks import ROOM, describe, rows_exam
-from cera_train.training.train import train
+from cera_train.training.train import train, train_together
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
 TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
@@ -51,16 +51,16 @@ def state_watched(monkeypatch):
     were before the answers."""
     same = []
 
-    def state(session):
-        base = session.exams.loss.causal_lm
-        modes = [module.training for module in session.loss.modules()]
+    def state(arm):
+        base = arm.exams.loss.causal_lm
+        modes = [module.training for module in arm.loss.modules()]
         numbers = (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist())
         return numbers, modes, base.config._attn_implementation, base.generation_config.to_dict()
 
-    def watched(session, is_last):
-        before = state(session)
-        figures = tasks.evaluate_tasks(session, is_last)
-        same.append(state(session) == before)
+    def watched(arm, is_last):
+        before = state(arm)
+        figures = tasks.evaluate_tasks(arm, is_last)
+        same.append(state(arm) == before)
         return figures
 
     monkeypatch.setattr(training, "evaluate_tasks", watched)
@@ -75,6 +75,20 @@ def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_c
     assert learned(eyed) == learned(plain)
     assert not (folder_of(plain) / "samples.jsonl").exists()
     assert state_watched == [True] * 8
+
+
+def test_runs_that_share_a_base_are_answered_for_one_by_one_and_learn_the_same(tiny_config, state_watched):
+    kinds = {name: [f"adapter={name}", "adapter.r=4", "train.max_updates=4"] for name in ("cera", "lora")}
+    plain = [tiny_config(*own, f"name=plain_{name}") for name, own in kinds.items()]
+    eyed = [tiny_config(*own, *TASKS, *SHORT, f"name=eyed_{name}") for name, own in kinds.items()]
+    train_together(plain)
+    results = train_together(eyed)
+    assert [learned(config) for config in eyed] == [learned(config) for config in plain]
+    assert state_watched == [True] * 8
+    assert [FIGURES[0] in result for result in results] == [True, True]
+    first, second = (read(folder_of(config) / "samples.jsonl") for config in eyed)
+    assert first[:3] == second[:3]  # of the untouched model
+    assert first != second
 
 
 def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):

@@ -76,7 +76,7 @@ def test_wandb_offline_has_the_figures_of_tasks_and_the_samples_as_tables(tiny_c
     assert [(row["update"], row["logistic_map/exact"]) for row in rows if "logistic_map/exact" in row] == [
         *((0, 0.0), (2, 0.0)),
     ]
-    tables = {row["update"]: table(folder, row["samples"]) for row in rows if "samples" in row}
+    tables = {row["update"]: table(folder, row["samples/path"]) for row in rows if "samples/path" in row}
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert list(tables) == [0, 1, 2]
     assert [row for update in tables for row in tables[update]] == lines
