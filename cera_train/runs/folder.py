@@ -86,8 +86,8 @@ class Progress(Record):
         return is_best
 
     def forget_best(self) -> None:
-        """Lets the next evaluation be the best so far."""
-        self.best_perplexity, self.best_update, self.evaluations_since_best = None, 0, 0
+        """Lets the next evaluation be the best so far, and forgets tasks that this run may not have."""
+        self.best_perplexity, self.best_update, self.evaluations_since_best, self.tasks = None, 0, 0, {}
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations brought no lower perplexity."""

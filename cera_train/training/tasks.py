@@ -177,6 +177,7 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
         arm.tracker.table("samples", [sample.to_json() for sample in samples], update)
     if notes:
         arm.note(f"answers at update {update}: {'; '.join(notes)}")
+    [figures, *_] = arm.session.team.gather([figures])  # the main process's
     arm.progress.tasks = figures or arm.progress.tasks
     return TaskFigures(figures)
 

@@ -41,7 +41,7 @@ def learned(config) -> tuple[list, bytes]:
     """Every loss and norm of a run, and its adapter."""
     lines = read(folder_of(config) / "metrics.jsonl")
     names = ("train/loss", "train/grad_norm", "eval/loss", "spectrum/effective_rank/mean")
-    adapter = folder_of(config) / "adapter" / "adapter_model.safetensors"
+    [adapter] = (folder_of(config) / "adapter").glob("*model.safetensors")
     return [[line.get(name) for name in names] for line in lines], adapter.read_bytes()
 
 
@@ -67,9 +67,17 @@ def state_watched(monkeypatch):
     return same
 
 
-def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config, state_watched):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        pytest.param(["train.batch_layout=padded", "model.gradient_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param(["adapter=full", "adapter.r=null"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config, state_watched, settings):
     """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers in between."""
-    plain, eyed = tiny_config("name=plain"), tiny_config(*TASKS, *SHORT, "name=eyed")
+    plain, eyed = tiny_config(*settings, "name=plain"), tiny_config(*settings, *TASKS, *SHORT, "name=eyed")
     train(plain)
     train(eyed)
     assert learned(eyed) == learned(plain)
@@ -179,6 +187,10 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert train(config)["logistic_map/exact"] == 0.5
+    # A run that goes on from its checkpoint without tasks has no figures.
+    checkpoint = folder_of(config) / "checkpoints" / "4"
+    longer = tiny_config(f"train.resume={checkpoint}", "train.max_updates=5", "name=longer")
+    assert FIGURES[0] not in train(longer)
 
 
 def test_a_run_that_is_out_of_patience_is_measured_at_its_end(tiny_config):
