@@ -84,14 +84,6 @@ class RunResult(Record):
     folder: str | None = None
     tasks: TaskFigures = field(default_factory=TaskFigures)  # after the last update
 
-    HIGHER_IS_BETTER: ClassVar = {
-        **dict.fromkeys(("eval/perplexity", "best_perplexity", "seconds", "peak_memory_bytes"), False),
-        **dict.fromkeys(("trainable_parameters", "spectrum/dead_units/mean"), False),
-        **dict.fromkeys(("tokens_per_s", "spectrum/effective_rank/mean", "spectrum/effective_rank/max"), True),
-        **dict.fromkeys(("spectrum/manifold_dimension/mean", "spectrum/manifold_dimension/max"), True),
-    }
-    """The figures that tell which run is better, besides those of tasks."""
-
 
 @dataclass
 class Environment(Record):

@@ -7,19 +7,31 @@ from dataclasses import dataclass
 
 from cera_train.common.errors import UserError
 from cera_train.common.records import Record
-from cera_train.runs.results import RunResult, TaskFigures
+from cera_train.runs.results import RunResult, SpectrumSummary, TaskFigures
 from cera_train.tasks.config import known_tasks
 from cera_train.tasks.named import task_figures
 
-PERPLEXITIES = ("eval/perplexity", "best_perplexity")
+PERPLEXITIES = tuple(map(RunResult.key_of, ("perplexity", "best_perplexity")))
 """Figures that compare on the same evaluation rows only."""
+
+HIGHER_IS_BETTER = {
+    **dict.fromkeys(PERPLEXITIES, False),
+    **dict.fromkeys(map(RunResult.key_of, ("seconds", "peak_memory_bytes", "trainable_parameters")), False),
+    RunResult.key_of("tokens_per_s"): True,
+    **{
+        SpectrumSummary.key_of(f"{quantity}_{end}"): True
+        for quantity in ("effective_rank", "manifold_dimension")
+        for end in ("mean", "max")
+    },
+}
+"""The figures of result.json that tell which run is better, besides those of tasks."""
 
 
 @dataclass(frozen=True)
 class SweepMetric(Record):
     """What the best job has the most or the least of; part of sweep.json."""
 
-    key: str = "eval/perplexity"
+    key: str = PERPLEXITIES[0]
     higher_is_better: bool = False
 
     @property
@@ -37,7 +49,7 @@ class SweepMetric(Record):
 def sweep_metric(key: str, tasks: Sequence[str]) -> SweepMetric:
     """The metric of this name. Raises UserError where a run with these `train.tasks` records no such figure, or one
     that is neither better nor worse."""
-    known = dict(RunResult.HIGHER_IS_BETTER)
+    known = dict(HIGHER_IS_BETTER)
     for task in tasks:
         known |= task_figures(task)
     if key in known:

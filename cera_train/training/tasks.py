@@ -131,7 +131,7 @@ class Exams:
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
             count = sum(len(exam.problems) for exam in self.sampled)
-            parts.append(f"{count:,} samples of up to {self.sampled[0].max_new_tokens:,} tokens at each evaluation")
+            parts.append(f"{plural(count)} of up to {self.sampled[0].max_new_tokens:,} tokens at each evaluation")
         return "; ".join(parts)
 
     def are_due(self, update: int, is_last: bool) -> bool:
@@ -170,7 +170,7 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     for exam in exams.sampled:
         samples += map(exam.sample, itertools.repeat(update), exam.problems, exams.answer(exam))
     if samples:
-        notes.append(f"{len(samples)} samples in {time.perf_counter() - started:.1f} s")
+        notes.append(f"{plural(len(samples))} in {time.perf_counter() - started:.1f} s")
     if is_main and samples:
         for sample in samples:
             arm.folder.append_sample(sample)
@@ -180,6 +180,10 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     [figures, *_] = arm.session.team.gather([figures])  # the main process's
     arm.progress.tasks = figures or arm.progress.tasks
     return TaskFigures(figures)
+
+
+def plural(samples: int) -> str:
+    return f"{samples:,} sample" + "s" * (samples != 1)
 
 
 def describe(figures: dict[str, float]) -> str:
