@@ -22,6 +22,7 @@ from cera_train.distributed.processes import is_main_process, is_one_of_several,
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
 from cera_train.tasks.named import check_tasks
 
@@ -29,7 +30,7 @@ TRAIN = Composition(Config, "cera-train")
 
 
 def main() -> None:
-    start_hydra(TRAIN, "config", train, keeps_sweeps=True)
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=[Halving])
 
 
 def train(composed: DictConfig) -> float | None:
@@ -92,7 +93,7 @@ class Sweep(Callback):
                     "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                     "hydra/launcher=slurm_gpu."
                 )
-            begin(config, without_hydra)
+            (begin_halving if is_halving(config) else begin)(config, without_hydra)
             if is_elsewhere:
                 from cera_train.sweep.cluster import replace_waiting
 

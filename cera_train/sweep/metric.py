@@ -46,6 +46,9 @@ class SweepMetric(Record):
         return -value if self.higher_is_better else value
 
 
+PERPLEXITY = SweepMetric()
+
+
 def sweep_metric(key: str, tasks: Sequence[str]) -> SweepMetric:
     """The metric of this name. Raises UserError where a run with these `train.tasks` records no such figure, or one
     that is neither better nor worse."""
