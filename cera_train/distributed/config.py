@@ -16,12 +16,10 @@ class Strategy(StrEnum):
 
 
 @dataclass
-class LaunchConfig:
+class ProcessesConfig:
     processes: str = setting("auto", "nothing")
-    """Processes that `cera-train` starts on this machine. auto: one for each visible GPU. Where torchrun, `accelerate
+    """Processes that the command starts on this machine. auto: one for each visible GPU. Where torchrun, `accelerate
     launch` or srun started it already, it starts none."""
-    detach: bool = setting(False, "nothing")
-    """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
 
     def __post_init__(self) -> None:
         if self.processes == "auto":
@@ -32,6 +30,12 @@ class LaunchConfig:
             int(self.processes) <= MOST_PROCESSES,
             f"launch.processes={self.processes}: one machine runs at most {MOST_PROCESSES}. Set auto for one a GPU.",
         )
+
+
+@dataclass
+class LaunchConfig(ProcessesConfig):
+    detach: bool = setting(False, "nothing")
+    """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
 
 
 @dataclass
