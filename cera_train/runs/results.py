@@ -157,6 +157,17 @@ class EvaluationMetrics(Record):
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
 
 
+@dataclass
+class Sample(Record):
+    """A line of samples.jsonl: a prompt that was answered at an evaluation during training."""
+
+    update: int
+    prompt: str | None = None
+    answer: str | None = None
+    gold: str | None = None
+    grade: Any = None
+
+
 class MetricsLine(Record):
     """A line of either kind."""
 

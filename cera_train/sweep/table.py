@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_yaml
+from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import labelled
 from cera_train.data.config import evaluation_rows
+from cera_train.runs.results import EvaluationMetrics, MetricsLine
 from cera_train.sweep.folder import JOBS, RECORD, choices_of, read_record
 
 SHORT_ERROR = 72
@@ -72,7 +71,7 @@ def job_status(sweep: Path, name: str, choices: list[str]) -> JobStatus:
     updates, perplexity = _last_metrics(folder / "metrics.jsonl")
     if result is not None:
         updates, perplexity = result["updates"], result["eval/perplexity"]
-    if _is_locked(folder):
+    if is_locked(folder):
         state = State.running
     elif error:
         state = State.failed
@@ -96,53 +95,54 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
 
 def print_sweep(folder: Path) -> None:
     """Prints a line for every job, how many are in which state, and the best."""
-    jobs = read_sweep(folder)
+    head, rows, tail = sweep_table(folder, read_sweep(folder))
+    print("\n".join([*head, *rows, *tail]), flush=True)
+
+
+def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], list[str], list[str]]:
+    """The lines before the jobs, a line for every job, and those after: how many are in which state, and the best."""
     best = best_jobs(jobs)
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
     labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
     width = max(map(len, ["job", *labels]))
-    print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
-    print(f"\n{'job':<{width}}  {'state':<9}{'updates':>15}{'perplexity':>13}")
+    head = [
+        labelled("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}"),
+        "",
+        f"{'job':<{width}}  {'state':<9}{'updates':>15}{'perplexity':>13}",
+    ]
+    rows = []
     for job, label in zip(jobs, labels, strict=True):
         done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
         perplexity = "" if job.perplexity is None else f"{job.perplexity:,.3f}"
         note = "best" if job in best else ""
         if job.state == State.failed:
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        print(f"{label:<{width}}  {job.state:<9}{done:>15}{perplexity:>13}  {note}".rstrip())
-    print()
+        rows.append(f"{label:<{width}}  {job.state:<9}{done:>15}{perplexity:>13}  {note}".rstrip())
     counts = Counter(job.state for job in jobs)
-    print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
-    for job in best:
-        print_line("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}")
+    in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
+    tail = ["", labelled("jobs", in_words or "none yet")]
+    tail += [labelled("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}") for job in best]
     if counts[State.failed]:
-        print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a run holds the folder. Its lock file is there only while it does, or after it was killed."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path).acquire(timeout=0):
-            return False
-    except (Timeout, OSError):  # or it is another user's
-        return True
+        tail.append(labelled("errors", f"in full in {folder / JOBS}; the same command tries these jobs again"))
+    return head, rows, tail
 
 
 def _last_metrics(path: Path) -> tuple[int | None, float | None]:
     """The last update on record, and the last perplexity. A run that is writing may have left half a line."""
     update = None
-    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        if update is None or '"eval/perplexity"' in line:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:  # not there yet
+        lines = []
+    for line in reversed(lines):
+        if update is None or b'"eval/perplexity"' in line:
             try:
-                metrics = json.loads(line)
-            except ValueError:
+                metrics = MetricsLine.from_json(json.loads(line), path)
+            except (ValueError, RecursionError):
                 continue
-            update = metrics["update"] if update is None else update
-            if "eval/perplexity" in metrics:
-                return update, metrics["eval/perplexity"]
+            update = metrics.update if update is None else update
+            if isinstance(metrics, EvaluationMetrics) and metrics.perplexity is not None:
+                return update, metrics.perplexity
     return update, None
 
 
