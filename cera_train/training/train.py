@@ -26,6 +26,7 @@ from cera_train.model.loss import perplexity
 from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.lines import describe_evaluation
 from cera_train.runs.results import EvaluationMetrics, ModuleSpectrumRecord, RunResult, SpectrumSummary, UpdateMetrics
 from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
@@ -132,7 +133,7 @@ def update(session: Session) -> int | None:
         with session.alone(arm.run):
             lines.append(step(arm, *numbers, seconds * numbers[-1] / sum(tokens)))
     if lines:
-        session.bar.step(console.describe_update(lines, session.seconds_left()), len(lines))
+        session.bar.step(console.describe_updates(lines, session.seconds_left()), len(lines))
     return signal
 
 
@@ -207,7 +208,7 @@ def evaluate(arm: Arm) -> None:
         folder.append_spectra({"update": progress.update, "modules": modules})
     if progress.evaluated(metrics.perplexity):
         folder.save_best(arm.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
-    arm.note(console.describe_evaluation(metrics))
+    arm.note(describe_evaluation(metrics))
 
 
 def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
