@@ -32,13 +32,12 @@ def describe_rank(spectrum: SpectrumSummary) -> str:
 
 
 def describe_grade(sample: Sample) -> str:
-    """`right` or `wrong`; `ungraded` where there is no such grade."""
-    return {True: "right", False: "wrong"}[sample.grade] if isinstance(sample.grade, bool) else "ungraded"
+    return {True: "right", False: "wrong", None: "ungraded"}[sample.exact]
 
 
-def one_line(text: str | None) -> str:
+def one_line(text: str) -> str:
     """A text without its line breaks."""
-    return " ".join((text or "").split())
+    return " ".join(text.split())
 
 
 def figure(value: float, decimals: int = 3) -> str:

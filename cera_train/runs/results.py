@@ -159,13 +159,14 @@ class EvaluationMetrics(Record):
 
 @dataclass
 class Sample(Record):
-    """A line of samples.jsonl: a prompt that was answered at an evaluation during training."""
+    """An answer during training, a line of samples.jsonl."""
 
     update: int
-    prompt: str | None = None
-    answer: str | None = None
-    gold: str | None = None
-    grade: Any = None
+    task: str | None  # None: the prompt of an evaluation row, which no task grades
+    prompt: str
+    answer: str  # as the model wrote it
+    gold: str
+    exact: bool | None = key("exact", write_null=True)
 
 
 class MetricsLine(Record):

@@ -8,6 +8,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.live import Live
@@ -20,7 +21,7 @@ from cera_train.runs.following import FollowedRun, RunState
 from cera_train.runs.lines import describe_evaluation, describe_grade, describe_update, figure, one_line
 from cera_train.runs.results import EvaluationMetrics, Sample, UpdateMetrics
 from cera_train.sweep.folder import RECORD, read_record
-from cera_train.sweep.table import JobStatus, State, read_sweep, sweep_table
+from cera_train.sweep.table import State, read_sweep, sweep_table
 
 PAUSE = 1.0  # seconds between two looks
 BUSY_SHARE = 0.1  # of the time, at most, is spent on looking: a sweep of hundreds of jobs takes long to read
@@ -125,9 +126,8 @@ class WatchedRun(Watched):
             return describe_evaluation(new)
         if isinstance(new, UpdateMetrics):
             return f"update {self._done(new.update)}  {describe_update(new, self.run.seconds_left(new.update))}"
-        gold = "" if new.gold is None else f", gold {one_line(new.gold)}"
         texts = f"{one_line(new.prompt)} -> {one_line(new.answer)}"
-        return f"sample at update {new.update}: {texts} ({describe_grade(new)}{gold})"
+        return f"sample at update {new.update}: {texts} ({describe_grade(new)}, gold {one_line(new.gold)})"
 
     def _done(self, update: int) -> str:
         total = self.run.total
@@ -184,8 +184,7 @@ class WatchedRun(Watched):
         for sample in samples:
             lines.append(labelled("prompt", one_line(sample.prompt)))
             lines.append(labelled(f"  {describe_grade(sample)}", one_line(sample.answer)))
-            if sample.gold is not None:
-                lines.append(labelled("  gold", one_line(sample.gold)))
+            lines.append(labelled("  gold", one_line(sample.gold)))
         return [styled(line, width) for line in lines]
 
 
@@ -213,10 +212,16 @@ class WatchedSweep(Watched):
         return self._is_grid and not any(job.state in UNENDED for job in self.jobs)
 
     def look(self) -> list[str]:
-        before = {job.name: job for job in self.jobs}
+        """The rows of jobs whose state or figure is another than at the last look; updates alone are no news."""
+        before = {job.name: replace(job, done=None) for job in self.jobs}
         self._is_grid = bool((read_record(self.folder / RECORD) or {}).get("jobs"))
         self.jobs = read_sweep(self.folder)
-        return [_job_line(job) for job in self.jobs if _has_news(job, before.get(job.name))]
+        rows = zip(self.jobs, sweep_table(self.folder, self.jobs)[1], strict=True)
+        return [
+            row
+            for job, row in rows
+            if replace(job, done=None) != before.get(job.name) and (job.name in before or job.state != State.waiting)
+        ]
 
     def lines(self) -> list[str]:
         head, rows, tail = sweep_table(self.folder, self.jobs)
@@ -236,15 +241,3 @@ class WatchedSweep(Watched):
         kept = sorted(order[: max(room, 0)])
         yield from (rows[number] for number in kept)
         yield f"... and {len(rows) - len(kept):,} more"
-
-
-def _has_news(job: JobStatus, before: JobStatus | None) -> bool:
-    if before is None:
-        return job.state != State.waiting
-    return (job.state, job.perplexity) != (before.state, before.perplexity)
-
-
-def _job_line(job: JobStatus) -> str:
-    done = "" if job.done is None else f"  {job.done:,}" + (f"/{job.total:,}" if job.total else "")
-    perplexity = "" if job.perplexity is None else f"  perplexity {figure(job.perplexity)}"
-    return f"{job.state} {job.name}{done}{perplexity}" + (f"  {one_line(job.error)}" if job.error else "")

@@ -116,7 +116,10 @@ def test_what_is_no_file_is_not_opened(folder, name):
 
 def test_samples_are_those_of_the_last_evaluation(folder):
     run = FollowedRun(folder)
-    rows = [{"update": at, "prompt": "a?", "answer": "b", "gold": None, "grade": False} for at in (0, 0, 5, 5, 5)]
+    rows = [
+        {"update": at, "prompt": "a?", "answer": "b", "gold": "c", "task": None, "exact": False}
+        for at in (0, 0, 5, 5, 5)
+    ]
     append(folder, b"".join(json.dumps(row).encode() + b"\n" for row in rows), "samples.jsonl")
     assert [type(new) for new in run.look()] == [Sample] * 5
     assert [sample.update for sample in run.samples] == [5, 5, 5]

@@ -263,8 +263,9 @@ def hostile_run(tmp_path) -> Path:
     (run / "environment.json").write_text('{"updates": 100}')
     with (run / "metrics.jsonl").open("ab") as file:
         file.write(b'\xff\n[1]\n{"update": 51, "train/loss": Infinity, "train/tokens_per_s": NaN}\n{"update": 52, "tr')
-    sample = {"prompt": "What\nis \x1b]0;title\x07 \u202e 7?", "answer": "字" * 300, "gold": "7", "grade": False}
-    rows = [sample | {"update": update} for update in (0, 40, 40)] + [{"update": 40, "grade": {"exact": [1]}}]
+    sample = {"prompt": "What\nis \x1b]0;title\x07 \u202e 7?", "answer": "字" * 300, "gold": "7", "task": "sums"}
+    rows = [sample | {"update": update, "exact": grade} for update, grade in ((0, True), (40, False), (40, None))]
+    rows += [sample | {"update": 40, "exact": [1]}]
     (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"update": 41}x\n')
     return run
 
@@ -285,12 +286,13 @@ def test_a_picture_shows_samples_grades_and_how_many_lines_are_broken(hostile_ru
     watched = WatchedRun(hostile_run)
     watched.look()
     lines = [line.plain for line in watched.picture(60)]
-    assert "note       3 lines of metrics.jsonl or samples.jsonl cannot be read" in " ".join(watched.lines())
+    assert "note       4 lines of metrics.jsonl or samples.jsonl cannot be read" in " ".join(watched.lines())
     start = lines.index("samples at update 40")
     assert lines[start + 1] == "prompt     What is \ufffd]0;title\ufffd \ufffd 7?"
     assert lines[start + 2].startswith("  wrong    字字")
     assert lines[start + 3] == "  gold     7"
-    assert lines[start + 7 :] == ["prompt     ", "  ungraded "]
+    assert lines[start + 5].startswith("  ungraded 字字")
+    assert len(lines) == start + 7
 
 
 def test_samples_of_an_evaluation_are_lines_in_a_pipe(hostile_run):
@@ -320,11 +322,11 @@ def test_a_sweep_gets_a_line_for_each_change_and_ends_when_every_job_has(tmp_pat
     record_sweep(tmp_path, *NAMES)
     make_job(tmp_path, NAMES[0], 2.5)
     watched = WatchedSweep(tmp_path)
-    assert watched.look() == ["finished adapter.r=2  20/20  perplexity 2.500"]
+    assert watched.look() == ["adapter.r=2  finished           20/20        2.500  best"]
     assert not watched.is_over
     folder = make_job(tmp_path, NAMES[1])
     lock = lock_folder(folder, "run")
-    assert watched.look() == ["running adapter.r=4  5/20  perplexity 9.000"]
+    assert watched.look() == ["adapter.r=4  running             5/20        9.000"]
     assert watched.look() == []
     with (folder / "metrics.jsonl").open("a") as file:  # the end of half a line first
         file.write('ain/loss": 1}\n{"update": 7, "train/loss": 1}\n')
@@ -332,15 +334,15 @@ def test_a_sweep_gets_a_line_for_each_change_and_ends_when_every_job_has(tmp_pat
     assert "5/20" not in watched.lines()[4]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"update": 10, "eval/perplexity": 3.0}\n[]\n{"update": "x", "eval/perplexity": 1}\n')
-    assert watched.look() == ["running adapter.r=4  10/20  perplexity 3.000"]
+    assert watched.look() == ["adapter.r=4  running            10/20        3.000"]
     lock.release()
-    assert watched.look() == ["cut adapter.r=4  10/20  perplexity 3.000"]
+    assert watched.look() == ["adapter.r=4  cut                10/20        3.000"]
     assert not watched.is_over
     (folder / "result.json").write_text('{"updates": 20, "eval/perplexity": 2.0}')
-    record_job(tmp_path, NAMES[2], "data.path=x: no such\nfile")
+    record_job(tmp_path, NAMES[2], "data.path=x: no such file")
     assert watched.look() == [
-        "finished adapter.r=4  20/20  perplexity 2.000",
-        "failed adapter.r=8  data.path=x: no such file",
+        "adapter.r=4  finished           20/20        2.000  best",
+        "adapter.r=8  failed                                 data.path=x: no such file",
     ]
     assert watched.is_over
     assert watched.lines()[-2:] == [
@@ -364,7 +366,7 @@ def test_a_sweep_in_a_pipe_ends_with_its_table(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(WatchedSweep, "look", finish_at_the_third)
     cera_watch(monkeypatch, tmp_path)
-    before, after = capsys.readouterr().out.split("finished adapter.r=4  20/20  perplexity 1.500\n")
+    before, after = capsys.readouterr().out.split("adapter.r=4  finished           20/20        1.500  best\n", 1)
     assert "jobs       1 finished, 1 waiting" in before
     assert "adapter.r=4  finished           20/20        1.500  best" in after
 
