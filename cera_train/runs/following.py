@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked
@@ -103,9 +103,11 @@ class FollowedRun:
         self.folder = folder
         self._metrics = FollowedLines(folder / "metrics.jsonl", MetricsLine)
         self._samples = FollowedLines(folder / "samples.jsonl", Sample)
-        self._first: tuple[float, int] | None = None  # when which update was seen
-        self._last: tuple[float, int] | None = None
+        self._seen: list[tuple[float, int]] = []  # when which update was seen: the first and the last
         self.state, self.total, self.result = RunState.cut, None, None
+        self.updates: list[UpdateMetrics] = []
+        self.evaluations: list[EvaluationMetrics] = []
+        self.pace: float | None = None  # seconds an update
 
     def look(self) -> list[UpdateMetrics | EvaluationMetrics | Sample]:
         """Reads what has come since the last look; raises UserError where the folder holds no run."""
@@ -115,11 +117,15 @@ class FollowedRun:
         self.total = Environment.read(environment).updates if environment.is_file() else None
         before = self.update
         new = [*self._metrics.look(), *self._samples.look()]
+        if new or self.update < before:
+            lines = self._metrics.lines
+            self.updates = [line for line in lines if isinstance(line, UpdateMetrics)]
+            self.evaluations = [line for line in lines if isinstance(line, EvaluationMetrics)]
         if self.update < before:
-            self._first = None
-        if self.update != before or self._first is None:
-            self._last = (time.monotonic(), self.update)
-            self._first = self._first or self._last
+            self._seen.clear()
+        if self.update != before or not self._seen:
+            self._seen[1:] = [(time.monotonic(), self.update)]
+        self.pace = self._find_pace()
         return new
 
     def _find_state(self) -> RunState:
@@ -135,13 +141,18 @@ class FollowedRun:
             )
         return RunState.cut
 
-    @property
-    def updates(self) -> list[UpdateMetrics]:
-        return [line for line in self._metrics.lines if isinstance(line, UpdateMetrics)]
-
-    @property
-    def evaluations(self) -> list[EvaluationMetrics]:
-        return [line for line in self._metrics.lines if isinstance(line, EvaluationMetrics)]
+    def _find_pace(self) -> float | None:
+        """Seconds an update, as observed; before that, as the run measured its last updates."""
+        (first, start), (last, end) = self._seen[0], self._seen[-1]
+        if last - first >= PACE_SECONDS and end > start:
+            return (last - first) / (end - start)
+        timed = [line for line in self.updates[-PACE_UPDATES:] if line.seconds is not None]
+        if not timed:
+            return None
+        seconds, updates = timed[-1].seconds, timed[-1].update
+        if updates > timed[0].update:
+            seconds, updates = seconds - timed[0].seconds, updates - timed[0].update
+        return seconds / updates if updates > 0 else None
 
     @property
     def update(self) -> int:
@@ -167,21 +178,7 @@ class FollowedRun:
 
     def seconds_left(self, update: int | None = None) -> float | None:
         """Time that the updates after `update` take at the present pace. None where it is not known."""
-        pace, done = self._pace(), self.update if update is None else update
-        if pace is None or self.total is None or self.total > MOST_UPDATES:
+        if self.pace is None or self.total is None or self.total > MOST_UPDATES:
             return None
-        seconds = max(0.0, pace * (self.total - done))
+        seconds = max(0.0, self.pace * (self.total - (self.update if update is None else update)))
         return seconds if seconds < MOST_UPDATES else None  # also of what is no number
-
-    def _pace(self) -> float | None:
-        """Seconds an update, as observed; before that, as the run measured its last updates."""
-        (first, start), (last, end) = self._first or (0.0, 0), self._last or (0.0, 0)
-        if last - first >= PACE_SECONDS and end > start:
-            return (last - first) / (end - start)
-        timed: list[Any] = [line for line in self.updates[-PACE_UPDATES:] if line.seconds is not None]
-        if not timed:
-            return None
-        seconds, updates = timed[-1].seconds, timed[-1].update
-        if timed[-1].update > timed[0].update:
-            seconds, updates = seconds - timed[0].seconds, updates - timed[0].update
-        return seconds / updates if updates > 0 else None

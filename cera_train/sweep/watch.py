@@ -7,7 +7,7 @@ import itertools
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cera_train.common.curves import curve
-from cera_train.common.terminal import console, labelled, terminal_width
+from cera_train.common.terminal import console, labelled
 from cera_train.common.trust import clean
 from cera_train.runs.following import FollowedRun, RunState
 from cera_train.runs.lines import describe_evaluation, describe_grade, describe_update, figure, one_line
@@ -25,8 +25,8 @@ from cera_train.sweep.table import State, read_sweep, sweep_table
 
 PAUSE = 1.0  # seconds between two looks
 BUSY_SHARE = 0.1  # of the time, at most, is spent on looking: a sweep of hundreds of jobs takes long to read
-CURVE_HEIGHT = 8
-SIDE_BY_SIDE = 80  # columns from which two curves stand side by side
+CURVE_WIDTH, CURVE_HEIGHT = 100, 8  # at most, of both curves
+SIDE_BY_SIDE = 80  # columns from which they stand side by side
 UNENDED = (State.running, State.cut, State.waiting)
 STYLES = {"running": "cyan", "finished": "green", "cut": "yellow", "failed": "red", "right": "green", "wrong": "red"}
 
@@ -40,7 +40,7 @@ def watch(folder: Path, once: bool = False) -> None:
     watched = WatchedSweep(folder) if (folder / RECORD).is_file() else WatchedRun(folder)
     watched.look()
     if once:
-        console().print(Text("\n").join(watched.picture(terminal_width())), soft_wrap=True)
+        console().print(Text("\n").join(watched.picture(console().width)), soft_wrap=True)
     elif sys.stdout.isatty() and not console().is_dumb_terminal:
         follow_in_terminal(watched)
     else:
@@ -51,8 +51,8 @@ class Watched(ABC):
     """What is followed."""
 
     @abstractmethod
-    def look(self) -> list[str]:
-        """Reads what is new; returns a line for each thing."""
+    def look(self) -> Iterable[str]:
+        """Reads what is new; yields a line for each thing."""
 
     @property
     @abstractmethod
@@ -90,7 +90,7 @@ def follow_in_lines(watched: Watched) -> None:
         print_lines(watched.lines())
 
 
-def look_again(watched: Watched) -> list[str]:
+def look_again(watched: Watched) -> Iterable[str]:
     """Looks after a pause that is long beside the time it takes."""
     time.sleep(PAUSE)
     started = time.monotonic()
@@ -99,7 +99,7 @@ def look_again(watched: Watched) -> list[str]:
     return new
 
 
-def print_lines(lines: list[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         print(clean(line))
     sys.stdout.flush()
@@ -118,8 +118,8 @@ class WatchedRun(Watched):
     def is_over(self) -> bool:
         return self.run.state != RunState.running
 
-    def look(self) -> list[str]:
-        return [self._line(new) for new in self.run.look()]
+    def look(self) -> Iterable[str]:
+        return map(self._line, self.run.look())
 
     def _line(self, new: UpdateMetrics | EvaluationMetrics | Sample) -> str:
         if isinstance(new, EvaluationMetrics):
@@ -156,7 +156,7 @@ class WatchedRun(Watched):
     def picture(self, width: int, height: int | None = None) -> list[Text]:
         head = [styled(line, width) for line in self.lines()]
         rows = CURVE_HEIGHT if height is None else max(2, min(CURVE_HEIGHT, (height - len(head)) // 3))
-        lines = [*head, *self._curves(width, rows), *self._sample_lines(width)]
+        lines = [*head, *self._curves(min(width, CURVE_WIDTH), rows), *self._sample_lines(width)]
         return lines if height is None else lines[:height]
 
     def _curves(self, width: int, height: int) -> list[Text]:

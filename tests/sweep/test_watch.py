@@ -215,6 +215,10 @@ def test_what_has_ended_is_shown_and_ends_at_once(tmp_path, monkeypatch, capsys)
     assert once[:3] == out
     assert once[4].split() == ["loss", "evaluation", "perplexity"]
     assert max(map(len, once)) <= 100
+    sample = {"update": 100, "task": None, "prompt": "a" * 300, "answer": "b", "gold": "c", "exact": None}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    cera_watch(monkeypatch, run, "--once")
+    assert f"prompt     {'a' * 300}\n" in capsys.readouterr().out  # a pipe has room
 
 
 @pytest.mark.parametrize(
@@ -297,7 +301,7 @@ def test_a_picture_shows_samples_grades_and_how_many_lines_are_broken(hostile_ru
 
 def test_samples_of_an_evaluation_are_lines_in_a_pipe(hostile_run):
     watched = WatchedRun(hostile_run)
-    line = watched.look()[-2]
+    line = list(watched.look())[-2]
     assert line.startswith("sample at update 40: What is \x1b]0;title\x07 \u202e 7? -> 字")
     assert line.endswith("字 (wrong, gold 7)")
 
