@@ -8,8 +8,7 @@ from cera_train.distributed.launch import in_processes
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.evaluate import evaluate, problems_of, resolve, rows_of
 from cera_train.runs.evaluation_folder import EvaluationFolder
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask
+from cera_train.tasks.task import AnswerTask, task_of
 
 
 def launch(config: EvalConfig) -> dict[str, Any]:
@@ -25,7 +24,7 @@ def prepare(config: EvalConfig) -> dict[str, Any] | None:
         with EvaluationFolder(path) as folder:
             folder.write_config(resolved)
             if not folder.is_finished():
-                read = problems_of if isinstance(find_task(config.task.kind), AnswerTask) else rows_of
+                read = problems_of if isinstance(task_of(config.task), AnswerTask) else rows_of
                 read(resolved, subject)
                 return None
     return evaluate(config)

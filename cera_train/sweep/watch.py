@@ -135,12 +135,10 @@ class WatchedRun(Watched):
 
     def lines(self) -> list[str]:
         run = self.run
-        state = {
-            RunState.running: "running" if run.updates or run.evaluations else "running, before its first update",
-            RunState.finished: "finished",
-            RunState.cut: "cut: the same cera-train command goes on with it",
-        }[run.state]
-        lines = [labelled("run", f"{run.folder}, {state}")]
+        more = ": the same cera-train command goes on with it" if run.state == RunState.cut else ""
+        if run.state == RunState.running and not (run.updates or run.evaluations):
+            more = ", before its first update"
+        lines = [labelled(run.state, f"{run.folder}{more}")]
         if run.updates:
             last, left = run.updates[-1], run.seconds_left() if run.state == RunState.running else None
             lines.append(labelled("update", f"{self._done(last.update).strip()}  {describe_update(last, left)}"))

@@ -125,7 +125,7 @@ def test_a_real_run_in_a_pipe_gets_a_line_for_each_update_and_evaluation_to_its_
     trained = train(tiny_config(f"train.max_updates={UPDATES}", "train.eval_every=4"))
     rest, errors = watches[0].communicate(timeout=60)
     assert (watches[0].returncode, errors) == (0, "")
-    assert first[0] == f"run        {folder}, running\n"
+    assert first[0] == f"running    {folder}\n"
     assert re.fullmatch(r"update     3/12  loss \d\.\d{3}  perplexity [\d.]+  [\d,]+ tokens/s  0:\d\d left\n", first[1])
     assert first[2].startswith("eval       at update 0: perplexity ")
     *lines, run, update, evaluation = rest.splitlines()
@@ -137,7 +137,7 @@ def test_a_real_run_in_a_pipe_gets_a_line_for_each_update_and_evaluation_to_its_
     assert len(lines) == len(expected)
     for line, pattern in zip(lines, expected, strict=True):
         assert re.fullmatch(pattern, line), line
-    assert run == f"run        {folder}, finished"
+    assert run == f"finished   {folder}"
     assert re.match(r"update     12/12  loss [\d.]+", update)
     assert f"at update 12: perplexity {trained['eval/perplexity']:.3f}" in evaluation
 
@@ -157,11 +157,9 @@ def test_a_real_run_in_a_terminal_is_drawn_until_it_ends(tiny_config, tmp_path, 
     finally:
         opened[0].close()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", opened[0].output)
-    assert f"run        {folder}, running" in plain
+    assert "running    " in plain
     assert re.search(r"loss +evaluation perplexity\s+[\d.]+│.*[\u2801-\u28ff].*│.*[\u2801-\u28ff]", plain)
-    last = plain[plain.rindex("run        ") :]
-    assert last.startswith(f"run        {folder}, finished")
-    assert "update     12/12" in last
+    assert "update     12/12" in plain[plain.rindex("finished   ") :]
     assert opened[0].output.rindex("\x1b[?25h") > opened[0].output.rindex("\x1b[?25l")  # the cursor is there again
 
 
@@ -186,7 +184,7 @@ def test_a_signal_ends_it_cleanly_in_a_pipe(tmp_path, number, status):
     run = make_run(tmp_path / "run", finished=False)
     lock = lock_folder(run, "run")
     watching = start(run)
-    assert watching.stdout.readline() == f"run        {run}, running\n"
+    assert watching.stdout.readline() == f"running    {run}\n"
     watching.send_signal(number)
     _, errors = watching.communicate(timeout=60)
     assert (watching.returncode, errors) == (status, "")
@@ -197,18 +195,18 @@ def test_a_run_that_was_killed_ends_it(tmp_path):
     run = make_run(tmp_path / "run", finished=False)
     lock = lock_folder(run, "run")
     watching = start(run)
-    assert watching.stdout.readline().endswith("running\n")
+    assert watching.stdout.readline().startswith("running    ")
     lock.release()  # as a kill does: the lock file stays
     out, errors = watching.communicate(timeout=60)
     assert (watching.returncode, errors) == (0, "")
-    assert f"run        {run}, cut: the same cera-train command goes on with it\n" in out
+    assert f"cut        {run}: the same cera-train command goes on with it\n" in out
 
 
 def test_what_has_ended_is_shown_and_ends_at_once(tmp_path, monkeypatch, capsys):
     run = make_run(tmp_path / "run", finished=True)
     cera_watch(monkeypatch, run)
     out = capsys.readouterr().out.splitlines()
-    assert out[0] == f"run        {run}, finished"
+    assert out[0] == f"finished   {run}"
     assert len(out) == 3
     cera_watch(monkeypatch, run, "--once")
     once = capsys.readouterr().out.splitlines()
