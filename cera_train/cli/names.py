@@ -47,7 +47,7 @@ optimizer.max_grad_norm    grad_clip clip_grad gradient_clip_val gradient_clippi
 optimizer.beta1            adam_beta1 betas
 optimizer.beta2            adam_beta2
 optimizer.eps              adam_epsilon epsilon adam_eps
-task=NAME                  tasks benchmark benchmarks
+task=NAME                  benchmark benchmarks
 task.limit                 max_problems num_problems limit_examples
 tracker=NAME               report_to logger wandb tensorboard log_with use_wandb
 tracker.project            wandb_project project_name

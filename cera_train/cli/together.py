@@ -32,7 +32,8 @@ class Prepared:
     job: Job
     config: Config | None
     """None: it failed already."""
-    perplexity: float | None = None
+    metric: float | None = None
+    """Its `sweep.metric`."""
 
 
 class Together(Launcher):
@@ -45,7 +46,7 @@ class Together(Launcher):
         self.hydra_context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Runs jobs; returns their perplexities, None for one that failed."""
+        """Runs jobs; returns their `sweep.metric`, None for one that failed."""
         setup_globals()
         with errors_in_one_line(TRAIN):
             if is_one_of_several():
@@ -56,7 +57,7 @@ class Together(Launcher):
             for members in group([job.config for job in ready], self._most):
                 train_group([ready[number] for number in members.jobs])
         for returned, job in zip(returns, jobs, strict=True):
-            returned.return_value = job.perplexity
+            returned.return_value = job.metric
         return returns
 
     def _compose(self, overrides: list[str], number: int) -> JobReturn:
@@ -116,7 +117,7 @@ def train_group(jobs: Sequence[Prepared]) -> None:
         from cera_train.training.train import train_together
     try:
         if len(jobs) == 1:  # on every GPU
-            jobs[0].perplexity = run(jobs[0].config)
+            jobs[0].metric = run(jobs[0].config)
             return
         outcomes = train_together([job.config for job in jobs])
     except Interrupted as interrupted:
@@ -128,7 +129,7 @@ def train_group(jobs: Sequence[Prepared]) -> None:
         if isinstance(outcome, Exception):
             fail(job.job, outcome)
         else:
-            job.perplexity = outcome["eval/perplexity"]
+            job.metric = outcome.get(job.config.sweep.metric)
 
 
 def launchers() -> list[type[Launcher]]:

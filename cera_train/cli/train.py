@@ -25,6 +25,7 @@ from cera_train.runs.recorded_config import changes_result
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
+from cera_train.tasks.named import check_tasks
 
 TRAIN = Composition(Config, "cera-train")
 
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def train(composed: DictConfig) -> float | None:
-    """One training run, or one job of a sweep. Returns its perplexity, for sweepers that minimise.
+    """One training run, or one job of a sweep. Returns its perplexity, or its `sweep.metric`, for sweepers that search.
 
     A job that fails returns None rather than raising: the others run, and a sweeper such as Optuna counts a failure.
     """
@@ -77,15 +78,16 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
         check_data(config.data)
+        check_tasks(config.train.tasks, config.train.changes_of_task, config.data)
     return config
 
 
-def run(config: Config) -> float:
-    """Trains, and returns the perplexity."""
+def run(config: Config) -> float | None:
+    """Trains; returns the run's `sweep.metric`."""
     with heavy_imports():
         from cera_train.training.launch import launch
 
-    return launch(config)["eval/perplexity"]
+    return launch(config).get(config.sweep.metric)
 
 
 def is_as_published(overrides: list[str]) -> bool:

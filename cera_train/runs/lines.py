@@ -3,6 +3,8 @@ torch."""
 
 from __future__ import annotations
 
+import itertools
+
 from cera_train.common.terminal import duration
 from cera_train.runs.results import EvaluationMetrics, Sample, SpectrumSummary, UpdateMetrics
 
@@ -29,6 +31,13 @@ def describe_rank(spectrum: SpectrumSummary) -> str:
     if spectrum.effective_rank_mean is None or spectrum.effective_rank_max is None:
         return ""
     return f"{figure(spectrum.effective_rank_mean, 1)} mean, {figure(spectrum.effective_rank_max, 1)} max"
+
+
+def describe_tasks(figures: dict[str, float]) -> str:
+    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%."""
+    by_task = itertools.groupby(figures.items(), lambda figure: figure[0].partition("/")[0])
+    parts = {task: [f"{key.partition('/')[2]} {value:.1%}" for key, value in found] for task, found in by_task}
+    return "; ".join(f"{task} {', '.join(texts)}" for task, texts in parts.items())
 
 
 def describe_grade(sample: Sample) -> str:

@@ -33,6 +33,9 @@ from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
+from cera_train.sweep.metric import sweep_metric
+from cera_train.tasks.config import known_tasks
+from cera_train.tasks.named import check_tasks
 
 RECORD = "sweep.json"
 JOBS = ".jobs"
@@ -145,6 +148,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
             continue
         try:
             run = compose(loader.load_sweep_config(config, values))
+            sweep_metric(run.sweep.metric, run.train.tasks)
         except UserError as error:
             for value in values:
                 failed.setdefault(value, error)
@@ -154,6 +158,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
         if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
             check_model(run.model.path)
             data_files(run.data)
+            check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
     for value, error in failed.items():
         if value not in fine and tries[value] < MOST_TRIES:
             raise error
@@ -185,10 +190,13 @@ def begin(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
-    record = _record(config, grid(config) if is_grid else [], folder)
+    metric = sweep_metric(config.sweep.metric, known_tasks() if is_grid else config.train.tasks)
+    record = _record(config, grid(config) if is_grid else [], folder) | {"metric": metric.to_json()}
     check(record)
     check_jobs(config, record["jobs"], compose)
 
+    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
+        config.hydra.sweeper.direction = "maximize" if metric.higher_is_better else "minimize"
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")

@@ -18,7 +18,7 @@ from cera_train.common.curves import curve
 from cera_train.common.terminal import console, labelled
 from cera_train.common.trust import clean
 from cera_train.runs.following import FollowedRun, RunState
-from cera_train.runs.lines import describe_evaluation, describe_grade, describe_update, figure, one_line
+from cera_train.runs.lines import describe_evaluation, describe_grade, describe_tasks, describe_update, figure, one_line
 from cera_train.runs.results import EvaluationMetrics, Sample, UpdateMetrics
 from cera_train.sweep.folder import RECORD, read_record
 from cera_train.sweep.table import State, read_sweep, sweep_table
@@ -123,7 +123,7 @@ class WatchedRun(Watched):
 
     def _line(self, new: UpdateMetrics | EvaluationMetrics | Sample) -> str:
         if isinstance(new, EvaluationMetrics):
-            return describe_evaluation(new)
+            return "; ".join(filter(None, [describe_evaluation(new), describe_tasks(new.tasks.found)]))
         if isinstance(new, UpdateMetrics):
             return f"update {self._done(new.update)}  {describe_update(new, self.run.seconds_left(new.update))}"
         texts = f"{one_line(new.prompt)} -> {one_line(new.answer)}"
@@ -147,6 +147,9 @@ class WatchedRun(Watched):
             is_best = best is None or best.update == last.update
             best = "" if is_best else f"; best {figure(best.perplexity)} at update {best.update}"
             lines.append(labelled("eval", describe_evaluation(last).removeprefix("evaluation ") + best))
+        if answered := [line for line in run.evaluations if line.tasks.found][-1:]:
+            figures = describe_tasks(answered[0].tasks.found)
+            lines.append(labelled("tasks", f"at update {answered[0].update}: {figures}"))
         if run.broken:
             lines.append(labelled("note", f"{run.broken:,} lines of metrics.jsonl or samples.jsonl cannot be read"))
         return lines

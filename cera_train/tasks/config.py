@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, require_positive, setting
 from cera_train.tasks.registry import all_tasks, find_task
 
@@ -11,6 +12,11 @@ Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 
 SOME_TASKS = ("level", "growths", "question", "answer", "grader")
 """Settings that a task has only where it lists them in `Task.settings`."""
+
+
+def known_tasks() -> list[str]:
+    """The names of the files in conf/task."""
+    return sorted(path.stem for path in (config_dir("conf") / "task").glob("*.yaml"))
 
 
 @dataclass

@@ -94,7 +94,10 @@ class LogisticMap(AnswerTask):
 TASK = LogisticMap(
     name="logistic map",
     settings=("growths",),
-    shown=(Metric("step_accuracy/mean", "steps right", in_picture=True), Metric("state_collapse", "state collapse")),
+    shown=(
+        Metric("step_accuracy/mean", "steps right", in_picture=True),
+        Metric("state_collapse", "state collapse", lower_is_better=True),
+    ),
     is_verified=False,
     score_name="steps",
 )

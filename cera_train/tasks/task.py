@@ -39,6 +39,7 @@ class Metric:
     """Shown in per cent; False: a number with three decimals."""
     in_picture: bool = False
     """Whether the accuracy picture shows it in place of pass@1."""
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class AnswerTask(Task, ABC):
     @abstractmethod
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         """Grades one answer by the task's published rule."""
+
+    @property
+    def figures(self) -> dict[str, bool]:
+        """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of
+        its grader, and those of `shown`."""
+        graders = ("exact", "verified") if self.is_verified else ("exact",)
+        shares = {metric.key: not metric.lower_is_better for metric in self.shown if metric.is_share}
+        return dict.fromkeys(graders, True) | shares
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""

@@ -26,7 +26,7 @@ from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.lines import describe_rank, describe_update
+from cera_train.runs.lines import describe_rank, describe_tasks, describe_update
 from cera_train.runs.results import RunResult, UpdateMetrics
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ def print_start(session: Session) -> None:
         print_adapter(arm)
     print_device(session)
     print_data(session.data, session.tokenizer)
+    if plan := session.arms[0].exams.plan:
+        print_line("answers", plan)
 
 
 def print_model(session: Session) -> None:
@@ -171,6 +173,7 @@ def print_result(result: RunResult, config: Config) -> None:
     rank = describe_rank(result.spectrum)
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
+        "tasks": describe_tasks(result.tasks.found) or None,
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": f"{rank} (of {result.adapter_r})" if rank else None,
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",

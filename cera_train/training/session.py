@@ -36,6 +36,7 @@ from cera_train.runs.folder import Progress, RunFolder, environment, load_checkp
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.training.optimizer import build_optimizer
+from cera_train.training.tasks import Exams
 from cera_train.training.tracking import Tracker, start_tracker
 
 
@@ -208,6 +209,7 @@ class Arm:
         data, tokens = session.data, config.train.micro_batch_tokens
         self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
         self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
+        self.exams = Exams(config, session.tokenizer, self.local_loss, team)
         self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.tracker = Tracker()

@@ -28,6 +28,9 @@ class Tracker:
     def picture(self, name: str, path: Path, update: int) -> None:
         """A PNG file."""
 
+    def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
+        """Rows with the same names, of texts and numbers."""
+
     def adapter(self, folder: Path) -> None:
         """The final adapter, as an artifact."""
 
@@ -82,6 +85,10 @@ class WandbTracker(Tracker):
 
     def picture(self, name: str, path: Path, update: int) -> None:
         self.run.log({"update": update, name: self.wandb.Image(str(path))})
+
+    def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
+        table = self.wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        self.run.log({"update": update, name: table})
 
     def adapter(self, folder: Path) -> None:
         if self.log_adapter:
@@ -161,6 +168,9 @@ class Guarded(Tracker):
 
     def picture(self, *arguments: Any) -> None:
         self._try(self.tracker.picture, *arguments)
+
+    def table(self, *arguments: Any) -> None:
+        self._try(self.tracker.table, *arguments)
 
     def adapter(self, *arguments: Any) -> None:
         self._try(self.tracker.adapter, *arguments)

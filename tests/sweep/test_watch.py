@@ -304,6 +304,17 @@ def test_samples_of_an_evaluation_are_lines_in_a_pipe(hostile_run):
     assert line.endswith("字 (wrong, gold 7)")
 
 
+def test_figures_of_tasks_stand_beside_those_of_the_evaluation(tmp_path):
+    run = make_run(tmp_path / "run", finished=False)
+    lines = [{"update": 60, "eval/perplexity": 2.5, "gsm8k/exact": 0.25}, {"update": 80, "eval/perplexity": 2.0}]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+    watched = WatchedRun(run)
+    line = list(watched.look())[-2]
+    assert line == "evaluation at update 60: perplexity 2.500; gsm8k exact 25.0%"
+    assert watched.lines()[-1] == "tasks      at update 60: gsm8k exact 25.0%"
+
+
 def test_figures_that_are_no_numbers_draw_nothing(tmp_path):
     run = make_run(tmp_path / "run", finished=False)
     lines = [{"update": n, name: math.inf} for n in range(3) for name in ("train/loss", "eval/perplexity")]
