@@ -32,6 +32,6 @@ def evaluate(composed: DictConfig) -> None:
             if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
                 load_problems(config.task, subject.run.data if subject.run else None)
         with heavy_imports():
-            from cera_train.evaluation.evaluate import evaluate
+            from cera_train.evaluation.launch import launch
 
-        evaluate(config)
+        launch(config)

@@ -3,6 +3,7 @@ checksums reveal damage. Also where configs and caches are."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from cera_train.common.trust import PlainLoader, check_links
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
 OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
+LOOK_SECONDS = 0.2  # a writer waits so long for a lock: `is_locked` of another process holds it for an instant
 CHECKSUMS = "checksums.json"  # the SHA-256 of every other file of its folder
 
 
@@ -157,10 +159,22 @@ def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
         ) from error
     lock = FileLock(path / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=LOOK_SECONDS)
     except Timeout:
         raise UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...") from None
     return lock
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a writer holds a folder. The lock file is there only while it does, or after it was killed."""
+    try:
+        with (path / ".lock").open("rb") as file:  # which makes no file; the shared lock is gone at its end
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:  # held, or another user's
+        return True
+    return False
 
 
 def config_dir(name: str) -> Path:

@@ -28,9 +28,14 @@ def console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def print_line(label: str, text: str) -> None:
+def labelled(label: str, text: str) -> str:
     """One labelled line."""
-    print(f"{label:<11}{clean(text)}", flush=True)
+    return f"{label:<11}{clean(text)}"
+
+
+def print_line(label: str, text: str) -> None:
+    """Prints one labelled line."""
+    print(labelled(label, text), flush=True)
 
 
 def print_fields(fields: Mapping[str, str]) -> None:

@@ -16,23 +16,12 @@ class Strategy(StrEnum):
 
 
 @dataclass
-class LaunchConfig:
+class ProcessesConfig:
     processes: str = setting("auto", "nothing")
-    """Processes that `cera-train` starts on this machine. auto: one for each visible GPU. Where torchrun, `accelerate
+    """Processes that the command starts on this machine. auto: one for each visible GPU. Where torchrun, `accelerate
     launch` or srun started it already, it starts none."""
-    detach: bool = setting(False, "nothing")
-    """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
-
-    together: str | None = setting(None, "nothing")
-    """Jobs of a sweep that train on one base at once. With hydra/launcher=together, null and auto are as many as fit in
-    the memory of this machine by plan; on a cluster, the number that each of its jobs trains. null there: 1."""
 
     def __post_init__(self) -> None:
-        together = self.together
-        require(
-            together in (None, "auto") or (together.isascii() and together.isdecimal() and int(together) > 0),
-            f"launch.together={together} must be auto or a positive number.",
-        )
         if self.processes == "auto":
             return
         is_number = self.processes.isascii() and self.processes.isdecimal() and int(self.processes) > 0
@@ -40,6 +29,23 @@ class LaunchConfig:
         require(
             int(self.processes) <= MOST_PROCESSES,
             f"launch.processes={self.processes}: one machine runs at most {MOST_PROCESSES}. Set auto for one a GPU.",
+        )
+
+
+@dataclass
+class LaunchConfig(ProcessesConfig):
+    detach: bool = setting(False, "nothing")
+    """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
+    together: str | None = setting(None, "nothing")
+    """Jobs of a sweep that train on one base at once. With hydra/launcher=together, null and auto are as many as fit in
+    the memory of this machine by plan; on a cluster, the number that each of its jobs trains. null there: 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        together = self.together
+        require(
+            together in (None, "auto") or (together.isascii() and together.isdecimal() and int(together) > 0),
+            f"launch.together={together} must be auto or a positive number.",
         )
 
 

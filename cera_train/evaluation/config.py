@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cera_train.common.settings import require, require_folder_name, require_positive, section, setting
 from cera_train.data.config import DataConfig
+from cera_train.distributed.config import ProcessesConfig
 from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.registry import find_task
@@ -55,6 +56,7 @@ class EvalConfig:
     """null: the run's."""
     data: DataConfig | None = section(None)
     """The data set whose evaluation rows task=perplexity predicts. null: the run's."""
+    launch: ProcessesConfig = section(ProcessesConfig)
     grading_seconds: float = setting(5.0, "nothing")
     """Time limit of math-verify for one answer. An answer that takes longer is wrong and counted."""
     name: str | None = setting(None, "nothing")

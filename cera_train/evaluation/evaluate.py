@@ -20,6 +20,7 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
+from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.team import Team
 from cera_train.evaluation import console
@@ -63,12 +64,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     quiet_libraries()
     if config.grade is not None:
         return grade_again(Path(config.grade), config.grading_seconds)
-    subject = find_subject(config)
-    name = config.folder_name + (subject.part if config.name is None else "")
-    digest = digest_of(subject.adapter) if subject.adapter else None
-    path = subject.folder / "eval" / name
-    subject = settled(subject, path / "config.yaml")
-    config = replace(config, name=name, model=subject.model, adapter_digest=digest)  # as config.yaml records it
+    config, subject, path = resolve(config)
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
@@ -90,6 +86,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         return result
 
 
+def resolve(config: EvalConfig) -> tuple[EvalConfig, Subject, Path]:
+    """The config as config.yaml records it, what is measured, and the evaluation's folder."""
+    subject = find_subject(config)
+    name = config.folder_name + (subject.part if config.name is None else "")
+    digest = digest_of(subject.adapter) if subject.adapter else None
+    path = subject.folder / "eval" / name
+    subject = settled(subject, path / "config.yaml")
+    return replace(config, name=name, model=subject.model, adapter_digest=digest), subject, path
+
+
 def settled(subject: Subject, recorded: Path | None = None) -> Subject:
     """The subject in the precision that `model.dtype=auto` takes: as an evaluation in this folder was begun, else by
     this machine."""
@@ -108,7 +114,18 @@ def write_result(folder: EvaluationFolder, result: dict[str, Any]) -> None:
         write_card(run, RunResult.read(run / "result.json"))
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
+# --- what is measured, on what ----------------------------------------------------------------------------------------
+
+
+def problems_of(config: EvalConfig, subject: Subject) -> list[Problem]:
+    """The problems of an evaluation with answers."""
+    return load_problems(config.task, subject.run.data if subject.run else None)
+
+
+def rows_of(config: EvalConfig, subject: Subject) -> TokenizedRows:
+    """The rows of an evaluation of perplexity."""
+    data = config.data or (subject.run.data if subject.run else None)
+    return task_of(config.task).rows(config.task, data, subject.model, load_tokenizer(subject.model))
 
 
 def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTrainedModel]:
@@ -135,7 +152,7 @@ def answer_and_grade(evaluation: Evaluation) -> dict[str, Any]:
     """Generates the missing answers, then grades all of them."""
     config, subject = evaluation.config, evaluation.subject
     folder, accelerator = evaluation.folder, evaluation.accelerator
-    problems = load_problems(config.task, subject.run.data if subject.run else None)
+    problems = problems_of(config, subject)
     if accelerator.is_main_process:
         folder.write_problems(problems)
     answers, broken = folder.answers()
@@ -149,7 +166,8 @@ def answer_and_grade(evaluation: Evaluation) -> dict[str, Any]:
             try:
                 process_speed = generate_missing(evaluation, problems, answers.keys(), file)
             except (KeyboardInterrupt, SystemExit):
-                print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
+                if accelerator.is_main_process:
+                    print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
                 raise
         process_speed = torch.tensor(process_speed, device=accelerator.device)
         speed = {"tokens_per_s": accelerator.reduce(process_speed, reduction="sum").item()}
@@ -245,8 +263,7 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
 def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
     """Measures perplexity with the adapter and without it, and the spectra where the task has them."""
     task, subject, accelerator = evaluation.task, evaluation.subject, evaluation.accelerator
-    data = evaluation.config.data or (subject.run.data if subject.run else None)
-    rows = task.rows(evaluation.config.task, data, subject.model, load_tokenizer(subject.model))
+    rows = rows_of(evaluation.config, subject)
     model, base = load_subject(subject, accelerator.device)
     started = time.perf_counter()
     loss = SupervisedLoss(model, base, accelerator.autocast)

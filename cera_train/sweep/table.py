@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_yaml
+from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import labelled
 from cera_train.data.config import evaluation_rows
+from cera_train.runs.results import MetricsLine
 from cera_train.sweep.folder import JOBS, RECORD, choices_of, read_record
 from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
 from cera_train.sweep.rungs import Decision, HalvingRecord
@@ -97,7 +96,7 @@ def job_status(
     updates, value = _last_metrics(folder / "metrics.jsonl", metric.key)
     if result is not None:
         updates, value = result["updates"], result.get(metric.key)
-    if _is_locked(folder):
+    if is_locked(folder):
         state = State.running
     elif error:
         state = State.failed
@@ -126,61 +125,62 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
 
 def print_sweep(folder: Path) -> None:
     """Prints a line for every job, how many are in which state, and the best."""
-    jobs = read_sweep(folder)
+    head, rows, tail = sweep_table(folder, read_sweep(folder))
+    print("\n".join([*head, *rows, *tail]), flush=True)
+
+
+def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], list[str], list[str]]:
+    """The lines before the jobs, a line for every job, and those after: how many are in which state, and the best."""
     best = best_jobs(jobs)
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
     labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
     width = max(map(len, ["job", *labels]))
-    print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
     label = jobs[0].metric.label if jobs else PERPLEXITY.label
     column = max(13, len(label) + 2)
     states = max(9, *(len(job.standing) for job in jobs)) if jobs else 9
-    print(f"\n{'job':<{width}}  {'state':<{states}}{'updates':>15}{label:>{column}}")
+    head = [
+        labelled("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}"),
+        "",
+        f"{'job':<{width}}  {'state':<{states}}{'updates':>15}{label:>{column}}",
+    ]
+    rows = []
     for job, choices in zip(jobs, labels, strict=True):
         done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
         value = "" if job.value is None else job.metric.shown(job.value)
         note = "best" if job in best else ""
         if job.state == State.failed:
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        print(f"{choices:<{width}}  {job.standing:<{states}}{done:>15}{value:>{column}}  {note}".rstrip())
-    print()
+        rows.append(f"{choices:<{width}}  {job.standing:<{states}}{done:>15}{value:>{column}}  {note}".rstrip())
     counts = Counter(job.state for job in jobs)
-    print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
-    for job in best:
-        print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
+    in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
+    tail = ["", labelled("jobs", in_words or "none yet")]
+    tail += [labelled("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}") for job in best]
     if counts[State.stopped]:
-        print_line("stopped", "the command with a job's values and hydra/sweeper=basic goes on with that job")
+        how = "the command with a job's values and hydra/sweeper=basic goes on with that job"
+        tail.append(labelled("stopped", how))
     if counts[State.failed]:
         is_tried_again = any(job.state == State.failed and job.rung is None for job in jobs)
-        print_line(
-            "errors", f"in full in {folder / JOBS}" + "; the same command tries these jobs again" * is_tried_again
-        )
-
-
-def _is_locked(folder: Path) -> bool:
-    """Whether a run holds the folder. Its lock file is there only while it does, or after it was killed."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    try:
-        with FileLock(path).acquire(timeout=0):
-            return False
-    except (Timeout, OSError):  # or it is another user's
-        return True
+        again = "; the same command tries these jobs again" if is_tried_again else ""
+        tail.append(labelled("errors", f"in full in {folder / JOBS}{again}"))
+    return head, rows, tail
 
 
 def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
     """The last update on record, and the last value of a metric. A run that is writing may have left half a line."""
     update = None
-    for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        if update is None or f'"{key}"' in line:
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:  # not there yet
+        lines = []
+    for line in reversed(lines):
+        if update is None or f'"{key}"'.encode() in line:
             try:
-                metrics = json.loads(line)
-            except ValueError:
+                metrics = MetricsLine.from_json(json.loads(line), path)
+            except (ValueError, RecursionError):
                 continue
-            update = metrics["update"] if update is None else update
-            if key in metrics:
-                return update, metrics[key]
+            update = metrics.update if update is None else update
+            if (value := metrics.to_json().get(key)) is not None:
+                return update, value
     return update, None
 
 

@@ -26,8 +26,8 @@ from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.results import EvaluationMetrics, RunResult, SpectrumSummary, UpdateMetrics
-from cera_train.training.tasks import describe
+from cera_train.runs.lines import describe_rank, describe_tasks, describe_update
+from cera_train.runs.results import RunResult, UpdateMetrics
 
 if TYPE_CHECKING:
     from cera_train.training.session import Arm, Session
@@ -151,25 +151,15 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) 
     return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
 
 
-def describe_update(updates: Sequence[UpdateMetrics], seconds_left: float) -> str:
+def describe_updates(updates: Sequence[UpdateMetrics], seconds_left: float) -> str:
     """An update of each arm."""
+    if len(updates) == 1:
+        return describe_update(updates[0], seconds_left)
     low, high = (choose(updates, key=lambda metrics: metrics.loss) for choose in (min, max))
-    several = f"{len(updates)} runs  " if len(updates) > 1 else ""
-    loss = f"loss {low.loss:.3f}" + f" to {high.loss:.3f}" * bool(several)
-    perplexity = f"perplexity {low.perplexity:.2f}" + f" to {high.perplexity:.2f}" * bool(several)
-    return f"{several}{loss}  {perplexity}  {updates[0].tokens_per_s:,.0f} tokens/s  {duration(seconds_left)} left"
-
-
-def describe_evaluation(metrics: EvaluationMetrics) -> str:
-    text = f"evaluation at update {metrics.update}: perplexity {metrics.perplexity:.3f}"
-    rank = describe_rank(metrics.spectrum)
-    return f"{text}, effective rank {rank}" if rank else text
-
-
-def describe_rank(spectrum: SpectrumSummary) -> str:
-    if spectrum.effective_rank_mean is None:
-        return ""
-    return f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
+    return (
+        f"{len(updates)} runs  loss {low.loss:.3f} to {high.loss:.3f}  perplexity {low.perplexity:.2f} to "
+        f"{high.perplexity:.2f}  {updates[0].tokens_per_s:,.0f} tokens/s  {duration(seconds_left)} left"
+    )
 
 
 def describe_result(result: RunResult) -> str:
@@ -183,7 +173,7 @@ def print_result(result: RunResult, config: Config) -> None:
     rank = describe_rank(result.spectrum)
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
-        "tasks": describe(result.tasks.found) or None,
+        "tasks": describe_tasks(result.tasks.found) or None,
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": f"{rank} (of {result.adapter_r})" if rank else None,
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",

@@ -33,6 +33,7 @@ from cera_train.evaluation.generate import (
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
+from cera_train.runs.lines import describe_tasks
 from cera_train.runs.results import Sample, TaskFigures
 from cera_train.tasks.named import named_task
 from cera_train.tasks.records import Generation, Problem
@@ -165,7 +166,7 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
         if is_main:
             found = exam.figures(answers)
             figures |= found
-            notes.append(f"{describe(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
+            notes.append(f"{describe_tasks(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
     started = time.perf_counter()
     for exam in exams.sampled:
         samples += map(exam.sample, itertools.repeat(update), exam.problems, exams.answer(exam))
@@ -184,10 +185,3 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
 
 def plural(samples: int) -> str:
     return f"{samples:,} sample" + "s" * (samples != 1)
-
-
-def describe(figures: dict[str, float]) -> str:
-    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%."""
-    by_task = itertools.groupby(figures.items(), lambda figure: figure[0].partition("/")[0])
-    parts = {task: [f"{key.partition('/')[2]} {value:.1%}" for key, value in found] for task, found in by_task}
-    return "; ".join(f"{task} {', '.join(texts)}" for task, texts in parts.items())

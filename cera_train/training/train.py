@@ -26,6 +26,7 @@ from cera_train.model.loss import perplexity
 from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.lines import describe_evaluation
 from cera_train.runs.results import (
     EvaluationMetrics,
     ModuleSpectrumRecord,
@@ -141,7 +142,7 @@ def update(session: Session) -> int | None:
         with session.alone(arm.run):
             lines.append(step(arm, *numbers, seconds * numbers[-1] / sum(tokens)))
     if lines:
-        session.bar.step(console.describe_update(lines, session.seconds_left()), len(lines))
+        session.bar.step(console.describe_updates(lines, session.seconds_left()), len(lines))
     return signal
 
 
@@ -219,7 +220,7 @@ def evaluate(arm: Arm) -> None:
         folder.append_spectra({"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(arm.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
-    arm.note(console.describe_evaluation(metrics))
+    arm.note(describe_evaluation(metrics))
 
 
 def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
@@ -269,7 +270,7 @@ def pause(arm: Arm) -> dict[str, Any]:
         loss = arm.held_out.mean_loss()
         metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss))
         arm.log(metrics)
-        arm.note(console.describe_evaluation(metrics))
+        arm.note(describe_evaluation(metrics))
     save(arm)
     arm.note(f"paused after update {progress.update:,} of {arm.updates:,}, saved. Without train.stop_at it goes on.")
     return metrics.to_json()

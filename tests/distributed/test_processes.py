@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from cera_train.distributed.config import LaunchConfig
+from cera_train.distributed.launch import processes_to_start
 from cera_train.distributed.processes import join_slurm_step
 from cera_train.distributed.team import Watchdog
-from cera_train.training.launch import processes_to_start
 from cera_train.training.train import train
 
 SCRIPTS = Path(sys.executable).parent
@@ -328,49 +328,3 @@ def test_a_mistake_comes_to_light_before_any_process_starts(tmp_path, arguments)
     assert (run.returncode, out) == (2, "")
     assert "data.train_files=no.jsonl: cannot read the file" in err
     assert not (tmp_path / "outputs" / "default").exists()
-
-
-# --- evaluations -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_answers_of_an_evaluation(tmp_path, tiny_folder, write_jsonl):
-    """The same answers as one process gives, each generated once, and perplexity to rounding."""
-    rows = [{"question": f"{n} and {n * n}" + "?" * n, "answer": f"#### {n + n * n}"} for n in range(9)]
-    questions = write_jsonl("questions.jsonl", rows)
-    scripts = Path(sys.executable).parent
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
-
-    def run(*command: str) -> str:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run(
-        *(str(scripts / "cera-train"), f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256"),
-        *("adapter.r=4", "train.max_updates=2", "name=run"),
-    )
-    evaluate = [str(scripts / "cera-eval"), "run=outputs/run"]
-    answer = [
-        *evaluate,
-        "task=gsm8k",
-        f"task.files=[{questions}]",
-        "task.max_new_tokens=8",
-        "generation.batch_tokens=90",
-    ]
-    measure = [*evaluate, "task=perplexity"]
-    out = {"one": [run(*answer, "name=one"), run(*measure, "name=perplexity_one")]}
-    out["two"] = [run(*launcher, *answer, "name=two"), run(*launcher, *measure, "name=perplexity_two")]
-    folder = tmp_path / "outputs" / "run" / "eval"
-    for name in ("problems", "generations", "grades"):
-        assert (folder / "two" / f"{name}.jsonl").read_bytes() == (folder / "one" / f"{name}.jsonl").read_bytes()
-    assert not list((folder / "two").glob("generations.*.jsonl"))
-    lines = (folder / "two" / "generations.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "two" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])  # cut, and unevenly so
-    assert "generations.jsonl:2 is broken" in run(*launcher, *answer, "name=two")
-    assert (folder / "two" / "generations.jsonl").read_bytes() == b"".join(lines)
-    assert out["two"][0].count("folder          ") == 1
-    assert "1 more at work" in out["two"][0]
-    one, two = (json.loads((folder / f"perplexity_{name}" / "result.json").read_text()) for name in ("one", "two"))
-    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)

@@ -34,6 +34,8 @@ SCHEMAS = {
     "cera-chat": "chat",
     "cera-export": "export",
 }
+OF_FOLDERS = {"cera-report": ("--output", "--task"), "cera-sweep": (), "cera-watch": ("--once",)}
+"""Commands that take folders, with their options."""
 NOT_RUN = "<!-- not run by the tests"
 MADE_BY_COMMANDS = ("outputs/", "report/")
 """Folders that the pages' commands create."""
@@ -103,7 +105,7 @@ def words_of(line: str) -> list[str]:
 def cut(words: list[str]) -> tuple[str, list[str]] | None:
     """A command of ours among these words, and its arguments. A launcher may stand before it."""
     for number, word in enumerate(words):
-        if word.startswith("cera-") and word in (*SCHEMAS, "cera-sweep", "cera-report"):
+        if word.startswith("cera-") and word in (*SCHEMAS, *OF_FOLDERS):
             rest = words[number + 1 :]
         elif word == "cera_train" and words[number - 1] == "-m":
             word, rest = "cera-train", words[number + 1 :]
@@ -181,8 +183,8 @@ def overrides_of(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def check_paths(name: str, arguments: list[str]) -> None:
-    """cera-sweep and cera-report take folders of outputs/ and options that their parsers know."""
-    known = {"cera-report": ("--output", "--task"), "cera-sweep": ()}[name]
+    """Commands of folders take those of outputs/ and options that their parsers know."""
+    known = OF_FOLDERS[name]
     for argument in arguments:
         if argument.startswith("-"):
             assert argument.partition("=")[0] in known, argument
@@ -193,7 +195,7 @@ def check_paths(name: str, arguments: list[str]) -> None:
 
 def test_the_pages_hold_commands():
     assert len(COMMANDS) >= 60
-    assert {name for _, name, _ in COMMANDS} == {*SCHEMAS, "cera-sweep", "cera-report"}
+    assert {name for _, name, _ in COMMANDS} == {*SCHEMAS, *OF_FOLDERS}
 
 
 @pytest.mark.parametrize(("place", "name", "arguments"), CHECKED, ids=[f"{place} {name}" for place, name, _ in CHECKED])

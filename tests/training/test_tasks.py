@@ -18,10 +18,11 @@ from evaluation_files import QUESTIONS, read
 
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.lines import describe_tasks
 from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
-from cera_train.training.tasks import ROOM, describe, rows_exam
+from cera_train.training.tasks import ROOM, rows_exam
 from cera_train.training.train import train, train_together
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
@@ -248,7 +249,7 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_json
 
 def test_figures_in_a_line():
     figures = {"gsm8k/exact": 0.12, "gsm8k/verified": 0.5, "math/exact": 1.0}
-    assert describe(figures) == "gsm8k exact 12.0%, verified 50.0%; math exact 100.0%"
+    assert describe_tasks(figures) == "gsm8k exact 12.0%, verified 50.0%; math exact 100.0%"
 
 
 # --- other processes -------------------------------------------------------------------------------------------------

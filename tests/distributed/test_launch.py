@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.training import worker
-from cera_train.training.launch import ProcessFailed, _as_error
-from cera_train.training.worker import read_mistake, work
+from cera_train.distributed import worker
+from cera_train.distributed.launch import ProcessFailed, _as_error
+from cera_train.distributed.worker import read_mistake, work
 
 
 def failure(text: str) -> SimpleNamespace:
@@ -18,20 +18,20 @@ def failure(text: str) -> SimpleNamespace:
     return SimpleNamespace(exitcode=1, message=message)
 
 
+def fail(error: Exception) -> None:
+    raise error
+
+
 @pytest.fixture
 def in_a_process(monkeypatch, tmp_path):
-    """in_a_process(error): runs `work` where training raises this error; returns the folder of mistakes."""
+    """in_a_process(error): runs `work` on a function that raises this error; returns the folder of mistakes."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(worker.os, "setpgrp", lambda: None)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
 
     def run(error: Exception):
-        def fail(config):
-            raise error
-
-        monkeypatch.setattr(worker, "train_beside_others", fail)
         with pytest.raises(type(error)):
-            work(None, str(tmp_path))
+            work(f"{__name__}:fail", error, str(tmp_path))
         return tmp_path
 
     return run
@@ -50,3 +50,11 @@ def test_a_bug_in_a_process_keeps_its_traceback(in_a_process):
     error = _as_error(1, failure("ValueError: zip() argument 2 is shorter"), mistakes)
     assert type(error) is ProcessFailed
     assert "Traceback" in str(error)
+
+
+def test_a_process_that_lost_another_fails_after_it(in_a_process, monkeypatch):
+    """The launcher reports the first failure."""
+    pauses = []
+    monkeypatch.setattr(worker.time, "sleep", pauses.append)
+    in_a_process(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert pauses == [worker.PEER_SECONDS]

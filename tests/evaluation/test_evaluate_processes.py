@@ -1,0 +1,125 @@
+"""An evaluation in several processes over gloo: the answers and figures of one, whoever starts them; one error, and one
+end, for all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from evaluation_files import contents, read
+
+import cera_train.distributed.launch as launcher
+from cera_train.common.errors import UserError
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.evaluation.launch import launch
+
+pytest_plugins = ("evaluated_runs",)
+
+CERA_EVAL = str(Path(sys.executable).parent / "cera-eval")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
+
+
+def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def output(*command: str, cwd: Path) -> str:
+    process = start(*command, cwd=cwd)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def answering(run: Path, questions: Path, *arguments: str, tokens: int = 8) -> list[str]:
+    settings = [f"task.files=[{questions}]", f"task.max_new_tokens={tokens}", "generation.batch_tokens=150"]
+    return [CERA_EVAL, f"run={run}", "task=gsm8k", *settings, *arguments]
+
+
+@pytest.mark.slow
+def test_one_command_shares_the_answers_out_and_prints_once(eval_config, run, questions, tmp_path):
+    """The answers that one process gives, each generated once."""
+    one = evaluate(eval_config("name=one"))
+    out = output(*answering(run, questions, "launch.processes=2", "name=two"), cwd=tmp_path)
+    folder = run / "eval"
+    assert contents(folder / "two") == contents(folder / "one")  # and no file of a process is left
+    two = json.loads((folder / "two" / "result.json").read_text())
+    measured = ("task", "tokens_per_s", "peak_memory_bytes")
+    assert two == one | {key: two[key] for key in measured}
+    assert out.count("folder          ") == out.count("evaluate   ") == 1
+    assert "1 more at work" in out
+
+
+@pytest.mark.slow
+def test_processes_of_torchrun_are_not_launched_again_and_answer_what_is_missing(eval_config, run, questions, tmp_path):
+    evaluate(eval_config("name=one"))
+    one = contents(run / "eval" / "one")
+    lines = one["generations.jsonl"].splitlines(keepends=True)
+    (run / "eval" / "one" / "generations.jsonl").write_bytes(lines[0] + lines[5][:-7])  # cut, and unevenly so
+    command = answering(run, questions, "launch.processes=3", "name=one")
+    assert "generations.jsonl:2 is broken" in output(*TORCHRUN, *command, cwd=tmp_path)
+    assert contents(run / "eval" / "one") == one
+
+
+@pytest.mark.slow
+def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_path):
+    one = evaluate(eval_config("name=one", task="perplexity"))
+    output(CERA_EVAL, f"run={run}", "task=perplexity", "launch.processes=2", "name=two", cwd=tmp_path)
+    two = json.loads((run / "eval" / "two" / "result.json").read_text())
+    measured = ("task", "seconds", "peak_memory_bytes")
+    figures = {key: value for key, value in one.items() if key not in measured and not isinstance(value, str)}
+    assert {key: two[key] for key in figures} == pytest.approx(figures, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_in_the_processes_is_reported_once(run, questions, tmp_path):
+    process = start(*answering(run, questions, "launch.processes=2", tokens=500), cwd=tmp_path)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert line.startswith("cera-eval: task.max_new_tokens=500 after the longest prompt")
+    assert not (run / "eval").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, questions, tmp_path):
+    rows = [{"question": f"{n} and {n}?" + "?" * n, "answer": f"#### {2 * n}"} for n in range(40)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    process = start(*answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path)
+    answers = run / "eval" / "cut" / "generations.1.jsonl"
+    while not (answers.exists() and answers.read_text().count("\n") > 1):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    evaluating = [
+        path for path in map(Path("/proc").joinpath, children) if b"spawn_main" in (path / "cmdline").read_bytes()
+    ]
+    assert len(evaluating) == 2
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "")
+    assert out.count("stopped    every whole batch of answers is kept") == 1
+    assert not any(path.exists() for path in evaluating)
+    kept = [line for path in answers.parent.glob("generations*.jsonl") for line in read(path)]
+    assert 1 < len(kept) < 40
+    evaluate(eval_config("task.max_new_tokens=64", "name=cut"))
+    whole = read(answers.with_name("generations.jsonl"))
+    assert len(whole) == 40
+    assert all(line in whole for line in kept)
+
+
+def test_a_mistake_shows_and_a_finished_evaluation_stands_before_any_process_starts(eval_config, monkeypatch):
+    done = evaluate(eval_config())
+    monkeypatch.setattr(launcher, "start_processes", None)
+    assert launch(eval_config("launch.processes=2")) == done
+    with pytest.raises(UserError, match="holds an evaluation with other settings: generation.seed was 0, is 1"):
+        launch(eval_config("launch.processes=2", "generation.seed=1"))
+    with pytest.raises(UserError, match="task.files=none.jsonl: cannot read the file"):
+        launch(eval_config("launch.processes=2", "task.files=[none.jsonl]", "name=other"))
+    assert not (Path(eval_config().run) / "eval" / "other").exists()
