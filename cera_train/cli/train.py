@@ -62,7 +62,8 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
     if job is None:
         refuse_sweeps_folder(Path(config.output_dir) / config.name)
     else:
-        config = replace(config, output_dir=str(job.sweep), name=job.name)
+        tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
+        config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
     if not is_as_published(overrides):
         config = replace(config, published={})
     if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more

@@ -118,5 +118,7 @@ class TrackerConfig:
     project: str = setting("cera-train", "nothing")
     entity: str | None = setting(None, "nothing")
     """W&B team or user."""
+    group: str | None = setting(None, "nothing")
+    """W&B's group of runs. null: the sweep's name; none for a run outside a sweep."""
     log_adapter: bool = setting(False, "nothing")
     """Upload the final adapter as an artifact (wandb)."""

@@ -29,9 +29,9 @@ from cera_train.model.weights import check_length, fingerprint, load_model, load
 from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
+from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
-from cera_train.training.tracking import Tracker, start_tracker
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:

@@ -170,6 +170,7 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
         ("outputs/main", "recipe=math_dora_r64"),
     ]
     assert [bool(config.published) for config in seen] == [True, True]  # they are as published
+    assert [config.tracker.group for config in seen] == ["main", "main"]
     assert not (sweep_here / "outputs" / "math_r64").exists()
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.trust import redact
+from cera_train.runs.tracking import Guarded, Tracker
 from cera_train.training.config import TrackerKind
-from cera_train.training.tracking import Guarded, Tracker
 from cera_train.training.train import train
 
 
