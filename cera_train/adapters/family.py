@@ -70,6 +70,8 @@ class Family(ABC):
     """Whether the base's weights are trained, so that they are to be loaded in float32."""
     b_matrix: ClassVar[str | None] = None
     """The module that holds B, for `adapter.b_lr_ratio`."""
+    alpha_field: ClassVar[str] = "alpha"
+    """The field of PEFT's config that holds `adapter.alpha`."""
 
     def title(self, config: Any) -> str:
         """The name of a config's method."""
@@ -77,6 +79,10 @@ class Family(ABC):
 
     def check(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
         """Raises UserError where settings contradict each other. Imports no torch."""
+
+    def default_alpha(self, r: int) -> float | None:
+        """The alpha of adapter.alpha=null, as PEFT's config has it."""
+        return None
 
     def peft_config(self, config: Any) -> peft.PeftConfig | None:
         """The config of PEFT's; None without an adapter. Raises UserError for settings that PEFT refuses."""

@@ -21,6 +21,7 @@ from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.subject import find_start
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.table import is_finished, print_sweep
 
@@ -69,6 +70,8 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
     if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
         check_data(config.data)
+    if config.adapter.start_from is not None and not (Path(config.output_dir) / config.name / "config.yaml").exists():
+        find_start(config.adapter)
     with heavy_imports():
         from cera_train.training.launch import launch
 

@@ -187,6 +187,10 @@ class RunFolder:
 
     def check_compatible(self, checkpoint: Path) -> None:
         """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""
+        if (start := self.config["adapter"]["start_from"]) is not None:
+            raise UserError(
+                f"adapter.start_from={start} and train.resume={checkpoint} both bring an adapter: leave one out."
+            )
         binding = {leaf.key for leaf in leaves(Config) if leaf.field.metadata["binds_checkpoint"]}
         if different := [text for key, text in self._differences(checkpoint).items() if key in binding]:
             raise UserError(

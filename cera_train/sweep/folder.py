@@ -33,6 +33,7 @@ from cera_train.data.files import check_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.subject import find_start
 
 RECORD = "sweep.json"
 JOBS = ".jobs"
@@ -130,7 +131,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
             is missing or of an unknown kind.
     """
     loader = GlobalHydra.instance().config_loader()
-    fine: set[str] = set()
+    sweep, fine = Path(config.hydra.sweep.dir), set()
     failed: dict[str, Exception] = {}
     tries = Counter()
     for job in jobs:
@@ -139,13 +140,15 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
             continue
         try:
             run = compose(loader.load_sweep_config(config, values))
+            if run.adapter.start_from is not None and not (sweep / job["name"] / "config.yaml").exists():
+                find_start(run.adapter)
         except UserError as error:
             for value in values:
                 failed.setdefault(value, error)
                 tries[value] += 1
             continue
         fine.update(values)
-        if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
+        if not (sweep / job["name"] / "result.json").exists():  # else it reads them no more
             check_model(run.model.path)
             check_files(run.data.train_files, "data.train_files")
             check_files(run.data.eval_files, "data.eval_files")

@@ -26,6 +26,7 @@ from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.precision import Precision
 from cera_train.runs.results import EvaluationMetrics, RunResult, SpectrumSummary, UpdateMetrics
+from cera_train.training.start import describe_start
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -56,6 +57,8 @@ def print_model(session: Session, precision: Precision) -> None:
             "model.dtype=auto takes float32 here.",
         )
     print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
+    if adapter.start_from is not None and session.progress.update == 0:
+        print_line("start", describe_start(adapter, session.base_fingerprint))
     if (reason := why_no_spectrum(session.model)) is not None:
         print_line("spectrum", f"none: {reason}")
     print_coverage(session)

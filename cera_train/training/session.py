@@ -32,6 +32,7 @@ from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
+from cera_train.training.start import load_start, settle_start
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
@@ -47,6 +48,7 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
         adapter = replace(adapter, kernels=begun.adapter.kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
+    adapter = settle_start(adapter, begun.adapter)
     return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
 
 
@@ -82,6 +84,8 @@ class Session:
             self.progress, moments = load_checkpoint(resume_from, self.model, self.data.train.digest)
             if not self.goes_on_here:
                 self.progress.forget_best()  # that adapter lies in another folder
+        elif config.adapter.start_from is not None:
+            load_start(self.model, config.adapter)
 
         groups = adapters.parameter_groups(self.model, config.adapter)
         self.optimizer = build_optimizer(groups, config.optimizer, self.team.device)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from made_runs import make_run
 from made_sweeps import cera_sweep, make_job, record_sweep, states
 
 from cera_train.cli.train import main
@@ -172,6 +173,18 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
     assert [bool(config.published) for config in seen] == [True, True]  # they are as published
     assert [config.tracker.group for config in seen] == ["main", "main"]
     assert not (sweep_here / "outputs" / "math_r64").exists()
+
+
+def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, monkeypatch, capsys):
+    texts = {"data.prompt": "{question}", "data.completion": "{answer}"}
+    first = make_run(sweep_here / "first", **texts)  # r=64
+    (first / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (first / "adapter" / name).write_text('{"peft_type": "CERA"}')
+    monkeypatch.setattr("cera_train.training.launch.launch", lambda config: pytest.fail("a job began"))
+    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
+    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments) == 2
+    assert "adapter.start_from=first: adapter.r is 64 there, 4 here" in capsys.readouterr().err
 
 
 @pytest.mark.slow
