@@ -67,7 +67,8 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
     if not is_as_published(overrides):
         config = replace(config, published={})
-    if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more
+    has_result = (Path(config.output_dir) / config.name / "result.json").exists()
+    if config.train.extend or not has_result:  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
         check_data(config.data)
     if config.adapter.start_from is not None and not (Path(config.output_dir) / config.name / "config.yaml").exists():

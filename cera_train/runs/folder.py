@@ -35,11 +35,9 @@ from cera_train.config import Config
 from cera_train.data.batches import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
+from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.recorded_config import differences
-from cera_train.runs.results import Environment, EvaluationMetrics, RunResult
-
-LOGS = ("metrics.jsonl", "spectra.jsonl")
-"""Files that grow by lines, each with the number of its update."""
+from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
@@ -128,6 +126,12 @@ class RunFolder:
         path = self.path / "result.json"
         return RunResult.read(path) if path.exists() else None
 
+    def standing_result(self) -> RunResult | None:
+        """The result of a finished run that `train.extend` does not make longer."""
+        result = self.result()
+        is_extended = result is not None and self.config["train"]["extend"] and self._differences(self.path)
+        return None if is_extended else result
+
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
         found = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
@@ -161,7 +165,7 @@ class RunFolder:
             if self.checkpoints() or self.result() is not None:
                 self.check_same_config()
             return
-        if self.result() is not None:
+        if self.result() is not None or (resume == "never" and ends(self.path)):
             raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
         if resume == "never":
             return
@@ -174,16 +178,26 @@ class RunFolder:
             self.check_compatible(checkpoint)
 
     def check_same_config(self) -> None:
-        """Raises UserError where the folder was begun with a config that changes the result."""
-        different = self._differences(self.path)
+        """Raises UserError where the folder was begun with a config that changes the result, unless `train.extend`
+        makes it longer and nothing else."""
+        different, checkpoint = self._differences(self.path), self.checkpoints()[-1:]
         if not different:
             return
+        is_longer = different.keys() <= set(LENGTH) and bool(checkpoint)
+        if is_longer and self.config["train"]["extend"]:
+            check_extension(self.path, self.config["train"], self._is_out_of_patience(*checkpoint))
+            return
         mend = "Choose another name=..., or set these back to go on with it."
-        if "train.max_updates" in different or "train.epochs" in different:
-            checkpoint = self.checkpoints()[-1:]
+        if different.keys() & set(LENGTH):
+            here = "add train.extend=true, or " if is_longer and self.result() is not None else ""
+            mend = "Its result stands. " if here else ""
             longer = f"train.resume={checkpoint[0]} name=NEW" if checkpoint else "another name"
-            mend = f"To train longer, go on from its checkpoint in a new folder: {longer}."
+            mend += f"To train longer, {here}go on from its checkpoint in a new folder: {longer}."
         raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
+
+    def _is_out_of_patience(self, checkpoint: Path) -> bool:
+        path = checkpoint / "progress.json"
+        return path.is_file() and Progress.read(path).out_of_patience(self.config["train"]["patience"])
 
     def check_compatible(self, checkpoint: Path) -> None:
         """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""

@@ -131,6 +131,9 @@ def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
+LOGS = ("metrics.jsonl", "spectra.jsonl")
+"""Files that grow by lines, each with the number of its update."""
+
 
 @dataclass
 class UpdateMetrics(Record):

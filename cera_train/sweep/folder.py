@@ -32,6 +32,7 @@ from cera_train.config import Config
 from cera_train.data.files import check_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
+from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
 
@@ -201,8 +202,11 @@ def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str
     ]
     recipes = [word.lstrip("+") for word in single if key_of(word) == "recipe"]
     fixed = redact_tree(sorted([*choices_of(single), *recipes]))
-    before = fixed_of(earlier)
-    if before is not None and (other := [choice for choice in before if key_of(choice) not in swept]) != fixed:
+    before, may_differ = fixed_of(earlier), LENGTH if config.train.extend else ()
+    if before is not None and (
+        (other := [choice for choice in before if key_of(choice) not in (*swept, *may_differ)])
+        != [choice for choice in fixed if key_of(choice) not in may_differ]
+    ):
         raise UserError(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(other) or 'none'}; here "
             f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."

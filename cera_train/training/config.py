@@ -102,6 +102,9 @@ class TrainConfig:
     probe_tokens: int = setting(2048, "result")
     """Tokens of evaluation rows on which the spectra are taken."""
     seed: int = setting(0, "result", binds_checkpoint=True)
+    extend: bool = setting(False, "nothing")
+    """Where the run's folder is finished and epochs or max_updates is larger now, go on to that length;
+    RUN/ends/UPDATE keeps the run as it ended."""
     resume: str = setting("auto", "nothing")
     """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse to overwrite a
     finished run; a checkpoint's folder: go on from that."""

@@ -26,6 +26,8 @@ from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.results import EvaluationMetrics, RunResult, SpectrumSummary, UpdateMetrics
+from cera_train.training.config import Schedule
+from cera_train.training.optimizer import learning_rate
 from cera_train.training.start import describe_start
 
 if TYPE_CHECKING:
@@ -46,6 +48,21 @@ def print_start(session: Session) -> None:
         print_adapter(arm)
     print_device(session)
     print_data(session.data, session.tokenizer)
+
+
+def describe_extension(arm: Arm) -> str:
+    """Where a finished run goes on, and whether as an uninterrupted run would."""
+    done, updates, optimizer = arm.progress.update, arm.updates, arm.config.optimizer
+    end = arm.folder.result().updates
+    text = f"{arm.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}"
+    if optimizer.schedule == Schedule.constant and not optimizer.warmup_ratio:
+        return f"{text}. It goes on as one run of {updates:,} updates"
+    last, following = (learning_rate(optimizer, *place) for place in ((end - 1, end), (done, updates)))
+    return (
+        f"{text}. With schedule={optimizer.schedule} warmup_ratio={optimizer.warmup_ratio:g} the learning rate follows "
+        f"from the number of updates: it was {last:.2g} at the end and goes on at {following:.2g}, and one run of "
+        f"{updates:,} updates would have had others"
+    )
 
 
 def print_model(session: Session) -> None:

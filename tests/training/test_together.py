@@ -13,7 +13,13 @@ from cera_train.training.train import train, train_together
 ARMS = {
     "cera": ["adapter.dropout=0"],
     "relu": ["adapter.activation=relu", "adapter.dropout=0", "optimizer.lr=3e-3", "train.seed=1"],
-    "rank": ["adapter.r=8", "adapter.alpha=16", "adapter.dropout=0", "optimizer.schedule=cosine", "train.max_updates=4"],
+    "rank": [
+        "adapter.r=8",
+        "adapter.alpha=16",
+        "adapter.dropout=0",
+        "optimizer.schedule=cosine",
+        "train.max_updates=4",
+    ],
     "lora": ["adapter=lora", "adapter.r=4", "adapter.dropout=0", "train.seed=2"],
     "rslora": ["adapter=rslora", "adapter.r=4", "adapter.dropout=0"],
     "mix": ["adapter.mix=learned", "adapter.dropout=0", "adapter.target_modules=all-linear", "train.eval_every=2"],
