@@ -184,7 +184,7 @@ class Guarded(Tracker):
 
     def __init__(self, kind: TrackerKind, make: Callable[[], Tracker]) -> None:
         self.kind, self.tracker = kind, Tracker()
-        self.tracker = self._try(make) or Tracker()
+        self.tracker = self.made = self._try(make) or Tracker()
 
     def _try(self, action: Callable, *arguments: Any) -> Any:
         try:
@@ -209,8 +209,12 @@ class Guarded(Tracker):
         self._try(self.tracker.adapter, *arguments)
 
     def finish(self) -> None:
-        self._try(self.tracker.finish)
-        self.tracker = Tracker()
+        if self.tracker is self.made:
+            self._try(self.made.finish)
+        else:  # it failed before: W&B opens no run twice in a process
+            with contextlib.suppress(Exception):
+                self.made.finish()
+        self.tracker = self.made = Tracker()
 
 
 def print_error(text: str) -> None:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -99,8 +100,13 @@ def test_a_run_that_is_not_tracked_or_unfinished_gets_nothing(eval_config, run, 
 
 
 class Failing(Tracker):
+    finished: ClassVar[int] = 0
+
     def log(self, metrics, update):
         raise ConnectionError("the server is\ngone")
+
+    def finish(self):
+        Failing.finished += 1
 
 
 @pytest.mark.parametrize("fails", ["W&B", "folder", "lock"])
@@ -124,6 +130,8 @@ def test_a_mirror_that_fails_leaves_the_evaluation_as_it_is(eval_config, run, mo
     }[fails] in line
     if fails == "lock":
         held.release()
+    if fails == "W&B":
+        assert Failing.finished == 1  # so that the process can open the run again
 
 
 def test_a_report_reaches_every_tracked_run_in_it(tmp_path, calls):
