@@ -16,7 +16,7 @@ COLUMNS = ("problem", "sample", "question", "answer", "extracted", "gold", "exac
 def mirror_evaluation(folder: EvaluationFolder) -> None:
     """Sends a finished evaluation, RUN/eval/NAME, to the W&B run of RUN, if W&B tracks it: figures as NAME/FIGURE, such
     as math/exact/pass@1, at the update after which the adapter was saved; answers as NAME/answers."""
-    path = folder.path.absolute()
+    path = folder.path if len(folder.path.parts) > 2 else folder.path.absolute()  # grade=. has no parents
     run, name = path.parent.parent, path.name
 
     def send(tracker: Tracker) -> None:

@@ -215,7 +215,8 @@ def next_commands(config: Config, folder: str) -> dict[str, str]:
     """What to do with a run's folder: ask the model something, compare it, look at it."""
     task = "logistic_map" if config.data.layout == Layout.logistic_map else "perplexity"
     other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
-    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in ("adapter", "name")]
+    dropped = ("adapter", "name", "adapter.start_from", "train.extend")
+    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in dropped]
     started = Path(sys.argv[0])
     scripts = started.parent if started.name == "cera-train" else sysconfig.get_path("scripts")
     bin = "" if shutil.which("cera-train") else f"{scripts}/"  # `make` starts .venv/bin/cera-train
