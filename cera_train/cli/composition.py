@@ -7,14 +7,16 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -53,6 +55,14 @@ def register_configs() -> None:
         store.store(name="schema" if schema is Config else f"{program.removeprefix('cera-')}_schema", node=schema)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+
+
+def register_plugins(plugins: Iterable[type[Plugin]]) -> None:
+    """Lists sweepers and launchers of ours with Hydra as hydra_plugins.cera_train.NAME, for the `_target_` of their
+    files in conf/hydra. Hydra builds plugins of that package alone, but asks for no module there: any installation
+    has them, and they pickle under their real names."""
+    names = {f"hydra_plugins.cera_train.{plugin.__name__}": plugin for plugin in plugins}
+    Plugins.instance().class_name_to_class.update(names)
 
 
 def options(group: str) -> list[str]:

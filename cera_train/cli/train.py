@@ -23,13 +23,14 @@ from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
 
 TRAIN = Composition(Config, "cera-train")
 
 
 def main() -> None:
-    start_hydra(TRAIN, "config", train, keeps_sweeps=True)
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=[Halving])
 
 
 def train(composed: DictConfig) -> float | None:
@@ -95,7 +96,7 @@ class Sweep(Callback):
                     "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                     "hydra/launcher=slurm_gpu."
                 )
-            begin(config, without_hydra)
+            (begin_halving if is_halving(config) else begin)(config, without_hydra)
             if is_elsewhere:
                 from cera_train.sweep.cluster import replace_waiting
 

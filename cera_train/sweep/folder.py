@@ -40,6 +40,12 @@ RECORD = "sweep.json"
 JOBS = ".jobs"
 """In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
 
+GRID_SWEEPERS = (".BasicSweeper", ".Halving")
+"""Sweepers whose jobs are the whole grid, known before the first."""
+
+NO_CHOICE = "default"
+"""The name of a job that chooses nothing."""
+
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
 
@@ -66,7 +72,7 @@ def _name(choices: list[str]) -> str:
     exact = ",".join(choices)
     shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
-        return exact or "default"
+        return exact or NO_CHOICE
     # What was replaced or cut may be all that differs between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
@@ -161,12 +167,17 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def begin(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
+def begin(
+    config: DictConfig,
+    compose: Callable[[DictConfig], Config],
+    check: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> None:
     """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
     run, of a sweep with other fixed settings, and what `check_jobs` refuses.
 
     Args:
         compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
+        check: raises UserError for jobs that the sweeper cannot run; takes the content of sweep.json.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -178,8 +189,9 @@ def begin(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
+    is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
     record = _record(config, grid(config) if is_grid else [], folder)
+    check(record)
     check_jobs(config, record["jobs"], compose)
 
     # A name or recipe of a job must not move it elsewhere.
@@ -253,8 +265,9 @@ class Job:
             return None
         sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
         record = read_record(sweep / RECORD)
-        name = folder_of_job(sweep, overrides, record["swept"])
-        return cls(sweep, name, overrides, hydra_config.job.num + 1, len(record["jobs"]))
+        name, names = folder_of_job(sweep, overrides, record["swept"]), [job["name"] for job in record["jobs"]]
+        number = names.index(name) if name in names else hydra_config.job.num
+        return cls(sweep, name, overrides, number + 1, len(names))
 
     @property
     def record(self) -> Path:

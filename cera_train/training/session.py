@@ -236,6 +236,12 @@ class Arm:
         """Whether the last update is done, or the last evaluations brought no lower perplexity."""
         return self.progress.update >= self.updates or self.progress.out_of_patience(self.config.train.patience)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether `train.stop_at` is reached before the end."""
+        stop_at = self.config.train.stop_at
+        return stop_at is not None and self.progress.update >= stop_at and not self.is_done
+
     def is_due(self, every: int | None) -> bool:
         """Whether something is due after this update."""
         return every is not None and self.progress.update % every == 0
