@@ -11,6 +11,7 @@ from cera_train.data.config import DataConfig
 from cera_train.distributed.config import DistributedConfig, LaunchConfig, Strategy
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.planning.config import PlanConfig
+from cera_train.sweep.config import SweepConfig
 from cera_train.training.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
 
 
@@ -26,6 +27,7 @@ class Config:
     tracker: TrackerConfig = section()
     launch: LaunchConfig = section(LaunchConfig)
     distributed: DistributedConfig = section(DistributedConfig)
+    sweep: SweepConfig = section(SweepConfig)
     name: str = setting("default", "nothing")
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")
@@ -44,6 +46,11 @@ class Config:
             self._check_sharding()
 
     def _check_sharding(self) -> None:
+        require(
+            not self.train.tasks and not self.train.samples,
+            "train.tasks and train.samples generate answers, and sharded weights cannot: with "
+            "distributed.strategy=fsdp leave them out, and run cera-eval afterwards.",
+        )
         require(
             OPTIMIZERS[self.optimizer.kind].bits == 32,
             f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: with distributed.strategy=fsdp "

@@ -15,9 +15,11 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 Pass = TypeVar("Pass")
+Item = TypeVar("Item")
 
 LOOKS = 4  # at the other processes before one is taken for hung
 
@@ -42,6 +44,11 @@ class Team:
         """The sum or the mean of a tensor over all processes."""
         self.arrive()
         return self.accelerator.reduce(tensor, reduction=reduction)
+
+    def gather(self, items: list[Item]) -> list[Item]:
+        """The items of all processes, in the order of the processes."""
+        self.arrive()
+        return gather_object(items)
 
     def passes(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, bool]]:
         """This process's passes through the model, and whether each is the last.

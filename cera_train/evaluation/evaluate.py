@@ -20,27 +20,25 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import print_line
-from cera_train.data.prepare import start_ids
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.team import Team
 from cera_train.evaluation import console
 from cera_train.evaluation.config import EvalConfig
-from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.evaluation.grading import score, verify
+from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
+from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.mirror import mirror_evaluation
 from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import fingerprint, load_model, load_tokenizer, positions_of
+from cera_train.model.weights import fingerprint, load_model, load_tokenizer
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.tasks.records import Problem
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, Task, load_problems
+from cera_train.tasks.task import AnswerTask, Task, load_problems, task_of
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
-        task = find_task(config.task.kind)
+        task = task_of(config.task)
         if is_main:
             folder.write_config(config)
             measured = f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
@@ -177,19 +175,8 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
     model, base = load_subject(evaluation.subject, accelerator.device)
     max_new_tokens = config.task.max_new_tokens
     prepare_generation(base, tokenizer, max_new_tokens, config.task.stop)
-    start = start_ids(tokenizer)
-    prompt_ids = tokenizer([problem.prompt for problem in problems], add_special_tokens=False).input_ids
-    requests = [
-        Request(problem.id, sample, (*start, *ids))
-        for problem, ids in zip(problems, prompt_ids, strict=True)
-        for sample in range(config.generation.samples)
-    ]
-    longest, positions = max(len(request.prompt_ids) for request in requests), positions_of(base.config)
-    if positions is not None and longest + max_new_tokens > positions:
-        raise UserError(
-            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
-            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
-        )
+    requests = requests_for(problems, config.generation.samples, tokenizer)
+    check_room(requests, max_new_tokens, base)
     batches = cut_batches(requests, max_new_tokens, config.generation.batch_tokens)
     unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
     mine = unfinished[accelerator.process_index :: accelerator.num_processes]
@@ -217,9 +204,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
     problems = {problem.id: problem for problem in folder.problems()}
     answers, _ = folder.answers()
     answers = [answer for answer in answers.values() if answer.problem in problems]
-    grades = [task.grade(problems[answer.problem], answer) for answer in answers]
-    if task.is_verified:
-        grades = verify(problems, answers, grades, config.grading_seconds)
+    grades = grade_all(task, problems, answers, config.grading_seconds)
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
         folder.write_grades(grades)
@@ -239,7 +224,7 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
     with EvaluationFolder(path) as folder:
         config = replace(folder.config(), grading_seconds=grading_seconds)
-        task = find_task(config.task.kind)
+        task = task_of(config.task)
         if not isinstance(task, AnswerTask):
             raise UserError(f"grade={path} measured perplexity: there are no answers to grade.")
         answers, broken = folder.answers()
@@ -280,7 +265,7 @@ def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
         "kind": "perplexity",
         "perplexity": perplexity(loss_per_token),
         "loss": loss_per_token,
-        "rows": len(rows.rows),
+        "rows": len(rows),
         "tokens": sum(held_out.batches.supervised),
     }
     if subject.adapter is not None:

@@ -17,9 +17,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from cera_train.common.errors import UserError
+from cera_train.data.prepare import ids_of, start_ids
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.decode import Likeliest, can_decode, decode
-from cera_train.tasks.records import Generation
+from cera_train.model.weights import positions_of
+from cera_train.tasks.records import Generation, Problem
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,27 @@ class Request:
     problem: str
     sample: int
     prompt_ids: tuple[int, ...]
+
+
+def requests_for(problems: Sequence[Problem], samples: int, tokenizer: Any) -> list[Request]:
+    """The answers to generate: so many for each problem, in order."""
+    start = start_ids(tokenizer)
+    prompts = ids_of([problem.prompt for problem in problems], tokenizer)
+    return [
+        Request(problem.id, sample, (*start, *ids))
+        for problem, ids in zip(problems, prompts, strict=True)
+        for sample in range(samples)
+    ]
+
+
+def check_room(requests: Sequence[Request], max_new_tokens: int, model: PreTrainedModel) -> None:
+    """Raises UserError where the longest answer would need more positions than the model has."""
+    longest, positions = max(len(request.prompt_ids) for request in requests), positions_of(model.config)
+    if positions is not None and longest + max_new_tokens > positions:
+        raise UserError(
+            f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
+            f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
+        )
 
 
 def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:

@@ -32,6 +32,14 @@ MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-ve
 PERCENT = re.compile(r"%[\s$.]*$")
 
 
+def grade_all(
+    task: AnswerTask, problems: Mapping[str, Problem], answers: Sequence[Generation], seconds: float
+) -> list[Grade]:
+    """The grades of some answers by every grader that the task has. `problems` are by their ids."""
+    grades = [task.grade(problems[answer.problem], answer) for answer in answers]
+    return verify(problems, answers, grades, seconds) if task.is_verified else grades
+
+
 def verify(
     problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade], seconds: float
 ) -> list[Grade]:

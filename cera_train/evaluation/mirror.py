@@ -10,8 +10,6 @@ from cera_train.runs.evaluation_folder import EvaluationFolder, GradedAnswers
 from cera_train.runs.results import AccuracyResult, EvaluationMetrics, RunResult, read_evaluation_result
 from cera_train.runs.tracking import Tracker, send_to_run
 
-COLUMNS = ("problem", "sample", "question", "answer", "extracted", "gold", "exact", "verified")
-
 
 def mirror_evaluation(folder: EvaluationFolder) -> None:
     """Sends a finished evaluation, RUN/eval/NAME, to the W&B run of RUN, if W&B tracks it: figures as NAME/FIGURE, such
@@ -25,7 +23,7 @@ def mirror_evaluation(folder: EvaluationFolder) -> None:
         rows = answer_rows(path) if isinstance(result, AccuracyResult) else []
         tracker.log({f"{name}/{key}": value for key, value in result.to_json().items() if fits(value, float)}, update)
         if rows:
-            tracker.table(f"{name}/answers", COLUMNS, rows, update)
+            tracker.table(f"{name}/answers", rows, update)
 
     send_to_run(run, f"the evaluation {name}", send)
 
@@ -39,13 +37,22 @@ def update_of(run: Path, adapter: Path) -> int:
     return RunResult.read(run / "result.json", needs=["updates"]).updates
 
 
-def answer_rows(folder: Path) -> list[list[Any]]:
+def answer_rows(folder: Path) -> list[dict[str, Any]]:
     """A row for each answer, in the task's order."""
     answers = GradedAnswers(folder)
     rows = []
     for grade in (grade for grades in answers.grades.values() for grade in grades):
-        problem, text = answers.problems[grade.problem], answers.texts[grade.problem, grade.sample]
-        extracted = None if grade.answer is None else str(grade.answer)
-        verdicts = [grade.exact, grade.verified]
-        rows.append([problem.id, grade.sample, problem.question, text, extracted, problem.gold, *verdicts])
+        problem = answers.problems[grade.problem]
+        rows.append(
+            {
+                "problem": problem.id,
+                "sample": grade.sample,
+                "question": problem.question,
+                "answer": answers.texts[grade.problem, grade.sample],
+                "extracted": None if grade.answer is None else str(grade.answer),
+                "gold": problem.gold,
+                "exact": grade.exact,
+                "verified": grade.verified,
+            }
+        )
     return rows

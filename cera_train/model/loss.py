@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,29 @@ class SupervisedLoss(nn.Module):
             lengths |= places_of_sequences(batch.sequence_lengths, batch.input_ids.device)
         return batch.inputs | lengths | {"use_cache": False}
 
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The transformers model as generation needs it: in eval mode, padded rows, layers that are not compiled. What
+        is changed for that, its generation_config too, is put back."""
+        causal_lm, was_training = self._parts["causal_lm"], self.training
+        attention, settings = causal_lm.config._attn_implementation, causal_lm.generation_config
+        self.eval()
+        if attention in (BY_SEQUENCE, VARLEN):
+            causal_lm.set_attn_implementation("sdpa")  # which `probe` found there
+        try:
+            with self.autocast(), self._eager():
+                yield causal_lm
+        finally:
+            causal_lm.generation_config = settings
+            if attention in (BY_SEQUENCE, VARLEN):
+                causal_lm.set_attn_implementation(attention)
+            self.train(was_training)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model inside `model`."""
+        return self._parts["causal_lm"]
+
     # --- what the model allows ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -188,8 +211,11 @@ class SupervisedLoss(nn.Module):
 
     def eagerly(self, batch: Batch) -> Tensor:
         """The loss without compiled layers, which call no hooks."""
-        with torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext():
+        with self._eager():
             return self(batch)
+
+    def _eager(self) -> contextlib.AbstractContextManager:
+        return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
 
 class FrozenHeadLoss(torch.autograd.Function):

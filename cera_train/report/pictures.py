@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from cera_train.common.drawing import BACKGROUND, COLORS, Picture, shortened, styles_of
 from cera_train.report.comparison import comparable, graded, group_by, task_names
-from cera_train.report.runs import Run, accuracy_metric
+from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import mean_spectrum
 from cera_train.tasks.registry import display_name
 
@@ -123,6 +123,7 @@ def _curves(runs: Sequence[Run]) -> dict[str, Picture | str]:
     losses = {run.name: thinned([(own.update, own.loss) for own in run.files.metrics.updates]) for run in runs}
     perplexities = {run.name: [(own.update, own.perplexity) for own in run.files.metrics.evaluations] for run in runs}
     evaluated = [run for run in runs if perplexities[run.name]]
+    tasks = {name for run in runs for own in run.files.metrics.evaluations for name in own.tasks.found}
     incomparable = " Not all runs are on the same rows and model: see the cautions."
     return {
         "Spectra": _curve(
@@ -143,7 +144,22 @@ def _curves(runs: Sequence[Run]) -> dict[str, Picture | str]:
             + incomparable * (len(group_by(evaluated, comparable)) > 1),
             "no run has a metrics.jsonl with evaluations", from_zero=False,
         ),
-    }  # fmt: skip
+    } | {f"{name} during training": _task_curve(runs, name) for name in sorted(tasks)}  # fmt: skip
+
+
+def _task_curve(runs: Sequence[Run], name: str) -> Picture | str:
+    """A figure of `train.tasks`, such as gsm8k/exact."""
+    lines = {
+        run.name: [(own.update, own.tasks.found.get(name)) for own in run.files.metrics.evaluations] for run in runs
+    }
+    task, _, figure = name.partition("/")
+    metrics = (metric.label for metric in task_of(task).shown if metric.key == figure)
+    label, title = next(metrics, figure), f"{display_name(task)} during training"
+    limits = {run.settings.get("train.tasks_limit") for run in runs if any(y is not None for _, y in lines[run.name])}
+    problems = f"the first {limits.pop():,}" if len(limits) == 1 and None not in limits else "the first few"
+    caption = f"Greedy answers to {problems} problems; update 0 is the untouched base model."
+    slug = "training-" + name.replace("/", "-")
+    return _curve(runs, slug, f"{title}: {label}", ("update", label), lines, caption, "no run has figures")
 
 
 def _curve(runs: Sequence[Run], name: str, title: str, labels: tuple[str, str], lines: dict[str, Line],

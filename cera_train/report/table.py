@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 
 from cera_train.common.terminal import duration, gigabytes
 from cera_train.report.runs import Run, accuracy_metric, task_of
-from cera_train.runs.results import Accuracies, AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
+from cera_train.runs.results import (
+    Accuracies,
+    AccuracyResult,
+    PerplexityResult,
+    RunResult,
+    SpectrumSummary,
+    TaskFigures,
+)
 from cera_train.tasks.registry import display_name
 from cera_train.tasks.task import Metric
 
@@ -130,7 +137,7 @@ def paper_notes(run: Run, key: str, value: float | None, is_share: bool = False)
 
 def is_of_task(key: str) -> bool:
     """Whether a published figure is an evaluation's, TASK/METRIC."""
-    return "/" in key and not RunResult.takes(key)
+    return TaskFigures.takes(key) or ("/" in key and not RunResult.takes(key))
 
 
 def has_column(key: str) -> bool:

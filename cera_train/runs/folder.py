@@ -1,8 +1,9 @@
 """The run's folder: config, metrics, checkpoints, best and final adapter, result.
 
-Every file and folder in it appears whole or not at all, but for metrics.jsonl and spectra.jsonl: they grow by lines,
-and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is all that
-resuming needs; where its checksums reveal damage, the run goes on from the one before. One process writes, locked.
+Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and samples.jsonl: they
+grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is
+all that resuming needs; where its checksums reveal damage, the run goes on from the one before. One process writes,
+locked.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
 from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.recorded_config import differences
-from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult
+from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult, Sample
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
@@ -60,6 +61,7 @@ class Progress(Record):
     perplexity: float | None = None  # at the last evaluation
     best_perplexity: float | None = None
     best_update: int = 0
+    tasks: dict[str, float] = field(default_factory=dict)  # at the last evaluation that had any
     evaluations_since_best: int = 0
     evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
 
@@ -82,8 +84,8 @@ class Progress(Record):
         return is_best
 
     def forget_best(self) -> None:
-        """Lets the next evaluation be the best so far."""
-        self.best_perplexity, self.best_update, self.evaluations_since_best = None, 0, 0
+        """Lets the next evaluation be the best so far, and forgets tasks that this run may not have."""
+        self.best_perplexity, self.best_update, self.evaluations_since_best, self.tasks = None, 0, 0, {}
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations brought no lower perplexity."""
@@ -229,6 +231,10 @@ class RunFolder:
     def append_spectra(self, line: dict[str, Any]) -> None:
         """Adds a line to spectra.jsonl: the spectrum of every module at an evaluation."""
         self._append("spectra.jsonl", line)
+
+    def append_sample(self, sample: Sample) -> None:
+        """Adds a line to samples.jsonl: an answer at an evaluation."""
+        self._append("samples.jsonl", sample.to_json())
 
     def _append(self, log: str, line: dict[str, Any]) -> None:
         with (self.path / log).open("a") as file:

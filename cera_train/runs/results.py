@@ -37,6 +37,32 @@ class SpectrumSummary(Record):
 
 
 @dataclass
+class TaskFigures(Record):
+    """TASK/FIGURE, such as gsm8k/exact: the figures of `train.tasks`, in the order of the file."""
+
+    found: dict[str, float] = field(default_factory=dict)
+
+    KEY: ClassVar[re.Pattern] = re.compile(
+        r"(?!(?:train|eval|spectrum|adapter)/)[\w.+-]{1,60}(?:/[\w.@+-]{1,60})+", re.A
+    )
+
+    @classmethod
+    def takes(cls, name: str) -> bool:
+        return cls.KEY.fullmatch(name) is not None
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any], where: Path | str) -> Self:
+        found = {name: value for name, value in tree.items() if cls.takes(name)}
+        for name, value in found.items():
+            if not fits(value, float):
+                raise UserError(f"{where} is broken: its {name} is {str(value)[:40]!r}. {cls.mend}")
+        return cls(found)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.found)
+
+
+@dataclass
 class RunResult(Record):
     """result.json of a run, written last: a folder that has it is finished."""
 
@@ -56,6 +82,7 @@ class RunResult(Record):
     seconds: float | None = None  # time spent in updates
     peak_memory_bytes: float | None = None
     folder: str | None = None
+    tasks: TaskFigures = field(default_factory=TaskFigures)  # after the last update
 
 
 @dataclass
@@ -131,7 +158,7 @@ def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
-LOGS = ("metrics.jsonl", "spectra.jsonl")
+LOGS = ("metrics.jsonl", "spectra.jsonl", "samples.jsonl")
 """Files that grow by lines, each with the number of its update."""
 
 
@@ -158,6 +185,19 @@ class EvaluationMetrics(Record):
     loss: float | None = key("eval/loss")
     perplexity: float | None = key("eval/perplexity")
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
+    tasks: TaskFigures = field(default_factory=TaskFigures)
+
+
+@dataclass
+class Sample(Record):
+    """An answer during training, a line of samples.jsonl."""
+
+    update: int
+    task: str | None  # None: the prompt of an evaluation row, which no task grades
+    prompt: str
+    answer: str  # as the model wrote it
+    gold: str
+    exact: bool | None = key("exact", write_null=True)
 
 
 class MetricsLine(Record):
@@ -185,6 +225,7 @@ class Metrics:
         result = RunResult()
         if self.evaluations:
             result.perplexity, result.spectrum = self.evaluations[-1].perplexity, self.evaluations[-1].spectrum
+            result.tasks = next((line.tasks for line in reversed(self.evaluations) if line.tasks.found), result.tasks)
         if self.updates:
             result.tokens_per_s, result.seconds = self.updates[-1].tokens_per_s, self.updates[-1].seconds
         return result

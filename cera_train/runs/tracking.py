@@ -10,7 +10,7 @@ import secrets
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class Tracker:
     def page(self, name: str, path: Path, update: int) -> None:
         """An HTML file."""
 
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
-        """A table of texts, numbers and truth values; None: not known."""
+    def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
+        """Rows with the same names, of texts, numbers and truth values; None: not known."""
 
     def adapter(self, folder: Path) -> None:
         """The final adapter, as an artifact."""
@@ -109,8 +109,9 @@ class WandbTracker(Tracker):
     def page(self, name: str, path: Path, update: int) -> None:
         self.run.log({"update": update, name: self.wandb.Html(path, inject=False)})
 
-    def table(self, name: str, header: Sequence[str], rows: Sequence[Sequence[Any]], update: int) -> None:
-        table = self.wandb.Table(columns=list(header), data=[list(row) for row in rows], allow_mixed_types=True)
+    def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
+        data = [list(row.values()) for row in rows]
+        table = self.wandb.Table(columns=list(rows[0]), data=data, allow_mixed_types=True)
         self.run.log({"update": update, name: table})
 
     def adapter(self, folder: Path) -> None:

@@ -1,9 +1,9 @@
 """CeRA adapters in an unpatched vLLM: a gate between the two products of its LoRA, for each token its adapter's.
 
-vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += gate(z) B^T, and every token of a
-batch may belong to another adapter: LoRA is the identity gate. Each slot for an adapter holds a gate's code; a step
-gathers one code a token; expand computes every gate and keeps the one of the code, so the graph is the same for every
-batch.
+vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += h B^T, h = z + gamma (gate(z) - z),
+and every token of a batch may belong to another adapter: LoRA is the identity gate. Each slot for an adapter holds a
+gate's code, and in every projection a gamma, 1 unless it was learned; a step gathers one code a token; expand computes
+every gate and keeps the one of the code, so the graph is the same for every batch.
 
 vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`. `REPLACED` lists what it
 changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as before.
@@ -26,10 +26,14 @@ from torch.nn import functional
 
 logger = logging.getLogger("vllm.cera_train")
 
-TESTED = "0.32"
+TESTED = ("0.27.1", "0.28.0", "0.31.0", "0.32.0")
+"""The versions whose engine served every kind of adapter: docs/serving.md."""
 
 GATES = ("identity", "silu", "relu", "gelu")
 """The gates by code."""
+
+GAMMA = ".cera_gate.gamma"
+"""How the name of a learned gamma ends, among an adapter's weights."""
 
 LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)
@@ -42,10 +46,12 @@ def register() -> None:
     if lacking:
         logger.warning(
             "cera-train knows vLLM %s; this is %s, which lacks %s as it was. It serves LoRA, and no CeRA adapters.",
-            *(TESTED, _installed(), ", ".join(lacking)),
+            *(", ".join(TESTED), _installed(), ", ".join(lacking)),
         )
         return
     for place, (replacement, _) in REPLACED.items():
+        if replacement is None:
+            continue
         owner, name = _owner(place)
         attribute = inspect.getattr_static(owner, name)
         original = getattr(attribute, "__func__", attribute)
@@ -53,6 +59,10 @@ def register() -> None:
             return
         replaced = _bind(replacement, original)
         setattr(owner, name, classmethod(replaced) if isinstance(attribute, classmethod) else replaced)
+    if _installed() not in TESTED:
+        logger.info(
+            "cera-train knows vLLM %s; this is %s, and all that is replaced is there.", ", ".join(TESTED), _installed()
+        )
 
 
 def _bind(replacement: Callable, original: Callable) -> Callable:
@@ -91,6 +101,7 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
         }
     )
     helper.cera_gate = GATES.index(config["activation"])
+    helper.cera_is_mixed = config.get("mix") == "learned"
     return helper
 
 
@@ -99,7 +110,6 @@ def _why_not_served(config: dict[str, Any]) -> str | None:
     if config.get("activation") not in GATES:
         return f"activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
     refused = {
-        "mix": ("none", None),
         "recurrent_steps": (0, None),
         "target_parameters": ([], None),
         "bias": ("none", None),
@@ -111,36 +121,51 @@ def _why_not_served(config: dict[str, Any]) -> str | None:
 
 
 def parse_name(original: Callable, name: str, *more: Any, **settings: Any) -> tuple[str, bool]:
-    """`parse_fine_tuned_lora_name`: CeRA's tensors are called as LoRA's."""
-    return original(name.replace(".cera_A.", ".lora_A.").replace(".cera_B.", ".lora_B."), *more, **settings)
+    """`parse_fine_tuned_lora_name`: CeRA's tensors are called as LoRA's; a gamma has the name of its projection."""
+    for part, called in ((".cera_A.", ".lora_A."), (".cera_B.", ".lora_B."), (GAMMA, ".lora_B.weight")):
+        name = name.replace(part, called)
+    return original(name, *more, **settings)
 
 
 def keep_gate(original: Callable, cls: type, *arguments: Any, **settings: Any) -> Any:
-    """`LoRAModel.from_lora_tensors`: the loaded adapter remembers its gate."""
-    model = original(cls, *arguments, **settings)
-    helper = settings.get("peft_helper") or next(each for each in arguments if hasattr(each, "target_modules"))
+    """`LoRAModel.from_lora_tensors`: the loaded adapter remembers its gate, and each projection its gamma."""
+    from vllm.lora import lora_model
+
+    call = inspect.signature(original).bind(cls, *arguments, **settings)
+    tensors, helper = call.arguments["tensors"], call.arguments["peft_helper"]
+    call.arguments["tensors"] = {name: tensor for name, tensor in tensors.items() if not name.endswith(GAMMA)}
+    model = original(*call.args, **call.kwargs)
     model.cera_gate = getattr(helper, "cera_gate", LORA)
+    for name in tensors.keys() - call.arguments["tensors"].keys():
+        projection, _ = lora_model.parse_fine_tuned_lora_name(name, call.arguments.get("weights_mapper"))
+        model.loras[projection].cera_gamma = tensors[name].item()
+    for projection, lora in model.loras.items():
+        if getattr(helper, "cera_is_mixed", False) and not hasattr(lora, "cera_gamma"):
+            raise ValueError(f"{projection}: mix=learned, and the weights have no gamma of this projection.")
     return model
 
 
-def refuse_unserved(original: Callable, manager: Any, adapter: Any) -> None:
-    """`_create_merged_loras_inplace`: refuses an adapter before it is registered, where its gate would not act."""
+def merge_slices(original: Callable, manager: Any, adapter: Any) -> None:
+    """`_create_merged_loras_inplace`: refuses an adapter whose gate would not act, before it is registered. Gathers the
+    gammas of projections that vLLM computes as slices of one."""
     code = getattr(adapter, "cera_gate", LORA)
+    adapter.cera_gammas = {}
     if code != LORA:
-        packed = {part: whole for whole, parts in manager.packed_modules.items() for part in parts}
-        for name in adapter.loras:
-            module = manager.modules.get(packed.get(name, name))
-            if module is not None and (reason := _why_no_gate(module)):
+        for name, module in manager.modules.items():
+            parts = manager.packed_modules.get(name, [name])
+            loras = [manager._get_lora_layer_weights(adapter, part) for part in parts]
+            gammas = [getattr(lora, "cera_gamma", 1.0) for lora in loras]
+            if any(loras) and (reason := _why_no_gate(module, gammas)):
                 raise ValueError(f"{name}: {reason}")
+            adapter.cera_gammas[name] = gammas
     check_gate(manager, 0, code)
     original(manager, adapter)
 
 
-def _why_no_gate(module: Any) -> str | None:
+def _why_no_gate(module: Any, gammas: list[float]) -> str | None:
     from vllm.lora.layers import RowParallelLinearWithLoRA, RowParallelLinearWithShardedLoRA
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 
-    if not isinstance(module, BaseLinearLayerWithLoRA):
+    if not _is_projection(module):
         return f"CeRA is served on linear projections, not on {type(module).__name__}. Train without this module."
     is_split = isinstance(module, RowParallelLinearWithLoRA) and module.tp_size > 1
     if is_split and not isinstance(module, RowParallelLinearWithShardedLoRA):
@@ -148,7 +173,15 @@ def _why_no_gate(module: Any) -> str | None:
             "under tensor parallelism each process sees a part of x A^T, and the gate needs the sum: start vLLM with "
             "--fully-sharded-loras."
         )
+    if len(gammas) not in (1, len(module.lora_b_stacked)) and len(set(gammas)) > 1:
+        return "mix=learned has a gamma for each projection, and this vLLM computes one as several slices."
     return None
+
+
+def _is_projection(module: Any) -> bool:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+
+    return isinstance(module, BaseLinearLayerWithLoRA)
 
 
 # --- an adapter gets a slot ------------------------------------------------------------------------------------------
@@ -159,10 +192,14 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
     is_new = original(manager, lora_id)
     if is_new:
         slot = manager.lora_index_to_id.index(lora_id)
-        code = getattr(manager._registered_adapters[lora_id], "cera_gate", LORA)
+        adapter = manager._registered_adapters[lora_id]
+        code = getattr(adapter, "cera_gate", LORA)
         check_gate(manager, slot, code)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper.slot_codes[slot] = code
+        for name, module in manager.modules.items():
+            if _is_projection(module):
+                module.lora_b_stacked[0].cera_gammas[slot] = torch.tensor(adapter.cera_gammas.get(name, 1.0))
     return is_new
 
 
@@ -175,6 +212,19 @@ def check_gate(manager: Any, slot: int, code: int) -> None:
                 f"this vLLM passes the gate {GATES[code]} by: CeRA is not served. Use transformers and PEFT."
             )
     manager._last_mapping = None  # the check has overwritten the slots of the tokens
+
+
+def set_wrapper(original: Callable, layer: Any, punica_wrapper: Any) -> None:
+    """`BaseLayerWithLoRA.set_mapping`: a projection gets its gammas."""
+    original(layer, punica_wrapper)
+    if _is_projection(layer):
+        add_gammas(layer.lora_b_stacked)
+
+
+def add_gammas(stacked_B: tuple[torch.Tensor, ...]) -> None:
+    """Hangs gammas, [slots + 1, slices], on the weights that `add_expand` is called with: it knows no projection. They
+    are written in place only, as the codes are."""
+    stacked_B[0].cera_gammas = torch.ones(len(stacked_B[0]) + 1, len(stacked_B), device=stacked_B[0].device)
 
 
 def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
@@ -191,10 +241,15 @@ def with_gates(kind: type) -> type:
     class Gated(kind):
         def add_gates(self, lora_config: Any) -> None:
             """Makes the tensors of codes, which are written in place only: a captured graph reads them."""
-            self.gate_rank, self.gate_dtype = lora_config.max_lora_rank, lora_config.lora_dtype
             self.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=self.device)
             self.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
-            self.token_codes = torch.full_like(self._token_lora_indices, LORA)
+            self.token_slots = torch.zeros_like(self._token_lora_indices)
+            self.token_codes = torch.full_like(self.token_slots, LORA)
+            # Made once: the kernels of a GPU keep all weights that they were ever called with.
+            shape, dtype = (lora_config.max_loras, 1, lora_config.max_lora_rank, 32), lora_config.lora_dtype
+            A = torch.zeros(shape, device=self.device, dtype=dtype)
+            self.drawn = (A,), (A.mT.contiguous(),)
+            add_gammas(self.drawn[1])
             for code, name in enumerate(GATES):
                 if not self.computes(0, code):
                     logger.warning("this vLLM passes the gate %s by: adapters with it will be refused.", name)
@@ -203,48 +258,45 @@ def with_gates(kind: type) -> type:
             """Gathers the code of every token's slot."""
             super().update_metadata(*arguments, **settings)
             slots = self.token_lora_indices
+            self.token_slots[: len(slots)].copy_(slots)
             self.token_codes[: len(slots)].copy_(self.slot_codes[slots])
 
-        def add_expand(self, y: torch.Tensor, x: Any, *arguments: Any, **settings: Any) -> Any:
+        def add_expand(self, y: torch.Tensor, x: Any, lora_b_stacked: Any, *arguments: Any, **settings: Any) -> Any:
             """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor parallelism.
 
             Args:
                 x: [slices, tokens, r], or one [tokens, r] a slice.
             """
+            tokens = x[0].shape[0]
+            codes = self.token_codes[:tokens]
+            gammas = lora_b_stacked[0].cera_gammas[self.token_slots[:tokens]].T
             if isinstance(x, torch.Tensor):
-                gated = gate(x, self.token_codes[: x.shape[-2]])
+                gated = gate(x, codes, gammas)
             else:
-                gated = tuple(gate(part, self.token_codes[: len(part)]) for part in x)
-            return super().add_expand(y, gated, *arguments, **settings)
+                gated = tuple(gate(part, codes, gamma) for part, gamma in zip(x, gammas, strict=True))
+            return super().add_expand(y, gated, lora_b_stacked, *arguments, **settings)
 
         def computes(self, slot: int, code: int) -> bool:
             """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
             from vllm.lora.layers import LoRAMapping
 
             held = self.slot_codes[slot].clone()
-            self.slot_codes[slot] = code
-            tokens, slots, width = 8, len(self.slot_codes) - 1, 32
+            self.slot_codes[slot], gamma = code, 0.75
+            (stacked_A,), (stacked_B,) = self.drawn
+            slots, _, rank, width = stacked_A.shape
             random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
-            A, B, x = (
-                random(self.gate_rank, width),
-                random(width, self.gate_rank) / self.gate_rank,
-                random(tokens, width),
-            )
-            places = torch.zeros(2, slots, 1, max(self.gate_rank, width), max(self.gate_rank, width))
-            stacked_A, stacked_B = (
-                part[:, :, : matrix.shape[0], : matrix.shape[1]].contiguous().to(self.device, self.gate_dtype)
-                for part, matrix in zip(places, (A, B), strict=True)
-            )
-            stacked_A[slot, 0], stacked_B[slot, 0] = A, B
+            stacked_A[slot, 0], stacked_B[slot, 0] = random(rank, width), random(width, rank) / rank
+            stacked_B.cera_gammas[slot] = gamma
+            x = random(8, width).to(stacked_A)
             ids: list[int | None] = [None] * slots
             ids[slot] = 1
-            self.update_metadata(LoRAMapping((1,) * tokens, (1,) * tokens, is_prefill=True), ids, slots + 1, width)
-            y = torch.zeros(tokens, width, device=self.device, dtype=self.gate_dtype)
-            x = x.to(y)
-            self.add_lora_linear(y, x, (stacked_A,), (stacked_B,), 1.0, (width,))
+            self.update_metadata(LoRAMapping((1,) * len(x), (1,) * len(x), is_prefill=True), ids, slots + 1, width)
+            y = torch.zeros_like(x)
+            self.add_lora_linear(y, x, *self.drawn, 1.0, (width,))
             self.slot_codes[slot] = held
             A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.float()
-            wanted = formula(GATES[code])(x @ A.T) @ B.T
+            z = x @ A.T
+            wanted = (z + gamma * (formula(GATES[code])(z) - z)) @ B.T
             return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
@@ -255,38 +307,41 @@ def formula(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return getattr(functional, name) if name != "identity" else torch.clone
 
 
-def gate(z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """The gate of each token's code; zero for tokens without an adapter.
+def gate(z: torch.Tensor, codes: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
+    """z + gamma (gate(z) - z) with the gate of each token's code; zero for tokens without an adapter.
 
     Args:
         z: [..., tokens, r].
         codes: [tokens].
+        gammas: [..., tokens].
     """
     codes = codes[:, None]
-    h = torch.where(codes == NO_ADAPTER, 0, z)
+    h = z
     for code, name in enumerate(GATES):
         if code != LORA:
             h = torch.where(codes == code, formula(name)(z), h)
-    return h
+    return torch.where(codes == NO_ADAPTER, 0, torch.lerp(z, h, gammas[..., None].to(z.dtype)))
 
 
 def hash_with_gates(original: Callable, config: Any) -> str:
     """`LoRAConfig.compute_hash`: graphs compiled without gates are not reused."""
-    return f"{original(config)}-cera-{'-'.join(GATES)}"
+    return f"{original(config)}-cera-{'-'.join(GATES)}-gamma"
 
 
 # --- what is replaced ------------------------------------------------------------------------------------------------
 
-REPLACED: dict[str, tuple[Callable, tuple[str, ...]]] = {
+REPLACED: dict[str, tuple[Callable | None, tuple[str, ...]]] = {
     "vllm.lora.peft_helper:PEFTHelper.from_local_dir": (read_config, ("lora_path", "max_position_embeddings")),
     "vllm.lora.lora_model:parse_fine_tuned_lora_name": (parse_name, ("name",)),
     "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (keep_gate, ("tensors", "peft_helper")),
-    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": (refuse_unserved, ("lora_model",)),
+    "vllm.lora.model_manager:LoRAModelManager._create_merged_loras_inplace": (merge_slices, ("lora_model",)),
+    "vllm.lora.model_manager:LoRAModelManager._get_lora_layer_weights": (None, ("lora_model", "module_name")),
     "vllm.lora.model_manager:LoRAModelManager.activate_adapter": (activate, ("lora_id",)),
+    "vllm.lora.layers.base:BaseLayerWithLoRA.set_mapping": (set_wrapper, ("punica_wrapper",)),
     "vllm.lora.model_manager:get_punica_wrapper": (gated_wrapper, ()),
     "vllm.config.lora:LoRAConfig.compute_hash": (hash_with_gates, ()),
 }
-"""Where vLLM is changed: what stands there now, and the parameters that it counts on."""
+"""Where vLLM is changed: what stands there now (None: it is only called), and the parameters that it counts on."""
 
 
 def _owner(place: str) -> tuple[Any, str]:

@@ -29,12 +29,15 @@ from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
 from cera_train.config import Config
-from cera_train.data.files import check_files
+from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
+from cera_train.sweep.metric import sweep_metric
+from cera_train.tasks.config import known_tasks
+from cera_train.tasks.named import check_tasks
 
 RECORD = "sweep.json"
 JOBS = ".jobs"
@@ -147,6 +150,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
             continue
         try:
             run = compose(loader.load_sweep_config(config, values))
+            sweep_metric(run.sweep.metric, run.train.tasks)
             if run.adapter.start_from is not None and not (sweep / job["name"] / "config.yaml").exists():
                 find_start(run.adapter)
         except UserError as error:
@@ -157,8 +161,8 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
         fine.update(values)
         if not (sweep / job["name"] / "result.json").exists():  # else it reads them no more
             check_model(run.model.path)
-            check_files(run.data.train_files, "data.train_files")
-            check_files(run.data.eval_files, "data.eval_files")
+            data_files(run.data)
+            check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
     for value, error in failed.items():
         if value not in fine and tries[value] < MOST_TRIES:
             raise error
@@ -190,10 +194,13 @@ def begin(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
-    record = _record(config, grid(config) if is_grid else [], folder)
+    metric = sweep_metric(config.sweep.metric, known_tasks() if is_grid else config.train.tasks)
+    record = _record(config, grid(config) if is_grid else [], folder) | {"metric": metric.to_json()}
     check(record)
     check_jobs(config, record["jobs"], compose)
 
+    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
+        config.hydra.sweeper.direction = "maximize" if metric.higher_is_better else "minimize"
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
@@ -275,12 +282,15 @@ class Job:
 
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
-        if not is_main_process():
-            return
+        if is_main_process():
+            self.clear()
+            print()
+            print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
+
+    def clear(self) -> None:
+        """Clears the error of an earlier start."""
         (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
         self._write(None)
-        print()
-        print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""

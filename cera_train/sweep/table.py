@@ -17,6 +17,7 @@ from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line
 from cera_train.data.config import evaluation_rows
 from cera_train.sweep.folder import JOBS, RECORD, choices_of, read_record
+from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
 from cera_train.sweep.rungs import Decision, HalvingRecord
 
 SHORT_ERROR = 72
@@ -39,11 +40,12 @@ class JobStatus:
     name: str  # the name of its folder
     choices: Sequence[str]
     state: State
+    metric: SweepMetric
     done: int | None = None  # updates
     total: int | None = None
-    perplexity: float | None = None  # an unfinished run's: that of its last evaluation
+    value: float | None = None  # of the sweep's metric; an unfinished run's: that of its last evaluation
     error: str | None = None
-    rows: tuple = ()  # the settings that decide on which rows the perplexity is taken
+    rows: tuple = ()  # the settings that decide on which rows a perplexity is taken
     rung: int | None = None  # where a halving let others go on
 
     @property
@@ -67,13 +69,20 @@ def read_sweep(folder: Path) -> list[JobStatus]:
         overrides[name] = started[name]["overrides"]
     halving = HalvingRecord.read(folder)
     stops = {} if halving is None else halving.stops()
+    metric = SweepMetric.from_json(record.get("metric", {}), folder / RECORD)
     return [
-        job_status(folder, name, choices_of(words, record["swept"]), stops.get(name))
+        job_status(folder, name, choices_of(words, record["swept"]), metric, stops.get(name))
         for name, words in overrides.items()
     ]
 
 
-def job_status(sweep: Path, name: str, choices: Sequence[str] = (), stop: Decision | None = None) -> JobStatus:
+def job_status(
+    sweep: Path,
+    name: str,
+    choices: Sequence[str] = (),
+    metric: SweepMetric = PERPLEXITY,
+    stop: Decision | None = None,
+) -> JobStatus:
     """How far a job of a sweep is.
 
     Args:
@@ -85,9 +94,9 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), stop: Decisi
         error = None  # it was run again by itself
     config = folder / "config.yaml"
     settings = flatten(read_yaml(config)) if config.exists() else {}
-    updates, perplexity = _last_metrics(folder / "metrics.jsonl")
+    updates, value = _last_metrics(folder / "metrics.jsonl", metric.key)
     if result is not None:
-        updates, perplexity = result["updates"], result["eval/perplexity"]
+        updates, value = result["updates"], result.get(metric.key)
     if _is_locked(folder):
         state = State.running
     elif error:
@@ -100,15 +109,18 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), stop: Decisi
         state = State.cut if settings else State.waiting
     total = settings.get("train.max_updates") or (read_record(folder / "environment.json") or {}).get("updates")
     rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
-    return JobStatus(name, choices, state, updates, total, perplexity, error, rows, stop and stop.rung)
+    return JobStatus(name, choices, state, metric, updates, total, value, error, rows, stop and stop.rung)
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
-    """The finished jobs of the lowest perplexity, one for every choice of evaluation rows."""
+    """The best finished job by the sweep's metric; by a perplexity, one for every choice of evaluation rows."""
     best: dict[tuple, JobStatus] = {}
     for job in jobs:
-        if job.state == State.finished and (job.rows not in best or job.perplexity < best[job.rows].perplexity):
-            best[job.rows] = job
+        rows = job.rows if job.metric.key in PERPLEXITIES else ()
+        if job.state != State.finished or job.value is None:
+            continue
+        if rows not in best or job.metric.cost(job.value) < job.metric.cost(best[rows].value):
+            best[rows] = job
     return list(best.values())
 
 
@@ -120,20 +132,22 @@ def print_sweep(folder: Path) -> None:
     labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
     width = max(map(len, ["job", *labels]))
     print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
+    label = jobs[0].metric.label if jobs else PERPLEXITY.label
+    column = max(13, len(label) + 2)
     states = max(9, *(len(job.standing) for job in jobs)) if jobs else 9
-    print(f"\n{'job':<{width}}  {'state':<{states}}{'updates':>15}{'perplexity':>13}")
-    for job, label in zip(jobs, labels, strict=True):
+    print(f"\n{'job':<{width}}  {'state':<{states}}{'updates':>15}{label:>{column}}")
+    for job, choices in zip(jobs, labels, strict=True):
         done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
-        perplexity = "" if job.perplexity is None else f"{job.perplexity:,.3f}"
+        value = "" if job.value is None else job.metric.shown(job.value)
         note = "best" if job in best else ""
         if job.state == State.failed:
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        print(f"{label:<{width}}  {job.standing:<{states}}{done:>15}{perplexity:>13}  {note}".rstrip())
+        print(f"{choices:<{width}}  {job.standing:<{states}}{done:>15}{value:>{column}}  {note}".rstrip())
     print()
     counts = Counter(job.state for job in jobs)
     print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
     for job in best:
-        print_line("best", f"{folder / job.name}: perplexity {job.perplexity:,.3f}")
+        print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
     if counts[State.stopped]:
         print_line("stopped", "the command with a job's values and hydra/sweeper=basic goes on with that job")
     if counts[State.failed]:
@@ -155,18 +169,18 @@ def _is_locked(folder: Path) -> bool:
         return True
 
 
-def _last_metrics(path: Path) -> tuple[int | None, float | None]:
-    """The last update on record, and the last perplexity. A run that is writing may have left half a line."""
+def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
+    """The last update on record, and the last value of a metric. A run that is writing may have left half a line."""
     update = None
     for line in reversed(path.read_text().splitlines() if path.is_file() else []):
-        if update is None or '"eval/perplexity"' in line:
+        if update is None or f'"{key}"' in line:
             try:
                 metrics = json.loads(line)
             except ValueError:
                 continue
             update = metrics["update"] if update is None else update
-            if "eval/perplexity" in metrics:
-                return update, metrics["eval/perplexity"]
+            if key in metrics:
+                return update, metrics[key]
     return update, None
 
 

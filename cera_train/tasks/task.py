@@ -39,6 +39,7 @@ class Metric:
     """Shown in per cent; False: a number with three decimals."""
     in_picture: bool = False
     """Whether the accuracy picture shows it in place of pass@1."""
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Task:
 
     def check(self, config: TaskConfig) -> None:
         """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
+
+    def configured(self, config: TaskConfig) -> Task:
+        """This task as its settings make it."""
+        return self
 
     def counts(self, problem: Any) -> bool:
         """Whether a problem counts in the scores."""
@@ -103,14 +108,27 @@ class AnswerTask(Task, ABC):
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         """Grades one answer by the task's published rule."""
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of
+        its grader, and those of `shown`."""
+        graders = ("exact", "verified") if self.is_verified else ("exact",)
+        shares = {metric.key: not metric.lower_is_better for metric in self.shown if metric.is_share}
+        return dict.fromkeys(graders, True) | shares
+
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""
         return {}
 
 
+def task_of(config: TaskConfig) -> Task:
+    """The task of these settings."""
+    return find_task(config.kind).configured(config)
+
+
 def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
-    task = find_task(config.kind)
+    task = task_of(config)
     assert isinstance(task, AnswerTask)
     seen, problems = Counter(), []
     for problem in task.problems(config, data):
@@ -138,6 +156,8 @@ class QuestionTask(AnswerTask):
     """Whether an answer equals the gold answer by the published rule."""
     takes: Callable[[Row, TaskConfig], bool] = lambda row, config: True
     """Whether a row is one of the problems."""
+    cell: Callable[[Row, str], str] = text_of
+    """The text of a column in the prompt."""
 
     def check(self, config: TaskConfig) -> None:
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
@@ -167,7 +187,7 @@ class QuestionTask(AnswerTask):
                 raise UserError(f"task.prompt: {reason}. {mend}")
             with at(place):
                 question = text_of(row, self.question)
-                prompt = config.prompt.format_map({name: text_of(row, name) for name in columns})
+                prompt = config.prompt.format_map({name: self.cell(row, name) for name in columns})
                 gold = self.gold(row)
             details = {name: row[name] for name in DETAILS if row.get(name) is not None}
             yield Problem(question_id(question), question, prompt, gold, details)

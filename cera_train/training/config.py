@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cera_train.common.settings import require, require_positive, setting
 from cera_train.data.config import BatchLayout
+from cera_train.tasks.config import known_tasks
 
 
 class Optimizer(NamedTuple):
@@ -104,6 +105,18 @@ class TrainConfig:
     one does not."""
     probe_tokens: int = setting(2048, "result")
     """Tokens of evaluation rows on which the spectra are taken."""
+    tasks: list[str] = setting(list, "result")
+    """Tasks of cera-eval, files of conf/task, that are answered and graded while the run trains."""
+    tasks_every: int | None = setting(None, "result")
+    """Updates between two evaluations by tasks, a multiple of eval_every. null: only before the first update and after
+    the last."""
+    tasks_limit: int = setting(50, "result")
+    """Takes only the first problems of each task."""
+    task_settings: Any = setting(None, "result")
+    """Settings of a task that differ from its file, by its name: {gsm8k: {files: [test.jsonl]}}."""
+    samples: int = setting(0, "nothing")
+    """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl. Without tasks the
+    prompts are those of the first evaluation rows."""
     seed: int = setting(0, "result", binds_checkpoint=True)
     extend: bool = setting(False, "nothing")
     """Where the run's folder is finished and epochs or max_updates is larger now, go on to that length;
@@ -114,10 +127,40 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = (
-            "batch_size micro_batch_tokens epochs max_updates eval_every stop_at save_every keep patience probe_tokens"
+            "batch_size micro_batch_tokens epochs max_updates eval_every stop_at save_every keep patience probe_tokens "
+            "tasks_every tasks_limit"
         )
         require_positive("train", self, *counts.split())
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
+        require(self.samples >= 0, f"train.samples={self.samples} must not be negative.")
+        self._check_tasks()
+
+    def changes_of_task(self, name: str) -> dict[str, Any]:
+        """The settings of a task that differ from its file."""
+        return {"limit": self.tasks_limit} | (self.task_settings or {}).get(name, {})
+
+    def _check_tasks(self) -> None:
+        settings = self.task_settings or {}
+        example = "{gsm8k: {limit: 100}}"
+        require(
+            isinstance(settings, dict), f"train.task_settings={settings}: expected names and values, like {example}."
+        )
+        for name in self.tasks:
+            choices = ", ".join(known_tasks())
+            require(name in known_tasks(), f"train.tasks=[{name}]: there is no such task: choose from {choices}.")
+            require(self.tasks.count(name) == 1, f"train.tasks names {name} twice: keep one.")
+        for name, changes in settings.items():
+            place = f"train.task_settings.{name}={changes}"
+            require(name in self.tasks, f"{place}: {name} is not in train.tasks: add it there, or leave this out.")
+            require(isinstance(changes, dict), f"{place}: expected names and values, such as {{max_new_tokens: 256}}.")
+        if (every := self.tasks_every) is None:
+            return
+        require(bool(self.tasks), f"train.tasks_every={every} without train.tasks: name a task, such as [gsm8k].")
+        require(
+            self.eval_every is not None and every % self.eval_every == 0,
+            f"train.tasks_every={every} must be a multiple of train.eval_every={self.eval_every}: tasks are part of an "
+            "evaluation.",
+        )
 
 
 @dataclass

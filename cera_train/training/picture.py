@@ -1,4 +1,4 @@
-"""The picture of a run: loss over updates, and the spectrum of its adapter."""
+"""The picture of a run: loss over updates, the spectrum of its adapter, and the figures of its tasks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
     from matplotlib import pyplot
 
     metrics = read_metrics(folder / "metrics.jsonl")
-    figure, [panels] = pyplot.subplots(1, 2 if spectrum else 1, figsize=(10, 3.6), layout="constrained", squeeze=False)
+    tasks = [(line.update, line.tasks.found) for line in metrics.evaluations if line.tasks.found]
+    count = 1 + bool(spectrum) + bool(tasks)
+    size = (max(10, 5 * count), 3.6)
+    figure, [panels] = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(title, fontsize=11)
     for label, lines, style in (
         ("training", metrics.updates, {"color": COLORS["cera"], "linewidth": 1}),
@@ -31,6 +34,11 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
         panels[1].plot(directions, spectrum, color=COLORS["cera"], marker=".", label="mean over modules")
         panels[1].axhline(1 / len(spectrum), color=GRID, linewidth=1, linestyle=":", label="all directions alike")
         panels[1].set(xlabel="direction", ylabel="share of the singular values")
+    for key in dict.fromkeys(key for _, found in tasks for key in found):
+        points = [(update, found[key]) for update, found in tasks if key in found]
+        panels[-1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=key)
+    if tasks:
+        panels[-1].set(xlabel="update", ylabel="share")
     for axes in panels:
         axes.set_ylim(0, None)
         axes.legend(frameon=False)

@@ -40,6 +40,7 @@ from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.start import load_start, settle_start
+from cera_train.training.tasks import Exams
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
@@ -214,7 +215,8 @@ class Arm:
         data, tokens = session.data, config.train.micro_batch_tokens
         self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
         self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
-        self.order = RowOrder(len(data.train.rows), config.train.batch_size, config.train.seed)
+        self.exams = Exams(config, session.tokenizer, self.local_loss, team)
+        self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.tracker = Tracker()
 

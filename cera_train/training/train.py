@@ -26,12 +26,20 @@ from cera_train.model.loss import perplexity
 from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.results import EvaluationMetrics, ModuleSpectrumRecord, RunResult, SpectrumSummary, UpdateMetrics
+from cera_train.runs.results import (
+    EvaluationMetrics,
+    ModuleSpectrumRecord,
+    RunResult,
+    SpectrumSummary,
+    TaskFigures,
+    UpdateMetrics,
+)
 from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Arm, Run, Session, settle
+from cera_train.training.tasks import evaluate_tasks
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -196,17 +204,20 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
 
 
 def evaluate(arm: Arm) -> None:
-    """Perplexity on the held-out rows and the spectra of the adapter; keeps the adapter if it is the best so far."""
+    """Perplexity on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the
+    adapter if it is the best so far."""
     session, progress, folder = arm.session, arm.progress, arm.folder
     loss = arm.held_out.mean_loss()
     spectra = arm.held_out.spectra()
-    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra))
+    is_best = progress.evaluated(perplexity(loss))
+    tasks = evaluate_tasks(arm, is_last=arm.is_done)
+    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra), tasks)
     arm.log(metrics)
     if session.team.is_main and spectra:
         records = spectrum_records(spectra)
         modules = {name: replace(module, singular_values=None).to_json() for name, module in records.items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
-    if progress.evaluated(metrics.perplexity):
+    if is_best:
         folder.save_best(arm.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
     arm.note(console.describe_evaluation(metrics))
 
@@ -277,6 +288,7 @@ def finish(arm: Arm) -> dict[str, Any]:
         best_perplexity=progress.best_perplexity,
         best_update=progress.best_update,
         spectrum=summary(spectra),
+        tasks=TaskFigures(progress.tasks),
         adapter_kind=config.adapter.kind.value,
         adapter_r=config.adapter.r,
         trainable_parameters=arm.trainable_count,

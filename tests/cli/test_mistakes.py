@@ -63,9 +63,34 @@ from cera_train.evaluation.config import EvalConfig
         (["adapter.alpha=${nothing}"], "adapter.alpha=[$]{nothing}: Interpolation key 'nothing' not found"),
         (["data.facts.train_rows=5", "data=jsonl"], "data.facts.train_rows=5: data.facts is null"),
         (["train.micro_batch_tokens=8"], "train.micro_batch_tokens=8 is less than data.max_length=128"),
+        (["train.tasks=[gsm9k]"], r"train.tasks=\[gsm9k\]: there is no such task: choose from forgetting, gsm8k"),
+        (["train.tasks=[math,math]"], "train.tasks names math twice"),
+        (["train.tasks=[forgetting]"], r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval"),
+        (["train.tasks_every=100"], r"train.tasks_every=100 without train.tasks: name a task, such as \[gsm8k\]"),
+        (["train.tasks=[math]", "train.tasks_every=150"], "train.tasks_every=150 must be a multiple of train.eval_e"),
+        (["train.tasks=[math]", "train.tasks_limit=0"], "train.tasks_limit=0 must be positive"),
+        (["train.task_settings={math: {limit: 5}}"], "train.task_settings.math=.*: math is not in train.tasks: add it"),
+        (["train.tasks=[math]", "train.task_settings={math: 5}"], "train.task_settings.math=5: expected names and val"),
+        (["train.tasks=[math]", "train.task_settings={math: {fils: [a]}}"], "train.task_settings.math: Key 'fils' not"),
+        (
+            ["train.tasks=[math]", "train.task_settings={math: {files: [no.jsonl]}}"],
+            r"train.tasks=\[math\]: task.files=no.jsonl: cannot read the file",
+        ),
+        (["train.task_settings=5"], "train.task_settings=5: expected names and values, like {gsm8k: {limit: 100}}"),
+        (["train.samples=-1"], "train.samples=-1 must not be negative"),
+        (["train.samples=1", "distributed.strategy=fsdp"], "train.tasks and train.samples generate answers, and shard"),
         (["data=jsonl"], "there is no training data: set data.train_files"),
         ([f"name={'x' * 300}"], "300 bytes are too long for a folder"),
         ([f"output_dir={'x' * 300}"], "too long for the name of a file or folder"),
+        # in a part of a mix
+        (
+            ["data.mix=[{fiels:[a]}]"],
+            r"data.mix=\[{fiels:\[a\]}\]: unknown setting .* data.mix.N.files",
+        ),
+        (["data.mix=[{weight:a}]"], r"data.mix=\[{weight:a}\]: expected a number, or null"),
+        (["data.mix=[a.jsonl]"], r"data.mix=\[a.jsonl\]: expected a list of {weight, path, .*, loss_on}, or null"),
+        (["data.mix.0.wieght=3"], "data.mix.0.wieght=3: unknown setting .* Did you mean data.mix.0.weight"),
+        (["data=jsonl", "data.mix=[{files:[no.jsonl],eval_rows:1}]"], "data.mix.0.files=no.jsonl: cannot read the fi"),
         # an argument of a wrong form
         (["adapter.r=["], r"adapter.r=\[: cannot read the value.*'adapter.r=\"\[\"'"),
         (["data.prompt=Q: {question}"], "cannot read the value.*'data.prompt=\"Q: {question}\"'"),
@@ -95,6 +120,15 @@ def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, monkeypatch, ca
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert re.match(f"cera-train: .*{message}", line), line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_task_on_rows_without_answers_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": "2 + 2"}\n')
+    settings = ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"]
+    with at_once():
+        done = cera_train(*settings, cwd=tmp_path)
+    assert_one_line(done, "cera-train", r"train.tasks=\[gsm8k\]: rows.jsonl:2: column 'answer' is missing")
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize(

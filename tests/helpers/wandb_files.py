@@ -54,6 +54,21 @@ def read_offline_run(run: Path) -> OfflineRun:
     return read
 
 
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The rows of one part, in order; the values of a table are under NAME/path, NAME/nrows, ..."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    read = map(Record.FromString, records(path.read_bytes()))
+    return [values(record.history.item) for record in read if record.HasField("history")]
+
+
+def table(folder: Path, path: str) -> list[dict[str, Any]]:
+    """The rows of a table, by the path under which the history names it."""
+    content = json.loads((folder / "files" / path).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
 def values(items: Any) -> dict[str, Any]:
     """Names and values of a record."""
     named = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}

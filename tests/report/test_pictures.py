@@ -72,6 +72,25 @@ def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) ->
     assert {point for line in axes.lines for point in line.get_ydata()} == {25, 50}
 
 
+def test_the_figures_of_tasks_during_training_are_curves(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, **{"train.tasks_limit": 50}) for name in "abc"]
+    for run, shares in zip(runs[:2], ((0.0, 0.25), (0.1, 0.5)), strict=True):
+        path = run / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for update, share in zip((0, 100), shares, strict=True):
+            line = next(line for line in lines if "eval/loss" in line and line["update"] == update)
+            line |= {"gsm8k/exact": share, "logistic_map/state_collapse": share}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures = {picture.name: picture for picture in compare_runs(runs, tmp_path / "report").pictures}
+    picture = pictures["training-gsm8k-exact"]
+    assert picture.title == "GSM8K during training: exact"
+    assert picture.alt == "Exact by update. a: 0 to 0.25; b: 0.1 to 0.5."
+    assert picture.caption.startswith("Greedy answers to the first 50 problems")
+    picture.draw(axes := Figure().subplots())
+    assert [list(line.get_xdata()) for line in axes.lines] == [[0, 100], [0, 100]]
+    assert pictures["training-logistic_map-state_collapse"].title == "logistic map during training: state collapse"
+
+
 def test_a_run_that_diverged_is_named_and_breaks_no_picture(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", perplexity=float("inf"))]
     report = write_report([*runs, make_run(tmp_path / "c")], tmp_path / "report")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from wandb_files import history, table
 
 from cera_train.common.trust import redact
 from cera_train.runs.tracking import Guarded, Tracker
@@ -55,6 +56,31 @@ def test_wandb_without_a_key_is_offline_and_says_how_to_sync(tiny_config, tmp_pa
         assert name in recorded
     assert list(folder.rglob("*.png"))
     assert (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_wandb_offline_has_the_figures_of_tasks_and_the_samples_as_tables(tiny_config, tmp_path):
+    config = tiny_config()
+    arguments = [
+        *(f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "name=run"),
+        *("train.max_updates=2", "train.eval_every=1", "train.tasks=[logistic_map]", "train.tasks_limit=2"),
+        *("train.task_settings={logistic_map: {max_new_tokens: 8}}", "train.samples=2", "tracker=wandb"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path), "WANDB_CONSOLE": "off"}
+    command = [sys.executable, "-m", "cera_train", *arguments, f"output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr.count("left out")) == (0, 0), done.stderr
+    [folder] = (tmp_path / "run").glob("wandb/offline-run-*")
+    rows = history(folder)
+    assert [(row["update"], row["logistic_map/exact"]) for row in rows if "logistic_map/exact" in row] == [
+        *((0, 0.0), (2, 0.0)),
+    ]
+    tables = {row["update"]: table(folder, row["samples/path"]) for row in rows if "samples/path" in row}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert list(tables) == [0, 1, 2]
+    assert [row for update in tables for row in tables[update]] == lines
+    assert len(lines) == 6
 
 
 class Failing(Tracker):

@@ -23,19 +23,26 @@ def test_the_plugin_knows_every_gate_of_cera():
 def test_each_token_has_the_gate_of_its_code(shape):
     z = torch.randn(shape)
     codes = torch.tensor([0, 1, 2, 3, plugin.NO_ADAPTER, 1])
-    h = plugin.gate(z, codes)
+    gammas = torch.randn(shape[:-1])
+    gammas[..., 1:3] = 1  # not learned: the gate alone, to the last bit
+    h = plugin.gate(z, codes, gammas)
     for token, code in enumerate(codes.tolist()):
-        wanted = (
-            0 * z[..., token, :] if code == plugin.NO_ADAPTER else plugin.formula(plugin.GATES[code])(z[..., token, :])
-        )
-        torch.testing.assert_close(h[..., token, :], wanted)
+        z_token, gamma = z[..., token, :], gammas[..., token, None]
+        if code == plugin.NO_ADAPTER:
+            assert not h[..., token, :].any()
+        elif token in (1, 2):
+            assert h[..., token, :].equal(plugin.formula(plugin.GATES[code])(z_token))
+        else:
+            wanted = z_token + gamma * (plugin.formula(plugin.GATES[code])(z_token) - z_token)
+            torch.testing.assert_close(h[..., token, :], wanted)
 
 
 def test_one_graph_serves_every_batch():
     compiled = torch.compile(plugin.gate, fullgraph=True, backend="eager")
     z = torch.randn(4, 3)
     for codes in (torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2, 3, plugin.NO_ADAPTER])):
-        torch.testing.assert_close(compiled(z, codes), plugin.gate(z, codes))
+        gammas = torch.rand(4)
+        torch.testing.assert_close(compiled(z, codes, gammas), plugin.gate(z, codes, gammas))
 
 
 def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):
@@ -44,3 +51,11 @@ def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):
         plugin.register()
     assert "lacks json:no_such_function, json:dumps as it was" in caplog.text
     assert "serves LoRA, and no CeRA" in caplog.text
+
+
+def test_an_untested_vllm_is_named(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "REPLACED", {"json:dumps": (None, ("obj",))})
+    monkeypatch.setattr(plugin, "_installed", lambda: "0.99.1")
+    with caplog.at_level(logging.INFO, "vllm.cera_train"):
+        plugin.register()
+    assert f"knows vLLM {', '.join(plugin.TESTED)}; this is 0.99.1" in caplog.text

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.serving
 import httpx  # noqa: E402
 import openai  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from served import BASE, PROMPTS, SETTINGS, TOKENS, greedy, save_base  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from cera_train.cera import CeraConfig  # noqa: E402
 
@@ -34,15 +35,9 @@ ADAPTERS = {
     "relu": CeraConfig(r=8, target_modules=QV, activation="relu"),
     "gelu": CeraConfig(r=8, target_modules=LINEARS, activation="gelu"),
     "identity": CeraConfig(r=8, target_modules=QV, activation="identity"),
+    "mix": CeraConfig(r=8, target_modules=LINEARS, mix="learned"),
     "lora": LoraConfig(r=8, lora_alpha=8, target_modules=QV),
 }
-BASE = "base"
-PROMPTS = [[5, 9, 23, 41], [7, 7, 7], [100, 3, 50, 60, 70, 80], [11, 2]]
-TOKENS = 8
-SETTINGS = {
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
-}  # fmt: skip
 
 
 def drawn(config, base, seed: int):
@@ -50,43 +45,15 @@ def drawn(config, base, seed: int):
     torch.manual_seed(seed)
     model = get_peft_model(base, config).eval()
     for name, weight in model.named_parameters():
-        if "_A." in name or "_B." in name:
+        if any(part in name for part in ("_A.", "_B.", "gamma")):
             torch.nn.init.normal_(weight, std=0.3)
     return model
-
-
-def greedy(model) -> list[tuple[list[int], list[float]]]:
-    """Tokens and log-probabilities of the answers to PROMPTS."""
-    answers = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
-        output = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        tokens = output.sequences[0, len(prompt) :].tolist()
-        scores = [score[0].log_softmax(-1)[token].item() for score, token in zip(output.scores, tokens, strict=True)]
-        answers.append((tokens, scores))
-    return answers
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer) -> Path:
     """The base model and the adapters."""
-    folder = tmp_path_factory.mktemp("serving")
-    torch.manual_seed(0)
-    # The CPU kernels of vLLM take heads of 64.
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    for weight in model.parameters():
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.15)
-    model.save_pretrained(folder / BASE)
-    tokenizer.save_pretrained(folder / BASE)
-    return folder
+    return save_base(tmp_path_factory.mktemp("serving"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +73,7 @@ def wanted(folder) -> dict[str, list]:
 
 @pytest.fixture(scope="module")
 def server(folder, wanted, tmp_path_factory):
-    """The address of a vLLM with two slots for six adapters."""
+    """The address of a vLLM with two slots for seven adapters."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -167,7 +134,7 @@ def test_the_adapters_answer_differently(wanted):
     assert len(set(answers)) == len(answers)
 
 
-def test_200_requests_of_8_clients_over_6_adapters_and_the_base_each_get_their_own_answer(server, wanted):
+def test_200_requests_of_8_clients_over_7_adapters_and_the_base_each_get_their_own_answer(server, wanted):
     asked = [(name, place) for name in wanted for place in range(len(PROMPTS))]
     requests = [asked[number * 11 % len(asked)] for number in range(200)]
     with ThreadPoolExecutor(8) as clients:
@@ -212,7 +179,7 @@ def test_an_adapter_is_replaced_in_place_by_one_with_another_gate(server, folder
     ("changes", "message"),
     [
         ({"activation": "mish"}, "activation=mish is no gate that can be served: identity, silu, relu, gelu."),
-        ({"mix": "learned"}, "mix=learned is not served"),
+        ({"mix": "learned"}, "mix=learned, and the weights have no gamma of this projection"),
         ({"recurrent_steps": 2}, "recurrent_steps=2 is not served"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters=['experts.down_proj'] is not served"),
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
@@ -269,7 +236,7 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
-    names = "silu,gelu,lora,silu_all" if sharded == "sharded" else "silu,lora,silu_all"
+    names = "silu,gelu,mix,lora,silu_all" if sharded == "sharded" else "silu,lora,silu_all"
     done = subprocess.run(
         [sys.executable, str(script), str(folder), sharded, names, json.dumps(PROMPTS), str(TOKENS)],
         capture_output=True, text=True, check=False, timeout=500, env=os.environ | SETTINGS,
@@ -282,52 +249,3 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
             assert "start vLLM with --fully-sharded-loras" in answers[name]
         else:
             assert answers[name] == [tokens for tokens, _ in wanted[name]], name
-
-
-def test_a_wrapper_that_passes_the_gate_by_is_found_out():
-    from types import SimpleNamespace
-
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    from cera_train.serving import vllm as plugin
-
-    class Fused(PunicaWrapperCPU):
-        def add_lora_linear(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **more):
-            slot = self.token_lora_indices[0]
-            y += x @ lora_a_stacked[0][slot, 0].T @ lora_b_stacked[0][slot, 0].T
-
-    config = SimpleNamespace(max_loras=2, max_lora_rank=8, lora_dtype=torch.float32)
-    for kind, sound in ((PunicaWrapperCPU, ["identity", "silu", "relu", "gelu"]), (Fused, ["identity"])):
-        wrapper = plugin.gated_wrapper(kind, 16, max_batches=4, device="cpu", lora_config=config)
-        for slot in (0, 1):
-            assert [name for code, name in enumerate(plugin.GATES) if wrapper.computes(slot, code)] == sound
-
-
-def test_the_compiled_wrapper_takes_a_batch_of_other_gates():
-    """A graph that was made for a batch of LoRA serves CeRA: the codes are data of the graph, not branches."""
-    from types import SimpleNamespace
-
-    from vllm.lora.layers import LoRAMapping
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    from cera_train.serving import vllm as plugin
-
-    config = SimpleNamespace(max_loras=3, max_lora_rank=4, lora_dtype=torch.float32)
-    wrapper = plugin.gated_wrapper(PunicaWrapperCPU, 16, max_batches=4, device="cpu", lora_config=config)
-    wrapper.slot_codes[:3] = torch.tensor([0, 1, 2])
-    A, B, x = torch.randn(3, 1, 4, 8), torch.randn(3, 1, 8, 4), torch.randn(6, 8)
-
-    def add(y):
-        wrapper.add_lora_linear(y, x, (A,), (B,), 1.0, (8,))
-        return y
-
-    compiled = torch.compile(add, fullgraph=True, backend="eager")
-    for ids in ((1, 1, 1, 1, 1, 1), (3, 2, 1, 0, 2, 3)):
-        wrapper.update_metadata(LoRAMapping(ids, ids, is_prefill=False), [1, 2, 3], 4, 8)
-        gates = [plugin.formula(name) for name in ("identity", "silu", "relu")]
-        rows = [
-            gates[slot](row @ A[slot, 0].T) @ B[slot, 0].T if slot >= 0 else torch.zeros(8)
-            for row, slot in zip(x, (number - 1 for number in ids), strict=True)
-        ]
-        wanted = torch.stack(rows)
-        torch.testing.assert_close(compiled(torch.zeros(6, 8)), wanted)

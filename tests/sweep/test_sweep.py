@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -264,6 +265,44 @@ def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, monkeypat
     assert len(counted) == 2
 
 
+@pytest.fixture
+def answered(monkeypatch):
+    """Runs that train nothing and finish: the higher the rank, the lower the perplexity, and the accuracy too."""
+
+    def launch(config: Config) -> dict:
+        folder, rank = Path(config.output_dir) / config.name, config.adapter.r
+        result = {"updates": 20, "eval/perplexity": 1 + 1 / rank, "gsm8k/exact": 1 / rank, "seconds": 60.0 * rank}
+        path = make_job(folder.parent, folder.name, 1.5) / "result.json"
+        path.write_text(json.dumps(result))
+        return result
+
+    monkeypatch.setattr("cera_train.training.launch.launch", launch)
+
+
+@pytest.mark.parametrize(
+    ("metric", "best", "shown"),
+    [("eval/perplexity", 8, "1.125"), ("gsm8k/exact", 2, "50.0%"), ("seconds", 2, "120.000")],
+)
+def test_the_metric_decides_which_job_is_best(tmp_path, monkeypatch, capfd, answered, metric, best, shown):
+    command = ["-m", "adapter.r=4,2,8", "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
+    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    label, output = metric.removeprefix("eval/"), capfd.readouterr().out
+    assert re.search(rf"updates +{label}\n", output)
+    assert re.search(rf"\nadapter.r={best} +finished +20/20 +{shown}  best\n", output)
+    assert output.endswith(f"best       outputs/mine/adapter.r={best}: {label} {shown}\n")
+    cera_sweep(monkeypatch, "outputs/mine")  # it needs no setting
+    assert capfd.readouterr().out == output[output.rindex("sweep      outputs") :]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval/perplexity", 1.125), ("gsm8k/exact", 0.5)])
+def test_optuna_gets_the_metric_and_its_direction(tmp_path, monkeypatch, answered, metric, best):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
+    sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
+    command = ["-m", *sampler, "adapter.r=4,2,8", "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
+    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert yaml.safe_load((tmp_path / "outputs/mine/optimization_results.yaml").read_text())["best_value"] == best
+
+
 def test_jobs_of_an_earlier_version_are_found_under_their_long_names(tmp_path, monkeypatch, counted):
     """It named a job by every choice, and sweep.json had no fixed settings."""
     sweep = tmp_path / "outputs" / "mine"
@@ -286,6 +325,10 @@ def test_jobs_of_an_earlier_version_are_found_under_their_long_names(tmp_path, m
         (["+sweep=rank_lr", "optimizer.lrr=1,2"], "optimizer.lrr=1,2: unknown setting optimizer.lrr"),
         (["adapter.r=4,8", f"name={'x' * 300}"], "300 bytes are too long for a folder"),
         (["optimizer.lr=interval(1,2)"], "needs a sweeper that draws: hydra/sweeper=optuna"),
+        (["adapter.r=4,8", "sweep.metric=gsm8k/exact"], "no job has this figure: add train.tasks=[gsm8k]."),
+        (["adapter.r=4,8", "sweep.metric=gsm8k/rank", "train.tasks=[gsm8k]"], "gsm8k/rank: no job has this figure"),
+        (["adapter.r=4,8", "sweep.metric=best_update"], "choose one of eval/perplexity, best_perplexity, seconds,"),
+        (["adapter.r=4,8", "train.tasks=[gsm9k]"], "train.tasks=[gsm9k]: there is no such task"),
         (["adapter.r=4,8", "launch.detach=true"], "launch.detach=true is for jobs that run elsewhere"),
         (["adapter.r=4,8", "hydra/launcher=slrum"], "hydra/launcher=slrum: unknown launcher 'slrum'"),
     ],
@@ -376,7 +419,7 @@ def test_optuna_minimises_the_perplexity_and_counts_a_failure(sweep_here):
     assert [job.state for job in jobs] == ["finished"] * 3
     (best,) = best_jobs(jobs)
     found = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
-    assert found["best_value"] == best.perplexity == min(job.perplexity for job in jobs)
+    assert found["best_value"] == best.value == min(job.value for job in jobs)
     assert f"optimizer.lr={found['best_params']['optimizer.lr']}" in best.choices
     assert f"best       outputs/tiny/{best.name}: perplexity" in output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     assert list(jobs) == names  # in the order of the grid
     assert [job.state for job in jobs.values()] == ["finished", "cut", "failed", "failed", "waiting"]
     assert [(job.done, job.total) for job in jobs.values()] == [(20, 20), (5, 20), (5, 20), (None, None), (None, None)]
-    assert [job.perplexity for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
+    assert [job.value for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
     assert jobs["adapter.r=8"].error == "the loss is not finite"
 
 
@@ -81,6 +82,24 @@ def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
     make_job(tmp_path, names[2], path="a")
     make_job(tmp_path, names[3], 3.5, path="b")
     assert [job.name for job in best_jobs(read_sweep(tmp_path))] == [names[1], names[3]]
+
+
+def test_by_accuracy_the_highest_is_best_whatever_the_rows_and_one_without_it_is_not(tmp_path):
+    names = ["data=a,adapter.r=2", "data=a,adapter.r=4", "data=b,adapter.r=2", "data=b,adapter.r=4"]
+    record_sweep(tmp_path, *names)
+    record = json.loads((tmp_path / RECORD).read_text())
+    metric = {"key": "gsm8k/exact", "higher_is_better": True}
+    (tmp_path / RECORD).write_text(json.dumps(record | {"metric": metric}))
+    for name, figures in zip(names, ({"gsm8k/exact": 0.25}, {"gsm8k/exact": 0.5}, {}, None), strict=True):
+        folder = make_job(tmp_path, name, path=name[5])
+        if figures is None:
+            with (folder / "metrics.jsonl").open("w") as file:
+                file.write('{"update": 4, "eval/perplexity": 9, "gsm8k/exact": 0.75}\n{"update": 5, "train/loss": 1}\n')
+        else:
+            (folder / "result.json").write_text(json.dumps({"updates": 20, "eval/perplexity": 2.0} | figures))
+    jobs = read_sweep(tmp_path)
+    assert [job.value for job in jobs] == [0.25, 0.5, None, 0.75]
+    assert [job.name for job in best_jobs(jobs)] == [names[1]]
 
 
 def test_the_table_is_aligned_and_names_what_differs(tmp_path, monkeypatch, capsys):

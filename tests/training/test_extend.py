@@ -147,10 +147,8 @@ def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypa
             train(config)
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
-    assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == {
-        *extension.STAYS,
-        *extension.ENDS_RUN,
-    }
+    expected = {*extension.STAYS, *extension.ENDS_RUN} - {"samples.jsonl"}  # this run has none
+    assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == expected
 
 
 @pytest.mark.parametrize("flag", [[], ["train.extend=true"]])
