@@ -78,6 +78,11 @@ class AdapterConfig:
     """The PEFT method of `kind=peft`: a name of peft.PeftType, such as MISS."""
     settings: Any = setting(None, "result", binds_checkpoint=True)
     """Further fields of the PEFT config, such as {init_weights: bat}. null: none."""
+    start_from: str | None = setting(None, "result")
+    """cera, lora, rslora, dora: the folder of a finished run or of an adapter (RUN/best) whose weights a new run starts
+    with, in place of random ones. The optimizer starts anew. null: none."""
+    start_digest: str | None = setting(None, "result")
+    """Digest of those weights. cera-train fills it in."""
     b_lr_ratio: float = setting(1.0, "result")
     """Learning rate of B over that of A. Above 1: LoRA+ (arXiv 2402.12354)."""
     kernels: Kernels = setting(Kernels.auto, "result")
@@ -173,6 +178,7 @@ UNSET = {
     "layers": (None, "a choice of layers"),
     "method": (None, "a method for adapter.kind=peft"),
     "settings": ({}, "for PEFT's config"),
+    "start_from": (None, "an adapter to start from"),
     "b_lr_ratio": (1, "a ratio for the learning rate of B"),
     "kernels": (Kernels.auto, "a choice for the gate of cera"),
 }

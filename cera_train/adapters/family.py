@@ -72,6 +72,8 @@ class Family(ABC):
     """Whether it adds nothing but `add_branch`, so that several runs can train on one base together."""
     b_matrix: ClassVar[str | None] = None
     """The module that holds B, for `adapter.b_lr_ratio`."""
+    alpha_field: ClassVar[str] = "alpha"
+    """The field of PEFT's config that holds `adapter.alpha`."""
 
     def title(self, config: Any) -> str:
         """The name of a config's method."""
@@ -79,6 +81,10 @@ class Family(ABC):
 
     def check(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
         """Raises UserError where settings contradict each other. Imports no torch."""
+
+    def default_alpha(self, r: int) -> float | None:
+        """The alpha of adapter.alpha=null, as PEFT's config has it."""
+        return None
 
     def peft_config(self, config: Any) -> peft.PeftConfig | None:
         """The config of PEFT's; None without an adapter. Raises UserError for settings that PEFT refuses."""

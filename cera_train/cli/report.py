@@ -36,7 +36,7 @@ def report() -> None:
         require(output is None, f"--output={output}: disagree writes no files: leave it out.")
         disagree(*folders[1:], task)
     else:
-        from cera_train.report.page import say_report, write_report
+        from cera_train.report.page import mirror_report, say_report, write_report
 
         require(
             task is None, f"--task={task} is for cera-report disagree A B: a report shows every task. Leave it out."
@@ -44,4 +44,6 @@ def report() -> None:
         output = output or Path("report")
         is_free = output.is_dir() or not output.exists()
         require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
-        say_report(write_report(folders, output))
+        report = write_report(folders, output)
+        say_report(report)
+        mirror_report(report)

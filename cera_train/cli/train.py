@@ -22,6 +22,7 @@ from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.subject import find_start
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
@@ -72,13 +73,17 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     if job is None:
         refuse_sweeps_folder(Path(config.output_dir) / config.name)
     else:
-        config = replace(config, output_dir=str(job.sweep), name=job.name)
+        tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
+        config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
     if not is_as_published(overrides):
         config = replace(config, published={})
-    if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more
+    has_result = (Path(config.output_dir) / config.name / "result.json").exists()
+    if config.train.extend or not has_result:  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
         check_data(config.data)
         check_tasks(config.train.tasks, config.train.changes_of_task, config.data)
+    if config.adapter.start_from is not None and not (Path(config.output_dir) / config.name / "config.yaml").exists():
+        find_start(config.adapter)
     return config
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +139,18 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
+def lock_folder(path: Path, writer: str, root: Path | None = None, seconds: float = LOOK_SECONDS) -> FileLock:
     """Makes a folder if needed, and locks it by a file `.lock` in it. The holder unlinks that file before it releases
     the lock: the next writer then opens a new file.
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
         root: no link may lead out of this folder. None: `path`.
+        seconds: how long to wait for another writer.
     """
     root = root or path
     on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]
-    inside = (Path(folder, name) for folder, *kinds in os.walk(path) for name in itertools.chain(*kinds))
-    check_links(root, itertools.chain(on_the_way, inside))
+    check_links(root, itertools.chain(on_the_way, _inside(path)))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
@@ -159,7 +159,7 @@ def lock_folder(path: Path, writer: str, root: Path | None = None) -> FileLock:
         ) from error
     lock = FileLock(path / ".lock")
     try:
-        lock.acquire(timeout=LOOK_SECONDS)
+        lock.acquire(timeout=seconds)
     except Timeout:
         raise UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...") from None
     return lock
@@ -175,6 +175,15 @@ def is_locked(path: Path) -> bool:
     except OSError:  # held, or another user's
         return True
     return False
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    """Every file and folder below a folder. Left out is what W&B recorded in wandb/PART/: it links its log to the
+    user's cache, and writes to a new folder each time."""
+    for folder, folders, names in os.walk(path):
+        yield from (Path(folder, name) for name in itertools.chain(folders, names))
+        if Path(folder) == path / "wandb":
+            folders.clear()
 
 
 def config_dir(name: str) -> Path:

@@ -28,6 +28,7 @@ from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.mirror import mirror_evaluation
 from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
@@ -76,13 +77,16 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             print_line("evaluate", measured)
         accelerator.wait_for_everyone()
         result = folder.result() if folder.is_finished() else None
-        if result is None:
+        is_new = result is None
+        if is_new:
             measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
             result = measure(Evaluation(task, config, subject, folder, accelerator))
             if is_main:
                 write_result(folder, result)
         if is_main:
             console.print_evaluation(task, result, path)
+        if is_main and is_new:
+            mirror_evaluation(folder)
         return result
 
 
@@ -254,6 +258,8 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         else:
             write_result(folder, result)
         console.print_evaluation(task, result, path)
+        if not result["missing"]:
+            mirror_evaluation(folder)
         return result
 
 

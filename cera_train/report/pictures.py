@@ -140,7 +140,7 @@ def _curves(runs: Sequence[Run]) -> dict[str, Picture | str]:
         ),
         "Evaluation curves": _curve(
             runs, "evaluation-curves", "Perplexity during training", ("update", "perplexity"), perplexities,
-            "On the evaluation rows; update 0 is the untouched base model."
+            "On the evaluation rows; update 0 is before training."
             + incomparable * (len(group_by(evaluated, comparable)) > 1),
             "no run has a metrics.jsonl with evaluations", from_zero=False,
         ),

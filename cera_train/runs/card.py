@@ -101,10 +101,12 @@ def _trained(config: Config, result: RunResult) -> dict[str, str]:
     modules = targets or "" if isinstance(targets, str | None) else ", ".join(targets)
     places = " and ".join(filter(None, (modules, adapter.adapted_experts)))
     where = f" on {places}" if places else ""
+    start = {"Starts from": f"{adapter.start_from}, digest {adapter.start_digest}"} if adapter.start_from else {}
     return {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
         "Adapter": f"{adapter.title}{rank}{where}",
+        **start,
         "Trainable parameters": f"{result.trainable_parameters:,}",
         "Data": " + ".join(_rows(part) for _, part in config.data.parts()),
         "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
@@ -123,8 +125,9 @@ def _rows(data: DataConfig) -> str:
 def _measured(
     config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]
 ) -> dict[str, str]:
+    before = "untouched base" if config.adapter.start_from is None else "before the first update"
     rows = {
-        "Perplexity, untouched base": f"{result.perplexity_before:.3f}",
+        f"Perplexity, {before}": f"{result.perplexity_before:.3f}",
         "Perplexity": f"{result.perplexity:.3f}",
     }
     if (mean := result.spectrum.effective_rank_mean) is not None:

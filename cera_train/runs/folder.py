@@ -36,11 +36,9 @@ from cera_train.config import Config
 from cera_train.data.batches import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
+from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.recorded_config import differences
-from cera_train.runs.results import Environment, EvaluationMetrics, RunResult, Sample
-
-LOGS = ("metrics.jsonl", "spectra.jsonl", "samples.jsonl")
-"""Files that grow by lines, each with the number of its update."""
+from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult, Sample
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
@@ -130,6 +128,12 @@ class RunFolder:
         path = self.path / "result.json"
         return RunResult.read(path) if path.exists() else None
 
+    def standing_result(self) -> RunResult | None:
+        """The result of a finished run that `train.extend` does not make longer."""
+        result = self.result()
+        is_extended = result is not None and self.config["train"]["extend"] and self._differences(self.path)
+        return None if is_extended else result
+
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
         found = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
@@ -163,7 +167,7 @@ class RunFolder:
             if self.checkpoints() or self.result() is not None:
                 self.check_same_config()
             return
-        if self.result() is not None:
+        if self.result() is not None or (resume == "never" and ends(self.path)):
             raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
         if resume == "never":
             return
@@ -176,19 +180,33 @@ class RunFolder:
             self.check_compatible(checkpoint)
 
     def check_same_config(self) -> None:
-        """Raises UserError where the folder was begun with a config that changes the result."""
-        different = self._differences(self.path)
+        """Raises UserError where the folder was begun with a config that changes the result, unless `train.extend`
+        makes it longer and nothing else."""
+        different, checkpoint = self._differences(self.path), self.checkpoints()[-1:]
         if not different:
             return
+        is_longer = different.keys() <= set(LENGTH) and bool(checkpoint)
+        if is_longer and self.config["train"]["extend"]:
+            check_extension(self.path, self.config["train"], self._is_out_of_patience(*checkpoint))
+            return
         mend = "Choose another name=..., or set these back to go on with it."
-        if "train.max_updates" in different or "train.epochs" in different:
-            checkpoint = self.checkpoints()[-1:]
+        if different.keys() & set(LENGTH):
+            here = "add train.extend=true, or " if is_longer and self.result() is not None else ""
+            mend = "Its result stands. " if here else ""
             longer = f"train.resume={checkpoint[0]} name=NEW" if checkpoint else "another name"
-            mend = f"To train longer, go on from its checkpoint in a new folder: {longer}."
+            mend += f"To train longer, {here}go on from its checkpoint in a new folder: {longer}."
         raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
+
+    def _is_out_of_patience(self, checkpoint: Path) -> bool:
+        path = checkpoint / "progress.json"
+        return path.is_file() and Progress.read(path).out_of_patience(self.config["train"]["patience"])
 
     def check_compatible(self, checkpoint: Path) -> None:
         """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""
+        if (start := self.config["adapter"]["start_from"]) is not None:
+            raise UserError(
+                f"adapter.start_from={start} and train.resume={checkpoint} both bring an adapter: leave one out."
+            )
         binding = {leaf.key for leaf in leaves(Config) if leaf.field.metadata["binds_checkpoint"]}
         if different := [text for key, text in self._differences(checkpoint).items() if key in binding]:
             raise UserError(

@@ -67,7 +67,7 @@ class RunResult(Record):
     """result.json of a run, written last: a folder that has it is finished."""
 
     perplexity: float | None = key("eval/perplexity")  # after the last update
-    perplexity_before: float | None = None  # the perplexity of the untouched base model
+    perplexity_before: float | None = None  # before the first update: as a rule, that of the untouched base model
     best_perplexity: float | None = None
     best_update: int | None = None
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
@@ -157,6 +157,9 @@ def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None
 
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
+
+LOGS = ("metrics.jsonl", "spectra.jsonl", "samples.jsonl")
+"""Files that grow by lines, each with the number of its update."""
 
 
 @dataclass

@@ -7,7 +7,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.family import family_that_wrote, is_saved_in
+from cera_train.adapters.start import check_start
 from cera_train.common.errors import UserError
 from cera_train.config import Config
 from cera_train.evaluation.config import EvalConfig
@@ -50,12 +52,7 @@ def find_subject(config: EvalConfig) -> Subject:
         name = Path(config.model.path).name.removeprefix("pypi:")
         return Subject(Path(config.output_dir) / f"base-{name}", config.model)
     folder = Path(config.run)
-    if is_saved_in(folder):
-        root, adapter = run_of(folder), folder
-    else:
-        root, adapter = folder, folder / "adapter"
-        _check_finished(folder)
-    check_adapter(adapter)
+    root, adapter = find_adapter(folder)
     if root is None:  # an adapter from anywhere
         return Subject(folder, config.model or base_of(folder, config.trust_remote_code), folder)
     run = load_config(root / "config.yaml")
@@ -67,16 +64,36 @@ def find_subject(config: EvalConfig) -> Subject:
     return Subject(root, config.model or run.model, adapter, run)
 
 
-def _check_finished(folder: Path) -> None:
+def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]:
+    """The run and the adapter's folder that a setting names: a finished run's, or an adapter's, which may be of no run.
+    Raises UserError where there is none."""
+    if is_saved_in(folder):
+        root, adapter = run_of(folder), folder
+    else:
+        root, adapter = folder, folder / "adapter"
+        _check_finished(folder, setting)
+    check_adapter(adapter)
+    return root, adapter
+
+
+def find_start(config: AdapterConfig) -> Path:
+    """The folder of the adapter that `adapter.start_from` names. Raises UserError where there is none, or one that does
+    not fit the settings."""
+    root, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
+    check_start(config, adapter, load_config(root / "config.yaml").adapter if root is not None else None)
+    return adapter
+
+
+def _check_finished(folder: Path, setting: str) -> None:
     """Refuses a folder that is not that of a finished run with its adapter."""
     if not (folder / "config.yaml").is_file():
         what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
         raise UserError(
-            f"run={folder} {what}: expected a folder that cera-train left (with config.yaml), an adapter's folder "
-            "(with adapter_config.json), or base."
+            f"{setting}={folder} {what}: expected a folder that cera-train left (with config.yaml) or an adapter's "
+            f"folder (with adapter_config.json){', or base' * (setting == 'run')}."
         )
     if not (folder / "result.json").is_file():
-        best = f", or evaluate its best adapter so far, run={folder}/best" if (folder / "best").is_dir() else ""
+        best = f", or take its best adapter so far, {setting}={folder}/best" if (folder / "best").is_dir() else ""
         raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
     if not is_saved_in(folder / "adapter"):
         raise UserError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")

@@ -32,7 +32,9 @@ from cera_train.config import Config
 from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
+from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.subject import find_start
 from cera_train.sweep.metric import sweep_metric
 from cera_train.tasks.config import known_tasks
 from cera_train.tasks.named import check_tasks
@@ -139,7 +141,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
             is missing or of an unknown kind.
     """
     loader = GlobalHydra.instance().config_loader()
-    fine: set[str] = set()
+    sweep, fine = Path(config.hydra.sweep.dir), set()
     failed: dict[str, Exception] = {}
     tries = Counter()
     for job in jobs:
@@ -149,13 +151,15 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
         try:
             run = compose(loader.load_sweep_config(config, values))
             sweep_metric(run.sweep.metric, run.train.tasks)
+            if run.adapter.start_from is not None and not (sweep / job["name"] / "config.yaml").exists():
+                find_start(run.adapter)
         except UserError as error:
             for value in values:
                 failed.setdefault(value, error)
                 tries[value] += 1
             continue
         fine.update(values)
-        if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
+        if not (sweep / job["name"] / "result.json").exists():  # else it reads them no more
             check_model(run.model.path)
             data_files(run.data)
             check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
@@ -217,8 +221,11 @@ def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str
     ]
     recipes = [word.lstrip("+") for word in single if key_of(word) == "recipe"]
     fixed = redact_tree(sorted([*choices_of(single), *recipes]))
-    before = fixed_of(earlier)
-    if before is not None and (other := [choice for choice in before if key_of(choice) not in swept]) != fixed:
+    before, may_differ = fixed_of(earlier), LENGTH if config.train.extend else ()
+    if before is not None and (
+        (other := [choice for choice in before if key_of(choice) not in (*swept, *may_differ)])
+        != [choice for choice in fixed if key_of(choice) not in may_differ]
+    ):
         raise UserError(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(other) or 'none'}; here "
             f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."

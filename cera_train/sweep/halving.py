@@ -45,6 +45,11 @@ def begin_halving(config: DictConfig, compose: Callable[[DictConfig], Config]) -
         not config.launch.detach,
         "launch.detach=true: a halving waits for its jobs, to decide between rungs. Leave it out.",
     )
+    require(
+        not config.train.extend,
+        "train.extend=true: a halving decides between jobs of one length. Leave it out, and extend the jobs that are "
+        "left without hydra/sweeper=halving.",
+    )
 
     def check(record: dict[str, Any]) -> None:
         check_grid([job["overrides"] for job in record["jobs"]], rules)

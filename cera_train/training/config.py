@@ -118,6 +118,9 @@ class TrainConfig:
     """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl. Without tasks the
     prompts are those of the first evaluation rows."""
     seed: int = setting(0, "result", binds_checkpoint=True)
+    extend: bool = setting(False, "nothing")
+    """Where the run's folder is finished and epochs or max_updates is larger now, go on to that length;
+    RUN/ends/UPDATE keeps the run as it ended."""
     resume: str = setting("auto", "nothing")
     """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse to overwrite a
     finished run; a checkpoint's folder: go on from that."""
@@ -166,5 +169,7 @@ class TrackerConfig:
     project: str = setting("cera-train", "nothing")
     entity: str | None = setting(None, "nothing")
     """W&B team or user."""
+    group: str | None = setting(None, "nothing")
+    """W&B's group of runs. null: the sweep's name; none for a run outside a sweep."""
     log_adapter: bool = setting(False, "nothing")
     """Upload the final adapter as an artifact (wandb)."""

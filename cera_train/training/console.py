@@ -28,6 +28,9 @@ from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.lines import describe_rank, describe_tasks, describe_update
 from cera_train.runs.results import RunResult, UpdateMetrics
+from cera_train.training.config import Schedule
+from cera_train.training.optimizer import learning_rate
+from cera_train.training.start import describe_start
 
 if TYPE_CHECKING:
     from cera_train.training.session import Arm, Session
@@ -51,6 +54,21 @@ def print_start(session: Session) -> None:
         print_line("answers", plan)
 
 
+def describe_extension(arm: Arm) -> str:
+    """Where a finished run goes on, and whether as an uninterrupted run would."""
+    done, updates, optimizer = arm.progress.update, arm.updates, arm.config.optimizer
+    end = arm.folder.result().updates
+    text = f"{arm.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}"
+    if optimizer.schedule == Schedule.constant and not optimizer.warmup_ratio:
+        return f"{text}. It goes on as one run of {updates:,} updates"
+    last, following = (learning_rate(optimizer, *place) for place in ((end - 1, end), (done, updates)))
+    return (
+        f"{text}. With schedule={optimizer.schedule} warmup_ratio={optimizer.warmup_ratio:g} the learning rate follows "
+        f"from the number of updates: it was {last:.2g} at the end and goes on at {following:.2g}, and one run of "
+        f"{updates:,} updates would have had others"
+    )
+
+
 def print_model(session: Session) -> None:
     model, arm, precision = session.config.model, session.arms[0], session.precision
     frozen = arm.total_count - arm.trainable_count
@@ -70,6 +88,8 @@ def print_adapter(arm: Arm) -> None:
     for them in vain."""
     adapter, model = arm.config.adapter, arm.model
     print_line("adapter", f"{describe_adapter(adapter)}: {arm.trainable_count:,} trainable")
+    if adapter.start_from is not None and arm.progress.update == 0:
+        print_line("start", describe_start(adapter, arm.session.base_fingerprint))
     if (reason := why_no_spectrum(model)) is not None:
         print_line("spectrum", f"none: {reason}")
     is_all = adapter.target_modules == "all-linear"
@@ -192,7 +212,8 @@ def next_commands(config: Config, folder: str) -> dict[str, str]:
     """What to do with a run's folder: ask the model something, compare it, look at it."""
     task = "logistic_map" if config.data.layout == Layout.logistic_map else "perplexity"
     other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
-    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in ("adapter", "name")]
+    dropped = ("adapter", "name", "adapter.start_from", "train.extend")
+    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in dropped]
     started = Path(sys.argv[0])
     scripts = started.parent if started.name == "cera-train" else sysconfig.get_path("scripts")
     bin = "" if shutil.which("cera-train") else f"{scripts}/"  # `make` starts .venv/bin/cera-train

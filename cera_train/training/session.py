@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from cera_train.adapters import build as adapters
 from cera_train.adapters.config import Kernels
 from cera_train.adapters.together import JoinedAdapter, SharedLoss, twin
-from cera_train.common.terminal import ProgressBar
+from cera_train.common.terminal import ProgressBar, print_line
 from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder, SharedMicroBatches
 from cera_train.data.prepare import prepare_data
@@ -32,12 +32,15 @@ from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
+from cera_train.runs.extension import keep_end
 from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
+from cera_train.runs.tracking import Tracker, start_tracker
+from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
+from cera_train.training.start import load_start, settle_start
 from cera_train.training.tasks import Exams
-from cera_train.training.tracking import Tracker, start_tracker
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
@@ -53,6 +56,7 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
         adapter = replace(adapter, kernels=begun.adapter.kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
+    adapter = settle_start(adapter, begun.adapter)
     return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
 
 
@@ -196,6 +200,8 @@ class Arm:
             self.progress, moments = load_checkpoint(resume_from, self.model, session.data.train.digest)
             if not self.goes_on_here:
                 self.progress.forget_best()  # that adapter lies in another folder
+        elif config.adapter.start_from is not None:
+            load_start(self.model, config.adapter)
 
         groups = adapters.parameter_groups(self.model, config.adapter)
         self.optimizer = build_optimizer(groups, config.optimizer, team.device)
@@ -229,6 +235,9 @@ class Arm:
         session, folder, done = self.session, self.folder, self.progress.update
         if not session.team.is_main:
             return
+        if folder.result() is not None:  # by train.extend: else there would be nothing to begin
+            print_line("extend", console.describe_extension(self))
+            keep_end(folder.path)
         folder.rewind(done if self.goes_on_here else None)
         precision, fingerprint = self.run.precision, session.base_fingerprint
         folder.write_config(environment(session.team.processes, fingerprint, self.updates, precision))

@@ -325,7 +325,7 @@ def finish(arm: Arm) -> dict[str, Any]:
 
 def finished_result(folder: RunFolder) -> dict[str, Any] | None:
     """What a finished run left, printed in a line."""
-    result = folder.result()
+    result = folder.standing_result()
     if result is None:
         return None
     if folder.is_main:
@@ -338,7 +338,7 @@ def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
     be overwritten or has another config, or only damaged checkpoints."""
     folder.check_may_run(resume)
     if resume == "auto":
-        return None if folder.result() is not None else folder.last_sound_checkpoint()
+        return None if folder.standing_result() is not None else folder.last_sound_checkpoint()
     if resume == "never":
         return None
     if (damage := find_damage(Path(resume))) is not None:

@@ -325,7 +325,7 @@ def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path,
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
 HURRIED = """
-from cera_train.training import tracking
+from cera_train.runs import tracking
 tracking.INIT_SECONDS, tracking.FINISH_SECONDS = 3, 5
 from cera_train.cli.train import main
 main()
@@ -412,7 +412,7 @@ def test_a_tracker_without_a_folder_to_write_to_is_left_out(tmp_path, disk, star
     assert attempt.wait() == 0, attempt.errors
     (line,) = attempt.errors.splitlines()
     assert "tensorboard failed and is left out" in line
-    assert line.endswith("Everything is in metrics.jsonl.")
+    assert line.endswith("Everything is in the run's folder.")
     assert not list(folder.iterdir())
     assert_unharmed(tmp_path / "outputs" / "run", uninterrupted)
 

@@ -416,6 +416,7 @@ def test_links_within_a_run_and_to_a_run_are_fine(tmp_path):
     run = tmp_path / "disk" / "run"
     (run / "wandb" / "run-1").mkdir(parents=True)
     (run / "wandb" / "latest-run").symlink_to("run-1")
+    (run / "wandb" / "run-1" / "debug-core.log").symlink_to(tmp_path)  # W&B's, to a log in the user's cache
     (tmp_path / "outputs").symlink_to(tmp_path / "disk")
     with RunFolder(tmp_path / "outputs" / "run", {}) as folder:
         folder.append_metrics({"update": 1})

@@ -418,6 +418,7 @@ def test_hydra_runs_a_halving_by_its_launcher(tmp_path, monkeypatch, capfd):
         (["train.max_updates=100,20"], "hydra.sweeper.first=20: a job has train.max_updates=20"),
         (["hydra.sweeper.first=null"], "hydra.sweeper.first=null: expected the updates of the first rung, such as"),
         (["train.stop_at=5"], "train.stop_at=5: halving itself stops jobs"),
+        (["train.extend=true"], "train.extend=true: a halving decides between jobs of one length"),
         (["launch.detach=true", "hydra/launcher=slurm_gpu"], "launch.detach=true: a halving waits for its jobs"),
         (["hydra.sweeper.fist=20"], "unknown setting hydra.sweeper.fist"),
     ],

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from made_runs import make_run
 from made_sweeps import cera_sweep, cera_train, make_job, record_sweep, states
 
 from cera_train.config import Config
@@ -159,7 +160,35 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
         ("outputs/main", "recipe=math_dora_r64"),
     ]
     assert [bool(config.published) for config in seen] == [True, True]  # they are as published
+    assert [config.tracker.group for config in seen] == ["main", "main"]
     assert not (sweep_here / "outputs" / "math_r64").exists()
+
+
+def test_a_sweep_is_extended_as_a_whole(sweep_here, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        "cera_train.training.launch.launch", lambda config: seen.append(config.train) or {"eval/perplexity": 1.5}
+    )
+    jobs = ["adapter.r=4,8", "adapter=cera", "adapter.activation=silu"]
+    assert cera_train(monkeypatch, sweep_here, *TINY, *jobs, "train.max_updates=6") == 1  # nothing is finished
+    longer = [*TINY, *jobs, "train.max_updates=12"]
+    assert cera_train(monkeypatch, sweep_here, *longer) == 2
+    assert "holds a sweep with other fixed settings" in capsys.readouterr().err
+    assert cera_train(monkeypatch, sweep_here, *longer, "train.extend=true") == 1
+    assert [(train.max_updates, train.extend) for train in seen] == [(6, False)] * 2 + [(12, True)] * 2
+    assert cera_train(monkeypatch, sweep_here, *longer) == 1  # the record has the new length
+
+
+def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, monkeypatch, capsys):
+    texts = {"data.prompt": "{question}", "data.completion": "{answer}"}
+    first = make_run(sweep_here / "first", **texts)  # r=64
+    (first / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (first / "adapter" / name).write_text('{"peft_type": "CERA"}')
+    monkeypatch.setattr("cera_train.training.launch.launch", lambda config: pytest.fail("a job began"))
+    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
+    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments) == 2
+    assert "adapter.start_from=first: adapter.r is 64 there, 4 here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

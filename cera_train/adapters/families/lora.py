@@ -17,13 +17,17 @@ class Lora(RankedPeft):
     name = "LoRA"
     joins = True
     b_matrix = "lora_B"
+    alpha_field = "lora_alpha"
 
     variant: str | None = None
     """The name of PEFT's class that replaces LoRA's forward."""
 
+    def default_alpha(self, r: int) -> float:
+        return r
+
     def lora_fields(self, config: Any) -> dict[str, Any]:
         """What makes this kind of LoRA, as fields of PEFT's config."""
-        alpha = config.alpha if config.alpha is not None else config.r
+        alpha = config.alpha if config.alpha is not None else self.default_alpha(config.r)
         return {"lora_alpha": alpha, "use_rslora": False, "use_dora": False}
 
     def peft_config(self, config: Any) -> peft.PeftConfig:

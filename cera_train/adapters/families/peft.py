@@ -28,6 +28,11 @@ REPLACES_BASE = ("pissa", "olora", "corda", "lora_ga", "mica")
 """Starts of LoRA's init_lora_weights that take something out of W0."""
 
 
+def replaces_base(start: Any) -> bool:
+    """Whether a value of init_lora_weights takes something out of W0."""
+    return isinstance(start, str) and start.startswith(REPLACES_BASE)
+
+
 class Peft(Family):
     name = "PEFT"
     marker = "adapter_config.json"
@@ -112,8 +117,7 @@ class Peft(Family):
         return isinstance(model, peft.PeftModel)
 
     def keeps_base(self, model: nn.Module) -> bool:
-        start = getattr(model.peft_config[ADAPTER], "init_lora_weights", None)
-        return not (isinstance(start, str) and start.startswith(REPLACES_BASE))
+        return not replaces_base(getattr(model.peft_config[ADAPTER], "init_lora_weights", None))
 
     def why_no_spectrum(self, model: nn.Module) -> str:
         method = model.peft_config[ADAPTER].peft_type.value
@@ -170,11 +174,17 @@ class Peft(Family):
 class RankedPeft(Peft):
     """A method with A and B of a rank, which has a kind of its own."""
 
-    uses = Peft.uses - {"method"} | {"b_lr_ratio"}
+    uses = Peft.uses - {"method"} | {"b_lr_ratio", "start_from"}
     needs_targets = True
 
     def check(self, config: Any) -> None:
         require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
+        start = config.settings.get("init_lora_weights")
+        require(
+            config.start_from is None or not replaces_base(start),
+            f"adapter.start_from={config.start_from}: adapter.settings.init_lora_weights={start} moves a part of W0 "
+            "into fresh weights. Leave one of the two out.",
+        )
 
 
 @contextlib.contextmanager

@@ -11,9 +11,11 @@ from cera_train.adapters.families.lora import Lora
 class RsLora(Lora):
     name = "rsLoRA"
 
+    def default_alpha(self, r: int) -> float:
+        return math.sqrt(r)
+
     def lora_fields(self, config: Any) -> dict[str, Any]:
-        alpha = config.alpha if config.alpha is not None else math.sqrt(config.r)
-        return {"lora_alpha": alpha, "use_rslora": True, "use_dora": False}
+        return super().lora_fields(config) | {"use_rslora": True}
 
 
 FAMILY = RsLora()

@@ -1,0 +1,84 @@
+"""`adapter.start_from`: whether another adapter's weights compute under these settings what they computed under
+theirs. Needs no weights and no torch, so that a mistake is answered before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cera_train.adapters.config import AdapterConfig
+from cera_train.adapters.families.peft import replaces_base
+from cera_train.adapters.family import family, family_that_wrote, kinds
+from cera_train.common.errors import UserError
+
+
+def check_start(config: AdapterConfig, folder: Path, recorded: AdapterConfig | None) -> None:
+    """Raises UserError where the adapter in a folder has another kind, shape, gate or other targets than `config`.
+
+    Args:
+        recorded: the settings of the run that the adapter is of. None: those in its adapter_config.json.
+    """
+    place = f"adapter.start_from={config.start_from}"
+    description = family_that_wrote(folder).description(folder) if recorded is None else {}
+    start = description.get("init_lora_weights") if recorded is None else recorded.settings.get("init_lora_weights")
+    if replaces_base(start):
+        raise UserError(
+            f"{place}: {start} moved a part of W0 into these weights, and they belong to what was left of it. Start "
+            "from an adapter with another init."
+        )
+    wanted, found = fitting(config), described(description) if recorded is None else fitting(recorded)
+    different = [key for key in wanted if wanted[key] != found.get(key)]
+    if "kind" in different:  # the rest follows from it
+        different = ["kind"]
+    if different:
+        values = "; ".join(f"adapter.{key} is {found[key]!r} there, {wanted[key]!r} here" for key in different)
+        raise UserError(f"{place}: {values}. Set what is here to what is there, or start from another adapter.")
+
+
+def fitting(config: AdapterConfig) -> dict[str, Any]:
+    """The settings that decide which tensors an adapter has and what they compute; dropout and draws do not."""
+    alpha = config.alpha if config.alpha is not None else config.family.default_alpha(config.r)
+    plain = ("r", "recurrent_steps", "experts", "expert_r", "layers")
+    return {
+        "kind": str(config.kind),
+        "alpha": alpha,
+        "activation": str(config.activation),
+        "mix": str(config.mix),
+        "target_modules": _in_order(config.target_modules),
+        "target_parameters": _in_order(config.target_parameters),
+        **{name: getattr(config, name) for name in plain},
+        **{f"settings.{name}": config.settings.get(name) or None for name in IN_SETTINGS},
+    }
+
+
+IN_SETTINGS = ("rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def described(description: dict[str, Any]) -> dict[str, Any]:
+    """The same settings of an adapter without a run, from its adapter_config.json."""
+    kind = kind_of(description)
+    if kind not in kinds() or "start_from" not in family(kind).uses:
+        return {"kind": kind}
+    unset = fitting(AdapterConfig(kind, dropout=0))
+    layers = description.get("layers_to_transform")
+    found = unset | {key: description[key] for key in unset if key in description}
+    return found | {
+        "alpha": description.get(family(kind).alpha_field),
+        "target_modules": _in_order(description.get("target_modules")),
+        "target_parameters": _in_order(description.get("target_parameters")),
+        "layers": [layers] if isinstance(layers, int) else layers,
+        **{f"settings.{name}": description.get(name) or None for name in IN_SETTINGS if name != "use_rslora"},
+        "settings.use_rslora": (kind == "cera" and description.get("use_rslora")) or None,
+    }
+
+
+def kind_of(description: dict[str, Any]) -> str:
+    """`adapter.kind` by an adapter_config.json; PEFT's name of the method where no kind is named so."""
+    method = str(description.get("peft_type") or description.get("kind")).lower()
+    variants = ("dora", "rslora") if method == "lora" else ()
+    return next((kind for kind in variants if description.get(f"use_{kind}")), method)
+
+
+def _in_order(names: Any) -> Any:
+    """PEFT keeps a set, whose order in the file has no meaning."""
+    return sorted(names) if isinstance(names, list) else names

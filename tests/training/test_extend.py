@@ -1,0 +1,211 @@
+"""`train.extend`: a finished run trains on as one longer run would have; how it ended before is kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from test_train import adapter_bytes, folder_of, metrics_of, train_and_die_after
+
+from cera_train.common.errors import UserError
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.report.runs import read_runs
+from cera_train.runs import extension
+from cera_train.runs.recorded_config import load_config
+from cera_train.runs.subject import find_adapter
+from cera_train.training.train import train
+
+SHORT, LONG = ["train.max_updates=null", "train.epochs=1"], ["train.max_updates=null", "train.epochs=2"]
+"""5 and 10 updates: 79 rows in batches of 16."""
+EVERY = ["train.eval_every=5", "train.save_every=4", "adapter.dropout=0.3"]
+
+
+def timeless(config) -> list[dict]:
+    timings = {"train/tokens_per_s", "train/seconds"}
+    return [{key: value for key, value in line.items() if key not in timings} for line in metrics_of(config)]
+
+
+@pytest.fixture(scope="module")
+def made(compose, tiny_folder, tmp_path_factory) -> dict[str, Path]:
+    """A finished run of one epoch and one of two."""
+    output = tmp_path_factory.mktemp("made")
+    for name, length in (("short", SHORT), ("whole", LONG)):
+        train(
+            compose(
+                *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+                *("optimizer.lr=1e-2", "train.batch_size=16", *EVERY, *length, f"name={name}", f"output_dir={output}"),
+            )
+        )
+    return {name: output / name for name in ("short", "whole")}
+
+
+@pytest.fixture
+def short(made, tiny_config):
+    """The config of a finished run of one epoch."""
+    config = tiny_config(*EVERY, *SHORT)
+    shutil.copytree(made["short"], folder_of(config))
+    return config
+
+
+@pytest.fixture
+def whole(made, tiny_config):
+    """The config of a finished run of two epochs, which was not cut."""
+    config = tiny_config(*EVERY, *LONG, "name=whole")
+    shutil.copytree(made["whole"], folder_of(config))
+    return config
+
+
+def test_the_bytes_are_those_of_one_longer_run(tiny_config, short, whole, capsys):
+    config = tiny_config(*EVERY, *LONG, "train.extend=true")
+    train(config)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+    assert timeless(config) == timeless(whole)
+    for name in ("best/adapter_model.safetensors", "best/metrics.json", "spectrum.json", "spectra.jsonl"):
+        assert (folder_of(config) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
+    assert (
+        f"extend     {folder_of(config)} from update 5 to 10; as it ended it is kept in ends/5. It goes on as one run "
+        "of 10 updates\n"
+    ) in capsys.readouterr().out
+    recorded = load_config(folder_of(config) / "config.yaml")
+    assert (recorded.train.epochs, recorded.train.extend) == (2, True)
+    assert json.loads((folder_of(config) / "environment.json").read_text())["updates"] == 10
+
+
+@pytest.mark.parametrize("kind", ["adapter=dora", "adapter=cera_mix"])
+def test_so_are_those_of_another_adapter(tiny_config, kind):
+    kind = [kind, "adapter.r=2", "train.batch_size=40", "train.save_every=null"]  # 2 updates an epoch
+    train(tiny_config(*EVERY, *SHORT, *kind))
+    config, whole = (tiny_config(*EVERY, *LONG, *kind, *other) for other in (["train.extend=true"], ["name=whole"]))
+    train(config)
+    train(whole)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+
+
+def test_the_end_so_far_is_a_runs_folder(tiny_config, short):
+    folder = folder_of(short)
+    first = json.loads((folder / "result.json").read_text())
+    (folder / "eval" / "gsm8k").mkdir(parents=True)
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    train(tiny_config(*EVERY, *LONG, "train.extend=true"))
+    end = folder / "ends" / "5"
+    gone = ("checkpoints", "best")
+    assert {path.relative_to(end): path.read_bytes() for path in end.rglob("*") if path.is_file()} == {
+        path: content for path, content in before.items() if path.parts[0] not in gone
+    }
+    assert (end / "eval" / "gsm8k").is_dir()
+    assert not (folder / "eval").exists()  # its answers are those of the earlier adapter
+    assert find_adapter(end) == (end, end / "adapter")
+    run, earlier = read_runs([folder, end])
+    assert (run.figures.updates, earlier.figures.updates) == (10, 5)
+    assert earlier.figures.perplexity == first["eval/perplexity"]
+    assert earlier.files.metrics.last_update == 5
+
+
+def test_the_extended_run_is_evaluated_under_the_same_name(compose, tiny_config, short):
+    folder = folder_of(short)
+    command = [f"run={folder}", "task=perplexity"]
+    before = evaluate(compose(*command, command="eval"))
+    result = train(tiny_config(*EVERY, *LONG, "train.extend=true"))
+    after = evaluate(compose(*command, command="eval"))
+    assert after["perplexity"] == pytest.approx(result["eval/perplexity"], rel=1e-6) != before["perplexity"]
+    assert json.loads((folder / "ends" / "5" / "eval" / "perplexity" / "result.json").read_text()) == before
+
+
+def test_the_extended_run_stands_and_the_short_command_is_refused(tiny_config, short, capsys):
+    config = tiny_config(*EVERY, *LONG, "train.extend=true")
+    train(config)
+    result, stands = json.loads((folder_of(config) / "result.json").read_text()), "Its result stands."
+    for command in (config, tiny_config(*EVERY, *LONG)):
+        capsys.readouterr()
+        assert train(command) == result
+        assert stands in capsys.readouterr().out
+    with pytest.raises(UserError, match="train.epochs was 2, is 1"):
+        train(short)
+
+
+class Cut(Exception):
+    """Stands for the death of the process."""
+
+
+@pytest.mark.parametrize("moved", [0, 4])
+def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypatch, moved):
+    config, calls = tiny_config(*EVERY, *LONG, "train.extend=true"), iter(range(99))
+    folder_of(config).joinpath("eval").mkdir()
+    rename = Path.rename
+
+    def cut(self, target):
+        if Path(target).parent.name == "5" and next(calls) == moved:
+            raise Cut
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", cut)
+        with pytest.raises(Cut):
+            train(config)
+    train(config)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+    expected = {*extension.STAYS, *extension.ENDS_RUN} - {"samples.jsonl"}  # this run has none
+    assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == expected
+
+
+@pytest.mark.parametrize("flag", [[], ["train.extend=true"]])
+def test_an_extension_that_was_cut_is_resumed_with_the_flag_and_without(tiny_config, short, whole, monkeypatch, flag):
+    config = tiny_config(*EVERY, *LONG, "train.extend=true")
+    train_and_die_after(config, 7, monkeypatch)
+    assert not (folder_of(config) / "result.json").exists()
+    train(tiny_config(*EVERY, *LONG, *flag))
+    assert adapter_bytes(config) == adapter_bytes(whole)
+    assert [path.name for path in extension.ends(folder_of(config))] == ["5"]
+
+
+def test_a_run_can_be_extended_twice(tiny_config, whole):
+    for updates in (11, 12):  # 2 epochs are 10
+        config = tiny_config(*EVERY, f"train.max_updates={updates}", "train.extend=true", "name=whole")
+        train(config)
+    assert [path.name for path in extension.ends(folder_of(config))] == ["10", "11"]
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
+
+
+def test_a_schedule_that_depends_on_the_length_is_named(tiny_config, capsys):
+    settings = [*EVERY, "optimizer.schedule=linear"]
+    train(tiny_config(*settings, *SHORT))
+    config = tiny_config(*settings, *LONG, "train.extend=true")
+    train(config)
+    assert (
+        "With schedule=linear warmup_ratio=0 the learning rate follows from the number of updates: it was 0.002 at the "
+        "end and goes on at 0.005, and one run of 10 updates would have had others\n"
+    ) in capsys.readouterr().out
+    rates = [line["train/lr"] for line in metrics_of(config) if "train/lr" in line]
+    assert rates[4:6] == pytest.approx([0.002, 0.005])
+
+
+def test_what_cannot_be_extended_is_refused(tiny_config, short):
+    def refused(message: str, *overrides: str) -> None:
+        with pytest.raises(UserError, match=message) as error:
+            train(tiny_config(*EVERY, *overrides))
+        assert "\n" not in str(error.value)
+
+    folder = folder_of(short)
+    refused("is 4 .5 an epoch.: set more", "train.max_updates=4", "train.epochs=1", "train.extend=true")
+    refused("optimizer.lr was 0.01, is 0.02", *LONG, "optimizer.lr=0.02", "train.extend=true")
+    stands = "holds a run with another config: train.epochs was 1, is 2. Its result stands. To train longer, add "
+    refused(stands + "train.extend=true, or go on from its checkpoint in a new folder: train.resume=", *LONG)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    tree["train"]["patience"] = 1
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    path = folder / "checkpoints" / "5" / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations_since_best": 1}))
+    refused("stopped by train.patience=1, and so would a longer run", *LONG, "train.patience=1", "train.extend=true")
+    (folder / "result.json").unlink()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations_since_best": 0}))
+    longer = [*LONG, "train.patience=1", "train.extend=true"]
+    refused("train.extend=true is for a finished run: let the command that began .* finish it first", *longer)
+
+
+def test_an_extended_run_is_not_begun_anew(tiny_config, short, monkeypatch):
+    train_and_die_after(tiny_config(*EVERY, *LONG, "train.extend=true"), 7, monkeypatch)
+    with pytest.raises(UserError, match="holds a finished run"):
+        train(tiny_config(*EVERY, *LONG, "train.resume=never"))

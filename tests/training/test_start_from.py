@@ -1,0 +1,168 @@
+"""`adapter.start_from`: a new run goes on from another adapter's weights, and from nothing else of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from test_train import adapter_bytes, folder_of, metrics_of, train_and_die_after
+
+from cera_train.common.errors import UserError
+from cera_train.runs.subject import digest_of, find_start
+from cera_train.training.train import train
+
+KINDS = {
+    "cera": ["adapter=cera", "adapter.activation=gelu"],
+    "cera_mix": ["adapter=cera_mix", "adapter.recurrent_steps=1", "adapter.alpha=8"],
+    "lora": ["adapter=lora", "adapter.target_modules=all-linear"],
+    "rslora": ["adapter=rslora"],
+    "dora": ["adapter=dora", "adapter.layers=[1]"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_evaluation_is_the_last_of_where_it_started(tiny_config, kind):
+    settings = [*KINDS[kind], "adapter.r=4", "train.max_updates=2", "train.eval_every=null"]
+    first = train(tiny_config("name=first", *settings))
+    later = tiny_config(
+        "name=later", *settings, f"adapter.start_from={first['folder']}", "adapter.dropout=0.3", "train.seed=5"
+    )
+    result = train(later)
+    assert result["perplexity_before"] == first["eval/perplexity"]
+    assert result["eval/perplexity"] < first["eval/perplexity"]
+    assert [line["update"] for line in metrics_of(later) if "train/loss" in line] == [1, 2]
+
+
+@pytest.fixture(scope="module")
+def first_run(compose, tiny_folder, tmp_path_factory) -> Path:
+    config = compose(
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "name=first"),
+        *("optimizer.lr=1e-2", "train.max_updates=6", "train.batch_size=16", "train.eval_every=4"),
+        *("train.save_every=4", f"output_dir={tmp_path_factory.mktemp('first')}"),
+    )
+    return Path(train(config)["folder"])
+
+
+@pytest.fixture
+def first(first_run, tmp_path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(first_run, tmp_path / "first"))
+
+
+def test_the_optimizer_is_new_and_config_and_card_name_the_source(first, tiny_config, capsys):
+    later = tiny_config("name=later", "train.max_updates=1", f"adapter.start_from={first}")
+    train(later)
+    digest = digest_of(first / "adapter")
+    assert f"start      from {first}, digest {digest}; the optimizer starts anew\n" in capsys.readouterr().out
+    adapter = yaml.safe_load((folder_of(later) / "config.yaml").read_text())["adapter"]
+    assert (adapter["start_from"], adapter["start_digest"]) == (str(first), digest)
+    card = (folder_of(later) / "adapter" / "README.md").read_text()
+    assert re.search(rf"\| Starts from \| .*first, digest {digest} \|", card)
+    assert "| Perplexity, before the first update |" in card
+    # A new AdamW moves every weight by the learning rate in its first update, whatever it did before.
+    from safetensors.torch import load_file
+
+    before, after = (load_file(run / "adapter" / "adapter_model.safetensors") for run in (first, folder_of(later)))
+    name = next(name for name in before if "cera_B" in name)
+    assert (after[name] - before[name]).abs().max().item() == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize("place", ["best", "checkpoints/4", "copy"])
+def test_any_adapters_folder_is_a_start(first, tiny_config, tmp_path, place):
+    folder = first / place
+    if place == "copy":  # without the run's config: adapter_config.json decides
+        folder = Path(shutil.copytree(first / "adapter", tmp_path / "copy"))
+    later = tiny_config("name=later", "train.max_updates=1", f"adapter.start_from={folder}")
+    evaluations = {line["update"]: line["eval/perplexity"] for line in metrics_of_folder(first)}
+    update = 4 if place == "checkpoints/4" else 6
+    assert train(later)["perplexity_before"] == evaluations[update]
+
+
+def metrics_of_folder(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if "eval/perplexity" in line]
+
+
+def test_a_run_that_was_cut_is_resumed_without_its_start(first, tiny_config, monkeypatch):
+    settings = [f"adapter.start_from={first}", "train.max_updates=6"]
+    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    train(whole)
+    train_and_die_after(cut, 5, monkeypatch)
+    shutil.rmtree(first)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+    assert train(cut)["updates"] == 6  # its result stands
+
+
+def test_other_weights_than_a_run_was_begun_with_are_refused(first, tiny_config, monkeypatch):
+    later = tiny_config("name=later", f"adapter.start_from={first}/adapter")
+    train_and_die_after(later, 2, monkeypatch)  # before its first checkpoint
+    shutil.copy(first / "checkpoints" / "4" / "adapter_model.safetensors", first / "adapter")
+    with pytest.raises(UserError, match=r"\Aadapter.start_from=.*: its weights have the digest .* was begun with"):
+        train(later)
+
+
+DIFFERENT = [
+    ({"r": 8}, "adapter.r is 4 there, 8 here"),
+    ({"kind": "lora"}, "adapter.kind is 'cera' there, 'lora' here"),
+    ({"activation": "relu"}, "adapter.activation is 'silu' there, 'relu' here"),
+    ({"mix": "learned"}, "adapter.mix is 'none' there, 'learned' here"),
+    ({"recurrent_steps": 1}, "adapter.recurrent_steps is 0 there, 1 here"),
+    ({"alpha": 8.0}, "adapter.alpha is None there, 8.0 here"),
+    ({"layers": [1]}, "adapter.layers is None there, [1] here"),
+    ({"target_modules": ["q_proj"]}, "adapter.target_modules is ['q_proj', 'v_proj'] there, ['q_proj'] here"),
+    ({"target_modules": "all-linear"}, "adapter.target_modules is ['q_proj', 'v_proj'] there, 'all-linear' here"),
+    ({"settings": {"rank_pattern": {"v_proj": 2}}}, "adapter.settings.rank_pattern is None there, {'v_proj': 2} here"),
+    ({"r": 8, "activation": "gelu"}, "adapter.activation is 'silu' there, 'gelu' here; adapter.r is 4 there, 8 here"),
+]
+
+
+@pytest.mark.parametrize("has_run", [True, False], ids=["run", "adapter"])
+def test_an_adapter_that_does_not_fit_is_refused_before_the_base(first, tiny_config, tmp_path, monkeypatch, has_run):
+    monkeypatch.setattr("cera_train.training.session.load_model", None)
+    folder = first if has_run else shutil.copytree(first / "adapter", tmp_path / "copy")
+    config = tiny_config("name=later", f"adapter.start_from={folder}")
+    for changes, message in DIFFERENT:
+        changed = replace(config, adapter=replace(config.adapter, **changes))
+        with pytest.raises(UserError, match=rf"\Aadapter.start_from={folder}: {re.escape(message)}[^\n]*\Z"):
+            train(changed)
+    assert not folder_of(config).exists()
+    assert find_start(replace(config.adapter, dropout=0.5, init="kaiming_uniform")) == (
+        folder / "adapter" if has_run else folder
+    )
+
+
+def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_config, tmp_path):
+    def refused(message: str, *overrides: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train(tiny_config("name=later", *overrides))
+
+    refused("adapter.start_from=nowhere does not exist: expected a folder", "adapter.start_from=nowhere")
+    (first / "result.json").unlink()
+    refused(f"take its best adapter so far, adapter.start_from={first}/best", f"adapter.start_from={first}")
+    checkpoint = first / "checkpoints" / "4"
+    both = [f"train.resume={checkpoint}", f"adapter.start_from={first}/best"]
+    refused("both bring an adapter: leave one out", *both)
+    (tmp_path / "pissa").mkdir()
+    description = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}
+    (tmp_path / "pissa" / "adapter_config.json").write_text(json.dumps(description))
+    shutil.copy(first / "best" / "adapter_model.safetensors", tmp_path / "pissa")
+    refused("pissa_niter_4 moved a part of W0", "adapter=lora", "adapter.r=4", f"adapter.start_from={tmp_path}/pissa")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("adapter=full adapter.r=null", "adapter.kind=full has none: set adapter.start_from=null"),
+        ("adapter=miss", "adapter.kind=peft has none: set adapter.start_from=null"),
+        ("adapter=pissa", "adapter.settings.init_lora_weights=pissa.* moves a part of W0 into fresh weights"),
+    ],
+)
+def test_a_kind_that_cannot_start_elsewhere_is_refused(compose, overrides, message):
+    with pytest.raises(Exception, match=message):
+        compose(*overrides.split(), "adapter.start_from=outputs/first")
