@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,9 @@ from cera_train.serving.linear import AffineGate, branches, explained, fit_all, 
 from cera_train.serving.loading import Loaded, load
 
 CERTIFICATE = "certificate.json"
+REFUSED = "refused.json"
+"""Ends the name of the certificate of an export that loses too much. It lies beside the folder, in which an earlier
+export may be."""
 SHOWN = 5
 """Modules in the printed table: those that the affine map explains least."""
 
@@ -37,12 +39,15 @@ def export(config: ExportConfig) -> Certificate:
     """Writes the export of a run's adapter, and its certificate.
 
     Raises:
-        UserError: the run cannot be exported, or loses more than `tolerance`: then only the certificate is written.
+        UserError: the run cannot be exported, or loses more than `tolerance`: then only the certificate is written,
+            beside the folder.
     """
     quiet_libraries()
     loaded = load(config, config.run)
     check(config, loaded)
     folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
+    check_place(folder)
+    refused = folder.with_name(f"{folder.name}.{REFUSED}")
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     calibration = calibration_batch(data.train, config.calibration_tokens, loaded.base.device)
@@ -56,26 +61,31 @@ def export(config: ExportConfig) -> Certificate:
         exported = load_export(config, loaded, part)
         found = certify(config, loaded, exported, gates, data.evaluation)
         certificate = Certificate(str(config.format), fit, config.bias, tokens, **found)
-        certificates.append(certificate)
-        write_text(part / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
-        write_text(part / "README.md", card(config, loaded, certificate))
+        show(certificate)
         if not certificate.holds:
-            for path in part.iterdir():
-                if path.name != CERTIFICATE:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_certificate(refused, certificate)
+            takes_bias = config.format == ExportFormat.lora and not config.bias
+            raise UserError(
+                f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, "
+                f"so nothing is exported but {refused}. Raise tolerance=, {'set bias=true, ' * takes_bias}or serve the "
+                "adapter."
+            )
+        write_certificate(part / CERTIFICATE, certificate)
+        write_text(part / "README.md", card(config, loaded, certificate))
+        certificates.append(certificate)
 
     write_folder(folder, write)
+    refused.unlink(missing_ok=True)
+    print_fields({"folder": str(folder)})
     (certificate,) = certificates
-    show(certificate, folder)
-    if not certificate.holds:
-        raise UserError(
-            f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, so "
-            f"nothing is exported but {folder}/{CERTIFICATE}. Raise tolerance=, set bias=true, or serve the adapter."
-        )
     if config.task is not None:
         certificate = replace(certificate, accuracy=accuracies(config, folder))
-        write_text(folder / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
+        write_certificate(folder / CERTIFICATE, certificate)
     return certificate
+
+
+def write_certificate(path: Path, certificate: Certificate) -> None:
+    write_text(path, json.dumps(certificate.to_json(), indent=2) + "\n")
 
 
 def check(config: ExportConfig, loaded: Loaded) -> None:
@@ -95,6 +105,14 @@ def check(config: ExportConfig, loaded: Loaded) -> None:
         raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
     if config.data is None and subject.run is None:
         raise UserError(f"run={run} is an adapter without its run: name rows to fit and to judge on by data=....")
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError for a folder that holds anything but an earlier export: it would be replaced."""
+    if not folder.name:
+        raise UserError(f"output={folder} needs a name: choose a new folder.")
+    if folder.exists() and not (folder / CERTIFICATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output: {folder} holds files that are no export, and would be replaced: choose a new folder.")
 
 
 def calibration_batch(rows: TokenizedRows, max_tokens: int, device: torch.device) -> Batch:
@@ -194,14 +212,13 @@ def fields(certificate: Certificate) -> dict[str, str]:
     }
 
 
-def show(certificate: Certificate, folder: Path) -> None:
+def show(certificate: Certificate) -> None:
     """Prints the certificate, and the modules whose branches are the least linear."""
     print_fields(fields(certificate))
     least = sorted(certificate.explained.items(), key=lambda item: item[1])[:SHOWN]
     print()
     print_table(["least linear", "explained"], [[name, f"{share:.1%}"] for name, share in least], right={1})
     print()
-    print_fields({"folder": str(folder)})
 
 
 def card(config: ExportConfig, loaded: Loaded, certificate: Certificate) -> str:
