@@ -202,12 +202,25 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, train
     assert not list((folder / "export_merged").glob("adapter*"))
 
 
-def test_a_task_is_scored_before_and_after(compose, run, questions):
-    settings = (f"run={run}", "tolerance=100", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=4")
-    certificate = export(compose(*settings, command="export"))
-    scores = certificate.accuracy["gsm8k"]
+@pytest.mark.parametrize("format", ["lora", "merged"])
+def test_a_task_is_scored_before_and_after(compose, run, questions, capsys, format):
+    settings = (f"run={run}", f"format={format}", "tolerance=100", "task=gsm8k", "task.max_new_tokens=4")
+    certificate = export(compose(*settings, f"task.files=[{questions}]", command="export"))
+    scores, output = certificate.accuracy["gsm8k"], run / f"export_{format}"
     assert scores["adapter"]["problems"] == scores["export"]["problems"] > 0
-    assert json.loads((run / "export_lora/certificate.json").read_text())["accuracy"]["gsm8k"] == scores
+    assert json.loads((output / "certificate.json").read_text())["accuracy"]["gsm8k"] == scores
+    shares = f"{scores['adapter']['exact/pass@1']:.1%} to {scores['export']['exact/pass@1']:.1%}"
+    assert f"| gsm8k exact/pass@1 | {shares} |" in (output / "README.md").read_text()
+    assert shares in capsys.readouterr().out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("format", ["lora", "merged"])
+def test_a_perplexity_is_that_of_the_certificate(compose, trained, format):
+    settings = (f"run={trained()}", f"format={format}", "task=perplexity", "tolerance=100")
+    certificate = export(compose(*settings, command="export"))
+    found = certificate.accuracy["perplexity"]
+    assert found["adapter"]["loss"] == pytest.approx(certificate.loss_adapter, abs=1e-4)
+    assert found["export"]["loss"] == pytest.approx(certificate.loss_export, abs=1e-4)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -224,6 +237,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
     assert "bias=true with format=merged" in refusal("run=x", "format=merged", "bias=true")
     lora = trained("adapter=lora", "adapter.r=4", name="lora")
     assert "holds no CeRA adapter" in refusal(f"run={lora}")
+    output, task = tmp_path / "new", ("task=gsm8k", "task.files=[nowhere.jsonl]")
+    assert "nowhere.jsonl: cannot read the file" in refusal(f"run={trained()}", f"output={output}", *task)
+    assert not output.exists()
     (tmp_path / "papers" / "thesis").mkdir(parents=True)
     assert "papers holds files that are no export" in refusal(f"run={trained()}", f"output={tmp_path / 'papers'}")
     assert (tmp_path / "papers" / "thesis").is_dir()
