@@ -238,9 +238,10 @@ def our_session(
     from cera_train.config import Config
     from cera_train.data.config import DataConfig
     from cera_train.model.config import Dtype, ModelConfig
+    from cera_train.model.precision import choose_precision
     from cera_train.runs.folder import RunFolder
     from cera_train.training.config import OptimizerConfig, TrackerConfig, TrainConfig
-    from cera_train.training.session import Session
+    from cera_train.training.session import Run, Session
 
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
@@ -254,7 +255,8 @@ def our_session(
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),
         tracker=TrackerConfig(),
     )
-    session = Session(config, RunFolder(Path(tempfile.mkdtemp()), to_plain(config)))
+    folder = RunFolder(Path(tempfile.mkdtemp()), to_plain(config))
+    session = Session([Run(config, choose_precision(dtype), folder)])
     session.loss.train()
     return session
 
@@ -267,16 +269,17 @@ class Ours(Contestant):
 
     def __init__(self, setting: Setting) -> None:
         self.session = our_session(setting, self.kind, RANK, self.is_compiled)
-        self.model = self.session.model
+        (self.arm,) = self.session.arms
+        self.model = self.arm.model
 
     def update(self, rows: Sequence[int]) -> int:
         from cera_train.training.train import backward
 
-        session = self.session
-        backward(session, list(rows))
-        session.accelerator.clip_grad_norm_(session.weights, 1.0)
-        session.stepper.step()
-        session.stepper.zero_grad()
+        session, arm = self.session, self.arm
+        backward(session, [list(rows)])
+        session.accelerator.clip_grad_norm_(arm.weights, 1.0)
+        arm.stepper.step()
+        arm.stepper.zero_grad()
         return sum(session.batches.supervised[row] for row in rows)
 
 

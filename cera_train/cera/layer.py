@@ -141,7 +141,10 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(output)
         if adapter_names is not None:
             return self._forward_by_row(x, result, adapter_names)
-        is_ours = result is not output
+        return self.add_branches(result, x, is_ours=result is not output)
+
+    def add_branches(self, result: torch.Tensor, x: torch.Tensor, is_ours: bool = True) -> torch.Tensor:
+        """result + the active branches of x. `is_ours`: nothing else needs `result`, so it may be written into."""
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A:
                 result = self._add_branch(result, x, adapter_name, is_ours)

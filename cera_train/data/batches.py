@@ -45,7 +45,7 @@ class RowOrder:
         return order[start : start + self.batch_size].tolist()
 
 
-@functools.lru_cache(maxsize=1)  # takes milliseconds where there are many rows, and every update asks for it
+@functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update asks for it
 def epoch_order(rows: int, seed: int) -> torch.Tensor:
     """The rows in the order of an epoch."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
@@ -96,6 +96,15 @@ def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens
     return groups[::-1]
 
 
+@dataclass(frozen=True)
+class ArmShare:
+    """What one of several runs has in a micro-batch that they share: neighbouring rows, or sequences of a flat row."""
+
+    tokens: int
+    """Padding included."""
+    supervised: int
+
+
 @dataclass
 class Batch:
     """One micro-batch of shape [B, T]. Flat: B is 1, and positions restart with each sequence."""
@@ -107,6 +116,8 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     sequence_lengths: list[int] | None = None
     """Flat: the tokens of each sequence."""
+    arms: list[ArmShare] | None = None
+    """The share of each arm, in this order; None: the batch is of one run."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -150,8 +161,11 @@ class MicroBatches:
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows of each micro-batch."""
-        cut = flat_micro_batches if self.is_flat else padded_micro_batches
-        return cut(rows, self.lengths, self.max_tokens)
+        return self.cut(rows, self.lengths)
+
+    def cut(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        """`rows`, which index `lengths`, as micro-batches."""
+        return (flat_micro_batches if self.is_flat else padded_micro_batches)(rows, lengths, self.max_tokens)
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
@@ -174,3 +188,33 @@ class MicroBatches:
         """The first rows, as many as have at most `max_tokens` tokens together; at least one."""
         count = bisect.bisect_right(list(itertools.accumulate(self.lengths)), max_tokens)
         return list(range(max(1, count)))
+
+
+class SharedMicroBatches:
+    """Micro-batches of several runs, arms, that share base and rows: in each, an arm's sequences lie side by side."""
+
+    def __init__(self, batches: MicroBatches) -> None:
+        self.batches = batches
+        self.lengths, self.supervised = batches.lengths, batches.supervised
+
+    def passes(self, rows: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """Each arm's rows, as micro-batches of each arm's rows."""
+        sequences = [(arm, row) for arm, rows_of_arm in enumerate(rows) for row in rows_of_arm]
+        passes = []
+        for group in self.batches.cut(range(len(sequences)), [self.lengths[row] for _, row in sequences]):
+            passes.append([[] for _ in rows])
+            for arm, row in (sequences[place] for place in group):
+                passes[-1][arm].append(row)
+        return passes
+
+    def load(self, group: Sequence[Sequence[int]]) -> Batch:
+        batch = self.batches.load([row for rows in group for row in rows])
+        longest = batch.input_ids.shape[1]  # padded, a row takes so many tokens
+        batch.arms = [
+            ArmShare(
+                sum(self.lengths[row] if self.batches.is_flat else longest for row in rows),
+                sum(self.supervised[row] for row in rows),
+            )
+            for rows in group
+        ]
+        return batch

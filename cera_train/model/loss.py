@@ -63,14 +63,22 @@ class SupervisedLoss(nn.Module):
         self.is_compiled = False
 
     def forward(self, batch: Batch) -> Tensor:
-        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar."""
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar; where arms share the
+        micro-batch, over those of each, [arms]."""
+        losses = self._token_losses(batch)
+        if batch.arms is None:
+            return losses.sum()
+        return torch.stack([of_arm.sum() for of_arm in losses.split([arm.supervised for arm in batch.arms])])
+
+    def _token_losses(self, batch: Batch) -> Tensor:
+        """The loss of each supervised token, float32, in the order of the micro-batch."""
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
         is_supervised = batch.loss_mask[:, 1:]
         targets = batch.input_ids[:, 1:][is_supervised]
         with self.autocast():
             if not self.allowed.chunks_head:
                 logits = causal_lm(**self._inputs(batch)).logits[:, :-1][is_supervised]
-                return cross_entropy(logits.float(), targets, reduction="sum")
+                return cross_entropy(logits.float(), targets, reduction="none")
 
             head = causal_lm.get_output_embeddings()
             hidden_states = _narrow(decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised], head)
@@ -79,9 +87,9 @@ class SupervisedLoss(nn.Module):
             size = chunk_tokens(hidden_states.is_cuda)
             chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
             if len(targets) <= size or not torch.is_grad_enabled():
-                return torch.stack([head_loss(head, *chunk) for chunk in chunks]).sum()
+                return torch.cat([head_losses(head, *chunk) for chunk in chunks])
             # An adapted head: the backward pass makes each chunk's logits again.
-            return torch.stack([checkpoint(head_loss, head, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+            return torch.cat([checkpoint(head_losses, head, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
@@ -158,6 +166,12 @@ class SupervisedLoss(nn.Module):
         if self.allowed.attention is not None:
             self._parts["causal_lm"].set_attn_implementation(self.allowed.attention)
 
+    def take_layout_of(self, other: SupervisedLoss) -> None:
+        """Does without a probe, where another loss of the same architecture had one."""
+        self.allowed = other.allowed
+        if other.is_flat:
+            self.use_flat_batches()
+
     # --- compiled layers ---------------------------------------------------------------------------------------------
 
     def compile_layers(self) -> None:
@@ -179,8 +193,8 @@ class SupervisedLoss(nn.Module):
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """Summed cross entropy under a frozen head. The gradient of each chunk is computed in the forward pass, while its
-    logits are in memory: they are computed once, and only one chunk's exist at a time."""
+    """Cross entropy of [N, d] hidden states under a frozen head, [N]. The gradient of each chunk is computed in the
+    forward pass, while its logits are in memory: they are computed once, and only one chunk's exist at a time."""
 
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -192,22 +206,22 @@ class FrozenHeadLoss(torch.autograd.Function):
                 logits = head(hidden)
             wide = torch.promote_types(logits.dtype, torch.float32)
             log_p = torch.log_softmax(logits.detach(), -1, dtype=wide)
-            losses.append(-log_p.gather(1, wanted).sum())
+            losses.append(-log_p.gather(1, wanted)[:, 0])
             # d loss / d logits = p - 1 at the wanted token, in place of log p.
             grad_logits = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
             gradients += torch.autograd.grad(logits, hidden, grad_logits.to(logits.dtype))
         ctx.save_for_backward(torch.cat(gradients))
-        return torch.stack(losses).sum()
+        return torch.cat(losses)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (grad_hidden_states,) = ctx.saved_tensors
-        return (grad_loss * grad_hidden_states).to(grad_hidden_states.dtype), None, None
+        return (grad_losses[:, None] * grad_hidden_states).to(grad_hidden_states.dtype), None, None
 
 
-def head_loss(head: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross entropy of [N, d] hidden states against N token ids, in float32."""
-    return cross_entropy(head(hidden_states).float(), targets, reduction="sum")
+def head_losses(head: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of [N, d] hidden states against N token ids, [N], in float32."""
+    return cross_entropy(head(hidden_states).float(), targets, reduction="none")
 
 
 def _narrow(hidden_states: Tensor, head: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,28 +25,31 @@ from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
-from cera_train.model.precision import Precision
 from cera_train.runs.results import EvaluationMetrics, RunResult, SpectrumSummary, UpdateMetrics
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Session
+    from cera_train.training.session import Arm, Session
 
 
-def print_start(session: Session, precision: Precision) -> None:
-    """The run in a few lines: folder, model, adapter, device, speed, data."""
-    updates, done = session.updates, session.progress.update
-    already = f", {done:,} done" if done else ""
-    batch_size = session.config.train.batch_size
-    print_line("run", f"{session.folder.path}, {updates:,} updates of {batch_size} sequences{already}")
-    print_model(session, precision)
-    print_experts(session)
+def print_start(session: Session) -> None:
+    """The runs in a few lines: folder, model, adapter, device, speed, data."""
+    if not (session.team.is_main and session.arms):
+        return
+    for arm in session.arms:
+        updates, done = arm.updates, arm.progress.update
+        already = f", {done:,} done" if done else ""
+        batch_size = arm.config.train.batch_size
+        print_line("run", f"{arm.folder.path}, {updates:,} updates of {batch_size} sequences{already}")
+    print_model(session)
+    for arm in session.arms:
+        print_adapter(arm)
     print_device(session)
     print_data(session.data, session.tokenizer)
 
 
-def print_model(session: Session, precision: Precision) -> None:
-    model, adapter = session.config.model, session.config.adapter
-    frozen = session.total_count - session.trainable_count
+def print_model(session: Session) -> None:
+    model, arm, precision = session.config.model, session.arms[0], session.precision
+    frozen = arm.total_count - arm.trainable_count
     quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
     print_line("model", f"{model.path}, {model.dtype}{quantization}, {frozen:,} parameters")
     print_line("precision", f"{precision.dtype}: {precision.reason}")
@@ -55,27 +59,21 @@ def print_model(session: Session, precision: Precision) -> None:
             "this hardware does not multiply bf16, and emulating it takes about 20 times as long as float32: "
             "model.dtype=auto takes float32 here.",
         )
-    print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
-    if (reason := why_no_spectrum(session.model)) is not None:
+
+
+def print_adapter(arm: Arm) -> None:
+    """The adapter and what it is on, with the experts that all-linear leaves out: who asks for all of them would look
+    for them in vain."""
+    adapter, model = arm.config.adapter, arm.model
+    print_line("adapter", f"{describe_adapter(adapter)}: {arm.trainable_count:,} trainable")
+    if (reason := why_no_spectrum(model)) is not None:
         print_line("spectrum", f"none: {reason}")
-    print_coverage(session)
-
-
-def print_coverage(session: Session) -> None:
-    """The adapted projections, those that all-linear leaves out, and the cost of doing without fused kernels."""
-    lines = [describe_targets(session.model)]
-    if session.config.adapter.target_modules == "all-linear":
-        lines.append(describe_left_out(session.model))
-    for line in filter(None, lines):
+    is_all = adapter.target_modules == "all-linear"
+    for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)
-    if session.config.adapter.unfused and not session.team.is_sharded:  # a layer's weights are whole in a pass only
-        print_line("unfused", describe_unfused(session.model))
-
-
-def print_experts(session: Session) -> None:
-    """The experts that all-linear leaves out: who asks for all of them would look for them in vain."""
-    adapter = session.config.adapter
-    layers = layers_without_adapted_experts(session.model) if adapter.target_modules == "all-linear" else 0
+    if adapter.unfused and not arm.session.team.is_sharded:  # a layer's weights are whole in a pass only
+        print_line("unfused", describe_unfused(model))
+    layers = layers_without_adapted_experts(model) if is_all else 0
     if layers:
         mend = ": adapter.experts=true adds them" if "experts" in adapter.family.uses else ""
         print_line("experts", f"those of {layers} layers are not adapted, all-linear leaves them out{mend}")
@@ -96,7 +94,7 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def print_device(session: Session) -> None:
-    config, team, loss = session.config, session.team, session.held_out.loss
+    config, team, loss = session.config, session.team, session.arms[0].local_loss
     device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
     mixed = team.accelerator.mixed_precision
     autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
@@ -147,11 +145,13 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) 
     return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
 
 
-def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
-    return (
-        f"loss {metrics.loss:.3f}  perplexity {metrics.perplexity:.2f}  {metrics.tokens_per_s:,.0f} tokens/s  "
-        f"{duration(seconds_left)} left"
-    )
+def describe_update(updates: Sequence[UpdateMetrics], seconds_left: float) -> str:
+    """An update of each arm."""
+    low, high = (choose(updates, key=lambda metrics: metrics.loss) for choose in (min, max))
+    several = f"{len(updates)} runs  " if len(updates) > 1 else ""
+    loss = f"loss {low.loss:.3f}" + f" to {high.loss:.3f}" * bool(several)
+    perplexity = f"perplexity {low.perplexity:.2f}" + f" to {high.perplexity:.2f}" * bool(several)
+    return f"{several}{loss}  {perplexity}  {updates[0].tokens_per_s:,.0f} tokens/s  {duration(seconds_left)} left"
 
 
 def describe_evaluation(metrics: EvaluationMetrics) -> str:
@@ -164,6 +164,12 @@ def describe_rank(spectrum: SpectrumSummary) -> str:
     if spectrum.effective_rank_mean is None:
         return ""
     return f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
+
+
+def describe_result(result: RunResult) -> str:
+    rank = describe_rank(result.spectrum)
+    text = f"perplexity {result.perplexity_before:.2f} before, {result.perplexity:.2f} after"
+    return f"{text}, effective rank {rank}" if rank else text
 
 
 def print_result(result: RunResult, config: Config) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,32 +12,33 @@ from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Session
+    from cera_train.training.session import Arm
 
 TOKENS = 64
 """The pass takes a row of about this length for each process: attention matters in it, and it costs little."""
 
 
-def prove_coverage(session: Session, backward: Callable[[Session, list[int]], torch.Tensor]) -> None:
+def prove_coverage(arm: Arm) -> None:
     """Runs one forward and backward pass over a few rows of the next update, and leaves no trace of it.
 
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
     """
-    coverage = Coverage(session.model)
-    if not session.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
+    coverage = Coverage(arm.model)
+    if not arm.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
         return
-    lengths, rows = session.batches.lengths, session.order.sequences(session.progress.update)
-    rows = sorted(rows, key=lambda row: abs(lengths[row] - TOKENS))[: session.team.processes]
-    eagerly = (
-        torch.compiler.set_stance("force_eager") if session.held_out.loss.is_compiled else contextlib.nullcontext()
-    )
-    session.loss.train()
+    team, batches = arm.session.team, arm.batches
+    rows = arm.order.sequences(arm.progress.update)
+    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - TOKENS))[: team.processes]
+    passes = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
+    eagerly = torch.compiler.set_stance("force_eager") if arm.local_loss.is_compiled else contextlib.nullcontext()
+    arm.loss.train()
     with eagerly, coverage.watch():  # compiled layers call no hooks
-        backward(session, rows)
-    session.optimizer.zero_grad()
-    coverage.sum(session.team.reduce)
+        for (group, _), _ in team.passes(passes):
+            arm.session.accelerator.backward(arm.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
+    arm.optimizer.zero_grad()
+    coverage.sum(team.reduce)
     if (problem := coverage.problem()) is not None:
         raise UserError(f"adapter.target_modules: {problem} Leave them out, or set train.check_coverage=false.")
-    if session.team.is_main and coverage.idle_experts:
+    if team.is_main and coverage.idle_experts:
         print_line("coverage", f"{coverage.idle_experts} experts got no token in the first rows: not proven yet")

@@ -1,21 +1,27 @@
-"""Everything that an update, an evaluation and a checkpoint need, built once."""
+"""Everything that an update, an evaluation and a checkpoint need, built once: a `Session` is what runs on one base
+share, an `Arm` what belongs to one of them. Most sessions have one arm."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.config import Kernels
+from cera_train.adapters.together import JoinedAdapter, SharedLoss, twin
 from cera_train.common.terminal import ProgressBar
 from cera_train.config import Config
-from cera_train.data.batches import MicroBatches, RowOrder
+from cera_train.data.batches import MicroBatches, RowOrder, SharedMicroBatches
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.sharding import load_optimizer_state
@@ -29,7 +35,6 @@ from cera_train.model.weights import check_length, fingerprint, load_model, load
 from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
-from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.tracking import Tracker, start_tracker
 
@@ -50,16 +55,33 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
 
 
+@dataclass
+class Run:
+    """A run before a model is loaded for it, and what came of it."""
+
+    config: Config
+    """Settled."""
+    precision: Precision
+    folder: RunFolder
+    """Open."""
+    resume_from: Path | None = None
+    """A checkpoint, as process 0 found it; None: a new run."""
+    outcome: dict[str, Any] | Exception | None = None
+    """The content of result.json, or why there is none. None: it is not over."""
+
+
 class Session:
-    """A run while it trains. Building it writes and prints nothing; as a context manager it closes what it opened.
+    """What runs on one base share while they train. Building it writes and prints nothing; as a context manager it
+    closes what it opened.
 
     Args:
-        config: settled settings.
-        resume_from: a checkpoint, as process 0 found it; None: a new run.
+        runs: one, or several that `training.together.may_share` a base. One that cannot be built gets its error as
+            outcome, and no arm.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, resume_from: Path | None = None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.config = config = runs[0].config  # of which only what they share is used here
+        self.precision = runs[0].precision
         self.tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
@@ -67,10 +89,91 @@ class Session:
         collective_limit = timedelta(seconds=2 * limit)  # the watchdog acts first, and names the process
         accelerator = start_accelerator(config.model, config.train.autocast, collective_limit, strategy)
         self.accelerator, self.team = accelerator, Team(accelerator, limit)
-        (resume_from,) = broadcast_object_list([resume_from])
+        (resume_from,) = broadcast_object_list([[run.resume_from for run in runs]])
 
         base = load_model(config.model, self.team.device, self.team.is_sharded)
         self.base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
+        self.is_joint = len(runs) > 1
+        self.arms: list[Arm] = []
+        """The runs that are not over."""
+        for run, checkpoint in zip(runs, resume_from, strict=True):
+            with self.alone(run):
+                self.arms.append(Arm(self, run, twin(base) if self.is_joint else base, checkpoint))
+        if self.is_joint and self.arms:
+            adapters_of_arms = [JoinedAdapter.of(arm.model, arm.config.adapter) for arm in self.arms]
+            self.joined = SharedLoss(base, adapters_of_arms, accelerator.autocast)
+            self.joined.take_layout_of(self.arms[0].local_loss)
+            self.loss = accelerator.prepare(self.joined)
+            self.batches = SharedMicroBatches(self.arms[0].batches)
+        elif self.arms:
+            self.loss, self.batches = self.arms[0].loss, self.arms[0].batches
+        done = sum(arm.progress.update for arm in self.arms)
+        self.bar = ProgressBar("update", sum(arm.updates for arm in self.arms), done, visible=self.team.is_main)
+        self.interruption = Interruption()
+
+    @contextlib.contextmanager
+    def alone(self, run: Run) -> Iterator[None]:
+        """Lets an error end one run, and none of the others."""
+        try:
+            yield
+        except Exception as error:
+            self.leave(run, error)
+
+    def leave(self, run: Run, outcome: dict[str, Any] | Exception) -> None:
+        """Goes on without a run that is over."""
+        run.outcome = outcome
+        for number, arm in enumerate(self.arms):
+            if arm.run is run:
+                del self.arms[number]
+                if self.is_joint:
+                    del self.joined.arms[number]
+                arm.tracker.finish()
+
+    def passes(self, rows: list[list[int]]) -> list[tuple[Any, bool]]:
+        """This process's micro-batches of each arm's rows, and whether each counts."""
+        if self.is_joint:
+            return [(group, True) for group in self.batches.passes(rows)]
+        (rows_of_arm,), team = rows, self.team
+        return self.batches.passes(rows_of_arm, team.processes, team.process, in_step=team.is_sharded)
+
+    def seed_dropout(self) -> None:
+        """Lets the dropout of the next update follow from each arm's seed alone."""
+        torch.manual_seed(self.arms[0].seed())
+        if self.is_joint:
+            for arm, joined in zip(self.arms, self.joined.arms, strict=True):
+                joined.random.manual_seed(arm.seed())
+
+    def start(self) -> None:
+        """Puts the models into training mode, and starts the clock."""
+        self.loss.train()
+        for arm in self.arms:
+            arm.loss.train()
+        self.started, self.done_before = time.perf_counter(), self.bar.done
+
+    def seconds_left(self) -> float:
+        """How long the rest takes at the pace since the start, evaluations and checkpoints included."""
+        done = max(1, self.bar.done - self.done_before)
+        left = sum(arm.updates - arm.progress.update for arm in self.arms)
+        return (time.perf_counter() - self.started) / done * left
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for close in (self.team.close, self.bar.close, *(arm.tracker.finish for arm in self.arms)):
+            close()
+
+
+class Arm:
+    """One run of a session, from its first update to its last.
+
+    Args:
+        base: what the adapter goes into; in a session of several arms, a twin of the base.
+    """
+
+    def __init__(self, session: Session, run: Run, base: PreTrainedModel, resume_from: Path | None) -> None:
+        self.session, self.run, self.config, self.folder = session, run, run.config, run.folder
+        config, folder, team, accelerator = run.config, run.folder, session.team, session.accelerator
         torch.manual_seed(config.train.seed)
         self.model = adapters.build(base, config.adapter)
         adapters.use_kernels(self.model, config.adapter.kernels)
@@ -79,12 +182,12 @@ class Session:
         self.goes_on_here = resume_from is not None and folder.holds(resume_from)
         self.progress, moments = Progress(), None
         if resume_from is not None:
-            self.progress, moments = load_checkpoint(resume_from, self.model, self.data.train.digest)
+            self.progress, moments = load_checkpoint(resume_from, self.model, session.data.train.digest)
             if not self.goes_on_here:
                 self.progress.forget_best()  # that adapter lies in another folder
 
         groups = adapters.parameter_groups(self.model, config.adapter)
-        self.optimizer = build_optimizer(groups, config.optimizer, self.team.device)
+        self.optimizer = build_optimizer(groups, config.optimizer, team.device)
         loss = SupervisedLoss(self.model, base, accelerator.autocast)
         # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
         self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
@@ -92,38 +195,32 @@ class Session:
             load_optimizer_state(self.optimizer, moments)  # after prepare: sharding replaces the parameters
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-        local_loss = accelerator.unwrap_model(self.loss)
-        if self.team.is_sharded:
-            register_fsdp_forward_method(local_loss, "probe")  # the weights are whole only inside such methods
-        choose_layout(config.train.batch_layout, local_loss, self.team.device)
+        self.local_loss = accelerator.unwrap_model(self.loss)
+        if team.is_sharded:
+            register_fsdp_forward_method(self.local_loss, "probe")  # the weights are whole only inside such methods
+        if session.arms:
+            self.local_loss.take_layout_of(session.arms[0].local_loss)
+        else:
+            choose_layout(config.train.batch_layout, self.local_loss, team.device)
         if config.train.compile:
-            local_loss.compile_layers()
+            self.local_loss.compile_layers()
 
-        tokens = config.train.micro_batch_tokens
-        self.batches = MicroBatches(self.data.train, local_loss.is_flat, tokens, self.team.device)
-        self.held_out = HeldOut(
-            self.model, local_loss, self.data.evaluation, self.team, tokens, config.train.probe_tokens
-        )
-        self.order = RowOrder(len(self.data.train.rows), config.train.batch_size, config.train.seed)
+        data, tokens = session.data, config.train.micro_batch_tokens
+        self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
+        self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
+        self.order = RowOrder(len(data.train.rows), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
-        self.bar = ProgressBar("update", self.updates, self.progress.update, visible=self.team.is_main)
         self.tracker = Tracker()
-        self.interruption = Interruption()
 
-    def begin(self, precision: Precision) -> None:
-        """Writes the config and the machine, starts the tracker, and prints what the run is about to do."""
-        if not self.team.is_main:
+    def begin(self) -> None:
+        """Writes the config and the machine, and starts the tracker."""
+        session, folder, done = self.session, self.folder, self.progress.update
+        if not session.team.is_main:
             return
-        folder, done = self.folder, self.progress.update
         folder.rewind(done if self.goes_on_here else None)
-        folder.write_config(environment(self.team.processes, self.base_fingerprint, self.updates, precision))
+        precision, fingerprint = self.run.precision, session.base_fingerprint
+        folder.write_config(environment(session.team.processes, fingerprint, self.updates, precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
-        console.print_start(self, precision)
-
-    def start(self) -> None:
-        """Puts the model into training mode, and starts the clock."""
-        self.loss.train()
-        self.started, self.first_update = time.perf_counter(), self.progress.update
 
     @property
     def is_done(self) -> bool:
@@ -134,21 +231,18 @@ class Session:
         """Whether something is due after this update."""
         return every is not None and self.progress.update % every == 0
 
-    def seconds_left(self) -> float:
-        """How long the rest takes at the pace since the start, evaluations and checkpoints included."""
-        done = self.progress.update - self.first_update
-        return (time.perf_counter() - self.started) / done * (self.updates - self.progress.update)
+    def seed(self) -> int:
+        """What the dropout of the next update follows from, so that a resumed run draws what an uninterrupted one
+        draws."""
+        return (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.session.team.process
+
+    def note(self, text: str) -> None:
+        """A line above the progress bar."""
+        self.session.bar.note(f"{self.config.name}: {text}" if self.session.is_joint else text)
 
     def log(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
         """Writes a line of metrics.jsonl, and its mirror."""
-        if self.team.is_main:
+        if self.session.team.is_main:
             line = metrics.to_json()
             self.folder.append_metrics(line)
             self.tracker.log({name: line[name] for name in line if "/" in name}, metrics.update)
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for close in (self.team.close, self.bar.close, self.tracker.finish):
-            close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
-from cera_train.training.session import Session, settle
+from cera_train.training.session import Arm, Run, Session, settle
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -43,94 +44,149 @@ def train(config: Config) -> dict[str, Any]:
         UserError: the config, the data or the run's folder is not usable; the message says how to mend it.
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
+    (outcome,) = train_together([config])
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def train_together(configs: Sequence[Config]) -> list[dict[str, Any] | Exception]:
+    """`train` for several runs on one base, each with the numbers it would have alone. Returns what each call would
+    return or raise. `training.together` says which runs can share a base."""
     quiet_libraries()
     forget_earlier_runs()
-    path = Path(config.output_dir) / config.name
-    config, precision = settle(config, path)
-    with RunFolder(path, to_plain(config), is_main_process()) as folder:
+    with contextlib.ExitStack() as folders:
+        found = [find(config, folders) for config in configs]
+        runs = [run for run in found if isinstance(run, Run)]
+        if runs:
+            with Session(runs) as session, session.interruption:
+                if session.arms:
+                    run_session(session)
+    return [run.outcome if isinstance(run, Run) else run for run in found]
+
+
+def find(config: Config, folders: contextlib.ExitStack) -> Run | dict[str, Any] | Exception:
+    """What is to do for a run; or what a finished one left, or why it cannot begin."""
+    try:
+        path = Path(config.output_dir) / config.name
+        config, precision = settle(config, path)
+        folder = folders.enter_context(RunFolder(path, to_plain(config), is_main_process()))
         resume_from = where_to_resume(folder, config.train.resume) if folder.is_main else None
-        if (result := finished_result(folder)) is not None:
-            return result
-        with Session(config, folder, resume_from) as session, session.interruption:
-            session.begin(precision)
-            prove_coverage(session, backward)
-            progress = session.progress
-            if progress.update == 0 or progress.evaluation_pending:
-                evaluate(session)
-            session.start()
-            while not session.is_done:
-                signal = update(session)
-                is_last = progress.update == session.updates
-                progress.evaluation_pending = is_last or session.is_due(config.train.eval_every)
-                if signal is not None and not is_last:
-                    stop(session, signal)  # without the evaluation: whoever sent the signal may not wait for it
-                if progress.evaluation_pending:
-                    evaluate(session)
-                if session.is_due(config.train.save_every) and not session.is_done:
-                    save(session)
-            return finish(session)
+        result = finished_result(folder)
+    except Exception as error:
+        return error
+    return Run(config, precision, folder, resume_from) if result is None else result
+
+
+def run_session(session: Session) -> None:
+    """Trains the arms of a session to their ends."""
+    for arm in session.arms[:]:
+        with session.alone(arm.run):
+            arm.begin()
+    console.print_start(session)
+    for arm in session.arms[:]:
+        with session.alone(arm.run):
+            prove_coverage(arm)
+            if arm.progress.update == 0 or arm.progress.evaluation_pending:
+                evaluate(arm)
+    end_arms(session)
+    session.start()
+    while session.arms:
+        signal = update(session)
+        for arm in session.arms:
+            is_last = arm.progress.update == arm.updates
+            arm.progress.evaluation_pending = is_last or arm.is_due(arm.config.train.eval_every)
+        if signal is not None and any(arm.progress.update < arm.updates for arm in session.arms):
+            stop(session, signal)  # without the evaluations: whoever sent the signal may not wait for them
+        for arm in session.arms[:]:
+            with session.alone(arm.run):
+                if arm.progress.evaluation_pending:
+                    evaluate(arm)
+                if arm.is_due(arm.config.train.save_every) and not arm.is_done:
+                    save(arm)
+        end_arms(session)
+
+
+def end_arms(session: Session) -> None:
+    """Finishes the arms that are done."""
+    for arm in session.arms[:]:
+        if arm.is_done:
+            with session.alone(arm.run):
+                session.leave(arm.run, finish(arm))
 
 
 # --- one update ------------------------------------------------------------------------------------------------------
 
 
 def update(session: Session) -> int | None:
-    """One step of the optimizer on `train.batch_size` sequences. Returns the signal that a process heard meanwhile."""
-    config, progress, started = session.config, session.progress, time.perf_counter()
-    rows = session.order.sequences(progress.update)
-    # Dropout follows from (seed, update, process): a resumed run draws what an uninterrupted one draws.
-    torch.manual_seed((config.train.seed * 1_000_003 + progress.update) * 1_009 + session.team.process)
-    lr = learning_rate(config.optimizer, progress.update, session.updates)
-    set_learning_rate(session.optimizer, lr)
-
-    loss, signal = agree(session, backward(session, rows))
-    grad_norm = float(session.accelerator.clip_grad_norm_(session.weights, config.optimizer.max_grad_norm))
-    check_finite(session, rows, loss, grad_norm)
-    session.stepper.step()
-    session.stepper.zero_grad()
-
-    tokens = sum(session.batches.lengths[row] for row in rows)
+    """One step of each arm's optimizer, on `train.batch_size` sequences of its own, by passes that all arms share.
+    Returns the signal that a process heard meanwhile."""
+    started, arms = time.perf_counter(), session.arms[:]
+    rows = [arm.order.sequences(arm.progress.update) for arm in arms]
+    session.seed_dropout()
+    losses, signal = agree(session, backward(session, rows))
+    tokens = [sum(session.batches.lengths[row] for row in rows_of_arm) for rows_of_arm in rows]
     seconds = time.perf_counter() - started
-    progress.updated(tokens, seconds, session.order)
-    metrics = UpdateMetrics(
-        progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
-    )
-    session.log(metrics)
-    session.bar.step(console.describe_update(metrics, session.seconds_left()))
+    lines = []
+    for arm, *numbers in zip(arms, rows, losses, tokens, strict=True):
+        with session.alone(arm.run):
+            lines.append(step(arm, *numbers, seconds * numbers[-1] / sum(tokens)))
+    if lines:
+        session.bar.step(console.describe_update(lines, session.seconds_left()), len(lines))
     return signal
 
 
-def backward(session: Session, rows: list[int]) -> torch.Tensor:
-    """The gradient of the mean loss over the supervised tokens of these rows; returns this process's part of it."""
+def backward(session: Session, rows: list[list[int]]) -> torch.Tensor:
+    """For each arm the gradient of the mean loss over the supervised tokens of its rows; returns this process's part of
+    these losses, [arms]."""
     team, batches = session.team, session.batches
-    supervised = sum(batches.supervised[row] for row in rows)
-    passes = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
-    total = torch.zeros((), device=team.device)
-    for (group, counts), is_last in team.passes(passes):
+    supervised = [sum(batches.supervised[row] for row in rows_of_arm) for rows_of_arm in rows]
+    # A mean over the tokens of all processes, whose gradients are averaged.
+    scale = team.processes / torch.tensor(supervised, device=team.device)
+    total = torch.zeros(len(rows), device=team.device)
+    for (group, counts), is_last in team.passes(session.passes(rows)):
         with contextlib.nullcontext() if is_last else session.accelerator.no_sync(session.loss):
-            # A mean over the tokens of all processes, whose gradients are averaged.
-            loss = counts * team.processes / supervised * session.loss(batches.load(group))
-            session.accelerator.backward(loss)
-        total += loss.detach()
+            losses = counts * scale * session.loss(batches.load(group))
+            session.accelerator.backward(losses.sum())
+        total += losses.detach()
     return total
 
 
-def agree(session: Session, loss: torch.Tensor) -> tuple[float, int | None]:
-    """The loss over all processes, and the signal that one of them heard: all stop at the same update."""
+def agree(session: Session, losses: torch.Tensor) -> tuple[list[float], int | None]:
+    """The losses over all processes, and the signal that one of them heard: all stop at the same update."""
     heard = torch.tensor(session.interruption.heard(), device=session.team.device)
-    loss_per_token, *heard = session.team.reduce(torch.stack([loss, *heard]), reduction="mean").tolist()
-    return loss_per_token, first_heard(heard)
+    numbers = session.team.reduce(torch.cat([losses, heard]), reduction="mean").tolist()
+    return numbers[: len(losses)], first_heard(numbers[len(losses) :])
 
 
-def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
+def step(arm: Arm, rows: list[int], loss: float, tokens: int, seconds: float) -> UpdateMetrics:
+    """Moves the weights of an arm along their gradient. `seconds`: its share, by tokens, of the passes."""
+    config, progress, started = arm.config, arm.progress, time.perf_counter()
+    lr = learning_rate(config.optimizer, progress.update, arm.updates)
+    set_learning_rate(arm.optimizer, lr)
+    grad_norm = float(arm.session.accelerator.clip_grad_norm_(arm.weights, config.optimizer.max_grad_norm))
+    check_finite(arm, rows, loss, grad_norm)
+    arm.stepper.step()
+    arm.stepper.zero_grad()
+
+    seconds += time.perf_counter() - started
+    progress.updated(tokens, seconds, arm.order)
+    metrics = UpdateMetrics(
+        progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
+    )
+    arm.log(metrics)
+    return metrics
+
+
+def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> None:
     """Raises UserError where training has diverged."""
     # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
-    if math.isfinite(loss) and (session.accelerator.scaler is not None or math.isfinite(grad_norm)):
+    if math.isfinite(loss) and (arm.session.accelerator.scaler is not None or math.isfinite(grad_norm)):
         return
-    checkpoints = session.folder.checkpoints()
+    checkpoints = arm.folder.checkpoints()
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
     raise UserError(
-        f"the loss of update {session.progress.update + 1} or its gradient is not finite (training rows {rows}). "
+        f"the loss of update {arm.progress.update + 1} or its gradient is not finite (training rows {rows}). "
         f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
 
@@ -138,20 +194,20 @@ def check_finite(session: Session, rows: list[int], loss: float, grad_norm: floa
 # --- beside the updates ----------------------------------------------------------------------------------------------
 
 
-def evaluate(session: Session) -> None:
+def evaluate(arm: Arm) -> None:
     """Perplexity on the held-out rows and the spectra of the adapter; keeps the adapter if it is the best so far."""
-    progress, folder = session.progress, session.folder
-    loss = session.held_out.mean_loss()
-    spectra = session.held_out.spectra()
+    session, progress, folder = arm.session, arm.progress, arm.folder
+    loss = arm.held_out.mean_loss()
+    spectra = arm.held_out.spectra()
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra))
-    session.log(metrics)
+    arm.log(metrics)
     if session.team.is_main and spectra:
         records = spectrum_records(spectra)
         modules = {name: replace(module, singular_values=None).to_json() for name, module in records.items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if progress.evaluated(metrics.perplexity):
-        folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
-    session.bar.note(console.describe_evaluation(metrics))
+        folder.save_best(arm.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
+    arm.note(console.describe_evaluation(metrics))
 
 
 def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
@@ -169,31 +225,35 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
     }
 
 
-def save(session: Session) -> None:
+def save(arm: Arm) -> None:
     """A checkpoint of this update."""
-    session.team.arrive()
-    data_digest, keep = session.data.train.digest, session.config.train.keep
-    session.folder.save_checkpoint(session.model, session.optimizer, session.progress, data_digest, keep)
+    arm.session.team.arrive()
+    data_digest, keep = arm.session.data.train.digest, arm.config.train.keep
+    arm.folder.save_checkpoint(arm.model, arm.optimizer, arm.progress, data_digest, keep)
 
 
 def stop(session: Session, signal: int) -> None:
-    """Saves and ends the run: always raises Interrupted."""
-    save(session)
+    """Saves and ends all runs: always raises Interrupted."""
+    for arm in session.arms:
+        save(arm)
     session.bar.close()
     if session.team.is_main:
+        updates = " ".join(str(arm.progress.update) for arm in session.arms)
         command = "same command" if session.config.train.resume == "auto" else "command with train.resume=auto"
-        print_line("stopped", f"after update {session.progress.update}, saved. The {command} goes on.")
-    session.tracker.finish()
+        print_line("stopped", f"after update {updates}, saved. The {command} goes on.")
+    for arm in session.arms:
+        arm.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
 
 
-def finish(session: Session) -> dict[str, Any]:
+def finish(arm: Arm) -> dict[str, Any]:
     """The final adapter, its spectrum, card and picture, and result.json, which marks the run as finished."""
-    config, folder, progress = session.config, session.folder, session.progress
-    session.bar.close()
-    save(session)
-    spectra = session.held_out.spectra()
+    session, config, folder, progress = arm.session, arm.config, arm.folder, arm.progress
+    if not session.is_joint:
+        session.bar.close()
+    save(arm)
+    spectra = arm.held_out.spectra()
     result = RunResult(
         perplexity=progress.perplexity,
         perplexity_before=progress.perplexity_before,
@@ -202,10 +262,10 @@ def finish(session: Session) -> dict[str, Any]:
         spectrum=summary(spectra),
         adapter_kind=config.adapter.kind.value,
         adapter_r=config.adapter.r,
-        trainable_parameters=session.trainable_count,
-        trainable_share=session.trainable_count / session.total_count,
+        trainable_parameters=arm.trainable_count,
+        trainable_share=arm.trainable_count / arm.total_count,
         updates=progress.update,
-        epochs=progress.update / session.order.updates_per_epoch,
+        epochs=progress.update / arm.order.updates_per_epoch,
         tokens=progress.tokens,
         tokens_per_s=progress.tokens / progress.seconds,
         seconds=progress.seconds,
@@ -213,7 +273,7 @@ def finish(session: Session) -> dict[str, Any]:
         folder=str(folder.path),
     )
     session.team.arrive()
-    folder.save_final(session.model, session.tokenizer)
+    folder.save_final(arm.model, session.tokenizer)
     if session.team.is_main:
         modules = spectrum_records(spectra)
         if modules:  # a method may have no spectrum
@@ -221,9 +281,12 @@ def finish(session: Session) -> dict[str, Any]:
         write_card(folder.path, result)
         picture = draw_run(folder.path, results.mean_spectrum(modules), config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
-        session.tracker.picture("run", picture, progress.update)
-        session.tracker.adapter(folder.path / "adapter")
-        console.print_result(result, config)
+        arm.tracker.picture("run", picture, progress.update)
+        arm.tracker.adapter(folder.path / "adapter")
+        if session.is_joint:
+            arm.note(f"finished: {console.describe_result(result)}")
+        else:
+            console.print_result(result, config)
     return result.to_json()
 
 

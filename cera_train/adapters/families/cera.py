@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Cera(RankedPeft):
     name = "CeRA"
     uses = RankedPeft.uses | GATE_SETTINGS | {"target_parameters", "experts", "expert_r"}
+    joins = True
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
@@ -108,6 +109,9 @@ class Cera(RankedPeft):
             gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
             **gate_fields(gate),
         )
+
+    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return layer.add_branches(output, x)
 
     def branches(self, module: nn.Module) -> dict[str, Branch]:
         from cera_train.cera import CeraExperts

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 class Lora(RankedPeft):
     name = "LoRA"
+    joins = True
     b_matrix = "lora_B"
 
     variant: str | None = None
@@ -52,6 +53,11 @@ class Lora(RankedPeft):
             out_features=module.out_features,
             gram=lambda: module.scaling[ADAPTER] ** 2 * (B := self.B(module)).T @ B,
         )
+
+    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        A, B, drop = (part[ADAPTER] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+        x = layer._cast_input_dtype(x, A.weight.dtype)
+        return (output + layer.scaling[ADAPTER] * B(A(drop(x)))).to(output.dtype)
 
     def B(self, layer: nn.Module) -> torch.Tensor:
         """B as the layer multiplies by it, [d_out, R], float64."""
