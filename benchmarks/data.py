@@ -76,7 +76,7 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
             started = time.perf_counter()
             data = prepare_data(config, tokenizer)
             batches = MicroBatches(data.train, True, 4096, cpu)
-            batches.load(batches.groups(RowOrder(len(data.train.rows), 16, seed=0).sequences(0))[0])
+            batches.load(batches.groups(RowOrder(len(data.train), 16, seed=0).sequences(0))[0])
             opened = time.perf_counter() - started
         finally:
             os.environ["CERA_TRAIN_CACHE"] = str(users_cache)

@@ -65,7 +65,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
     with maps(point.rows or 20) as file:
         setting = Setting(PACKAGE, file, [], "bfloat16", torch.device("cpu"))
         session = our_session(setting, point.kind, point.rank, micro_batch_tokens=MICRO_BATCH_TOKENS)
-    order = RowOrder(len(session.data.train.rows), point.sequences, seed=0)
+    order = RowOrder(len(session.data.train), point.sequences, seed=0)
     if point.rows is None:
         numbers = random.Random(0)
         ids = [numbers.randrange(1000) for _ in range(point.length)]

@@ -54,7 +54,7 @@ class JoinedAdapter:
         return cls(layers, config.family.add_branch, config.dropout > 0)
 
     def add(self, number: int, name: str, output: Tensor, x: Tensor) -> Tensor:
-        """output + branch(x) for this arm's tokens, at projection `number` of that name; may write into `output`."""
+        """output + branch(x) for this arm's tokens, at module `number` of the base; may write into `output`."""
         layer = self.layers.get(name)
         if layer is None or not len(x):
             return output
@@ -94,14 +94,14 @@ class SharedLoss(SupervisedLoss):
         self.arms = list(arms)
         self.tokens: list[int] = []
         """Of each arm in the pass in progress."""
-        names = list(dict.fromkeys(name for arm in arms for name in arm.layers))
-        for number, name in enumerate(names):
-            parent, _, child = name.rpartition(".")
-            projection = SharedProjection(base.get_submodule(name), number, name, self)
-            setattr(base.get_submodule(parent), child, projection)
+        for number, (name, module) in enumerate(list(base.named_modules())):
+            if any(name in arm.layers for arm in arms):
+                parent, _, child = name.rpartition(".")
+                setattr(base.get_submodule(parent), child, SharedProjection(module, number, name, self))
 
     def forward(self, batch: Batch) -> Tensor:
         self.tokens = [share.tokens for share in batch.arms]
-        for arm in self.arms:
-            arm.seed = int(torch.randint(2**62, (), generator=arm.random))
+        for arm, tokens in zip(self.arms, self.tokens, strict=True):
+            if tokens:
+                arm.seed = int(torch.randint(2**62, (), generator=arm.random))
         return super().forward(batch)

@@ -7,14 +7,16 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
@@ -44,6 +46,10 @@ PLUGINS = {
 """Files of Hydra's plugins, and how to install them."""
 
 
+ANY = "N"
+"""Stands for the number of an element in the key of a list's setting, such as data.mix.N.weight."""
+
+
 def register_configs() -> None:
     """Stores the schemas and every recipe with Hydra; a recipe `name` is then `+recipe=name`. ${options:group} in a
     help text lists the group's choices."""
@@ -53,6 +59,14 @@ def register_configs() -> None:
         store.store(name="schema" if schema is Config else f"{program.removeprefix('cera-')}_schema", node=schema)
     for path in sorted(config_dir("recipes").glob("*.yaml")):
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
+
+
+def register_plugins(plugins: Iterable[type[Plugin]]) -> None:
+    """Lists sweepers and launchers of ours with Hydra as hydra_plugins.cera_train.NAME, for the `_target_` of their
+    files in conf/hydra. Hydra builds plugins of that package alone, but asks for no module there: any installation
+    has them, and they pickle under their real names."""
+    names = {f"hydra_plugins.cera_train.{plugin.__name__}": plugin for plugin in plugins}
+    Plugins.instance().class_name_to_class.update(names)
 
 
 def options(group: str) -> list[str]:
@@ -106,15 +120,30 @@ class Composition:
 
     def takes(self, key: str) -> bool:
         """Whether a key is a setting, or lies in one that takes any key, such as adapter.settings."""
+        if element := self.element_keys(key):
+            return key in element
         return key in self.keys or any(key.startswith(f"{name}.") and not self.expected(name) for name in self.keys)
 
     def expected(self, key: str) -> str | None:
         """The kind of value that a setting takes, such as `a whole number`; None for any kind, or an unknown key."""
+        return _kind(self.hint(re.sub(r"\[.*", "", re.sub(r"\[(\d+)\]\.", r".\1.", key))))
+
+    def hint(self, key: str) -> Any:
+        """The type of a setting; None of an unknown key."""
         hint: Any = self.schema
-        for name in re.sub(r"\[.*", "", key).split("."):
+        for name in key.split("."):
             inner = section_of(hint)
-            hint = typing.get_type_hints(inner).get(name) if inner is not None else None
-        return _kind(hint)
+            if name.isdigit() or name == ANY:
+                hint = element_of(hint)
+            else:
+                hint = typing.get_type_hints(inner).get(name) if inner is not None else None
+        return hint
+
+    def element_keys(self, key: str) -> list[str]:
+        """The keys beside one in an element of a list of sections, such as data.mix.0.weight; none of another key."""
+        element = re.match(rf"(.*\.(?:\d+|{ANY}))\.", key)
+        kind = section_of(self.hint(element[1])) if element else None
+        return [] if kind is None else [f"{element[1]}.{field.name}" for field in dataclasses.fields(kind)]
 
     def unknown_setting(self, key: str, place: str) -> str:
         """The line about a key that no setting has, in an argument or a file."""
@@ -125,7 +154,8 @@ class Composition:
             is_other = section in _fields(schema) - _fields(self.schema)
             if is_other or (key in ("recipe", "sweep") and program == "cera-train"):
                 return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
-        near = did_you_mean(key, self.keys if "." in key else self.names) or did_you_mean(key, self.names)
+        known = self.element_keys(key) or (self.keys if "." in key else self.names)
+        near = did_you_mean(key, known) or did_you_mean(key, self.names)
         return f"{place}: unknown setting {key}. {near}`{self.program} --help` lists all."
 
     # --- errors of Hydra ---------------------------------------------------------------------------------------------
@@ -167,7 +197,11 @@ class Composition:
         key = getattr(cause, "full_key", None)
         if not key:
             return f"{place}{_one_line(cause or error)}."
-        argument = _argument(arguments, key.partition("[")[0])
+        if "." not in key:  # of an element, OmegaConf names the key alone
+            owner = getattr(cause, "object_type", None)
+            lists = [name for name in self.keys if owner and section_of(element_of(self.hint(name))) is owner]
+            key = f"{lists[0]}.{ANY}.{key}" if lists else key
+        argument = _argument(arguments, re.split(rf"\[|\.{ANY}\.", key)[0])
         if isinstance(cause, ConfigKeyError | ConfigAttributeError):
             return self.unknown_setting(key, argument or place.removesuffix(": ") or key)
         value = getattr(cause, "value", None)
@@ -206,12 +240,20 @@ def _kind(hint: Any) -> str | None:
     if isinstance(hint, types.UnionType):
         return f"{_kind(next(part for part in typing.get_args(hint) if part is not types.NoneType))}, or null"
     if typing.get_origin(hint) is list:
+        if (inner := section_of(element_of(hint))) is not None:
+            return f"a list of {{{', '.join(field.name for field in dataclasses.fields(inner))}}}"
         return "a list of whole numbers, such as [1,2]" if typing.get_args(hint) == (int,) else "a list, such as [a,b]"
     if isinstance(hint, type) and issubclass(hint, StrEnum):
         return f"one of {', '.join(hint)}"
     if section_of(hint) is not None:
         return "single values, by section.key=value"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(hint)
+
+
+def element_of(hint: Any) -> Any:
+    """The type of a list's elements; None of another type."""
+    lists = [part for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is list]
+    return typing.get_args(lists[0])[0] if lists else None
 
 
 def _argument(arguments: list[str], key: str) -> str | None:

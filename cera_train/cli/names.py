@@ -17,6 +17,8 @@ adapter.init               init_lora_weights init_weights lora_init
 adapter.target_modules     lora_target lora_target_modules lora_modules targets
 adapter.layers             layers_to_transform lora_layers
 data=NAME                  dataset dataset_name datasets
+data.mix                   dataset_mixer dataset_mixture dataset_weights mixture interleave_probs data_mix
+                           concat_sampling_probabilities
 data.max_length            max_seq_length max_seq_len seq_length seq_len sequence_length sequence_len block_size
                            cutoff_len context_length model_max_length max_len
 data.prompt                template prompt_template

@@ -14,8 +14,10 @@ from omegaconf import DictConfig
 from cera_train.cli.composition import Composition, to_config
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.config import PlanRun
 from cera_train.sweep.folder import grid, refuse_grid_of_one
+from cera_train.sweep.halving import is_halving
 
 PLAN = Composition(PlanRun, "cera-plan")
 
@@ -55,6 +57,7 @@ class Sum(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with errors_in_one_line(PLAN):
+            require(not is_halving(config), "hydra/sweeper=halving: a plan is of whole jobs. Leave it out.")
             grid(config)  # refuses what a grid cannot hold
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:

@@ -10,14 +10,15 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import hydra
+from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig
 
 from cera_train.cli.arguments import for_hydra
-from cera_train.cli.composition import Composition, register_configs
+from cera_train.cli.composition import Composition, register_configs, register_plugins
 from cera_train.cli.hydra_guard import guard_composition
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir
@@ -45,19 +46,25 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
 
 
 def start_hydra(
-    composition: Composition, config_name: str, command: Callable[[DictConfig], Any], keeps_sweeps: bool = False
+    composition: Composition,
+    config_name: str,
+    command: Callable[[DictConfig], Any],
+    keeps_sweeps: bool = False,
+    plugins: Sequence[type[Plugin]] = (),
 ) -> None:
     """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
 
     Args:
         command: explains its errors itself: Hydra prints a report about an error that leaves it.
         keeps_sweeps: whether a sweep has a folder. Without one, the multirun.yaml that Hydra writes is thrown away.
+        plugins: sweepers and launchers of ours.
     """
     compose = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)
 
     def compose_and_run() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
         register_configs()
+        register_plugins(plugins)
         guard_composition()
         sys.argv[1:] = for_hydra(composition, sys.argv[1:])
         with contextlib.nullcontext() if keeps_sweeps else tempfile.TemporaryDirectory() as folder:

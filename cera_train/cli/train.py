@@ -16,19 +16,23 @@ from cera_train.cli.composition import Composition, check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
+from cera_train.common.settings import require
 from cera_train.config import Config
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
 
 TRAIN = Composition(Config, "cera-train")
 
 
 def main() -> None:
-    start_hydra(TRAIN, "config", train, keeps_sweeps=True)
+    from cera_train.cli.together import launchers
+
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=[Halving, *launchers()])
 
 
 def train(composed: DictConfig) -> float | None:
@@ -40,21 +44,26 @@ def train(composed: DictConfig) -> float | None:
         join_slurm_step(os.environ)  # submitit starts a job without `start`
         job = Job.current(HydraConfig.get())
         if job is None:
-            return run(composed)
+            return run(prepare(composed))
         try:
             job.start()
-            return run(composed, job)
+            return run(prepare(composed, job))
         except BrokenPipeError:
             leave_closed_pipe()
         except Exception as error:
-            job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
-            if is_one_of_several():
-                sys.exit(1)  # others wait for this process
+            fail(job, error)
             return None
 
 
-def run(composed: DictConfig, job: Job | None = None) -> float:
-    """Trains as composed; a job of a sweep in its folder there."""
+def fail(job: Job, error: Exception) -> None:
+    """Keeps and prints the error of a job."""
+    job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
+    if is_one_of_several():
+        sys.exit(1)  # others wait for this process
+
+
+def prepare(composed: DictConfig, job: Job | None = None) -> Config:
+    """The checked config of a run as composed; of a job of a sweep, in its folder there."""
     refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
@@ -68,6 +77,11 @@ def run(composed: DictConfig, job: Job | None = None) -> float:
     if not (Path(config.output_dir) / config.name / "result.json").exists():  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
         check_data(config.data)
+    return config
+
+
+def run(config: Config) -> float:
+    """Trains, and returns the perplexity."""
     with heavy_imports():
         from cera_train.training.launch import launch
 
@@ -84,13 +98,14 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and continue
-            is_elsewhere, detach = "submitit" in str(config.hydra.launcher._target_), config.launch.detach
+            is_elsewhere, detach = "Submitit" in str(config.hydra.launcher._target_), config.launch.detach
             if detach and not is_elsewhere:
                 raise UserError(
                     "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                     "hydra/launcher=slurm_gpu."
                 )
-            begin(config, without_hydra)
+            check_together(config, is_elsewhere)
+            (begin_halving if is_halving(config) else begin)(config, without_hydra)
             if is_elsewhere:
                 from cera_train.sweep.cluster import replace_waiting
 
@@ -106,6 +121,31 @@ class Sweep(Callback):
             print_sweep(folder)
             if not (config.launch.detach or is_finished(folder)):
                 sys.exit(1)
+
+
+def check_together(config: DictConfig, is_elsewhere: bool) -> None:
+    """Raises UserError where `launch.together` does not go with the rest."""
+    launch, launcher = config.launch, config.hydra.launcher
+    trains_together = launcher._target_.endswith(".Together") or (is_elsewhere and launch.together not in (None, "1"))
+    if launch.together is None and not trains_together:
+        return
+    place = f"launch.together={launch.together}"
+    require(
+        trains_together or is_elsewhere,
+        f"{place}: jobs train together with hydra/launcher=together here, or on a cluster, such as "
+        "hydra/launcher=slurm_gpu. Choose one, or leave it out.",
+    )
+    require(
+        not (is_elsewhere and launch.together == "auto"),
+        f"{place}: the memory of the cluster's nodes is not known here. Set a number, such as launch.together=8.",
+    )
+    tasks = (launcher.get("tasks_per_node") or 1) * (launcher.get("nodes") or 1)
+    processes = 1 if launch.processes == "auto" else int(launch.processes)
+    require(
+        not trains_together or max(tasks, processes) == 1,
+        f"{place}: jobs that train together share one process, and these have {max(tasks, processes)}. Set "
+        "launch.processes=1, or one task a job on a cluster.",
+    )
 
 
 def without_hydra(composed: DictConfig) -> Config:

@@ -155,23 +155,25 @@ class MicroBatches:
     """Cuts rows of a tokenised split into micro-batches of at most `max_tokens`, padding included, and loads them."""
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
-        self.rows, self.is_flat, self.max_tokens, self.device = rows.rows, is_flat, max_tokens, device
+        self.rows, self.is_flat, self.max_tokens, self.device = rows, is_flat, max_tokens, device
         self.lengths: list[int] = rows.column("length")
         self.supervised: list[int] = rows.column("supervised")
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows of each micro-batch."""
-        return self.cut(rows, self.lengths)
+        cut = flat_micro_batches if self.is_flat else padded_micro_batches
+        return cut(rows, self.lengths, self.max_tokens)
 
-    def cut(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """`rows`, which index `lengths`, as micro-batches."""
-        return (flat_micro_batches if self.is_flat else padded_micro_batches)(rows, lengths, self.max_tokens)
+    def tokens(self, rows: Sequence[int]) -> int:
+        """Tokens of these rows as one micro-batch, padding included."""
+        lengths = [self.lengths[row] for row in rows]
+        return sum(lengths) if self.is_flat else len(rows) * max(lengths)
 
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
         # Arrow's `to_numpy` would import pandas, for a third of a second. DLPack has no packed bits, so masks are cast.
-        ids = [torch.from_dlpack(self.rows["input_ids"][row].values) for row in group]
-        bits = [self.rows["loss_mask"][row].values for row in group]
+        ids = [torch.from_dlpack(self.rows.tokens("input_ids", row)) for row in group]
+        bits = [self.rows.tokens("loss_mask", row) for row in group]
         masks = [torch.from_dlpack(mask.cast(pyarrow.uint8())).bool() for mask in bits]
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
@@ -191,25 +193,35 @@ class MicroBatches:
 
 
 class SharedMicroBatches:
-    """Micro-batches of several runs, arms, that share base and rows: in each, an arm's sequences lie side by side."""
+    """Micro-batches of several runs, arms, on one base: those that the arms would have alone lie side by side."""
 
     def __init__(self, batches: MicroBatches) -> None:
         self.batches = batches
         self.lengths, self.supervised = batches.lengths, batches.supervised
 
     def passes(self, rows: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """Each arm's rows, as micro-batches of each arm's rows."""
-        sequences = [(arm, row) for arm, rows_of_arm in enumerate(rows) for row in rows_of_arm]
+        """Each arm's rows as passes of the base, which hold rows of each arm.
+
+        An arm has at most one of its micro-batches in a pass, so that its dropout does not depend on other arms.
+        """
         passes = []
-        for group in self.batches.cut(range(len(sequences)), [self.lengths[row] for _, row in sequences]):
-            passes.append([[] for _ in rows])
-            for arm, row in (sequences[place] for place in group):
-                passes[-1][arm].append(row)
+        for turn in itertools.zip_longest(*map(self.batches.groups, rows), fillvalue=[]):
+            shared: list[list[list[int]]] = []
+            for arm in sorted(range(len(turn)), key=lambda arm: -len(turn[arm])):
+                fits = (group for group in shared if self._fit([*itertools.chain(*group), *turn[arm]]))
+                if (group := next(fits, None)) is None:
+                    shared.append(group := [[] for _ in rows])
+                group[arm] = turn[arm]
+            passes += shared
         return passes
 
+    def _fit(self, rows: list[int]) -> bool:
+        return self.batches.tokens(rows) <= self.batches.max_tokens
+
     def load(self, group: Sequence[Sequence[int]]) -> Batch:
+        """A pass, on the device."""
         batch = self.batches.load([row for rows in group for row in rows])
-        longest = batch.input_ids.shape[1]  # padded, a row takes so many tokens
+        longest = batch.input_ids.shape[1]  # padded, every row takes so many tokens
         batch.arms = [
             ArmShare(
                 sum(self.lengths[row] if self.batches.is_flat else longest for row in rows),

@@ -1,7 +1,12 @@
 """Settings of the rows, and how they become tokens."""
 
-from dataclasses import dataclass
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError
@@ -55,6 +60,31 @@ class DataFacts:
 
 
 @dataclass
+class MixPart:
+    """One data set of `data.mix`. What it leaves null it takes from `data`."""
+
+    weight: float | None = setting(None, "result", splits="training")
+    """Its share of the training rows, relative to the other parts. null in all parts: every row of each part once."""
+    path: str | None = setting(None, "result")
+    subset: str | None = setting(None, "result")
+    revision: str | None = setting(None, "result")
+    train_split: str | None = setting(None, "result", splits="training")
+    eval_split: str | None = setting(None, "result")
+    files: list[str] | None = setting(None, "result")
+    """Local files to train on. Without eval_files, their last eval_rows rows are held out."""
+    eval_files: list[str] | None = setting(None, "result")
+    rows: int | None = setting(None, "result", splits="training")
+    """Takes only this many training rows, from the start."""
+    eval_rows: int | None = setting(None, "result")
+    """0: this part evaluates nothing."""
+    layout: Layout | None = setting(None, "tokens")
+    prompt: str | None = setting(None, "tokens")
+    completion: str | None = setting(None, "tokens")
+    turns: Turns | None = setting(None, "tokens")
+    loss_on: LossOn | None = setting(None, "tokens")
+
+
+@dataclass
 class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
     """How a row reads. text: columns by template; conversations: ShareGPT's from/value; messages: chat template."""
@@ -80,7 +110,12 @@ class DataConfig:
     """Tokens; longer rows are truncated."""
     train_rows: int | None = setting(None, "result", splits="training")
     eval_rows: int | None = setting(None, "result")
-    """Take only this many rows, from the start. null: all."""
+    """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of an epoch in all, and
+    eval_rows those of each part."""
+    mix: list[MixPart] | None = setting(None, "result")
+    """Trains on several data sets, in place of path and train_files."""
+    mix_seed: int = setting(0, "result", splits="training")
+    """Draws the rows of a part that does not train whole."""
     allow_overlap: bool = setting(False, "result", splits="training")
     """Accept evaluation rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
@@ -88,7 +123,14 @@ class DataConfig:
     """For cera-plan only."""
 
     def __post_init__(self) -> None:
-        require_positive("data", self, "max_length", "train_rows", "eval_rows")
+        require_positive("data", self, "max_length", "train_rows")
+        require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must be positive.")
+        if self.mix is None:
+            self._check_rows()
+        else:
+            self._check_mix()
+
+    def _check_rows(self) -> None:
         if self.layout == Layout.text and not (self.prompt and self.completion):
             example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
             raise UserError(f"data.layout=text needs data.prompt and data.completion, such as {example}.")
@@ -103,6 +145,73 @@ class DataConfig:
         if self.eval_files and not self.train_files:
             raise UserError("data.eval_files without data.train_files: name the training files too.")
 
+    def _check_mix(self) -> None:
+        require(bool(self.mix), "data.mix=[] has no parts: name some, such as [{files:[a.jsonl],weight:1}], or null.")
+        for name in ("path", "train_files", "eval_files"):
+            value = getattr(self, name)
+            require(not value, f"data.{name}={value} beside data.mix: name it in a part, or leave out one of the two.")
+        weights = [part.weight for part in self.mix]
+        for number, part in enumerate(self.mix):
+            place, weight, is_named = f"data.mix.{number}", part.weight, bool(part.path or part.files)
+            if weight is None:
+                mend = "give every part a weight, or none"
+                require(set(weights) == {None}, f"{place}.weight is missing, and other parts have weights: {mend}.")
+            else:
+                is_weight = math.isfinite(weight) and weight >= 0
+                require(is_weight, f"{place}.weight={weight} must be a number of at least 0.")
+            if not is_named and part.layout != Layout.logistic_map:
+                raise UserError(f"{place} has neither path nor files: name local files or a Hub data set.")
+            if is_named and (part.layout or self.layout) == Layout.logistic_map:
+                mend = f"choose another data=NAME, such as data=jsonl, or set {place}.layout"
+                raise UserError(f"{place} names rows, but data.layout=logistic_map computes them: {mend}.")
+        require(None in weights or sum(weights) > 0, "data.mix: the weights add up to 0. Raise one.")
+        self.check_evaluates()
+
+    def check_evaluates(self) -> None:
+        """Raises UserError where no rows are left to evaluate on."""
+        keys = [f"{place}.eval_rows=0" for place, part in self.parts() if part.eval_rows == 0]
+        require(len(keys) < len(self.mix or [self]), f"{', '.join(keys)}: no rows to evaluate on. Raise one.")
+
+    def parts(self) -> Iterator[tuple[str, "DataConfig"]]:
+        """The data sets of a mix, each after its key; without a mix, these settings themselves after `data`."""
+        if self.mix is None:
+            yield "data", self
+        for number, part in enumerate(self.mix or ()):
+            values = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "weight"}
+            values = {ALONE.get(name, name): value for name, value in values.items() if value is not None}
+            with at_part(f"data.mix.{number}"):
+                config = replace(self, mix=None, **{"train_rows": None} | values)
+            yield f"data.mix.{number}", config
+
+    @property
+    def weights(self) -> list[float | None]:
+        """The weight of each of `parts`."""
+        return [None] if self.mix is None else [part.weight for part in self.mix]
+
+    @property
+    def title(self) -> str:
+        """Where the rows come from, for people."""
+        if self.mix is not None:
+            return " + ".join(part.title for _, part in self.parts())
+        return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
+
+
+ALONE = {"files": "train_files", "rows": "train_rows"}
+"""Settings of a part that `data` calls otherwise."""
+
+
+@contextlib.contextmanager
+def at_part(place: str) -> Iterator[None]:
+    """Lets UserErrors name settings as they stand in a part: data.mix.0.files for data.train_files."""
+    try:
+        yield
+    except UserError as error:
+        if place == "data":
+            raise
+        names = {ALONE.get(field.name, field.name): field.name for field in fields(MixPart)}
+        pattern = rf"\bdata\.({'|'.join(names)})\b"
+        raise UserError(re.sub(pattern, lambda key: f"{place}.{names[key[1]]}", str(error))) from error
+
 
 def evaluation_rows(settings: dict[str, Any], prefix: str = "data.") -> tuple:
     """The settings that choose the evaluation tokens of a perplexity. Runs are comparable where these are equal.
@@ -111,11 +220,29 @@ def evaluation_rows(settings: dict[str, Any], prefix: str = "data.") -> tuple:
         settings: flat settings of a run or an evaluation, in which data's start with `prefix`. A null counts like a
             missing key, since another version may not have it.
     """
-    marked = [(leaf.key, leaf.field.metadata["splits"], leaf.changes) for leaf in leaves(DataConfig)]
+    settings = {key: value for key, value in settings.items() if value is not None}
+    parts = {part[0] for key in settings if (part := re.match(rf"{re.escape(prefix)}mix\.\d+\.", key))}
+    evaluating = [part for part in parts if settings.get(f"{part}eval_rows") != 0]
+    if len(evaluating) == 1:  # the rows of a run on this part alone
+        fields_of_part = {field.name: evaluating[0] + field.name for field in fields(MixPart) if field.name != "weight"}
+        of_part = {
+            f"{prefix}{ALONE.get(name, name)}": settings[key] for name, key in fields_of_part.items() if key in settings
+        }
+        settings = {key: value for key, value in settings.items() if not key.startswith(f"{prefix}mix.")} | of_part
+    skipped = _training_keys(DataConfig, "train_files", prefix, settings)
+    for part in parts:
+        skipped |= _training_keys(MixPart, "files", part, settings)
+    return tuple(sorted((key, repr(value)) for key, value in settings.items() if key not in skipped))
+
+
+def _training_keys(schema: type, files: str, prefix: str, settings: dict[str, Any]) -> set[str]:
+    """The keys of a data set that do not choose its evaluation rows. `files` names the training files."""
+    marked = [(leaf.key, leaf.field.metadata["splits"], leaf.changes) for leaf in leaves(schema)]
     skipped = [key for key, splits, changes in marked if splits == "training" or changes == Changes.nothing]
-    if settings.get(f"{prefix}train_files"):  # nothing comes from the Hub
+    if settings.get(prefix + files):  # nothing comes from the Hub
         skipped += ["path", "subset", "revision", "eval_split"]
     if settings.get(f"{prefix}eval_files"):
-        skipped += ["train_files"]
-    keys = {key for key, value in settings.items() if value is not None} - {prefix + name for name in skipped}
-    return tuple(sorted((key, repr(settings[key])) for key in keys))
+        skipped += [files]
+    if schema is MixPart and settings.get(f"{prefix}eval_rows") == 0:
+        skipped = [key for key, *_ in marked]
+    return {prefix + key for key in skipped}

@@ -4,8 +4,9 @@ chunks and memory-mapped to read: neither takes more memory for more rows."""
 import hashlib
 import itertools
 import json
+from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import pyarrow
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
-from cera_train.data.config import DataConfig, Layout, LossOn
+from cera_train.data.config import DataConfig, Layout, LossOn, at_part
+from cera_train.data.mix import PartRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
@@ -90,42 +92,103 @@ class TokenizedRows:
     counts: RowCounts
     digest: str
     """Digest of the rows, the tokenizer and the settings that change tokens."""
+    numbers: Sequence[int] | None = None
+    """Of a mix, which repeats rows and leaves some out: the table's row that each row of the split is."""
+
+    def __len__(self) -> int:
+        return len(self.rows if self.numbers is None else self.numbers)
 
     def column(self, name: str) -> list:
         """A column that has one value for each row."""
-        return self.rows[name].to_pylist()
+        values = self.rows[name].to_pylist()
+        return values if self.numbers is None else [values[number] for number in self.numbers]
+
+    def tokens(self, name: str, row: int) -> pyarrow.Array:
+        """A row of a column that has one value for each token."""
+        return self.rows[name][row if self.numbers is None else self.numbers[row]].values
 
 
 @dataclass
 class TokenizedData:
     train: TokenizedRows
     evaluation: TokenizedRows
-    shared_prompts: int
+    shared_prompts: int = 0
     """Evaluation rows whose prompt is also a training row's."""
+    parts: list[PartRows] = field(default_factory=list)
+    """The parts of a mix."""
 
 
 def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
-    """Tokenises both splits, or takes them from the cache. A prompt in both is refused unless the config allows it."""
-    train_source, eval_source = open_sources(config)
-    digest = _tokenization_digest(config, tokenizer)
-    train = _tokenize(train_source, "training", config, tokenizer, digest)
-    evaluation = _tokenize(eval_source, "evaluation", config, tokenizer, digest)
-    train_keys = set(train.column("prompt_key"))
-    shared = sum(key in train_keys for key in evaluation.column("prompt_key"))
-    if shared and not config.allow_overlap:
-        train_files = {Path(name).resolve() for name in config.train_files}
-        in_both = [name for name in config.eval_files if Path(name).resolve() in train_files]
-        file = f" ({in_both[0]} is also in data.train_files)" if in_both else ""
-        count = f"{shared} of {evaluation.counts.kept} evaluation prompts are also training prompts{file}"
-        mend = "Remove them from one side, or set data.allow_overlap=true."
-        raise UserError(f"{eval_source.name}: {count}, so the perplexity would measure memory. {mend}")
-    return TokenizedData(train, evaluation, shared)
+    """Tokenises both splits, or takes them from the cache; those of a mix part by part. A prompt in both is refused
+    unless the config allows it."""
+    config.check_evaluates()
+    parts, train, evaluation = dict(config.parts()), {}, {}
+    for place, part in parts.items():
+        with at_part(place):
+            (train_source, eval_source), digest = open_sources(part), _tokenization_digest(part, tokenizer)
+            train[place] = _tokenize(train_source, "training", part, tokenizer, digest)
+            if part.eval_rows != 0:
+                evaluation[place] = _tokenize(eval_source, "evaluation", part, tokenizer, digest)
+    data = TokenizedData(train["data"], evaluation["data"]) if config.mix is None else _mix(config, train, evaluation)
+    train_keys = set(data.train.column("prompt_key"))
+    train_files = [name for part in parts.values() for name in part.train_files]
+    for place, rows in evaluation.items():
+        shared = sum(key in train_keys for key in rows.column("prompt_key"))
+        data.shared_prompts += shared
+        if shared and not config.allow_overlap:
+            with at_part(place):
+                _refuse_shared(shared, rows.counts.kept, parts[place], train_files)
+    return data
+
+
+def _refuse_shared(shared: int, rows: int, config: DataConfig, train_files: list[str]) -> None:
+    there = {Path(name).resolve() for name in train_files}
+    in_both = [name for name in config.eval_files if Path(name).resolve() in there]
+    file = f" ({in_both[0]} is also in data.train_files)" if in_both else ""
+    count = f"{shared} of {rows} evaluation prompts are also training prompts{file}"
+    mend = "Remove them from one side, or set data.allow_overlap=true."
+    raise UserError(f"{open_sources(config)[1].name}: {count}, so the perplexity would measure memory. {mend}")
 
 
 def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
     """Only the evaluation split of `prepare_data`, or its first `limit` rows."""
-    source = open_sources(config)[1].head(limit)
-    return _tokenize(source, "evaluation", config, tokenizer, _tokenization_digest(config, tokenizer))
+    config.check_evaluates()
+    made = []
+    for place, part in config.parts():
+        if part.eval_rows != 0:
+            with at_part(place):
+                source = open_sources(part)[1].head(limit if config.mix is None else None)
+                made.append(_tokenize(source, "evaluation", part, tokenizer, _tokenization_digest(part, tokenizer)))
+    return made[0] if config.mix is None else _join(made, [range(len(rows)) for rows in made], limit)
+
+
+def _mix(config: DataConfig, train: dict[str, TokenizedRows], evaluation: dict[str, TokenizedRows]) -> TokenizedData:
+    """The parts of a mix as one, and what each gives to it."""
+    available = list(map(len, train.values()))
+    counts = rows_of_parts(available, config.weights, config.train_rows)
+    drawn = [
+        drawn_rows(size, count, f"{config.mix_seed} {part}")
+        for part, (size, count) in enumerate(zip(available, counts, strict=True))
+    ]
+    parts = []
+    for (place, part), weight, numbers in zip(config.parts(), config.weights, drawn, strict=True):
+        lengths = train[place].column("length")
+        tokens = sum(lengths[number] for number in numbers)
+        parts.append(PartRows(part.title, weight, len(lengths), len(numbers), tokens, len(evaluation.get(place, ()))))
+    whole = [range(len(rows)) for rows in evaluation.values()]
+    return TokenizedData(_join([*train.values()], drawn), _join([*evaluation.values()], whole), parts=parts)
+
+
+def _join(parts: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None) -> TokenizedRows:
+    """The drawn rows of several splits as one, or its first `limit` rows. The tables are not copied."""
+    starts = itertools.accumulate(map(len, parts), initial=0)
+    placed = [[start + row for row in rows] for start, rows in zip(starts, drawn, strict=False)]
+    numbers = array("q", interleaved(placed)[:limit])
+    counts = RowCounts(*map(sum, zip(*(astuple(part.counts) for part in parts), strict=True)))
+    digest = _digest([part.digest for part in parts], hashlib.sha256(numbers).hexdigest())
+    joined = TokenizedRows(pyarrow.concat_tables([part.rows for part in parts]), counts, digest, numbers)
+    counts.tokens, counts.supervised_tokens = sum(joined.column("length")), sum(joined.column("supervised"))
+    return joined
 
 
 def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -> TokenizedRows:

@@ -4,10 +4,11 @@ import collections
 import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map
-from cera_train.data.config import DataConfig, Layout
+from cera_train.data.config import DataConfig, Layout, at_part
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, at
@@ -23,14 +24,25 @@ WHOLE_BYTES = 10_000_000
 def check_data(config: DataConfig) -> None:
     """Looks at the files of a config and at their first rows, before anything heavy is imported: most mistakes show
     there. The tokenizer's chat template is not needed for that."""
-    splits = {"data.train_files": config.train_files, "data.eval_files": config.eval_files}
-    paths = [path for setting, names in splits.items() for path in check_files(names, setting)]
-    to_segments = segmenter(config, None)
-    for path in paths:
-        if path.suffix.lower() == ".jsonl" or path.stat().st_size < WHOLE_BYTES:
-            for row in itertools.islice(rows_of([path]), LOOKED_AT):
-                with at(row.place):
-                    to_segments(row)
+    config.check_evaluates()
+    for place, part in config.parts():
+        with at_part(place):
+            to_segments = segmenter(part, None)
+            for path in data_files(part):
+                if path.suffix.lower() == ".jsonl" or path.stat().st_size < WHOLE_BYTES:
+                    for row in itertools.islice(rows_of([path]), LOOKED_AT):
+                        with at(row.place):
+                            to_segments(row)
+
+
+def data_files(config: DataConfig) -> list[Path]:
+    """The files of a data set, or of all parts of a mix. Opens none."""
+    paths = []
+    for place, part in config.parts():
+        with at_part(place):
+            paths += check_files(part.train_files, "data.train_files")
+            paths += check_files(part.eval_files, "data.eval_files")
+    return paths
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:

@@ -38,8 +38,7 @@ from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.tasks.records import Problem
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, Task, load_problems
+from cera_train.tasks.task import AnswerTask, Task, load_problems, task_of
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
-        task = find_task(config.task.kind)
+        task = task_of(config.task)
         if is_main:
             folder.write_config(config)
             measured = f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
@@ -235,7 +234,7 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         raise UserError(f"grade={path} does not exist: expected the folder of an evaluation, outputs/RUN/eval/TASK.")
     with EvaluationFolder(path) as folder:
         config = replace(folder.config(), grading_seconds=grading_seconds)
-        task = find_task(config.task.kind)
+        task = task_of(config.task)
         if not isinstance(task, AnswerTask):
             raise UserError(f"grade={path} measured perplexity: there are no answers to grade.")
         answers, broken = folder.answers()
@@ -274,7 +273,7 @@ def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
         "kind": "perplexity",
         "perplexity": perplexity(loss_per_token),
         "loss": loss_per_token,
-        "rows": len(rows.rows),
+        "rows": len(rows),
         "tokens": sum(held_out.batches.supervised),
     }
     if subject.adapter is not None:

@@ -31,7 +31,7 @@ class HeldOut:
     ) -> None:
         self.model, self.loss, self.team = model, loss, team
         self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, team.device)
-        self.rows, self.probe = range(len(rows.rows)), self.batches.first(probe_tokens)
+        self.rows, self.probe = range(len(rows)), self.batches.first(probe_tokens)
 
     def mean_loss(self) -> float:
         """Mean loss of a supervised token in nats."""

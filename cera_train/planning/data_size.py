@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, replace
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import DataConfig, Layout, LogisticMapConfig, LossOn
+from cera_train.common.files import config_dir, read_yaml
+from cera_train.data.config import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn, at_part
+from cera_train.data.mix import PartRows, rows_of_parts
 
 CHARACTERS_PER_TOKEN = 3.5
 """Estimate for local rows, which are not tokenised here. With SmolLM2's tokenizer a token has 2.8 characters on GSM8K,
@@ -29,12 +31,28 @@ class DataSize:
     """Where the number of tokens comes from, for people."""
     is_even: bool = False
     """All rows have the same length."""
+    parts: tuple[PartRows, ...] = ()
+    """The parts of a mix."""
+    eval_tokens: float | None = None
+    """Tokens of all evaluation rows. None: they are as long as the training rows."""
+
+    @property
+    def tokens_per_eval_row(self) -> float:
+        return self.tokens_per_row if self.eval_tokens is None else self.eval_tokens / self.eval_rows
 
 
 def is_known(config: DataConfig) -> bool:
-    """Whether the number of rows is known: from data.facts, local files, or because rows are computed."""
-    has_facts = config.facts is not None and config.facts.of == config.path
-    return has_facts or bool(config.train_files) or config.layout == Layout.logistic_map
+    """Whether the number of rows is known: from facts, local files, or because rows are computed."""
+    return facts_of(config) is not None or bool(config.train_files) or config.layout == Layout.logistic_map
+
+
+def facts_of(config: DataConfig) -> DataFacts | None:
+    """The facts of a data set of the Hub: its own, or those in a file of conf/data."""
+    if config.facts is not None and config.facts.of == config.path:
+        return config.facts
+    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")) if config.path else ())
+    found = (file["facts"] for file in files if file.get("facts", {}).get("of") == config.path)
+    return next((DataFacts(**facts) for facts in found), None)
 
 
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
@@ -46,12 +64,13 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     Raises:
         UserError: nothing is known about `data.path`, or local files cannot be read.
     """
+    if config.mix is not None:
+        return _size_of_mix(config, tokens_per_row)
     if config.layout == Layout.logistic_map:
         size = _logistic_map_size(config)
     elif config.train_files:
         size = _size_of_files(config)
-    elif is_known(config):
-        facts = config.facts
+    elif (facts := facts_of(config)) is not None:
         size = DataSize(
             _sliced(config.train_split, facts.train_rows),
             _sliced(config.eval_split, facts.eval_rows),
@@ -71,9 +90,31 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     return replace(
         size,
         train_rows=min(size.train_rows, config.train_rows or size.train_rows),
-        eval_rows=min(size.eval_rows, config.eval_rows or size.eval_rows),
+        eval_rows=size.eval_rows if config.eval_rows is None else min(size.eval_rows, config.eval_rows),
         tokens_per_row=min(size.tokens_per_row, config.max_length),
         supervised=1.0 if config.loss_on == LossOn.all else size.supervised,
+    )
+
+
+def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
+    sizes = []
+    for place, part in config.parts():
+        with at_part(place):
+            sizes.append((part.title, data_size(part, tokens_per_row)))
+    counts = rows_of_parts([size.train_rows for _, size in sizes], config.weights, config.train_rows)
+    parts = tuple(
+        PartRows(title, weight, size.train_rows, count, count * size.tokens_per_row, size.eval_rows)
+        for (title, size), weight, count in zip(sizes, config.weights, counts, strict=True)
+    )
+    tokens = sum(part.tokens for part in parts)
+    return DataSize(
+        sum(counts),
+        sum(part.eval_rows for part in parts),
+        tokens / sum(counts),
+        sum(part.tokens * size.supervised for part, (_, size) in zip(parts, sizes, strict=True)) / tokens,
+        "; ".join(dict.fromkeys(size.source for _, size in sizes)),
+        parts=parts,
+        eval_tokens=sum(size.eval_rows * size.tokens_per_row for _, size in sizes),
     )
 
 

@@ -175,7 +175,7 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
     epochs, rest = divmod(updates, updates_per_epoch)
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
     evaluations = 2 + ((updates - 1) // train.eval_every if train.eval_every else 0)  # before the first, after the last
-    eval_tokens = size.eval_rows * size.tokens_per_row
+    eval_tokens = size.eval_rows * size.tokens_per_eval_row
     probe_tokens = min(train.probe_tokens, eval_tokens)
     return RunTotals(
         updates=updates,
@@ -236,7 +236,7 @@ def memory_of(
     }
     if not on_gpu:
         always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
-    eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_row)
+    eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_eval_row)
     chunk, eval_chunk = (
         min(chunk_tokens(on_gpu) if chunks_head else count, max(1, count * size.supervised))
         for count in (tokens, eval_tokens)

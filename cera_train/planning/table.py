@@ -14,6 +14,7 @@ from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.terminal import duration, gigabytes, print_line, print_table, targets
 from cera_train.common.trust import clean
 from cera_train.config import Config, PlanRun
+from cera_train.data.mix import describe_parts
 from cera_train.model.config import Quantization
 from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.data_size import data_size, is_known
@@ -30,12 +31,13 @@ def print_plan(plan: RunPlan) -> None:
     model = config.model
     precision = model.dtype if model.quantization == Quantization.none else f"{model.dtype}, {model.quantization}"
     print_line("plan", f"{config.name}: {_adapter(config.adapter)} on {model.path}, {precision}")
-    where = config.data.path or ", ".join(config.data.train_files) or config.data.layout
     print_line(
         "data",
-        f"{where}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
+        f"{config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
         f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
     )
+    for line in describe_parts(data.parts):
+        print_line("part", line)
     assumed = "an assumption; set plan.mfu" if on_gpu else "seen with SmolLM2-135M; set plan.mfu"
     print_line(
         "device",
@@ -198,9 +200,9 @@ def compare_with_measured(folder: Path, plan: PlanConfig) -> tuple[RunPlan, list
     kind = next((kind for kind, gpu in GPUS.items() if gpus and gpu.cuda_name == gpus[0]), None)
 
     config = replace(config, train=replace(config.train, max_updates=result.updates))  # it may have lost patience
-    if not is_known(config.data):
+    if unknown := [part for _, part in config.data.parts() if not is_known(part)]:
         rows = result.updates * config.train.batch_size
-        config = replace(config, data=replace(config.data, train_rows=rows, eval_rows=config.data.eval_rows or rows))
+        config = replace(config, data=replace(unknown[0], train_rows=rows, eval_rows=unknown[0].eval_rows or rows))
     rows = run_totals(config, data_size(config.data, tokens_per_row=1)).rows
     plan = replace(
         plan,

@@ -74,7 +74,7 @@ def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | 
         "library_name": "transformers" if is_full else "peft",
         "base_model": model.path if is_hub_id else None,
         "license": license_name,
-        "datasets": [data.path] if data.path and not data.train_files else None,
+        "datasets": [part.path for _, part in data.parts() if part.path and not part.train_files],
         "tags": [adapter.kind.value],
         "pipeline_tag": "text-generation",
     }
@@ -106,7 +106,7 @@ def _trained(config: Config, result: RunResult) -> dict[str, str]:
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
         "Adapter": f"{adapter.title}{rank}{where}",
         "Trainable parameters": f"{result.trainable_parameters:,}",
-        "Data": _rows(config.data),
+        "Data": " + ".join(_rows(part) for _, part in config.data.parts()),
         "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
         f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {config.train.seed}",
     }

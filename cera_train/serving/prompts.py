@@ -37,7 +37,8 @@ def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: An
     if template == Template.chat and not tokenizer.chat_template:
         raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=run or none.")
     if template in (Template.auto, Template.run) and trained_on is not None:
-        return trained_on
+        _, first = next(trained_on.parts())
+        return first
     if template != Template.none and tokenizer.chat_template:
         return DataConfig(layout=Layout.messages, path="a chat")
     return DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")

@@ -29,7 +29,7 @@ from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
 from cera_train.config import Config
-from cera_train.data.files import check_files
+from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
@@ -37,6 +37,12 @@ from cera_train.runs.recorded_config import changes_result
 RECORD = "sweep.json"
 JOBS = ".jobs"
 """In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
+
+GRID_SWEEPERS = (".BasicSweeper", ".Halving")
+"""Sweepers whose jobs are the whole grid, known before the first."""
+
+NO_CHOICE = "default"
+"""The name of a job that chooses nothing."""
 
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
@@ -64,7 +70,7 @@ def _name(choices: list[str]) -> str:
     exact = ",".join(choices)
     shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
-        return exact or "default"
+        return exact or NO_CHOICE
     # What was replaced or cut may be all that differs between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
@@ -147,8 +153,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
         fine.update(values)
         if not (Path(config.hydra.sweep.dir) / job["name"] / "result.json").exists():  # else it reads them no more
             check_model(run.model.path)
-            check_files(run.data.train_files, "data.train_files")
-            check_files(run.data.eval_files, "data.eval_files")
+            data_files(run.data)
     for value, error in failed.items():
         if value not in fine and tries[value] < MOST_TRIES:
             raise error
@@ -157,12 +162,17 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def begin(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
+def begin(
+    config: DictConfig,
+    compose: Callable[[DictConfig], Config],
+    check: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> None:
     """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
     run, of a sweep with other fixed settings, and what `check_jobs` refuses.
 
     Args:
         compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
+        check: raises UserError for jobs that the sweeper cannot run; takes the content of sweep.json.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -174,8 +184,9 @@ def begin(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    is_grid = config.hydra.sweeper._target_.endswith(f".{BasicSweeper.__name__}")
+    is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
     record = _record(config, grid(config) if is_grid else [], folder)
+    check(record)
     check_jobs(config, record["jobs"], compose)
 
     # A name or recipe of a job must not move it elsewhere.
@@ -246,8 +257,9 @@ class Job:
             return None
         sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
         record = read_record(sweep / RECORD)
-        name = folder_of_job(sweep, overrides, record["swept"])
-        return cls(sweep, name, overrides, hydra_config.job.num + 1, len(record["jobs"]))
+        name, names = folder_of_job(sweep, overrides, record["swept"]), [job["name"] for job in record["jobs"]]
+        number = names.index(name) if name in names else hydra_config.job.num
+        return cls(sweep, name, overrides, number + 1, len(names))
 
     @property
     def record(self) -> Path:
@@ -255,12 +267,15 @@ class Job:
 
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
-        if not is_main_process():
-            return
+        if is_main_process():
+            self.clear()
+            print()
+            print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
+
+    def clear(self) -> None:
+        """Clears the error of an earlier start."""
         (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
         self._write(None)
-        print()
-        print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""

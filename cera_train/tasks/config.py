@@ -1,20 +1,23 @@
 """Settings of a benchmark."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import MISSING, require_positive, setting
 from cera_train.tasks.registry import all_tasks, find_task
 
-SOME_TASKS = ("level", "growths")
+Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
+
+SOME_TASKS = ("level", "growths", "question", "answer", "grader")
 """Settings that a task has only where it lists them in `Task.settings`."""
 
 
 @dataclass
 class TaskConfig:
     kind: str = setting(MISSING, "answers")
-    """The file of cera_train/tasks/ that defines the task: math, gsm8k, logistic_map: problems to answer; perplexity:
-    rows as in training; text: perplexity of running text."""
+    """The file of cera_train/tasks/ that defines the task: math, gsm8k, logistic_map, jsonl: problems to answer;
+    perplexity: rows as in training; text: perplexity of running text."""
     name: str = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
     path: str | None = setting(None, "answers")
@@ -32,6 +35,12 @@ class TaskConfig:
     """Takes only the problems of this level, for math. null: all."""
     growths: list[float] = setting(list, "answers")
     """Values of r in x' = r x (1 - x), for logistic_map."""
+    question: str | None = setting(None, "answers")
+    """The column with the question, for jsonl."""
+    answer: str | None = setting(None, "answers")
+    """The column with the gold answer, for jsonl."""
+    grader: Grader | None = setting(None, "answers")
+    """The rule that compares an answer with the gold answer, for jsonl."""
     max_new_tokens: int = setting(1024, "answers")
     window: int = setting(1024, "answers")
     """Tokens in a window, for text. Every token but a window's first is predicted."""

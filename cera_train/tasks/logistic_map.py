@@ -35,8 +35,8 @@ class LogisticMap(AnswerTask):
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out, then the paper's case."""
-        if data is None or data.layout != Layout.logistic_map:
-            data = DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
+        trained_on = [part for _, part in data.parts() if part.layout == Layout.logistic_map] if data else []
+        data = (trained_on or [DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)])[0]
         _, starts = training_rows.starting_points(data.logistic_map, data.eval_rows)
         cases = [(x0, replace(data.logistic_map, growth=growth), {}) for x0 in starts for growth in config.growths]
         for x0, case, mark in [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]:

@@ -25,7 +25,7 @@ class Perplexity(RowTask):
         if config.files:
             mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
             require(data.layout != Layout.logistic_map, f"task.files: {mend}")
-            data = replace(data, train_files=config.files, eval_files=config.files, eval_rows=None)
+            data = replace(data, mix=None, train_files=config.files, eval_files=config.files, eval_rows=None)
         return prepare_evaluation(data, tokenizer, config.limit)
 
 

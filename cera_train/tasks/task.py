@@ -70,6 +70,10 @@ class Task:
     def check(self, config: TaskConfig) -> None:
         """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
 
+    def configured(self, config: TaskConfig) -> Task:
+        """This task as its settings make it."""
+        return self
+
     def counts(self, problem: Any) -> bool:
         """Whether a problem counts in the scores."""
         return True
@@ -108,9 +112,14 @@ class AnswerTask(Task, ABC):
         return {}
 
 
+def task_of(config: TaskConfig) -> Task:
+    """The task of these settings."""
+    return find_task(config.kind).configured(config)
+
+
 def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
-    task = find_task(config.kind)
+    task = task_of(config)
     assert isinstance(task, AnswerTask)
     seen, problems = Counter(), []
     for problem in task.problems(config, data):
@@ -138,6 +147,8 @@ class QuestionTask(AnswerTask):
     """Whether an answer equals the gold answer by the published rule."""
     takes: Callable[[Row, TaskConfig], bool] = lambda row, config: True
     """Whether a row is one of the problems."""
+    cell: Callable[[Row, str], str] = text_of
+    """The text of a column in the prompt."""
 
     def check(self, config: TaskConfig) -> None:
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
@@ -167,7 +178,7 @@ class QuestionTask(AnswerTask):
                 raise UserError(f"task.prompt: {reason}. {mend}")
             with at(place):
                 question = text_of(row, self.question)
-                prompt = config.prompt.format_map({name: text_of(row, name) for name in columns})
+                prompt = config.prompt.format_map({name: self.cell(row, name) for name in columns})
                 gold = self.gold(row)
             details = {name: row[name] for name in DETAILS if row.get(name) is not None}
             yield Problem(question_id(question), question, prompt, gold, details)

@@ -90,6 +90,9 @@ class TrainConfig:
     """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
     eval_every: int | None = setting(100, "result")
     """Updates between evaluations. null: only before the first update and after the last."""
+    stop_at: int | None = setting(None, "nothing")
+    """Pause after so many updates, with an evaluation and a checkpoint; the same command without it goes on. null:
+    never."""
     save_every: int | None = setting(100, "nothing")
     """Updates between checkpoints. null: only at the end and when interrupted."""
     keep: int = setting(2, "nothing")
@@ -107,7 +110,9 @@ class TrainConfig:
     finished run; a checkpoint's folder: go on from that."""
 
     def __post_init__(self) -> None:
-        counts = "batch_size micro_batch_tokens epochs max_updates eval_every save_every keep patience probe_tokens"
+        counts = (
+            "batch_size micro_batch_tokens epochs max_updates eval_every stop_at save_every keep patience probe_tokens"
+        )
         require_positive("train", self, *counts.split())
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
 

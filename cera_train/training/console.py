@@ -21,6 +21,7 @@ from cera_train.common.terminal import console, duration, highlighted, print_fie
 from cera_train.common.trust import redact
 from cera_train.config import Config
 from cera_train.data.config import BatchLayout, Layout
+from cera_train.data.mix import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.config import Quantization
@@ -130,13 +131,15 @@ def print_data(data: TokenizedData, tokenizer: Any) -> None:
         dropped = counts.empty + counts.answer_truncated
         print_line(
             label,
-            f"{counts.kept:,} rows, {counts.tokens:,} tokens, {counts.supervised_tokens / counts.tokens:.0%} supervised"
+            f"{len(split):,} rows, {counts.tokens:,} tokens, {counts.supervised_tokens / counts.tokens:.0%} supervised"
             f"; {dropped:,} dropped ({counts.empty:,} empty, {counts.answer_truncated:,} beyond max_length)"
             f", {counts.truncated:,} truncated",
         )
+    for line in describe_parts(data.parts):
+        print_line("part", line)
     print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts")
-    [row] = data.train.rows.slice(0, 1).to_pylist()
-    console().print(f"{'example':<11}", render_example(row["input_ids"], row["loss_mask"], tokenizer), sep="")
+    ids, mask = (data.train.tokens(name, 0).to_pylist() for name in ("input_ids", "loss_mask"))
+    console().print(f"{'example':<11}", render_example(ids, mask, tokenizer), sep="")
 
 
 def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) -> Text:

@@ -208,7 +208,7 @@ class Arm:
         data, tokens = session.data, config.train.micro_batch_tokens
         self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
         self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
-        self.order = RowOrder(len(data.train.rows), config.train.batch_size, config.train.seed)
+        self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.tracker = Tracker()
 
@@ -226,6 +226,12 @@ class Arm:
     def is_done(self) -> bool:
         """Whether the last update is done, or the last evaluations brought no lower perplexity."""
         return self.progress.update >= self.updates or self.progress.out_of_patience(self.config.train.patience)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether `train.stop_at` is reached before the end."""
+        stop_at = self.config.train.stop_at
+        return stop_at is not None and self.progress.update >= stop_at and not self.is_done
 
     def is_due(self, every: int | None) -> bool:
         """Whether something is due after this update."""

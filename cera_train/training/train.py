@@ -38,7 +38,8 @@ def train(config: Config) -> dict[str, Any]:
     """Fine-tunes an adapter as the config says, or goes on where an earlier call was cut.
 
     Returns:
-        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...
+        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...; of a
+        run that pauses at `train.stop_at`, `update` and `eval/perplexity`.
 
     Raises:
         UserError: the config, the data or the run's folder is not usable; the message says how to mend it.
@@ -108,11 +109,11 @@ def run_session(session: Session) -> None:
 
 
 def end_arms(session: Session) -> None:
-    """Finishes the arms that are done."""
+    """Lets go of the arms that are done, and of those that `train.stop_at` pauses."""
     for arm in session.arms[:]:
-        if arm.is_done:
+        if arm.is_done or arm.is_paused:
             with session.alone(arm.run):
-                session.leave(arm.run, finish(arm))
+                session.leave(arm.run, finish(arm) if arm.is_done else pause(arm))
 
 
 # --- one update ------------------------------------------------------------------------------------------------------
@@ -245,6 +246,22 @@ def stop(session: Session, signal: int) -> None:
         arm.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
+
+
+def pause(arm: Arm) -> dict[str, Any]:
+    """Evaluates and saves at `train.stop_at`. This evaluation is no candidate for the best and takes no patience: the
+    run ends as if it had not been paused."""
+    progress = arm.progress
+    if arm.is_due(arm.config.train.eval_every):  # it was evaluated in the loop
+        metrics = EvaluationMetrics(progress.update, progress.epoch, perplexity=progress.perplexity)
+    else:
+        loss = arm.held_out.mean_loss()
+        metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss))
+        arm.log(metrics)
+        arm.note(console.describe_evaluation(metrics))
+    save(arm)
+    arm.note(f"paused after update {progress.update:,} of {arm.updates:,}, saved. Without train.stop_at it goes on.")
+    return metrics.to_json()
 
 
 def finish(arm: Arm) -> dict[str, Any]:

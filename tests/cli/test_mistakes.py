@@ -66,6 +66,15 @@ from cera_train.evaluation.config import EvalConfig
         (["data=jsonl"], "there is no training data: set data.train_files"),
         ([f"name={'x' * 300}"], "300 bytes are too long for a folder"),
         ([f"output_dir={'x' * 300}"], "too long for the name of a file or folder"),
+        # in a part of a mix
+        (
+            ["data.mix=[{fiels:[a]}]"],
+            r"data.mix=\[{fiels:\[a\]}\]: unknown setting .* data.mix.N.files",
+        ),
+        (["data.mix=[{weight:a}]"], r"data.mix=\[{weight:a}\]: expected a number, or null"),
+        (["data.mix=[a.jsonl]"], r"data.mix=\[a.jsonl\]: expected a list of {weight, path, .*, loss_on}, or null"),
+        (["data.mix.0.wieght=3"], "data.mix.0.wieght=3: unknown setting .* Did you mean data.mix.0.weight"),
+        (["data=jsonl", "data.mix=[{files:[no.jsonl],eval_rows:1}]"], "data.mix.0.files=no.jsonl: cannot read the fi"),
         # an argument of a wrong form
         (["adapter.r=["], r"adapter.r=\[: cannot read the value.*'adapter.r=\"\[\"'"),
         (["data.prompt=Q: {question}"], "cannot read the value.*'data.prompt=\"Q: {question}\"'"),

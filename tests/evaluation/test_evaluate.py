@@ -12,6 +12,7 @@ from evaluation_files import QUESTIONS, contents, read, tiny_path
 
 import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
+from cera_train.data.config import DataConfig, Layout, MixPart
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.recorded_config import load_config
 from cera_train.tasks import gsm8k
@@ -170,6 +171,22 @@ def test_math_from_a_file_is_graded_by_both_graders(eval_config, write_jsonl, ru
     assert (first["level"], first["type"]) == ("Level 1", "Algebra")
 
 
+def test_a_task_of_ones_own_is_graded_by_the_grader_it_names(eval_config, compose, write_jsonl, run, monkeypatch):
+    rows = write_jsonl("halves.jsonl", [{"question": f"half of {n}", "answer": n / 2} for n in (1, 2)])
+
+    def by_hand(model, base, tokenizer, batch, config):
+        return [Generation(request.problem, 0, " It is 1/2", 5, False) for request in batch]
+
+    monkeypatch.setattr(evaluate_module, "generate", by_hand)
+    scores = {}
+    for grader in ("number", "text"):
+        settings = [f"task.files=[{rows}]", f"task.grader={grader}", f"task.name={grader}"]
+        result = evaluate(eval_config(*settings, task="jsonl"))
+        scores[grader] = {key: value for key, value in result.items() if key.endswith("pass@1")}
+        assert evaluate(compose(f"grade={run}/eval/{grader}", command="eval")) == result
+    assert scores == {"number": {"exact/pass@1": 0, "verified/pass@1": 0.5}, "text": {"exact/pass@1": 0}}
+
+
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
     def crash(text):
         raise RecursionError("too deep")
@@ -231,3 +248,10 @@ def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_conf
     asked = {problem.prompt for problem in own if problem.details["growth"] == 3.5}
     assert asked == {row["prompt"] for row in held_out}
     assert {problem.details["growth"] for problem in own} == {3.2, 3.5, 3.8}
+
+
+def test_logistic_map_finds_what_a_part_of_a_mix_held_out(eval_config):
+    parts = [MixPart(path="a/b"), MixPart(layout=Layout.logistic_map, eval_rows=7)]
+    data = DataConfig(prompt="{a}", completion="{b}", mix=parts)
+    problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, data)
+    assert len(problems) == 3 * 7 + 1

@@ -69,6 +69,33 @@ def test_local_chats_are_counted(size, write_jsonl):
     assert counted.supervised == pytest.approx(0.5)
 
 
+def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
+    mixed, gsm8k, orca = size("data=gsm8k_slimorca"), size("data=gsm8k"), size("data=slimorca")
+    assert [(part.rows, part.available, part.eval_rows) for part in mixed.parts] == [
+        (7473, 7473, 1319),
+        (2491, 100_000, 2000),
+    ]
+    assert (mixed.train_rows, mixed.eval_rows) == (9964, 3319)
+    assert mixed.tokens_per_row * 9964 == pytest.approx(7473 * gsm8k.tokens_per_row + 2491 * orca.tokens_per_row)
+    assert mixed.eval_tokens == pytest.approx(1319 * gsm8k.tokens_per_row + 2000 * orca.tokens_per_row)
+    assert size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4").parts[0].rows == 16_000
+
+
+def test_a_part_of_unknown_size_is_named(plan):
+    unknown = ["+recipe=math_r64", "data=gsm8k_slimorca", "data.mix.1.path=org/rows", "data.mix.1.train_split=train"]
+    with pytest.raises(
+        ValueError, match="data.mix.1.path=org/rows: its size is unknown. Set data.mix.1.rows, data.mix"
+    ):
+        plan(*unknown)
+    known = ["data.mix.1.rows=640", "data.mix.1.eval_rows=10", "plan.tokens_per_row=100"]
+    assert plan(*unknown, *known).data.train_rows == 640 * 4
+
+
+def test_a_data_set_of_conf_is_known_by_its_path(size):
+    settings = ["data=jsonl", "data.path=openai/gsm8k", "data.prompt='{question}'", "data.completion=' {answer}'"]
+    assert size(*settings).train_rows == 7473
+
+
 def test_rows_of_unknown_number_are_asked_for(plan):
     with pytest.raises(ValueError, match="data.path=org/rows: its size is unknown. Set data.train_rows"):
         plan("+recipe=math_r64", "data.path=org/rows")

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import DataConfig
+from cera_train.data.config import DataConfig, MixPart
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
@@ -130,6 +130,14 @@ def test_without_a_run_the_chat_template_is_taken_where_there_is_one(tokenizer):
     assert choose_rows(Template.none, None, tokenizer).layout == "text"
     assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer).prompt == TEXT["prompt"]
     assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer).layout == "messages"
+
+
+def test_a_run_on_a_mix_is_asked_as_its_first_part_reads(tokenizer):
+    parts = [MixPart(path="a/b", prompt="Q: {question}", eval_rows=0), MixPart(path="c/d")]
+    mix = DataConfig(**TEXT | {"path": None, "mix": parts})
+    rows = choose_rows(Template.auto, mix, tokenizer)
+    assert (rows.prompt, rows.completion) == ("Q: {question}", TEXT["completion"])
+    assert Prompts(rows, tokenizer).row([ONE]) == {"question": ONE}
 
 
 @pytest.mark.parametrize(

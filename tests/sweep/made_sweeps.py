@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from cera_train.cli.sweep import main as main_sweep
+from cera_train.cli.train import main as main_train
 from cera_train.sweep.folder import JOBS, RECORD
 from cera_train.sweep.table import State, read_sweep
 
@@ -34,10 +36,10 @@ def record_job(sweep: Path, name: str, error: str | None, number: int = 1) -> Pa
     return path
 
 
-def record_sweep(sweep: Path, *names: str) -> None:
+def record_sweep(sweep: Path, *names: str, swept: Sequence[str] = ()) -> None:
     sweep.mkdir(parents=True, exist_ok=True)
     jobs = [{"name": name, "overrides": name.split(",")} for name in names]
-    (sweep / RECORD).write_text(json.dumps({"command": ["cera-train"], "swept": [], "jobs": jobs}))
+    (sweep / RECORD).write_text(json.dumps({"command": ["cera-train"], "swept": list(swept), "jobs": jobs}))
 
 
 def states(sweep: Path) -> dict[str, State]:
@@ -47,3 +49,14 @@ def states(sweep: Path) -> dict[str, State]:
 def cera_sweep(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["cera-sweep", *map(str, arguments)])
     main_sweep()
+
+
+def cera_train(monkeypatch, cwd: Path, *arguments: str) -> int:
+    """cera-train in this process, where torch is imported already; returns its exit status."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", ["cera-train", *arguments])
+    try:
+        main_train()
+    except SystemExit as error:
+        return error.code
+    return 0

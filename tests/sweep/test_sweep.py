@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from made_sweeps import cera_sweep, make_job, record_sweep, states
+from made_sweeps import cera_sweep, cera_train, make_job, record_sweep, states
 
-from cera_train.cli.train import main
 from cera_train.config import Config
 from cera_train.sweep.folder import JOBS, RECORD
 from cera_train.sweep.table import State, best_jobs, read_sweep
@@ -116,17 +115,6 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here)
     assert "lost       job " in output
     assert states(sweep) == {finished.name: State.finished, cut.name: State.cut}
     assert "jobs       1 finished, 1 cut" in output
-
-
-def cera_train(monkeypatch, cwd: Path, *arguments: str) -> int:
-    """In this process, where torch is imported already."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["cera-train", *arguments])
-    try:
-        main()
-    except SystemExit as error:
-        return error.code
-    return 0
 
 
 @pytest.mark.slow

@@ -49,13 +49,15 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, write_jsonl):
 
 @pytest.mark.parametrize("kind", ["nope", "config", "registry", "task", "..config", ""])
 def test_an_unknown_kind_is_refused_and_the_kinds_are_listed(kind):
-    with pytest.raises(UserError, match=rf"^task.kind={kind} is unknown: choose one of gsm8k, logistic_map, math, per"):
+    with pytest.raises(
+        UserError, match=rf"^task.kind={kind} is unknown: choose one of gsm8k, jsonl, logistic_map, math"
+    ):
         TaskConfig(kind=kind, name="x")
 
 
 def test_every_task_is_of_one_of_the_two_sorts_and_takes_settings_that_there_are():
     names = set(TaskConfig.__dataclass_fields__)
-    assert set(all_tasks()) == {"gsm8k", "logistic_map", "math", "perplexity", "text"}
+    assert set(all_tasks()) == {"gsm8k", "jsonl", "logistic_map", "math", "perplexity", "text"}
     for task in all_tasks().values():
         assert isinstance(task, (AnswerTask, RowTask))
         assert names >= set(task.settings)

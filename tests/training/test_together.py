@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from cera_train.adapters.together import twin
+from cera_train.common.errors import UserError
+from cera_train.distributed.signals import Interrupted
+from cera_train.runs.folder import RunFolder
 from cera_train.training.train import train, train_together
 
 ARMS = {
     "cera": ["adapter.dropout=0"],
     "relu": ["adapter.activation=relu", "adapter.dropout=0", "optimizer.lr=3e-3", "train.seed=1"],
-    "rank": ["adapter.r=8", "adapter.alpha=16", "adapter.dropout=0", "optimizer.schedule=cosine", "train.max_updates=4"],
+    "rank": [
+        "adapter.r=8",
+        "adapter.alpha=16",
+        "adapter.dropout=0",
+        "optimizer.schedule=cosine",
+        "train.max_updates=4",
+    ],
     "lora": ["adapter=lora", "adapter.r=4", "adapter.dropout=0", "train.seed=2"],
     "rslora": ["adapter=rslora", "adapter.r=4", "adapter.dropout=0"],
     "mix": ["adapter.mix=learned", "adapter.dropout=0", "adapter.target_modules=all-linear", "train.eval_every=2"],
@@ -21,9 +34,12 @@ ARMS = {
 }
 
 
+def folder_of(config) -> Path:
+    return Path(config.output_dir) / config.name
+
+
 def metrics_of(config) -> list[dict]:
-    path = Path(config.output_dir) / config.name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
 
 
 def numbers(config) -> list[dict]:
@@ -35,7 +51,7 @@ def numbers(config) -> list[dict]:
 
 
 def weights(config) -> dict:
-    return load_file(Path(config.output_dir) / config.name / "adapter" / "adapter_model.safetensors")
+    return load_file(folder_of(config) / "adapter" / "adapter_model.safetensors")
 
 
 def assert_equal_runs(config, other) -> None:
@@ -58,3 +74,123 @@ def test_each_arm_has_the_numbers_of_its_run_alone(tiny_config, layout, tokens):
         assert outcome["eval/perplexity"] == pytest.approx(result["eval/perplexity"], rel=1e-5)
         assert outcome.keys() == result.keys()
         assert_equal_runs(config, alone)
+
+
+def test_dropout_depends_on_nothing_but_the_arm(tiny_config):
+    cera = ("adapter.dropout=0.3", "train.max_updates=3", "adapter.target_modules=[v_proj]")
+    lora = ("adapter=lora", "adapter.r=4", "adapter.dropout=0.3", "train.max_updates=3")
+    before = tiny_config("adapter.dropout=0.3", "train.max_updates=2", "train.seed=3", "name=before")
+    pairs = [
+        [tiny_config(*arm, f"name={name}_{part}") for name, arm in (("cera", cera), ("lora", lora))] for part in "ab"
+    ]
+    train_together(pairs[0])
+    train_together([before, *pairs[1][::-1]])
+    for first, second in zip(*pairs, strict=True):
+        assert_equal_runs(first, second)
+    without = tiny_config(*cera, "adapter.dropout=0", "name=without")
+    train(without)
+    assert numbers(without)[1]["train/loss"] == pytest.approx(numbers(pairs[0][0])[1]["train/loss"])  # B is zero
+    assert numbers(without)[-1] != pytest.approx(numbers(pairs[0][0])[-1], rel=1e-5)
+
+
+def test_recomputed_layers_drop_the_same(tiny_config):
+    arms = [("adapter.dropout=0.3",), ("adapter=lora", "adapter.r=4", "adapter.dropout=0.3")]
+    plain, checkpointed = (
+        [
+            tiny_config(*arm, more, "train.max_updates=3", f"name={more[-4:]}_{number}")
+            for number, arm in enumerate(arms)
+        ]
+        for more in ("model.gradient_checkpointing=false", "model.gradient_checkpointing=true")
+    )
+    train_together(plain)
+    train_together(checkpointed)
+    for first, second in zip(plain, checkpointed, strict=True):
+        assert_equal_runs(first, second)
+
+
+@pytest.mark.parametrize("order", ["together first", "alone first"])
+def test_a_run_goes_on_in_the_other_way(tiny_config, order, monkeypatch):
+    """A checkpoint of a run among others is that of a run alone."""
+    fixed = ("adapter.dropout=0", "train.max_updates=6", "train.save_every=2", "train.eval_every=2")
+    cut, beside, whole = (
+        tiny_config(*fixed, *more) for more in (["name=cut"], ["name=beside", "adapter.r=2"], ["name=whole"])
+    )
+    train(whole)
+    begin, go_on = (train_together, train) if order == "together first" else (train, train_together)
+    as_given = {train: lambda: [train(cut)], train_together: lambda: train_together([beside, cut])}
+    with monkeypatch.context() as patch:
+        log = RunFolder.append_metrics
+        patch.setattr(
+            RunFolder, "append_metrics", lambda self, line: (log(self, line), line["update"] == 5 and die(self, cut))
+        )
+        with pytest.raises(KeyboardInterrupt):
+            as_given[begin]()
+    assert numbers(cut)[-1]["update"] == 5
+    as_given[go_on]()
+    assert_equal_runs(cut, whole)
+
+
+def die(folder: RunFolder, config) -> None:
+    """Ends the process where that run has come so far."""
+    if folder.path.name == config.name:
+        raise KeyboardInterrupt
+
+
+def test_an_arm_that_fails_ends_alone(tiny_config, capsys):
+    diverging = tiny_config("adapter.dropout=0", "optimizer.lr=1e30", "name=diverging")
+    locked = tiny_config("adapter.dropout=0", "name=locked")
+    missing = tiny_config("adapter.dropout=0", "adapter.target_modules=[no_such]", "name=missing")
+    patient = tiny_config(
+        "adapter.dropout=0", "optimizer.lr=1e-12", "train.eval_every=1", "train.patience=2", "name=patient"
+    )
+    fine = tiny_config("adapter.dropout=0", "name=fine")
+    with RunFolder(folder_of(locked), {}):
+        outcomes = train_together([diverging, locked, missing, patient, fine])
+    errors = [str(outcome) for outcome in outcomes if isinstance(outcome, Exception)]
+    assert [type(outcome) for outcome in outcomes] == [UserError, UserError, UserError, dict, dict]
+    for error, part in zip(errors, ("not finite", "another run is writing", "no_such"), strict=True):
+        assert part in error
+    assert outcomes[3]["updates"] == 2
+    alone = tiny_config("adapter.dropout=0", "name=alone")
+    train(alone)
+    assert_equal_runs(fine, alone)
+    assert not (folder_of(diverging) / "result.json").exists()
+
+
+def test_a_signal_stops_all_arms_and_the_same_call_goes_on(tiny_config, monkeypatch):
+    arms = [tiny_config("adapter.dropout=0", f"adapter.r={r}", f"name=r{r}", "train.max_updates=6") for r in (2, 4)]
+    whole = [replace(arm, name=f"whole_{arm.name}") for arm in arms]
+    train_together(whole)
+    log = RunFolder.append_metrics
+
+    def append(self, line):
+        log(self, line)
+        if line["update"] == 3 and self.path.name == "r2":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", append)
+        with pytest.raises(Interrupted):
+            train_together(arms)
+    for arm in arms:  # the signal came when the update was over: the next one noticed it
+        assert [path.name for path in (folder_of(arm) / "checkpoints").iterdir()] == ["4"]
+    train_together(arms)
+    for arm, other in zip(arms, whole, strict=True):
+        assert_equal_runs(arm, other)
+
+
+def test_finished_runs_are_not_trained_again(tiny_config, capsys):
+    done, new = (tiny_config("train.max_updates=2", "adapter.dropout=0", f"name={name}") for name in ("done", "new"))
+    result = train(done)
+    outcomes = train_together([done, new])
+    assert outcomes[0] == result
+    assert outcomes[1]["updates"] == 2
+    assert "Its result stands" in capsys.readouterr().out
+
+
+def test_bytes_of_the_base_are_held_once(tiny_llama):
+    copied = twin(tiny_llama)
+    pairs = zip(tiny_llama.named_parameters(), copied.named_parameters(), strict=True)
+    assert all(name == other and weight is shared for (name, weight), (other, shared) in pairs)
+    copied.model.layers[0].self_attn.q_proj = None
+    assert tiny_llama.model.layers[0].self_attn.q_proj is not None

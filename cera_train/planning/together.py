@@ -1,0 +1,66 @@
+"""How many runs train on one base at once in a given memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cera_train.common.errors import UserError
+from cera_train.config import Config, PlanRun
+from cera_train.planning.config import GpuKind, PlanConfig
+from cera_train.planning.devices import USABLE
+from cera_train.planning.plan import plan_alone
+
+OF_AN_ARM = ("adapter", "gradients", "optimizer")
+"""Parts of a run's memory that every run has; the rest is shared."""
+
+FULL = 1_000
+"""So many sequences an update fill a micro-batch, as those of several runs do."""
+
+
+def arms_that_fit(configs: Sequence[Config]) -> int:
+    """How many of these runs, from the first on, can train on one base in the memory that is free here; at least 1. One
+    that cannot be planned will fail by itself, and counts as nothing.
+
+    Raises:
+        UserError: none of them can be planned.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    memory = USABLE * (torch.cuda.mem_get_info()[0] if on_gpu else available_memory())
+    plan = PlanConfig(gpu=GpuKind.h100 if on_gpu else GpuKind.cpu)  # bytes are alike on all GPUs
+    shared = adapters = 0.0
+    for count, config in enumerate(configs):
+        try:
+            base, adapter = memory_of_arm(PlanRun(**vars(config), plan=plan))
+        except UserError as error:
+            reason = error
+            continue
+        shared, adapters = max(shared, base), adapters + adapter
+        if shared + adapters > memory:
+            return max(1, count)
+    if not shared:
+        raise UserError(f"launch.together=auto cannot be planned: {reason} Or set launch.together=8.") from reason
+    return len(configs)
+
+
+def most_arms(config: PlanRun, memory: float) -> int:
+    """How many runs like this one train on one base in so many bytes."""
+    shared, own = memory_of_arm(config)
+    return max(0, int((USABLE * memory - shared) // own))
+
+
+def memory_of_arm(config: PlanRun) -> tuple[float, float]:
+    """Bytes that runs on one base share, with a full micro-batch, and bytes that each of them adds."""
+    full = replace(config, train=replace(config.train, batch_size=max(FULL, config.train.batch_size)))
+    memory = plan_alone(full).memory.training
+    own = sum(memory[part] for part in OF_AN_ARM)
+    return sum(memory.values()) - own, own
+
+
+def available_memory() -> int:
+    """Bytes of this machine that a program can still take."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -1,0 +1,147 @@
+"""`hydra/sweeper=halving`: Hydra's sweeper that runs a grid rung by rung, by any launcher. Imports no torch.
+
+A rung is a pause of its jobs at an update (`train.stop_at`): the schedule is that of the whole run, so that a job which
+goes on ends with the result of a run alone. What is decided stands in halving.json and what is trained in the jobs'
+folders: the same command repeats neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from cera_train.common.settings import require
+from cera_train.common.terminal import print_line
+from cera_train.config import Config
+from cera_train.distributed.processes import is_main_process
+from cera_train.sweep.folder import RECORD, begin, read_record
+from cera_train.sweep.rungs import Decision, Group, HalvingRecord, Rules, check_grid, decide, groups_of, loss_at
+from cera_train.sweep.table import job_status
+
+
+def is_halving(config: DictConfig) -> bool:
+    """Whether a sweep is by `Halving`. `config` has Hydra's section."""
+    return config.hydra.sweeper._target_.endswith(f".{Halving.__name__}")
+
+
+def rules_of(config: DictConfig) -> Rules:
+    sweeper = config.hydra.sweeper
+    tune = OmegaConf.to_container(sweeper.tune) if isinstance(sweeper.tune, ListConfig) else [sweeper.tune]
+    return Rules([str(name) for name in tune if name is not None], sweeper.first, sweeper.factor)
+
+
+def begin_halving(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
+    """`begin` for a halving: first refuses rules that this grid or what the folder holds cannot follow."""
+    rules, folder = rules_of(config), Path(config.hydra.sweep.dir)
+    require(
+        not config.launch.detach,
+        "launch.detach=true: a halving waits for its jobs, to decide between rungs. Leave it out.",
+    )
+
+    def check(record: dict[str, Any]) -> None:
+        check_grid([job["overrides"] for job in record["jobs"]], rules)
+        if (held := HalvingRecord.read(folder)) is not None:
+            held.check(rules, groups_of(record, rules.tune), folder)
+
+    begin(config, lambda composed: rules.check_run(compose(composed)), check)
+
+
+class Halving(Sweeper):
+    """Successive halving. conf/hydra/sweeper/halving.yaml has its settings, and `begin_halving` has checked them."""
+
+    def __init__(self, **_: Any) -> None:
+        """Hydra passes the settings, which `sweep` reads from the config."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs every group rung by rung, then what is left of each to its end."""
+        self.folder, self.rules, self.launched = Path(self.config.hydra.sweep.dir), rules_of(self.config), 0
+        self.record = HalvingRecord.read(self.folder) or HalvingRecord(self.rules, [])
+        groups = groups_of(read_record(self.folder / RECORD), self.rules.tune)
+        for rung in itertools.count(1):
+            racing = [group for group in groups if self.has_rung(group, rung)]
+            if not racing:
+                break
+            self.train_to(rung, racing)
+            for group in racing:
+                if self.has_rung(group, rung) and not self.settle(group, rung):
+                    groups.remove(group)
+        self.launch("last", "their end", [job for group in groups for job in group.jobs.values()])
+
+    def has_rung(self, group: Group, rung: int) -> bool:
+        """Whether a group has several candidates before this rung, and a job that trains beyond it."""
+        totals = [job_status(self.folder, job).total for job in group.jobs]
+        return len(group.candidates) > 1 and any(total is None or total > self.rules.update(rung) for total in totals)
+
+    def train_to(self, rung: int, groups: Sequence[Group]) -> None:
+        """Trains the jobs of undecided groups to the update of a rung, but for those that have come so far.
+
+        Raises:
+            UserError: a job has gone past the rung without an evaluation there.
+        """
+        update, jobs = self.rules.update(rung), []
+        for group in groups:
+            if self.record.decision(group.name, rung) is not None:
+                continue
+            for name, overrides in group.jobs.items():
+                if loss_at(self.folder / name, update) is None:
+                    require(
+                        (job_status(self.folder, name).done or 0) <= update,
+                        f"{self.folder / name} is beyond update {update}, and was not evaluated there: it cannot be "
+                        "compared at this rung. Choose another hydra.sweeper.first=..., or another name=...",
+                    )
+                    jobs.append([*overrides, f"train.stop_at={update}"])
+        self.launch(f"rung {rung}", f"update {update:,}", jobs)
+
+    def settle(self, group: Group, rung: int) -> bool:
+        """Leaves in a group the candidates that go on beyond a rung. False: a job was cut before it, so that nothing
+        can be decided yet."""
+        decision = self.record.decision(group.name, rung) or self.decide(group, rung)
+        if decision is None:
+            return False
+        going = {outcome.name for outcome in decision.candidates if outcome.goes_on}
+        group.candidates = [candidate for candidate in group.candidates if candidate.name in going]
+        return True
+
+    def decide(self, group: Group, rung: int) -> Decision | None:
+        """Decides a rung and writes it down. None: a job has neither come so far nor failed, or all have failed."""
+        update, label = self.rules.update(rung), f"rung {rung}"
+        losses = {job: loss_at(self.folder / job, update) for job in group.jobs}
+        for job in [job for job, loss in losses.items() if loss is None]:
+            if job_status(self.folder, job).error is None:
+                self.announce(label, f"undecided: {job} was cut. The same command goes on.")
+                return None
+            losses[job] = math.inf
+        decision = decide(group, rung, update, losses, self.rules.factor)
+        if not any(outcome.goes_on for outcome in decision.candidates):
+            self.announce(label, "undecided: every candidate failed. The same command tries them again.")
+            return None
+        self.record.decisions.append(decision)
+        self.record.write(self.folder)
+        self.announce(label, decision.describe())
+        return decision
+
+    def launch(self, label: str, goal: str, jobs: Sequence[list[str]]) -> None:
+        """Runs jobs by the launcher of the sweep, and waits for them."""
+        if not jobs:
+            return
+        self.announce(label, f"{len(jobs)} jobs to {goal}")
+        for job in self.launcher.launch(jobs, initial_job_idx=self.launched):
+            _ = job.return_value  # raises what the job did not catch
+        self.launched += len(jobs)
+
+    def announce(self, label: str, text: str) -> None:
+        if is_main_process():
+            print()
+            print_line(label, text)

@@ -1,0 +1,80 @@
+"""Which jobs of a sweep can train on one base together, and which do. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cera_train.common.settings import flatten, to_plain
+from cera_train.config import Config
+from cera_train.model.config import Dtype, Quantization
+
+SHARED = (
+    *("model.", "data.", "distributed.", "train.batch_size", "train.micro_batch_tokens", "train.batch_layout"),
+    *("train.compile", "train.autocast"),
+)
+"""Settings, or starts of settings, in which jobs on one base are alike. In all others they may differ."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Jobs, by their numbers, that train together; or one that trains alone."""
+
+    jobs: list[int]
+    reason: str = ""
+    """Why one is alone, where it could not be otherwise."""
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """What jobs on one base have in common."""
+    return {key: value for key, value in flatten(to_plain(config)).items() if key.startswith(SHARED)}
+
+
+def why_alone(config: Config) -> str:
+    """The setting for which a job cannot train beside others; empty where it can."""
+    adapter, model = config.adapter, config.model
+    reasons = {
+        f"adapter.kind={adapter.kind}": not adapter.family.joins,
+        "adapter.settings": bool(adapter.settings),
+        "adapted experts": bool(adapter.adapted_experts),
+        "adapter.unfused=true": adapter.unfused,
+        "train.compile=true": config.train.compile,
+        # A gradient scaler skips the updates of all; LLM.int8() finds its outliers over all tokens of a pass.
+        "model.dtype=float16": model.dtype == Dtype.float16,
+        "model.quantization=int8": model.quantization == Quantization.int8,
+        f"distributed.strategy={config.distributed.strategy}": config.distributed.strategy != "ddp",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def groups_of(configs: Sequence[Config], most: Callable[[Sequence[Config]], int]) -> list[Group]:
+    """The jobs as groups, in the order of their first jobs.
+
+    Args:
+        most: how many of these jobs, from the first on, one group may hold; at least 1.
+    """
+    alike: dict[str, list[int]] = {}
+    alone = []
+    for number, config in enumerate(configs):
+        if reason := why_alone(config):
+            alone.append(Group([number], reason))
+        else:
+            alike.setdefault(repr(shared_settings(config)), []).append(number)
+    groups = []
+    for numbers in alike.values():
+        while numbers:
+            count = most([configs[number] for number in numbers])
+            groups.append(Group(numbers[:count]))
+            numbers = numbers[count:]
+    return sorted([*groups, *alone], key=lambda group: group.jobs[0])
+
+
+def describe_groups(groups: Sequence[Group]) -> str:
+    """What trains with what, in a line."""
+    sizes = [str(len(group.jobs)) for group in groups if len(group.jobs) > 1]
+    reasons = sorted({group.reason for group in groups if group.reason})
+    others = sum(len(group.jobs) == 1 for group in groups)
+    together = f"{' + '.join(sizes)} jobs share a base" if sizes else "no jobs share a base"
+    why = f" ({', '.join(reasons)})" if reasons else ""
+    return f"{together}{f', {others} alone{why}' if others else ''}"

@@ -1,0 +1,75 @@
+"""A run on a mix of data sets: printed, the same in every layout, resumed to the bit, planned by the same shares."""
+
+from __future__ import annotations
+
+import pytest
+from test_train import adapter_bytes, train_and_die_after
+
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.planning.data_size import data_size
+from cera_train.training.train import train
+
+
+@pytest.fixture
+def mixed(tiny_config, write_jsonl):
+    """mixed("train.seed=1", ...) -> Config of a run on 30 and 6 rows, 2 : 1"""
+    for name, size in (("a", 32), ("b", 8)):
+        write_jsonl(f"{name}.jsonl", [{"prompt": f"{name}{row} is", "completion": f" {row}"} for row in range(size)])
+    folder = write_jsonl("c.jsonl", []).parent
+
+    def mixed(*overrides: str):
+        files = f"data.mix=[{{files:[{folder}/a.jsonl],weight:2}},{{files:[{folder}/b.jsonl],weight:1}}]"
+        return tiny_config("data=jsonl", files, "data.eval_rows=2", "data.train_rows=27", *overrides)
+
+    return mixed
+
+
+def test_the_first_lines_count_the_parts_and_a_plan_finds_the_same(mixed, capsys):
+    config = mixed("train.max_updates=1")
+    train(config)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "part a.jsonl: 18 of 30 rows, " in printed
+    assert "tokens: 66.67% of the rows (weight 66.67%), " in printed
+    assert "part b.jsonl: 9 rows, 6 repeated 1.50 times, " in printed
+    assert [(part.available, part.rows, part.eval_rows) for part in data_size(config.data).parts] == [
+        (30, 18, 2),
+        (6, 9, 2),
+    ]
+
+
+def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, compose, tmp_path):
+    trained = train(mixed("train.max_updates=2"))
+    run = f"run={trained['folder']}"
+    result = evaluate(compose(run, "task=perplexity", command="eval"))
+    assert result["perplexity"] == pytest.approx(trained["eval/perplexity"], rel=1e-6)
+    assert result["rows"] == 4
+    files = [f"task.files=[{tmp_path / 'b.jsonl'}]", "name=small"]
+    assert evaluate(compose(run, "task=perplexity", *files, command="eval"))["rows"] == 8
+    card = (tmp_path / "outputs" / "run" / "adapter" / "README.md").read_text()
+    assert "| Data | a.jsonl + b.jsonl |" in card
+
+
+def test_a_run_on_a_mix_resumes_to_the_bit(mixed, monkeypatch):
+    whole, cut = mixed("name=whole"), mixed("name=cut")
+    train(whole)
+    train_and_die_after(cut, 6, monkeypatch)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+
+
+def test_every_layout_gives_the_same_result(mixed):
+    settings = ["adapter.dropout=0", "train.max_updates=4", "optimizer.lr=1e-3"]
+    flat, padded = (
+        train(mixed(f"name={layout}", f"train.batch_layout={layout}", *settings)) for layout in ("flat", "padded")
+    )
+    assert flat["eval/perplexity"] == pytest.approx(padded["eval/perplexity"], rel=1e-5)
+    assert flat["tokens"] == padded["tokens"]
+
+
+def test_another_mix_is_another_run(mixed, tmp_path, monkeypatch):
+    train_and_die_after(mixed(), 6, monkeypatch)
+    with pytest.raises(ValueError, match=r"data.mix.1.weight was 1.0, is 3.0. Choose another name"):
+        train(mixed("data.mix.1.weight=3"))
+    checkpoint = tmp_path / "outputs" / "run" / "checkpoints" / "4"
+    with pytest.raises(ValueError, match="the training rows are not those of"):
+        train(mixed("data.mix.1.weight=3", "name=other", f"train.resume={checkpoint}"))
