@@ -2,19 +2,28 @@
 
 The bare base, one and four LoRAs, one and four CeRAs, at 1, 4 and 16 requests at once: tokens a second and the time to
 the first token. All in one engine, round by round in turn, so that what else the machine does falls on all alike.
+
+With `--tenants`, how memory and tokens a second go with the number of CeRAs loaded, each number in an engine by itself,
+since vLLM sets its slots aside at the start; on a CPU, without compilation.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
 import os
+import re
+import shutil
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 AT_ONCE = (1, 4, 16)
+TENANTS = (0, 1, 4, 16, 64)
 PROMPT, TOKENS = 64, 32
 R = 16
 KINDS = {"base": (None, 0), "1 LoRA": ("lora", 1), "1 CeRA": ("cera", 1), "4 LoRA": ("lora", 4), "4 CeRA": ("cera", 4)}
@@ -26,12 +35,16 @@ def main() -> None:
     parser.add_argument("--targets", default="q_proj,v_proj")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tenants", type=int, nargs="*", help="numbers of adapters loaded; 0: an engine without LoRA")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
         make_adapters(arguments.model, arguments.targets.split(","), Path(folder))
-        measure(arguments, Path(folder))
+        if arguments.tenants is None:
+            measure(arguments, Path(folder))
+        else:
+            measure_tenants(arguments, Path(folder))
 
 
 def make_adapters(base: str, targets: list[str], folder: Path) -> None:
@@ -53,23 +66,38 @@ def make_adapters(base: str, targets: list[str], folder: Path) -> None:
         get_peft_model(model, config).save_pretrained(folder / f"{kind}{number}")
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    """Prints the table."""
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+def start_engine(arguments: argparse.Namespace, **settings: Any) -> Any:
+    from vllm import LLM
 
-    engine = LLM(
+    return LLM(
         arguments.model,
         dtype=arguments.dtype,
-        enable_lora=True,
-        max_lora_rank=R,
-        max_loras=4,
-        max_cpu_loras=8,
         max_model_len=512,
         max_num_seqs=max(AT_ONCE),
         gpu_memory_utilization=0.3,
         enable_prefix_caching=False,
+        **settings,
     )
+
+
+def generate_seconds(engine: Any, requests: list[Any], tokens: int) -> float:
+    """Seconds of as many answers at once as there are LoRA requests; None: the base answers."""
+    from vllm import SamplingParams
+
+    prompts = [
+        {"prompt_token_ids": [7 + (at * 31 + place) % 1000 for place in range(PROMPT)]} for at in range(len(requests))
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    started = time.perf_counter()
+    engine.generate(prompts, sampling, lora_request=requests, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    """Prints the table."""
+    from vllm.lora.request import LoRARequest
+
+    engine = start_engine(arguments, enable_lora=True, max_lora_rank=R, max_loras=4, max_cpu_loras=8)
     requests = {
         (kind, number): LoRARequest(
             f"{kind}{number}", 1 + number + 4 * (kind == "cera"), str(folder / f"{kind}{number}")
@@ -78,14 +106,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     }
 
     def seconds(kind: str | None, adapters: int, count: int, tokens: int) -> float:
-        prompts = [
-            {"prompt_token_ids": [7 + (at * 31 + place) % 1000 for place in range(PROMPT)]} for at in range(count)
-        ]
         chosen = [requests[kind, at % adapters] if kind else None for at in range(count)]
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        started = time.perf_counter()
-        engine.generate(prompts, sampling, lora_request=chosen, use_tqdm=False)
-        return time.perf_counter() - started
+        return generate_seconds(engine, chosen, tokens)
 
     cases = list(itertools.product(AT_ONCE, KINDS))
     for count, name in cases:
@@ -106,6 +128,52 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
             pairs = zip(whole[count, name.replace("CeRA", "LoRA")], whole[count, name], strict=True)
             ratio = f"{statistics.median(lora / cera for lora, cera in pairs):.2f}"
         print(f"{count:<10}{name:<8}{speed:>10.0f}{statistics.median(first[count, name]):>11.2f} s{ratio:>13}")
+
+
+# --- many adapters ---------------------------------------------------------------------------------------------------
+
+
+def measure_tenants(arguments: argparse.Namespace, folder: Path) -> None:
+    """Prints memory and speed by the number of adapters, and the memory that cera-plan predicts."""
+    from cera_train.adapters.config import AdapterConfig
+    from cera_train.model.config import ModelConfig
+    from cera_train.planning.count import count_parameters
+    from cera_train.planning.serving import slot_bytes
+
+    targets, number = arguments.targets.split(","), 4 if arguments.dtype == "float32" else 2
+    model = ModelConfig(path=arguments.model, dtype=arguments.dtype)
+    counts = count_parameters(model, AdapterConfig(r=R, target_modules=targets))
+    each = slot_bytes(counts.sides, R, number, counts.sides) + number * counts.trainable
+    print(f"{arguments.targets}, r = {R}, {arguments.dtype}; {AT_ONCE[-1]} requests at once over the adapters")
+    print(f"{'adapters':<10}{'memory':>10}{'above base':>13}{'planned':>10}{'tokens/s':>11}{'of base':>10}", flush=True)
+    base = None
+    for count in arguments.tenants or TENANTS:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            memory, speed = pool.submit(run_tenants, arguments, folder, count).result()
+        base = (memory, speed) if count == 0 else base
+        beside = "" if base is None else f"{(memory - base[0]) / 1e9:>10.2f} GB{each * count / 1e9:>7.2f} GB"
+        share = "" if base is None else f"{speed / base[1]:>10.2f}"
+        print(f"{count:<10}{memory / 1e9:>7.2f} GB{beside:>23}{speed:>11.0f}{share}", flush=True)
+
+
+def run_tenants(arguments: argparse.Namespace, folder: Path, count: int) -> tuple[int, float]:
+    """Resident bytes of an engine with so many adapters loaded, in this process, and its tokens a second."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm.lora.request import LoRARequest
+
+    lora = {"enable_lora": True, "max_lora_rank": R, "max_loras": count, "max_cpu_loras": count} if count else {}
+    engine = start_engine(arguments, enforce_eager=True, **lora)  # a compiler would leave its own memory behind
+    requests: list[Any] = []
+    for tenant in range(count):
+        place = shutil.copytree(folder / "cera0", folder / f"{count}-{tenant}")
+        requests.append(LoRARequest(place.name, 1 + tenant, str(place)))
+        engine.llm_engine.add_lora(requests[-1])
+    at_once = AT_ONCE[-1]
+    order = itertools.cycle(requests or [None])  # the next ones, round by round, until all were in turn
+    generate_seconds(engine, [next(order) for _ in range(at_once)], 2)
+    seconds = [generate_seconds(engine, [next(order) for _ in range(at_once)], TOKENS) for _ in range(arguments.rounds)]
+    resident = re.search(r"Pss: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
+    return 1024 * int(resident[1]), at_once * TOKENS / statistics.median(seconds)
 
 
 if __name__ == "__main__":

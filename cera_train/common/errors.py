@@ -26,7 +26,8 @@ def explain(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     # safetensors wraps the system's error in one of its own
     if any(os.strerror(full) in text for full in (errno.ENOSPC, errno.EDQUOT)):
-        return f"the disk is full ({text}). Free some space; the same command then goes on from the last checkpoint."
+        mend = "Free some space and repeat the command: a run goes on from its last checkpoint."
+        return f"the disk is full ({text}). {mend}"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         return (
             f"no access to {error.filename}: {error.strerror}. Runs are written to output_dir, tokens and converted "

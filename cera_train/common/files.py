@@ -34,11 +34,15 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     part = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")  # two processes may write the same file
     part.unlink(missing_ok=True)
-    with part.open("xb") as file:  # a new file: a link of that name would lead the writing elsewhere
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("xb") as file:  # a new file: a link of that name would lead the writing elsewhere
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Parameters:
     """Parameters of the base by kind of module."""
     adapter: dict[str, int]
     """Trainable parameters by target."""
+    sides: dict[str, int]
+    """in + out of the base's matrices, by the last name of their module: the parameters of LoRAs of rank 1."""
     trainable_tensors: list[int]
     weight_bytes: float
     """Bytes of the base's weights as they are stored."""
@@ -79,12 +82,13 @@ def remembered(function: Callable) -> Callable:
 def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
     """Builds the base and the adapter and counts them."""
     base = build_base(model)
-    frozen, weight_bytes = _by_kind(base), _stored_bytes(base, model.quantization)
+    frozen, weight_bytes, sides = _by_kind(base), _stored_bytes(base, model.quantization), sides_by_name(base)
     vocab_size = base.get_output_embeddings().weight.shape[0]
     adapted = build_adapter(base, adapter)
     return Parameters(
         frozen=frozen,
         adapter=trainable_by_target(adapted),
+        sides=sides,
         trainable_tensors=[weight.numel() for weight in adapted.parameters() if weight.requires_grad],
         weight_bytes=weight_bytes,
         vocab_size=vocab_size,
@@ -206,6 +210,15 @@ def trainable_by_target(adapted: nn.Module) -> dict[str, int]:
             owners = [target for target in targets if name.startswith(f"{target}.")]
             owner = max(owners, key=len, default=name.rpartition(".")[0])
             counts[owner.rpartition(".")[2]] += weight.numel()
+    return dict(counts)
+
+
+def sides_by_name(base: PreTrainedModel) -> dict[str, int]:
+    """in + out of every matrix, those of experts and a tied head too, by the last name of its module."""
+    counts: Counter[str] = Counter()
+    for name, weight in base.named_parameters(remove_duplicate=False):
+        if weight.ndim > 1:
+            counts[name.split(".")[-2]] += math.prod(weight.shape[:-2]) * sum(weight.shape[-2:])
     return dict(counts)
 
 

@@ -20,6 +20,7 @@ from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.data_size import data_size, is_known
 from cera_train.planning.devices import GB, GPUS, USABLE, Device
 from cera_train.planning.plan import RunPlan, plan_alone, run_totals
+from cera_train.planning.serving import ADAPTERS, Serving, devices_for, plan_serving
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, RunResult
 
@@ -65,6 +66,30 @@ def print_plan(plan: RunPlan) -> None:
         print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
     if plan.cost is None and on_gpu:
         print_line("cost", "set plan.price_per_hour to the price of one GPU")
+    if (serving := plan_serving(plan)) is not None:
+        print_serving(serving, plan)
+
+
+def print_serving(serving: Serving, plan: RunPlan) -> None:
+    """Memory of one base with 1 to 64 adapters in vLLM, and of a merged model for each."""
+    names, device = " ".join(serving.targets), plan.device
+    print_line(
+        "serving",
+        f"vLLM with --max-lora-rank {serving.rank}; the branches add {serving.work:.2%} to the base's FLOPs a token",
+    )
+    print()
+    rows = []
+    for count in ADAPTERS:
+        whole = serving.base + count * serving.slot
+        row = [count * serving.slot, whole, serving.base + count * serving.target_slot, count * serving.adapter]
+        devices = (devices_for(1, whole, device), devices_for(count, serving.merged, device))
+        fits = " / ".join(f"{number:,}" if number else "too large" for number in devices)
+        rows.append([f"{count}", *map(_size, row), _size(count * serving.merged), fits])
+    heads = ["adapters", "slots", "base + slots", "targets only", "on the CPU", "merged models", f"{device.name}s"]
+    print_table(heads, rows, right=range(1, len(heads)))
+    print()
+    print_line("", f"targets only: with --lora-target-modules {names}; else a slot has a place at every matrix")
+    print_line("", "weights alone: what a device has left is for the cache of keys and values")
 
 
 def _adapter(adapter: AdapterConfig) -> str:

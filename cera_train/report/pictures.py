@@ -121,7 +121,11 @@ def _against_rank(runs: Sequence[Run], name: str, quantity: str, names: str = ""
 def _curves(runs: Sequence[Run]) -> dict[str, Picture | str]:
     spectra = {run.name: list(enumerate(mean_spectrum(run.files.spectrum), start=1)) for run in runs}
     losses = {run.name: thinned([(own.update, own.loss) for own in run.files.metrics.updates]) for run in runs}
-    perplexities = {run.name: [(own.update, own.perplexity) for own in run.files.metrics.evaluations] for run in runs}
+    evaluations = {run.name: run.files.metrics.evaluations for run in runs}
+    perplexities = {name: [(own.update, own.perplexity) for own in lines] for name, lines in evaluations.items()}
+    linear_shares = {
+        name: [(own.update, own.spectrum.linear_share_mean) for own in lines] for name, lines in evaluations.items()
+    }
     evaluated = [run for run in runs if perplexities[run.name]]
     tasks = {name for run in runs for own in run.files.metrics.evaluations for name in own.tasks.found}
     incomparable = " Not all runs are on the same rows and model: see the cautions."
@@ -143,6 +147,12 @@ def _curves(runs: Sequence[Run]) -> dict[str, Picture | str]:
             "On the evaluation rows; update 0 is before training."
             + incomparable * (len(group_by(evaluated, comparable)) > 1),
             "no run has a metrics.jsonl with evaluations", from_zero=False,
+        ),
+        "Linear share": _curve(
+            runs, "linear-share", "Linear share during training", ("update", "linear share"), linear_shares,
+            "Share of a branch's variance that the best affine map of A x explains, in the mean over modules: what a "
+            "LoRA could do as well. A LoRA's is 1.",
+            "no run has a metrics.jsonl with linear shares", from_zero=False,
         ),
     } | {f"{name} during training": _task_curve(runs, name) for name in sorted(tasks)}  # fmt: skip
 

@@ -68,7 +68,7 @@ class ExportConfig:
     format: ExportFormat = setting(ExportFormat.lora, "result")
     """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a plain model."""
     output: str | None = setting(None, "nothing")
-    """null: RUN/export_FORMAT."""
+    """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
     tolerance: float = setting(0.01, "nothing")
     """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches above this."""
     bias: bool = setting(False, "result")

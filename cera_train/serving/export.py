@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,19 @@ from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.model.weights import load_model
-from cera_train.runs.subject import find_subject
 from cera_train.serving.certificate import Certificate, compare
 from cera_train.serving.config import ExportConfig, ExportFormat
 from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora
 from cera_train.serving.loading import Loaded, load
+from cera_train.tasks.registry import find_task
+from cera_train.tasks.task import AnswerTask, load_problems
 
 CERTIFICATE = "certificate.json"
+REFUSED = "refused.json"
+"""Ends the name of the certificate of an export that loses too much. It lies beside the folder, in which an earlier
+export may be."""
+SCORES = {"exact/pass@1": ".1%", "verified/pass@1": ".1%", "perplexity": ".3f"}
+"""Figures of a task that are shown, and how."""
 SHOWN = 5
 """Modules in the printed table: those that the affine map explains least."""
 
@@ -37,12 +42,15 @@ def export(config: ExportConfig) -> Certificate:
     """Writes the export of a run's adapter, and its certificate.
 
     Raises:
-        UserError: the run cannot be exported, or loses more than `tolerance`: then only the certificate is written.
+        UserError: the run cannot be exported, or loses more than `tolerance`: then only the certificate is written,
+            beside the folder.
     """
     quiet_libraries()
     loaded = load(config, config.run)
     check(config, loaded)
     folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
+    check_place(folder)
+    refused = folder.with_name(f"{folder.name}.{REFUSED}")
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     calibration = calibration_batch(data.train, config.calibration_tokens, loaded.base.device)
@@ -56,26 +64,33 @@ def export(config: ExportConfig) -> Certificate:
         exported = load_export(config, loaded, part)
         found = certify(config, loaded, exported, gates, data.evaluation)
         certificate = Certificate(str(config.format), fit, config.bias, tokens, **found)
-        certificates.append(certificate)
-        write_text(part / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
-        write_text(part / "README.md", card(config, loaded, certificate))
+        show(certificate)
         if not certificate.holds:
-            for path in part.iterdir():
-                if path.name != CERTIFICATE:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_certificate(refused, certificate)
+            takes_bias = config.format == ExportFormat.lora and not config.bias
+            raise UserError(
+                f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, "
+                f"so nothing is exported but {refused}. Raise tolerance=, {'set bias=true, ' * takes_bias}or serve the "
+                "adapter."
+            )
+        write_certificate(part / CERTIFICATE, certificate)
+        write_text(part / "README.md", card(config, loaded, certificate))
+        certificates.append(certificate)
 
     write_folder(folder, write)
+    refused.unlink(missing_ok=True)
+    print_fields({"folder": str(folder)})
     (certificate,) = certificates
-    show(certificate, folder)
-    if not certificate.holds:
-        raise UserError(
-            f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, so "
-            f"nothing is exported but {folder}/{CERTIFICATE}. Raise tolerance=, set bias=true, or serve the adapter."
-        )
     if config.task is not None:
-        certificate = replace(certificate, accuracy=accuracies(config, folder))
-        write_text(folder / CERTIFICATE, json.dumps(certificate.to_json(), indent=2) + "\n")
+        certificate = replace(certificate, accuracy=accuracies(config, loaded, folder))
+        print_fields(scores(certificate))
+        write_certificate(folder / CERTIFICATE, certificate)
+        write_text(folder / "README.md", card(config, loaded, certificate))
     return certificate
+
+
+def write_certificate(path: Path, certificate: Certificate) -> None:
+    write_text(path, json.dumps(certificate.to_json(), indent=2) + "\n")
 
 
 def check(config: ExportConfig, loaded: Loaded) -> None:
@@ -93,8 +108,18 @@ def check(config: ExportConfig, loaded: Loaded) -> None:
     head = loaded.base.get_output_embeddings()
     if any(layer is head for _, layer in branches(loaded.model)):
         raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
+    if config.task is not None and isinstance(find_task(config.task.kind), AnswerTask):
+        load_problems(config.task, subject.run.data if subject.run else None)  # before anything takes its time
     if config.data is None and subject.run is None:
         raise UserError(f"run={run} is an adapter without its run: name rows to fit and to judge on by data=....")
+
+
+def check_place(folder: Path) -> None:
+    """Raises UserError for a folder that holds anything but an earlier export: it would be replaced."""
+    if not folder.name:
+        raise UserError(f"output={folder} needs a name: choose a new folder.")
+    if folder.exists() and not (folder / CERTIFICATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"output: {folder} holds files that are no export, and would be replaced: choose a new folder.")
 
 
 def calibration_batch(rows: TokenizedRows, max_tokens: int, device: torch.device) -> Batch:
@@ -164,16 +189,22 @@ def certify(
     return found | {"tolerance": config.tolerance, "explained": shares()}
 
 
-def accuracies(config: ExportConfig, folder: Path) -> dict[str, Any]:
+def accuracies(config: ExportConfig, loaded: Loaded, folder: Path) -> dict[str, Any]:
     """The scores of the adapter and of its export on `task`."""
-    is_merged = config.format == ExportFormat.merged
-    settings = {"task": config.task, "generation": config.generation, "trust_remote_code": config.trust_remote_code}
+    takes_data = find_task(config.task.kind).takes_data
+    settings = {
+        "task": config.task,
+        "data": (config.data or loaded.subject.run.data) if takes_data else None,
+        "generation": config.generation,
+        "trust_remote_code": config.trust_remote_code,
+    }
     before = EvalConfig(run=config.run, model=config.model, **settings)
-    if is_merged:
-        model = replace(config.model or find_subject(config).model, path=str(folder))
+    model = loaded.subject.model  # in the precision of the run, which a LoRA does not record
+    if config.format == ExportFormat.merged:
+        model = replace(model, path=str(folder))
         after = EvalConfig(run="base", model=model, output_dir=str(folder), **settings)
     else:
-        after = EvalConfig(run=str(folder), **settings)
+        after = EvalConfig(run=str(folder), model=model, **settings)
     return {config.task.name: {"adapter": evaluate(before), "export": evaluate(after)}}
 
 
@@ -194,20 +225,31 @@ def fields(certificate: Certificate) -> dict[str, str]:
     }
 
 
-def show(certificate: Certificate, folder: Path) -> None:
+def scores(certificate: Certificate) -> dict[str, str]:
+    """The figures of each task before and after, as labels and values."""
+    found = {}
+    for task, results in certificate.accuracy.items():
+        for name, form in SCORES.items():
+            before, after = (results[model].get(name) for model in ("adapter", "export"))
+            if before is not None and after is not None:
+                found[f"{task} {name}"] = f"{before:{form}} to {after:{form}}"
+    return found
+
+
+def show(certificate: Certificate) -> None:
     """Prints the certificate, and the modules whose branches are the least linear."""
     print_fields(fields(certificate))
     least = sorted(certificate.explained.items(), key=lambda item: item[1])[:SHOWN]
     print()
     print_table(["least linear", "explained"], [[name, f"{share:.1%}"] for name, share in least], right={1})
     print()
-    print_fields({"folder": str(folder)})
 
 
 def card(config: ExportConfig, loaded: Loaded, certificate: Certificate) -> str:
     """The README of an export."""
     what = "A LoRA in PEFT's format" if config.format == ExportFormat.lora else "A plain model"
-    rows = "\n".join(f"| {label} | {value} |" for label, value in fields(certificate).items())
+    shown = fields(certificate) | scores(certificate)
+    rows = "\n".join(f"| {label} | {value} |" for label, value in shown.items())
     return (
         f"---\nbase_model: {loaded.subject.model.path}\n---\n\n{what}: the linear part of a CeRA adapter "
         f"({loaded.subject.adapter}), whose gate was replaced by its best affine map.\n\n| | |\n|---|---|\n{rows}\n"

@@ -21,8 +21,10 @@ import pytest
 from attempts import Attempt, assert_readable, content, last_update, metrics, started, wait_until
 from wandb_server import WandbServer, environment
 
-from cera_train.common.files import WRITING, find_damage, write_checksums, write_folder
+from cera_train.common.files import WRITING, find_damage, write_checksums, write_folder, write_text
 from cera_train.runs.folder import RunFolder
+
+pytest_plugins = ["disks"]
 
 UPDATES = 30
 
@@ -213,27 +215,17 @@ def test_a_folder_between_two_renames_is_put_back(tmp_path):
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""
-    mounted = []
-
-    def disk(folder: Path, options: str) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
-            pytest.skip("mounting a file system needs root and its capability for it")
-        if "remount" not in options:
-            mounted.append(folder)
-        return folder
-
-    yield disk
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
+def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
+    folder = disk(tmp_path / "small", "size=16k")
+    write_text(folder / "file", "old")
+    with pytest.raises(OSError, match="No space left"):
+        write_text(folder / "file", "new" * 10_000)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("file", "old")]
 
 
 def assert_full(line: str) -> None:
     assert line.startswith("cera-train: the disk is full (")
-    assert line.endswith("Free some space; the same command then goes on from the last checkpoint.")
+    assert line.endswith("Free some space and repeat the command: a run goes on from its last checkpoint.")
 
 
 @pytest.mark.slow

@@ -86,7 +86,8 @@ def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **chang
             lines.append({"update": update, "epoch": 0, "train/loss": math.log(value) + 0.02} | speed)
         if update % 20 == 0:
             lines.append({"update": update, "epoch": 0, "eval/loss": math.log(value), "eval/perplexity": value,
-                          "spectrum/effective_rank/mean": r * 0.004 * update})  # fmt: skip
+                          "spectrum/effective_rank/mean": r * 0.004 * update,
+                          "spectrum/linear_share/mean": 1 - update / 1000 if update else None})  # fmt: skip
     if not finished:
         lines = [line for line in lines if line["update"] <= 50]
     write_lines(path / "metrics.jsonl", lines)

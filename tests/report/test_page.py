@@ -41,7 +41,7 @@ def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     assert len(targets) > 14
     assert all(target.startswith("#") for target in targets)
     assert not re.search(r"https?://|url\((?!#)|@import|<script|<link|<iframe", html)
-    assert html.count("<svg") == 7
+    assert html.count("<svg") == 8
     assert len(html) < 1_500_000
 
 

@@ -35,6 +35,7 @@ def test_a_picture_without_figures_is_left_out_and_named(tmp_path: Path) -> None
         "Spectra",
         "Training curves",
         "Evaluation curves",
+        "Linear share",
         "Accuracy against parameters",
     ]
     text = (tmp_path / "report/report.md").read_text()
@@ -91,6 +92,16 @@ def test_the_figures_of_tasks_during_training_are_curves(tmp_path: Path) -> None
     assert pictures["training-logistic_map-state_collapse"].title == "logistic map during training: state collapse"
 
 
+def test_the_linear_share_is_drawn_by_update(tmp_path: Path) -> None:
+    report = compare_runs([make_run(tmp_path / "a")], tmp_path)
+    (picture,) = (own for own in report.pictures if own.name == "linear-share")
+    assert picture.alt == "Linear share by update. a: 0.98 to 0.9."
+    picture.draw(axes := Figure().subplots())
+    (line,) = axes.lines
+    assert list(line.get_xdata()) == [20, 40, 60, 80, 100]  # at update 0 the branch gives no output
+    assert list(line.get_ydata()) == pytest.approx([0.98, 0.96, 0.94, 0.92, 0.9])
+
+
 def test_a_run_that_diverged_is_named_and_breaks_no_picture(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b", perplexity=float("inf"))]
     report = write_report([*runs, make_run(tmp_path / "c")], tmp_path / "report")
@@ -103,7 +114,7 @@ def test_the_report_is_two_files_and_the_pictures_they_show(tmp_path: Path) -> N
     report = write_report(two_runs(tmp_path / "runs"), tmp_path / "deep" / "report")
     text = (report.output / "report.md").read_text()
     shown = re.findall(r"!\[.+?\]\((.+?)\)", text)
-    assert len(shown) == 7
+    assert len(shown) == 8
     assert {path.name for path in report.output.iterdir()} == {"report.md", "report.html", *shown}
     for name in shown:
         assert (report.output / name).read_bytes().startswith(b"\x89PNG")

@@ -52,6 +52,7 @@ def test_a_report_of_real_runs(tiny_config, tmp_path: Path) -> None:
     assert report.cautions == []
     assert [picture.name for picture in report.pictures] == [
         "perplexity-rank", "effective-rank", "manifold-dimension", "spectra", "training-curves", "evaluation-curves",
+        "linear-share",
     ]  # fmt: skip
 
 

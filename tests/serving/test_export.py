@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +11,20 @@ import numpy
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from cera_train.cli.export import EXPORT
+from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
-from cera_train.serving import export as module
 from cera_train.serving.certificate import compare, interval_of_ratio
 from cera_train.serving.export import export
 from cera_train.serving.linear import AffineGate, branches, explained, fit
 from cera_train.training.train import train
 
-pytest_plugins = ["evaluated_runs"]
+pytest_plugins = ["disks", "evaluated_runs"]
 
 IDS = torch.arange(3, 23)[None]
 
@@ -141,11 +141,21 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
     save_file({name: tensor * (20 if "_B." in name else 3) for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(UserError, match=r"tolerance=0.0: the loss may rise by .* nothing is exported but") as caught:
         export(compose(f"run={folder}", "tolerance=0", command="export"))
-    left = folder / "export_lora"
-    assert [file.name for file in left.iterdir()] == ["certificate.json"]
-    assert f"{json.loads((left / 'certificate.json').read_text())['loss_change_upper']:.4f}" in str(caught.value)
+    refused, output = folder / "export_lora.refused.json", folder / "export_lora"
+    assert str(refused) in str(caught.value)
+    assert f"{json.loads(refused.read_text())['loss_change_upper']:.4f}" in str(caught.value)
+    assert not output.exists()
     assert export(compose(f"run={folder}", "tolerance=100", command="export")).holds
-    assert (left / "adapter_model.safetensors").is_file()
+    assert not refused.exists()
+
+    # The next refusal leaves that export and its certificate as they are.
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert "adapter_model.safetensors" in before
+    with pytest.raises(UserError, match="nothing is exported but"):
+        export(compose(f"run={folder}", "tolerance=0", "calibration_tokens=300", command="export"))
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    assert json.loads(refused.read_text())["calibration_tokens"] <= 300
+    assert not list(folder.glob(".writing-*"))
 
 
 # --- what takes it ---------------------------------------------------------------------------------------------------
@@ -158,6 +168,7 @@ def test_plain_peft_loads_and_merges_it_without_cera_train(compose, trained, tin
     script = """
 import sys, torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 base, folder = sys.argv[1:]
@@ -191,12 +202,25 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, train
     assert not list((folder / "export_merged").glob("adapter*"))
 
 
-def test_a_task_is_scored_before_and_after(compose, run, questions):
-    settings = (f"run={run}", "tolerance=100", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=4")
-    certificate = export(compose(*settings, command="export"))
-    scores = certificate.accuracy["gsm8k"]
+@pytest.mark.parametrize("format", ["lora", "merged"])
+def test_a_task_is_scored_before_and_after(compose, run, questions, capsys, format):
+    settings = (f"run={run}", f"format={format}", "tolerance=100", "task=gsm8k", "task.max_new_tokens=4")
+    certificate = export(compose(*settings, f"task.files=[{questions}]", command="export"))
+    scores, output = certificate.accuracy["gsm8k"], run / f"export_{format}"
     assert scores["adapter"]["problems"] == scores["export"]["problems"] > 0
-    assert json.loads((run / "export_lora/certificate.json").read_text())["accuracy"]["gsm8k"] == scores
+    assert json.loads((output / "certificate.json").read_text())["accuracy"]["gsm8k"] == scores
+    shares = f"{scores['adapter']['exact/pass@1']:.1%} to {scores['export']['exact/pass@1']:.1%}"
+    assert f"| gsm8k exact/pass@1 | {shares} |" in (output / "README.md").read_text()
+    assert shares in capsys.readouterr().out.splitlines()[-2]
+
+
+@pytest.mark.parametrize("format", ["lora", "merged"])
+def test_a_perplexity_is_that_of_the_certificate(compose, trained, format):
+    settings = (f"run={trained()}", f"format={format}", "task=perplexity", "tolerance=100")
+    certificate = export(compose(*settings, command="export"))
+    found = certificate.accuracy["perplexity"]
+    assert found["adapter"]["loss"] == pytest.approx(certificate.loss_adapter, abs=1e-4)
+    assert found["export"]["loss"] == pytest.approx(certificate.loss_export, abs=1e-4)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -213,6 +237,13 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
     assert "bias=true with format=merged" in refusal("run=x", "format=merged", "bias=true")
     lora = trained("adapter=lora", "adapter.r=4", name="lora")
     assert "holds no CeRA adapter" in refusal(f"run={lora}")
+    output, task = tmp_path / "new", ("task=gsm8k", "task.files=[nowhere.jsonl]")
+    assert "nowhere.jsonl: cannot read the file" in refusal(f"run={trained()}", f"output={output}", *task)
+    assert not output.exists()
+    (tmp_path / "papers" / "thesis").mkdir(parents=True)
+    assert "papers holds files that are no export" in refusal(f"run={trained()}", f"output={tmp_path / 'papers'}")
+    assert (tmp_path / "papers" / "thesis").is_dir()
+    assert "output=. needs a name" in refusal(f"run={trained()}", "output=.")
     assert "is an adapter without its run" in refusal(f"run={_apart(trained(), tmp_path)}")
 
 
@@ -223,14 +254,29 @@ def _apart(run: Path, place: Path) -> Path:
     return Path(shutil.copytree(run / "adapter", place / "handed_on"))
 
 
-def test_a_full_disk_leaves_nothing_half_written(compose, trained, monkeypatch):
-    folder = trained(name="full")
+@pytest.mark.parametrize("size", [4, 80, 172, 184])
+def test_a_full_disk_leaves_nothing_half_written(compose, trained, disk, tmp_path, capsys, size):
+    """Full at the weights of the adapter, at those of the model, at the tokenizer and at the certificate."""
+    output = disk(tmp_path / "small", f"size={size}k") / "export"
+    settings = [f"run={trained()}", f"output={output}", "format=merged", "tolerance=100"]
+    with pytest.raises(SystemExit) as end, errors_in_one_line(EXPORT):
+        export(compose(*settings, command="export"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (end.value.code, line.startswith("cera-export: the disk is full (")) == (2, True), line
+    assert list(output.parent.iterdir()) == []
+    disk(output.parent, "remount,size=4m")
+    assert export(compose(*settings, command="export")).holds
+    assert {file.name for file in output.parent.iterdir()} == {"export"}
 
-    def write(*_, **__) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(module, "load_export", write)
-    before = sorted(folder.iterdir())
-    with pytest.raises(OSError, match="No space left"):
-        export(compose(f"run={folder}", command="export"))
-    assert sorted(folder.iterdir()) == before
+def test_a_full_disk_leaves_the_earlier_export(compose, trained, disk, tmp_path):
+    output = disk(tmp_path / "small", "size=4m") / "export"
+    settings = [f"run={trained()}", f"output={output}", "tolerance=100"]
+    export(compose(*settings, command="export"))
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    disk(output.parent, f"remount,size={sum(-(-len(content) // 4096) for content in before.values()) * 4 + 24}k")
+    for more in ("bias=true", "tolerance=0"):
+        with pytest.raises((OSError, SafetensorError), match="No space left"):
+            export(compose(*settings, more, command="export"))
+        assert list(output.parent.iterdir()) == [output]
+        assert {file.name: file.read_bytes() for file in output.iterdir()} == before
