@@ -97,9 +97,9 @@ class Family(ABC):
         branch = self.branch(module)
         return {} if branch is None else {"": branch}
 
-    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """output + branch(x), [N, d_out], for a layer that `branch` knows; may write into `output`. Of kinds
-        that have `joins`."""
+    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
+        """output + branch(x), [N, d_out], for a layer that `branch` knows; may write into `output`. The dropout mask
+        follows from the seed. Of kinds that have `joins`."""
         raise NotImplementedError
 
     @abstractmethod

@@ -35,9 +35,7 @@ class JoinedAdapter:
 
     layers: dict[str, nn.Module]
     """Adapted projections by their names in the base."""
-    add_branch: Callable[[nn.Module, Tensor, Tensor], Tensor]
-    drops: bool
-    """Whether it has dropout."""
+    add_branch: Callable[[nn.Module, Tensor, Tensor, int], Tensor]
     random: torch.Generator = field(default_factory=torch.Generator)
     """What its dropout masks follow from."""
     seed: int = 0
@@ -51,16 +49,14 @@ class JoinedAdapter:
         assert trained == {
             weight for layer in layers.values() for weight in layer.parameters() if weight.requires_grad
         }, "this adapter trains more than branches"
-        return cls(layers, config.family.add_branch, config.dropout > 0)
+        return cls(layers, config.family.add_branch)
 
     def add(self, number: int, name: str, output: Tensor, x: Tensor) -> Tensor:
         """output + branch(x) for this arm's tokens, at module `number` of the base; may write into `output`."""
         layer = self.layers.get(name)
         if layer is None or not len(x):
             return output
-        if self.drops and layer.training:
-            torch.manual_seed(self.seed + number)
-        return self.add_branch(layer, output, x)
+        return self.add_branch(layer, output, x, self.seed + number)
 
 
 class SharedProjection(nn.Module):
@@ -86,7 +82,7 @@ class SharedLoss(SupervisedLoss):
 
     Args:
         base: a twin of theirs without adapter; its projections are replaced.
-        arms: they may leave the list, but none may come.
+        arms: all that may be in a pass; `self.arms` are those in the next one.
     """
 
     def __init__(self, base: PreTrainedModel, arms: Sequence[JoinedAdapter], autocast: Any) -> None:

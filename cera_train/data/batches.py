@@ -7,6 +7,7 @@ so none of it changes the result.
 from __future__ import annotations
 
 import bisect
+import copy
 import functools
 import itertools
 import math
@@ -163,6 +164,12 @@ class MicroBatches:
         """The rows of each micro-batch."""
         cut = flat_micro_batches if self.is_flat else padded_micro_batches
         return cut(rows, self.lengths, self.max_tokens)
+
+    def up_to(self, max_tokens: int) -> MicroBatches:
+        """The same with another bound."""
+        batches = copy.copy(self)
+        batches.max_tokens = max_tokens
+        return batches
 
     def tokens(self, rows: Sequence[int]) -> int:
         """Tokens of these rows as one micro-batch, padding included."""

@@ -4,12 +4,15 @@ share, an `Arm` what belongs to one of them. Most sessions have one arm."""
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -56,6 +59,9 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
 
 
+Result = TypeVar("Result")
+
+
 @dataclass
 class Run:
     """A run before a model is loaded for it, and what came of it."""
@@ -100,14 +106,8 @@ class Session:
         for run, checkpoint in zip(runs, resume_from, strict=True):
             with self.alone(run):
                 self.arms.append(Arm(self, run, twin(base) if self.is_joint else base, checkpoint))
-        if self.is_joint and self.arms:
-            adapters_of_arms = [JoinedAdapter.of(arm.model, arm.config.adapter) for arm in self.arms]
-            self.joined = SharedLoss(base, adapters_of_arms, accelerator.autocast)
-            self.joined.take_layout_of(self.arms[0].local_loss)
-            self.loss = accelerator.prepare(self.joined)
-            self.batches = SharedMicroBatches(self.arms[0].batches)
-        elif self.arms:
-            self.loss, self.batches = self.arms[0].loss, self.arms[0].batches
+        self.lanes = shared_lanes(self, base) if self.is_joint else [Lane(arm) for arm in self.arms]
+        self.threads = threads_of(self.lanes)
         done = sum(arm.progress.update for arm in self.arms)
         self.bar = ProgressBar("update", sum(arm.updates for arm in self.arms), done, visible=self.team.is_main)
         self.interruption = Interruption()
@@ -126,29 +126,24 @@ class Session:
         for number, arm in enumerate(self.arms):
             if arm.run is run:
                 del self.arms[number]
-                if self.is_joint:
-                    del self.joined.arms[number]
                 arm.tracker.finish()
 
-    def passes(self, rows: list[list[int]]) -> list[tuple[Any, bool]]:
-        """This process's micro-batches of each arm's rows, and whether each counts."""
-        if self.is_joint:
-            return [(group, True) for group in self.batches.passes(rows)]
-        (rows_of_arm,), team = rows, self.team
-        return self.batches.passes(rows_of_arm, team.processes, team.process, in_step=team.is_sharded)
+    def shares(self) -> list[tuple[Lane, list[Arm]]]:
+        """The lanes of an update, each with the arms that it takes."""
+        count = min(len(self.lanes), len(self.arms))
+        return [(lane, self.arms[number::count]) for number, lane in enumerate(self.lanes[:count])]
 
-    def seed_dropout(self) -> None:
-        """Lets the dropout of the next update follow from each arm's seed alone."""
-        torch.manual_seed(self.arms[0].seed())
-        if self.is_joint:
-            for arm, joined in zip(self.arms, self.joined.arms, strict=True):
-                joined.random.manual_seed(arm.seed())
+    def in_threads(self, act: Callable[..., Result], calls: Sequence[tuple]) -> list[Callable[[], Result]]:
+        """Calls an action with each of these arguments, in a thread where there are several. Returns what gives the
+        results, or raises the errors."""
+        if self.threads is None or len(calls) < 2:
+            return [functools.partial(act, *arguments) for arguments in calls]
+        return [self.threads.submit(act, *arguments).result for arguments in calls]
 
     def start(self) -> None:
         """Puts the models into training mode, and starts the clock."""
-        self.loss.train()
-        for arm in self.arms:
-            arm.loss.train()
+        for trained in (*self.lanes, *self.arms):
+            trained.loss.train()
         self.started, self.done_before = time.perf_counter(), self.bar.done
 
     def seconds_left(self) -> float:
@@ -163,6 +158,59 @@ class Session:
     def __exit__(self, *_: object) -> None:
         for close in (self.team.close, self.bar.close, *(arm.tracker.finish for arm in self.arms)):
             close()
+        if self.threads is not None:
+            self.threads.shutdown()
+
+
+class Lane:
+    """The way of one run's sequences through the base."""
+
+    def __init__(self, arm: Arm) -> None:
+        self.loss, self.batches, self.team = arm.loss, arm.batches, arm.session.team
+
+    def passes(self, arms: list[Arm], rows: list[list[int]]) -> list[tuple[Any, bool]]:
+        """This process's micro-batches of each arm's rows, and whether each counts."""
+        (rows_of_arm,), team = rows, self.team
+        return self.batches.passes(rows_of_arm, team.processes, team.process, in_step=team.is_sharded)
+
+
+class SharedLane(Lane):
+    """The way of the sequences of any of the arms through their base. A thread has one for itself."""
+
+    def __init__(self, session: Session, base: PreTrainedModel, max_tokens: int) -> None:
+        first, self.team = session.arms[0], session.team
+        loss = SharedLoss(base, [arm.joined for arm in session.arms], session.accelerator.autocast)
+        loss.take_layout_of(first.local_loss)
+        self.loss = session.accelerator.prepare(loss)
+        self.batches = SharedMicroBatches(first.batches.up_to(max_tokens))
+
+    def passes(self, arms: list[Arm], rows: list[list[int]]) -> list[tuple[Any, bool]]:
+        self.loss.arms = [arm.joined for arm in arms]
+        return [(group, True) for group in self.batches.passes(rows)]
+
+
+def shared_lanes(session: Session, base: PreTrainedModel) -> list[Lane]:
+    """One for each core of a CPU, while there are arms for it: an arm is to a core what threads are to an update of one
+    run, without their waiting for each other. A GPU takes all arms in one lane."""
+    config, arms = session.config, session.arms
+    cores = torch.get_num_threads() if session.team.device.type == "cpu" else 1
+    count = min(cores, len(arms))
+    tokens = max(config.train.micro_batch_tokens // max(1, count), config.data.max_length)  # of all lanes together
+    return [SharedLane(session, twin(base), tokens) for _ in range(count)]
+
+
+def threads_of(lanes: list[Lane]) -> ThreadPoolExecutor | None:
+    """A thread for each of several lanes, with its share of the cores."""
+    if len(lanes) < 2:
+        return None
+    cores = torch.get_num_threads()
+    pool = ThreadPoolExecutor(len(lanes), "lane", torch.set_num_threads, (max(1, cores // len(lanes)),))
+    barrier = threading.Barrier(len(lanes) + 1)
+    for _ in lanes:  # starts all of them
+        pool.submit(barrier.wait)
+    barrier.wait()
+    torch.set_num_threads(cores)  # of this thread, and of those that others start
+    return pool
 
 
 class Arm:
@@ -212,7 +260,11 @@ class Arm:
         self.exams = Exams(config, session.tokenizer, self.local_loss, team)
         self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        self.rows: list[int] = []
+        """Of the update in progress."""
         self.tracker = Tracker()
+        if session.is_joint:
+            self.joined = JoinedAdapter.of(self.model, config.adapter)
 
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""
@@ -239,10 +291,13 @@ class Arm:
         """Whether something is due after this update."""
         return every is not None and self.progress.update % every == 0
 
-    def seed(self) -> int:
-        """What the dropout of the next update follows from, so that a resumed run draws what an uninterrupted one
-        draws."""
-        return (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.session.team.process
+    def seed_dropout(self) -> None:
+        """Lets the dropout of the next update follow from seed, update and process: a resumed run draws what an
+        uninterrupted one draws."""
+        seed = (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.session.team.process
+        torch.manual_seed(seed)
+        if self.session.is_joint:
+            self.joined.random.manual_seed(seed)
 
     def note(self, text: str) -> None:
         """A line above the progress bar."""

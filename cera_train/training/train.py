@@ -4,6 +4,7 @@ needs."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
-from cera_train.training.session import Arm, Run, Session, settle
+from cera_train.training.session import Arm, Lane, Run, Session, settle
 from cera_train.training.tasks import evaluate_tasks
 
 
@@ -96,8 +97,8 @@ def run_session(session: Session) -> None:
     for arm in session.arms[:]:
         with session.alone(arm.run):
             prove_coverage(arm)
-            if arm.progress.update == 0 or arm.progress.evaluation_pending:
-                evaluate(arm)
+            arm.progress.evaluation_pending |= arm.progress.update == 0
+    evaluate(session)
     end_arms(session)
     session.start()
     while session.arms:
@@ -107,11 +108,10 @@ def run_session(session: Session) -> None:
             arm.progress.evaluation_pending = is_last or arm.is_due(arm.config.train.eval_every)
         if signal is not None and any(arm.progress.update < arm.updates for arm in session.arms):
             stop(session, signal)  # without the evaluations: whoever sent the signal may not wait for them
+        evaluate(session)
         for arm in session.arms[:]:
-            with session.alone(arm.run):
-                if arm.progress.evaluation_pending:
-                    evaluate(arm)
-                if arm.is_due(arm.config.train.save_every) and not arm.is_done:
+            if arm.is_due(arm.config.train.save_every) and not arm.is_done:
+                with session.alone(arm.run):
                     save(arm)
         end_arms(session)
 
@@ -128,34 +128,38 @@ def end_arms(session: Session) -> None:
 
 
 def update(session: Session) -> int | None:
-    """One step of each arm's optimizer, on `train.batch_size` sequences of its own, by passes that all arms share.
-    Returns the signal that a process heard meanwhile."""
-    started, arms = time.perf_counter(), session.arms[:]
-    rows = [arm.order.sequences(arm.progress.update) for arm in arms]
-    session.seed_dropout()
-    losses, signal = agree(session, backward(session, rows))
-    tokens = [sum(session.batches.lengths[row] for row in rows_of_arm) for rows_of_arm in rows]
+    """One step of each arm's optimizer, on `train.batch_size` sequences of its own. Returns the signal that a process
+    heard meanwhile."""
+    started = time.perf_counter()
+    for arm in session.arms:
+        arm.seed_dropout()
+        arm.rows = arm.order.sequences(arm.progress.update)
+    shares = session.shares()
+    results = session.in_threads(backward, [(session, *share) for share in shares])
+    losses, signal = agree(session, torch.cat([result() for result in results]))
+    arms = list(itertools.chain(*(arms for _, arms in shares)))
+    tokens = [sum(arm.batches.lengths[row] for row in arm.rows) for arm in arms]
     seconds = time.perf_counter() - started
     lines = []
-    for arm, *numbers in zip(arms, rows, losses, tokens, strict=True):
+    for arm, loss, count in zip(arms, losses, tokens, strict=True):
         with session.alone(arm.run):
-            lines.append(step(arm, *numbers, seconds * numbers[-1] / sum(tokens)))
+            lines.append(step(arm, loss, count, seconds * count / sum(tokens)))
     if lines:
         session.bar.step(console.describe_update(lines, session.seconds_left()), len(lines))
     return signal
 
 
-def backward(session: Session, rows: list[list[int]]) -> torch.Tensor:
-    """For each arm the gradient of the mean loss over the supervised tokens of its rows; returns this process's part of
-    these losses, [arms]."""
-    team, batches = session.team, session.batches
-    supervised = [sum(batches.supervised[row] for row in rows_of_arm) for rows_of_arm in rows]
+def backward(session: Session, lane: Lane, arms: list[Arm]) -> torch.Tensor:
+    """For each arm the gradient of the mean loss over the supervised tokens of its rows, by passes that they share.
+    Returns this process's part of these losses, [arms]."""
+    team, batches, rows = session.team, lane.batches, [arm.rows for arm in arms]
+    supervised = [sum(batches.supervised[row] for row in arm.rows) for arm in arms]
     # A mean over the tokens of all processes, whose gradients are averaged.
     scale = team.processes / torch.tensor(supervised, device=team.device)
-    total = torch.zeros(len(rows), device=team.device)
-    for (group, counts), is_last in team.passes(session.passes(rows)):
-        with contextlib.nullcontext() if is_last else session.accelerator.no_sync(session.loss):
-            losses = counts * scale * session.loss(batches.load(group))
+    total = torch.zeros(len(arms), device=team.device)
+    for (group, counts), is_last in team.passes(lane.passes(arms, rows)):
+        with contextlib.nullcontext() if is_last else session.accelerator.no_sync(lane.loss):
+            losses = counts * scale * lane.loss(batches.load(group))
             session.accelerator.backward(losses.sum())
         total += losses.detach()
     return total
@@ -168,13 +172,13 @@ def agree(session: Session, losses: torch.Tensor) -> tuple[list[float], int | No
     return numbers[: len(losses)], first_heard(numbers[len(losses) :])
 
 
-def step(arm: Arm, rows: list[int], loss: float, tokens: int, seconds: float) -> UpdateMetrics:
+def step(arm: Arm, loss: float, tokens: int, seconds: float) -> UpdateMetrics:
     """Moves the weights of an arm along their gradient. `seconds`: its share, by tokens, of the passes."""
     config, progress, started = arm.config, arm.progress, time.perf_counter()
     lr = learning_rate(config.optimizer, progress.update, arm.updates)
     set_learning_rate(arm.optimizer, lr)
     grad_norm = float(arm.session.accelerator.clip_grad_norm_(arm.weights, config.optimizer.max_grad_norm))
-    check_finite(arm, rows, loss, grad_norm)
+    check_finite(arm, loss, grad_norm)
     arm.stepper.step()
     arm.stepper.zero_grad()
 
@@ -187,7 +191,7 @@ def step(arm: Arm, rows: list[int], loss: float, tokens: int, seconds: float) ->
     return metrics
 
 
-def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> None:
+def check_finite(arm: Arm, loss: float, grad_norm: float) -> None:
     """Raises UserError where training has diverged."""
     # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
     if math.isfinite(loss) and (arm.session.accelerator.scaler is not None or math.isfinite(grad_norm)):
@@ -195,7 +199,7 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
     checkpoints = arm.folder.checkpoints()
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
     raise UserError(
-        f"the loss of update {arm.progress.update + 1} or its gradient is not finite (training rows {rows}). "
+        f"the loss of update {arm.progress.update + 1} or its gradient is not finite (training rows {arm.rows}). "
         f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
 
@@ -203,12 +207,22 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
 # --- beside the updates ----------------------------------------------------------------------------------------------
 
 
-def evaluate(arm: Arm) -> None:
-    """Perplexity on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the
-    adapter if it is the best so far."""
+def evaluate(session: Session) -> None:
+    """Evaluates the arms for which it is due, in threads where they have some."""
+    arms = [arm for arm in session.arms if arm.progress.evaluation_pending]
+    for arm, measured in zip(arms, session.in_threads(measure, [(arm,) for arm in arms]), strict=True):
+        with session.alone(arm.run):
+            record(arm, *measured())
+
+
+def measure(arm: Arm) -> tuple[float, dict[str, ModuleSpectrum]]:
+    """The mean loss on the held-out rows, and the spectra of the adapter."""
+    return arm.held_out.mean_loss(), arm.held_out.spectra()
+
+
+def record(arm: Arm, loss: float, spectra: dict[str, ModuleSpectrum]) -> None:
+    """Answers the tasks that are due, writes an evaluation down, and keeps the adapter if it is the best so far."""
     session, progress, folder = arm.session, arm.progress, arm.folder
-    loss = arm.held_out.mean_loss()
-    spectra = arm.held_out.spectra()
     is_best = progress.evaluated(perplexity(loss))
     tasks = evaluate_tasks(arm, is_last=arm.is_done)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra), tasks)

@@ -110,8 +110,8 @@ class Cera(RankedPeft):
             **gate_fields(gate),
         )
 
-    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return layer.add_branches(output, x)
+    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
+        return layer.add_branches(output, x, seed=seed)
 
     def branches(self, module: nn.Module) -> dict[str, Branch]:
         from cera_train.cera import CeraExperts

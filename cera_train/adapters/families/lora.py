@@ -54,10 +54,15 @@ class Lora(RankedPeft):
             gram=lambda: module.scaling[ADAPTER] ** 2 * (B := self.B(module)).T @ B,
         )
 
-    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        A, B, drop = (part[ADAPTER] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
+        from cera_train.cera.branch import seeded_dropout
+
+        A, B, dropout = (part[ADAPTER] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
         x = layer._cast_input_dtype(x, A.weight.dtype)
-        return (output + layer.scaling[ADAPTER] * B(A(drop(x)))).to(output.dtype)
+        p = getattr(dropout, "p", 0.0)  # without dropout PEFT has an identity there
+        if p and dropout.training:
+            x = seeded_dropout(x, p, seed)
+        return (output + layer.scaling[ADAPTER] * B(A(x))).to(output.dtype)
 
     def B(self, layer: nn.Module) -> torch.Tensor:
         """B as the layer multiplies by it, [d_out, R], float64."""
