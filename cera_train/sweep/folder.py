@@ -150,7 +150,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
             continue
         try:
             run = compose(loader.load_sweep_config(config, values))
-            sweep_metric(run.sweep.metric, run.train.tasks)
+            sweep_metric(run.sweep.metric, {name: run.train.changes_of_task(name) for name in run.train.tasks})
             if run.adapter.start_from is not None and not (sweep / job["name"] / "config.yaml").exists():
                 find_start(run.adapter)
         except UserError as error:
@@ -194,7 +194,8 @@ def begin(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
-    metric = sweep_metric(config.sweep.metric, known_tasks() if is_grid else config.train.tasks)
+    tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
+    metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
     record = _record(config, grid(config) if is_grid else [], folder) | {"metric": metric.to_json()}
     check(record)
     check_jobs(config, record["jobs"], compose)

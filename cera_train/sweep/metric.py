@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.records import Record
@@ -49,15 +50,19 @@ class SweepMetric(Record):
 PERPLEXITY = SweepMetric()
 
 
-def sweep_metric(key: str, tasks: Sequence[str]) -> SweepMetric:
-    """The metric of this name. Raises UserError where a run with these `train.tasks` records no such figure, or one
-    that is neither better nor worse."""
+def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
+    """The metric of this name. Raises UserError where a run records no such figure, or one that is neither better nor
+    worse.
+
+    Args:
+        tasks: `train.tasks` and what changes each; None: whatever does.
+    """
     known = dict(HIGHER_IS_BETTER)
-    for task in tasks:
-        known |= task_figures(task)
+    for task, changes in tasks.items():
+        known |= task_figures(task, changes)
     if key in known:
         return SweepMetric(key, known[key])
     task = key.partition("/")[0]
-    is_left_out = task in known_tasks() and key in task_figures(task)
+    is_left_out = task not in tasks and task in known_tasks() and key in task_figures(task)
     mend = f"add train.tasks=[{task}]" if is_left_out else f"choose one of {', '.join(known)}"
     raise UserError(f"sweep.metric={key}: no job has this figure: {mend}.")

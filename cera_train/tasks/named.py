@@ -11,7 +11,7 @@ from cera_train.data.config import DataConfig
 from cera_train.data.rows import at
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, load_problems
+from cera_train.tasks.task import AnswerTask, load_problems, task_of
 
 
 def named_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
@@ -43,9 +43,10 @@ def check_tasks(names: Iterable[str], changes_of: Callable[[str], dict[str, Any]
                 load_problems(settings, data)
 
 
-def task_figures(name: str) -> dict[str, bool]:
-    """The figures of a task by their keys in a run's result.json, and whether a higher one is better."""
-    task = find_task(_file(name)["kind"])
+def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, bool]:
+    """The figures of a task by their keys in a run's result.json, and whether a higher one is better. Without changes,
+    all that the task can have."""
+    task = find_task(_file(name)["kind"]) if changes is None else task_of(named_task(name, changes))
     figures = task.figures if isinstance(task, AnswerTask) else {}
     return {f"{name}/{key}": is_higher_better for key, is_higher_better in figures.items()}
 

@@ -37,8 +37,7 @@ from cera_train.runs.lines import describe_tasks
 from cera_train.runs.results import Sample, TaskFigures
 from cera_train.tasks.named import named_task
 from cera_train.tasks.records import Generation, Problem
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, load_problems, question_id
+from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
 
 if TYPE_CHECKING:
     from cera_train.training.session import Arm
@@ -84,7 +83,7 @@ def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
     with at(f"train.tasks=[{name}]"):
         problems = load_problems(settings, config.data)
     requests = requests_for(problems, 1, tokenizer)
-    return Exam(name, find_task(settings.kind), problems, requests, settings.max_new_tokens, settings.stop)
+    return Exam(name, task_of(settings), problems, requests, settings.max_new_tokens, settings.stop)
 
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:

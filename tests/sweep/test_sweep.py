@@ -327,6 +327,15 @@ def test_jobs_of_an_earlier_version_are_found_under_their_long_names(tmp_path, m
         (["optimizer.lr=interval(1,2)"], "needs a sweeper that draws: hydra/sweeper=optuna"),
         (["adapter.r=4,8", "sweep.metric=gsm8k/exact"], "no job has this figure: add train.tasks=[gsm8k]."),
         (["adapter.r=4,8", "sweep.metric=gsm8k/rank", "train.tasks=[gsm8k]"], "gsm8k/rank: no job has this figure"),
+        (
+            [
+                "adapter.r=4,8",
+                "sweep.metric=jsonl/verified",
+                "train.tasks=[jsonl]",
+                "train.task_settings={jsonl: {files: [q.jsonl], grader: text}}",
+            ],
+            "jsonl/verified: no job has this figure: choose one of",
+        ),
         (["adapter.r=4,8", "sweep.metric=best_update"], "choose one of eval/perplexity, best_perplexity, seconds,"),
         (["adapter.r=4,8", "train.tasks=[gsm9k]"], "train.tasks=[gsm9k]: there is no such task"),
         (["adapter.r=4,8", "launch.detach=true"], "launch.detach=true is for jobs that run elsewhere"),

@@ -200,6 +200,13 @@ def test_a_run_that_is_out_of_patience_is_measured_at_its_end(tiny_config):
     assert [FIGURES[0] in line for line in evaluations(config)] == [True, True]
 
 
+def test_a_task_of_ones_own_is_graded_by_its_rule(tiny_config, write_jsonl, half_right):
+    file = write_jsonl("own.jsonl", [{"question": f"{n}?", "answer": f"word {n}"} for n in range(4)])
+    settings = f"train.task_settings={{jsonl: {{files: [{file}], grader: text, max_new_tokens: 4}}}}"
+    result = train(tiny_config("train.tasks=[jsonl]", settings, "train.max_updates=1"))
+    assert {name: value for name, value in result.items() if name.startswith("jsonl")} == {"jsonl/exact": 0.5}
+
+
 # --- samples without a task ------------------------------------------------------------------------------------------
 
 
