@@ -22,7 +22,7 @@ from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.sweep.folder import Job
-from cera_train.sweep.together import Group, describe_groups, groups_of
+from cera_train.training.together import Group, describe_groups, groups_of
 
 
 @dataclass

@@ -21,6 +21,7 @@ from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 from cera_train.training.config import OPTIMIZERS
+from cera_train.training.together import pass_tokens, why_alone
 
 if TYPE_CHECKING:
     from cera_train.planning.count import Parameters
@@ -36,6 +37,13 @@ PROCESS_BYTES = 610_000_000
 HEAP_SHARE = 0.45
 """On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add this share of the activations:
 0.2 to 0.8 in runs of SmolLM2-135M, by the day; none where MALLOC_MMAP_THRESHOLD_ keeps it from holding blocks."""
+
+
+OF_AN_ARM = ("adapter", "gradients", "optimizer")
+"""Parts of a run's memory that every run has; the rest is shared."""
+
+FULL = 1_000
+"""So many sequences an update fill a micro-batch, as those of several runs do."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,8 @@ class RunPlan:
     remedies: dict[str, RunPlan] = field(default_factory=dict)
     """For a plan that does not fit: an override, and the plan with it."""
     compared: list[RunPlan] = field(default_factory=list)
+    together: int | None = None
+    """How many runs like this one train on one base in the device's memory; None where they cannot."""
 
     @property
     def fits(self) -> bool:
@@ -115,7 +125,9 @@ def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
         )
     plan = plan_alone(config)
     compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
-    return replace(plan, compared=compared, remedies=_remedies(config) if with_remedies and not plan.fits else {})
+    remedies = _remedies(config) if with_remedies and not plan.fits else {}
+    together = None if why_alone(config) else most_arms(config, plan.device.memory)
+    return replace(plan, compared=compared, remedies=remedies, together=together)
 
 
 def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
@@ -166,6 +178,21 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
         },
         mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
     )
+
+
+def most_arms(config: PlanRun, memory: float) -> int:
+    """How many runs like this one train on one base in so many bytes."""
+    shared, own = memory_of_arm(config)
+    return max(0, int((USABLE * memory - shared) // own))
+
+
+def memory_of_arm(config: PlanRun) -> tuple[float, float]:
+    """Bytes that runs on one base share, with a full micro-batch, and bytes that each of them adds."""
+    train, tokens = config.train, pass_tokens(config, config.plan.on_gpu)
+    full = replace(config, train=replace(train, batch_size=max(FULL, train.batch_size), micro_batch_tokens=tokens))
+    memory = plan_alone(full).memory.training
+    own = sum(memory[part] for part in OF_AN_ARM)
+    return sum(memory.values()) - own, own
 
 
 def run_totals(config: Config, size: DataSize) -> RunTotals:

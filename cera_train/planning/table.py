@@ -64,6 +64,9 @@ def print_plan(plan: RunPlan) -> None:
             print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
     for override, other in plan.remedies.items():
         print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
+    if plan.together:
+        count = f"{plan.together:,} such runs fit" if plan.together > 1 else "no other run fits beside it"
+        print_line("together", f"{count} on one base at once: hydra/launcher=together")
     if plan.cost is None and on_gpu:
         print_line("cost", "set plan.price_per_hour to the price of one GPU")
     if (serving := plan_serving(plan)) is not None:

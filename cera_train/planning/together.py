@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from cera_train.common.errors import UserError
 from cera_train.config import Config, PlanRun
 from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.devices import USABLE
-from cera_train.planning.plan import plan_alone
-
-OF_AN_ARM = ("adapter", "gradients", "optimizer")
-"""Parts of a run's memory that every run has; the rest is shared."""
-
-FULL = 1_000
-"""So many sequences an update fill a micro-batch, as those of several runs do."""
+from cera_train.planning.plan import memory_of_arm
 
 
 def arms_that_fit(configs: Sequence[Config]) -> int:
@@ -44,20 +37,6 @@ def arms_that_fit(configs: Sequence[Config]) -> int:
     if not shared:
         raise UserError(f"launch.together=auto cannot be planned: {reason} Or set launch.together=8.") from reason
     return len(configs)
-
-
-def most_arms(config: PlanRun, memory: float) -> int:
-    """How many runs like this one train on one base in so many bytes."""
-    shared, own = memory_of_arm(config)
-    return max(0, int((USABLE * memory - shared) // own))
-
-
-def memory_of_arm(config: PlanRun) -> tuple[float, float]:
-    """Bytes that runs on one base share, with a full micro-batch, and bytes that each of them adds."""
-    full = replace(config, train=replace(config.train, batch_size=max(FULL, config.train.batch_size)))
-    memory = plan_alone(full).memory.training
-    own = sum(memory[part] for part in OF_AN_ARM)
-    return sum(memory.values()) - own, own
 
 
 def available_memory() -> int:

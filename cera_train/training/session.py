@@ -41,6 +41,7 @@ from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.start import load_start, settle_start
 from cera_train.training.tasks import Exams
+from cera_train.training.together import pass_tokens
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
@@ -58,10 +59,6 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
     adapter = settle_start(adapter, begun.adapter)
     return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
-
-
-CPU_PASS_TOKENS = 1024
-"""A CPU gains no speed by more tokens in a pass of several arms, and they take memory."""
 
 
 @dataclass
@@ -84,7 +81,7 @@ class Session:
     closes what it opened.
 
     Args:
-        runs: one, or several that `training.together.may_share` a base. One that cannot be built gets its error as
+        runs: one, or several that `training.together` lets share a base. One that cannot be built gets its error as
             outcome, and no arm.
     """
 
@@ -113,7 +110,9 @@ class Session:
             self.joined = SharedLoss(base, adapters_of_arms, accelerator.autocast)
             self.joined.take_layout_of(self.arms[0].local_loss)
             self.loss = accelerator.prepare(self.joined)
-            self.batches = SharedMicroBatches(self.arms[0].batches.up_to(self.pass_tokens()))
+            self.batches = SharedMicroBatches(
+                self.arms[0].batches.up_to(pass_tokens(config, self.team.device.type != "cpu"))
+            )
         elif self.arms:
             self.loss, self.batches = self.arms[0].loss, self.arms[0].batches
         done = sum(arm.progress.update for arm in self.arms)
@@ -137,12 +136,6 @@ class Session:
                 if self.is_joint:
                     del self.joined.arms[number]
                 arm.tracker.finish()
-
-    def pass_tokens(self) -> int:
-        """Tokens of a pass that arms share, at most."""
-        config, on_gpu = self.config, self.team.device.type != "cpu"
-        most = config.train.micro_batch_tokens
-        return most if on_gpu else min(most, max(CPU_PASS_TOKENS, config.data.max_length))
 
     def passes(self, rows: list[list[int]]) -> list[tuple[Any, bool]]:
         """This process's micro-batches of each arm's rows, and whether each counts."""

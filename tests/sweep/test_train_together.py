@@ -13,9 +13,10 @@ from cera_train.common.errors import UserError
 from cera_train.config import PlanRun
 from cera_train.planning import together as planning
 from cera_train.planning.config import GpuKind, PlanConfig
+from cera_train.planning.plan import memory_of_arm, most_arms
 from cera_train.sweep.folder import RECORD
 from cera_train.sweep.table import read_sweep
-from cera_train.sweep.together import describe_groups, groups_of, why_alone
+from cera_train.training.together import describe_groups, groups_of, why_alone
 
 
 @pytest.fixture
@@ -131,19 +132,19 @@ def test_jobs_on_one_base_may_differ_in_all_but_base_rows_and_batch(tiny_config)
 def test_as_many_runs_share_a_base_as_fit_by_plan(tiny_config, monkeypatch):
     config = tiny_config("adapter.r=8")
     planned = PlanRun(**vars(config), plan=PlanConfig(gpu=GpuKind.cpu))
-    shared, own = planning.memory_of_arm(planned)
+    shared, own = memory_of_arm(planned)
     trainable = 2 * 2 * 8 * (32 + 32) - 2 * 8 * 16  # q and v of two layers, v is half as wide
     assert own == trainable * (4 + 4 + 8)  # weights, gradients, two moments
     monkeypatch.setattr(planning, "available_memory", lambda: (shared + 3.5 * own) / planning.USABLE)
     assert planning.arms_that_fit([config] * 8) == 3
-    assert planning.most_arms(planned, (shared + 3.5 * own) / planning.USABLE) == 3
+    assert most_arms(planned, (shared + 3.5 * own) / planning.USABLE) == 3
     assert planning.arms_that_fit([config] * 2) == 2
     with pytest.raises(UserError, match=r"launch.together=auto cannot be planned: .*Or set launch.together=8"):
         planning.arms_that_fit([tiny_config("adapter.r=512")])
     monkeypatch.setattr(planning, "available_memory", lambda: 1)
     assert planning.arms_that_fit([config] * 8) == 1
     wide = replace(config, adapter=replace(config.adapter, r=16))
-    shared, more = planning.memory_of_arm(replace(planned, adapter=wide.adapter))
+    shared, more = memory_of_arm(replace(planned, adapter=wide.adapter))
     monkeypatch.setattr(planning, "available_memory", lambda: (shared + more + 1.5 * own) / planning.USABLE)
     assert planning.arms_that_fit([config, wide, config]) == 2
 

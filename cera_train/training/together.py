@@ -1,4 +1,4 @@
-"""Which jobs of a sweep can train on one base together, and which do. Imports no torch."""
+"""Which runs can train on one base together. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ SHARED = (
 )
 """Settings, or starts of settings, in which jobs on one base are alike. In all others they may differ."""
 
+CPU_PASS_TOKENS = 1024
+"""A CPU gains no speed by more tokens in a pass of several runs, and they take memory."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -24,6 +27,12 @@ class Group:
     jobs: list[int]
     reason: str = ""
     """Why one is alone, where it could not be otherwise."""
+
+
+def pass_tokens(config: Config, on_gpu: bool) -> int:
+    """Tokens of a pass that runs share, at most."""
+    most = config.train.micro_batch_tokens
+    return most if on_gpu else min(most, max(CPU_PASS_TOKENS, config.data.max_length))
 
 
 def shared_settings(config: Config) -> dict[str, Any]:
