@@ -7,11 +7,15 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
 # Before any library reads them: no network, and one thread for each of pytest's workers, else they wait in turns.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch

@@ -35,6 +35,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_jobs_leave_what_they_leave_by_hydras_own_launcher(sweep, tmp_path, capsys):
     grid = ("adapter=cera,lora,dora", "train.seed=0,1", "adapter.r=2")
     assert sweep(*grid, "name=together", "hydra/launcher=together") == 0

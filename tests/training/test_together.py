@@ -63,7 +63,7 @@ def assert_equal_runs(config, other) -> None:
         assert (value - weights(other)[name]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("layout", "tokens"), [("flat", 512), ("padded", 4096)])
+@pytest.mark.parametrize(("layout", "tokens"), [("flat", 512), pytest.param("padded", 4096, marks=pytest.mark.slow)])
 def test_each_arm_has_the_numbers_of_its_run_alone(tiny_config, layout, tokens):
     fixed = (f"train.batch_layout={layout}", f"train.micro_batch_tokens={tokens}", "train.max_updates=5")
     arms = [tiny_config(*fixed, *arm, f"name=together_{name}") for name, arm in ARMS.items()]
