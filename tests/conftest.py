@@ -14,11 +14,11 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
+
+# A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
