@@ -17,8 +17,8 @@ SHARED = (
 """Settings, or starts of settings, in which jobs on one base are alike. In all others they may differ."""
 
 CPU_PASS_TOKENS = 1536
-"""A CPU gains little by more tokens in a pass, and they take memory. Eight runs of SmolLM2-135M, 576 tokens each, on two
-cores in bf16: 940, 1,010 and 1,040 tokens/s with one, three and four of them in a pass, 1.6, 2.3 and 3.4 GB."""
+"""A CPU gains little by more tokens in a pass, and they take memory. Eight runs of SmolLM2-135M, 576 tokens each, on
+two cores in bf16: 940, 1,010 and 1,040 tokens/s with one, three and four of them in a pass, 1.6, 2.3 and 3.4 GB."""
 
 
 @dataclass(frozen=True)
