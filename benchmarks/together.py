@@ -46,6 +46,30 @@ def race(settings: list[str], arms: int) -> dict[str, tuple[float, int]]:
     return found
 
 
+def draw(found: dict[int, dict[str, Any]], path: Path) -> None:
+    """Seconds and memory against the number of runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from cera_train.common.drawing import COLORS, MARKERS
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(6.4, 2.8), layout="constrained")
+    for place, (axes, label, scale) in enumerate(zip(panels, ("seconds", "peak memory, GB"), (1, 1e-9), strict=True)):
+        for name, kind in zip(LAUNCHERS, ("lora", "cera"), strict=True):
+            values = [each[name][place] * scale for each in found.values()]
+            axes.plot(list(found), values, color=COLORS[kind], marker=MARKERS[kind], label=name)
+        axes.set_xlabel("runs")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.set_xticks(list(found))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=Path, help="rows of GSM8K, as JSON lines")
@@ -53,6 +77,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/together.json"))
+    parser.add_argument("--picture", type=Path, default=Path("outputs/bench/together.png"))
     arguments = parser.parse_args()
     settings = ["+recipe=quickstart"]
     if arguments.rows is not None:
@@ -71,6 +96,7 @@ def main() -> None:
         )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(found, indent=2) + "\n")
+    draw(found, arguments.picture)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def groups_of(configs: Sequence[Config], most: Callable[[Sequence[Config]], int]
     groups = []
     for numbers in alike.values():
         while numbers:
-            count = most([configs[number] for number in numbers])
+            count = most([configs[number] for number in numbers]) if len(numbers) > 1 else 1
             groups.append(Group(numbers[:count]))
             numbers = numbers[count:]
     return sorted([*groups, *alone], key=lambda group: group.jobs[0])
