@@ -11,8 +11,9 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
 
+from cera_train.cli.start import errors_in_one_line
 from cera_train.cli.together import Together, group
-from cera_train.cli.train import without_hydra
+from cera_train.cli.train import TRAIN, without_hydra
 from cera_train.common.errors import UserError
 
 BETWEEN_JOBS = ";"
@@ -30,7 +31,8 @@ class Packing:
     submitit's, which passes overrides on to the node as one list."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        packs = self._packs(job_overrides)
+        with errors_in_one_line(TRAIN):
+            packs = self._packs(job_overrides)
         joined = [join(job_overrides[number] for number in pack) for pack in packs]
         returns: dict[int, JobReturn] = {}
         for pack, returned in zip(packs, super().launch(joined, initial_job_idx), strict=True):
@@ -49,9 +51,8 @@ class Packing:
         for number, overrides in enumerate(job_overrides):
             with contextlib.suppress(UserError):  # it goes alone, and fails in its job
                 configs[number] = without_hydra(compose(self.config, list(overrides)))
-        groups = group(list(configs.values()), lambda _: size)
         numbers = list(configs)
-        packs = [[numbers[place] for place in group.jobs] for group in groups]
+        packs = [[numbers[place] for place in pack.jobs] for pack in group(list(configs.values()), lambda _: size)]
         return packs + [[number] for number in range(len(job_overrides)) if number not in configs]
 
     def __call__(self, sweep_overrides: list[str], *arguments: Any) -> JobReturn:

@@ -88,6 +88,10 @@ def test_a_halving_trains_its_rungs_together(sweep, tmp_path, capsys):
             ["launch.together=2", "hydra/launcher=together", "adapter=dora"],
             "launch.together=2: no jobs share a base, 2 alone (adapter.kind=dora). Leave it out.",
         ),
+        (
+            ["launch.together=2", "hydra/launcher=local", "adapter=dora"],
+            "launch.together=2: no jobs share a base, 2 alone (adapter.kind=dora). Leave it out.",
+        ),
     ],
 )
 def test_refusals(sweep, tmp_path, capsys, arguments, error):
