@@ -41,6 +41,7 @@ from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Arm, Run, Session, settle
 from cera_train.training.tasks import evaluate_tasks
+from cera_train.training.together import shared_settings
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -68,6 +69,11 @@ def train_together(configs: Sequence[Config]) -> list[dict[str, Any] | Exception
     with contextlib.ExitStack() as folders:
         found = [find(config, folders) for config in configs]
         runs = [run for run in found if isinstance(run, Run)]
+        for run in [run for run in runs if shared_settings(run.config) != shared_settings(runs[0].config)]:
+            run.outcome = UserError(
+                f"{run.folder.path} was begun in another precision than the others: train it alone."
+            )
+            runs.remove(run)
         if runs:
             with Session(runs) as session, session.interruption:
                 if session.arms:

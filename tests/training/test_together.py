@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from cera_train.adapters.together import twin
 from cera_train.common.errors import UserError
 from cera_train.distributed.signals import Interrupted
+from cera_train.model.config import Dtype
+from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import RunFolder
 from cera_train.training.train import train, train_together
 
@@ -194,3 +196,14 @@ def test_bytes_of_the_base_are_held_once(tiny_llama):
     assert all(name == other and weight is shared for (name, weight), (other, shared) in pairs)
     copied.model.layers[0].self_attn.q_proj = None
     assert tiny_llama.model.layers[0].self_attn.q_proj is not None
+
+
+def test_a_run_that_was_begun_in_another_precision_does_not_join(tiny_config):
+    here = choose_precision(Dtype.auto).dtype
+    other = Dtype.bfloat16 if here == Dtype.float32 else Dtype.float32
+    train(tiny_config(f"model.dtype={other}", "train.max_updates=4", "train.stop_at=2", "name=begun"))
+    auto = ("model.dtype=auto", "train.max_updates=4")
+    first, begun = train_together([tiny_config(*auto, "name=first"), tiny_config(*auto, "name=begun")])
+    assert first["updates"] == 4
+    with pytest.raises(UserError, match="begun was begun in another precision than the others: train it alone"):
+        raise begun
