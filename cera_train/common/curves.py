@@ -39,7 +39,8 @@ def scale(value: float) -> str:
     """A number in at most eight characters."""
     if value == int(value) and abs(value) < 1e6:
         return f"{value:.0f}"
-    return f"{value:.3f}" if 1e-2 <= abs(value) < 1e3 else f"{value:.2g}"
+    text = f"{value:.3f}" if 1e-2 <= abs(value) < 1e3 else f"{value:.2g}"
+    return text if len(text) < LABEL else f"{value:.1g}"
 
 
 def _column_means(points: list[Point], right: float, columns: int) -> dict[int, float]:

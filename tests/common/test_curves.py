@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cera_train.common.curves import BLANK, DOTS, LABEL, curve
@@ -55,6 +55,8 @@ def test_a_level_curve_lies_in_the_middle_and_no_room_gives_nothing():
     assert curve([(0, math.nan), (1, math.inf), (-1, 1.0), (10**400, 1.0)], 40, 8) == []
 
 
+@example([(0, -4.6e-176)], 10, 2)
+@example([(0, -999.9999)], 10, 2)
 @given(
     st.lists(st.tuples(st.integers(-3, 10**400), st.floats() | st.integers(-(10**299), 10**299)), max_size=30),
     st.integers(-5, 120),
