@@ -110,7 +110,7 @@ def test_the_defaults_are_those_of_the_settings_and_no_recipe_restates_them(comp
     config = compose()
     assert (config.adapter.r, config.optimizer.lr, config.train.batch_size, config.train.epochs) == (64, 3e-4, 64, 3)
     defaults = {leaf.key: leaf.field.default for leaf in leaves(Config)}
-    files = [*RECIPES, *config_dir("conf").glob("s[wt]*/*.yaml"), *config_dir("conf").glob("optimizer/*.yaml")]
+    files = [*RECIPES, *config_dir("conf").glob("sweep/*.yaml"), *config_dir("conf").glob("optimizer/*.yaml")]
     assert len(files) > 15
     for path in files:
         content = flatten(yaml.safe_load(path.read_text()))
