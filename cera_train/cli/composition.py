@@ -46,6 +46,9 @@ PLUGINS = {
 """Files of Hydra's plugins, and how to install them."""
 
 
+ADDED = ("recipe", "sweep", "study")
+"""Groups whose files are added with a plus sign."""
+
 ANY = "N"
 """Stands for the number of an element in the key of a list's setting, such as data.mix.N.weight."""
 
@@ -148,11 +151,11 @@ class Composition:
     def unknown_setting(self, key: str, place: str) -> str:
         """The line about a key that no setting has, in an argument or a file."""
         section = key.split(".", 1)[0]
-        if key in ("recipe", "sweep") and self.has_recipes:
+        if key in ADDED and self.has_recipes:
             return f"{place}: a {key} is added with a plus sign: write +{place}."
         for program, schema in SCHEMAS.items():
             is_other = section in _fields(schema) - _fields(self.schema)
-            if is_other or (key in ("recipe", "sweep") and program == "cera-train"):
+            if is_other or (key in ADDED and program == "cera-train"):
                 return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
         known = self.element_keys(key) or (self.keys if "." in key else self.names)
         near = did_you_mean(key, known) or did_you_mean(key, self.names)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
@@ -38,6 +38,9 @@ ROWS = ("model", "data")
 class Rules:
     """What a user chooses: `hydra.sweeper.tune`, `.first` and `.factor`."""
 
+    SECTION: ClassVar[str] = "hydra.sweeper"
+    """Where the settings stand, for messages."""
+
     tune: list[str]
     first: int
     factor: int
@@ -47,15 +50,15 @@ class Rules:
             bool(self.tune), "hydra.sweeper.tune=[]: name what is tuned, such as hydra.sweeper.tune=[optimizer.lr]."
         )
         for name in self.tune:
-            place = f"hydra.sweeper.tune={name}"
+            place = f"{self.SECTION}.tune={name}"
             require(name != SEED, f"{place}: the loss of a candidate is its mean over seeds. Leave it out.")
             require(name not in METHODS, f"{place}: methods are not compared before they are tuned. Leave it out.")
             require(
                 name.partition(".")[0] not in ROWS,
                 f"{place}: losses of different models or rows cannot be compared. Leave it out.",
             )
-        _require_count("first", self.first, 1, "the updates of the first rung, such as hydra.sweeper.first=20")
-        _require_count("factor", self.factor, 2, "2 or more: one candidate in so many goes on")
+        self._require_count("first", 1, f"the updates of the first rung, such as {self.SECTION}.first=20")
+        self._require_count("factor", 2, "2 or more: one candidate in so many goes on")
 
     def update(self, rung: int) -> int:
         """Updates of a rung; the first is 1."""
@@ -69,16 +72,22 @@ class Rules:
         updates, stop_at = config.train.max_updates, config.train.stop_at
         require(
             updates is None or self.first < updates,
-            f"hydra.sweeper.first={self.first}: a job has train.max_updates={updates}, so that nothing would be "
+            f"{self.SECTION}.first={self.first}: a job has train.max_updates={updates}, so that nothing would be "
             "stopped. Choose a smaller first rung.",
         )
         require(stop_at is None, f"train.stop_at={stop_at}: halving itself stops jobs at its rungs. Leave it out.")
         return config
 
+    def _require_count(self, name: str, least: int, expected: str) -> None:
+        value = getattr(self, name)
+        shown = "null" if value is None else value
+        require(type(value) is int and value >= least, f"{self.SECTION}.{name}={shown}: expected {expected}.")
 
-def _require_count(name: str, value: Any, least: int, expected: str) -> None:
-    shown = "null" if value is None else value
-    require(type(value) is int and value >= least, f"hydra.sweeper.{name}={shown}: expected {expected}.")
+
+class StudyRules(Rules):
+    """Those of a study, whose section has them."""
+
+    SECTION: ClassVar[str] = "study"
 
 
 # --- who is compared with whom ---------------------------------------------------------------------------------------
@@ -244,7 +253,8 @@ class HalvingRecord:
     def check(self, rules: Rules, groups: Sequence[Group], sweep: Path) -> None:
         """Raises UserError where a decision was made by other rules or among other candidates."""
         mend = f"Choose another name=..., or remove {sweep / HALVING} to decide anew."
-        require(self.rules == rules, f"{sweep} holds a halving by other rules: {self.rules.describe()}. {mend}")
+        same = dataclasses.astuple(self.rules) == dataclasses.astuple(rules)
+        require(same, f"{sweep} holds a halving by other rules: {self.rules.describe()}. {mend}")
         for group in groups:
             first = self.decision(group.name, 1)
             require(

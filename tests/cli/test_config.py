@@ -21,7 +21,7 @@ from cera_train.training.config import OptimizerKind
 CHOICES = [
     (path.parent.name, path.stem)
     for path in sorted(config_dir("conf").glob("*/*.yaml"))
-    if path.parent.name != "sweep"  # grids of whole runs: tests/sweep/test_grids.py
+    if path.parent.name not in ("sweep", "study")  # many whole runs: tests/sweep
 ]
 RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
 
