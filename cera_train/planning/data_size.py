@@ -50,8 +50,13 @@ def facts_of(config: DataConfig) -> DataFacts | None:
     """The facts of a data set of the Hub: its own, or those in a file of conf/data."""
     if config.facts is not None and config.facts.of == config.path:
         return config.facts
-    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")) if config.path else ())
-    found = (file["facts"] for file in files if file.get("facts", {}).get("of") == config.path)
+    return None if config.path is None else facts_at(config.path)
+
+
+def facts_at(path: str) -> DataFacts | None:
+    """The facts of a data set of the Hub that a file of conf/data has."""
+    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
+    found = (file["facts"] for file in files if file.get("facts", {}).get("of") == path)
     return next((DataFacts(**facts) for facts in found), None)
 
 
