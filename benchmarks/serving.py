@@ -1,7 +1,8 @@
 """What adapters cost in vLLM: `.venv-serving/bin/python -m benchmarks.serving` (after `make test-serving`).
 
 The bare base, one and four LoRAs, one and four CeRAs, at 1, 4 and 16 requests at once: tokens a second and the time to
-the first token. All in one engine, round by round in turn, so that what else the machine does falls on all alike.
+the first token. With the plugin, a batch of LoRA goes through the gates too, so a second engine without it serves LoRA:
+that is what CeRA is held to. Round by round in turn, so that what else the machine does falls on all alike.
 
 With `--tenants`, how memory and tokens a second go with the number of CeRAs loaded, each number in an engine by itself,
 since vLLM sets its slots aside at the start; on a CPU, without compilation.
@@ -26,7 +27,12 @@ AT_ONCE = (1, 4, 16)
 TENANTS = (0, 1, 4, 16, 64)
 PROMPT, TOKENS = 64, 32
 R = 16
-KINDS = {"base": (None, 0), "1 LoRA": ("lora", 1), "1 CeRA": ("cera", 1), "4 LoRA": ("lora", 4), "4 CeRA": ("cera", 4)}
+PLAIN = ", no plugin"
+KINDS = {
+    "base": (None, 0),
+    **{f"{number} LoRA{plugin}": ("lora", number) for number in (1, 4) for plugin in (PLAIN, "")},
+    **{f"{number} CeRA": ("cera", number) for number in (1, 4)},
+}
 
 
 def main() -> None:
@@ -95,6 +101,52 @@ def generate_seconds(engine: Any, requests: list[Any], tokens: int) -> float:
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     """Prints the table."""
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, spawn, begin, (arguments, folder, None)) as served,
+        ProcessPoolExecutor(1, spawn, begin, (arguments, folder, "")) as plain,
+    ):
+        for pool in (served, plain):  # one after the other: a start takes both cores
+            pool.submit(answer_seconds, None, 0, 1, 2).result()
+
+        def seconds(case: tuple[int, str], tokens: int) -> float:
+            count, name = case
+            pool = plain if name.endswith(PLAIN) else served
+            return pool.submit(answer_seconds, *KINDS[name], count, tokens).result()
+
+        cases = list(itertools.product(AT_ONCE, KINDS))
+        for case in cases:
+            seconds(case, 2)  # loads the adapters
+        first: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+        whole: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
+        for _ in range(arguments.rounds):
+            for case in cases:
+                first[case].append(seconds(case, 1))
+                whole[case].append(seconds(case, TOKENS))
+
+    print(f"{arguments.targets}, r = {R}, {arguments.dtype}; prompts of {PROMPT} tokens, answers of {TOKENS}")
+    print(f"{'requests':<10}{'':<18}{'tokens/s':>10}{'first token':>13}{'of plain LoRA':>15}")
+    for count, name in cases:
+        speed = count * TOKENS / statistics.median(whole[count, name])
+        ratio, number = "", KINDS[name][1]
+        if number and not name.endswith(PLAIN):
+            pairs = zip(whole[count, f"{number} LoRA{PLAIN}"], whole[count, name], strict=True)
+            ratio = f"{statistics.median(lora / ours for lora, ours in pairs):.2f}"
+        print(
+            f"{count:<10}{name:<18}{speed:>10.0f}{statistics.median(first[count, name]):>11.2f} s{ratio:>15}".rstrip()
+        )
+
+
+def begin(arguments: argparse.Namespace, folder: Path, plugins: str | None) -> None:
+    """Starts the engine of this process.
+
+    Args:
+        plugins: vLLM's list of plugins that it loads; None: all.
+    """
+    global engine, requests
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if plugins is not None:
+        os.environ["VLLM_PLUGINS"] = plugins
     from vllm.lora.request import LoRARequest
 
     engine = start_engine(arguments, enable_lora=True, max_lora_rank=R, max_loras=4, max_cpu_loras=8)
@@ -105,29 +157,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         for kind, number in itertools.product(("lora", "cera"), range(4))
     }
 
-    def seconds(kind: str | None, adapters: int, count: int, tokens: int) -> float:
-        chosen = [requests[kind, at % adapters] if kind else None for at in range(count)]
-        return generate_seconds(engine, chosen, tokens)
 
-    cases = list(itertools.product(AT_ONCE, KINDS))
-    for count, name in cases:
-        seconds(*KINDS[name], count, 2)  # loads the adapters
-    first: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
-    whole: dict[tuple[int, str], list[float]] = {case: [] for case in cases}
-    for _ in range(arguments.rounds):
-        for count, name in cases:
-            first[count, name].append(seconds(*KINDS[name], count, 1))
-            whole[count, name].append(seconds(*KINDS[name], count, TOKENS))
-
-    print(f"{arguments.targets}, r = {R}, {arguments.dtype}; prompts of {PROMPT} tokens, answers of {TOKENS}")
-    print(f"{'requests':<10}{'':<8}{'tokens/s':>10}{'first token':>13}{'CeRA / LoRA':>13}")
-    for count, name in cases:
-        speed = count * TOKENS / statistics.median(whole[count, name])
-        ratio = ""
-        if name.endswith("CeRA"):
-            pairs = zip(whole[count, name.replace("CeRA", "LoRA")], whole[count, name], strict=True)
-            ratio = f"{statistics.median(lora / cera for lora, cera in pairs):.2f}"
-        print(f"{count:<10}{name:<8}{speed:>10.0f}{statistics.median(first[count, name]):>11.2f} s{ratio:>13}")
+def answer_seconds(kind: str | None, adapters: int, count: int, tokens: int) -> float:
+    """Seconds in which this process's engine answers so many requests at once, over its adapters of a kind."""
+    return generate_seconds(engine, [requests[kind, at % adapters] if kind else None for at in range(count)], tokens)
 
 
 # --- many adapters ---------------------------------------------------------------------------------------------------
