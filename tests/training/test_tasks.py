@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -300,3 +301,26 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
     figures = [[line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))]
     assert figures == [[line.get(name) for name in FIGURES] for line in evaluations(config)]
+
+
+def test_a_run_on_generated_rows_answers_unseen_ones(tiny_config, compose, capsys):
+    pytest.importorskip("reasoning_gym")
+    rows = ["data=reasoning_gym", "data.reasoning_gym.level=0", "data.train_rows=400", "data.eval_rows=4"]
+    short = [
+        "train.tasks=[reasoning_gym]",
+        "train.tasks_limit=3",
+        "train.task_settings={reasoning_gym: {max_new_tokens: 4}}",
+    ]
+    config = tiny_config(*rows, *short, "train.max_updates=2", "train.tasks_every=null")
+    result = train(config)
+    printed = capsys.readouterr().out
+    assert {"reasoning_gym/exact", "reasoning_gym/credit"} <= set(result)
+    assert re.search(
+        r"shared     0 evaluation prompts are also training prompts; 2\d\d training rows repeat a prompt", printed
+    )
+    own = ["task=reasoning_gym", "task.limit=3", "task.max_new_tokens=4"]
+    evaluated = evaluate(compose(f"run={folder_of(config)}", *own, command="eval"))
+    assert evaluated["credit"] == result["reasoning_gym/credit"]
+    assert evaluated["by_generator"]["chain_sum"]["answers"] == 3
+    again = evaluate(compose(f"grade={folder_of(config) / 'eval' / 'reasoning_gym'}", command="eval"))
+    assert again["by_generator"] == evaluated["by_generator"]
