@@ -53,6 +53,9 @@ class LogisticMap(AnswerTask):
         details = {"values": values, **asdict(steps)}
         return Grade(generation.problem, generation.sample, answer, exact=all(steps.matches), details=details)
 
+    def is_collapsed(self, grade: Grade) -> bool:
+        return grade.details["collapsed"]
+
     def counts(self, problem: Any) -> bool:
         return "paper_case" not in problem.details
 

@@ -34,9 +34,10 @@ from cera_train.evaluation.grading import grade_all, score
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
 from cera_train.runs.lines import describe_tasks
+from cera_train.runs.outcomes import GradedProblem, write_grades
 from cera_train.runs.results import Sample, TaskFigures
 from cera_train.tasks.named import named_task
-from cera_train.tasks.records import Generation, Problem
+from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
 
 if TYPE_CHECKING:
@@ -64,13 +65,23 @@ class Exam:
     def first(self, count: int) -> Exam:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
-    def figures(self, answers: Sequence[Generation]) -> dict[str, float]:
-        """The scores of all answers, by their keys in metrics.jsonl."""
+    def grades(self, answers: Sequence[Generation]) -> list[Grade]:
         problems = {problem.id: problem for problem in self.problems}
-        grades = grade_all(self.task, problems, answers, EvalConfig.grading_seconds)
+        return grade_all(self.task, problems, answers, EvalConfig.grading_seconds)
+
+    def figures(self, answers: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, float]:
+        """The scores of all answers, by their keys in metrics.jsonl."""
         scores = score(self.task, self.problems, answers, grades)
         values = {key: scores.get(key, scores.get(f"{key}/pass@1")) for key in self.task.figures}
         return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
+
+    def outcomes(self, grades: Sequence[Grade]) -> list[GradedProblem]:
+        """How the answer to each problem that counts came out."""
+        return [
+            GradedProblem(problem.id, [self.task.paired_value(grade, grade.grader)], [grade.ending])
+            for problem, grade in zip(self.problems, grades, strict=True)
+            if self.task.counts(problem)
+        ]
 
     def sample(self, update: int, problem: Problem, answer: Generation) -> Sample:
         exact = self.task.grade(problem, answer).exact if self.task else None
@@ -163,8 +174,11 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     for exam in exams.tasks if exams.are_due(update, is_last) else []:
         started, answers = time.perf_counter(), exams.answer(exam)
         if is_main:
-            found = exam.figures(answers)
+            grades = exam.grades(answers)
+            found = exam.figures(answers, grades)
             figures |= found
+            if is_last:
+                write_grades(arm.folder.path, exam.name, exam.outcomes(grades))
             notes.append(f"{describe_tasks(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
     started = time.perf_counter()
     for exam in exams.sampled:

@@ -17,8 +17,11 @@ import torch
 from evaluation_files import QUESTIONS, read
 
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_tasks
+from cera_train.runs.outcomes import read_grades
+from cera_train.tasks.logistic_map import TASK
 from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
@@ -114,6 +117,12 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     assert [line["answer"] for line in samples] == [line["text"] for line in read(folder / "generations.jsonl")]
     assert [line["prompt"] for line in samples] == [line["prompt"] for line in read(folder / "problems.jsonl")]
     assert [line["exact"] for line in samples] == [line["exact"] for line in read(folder / "grades.jsonl")]
+    answers = GradedAnswers(folder, TASK.counts)
+    grades = read_grades(folder_of(config), "logistic_map")
+    assert {one.problem: one.endings for one in grades} == answers.endings
+    assert {one.problem: one.scores for one in grades} == {
+        name: [score] for name, score in answers.scores(lambda grade: TASK.paired_value(grade, "exact")).items()
+    }
     assert result[FIGURES[0]] == evaluated["exact/pass@1"]
     assert [result[f"logistic_map/{name}"] for name in ("step_accuracy/mean", "state_collapse")] == [
         *(evaluated["step_accuracy/mean"], evaluated["state_collapse"]),
@@ -132,7 +141,7 @@ def half_right(monkeypatch):
 
     def generate(model, base, tokenizer, batch, config):
         made = original(model, base, tokenizer, batch, config)
-        return [replace(answer, text=gold.get(answer.problem, "nothing")) for answer in made]
+        return [replace(answer, text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
 
     original = tasks.generate
     monkeypatch.setattr(tasks, "load_problems", load)
@@ -174,7 +183,11 @@ def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_no
             train(cut)
     assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8
     resumed = train(cut)
-    assert (folder_of(cut) / "samples.jsonl").read_bytes() == (folder_of(whole) / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "grades/logistic_map.jsonl"):
+        assert (folder_of(cut) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
+    grades = read_grades(folder_of(cut), "logistic_map")
+    assert [one.endings for one in grades] == [["right"], ["wrong"]] * 2  # the paper's case does not count
+    assert [one.scores for one in grades] == [[1.0], [0.0]] * 2
     assert [resumed[name] for name in FIGURES] == [result[name] for name in FIGURES]
     assert [[line.get(name) for name in FIGURES] for line in evaluations(cut)] == [
         [line.get(name) for name in FIGURES] for line in evaluations(whole)
