@@ -43,7 +43,7 @@ def plan(composed: DictConfig) -> Any:
         if config.run is not None:
             print_measured(Path(config.run), config.plan)
         elif is_sweep:
-            return make_plan(config, with_remedies=False)
+            return make_plan(config, with_advice=False)
         else:
             print_plan(make_plan(config))
 

@@ -3,7 +3,8 @@
 vLLM computes a LoRA as shrink, z = x A^T, and expand, y += z B^T. CeRA needs y += h B^T, h = z + gamma (gate(z) - z),
 and every token of a batch may belong to another adapter: LoRA is the identity gate. Each slot for an adapter holds a
 gate's code, and in every projection a gamma, 1 unless it was learned; a step gathers one code a token; expand computes
-every gate and keeps the one of the code, so the graph is the same for every batch.
+every gate and keeps the one of the code, so the graph is the same for every batch. On a CPU there is no graph: expand
+computes the gates of its batch.
 
 vLLM loads this in each of its processes, through the entry point `vllm.general_plugins`. `REPLACED` lists what it
 changes. Where a vLLM lacks one of them, nothing is changed, and LoRA goes on as before.
@@ -38,6 +39,8 @@ GAMMA = ".cera_gate.gamma"
 LORA = GATES.index("identity")
 NO_ADAPTER = len(GATES)
 """The code of tokens of the bare base. Their hidden units are zero: vLLM's CPU wrapper reads the last slot's."""
+
+ALL_CODES = (*range(len(GATES)), NO_ADAPTER)
 
 
 def register() -> None:
@@ -135,12 +138,12 @@ def keep_gate(original: Callable, cls: type, *arguments: Any, **settings: Any) -
     tensors, helper = call.arguments["tensors"], call.arguments["peft_helper"]
     call.arguments["tensors"] = {name: tensor for name, tensor in tensors.items() if not name.endswith(GAMMA)}
     model = original(*call.args, **call.kwargs)
-    model.cera_gate = getattr(helper, "cera_gate", LORA)
+    model.cera_gate, model.cera_is_mixed = getattr(helper, "cera_gate", LORA), getattr(helper, "cera_is_mixed", False)
     for name in tensors.keys() - call.arguments["tensors"].keys():
         projection, _ = lora_model.parse_fine_tuned_lora_name(name, call.arguments.get("weights_mapper"))
         model.loras[projection].cera_gamma = tensors[name].item()
     for projection, lora in model.loras.items():
-        if getattr(helper, "cera_is_mixed", False) and not hasattr(lora, "cera_gamma"):
+        if model.cera_is_mixed and not hasattr(lora, "cera_gamma"):
             raise ValueError(f"{projection}: mix=learned, and the weights have no gamma of this projection.")
     return model
 
@@ -197,6 +200,7 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
         check_gate(manager, slot, code)
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper.slot_codes[slot] = code
+            wrapper.slot_is_mixed[slot] = getattr(adapter, "cera_is_mixed", False)
         for name, module in manager.modules.items():
             if _is_projection(module):
                 module.lora_b_stacked[0].cera_gammas[slot] = torch.tensor(adapter.cera_gammas.get(name, 1.0))
@@ -207,7 +211,7 @@ def check_gate(manager: Any, slot: int, code: int) -> None:
     """Raises ValueError where a slot would not compute gate(x A^T) B^T: a kernel that fuses the two products would pass
     the gate by, and serve CeRA as linear in silence."""
     for wrapper in manager.punica_wrapper_mapping.values():
-        if not wrapper.computes(slot, code):
+        if not computes(wrapper, slot, code):
             raise ValueError(
                 f"this vLLM passes the gate {GATES[code]} by: CeRA is not served. Use transformers and PEFT."
             )
@@ -231,35 +235,71 @@ def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
     """`get_punica_wrapper`: the platform's wrapper, with gates."""
     wrapper = original(*arguments, **settings)
     wrapper.__class__ = with_gates(type(wrapper))
-    wrapper.add_gates(settings["lora_config"])
+    add_gates(wrapper, settings["lora_config"])
     return wrapper
 
 
+def add_gates(wrapper: Any, lora_config: Any) -> None:
+    """Makes a wrapper's codes, written in place only because a captured graph reads them, and tries each gate."""
+    wrapper.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=wrapper.device)
+    wrapper.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
+    wrapper.slot_is_mixed = torch.zeros_like(wrapper.slot_codes, dtype=torch.bool)
+    wrapper.token_slots = torch.zeros_like(wrapper._token_lora_indices)
+    wrapper.token_codes = torch.full_like(wrapper.token_slots[:, None], LORA)
+    wrapper.is_cpu = wrapper.token_codes.is_cpu
+    # Made once: the kernels of a GPU keep all weights that they were ever called with.
+    shape, dtype = (lora_config.max_loras, 1, lora_config.max_lora_rank, 32), lora_config.lora_dtype
+    A = torch.zeros(shape, device=wrapper.device, dtype=dtype)
+    wrapper.drawn = (A,), (A.mT.contiguous(),)
+    add_gammas(wrapper.drawn[1])
+    for code, name in enumerate(GATES):
+        if not computes(wrapper, 0, code):
+            logger.warning("this vLLM passes the gate %s by: adapters with it will be refused.", name)
+
+
+def computes(wrapper: Any, slot: int, code: int) -> bool:
+    """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
+    from vllm.lora.layers import LoRAMapping
+
+    held = wrapper.slot_codes[slot].item(), wrapper.slot_is_mixed[slot].item()
+    gamma = 0.75
+    wrapper.slot_codes[slot], wrapper.slot_is_mixed[slot] = code, True
+    (stacked_A,), (stacked_B,) = wrapper.drawn
+    slots, _, rank, width = stacked_A.shape
+    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
+    stacked_A[slot, 0], stacked_B[slot, 0] = random(rank, width), random(width, rank) / rank
+    stacked_B.cera_gammas[slot] = gamma
+    x = random(8, width).to(stacked_A)
+    ids: list[int | None] = [None] * slots
+    ids[slot] = 1
+    wrapper.update_metadata(LoRAMapping((1,) * len(x), (1,) * len(x), is_prefill=True), ids, slots + 1, width)
+    y = torch.zeros_like(x)
+    wrapper.add_lora_linear(y, x, *wrapper.drawn, 1.0, (width,))
+    wrapper.slot_codes[slot], wrapper.slot_is_mixed[slot] = held
+    A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.float()
+    z = x @ A.T
+    wanted = (z + gamma * (formula(GATES[code])(z) - z)) @ B.T
+    return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
+
+
 def with_gates(kind: type) -> type:
-    """The wrapper of a platform, whose methods a step of vLLM calls for every LoRA product, with gates."""
+    """The wrapper of a platform, whose methods a step of vLLM calls for every LoRA product, with gates.
+
+    A graph, compiled or captured, serves every batch, so it has every gate. On a CPU vLLM makes none where there are
+    adapters: a step computes the gates of its batch, and for a batch of LoRA none.
+    """
 
     class Gated(kind):
-        def add_gates(self, lora_config: Any) -> None:
-            """Makes the tensors of codes, which are written in place only: a captured graph reads them."""
-            self.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=self.device)
-            self.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
-            self.token_slots = torch.zeros_like(self._token_lora_indices)
-            self.token_codes = torch.full_like(self.token_slots, LORA)
-            # Made once: the kernels of a GPU keep all weights that they were ever called with.
-            shape, dtype = (lora_config.max_loras, 1, lora_config.max_lora_rank, 32), lora_config.lora_dtype
-            A = torch.zeros(shape, device=self.device, dtype=dtype)
-            self.drawn = (A,), (A.mT.contiguous(),)
-            add_gammas(self.drawn[1])
-            for code, name in enumerate(GATES):
-                if not self.computes(0, code):
-                    logger.warning("this vLLM passes the gate %s by: adapters with it will be refused.", name)
-
         def update_metadata(self, *arguments: Any, **settings: Any) -> None:
             """Gathers the code of every token's slot."""
             super().update_metadata(*arguments, **settings)
             slots = self.token_lora_indices
-            self.token_slots[: len(slots)].copy_(slots)
-            self.token_codes[: len(slots)].copy_(self.slot_codes[slots])
+            codes = self.slot_codes[slots]
+            self.token_slots[: len(slots)] = slots
+            self.token_codes[: len(slots), 0] = codes
+            if self.is_cpu:  # a GPU would have to wait
+                self.batch_codes = tuple(sorted(set(codes.tolist())))
+                self.batch_is_mixed = self.slot_is_mixed[slots].any().item()
 
         def add_expand(self, y: torch.Tensor, x: Any, lora_b_stacked: Any, *arguments: Any, **settings: Any) -> Any:
             """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor parallelism.
@@ -267,60 +307,46 @@ def with_gates(kind: type) -> type:
             Args:
                 x: [slices, tokens, r], or one [tokens, r] a slice.
             """
-            tokens = x[0].shape[0]
-            codes = self.token_codes[:tokens]
-            gammas = lora_b_stacked[0].cera_gammas[self.token_slots[:tokens]].T
-            if isinstance(x, torch.Tensor):
-                gated = gate(x, codes, gammas)
-            else:
-                gated = tuple(gate(part, codes, gamma) for part, gamma in zip(x, gammas, strict=True))
-            return super().add_expand(y, gated, lora_b_stacked, *arguments, **settings)
-
-        def computes(self, slot: int, code: int) -> bool:
-            """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
-            from vllm.lora.layers import LoRAMapping
-
-            held = self.slot_codes[slot].clone()
-            self.slot_codes[slot], gamma = code, 0.75
-            (stacked_A,), (stacked_B,) = self.drawn
-            slots, _, rank, width = stacked_A.shape
-            random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
-            stacked_A[slot, 0], stacked_B[slot, 0] = random(rank, width), random(width, rank) / rank
-            stacked_B.cera_gammas[slot] = gamma
-            x = random(8, width).to(stacked_A)
-            ids: list[int | None] = [None] * slots
-            ids[slot] = 1
-            self.update_metadata(LoRAMapping((1,) * len(x), (1,) * len(x), is_prefill=True), ids, slots + 1, width)
-            y = torch.zeros_like(x)
-            self.add_lora_linear(y, x, *self.drawn, 1.0, (width,))
-            self.slot_codes[slot] = held
-            A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.float()
-            z = x @ A.T
-            wanted = (z + gamma * (formula(GATES[code])(z) - z)) @ B.T
-            return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
+            among, is_mixed = ALL_CODES, True
+            if self.is_cpu and not torch.compiler.is_compiling():
+                among, is_mixed = self.batch_codes, self.batch_is_mixed
+            if among == (NO_ADAPTER,):
+                return None  # nothing to add
+            if among != (LORA,):
+                tokens = x[0].shape[0]
+                codes, gammas = self.token_codes[:tokens], [None] * len(x)
+                if is_mixed:
+                    gammas = lora_b_stacked[0].cera_gammas[self.token_slots[:tokens]].T[..., None]
+                if isinstance(x, torch.Tensor):
+                    x = gate(x, codes, gammas if is_mixed else None, among)
+                else:
+                    x = tuple(gate(z, codes, gamma, among) for z, gamma in zip(x, gammas, strict=True))
+            return super().add_expand(y, x, lora_b_stacked, *arguments, **settings)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
     return Gated
 
 
 def formula(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    return getattr(functional, name) if name != "identity" else torch.clone
+    return getattr(functional, name) if name != "identity" else torch.positive
 
 
-def gate(z: torch.Tensor, codes: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
+def gate(z: torch.Tensor, codes: torch.Tensor, gammas: torch.Tensor | None, among: tuple[int, ...]) -> torch.Tensor:
     """z + gamma (gate(z) - z) with the gate of each token's code; zero for tokens without an adapter.
 
     Args:
         z: [..., tokens, r].
-        codes: [tokens].
-        gammas: [..., tokens].
+        codes: [tokens, 1].
+        gammas: [..., tokens, 1]; None: 1.
+        among: the codes there are, ascending.
     """
-    codes = codes[:, None]
-    h = z
-    for code, name in enumerate(GATES):
-        if code != LORA:
-            h = torch.where(codes == code, formula(name)(z), h)
-    return torch.where(codes == NO_ADAPTER, 0, torch.lerp(z, h, gammas[..., None].to(z.dtype)))
+    first, *others = [code for code in among if code != NO_ADAPTER]
+    h = formula(GATES[first])(z)
+    for code in others:
+        h = torch.where(codes == code, formula(GATES[code])(z), h)
+    if gammas is not None:
+        h = torch.lerp(z, h, gammas.to(z.dtype))
+    return h.masked_fill(codes == NO_ADAPTER, 0) if NO_ADAPTER in among else h
 
 
 def hash_with_gates(original: Callable, config: Any) -> str:

@@ -6,7 +6,7 @@ The folder is a sweep's: sweep.json has the study, halving.json what was chosen 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ def begin_study(config: DictConfig, compose: Callable[[DictConfig], Config]) -> 
             cells.setdefault(_condition(words, run.study), {})[run.study.arm] = run
         for condition, arms in cells.items():
             check_arms(condition, arms)
+        check_problems(run for arms in cells.values() for run in arms.values())
 
     begin_halving(config, compose, check)
 
@@ -78,6 +79,24 @@ def check_arms(condition: str, arms: dict[str, Config]) -> None:
         mend = f"name a task in train.tasks{place}" if outcome == SCORE else f"add it to train.tasks{place}"
         is_there = outcome in (LOSS, *tasks) or (outcome == SCORE and bool(tasks))
         require(is_there, f"study.outcomes: no run has {outcome}: {mend}.")
+
+
+def check_problems(runs: Iterable[Config]) -> None:
+    """Raises UserError for a task whose problems are among the rows that a run trains on."""
+    with heavy_imports():
+        from cera_train.tasks.overlap import trained_on
+
+    seen = []
+    for run, task in ((each, task) for each in runs for task in each.train.tasks):
+        judged = task, run.train.changes_of_task(task), run.data
+        if judged in seen:
+            continue
+        seen.append(judged)
+        if trained := trained_on(*judged):
+            raise UserError(
+                f"train.tasks=[{task}]: {len(trained):,} of its problems are among the training rows, such as "
+                f"{trained[0][:60]!r}. Choose other rows or problems."
+            )
 
 
 def unnamed_differences(arm: Config, reference: Config) -> list[str]:

@@ -39,12 +39,10 @@ from cera_train.runs.results import Sample, TaskFigures
 from cera_train.tasks.named import named_task
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
+from cera_train.training.config import SAMPLE_ROOM
 
 if TYPE_CHECKING:
     from cera_train.training.session import Arm
-
-ROOM = 64
-"""Tokens that an answer to an evaluation row may have; more where a reference has more."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
     """The prompts of the first evaluation rows, each up to its first answer, which is the reference."""
-    problems, requests, room = [], [], ROOM
+    problems, requests, room = [], [], SAMPLE_ROOM
     for number, (prompt, answer) in enumerate(itertools.islice(first_turns(config, tokenizer), count)):
         [asked, reference] = encode([prompt, [answer]], replace(config, max_length=sys.maxsize), tokenizer)
         text = "".join(segment.text for segment in prompt)

@@ -227,6 +227,7 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
     assert (own["3.5"]["step_accuracy/mean"], own["3.5"]["absolute_error/mean"]) == (1.0, 0.0)
     assert own["3.8"]["state_collapse"] == 1.0
     assert own["3.2"] == {
+        "trained": False,
         "step_accuracy/mean": 0.0,
         "absolute_error/mean": None,
         "steps_given": 0.0,
@@ -242,7 +243,8 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
     }
     printed = " ".join(capsys.readouterr().out.split())
     assert "r = 3.5, x0 = 0.4 step truth answer x1 0.8400 0.8400 x2 0.4704 0.8719" in printed
-    assert "r = 3.2 steps right 0.0%, absolute error none given, state collapse 0.0%" in printed
+    assert "r = 3.2 steps right 0.0%, absolute error none given, state collapse 0.0%, not trained on" in printed
+    assert "state collapse 0.0% r = 3.8 steps right" in printed  # the run was trained on 3.5
 
 
 def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_config, run):

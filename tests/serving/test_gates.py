@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 
 import pytest
@@ -25,7 +26,7 @@ def test_each_token_has_the_gate_of_its_code(shape):
     codes = torch.tensor([0, 1, 2, 3, plugin.NO_ADAPTER, 1])
     gammas = torch.randn(shape[:-1])
     gammas[..., 1:3] = 1  # not learned: the gate alone, to the last bit
-    h = plugin.gate(z, codes, gammas)
+    h = plugin.gate(z, codes[:, None], gammas[..., None], plugin.ALL_CODES)
     for token, code in enumerate(codes.tolist()):
         z_token, gamma = z[..., token, :], gammas[..., token, None]
         if code == plugin.NO_ADAPTER:
@@ -37,12 +38,23 @@ def test_each_token_has_the_gate_of_its_code(shape):
             torch.testing.assert_close(h[..., token, :], wanted)
 
 
+def test_the_gates_of_a_batch_are_those_of_every_batch():
+    z = torch.randn(3, 6, 4)
+    for count in range(1, len(plugin.ALL_CODES) + 1):
+        for among in itertools.combinations(plugin.ALL_CODES, count):
+            if among != (plugin.NO_ADAPTER,):
+                codes = torch.tensor([among[token % count] for token in range(6)])[:, None]
+                for gammas in (torch.rand(3, 6, 1), None):
+                    every = plugin.gate(z, codes, torch.ones(3, 6, 1) if gammas is None else gammas, plugin.ALL_CODES)
+                    assert plugin.gate(z, codes, gammas, among).equal(every)
+
+
 def test_one_graph_serves_every_batch():
     compiled = torch.compile(plugin.gate, fullgraph=True, backend="eager")
     z = torch.randn(4, 3)
     for codes in (torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2, 3, plugin.NO_ADAPTER])):
-        gammas = torch.rand(4)
-        torch.testing.assert_close(compiled(z, codes, gammas), plugin.gate(z, codes, gammas))
+        batch = z, codes[:, None], torch.rand(4, 1), plugin.ALL_CODES
+        torch.testing.assert_close(compiled(*batch), plugin.gate(*batch))
 
 
 def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):

@@ -208,6 +208,21 @@ def test_a_study_that_could_not_answer_is_refused(tmp_path, monkeypatch, trainer
         assert not (tmp_path / "outputs").exists()
 
 
+def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, monkeypatch, trainer, capfd):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(9))
+    )
+    arguments = [
+        *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.tasks=[gsm8k]"),
+        f"train.task_settings={{gsm8k: {{files: [{rows}]}}}}",
+    ]
+    assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path), *arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + 1?'" in line
+    assert not trainer.began
+
+
 def test_a_study_is_a_sweep(tmp_path, monkeypatch, capfd):
     assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path)[1:]) == 2
     assert "+study=which is a grid of runs: add -m to take them all" in capfd.readouterr().err

@@ -25,7 +25,8 @@ from cera_train.tasks.logistic_map import TASK
 from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
-from cera_train.training.tasks import ROOM, rows_exam
+from cera_train.training.config import SAMPLE_ROOM
+from cera_train.training.tasks import rows_exam
 from cera_train.training.train import train, train_together
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
@@ -263,7 +264,7 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_json
     ids = (*start, *tokenizer(prompt, add_special_tokens=False).input_ids)
     assert [request.prompt_ids for request in exam.requests] == [ids] * 2
     assert len({request.problem for request in exam.requests}) == 2
-    assert exam.max_new_tokens == ROOM
+    assert exam.max_new_tokens == SAMPLE_ROOM
     assert rows_exam(data, 1, tokenizer, positions=len(ids) + 5).max_new_tokens == 5
 
 
