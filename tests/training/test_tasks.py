@@ -109,10 +109,10 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     config = tiny_config(*TASKS, "train.samples=5", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
     printed = capsys.readouterr().out
-    assert "4 problems of logistic_map, up to 64 tokens each, before the first update and after the last; " in printed
+    assert "4 problems of logistic_map, up to 64 tokens each, after the last update; " in printed
     assert "5 samples of up to 64 tokens at each evaluation" in printed
-    assert printed.count("(4 problems of logistic_map in ") == printed.count("; 5 samples in ") == 2
-    assert printed.count("logistic_map exact 0.0%, step_accuracy/mean") == 3
+    assert (printed.count("(4 problems of logistic_map in "), printed.count("5 samples in ")) == (1, 2)
+    assert printed.count("logistic_map exact 0.0%, step_accuracy/mean") == 2
     evaluated = evaluate(compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval"))
     folder = folder_of(config) / "eval" / "logistic_map"
     samples = [line for line in read(folder_of(config) / "samples.jsonl") if line["update"] == 4]
@@ -212,7 +212,7 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
 def test_a_run_that_is_out_of_patience_is_measured_at_its_end(tiny_config):
     config = tiny_config(*TASKS[:1], *SHORT, "optimizer.lr=1e-30", "train.eval_every=2", "train.patience=1")
     assert train(config)["updates"] == 2
-    assert [FIGURES[0] in line for line in evaluations(config)] == [True, True]
+    assert [FIGURES[0] in line for line in evaluations(config)] == [False, True]
 
 
 def test_a_task_of_ones_own_is_graded_by_its_rule(tiny_config, write_jsonl, half_right):
