@@ -11,7 +11,7 @@ from cera_train.data.config import DataConfig
 from cera_train.distributed.config import DistributedConfig, LaunchConfig, Strategy
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.planning.config import PlanConfig
-from cera_train.sweep.config import SweepConfig
+from cera_train.sweep.config import StudyConfig, SweepConfig
 from cera_train.training.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
 
 
@@ -28,6 +28,8 @@ class Config:
     launch: LaunchConfig = section(LaunchConfig)
     distributed: DistributedConfig = section(DistributedConfig)
     sweep: SweepConfig = section(SweepConfig)
+    study: StudyConfig | None = section(None)
+    """Of a job of a study; null elsewhere."""
     name: str = setting("default", "nothing")
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")

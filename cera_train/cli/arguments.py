@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from cera_train.cli.composition import Composition, options
+from cera_train.cli.composition import ADDED, Composition, options
 from cera_train.common.errors import UserError
 from cera_train.common.trust import refuse_pickled_configs
 
@@ -118,7 +118,7 @@ def _mistake_in_form(composition: Composition, argument: str, following: str) ->
 
 def _no_setting(composition: Composition, word: str) -> str:
     """The line about an argument without an equals sign that names no setting."""
-    for group, more in (("recipe", ""), ("sweep", "-m ")) if composition.has_recipes else ():
+    for group, more in (("recipe", ""), ("sweep", "-m "), ("study", "-m ")) if composition.has_recipes else ():
         if word in options(group):
             return f"{word}: a {group} is added with a plus sign: write {more}+{group}={word}."
     if "run" in composition.names and os.path.isdir(word):
@@ -141,7 +141,7 @@ def _several_values(composition: Composition, override: Override) -> str:
 def _mistake_in_key(composition: Composition, override: Override, arguments: Sequence[str]) -> str | None:
     key, argument = override.key_or_group, override.input_line
     without_plus = argument.lstrip("+")
-    if key in ("recipe", "sweep") and composition.has_recipes:
+    if key in ADDED and composition.has_recipes:
         is_added = override.is_add() or override.is_force_add()
         return None if is_added else composition.unknown_setting(key, argument)
     if key in composition.groups():

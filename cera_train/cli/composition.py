@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.plugin import Plugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from cera_train.cli.names import did_you_mean
@@ -46,6 +46,9 @@ PLUGINS = {
 """Files of Hydra's plugins, and how to install them."""
 
 
+ADDED = ("recipe", "sweep", "study")
+"""Groups whose files are added with a plus sign."""
+
 ANY = "N"
 """Stands for the number of an element in the key of a list's setting, such as data.mix.N.weight."""
 
@@ -61,11 +64,11 @@ def register_configs() -> None:
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
 
-def register_plugins(plugins: Iterable[type[Plugin]]) -> None:
-    """Lists sweepers and launchers of ours with Hydra as hydra_plugins.cera_train.NAME, for the `_target_` of their
-    files in conf/hydra. Hydra builds plugins of that package alone, but asks for no module there: any installation
-    has them, and they pickle under their real names."""
-    names = {f"hydra_plugins.cera_train.{plugin.__name__}": plugin for plugin in plugins}
+def register_plugins(plugins: Mapping[str, type[Plugin]]) -> None:
+    """Lists sweepers and launchers of ours with Hydra by these names, as hydra_plugins.cera_train.NAME, for the
+    `_target_` of their files in conf/hydra. Hydra builds plugins of that package alone, but asks for no module there:
+    any installation has them, and they pickle under their real names."""
+    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in plugins.items()}
     Plugins.instance().class_name_to_class.update(names)
 
 
@@ -88,6 +91,13 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
         key = min(unknown)
         raise UserError(composition.unknown_setting(key, f"+{key}={tree[key]}"))
     return OmegaConf.to_object(composed)
+
+
+def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
+    """The checked config of a job, from all that Hydra composed for it."""
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return to_config(composed, schema)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -148,11 +158,11 @@ class Composition:
     def unknown_setting(self, key: str, place: str) -> str:
         """The line about a key that no setting has, in an argument or a file."""
         section = key.split(".", 1)[0]
-        if key in ("recipe", "sweep") and self.has_recipes:
+        if key in ADDED and self.has_recipes:
             return f"{place}: a {key} is added with a plus sign: write +{place}."
         for program, schema in SCHEMAS.items():
             is_other = section in _fields(schema) - _fields(self.schema)
-            if is_other or (key in ("recipe", "sweep") and program == "cera-train"):
+            if is_other or (key in ADDED and program == "cera-train"):
                 return f"{place}: {section} is a setting of {program}, not of {self.program}. Leave it out."
         known = self.element_keys(key) or (self.keys if "." in key else self.names)
         near = did_you_mean(key, known) or did_you_mean(key, self.names)

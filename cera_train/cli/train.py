@@ -10,9 +10,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, check_trust, to_config
+from cera_train.cli.composition import Composition, check_trust, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
@@ -23,8 +23,9 @@ from cera_train.distributed.processes import is_main_process, is_one_of_several,
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
-from cera_train.sweep.folder import Job, begin, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.folder import Job, begin, is_study, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
+from cera_train.sweep.study import StudySweeper, begin_study
 from cera_train.sweep.table import is_finished, print_sweep
 from cera_train.tasks.named import check_tasks
 
@@ -34,7 +35,8 @@ TRAIN = Composition(Config, "cera-train")
 def main() -> None:
     from cera_train.cli.together import launchers
 
-    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=[Halving, *launchers()])
+    plugins = {plugin.__name__: plugin for plugin in (Halving, StudySweeper, *launchers())}
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=plugins)
 
 
 def train(composed: DictConfig) -> float | None:
@@ -112,7 +114,10 @@ class Sweep(Callback):
                     "hydra/launcher=slurm_gpu."
                 )
             check_together(config, is_elsewhere)
-            (begin_halving if is_halving(config) else begin)(config, without_hydra)
+            if config.study is not None and not is_study(config):
+                raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
+            starts = begin_study if is_study(config) else begin_halving if is_halving(config) else begin
+            starts(config, without_hydra)
             if is_elsewhere:
                 from cera_train.sweep.cluster import replace_waiting
 
@@ -153,10 +158,3 @@ def check_together(config: DictConfig, is_elsewhere: bool) -> None:
         f"{place}: jobs that train together share one process, and these have {max(tasks, processes)}. Set "
         "launch.processes=1, or one task a job on a cluster.",
     )
-
-
-def without_hydra(composed: DictConfig) -> Config:
-    """The checked config of a job, from all that Hydra composed for it."""
-    with read_write(composed), open_dict(composed):
-        del composed["hydra"]
-    return to_config(composed)

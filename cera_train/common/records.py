@@ -99,12 +99,13 @@ def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> l
     Args:
         may_break_off: skips half a line at the end, which a run that still writes, or was cut, may leave.
     """
-    number = 0
+    number, trees = 0, []
     try:
         lines = path.read_text().splitlines()
         if may_break_off and lines and not lines[-1].endswith("}"):
             lines.pop()
-        trees = [json.loads(line) for number, line in enumerate(lines, start=1)]
+        for number, line in enumerate(lines, start=1):  # noqa: B007 - the error names it
+            trees.append(json.loads(line))
     except (OSError, ValueError, RecursionError) as error:
         line = f":{number}" * bool(number)
         raise UserError(f"{path}{line} is broken: {words_of(error)}. {kind.mend}") from error

@@ -1,6 +1,7 @@
 """Settings of the rows, and how they become tokens."""
 
 import contextlib
+import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -12,17 +13,48 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import MISSING, Changes, leaves, require, require_positive, section, setting
 
-Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map"])
+Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map", "reasoning_gym"])
 Turns = StrEnum("Turns", ["first", "all"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
 BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
+
+COMPUTED = (Layout.logistic_map, Layout.reasoning_gym)
+"""Layouts whose rows are computed. A row holds `prompt` and `completion`."""
+
+GENERATORS = {
+    "algebra": ("simple_equations", "complex_arithmetic"),
+    "arithmetic": (
+        *("chain_sum", "basic_arithmetic", "products", "decimal_chain_sum", "fraction_simplification", "leg_counting"),
+    ),
+    "number theory": ("gcd", "lcm", "prime_factorization", "count_bits", "base_conversion"),
+    "algorithms": ("spell_backward", "letter_counting", "word_sorting", "caesar_cipher", "binary_alternation"),
+    "logic": ("syllogism", "knights_knaves", "aiw"),
+}
+"""Generators of reasoning-gym by subject: their rows follow from the seed and their graders read an answer as text.
+Others are left out: some of their graders run it as Python, and isomorphic_strings differs between processes."""
+
+
+def several(value: Any) -> list[Any]:
+    """The values of a setting that takes one or a list."""
+    return value if isinstance(value, list) else [value]
+
+
+def check_growths(key: str, growths: Any) -> None:
+    """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt cannot show."""
+    numbers = several(growths)
+    is_growth = [type(growth) in (int, float) and 0 < growth <= 4 for growth in numbers]
+    require(bool(numbers) and all(is_growth), f"{key}={growths} must be numbers above 0 and up to 4.")
+    if any(float(f"{growth:g}") != growth for growth in numbers):
+        raise UserError(f"{key}={growths} has more than the six digits that a prompt shows: round it.")
+    require(len(set(numbers)) == len(numbers), f"{key}={growths} names one twice: leave it out.")
 
 
 @dataclass
 class LogisticMapConfig:
     """Rows of the logistic map x' = growth x (1 - x), for `data.layout=logistic_map`."""
 
-    growth: float = setting(3.5, "result")
+    growth: Any = setting(3.5, "result")
+    """A number, or a list of them: each has a row from every starting point."""
     steps: int = setting(6, "result")
     decimals: int = setting(2, "result")
     """Starting points are all numbers between 0 and 1 with this many decimals."""
@@ -30,12 +62,46 @@ class LogisticMapConfig:
     """Decides which starting points train and which validate."""
 
     def __post_init__(self) -> None:
-        require_positive("data.logistic_map", self, "growth", "steps", "decimals")
-        growth = f"data.logistic_map.growth={self.growth}"
-        require(self.growth <= 4, f"{growth} must be at most 4, else x leaves [0, 1].")
-        if float(f"{self.growth:g}") != self.growth:
-            raise UserError(f"{growth} has more than the six digits that a prompt shows: round it.")
+        require_positive("data.logistic_map", self, "steps", "decimals")
+        check_growths("data.logistic_map.growth", self.growth)
         require(self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4.")
+
+    @property
+    def growths(self) -> list[float]:
+        return several(self.growth)
+
+
+@dataclass
+class ReasoningGymConfig:
+    """Rows of generators of reasoning-gym, for `data.layout=reasoning_gym`."""
+
+    generator: Any = setting("chain_sum", "result")
+    """A generator's name, or a list of them, which write a row in turn."""
+    level: int | None = setting(None, "result")
+    """Difficulty, by the generator's curriculum, from 0. null: the generator's defaults."""
+    seed: int = setting(0, "result")
+    """Draws the questions. Which split a question belongs to follows from its text."""
+
+    def __post_init__(self) -> None:
+        check_generators("data.reasoning_gym.generator", self.generator)
+        require(self.level is None or self.level >= 0, f"data.reasoning_gym.level={self.level} must not be negative.")
+        require(0 <= self.seed < 1000, f"data.reasoning_gym.seed={self.seed} must be between 0 and 999.")
+
+    @property
+    def generators(self) -> list[str]:
+        return several(self.generator)
+
+
+def check_generators(key: str, generators: Any) -> None:
+    """Raises UserError for a name that is not in `GENERATORS`."""
+    known = [name for names in GENERATORS.values() for name in names]
+    names = several(generators)
+    require(bool(names), f"{key}=[] names none: choose from {', '.join(known)}.")
+    for name in names:
+        near = difflib.get_close_matches(str(name), known, n=2)
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose from {', '.join(known)}."
+        require(name in known, f"{key}={name} is no generator of reasoning-gym that is tested here. {hint}")
+        require(names.count(name) == 1, f"{key} names {name} twice: keep one.")
 
 
 @dataclass
@@ -119,6 +185,7 @@ class DataConfig:
     allow_overlap: bool = setting(False, "result", splits="training")
     """Accept evaluation rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
+    reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig)
     facts: DataFacts | None = section(None)
     """For cera-plan only."""
 
@@ -134,8 +201,11 @@ class DataConfig:
         if self.layout == Layout.text and not (self.prompt and self.completion):
             example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
             raise UserError(f"data.layout=text needs data.prompt and data.completion, such as {example}.")
-        if self.layout == Layout.logistic_map:
-            require(self.eval_rows is not None, "data.layout=logistic_map needs data.eval_rows, such as 20.")
+        if self.is_computed:
+            require(self.eval_rows is not None, f"data.layout={self.layout} needs data.eval_rows, such as 20.")
+            is_endless = self.layout == Layout.reasoning_gym
+            mend = f"data.layout={self.layout} needs data.train_rows, such as 1000."
+            require(not is_endless or self.train_rows is not None, mend)
         elif not (self.path or self.train_files):
             mend = "set data.train_files to local files or data.path to a Hub data set"
             raise UserError(f"there is no training data: {mend}.")
@@ -159,11 +229,11 @@ class DataConfig:
             else:
                 is_weight = math.isfinite(weight) and weight >= 0
                 require(is_weight, f"{place}.weight={weight} must be a number of at least 0.")
-            if not is_named and part.layout != Layout.logistic_map:
+            if not is_named and part.layout not in COMPUTED:
                 raise UserError(f"{place} has neither path nor files: name local files or a Hub data set.")
-            if is_named and (part.layout or self.layout) == Layout.logistic_map:
+            if is_named and (layout := part.layout or self.layout) in COMPUTED:
                 mend = f"choose another data=NAME, such as data=jsonl, or set {place}.layout"
-                raise UserError(f"{place} names rows, but data.layout=logistic_map computes them: {mend}.")
+                raise UserError(f"{place} names rows, but data.layout={layout} computes them: {mend}.")
         require(None in weights or sum(weights) > 0, "data.mix: the weights add up to 0. Raise one.")
         self.check_evaluates()
 
@@ -189,10 +259,17 @@ class DataConfig:
         return [None] if self.mix is None else [part.weight for part in self.mix]
 
     @property
+    def is_computed(self) -> bool:
+        """Whether the rows are computed, not read."""
+        return self.mix is None and self.layout in COMPUTED
+
+    @property
     def title(self) -> str:
         """Where the rows come from, for people."""
         if self.mix is not None:
             return " + ".join(part.title for _, part in self.parts())
+        if self.layout == Layout.reasoning_gym:
+            return f"reasoning_gym ({', '.join(self.reasoning_gym.generators)})"
         return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
 
 

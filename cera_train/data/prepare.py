@@ -114,6 +114,8 @@ class TokenizedData:
     evaluation: TokenizedRows
     shared_prompts: int = 0
     """Evaluation rows whose prompt is also a training row's."""
+    repeated_prompts: int = 0
+    """Training rows whose prompt is also an earlier one's."""
     parts: list[PartRows] = field(default_factory=list)
     """The parts of a mix."""
 
@@ -131,6 +133,7 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
                 evaluation[place] = _tokenize(eval_source, "evaluation", part, tokenizer, digest)
     data = TokenizedData(train["data"], evaluation["data"]) if config.mix is None else _mix(config, train, evaluation)
     train_keys = set(data.train.column("prompt_key"))
+    data.repeated_prompts = len(data.train) - len(train_keys)
     train_files = [name for part in parts.values() for name in part.train_files]
     for place, rows in evaluation.items():
         shared = sum(key in train_keys for key in rows.column("prompt_key"))

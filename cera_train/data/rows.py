@@ -13,6 +13,18 @@ from cera_train.common.errors import UserError
 
 Row = dict[str, Any]
 
+PROMPT = "Question: {question}\nAnswer:"
+"""The prompt of a computed row."""
+
+
+def computed_row(question: str, answer: str) -> Row:
+    return {"prompt": PROMPT.format(question=question), "completion": f" {answer}"}
+
+
+def normalized(text: str) -> str:
+    """A text as it counts in a search for repeats: without case, with single spaces."""
+    return " ".join(text.casefold().split())
+
 
 class LocatedRow(dict):
     """A row that knows its place, such as `train.jsonl:17`, so that an error can name it."""

@@ -59,7 +59,7 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
     """The function from a row to its segments. Without a tokenizer, chats lack the marks of a chat template."""
     if config.layout == Layout.text:
         return templates(config.prompt, config.completion)
-    if config.layout == Layout.logistic_map:
+    if config.is_computed:
         return templates("{prompt}", "{completion}")
     if config.layout == Layout.conversations:
         return first_turns if config.turns == Turns.first else all_turns

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cera_train.common.errors import UserError
-from cera_train.data import logistic_map
+from cera_train.data import logistic_map, reasoning_gym
 from cera_train.data.config import DataConfig, Layout, at_part
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.hub import from_hub
@@ -36,10 +36,12 @@ def check_data(config: DataConfig) -> None:
 
 
 def data_files(config: DataConfig) -> list[Path]:
-    """The files of a data set, or of all parts of a mix. Opens none."""
+    """The files of a data set, or of all parts of a mix. Opens none, and computes no rows."""
     paths = []
     for place, part in config.parts():
         with at_part(place):
+            if part.layout == Layout.reasoning_gym:
+                reasoning_gym.check(part.reasoning_gym)
             paths += check_files(part.train_files, "data.train_files")
             paths += check_files(part.eval_files, "data.eval_files")
     return paths
@@ -47,10 +49,10 @@ def data_files(config: DataConfig) -> list[Path]:
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the evaluation rows of a config, cut to `train_rows` and `eval_rows`."""
-    if config.layout == Layout.logistic_map:
+    if config.is_computed:
         train, evaluation = (
-            Source(json.dumps(rows), lambda rows=rows: rows, "data.layout=logistic_map")
-            for rows in logistic_map.problems(config.logistic_map, config.eval_rows)
+            Source(json.dumps(rows), lambda rows=rows: rows, f"data.layout={config.layout}")
+            for rows in computed_rows(config)
         )
     elif config.train_files:
         train = from_files(config.train_files, "data.train_files")
@@ -64,6 +66,13 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             for setting, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split))
         )
     return train.head(config.train_rows), evaluation.head(config.eval_rows)
+
+
+def computed_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
+    """The training and the evaluation rows of a layout that computes them."""
+    if config.layout == Layout.logistic_map:
+        return logistic_map.problems(config.logistic_map, config.eval_rows)
+    return reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
 
 
 def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:

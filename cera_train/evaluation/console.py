@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_table
+from cera_train.tasks.endings import EndingShares
 from cera_train.tasks.task import AnswerTask, Task
 
 
@@ -51,9 +52,9 @@ def _accuracy_lines(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _count_lines(result: Mapping[str, Any]) -> dict[str, str]:
-    answers = result["problems"] * result["samples"] - result["missing"]
-    lines = {
-        "truncated": f"{result['truncated']:,} of {answers:,} answers",
+    shares = EndingShares.from_json(result, "result.json").by_name
+    lines = {"answers": ", ".join(f"{name} {share:.1%}" for name, share in shares.items())} if shares else {}
+    lines |= {
         "no answer": f"{result['no_answer']:,}",
         "grader failed": f"{result['grader_failures']:,}",
     }

@@ -276,7 +276,7 @@ def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
     choose_layout(subject.train.batch_layout, loss, accelerator.device)
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
     held_out = HeldOut(model, loss, rows, Team(accelerator), micro_batch_tokens, subject.train.probe_tokens)
-    loss_per_token = held_out.mean_loss()
+    loss_per_token = held_out.token_losses().mean
     result = {
         "task": evaluation.config.folder_name,
         "kind": "perplexity",
@@ -288,7 +288,7 @@ def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
     if subject.adapter is not None:
         if keeps_base(model):
             with model.disable_adapter():
-                result["perplexity_base"] = perplexity(held_out.mean_loss())
+                result["perplexity_base"] = perplexity(held_out.token_losses().mean)
         if task.has_spectra:
             metrics = spectrum_metrics(held_out.spectra())
             result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}

@@ -25,6 +25,7 @@ import pebble
 
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.tasks import math
+from cera_train.tasks.endings import EndingShares, ending_of
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask
 
@@ -35,9 +36,15 @@ PERCENT = re.compile(r"%[\s$.]*$")
 def grade_all(
     task: AnswerTask, problems: Mapping[str, Problem], answers: Sequence[Generation], seconds: float
 ) -> list[Grade]:
-    """The grades of some answers by every grader that the task has. `problems` are by their ids."""
+    """The grades of some answers by every grader that the task has, and how each answer ended. `problems` are by their
+    ids."""
     grades = [task.grade(problems[answer.problem], answer) for answer in answers]
-    return verify(problems, answers, grades, seconds) if task.is_verified else grades
+    if task.is_verified:
+        grades = verify(problems, answers, grades, seconds)
+    return [
+        replace(grade, ending=ending_of(task, problems[grade.problem], answer, grade))
+        for answer, grade in zip(answers, grades, strict=True)
+    ]
 
 
 def verify(
@@ -69,6 +76,7 @@ def score(
     return {
         **_accuracies(counted_grades, "exact"),
         **(_accuracies(counted_grades, "verified") if task.is_verified else {}),
+        **EndingShares.of([grade.ending for grade in counted_grades]).to_json(),
         **task.scores(problems, grades),
         "truncated": sum(answer.truncated for answer in counted_answers),
         "no_answer": sum(grade.answer is None for grade in counted_grades),

@@ -1,15 +1,21 @@
-"""Rows held out from training, under a model: their perplexity, and the spectra of its adapter on a probe of them."""
+"""Rows held out from training, under a model: the losses of their tokens, and the spectra of its adapter on a probe of
+them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy
+import torch
+
 from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
-from cera_train.data.batches import Batch, MicroBatches
+from cera_train.data.batches import MicroBatches
 from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.team import Team
-from cera_train.model.loss import SupervisedLoss, mean_loss
+from cera_train.model.loss import SupervisedLoss
+from cera_train.runs.outcomes import TokenLosses
 
 
 class HeldOut:
@@ -33,17 +39,31 @@ class HeldOut:
         self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, team.device)
         self.rows, self.probe = range(len(rows)), self.batches.first(probe_tokens)
 
-    def mean_loss(self) -> float:
-        """Mean loss of a supervised token in nats."""
-        return mean_loss(self.loss, self._mine(self.rows), self.team.reduce)
+    @torch.no_grad()
+    def token_losses(self) -> TokenLosses:
+        """The loss of every supervised token, in eval mode; the same on every process."""
+        supervised = self.batches.supervised
+        starts = [0, *itertools.accumulate(supervised)]
+        losses = torch.zeros(starts[-1], device=self.team.device)
+        was_training = self.loss.training
+        self.loss.eval()
+        for group, counts in self._mine(self.rows):
+            found = self.loss(self.batches.load(group), by_token=True)
+            if counts:
+                for row, row_losses in zip(group, found.split([supervised[row] for row in group]), strict=True):
+                    losses[starts[row] : starts[row + 1]] = row_losses
+        self.loss.train(was_training)
+        # Zero where another process has the row, so a sum puts them together without rounding.
+        return TokenLosses(numpy.array(supervised, numpy.int64), self.team.reduce(losses).cpu().numpy())
 
     def spectra(self) -> dict[str, ModuleSpectrum]:
         """The spectrum of every adapted module on the probe."""
-        return measure_spectra(self.model, self.loss.eagerly, self._mine(self.probe), self.team.reduce)
+        probe = ((self.batches.load(group), counts) for group, counts in self._mine(self.probe))
+        return measure_spectra(self.model, self.loss.eagerly, probe, self.team.reduce)
 
-    def _mine(self, rows: Sequence[int]) -> Iterator[tuple[Batch, bool]]:
-        """This process's micro-batches, and whether each counts."""
+    def _mine(self, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+        """The rows of this process's micro-batches, and whether each counts."""
         team = self.team
         passes = self.batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
-        for (group, counts), _ in team.passes(passes):
-            yield self.batches.load(group), counts
+        for one, _ in team.passes(passes):
+            yield one

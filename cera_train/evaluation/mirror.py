@@ -53,6 +53,7 @@ def answer_rows(folder: Path) -> list[dict[str, Any]]:
                 "gold": problem.gold,
                 "exact": grade.exact,
                 "verified": grade.verified,
+                "ending": grade.ending,
             }
         )
     return rows

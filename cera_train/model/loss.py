@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +62,18 @@ class SupervisedLoss(nn.Module):
         """Whether it takes flat batches: `choose_layout` decides."""
         self.is_compiled = False
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, by_token: bool = False) -> Tensor:
         """The loss summed over the supervised tokens of a micro-batch, a float32 scalar; where arms share the
-        micro-batch, over those of each, [arms]."""
+        micro-batch, over those of each, [arms]; `by_token`, that of each token, [N], in the order of the micro-batch.
+        """
         losses = self._token_losses(batch)
+        if by_token:
+            return losses
         if batch.arms is None:
             return losses.sum()
         return torch.stack([of_arm.sum() for of_arm in losses.split([arm.supervised for arm in batch.arms])])
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        """The loss of each supervised token, float32, in the order of the micro-batch."""
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
         is_supervised = batch.loss_mask[:, 1:]
         targets = batch.input_ids[:, 1:][is_supervised]
@@ -271,29 +273,6 @@ def choose_layout(wanted: BatchLayout, loss: SupervisedLoss, device: torch.devic
     is_fast = allowed.attention is not None or device.type != "cpu"
     if wanted == BatchLayout.flat or (wanted == BatchLayout.auto and allowed.flattens and is_fast):
         loss.use_flat_batches()
-
-
-@torch.no_grad()
-def mean_loss(
-    loss: SupervisedLoss,
-    batches: Iterable[tuple[Batch, bool]],
-    reduce: Callable[[Tensor], Tensor] = lambda totals: totals,
-) -> float:
-    """Mean loss of a supervised token in nats, over the batches of all processes, in eval mode.
-
-    Args:
-        batches: this process's, and whether each counts.
-        reduce: sums a tensor over the processes.
-    """
-    was_training = loss.training
-    loss.eval()
-    totals = torch.zeros(2, dtype=torch.float64)
-    for batch, counts in batches:
-        totals = totals.to(batch.input_ids.device)
-        totals += counts * torch.stack([loss(batch).double(), batch.loss_mask[:, 1:].sum().double()])
-    loss.train(was_training)
-    summed, tokens = reduce(totals).tolist()
-    return summed / tokens
 
 
 def perplexity(mean_loss: float) -> float:

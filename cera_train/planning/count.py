@@ -27,6 +27,7 @@ from cera_train.adapters.config import AdapterConfig
 from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
 from cera_train.common.files import cache_dir, config_dir
+from cera_train.config import Config
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.architecture import attention_for, mixes_sequences
 from cera_train.model.config import ModelConfig, Quantization
@@ -53,6 +54,7 @@ class Parameters:
     trains_head: bool
     positions: int | None
     """Tokens that the model has places for. None: no limit."""
+    layers: int
     mixes_sequences: bool
     """Its rows are padded: it carries a state from token to token."""
 
@@ -94,8 +96,14 @@ def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
         vocab_size=vocab_size,
         trains_head=any(weight.requires_grad for weight in base.get_output_embeddings().parameters()),
         positions=positions_of(base.config),
+        layers=base.config.get_text_config().num_hidden_layers,
         mixes_sequences=mixes_sequences(base),
     )
+
+
+def trainable_parameters(config: Config) -> int:
+    """Parameters that a run trains. Runs of one model and adapter are counted once."""
+    return count_parameters(config.model, config.adapter).trainable
 
 
 # --- building --------------------------------------------------------------------------------------------------------

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.config import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn, at_part
 from cera_train.data.mix import PartRows, rows_of_parts
+from cera_train.data.rows import Row
 
 CHARACTERS_PER_TOKEN = 3.5
 """Estimate for local rows, which are not tokenised here. With SmolLM2's tokenizer a token has 2.8 characters on GSM8K,
 which is full of digits, and 4.2 on OpenOrca."""
 
+ESTIMATE = f"an estimate: {CHARACTERS_PER_TOKEN} characters a token"
+
 SAMPLE_ROWS = 1000
-"""Local rows whose characters are counted."""
+"""Rows whose characters are counted."""
+
+FEW_ROWS = 100
+"""The same of a generator, which may take milliseconds for one."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,20 @@ class DataSize:
 
 def is_known(config: DataConfig) -> bool:
     """Whether the number of rows is known: from facts, local files, or because rows are computed."""
-    return facts_of(config) is not None or bool(config.train_files) or config.layout == Layout.logistic_map
+    return facts_of(config) is not None or bool(config.train_files) or config.is_computed
 
 
 def facts_of(config: DataConfig) -> DataFacts | None:
     """The facts of a data set of the Hub: its own, or those in a file of conf/data."""
     if config.facts is not None and config.facts.of == config.path:
         return config.facts
-    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")) if config.path else ())
-    found = (file["facts"] for file in files if file.get("facts", {}).get("of") == config.path)
+    return None if config.path is None else facts_at(config.path)
+
+
+def facts_at(path: str) -> DataFacts | None:
+    """The facts of a data set of the Hub that a file of conf/data has."""
+    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
+    found = (file["facts"] for file in files if file.get("facts", {}).get("of") == path)
     return next((DataFacts(**facts) for facts in found), None)
 
 
@@ -68,6 +81,8 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         return _size_of_mix(config, tokens_per_row)
     if config.layout == Layout.logistic_map:
         size = _logistic_map_size(config)
+    elif config.layout == Layout.reasoning_gym:
+        size = _reasoning_gym_size(config)
     elif config.train_files:
         size = _size_of_files(config)
     elif (facts := facts_of(config)) is not None:
@@ -139,25 +154,35 @@ def _sliced(split: str, rows: int) -> int:
 def _logistic_map_size(config: DataConfig) -> DataSize:
     from cera_train.data import logistic_map
 
-    train, evaluation = logistic_map.problems(config.logistic_map, config.eval_rows)
-    characters = sum(map(len, train[0].values()))
+    settings = config.logistic_map
+    train, evaluation = logistic_map.problems(settings, config.eval_rows)
+    lengths = [sum(map(len, row.values())) for row in train[: len(settings.growths)]]
+    characters = sum(lengths) / len(lengths)
     if config.facts is None:
         tokens, supervised, source = characters / CHARACTERS_PER_TOKEN, 0.5, "by their characters"
     else:
-        usual = sum(map(len, logistic_map.problem(0.5, LogisticMapConfig()).values()))
+        usual = sum(map(len, logistic_map.problem(0.5, 3.5, LogisticMapConfig()).values()))
         is_usual = characters == usual
         tokens, supervised = config.facts.tokens_per_row * characters / usual, config.facts.supervised
         source = "by SmolLM2's tokenizer" if is_usual else "by their characters"
-    return DataSize(len(train), len(evaluation), tokens, supervised, source, is_even=True)
+    return DataSize(len(train), len(evaluation), tokens, supervised, source, is_even=len(set(lengths)) == 1)
 
 
-def _size_of_files(config: DataConfig) -> DataSize:
-    """Counts all rows, and the characters of the first ones."""
-    from cera_train.data.files import from_files
+def _reasoning_gym_size(config: DataConfig) -> DataSize:
+    """Counts the characters of the first rows; the settings name their number."""
+    from cera_train.data import reasoning_gym
+
+    rows, _ = reasoning_gym.rows(config.reasoning_gym, min(FEW_ROWS, config.train_rows), 0)
+    tokens, supervised = _tokens_of(zip(itertools.repeat("data.layout=reasoning_gym"), rows, strict=False), config)
+    return DataSize(config.train_rows, config.eval_rows, tokens, supervised, ESTIMATE)
+
+
+def _tokens_of(rows: Iterable[tuple[str, Row]], config: DataConfig) -> tuple[float, float]:
+    """Tokens of a row and the share of supervised ones, by the characters of some rows. Zeros where none has an
+    answer."""
     from cera_train.data.segments import segmenter, segments_of
 
     tokens = supervised = used = 0.0
-    rows = from_files(config.train_files, "data.train_files").head(SAMPLE_ROWS).located()
     for segments in segments_of(rows, segmenter(config, tokenizer=None)):
         if segments:
             length = sum(len(segment.text) for segment in segments) / CHARACTERS_PER_TOKEN
@@ -165,7 +190,16 @@ def _size_of_files(config: DataConfig) -> DataSize:
             kept = min(length, config.max_length)
             tokens, used = tokens + kept, used + 1
             supervised += max(0.0, kept - (length - answers))
-    if not used:
+    return (tokens / used, supervised / tokens) if used else (0.0, 0.0)
+
+
+def _size_of_files(config: DataConfig) -> DataSize:
+    """Counts all rows, and the characters of the first ones."""
+    from cera_train.data.files import from_files
+
+    rows = from_files(config.train_files, "data.train_files").head(SAMPLE_ROWS).located()
+    tokens, supervised = _tokens_of(rows, config)
+    if not tokens:
         raise UserError(
             f"data.train_files={', '.join(config.train_files)}: no row has an answer. Check the columns and templates."
         )
@@ -177,8 +211,7 @@ def _size_of_files(config: DataConfig) -> DataSize:
                 f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {train_rows} rows."
             )
         train_rows -= eval_rows
-    source = f"an estimate: {CHARACTERS_PER_TOKEN} characters a token"
-    return DataSize(train_rows, eval_rows, tokens / used, supervised / tokens, source)
+    return DataSize(train_rows, eval_rows, tokens, supervised, ESTIMATE)
 
 
 def _count_rows(names: list[str]) -> int:

@@ -6,6 +6,7 @@ No torch at module level: the size of the data is known, or refused, before torc
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from cera_train.config import Config, PlanRun
 from cera_train.data.config import BatchLayout
 from cera_train.model.config import Dtype, Quantization, chunk_tokens
 from cera_train.model.precision import choose_precision
+from cera_train.planning.answers import AnswerSize, sizes_of_samples, sizes_of_tasks, step_seconds
 from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
@@ -57,6 +59,10 @@ class RunTotals:
     evaluations: int
     eval_tokens: float
     """Tokens of all evaluations, and of the probes on which spectra are taken."""
+    task_evaluations: int
+    """Of these evaluations, those at which `train.tasks` are answered."""
+    sample_evaluations: int
+    """Those with `train.samples`."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,9 @@ class RunPlan:
     config: PlanRun
     device: Device
     data: DataSize
+    tasks: list[AnswerSize]
+    """Answers of an evaluation to `train.tasks`."""
+    samples: list[AnswerSize]
     parameters: Parameters
     totals: RunTotals
     memory: Memory
@@ -85,6 +94,8 @@ class RunPlan:
     """Bytes of the activations with gradient checkpointing where the run has none, and without where it has it."""
     flops: dict[str, float]
     """Floating-point operations of the run by part."""
+    token_flops: float
+    """Operations of a token in an evaluation."""
     mfu: float
     remedies: dict[str, RunPlan] = field(default_factory=dict)
     """For a plan that does not fit: an override, and the plan with it."""
@@ -97,14 +108,30 @@ class RunPlan:
         return self.memory.peak <= USABLE * self.device.memory
 
     @property
+    def speed(self) -> float:
+        """Operations a second in training."""
+        return self.device.flops * self.mfu * self.config.plan.gpus
+
+    @property
     def seconds(self) -> float:
-        return sum(self.flops.values()) / (self.device.flops * self.mfu * self.config.plan.gpus)
+        return sum(self.flops.values()) / self.speed + self.answer_seconds
 
     @property
     def update_seconds(self) -> float:
         """Seconds of an update, evaluations not counted."""
-        share = 1 - self.flops["evaluations"] / sum(self.flops.values())
-        return self.seconds * share / self.totals.updates
+        return (self.flops["forward"] + self.flops["backward"]) / self.speed / self.totals.updates
+
+    @property
+    def answer_seconds(self) -> float:
+        """Seconds of all answers and samples, if each is as long as it may be."""
+        step = step_seconds(self.device, self.parameters.layers, self.parameters.weight_bytes)
+        token = self.token_flops / (self.device.flops * self.mfu)
+
+        def seconds(answers: Sequence[AnswerSize]) -> float:
+            return sum(size.seconds(self.config.plan.gpus, step, token) for size in answers)
+
+        totals = self.totals
+        return totals.task_evaluations * seconds(self.tasks) + totals.sample_evaluations * seconds(self.samples)
 
     @property
     def gpu_hours(self) -> float:
@@ -115,9 +142,17 @@ class RunPlan:
         price = self.config.plan.price_per_hour
         return None if price is None else price * self.gpu_hours
 
+    def until(self, pauses: Sequence[int], is_whole: bool) -> RunPlan:
+        """The plan of this run with a pause at each of these updates, and of its start only where it ends with one."""
+        totals = run_totals(self.config, self.data, pauses, is_whole)
+        tokens, eval_tokens = totals.tokens / self.totals.tokens, totals.eval_tokens / (self.totals.eval_tokens or 1)
+        shares = {"forward": tokens, "backward": tokens, "evaluations": eval_tokens}
+        return replace(self, totals=totals, flops={part: shares[part] * flops for part, flops in self.flops.items()})
 
-def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
-    """Plans a run, the same run with each adapter of `plan.compare`, and what would make it fit."""
+
+def make_plan(config: PlanRun, with_advice: bool = True) -> RunPlan:
+    """Plans a run and the same run with each adapter of `plan.compare`; with advice also what would make it fit, and
+    how many such runs train on one base."""
     if not config.plan.on_gpu and config.plan.gpus > 1:
         raise UserError(
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
@@ -125,9 +160,15 @@ def make_plan(config: PlanRun, with_remedies: bool = True) -> RunPlan:
         )
     plan = plan_alone(config)
     compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
-    remedies = _remedies(config) if with_remedies and not plan.fits else {}
-    together = None if why_alone(config) else most_arms(config, plan.device.memory)
+    remedies = _remedies(config) if with_advice and not plan.fits else {}
+    together = most_arms(config, plan.device.memory) if with_advice and not why_alone(config) else None
     return replace(plan, compared=compared, remedies=remedies, together=together)
+
+
+def shape_of(config: PlanRun) -> str:
+    """What a plan depends on: runs that differ in their seed or learning rate have one plan."""
+    train = replace(config.train, seed=0)
+    return repr((config.model, config.adapter, config.data, train, config.optimizer.kind, config.plan))
 
 
 def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
@@ -137,6 +178,7 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
     model, adapter, data = config.model, config.adapter, data_size(config.data, config.plan.tokens_per_row)
+    tasks = sizes_of_tasks(config, data)
     with heavy_imports():
         from cera_train.planning.count import count_parameters
         from cera_train.planning.measure import abilities, measure
@@ -167,6 +209,8 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
         config=config,
         device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit, cpu_threads),
         data=data,
+        tasks=tasks,
+        samples=sizes_of_samples(config, data, tasks),
         parameters=parameters,
         totals=totals,
         memory=memory_of(config, data, parameters, largest.tokens, activations[0], allowed.chunks_head),
@@ -176,6 +220,7 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
             "backward": cost.backward / usual.tokens * totals.tokens,
             "evaluations": cost.evaluation / usual.tokens * totals.eval_tokens,
         },
+        token_flops=cost.evaluation / usual.tokens,
         mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
     )
 
@@ -195,21 +240,29 @@ def memory_of_arm(config: PlanRun) -> tuple[float, float]:
     return sum(memory.values()) - own, own
 
 
-def run_totals(config: Config, size: DataSize) -> RunTotals:
+def run_totals(config: Config, size: DataSize, pauses: Sequence[int] = (), is_whole: bool = True) -> RunTotals:
+    """The totals of a run that pauses at these updates, and ends with the last of them unless it `is_whole`."""
     train = config.train
     updates_per_epoch = math.ceil(size.train_rows / train.batch_size)
-    updates = train.max_updates or train.epochs * updates_per_epoch
+    updates = (train.max_updates or train.epochs * updates_per_epoch) if is_whole else pauses[-1]
+
+    def times(every: int | None) -> int:
+        """Before the first update, after the last of the whole run, and every so many between."""
+        return 1 + is_whole + ((updates - is_whole) // every if every else 0)
+
     epochs, rest = divmod(updates, updates_per_epoch)
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
-    evaluations = 2 + ((updates - 1) // train.eval_every if train.eval_every else 0)  # before the first, after the last
-    eval_tokens = size.eval_rows * size.tokens_per_eval_row
-    probe_tokens = min(train.probe_tokens, eval_tokens)
+    eval_tokens, with_spectra = size.eval_rows * size.tokens_per_eval_row, times(train.eval_every)
+    at_pauses = sum(not train.eval_every or pause % train.eval_every > 0 for pause in pauses)  # a loss alone
+    probes = (with_spectra + is_whole) * min(train.probe_tokens, eval_tokens)
     return RunTotals(
         updates=updates,
         rows=rows,
         tokens=rows * size.tokens_per_row,
-        evaluations=evaluations,
-        eval_tokens=evaluations * eval_tokens + (evaluations + 1) * probe_tokens,
+        evaluations=with_spectra + at_pauses,
+        eval_tokens=(with_spectra + at_pauses) * eval_tokens + probes,
+        task_evaluations=(times(train.tasks_every) if train.tasks_every else int(is_whole)) if train.tasks else 0,
+        sample_evaluations=with_spectra if train.samples else 0,
     )
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from cera_train.adapters.config import AdapterKind, Mix
+from cera_train.adapters.config import AdapterKind
 from cera_train.common.imports import heavy_imports
 from cera_train.model.config import Dtype, Quantization
 from cera_train.planning.devices import USABLE, Device
@@ -47,7 +47,7 @@ def plan_serving(plan: RunPlan) -> Serving | None:
     """What the adapter of a planned run costs to serve; None for one that vLLM does not serve."""
     adapter, model = plan.config.adapter, plan.config.model
     is_served = adapter.kind in (AdapterKind.cera, AdapterKind.lora, AdapterKind.rslora)
-    is_special = adapter.mix != Mix.none or adapter.recurrent_steps or adapter.adapted_experts
+    is_special = adapter.recurrent_steps or adapter.adapted_experts
     rank = next((rank for rank in RANKS if rank >= adapter.r), None) if adapter.r else None
     if not is_served or is_special or rank is None:
         return None
@@ -55,7 +55,6 @@ def plan_serving(plan: RunPlan) -> Serving | None:
         from cera_train.planning.count import count_parameters
     counts, number = plan.parameters, 4 if model.dtype == Dtype.float32 else 2
     branches = 2 * counts.trainable
-    base_work = plan.flops["evaluations"] / plan.totals.eval_tokens - branches
     return Serving(
         rank=rank,
         targets=list(counts.adapter),
@@ -64,7 +63,7 @@ def plan_serving(plan: RunPlan) -> Serving | None:
         slot=slot_bytes(counts.sides, rank, number, counts.sides),
         target_slot=slot_bytes(counts.sides, rank, number, counts.adapter),
         adapter=number * counts.trainable,
-        work=branches / base_work,
+        work=branches / (plan.token_flops - branches),
     )
 
 

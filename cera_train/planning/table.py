@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,23 +27,10 @@ from cera_train.runs.results import Environment, RunResult
 
 def print_plan(plan: RunPlan) -> None:
     """The plan, and the compared ones beside it."""
-    config, data, device, on_gpu = plan.config, plan.data, plan.device, plan.config.plan.on_gpu
-    model = config.model
-    precision = model.dtype if model.quantization == Quantization.none else f"{model.dtype}, {model.quantization}"
-    print_line("plan", f"{config.name}: {_adapter(config.adapter)} on {model.path}, {precision}")
-    print_line(
-        "data",
-        f"{config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
-        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
-    )
-    for line in describe_parts(data.parts):
-        print_line("part", line)
-    assumed = "an assumption; set plan.mfu" if on_gpu else "seen with SmolLM2-135M; set plan.mfu"
-    print_line(
-        "device",
-        f"{config.plan.gpus} x {device.name}, {device.memory / GB:.0f} GB, {_speed(device.flops)} at best, "
-        f"{plan.mfu:.0%} of it in training ({'plan.mfu' if config.plan.mfu else assumed})",
-    )
+    config, device = plan.config, plan.device
+    print_line("plan", f"{config.name}: {_adapter(config.adapter)} on {model_of(plan)}")
+    print_data(plan)
+    print_device(plan)
     print()
     plans = [plan, *plan.compared]
     heads = [f"{other.config.adapter.kind} r={other.config.adapter.r}" if plan.compared else "" for other in plans]
@@ -67,10 +54,50 @@ def print_plan(plan: RunPlan) -> None:
     if plan.together:
         count = f"{plan.together:,} such runs fit" if plan.together > 1 else "no other run fits beside it"
         print_line("together", f"{count} on one base at once: hydra/launcher=together")
-    if plan.cost is None and on_gpu:
-        print_line("cost", "set plan.price_per_hour to the price of one GPU")
+    print_missing_price(plan)
     if (serving := plan_serving(plan)) is not None:
         print_serving(serving, plan)
+
+
+def model_of(plan: RunPlan) -> str:
+    """The base and how its weights are stored."""
+    model = plan.config.model
+    precision = model.dtype if model.quantization == Quantization.none else f"{model.dtype}, {model.quantization}"
+    return f"{model.path}, {precision}"
+
+
+def print_data(plan: RunPlan) -> None:
+    """The rows and the tasks of a run."""
+    data = plan.data
+    print_line(
+        "data",
+        f"{plan.config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
+        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
+    )
+    for line in describe_parts(data.parts):
+        print_line("part", line)
+    times = plan.totals.task_evaluations
+    for size in plan.tasks:
+        print_line(
+            "task",
+            f"{size.name}: {size.problems:,} problems of {size.prompt_tokens:,.0f} tokens ({size.source}), up to "
+            f"{size.new_tokens:,} to answer, at {times:,} evaluation{'s' * (times != 1)}",
+        )
+
+
+def print_device(plan: RunPlan) -> None:
+    device, settings = plan.device, plan.config.plan
+    assumed = "an assumption; set plan.mfu" if settings.on_gpu else "seen with SmolLM2-135M; set plan.mfu"
+    print_line(
+        "device",
+        f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, {_speed(device.flops)} at best, "
+        f"{plan.mfu:.0%} of it in training ({'plan.mfu' if settings.mfu else assumed})",
+    )
+
+
+def print_missing_price(plan: RunPlan) -> None:
+    if plan.cost is None and plan.config.plan.on_gpu:
+        print_line("cost", "set plan.price_per_hour to the price of one GPU")
 
 
 def print_serving(serving: Serving, plan: RunPlan) -> None:
@@ -116,7 +143,9 @@ def _figures(plan: RunPlan) -> dict[str, dict[str, str]]:
         f"activations {other} checkpointing": plan.other_activations,
     }
     flops = plan.flops | {"in all": sum(plan.flops.values())}
-    time = {"an update": f"{plan.update_seconds:.3g} s", "the run, h:mm:ss": duration(plan.seconds)}
+    time = {"an update": f"{plan.update_seconds:.3g} s"}
+    time |= {"answers, at most": duration(plan.answer_seconds)} if plan.answer_seconds else {}
+    time |= {"the run, h:mm:ss": duration(plan.seconds)}
     time |= {"GPU-hours": f"{plan.gpu_hours:,.2f}"} if plan.config.plan.on_gpu else {}
     time |= {} if plan.cost is None else {"cost": f"{plan.cost:,.2f}"}
     return {
@@ -143,13 +172,16 @@ def print_sweep_plans(plans: list[RunPlan]) -> None:
     for values, plan in zip(settings, plans, strict=True):
         job = " ".join(f"{key}={values.get(key)}" for key in keys) or plan.config.name
         note = "" if plan.fits else f"does not fit {plan.device.name}"
-        rows.append([job, f"{plan.parameters.trainable:,}", *_job_cells([plan]), note])
+        rows.append([job, f"{plan.parameters.trainable:,}", *job_cells([plan]), note])
     jobs = "1 job" if len(plans) == 1 else f"{len(plans)} jobs"
-    heads = ["job", "trainable", "peak", "updates", "time", "GPU-hours", "cost", ""]
-    print_table(heads, [*rows, [jobs, "", *_job_cells(plans), ""]], right=range(1, 7))
+    heads = ["job", "trainable", *JOB_HEADS, ""]
+    print_table(heads, [*rows, [jobs, "", *job_cells(plans), ""]], right=range(1, 7))
 
 
-def _job_cells(plans: list[RunPlan]) -> list[str]:
+JOB_HEADS = ("peak", "updates", "time", "GPU-hours", "cost")
+
+
+def job_cells(plans: Sequence[RunPlan]) -> list[str]:
     """Peak, updates, time, GPU-hours and cost of all these together."""
     costs = [plan.cost for plan in plans]
     return [

@@ -17,13 +17,14 @@ from cera_train.runs.results import (
     SpectrumSummary,
     TaskFigures,
 )
+from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.registry import display_name
 from cera_train.tasks.task import Metric
 
 NOTHING = "–"
 MINUS = "−"
 
-QUALITY, RANK, COST = 1, 2, 3
+QUALITY, ANSWERS, RANK, COST = 1, 2, 3, 4
 """Groups of columns, in the order of their tables in report.md."""
 
 
@@ -57,6 +58,7 @@ def build_columns(runs: Sequence[Run]) -> list[Column]:
 def row_of(run: Run, metrics: Sequence[tuple[str, Metric]] = ()) -> list[tuple[str, int, Cell]]:
     """Label, group and cell of each column: the figures of a run, and these metrics of tasks."""
     figures = run.figures
+    tasks = dict.fromkeys(task for task, _ in metrics)
     share, updates = _format(figures.trainable_share, "{:.2%} of the model"), _format(figures.updates, "{:,} updates")
     return [
         ("method", QUALITY, Cell(run.method)),
@@ -64,6 +66,7 @@ def row_of(run: Run, metrics: Sequence[tuple[str, Metric]] = ()) -> list[tuple[s
         ("parameters", QUALITY, _cell(figures.trainable_parameters, "{:,}", share)),
         ("perplexity", QUALITY, _perplexity(run)),
         *((f"{display_name(task)} {own.label}", QUALITY, _of_task(run, task, own)) for task, own in metrics),
+        *((f"{display_name(task)} answers, {' / '.join(ENDINGS)}", ANSWERS, _endings(run, task)) for task in tasks),
         ("effective rank, mean / max", RANK, _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
         ("manifold dimension, mean / max", RANK, _mean_and_max(run, "manifold_dimension")),
         ("linear share, mean", RANK, _cell(run.figures.spectrum.linear_share_mean, "{:.1%}")),
@@ -113,7 +116,9 @@ def _of_task(run: Run, task: str, metric: Metric) -> Cell:
         return Cell(None, paper_notes(run, key, None, metric.is_share))
     (value, interval), result, notes = evaluation.figure(metric), evaluation.result, []
     if interval:
-        notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+        notes.append(_range(interval))
+    if isinstance(result, AccuracyResult):
+        notes += _fewer_answers(result, metric)
     if isinstance(result, AccuracyResult) and (result.samples or 1) > 1 and metric.key.startswith("exact"):
         notes.append(f"{result.samples} samples each")
     if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
@@ -122,6 +127,30 @@ def _of_task(run: Run, task: str, metric: Metric) -> Cell:
     if evaluation.known.task_limit is not None and key in run.published:
         notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
     return _cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
+
+
+def _fewer_answers(result: AccuracyResult, metric: Metric) -> list[str]:
+    """Below pass@n of n answers: pass@2, pass@4, ... with their intervals."""
+    grader, _, most = metric.key.partition("/pass@")
+    if most != str(result.samples):
+        return []
+    ks = {2**power for power in range(1, result.samples.bit_length())} - {result.samples}
+    found = [own for own in result.accuracies.found if own.grader == grader and own.k in ks and own.value is not None]
+    ranges = [(own, result.interval(own)) for own in sorted(found, key=lambda own: own.k)]
+    return [
+        f"pass@{own.k} {own.value:.1%}" + (f", {_range(own_range)}" if own_range else "") for own, own_range in ranges
+    ]
+
+
+def _range(interval: tuple[float, float]) -> str:
+    return f"{100 * interval[0]:.1f} to {interval[1]:.1%}"
+
+
+def _endings(run: Run, task: str) -> Cell:
+    """The shares of the answers by how they ended."""
+    result = run.evaluations[task].result if task in run.evaluations else None
+    shares = result.endings.by_name if isinstance(result, AccuracyResult) else {}
+    return Cell(" / ".join(f"{100 * share:.1f}" for share in shares.values()) + " %" if shares else None)
 
 
 def paper_notes(run: Run, key: str, value: float | None, is_share: bool = False) -> tuple[str, ...]:

@@ -116,7 +116,11 @@ def _trained(config: Config, result: RunResult) -> dict[str, str]:
 
 def _rows(data: DataConfig) -> str:
     if data.layout == Layout.logistic_map:
-        return f"the logistic map x' = {data.logistic_map.growth:g} x (1 - x)"
+        growths = ", ".join(f"{growth:g}" for growth in data.logistic_map.growths)
+        return f"the logistic map x' = {growths} x (1 - x)"
+    if data.layout == Layout.reasoning_gym:
+        level = "" if data.reasoning_gym.level is None else f", level {data.reasoning_gym.level}"
+        return f"{', '.join(data.reasoning_gym.generators)} of reasoning-gym{level}"
     if data.train_files:
         return ", ".join(Path(name).name for name in data.train_files)
     return f"{data.path}{f' ({data.subset})' if data.subset else ''}, {data.train_split}"

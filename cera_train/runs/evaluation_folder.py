@@ -20,6 +20,7 @@ from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import differences, load_config
+from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.records import EVALUATE_AGAIN, Generation, Grade, Problem
 
 Key = tuple[str, int]
@@ -189,6 +190,15 @@ class GradedAnswers:
                 f"grade the answers again with cera-eval grade={self.folder}."
             )
         return grades
+
+    @property
+    def endings(self) -> dict[str, list[str]]:
+        """How the answers to each problem ended, one for each sample, see tasks/endings.py."""
+        endings = {name: [grade.ending for grade in grades] for name, grades in self.grades.items()}
+        if any(not {*found} <= {*ENDINGS} for found in endings.values()):
+            reason = f"{self.folder / 'grades.jsonl'} does not have how each answer ended"
+            raise UserError(f"{reason}: grade the answers again with cera-eval grade={self.folder}.")
+        return endings
 
     @cached_property
     def texts(self) -> dict[Key, str]:

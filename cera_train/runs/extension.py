@@ -8,15 +8,16 @@ from typing import Any
 
 from cera_train.common import files
 from cera_train.common.errors import UserError
+from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.results import LOGS, RunResult
 
 LENGTH = ("train.epochs", "train.max_updates")
 """The settings that an extension may change."""
 
-STAYS = ("config.yaml", "environment.json", *LOGS)
+STAYS = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
 """Files of a run that goes on with them: its end gets copies."""
 
-ENDS_RUN = ("adapter", "eval", "spectrum.json", "run.png", "result.json")
+ENDS_RUN = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png", "result.json")
 """What is of the end alone. result.json is the last: as long as it is there, keeping the end is not over."""
 
 

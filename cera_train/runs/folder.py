@@ -37,6 +37,7 @@ from cera_train.data.batches import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
 from cera_train.runs.extension import LENGTH, check_extension, ends
+from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import differences
 from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult, Sample
 
@@ -107,8 +108,8 @@ class RunFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
             self._lock = files.lock_folder(self.path, "run")
-            files.clean_folder(self.path)
-            files.clean_folder(self.path / "checkpoints")
+            for inside in ("", "checkpoints", GRADES):
+                files.clean_folder(self.path / inside)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -243,15 +244,16 @@ class RunFolder:
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything.
 
-        best/ stays, also one of a later update: the resumed run comes to the same evaluations, and so to the same best.
+        best/ stays, also one of a later update, and so do losses and grades: the resumed run comes to the same
+        evaluations, and so to the same files.
         """
         for checkpoint in reversed(self.checkpoints()):
             if update is None or int(checkpoint.name) > update:
                 files.remove_folder(checkpoint)
         if update is None:
-            for name in ("best", "adapter", "tensorboard"):
+            for name in ("best", "adapter", "tensorboard", GRADES):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (*LOGS, "wandb-run-id"):
+            for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, "wandb-run-id"):
                 (self.path / name).unlink(missing_ok=True)
             return
         for path in (self.path / log for log in LOGS):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
 from cera_train.common.records import RESTORE, Record, fits, key, read_lines
+from cera_train.tasks.endings import EndingShares
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
@@ -337,7 +338,8 @@ class AccuracyResult(EvaluationResult):
     samples: int | None = None  # answers to each problem
     missing: int | None = None  # answers that are not there yet
     accuracies: Accuracies = field(default_factory=Accuracies)
-    truncated: int | None = None
+    endings: EndingShares = field(default_factory=EndingShares)
+    truncated: int | None = None  # answers cut by max_new_tokens, loops among them
     no_answer: int | None = None
     grader_failures: int | None = None
     tokens: int | None = None  # tokens generated

@@ -11,9 +11,8 @@ from typing import Any
 from cera_train.common.errors import UserError, words_of
 from cera_train.data.config import DataConfig, Layout, Turns
 from cera_train.data.files import READERS, from_files
-from cera_train.data.logistic_map import PROMPT
 from cera_train.data.prepare import encode
-from cera_train.data.rows import Row
+from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import columns_of, segmenter, turns_of
 from cera_train.serving.config import Template
 
@@ -65,7 +64,7 @@ class Prompts:
             UserError: the template has more columns than one text can fill.
         """
         question, layout = turns[-1], self.data.layout
-        if layout == Layout.logistic_map:
+        if self.data.is_computed:
             return {"prompt": PROMPT.format(question=question)}
         if layout == Layout.text:
             columns = list(dict.fromkeys(columns_of(self.data.prompt, "data.prompt")))
@@ -94,7 +93,7 @@ class Prompts:
         layout = self.data.layout
         if layout == Layout.text:
             return row | dict.fromkeys(columns_of(self.data.completion), ANSWER)
-        if layout == Layout.logistic_map:
+        if self.data.is_computed:
             return row | {"completion": ANSWER}
         role, text = ("from", "value") if layout == Layout.conversations else ("role", "content")
         return row | {str(layout): [*turns_of(row, str(layout)), {role: SPEAKERS[layout][1], text: ANSWER}]}

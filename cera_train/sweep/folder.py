@@ -35,6 +35,7 @@ from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
+from cera_train.sweep.arms import FIRST_SEED, study_dimensions, with_arms
 from cera_train.sweep.metric import sweep_metric
 from cera_train.tasks.config import known_tasks
 from cera_train.tasks.named import check_tasks
@@ -43,7 +44,7 @@ RECORD = "sweep.json"
 JOBS = ".jobs"
 """In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
 
-GRID_SWEEPERS = (".BasicSweeper", ".Halving")
+GRID_SWEEPERS = (".BasicSweeper", ".Halving", ".StudySweeper")
 """Sweepers whose jobs are the whole grid, known before the first."""
 
 NO_CHOICE = "default"
@@ -99,16 +100,21 @@ def key_of(override: str) -> str:
 
 
 def _is_choice(key: str) -> bool:
-    is_source = key in ("recipe", "sweep") or key.startswith("hydra")  # a file that a job's choices come from
+    is_source = key in ("recipe", "sweep", "study") or key.startswith("hydra")  # a file that a job's choices come from
     return not is_source and changes_result(key)
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
+def is_study(config: DictConfig) -> bool:
+    """Whether a sweep is that of a study. `config` has Hydra's section."""
+    return config.hydra.sweeper.get("_target_", "").endswith(".StudySweeper")
+
+
 def _dimensions(config: DictConfig) -> list[Override]:
     """What a sweep is over: the file's dimensions and the arguments, of which a later one replaces an earlier."""
-    params = config.hydra.sweeper.get("params") or {}
+    params = study_dimensions(config.study) if is_study(config) else config.hydra.sweeper.get("params") or {}
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
     parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
     return list({override.get_key_element(): override for override in parsed}.values())
@@ -129,7 +135,7 @@ def grid(config: DictConfig) -> list[list[str]]:
                 "draws: hydra/sweeper=optuna."
             )
     (jobs,) = BasicSweeper.split_arguments(dimensions, None)
-    return jobs
+    return with_arms(jobs, config.study) if is_study(config) else jobs
 
 
 def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable[[DictConfig], Config]) -> None:
@@ -193,15 +199,12 @@ def begin(
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
-    tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
-    metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-    record = _record(config, grid(config) if is_grid else [], folder) | {"metric": metric.to_json()}
+    record = record_of(config)
     check(record)
     check_jobs(config, record["jobs"], compose)
 
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if metric.higher_is_better else "minimize"
+        config.hydra.sweeper.direction = "maximize" if record["metric"]["higher_is_better"] else "minimize"
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
@@ -209,10 +212,24 @@ def begin(
     _write_json(folder / RECORD, record)
 
 
+def record_of(config: DictConfig) -> dict[str, Any]:
+    """The content of sweep.json. Raises UserError where the folder holds a sweep with other fixed settings."""
+    is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
+    jobs = grid(config) if is_grid else []
+    if is_study(config):  # on the first seed; the others follow at the chosen values
+        jobs = [job for job in jobs if FIRST_SEED in job]
+    tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
+    metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
+    study = {"study": OmegaConf.to_container(config.study)} if is_study(config) else {}
+    return _record(config, jobs, Path(config.hydra.sweep.dir)) | {"metric": metric.to_json()} | study
+
+
 def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str, Any]:
     dimensions, earlier = _dimensions(config), read_record(folder / RECORD)
     keys = {dimension.key_or_group for dimension in dimensions}
     swept = {dimension.key_or_group for dimension in dimensions if dimension.is_sweep_override()}
+    if is_study(config):  # one value or many: a study may get more of them
+        swept |= study_dimensions(config.study).keys()
     # A dimension of an earlier command still names the jobs where this one fixes it.
     swept |= keys.intersection((earlier or {}).get("swept", ()))
     single = [
@@ -220,7 +237,7 @@ def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str
         for dimension in dimensions
         if dimension.key_or_group not in swept
     ]
-    recipes = [word.lstrip("+") for word in single if key_of(word) == "recipe"]
+    recipes = [word.lstrip("+") for word in single if key_of(word) in ("recipe", "study")]
     fixed = redact_tree(sorted([*choices_of(single), *recipes]))
     before, may_differ = fixed_of(earlier), LENGTH if config.train.extend else ()
     if before is not None and (
@@ -238,6 +255,13 @@ def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str
         "jobs": [{"name": folder_of_job(folder, job, swept), "overrides": job} for job in jobs],
         "detached": bool(config.launch.detach),
     }
+
+
+def add_jobs(folder: Path, jobs: Iterable[list[str]]) -> None:
+    """Adds jobs to sweep.json, of which the command knows only now."""
+    record = read_record(folder / RECORD)
+    added = [{"name": folder_of_job(folder, job, record["swept"]), "overrides": job} for job in jobs]
+    _write_json(folder / RECORD, record | {"jobs": [*record["jobs"], *added]})
 
 
 def fixed_of(record: dict[str, Any] | None) -> list[str] | None:
@@ -309,8 +333,9 @@ def _write_json(path: Path, tree: dict[str, Any]) -> None:
 
 def refuse_grid_of_one(hydra_config: DictConfig) -> None:
     """Raises UserError where a sweep's file was chosen for a single run."""
-    if hydra_config.mode != RunMode.MULTIRUN and (chosen := hydra_config.runtime.choices.get("sweep")) is not None:
-        raise UserError(f"+sweep={chosen} is a grid of runs: add -m to take them all.")
+    for group in ("sweep", "study"):
+        if hydra_config.mode != RunMode.MULTIRUN and (chosen := hydra_config.runtime.choices.get(group)) is not None:
+            raise UserError(f"+{group}={chosen} is a grid of runs: add -m to take them all.")
 
 
 def refuse_sweeps_folder(folder: Path) -> None:

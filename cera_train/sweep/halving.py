@@ -22,24 +22,45 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
-from cera_train.sweep.folder import RECORD, begin, read_record
-from cera_train.sweep.rungs import Decision, Group, HalvingRecord, Rules, check_grid, decide, groups_of, loss_at
+from cera_train.sweep.folder import RECORD, begin, is_study, read_record
+from cera_train.sweep.rungs import (
+    Decision,
+    Group,
+    HalvingRecord,
+    Rules,
+    StudyRules,
+    check_grid,
+    decide,
+    groups_of,
+    loss_at,
+)
 from cera_train.sweep.table import job_status
 
 
 def is_halving(config: DictConfig) -> bool:
-    """Whether a sweep is by `Halving`. `config` has Hydra's section."""
-    return config.hydra.sweeper._target_.endswith(f".{Halving.__name__}")
+    """Whether a sweep is by `Halving` or a study. `config` has Hydra's section."""
+    return config.hydra.sweeper._target_.endswith((".Halving", ".StudySweeper"))
 
 
 def rules_of(config: DictConfig) -> Rules:
+    if is_study(config):
+        return StudyRules(list(config.study.tune), config.study.first or 1, config.study.factor)
     sweeper = config.hydra.sweeper
     tune = OmegaConf.to_container(sweeper.tune) if isinstance(sweeper.tune, ListConfig) else [sweeper.tune]
     return Rules([str(name) for name in tune if name is not None], sweeper.first, sweeper.factor)
 
 
-def begin_halving(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
-    """`begin` for a halving: first refuses rules that this grid or what the folder holds cannot follow."""
+def begin_halving(
+    config: DictConfig,
+    compose: Callable[[DictConfig], Config],
+    check: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """`begin` for a halving: first refuses rules that this grid or what the folder holds cannot follow.
+
+    Args:
+        check: raises UserError for jobs that cannot be; takes the content of sweep.json. None: checks that what is
+            tuned has several values.
+    """
     rules, folder = rules_of(config), Path(config.hydra.sweep.dir)
     require(
         not config.launch.detach,
@@ -51,12 +72,15 @@ def begin_halving(config: DictConfig, compose: Callable[[DictConfig], Config]) -
         "left without hydra/sweeper=halving.",
     )
 
-    def check(record: dict[str, Any]) -> None:
-        check_grid([job["overrides"] for job in record["jobs"]], rules)
+    def check_rungs(record: dict[str, Any]) -> None:
+        if check is None:
+            check_grid([job["overrides"] for job in record["jobs"]], rules)
+        else:
+            check(record)
         if (held := HalvingRecord.read(folder)) is not None:
             held.check(rules, groups_of(record, rules.tune), folder)
 
-    begin(config, lambda composed: rules.check_run(compose(composed)), check)
+    begin(config, lambda composed: rules.check_run(compose(composed)), check_rungs)
 
 
 class Halving(Sweeper):

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
@@ -34,9 +34,22 @@ METHODS = ("adapter", "adapter.kind", "adapter.method", "recipe")
 ROWS = ("model", "data")
 
 
+class Course(NamedTuple):
+    """How far some candidates train."""
+
+    candidates: int
+    rungs: tuple[int, ...]
+    """The updates at which they are compared."""
+    is_whole: bool
+    """They train to their end, and not to the last rung alone."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """What a user chooses: `hydra.sweeper.tune`, `.first` and `.factor`."""
+
+    SECTION: ClassVar[str] = "hydra.sweeper"
+    """Where the settings stand, for messages."""
 
     tune: list[str]
     first: int
@@ -47,19 +60,29 @@ class Rules:
             bool(self.tune), "hydra.sweeper.tune=[]: name what is tuned, such as hydra.sweeper.tune=[optimizer.lr]."
         )
         for name in self.tune:
-            place = f"hydra.sweeper.tune={name}"
+            place = f"{self.SECTION}.tune={name}"
             require(name != SEED, f"{place}: the loss of a candidate is its mean over seeds. Leave it out.")
             require(name not in METHODS, f"{place}: methods are not compared before they are tuned. Leave it out.")
             require(
                 name.partition(".")[0] not in ROWS,
                 f"{place}: losses of different models or rows cannot be compared. Leave it out.",
             )
-        _require_count("first", self.first, 1, "the updates of the first rung, such as hydra.sweeper.first=20")
-        _require_count("factor", self.factor, 2, "2 or more: one candidate in so many goes on")
+        self._require_count("first", 1, f"the updates of the first rung, such as {self.SECTION}.first=20")
+        self._require_count("factor", 2, "2 or more: one candidate in so many goes on")
 
     def update(self, rung: int) -> int:
         """Updates of a rung; the first is 1."""
         return self.first * self.factor ** (rung - 1)
+
+    def courses(self, candidates: int, updates: int) -> list[Course]:
+        """How far so many candidates train in runs of so many updates, if none ties with another and none fails."""
+        courses, rungs = [], []
+        while candidates > 1 and self.update(len(rungs) + 1) < updates:
+            rungs.append(self.update(len(rungs) + 1))
+            going = count_going(candidates, self.factor)
+            courses.append(Course(candidates - going, tuple(rungs), False))
+            candidates = going
+        return [*courses, Course(candidates, tuple(rungs), True)]
 
     def describe(self) -> str:
         return f"tune=[{','.join(self.tune)}] first={self.first} factor={self.factor}"
@@ -69,16 +92,22 @@ class Rules:
         updates, stop_at = config.train.max_updates, config.train.stop_at
         require(
             updates is None or self.first < updates,
-            f"hydra.sweeper.first={self.first}: a job has train.max_updates={updates}, so that nothing would be "
+            f"{self.SECTION}.first={self.first}: a job has train.max_updates={updates}, so that nothing would be "
             "stopped. Choose a smaller first rung.",
         )
         require(stop_at is None, f"train.stop_at={stop_at}: halving itself stops jobs at its rungs. Leave it out.")
         return config
 
+    def _require_count(self, name: str, least: int, expected: str) -> None:
+        value = getattr(self, name)
+        shown = "null" if value is None else value
+        require(type(value) is int and value >= least, f"{self.SECTION}.{name}={shown}: expected {expected}.")
 
-def _require_count(name: str, value: Any, least: int, expected: str) -> None:
-    shown = "null" if value is None else value
-    require(type(value) is int and value >= least, f"hydra.sweeper.{name}={shown}: expected {expected}.")
+
+class StudyRules(Rules):
+    """Those of a study, whose section has them."""
+
+    SECTION: ClassVar[str] = "study"
 
 
 # --- who is compared with whom ---------------------------------------------------------------------------------------
@@ -138,8 +167,13 @@ def goes_on(losses: Sequence[float], factor: int) -> list[bool]:
     """Which candidates go on: the best len / factor, at least one, and those that tie with the last of them. An
     infinite loss, a failed candidate's, never does. It is the rule of Optuna's SuccessiveHalvingPruner, applied once
     all have come to the rung."""
-    bound = sorted(losses)[max(1, len(losses) // factor) - 1]
+    bound = sorted(losses)[count_going(len(losses), factor) - 1]
     return [loss <= bound and math.isfinite(loss) for loss in losses]
+
+
+def count_going(candidates: int, factor: int) -> int:
+    """How many candidates go on beyond a rung, without ties."""
+    return max(1, candidates // factor)
 
 
 def loss_at(job: Path, update: int) -> float | None:
@@ -244,7 +278,8 @@ class HalvingRecord:
     def check(self, rules: Rules, groups: Sequence[Group], sweep: Path) -> None:
         """Raises UserError where a decision was made by other rules or among other candidates."""
         mend = f"Choose another name=..., or remove {sweep / HALVING} to decide anew."
-        require(self.rules == rules, f"{sweep} holds a halving by other rules: {self.rules.describe()}. {mend}")
+        same = dataclasses.astuple(self.rules) == dataclasses.astuple(rules)
+        require(same, f"{sweep} holds a halving by other rules: {self.rules.describe()}. {mend}")
         for group in groups:
             first = self.decision(group.name, 1)
             require(

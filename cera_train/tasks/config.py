@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
@@ -10,7 +11,7 @@ from cera_train.tasks.registry import all_tasks, find_task
 
 Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
 
-SOME_TASKS = ("level", "growths", "question", "answer", "grader")
+SOME_TASKS = ("level", "growths", "generator", "question", "answer", "grader")
 """Settings that a task has only where it lists them in `Task.settings`."""
 
 
@@ -22,8 +23,8 @@ def known_tasks() -> list[str]:
 @dataclass
 class TaskConfig:
     kind: str = setting(MISSING, "answers")
-    """The file of cera_train/tasks/ that defines the task: math, gsm8k, logistic_map, jsonl: problems to answer;
-    perplexity: rows as in training; text: perplexity of running text."""
+    """The file of cera_train/tasks/ that defines the task: math, gsm8k, logistic_map, reasoning_gym, jsonl: problems to
+    answer; perplexity: rows as in training; text: perplexity of running text."""
     name: str = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
     path: str | None = setting(None, "answers")
@@ -38,9 +39,12 @@ class TaskConfig:
     prompt: str | None = setting(None, "answers")
     """Template with {column} for a row's columns."""
     level: int | None = setting(None, "answers")
-    """Takes only the problems of this level, for math. null: all."""
+    """Takes only the problems of this level, for math; the generator's level, for reasoning_gym. null: all; the level
+    that the run was trained on."""
     growths: list[float] = setting(list, "answers")
     """Values of r in x' = r x (1 - x), for logistic_map."""
+    generator: Any = setting(None, "answers")
+    """A generator of reasoning-gym, or a list of them, for reasoning_gym. null: those that the run was trained on."""
     question: str | None = setting(None, "answers")
     """The column with the question, for jsonl."""
     answer: str | None = setting(None, "answers")

@@ -5,12 +5,12 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map as training_rows
-from cera_train.data.config import DataConfig, Layout, LogisticMapConfig
+from cera_train.data.config import DataConfig, Layout, LogisticMapConfig, check_growths
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, Metric, Table, question_id
@@ -24,11 +24,7 @@ PAPER_X0, PAPER_CASE = 0.4, LogisticMapConfig(growth=3.5, steps=5, decimals=4)
 
 class LogisticMap(AnswerTask):
     def check(self, config: TaskConfig) -> None:
-        growths = config.growths
-        if not growths or not all(0 < growth <= 4 for growth in growths):
-            raise UserError(f"task.growths={growths} must be numbers above 0 and up to 4.")
-        if any(float(f"{growth:g}") != growth for growth in growths):
-            raise UserError(f"task.growths={growths} has more than the six digits that a prompt shows: round it.")
+        check_growths("task.growths", config.growths)
         if config.prompt or config.files:
             reason = "task=logistic_map writes its problems as in training"
             raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
@@ -38,12 +34,11 @@ class LogisticMap(AnswerTask):
         trained_on = [part for _, part in data.parts() if part.layout == Layout.logistic_map] if data else []
         data = (trained_on or [DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)])[0]
         _, starts = training_rows.starting_points(data.logistic_map, data.eval_rows)
-        cases = [(x0, replace(data.logistic_map, growth=growth), {}) for x0 in starts for growth in config.growths]
-        for x0, case, mark in [*cases[: config.limit], (PAPER_X0, PAPER_CASE, {"paper_case": True})]:
-            row = training_rows.problem(x0, case)
-            prompt, gold = row["prompt"], row["completion"].strip()
-            details = {"growth": case.growth, "x0": x0, "decimals": case.decimals, **mark}
-            yield Problem(question_id(prompt), prompt, prompt, gold, details)
+        cases = itertools.product(starts, config.growths)
+        for x0, growth in itertools.islice(cases, config.limit):
+            trained = growth in data.logistic_map.growths if trained_on else None
+            yield _problem(x0, growth, data.logistic_map, trained=trained)
+        yield _problem(PAPER_X0, PAPER_CASE.growth, PAPER_CASE, paper_case=True)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
@@ -53,17 +48,21 @@ class LogisticMap(AnswerTask):
         details = {"values": values, **asdict(steps)}
         return Grade(generation.problem, generation.sample, answer, exact=all(steps.matches), details=details)
 
+    def is_collapsed(self, grade: Grade) -> bool:
+        return grade.details["collapsed"]
+
     def counts(self, problem: Any) -> bool:
         return "paper_case" not in problem.details
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        growths = {problem.id: f"{problem.details['growth']:g}" for problem in problems if self.counts(problem)}
-        counted = [grade for grade in grades if grade.problem in growths]
+        details = {problem.id: problem.details for problem in problems if self.counts(problem)}
+        counted = [grade for grade in grades if grade.problem in details]
         by_growth = {}
-        for growth in dict.fromkeys(growths.values()):
-            if same := [grade for grade in counted if growths[grade.problem] == growth]:
+        for growth, trained in dict.fromkeys((each["growth"], each.get("trained")) for each in details.values()):
+            if same := [grade for grade in counted if details[grade.problem]["growth"] == growth]:
                 scores = step_scores(same).items()
-                by_growth[growth] = {key: value for key, value in scores if not isinstance(value, list)}
+                means = {key: value for key, value in scores if not isinstance(value, list)}
+                by_growth[f"{growth:g}"] = {"trained": trained} | means
         scores = step_scores(counted) | {"by_growth": by_growth}
         case = next(problem for problem in problems if not self.counts(problem))
         grade = next((grade for grade in grades if grade.problem == case.id), None)
@@ -79,7 +78,9 @@ class LogisticMap(AnswerTask):
             error = scores["absolute_error/mean"]
             shown = "none given" if error is None else f"{error:.4f}"
             right, collapse = scores["step_accuracy/mean"], scores["state_collapse"]
-            lines[f"r = {growth}"] = f"steps right {right:.1%}, absolute error {shown}, state collapse {collapse:.1%}"
+            unseen = ", not trained on" if scores.get("trained") is False else ""
+            text = f"steps right {right:.1%}, absolute error {shown}, state collapse {collapse:.1%}{unseen}"
+            lines[f"r = {growth}"] = text
         return lines
 
     def tables(self, result: Mapping[str, Any]) -> list[Table]:
@@ -101,6 +102,12 @@ TASK = LogisticMap(
     is_verified=False,
     score_name="steps",
 )
+
+
+def _problem(x0: float, growth: float, case: LogisticMapConfig, **marks: bool | None) -> Problem:
+    row = training_rows.problem(x0, growth, case)
+    details = {"growth": growth, "x0": x0, "decimals": case.decimals, **marks}
+    return Problem(question_id(row["prompt"]), row["prompt"], row["prompt"], row["completion"].strip(), details)
 
 
 def extract(text: str, steps: int) -> list[float]:

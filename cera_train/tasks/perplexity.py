@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.config import DataConfig, Layout
+from cera_train.data.config import COMPUTED, DataConfig
 from cera_train.model.config import ModelConfig
 from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import RowTask
@@ -24,7 +24,7 @@ class Perplexity(RowTask):
             raise UserError("data=... is missing: the training data of this adapter is not on record. Choose the rows.")
         if config.files:
             mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
-            require(data.layout != Layout.logistic_map, f"task.files: {mend}")
+            require(data.layout not in COMPUTED, f"task.files: {mend}")
             data = replace(data, mix=None, train_files=config.files, eval_files=config.files, eval_rows=None)
         return prepare_evaluation(data, tokenizer, config.limit)
 

@@ -55,4 +55,15 @@ class Grade(Record):
     """None where math-verify does not apply."""
     failure: str | None = key("failure", write_null=True)
     """Why the grader failed: a time-out, a crash."""
+    ending: str | None = None
+    """How the answer ended, see tasks/endings.py; None in files of earlier versions."""
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grader(self) -> str:
+        """The grader that decides: verified where math-verify looked, else exact."""
+        return "exact" if self.verified is None else "verified"
+
+    @property
+    def is_right(self) -> bool:
+        return getattr(self, self.grader)

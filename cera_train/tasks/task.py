@@ -108,6 +108,10 @@ class AnswerTask(Task, ABC):
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         """Grades one answer by the task's published rule."""
 
+    def is_collapsed(self, grade: Grade) -> bool:
+        """Whether the answer stands still where the truth moves."""
+        return False
+
     @property
     def figures(self) -> dict[str, bool]:
         """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of

@@ -20,7 +20,7 @@ from cera_train.adapters.unfused import describe_unfused
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
 from cera_train.config import Config
-from cera_train.data.config import BatchLayout, Layout
+from cera_train.data.config import BatchLayout
 from cera_train.data.mix import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
@@ -160,7 +160,8 @@ def print_data(data: TokenizedData, tokenizer: Any) -> None:
         )
     for line in describe_parts(data.parts):
         print_line("part", line)
-    print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts")
+    repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
+    print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
     ids, mask = (data.train.tokens(name, 0).to_pylist() for name in ("input_ids", "loss_mask"))
     console().print(f"{'example':<11}", render_example(ids, mask, tokenizer), sep="")
 
@@ -210,7 +211,7 @@ def print_result(result: RunResult, config: Config) -> None:
 
 def next_commands(config: Config, folder: str) -> dict[str, str]:
     """What to do with a run's folder: ask the model something, compare it, look at it."""
-    task = "logistic_map" if config.data.layout == Layout.logistic_map else "perplexity"
+    task = str(config.data.layout) if config.data.is_computed else "perplexity"
     other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
     dropped = ("adapter", "name", "adapter.start_from", "train.extend")
     kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in dropped]

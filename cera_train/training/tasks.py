@@ -34,16 +34,15 @@ from cera_train.evaluation.grading import grade_all, score
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
 from cera_train.runs.lines import describe_tasks
+from cera_train.runs.outcomes import GradedProblem, write_grades
 from cera_train.runs.results import Sample, TaskFigures
 from cera_train.tasks.named import named_task
-from cera_train.tasks.records import Generation, Problem
+from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
+from cera_train.training.config import SAMPLE_ROOM
 
 if TYPE_CHECKING:
     from cera_train.training.session import Arm
-
-ROOM = 64
-"""Tokens that an answer to an evaluation row may have; more where a reference has more."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,23 @@ class Exam:
     def first(self, count: int) -> Exam:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
-    def figures(self, answers: Sequence[Generation]) -> dict[str, float]:
-        """The scores of all answers, by their keys in metrics.jsonl."""
+    def grades(self, answers: Sequence[Generation]) -> list[Grade]:
         problems = {problem.id: problem for problem in self.problems}
-        grades = grade_all(self.task, problems, answers, EvalConfig.grading_seconds)
+        return grade_all(self.task, problems, answers, EvalConfig.grading_seconds)
+
+    def figures(self, answers: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, float]:
+        """The scores of all answers, by their keys in metrics.jsonl."""
         scores = score(self.task, self.problems, answers, grades)
         values = {key: scores.get(key, scores.get(f"{key}/pass@1")) for key in self.task.figures}
         return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
+
+    def outcomes(self, grades: Sequence[Grade]) -> list[GradedProblem]:
+        """How the answer to each problem that counts came out."""
+        return [
+            GradedProblem(problem.id, [self.task.paired_value(grade, grade.grader)], [grade.ending])
+            for problem, grade in zip(self.problems, grades, strict=True)
+            if self.task.counts(problem)
+        ]
 
     def sample(self, update: int, problem: Problem, answer: Generation) -> Sample:
         exact = self.task.grade(problem, answer).exact if self.task else None
@@ -88,7 +97,7 @@ def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
     """The prompts of the first evaluation rows, each up to its first answer, which is the reference."""
-    problems, requests, room = [], [], ROOM
+    problems, requests, room = [], [], SAMPLE_ROOM
     for number, (prompt, answer) in enumerate(itertools.islice(first_turns(config, tokenizer), count)):
         [asked, reference] = encode([prompt, [answer]], replace(config, max_length=sys.maxsize), tokenizer)
         text = "".join(segment.text for segment in prompt)
@@ -126,8 +135,10 @@ class Exams:
     @property
     def plan(self) -> str:
         """What is answered when, in a line; empty where nothing is."""
-        every = f", every {self.config.tasks_every:,} updates" if self.config.tasks_every else ""
-        when = f"before the first update{every} and after the last"
+        every = self.config.tasks_every
+        when = (
+            f"before the first update, every {every:,} updates and after the last" if every else "after the last update"
+        )
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
             count = sum(len(exam.problems) for exam in self.sampled)
@@ -137,7 +148,7 @@ class Exams:
     def are_due(self, update: int, is_last: bool) -> bool:
         """Whether the tasks are part of the evaluation at this update."""
         every = self.config.tasks_every
-        return bool(self.tasks) and (update == 0 or is_last or (every is not None and update % every == 0))
+        return bool(self.tasks) and (is_last or (every is not None and update % every == 0))
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
@@ -163,8 +174,11 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     for exam in exams.tasks if exams.are_due(update, is_last) else []:
         started, answers = time.perf_counter(), exams.answer(exam)
         if is_main:
-            found = exam.figures(answers)
+            grades = exam.grades(answers)
+            found = exam.figures(answers, grades)
             figures |= found
+            if is_last:
+                write_grades(arm.folder.path, exam.name, exam.outcomes(grades))
             notes.append(f"{describe_tasks(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
     started = time.perf_counter()
     for exam in exams.sampled:

@@ -27,6 +27,7 @@ from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_evaluation
+from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.results import (
     EvaluationMetrics,
     ModuleSpectrumRecord,
@@ -211,13 +212,18 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
 
 
 def evaluate(arm: Arm) -> None:
-    """Perplexity on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the
-    adapter if it is the best so far."""
+    """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the adapter
+    if it is the best so far, and before the first update and after the last what a study reads."""
     session, progress, folder = arm.session, arm.progress, arm.folder
-    loss = arm.held_out.mean_loss()
+    losses = arm.held_out.token_losses()
+    loss = losses.mean
     spectra = arm.held_out.spectra()
     is_best = progress.evaluated(perplexity(loss))
     tasks = evaluate_tasks(arm, is_last=arm.is_done)
+    if session.team.is_main:
+        for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, arm.is_done)):
+            if is_due:
+                losses.write(folder.path / name)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra), tasks)
     arm.log(metrics)
     if session.team.is_main and spectra:
@@ -273,7 +279,7 @@ def pause(arm: Arm) -> dict[str, Any]:
     if arm.is_due(arm.config.train.eval_every):  # it was evaluated in the loop
         metrics = EvaluationMetrics(progress.update, progress.epoch, perplexity=progress.perplexity)
     else:
-        loss = arm.held_out.mean_loss()
+        loss = arm.held_out.token_losses().mean
         metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss))
         arm.log(metrics)
         arm.note(describe_evaluation(metrics))

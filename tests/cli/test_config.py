@@ -21,7 +21,7 @@ from cera_train.training.config import OptimizerKind
 CHOICES = [
     (path.parent.name, path.stem)
     for path in sorted(config_dir("conf").glob("*/*.yaml"))
-    if path.parent.name != "sweep"  # grids of whole runs: tests/sweep/test_grids.py
+    if path.parent.name not in ("sweep", "study")  # many whole runs: tests/sweep
 ]
 RECIPES = sorted(config_dir("recipes").glob("*.yaml"))
 
@@ -184,7 +184,7 @@ def test_options_of_a_group_are_its_files():
         ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),
         ("train.micro_batch_tokens=10", "train.micro_batch_tokens=10 is less than data.max_length=128"),
         ("data.max_length=0", "data.max_length=0 must be positive"),
-        ("data.logistic_map.growth=5", "data.logistic_map.growth=5.0 must be at most 4"),
+        ("data.logistic_map.growth=5", "data.logistic_map.growth=5 must be numbers above 0 and up to 4"),
         ("name=a/b", "name='a/b': expected the name of one folder"),
         ("name=..", "name='..': expected the name of one folder"),
         ("data=jsonl", "there is no training data"),

@@ -189,7 +189,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
         ("cera-eval", ["run=x", "task=math", "generation=sample", "generation.top_p=0"], "must be above 0"),
         ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[5]"], "must be numbers above 0"),
         ("cera-eval", ["run=x", "task=math", "task.name=../out"], "expected the name of one folder"),
-        ("cera-eval", ["run=x", "task=gsm8k", "task.level=5"], "task.level=5 is for MATH's tasks"),
+        ("cera-eval", ["run=x", "task=gsm8k", "task.level=5"], "task.level=5 is for MATH's and reasoning-gym's tasks"),
         ("cera-eval", ["run=x", "task=logistic_map", "task.files=[x.jsonl]"], "takes neither task.prompt nor"),
         ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[3.5699456]"], "more than the six digits"),
         ("cera-eval", ["run=x", "task=forgetting", "task.window=1"], "task.window=1 must be at least 2"),

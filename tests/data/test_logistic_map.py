@@ -31,9 +31,9 @@ def test_trajectory_equals_exact_arithmetic(x0):
 
 
 def test_only_what_is_shown_is_rounded():
-    row = problem(0.4, LogisticMapConfig(decimals=4, steps=5))
+    row = problem(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
     assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
-    rounded = problem(0.4, LogisticMapConfig(decimals=1, steps=5))
+    rounded = problem(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
     assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"  # from the rounded 0.8 the next would be 0.6
 
 
@@ -58,6 +58,33 @@ def test_four_decimals_have_a_row_for_every_start():
 def test_a_split_without_training_rows_is_refused(eval_rows):
     with pytest.raises(ValueError, match=rf"data\.eval_rows={eval_rows} leaves nothing to train on: there are 99"):
         problems(LogisticMapConfig(), eval_rows)
+
+
+def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_starts():
+    train, evaluation = problems(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
+    assert (len(train), len(evaluation)) == (3 * 92, 20)  # 7 starting points are held out, one of them at two growths
+    assert not set(starts_of(train)) & set(starts_of(evaluation))
+    assert [row["prompt"][13:23] for row in train[:4]] == [*("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")]
+    one, _ = problems(LogisticMapConfig(growth=[3.7]), 20)
+    assert one == problems(LogisticMapConfig(growth=3.7), 20)[0]
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        (4.1, r"growth=4\.1 must be numbers above 0 and up to 4"),
+        ([], r"growth=\[\] must be numbers"),
+        ("3.5", "growth=3.5 must be numbers"),
+        (True, "growth=True must be numbers"),
+        (None, "growth=None must be numbers"),
+        ([3.5, float("nan")], "must be numbers"),
+        (3.5699456, "more than the six digits that a prompt shows"),
+        ([3.7, 3.7], r"growth=\[3.7, 3.7\] names one twice"),
+    ],
+)
+def test_a_growth_that_is_none_is_refused(growth, message):
+    with pytest.raises(ValueError, match=message):
+        LogisticMapConfig(growth=growth)
 
 
 def test_the_config_cuts_training_rows_only():

@@ -159,6 +159,12 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     assert len(data.evaluation.rows) == 5
 
 
+def test_training_rows_that_repeat_a_prompt_are_counted(config_of, tokenizer):
+    assert prepare_data(config_of(), tokenizer).repeated_prompts == 0
+    again = [{"question": TRAIN[0]["question"], "answer": answer} for answer in ("one", "two")]
+    assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
+
+
 def test_equal_answers_and_nearly_equal_prompts_are_no_overlap(config_of, tokenizer):
     evaluation = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
     assert prepare_data(config_of(evaluation=evaluation), tokenizer).shared_prompts == 0

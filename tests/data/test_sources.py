@@ -153,7 +153,14 @@ def test_fingerprints_of_generated_rows_follow_every_setting():
         config = DataConfig(layout="logistic_map", eval_rows=eval_rows, logistic_map=LogisticMapConfig(**settings))
         return tuple(source.fingerprint for source in open_sources(config))
 
-    changes = [{"seed": 1}, {"growth": 3.6}, {"steps": 5}, {"decimals": 1, "eval_rows": 2}, {"eval_rows": 10}]
+    changes = [
+        {"seed": 1},
+        {"growth": 3.6},
+        {"growth": [3.5, 3.6]},
+        {"steps": 5},
+        {"decimals": 1, "eval_rows": 2},
+        {"eval_rows": 10},
+    ]
     others = [fingerprints(**change) for change in changes]
     assert fingerprints() == fingerprints()
     every = [fingerprint for pair in (fingerprints(), *others) for fingerprint in pair]

@@ -18,6 +18,7 @@ from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.launch import processes_to_start
 from cera_train.distributed.processes import join_slurm_step
 from cera_train.distributed.team import Watchdog
+from cera_train.runs.outcomes import read_losses
 from cera_train.training.train import train
 
 SCRIPTS = Path(sys.executable).parent
@@ -93,6 +94,9 @@ def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_
         assert losses(outputs / name) == pytest.approx(one, rel=1e-5), name
         for evaluation, expected in zip(evaluations(outputs / name), evaluations(outputs / "one"), strict=True):
             assert evaluation == pytest.approx(expected, rel=1e-4), name
+        for found, expected in zip(read_losses(outputs / name), read_losses(outputs / "one"), strict=True):
+            assert found.tokens.tolist() == expected.tokens.tolist()
+            assert found.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-5), name
     for name in ("ddp_resumed", "fsdp_resumed"):
         assert losses(outputs / name) == pytest.approx(one[12:], rel=1e-5), name
 

@@ -14,8 +14,10 @@ import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.data.config import DataConfig, Layout, MixPart
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.recorded_config import load_config
 from cera_train.tasks import gsm8k
+from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.records import Generation
 
 pytest_plugins = ("evaluated_runs",)
@@ -35,6 +37,9 @@ def test_an_evaluation_leaves_what_it_did(eval_config, run):
     assert (result["problems"], result["samples"], result["missing"]) == (8, 1, 0)
     assert result["truncated"] == sum(row["truncated"] for row in answers)
     assert result["no_answer"] == sum(row["answer"] is None for row in grades)
+    for ending in ENDINGS:
+        assert result[f"ending/{ending}"] == sum(row["ending"] == ending for row in grades) / 8
+    assert list(GradedAnswers(folder).endings.values()) == [[row["ending"]] for row in grades]
     assert result["tokens"] == sum(row["tokens"] for row in answers)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["task"]["max_new_tokens"] == 8
@@ -222,6 +227,7 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
     assert (own["3.5"]["step_accuracy/mean"], own["3.5"]["absolute_error/mean"]) == (1.0, 0.0)
     assert own["3.8"]["state_collapse"] == 1.0
     assert own["3.2"] == {
+        "trained": False,
         "step_accuracy/mean": 0.0,
         "absolute_error/mean": None,
         "steps_given": 0.0,
@@ -237,7 +243,8 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
     }
     printed = " ".join(capsys.readouterr().out.split())
     assert "r = 3.5, x0 = 0.4 step truth answer x1 0.8400 0.8400 x2 0.4704 0.8719" in printed
-    assert "r = 3.2 steps right 0.0%, absolute error none given, state collapse 0.0%" in printed
+    assert "r = 3.2 steps right 0.0%, absolute error none given, state collapse 0.0%, not trained on" in printed
+    assert "state collapse 0.0% r = 3.8 steps right" in printed  # the run was trained on 3.5
 
 
 def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_config, run):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cera_train.evaluation.console import print_evaluation
-from cera_train.evaluation.grading import score, verify
-from cera_train.tasks import math
+from cera_train.evaluation.grading import grade_all, score, verify
+from cera_train.runs.results import AccuracyResult
+from cera_train.tasks import gsm8k, math
+from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.records import Generation, Problem
 
 
@@ -23,13 +27,14 @@ def test_both_graders_count_side_by_side():
         answer("d", r"so the answer is $\frac{1}{2}$."),  # no box: math-verify looks at the text
         answer("e", r"so \boxed{\frac{1", truncated=True),
     ]
-    grades = [math.TASK.grade(problems[given.problem], given) for given in answers]
-    grades = verify(problems, answers, grades, seconds=10)
+    grades = grade_all(math.TASK, problems, answers, seconds=10)
     assert [grade.exact for grade in grades] == [True, False, False, False, False]
     assert [grade.verified for grade in grades] == [True, True, False, True, False]
     assert [grade.answer for grade in grades] == [r"\frac12", "0.5", "2", None, None]
+    assert [grade.ending for grade in grades] == ["right", "right", "wrong", "right", "truncated"]
     scores = score(math.TASK, list(problems.values()), answers, grades)
     assert (scores["exact/pass@1"], scores["verified/pass@1"]) == (1 / 5, 3 / 5)
+    assert [scores[f"ending/{name}"] for name in ENDINGS] == [3 / 5, 1 / 5, 0, 1 / 5, 0]
     assert (scores["truncated"], scores["no_answer"], scores["grader_failures"]) == (1, 2, 0)
     assert scores["tokens"] == sum(given.tokens for given in answers)
     lower, upper = scores["verified/pass@1/interval"]
@@ -48,8 +53,7 @@ def test_a_hostile_answer_is_wrong_and_the_others_go_on():
 def test_a_result_is_printed_line_by_line(capsys, tmp_path):
     problems = [Problem(name, "?", "?", "12") for name in "ab"]
     answers = [answer(problem.id, r"\boxed{12}") for problem in problems]
-    grades = [math.TASK.grade(problem, given) for problem, given in zip(problems, answers, strict=True)]
-    grades = verify({problem.id: problem for problem in problems}, answers, grades, seconds=10)
+    grades = grade_all(math.TASK, {problem.id: problem for problem in problems}, answers, seconds=10)
     counts = {"problems": 2, "samples": 1, "missing": 0}
     print_evaluation(math.TASK, counts | score(math.TASK, problems, answers, grades), tmp_path)
     assert capsys.readouterr().out.splitlines() == [
@@ -57,7 +61,7 @@ def test_a_result_is_printed_line_by_line(capsys, tmp_path):
         "problems        2",
         "exact           100.0%  (95 % interval 15.8% to 100.0%)",
         "verified        100.0%  (95 % interval 15.8% to 100.0%)",
-        "truncated       0 of 2 answers",
+        "answers         right 100.0%, wrong 0.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%",
         "no answer       0",
         "grader failed   0",
         f"folder          {tmp_path}",
@@ -74,3 +78,28 @@ def test_none_or_all_of_the_problems_right_gets_the_exact_interval():
     for grader in ("exact", "verified"):
         assert scores[f"{grader}/pass@1"] == 0
         assert scores[f"{grader}/pass@1/interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 4))]
+
+
+def test_every_pass_at_k_has_its_interval(capsys, tmp_path):
+    """Problem i of 12 has i right answers, of 16."""
+    problems = [Problem(f"p{i}", "?", "?", str(i)) for i in range(12)]
+    answers = [
+        answer(problem.id, f"#### {i if sample < i else 'none'}", sample)
+        for i, problem in enumerate(problems)
+        for sample in range(16)
+    ]
+    grades = [gsm8k.TASK.grade(problems[int(given.problem[1:])], given) for given in answers]
+    grades = [replace(grade, verified=grade.exact) for grade in grades]
+    counts = {"task": "gsm8k", "kind": "gsm8k", "problems": 12, "samples": 16, "missing": 0}
+    scores = counts | score(gsm8k.TASK, problems, answers, grades)
+    result = AccuracyResult.from_json(scores, "result.json")
+    assert [found.key for found in result.accuracies.found] == [
+        f"{grader}/pass@{k}" for grader in ("exact", "verified") for k in range(1, 17)
+    ]
+    print_evaluation(gsm8k.TASK, scores, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    for found in result.accuracies.found:
+        lower, upper = result.interval(found)
+        assert 0 <= lower < found.value < upper <= 1
+        expected = f"{found.value:.1%}  (95 % interval {lower:.1%} to {upper:.1%})"
+        assert f"{found.key.replace('/', ' '):<18}{expected}" in lines

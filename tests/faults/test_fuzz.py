@@ -264,7 +264,7 @@ def test_an_answer_that_is_found_is_right_by_itself(task, before, inside):
 @fuzz
 @given(text=st.one_of(ANSWERS, st.text("0123456789.,-=x \n", max_size=60)), steps=st.integers(1, 6))
 def test_any_trajectory_is_compared_step_by_step(text, steps):
-    truth = logistic_map_rows.problem(0.4, logistic_map.LogisticMapConfig(steps=steps, decimals=4))[
+    truth = logistic_map_rows.problem(0.4, 3.5, logistic_map.LogisticMapConfig(steps=steps, decimals=4))[
         "completion"
     ].strip()
     values = logistic_map.extract(text, steps)

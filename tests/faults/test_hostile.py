@@ -364,8 +364,11 @@ def assert_untouched(elsewhere: Path) -> None:
     assert (elsewhere / "precious").read_text() == "precious"
 
 
-RUN_LINKS = ["metrics.jsonl", ".lock", "wandb-run-id", "checkpoints", "best", "wandb", "adapter", ".writing-run.png"]
-FOLDERS = ("checkpoints", "best", "wandb", "adapter")
+RUN_LINKS = [
+    *("metrics.jsonl", ".lock", "wandb-run-id", "checkpoints", "best", "wandb", "adapter", ".writing-run.png"),
+    *("losses_before.safetensors", "grades"),
+]
+FOLDERS = ("checkpoints", "best", "wandb", "adapter", "grades")
 
 
 @pytest.mark.parametrize("name", RUN_LINKS)

@@ -16,7 +16,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
 from cera_train.model import loss as loss_module
-from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout, mean_loss, perplexity
+from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout, perplexity
 
 
 def make_rows(count: int = 7, vocab_size: int = 512):
@@ -184,31 +184,6 @@ def test_probe_lets_a_llama_flatten_and_chunk(tiny_llama):
     supervised = make_loss(tiny_llama)
     assert supervised.allowed.flattens
     assert supervised.allowed.chunks_head
-
-
-def test_perplexity_equals_brute_force_for_any_batch(tiny_llama):
-    rows, masks = make_rows()
-    supervised = make_loss(tiny_llama)
-    expected = math.exp(brute_force(supervised.model, rows, masks) / sum(map(sum, masks)))
-    for batch in (flat_batch, padded_batch):
-        for size in (1, 2, 7):
-            batches = [(own, True) for own in groups_of(rows, masks, size, batch)]
-            batches.insert(1, (batches[0][0], False))  # one that only keeps other processes company
-            got = perplexity(mean_loss(supervised, batches))
-            assert got == pytest.approx(expected, rel=1e-5)
-
-
-def test_perplexity_is_taken_without_dropout_and_leaves_training_mode(tiny_llama):
-    import peft
-
-    model = peft.get_peft_model(tiny_llama, CeraConfig(r=4, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"))
-    supervised = SupervisedLoss(model, tiny_llama)
-    supervised.probe()
-    supervised.train()
-    batches = [(batch, True) for batch in groups_of(*make_rows(), 3, padded_batch)]
-    first, second = (mean_loss(supervised, batches) for _ in range(2))
-    assert first == second
-    assert supervised.training
 
 
 def test_perplexity_of_an_enormous_loss_is_infinite():

@@ -103,7 +103,7 @@ def test_a_sweep_adds_up_its_jobs(plan, capsys):
 def test_a_job_that_does_not_fit_is_marked(compose, capsys):
     models = ("llama3_2_1b", "llama3_1_8b")
     configs = [compose(MATH, f"model={name}", "plan.gpu=rtx4090", command="plan") for name in models]
-    print_sweep_plans([make_plan(config, with_remedies=False) for config in configs])
+    print_sweep_plans([make_plan(config, with_advice=False) for config in configs])
     _, small, large, _ = capsys.readouterr().out.splitlines()
     assert "does not fit" not in small
     assert large.endswith("does not fit RTX 4090")

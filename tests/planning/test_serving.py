@@ -63,10 +63,16 @@ def test_the_parts_of_serving_by_hand(planned):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"kind": "dora"}, {"kind": "full", "r": None}, {"mix": "learned"}, {"recurrent_steps": 2}, {"r": 1024}]
+    "settings", [{"kind": "dora"}, {"kind": "full", "r": None}, {"recurrent_steps": 2}, {"r": 1024}]
 )
 def test_what_vllm_does_not_serve_has_no_plan(planned, settings):
     assert plan_serving(changed(planned, "adapter", **settings)) is None
+
+
+def test_a_learned_mix_is_served_with_a_gamma_for_each_projection(planned, plan):
+    mixed, own = plan_serving(plan("+recipe=math_r64", "adapter=cera_mix", "adapter.r=20")), plan_serving(planned)
+    assert mixed.adapter == own.adapter + 2 * 64  # 32 layers, q and v
+    assert (mixed.rank, mixed.slot, mixed.targets) == (own.rank, own.slot, own.targets)
 
 
 def test_models_share_a_device_as_far_as_they_fit():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made_runs import add_evaluation, cells, make_run, result_of, two_runs
 
-from cera_train.report.page import compare_runs, write_report
+from cera_train.report.page import compare_runs, template, write_report
 from cera_train.report.runs import read_runs
 
 
@@ -57,6 +57,33 @@ def test_several_samples_give_pass_at_one_and_at_n(tmp_path: Path) -> None:
     table = cells(run)
     assert table["MATH exact"][0][0] == "12.5%"
     assert table["MATH exact pass@4"][0][0] == "50.0%"
+
+
+def test_below_pass_at_n_stand_those_of_fewer_answers_with_their_intervals(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    path = add_evaluation(run, "math", solved=lambda n, sample: n < 20, samples=8) / "result.json"
+    result = json.loads(path.read_text())
+    for k in range(2, 8):
+        result |= {f"exact/pass@{k}": 0.5 + k / 100, f"exact/pass@{k}/interval": [0.4, 0.6]}
+    path.write_text(json.dumps(result))
+    table = cells(run)
+    assert table["MATH exact pass@8"][0] == (
+        *("50.0%", "0.0 to 100.0%", "pass@2 52.0%, 40.0 to 60.0%", "pass@4 54.0%, 40.0 to 60.0%", "8 samples each"),
+    )
+    assert not any("pass@" in note for note in table["MATH exact"][0])
+    assert table["MATH verified pass@8"][0] == ("50.0%", "0.0 to 100.0%")
+
+
+def test_how_answers_ended_has_a_table_of_its_own(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    paths = [add_evaluation(run, "gsm8k") / "result.json" for run in runs]
+    shares = {"right": 0.125, "wrong": 0.5, "loop": 0.25, "truncated": 0.125, "collapsed": 0.0}
+    result = json.loads(paths[0].read_text()) | {f"ending/{name}": share for name, share in shares.items()}
+    paths[0].write_text(json.dumps(result))
+    label = "GSM8K answers, right / wrong / loop / truncated / collapsed"
+    assert cells(*runs)[label] == [("12.5 / 50.0 / 25.0 / 12.5 / 0.0 %",), (None,)]
+    page = template("report.md").render(report=compare_runs(runs, tmp_path / "report"))
+    assert f"\n| run | {label} |\n" in page
 
 
 def test_none_or_all_of_the_problems_have_the_exact_interval(tmp_path: Path) -> None:

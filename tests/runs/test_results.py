@@ -169,6 +169,8 @@ def test_grades_read_back_with_what_their_task_adds(tmp_path: Path) -> None:
     assert list(answers.scores(lambda grade: grade.exact).values()) == [1, 1, 0, 0]
     with pytest.raises(UserError, match=f"{folder}/grades.jsonl is broken: KeyError"):
         answers.scores(lambda grade: grade.details["matches"])
+    with pytest.raises(UserError, match=f"{folder}/grades.jsonl does not have .* again with cera-eval grade={folder}"):
+        _ = answers.endings  # an evaluation of an earlier version
 
 
 def test_results_import_no_torch() -> None:

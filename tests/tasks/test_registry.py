@@ -57,7 +57,7 @@ def test_an_unknown_kind_is_refused_and_the_kinds_are_listed(kind):
 
 def test_every_task_is_of_one_of_the_two_sorts_and_takes_settings_that_there_are():
     names = set(TaskConfig.__dataclass_fields__)
-    assert set(all_tasks()) == {"gsm8k", "jsonl", "logistic_map", "math", "perplexity", "text"}
+    assert set(all_tasks()) == {"gsm8k", "jsonl", "logistic_map", "math", "perplexity", "reasoning_gym", "text"}
     for task in all_tasks().values():
         assert isinstance(task, (AnswerTask, RowTask))
         assert names >= set(task.settings)
@@ -80,9 +80,18 @@ def test_names_for_people():
         ),
         ({"kind": "gsm8k", "prompt": "{question"}, r"task.prompt.*'{question' is malformed"),
         ({"kind": "math", "prompt": "Problem:"}, "task.prompt='Problem:' names no column: write one in braces"),
-        ({"kind": "gsm8k", "prompt": "{question}", "path": "a/b", "level": 5}, "task.level=5 is for MATH's tasks"),
+        (
+            {"kind": "gsm8k", "prompt": "{question}", "path": "a/b", "level": 5},
+            "task.level=5 is for MATH's and reasoning-gym's tasks",
+        ),
         ({"kind": "text", "files": ["x"], "growths": [3.5]}, r"task.growths=\[3.5\] is for logistic map's tasks"),
         ({"kind": "text"}, "task.files is empty"),
+        (
+            {"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"},
+            "task.generator=chain_sums.*Did you mean chain_sum",
+        ),
+        ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
+        ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "takes neither task.prompt nor task.files"),
         ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
     ],
 )

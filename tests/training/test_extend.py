@@ -14,6 +14,7 @@ from cera_train.common.errors import UserError
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.report.runs import read_runs
 from cera_train.runs import extension
+from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.subject import find_adapter
 from cera_train.training.train import train
@@ -63,7 +64,14 @@ def test_the_bytes_are_those_of_one_longer_run(tiny_config, short, whole, capsys
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
     assert timeless(config) == timeless(whole)
-    for name in ("best/adapter_model.safetensors", "best/metrics.json", "spectrum.json", "spectra.jsonl"):
+    for name in (
+        LOSSES_BEFORE,
+        LOSSES_AFTER,
+        "best/adapter_model.safetensors",
+        "best/metrics.json",
+        "spectrum.json",
+        "spectra.jsonl",
+    ):
         assert (folder_of(config) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
     assert (
         f"extend     {folder_of(config)} from update 5 to 10; as it ended it is kept in ends/5. It goes on as one run "
@@ -130,7 +138,7 @@ class Cut(Exception):
     """Stands for the death of the process."""
 
 
-@pytest.mark.parametrize("moved", [0, 4])
+@pytest.mark.parametrize("moved", [0, 5])
 def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypatch, moved):
     config, calls = tiny_config(*EVERY, *LONG, "train.extend=true"), iter(range(99))
     folder_of(config).joinpath("eval").mkdir()
@@ -147,7 +155,7 @@ def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypa
             train(config)
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
-    expected = {*extension.STAYS, *extension.ENDS_RUN} - {"samples.jsonl"}  # this run has none
+    expected = {*extension.STAYS, *extension.ENDS_RUN} - {"samples.jsonl", "grades"}  # this run has none
     assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == expected
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +18,16 @@ import torch
 from evaluation_files import QUESTIONS, read
 
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_tasks
+from cera_train.runs.outcomes import read_grades
+from cera_train.tasks.logistic_map import TASK
 from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
-from cera_train.training.tasks import ROOM, rows_exam
+from cera_train.training.config import SAMPLE_ROOM
+from cera_train.training.tasks import rows_exam
 from cera_train.training.train import train, train_together
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
@@ -104,16 +109,22 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     config = tiny_config(*TASKS, "train.samples=5", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
     printed = capsys.readouterr().out
-    assert "4 problems of logistic_map, up to 64 tokens each, before the first update and after the last; " in printed
+    assert "4 problems of logistic_map, up to 64 tokens each, after the last update; " in printed
     assert "5 samples of up to 64 tokens at each evaluation" in printed
-    assert printed.count("(4 problems of logistic_map in ") == printed.count("; 5 samples in ") == 2
-    assert printed.count("logistic_map exact 0.0%, step_accuracy/mean") == 3
+    assert (printed.count("(4 problems of logistic_map in "), printed.count("5 samples in ")) == (1, 2)
+    assert printed.count("logistic_map exact 0.0%, step_accuracy/mean") == 2
     evaluated = evaluate(compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval"))
     folder = folder_of(config) / "eval" / "logistic_map"
     samples = [line for line in read(folder_of(config) / "samples.jsonl") if line["update"] == 4]
     assert [line["answer"] for line in samples] == [line["text"] for line in read(folder / "generations.jsonl")]
     assert [line["prompt"] for line in samples] == [line["prompt"] for line in read(folder / "problems.jsonl")]
     assert [line["exact"] for line in samples] == [line["exact"] for line in read(folder / "grades.jsonl")]
+    answers = GradedAnswers(folder, TASK.counts)
+    grades = read_grades(folder_of(config), "logistic_map")
+    assert {one.problem: one.endings for one in grades} == answers.endings
+    assert {one.problem: one.scores for one in grades} == {
+        name: [score] for name, score in answers.scores(lambda grade: TASK.paired_value(grade, "exact")).items()
+    }
     assert result[FIGURES[0]] == evaluated["exact/pass@1"]
     assert [result[f"logistic_map/{name}"] for name in ("step_accuracy/mean", "state_collapse")] == [
         *(evaluated["step_accuracy/mean"], evaluated["state_collapse"]),
@@ -132,7 +143,7 @@ def half_right(monkeypatch):
 
     def generate(model, base, tokenizer, batch, config):
         made = original(model, base, tokenizer, batch, config)
-        return [replace(answer, text=gold.get(answer.problem, "nothing")) for answer in made]
+        return [replace(answer, text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
 
     original = tasks.generate
     monkeypatch.setattr(tasks, "load_problems", load)
@@ -174,7 +185,11 @@ def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_no
             train(cut)
     assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8
     resumed = train(cut)
-    assert (folder_of(cut) / "samples.jsonl").read_bytes() == (folder_of(whole) / "samples.jsonl").read_bytes()
+    for name in ("samples.jsonl", "grades/logistic_map.jsonl"):
+        assert (folder_of(cut) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
+    grades = read_grades(folder_of(cut), "logistic_map")
+    assert [one.endings for one in grades] == [["right"], ["wrong"]] * 2  # the paper's case does not count
+    assert [one.scores for one in grades] == [[1.0], [0.0]] * 2
     assert [resumed[name] for name in FIGURES] == [result[name] for name in FIGURES]
     assert [[line.get(name) for name in FIGURES] for line in evaluations(cut)] == [
         [line.get(name) for name in FIGURES] for line in evaluations(whole)
@@ -197,7 +212,7 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
 def test_a_run_that_is_out_of_patience_is_measured_at_its_end(tiny_config):
     config = tiny_config(*TASKS[:1], *SHORT, "optimizer.lr=1e-30", "train.eval_every=2", "train.patience=1")
     assert train(config)["updates"] == 2
-    assert [FIGURES[0] in line for line in evaluations(config)] == [True, True]
+    assert [FIGURES[0] in line for line in evaluations(config)] == [False, True]
 
 
 def test_a_task_of_ones_own_is_graded_by_its_rule(tiny_config, write_jsonl, half_right):
@@ -250,7 +265,7 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_json
     ids = (*start, *tokenizer(prompt, add_special_tokens=False).input_ids)
     assert [request.prompt_ids for request in exam.requests] == [ids] * 2
     assert len({request.problem for request in exam.requests}) == 2
-    assert exam.max_new_tokens == ROOM
+    assert exam.max_new_tokens == SAMPLE_ROOM
     assert rows_exam(data, 1, tokenizer, positions=len(ids) + 5).max_new_tokens == 5
 
 
@@ -286,3 +301,26 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
     figures = [[line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))]
     assert figures == [[line.get(name) for name in FIGURES] for line in evaluations(config)]
+
+
+def test_a_run_on_generated_rows_answers_unseen_ones(tiny_config, compose, capsys):
+    pytest.importorskip("reasoning_gym")
+    rows = ["data=reasoning_gym", "data.reasoning_gym.level=0", "data.train_rows=400", "data.eval_rows=4"]
+    short = [
+        "train.tasks=[reasoning_gym]",
+        "train.tasks_limit=3",
+        "train.task_settings={reasoning_gym: {max_new_tokens: 4}}",
+    ]
+    config = tiny_config(*rows, *short, "train.max_updates=2", "train.tasks_every=null")
+    result = train(config)
+    printed = capsys.readouterr().out
+    assert {"reasoning_gym/exact", "reasoning_gym/credit"} <= set(result)
+    assert re.search(
+        r"shared     0 evaluation prompts are also training prompts; 2\d\d training rows repeat a prompt", printed
+    )
+    own = ["task=reasoning_gym", "task.limit=3", "task.max_new_tokens=4"]
+    evaluated = evaluate(compose(f"run={folder_of(config)}", *own, command="eval"))
+    assert evaluated["credit"] == result["reasoning_gym/credit"]
+    assert evaluated["by_generator"]["chain_sum"]["answers"] == 3
+    again = evaluate(compose(f"grade={folder_of(config) / 'eval' / 'reasoning_gym'}", command="eval"))
+    assert again["by_generator"] == evaluated["by_generator"]

@@ -17,6 +17,7 @@ from cera_train.distributed.signals import Interrupted
 from cera_train.model.config import Dtype
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.outcomes import read_losses
 from cera_train.training.train import train, train_together
 
 ARMS = {
@@ -63,6 +64,8 @@ def assert_equal_runs(config, other) -> None:
         assert line == pytest.approx(expected, rel=1e-5, abs=1e-7)
     for name, value in weights(config).items():
         assert (value - weights(other)[name]).abs().max() < 1e-4
+    for losses, others in zip(read_losses(folder_of(config)), read_losses(folder_of(other)), strict=True):
+        assert losses.losses == pytest.approx(others.losses, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("layout", "tokens"), [("flat", 512), pytest.param("padded", 4096, marks=pytest.mark.slow)])

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.distributed.config import Strategy
+from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, read_losses
 from cera_train.training.session import settle
 from cera_train.training.train import train
 
@@ -69,6 +71,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(finished, tiny_folder)
     folder = folder_of(config)
     assert sorted(path.name for path in folder.iterdir()) == [
         *("adapter", "best", "checkpoints", "config.yaml", "environment.json"),
+        *("losses_after.safetensors", "losses_before.safetensors"),
         *("metrics.jsonl", "result.json", "run.png", "spectra.jsonl", "spectrum.json"),
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
@@ -113,6 +116,16 @@ def test_metrics_have_the_promised_names(finished):
     assert 1 < result["spectrum/effective_rank/max"] <= 4
 
 
+def test_losses_of_tokens_are_those_of_the_reported_perplexities(finished):
+    config, result = finished
+    before, after = read_losses(folder_of(config))
+    assert [perplexity(losses.mean) for losses in (before, after)] == [
+        *(result["perplexity_before"], result["eval/perplexity"]),
+    ]
+    assert before.tokens.tolist() == after.tokens.tolist()
+    assert after.sums().sum() / after.tokens.sum() == pytest.approx(metrics_of(config)[-1]["eval/loss"], rel=1e-12)
+
+
 def test_the_final_adapter_gives_the_reported_perplexity_through_plain_peft(finished, tiny_folder, tokenizer):
     config, result = finished
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
@@ -120,12 +133,16 @@ def test_the_final_adapter_gives_the_reported_perplexity_through_plain_peft(fini
     from cera_train.data.logistic_map import problems
 
     total, count = 0.0, 0
+    _, losses = read_losses(folder_of(config))
+    sums, tokens = iter(losses.sums()), iter(losses.tokens)
     for row in problems(config.data.logistic_map, 20)[1]:
         prompt = tokenizer(row["prompt"]).input_ids
         ids = [*prompt, *tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         labels = [-100] * len(prompt) + ids[len(prompt) :]
         with torch.no_grad():
             loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+        assert next(tokens) == len(ids) - len(prompt)
+        assert next(sums) == pytest.approx(loss.item() * (len(ids) - len(prompt)), rel=1e-4)
         total, count = total + loss.item() * (len(ids) - len(prompt)), count + len(ids) - len(prompt)
     assert torch.tensor(total / count).exp().item() == pytest.approx(result["eval/perplexity"], rel=1e-4)
 
@@ -152,6 +169,8 @@ def test_resume_is_bit_exact(tiny_config, monkeypatch, died_after, adapter):
     assert not (folder_of(cut) / "result.json").exists()
     train(cut)
     assert adapter_bytes(cut) == adapter_bytes(whole)
+    for name in (LOSSES_BEFORE, LOSSES_AFTER):
+        assert (folder_of(cut) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
 
     def comparable(config):
         timings = {"train/tokens_per_s", "train/seconds"}
@@ -181,6 +200,9 @@ def test_resume_from_a_path_goes_on_from_there(tiny_config):
     train(branch)
     assert adapter_bytes(branch) == adapter_bytes(whole)
     assert min(line["update"] for line in metrics_of(branch)) == 9
+    before, after = read_losses(folder_of(branch))  # no update came before the first of this folder's
+    assert before is None
+    assert after.losses.tolist() == read_losses(folder_of(whole))[1].losses.tolist()
 
 
 def test_a_finished_run_started_again_returns_its_result(finished, capsys, monkeypatch):
@@ -275,6 +297,7 @@ def test_patience_stops_when_perplexity_no_longer_falls(tiny_config):
     result = train(config)
     assert result["updates"] < 100
     assert result["updates"] == result["best_update"] + 4
+    assert perplexity(read_losses(folder_of(config))[1].mean) == result["eval/perplexity"]
 
 
 def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):

@@ -1,0 +1,131 @@
+"""An outcome against log2 of the rank: its slope per doubling, and the rank from which it no longer changes.
+
+Seeds are the replicates; problems are the fixed ones that all runs met. A slope is a weighted sum of the ranks' means,
+so its variance is the sum of theirs, with degrees of freedom as in `verdict`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from cera_train.common.errors import UserError
+from cera_train.evaluation.verdict import ERROR_RATE, degrees_of_sum
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A slope per doubling of the rank with its 95 % interval; -inf to inf where a rank has one seed."""
+
+    value: float
+    lower: float
+    upper: float
+    p_value: float
+
+    @property
+    def includes_zero(self) -> bool:
+        return self.lower <= 0 <= self.upper
+
+    def within(self, matters: float) -> bool:
+        """Whether the interval lies within +-matters."""
+        return -matters <= self.lower and self.upper <= matters
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How an outcome changes with the rank."""
+
+    log2_ranks: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
+    """[ranks][seeds]"""
+    overall: Estimate
+    """The least-squares slope over all ranks, each rank's mean counting the same."""
+    steps: list[Estimate]
+    """Between neighbouring ranks."""
+    tails: list[Estimate]
+    """From each rank but the last to the largest: the first is `overall`."""
+
+    @property
+    def plateau_index(self) -> int | None:
+        """The first rank such that neither a step nor a tail that starts there or later excludes zero; None where the
+        last step excludes zero, or a rank has one seed."""
+        if math.isinf(self.overall.lower):
+            return None
+        changes = [
+            not (step.includes_zero and tail.includes_zero) for step, tail in zip(self.steps, self.tails, strict=True)
+        ]
+        first = max((index + 1 for index, is_change in enumerate(changes) if is_change), default=0)
+        return first if first < len(self.steps) else None
+
+    @property
+    def plateau(self) -> int | None:
+        """The rank from which no change is shown; None: the outcome changes up to the largest rank.
+
+        Wide intervals show no change either: `is_flat` is the claim that there is none."""
+        return None if self.plateau_index is None else round(2 ** self.log2_ranks[self.plateau_index])
+
+    def is_flat(self, matters: float) -> bool:
+        """Whether every interval from the plateau on lies within +-matters a doubling."""
+        first = self.plateau_index
+        return first is not None and all(slope.within(matters) for slope in self.steps[first:] + self.tails[first:])
+
+
+def slope(log2_ranks: Sequence[float], values: Sequence[Sequence[float]]) -> Slope:
+    """Fits an outcome against log2 of the rank.
+
+    Args:
+        log2_ranks: Ascending, at least two.
+        values: [ranks][seeds]; numbers of seeds may differ.
+
+    Raises:
+        UserError: Ranks and values do not fit each other, or a value is not a number.
+    """
+    if len(log2_ranks) != len(values) or len(values) < 2 or not all(map(len, values)):
+        raise UserError(
+            f"a slope needs values of at least two ranks, got {len(log2_ranks)} ranks, {len(values)} values."
+        )
+    if any(larger <= smaller for smaller, larger in pairwise(log2_ranks)):
+        raise UserError(f"a slope needs ascending ranks, got log2 {[*log2_ranks]}.")
+    if not all(math.isfinite(value) for row in values for value in row):
+        raise UserError("a slope needs numbers, got inf or nan. Leave out runs that diverged.")
+    pairs = [slice(index, index + 2) for index in range(len(values) - 1)]
+    tails = [_fit([(log2_ranks[pair.start :], values[pair.start :], 1)]) for pair in pairs]
+    steps = [_fit([(log2_ranks[pair], values[pair], 1)]) for pair in pairs]
+    return Slope(tuple(log2_ranks), tuple(tuple(map(float, row)) for row in values), tails[0], steps, tails)
+
+
+def slope_difference(first: Slope, second: Slope) -> Estimate:
+    """The second's overall slope - the first's."""
+    return _fit([(first.log2_ranks, first.values, -1), (second.log2_ranks, second.values, 1)])
+
+
+def _fit(lines: list[tuple[Sequence[float], Sequence[Sequence[float]], int]]) -> Estimate:
+    """The sum of the lines' slopes, each times its sign."""
+    import numpy
+    from scipy.special import stdtr, stdtrit
+
+    coefficients = numpy.concatenate([sign * _coefficients(log2_ranks) for log2_ranks, _, sign in lines])
+    cells = [numpy.asarray(row, dtype=float) for _, values, _ in lines for row in values]
+    value = float(coefficients @ [cell.mean() for cell in cells])
+    if min(map(len, cells)) < 2:
+        return Estimate(value, -math.inf, math.inf, 1.0)
+    variances = coefficients**2 * [cell.var(ddof=1) / len(cell) for cell in cells]
+    degrees = float(degrees_of_sum(variances, numpy.array([len(cell) - 1 for cell in cells])))
+    error = math.sqrt(variances.sum())
+    half = -float(stdtrit(degrees, ERROR_RATE / 2)) * error
+    p_value = 1.0 if value == 0 else float(2 * stdtr(degrees, -abs(value) / error)) if error else 0.0
+    return Estimate(value, value - half, value + half, p_value)
+
+
+def _coefficients(log2_ranks: Sequence[float]) -> ndarray:
+    """Least squares: slope = sum of (x - mean x) y / sum of (x - mean x)^2."""
+    import numpy
+
+    centred = numpy.asarray(log2_ranks, dtype=float) - numpy.mean(log2_ranks)
+    return centred / (centred**2).sum()

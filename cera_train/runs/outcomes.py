@@ -1,0 +1,157 @@
+"""What a run leaves for a study, so that nothing has to run again: the loss of every held-out token before the first
+update and after the last, and how each answer to its tasks ended. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from cera_train.common.errors import UserError, words_of
+from cera_train.common.files import write_bytes, write_text
+from cera_train.common.records import RESTORE, Record, read_lines
+from cera_train.tasks.endings import ENDINGS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LOSSES_BEFORE, LOSSES_AFTER = "losses_before.safetensors", "losses_after.safetensors"
+GRADES = "grades"
+"""Folder with a file TASK.jsonl for each task."""
+
+
+# --- losses ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLosses:
+    """The loss of every supervised held-out token."""
+
+    tokens: np.ndarray
+    """[rows] supervised tokens of each held-out row, int64."""
+    losses: np.ndarray
+    """[sum(tokens)] nats, float32, row by row."""
+
+    @property
+    def mean(self) -> float:
+        """Nats per supervised token."""
+        return float(self.losses.mean(dtype="float64"))
+
+    def sums(self) -> np.ndarray:
+        """[rows] nats of each row, float64."""
+        import numpy as np
+
+        rows = np.repeat(np.arange(len(self.tokens)), self.tokens)
+        return np.bincount(rows, weights=self.losses, minlength=len(self.tokens))
+
+    def write(self, path: Path) -> None:
+        from safetensors.numpy import save
+
+        write_bytes(path, save({"tokens": self.tokens, "losses": self.losses}))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The losses in a file; raises UserError where it is missing or broken."""
+        from safetensors.numpy import load
+
+        try:
+            found = load(path.read_bytes())
+            read = cls(found["tokens"], found["losses"])
+            shapes = [(array.dtype.name, array.ndim) for array in (read.tokens, read.losses)]
+            if shapes != [("int64", 1), ("float32", 1)]:
+                raise ValueError(f"its tensors are {shapes}")
+            is_count = (read.tokens >= 0) & (read.tokens <= len(read.losses))  # no sum can overflow
+            if not is_count.all() or read.tokens.sum() != len(read.losses):
+                raise ValueError(f"its {len(read.losses)} losses are not those of its {len(read.tokens)} rows")
+        except Exception as error:  # safetensors and numpy raise many types on a file that is not theirs
+            raise UserError(f"{path} is broken: {words_of(error)}. {RESTORE}") from error
+        return read
+
+
+def read_losses(run: Path) -> tuple[TokenLosses | None, TokenLosses]:
+    """The losses before the first update and after the last. The first are None for a run that went on from another
+    run's checkpoint."""
+    before, after = run / LOSSES_BEFORE, run / LOSSES_AFTER
+    _require(after, "let the command that began the run finish it; a run of an earlier version has to be trained again")
+    return TokenLosses.read(before) if before.is_file() else None, TokenLosses.read(after)
+
+
+@dataclass(frozen=True)
+class DifficultyBin:
+    """Tokens that were about as hard before training."""
+
+    lowest: float
+    """The smallest loss of its tokens before training, in nats."""
+    highest: float
+    tokens: int
+    before: float
+    """Mean loss before training."""
+    after: list[float]
+    """Mean loss of each run after training."""
+
+
+def loss_by_difficulty(before: TokenLosses, after: Sequence[TokenLosses], bins: int = 10) -> list[DifficultyBin]:
+    """Mean losses of the tokens in quantiles of their loss before training, the easiest tokens first.
+
+    Args:
+        before: the losses of the untouched base, which sort the tokens of all runs alike.
+        after: those of each run.
+        bins: 4 for quartiles, 10 for deciles. They have equally many tokens, to within one.
+    """
+    import numpy as np
+
+    for losses in after:
+        if not np.array_equal(losses.tokens, before.tokens):
+            raise UserError("these runs were measured on different held-out rows: compare runs on the same data.")
+    easiest_first = np.argsort(before.losses, kind="stable")
+    parts = np.array_split(easiest_first, min(bins, len(easiest_first)))
+    return [
+        DifficultyBin(
+            *(float(before.losses[part[end]]) for end in (0, -1)),
+            *(len(part), _mean(before.losses[part]), [_mean(losses.losses[part]) for losses in after]),
+        )
+        for part in parts
+    ]
+
+
+def _mean(losses: np.ndarray) -> float:
+    return float(losses.mean(dtype="float64"))
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GradedProblem(Record):
+    """The answers to one problem."""
+
+    problem: str
+    """Its id."""
+    scores: list[float]
+    """One an answer, 0 to 1."""
+    endings: list[str]
+    """One an answer, see tasks/endings.py."""
+
+
+def write_grades(run: Path, task: str, problems: Sequence[GradedProblem]) -> None:
+    path = run / GRADES / f"{task}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, "".join(json.dumps(problem.to_json()) + "\n" for problem in problems))
+
+
+def read_grades(run: Path, task: str) -> list[GradedProblem]:
+    """How the answers to one of `train.tasks` came out after the last update, in the task's order."""
+    path = run / GRADES / f"{task}.jsonl"
+    _require(path, f"train with train.tasks=[{task}], and let the run finish")
+    problems = read_lines(path, GradedProblem)
+    for number, one in enumerate(problems, start=1):
+        if len(one.scores) != len(one.endings) or not {*one.endings} <= {*ENDINGS}:
+            raise UserError(f"{path}:{number} is broken: {one.scores} ended {one.endings}. {RESTORE}")
+    return problems
+
+
+def _require(path: Path, mend: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {mend}.")
