@@ -11,9 +11,10 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
 
+from cera_train.cli.composition import without_hydra
 from cera_train.cli.start import errors_in_one_line
 from cera_train.cli.together import Together, group
-from cera_train.cli.train import TRAIN, without_hydra
+from cera_train.cli.train import TRAIN
 from cera_train.common.errors import UserError
 
 BETWEEN_JOBS = ";"

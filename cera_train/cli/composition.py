@@ -7,7 +7,7 @@ import dataclasses
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.plugin import Plugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from cera_train.cli.names import did_you_mean
@@ -64,11 +64,11 @@ def register_configs() -> None:
         store.store(group="recipe", name=path.stem, node=OmegaConf.load(path), package="_global_")
 
 
-def register_plugins(plugins: Iterable[type[Plugin]]) -> None:
-    """Lists sweepers and launchers of ours with Hydra as hydra_plugins.cera_train.NAME, for the `_target_` of their
-    files in conf/hydra. Hydra builds plugins of that package alone, but asks for no module there: any installation
-    has them, and they pickle under their real names."""
-    names = {f"hydra_plugins.cera_train.{plugin.__name__}": plugin for plugin in plugins}
+def register_plugins(plugins: Mapping[str, type[Plugin]]) -> None:
+    """Lists sweepers and launchers of ours with Hydra by these names, as hydra_plugins.cera_train.NAME, for the
+    `_target_` of their files in conf/hydra. Hydra builds plugins of that package alone, but asks for no module there:
+    any installation has them, and they pickle under their real names."""
+    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in plugins.items()}
     Plugins.instance().class_name_to_class.update(names)
 
 
@@ -91,6 +91,13 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
         key = min(unknown)
         raise UserError(composition.unknown_setting(key, f"+{key}={tree[key]}"))
     return OmegaConf.to_object(composed)
+
+
+def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
+    """The checked config of a job, from all that Hydra composed for it."""
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return to_config(composed, schema)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

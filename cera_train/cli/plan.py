@@ -8,22 +8,23 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, to_config
+from cera_train.cli.composition import Composition, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
-from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.config import PlanRun
-from cera_train.sweep.folder import grid, refuse_grid_of_one
-from cera_train.sweep.halving import is_halving
+from cera_train.sweep.folder import grid, is_study, refuse_grid_of_one
+from cera_train.sweep.halving import Halving
+from cera_train.sweep.study import StudySweeper, study_of
 
 PLAN = Composition(PlanRun, "cera-plan")
 
 
 def main() -> None:
-    start_hydra(PLAN, "plan", plan)
+    start_hydra(PLAN, "plan", plan, plugins={sweeper.__name__: PlannedHalving for sweeper in (Halving, StudySweeper)})
 
 
 def plan(composed: DictConfig) -> Any:
@@ -34,18 +35,22 @@ def plan(composed: DictConfig) -> Any:
         from cera_train.planning.plan import make_plan
         from cera_train.planning.table import print_measured, print_plan
 
-        is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
-        if is_sweep and config.plan.compare:
-            raise UserError(
-                f"plan.compare={[str(kind) for kind in config.plan.compare]} sets other adapters beside one plan; with "
-                "-m, sweep them: adapter=cera,lora,dora."
-            )
         if config.run is not None:
             print_measured(Path(config.run), config.plan)
-        elif is_sweep:
-            return make_plan(config, with_advice=False)
+        elif HydraConfig.get().mode == RunMode.MULTIRUN:
+            return make_plan(refuse_compared(config), with_advice=False)
         else:
             print_plan(make_plan(config))
+
+
+def refuse_compared(config: PlanRun) -> PlanRun:
+    """Raises UserError where a job of a sweep has adapters beside it."""
+    require(
+        not config.plan.compare,
+        f"plan.compare={[str(kind) for kind in config.plan.compare]} sets other adapters beside one plan; with -m, "
+        "sweep them: adapter=cera,lora,dora.",
+    )
+    return config
 
 
 class Sum(Callback):
@@ -57,7 +62,6 @@ class Sum(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with errors_in_one_line(PLAN):
-            require(not is_halving(config), "hydra/sweeper=halving: a plan is of whole jobs. Leave it out.")
             grid(config)  # refuses what a grid cannot hold
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
@@ -70,3 +74,24 @@ class Sum(Callback):
 
             if self.plans:
                 print_sweep_plans(self.plans)
+
+
+class PlannedHalving(Sweeper):
+    """Stands in the place of a sweeper that halves: plans its groups instead of running them."""
+
+    def __init__(self, **_: Any) -> None:
+        """Hydra passes the settings, which `sweep` reads from the config."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+
+    def sweep(self, arguments: list[str]) -> None:
+        with errors_in_one_line(PLAN):
+            from cera_train.sweep.plan import plan_groups, print_groups
+            from cera_train.sweep.power import powers, print_powers
+
+            study = study_of(self.config) if is_study(self.config) else None
+            groups = plan_groups(self.config, lambda composed: refuse_compared(without_hydra(composed, PlanRun)))
+            print_groups(groups, study)
+            if study is not None:
+                print_powers(study, *powers(study, groups))

@@ -1,4 +1,4 @@
-"""`cera-report`: a comparison of runs, or the problems on which two runs disagree."""
+"""`cera-report`: a comparison of runs, the page of a study, or the problems on which two runs disagree."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def main() -> None:
 def report() -> None:
     parser = argparse.ArgumentParser(
         prog="cera-report",
-        description="Compares runs: one table, paired tests on the same problems, pictures.",
+        description="Compares runs: one table, paired tests on the same problems, pictures. Of a study: its verdict.",
         epilog="cera-report disagree A B [--task TASK] shows the problems that one run solves and the other does not.",
     )
     parser.error = refuse_arguments("cera-report")
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, or a folder of runs")
+    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
     parser.add_argument("--output", type=Path, help="where report.md and report.html go (report)")
     parser.add_argument("--task", help="the evaluation to look at (disagree)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -35,15 +35,34 @@ def report() -> None:
         require(len(folders) == 3, f"disagree takes two runs, got {len(folders) - 1}: cera-report disagree A B.")
         require(output is None, f"--output={output}: disagree writes no files: leave it out.")
         disagree(*folders[1:], task)
+        return
+    require(task is None, f"--task={task} is for cera-report disagree A B: a report shows every task. Leave it out.")
+    output = output or Path("report")
+    is_free = output.is_dir() or not output.exists()
+    require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
+    if len(folders) == 1 and folders[0].is_dir() and _is_study(folders[0]):
+        _report_study(folders[0], output)
     else:
         from cera_train.report.page import mirror_report, say_report, write_report
 
-        require(
-            task is None, f"--task={task} is for cera-report disagree A B: a report shows every task. Leave it out."
-        )
-        output = output or Path("report")
-        is_free = output.is_dir() or not output.exists()
-        require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
-        report = write_report(folders, output)
-        say_report(report)
-        mirror_report(report)
+        found = write_report(folders, output)
+        say_report(found)
+        mirror_report(found)
+
+
+def _is_study(folder: Path) -> bool:
+    from cera_train.sweep.study import is_study
+
+    return is_study(folder)
+
+
+def _report_study(folder: Path, output: Path) -> None:
+    from cera_train.report.study.page import Records, say_study, write_study
+    from cera_train.runs.results import Environment
+    from cera_train.sweep.folder import RECORD, read_record
+    from cera_train.sweep.rungs import HalvingRecord
+    from cera_train.sweep.study import read_study
+
+    study, record, halving = read_study(folder), read_record(folder / RECORD), HalvingRecord.read(folder)
+    decisions = [] if halving is None else [decision.describe() for decision in halving.decisions]
+    say_study(write_study(study, Records(Environment(record["command"]).command_line, decisions), output))

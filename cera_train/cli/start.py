@@ -10,7 +10,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import hydra
@@ -50,21 +50,21 @@ def start_hydra(
     config_name: str,
     command: Callable[[DictConfig], Any],
     keeps_sweeps: bool = False,
-    plugins: Sequence[type[Plugin]] = (),
+    plugins: Mapping[str, type[Plugin]] | None = None,
 ) -> None:
     """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
 
     Args:
         command: explains its errors itself: Hydra prints a report about an error that leaves it.
         keeps_sweeps: whether a sweep has a folder. Without one, the multirun.yaml that Hydra writes is thrown away.
-        plugins: sweepers and launchers of ours.
+        plugins: sweepers and launchers of ours, see `register_plugins`.
     """
     compose = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)
 
     def compose_and_run() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
         register_configs()
-        register_plugins(plugins)
+        register_plugins(plugins or {})
         guard_composition()
         sys.argv[1:] = for_hydra(composition, sys.argv[1:])
         with contextlib.nullcontext() if keeps_sweeps else tempfile.TemporaryDirectory() as folder:

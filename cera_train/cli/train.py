@@ -10,9 +10,9 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, open_dict, read_write
+from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, check_trust, to_config
+from cera_train.cli.composition import Composition, check_trust, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
@@ -35,7 +35,8 @@ TRAIN = Composition(Config, "cera-train")
 def main() -> None:
     from cera_train.cli.together import launchers
 
-    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=[Halving, StudySweeper, *launchers()])
+    plugins = {plugin.__name__: plugin for plugin in (Halving, StudySweeper, *launchers())}
+    start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=plugins)
 
 
 def train(composed: DictConfig) -> float | None:
@@ -157,10 +158,3 @@ def check_together(config: DictConfig, is_elsewhere: bool) -> None:
         f"{place}: jobs that train together share one process, and these have {max(tasks, processes)}. Set "
         "launch.processes=1, or one task a job on a cluster.",
     )
-
-
-def without_hydra(composed: DictConfig) -> Config:
-    """The checked config of a job, from all that Hydra composed for it."""
-    with read_write(composed), open_dict(composed):
-        del composed["hydra"]
-    return to_config(composed)

@@ -46,7 +46,9 @@ class Picture:
     title: str
     alt: str
     caption: str
-    draw: Callable[[Any], None]  # into matplotlib axes
+    draw: Callable[..., None]  # into matplotlib axes, one for each panel
+    height: float = SIZE[1]  # inches, without the legend
+    panels: int = 1  # side by side, with one y axis
 
 
 def render(picture: Picture, file_format: str) -> bytes:
@@ -56,10 +58,11 @@ def render(picture: Picture, file_format: str) -> bytes:
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": picture.name}):
         figure = Figure(figsize=SIZE, layout="constrained")
-        picture.draw(axes := figure.subplots())
-        handles, labels = axes.get_legend_handles_labels()
+        (axes,) = figure.subplots(1, picture.panels, sharey=True, squeeze=False)
+        picture.draw(*axes)
+        handles, labels = axes[0].get_legend_handles_labels()
         columns = 2 if max(map(len, labels), default=0) <= LONGEST_LABEL // 2 else 1
-        figure.set_figheight(SIZE[1] + LEGEND_LINE * math.ceil(len(labels) / columns))
+        figure.set_figheight(picture.height + LEGEND_LINE * math.ceil(len(labels) / columns))
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
         stream = io.BytesIO()
         metadata = {"Date": None} if file_format == "svg" else {"Software": None}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from cera_train.adapters.config import AdapterKind
-from cera_train.common.settings import require, require_positive, setting
+from cera_train.common.settings import require, require_positive, section, setting
 
 
 class GpuKind(StrEnum):
@@ -20,6 +21,33 @@ class GpuKind(StrEnum):
 class CompareAt(StrEnum):
     rank = "rank"
     budget = "budget"
+
+
+@dataclass
+class SpreadConfig:
+    """Standard deviations of the difference between two arms of a study, by outcome: {loss: 0.004, gsm8k: 0.01}. Those
+    of losses are in nats a token, those of scores in shares."""
+
+    seed: Any = setting(None, "nothing")
+    """Between seeds, of the mean over all problems: 1.4 times that of a single arm."""
+    problem: Any = setting(None, "nothing")
+    """Between problems, or rows of a loss, of the mean over all seeds."""
+    residual: Any = setting(None, "nothing")
+    """Of one problem on one seed, beyond both."""
+
+    def __post_init__(self) -> None:
+        for name, values in vars(self).items():
+            numbers = values.values() if isinstance(values, dict) else [-1]
+            require(
+                values is None or all(isinstance(number, int | float) and number >= 0 for number in numbers),
+                f"plan.spread.{name}={values}: expected outcomes and standard deviations, such as {{loss: 0.004}}.",
+            )
+
+    @property
+    def by_outcome(self) -> dict[str, tuple[float, float, float]]:
+        """Standard deviations between seeds, between problems, and beyond both; 0 where one is not given."""
+        parts = [part or {} for part in (self.seed, self.problem, self.residual)]
+        return {name: tuple(part.get(name, 0.0) for part in parts) for name in {**parts[0], **parts[1], **parts[2]}}
 
 
 @dataclass
@@ -37,9 +65,18 @@ class PlanConfig:
     """rank: at the same rank; budget: at the rank that comes closest to the same number of parameters."""
     tokens_per_row: float | None = setting(None, "nothing")
     """null: from data.facts or the data files."""
+    variances: str | None = setting(None, "nothing")
+    """Folder of a finished study whose outcomes vary as those of the planned one will: for the smallest difference
+    that it detects."""
+    spread: SpreadConfig = section(SpreadConfig)
+    """Instead of variances."""
 
     def __post_init__(self) -> None:
         require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
+        require(
+            self.variances is None or not self.spread.by_outcome,
+            f"plan.variances={self.variances} and plan.spread: a study's variances are measured or given. Keep one.",
+        )
         require(self.mfu is None or self.mfu <= 1, f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.")
 
     @property

@@ -261,7 +261,7 @@ def run_totals(config: Config, size: DataSize, pauses: Sequence[int] = (), is_wh
         tokens=rows * size.tokens_per_row,
         evaluations=with_spectra + at_pauses,
         eval_tokens=(with_spectra + at_pauses) * eval_tokens + probes,
-        task_evaluations=times(train.tasks_every) if train.tasks else 0,
+        task_evaluations=(times(train.tasks_every) if train.tasks_every else int(is_whole)) if train.tasks else 0,
         sample_evaluations=with_spectra if train.samples else 0,
     )
 

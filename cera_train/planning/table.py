@@ -76,11 +76,12 @@ def print_data(plan: RunPlan) -> None:
     )
     for line in describe_parts(data.parts):
         print_line("part", line)
+    times = plan.totals.task_evaluations
     for size in plan.tasks:
         print_line(
             "task",
             f"{size.name}: {size.problems:,} problems of {size.prompt_tokens:,.0f} tokens ({size.source}), up to "
-            f"{size.new_tokens:,} to answer, at {plan.totals.task_evaluations} evaluations",
+            f"{size.new_tokens:,} to answer, at {times:,} evaluation{'s' * (times != 1)}",
         )
 
 

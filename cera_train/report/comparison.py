@@ -149,20 +149,20 @@ def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
     keys = [key for key in differing_keys(settings) if changes_of(Config, key) != Changes.nothing]
     # A setting that means nothing to a method stays auto.
     keys = [key for key in keys if len({repr(own.get(key)) for own in settings} - {"'auto'"}) > 1]
-    return {key: [_shown(own.get(key)) for own in settings] for key in keys}
+    return {key: [shown(own.get(key)) for own in settings] for key in keys}
 
 
 def differing_in_evaluation(first: Settings, second: Settings) -> tuple[str, ...]:
     """The settings in which two evaluations of a task differ, beside what is compared: their models and adapters."""
     compared = ("adapter_digest", "task.name", "model.")
     return tuple(
-        f"{key} {_shown(first.get(key))} and {_shown(second.get(key))}"
+        f"{key} {shown(first.get(key))} and {shown(second.get(key))}"
         for key in sorted(differing_keys([first, second]))
         if not key.startswith(compared) and changes_of(EvalConfig, key) not in (Changes.cost, Changes.nothing)
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A setting as one writes it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()

@@ -104,7 +104,7 @@ def template(name: str) -> Any:
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cera_train.report", "templates"),
-        autoescape=name == "report.html",
+        autoescape=name.endswith(".html"),
         finalize=lambda value: clean(value) if type(value) is str else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -117,7 +117,7 @@ def template(name: str) -> Any:
 
 def say_report(report: Report) -> None:
     """Prints the table, the tests and what to know."""
-    _print_tables(report)
+    print_columns("run", [run.name for run in report.runs], report.columns)
     tests = [
         f"{display_name(own.task)}, {own.first} and {own.second}: {own.verdict}: {own.evidence}."
         for own in report.tests
@@ -135,16 +135,16 @@ def say_report(report: Report) -> None:
     print_line("report", f" {report.output / 'report.html'}, {report.output / 'report.md'}")
 
 
-def _print_tables(report: Report) -> None:
-    """As many tables as the width needs, each with the names of the runs."""
+def print_columns(first: str, names: Sequence[str], columns: Sequence[Column]) -> None:
+    """Prints as many tables as the width needs, each with the names of the rows under `first`."""
     from rich.cells import cell_len
 
     def width(block: list[str]) -> int:
         return max(cell_len(clean(line)) for text in block for line in text.split("\n"))
 
-    names = ["run", *(run.name for run in report.runs)]
+    names = [first, *names]
     tables = [[names]]
-    for column in report.columns:
+    for column in columns:
         block = [column.label.replace(", ", "\n"), *("\n".join([cell.text, *cell.notes]) for cell in column.cells)]
         if sum(map(width, [*tables[-1], block])) + 2 * len(tables[-1]) > terminal_width() and len(tables[-1]) > 1:
             tables.append([names])

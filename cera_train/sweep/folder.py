@@ -199,25 +199,29 @@ def begin(
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
+    record = record_of(config)
+    check(record)
+    check_jobs(config, record["jobs"], compose)
+
+    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
+        config.hydra.sweeper.direction = "maximize" if record["metric"]["higher_is_better"] else "minimize"
+    # A name or recipe of a job must not move it elsewhere.
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    # Every process of a run writes it, the same each: none reads it before it is there.
+    _write_json(folder / RECORD, record)
+
+
+def record_of(config: DictConfig) -> dict[str, Any]:
+    """The content of sweep.json. Raises UserError where the folder holds a sweep with other fixed settings."""
     is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
     jobs = grid(config) if is_grid else []
     if is_study(config):  # on the first seed; the others follow at the chosen values
         jobs = [job for job in jobs if FIRST_SEED in job]
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-    record = _record(config, jobs, folder) | {"metric": metric.to_json()}
-    if is_study(config):
-        record["study"] = OmegaConf.to_container(config.study)
-    check(record)
-    check_jobs(config, record["jobs"], compose)
-
-    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if metric.higher_is_better else "minimize"
-    # A name or recipe of a job must not move it elsewhere.
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    # Every process of a run writes it, the same each: none reads it before it is there.
-    _write_json(folder / RECORD, record)
+    study = {"study": OmegaConf.to_container(config.study)} if is_study(config) else {}
+    return _record(config, jobs, Path(config.hydra.sweep.dir)) | {"metric": metric.to_json()} | study
 
 
 def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
@@ -32,6 +32,16 @@ SEED = "train.seed"
 
 METHODS = ("adapter", "adapter.kind", "adapter.method", "recipe")
 ROWS = ("model", "data")
+
+
+class Course(NamedTuple):
+    """How far some candidates train."""
+
+    candidates: int
+    rungs: tuple[int, ...]
+    """The updates at which they are compared."""
+    is_whole: bool
+    """They train to their end, and not to the last rung alone."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,16 @@ class Rules:
     def update(self, rung: int) -> int:
         """Updates of a rung; the first is 1."""
         return self.first * self.factor ** (rung - 1)
+
+    def courses(self, candidates: int, updates: int) -> list[Course]:
+        """How far so many candidates train in runs of so many updates, if none ties with another and none fails."""
+        courses, rungs = [], []
+        while candidates > 1 and self.update(len(rungs) + 1) < updates:
+            rungs.append(self.update(len(rungs) + 1))
+            going = count_going(candidates, self.factor)
+            courses.append(Course(candidates - going, tuple(rungs), False))
+            candidates = going
+        return [*courses, Course(candidates, tuple(rungs), True)]
 
     def describe(self) -> str:
         return f"tune=[{','.join(self.tune)}] first={self.first} factor={self.factor}"
@@ -147,8 +167,13 @@ def goes_on(losses: Sequence[float], factor: int) -> list[bool]:
     """Which candidates go on: the best len / factor, at least one, and those that tie with the last of them. An
     infinite loss, a failed candidate's, never does. It is the rule of Optuna's SuccessiveHalvingPruner, applied once
     all have come to the rung."""
-    bound = sorted(losses)[max(1, len(losses) // factor) - 1]
+    bound = sorted(losses)[count_going(len(losses), factor) - 1]
     return [loss <= bound and math.isfinite(loss) for loss in losses]
+
+
+def count_going(candidates: int, factor: int) -> int:
+    """How many candidates go on beyond a rung, without ties."""
+    return max(1, candidates // factor)
 
 
 def loss_at(job: Path, update: int) -> float | None:

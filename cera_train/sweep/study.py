@@ -6,7 +6,7 @@ The folder is a sweep's: sweep.json has the study, halving.json what was chosen 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,23 +36,30 @@ is what the method is."""
 
 def begin_study(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
     """`begin` for a study: first refuses one that could not answer its question."""
+    study_of(config)
+    begin_halving(config, compose, lambda record: check_problems(check_cells(config, record, compose)))
+
+
+def study_of(config: DictConfig) -> StudyConfig:
+    """The checked section of a study. `config` has Hydra's section."""
     require(config.study is not None, "hydra/sweeper=study: a study's file says what it compares: add +study=NAME.")
-    OmegaConf.to_object(config.study)  # its checks
+    return OmegaConf.to_object(config.study)
 
-    def check(record: dict[str, Any]) -> None:
-        seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
-        require(not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out.")
-        loader = GlobalHydra.instance().config_loader()
-        cells: dict[str, dict[str, Config]] = {}
-        for group in groups_of(record, list(config.study.tune)):
-            words = next(iter(group.jobs.values()))
-            run = compose(loader.load_sweep_config(config, words))
-            cells.setdefault(_condition(words, run.study), {})[run.study.arm] = run
-        for condition, arms in cells.items():
-            check_arms(condition, arms)
-        check_problems(run for arms in cells.values() for run in arms.values())
 
-    begin_halving(config, compose, check)
+def check_cells(config: DictConfig, record: dict[str, Any], compose: Callable[[DictConfig], Config]) -> list[Config]:
+    """A run of each cell, from the content of sweep.json. Raises UserError for what `check_arms` refuses, and for a
+    seed beside the study's own."""
+    seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
+    require(not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out.")
+    loader = GlobalHydra.instance().config_loader()
+    cells: dict[str, dict[str, Config]] = {}
+    for group in groups_of(record, list(config.study.tune)):
+        run = compose(loader.load_sweep_config(config, next(iter(group.jobs.values()))))
+        arm, condition = place_of(group, run.study)
+        cells.setdefault(condition, {})[arm] = run
+    for condition, arms in cells.items():
+        check_arms(condition, arms)
+    return [run for arms in cells.values() for run in arms.values()]
 
 
 def check_arms(condition: str, arms: dict[str, Config]) -> None:
@@ -243,13 +250,19 @@ def in_words(task: str, choices: dict[str, str]) -> str:
     return ", ".join([*filter(None, [task]), *(f"{key}={value}" for key, value in choices.items())])
 
 
-def _condition(overrides: Sequence[str], config: StudyConfig) -> str:
-    words = dict(word.split("=", 1) for word in overrides)
-    return in_words(words.get(TASK, ""), {key: words[key] for key in config.conditions})
+def place_of(group: Group, config: StudyConfig) -> tuple[str, str]:
+    """The arm and the condition of a group of candidates, as a `Cell` has them."""
+    words = _words(group)
+    return words[ARM], in_words(words.get(TASK, ""), {key: words[key] for key in config.conditions})
+
+
+def _words(group: Group) -> dict[str, str]:
+    """The overrides of its first job, key -> value."""
+    return dict(word.split("=", 1) for word in next(iter(group.jobs.values())))
 
 
 def _cell(folder: Path, group: Group, record: dict[str, Any], config: StudyConfig) -> Cell:
-    words = dict(word.split("=", 1) for word in next(iter(group.jobs.values())))
+    words = _words(group)
     best, runs = best_candidate(folder, group), {}
     if best is not None:
         (overrides,) = best.jobs.values()

@@ -112,8 +112,8 @@ class TrainConfig:
     tasks: list[str] = setting(list, "result")
     """Tasks of cera-eval, files of conf/task, that are answered and graded while the run trains."""
     tasks_every: int | None = setting(None, "result")
-    """Updates between two evaluations by tasks, a multiple of eval_every. null: only before the first update and after
-    the last."""
+    """Updates between two evaluations by tasks, a multiple of eval_every; the first is before the first update. null:
+    only after the last update."""
     tasks_limit: int = setting(50, "result")
     """Takes only the first problems of each task."""
     task_settings: Any = setting(None, "result")

@@ -135,8 +135,10 @@ class Exams:
     @property
     def plan(self) -> str:
         """What is answered when, in a line; empty where nothing is."""
-        every = f", every {self.config.tasks_every:,} updates" if self.config.tasks_every else ""
-        when = f"before the first update{every} and after the last"
+        every = self.config.tasks_every
+        when = (
+            f"before the first update, every {every:,} updates and after the last" if every else "after the last update"
+        )
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
             count = sum(len(exam.problems) for exam in self.sampled)
@@ -146,7 +148,7 @@ class Exams:
     def are_due(self, update: int, is_last: bool) -> bool:
         """Whether the tasks are part of the evaluation at this update."""
         every = self.config.tasks_every
-        return bool(self.tasks) and (update == 0 or is_last or (every is not None and update % every == 0))
+        return bool(self.tasks) and (is_last or (every is not None and update % every == 0))
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""

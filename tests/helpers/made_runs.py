@@ -15,6 +15,9 @@ from cera_train.report.table import build_columns
 
 PROBLEMS = 40
 
+HOSTILE = "<script>alert(1)</script>|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $\\frac$ & {{ 7 * 7 }}"
+"""A text that would be a script, a link, a table or a formula."""
+
 
 def settings_of(name: str, **changes: Any) -> dict[str, Any]:
     """A config.yaml, with dotted keys changed."""

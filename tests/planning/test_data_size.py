@@ -115,3 +115,20 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
     counts = prepare_evaluation(config.data, load_tokenizer(config.model)).counts
     assert config.data.facts.tokens_per_row == pytest.approx(counts.tokens / counts.kept, rel=0.06)
     assert config.data.facts.supervised == pytest.approx(counts.supervised_tokens / counts.tokens, abs=0.02)
+
+
+def test_generated_rows_are_as_many_as_the_settings_say(size):
+    pytest.importorskip("reasoning_gym")
+    rows = ["data=reasoning_gym", "data.reasoning_gym.generator=[chain_sum,gcd]"]
+    counted = size(*rows, "data.train_rows=700", "data.eval_rows=30")
+    assert (counted.train_rows, counted.eval_rows) == (700, 30)
+    assert 20 < counted.tokens_per_row < 40
+    assert 0 < counted.supervised < 0.2
+    assert "estimate" in counted.source
+    assert size("data=reasoning_gym", "data.max_length=9").tokens_per_row == 9
+
+
+def test_rows_of_several_growths_are_counted(size):
+    counted = size("data=logistic_map", "data.logistic_map.growth=[3.5,3.75,3.9]")
+    assert (counted.train_rows, counted.eval_rows) == (3 * 92, 20)
+    assert not counted.is_even

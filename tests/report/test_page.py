@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import add_evaluation, make_run, two_runs
+from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 
 from cera_train.common.trust import clean
 from cera_train.report.page import say_report, write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
-
-HOSTILE = "<script>alert(1)</script>|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $\\frac$ & {{ 7 * 7 }}"
 STEERING = "\x1b[31m\x9b\u202e\ud800"
 
 
@@ -75,17 +68,6 @@ def test_the_markdown_keeps_its_tables_and_shows_hostile_text_as_text(tmp_path: 
     shown = re.findall(r"!\[.*\]\(([^)]+\.png)\)", text)
     assert shown
     assert "accuracy-a%7Cb%3Ci%3E%24x%24%20%281%29.png" in shown
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,6 @@ import yaml
 from made_sweeps import cera_sweep, cera_train, record_job, record_sweep, states
 from omegaconf import OmegaConf
 
-from cera_train.cli.plan import main as main_plan
 from cera_train.common.errors import UserError
 from cera_train.config import Config
 from cera_train.runs.results import read_metrics
@@ -86,6 +85,25 @@ def test_who_goes_on_is_who_optunas_pruner_lets_go_on(seed):
 )
 def test_the_better_half_goes_on(losses, flags):
     assert goes_on(losses, 2) == [flag == "1" for flag in flags]
+
+
+@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("count", range(1, 10))
+def test_planned_courses_are_those_that_the_rule_leads_to(count, factor):
+    rules, updates, draw = Rules(["optimizer.lr"], 5, factor), 42, random.Random(count)
+    trained, alive, rung = dict.fromkeys(range(count), 0), list(range(count)), 1
+    while len(alive) > 1 and rules.update(rung) < updates:  # as `Halving.sweep` goes on
+        trained |= dict.fromkeys(alive, rules.update(rung))
+        flags = goes_on([draw.random() for _ in alive], factor)
+        alive, rung = [number for number, flag in zip(alive, flags, strict=True) if flag], rung + 1
+    trained |= dict.fromkeys(alive, updates)
+    planned = [
+        updates if course.is_whole else course.rungs[-1]
+        for course in rules.courses(count, updates)
+        for _ in range(course.candidates)
+    ]
+    assert planned == sorted(trained.values())
+    assert rules.courses(count, updates)[-1].rungs == tuple(map(rules.update, range(1, rung)))
 
 
 def group_of(*seeds: int) -> Group:
@@ -428,15 +446,6 @@ def test_a_halving_that_cannot_be_is_refused_before_anything_starts(tmp_path, mo
     (line,) = capfd.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
-
-
-def test_a_plan_refuses_a_halving(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cera-plan", *GRID, *HALF])
-    with pytest.raises(SystemExit, match="2"):
-        main_plan()
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "hydra/sweeper=halving: a plan is of whole jobs" in line
 
 
 @pytest.mark.parametrize(

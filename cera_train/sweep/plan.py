@@ -1,0 +1,118 @@
+"""What a halving or a study needs before it runs: its runs, each as far as it trains. Imports no torch.
+
+A rung is decided by losses that nobody knows yet. So candidates that differ in cost are taken to stop in its order, the
+dearest last, without ties and failures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from cera_train.common.terminal import print_line, print_table
+from cera_train.config import PlanRun
+from cera_train.planning.plan import RunPlan, make_plan, shape_of
+from cera_train.planning.table import JOB_HEADS, job_cells, model_of, print_data, print_device, print_missing_price
+from cera_train.sweep.config import StudyConfig
+from cera_train.sweep.folder import is_study, record_of
+from cera_train.sweep.halving import rules_of
+from cera_train.sweep.rungs import Candidate, Course, Group, check_grid, groups_of
+from cera_train.sweep.study import check_cells, place_of, study_of
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """A group of a halving, or an arm of a study under one condition."""
+
+    arm: str
+    """Empty without a study."""
+    condition: str
+    whole: RunPlan
+    """Its dearest candidate, trained to the end."""
+    courses: list[Course]
+    runs: list[RunPlan]
+    """Every run, as far as it trains."""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, (self.arm, self.condition)))
+
+
+def plan_groups(config: DictConfig, compose: Callable[[DictConfig], PlanRun]) -> list[PlannedGroup]:
+    """Plans the groups of a halving or a study, each shape of a run once.
+
+    Args:
+        config: what Hydra composed for the sweep, with its own section.
+        compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
+    """
+    rules, record = rules_of(config), record_of(config)
+    study = study_of(config) if is_study(config) else None
+    if study is None:
+        check_grid([job["overrides"] for job in record["jobs"]], rules)
+    else:
+        check_cells(config, record, compose)
+    loader, plans = GlobalHydra.instance().config_loader(), {}
+
+    def plan_candidate(candidate: Candidate) -> RunPlan:
+        words = next(iter(candidate.jobs.values()))
+        run = rules.check_run(compose(loader.load_sweep_config(config, words)))
+        if (shape := shape_of(run)) not in plans:
+            plans[shape] = make_plan(run, with_advice=False)
+        return plans[shape]
+
+    def plan_group(group: Group) -> PlannedGroup:
+        whole = sorted(map(plan_candidate, group.candidates), key=lambda plan: plan.seconds)
+        courses = rules.courses(len(whole), whole[-1].totals.updates)
+        each = [course for course in courses for _ in range(course.candidates)]
+        runs = [plan.until(course.rungs, course.is_whole) for plan, course in zip(whole, each, strict=True)]
+        runs *= len(group.candidates[0].jobs)  # seeds
+        if study is None:
+            return PlannedGroup("", group.name, whole[-1], courses, runs)
+        return PlannedGroup(*place_of(group, study), whole[-1], courses, runs + [whole[-1]] * (study.seeds - 1))
+
+    return [plan_group(group) for group in groups_of(record, rules.tune)]
+
+
+def print_groups(groups: Sequence[PlannedGroup], study: StudyConfig | None) -> None:
+    """The table of all groups with their sum."""
+    plan = groups[0].whole
+    if study is not None:
+        print_line("study", study.question)
+    for model in dict.fromkeys(model_of(group.whole) for group in groups):
+        print_line("model", model)
+    print_data(plan)
+    print_device(plan)
+    for text in dict.fromkeys(describe_runs(group, study.seeds if study else 1) for group in groups):
+        print_line("each", text)
+    print()
+    runs = [run for group in groups for run in group.runs]
+    total = ["1 group" if len(groups) == 1 else f"{len(groups)} groups", "", f"{len(runs):,}", *job_cells(runs), ""]
+    heads = ["arm, condition" if study else "group", "trainable", "runs", *JOB_HEADS, ""]
+    print_table(heads, [*map(_row, groups), total], right=range(1, 8))
+    print()
+    print_missing_price(plan)
+
+
+def describe_runs(group: PlannedGroup, seeds: int) -> str:
+    """How far the runs of a group train, such as `4 candidates: 2 to update 25, 1 to 50, 1 to its end at 467`.
+
+    Args:
+        seeds: of a study, 1 without.
+    """
+    ends = [
+        f"{course.candidates:,} to its end at {group.whole.totals.updates:,}"
+        if course.is_whole
+        else f"{course.candidates:,} to update {course.rungs[-1]:,}"
+        for course in group.courses
+    ]
+    count = sum(course.candidates for course in group.courses)
+    further = f"; then the best on {seeds - 1} more seeds" if seeds > 1 else ""
+    return f"{count} candidates: {', '.join(ends)}{further}"
+
+
+def _row(group: PlannedGroup) -> list[str]:
+    note = "" if group.whole.fits else f"does not fit {group.whole.device.name}"
+    return [group.name, f"{group.whole.parameters.trainable:,}", f"{len(group.runs)}", *job_cells(group.runs), note]

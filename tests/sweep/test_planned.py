@@ -1,0 +1,104 @@
+"""`cera-plan -m` of a halving and of a study: every run as far as it trains, and what a study can find."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import pytest
+
+from cera_train.cli.plan import main
+from cera_train.evaluation.power import detectable
+from cera_train.evaluation.verdict import Variances
+from cera_train.planning.plan import make_plan
+from cera_train.sweep import plan as plan_module
+
+HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
+STUDY = ["-m", "+study=first_look"]  # 3 arms, 3 learning rates, 3 seeds; update 8 of 24
+
+
+@pytest.fixture
+def plan_command(tmp_path, tiny_folder, monkeypatch, capfd):
+    """plan_command("-m", ...) -> what cera-plan prints of it, for the tiny model on an H100, or a mistake."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        tiny = [f"model.path={tiny_folder}", "plan.gpu=h100"]
+        monkeypatch.setattr(sys, "argv", ["cera-plan", *arguments, *tiny])
+        with contextlib.suppress(SystemExit):
+            main()
+        assert not list(tmp_path.iterdir())
+        printed = capfd.readouterr()
+        return printed.err or printed.out
+
+    return run
+
+
+def row(out: str, name: str) -> list[str]:
+    """The cells of a table's row, after its name."""
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{name}  "))
+    return line.removeprefix(name).split()
+
+
+def test_a_halving_counts_each_run_as_far_as_it_trains(plan_command):
+    grid = ["adapter=cera,lora", "optimizer.lr=1e-4,3e-4,1e-3,3e-3", "train.seed=0,1", "hydra.sweeper.first=20"]
+    out = plan_command(*HALVING, *grid)
+    assert "each       4 candidates: 2 to update 20, 1 to update 40, 1 to its end at 100\n" in out
+    updates = 2 * (2 * 20 + 40 + 100)
+    for adapter in ("cera", "lora"):
+        trainable, runs, _, _, total, *_ = row(out, f"adapter={adapter}")
+        assert (trainable, runs, total) == (f"{2 * 16 * (32 + 32 + 32 + 16):,}", "8", f"{updates}")
+    runs, _, _, total, *_ = row(out, "2 groups")
+    assert (runs, total) == ("16", f"{2 * updates}")
+
+
+def test_the_dearest_candidate_is_taken_to_go_furthest(plan_command):
+    price = "plan.price_per_hour=1e9"
+    single = [arguments for arguments in HALVING if "halving" not in arguments]
+    cheap, dear = (float(row(plan_command(*single, price, f"adapter.r={r}"), "1 job")[-1]) for r in (2, 32))
+    ranks = ["adapter.r=32,2", "hydra.sweeper.tune=[adapter.r]", "hydra.sweeper.first=1"]
+    both = float(row(plan_command(*HALVING, *ranks, price), "1 group")[-1])
+    assert dear > 1.2 * cheap
+    assert dear < both < dear + 0.1 * cheap
+
+
+def test_a_study_is_planned_shape_by_shape(plan_command, monkeypatch):
+    planned = []
+    monkeypatch.setattr(plan_module, "make_plan", lambda run, **how: planned.append(run) or make_plan(run, **how))
+    out = plan_command(*STUDY)
+    assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
+    assert [run.study.arm for run in planned] == ["lora", "identity", "cera"]  # not for each learning rate and seed
+    assert "each       3 candidates: 2 to update 8, 1 to its end at 24; then the best on 2 more seeds\n" in out
+    runs, _, _, updates, *_ = row(out, "3 groups")
+    assert (runs, updates) == ("15", f"{3 * (2 * 8 + 3 * 24)}")
+    assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "5"]
+    assert "detects    loss: set plan.spread.seed={loss: ...}, or plan.variances to a finished study\n" in out
+
+
+def test_a_study_has_the_power_that_its_verdicts_will_have(plan_command):
+    spread = ["plan.spread.seed={loss:0.01}", "plan.spread.residual={loss:0.02}"]
+    found, short = (plan_command(*STUDY, *spread, f"study.matters={matters}") for matters in (0.5, 0.001))
+    smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=3, problems=20, comparisons=3, power=0.8)
+    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in found
+    assert "Holm's first step over 3 contrasts\n" in found
+    assert "by plan.spread: 0.01 between seeds, 0 between rows, 0.02 beyond both\n" in found
+    assert "study.matters=0.5 is found\n" in found
+    assert "study.matters=0.001 takes " in short
+    assert " seeds" in short.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ([*STUDY, "plan.spread.seed={math:0.01}"], "plan.spread: math is no outcome of this study: choose from loss."),
+        ([*STUDY, "study.outcomes=[score]"], "study.outcomes: no run has score: name a task in train.tasks"),
+        ([*STUDY, "plan.variances=outputs/no"], "outputs/no holds no study"),
+        ([*STUDY, "plan.compare=[dora]"], "plan.compare=['dora'] sets other adapters beside one plan; with -m, sweep"),
+        ([*STUDY, "study.baseline=dora"], "study.baseline=dora: no such arm"),
+        ([*HALVING, "optimizer.lr=1e-4,1e-3", "hydra.sweeper.first=100"], "hydra.sweeper.first=100: a job has train"),
+        ([*HALVING, "adapter.r=1,2", "hydra.sweeper.first=5"], "tune=optimizer.lr: it is no dimension of this grid"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_not_planned(plan_command, arguments, mistake):
+    assert mistake in plan_command(*arguments)
