@@ -82,12 +82,12 @@ class SharedLoss(SupervisedLoss):
 
     Args:
         base: a twin of theirs without adapter; its projections are replaced.
-        arms: all that may be in a pass; `self.arms` are those in the next one.
+        arms: all that may be in a pass; `self.arms`, which the caller sets, are those in the next one.
     """
 
     def __init__(self, base: PreTrainedModel, arms: Sequence[JoinedAdapter], autocast: Any) -> None:
         super().__init__(base, base, autocast)
-        self.arms = list(arms)
+        self.arms = arms
         self.tokens: list[int] = []
         """Of each arm in the pass in progress."""
         for number, (name, module) in enumerate(list(base.named_modules())):
