@@ -16,7 +16,7 @@ from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.plan import memory_of_arm, most_arms
 from cera_train.sweep.folder import RECORD
 from cera_train.sweep.table import read_sweep
-from cera_train.training.together import describe_groups, groups_of, why_alone
+from cera_train.training.together import describe_packs, pack_jobs, why_alone
 
 
 @pytest.fixture
@@ -127,11 +127,11 @@ def test_jobs_on_one_base_may_differ_in_all_but_base_rows_and_batch(tiny_config)
     free = ("adapter.r=2", "optimizer.lr=1", "train.seed=4", "train.max_updates=3", "tracker=tensorboard", "name=x")
     bound = ("model.dtype=bfloat16", "data.max_length=128", "train.batch_size=8", "data.eval_rows=3")
     jobs = [tiny_config(override) for override in (*free, *bound, "train.epochs=9")]
-    groups = groups_of(jobs, len)
-    assert [group.jobs for group in groups] == [[0, 1, 2, 3, 4, 5, 10], [6], [7], [8], [9]]
-    assert describe_groups(groups) == "7 jobs share a base, 4 alone"
-    groups = groups_of(jobs, lambda _: 3)
-    assert [group.jobs for group in groups][:3] == [[0, 1, 2], [3, 4, 5], [6]]
+    packs = pack_jobs(jobs, len)
+    assert [pack.jobs for pack in packs] == [[0, 1, 2, 3, 4, 5, 10], [6], [7], [8], [9]]
+    assert describe_packs(packs) == "7 jobs share a base, 4 alone"
+    packs = pack_jobs(jobs, lambda _: 3)
+    assert [pack.jobs for pack in packs][:3] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_as_many_runs_share_a_base_as_fit_by_plan(tiny_config, monkeypatch):
