@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_sweeps import cera_train, states
@@ -140,17 +141,21 @@ def test_as_many_runs_share_a_base_as_fit_by_plan(tiny_config, monkeypatch):
     shared, own = memory_of_arm(planned)
     trainable = 2 * 2 * 8 * (32 + 32) - 2 * 8 * 16  # q and v of two layers, v is half as wide
     assert own == trainable * (4 + 4 + 8)  # weights, gradients, two moments
-    monkeypatch.setattr(planning, "available_memory", lambda: (shared + 3.5 * own) / planning.USABLE)
+
+    def leave_memory(size: float) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=size / planning.USABLE))
+
+    leave_memory(shared + 3.5 * own)
     assert planning.arms_that_fit([config] * 8) == 3
     assert most_arms(planned, (shared + 3.5 * own) / planning.USABLE) == 3
     assert planning.arms_that_fit([config] * 2) == 2
     with pytest.raises(UserError, match=r"launch.together=auto cannot be planned: .*Or set launch.together=8"):
         planning.arms_that_fit([tiny_config("adapter.r=512")])
-    monkeypatch.setattr(planning, "available_memory", lambda: 1)
+    leave_memory(1)
     assert planning.arms_that_fit([config] * 8) == 1
     wide = replace(config, adapter=replace(config.adapter, r=16))
     shared, more = memory_of_arm(replace(planned, adapter=wide.adapter))
-    monkeypatch.setattr(planning, "available_memory", lambda: (shared + more + 1.5 * own) / planning.USABLE)
+    leave_memory(shared + more + 1.5 * own)
     assert planning.arms_that_fit([config, wide, config]) == 2
 
 
