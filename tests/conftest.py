@@ -58,6 +58,16 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that may use the network and has none: nothing answers at the Hub's address."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A byte-level BPE with a start token, an end token and a chat template."""
