@@ -50,8 +50,17 @@ def print_start(session: Session) -> None:
         print_adapter(arm)
     print_device(session)
     print_data(session.data, session.tokenizer)
-    if plan := session.arms[0].exams.plan:
-        print_line("answers", plan)
+    print_plans(session)
+
+
+def print_plans(session: Session) -> None:
+    """What is answered when: once for all arms, or for those that share a plan."""
+    plans: dict[str, list[str]] = {}
+    for arm in session.arms:
+        plans.setdefault(arm.exams.plan, []).append(arm.config.name)
+    for plan, names in plans.items():
+        if plan:
+            print_line("answers", plan if len(plans) == 1 else f"{', '.join(names)}: {plan}")
 
 
 def describe_extension(arm: Arm) -> str:

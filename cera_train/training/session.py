@@ -216,7 +216,7 @@ class Arm:
         data, tokens = session.data, config.train.micro_batch_tokens
         self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
         self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
-        self.exams = Exams(config, session.tokenizer, self.local_loss, team)
+        self.exams = Exams(config, session.tokenizer, self.local_loss, team, [arm.exams for arm in session.arms])
         self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.tracker = Tracker()

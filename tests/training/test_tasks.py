@@ -105,6 +105,25 @@ def test_runs_that_share_a_base_are_answered_for_one_by_one_and_learn_the_same(t
     assert first != second
 
 
+def test_runs_that_share_a_base_load_equal_problems_once(tiny_config, monkeypatch, capsys):
+    limits = []
+
+    def load(settings, data):
+        limits.append(settings.limit)
+        return load_problems(settings, data)
+
+    monkeypatch.setattr(tasks, "load_problems", load)
+    settings = [*TASKS[:1], *SHORT, "train.max_updates=1"]
+    arms = {"a": [*settings, "train.tasks_limit=2"], "b": [*settings, "train.tasks_limit=1"], "c": settings[-1:]}
+    arms["d"] = arms["a"]
+    results = train_together([tiny_config(*own, f"name={name}") for name, own in arms.items()])
+    assert limits == [2, 1]
+    assert [FIGURES[0] in result for result in results] == [True, True, False, True]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers ")]
+    when = "problems of logistic_map, up to 8 tokens each, after the last update"
+    assert printed == [f"answers    a, d: 2 {when}", f"answers    b: 1 {when}"]
+
+
 def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):
     config = tiny_config(*TASKS, "train.samples=5", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
