@@ -385,11 +385,11 @@ def checkpoint(tmp_path_factory, tokenizer) -> tuple[Path, Any, Any]:
     import torch
     from conftest import make_tiny_llama
 
-    from cera_train.adapters.build import add_adapter
+    from cera_train.adapters.build import build
     from cera_train.adapters.config import AdapterConfig
     from cera_train.runs.folder import Progress, RunFolder
 
-    model = add_adapter(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
+    model = build(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()

@@ -300,9 +300,9 @@ def test_a_base_models_pickle_is_not_read(tmp_path, tiny_folder, marker):
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.bin"])
 def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, name):
-    from cera_train.adapters.build import add_adapter
+    from cera_train.adapters.build import build
 
-    model = add_adapter(tiny_llama.requires_grad_(False), config.adapter)
+    model = build(tiny_llama.requires_grad_(False), config.adapter)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     with RunFolder(tmp_path / "run", to_plain(config)) as folder:
         folder.save_checkpoint(model, optimizer, Progress(update=1), "digest", keep=1)
