@@ -93,8 +93,8 @@ def print_model(session: Session) -> None:
 
 
 def print_adapter(arm: Arm) -> None:
-    """The adapter and what it is on, with the experts that all-linear leaves out: who asks for all of them would look
-    for them in vain."""
+    """The adapter and what it is on, with the experts that all-linear leaves out: a reader would take them for
+    adapted."""
     adapter, model = arm.config.adapter, arm.model
     print_line("adapter", f"{describe_adapter(adapter)}: {arm.trainable_count:,} trainable")
     if adapter.start_from is not None and arm.progress.update == 0:

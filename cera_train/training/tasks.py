@@ -1,4 +1,4 @@
-"""Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and what the model says.
+"""Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and answers to read.
 
 Problems, answers, grades and scores are those of an evaluation, greedy. Nothing of it draws a random number or leaves a
 mark on the model: the run's losses are those of a run without it, to the bit.
