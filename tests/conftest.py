@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
 import importlib.util
 import json
@@ -171,11 +172,11 @@ def plan(compose):
     return lambda *overrides: make_plan(compose(*overrides, command="plan"))
 
 
-@pytest.fixture
-def tiny_config(compose, tiny_folder: Path, tmp_path: Path):
-    """tiny_config("adapter.r=4", ...): the tiny model on the logistic map in float32, into tmp_path."""
+@pytest.fixture(scope="session")
+def tiny_config_in(compose, tiny_folder: Path):
+    """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map in float32."""
 
-    def tiny_config(*overrides: str):
+    def tiny_config_in(output: Path, *overrides: str):
         return compose(
             f"model.path={tiny_folder}",
             "model.dtype=float32",
@@ -187,8 +188,28 @@ def tiny_config(compose, tiny_folder: Path, tmp_path: Path):
             "train.eval_every=4",
             "train.save_every=4",
             "name=run",
-            f"output_dir={tmp_path / 'outputs'}",
+            f"output_dir={output}",
             *overrides,
         )
 
-    return tiny_config
+    return tiny_config_in
+
+
+@pytest.fixture
+def tiny_config(tiny_config_in, tmp_path: Path):
+    """tiny_config("adapter.r=4", ...): the config of a run of the test's own."""
+    return functools.partial(tiny_config_in, tmp_path / "outputs")
+
+
+@pytest.fixture(scope="session")
+def trained_config(tiny_config_in, tmp_path_factory: pytest.TempPathFactory):
+    """trained_config("adapter.r=4", ...): the config of a finished run, trained once. Its folder is to be read only."""
+    from cera_train.training.train import train
+
+    @functools.cache
+    def trained_config(*overrides: str):
+        config = tiny_config_in(tmp_path_factory.mktemp("trained"), *overrides)
+        train(config)
+        return config
+
+    return trained_config

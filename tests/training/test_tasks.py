@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 from evaluation_files import QUESTIONS, read
+from tiny_runs import folder_of
 
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.evaluation_folder import GradedAnswers
@@ -33,10 +34,6 @@ from cera_train.training.train import train, train_together
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
 TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
 SHORT = ["train.task_settings={logistic_map: {max_new_tokens: 8}}"]
-
-
-def folder_of(config) -> Path:
-    return Path(config.output_dir) / config.name
 
 
 def evaluations(config) -> list[dict]:
