@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import gc
 import importlib.util
 import json
 import os
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Before any library reads them: no network, and one thread for each of pytest's workers, else they wait in turns.
@@ -57,6 +60,42 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def templates_compiled_once() -> None:
+    """PEFT compiles the template of its model card at every save, a seventh of a tiny run."""
+    import jinja2
+
+    jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+
+
+@pytest.fixture(scope="session")
+def drawn() -> list[bytes]:
+    """The first picture of a run."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def picture_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, drawn: list[bytes]) -> None:
+    """Every run has the picture of the first one, which saves a sixth of a tiny run; with `pictures`, its picture."""
+    train = sys.modules.get("cera_train.training.train")
+    if train is None or "pictures" in request.fixturenames:
+        return
+    draw = train.draw_run
+
+    def draw_once(folder: Path, *arguments: object) -> Path:
+        if not drawn:
+            drawn.append(draw(folder, *arguments).read_bytes())
+        (folder / "run.png").write_bytes(drawn[0])
+        return folder / "run.png"
+
+    monkeypatch.setattr(train, "draw_run", draw_once)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Lets the runs of a test draw their pictures."""
 
 
 @pytest.fixture
@@ -176,7 +215,8 @@ def plan(compose):
 def tiny_config_in(compose, tiny_folder: Path):
     """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map in float32."""
 
-    def tiny_config_in(output: Path, *overrides: str):
+    @functools.cache  # Hydra takes as long as three updates
+    def composed(*overrides: str):
         return compose(
             f"model.path={tiny_folder}",
             "model.dtype=float32",
@@ -187,10 +227,13 @@ def tiny_config_in(compose, tiny_folder: Path):
             "train.batch_size=16",
             "train.eval_every=4",
             "train.save_every=4",
-            "name=run",
-            f"output_dir={output}",
             *overrides,
         )
+
+    def tiny_config_in(output: Path, *overrides: str):
+        names = [override for override in overrides if override.startswith("name=")]
+        config = copy.deepcopy(composed(*(override for override in overrides if override not in names)))
+        return replace(config, name=names[-1].removeprefix("name=") if names else "run", output_dir=str(output))
 
     return tiny_config_in
 

@@ -151,10 +151,9 @@ def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config, monke
         train(config)
 
 
-def test_another_config_in_the_same_folder_is_refused_by_key(trained_config, tiny_config):
-    folder = f"output_dir={trained_config().output_dir}"
+def test_another_config_in_the_same_folder_is_refused_by_key(trained_config, tiny_config_in):
     with pytest.raises(ValueError, match=r"adapter.r was 4, is 8.*optimizer.lr was 0.01, is 0.02"):
-        train(tiny_config("adapter.r=8", "optimizer.lr=0.02", folder))
+        train(tiny_config_in(trained_config().output_dir, "adapter.r=8", "optimizer.lr=0.02"))
 
 
 def test_settings_that_change_no_number_may_differ(tiny_config, monkeypatch):

@@ -166,7 +166,7 @@ def half_right(monkeypatch):
     monkeypatch.setattr(tasks, "generate", generate)
 
 
-def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right):
+def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_config(*TASKS, *SHORT, "tracker=tensorboard")

@@ -32,7 +32,7 @@ def finished(trained_config):
     return config, json.loads((folder_of(config) / "result.json").read_text())
 
 
-def test_perplexity_falls_and_the_folder_holds_everything(tiny_config):
+def test_perplexity_falls_and_the_folder_holds_everything(tiny_config, pictures):
     config = tiny_config()
     result = train(config)
     assert result["eval/perplexity"] < 0.5 * result["perplexity_before"]
@@ -275,10 +275,10 @@ def test_an_adapted_head_learns_and_has_a_spectrum(tiny_config):
     assert "lm_head" in json.loads((folder_of(config) / "spectrum.json").read_text())
 
 
-def test_a_folder_that_cannot_be_made_is_named(tiny_config, tmp_path):
+def test_a_folder_that_cannot_be_made_is_named(tiny_config_in, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot make the run's folder .*Set output_dir"):
-        train(tiny_config(f"output_dir={tmp_path / 'file'}"))
+        train(tiny_config_in(tmp_path / "file"))
 
 
 def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
