@@ -67,13 +67,13 @@ def test_the_same_command_again_pauses_at_once(tiny_config):
 
 
 def test_an_arm_that_pauses_leaves_the_others_to_go_on(trained_config, tiny_config):
-    rates = ("1e-2", "3e-3")
-    both = [tiny_config(f"optimizer.lr={lr}", f"name={lr}", "adapter.dropout=0", "train.stop_at=6") for lr in rates]
-    whole = tiny_config("name=whole", "adapter.dropout=0", "train.seed=1")
+    rates, fixed = ("1e-2", "3e-3"), ("adapter.dropout=0", "train.max_updates=4")
+    both = [tiny_config(*fixed, f"optimizer.lr={lr}", f"name={lr}", "train.stop_at=2") for lr in rates]
+    whole = tiny_config(*fixed, "name=whole", "train.seed=1")
     outcomes = train_together([*both, whole])
-    assert [outcome.get("updates", outcome.get("update")) for outcome in outcomes] == [6, 6, 12]
+    assert [outcome.get("updates", outcome.get("update")) for outcome in outcomes] == [2, 2, 4]
     for lr in rates:
-        assert (folder_of(tiny_config(f"name={lr}")) / "checkpoints" / "6").is_dir()
-        settings = (f"optimizer.lr={lr}", f"name={lr}", "adapter.dropout=0")
+        assert (folder_of(tiny_config(f"name={lr}")) / "checkpoints" / "2").is_dir()
+        settings = (*fixed, f"optimizer.lr={lr}", f"name={lr}")
         on, alone = train(tiny_config(*settings)), timeless_metrics(trained_config(*settings))
         assert on["eval/perplexity"] == pytest.approx(alone[-1]["eval/perplexity"], rel=1e-5)
