@@ -108,16 +108,18 @@ def _trained(config: Config, result: RunResult) -> dict[str, str]:
         "Adapter": f"{adapter.title}{rank}{where}",
         **start,
         "Trainable parameters": f"{result.trainable_parameters:,}",
-        "Data": " + ".join(_rows(part) for _, part in config.data.parts()),
+        "Data": " + ".join(rows_of(part) for _, part in config.data.parts()),
         "Training": f"{result.updates:,} updates of {config.train.batch_size} sequences, "
         f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {config.train.seed}",
     }
 
 
-def _rows(data: DataConfig) -> str:
+def rows_of(data: DataConfig) -> str:
+    """What an adapter was trained on."""
     if data.layout == Layout.logistic_map:
-        growths = ", ".join(f"{growth:g}" for growth in data.logistic_map.growths)
-        return f"the logistic map x' = {growths} x (1 - x)"
+        growths = [f"{growth:g}" for growth in data.logistic_map.growths]
+        several = f" at r = {', '.join(growths)}" if len(growths) > 1 else ""
+        return f"the logistic map x' = {'r' if several else growths[0]} x (1 - x){several}"
     if data.layout == Layout.reasoning_gym:
         level = "" if data.reasoning_gym.level is None else f", level {data.reasoning_gym.level}"
         return f"{', '.join(data.reasoning_gym.generators)} of reasoning-gym{level}"
