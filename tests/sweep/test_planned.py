@@ -6,12 +6,14 @@ import contextlib
 import sys
 
 import pytest
+from made_studies import make_study
 
 from cera_train.cli.plan import main
 from cera_train.evaluation.power import detectable
 from cera_train.evaluation.verdict import Variances
 from cera_train.planning.plan import make_plan
 from cera_train.sweep import plan as plan_module
+from cera_train.sweep import power as power_module
 
 HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
 STUDY = ["-m", "+study=first_look"]  # 3 arms, 3 learning rates, 3 seeds; update 8 of 24
@@ -69,7 +71,7 @@ def test_a_study_is_planned_shape_by_shape(plan_command, monkeypatch):
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
     assert [run.study.arm for run in planned] == ["lora", "identity", "cera"]  # not for each learning rate and seed
     assert "each       3 candidates: 2 to update 8, 1 to its end at 24; then the best on 2 more seeds\n" in out
-    runs, _, _, updates, *_ = row(out, "3 groups")
+    runs, _, _, updates, *_ = row(out, "3 cells")
     assert (runs, updates) == ("15", f"{3 * (2 * 8 + 3 * 24)}")
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "5"]
     assert "detects    loss: set plan.spread.seed={loss: ...}, or plan.variances to a finished study\n" in out
@@ -85,6 +87,31 @@ def test_a_study_has_the_power_that_its_verdicts_will_have(plan_command):
     assert "study.matters=0.5 is found\n" in found
     assert "study.matters=0.001 takes " in short
     assert " seeds" in short.splitlines()[-1]
+
+
+def test_variances_are_read_from_a_finished_study(plan_command, tmp_path_factory, monkeypatch):
+    study = make_study(tmp_path_factory.mktemp("study"), seeds=12, outcomes=["loss", "gsm8k"], noise=0.01)
+    monkeypatch.setattr(power_module, "read_study", lambda folder: study)
+    found = power_module.variances_measured(study.folder)
+    assert list(found) == ["loss", "gsm8k"]
+    assert found["loss"].seed == pytest.approx(2 * 0.01**2, rel=0.5)  # two arms; two contrasts of 12 seeds
+    assert found["gsm8k"].problem + found["gsm8k"].residual > 0.1
+
+    out = plan_command(*STUDY, f"plan.variances={study.folder}")
+    smallest = detectable(found["loss"], seeds=3, problems=20, comparisons=3, power=0.8)
+    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8" in out
+    assert f"standard deviations of a difference by {study.folder}: 0.01" in out
+
+
+def test_variances_take_a_finished_study_with_seeds(tmp_path, monkeypatch):
+    study = make_study(tmp_path / "cut", seeds=2)
+    monkeypatch.setattr(power_module, "read_study", lambda folder: study)
+    (study.cells[0].runs[1] / "result.json").unlink()
+    with pytest.raises(ValueError, match="is unfinished: cera, adapter.r=16: no result of seed 1. Run it to its end"):
+        power_module.variances_measured(study.folder)
+    study = make_study(tmp_path / "one", seeds=1)
+    with pytest.raises(ValueError, match="has one seed an arm, which tells nothing of others"):
+        power_module.variances_measured(study.folder)
 
 
 @pytest.mark.parametrize(
