@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth architectures clean
+.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth architectures evidence clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -41,6 +41,10 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 
 architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
+
+evidence: $(VENV)/.installed  ## run the smallest study and write its page, in ten minutes
+	$(BIN)/cera-train -m +study=first_look
+	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
 
 clean:  ## remove .venv
 	rm -rf $(VENV) $(VENV)-serving

@@ -35,7 +35,7 @@ class Setting:
     rows: Sequence[dict[str, str]]
     """The same, read."""
     precision: str
-    """Of the base's weights: float32, bfloat16 or nf4."""
+    """The base's weights: float32, bfloat16 or nf4."""
     device: torch.device
 
     @property
@@ -49,7 +49,7 @@ class Setting:
         return Quantization.nf4 if self.precision == "nf4" else Quantization.none
 
     def load_base(self, **more: Any) -> nn.Module:
-        """As a user of transformers does."""
+        """The base as a user of transformers loads it."""
         from transformers import AutoModelForCausalLM
 
         from cera_train.model.weights import quantization_config

@@ -25,7 +25,7 @@ import torch
 from benchmarks.contestants import PROMPT, RANK
 from benchmarks.targets import Target, print_targets, ratios, write_results
 from benchmarks.training import PACKAGE, lines_of
-from cera_train.adapters.build import add_adapter
+from cera_train.adapters.build import build
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.config import GenerationConfig
@@ -38,7 +38,7 @@ PUBLISHED_BATCH = 4
 SPEEDUP = 2.0
 BATCHES = (1, 4, 16, 64)
 B_STD = 0.02
-"""Of the drawn B, so that the branch is not zero."""
+"""Deviation of the drawn B, so that the branch is not zero."""
 
 
 class Answering:
@@ -51,7 +51,7 @@ class Answering:
         self.base = load_model(config, torch.device("cpu")).eval()
         self.model: Any = self.base
         if kind is not None:
-            self.model = add_adapter(self.base, AdapterConfig(kind, RANK)).eval()
+            self.model = build(self.base, AdapterConfig(kind, RANK)).eval()
             for name, parameter in self.model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
@@ -63,7 +63,7 @@ class Answering:
         return [Request(str(number), 0, tuple(ids)) for number, ids in enumerate(prompts)]
 
     def ours(self, requests: Sequence[Request], max_new_tokens: int) -> list[Generation]:
-        """As cera-eval answers."""
+        """The answers of cera-eval."""
         prepare_generation(self.base, self.tokenizer, max_new_tokens, [])
         config = GenerationConfig()
         answers = []

@@ -40,7 +40,7 @@ class Point:
     length: int = 256
     sequences: int = 8
     rows: int | None = None
-    """Of a data set whose rows make the update, read as training reads them; None for rows that are at hand."""
+    """Rows of the data set that the update takes its rows from, read as training reads them; None for rows at hand."""
 
 
 START = Point()

@@ -40,7 +40,7 @@ class Work:
     """What all contestants do."""
 
     precision: str
-    """Of the frozen weights: float32, bfloat16 or nf4."""
+    """The frozen weights: float32, bfloat16 or nf4."""
     sequences: int
     """An update's: a whole number of the published protocol's micro-batches, few enough for five rounds in minutes."""
     model: str = PACKAGE

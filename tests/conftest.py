@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import atexit
+import copy
+import functools
 import gc
 import importlib.util
 import json
 import os
 import signal
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Before any library reads them: no network, and one thread for each of pytest's workers, else they wait in turns.
@@ -56,6 +60,52 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def templates_compiled_once() -> None:
+    """PEFT compiles the template of its model card at every save, a seventh of a tiny run."""
+    import jinja2
+
+    jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
+
+
+@pytest.fixture(scope="session")
+def drawn() -> list[bytes]:
+    """The first picture of a run."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def picture_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, drawn: list[bytes]) -> None:
+    """Every run has the picture of the first one, which saves a sixth of a tiny run; with `pictures`, its picture."""
+    train = sys.modules.get("cera_train.training.train")
+    if train is None or "pictures" in request.fixturenames:
+        return
+    draw = train.draw_run
+
+    def draw_once(folder: Path, *arguments: object) -> Path:
+        if not drawn:
+            drawn.append(draw(folder, *arguments).read_bytes())
+        (folder / "run.png").write_bytes(drawn[0])
+        return folder / "run.png"
+
+    monkeypatch.setattr(train, "draw_run", draw_once)
+
+
+@pytest.fixture
+def pictures() -> None:
+    """Lets the runs of a test draw their pictures."""
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that may use the network and has none: nothing answers at the Hub's address."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
 
 
 @pytest.fixture(scope="session")
@@ -161,11 +211,12 @@ def plan(compose):
     return lambda *overrides: make_plan(compose(*overrides, command="plan"))
 
 
-@pytest.fixture
-def tiny_config(compose, tiny_folder: Path, tmp_path: Path):
-    """tiny_config("adapter.r=4", ...): the tiny model on the logistic map in float32, into tmp_path."""
+@pytest.fixture(scope="session")
+def tiny_config_in(compose, tiny_folder: Path):
+    """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map in float32."""
 
-    def tiny_config(*overrides: str):
+    @functools.cache  # Hydra takes as long as three updates
+    def composed(*overrides: str):
         return compose(
             f"model.path={tiny_folder}",
             "model.dtype=float32",
@@ -176,9 +227,32 @@ def tiny_config(compose, tiny_folder: Path, tmp_path: Path):
             "train.batch_size=16",
             "train.eval_every=4",
             "train.save_every=4",
-            "name=run",
-            f"output_dir={tmp_path / 'outputs'}",
             *overrides,
         )
 
-    return tiny_config
+    def tiny_config_in(output: Path, *overrides: str):
+        names = [override for override in overrides if override.startswith("name=")]
+        config = copy.deepcopy(composed(*(override for override in overrides if override not in names)))
+        return replace(config, name=names[-1].removeprefix("name=") if names else "run", output_dir=str(output))
+
+    return tiny_config_in
+
+
+@pytest.fixture
+def tiny_config(tiny_config_in, tmp_path: Path):
+    """tiny_config("adapter.r=4", ...): the config of a run of the test's own."""
+    return functools.partial(tiny_config_in, tmp_path / "outputs")
+
+
+@pytest.fixture(scope="session")
+def trained_config(tiny_config_in, tmp_path_factory: pytest.TempPathFactory):
+    """trained_config("adapter.r=4", ...): the config of a finished run, trained once. Its folder is to be read only."""
+    from cera_train.training.train import train
+
+    @functools.cache
+    def trained_config(*overrides: str):
+        config = tiny_config_in(tmp_path_factory.mktemp("trained"), *overrides)
+        train(config)
+        return config
+
+    return trained_config

@@ -14,12 +14,10 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters.config import AdapterConfig, Kernels
 from cera_train.adapters.family import Family, families, family_that_wrote
-from cera_train.adapters.targets import check_targets, linear_names
+from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer, unfuse
 from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
-
-__all__ = ["linear_names"]
 
 
 def check(config: AdapterConfig) -> None:
@@ -37,9 +35,6 @@ def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
         )
     check_targets(base, config)
     return config.family.build(base, config)
-
-
-add_adapter = build
 
 
 def adapter_config(config: AdapterConfig) -> peft.PeftConfig | None:

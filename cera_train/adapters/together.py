@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def twin(model: Model) -> Model:
-    """A model of its own with the same weights: an adapter that goes into one is not in the other."""
+    """A second model with the same weights: an adapter that goes into one is not in the other."""
     copied = copy.copy(model)
     # Submodules, parameters, buffers and hooks lie in dictionaries.
     vars(copied).update({name: copy.copy(value) for name, value in vars(model).items() if isinstance(value, dict)})
@@ -39,7 +39,7 @@ class JoinedAdapter:
     random: torch.Generator = field(default_factory=torch.Generator)
     """What its dropout masks follow from."""
     seed: int = 0
-    """Of the pass in progress: a recomputed layer drops the same again."""
+    """The seed of the pass in progress: a recomputed layer drops the same again."""
 
     @classmethod
     def of(cls, model: nn.Module, config: AdapterConfig) -> JoinedAdapter:
@@ -60,7 +60,7 @@ class JoinedAdapter:
 
 
 class SharedProjection(nn.Module):
-    """W0 x for the tokens of all arms, and each arm's branch for its own."""
+    """W0 x for the tokens of all arms, and each arm's branch for its tokens."""
 
     def __init__(self, base_layer: nn.Module, number: int, name: str, loss: SharedLoss) -> None:
         super().__init__()
@@ -82,14 +82,14 @@ class SharedLoss(SupervisedLoss):
 
     Args:
         base: a twin of theirs without adapter; its projections are replaced.
-        arms: all that may be in a pass; `self.arms` are those in the next one.
+        arms: all that may be in a pass; `self.arms`, which the caller sets, are those in the next one.
     """
 
     def __init__(self, base: PreTrainedModel, arms: Sequence[JoinedAdapter], autocast: Any) -> None:
         super().__init__(base, base, autocast)
-        self.arms = list(arms)
+        self.arms = arms
         self.tokens: list[int] = []
-        """Of each arm in the pass in progress."""
+        """Tokens of each arm in the pass in progress."""
         for number, (name, module) in enumerate(list(base.named_modules())):
             if any(name in arm.layers for arm in arms):
                 parent, _, child = name.rpartition(".")

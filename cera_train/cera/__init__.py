@@ -26,7 +26,7 @@ __all__ = [
 def _add_peft_type(name: str) -> None:
     """Gives the enum `PeftType` one more member.
 
-    PEFT's registry accepts only members of its own enum, and Python has no way to extend an enum from outside:
+    PEFT's registry accepts only members of its enum, and Python has no way to extend an enum from outside:
     this does what the enum's metaclass does when it builds a member.
     """
     member = str.__new__(PeftType, name)
@@ -40,7 +40,7 @@ def _add_peft_type(name: str) -> None:
     type.__setattr__(PeftType, name, member)
 
 
-# A PEFT release that ships CeRA itself has the member already: then its own implementation stands.
+# A PEFT release that ships CeRA itself has the member already: then its implementation stands.
 if "CERA" not in PeftType.__members__:
     _add_peft_type("CERA")
     register_peft_method(name="cera", config_cls=CeraConfig, model_cls=CeraModel)

@@ -163,7 +163,7 @@ class CeraExperts(CeraLayer):
         nn.Module.__init__(self)
         check_experts(base_layer, configs)
         self.base_layer = base_layer
-        # A config for this module alone: the model's says which implementation runs without branches, and generate()
+        # A config for this module alone: the model's names the implementation without branches, and generate()
         # changes it.
         base_layer.config, base_config = copy.copy(base_layer.config), base_layer.config
         base_layer.config.base_config = base_config

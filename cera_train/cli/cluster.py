@@ -13,7 +13,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLaunche
 
 from cera_train.cli.composition import without_hydra
 from cera_train.cli.start import errors_in_one_line
-from cera_train.cli.together import Together, group
+from cera_train.cli.together import Together, choose_packs
 from cera_train.cli.train import TRAIN
 from cera_train.common.errors import UserError
 
@@ -53,8 +53,9 @@ class Packing:
             with contextlib.suppress(UserError):  # it goes alone, and fails in its job
                 configs[number] = without_hydra(compose(self.config, list(overrides)))
         numbers = list(configs)
-        packs = [[numbers[place] for place in pack.jobs] for pack in group(list(configs.values()), lambda _: size)]
-        return packs + [[number] for number in range(len(job_overrides)) if number not in configs]
+        packs = choose_packs(list(configs.values()), lambda _: size)
+        alone = [[number] for number in range(len(job_overrides)) if number not in configs]
+        return [[numbers[place] for place in pack.jobs] for pack in packs] + alone
 
     def __call__(self, sweep_overrides: list[str], *arguments: Any) -> JobReturn:
         """Runs on the node."""

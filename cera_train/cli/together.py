@@ -22,7 +22,7 @@ from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.sweep.folder import Job
-from cera_train.training.together import Group, describe_groups, groups_of
+from cera_train.training.together import Pack, describe_packs, pack_jobs
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Together(Launcher):
             returns = [self._compose(list(job), initial_job_idx + place) for place, job in enumerate(job_overrides)]
             jobs = [returned.return_value for returned in returns]
             ready = [job for job in jobs if job.config is not None]
-            for members in group([job.config for job in ready], self._most):
-                train_group([ready[number] for number in members.jobs])
+            for pack in choose_packs([job.config for job in ready], self._most):
+                train_pack([ready[number] for number in pack.jobs])
         for returned, job in zip(returns, jobs, strict=True):
             returned.return_value = job.metric
         return returns
@@ -95,20 +95,20 @@ def prepare_job(composed: DictConfig) -> Prepared:
         return Prepared(job, None)
 
 
-def group(configs: Sequence[Config], most: Callable[[Sequence[Config]], int]) -> list[Group]:
-    """Jobs in groups that share a base, printed in a line. Raises UserError where `launch.together` asks for groups,
-    and there are none."""
-    groups = groups_of(configs, most)
-    text = describe_groups(groups)
+def choose_packs(configs: Sequence[Config], most: Callable[[Sequence[Config]], int]) -> list[Pack]:
+    """Jobs in packs that share a base, printed in a line. Raises UserError where `launch.together` wants packs, and
+    every job trains alone."""
+    packs = pack_jobs(configs, most)
+    text = describe_packs(packs)
     wanted = {config.launch.together for config in configs} - {None, "auto", "1"}
-    if wanted and len(configs) > 1 and len(groups) == len(configs):
+    if wanted and len(configs) > 1 and len(packs) == len(configs):
         raise UserError(f"launch.together={wanted.pop()}: {text}. Leave it out.")
     print()
     print_line("together", text)
-    return groups
+    return packs
 
 
-def train_group(jobs: Sequence[Prepared]) -> None:
+def train_pack(jobs: Sequence[Prepared]) -> None:
     """Trains jobs on one base, and keeps what came of each."""
     print()
     print_line("jobs" if len(jobs) > 1 else "job", ", ".join(f"{job.job.number} {job.job.name}" for job in jobs))

@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 
 def words_of(error: BaseException) -> str:
-    """What an error says: of the system's errors the words alone, without number and path."""
+    """The message of an error: of the system's errors the words alone, without number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -46,7 +46,7 @@ class RowOrder:
         return order[start : start + self.batch_size].tolist()
 
 
-@functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update asks for it
+@functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update needs it
 def epoch_order(rows: int, seed: int) -> torch.Tensor:
     """The rows in the order of an epoch."""
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))

@@ -71,7 +71,7 @@ class PartRows:
 
 
 def describe_parts(parts: Sequence[PartRows]) -> list[str]:
-    """A line for each part: its rows and tokens, and the share of rows that it has and that its weight asks for."""
+    """A line for each part: its rows and tokens, and the share of rows that it has and that its weight gives it."""
     rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
     weights = [part.weight for part in parts]
     shares = [None] * len(parts) if None in weights else shares_of(weights)

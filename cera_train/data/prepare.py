@@ -93,7 +93,7 @@ class TokenizedRows:
     digest: str
     """Digest of the rows, the tokenizer and the settings that change tokens."""
     numbers: Sequence[int] | None = None
-    """Of a mix, which repeats rows and leaves some out: the table's row that each row of the split is."""
+    """The table's row for each row of a mix, which repeats rows and leaves some out."""
 
     def __len__(self) -> int:
         return len(self.rows if self.numbers is None else self.numbers)

@@ -36,7 +36,7 @@ class ProcessFailed(RuntimeError):
 
 
 def in_processes(function: Callable[[Any], Result], config: Any, prepare: Callable[[Any], Result | None]) -> Result:
-    """`function(config)`, in as many processes as `launch.processes` says: same result, and same errors, or
+    """`function(config)`, in `launch.processes` processes: same result, and same errors, or
     ProcessFailed.
 
     Args:
@@ -60,7 +60,7 @@ def in_processes(function: Callable[[Any], Result], config: Any, prepare: Callab
 
 
 def processes_to_start(config: ProcessesConfig) -> int:
-    """One process a GPU, or as many as the config asks for; UserError where there are GPUs, but fewer than that."""
+    """One process a GPU, or as many as the config sets; UserError where there are GPUs, but fewer than that."""
     gpus = torch.cuda.device_count()
     processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
     if 0 < gpus < processes:

@@ -65,7 +65,7 @@ class Team:
 
 
 class Watchdog:
-    """Ends this process when others wait too long for one that does not come, and says which one.
+    """Ends this process when others wait too long for one that does not come, and names it.
 
     A thread publishes the arrivals again and again in the key-value store by which the processes found each other, so
     the loop pays an addition. Where nothing has moved for `seconds` (None: no limit), a process that no longer

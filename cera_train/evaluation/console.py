@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_table
+from cera_train.runs.results import interval_of
 from cera_train.tasks.endings import EndingShares
 from cera_train.tasks.task import AnswerTask, Task
 
@@ -45,9 +46,12 @@ def _accuracy_lines(result: Mapping[str, Any]) -> dict[str, str]:
     lines = {"problems": f"{result['problems']:,}" + f", {result['samples']:,} answers each" * is_sampled}
     for name, value in result.items():
         if "/pass@" in name and not name.endswith("/interval"):
-            lower, upper = result[f"{name}/interval"]
+            interval = interval_of(value, tuple(result[f"{name}/interval"]), result["problems"])
             label = name.replace("/", " ") if is_sampled else name.split("/")[0]
-            lines[label] = f"{value:.1%}  (95 % interval {lower:.1%} to {upper:.1%})"
+            sure = "no 95 % interval: the same for every problem"
+            if interval is not None:
+                sure = f"95 % interval {interval[0]:.1%} to {interval[1]:.1%}"
+            lines[label] = f"{value:.1%}  ({sure})"
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Attention over sequences that lie end to end in one row: each is a block of its own, and no T x T mask is made.
+"""Attention over sequences that lie end to end in one row: each is one block, and no T x T mask is made.
 
 Registered with transformers by name: `model.set_attn_implementation(BY_SEQUENCE)`.
 """
@@ -91,7 +91,7 @@ def _in_one_call(
         *(heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
         *(starts, starts, longest, longest),
         scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's own, and after it
+        window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's, and after it
         enable_gqa=True,
     )
     return output.unsqueeze(0)

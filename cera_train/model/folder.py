@@ -173,7 +173,7 @@ def _check_weights(folder: Path, files: set[str], place: str) -> None:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(f"{place}: the folder lacks {missing[0]}{more}, which {INDEX} names. {again}")
     else:
-        return  # transformers knows more names, and says which it looked for
+        return  # transformers knows more names, and lists those it looked for
     for name in sorted(shards):
         if reason := damage_of_safetensors(folder / name):
             raise UserError(f"{folder / name}: {reason} ({place}). {again}")

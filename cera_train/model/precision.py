@@ -27,7 +27,7 @@ class Precision:
     dtype: Dtype
     reason: str
     is_slow: bool = False
-    """It was asked for, and this hardware emulates it."""
+    """It was set, and this hardware emulates it."""
 
     @property
     def record(self) -> dict[str, str]:

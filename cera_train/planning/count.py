@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.adapters.build import add_adapter
+from cera_train.adapters.build import build
 from cera_train.adapters.config import AdapterConfig
 from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
@@ -131,7 +131,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
 
 def build_adapter(base: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
     with torch.device("meta"):
-        return add_adapter(base, adapter).train()
+        return build(base, adapter).train()
 
 
 def read_config(model: ModelConfig) -> PretrainedConfig:

@@ -343,7 +343,7 @@ def attend_in_one_call(
 
 
 IN_ONE_CALL, WITHOUT_MASK = "planned_in_one_call", "planned_without_mask"
-"""Names under which transformers makes no mask. Under its own it looks at values, and masks whatever is fake."""
+"""Names under which transformers makes no mask. Under its names it looks at values, and masks whatever is fake."""
 
 AttentionInterface.register(IN_ONE_CALL, attend_in_one_call)
 AttentionInterface.register(WITHOUT_MASK, sdpa_attention_forward)

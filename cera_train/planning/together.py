@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+
+import psutil
 
 from cera_train.common.errors import UserError
 from cera_train.config import Config, PlanRun
@@ -22,7 +23,7 @@ def arms_that_fit(configs: Sequence[Config]) -> int:
     import torch
 
     on_gpu = torch.cuda.is_available()
-    memory = USABLE * (torch.cuda.mem_get_info()[0] if on_gpu else available_memory())
+    memory = USABLE * (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available)
     plan = PlanConfig(gpu=GpuKind.h100 if on_gpu else GpuKind.cpu)  # bytes are alike on all GPUs
     shared = adapters = 0.0
     for count, config in enumerate(configs):
@@ -37,9 +38,3 @@ def arms_that_fit(configs: Sequence[Config]) -> int:
     if not shared:
         raise UserError(f"launch.together=auto cannot be planned: {reason} Or set launch.together=8.") from reason
     return len(configs)
-
-
-def available_memory() -> int:
-    """Bytes of this machine that a program can still take."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

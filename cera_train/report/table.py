@@ -62,17 +62,17 @@ def row_of(run: Run, metrics: Sequence[tuple[str, Metric]] = ()) -> list[tuple[s
     share, updates = _format(figures.trainable_share, "{:.2%} of the model"), _format(figures.updates, "{:,} updates")
     return [
         ("method", QUALITY, Cell(run.method)),
-        ("r", QUALITY, _cell(run.rank, "{:,}")),
-        ("parameters", QUALITY, _cell(figures.trainable_parameters, "{:,}", share)),
+        ("r", QUALITY, figure_cell(run.rank, "{:,}")),
+        ("parameters", QUALITY, figure_cell(figures.trainable_parameters, "{:,}", share)),
         ("perplexity", QUALITY, _perplexity(run)),
         *((f"{display_name(task)} {own.label}", QUALITY, _of_task(run, task, own)) for task, own in metrics),
         *((f"{display_name(task)} answers, {' / '.join(ENDINGS)}", ANSWERS, _endings(run, task)) for task in tasks),
         ("effective rank, mean / max", RANK, _mean_and_max(run, "effective_rank", f"of r = {run.rank}")),
         ("manifold dimension, mean / max", RANK, _mean_and_max(run, "manifold_dimension")),
-        ("linear share, mean", RANK, _cell(run.figures.spectrum.linear_share_mean, "{:.1%}")),
-        ("tokens/s", COST, _cell(figures.tokens_per_s, "{:,.0f}")),
-        ("peak memory", COST, _cell(figures.peak_memory_bytes, gigabytes)),
-        ("time", COST, _cell(figures.seconds, duration, updates)),
+        ("linear share, mean", RANK, figure_cell(run.figures.spectrum.linear_share_mean, "{:.1%}")),
+        ("tokens/s", COST, figure_cell(figures.tokens_per_s, "{:,.0f}")),
+        ("peak memory", COST, figure_cell(figures.peak_memory_bytes, gigabytes)),
+        ("time", COST, figure_cell(figures.seconds, duration, updates)),
     ]
 
 
@@ -83,7 +83,7 @@ def _perplexity(run: Run) -> Cell:
         notes.append(f"unfinished, at update {run.files.metrics.evaluations[-1].update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
-    return _cell(value, "{:.3f}", *notes, *paper_notes(run, RunResult.key_of("perplexity"), value))
+    return figure_cell(value, "{:.3f}", *notes, *paper_notes(run, RunResult.key_of("perplexity"), value))
 
 
 def _mean_and_max(run: Run, quantity: str, note: str = "") -> Cell:
@@ -126,7 +126,7 @@ def _of_task(run: Run, task: str, metric: Metric) -> Cell:
     notes += paper_notes(run, key, value, metric.is_share)
     if evaluation.known.task_limit is not None and key in run.published:
         notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
-    return _cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
+    return figure_cell(value, "{:.1%}" if metric.is_share else "{:.3f}", *notes)
 
 
 def _fewer_answers(result: AccuracyResult, metric: Metric) -> list[str]:
@@ -180,7 +180,7 @@ def signed(value: float, form: str = ".2f") -> str:
     return text if text.strip(f"+{MINUS}0.") else text[1:]
 
 
-def _cell(value: float | None, form: str | Callable[[float], str], *notes: str | None) -> Cell:
+def figure_cell(value: float | None, form: str | Callable[[float], str], *notes: str | None) -> Cell:
     return Cell(_format(value, form), tuple(filter(None, notes)))
 
 

@@ -54,7 +54,7 @@ class Answerer:
         """Streams the answer to a row's prompt to stdout, and returns it."""
         ids = self.prompts.ids(row)
         self._check_fits(len(ids))
-        request = Request("chat", self.asked, tuple(ids))  # every question has random numbers of its own
+        request = Request("chat", self.asked, tuple(ids))  # every question draws other random numbers
         self.asked += 1
         generation, room = self.config.generation, self.config.max_new_tokens
         choose = SeededSampling([request], room, generation) if generation.temperature else Likeliest()

@@ -314,13 +314,12 @@ def with_gates(kind: type) -> type:
                 return None  # nothing to add
             if among != (LORA,):
                 tokens = x[0].shape[0]
-                codes, gammas = self.token_codes[:tokens], [None] * len(x)
-                if is_mixed:
-                    gammas = lora_b_stacked[0].cera_gammas[self.token_slots[:tokens]].T[..., None]
+                codes, slots = self.token_codes[:tokens], self.token_slots[:tokens]
+                gammas = lora_b_stacked[0].cera_gammas[slots].T[..., None] if is_mixed else None
                 if isinstance(x, torch.Tensor):
-                    x = gate(x, codes, gammas if is_mixed else None, among)
+                    x = gate(x, codes, gammas, among)
                 else:
-                    x = tuple(gate(z, codes, gamma, among) for z, gamma in zip(x, gammas, strict=True))
+                    x = tuple(gate(z, codes, gammas[at] if is_mixed else None, among) for at, z in enumerate(x))
             return super().add_expand(y, x, lora_b_stacked, *arguments, **settings)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"

@@ -19,7 +19,7 @@ class Optimizer(NamedTuple):
     moments: int = 2
     """Numbers that it keeps for each weight."""
     bits: int = 32
-    """Of each of them. 8 bits come with a float32 scale for 256 numbers; tensors of fewer than 4,096 keep 32."""
+    """Bits of each number. 8 come with a float32 scale for 256 numbers; tensors of fewer than 4,096 keep 32."""
     needs_gpu: bool = False
 
     def state_bytes(self, count: int) -> float:

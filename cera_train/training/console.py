@@ -50,8 +50,17 @@ def print_start(session: Session) -> None:
         print_adapter(arm)
     print_device(session)
     print_data(session.data, session.tokenizer)
-    if plan := session.arms[0].exams.plan:
-        print_line("answers", plan)
+    print_plans(session)
+
+
+def print_plans(session: Session) -> None:
+    """What is answered when: once for all arms, or for those that share a plan."""
+    plans: dict[str, list[str]] = {}
+    for arm in session.arms:
+        plans.setdefault(arm.exams.plan, []).append(arm.config.name)
+    for plan, names in plans.items():
+        if plan:
+            print_line("answers", plan if len(plans) == 1 else f"{', '.join(names)}: {plan}")
 
 
 def describe_extension(arm: Arm) -> str:
@@ -84,8 +93,8 @@ def print_model(session: Session) -> None:
 
 
 def print_adapter(arm: Arm) -> None:
-    """The adapter and what it is on, with the experts that all-linear leaves out: who asks for all of them would look
-    for them in vain."""
+    """The adapter and what it is on, with the experts that all-linear leaves out: a reader would take them for
+    adapted."""
     adapter, model = arm.config.adapter, arm.model
     print_line("adapter", f"{describe_adapter(adapter)}: {arm.trainable_count:,} trainable")
     if adapter.start_from is not None and arm.progress.update == 0:

@@ -16,7 +16,7 @@ from cera_train.training.train import finished_result, train
 
 
 def launch(config: Config) -> dict[str, Any]:
-    """`train`, in as many processes as `launch.processes` says."""
+    """`train`, in `launch.processes` processes."""
     return in_processes(train, config, prepare)
 
 

@@ -106,8 +106,7 @@ class Session:
             with self.alone(run):
                 self.arms.append(Arm(self, run, twin(base) if self.is_joint else base, checkpoint))
         if self.is_joint and self.arms:
-            adapters_of_arms = [JoinedAdapter.of(arm.model, arm.config.adapter) for arm in self.arms]
-            self.joined = SharedLoss(base, adapters_of_arms, accelerator.autocast)
+            self.joined = SharedLoss(base, [arm.joined for arm in self.arms], accelerator.autocast)
             self.joined.take_layout_of(self.arms[0].local_loss)
             self.loss = accelerator.prepare(self.joined)
             self.batches = SharedMicroBatches(
@@ -130,16 +129,14 @@ class Session:
     def leave(self, run: Run, outcome: dict[str, Any] | Exception) -> None:
         """Goes on without a run that is over."""
         run.outcome = outcome
-        for number, arm in enumerate(self.arms):
-            if arm.run is run:
-                del self.arms[number]
-                if self.is_joint:
-                    del self.joined.arms[number]
-                arm.tracker.finish()
+        for arm in [arm for arm in self.arms if arm.run is run]:
+            self.arms.remove(arm)
+            arm.tracker.finish()
 
     def passes(self, rows: list[list[int]]) -> list[tuple[Any, bool]]:
         """This process's micro-batches of each arm's rows, and whether each counts."""
         if self.is_joint:
+            self.joined.arms = [arm.joined for arm in self.arms]
             return [(group, True) for group in self.batches.passes(rows)]
         (rows_of_arm,), team = rows, self.team
         return self.batches.passes(rows_of_arm, team.processes, team.process, in_step=team.is_sharded)
@@ -148,8 +145,8 @@ class Session:
         """Lets the dropout of the next update follow from each arm's seed alone."""
         torch.manual_seed(self.arms[0].seed())
         if self.is_joint:
-            for arm, joined in zip(self.arms, self.joined.arms, strict=True):
-                joined.random.manual_seed(arm.seed())
+            for arm in self.arms:
+                arm.joined.random.manual_seed(arm.seed())
 
     def start(self) -> None:
         """Puts the models into training mode, and starts the clock."""
@@ -185,6 +182,7 @@ class Arm:
         torch.manual_seed(config.train.seed)
         self.model = adapters.build(base, config.adapter)
         adapters.use_kernels(self.model, config.adapter.kernels)
+        self.joined = JoinedAdapter.of(self.model, config.adapter) if session.is_joint else None
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
         self.goes_on_here = resume_from is not None and folder.holds(resume_from)
@@ -218,7 +216,7 @@ class Arm:
         data, tokens = session.data, config.train.micro_batch_tokens
         self.batches = MicroBatches(data.train, self.local_loss.is_flat, tokens, team.device)
         self.held_out = HeldOut(self.model, self.local_loss, data.evaluation, team, tokens, config.train.probe_tokens)
-        self.exams = Exams(config, session.tokenizer, self.local_loss, team)
+        self.exams = Exams(config, session.tokenizer, self.local_loss, team, [arm.exams for arm in session.arms])
         self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         self.tracker = Tracker()

@@ -1,4 +1,4 @@
-"""Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and what the model says.
+"""Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and answers to read.
 
 Problems, answers, grades and scores are those of an evaluation, greedy. Nothing of it draws a random number or leaves a
 mark on the model: the run's losses are those of a run without it, to the bit.
@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,18 +119,34 @@ def first_turns(config: DataConfig, tokenizer: Any) -> Iterator[tuple[list[Segme
 
 
 class Exams:
-    """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades."""
+    """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades.
 
-    def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team) -> None:
+    Args:
+        beside: exams of other runs on this base and these rows; where the settings are equal, the problems are shared.
+    """
+
+    def __init__(
+        self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team, beside: Iterable[Exams] = ()
+    ) -> None:
         self.config, self.tokenizer, self.loss, self.team = config.train, tokenizer, loss, team
-        self.tasks = [task_exam(name, config, tokenizer) for name in config.train.tasks]
-        self.sampled: list[Exam] = []
-        if count := config.train.samples:
-            rows = [] if self.tasks else [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
-            self.sampled = [exam.first(count) for exam in self.tasks or rows]
-        for exam in self.tasks:
+        loaded = next((exams for exams in beside if exams.settings == self.settings), None)
+        self.tasks, self.sampled = (loaded.tasks, loaded.sampled) if loaded else self._load(config)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What the problems follow from."""
+        return self.config.tasks, self.config.tasks_limit, self.config.task_settings, self.config.samples
+
+    def _load(self, config: Config) -> tuple[list[Exam], list[Exam]]:
+        """The tasks, and what samples are taken of."""
+        tasks = [task_exam(name, config, self.tokenizer) for name in config.train.tasks]
+        for exam in tasks:
             with at(f"train.tasks=[{exam.name}]"):
-                check_room(exam.requests, exam.max_new_tokens, loss.causal_lm)
+                check_room(exam.requests, exam.max_new_tokens, self.loss.causal_lm)
+        count = config.train.samples
+        if tasks or not count:
+            return tasks, [exam.first(count) for exam in tasks if count]
+        return [], [rows_exam(config.data, count, self.tokenizer, positions_of(self.loss.causal_lm.config))]
 
     @property
     def plan(self) -> str:

@@ -22,7 +22,7 @@ two cores in bf16: 940, 1,010 and 1,040 tokens/s with one, three and four of the
 
 
 @dataclass(frozen=True)
-class Group:
+class Pack:
     """Jobs, by their numbers, that train together; or one that trains alone."""
 
     jobs: list[int]
@@ -58,33 +58,33 @@ def why_alone(config: Config) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def groups_of(configs: Sequence[Config], most: Callable[[Sequence[Config]], int]) -> list[Group]:
-    """The jobs as groups, in the order of their first jobs.
+def pack_jobs(configs: Sequence[Config], most: Callable[[Sequence[Config]], int]) -> list[Pack]:
+    """The jobs in packs, in the order of their first jobs.
 
     Args:
-        most: how many of these jobs, from the first on, one group may hold; at least 1.
+        most: how many of these jobs, from the first on, one pack may hold; at least 1.
     """
     alike: dict[str, list[int]] = {}
     alone = []
     for number, config in enumerate(configs):
         if reason := why_alone(config):
-            alone.append(Group([number], reason))
+            alone.append(Pack([number], reason))
         else:
             alike.setdefault(repr(shared_settings(config)), []).append(number)
-    groups = []
+    packs = []
     for numbers in alike.values():
         while numbers:
             count = most([configs[number] for number in numbers]) if len(numbers) > 1 else 1
-            groups.append(Group(numbers[:count]))
+            packs.append(Pack(numbers[:count]))
             numbers = numbers[count:]
-    return sorted([*groups, *alone], key=lambda group: group.jobs[0])
+    return sorted([*packs, *alone], key=lambda pack: pack.jobs[0])
 
 
-def describe_groups(groups: Sequence[Group]) -> str:
+def describe_packs(packs: Sequence[Pack]) -> str:
     """What trains with what, in a line."""
-    sizes = [str(len(group.jobs)) for group in groups if len(group.jobs) > 1]
-    reasons = sorted({group.reason for group in groups if group.reason})
-    others = sum(len(group.jobs) == 1 for group in groups)
+    sizes = [str(len(pack.jobs)) for pack in packs if len(pack.jobs) > 1]
+    reasons = sorted({pack.reason for pack in packs if pack.reason})
+    others = sum(len(pack.jobs) == 1 for pack in packs)
     together = f"{' + '.join(sizes)} jobs share a base" if sizes else "no jobs share a base"
     why = f" ({', '.join(reasons)})" if reasons else ""
     return f"{together}{f', {others} alone{why}' if others else ''}"

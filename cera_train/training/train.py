@@ -46,14 +46,14 @@ from cera_train.training.together import shared_settings
 
 
 def train(config: Config) -> dict[str, Any]:
-    """Fine-tunes an adapter as the config says, or goes on where an earlier call was cut.
+    """Fine-tunes an adapter by the config, or goes on where an earlier call was cut.
 
     Returns:
         The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...; of a
         run that pauses at `train.stop_at`, `update` and `eval/perplexity`.
 
     Raises:
-        UserError: the config, the data or the run's folder is not usable; the message says how to mend it.
+        UserError: the config, the data or the run's folder is not usable; the message has the mend.
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
     (outcome,) = train_together([config])
@@ -64,7 +64,7 @@ def train(config: Config) -> dict[str, Any]:
 
 def train_together(configs: Sequence[Config]) -> list[dict[str, Any] | Exception]:
     """`train` for several runs on one base, each with the numbers it would have alone. Returns what each call would
-    return or raise. `training.together` says which runs can share a base."""
+    return or raise. `training.together` chooses runs that can share a base."""
     quiet_libraries()
     forget_earlier_runs()
     with contextlib.ExitStack() as folders:
@@ -136,7 +136,7 @@ def end_arms(session: Session) -> None:
 
 
 def update(session: Session) -> int | None:
-    """One step of each arm's optimizer, on `train.batch_size` sequences of its own, by passes that all arms share.
+    """One step of each arm's optimizer, each on its `train.batch_size` sequences, by passes that all arms share.
     Returns the signal that a process heard meanwhile."""
     started, arms = time.perf_counter(), session.arms[:]
     rows = [arm.order.sequences(arm.progress.update) for arm in arms]

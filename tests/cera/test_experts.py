@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-import json
 
 import pytest
 import torch
 from cera_models import WARNINGS, cera_dtypes, distance, gradients, logits
-from conftest import make_tiny_llama
 from moe_models import (
     MIXTURES,
     PARAMETERS,
@@ -19,28 +16,16 @@ from moe_models import (
     experts_of,
     lora_experts,
     make_mixture,
+    mixture_with_two,
     plain_experts,
     plain_forward,
 )
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from peft import get_peft_model
 from torch import nn
 
 from cera_train.cera import CeraConfig, CeraExperts, CeraLayer
-from cera_train.cera.layer import CeraLinear
 
 pytestmark = WARNINGS
-
-IDS = torch.tensor([[5, 17, 99, 4, 250, 31], [7, 7, 300, 12, 3, 8], [401, 2, 45, 45, 6, 9], [11, 500, 23, 8, 64, 77]])
-ROWS = ["second", "__base__", "first", "second"]
-
-
-def with_two(model_type: str = "mixtral", **settings) -> PeftModel:
-    """A model with the adapters "first", which is active, and "second", of other experts' parameters and rank."""
-    model = adapted_mixture(model_type, "first", **settings)
-    model.add_adapter("second", expert_config(expert_r=6, alpha=12, activation="gelu", target_parameters=["down_proj"]))
-    return model
-
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
@@ -49,10 +34,10 @@ def with_two(model_type: str = "mixtral", **settings) -> PeftModel:
 @pytest.mark.parametrize("parameters", [PARAMETERS, PARAMETERS[:1], PARAMETERS[1:]], ids=["both", "up", "down"])
 def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters):
     model = adapted_mixture(model_type, double=True, target_parameters=parameters, alpha=6)
-    values, slopes = logits(model, IDS), gradients(model, IDS)
+    values, slopes = logits(model), gradients(model)
     with plain_experts():
-        torch.testing.assert_close(values, logits(model.eval(), IDS), rtol=1e-10, atol=1e-10)
-        expected = gradients(model, IDS)
+        torch.testing.assert_close(values, logits(model.eval()), rtol=1e-10, atol=1e-10)
+        expected = gradients(model)
     assert slopes.keys() == expected.keys()
     assert len(slopes) == 4 * len(parameters)
     for name, slope in slopes.items():
@@ -99,23 +84,23 @@ def random_routing(layer: CeraExperts, tokens: int = 9, dtype: torch.dtype = tor
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_type, implementation):
     model = adapted_mixture(model_type)
-    expected = logits(model, IDS)
+    expected = logits(model)
     model.base_model.model.set_experts_implementation(implementation)  # generate() does this too, on a GPU
-    assert torch.equal(logits(model, IDS), expected)
+    assert torch.equal(logits(model), expected)
     with plain_experts():
-        torch.testing.assert_close(logits(model, IDS), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     base = make_mixture(model_type)
     base.set_experts_implementation(implementation)
     with model.disable_adapter():
-        assert torch.equal(logits(model, IDS), logits(base, IDS))
+        assert torch.equal(logits(model), logits(base))
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_identity_gate_without_dropout_equals_pefts_lora(model_type):
     model = adapted_mixture(model_type, activation="identity")
     lora = lora_experts(model, make_mixture(model_type), r=4)
-    torch.testing.assert_close(logits(model, IDS), logits(lora, IDS), rtol=1e-4, atol=1e-4)
-    ours, theirs = gradients(model, IDS), gradients(lora, IDS)
+    torch.testing.assert_close(logits(model), logits(lora), rtol=1e-4, atol=1e-4)
+    ours, theirs = gradients(model), gradients(lora)
     assert len(ours) == len(theirs) == 8
     names = {id(parameter): name for name, parameter in lora.named_parameters()}
     for layer, (experts, wrappers) in enumerate(zip(experts_of(model), expert_loras(lora), strict=True)):
@@ -164,7 +149,7 @@ def test_second_derivatives_equal_the_loops():
 
 
 def test_peft_reports_experts_as_a_layer():
-    status = with_two().get_layer_status()[0]
+    status = mixture_with_two().get_layer_status()[0]
     assert (status.name, status.module_type) == ("model.model.layers.0.mlp.experts", "cera.CeraExperts")
     assert status.requires_grad == {"first": True, "second": False}
 
@@ -174,7 +159,7 @@ def test_shared_experts_are_projections_like_any_other():
     model = adapted_mixture("qwen2_moe", target_modules=names)
     kinds = [type(module) for module in model.modules() if isinstance(module, CeraLayer)]
     assert sorted(kind.__name__ for kind in kinds) == ["CeraExperts"] * 2 + ["CeraLinear"] * 6
-    assert len(gradients(model, IDS)) == 2 * (4 + 6)
+    assert len(gradients(model)) == 2 * (4 + 6)
 
 
 # --- start, precision, dropout ---------------------------------------------------------------------------------------
@@ -184,9 +169,9 @@ def test_shared_experts_are_projections_like_any_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_adapter_is_the_base_model(model_type, dtype):
     base = make_mixture(model_type).to(dtype)
-    expected = logits(base, IDS)
+    expected = logits(base)
     model = get_peft_model(base, expert_config(init_weights=True)).eval()
-    assert torch.equal(logits(model, IDS), expected)
+    assert torch.equal(logits(model), expected)
     assert cera_dtypes(model) == {torch.float32}
 
 
@@ -250,19 +235,19 @@ def test_an_adapter_may_compute_in_the_bases_16_bits():
     config = expert_config()
     model = get_peft_model(make_mixture().bfloat16(), config, autocast_adapter_dtype=False)
     assert cera_dtypes(model) == {torch.bfloat16}
-    assert all(slope.isfinite().all() for slope in gradients(model, IDS).values())
+    assert all(slope.isfinite().all() for slope in gradients(model).values())
 
 
 @pytest.mark.parametrize("place", ["hidden", "input"])
 def test_dropout_drops_units_in_training_alone(place):
     model = adapted_mixture(dropout=0.5, dropout_on=place)
-    assert torch.equal(logits(model, IDS), logits(model, IDS))
+    assert torch.equal(logits(model), logits(model))
     model.train()
-    assert not torch.equal(logits(model, IDS), logits(model, IDS))
+    assert not torch.equal(logits(model), logits(model))
     torch.manual_seed(3)
-    once = logits(model, IDS)
+    once = logits(model)
     torch.manual_seed(3)
-    assert torch.equal(logits(model, IDS), once)
+    assert torch.equal(logits(model), once)
 
 
 def test_dropout_on_the_input_drops_what_A_reads():
@@ -292,264 +277,15 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
 
 def test_an_adapter_in_a_model_in_eval_mode_does_not_drop():
     model = get_peft_model(make_mixture(), expert_config(dropout=0.9))
-    assert torch.equal(logits(model, IDS), logits(model, IDS))
+    assert torch.equal(logits(model), logits(model))
 
 
 def test_checkpointing_draws_the_same_dropout_again():
     model = adapted_mixture(dropout=0.5)
     torch.manual_seed(3)
-    expected = gradients(model, IDS)
+    expected = gradients(model)
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     torch.manual_seed(3)
-    for name, slope in gradients(model, IDS).items():
+    for name, slope in gradients(model).items():
         torch.testing.assert_close(slope, expected[name])
-
-
-# --- several adapters ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_adapters_switch_add_up_and_turn_off(model_type):
-    base, model = logits(make_mixture(model_type), IDS), with_two(model_type)
-    found = {}
-    for names in (["first"], ["second"], ["first", "second"]):
-        model.base_model.set_adapter(names)
-        found[tuple(names)] = logits(model, IDS)
-        with plain_experts():
-            torch.testing.assert_close(found[tuple(names)], logits(model, IDS), rtol=1e-4, atol=1e-4)
-    values = [base, *found.values()]
-    for i, one in enumerate(values):
-        assert all((one - other).abs().max() > 1e-3 for other in values[:i])
-    with model.disable_adapter():
-        assert torch.equal(logits(model, IDS), base)
-    trainable = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {"first", "second"}
-
-
-def test_a_deleted_adapter_is_gone():
-    model = with_two()
-    model.set_adapter("second")
-    expected = logits(model, IDS)
-    model.delete_adapter("first")
-    assert torch.equal(logits(model, IDS), expected)
-    assert not any(".first" in name for name, _ in model.named_modules())
-
-
-def test_unload_gives_the_base_model_back():
-    model = with_two()
-    base = model.unload()
-    expected = make_mixture()
-    assert not experts_of(base)
-    assert base.state_dict().keys() == expected.state_dict().keys()
-    assert torch.equal(logits(base, IDS), logits(expected, IDS))
-    assert base.model.layers[0].mlp.experts.config is base.config
-    assert torch.equal(logits(get_peft_model(base, expert_config(init_weights=True)), IDS), logits(expected, IDS))
-
-
-def test_a_copy_is_a_model_of_its_own():
-    model = adapted_mixture()
-    other = copy.deepcopy(model)
-    for layer in experts_of(other):
-        layer.cera_B["default"]["down_proj"].weight.data.zero_()
-    assert not torch.equal(logits(other, IDS), logits(model, IDS))
-
-
-def test_a_merge_is_refused():
-    with pytest.raises(ValueError, match="CeRA cannot be merged"):
-        adapted_mixture().merge_and_unload()
-
-
-# --- a different adapter for each row --------------------------------------------------------------------------------
-
-
-def alone(model: PeftModel, row: int, call):
-    if ROWS[row] == "__base__":
-        with model.disable_adapter():
-            return call(IDS[row : row + 1])
-    model.set_adapter(ROWS[row])
-    return call(IDS[row : row + 1])
-
-
-@pytest.mark.parametrize("model_type", MIXTURES)
-def test_every_row_equals_running_alone_with_its_adapter(model_type):
-    model = with_two(model_type)
-    mixed = logits(model, IDS, adapter_names=ROWS)
-    for row in range(4):
-        expected = alone(model, row, lambda ids: logits(model, ids))
-        torch.testing.assert_close(mixed[row : row + 1], expected, rtol=1e-4, atol=1e-4)
-    assert (mixed - logits(model, IDS)).abs().max() > 1e-3
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("settings", "copies"),
-    [({}, 1), ({"num_beams": 3}, 1), ({"num_beams": 3, "num_return_sequences": 2}, 2)],
-    ids=["greedy", "beams", "beams-returned"],
-)
-def test_every_row_generates_what_it_generates_alone(settings, copies):
-    model = with_two()
-
-    def generate(ids: torch.Tensor, **kwargs) -> torch.Tensor:
-        settings_ = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False} | settings
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings_, **kwargs)
-
-    mixed = generate(IDS, adapter_names=ROWS)
-    for row in range(4):
-        assert torch.equal(mixed[row * copies : (row + 1) * copies], alone(model, row, generate))
-
-
-def test_a_wrong_number_of_names_is_refused():
-    model = with_two()
-    for count in (1, 2, 3, 8):  # the tokens of four rows divide by all of them
-        with pytest.raises(ValueError, match=f"expected 4 names, got {count}"):
-            logits(model, IDS, adapter_names=["first"] * count)
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", MIXTURES)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path):
-    model = adapted_mixture(model_type, expert_r=3, target_modules=["q_proj"])
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_parameters"] == PARAMETERS
-    assert config["expert_r"] == 3
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(tensors) == 2 * (2 + 4)
-    assert "base_model.model.model.layers.1.mlp.experts.cera_A.down_proj.weight" in tensors
-    loaded = PeftModel.from_pretrained(make_mixture(model_type), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    assert torch.equal(logits(loaded, IDS), logits(model, IDS))
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
-
-
-def test_gates_that_learn_are_saved(tmp_path):
-    model = adapted_mixture(mix="learned", recurrent_steps=1, init="kaiming_uniform")
-    assert len(gradients(model, IDS)) == 2 * 2 * (2 + 3)
-    model.eval().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert "base_model.model.model.layers.0.mlp.experts.cera_gate.down_proj.gamma" in tensors
-    loaded = PeftModel.from_pretrained(make_mixture(), tmp_path).eval()
-    assert torch.equal(logits(loaded, IDS), logits(model, IDS))
-
-
-def test_a_second_adapter_is_loaded_beside_the_first(tmp_path):
-    model = with_two()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_mixture(), tmp_path / "first", adapter_name="first").eval()
-    loaded.load_adapter(tmp_path / "second", adapter_name="second")
-    assert torch.equal(logits(loaded, IDS, adapter_names=ROWS), logits(model.eval(), IDS, adapter_names=ROWS))
-
-
-def test_a_checkpoint_without_some_expert_is_refused(tmp_path):
-    adapted_mixture().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    tensors.pop("base_model.model.model.layers.1.mlp.experts.cera_A.down_proj.weight")
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"1 tensors missing .*experts.cera_A.default.down_proj.weight"):
-        PeftModel.from_pretrained(make_mixture(), tmp_path)
-
-
-# --- targets ---------------------------------------------------------------------------------------------------------
-
-
-def adapted_parameters(model: nn.Module) -> list[str]:
-    return [
-        f"{name.removeprefix('base_model.model.')}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, CeraExperts)
-        for parameter in module.cera_A["default"]
-    ]
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, [0, 1]),
-        ({"layers_to_transform": [1]}, [1]),
-        ({"layers_to_transform": 0}, [0]),
-        ({"layers_to_transform": [1], "layers_pattern": "layers"}, [1]),
-        ({"exclude_modules": ["layers.1.mlp.experts"]}, [0]),
-        ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, [1]),
-        ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, [1]),
-    ],
-)
-def test_layers_are_chosen_as_for_modules(settings, expected):
-    found = adapted_parameters(adapted_mixture(**({"target_parameters": ["experts.down_proj"]} | settings)))
-    assert found == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in expected]
-
-
-def test_parameters_alone_leave_the_modules_as_they_are():
-    model = adapted_mixture()
-    assert {type(module) for module in model.modules() if isinstance(module, CeraLayer)} == {CeraExperts}
-    assert model.peft_config["default"].target_modules == []
-    both = get_peft_model(make_mixture(), expert_config(target_modules=["q_proj"]))
-    assert sum(type(module) is CeraLinear for module in both.modules()) == 2
-
-
-def test_a_name_that_matches_nothing_is_refused():
-    config = expert_config(target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_proj"])
-    message = r"'mlp.experts.gate_proj' matches no parameter of this model. Its experts' are .*experts.gate_up_proj"
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(make_mixture(), config)
-
-
-def test_experts_of_a_dense_model_are_refused():
-    with pytest.raises(ValueError, match="matches no parameter of this model. It has no experts: it is dense"):
-        get_peft_model(make_tiny_llama(), expert_config())
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("mlp.gate.weight", "MixtralTopKRouter does not run through transformers' experts interface"),
-        ("q_proj.weight", "Linear does not run through transformers' experts interface"),
-    ],
-)
-def test_other_parameters_are_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(make_mixture(), expert_config(target_parameters=[name]))
-
-
-def test_biases_of_experts_are_refused():
-    with pytest.raises(ValueError, match="down_proj_bias of GptOssExperts is no projection of experts"):
-        get_peft_model(make_mixture("gpt_oss"), expert_config(target_parameters=["experts.down_proj_bias"]))
-
-
-def test_experts_as_a_module_are_refused():
-    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts' holds experts: name its parameters"):
-        get_peft_model(make_mixture(), CeraConfig(target_modules=["experts"]))
-    with pytest.raises(ValueError, match="holds experts: name its parameters"):
-        adapted_mixture().add_adapter("second", CeraConfig(target_modules=["experts"]))
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
-def test_quantised_experts_are_refused_by_name(dtype):
-    model = make_mixture("gpt_oss")
-    for layer in model.model.layers:
-        weight = layer.mlp.experts.down_proj
-        layer.mlp.experts.down_proj = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.* down_proj of GptOssExperts is quantised .*load"):
-        get_peft_model(model, expert_config())
-
-
-def test_experts_spread_over_processes_are_refused():
-    model = make_mixture()
-    model.model.layers[0].mlp.experts._is_expert_parallel = True
-    with pytest.raises(ValueError, match="MixtralExperts is spread over processes"):
-        get_peft_model(model, expert_config())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"expert_r": 0}, "expert_r must be a positive integer"),
-        ({"expert_r": 2, "target_parameters": None}, "expert_r has a meaning only with target_parameters"),
-        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        expert_config(**settings)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cera_models import IDS, ROWS, WARNINGS, adapted, cera, cera_layers, logits, with_two
 from conftest import make_tiny_llama
+from moe_models import MIXTURES, mixture_with_two
 from peft import PeftModel
 
 pytestmark = WARNINGS
@@ -103,12 +104,17 @@ def alone(model: PeftModel, row: int, call):
     return call(IDS[row : row + 1])
 
 
-def test_every_row_equals_running_alone_with_its_adapter():
-    model = with_two()
+@pytest.mark.parametrize("model_type", ["llama", *MIXTURES])
+def test_every_row_equals_running_alone_with_its_adapter(model_type):
+    is_dense = model_type == "llama"
+    model = with_two() if is_dense else mixture_with_two(model_type)
+    tolerance = {} if is_dense else {"rtol": 1e-4, "atol": 1e-4}
     mixed = logits(model, adapter_names=ROWS)
     for row in range(4):
-        torch.testing.assert_close(mixed[row : row + 1], alone(model, row, lambda ids: logits(model, ids)))
+        expected = alone(model, row, lambda ids: logits(model, ids))
+        torch.testing.assert_close(mixed[row : row + 1], expected, **tolerance)
     assert not torch.allclose(mixed, logits(model), atol=1e-3)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -116,8 +122,9 @@ def test_every_row_equals_running_alone_with_its_adapter():
     [({}, 1), ({"num_beams": 3}, 1), ({"num_beams": 3, "num_return_sequences": 2}, 2)],
     ids=["greedy", "beams", "beams-returned"],
 )
-def test_every_row_generates_what_it_generates_alone(settings, copies):
-    model = with_two()
+@pytest.mark.parametrize("make", [with_two, mixture_with_two])
+def test_every_row_generates_what_it_generates_alone(make, settings, copies):
+    model = make()
 
     def generate(ids: torch.Tensor, **kwargs) -> torch.Tensor:
         mask = torch.ones_like(ids)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import huggingface_hub
 import pytest
 
 from cera_train.common.errors import UserError
@@ -76,13 +75,10 @@ def test_a_tasks_data_set_is_refused_by_the_tasks_keys(refusal):
         from_hub("ds/train.jsonl", None, None, "x")
 
 
-def test_without_a_network_a_data_set_is_refused_at_once(refusal, monkeypatch, caplog):
+def test_without_a_network_a_data_set_is_refused_at_once(refusal, no_network, monkeypatch, caplog):
     import datasets
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
     start = time.monotonic()
     assert refusal("some/set") == (
         "data.path=some/set: cannot load data set 'some/set' from the Hub (http://127.0.0.1:9 does not answer, and the "

@@ -9,7 +9,7 @@ import torch
 from conftest import make_tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cera_train.adapters.build import add_adapter
+from cera_train.adapters.build import build
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.decode import GrowingLayer, can_decode
@@ -92,7 +92,7 @@ def test_a_row_that_ended_is_not_computed_again(model, tokenizer, requests):
 @pytest.mark.parametrize("kind", ["cera", "lora", "dora"])
 def test_answers_of_an_adapter(model, tokenizer, requests, kind):
     untouched = answers_of(model, tokenizer, [requests], GREEDY)
-    adapted = add_adapter(model, AdapterConfig(AdapterKind(kind), 4)).eval()
+    adapted = build(model, AdapterConfig(AdapterKind(kind), 4)).eval()
     for name, parameter in adapted.named_parameters():
         if "_B." in name:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -46,6 +46,15 @@ def test_many_seeds_approach_the_normal_formula():
     assert detectable(Variances(0.02, 0, 0), 5_000, 100) == pytest.approx((1.95996 + 0.84162) * error, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("seeds", "comparisons", "standard_errors"),
+    [(2, 1, 12.0), (3, 1, 4.7), (5, 1, 3.4), (2, 10, 99), (3, 10, 12.0), (5, 10, 5.7)],
+)
+def test_the_figures_of_docs_evidence_where_seeds_dominate(seeds, comparisons, standard_errors):
+    difference = detectable(Variances(1, 0, 0), seeds, 200, comparisons)
+    assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
+
+
 def test_more_seeds_problems_and_power_order_as_they_should():
     base = detectable(VARIANCES, 3, 200)
     assert detectable(VARIANCES, 4, 200) < base

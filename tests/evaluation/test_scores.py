@@ -68,6 +68,19 @@ def test_a_result_is_printed_line_by_line(capsys, tmp_path):
     ]
 
 
+def test_a_share_that_is_the_same_for_every_problem_has_no_interval(capsys, tmp_path):
+    """Half of the answers to each of two problems: resampling gives a point."""
+    problems = [Problem(name, "?", "?", "12") for name in "ab"]
+    answers = [answer(problem.id, f"#### {12 + sample}", sample) for problem in problems for sample in range(2)]
+    grades = [gsm8k.TASK.grade(problems["ab".index(given.problem)], given) for given in answers]
+    grades = [replace(grade, verified=grade.exact) for grade in grades]
+    counts = {"problems": 2, "samples": 2, "missing": 0}
+    print_evaluation(gsm8k.TASK, counts | score(gsm8k.TASK, problems, answers, grades), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert "exact pass@1     50.0%  (no 95 % interval: the same for every problem)" in lines
+    assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines
+
+
 def test_none_or_all_of_the_problems_right_gets_the_exact_interval():
     """Resampling gives the point 0.0 to 0.0, which is not how sure the accuracy is."""
     problems = [Problem(name, "?", "?", "12") for name in "abcd"]

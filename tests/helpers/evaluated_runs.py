@@ -8,24 +8,12 @@ from pathlib import Path
 import pytest
 from evaluation_files import QUESTIONS
 
-from cera_train.training.train import train
-
-
-@pytest.fixture(scope="session")
-def finished_run(compose, tiny_folder, tmp_path_factory) -> Path:
-    """A short run of the tiny model on the logistic map, in float32."""
-    output = tmp_path_factory.mktemp("evaluated")
-    config = compose(
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "name=run"),
-        *("optimizer.lr=1e-2", "train.max_updates=6", "train.batch_size=16", f"output_dir={output}"),
-    )
-    return Path(train(config)["folder"])
-
 
 @pytest.fixture
-def run(finished_run, tmp_path) -> Path:
-    """A copy to write into."""
-    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+def run(trained_config, tmp_path) -> Path:
+    """A copy to write into of a short run of the tiny model on the logistic map, in float32."""
+    config = trained_config("train.max_updates=6")
+    return Path(shutil.copytree(Path(config.output_dir) / config.name, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def add_evaluation(
 
     Args:
         solved: the problems answered right, or a function of problem and sample.
-        verified: likewise for the second grader; None: as solved; False: it did not look.
+        verified: the same for the second grader; None: as solved; False: it did not look.
     """
     folder = run / "eval" / task
     folder.mkdir(parents=True)
@@ -160,19 +160,25 @@ def add_evaluation(
         for (n, sample), answer in zip(keys, answers, strict=True)
     ]  # fmt: skip
     write_lines(folder / "grades.jsonl", grades)
-    result: dict[str, Any] = {"task": task, "kind": kind, "problems": problems, "samples": samples, "missing": 0}
+    result = {"task": task, "kind": kind, "problems": problems, "samples": samples, "missing": 0}
     for grader in ("exact",) if is_verified is False else ("exact", "verified"):
-        shares = [
-            sum(row[grader] for row in grades[n * samples : (n + 1) * samples]) / samples for n in range(problems)
-        ]
-        result[f"{grader}/pass@1"] = sum(shares) / problems
-        result[f"{grader}/pass@1/interval"] = list(bootstrap_interval(shares))
-        if samples > 1:
-            result[f"{grader}/pass@{samples}"] = sum(share > 0 for share in shares) / problems
-            result[f"{grader}/pass@{samples}/interval"] = [0.0, 1.0]
+        result |= pass_rates(grader, grades, samples)
     result |= {"truncated": 0, "no_answer": 0, "grader_failures": 0, "tokens": 99, "seconds": 1.0}
     (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def pass_rates(grader: str, grades: list[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """pass@1 and, of several samples, pass@k, with their intervals; `grades` problem by problem."""
+    shares = [sum(row[grader] for row in grades[n : n + samples]) / samples for n in range(0, len(grades), samples)]
+    rates = {
+        f"{grader}/pass@1": sum(shares) / len(shares),
+        f"{grader}/pass@1/interval": list(bootstrap_interval(shares)),
+    }
+    if samples > 1:
+        rates[f"{grader}/pass@{samples}"] = sum(share > 0 for share in shares) / len(shares)
+        rates[f"{grader}/pass@{samples}/interval"] = [0.0, 1.0]
+    return rates
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -17,6 +19,14 @@ fuzz = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+def result_or_value_error(function: Callable, *arguments: Any) -> Any:
+    """The result, or None where there is an error that the user can mend."""
+    with contextlib.suppress(ValueError):
+        return function(*arguments)
+    return None
+
 
 texts = st.text(st.characters(exclude_categories=[]), max_size=30)
 """With control characters, and halves of surrogate pairs."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.config import AdapterConfig
-from cera_train.adapters.targets import describe_targets
+from cera_train.adapters.targets import describe_targets, linear_names
 from cera_train.cera.bypass import bypassed, keep_scale
 from cera_train.cera.coverage import check_coverage
 from cera_train.common.errors import UserError
@@ -118,7 +118,7 @@ def test_attaches(family: Architecture, cell):
     model = adapted(base, "all-linear")
     assert torch.equal(logits(model), expected)
     layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
-    linears = {name for name, module in family.model().named_modules() if adapters.linear_names([(name, module)])}
+    linears = {name for name, module in family.model().named_modules() if linear_names([(name, module)])}
     assert len(layers) == len(linears - skipped) - 1  # but for the head
     for layer in layers:
         weight = layer.cera_B["default"].weight

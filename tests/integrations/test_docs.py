@@ -25,7 +25,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
-    *("computes", "architectures", "serving"),
+    *("computes", "architectures", "evidence", "serving"),
 }
 SCHEMAS = {
     "cera-train": "config",

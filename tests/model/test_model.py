@@ -11,8 +11,9 @@ from conftest import needs_smollm2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from cera_train.adapters.build import adapter_config, add_adapter, linear_names, parameter_counts
+from cera_train.adapters.build import adapter_config, build, parameter_counts
 from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.adapters.targets import linear_names
 from cera_train.cera import CeraLayer
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.weights import check_length, load_model, load_tokenizer
@@ -56,7 +57,7 @@ def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
     """On some CPUs bitsandbytes repacks weights in eval mode for a kernel without a backward."""
 
     def gradients(model):
-        adapted = add_adapter(model, AdapterConfig(r=4, dropout=0.0))
+        adapted = build(model, AdapterConfig(r=4, dropout=0.0))
         torch.manual_seed(1)
         for layer in adapted.modules():
             if isinstance(layer, CeraLayer):
@@ -92,7 +93,7 @@ def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
     ],
 )
 def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, scaling):
-    model = add_adapter(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))
+    model = build(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert len(layers) == 4
     assert {layer.scaling["default"] for layer in layers} == {scaling}
@@ -106,24 +107,24 @@ def test_the_others_are_pefts_own():
 
 
 def test_adapters_are_float32_over_a_16_bit_base(tiny_folder):
-    model = add_adapter(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
+    model = build(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_porj"], r".*\.v_porj"])
 def test_a_target_that_matches_nothing_names_what_there_is(tiny_llama, targets):
     with pytest.raises(ValueError, match=r"v_porj.*matches no module.*q_proj, k_proj, v_proj, o_proj, gate_proj"):
-        add_adapter(tiny_llama, AdapterConfig(target_modules=targets))
+        build(tiny_llama, AdapterConfig(target_modules=targets))
 
 
 def test_a_target_that_is_an_embedding_is_refused_by_name(tiny_llama):
     with pytest.raises(ValueError, match=r"model.embed_tokens.*cannot be adapted.*not Embedding"):
-        add_adapter(tiny_llama, AdapterConfig(target_modules=["embed_tokens"]))
+        build(tiny_llama, AdapterConfig(target_modules=["embed_tokens"]))
 
 
 def test_a_layer_outside_the_model_is_refused(tiny_llama):
     with pytest.raises(ValueError, match=r"adapter.layers: \[2\] is outside this model's layers 0 to 1"):
-        add_adapter(tiny_llama, AdapterConfig(layers=[1, 2]))
+        build(tiny_llama, AdapterConfig(layers=[1, 2]))
 
 
 def test_linear_names_of_a_model_with_conv1d():
@@ -132,8 +133,8 @@ def test_linear_names_of_a_model_with_conv1d():
 
 
 def test_a_4_bit_parameter_counts_as_the_numbers_it_stands_for(tiny_folder):
-    whole = add_adapter(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
-    packed = add_adapter(
+    whole = build(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
+    packed = build(
         load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU), AdapterConfig(r=4)
     )
     assert parameter_counts(packed) == parameter_counts(whole)

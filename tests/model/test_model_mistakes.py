@@ -277,14 +277,6 @@ def test_an_attention_that_is_not_known_is_refused_by_its_key(folder):
 # --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_network(monkeypatch) -> None:
-    """A machine that may use the network and has none: names resolve to nothing."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-
-
 def test_a_hub_id_without_a_network_is_refused_at_once(folder, no_network, caplog):
     start = time.monotonic()
     assert refusal("nobody/nothing") == (

@@ -122,7 +122,7 @@ def test_generated_rows_are_as_many_as_the_settings_say(size):
     rows = ["data=reasoning_gym", "data.reasoning_gym.generator=[chain_sum,gcd]"]
     counted = size(*rows, "data.train_rows=700", "data.eval_rows=30")
     assert (counted.train_rows, counted.eval_rows) == (700, 30)
-    assert 20 < counted.tokens_per_row < 40
+    assert 25 < counted.tokens_per_row < 50
     assert 0 < counted.supervised < 0.2
     assert "estimate" in counted.source
     assert size("data=reasoning_gym", "data.max_length=9").tokens_per_row == 9

@@ -10,7 +10,7 @@ from moe_models import MIXTURES, SIZES
 from test_parameters import save_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cera_train.adapters.build import add_adapter
+from cera_train.adapters.build import build
 from cera_train.adapters.config import AdapterConfig
 from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
@@ -44,7 +44,7 @@ def really_saved(model: ModelConfig, adapter: AdapterConfig, autocast: bool, lay
     ).requires_grad_(False)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = add_adapter(base, adapter).train()
+    adapted = build(base, adapter).train()
     loss = SupervisedLoss(adapted, base, lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast))
     choose_layout(BatchLayout(layout), loss, torch.device("cpu"))
     rows = [[(7 * token + row) % 128 for token in range(LENGTH)] for row in range(ROWS)]

@@ -11,8 +11,9 @@ import torch
 from conftest import make_tiny_llama, needs_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cera_train.adapters.build import add_adapter, linear_names, parameter_counts
+from cera_train.adapters.build import build, parameter_counts
 from cera_train.adapters.config import AdapterConfig
+from cera_train.adapters.targets import linear_names
 from cera_train.cli.composition import options
 from cera_train.common.files import config_dir
 from cera_train.model.config import ModelConfig
@@ -60,7 +61,7 @@ def check_counts(model: ModelConfig, adapter: AdapterConfig) -> None:
     counted = count_parameters(model, adapter)
     real = AutoModelForCausalLM.from_config(read_config(model)).requires_grad_(False)
     assert sum(counted.frozen.values()) == parameter_counts(real)[1]
-    adapted = add_adapter(real, adapter)
+    adapted = build(real, adapter)
     total = counted.trainable + sum(counted.frozen.values())
     assert (counted.trainable, total) == parameter_counts(adapted)
     assert counted.trainable == sum(counted.adapter.values()) > 0
@@ -213,7 +214,7 @@ def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, text, m
 
 def test_the_cera_layer_runs_on_the_meta_device():
     with torch.device("meta"):
-        model = add_adapter(make_tiny_llama().requires_grad_(False), AdapterConfig(r=4)).train()
+        model = build(make_tiny_llama().requires_grad_(False), AdapterConfig(r=4)).train()
         logits = model(input_ids=torch.zeros(1, 8, dtype=torch.int64), attention_mask=torch.ones(1, 1, 8, 8)).logits
     logits.sum().backward()
     assert Counter(weight.grad is not None for weight in model.parameters() if weight.requires_grad) == {True: 8}

@@ -231,6 +231,7 @@ def test_the_printed_page_is_light_and_whole(browser: Any, written: StudyReport)
     page.goto((written.output / "report.html").as_uri())
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).color") == "rgb(31, 35, 40)"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert page.evaluate("getComputedStyle(document.querySelector('.results tr')).display") == "table-row"
     assert page.evaluate("[...document.querySelectorAll('details dd')].every(each => each.checkVisibility())")

@@ -95,6 +95,8 @@ def test_the_score_of_a_task_is_in_points() -> None:
     gsm8k = Outcome("gsm8k")
     (sentence,) = verdicts([compare((0.021, 0.004, 0.038), "better", outcome=gsm8k, task="sums")], {})
     assert sentence == "On GSM8K, CeRA is better than LoRA on sums at r = 16 by 2.1 points (95 % 0.4 to 3.8)."
+    (sentence,) = verdicts([compare((0.021, 0.004, 0.038), "better", outcome=Outcome("score"), task="sums")], {})
+    assert sentence == "CeRA is better than LoRA on sums at r = 16 by 2.1 points (95 % 0.4 to 3.8)."
 
 
 def test_every_two_arms_have_a_sentence_in_every_outcome() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_sweeps import cera_train, states
@@ -16,7 +17,7 @@ from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.plan import memory_of_arm, most_arms
 from cera_train.sweep.folder import RECORD
 from cera_train.sweep.table import read_sweep
-from cera_train.training.together import describe_groups, groups_of, why_alone
+from cera_train.training.together import describe_packs, pack_jobs, why_alone
 
 
 @pytest.fixture
@@ -127,11 +128,11 @@ def test_jobs_on_one_base_may_differ_in_all_but_base_rows_and_batch(tiny_config)
     free = ("adapter.r=2", "optimizer.lr=1", "train.seed=4", "train.max_updates=3", "tracker=tensorboard", "name=x")
     bound = ("model.dtype=bfloat16", "data.max_length=128", "train.batch_size=8", "data.eval_rows=3")
     jobs = [tiny_config(override) for override in (*free, *bound, "train.epochs=9")]
-    groups = groups_of(jobs, len)
-    assert [group.jobs for group in groups] == [[0, 1, 2, 3, 4, 5, 10], [6], [7], [8], [9]]
-    assert describe_groups(groups) == "7 jobs share a base, 4 alone"
-    groups = groups_of(jobs, lambda _: 3)
-    assert [group.jobs for group in groups][:3] == [[0, 1, 2], [3, 4, 5], [6]]
+    packs = pack_jobs(jobs, len)
+    assert [pack.jobs for pack in packs] == [[0, 1, 2, 3, 4, 5, 10], [6], [7], [8], [9]]
+    assert describe_packs(packs) == "7 jobs share a base, 4 alone"
+    packs = pack_jobs(jobs, lambda _: 3)
+    assert [pack.jobs for pack in packs][:3] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
 def test_as_many_runs_share_a_base_as_fit_by_plan(tiny_config, monkeypatch):
@@ -140,17 +141,21 @@ def test_as_many_runs_share_a_base_as_fit_by_plan(tiny_config, monkeypatch):
     shared, own = memory_of_arm(planned)
     trainable = 2 * 2 * 8 * (32 + 32) - 2 * 8 * 16  # q and v of two layers, v is half as wide
     assert own == trainable * (4 + 4 + 8)  # weights, gradients, two moments
-    monkeypatch.setattr(planning, "available_memory", lambda: (shared + 3.5 * own) / planning.USABLE)
+
+    def leave_memory(size: float) -> None:
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=size / planning.USABLE))
+
+    leave_memory(shared + 3.5 * own)
     assert planning.arms_that_fit([config] * 8) == 3
     assert most_arms(planned, (shared + 3.5 * own) / planning.USABLE) == 3
     assert planning.arms_that_fit([config] * 2) == 2
     with pytest.raises(UserError, match=r"launch.together=auto cannot be planned: .*Or set launch.together=8"):
         planning.arms_that_fit([tiny_config("adapter.r=512")])
-    monkeypatch.setattr(planning, "available_memory", lambda: 1)
+    leave_memory(1)
     assert planning.arms_that_fit([config] * 8) == 1
     wide = replace(config, adapter=replace(config.adapter, r=16))
     shared, more = memory_of_arm(replace(planned, adapter=wide.adapter))
-    monkeypatch.setattr(planning, "available_memory", lambda: (shared + more + 1.5 * own) / planning.USABLE)
+    leave_memory(shared + more + 1.5 * own)
     assert planning.arms_that_fit([config, wide, config]) == 2
 
 

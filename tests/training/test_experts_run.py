@@ -7,7 +7,7 @@ import json
 import pytest
 from moe_models import make_mixture
 from safetensors.torch import load_file
-from test_train import adapter_bytes, folder_of, train_and_die_after
+from tiny_runs import adapter_bytes, folder_of, train_and_die_after
 
 from cera_train.training.train import train
 

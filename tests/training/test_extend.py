@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_train import adapter_bytes, folder_of, metrics_of, train_and_die_after
+from tiny_runs import Cut, adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.evaluate import evaluate
@@ -24,38 +24,21 @@ SHORT, LONG = ["train.max_updates=null", "train.epochs=1"], ["train.max_updates=
 EVERY = ["train.eval_every=5", "train.save_every=4", "adapter.dropout=0.3"]
 
 
-def timeless(config) -> list[dict]:
-    timings = {"train/tokens_per_s", "train/seconds"}
-    return [{key: value for key, value in line.items() if key not in timings} for line in metrics_of(config)]
-
-
-@pytest.fixture(scope="module")
-def made(compose, tiny_folder, tmp_path_factory) -> dict[str, Path]:
-    """A finished run of one epoch and one of two."""
-    output = tmp_path_factory.mktemp("made")
-    for name, length in (("short", SHORT), ("whole", LONG)):
-        train(
-            compose(
-                *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
-                *("optimizer.lr=1e-2", "train.batch_size=16", *EVERY, *length, f"name={name}", f"output_dir={output}"),
-            )
-        )
-    return {name: output / name for name in ("short", "whole")}
-
-
 @pytest.fixture
-def short(made, tiny_config):
+def short(trained_config, tiny_config):
     """The config of a finished run of one epoch."""
-    config = tiny_config(*EVERY, *SHORT)
-    shutil.copytree(made["short"], folder_of(config))
-    return config
+    return copy_of(trained_config(*EVERY, *SHORT), tiny_config(*EVERY, *SHORT))
 
 
 @pytest.fixture
-def whole(made, tiny_config):
+def whole(trained_config, tiny_config):
     """The config of a finished run of two epochs, which was not cut."""
-    config = tiny_config(*EVERY, *LONG, "name=whole")
-    shutil.copytree(made["whole"], folder_of(config))
+    return copy_of(trained_config(*EVERY, *LONG), tiny_config(*EVERY, *LONG, "name=whole"))
+
+
+def copy_of(trained, config):
+    """A config whose folder is a copy of another run's."""
+    shutil.copytree(folder_of(trained), folder_of(config))
     return config
 
 
@@ -63,7 +46,7 @@ def test_the_bytes_are_those_of_one_longer_run(tiny_config, short, whole, capsys
     config = tiny_config(*EVERY, *LONG, "train.extend=true")
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
-    assert timeless(config) == timeless(whole)
+    assert timeless_metrics(config) == timeless_metrics(whole)
     for name in (
         LOSSES_BEFORE,
         LOSSES_AFTER,
@@ -132,10 +115,6 @@ def test_the_extended_run_stands_and_the_short_command_is_refused(tiny_config, s
         assert stands in capsys.readouterr().out
     with pytest.raises(UserError, match="train.epochs was 2, is 1"):
         train(short)
-
-
-class Cut(Exception):
-    """Stands for the death of the process."""
 
 
 @pytest.mark.parametrize("moved", [0, 5])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_train import adapter_bytes, train_and_die_after
+from tiny_runs import adapter_bytes, train_and_die_after
 
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.planning.data_size import data_size

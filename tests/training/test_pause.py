@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from tiny_runs import folder_of, timeless_metrics
 
 from cera_train.runs.folder import Progress
 from cera_train.training.train import train, train_together
-
-
-def folder_of(config) -> Path:
-    return Path(config.output_dir) / config.name
-
-
-def metrics_of(config) -> list[dict]:
-    lines = [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in {"train/tokens_per_s", "train/seconds"}}
-        for line in lines
-    ]
 
 
 def figures_of(result: dict) -> dict:
@@ -31,24 +19,23 @@ def figures_of(result: dict) -> dict:
     }
 
 
-def test_a_paused_run_ends_as_if_it_had_not_been_paused(tiny_config, capsys):
+def test_a_paused_run_ends_as_if_it_had_not_been_paused(trained_config, tiny_config, capsys):
     stops = [3, 8]  # evaluations and checkpoints are due every 4 updates of 12
     settings = ["adapter.dropout=0.3", "optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1", "train.patience=2"]
-    whole, paused = tiny_config("name=whole", *settings), tiny_config("name=paused", *settings)
-    result = train(whole)
+    whole, paused = trained_config(*settings), tiny_config("name=paused", *settings)
     for stop in stops:
         found = train(tiny_config("name=paused", *settings, f"train.stop_at={stop}"))
         assert found["update"] == stop
         assert f"paused after update {stop} of 12, saved." in capsys.readouterr().out
         assert not (folder_of(paused) / "result.json").exists()
         assert (folder_of(paused) / "checkpoints" / str(stop) / "progress.json").exists()
-        line = metrics_of(paused)[-1]
+        line = timeless_metrics(paused)[-1]
         assert (line["update"], line["eval/perplexity"]) == (stop, found["eval/perplexity"])
-    assert figures_of(train(paused)) == figures_of(result)
+    assert figures_of(train(paused)) == figures_of(json.loads((folder_of(whole) / "result.json").read_text()))
     names = ("adapter/adapter_model.safetensors", "best/adapter_model.safetensors", "best/metrics.json")
     for name in names:
         assert (folder_of(paused) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
-    extra = [line for line in metrics_of(paused) if line not in metrics_of(whole)]
+    extra = [line for line in timeless_metrics(paused) if line not in timeless_metrics(whole)]
     assert [line["update"] for line in extra] == [stop for stop in stops if stop % 4]
     assert all(line.keys() == {"update", "epoch", "eval/loss", "eval/perplexity"} for line in extra)
 
@@ -64,29 +51,29 @@ def test_the_evaluation_of_a_pause_takes_no_patience(tiny_config, monkeypatch):
     assert counted == [0, 4]
 
 
-@pytest.mark.parametrize("stop", [12, 100])
+@pytest.mark.parametrize("stop", [2, 100])
 def test_a_stop_at_the_end_or_beyond_it_is_none(tiny_config, stop):
-    assert train(tiny_config(f"train.stop_at={stop}"))["updates"] == 12
+    assert train(tiny_config(f"train.stop_at={stop}", "train.max_updates=2"))["updates"] == 2
 
 
 def test_the_same_command_again_pauses_at_once(tiny_config):
     config = tiny_config("train.stop_at=6")
     first = train(config)
-    before = metrics_of(config)
+    before = timeless_metrics(config)
     assert train(config) == first
-    assert [line for line in metrics_of(config) if "train/loss" in line] == [
+    assert [line for line in timeless_metrics(config) if "train/loss" in line] == [
         line for line in before if "train/loss" in line
     ]
 
 
-def test_an_arm_that_pauses_leaves_the_others_to_go_on(tiny_config):
-    rates = ("1e-2", "3e-3")
-    both = [tiny_config(f"optimizer.lr={lr}", f"name={lr}", "adapter.dropout=0", "train.stop_at=6") for lr in rates]
-    whole = tiny_config("name=whole", "adapter.dropout=0", "train.seed=1")
+def test_an_arm_that_pauses_leaves_the_others_to_go_on(trained_config, tiny_config):
+    rates, fixed = ("1e-2", "3e-3"), ("adapter.dropout=0", "train.max_updates=4")
+    both = [tiny_config(*fixed, f"optimizer.lr={lr}", f"name={lr}", "train.stop_at=2") for lr in rates]
+    whole = tiny_config(*fixed, "name=whole", "train.seed=1")
     outcomes = train_together([*both, whole])
-    assert [outcome.get("updates", outcome.get("update")) for outcome in outcomes] == [6, 6, 12]
+    assert [outcome.get("updates", outcome.get("update")) for outcome in outcomes] == [2, 2, 4]
     for lr in rates:
-        assert (folder_of(tiny_config(f"name={lr}")) / "checkpoints" / "6").is_dir()
-        on = train(tiny_config(f"optimizer.lr={lr}", f"name={lr}", "adapter.dropout=0"))
-        alone = train(tiny_config(f"optimizer.lr={lr}", f"name={lr}_alone", "adapter.dropout=0"))
-        assert on["eval/perplexity"] == pytest.approx(alone["eval/perplexity"], rel=1e-5)
+        assert (folder_of(tiny_config(f"name={lr}")) / "checkpoints" / "2").is_dir()
+        settings = (*fixed, f"optimizer.lr={lr}", f"name={lr}")
+        on, alone = train(tiny_config(*settings)), timeless_metrics(trained_config(*settings))
+        assert on["eval/perplexity"] == pytest.approx(alone[-1]["eval/perplexity"], rel=1e-5)

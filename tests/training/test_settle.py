@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from test_train import folder_of, train_and_die_after
+from tiny_runs import folder_of, train_and_die_after
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_checksums
@@ -66,12 +66,12 @@ def test_a_config_of_an_earlier_version_is_resumed(tiny_config, monkeypatch):
 
 
 def test_more_updates_in_the_same_folder_are_answered_with_how_to_train_longer(tiny_config):
-    config = tiny_config()
+    config = tiny_config("train.max_updates=2")
     train(config)
-    longer = replace(config, train=replace(config.train, max_updates=20))
-    checkpoint = folder_of(config) / "checkpoints" / "12"
+    longer = replace(config, train=replace(config.train, max_updates=4))
+    checkpoint = folder_of(config) / "checkpoints" / "2"
     with pytest.raises(UserError, match=f"To train longer, .*train.resume={checkpoint} name=NEW") as error:
         train(longer)
-    assert "train.max_updates was 12, is 20" in str(error.value)
+    assert "train.max_updates was 2, is 4" in str(error.value)
     further = replace(longer, name="longer", train=replace(longer.train, resume=str(checkpoint)))
-    assert train(further)["updates"] == 20
+    assert train(further)["updates"] == 4

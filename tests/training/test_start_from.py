@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_train import adapter_bytes, folder_of, metrics_of, train_and_die_after
+from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
 
 from cera_train.common.errors import UserError
 from cera_train.runs.subject import digest_of, find_start
@@ -38,20 +38,10 @@ def test_the_first_evaluation_is_the_last_of_where_it_started(tiny_config, kind)
     assert [line["update"] for line in metrics_of(later) if "train/loss" in line] == [1, 2]
 
 
-@pytest.fixture(scope="module")
-def first_run(compose, tiny_folder, tmp_path_factory) -> Path:
-    config = compose(
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "name=first"),
-        *("optimizer.lr=1e-2", "train.max_updates=6", "train.batch_size=16", "train.eval_every=4"),
-        *("train.save_every=4", f"output_dir={tmp_path_factory.mktemp('first')}"),
-    )
-    return Path(train(config)["folder"])
-
-
 @pytest.fixture
-def first(first_run, tmp_path) -> Path:
+def first(trained_config, tmp_path) -> Path:
     """A copy to damage."""
-    return Path(shutil.copytree(first_run, tmp_path / "first"))
+    return Path(shutil.copytree(folder_of(trained_config("train.max_updates=6")), tmp_path / "first"))
 
 
 def test_the_optimizer_is_new_and_config_and_card_name_the_source(first, tiny_config, capsys):

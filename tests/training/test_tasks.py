@@ -16,6 +16,7 @@ import numpy
 import pytest
 import torch
 from evaluation_files import QUESTIONS, read
+from tiny_runs import folder_of
 
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.evaluation_folder import GradedAnswers
@@ -33,10 +34,6 @@ from cera_train.training.train import train, train_together
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
 TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
 SHORT = ["train.task_settings={logistic_map: {max_new_tokens: 8}}"]
-
-
-def folder_of(config) -> Path:
-    return Path(config.output_dir) / config.name
 
 
 def evaluations(config) -> list[dict]:
@@ -105,6 +102,25 @@ def test_runs_that_share_a_base_are_answered_for_one_by_one_and_learn_the_same(t
     assert first != second
 
 
+def test_runs_that_share_a_base_load_equal_problems_once(tiny_config, monkeypatch, capsys):
+    limits = []
+
+    def load(settings, data):
+        limits.append(settings.limit)
+        return load_problems(settings, data)
+
+    monkeypatch.setattr(tasks, "load_problems", load)
+    settings = [*TASKS[:1], *SHORT, "train.max_updates=1"]
+    arms = {"a": [*settings, "train.tasks_limit=2"], "b": [*settings, "train.tasks_limit=1"], "c": settings[-1:]}
+    arms["d"] = arms["a"]
+    results = train_together([tiny_config(*own, f"name={name}") for name, own in arms.items()])
+    assert limits == [2, 1]
+    assert [FIGURES[0] in result for result in results] == [True, True, False, True]
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers ")]
+    when = "problems of logistic_map, up to 8 tokens each, after the last update"
+    assert printed == [f"answers    a, d: 2 {when}", f"answers    b: 1 {when}"]
+
+
 def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):
     config = tiny_config(*TASKS, "train.samples=5", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
@@ -150,7 +166,7 @@ def half_right(monkeypatch):
     monkeypatch.setattr(tasks, "generate", generate)
 
 
-def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right):
+def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_config(*TASKS, *SHORT, "tracker=tensorboard")

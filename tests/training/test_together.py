@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tiny_runs import folder_of, timeless_metrics
 
 from cera_train.adapters.together import twin
 from cera_train.common.errors import UserError
@@ -37,28 +36,12 @@ ARMS = {
 }
 
 
-def folder_of(config) -> Path:
-    return Path(config.output_dir) / config.name
-
-
-def metrics_of(config) -> list[dict]:
-    return [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(config) -> list[dict]:
-    """The metrics without what a clock measured."""
-    return [
-        {key: value for key, value in line.items() if "second" not in key and "/s" not in key and "_s" not in key}
-        for line in metrics_of(config)
-    ]
-
-
 def weights(config) -> dict:
     return load_file(folder_of(config) / "adapter" / "adapter_model.safetensors")
 
 
 def assert_equal_runs(config, other) -> None:
-    ours, theirs = numbers(config), numbers(other)
+    ours, theirs = timeless_metrics(config), timeless_metrics(other)
     assert len(ours) == len(theirs)
     for line, expected in zip(ours, theirs, strict=True):
         assert line == pytest.approx(expected, rel=1e-5, abs=1e-7)
@@ -94,8 +77,9 @@ def test_dropout_depends_on_nothing_but_the_arm(tiny_config):
         assert_equal_runs(first, second)
     without = tiny_config(*cera, "adapter.dropout=0", "name=without")
     train(without)
-    assert numbers(without)[1]["train/loss"] == pytest.approx(numbers(pairs[0][0])[1]["train/loss"])  # B is zero
-    assert numbers(without)[-1] != pytest.approx(numbers(pairs[0][0])[-1], rel=1e-5)
+    ours, dropped = timeless_metrics(without), timeless_metrics(pairs[0][0])
+    assert ours[1]["train/loss"] == pytest.approx(dropped[1]["train/loss"])  # B is zero
+    assert ours[-1] != pytest.approx(dropped[-1], rel=1e-5)
 
 
 def test_recomputed_layers_drop_the_same(tiny_config):
@@ -114,13 +98,11 @@ def test_recomputed_layers_drop_the_same(tiny_config):
 
 
 @pytest.mark.parametrize("order", ["together first", "alone first"])
-def test_a_run_goes_on_in_the_other_way(tiny_config, order, monkeypatch):
+def test_a_run_goes_on_in_the_other_way(trained_config, tiny_config, order, monkeypatch):
     """A checkpoint of a run among others is that of a run alone."""
     fixed = ("adapter.dropout=0", "train.max_updates=6", "train.save_every=2", "train.eval_every=2")
-    cut, beside, whole = (
-        tiny_config(*fixed, *more) for more in (["name=cut"], ["name=beside", "adapter.r=2"], ["name=whole"])
-    )
-    train(whole)
+    whole = trained_config(*fixed)
+    cut, beside = tiny_config(*fixed, "name=cut"), tiny_config(*fixed, "name=beside", "adapter.r=2")
     begin, go_on = (train_together, train) if order == "together first" else (train, train_together)
     as_given = {train: lambda: [train(cut)], train_together: lambda: train_together([beside, cut])}
     with monkeypatch.context() as patch:
@@ -130,7 +112,7 @@ def test_a_run_goes_on_in_the_other_way(tiny_config, order, monkeypatch):
         )
         with pytest.raises(KeyboardInterrupt):
             as_given[begin]()
-    assert numbers(cut)[-1]["update"] == 5
+    assert timeless_metrics(cut)[-1]["update"] == 5
     as_given[go_on]()
     assert_equal_runs(cut, whole)
 
@@ -141,7 +123,7 @@ def die(folder: RunFolder, config) -> None:
         raise KeyboardInterrupt
 
 
-def test_an_arm_that_fails_ends_alone(tiny_config, capsys):
+def test_an_arm_that_fails_ends_alone(trained_config, tiny_config):
     diverging = tiny_config("adapter.dropout=0", "optimizer.lr=1e30", "name=diverging")
     locked = tiny_config("adapter.dropout=0", "name=locked")
     missing = tiny_config("adapter.dropout=0", "adapter.target_modules=[no_such]", "name=missing")
@@ -156,9 +138,7 @@ def test_an_arm_that_fails_ends_alone(tiny_config, capsys):
     for error, part in zip(errors, ("not finite", "another run is writing", "no_such"), strict=True):
         assert part in error
     assert outcomes[3]["updates"] == 2
-    alone = tiny_config("adapter.dropout=0", "name=alone")
-    train(alone)
-    assert_equal_runs(fine, alone)
+    assert_equal_runs(fine, trained_config("adapter.dropout=0"))
     assert not (folder_of(diverging) / "result.json").exists()
 
 

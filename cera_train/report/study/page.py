@@ -110,10 +110,8 @@ class StudyReport:
 
     @property
     def changes(self) -> list[str]:
-        run = self.runs[0]
-        rows, updates = run.settings.get("data.path") or run.settings.get("data.layout"), run.figures.updates
-        scope = f"{run.base}, {rows}, {updates:,} updates"
-        return words.changes(self.comparisons, self.cells, self.study.config.tune, scope)
+        scope = dict.fromkeys(f"{run.base}, {_rows(run)}, {run.figures.updates} updates" for run in self.runs)
+        return words.changes(self.comparisons, self.cells, self.study.config.tune, words.listed(list(scope)))
 
     # --- protocol
 
@@ -174,6 +172,12 @@ class StudyReport:
         cell, task = own.cell, {"study.task": own.cell.task} if own.cell.task else {}
         settings = {"study.arm": cell.arm, **task, **cell.choices, **own.chosen, "name": f"{self.name}_by_hand"}
         return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _rows(run: Run) -> str:
+    """Where the rows of a run come from."""
+    path, files, layout = (run.settings.get(f"data.{key}") for key in ("path", "train_files", "layout"))
+    return path or ", ".join(files or []) or layout
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

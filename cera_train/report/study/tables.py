@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cera_train.common.terminal import duration
@@ -10,7 +10,7 @@ from cera_train.report.study.cells import CellResult, Outcome
 from cera_train.report.study.contrasts import Comparison
 from cera_train.report.study.failures import Difficulty, ending_shares, pass_at
 from cera_train.report.study.words import ONE_SEED, p_text, sizes
-from cera_train.report.table import QUALITY, Cell, Column
+from cera_train.report.table import QUALITY, Cell, Column, figure_cell
 from cera_train.tasks.endings import ENDINGS
 
 
@@ -97,12 +97,12 @@ def cell_table(cells: Sequence[CellResult], outcomes: Sequence[Outcome]) -> Stud
         ],
         "seeds": [Cell(f"{len(own.runs)}") for own in cells],
         **{outcome.title: [_mean(own, outcome) for own in cells] for outcome in outcomes},
-        "parameters": [_cell(own.figure("trainable_parameters"), "{:,.0f}") for own in cells],
-        "time of a run": [_cell(own.figure("seconds"), duration) for own in cells],
-        "effective rank": [_cell(own.spectrum("effective_rank_mean"), "{:.1f}") for own in cells],
-        "manifold dimension": [_cell(own.spectrum("manifold_dimension_mean"), "{:.1f}") for own in cells],
-        "linear share": [_cell(own.spectrum("linear_share_mean"), "{:.1%}") for own in cells],
-        "gamma": [_cell(own.spectrum("gamma"), "{:.2f}") for own in cells],
+        "parameters": [figure_cell(own.figure("trainable_parameters"), "{:,.0f}") for own in cells],
+        "time of a run": [figure_cell(own.figure("seconds"), duration) for own in cells],
+        "effective rank": [figure_cell(own.spectrum("effective_rank_mean"), "{:.1f}") for own in cells],
+        "manifold dimension": [figure_cell(own.spectrum("manifold_dimension_mean"), "{:.1f}") for own in cells],
+        "linear share": [figure_cell(own.spectrum("linear_share_mean"), "{:.1%}") for own in cells],
+        "gamma": [figure_cell(own.spectrum("gamma"), "{:.2f}") for own in cells],
     }
     caption = (
         "Means over seeds of the runs at the chosen values; below an outcome, its standard deviation over seeds. "
@@ -117,10 +117,6 @@ def _mean(own: CellResult, outcome: Outcome) -> Cell:
     return Cell(
         outcome.mean(own.mean(outcome)), () if spread is None else (f"± {outcome.number(spread)} {outcome.unit}",)
     )
-
-
-def _cell(value: float | None, form: str | Callable[[float], str]) -> Cell:
-    return Cell(None if value is None else form(value) if callable(form) else form.format(value))
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

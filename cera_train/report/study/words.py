@@ -10,7 +10,7 @@ from cera_train.evaluation.slope import Estimate
 from cera_train.report.comparison import shown
 from cera_train.report.study.cells import CellResult, Outcome
 from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap
-from cera_train.sweep.config import StudyConfig
+from cera_train.sweep.config import LOSS, SCORE, StudyConfig
 
 ONE_SEED = "one seed cannot be generalised from"
 EQUAL_WITHIN = 0.1
@@ -37,7 +37,7 @@ def _sentence(own: Sequence[Comparison], asked: str) -> str:
     one = own[0]
     first, second, outcome = one.first.arm, one.second.arm, one.outcome
     lead = f"{asked}: " * bool(asked)
-    lead += "" if outcome.is_loss else f"On {outcome.title}, "
+    lead += "" if outcome.name in (LOSS, SCORE) else f"On {outcome.title}, "
     if not one.is_possible:
         return f"{lead}{second} against {first}: not shown: {ONE_SEED}."
     clauses = []

@@ -1,0 +1,232 @@
+"""Runs that are cut, stopped or started again: they end with the bytes of one that was not, or are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+
+import pytest
+import torch
+from tiny_runs import adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
+
+from cera_train.runs.folder import RunFolder
+from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, read_losses
+from cera_train.training.train import train
+
+# --- the same bytes --------------------------------------------------------------------------------------------------
+
+
+# 79 rows in batches of 16 are 5 updates an epoch: 12 updates cross two epoch boundaries.
+@pytest.mark.parametrize(
+    ("adapter", "died_after"), [*(("cera", update) for update in (2, 4, 5, 7, 11)), ("lora", 7), ("dora", 7)]
+)
+def test_resume_is_bit_exact(trained_config, tiny_config, monkeypatch, adapter, died_after):
+    settings = [f"adapter={adapter}", "adapter.dropout=0.3", "train.batch_layout=flat"]
+    settings += ["optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1"]
+    whole, cut = trained_config(*settings), tiny_config(*settings)
+    train_and_die_after(cut, died_after, monkeypatch)
+    assert not (folder_of(cut) / "result.json").exists()
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+    for name in (LOSSES_BEFORE, LOSSES_AFTER):
+        assert (folder_of(cut) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
+    assert timeless_metrics(cut) == timeless_metrics(whole)
+
+
+def test_resume_with_8_bit_moments_is_bit_exact(tiny_config, monkeypatch):
+    # bitsandbytes keeps 32-bit moments for tensors below 4096 numbers: B of the head is above.
+    settings = ["optimizer=adamw_8bit", "optimizer.lr=1e-3", "adapter.r=32", "adapter.target_modules=[lm_head]"]
+    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    train(whole)
+    train_and_die_after(cut, 7, monkeypatch)
+    state = torch.load(folder_of(cut) / "checkpoints" / "4" / "optimizer.pt", weights_only=True)
+    moments = state["state"][1]["__bnb_optimizer_quant_state__"]
+    assert moments["state1"].dtype == torch.uint8
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+
+
+def test_resume_from_a_path_goes_on_from_there(trained_config, tiny_config):
+    whole = trained_config()
+    checkpoint = folder_of(whole) / "checkpoints" / "8"
+    branch = tiny_config("name=branch", f"train.resume={checkpoint}")
+    train(branch)
+    assert adapter_bytes(branch) == adapter_bytes(whole)
+    assert min(line["update"] for line in metrics_of(branch)) == 9
+    before, after = read_losses(folder_of(branch))  # no update came before the first of this folder's
+    assert before is None
+    assert after.losses.tolist() == read_losses(folder_of(whole))[1].losses.tolist()
+
+
+@pytest.mark.slow
+def test_resume_from_an_earlier_checkpoint_of_the_folder_goes_back(trained_config, tiny_config, monkeypatch):
+    whole, config = trained_config(), tiny_config("train.keep=9")
+    train_and_die_after(config, 11, monkeypatch)
+    result = train(tiny_config("train.keep=9", f"train.resume={folder_of(config) / 'checkpoints' / '4'}"))
+    assert result["updates"] == 12
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
+    assert adapter_bytes(config) == adapter_bytes(whole)
+
+
+def test_a_branch_from_another_folder_has_a_best_of_its_own(trained_config, tiny_config):
+    checkpoint = folder_of(trained_config()) / "checkpoints" / "8"
+    branch = tiny_config("name=branch", f"train.resume={checkpoint}")
+    assert train(branch)["best_update"] == 12
+    assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
+    with pytest.raises(ValueError, match=r"another config: train.batch_size was 16, is 8; train.seed was 0, is 1"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "train.batch_size=8", "train.seed=1"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_finishes_the_update_saves_and_goes_on(
+    trained_config, tiny_config, monkeypatch, number, status
+):
+    whole, config = trained_config(), tiny_config()
+    log = RunFolder.append_metrics
+
+    def append(self, metrics):
+        log(self, metrics)
+        if metrics["update"] == 6:
+            assert threading.current_thread() is threading.main_thread()
+            os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", append)
+        with pytest.raises(SystemExit) as exit_info:
+            train(config)
+    assert exit_info.value.code == status
+    assert (folder_of(config) / "checkpoints" / "7").is_dir()  # the signal came when update 6 was over
+    train(config)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+
+
+def test_a_signal_at_an_evaluation_saves_first_and_evaluates_on_resuming(trained_config, tiny_config, monkeypatch):
+    whole, config = trained_config(), tiny_config()
+    log = RunFolder.append_metrics
+
+    def append(self, metrics):
+        log(self, metrics)
+        if metrics["update"] == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", append)
+        with pytest.raises(SystemExit):
+            train(config)
+    lines = metrics_of(config)
+    assert lines[-1]["update"] == 8
+    assert "eval/loss" not in lines[-1]
+    train(config)
+    assert adapter_bytes(config) == adapter_bytes(whole)
+    assert [line["update"] for line in metrics_of(config) if "eval/loss" in line] == [0, 4, 8, 12]
+
+
+# --- what a folder holds ---------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_started_again_returns_its_result(trained_config, capsys, monkeypatch):
+    config = trained_config()
+    capsys.readouterr()
+    monkeypatch.setattr("cera_train.training.session.load_model", None)  # nothing is loaded for it
+    assert train(config) == json.loads((folder_of(config) / "result.json").read_text())
+    assert "finished" in capsys.readouterr().out
+
+
+def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config, monkeypatch):
+    config = tiny_config("train.resume=never")
+    train_and_die_after(config, 6, monkeypatch)
+    train(config)
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
+    with pytest.raises(ValueError, match="holds a finished run"):
+        train(config)
+
+
+def test_another_config_in_the_same_folder_is_refused_by_key(trained_config, tiny_config_in):
+    with pytest.raises(ValueError, match=r"adapter.r was 4, is 8.*optimizer.lr was 0.01, is 0.02"):
+        train(tiny_config_in(trained_config().output_dir, "adapter.r=8", "optimizer.lr=0.02"))
+
+
+def test_settings_that_change_no_number_may_differ(tiny_config, monkeypatch):
+    train_and_die_after(tiny_config(), 6, monkeypatch)
+    result = train(tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other"))
+    assert result["updates"] == 12
+
+
+def test_other_rows_under_the_same_name_are_refused(tiny_config, write_jsonl, monkeypatch):
+    rows = [{"prompt": f"{number} is", "completion": f" number {number}"} for number in range(40)]
+    path = write_jsonl("rows.jsonl", rows)
+    settings = ["data=jsonl", f"data.train_files=[{path}]", "data.eval_rows=8"]
+    train_and_die_after(tiny_config(*settings), 6, monkeypatch)
+    write_jsonl("rows.jsonl", rows[::-1])
+    with pytest.raises(ValueError, match="training rows are not those of"):
+        train(tiny_config(*settings))
+
+
+def test_two_runs_on_one_folder_are_refused(tiny_config):
+    config = tiny_config()
+    with RunFolder(folder_of(config), {}), pytest.raises(ValueError, match="another run is writing to"):
+        train(config)
+
+
+def test_a_mistake_costs_an_unfinished_run_nothing(tiny_config, monkeypatch):
+    config = tiny_config()
+    train_and_die_after(config, 6, monkeypatch)
+    for settings in (["train.resume=never", "adapter.target_modules=[none]"], ["adapter.r=8"]):
+        with pytest.raises(ValueError, match=r"matches no module|adapter.r was 4"):
+            train(tiny_config(*settings))
+    assert (folder_of(config) / "checkpoints" / "4").is_dir()
+    assert len(metrics_of(config)) == 8
+
+
+def test_what_a_cut_write_left_is_removed(tiny_config, monkeypatch):
+    config = tiny_config()
+    train_and_die_after(config, 6, monkeypatch)
+    half = folder_of(config) / "checkpoints" / ".writing-8"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"half")
+    train(config)
+    assert not list(folder_of(config).rglob(".writing-*"))
+
+
+# --- a checkpoint that does not fit ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(trained_config, tiny_config, tmp_path):
+    checkpoint = shutil.copytree(folder_of(trained_config()) / "checkpoints" / "8", tmp_path / "8")
+    with pytest.raises(ValueError, match="adapter.r was 4, is 8"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
+    with pytest.raises(ValueError, match="adapter.kind was 'cera', is 'lora'"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter=lora", "adapter.r=4"))
+    for name in ("checksums.json", "config.yaml"):  # without them, the tensors tell
+        (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match="does not fit this"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
+    assert not folder_of(tiny_config("name=other")).exists()
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tiny_config):
+    whole = tiny_config("name=whole", "adapter.r=32", "train.max_updates=4")
+    train(whole)
+    checkpoint = folder_of(whole) / "checkpoints" / "4"
+    with pytest.raises(ValueError, match="optimizer.kind was 'adamw', is 'adamw_8bit'"):
+        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=32", "optimizer=adamw_8bit"))
+
+
+def test_a_path_that_is_no_checkpoint_is_refused(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="expected auto, never or the folder of a checkpoint"):
+        train(tiny_config(f"train.resume={tmp_path}"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "progress.json"])
+def test_a_damaged_checkpoint_without_checksums_is_named(tiny_config, monkeypatch, name):
+    """Earlier versions wrote none: their checkpoints still load, and damage shows where it makes one unreadable."""
+    config = tiny_config()
+    train_and_die_after(config, 6, monkeypatch)
+    (folder_of(config) / "checkpoints" / "4" / "checksums.json").unlink()
+    file = folder_of(config) / "checkpoints" / "4" / name
+    file.write_bytes(file.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"checkpoints/4 is damaged or no checkpoint"):
+        train(config)
