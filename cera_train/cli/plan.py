@@ -10,7 +10,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from cera_train.cli.composition import Composition, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
@@ -88,10 +88,12 @@ class PlannedHalving(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         with errors_in_one_line(PLAN):
             from cera_train.sweep.plan import plan_groups, print_groups
-            from cera_train.sweep.power import powers, print_powers
+            from cera_train.sweep.power import known_variances, powers, print_powers
 
             study = study_of(self.config) if is_study(self.config) else None
+            settings = OmegaConf.to_object(self.config.plan)
+            variances = {} if study is None else known_variances(study, settings)  # a mistake is answered before
             groups = plan_groups(self.config, lambda composed: refuse_compared(without_hydra(composed, PlanRun)))
             print_groups(groups, study)
             if study is not None:
-                print_powers(study, *powers(study, groups))
+                print_powers(study, powers(study, groups, variances), settings.variances or "plan.spread")

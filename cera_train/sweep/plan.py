@@ -89,8 +89,9 @@ def print_groups(groups: Sequence[PlannedGroup], study: StudyConfig | None) -> N
         print_line("each", text)
     print()
     runs = [run for group in groups for run in group.runs]
-    total = ["1 group" if len(groups) == 1 else f"{len(groups)} groups", "", f"{len(runs):,}", *job_cells(runs), ""]
-    heads = ["arm, condition" if study else "group", "trainable", "runs", *JOB_HEADS, ""]
+    called = ("cell" if study else "group") + "s" * (len(groups) > 1)
+    total = [f"{len(groups)} {called}", "", f"{len(runs):,}", *job_cells(runs), ""]
+    heads = ["cell" if study else "group", "trainable", "runs", *JOB_HEADS, ""]
     print_table(heads, [*map(_row, groups), total], right=range(1, 8))
     print()
     print_missing_price(plan)

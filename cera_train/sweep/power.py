@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
+from cera_train.planning.config import PlanConfig
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.power import POWER, Power, pooled, variances_given
 from cera_train.sweep.config import LOSS, SCORE, StudyConfig
@@ -19,27 +20,28 @@ if TYPE_CHECKING:
     from cera_train.evaluation.verdict import Variances
 
 
-def powers(study: StudyConfig, groups: Sequence[PlannedGroup]) -> tuple[list[Power], str]:
-    """What a study can find in its outcomes, as far as their variances are known, and where these come from.
+def known_variances(study: StudyConfig, plan: PlanConfig) -> dict[str, Variances]:
+    """The variances of outcomes, as they are given or were measured.
 
     Raises:
-        UserError: variances are given for an outcome that the study has not, or those of an unfinished study.
+        UserError: they are given for an outcome that the study has not, or those of an unfinished study.
     """
-    plan = groups[0].whole.config.plan
-    if plan.variances is None:
-        variances, source = variances_given(plan.spread), "plan.spread"
-    else:
-        variances, source = variances_measured(Path(plan.variances)), plan.variances
+    if plan.variances is not None:
+        return variances_measured(Path(plan.variances))
     for outcome in plan.spread.by_outcome:
         names = ", ".join(study.outcomes)
         require(outcome in study.outcomes, f"plan.spread: {outcome} is no outcome of this study: choose from {names}.")
-    pairs = count_contrasts(study, groups)
-    found = [
-        Power(outcome, study.seeds, problems_of(outcome, groups), pairs, variances[outcome])
+    return variances_given(plan.spread)
+
+
+def powers(study: StudyConfig, groups: Sequence[PlannedGroup], variances: Mapping[str, Variances]) -> list[Power]:
+    """What a study can find in the outcomes whose variances are known."""
+    contrasts = count_contrasts(study, groups)
+    return [
+        Power(outcome, study.seeds, problems_of(outcome, groups), contrasts, variances[outcome])
         for outcome in study.outcomes
         if outcome in variances
     ]
-    return found, source
 
 
 def count_contrasts(study: StudyConfig, groups: Sequence[PlannedGroup]) -> int:

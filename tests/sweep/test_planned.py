@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 
 import pytest
+from made_studies import make_study
 
 from cera_train.cli.plan import main
 from cera_train.evaluation.power import detectable
 from cera_train.evaluation.verdict import Variances
+from cera_train.planning.config import PlanConfig
 from cera_train.planning.plan import make_plan
+from cera_train.planning.power import Power
 from cera_train.sweep import plan as plan_module
+from cera_train.sweep import power as power_module
 
 HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
 STUDY = ["-m", "+study=first_look"]  # 3 arms, 3 learning rates, 3 seeds; update 8 of 24
@@ -52,39 +57,70 @@ def test_a_halving_counts_each_run_as_far_as_it_trains(plan_command):
     assert (runs, total) == ("16", f"{2 * updates}")
 
 
-def test_the_dearest_candidate_is_taken_to_go_furthest(plan_command):
-    price = "plan.price_per_hour=1e9"
-    single = [arguments for arguments in HALVING if "halving" not in arguments]
-    cheap, dear = (float(row(plan_command(*single, price, f"adapter.r={r}"), "1 job")[-1]) for r in (2, 32))
-    ranks = ["adapter.r=32,2", "hydra.sweeper.tune=[adapter.r]", "hydra.sweeper.first=1"]
-    both = float(row(plan_command(*HALVING, *ranks, price), "1 group")[-1])
-    assert dear > 1.2 * cheap
-    assert dear < both < dear + 0.1 * cheap
+def test_the_dearest_candidate_is_taken_to_go_furthest(plan_command, monkeypatch):
+    planned = []
+    monkeypatch.setattr(plan_module, "print_groups", lambda groups, study: planned.extend(groups))
+    plan_command(*HALVING, "adapter.r=32,2", "hydra.sweeper.tune=[adapter.r]", "hydra.sweeper.first=1")
+    (group,) = planned
+    assert [(run.config.adapter.r, run.totals.updates) for run in group.runs] == [(2, 1), (32, 100)]
+    assert group.whole.config.adapter.r == 32
 
 
-def test_a_study_is_planned_shape_by_shape(plan_command, monkeypatch):
+def test_a_study_is_planned_shape_by_shape_and_has_the_power_of_its_verdicts(plan_command, monkeypatch):
     planned = []
     monkeypatch.setattr(plan_module, "make_plan", lambda run, **how: planned.append(run) or make_plan(run, **how))
-    out = plan_command(*STUDY)
+    spread = ["plan.spread.seed={loss:0.01}", "plan.spread.residual={loss:0.02}"]
+    out = plan_command(*STUDY, *spread, "study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
     assert [run.study.arm for run in planned] == ["lora", "identity", "cera"]  # not for each learning rate and seed
     assert "each       3 candidates: 2 to update 8, 1 to its end at 24; then the best on 2 more seeds\n" in out
-    runs, _, _, updates, *_ = row(out, "3 groups")
+    runs, _, _, updates, *_ = row(out, "3 cells")
     assert (runs, updates) == ("15", f"{3 * (2 * 8 + 3 * 24)}")
     assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "5"]
-    assert "detects    loss: set plan.spread.seed={loss: ...}, or plan.variances to a finished study\n" in out
 
-
-def test_a_study_has_the_power_that_its_verdicts_will_have(plan_command):
-    spread = ["plan.spread.seed={loss:0.01}", "plan.spread.residual={loss:0.02}"]
-    found, short = (plan_command(*STUDY, *spread, f"study.matters={matters}") for matters in (0.5, 0.001))
     smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=3, problems=20, comparisons=3, power=0.8)
-    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in found
-    assert "Holm's first step over 3 contrasts\n" in found
-    assert "by plan.spread: 0.01 between seeds, 0 between rows, 0.02 beyond both\n" in found
-    assert "study.matters=0.5 is found\n" in found
-    assert "study.matters=0.001 takes " in short
-    assert " seeds" in short.splitlines()[-1]
+    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in out
+    assert "Holm's first step over 3 contrasts\n" in out
+    assert "by plan.spread: 0.01 between seeds, 0 between rows, 0.02 beyond both\n" in out
+    assert re.search(r"study.matters=0.02 takes \d+ seeds\n", out)
+    assert out.endswith(
+        "logistic_map: set plan.spread.seed={logistic_map: ...}, or plan.variances to a finished study\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("matters", "text"),
+    [
+        (0.5, "study.matters=0.5 is found"),
+        (0.01, r"study.matters=0.01 takes \d+ seeds or [\d,]+ rows"),
+        (1e-6, "study.matters=1e-06 takes both more seeds and more rows"),
+    ],
+)
+def test_what_it_takes_to_find_what_matters(matters, text):
+    power = Power("loss", 5, 20, 3, Variances(0.0, 0.01**2, 0.05**2))
+    assert re.fullmatch(text, power_module.describe_need(matters, power, "rows"))
+
+
+def test_variances_are_read_from_a_finished_study(tmp_path, monkeypatch):
+    study = make_study(tmp_path, seeds=12, outcomes=["loss", "gsm8k"], noise=0.01)
+    monkeypatch.setattr(power_module, "read_study", lambda folder: study)
+    found = power_module.variances_measured(study.folder)
+    assert list(found) == ["loss", "gsm8k"]
+    assert found["loss"].seed == pytest.approx(2 * 0.01**2, rel=0.5)  # two arms; two contrasts of 12 seeds
+    assert found["gsm8k"].problem + found["gsm8k"].residual > 0.1
+    given = PlanConfig(variances=str(study.folder))
+    assert power_module.known_variances(study.config, given) == found
+
+
+def test_variances_take_a_finished_study_with_seeds(tmp_path, monkeypatch):
+    study = make_study(tmp_path / "cut", seeds=2)
+    monkeypatch.setattr(power_module, "read_study", lambda folder: study)
+    (study.cells[0].runs[1] / "result.json").unlink()
+    with pytest.raises(ValueError, match="is unfinished: cera, adapter.r=16: no result of seed 1. Run it to its end"):
+        power_module.variances_measured(study.folder)
+    study = make_study(tmp_path / "one", seeds=1)
+    with pytest.raises(ValueError, match="has one seed an arm, which tells nothing of others"):
+        power_module.variances_measured(study.folder)
 
 
 @pytest.mark.parametrize(
