@@ -10,14 +10,33 @@ import pytest
 from commands import assert_one_line, at_once, cera_train, command
 from hydra.errors import MissingConfigException
 
+from cera_train.cli import evaluate, plan, report, sweep, train
 from cera_train.cli.arguments import for_hydra
 from cera_train.cli.composition import Composition
 from cera_train.cli.names import USUAL_NAMES, did_you_mean
-from cera_train.cli.train import TRAIN, main
+from cera_train.cli.train import TRAIN
 from cera_train.common.errors import UserError
 from cera_train.common.settings import keys_of
 from cera_train.config import Config, PlanRun
 from cera_train.evaluation.config import EvalConfig
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capfd):
+    """refusal("cera-eval", "run=x", ...) -> the line of a command that ends with status 2, in this process."""
+    commands = {"cera-train": train, "cera-eval": evaluate, "cera-plan": plan}
+    commands |= {"cera-report": report, "cera-sweep": sweep}
+
+    def refusal(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        with pytest.raises(SystemExit) as exit_info:
+            commands[name].main()
+        assert exit_info.value.code == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        return line
+
+    return refusal
 
 
 @pytest.mark.parametrize(
@@ -111,13 +130,8 @@ from cera_train.evaluation.config import EvalConfig
         (["data.subset=a,b"], "add -m for a run each, or quote a text with a comma: 'data.subset=\"a,b\"'"),
     ],
 )
-def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cera-train", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    (line,) = capfd.readouterr().err.strip().splitlines()
+def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, refusal, arguments, message):
+    line = refusal("cera-train", *arguments)
     assert re.match(f"cera-train: .*{message}", line), line
     assert not list(tmp_path.iterdir())
 
@@ -158,18 +172,17 @@ def test_a_mistake_is_answered_at_once(tmp_path, arguments, message):
         ("path: a: b", "model/mine.yaml:1: broken YAML: mapping values are not allowed here"),
     ],
 )
-def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
+def test_a_mistake_in_a_file_names_the_file(tmp_path, refusal, content, message):
     (tmp_path / "conf" / "model").mkdir(parents=True)
     (tmp_path / "conf" / "model" / "mine.yaml").write_text(content)
-    done = cera_train("--config-dir", "conf", "model=mine", "name=run", cwd=tmp_path)
-    assert_one_line(done, "cera-train", message)
+    line = refusal("cera-train", "--config-dir", "conf", "model=mine", "name=run")
+    assert re.match(f"cera-train: .*{message}", line), line
     assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("cera-eval", [], r"run=... is missing: the folder of a run"),
         ("cera-eval", ["run=x"], "task=... is missing: `cera-eval --help` lists the tasks"),
         ("cera-eval", ["run=x", "task=maths"], "unknown task 'maths'. Did you mean math"),
         ("cera-eval", ["run=x", "tsk=math"], "tsk=math: unknown setting tsk. Did you mean task[?] `cera-eval --help`"),
@@ -184,7 +197,6 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
         ("cera-eval", ["run=base", "task=perplexity", "model=smollm2_135m"], "needs data=..."),
         ("cera-eval", ["run=x", "task=math", "data=math"], "data=... belongs to task=perplexity"),
         ("cera-eval", ["run=x", "task=math", "task.limit=0"], "task.limit=0 must be positive"),
-        ("cera-eval", ["run=x", "task=math", "generation.samples=4"], "choose generation=sample"),
         ("cera-eval", ["run=x", "task=math", "generation.top_p=0.9"], "no meaning for greedy answers"),
         ("cera-eval", ["run=x", "task=math", "generation=sample", "generation.top_p=0"], "must be above 0"),
         ("cera-eval", ["run=x", "task=logistic_map", "task.growths=[5]"], "must be numbers above 0"),
@@ -196,7 +208,6 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
         ("cera-eval", ["outputs", "task=math"], "outputs: expected key=value"),
         ("cera-eval", [".", "task=math"], "[.]: expected key=value: write run=[.]"),
         ("cera-eval", [f"run={'x' * 300}", "task=math"], "too long for the name of a file or folder"),
-        ("cera-plan", ["plan.gpu=h1000"], "plan.gpu=h1000: expected one of h100, .*Did you mean h100"),
         ("cera-plan", ["-m", "optimizer.lr=interval(1,2)"], "needs a sweeper that draws"),
         ("cera-report", ["nothing"], "nothing is not a folder: expected"),
         ("cera-report", [], "the following arguments are required: DIR"),
@@ -204,7 +215,21 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
         ("cera-eval", ["grade=x", "task=math"], "grade=... takes neither run= nor task="),
     ],
 )
-def test_a_mistake_in_another_command_gets_one_line_and_status_2(tmp_path, name, arguments, message):
+def test_a_mistake_in_another_command_gets_one_line_and_status_2(tmp_path, refusal, name, arguments, message):
+    line = refusal(name, *arguments)
+    assert re.match(f"{name}: .*{message}", line), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("cera-eval", [], r"run=... is missing: the folder of a run"),
+        ("cera-eval", ["run=x", "task=math", "generation.samples=4"], "choose generation=sample"),
+        ("cera-plan", ["plan.gpu=h1000"], "plan.gpu=h1000: expected one of h100, .*Did you mean h100"),
+    ],
+)
+def test_another_command_answers_a_mistake_at_once(tmp_path, name, arguments, message):
     with at_once():
         done = command(name, *arguments, cwd=tmp_path)
     assert_one_line(done, name, message)

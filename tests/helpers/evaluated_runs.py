@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from evaluation_files import QUESTIONS
 
+from cera_train.evaluation import grading
+from cera_train.evaluation.config import EvalConfig
+from cera_train.evaluation.grading import Verifier
+
+
+@pytest.fixture(scope="session")
+def verifier_that_stays() -> Iterator[Verifier]:
+    with Verifier(EvalConfig.grading_seconds) as verifier:
+        yield verifier
+
 
 @pytest.fixture
-def run(trained_config, tmp_path) -> Path:
+def one_verifier(verifier_that_stays, monkeypatch) -> None:
+    """Evaluations verify answers in one process, instead of starting two each, which takes longer than the answers."""
+    monkeypatch.setattr(grading, "Verifier", lambda *_: contextlib.nullcontext(verifier_that_stays))
+
+
+@pytest.fixture
+def run(trained_config, tmp_path, one_verifier) -> Path:
     """A copy to write into of a short run of the tiny model on the logistic map, in float32."""
     config = trained_config("train.max_updates=6")
     return Path(shutil.copytree(Path(config.output_dir) / config.name, tmp_path / "run"))
