@@ -1,4 +1,4 @@
-"""A browser for the pages."""
+"""A pytest plugin with a browser. It is no conftest.py beside the tests: they import that of tests/ by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
          "--disable-component-update", "--disable-sync"]  # fmt: skip
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
