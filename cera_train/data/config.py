@@ -153,7 +153,8 @@ class MixPart:
 @dataclass
 class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
-    """How a row reads. text: columns by template; conversations: ShareGPT's from/value; messages: chat template."""
+    """How a row reads. text: columns by template; conversations: ShareGPT's from/value; messages: chat template;
+    logistic_map and reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")

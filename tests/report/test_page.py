@@ -13,7 +13,7 @@ from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 from cera_train.common.trust import clean
 from cera_train.report.page import say_report, write_report
 
-pytest_plugins = ["browsers"]
+pytest_plugins = ("browser",)
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"
 

@@ -19,7 +19,7 @@ from cera_train.report.study.page import StudyReport, report_study, say_study, w
 from cera_train.report.study.results import results_of
 from cera_train.runs.outcomes import LOSSES_AFTER, TokenLosses
 
-pytest_plugins = ["browsers"]
+pytest_plugins = ("browser",)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A pytest plugin with a browser for pages."""
+"""A pytest plugin with a browser. It is no conftest.py beside the tests: they import that of tests/ by its name."""
 
 from __future__ import annotations
 
