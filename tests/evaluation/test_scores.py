@@ -13,12 +13,14 @@ from cera_train.tasks import gsm8k, math
 from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.records import Generation, Problem
 
+pytest_plugins = ("evaluated_runs",)
+
 
 def answer(problem: str, text: str, sample: int = 0, truncated: bool = False) -> Generation:
     return Generation(problem, sample, text, len(text), truncated)
 
 
-def test_both_graders_count_side_by_side():
+def test_both_graders_count_side_by_side(one_verifier):
     problems = {name: Problem(name, "?", "?", r"\frac{1}{2}") for name in "abcde"}
     answers = [
         answer("a", r"so \boxed{\frac12}"),  # written alike
@@ -81,7 +83,7 @@ def test_a_share_that_is_the_same_for_every_problem_has_no_interval(capsys, tmp_
     assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines
 
 
-def test_none_or_all_of_the_problems_right_gets_the_exact_interval():
+def test_none_or_all_of_the_problems_right_gets_the_exact_interval(one_verifier):
     """Resampling gives the point 0.0 to 0.0, which is not how sure the accuracy is."""
     problems = [Problem(name, "?", "?", "12") for name in "abcd"]
     answers = [answer(problem.id, "nothing") for problem in problems]
