@@ -155,7 +155,7 @@ def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], lis
     in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
     tail = ["", labelled("jobs", in_words or "none yet")]
     tail += [labelled("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}") for job in best]
-    if counts[State.stopped]:
+    if counts[State.stopped] and "study" not in read_record(folder / RECORD):
         how = "the command with a job's values and hydra/sweeper=basic goes on with that job"
         tail.append(labelled("stopped", how))
     if counts[State.failed]:

@@ -104,7 +104,9 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
     sweep = tmp_path / "outputs" / "which"
     assert is_finished(sweep)
     assert sorted(states(sweep).values()) == ["finished"] * 6 + ["stopped"] * 3
-    assert "seeds      3 jobs to their end, seed 1" in capfd.readouterr().out
+    output = capfd.readouterr().out
+    assert "seeds      3 jobs to their end, seed 1" in output
+    assert "hydra/sweeper=basic" not in output  # which a study refuses
 
     study = read_study(sweep)
     assert not study.missing()
