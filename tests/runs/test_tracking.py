@@ -64,7 +64,8 @@ def test_wandb_offline_has_the_figures_of_tasks_and_the_samples_as_tables(tiny_c
     arguments = [
         *(f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "name=run"),
         *("train.max_updates=2", "train.eval_every=1", "train.tasks=[logistic_map]", "train.tasks_limit=2"),
-        *("train.task_settings={logistic_map: {max_new_tokens: 8}}", "train.samples=2", "tracker=wandb"),
+        *("train.task_settings={logistic_map: {max_new_tokens: 8}}", "train.tasks_every=2", "train.samples=2"),
+        "tracker=wandb",
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path), "WANDB_CONSOLE": "off"}
