@@ -24,7 +24,7 @@ class Design:
     seeds: tuple[int, int] = (3, 3)
     problems: int = 200
     seed: tuple[float, float] = (0.0, 0.0)
-    """Of each arm."""
+    """Standard deviation between the seeds of each arm."""
     problem: float = 0.0
     residual: float = 1.0
     weighted: bool = False
@@ -42,7 +42,7 @@ class Design:
 
     @property
     def variances(self) -> Variances:
-        """Of a difference of losses."""
+        """The variance components of a difference of losses."""
         return Variances(self.seed[0] ** 2 + self.seed[1] ** 2, 2 * self.problem**2, 2 * self.residual**2)
 
 

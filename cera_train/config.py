@@ -29,7 +29,7 @@ class Config:
     distributed: DistributedConfig = section(DistributedConfig)
     sweep: SweepConfig = section(SweepConfig)
     study: StudyConfig | None = section(None)
-    """Of a job of a study; null elsewhere."""
+    """What a study asks; null in other runs."""
     name: str = setting("default", "nothing")
     """The run's folder is output_dir/name."""
     output_dir: str = setting("outputs", "nothing")

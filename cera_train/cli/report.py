@@ -40,7 +40,9 @@ def report() -> None:
     output = output or Path("report")
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
-    if len(folders) == 1 and folders[0].is_dir() and _is_study(folders[0]):
+    from cera_train.sweep.study import holds_study
+
+    if len(folders) == 1 and folders[0].is_dir() and holds_study(folders[0]):
         _report_study(folders[0], output)
     else:
         from cera_train.report.page import mirror_report, say_report, write_report
@@ -48,12 +50,6 @@ def report() -> None:
         found = write_report(folders, output)
         say_report(found)
         mirror_report(found)
-
-
-def _is_study(folder: Path) -> bool:
-    from cera_train.sweep.study import is_study
-
-    return is_study(folder)
 
 
 def _report_study(folder: Path, output: Path) -> None:

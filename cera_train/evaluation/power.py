@@ -12,6 +12,9 @@ from cera_train.evaluation.verdict import ERROR_RATE, Spread, Variances, degrees
 if TYPE_CHECKING:
     from numpy import ndarray
 
+POWER = 0.8
+"""The probability with which a difference counts as found."""
+
 MOST_SEEDS, MOST_PROBLEMS = 10_000, 100_000_000
 QUANTILES = 64  # of the variance that an arm's seeds show: power to 0.003
 
@@ -27,7 +30,7 @@ def power_of(variances: Variances, difference: float, seeds: int, problems: int,
     return _Design(variances, seeds, problems, comparisons).power(difference)
 
 
-def detectable(variances: Variances, seeds: int, problems: int, comparisons: int = 1, power: float = 0.8) -> float:
+def detectable(variances: Variances, seeds: int, problems: int, comparisons: int = 1, power: float = POWER) -> float:
     """The smallest difference that gets its verdict with this probability; inf where no difference does."""
     if seeds < 2 or problems < 2:
         return math.inf
@@ -42,7 +45,7 @@ def detectable(variances: Variances, seeds: int, problems: int, comparisons: int
 
 
 def needed(
-    variances: Variances, difference: float, seeds: int, problems: int, comparisons: int = 1, power: float = 0.8
+    variances: Variances, difference: float, seeds: int, problems: int, comparisons: int = 1, power: float = POWER
 ) -> tuple[int | None, int | None]:
     """Seeds an arm at these problems, and problems at these seeds, that would show this difference with this
     probability; None where 10,000 seeds, or 100 million problems, would not."""
@@ -80,7 +83,7 @@ class _Design:
         self.standard_error: float = float(numpy.sqrt(variances.seed / seeds + residual + problem))
 
     def power(self, difference: float) -> float:
-        """Of a verdict in the difference's direction."""
+        """The probability of a verdict in the difference's direction."""
         from scipy.special import ndtr
 
         if self.standard_error == 0:

@@ -13,14 +13,14 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.verdict import ERROR_RATE, degrees_of_sum
+from cera_train.evaluation.verdict import ERROR_RATE, Interval, degrees_of_sum
 
 if TYPE_CHECKING:
     from numpy import ndarray
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Interval):
     """A slope per doubling of the rank with its 95 % interval; -inf to inf where a rank has one seed."""
 
     value: float
@@ -31,10 +31,6 @@ class Estimate:
     @property
     def includes_zero(self) -> bool:
         return self.lower <= 0 <= self.upper
-
-    def within(self, matters: float) -> bool:
-        """Whether the interval lies within +-matters."""
-        return -matters <= self.lower and self.upper <= matters
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,20 @@ class Spread:
         return numpy.where(size == 0, 1.0, numpy.exp(upper))
 
 
+class Interval:
+    """What has a 95 % interval, `lower` to `upper`."""
+
+    lower: float
+    upper: float
+
+    def within(self, matters: float) -> bool:
+        """Whether the interval lies within +-matters: there is no difference that matters. The error rate is 2.5 % a
+        comparison (two one-sided tests, Schuirmann 1987)."""
+        return -matters <= self.lower and self.upper <= matters
+
+
 @dataclass(frozen=True)
-class Contrast:
+class Contrast(Interval):
     """Two arms on the same problems: second - first, with a 95 % interval that holds for other seeds and problems."""
 
     difference: float
@@ -113,11 +125,6 @@ class Contrast:
     """Why no verdict is possible; empty where one is."""
     mcnemar: McNemar | None = None
     """Compares the two runs, not the methods, where each arm has one seed and every value is 0 or 1."""
-
-    def within(self, matters: float) -> bool:
-        """Whether the interval lies within +-matters: there is no difference that matters. The error rate is 2.5 % a
-        comparison (two one-sided tests, Schuirmann 1987)."""
-        return -matters <= self.lower and self.upper <= matters
 
 
 def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = None) -> Contrast:

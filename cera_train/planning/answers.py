@@ -37,7 +37,7 @@ class AnswerSize:
     """The task's."""
     answers: int
     problems: int
-    """Of these answers, those that count in the scores."""
+    """Those that count in the scores."""
     prompt_tokens: float
     new_tokens: int
     """The most that an answer may have."""

@@ -33,7 +33,7 @@ class SpreadConfig:
     problem: Any = setting(None, "nothing")
     """Between problems, or rows of a loss, of the mean over all seeds."""
     residual: Any = setting(None, "nothing")
-    """Of one problem on one seed, beyond both."""
+    """The rest: one problem on one seed."""
 
     def __post_init__(self) -> None:
         for name, values in vars(self).items():

@@ -60,7 +60,7 @@ class RunTotals:
     eval_tokens: float
     """Tokens of all evaluations, and of the probes on which spectra are taken."""
     task_evaluations: int
-    """Of these evaluations, those at which `train.tasks` are answered."""
+    """Those at which `train.tasks` are answered."""
     sample_evaluations: int
     """Those with `train.samples`."""
 

@@ -11,9 +11,6 @@ from cera_train.evaluation.power import detectable, needed
 from cera_train.evaluation.verdict import Variances
 from cera_train.planning.config import SpreadConfig
 
-POWER = 0.8
-"""Probability of finding the smallest difference."""
-
 
 @dataclass(frozen=True)
 class Power:
@@ -30,11 +27,11 @@ class Power:
     @property
     def detectable(self) -> float:
         """The smallest difference that is found with this power where Holm corrects the most."""
-        return detectable(self.variances, self.seeds, self.problems, self.comparisons, POWER)
+        return detectable(self.variances, self.seeds, self.problems, self.comparisons)
 
     def needed(self, difference: float) -> tuple[int | None, int | None]:
         """The seeds at these problems, and the problems at these seeds, that find a difference; None: none do."""
-        return needed(self.variances, difference, self.seeds, self.problems, self.comparisons, POWER)
+        return needed(self.variances, difference, self.seeds, self.problems, self.comparisons)
 
     @property
     def spreads(self) -> list[float]:

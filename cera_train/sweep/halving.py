@@ -38,8 +38,8 @@ from cera_train.sweep.table import job_status
 
 
 def is_halving(config: DictConfig) -> bool:
-    """Whether a sweep is by `Halving` or a study. `config` has Hydra's section."""
-    return config.hydra.sweeper._target_.endswith((".Halving", ".StudySweeper"))
+    """Whether a sweep is by `Halving`. `config` has Hydra's section."""
+    return config.hydra.sweeper._target_.endswith(f".{Halving.__name__}")
 
 
 def rules_of(config: DictConfig) -> Rules:

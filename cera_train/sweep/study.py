@@ -64,7 +64,7 @@ def check_cells(config: DictConfig, record: dict[str, Any], compose: Callable[[D
 
 def check_arms(condition: str, arms: dict[str, Config]) -> None:
     """Raises UserError for arms that differ in more than they name, or have unequal budgets under a claim of equal
-    ones, or a task whose problems are trained on.
+    ones, or lack an outcome.
 
     Args:
         condition: in words, for the message.
@@ -232,13 +232,14 @@ class Study:
         return texts
 
 
-def is_study(folder: Path) -> bool:
+def holds_study(folder: Path) -> bool:
+    """Whether a folder is that of a study."""
     return "study" in (read_record(folder / RECORD) or {})
 
 
 def read_study(folder: Path) -> Study:
     """Raises UserError where a folder holds none."""
-    if not is_study(folder):
+    if not holds_study(folder):
         raise UserError(f"{folder} holds no study: expected a folder that cera-train -m +study=NAME left.")
     record = read_record(folder / RECORD)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record["study"]))

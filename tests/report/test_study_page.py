@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from made_runs import HOSTILE
 from made_studies import GAINS, make_study, records_of
+from pages import sound_page
 
 from cera_train.common.drawing import render
 from cera_train.common.errors import UserError
@@ -202,30 +203,11 @@ def test_the_files_show_hostile_text_as_text_and_load_nothing(tmp_path: Path) ->
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_is_sound_in_a_browser(browser: Any, written: StudyReport, width: int, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    problems, requests = [], []
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto((written.output / "report.html").as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
-    pictures = page.evaluate("""[...document.querySelectorAll('figure svg')].map(svg => [
-        svg.getBoundingClientRect().width, svg.querySelectorAll('path, text').length, svg.ariaLabel.length,
-        getComputedStyle(svg.querySelector('text')).fill, getComputedStyle(document.body).color,
-        getComputedStyle(svg.querySelector('path')).fill])""")
-    assert problems == []
-    assert [url for url in requests if not url.startswith("data:")] == [(written.output / "report.html").as_uri()]
-    assert len(pictures) == 6
-    assert all(width > 250 and marks > 20 and alt > 20 for width, marks, alt, *_ in pictures)
-    assert {(text, background) for *_, text, _, background in pictures} == {
-        ("rgb(31, 35, 40)", "rgb(255, 255, 255)") if scheme == "light" else ("rgb(230, 233, 238)", "rgb(22, 27, 34)")
-    }
-    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)")
-    assert len(set(ids)) == len(ids)
-    targets = page.evaluate("[...document.querySelectorAll('nav a')].map(each => each.getAttribute('href').slice(1))")
-    assert set(targets) <= set(ids)
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()
+    with sound_page(browser, written.output / "report.html", width, scheme) as (page, pictures):
+        assert pictures == 6
+        ids = page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)")
+        links = "[...document.querySelectorAll('nav a')].map(each => each.getAttribute('href').slice(1))"
+        assert set(page.evaluate(links)) <= set(ids)
 
 
 def test_the_printed_page_is_light_and_whole(browser: Any, written: StudyReport) -> None:

@@ -9,23 +9,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_sweeps import cera_train, states
+from made_sweeps import cera_train, make_study_file, states
 
 from cera_train.common.errors import UserError
 from cera_train.config import Config
 from cera_train.sweep.config import StudyConfig
 from cera_train.sweep.folder import RECORD, read_record
 from cera_train.sweep.rungs import HALVING
-from cera_train.sweep.study import is_study, read_study
+from cera_train.sweep.study import holds_study, read_study
 from cera_train.sweep.table import is_finished
 
 FILE = {
-    "defaults": [
-        {"override /model": "smollm2_135m_pypi"},
-        {"override /data": "logistic_map"},
-        {"override /hydra/sweeper": "study"},
-    ],
-    "name": "which",
     "study": {
         "question": "Which is better?",
         "arms": {
@@ -47,11 +41,7 @@ BEST = {"lora": 1e-3, "cera": 1e-2, "relu": 1e-3, "b": 1e-3}
 
 def write_study(folder: Path, **changes: object) -> list[str]:
     """conf/study/which.yaml with some changes to its section; the arguments that run it."""
-    path = folder / "conf" / "study" / "which.yaml"
-    path.parent.mkdir(parents=True)
-    file = FILE | {"study": FILE["study"] | changes}
-    path.write_text("# @package _global_\n" + yaml.safe_dump(file, sort_keys=False))
-    return ["-m", "+study=which", "--config-dir", str(folder / "conf")]
+    return make_study_file(folder, FILE | {"study": FILE["study"] | changes})
 
 
 class Trainer:
@@ -230,7 +220,7 @@ def test_a_study_is_a_sweep(tmp_path, monkeypatch, capfd):
     assert "+study=which is a grid of runs: add -m to take them all" in capfd.readouterr().err
     assert cera_train(monkeypatch, tmp_path, "-m", "+recipe=quickstart", "hydra/sweeper=study") == 2
     assert "hydra/sweeper=study: a study's file says what it compares: add +study=NAME" in capfd.readouterr().err
-    assert not is_study(tmp_path)
+    assert not holds_study(tmp_path)
     with pytest.raises(UserError, match="holds no study: expected a folder that cera-train -m"):
         read_study(tmp_path)
 

@@ -9,18 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
-from made_sweeps import cera_train
+from made_sweeps import cera_train, make_study_file
 
 from cera_train.cli.report import main as main_report
 
 FILE = {
-    "defaults": [
-        {"override /model": "smollm2_135m_pypi"},
-        {"override /data": "logistic_map"},
-        {"override /hydra/sweeper": "study"},
-    ],
-    "name": "which",
     "study": {
         "question": "Is CeRA better than LoRA?",
         "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]},
@@ -46,11 +39,7 @@ def cera_report(monkeypatch, *arguments: object) -> int:
 
 @pytest.mark.slow
 def test_a_study_is_run_and_gets_its_page(tmp_path: Path, tiny_folder: Path, monkeypatch, capfd) -> None:
-    path = tmp_path / "conf/study/which.yaml"
-    path.parent.mkdir(parents=True)
-    model = {"path": str(tiny_folder), "dtype": "float32"}
-    path.write_text("# @package _global_\n" + yaml.safe_dump(FILE | {"model": model}, sort_keys=False))
-    command = ["-m", "+study=which", "--config-dir", str(tmp_path / "conf")]
+    command = make_study_file(tmp_path, FILE | {"model": {"path": str(tiny_folder), "dtype": "float32"}})
     assert cera_train(monkeypatch, tmp_path, *command) == 0
     assert cera_report(monkeypatch, "outputs/which") == 0
     assert "CeRA is " in capfd.readouterr().out

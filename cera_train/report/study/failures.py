@@ -51,7 +51,7 @@ class Difficulty:
     """Mean loss in parts of the held-out tokens, set apart by the untouched base model's loss on each."""
 
     task: str
-    """Of the study; empty where it names none."""
+    """The study's task; empty where it names none."""
     ranges: list[tuple[float, float]]
     """The base model's losses in each part, from easy to difficult."""
     base: list[float]

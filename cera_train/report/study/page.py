@@ -137,7 +137,7 @@ class StudyReport:
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of libraries; where runs differ, all."""
+        """The versions of libraries; where runs differ, all."""
         found: dict[str, dict[str, None]] = {}
         for run in self.runs:
             for name, version in (run.files.environment.packages or {}).items():

@@ -22,10 +22,6 @@ class StudyTable:
     columns: list[Column]
     caption: str
 
-    @property
-    def has_rows(self) -> bool:
-        return bool(self.names)
-
 
 def table_of(
     title: str, first: str, names: Sequence[str], columns: dict[str, Sequence[Cell]], caption: str
