@@ -204,10 +204,9 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     if model.gradient_checkpointing:
         activations.reverse()
     cost, totals = measure(model, adapter, usual, False), run_totals(config, data)
-    is_16bit = (_autocast(config) or model.dtype) != Dtype.float32
     return RunPlan(
         config=config,
-        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit, cpu_threads),
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit(config), cpu_threads),
         data=data,
         tasks=tasks,
         samples=sizes_of_samples(config, data, tasks),
@@ -303,6 +302,11 @@ def _autocast(config: PlanRun) -> Dtype | None:
     return Dtype.bfloat16 if dtype == Dtype.float32 else dtype
 
 
+def is_16bit(config: PlanRun) -> bool:
+    """Whether products are computed in 16 bits."""
+    return (_autocast(config) or config.model.dtype) != Dtype.float32
+
+
 def memory_of(
     config: PlanRun, size: DataSize, parameters: Parameters, tokens: int, activations: float, chunks_head: bool
 ) -> Memory:
@@ -325,9 +329,9 @@ def memory_of(
         # DDP holds gradients a second time, in the buckets it sends.
         "gradients": 4 * parameters.trainable * (2 if processes > 1 else 1),
         "activations": activations,
-        # Frozen head: the logits, their log-softmax in float32, which becomes its gradient, and that as the logits are.
+        # Frozen head: the logits, a float32 copy of 16-bit ones, and its log-softmax, which becomes its gradient.
         # Trained: the log-softmax that was saved, its gradient, and that of the logits, in float32.
-        "logits": (12 if parameters.trains_head else 8) * parameters.vocab_size * chunk,
+        "logits": (12 if parameters.trains_head else 10 if is_16bit(config) else 8) * parameters.vocab_size * chunk,
     }
     # float32 logits and their log-softmax. A CPU's heap has not given back what training took.
     evaluation = {"logits": 8 * parameters.vocab_size * eval_chunk}
