@@ -1,7 +1,7 @@
 """Memory of an update of every recipe on a fake GPU, beside what cera-plan predicts.
 
-    python -m benchmarks.without_gpu                a table of all recipes, in five minutes
-    python -m benchmarks.without_gpu --layers 2 math_r64 train.micro_batch_tokens=8192
+    python -m benchmarks.without_gpu                a table of all recipes, in two minutes
+    python -m benchmarks.without_gpu math_r64 train.micro_batch_tokens=8192
 
 The updates are the program's: its session, model, adapter, loss and optimizer. What comes from the Hub is not there:
 the base has the shapes of its config.json, and the rows are as many and as long as cera-plan takes them to be.
@@ -14,7 +14,7 @@ import contextlib
 import io
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -96,6 +96,14 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
             passes = session.passes([arm.order.sequences(0)])
             attention, kernels = arm.local_loss.causal_lm.config._attn_implementation, arm.config.adapter.kernels
             return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention, kernels)
+
+
+def track_by_layers(recipe: str, *overrides: str) -> Tracked:
+    """The same for all layers of the base, by what the third adds to the first two."""
+    two, three = (track(recipe, layers, *overrides) for layers in (2, 3))
+    plan = plan_alone(composed(PlanRun, f"+recipe={recipe}", *overrides))
+    size = two.bytes + (plan.parameters.layers - 2) * (three.bytes - two.bytes)
+    return replace(two, plan=plan, bytes=size)
 
 
 def composed(schema: type, *overrides: str) -> Any:
@@ -191,12 +199,11 @@ def paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="*", help="names; none: all. Values of settings, key=value, hold for all")
-    parser.add_argument("--layers", type=int, help="layers of the base; else all it has")
-    arguments = parser.parse_args()
-    overrides = [argument for argument in arguments.recipe if "=" in argument]
+    arguments = parser.parse_args().recipe
+    overrides = [argument for argument in arguments if "=" in argument]
     rows = []
-    for recipe in [name for name in arguments.recipe if name not in overrides] or recipes():
-        tracked = track(recipe, arguments.layers, *overrides)
+    for recipe in [name for name in arguments if name not in overrides] or recipes():
+        tracked = track_by_layers(recipe, *overrides)
         sizes = [f"{size / GB:.2f} GB" for size in (tracked.planned, tracked.bytes)]
         rows.append([recipe, *sizes, f"{tracked.difference:+.1%}"])
     print_table(["recipe", "planned", "tracked", "difference"], rows, right=(1, 2, 3))
