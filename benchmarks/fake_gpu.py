@@ -31,10 +31,16 @@ from cera_train.common.files import cached_folder
 
 NAME = "NVIDIA H100 80GB HBM3"
 
+SHARED_MEMORY = 232_448
+"""Bytes that a block of its threads may share."""
+
 BLOCK = 512
 """Bytes to which torch's allocator rounds up."""
 
 ATEN = torch.ops.aten
+
+PRODUCTS = {ATEN.mm, ATEN.addmm, ATEN.addmm_, ATEN.bmm, ATEN.baddbmm}
+"""Operations whose shapes for fake tensors ask for no common dtype."""
 
 
 class FakeDevice(TorchDispatchMode):
@@ -63,6 +69,7 @@ class FakeDevice(TorchDispatchMode):
                 return operation(*args, **kwargs)
         if operation is ATEN._local_scalar_dense.default:
             return read(args[0]).item()
+        check_dtypes(operation, inputs)
         if operation is ATEN.index.Tensor:
             args = (args[0], self._places(args[1]))
         with self.fakes:
@@ -110,8 +117,15 @@ def read(fake: torch.Tensor) -> torch.Tensor:
     return torch.full(fake.shape, fake.dtype == torch.bool, dtype=fake.dtype, device="cpu")
 
 
+def check_dtypes(operation: Any, inputs: list[torch.Tensor]) -> None:
+    """Raises RuntimeError for a product of two dtypes."""
+    dtypes = {str(tensor.dtype) for tensor in inputs}
+    if operation._overloadpacket in PRODUCTS and len(dtypes) > 1:
+        raise RuntimeError(f"{operation}: expected tensors of the same dtype, but found {', '.join(sorted(dtypes))}")
+
+
 def check_generator(generator: torch.Generator | None, output: Any) -> None:
-    """What not every operation checks on fakes."""
+    """Raises RuntimeError for the generator of another device: not every operation looks at it on fakes."""
     if generator is not None and isinstance(output, torch.Tensor) and generator.device.type != output.device.type:
         raise RuntimeError(
             f"Expected a '{output.device.type}' device type for generator but found '{generator.device}'"
@@ -162,8 +176,12 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
             known = [*sys.modules[module]._foreach_supported_types, FakeTensor]
             stack.enter_context(patch(f"{module}._foreach_supported_types", known))
         if importlib.util.find_spec("triton") is not None:  # else no kernel is chosen
+            from triton.runtime import driver
             from triton.runtime.jit import JITFunction
 
+            properties = {"max_shared_mem": SHARED_MEMORY}
+            utils = SimpleNamespace(get_device_properties=lambda index: properties)
+            stack.enter_context(patch.object(driver, "_active", SimpleNamespace(utils=utils)))
             stack.enter_context(patch.object(JITFunction, "run", launch))
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
         library.exchange()

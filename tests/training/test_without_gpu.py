@@ -93,7 +93,7 @@ def test_mistakes_that_a_gpu_would_refuse_are_refused():
             x.random_(generator=torch.Generator())
         with pytest.raises(RuntimeError, match="dtype"):
             x @ torch.ones(4, 2, device="cuda", dtype=torch.bfloat16)
-        with pytest.raises(RuntimeError, match="shape|size"):
+        with pytest.raises(RuntimeError, match="reduction dim"):
             x @ torch.ones(3, 4, device="cuda")
         assert x.uniform_(generator=torch.Generator("cuda").manual_seed(3)).device == torch.device("cuda:0")
 
