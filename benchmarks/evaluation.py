@@ -30,7 +30,7 @@ from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.model.config import ModelConfig
+from cera_train.model.config import Dtype, ModelConfig
 from cera_train.model.weights import load_model, load_tokenizer
 from cera_train.tasks.records import Generation
 
@@ -42,20 +42,20 @@ B_STD = 0.02
 
 
 class Answering:
-    """SmolLM2-135M in bfloat16 with an adapter, and problems to answer greedily."""
+    """A model in bfloat16 with an adapter, and problems to answer greedily."""
 
-    def __init__(self, kind: AdapterKind | None) -> None:
+    def __init__(self, kind: AdapterKind | None, path: str = PACKAGE, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        config = ModelConfig(path=PACKAGE)
+        config = ModelConfig(path=path, dtype=Dtype.bfloat16)
         self.tokenizer = load_tokenizer(config)
-        self.base = load_model(config, torch.device("cpu")).eval()
+        self.base = load_model(config, torch.device(device)).eval()
         self.model: Any = self.base
         if kind is not None:
             self.model = build(self.base, AdapterConfig(kind, RANK)).eval()
             for name, parameter in self.model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
-        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast = torch.autocast(device, torch.bfloat16)
 
     def requests(self, file: Path, problems: int) -> list[Request]:
         rows = [json.loads(line) for line in lines_of(file)[:problems]]
@@ -139,16 +139,17 @@ def decoding_speed(
             generate(adapter.model, adapter.base, adapter.tokenizer, requests[:rows], GenerationConfig())
         return time.perf_counter() - started
 
+    seconds(1, 2)  # a warm-up
     return {rows: rows * tokens / (seconds(rows, tokens + 1) - seconds(rows, 1)) for rows in batches}
 
 
-def adapter_cost(file: Path) -> dict[str, dict[int, float]]:
+def adapter_cost(file: Path, path: str = PACKAGE, device: str = "cpu", tokens: int = 24) -> dict[str, dict[int, float]]:
     """New tokens a second of the base, of LoRA merged into it, which is as fast, and of CeRA, by the number of rows."""
-    contestants = {"base or merged LoRA": Answering(None), "CeRA": Answering(AdapterKind.cera)}
-    speeds = {name: decoding_speed(contestant, file) for name, contestant in contestants.items()}
+    speeds = {}
     print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in BATCHES))
-    for name, speed in speeds.items():
-        print(f"{name:<34}" + "".join(f"{speed[rows]:>8.0f}" for rows in BATCHES))
+    for name, kind in {"base or merged LoRA": None, "CeRA": AdapterKind.cera}.items():  # one model at a time
+        speeds[name] = decoding_speed(Answering(kind, path, device), file, tokens=tokens)
+        print(f"{name:<34}" + "".join(f"{speeds[name][rows]:>8.0f}" for rows in BATCHES), flush=True)
     return speeds
 
 
