@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth architectures evidence clean
+.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -45,6 +45,9 @@ architectures: $(VENV)/.installed-test  ## test every family of models and write
 evidence: $(VENV)/.installed  ## run the smallest study and write its page, in ten minutes
 	$(BIN)/cera-train -m +study=first_look
 	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
+
+docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv
 	rm -rf $(VENV) $(VENV)-serving

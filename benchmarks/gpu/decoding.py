@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
+
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import Found
 
 
 def decoding(place: Place, model: str) -> Found:
     """New tokens a second of the base, or LoRA merged into it, and of CeRA."""
-    from benchmarks.evaluation import adapter_cost, word_problems
+    from benchmarks import evaluation
 
-    file = word_problems(place.folder / "rows" / "problems.jsonl")
-    speeds = adapter_cost(file, str(place.model(model)), place.device, place.size.new_tokens)
-    return Found(figures={"tokens_per_s": {name: dict(speed) for name, speed in speeds.items()}})
+    base = str(place.model(model))
+    file = evaluation.word_problems(place.folder / "problems.jsonl")
+    _, steps = evaluation.decoding(file, place.size.rounds, base, place.device)
+    speeds = {
+        name: {rows: rows / statistics.median(seconds) for rows, seconds in taken.items()}
+        for name, taken in steps.items()
+    }
+    return Found(figures={"tokens_per_s": speeds})

@@ -31,16 +31,14 @@ class Size:
     long_tokens: int
     """Sequences of an update, and their tokens, of NeMo's setting."""
     rounds: int
-    """Updates of a contestant of the race, a warm-up not counted."""
-    new_tokens: int
-    """Of a row in decoding."""
+    """Of the race, an update each, and of decoding; a warm-up is not counted."""
     overrides: tuple[str, ...] = ()
     """Settings of every run."""
 
 
 SIZES = {
-    "full": Size(20, 3, 64, 171, 32, 4096, rounds=5, new_tokens=64),
-    "tiny": Size(6, 1, 4, 24, 4, 128, rounds=1, new_tokens=4, overrides=("adapter.r=4", "data.max_length=128")),
+    "full": Size(20, 3, 64, 171, 32, 4096, rounds=5),
+    "tiny": Size(6, 1, 4, 24, 4, 128, rounds=1, overrides=("adapter.r=4", "data.max_length=128")),
 }
 
 TINY = {
