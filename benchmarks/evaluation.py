@@ -142,7 +142,7 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
 
 
 def decoding(
-    file: Path, rounds: int, path: str = PACKAGE, device: str = "cpu"
+    file: Path, rounds: int, batches: Sequence[int] = BATCHES, path: str = PACKAGE, device: str = "cpu"
 ) -> tuple[list[Target], dict[str, dict[int, list[float]]]]:
     """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are those of a merged
     LoRA, by the number of rows; in turn on a CPU, one after the other on a GPU.
@@ -152,22 +152,22 @@ def decoding(
     """
     quiet_libraries()
     kinds = {MERGED: None, "CeRA": AdapterKind.cera}
-    steps: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in BATCHES} for name in kinds}
+    steps: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in batches} for name in kinds}
     for group in [[*kinds]] if device == "cpu" else [[name] for name in kinds]:
         contestants = {name: Answering(kinds[name], path, device) for name in group}
         for number in range(rounds + 1):
-            for rows in BATCHES:
+            for rows in batches:
                 for name, contestant in contestants.items():
                     taken = step_seconds(contestant, contestant.requests(file, 1) * rows)
                     if number:  # the first is a warm-up
                         steps[name][rows].append(taken)
             print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
         del contestants, contestant  # a GPU may have room for one
-    print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in BATCHES))
+    print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in batches))
     for name, taken in steps.items():
-        print(f"{name:<34}" + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in BATCHES))
-    costs = ratios(steps["CeRA"][BATCHES[0]], steps[MERGED][BATCHES[0]])
-    return [Target(f"decoding {BATCHES[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)], steps
+        print(f"{name:<34}" + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches))
+    costs = ratios(steps["CeRA"][batches[0]], steps[MERGED][batches[0]])
+    return [Target(f"decoding {batches[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)], steps
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ def decoding(place: Place, model: str) -> Found:
 
     base = str(place.model(model))
     file = evaluation.word_problems(place.folder / "problems.jsonl")
-    _, steps = evaluation.decoding(file, place.size.rounds, base, place.device)
+    _, steps = evaluation.decoding(file, place.size.rounds, path=base, device=place.device)
     speeds = {
         name: {rows: rows / statistics.median(seconds) for rows, seconds in taken.items()}
         for name, taken in steps.items()

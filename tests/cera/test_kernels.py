@@ -29,6 +29,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @pytest.mark.slow
+@pytest.mark.provable
 @needs_triton
 def test_kernels_equal_torchs_formula():
     checks = Path(__file__).parents[1] / "helpers" / "kernels_checks.py"
@@ -42,6 +43,7 @@ def test_kernels_equal_torchs_formula():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.provable
 @needs_triton
 @pytest.mark.parametrize("gate", ["SiLU", "ReLU", "GELU", "Identity"])
 @pytest.mark.parametrize("tensor", ["*fp32", "*bf16"])
