@@ -1,10 +1,11 @@
-"""The site's pages that lie outside docs/, and the help of CeraConfig's fields.
+"""The site's pages that are no Markdown of docs/, and the help of CeraConfig's fields.
 
 GitHub shows the same files, so their links lead from file to file of the project; here they lead from page to page.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from dataclasses import fields
@@ -17,8 +18,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "recipes/README.md": "recipes.md"}
-"""Files of the project -> pages of the site. A file of docs/ is its page."""
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "recipes/README.md": "recipes.md",
+    "docs/notebook.ipynb": "notebook.md",
+}
+"""Files of the project -> pages of the site. Any other file of docs/ is its page."""
 SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"\[([^][]*)\]\((?![a-z]+:)([^)\s#]+)")
 TABLE_ROW = re.compile(r"^\|.*$", flags=re.MULTILINE)
@@ -26,9 +32,10 @@ CODE = re.compile(r"`[^`]+`")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages from outside docs/."""
+    """Adds these pages."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=(ROOT / source).read_text()))
+        text = (ROOT / source).read_text()
+        files.append(File.generated(config, page, content=notebook_page(text) if source.endswith(".ipynb") else text))
     files.append(File.generated(config, "LICENSE.txt", abs_src_path=str(ROOT / "LICENSE")))
     return files
 
@@ -50,6 +57,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
         return CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0])
 
     return TABLE_ROW.sub(unescape, LINK.sub(to_page, markdown))
+
+
+def notebook_page(text: str) -> str:
+    """A notebook in Markdown: its cells, each with the text and the picture that it left."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            else:
+                parts.append(f"![the figure of this cell](data:image/png;base64,{output['data']['image/png'].strip()})")
+    return "\n\n".join([*parts, '<a href="notebook.ipynb" download>This page as a notebook</a>'])
 
 
 def titles_of(nav: list[dict[str, list[dict[str, str]]]]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 from cera_train.training.config import OPTIMIZERS
-from cera_train.training.together import pass_tokens, why_alone
+from cera_train.training.together import pass_tokens
 
 if TYPE_CHECKING:
     from cera_train.planning.count import Parameters
@@ -100,8 +100,6 @@ class RunPlan:
     remedies: dict[str, RunPlan] = field(default_factory=dict)
     """For a plan that does not fit: an override, and the plan with it."""
     compared: list[RunPlan] = field(default_factory=list)
-    together: int | None = None
-    """How many runs like this one train on one base in the device's memory; None where they cannot."""
 
     @property
     def fits(self) -> bool:
@@ -151,8 +149,7 @@ class RunPlan:
 
 
 def make_plan(config: PlanRun, with_advice: bool = True) -> RunPlan:
-    """Plans a run and the same run with each adapter of `plan.compare`; with advice also what would make it fit, and
-    how many such runs train on one base."""
+    """Plans a run and the same run with each adapter of `plan.compare`; with advice also what would make it fit."""
     if not config.plan.on_gpu and config.plan.gpus > 1:
         raise UserError(
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
@@ -161,8 +158,7 @@ def make_plan(config: PlanRun, with_advice: bool = True) -> RunPlan:
     plan = plan_alone(config)
     compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
     remedies = _remedies(config) if with_advice and not plan.fits else {}
-    together = most_arms(config, plan.device.memory) if with_advice and not why_alone(config) else None
-    return replace(plan, compared=compared, remedies=remedies, together=together)
+    return replace(plan, compared=compared, remedies=remedies)
 
 
 def shape_of(config: PlanRun) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU: elsewhere tests/cera/test_kernels.py interprets them", allow_module_level=True)
-os.environ.pop("TRITON_INTERPRET", None)
-
 from kernels_checks import *  # noqa: F403
 
 from cera_train.cera import hidden

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +26,7 @@ from benchmarks.gpu.place import Place
 from benchmarks.gpu.race import RACERS
 from benchmarks.gpu.report import block
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found, Result, code_version
+from benchmarks.kernels import Row
 
 ROOT = Path(command.__file__).parents[2]
 HERE = {"gpus": [], "memory": [], "capability": [], "driver": None, "cuda": None, "python": "3", "packages": {}}
@@ -142,18 +143,20 @@ def test_the_block_has_every_table():
         "nemo_lora": Found(reason="with gradient checkpointing", figures=run),
         "race_cera_compiled_llama3_1_8b_bfloat16": Found(figures=lap),
         "race_unsloth_llama3_1_8b_bfloat16": Found(SKIPPED, "unsloth is not installed"),
+        "branch_r64": Found(figures={"branch": [asdict(Row("8B q_proj", 64, "forward", "fused", 0.5, 900.0, 30.0))]}),
         "decoding_llama3_2_1b": Found(figures={"tokens_per_s": {"CeRA": {"1": 40.0, "64": 900.0}}}),
     }
     text = block([Result(name, each, 60.0, identity) for name, each in found.items()])
     for line in (
         "Machine: 1 x NVIDIA H100 80GB HBM3 (80 GB, sm_90), driver 580, CUDA 13, Python 3, ; device cuda.",
-        "Pieces: 4 passed, 1 failed, 1 skipped; 6 minutes; code abc.",
+        "Pieces: 5 passed, 1 failed, 1 skipped; 7 minutes; code abc.",
         "| kernels | 7 | 1 | 0 | 60 |",
         "| math_r64, Llama-3.1-8B's shape | 9,876 | 1.23 | - | 20.00 | 21.00 | 11.80 to 11.50 |",
         "| NeMo AutoModel's LoRA on one H100, as published | 12,473 | 10.5 | - | - | - | - |",
         "| Llama-3.1-8B's shape, bfloat16: ours with CeRA, compiled | 5,000 | 0.5 | 300.0 | 30.00 |",
         "| Llama-3.1-8B's shape, bfloat16: unsloth + LoRA | skipped | - | - | - |",
         "| Llama-3.2-1B's shape: CeRA | 40 | 900 |",
+        "| 8B q_proj | 64 | forward | 0.500 | 900 | 30.0 |",
         "- tests_kernels: failed: test_x",
     ):
         assert line in text.splitlines()
