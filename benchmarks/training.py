@@ -110,7 +110,9 @@ def race(names: list[str], work: Work, base: str, file: Path, supervised: list[i
     from benchmarks.contestants import Setting
 
     rows = [json.loads(line) for line in lines_of(file)]
-    setting = Setting(base, file, rows, work.precision, torch.device(work.device))
+    # With an index, which Accelerate compares with that of its device
+    device = torch.device("cuda", 0) if work.device == "cuda" else torch.device("cpu")
+    setting = Setting(base, file, rows, work.precision, device)
     found: dict[str, Any] = {"seconds": {}, "peak_memory_bytes": {}}
     for group in [names] if work.device == "cpu" else [[name] for name in names]:
         for figure, values in _race_in_turn(group, setting, work.sequences, supervised).items():

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks.gpu.place import ROOT
+
 PACKAGES = (
     *("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "trl"),
     *("flash-attn", "unsloth"),
@@ -50,7 +52,7 @@ def version_of(package: str) -> str | None:
 
 def ask() -> dict[str, Any]:
     """The same, in a process that ends."""
-    done = subprocess.run([sys.executable, "-m", __name__], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", __name__], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().split("\n")[-1])
 
 
