@@ -101,7 +101,7 @@ def run(piece: Piece, place: Place, identity: dict[str, Any]) -> Result:
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "benchmarks.gpu.work"),
-                *(piece.name, place.device, place.size_name, str(place.folder), str(output)),
+                *(piece.name, place.device, place.size_name, str(place.folder), str(output), str(os.getpid())),
             ],
             cwd=ROOT, env=_environment(piece), stdout=lines, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip

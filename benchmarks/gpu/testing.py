@@ -45,11 +45,13 @@ def run_tests(place: Place, group: str) -> Found:
 
     os.environ[DEVICE] = place.device
     os.chdir(ROOT)
+    scratch = place.folder / "tests"
+    scratch.mkdir(parents=True, exist_ok=True)
     outcomes = Outcomes()
     status = pytest.main(
         [
             *(f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "-p", "no:cacheprovider"),
-            f"--basetemp={place.folder / 'tests' / group}",
+            f"--basetemp={scratch / group}",
         ],
         plugins=[outcomes],
     )

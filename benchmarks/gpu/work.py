@@ -1,4 +1,5 @@
-"""A piece's process: `python -m benchmarks.gpu.work PIECE DEVICE SIZE FOLDER OUTPUT` writes what it found as JSON."""
+"""A piece's process: `python -m benchmarks.gpu.work PIECE DEVICE SIZE FOLDER OUTPUT PARENT` writes what it found as
+JSON. PARENT is the process that it ends with."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    name, device, size, folder, output = sys.argv[1:]
+    name, device, size, folder, output, parent = sys.argv[1:]
     if sys.platform == "linux":  # else a killed command would leave a piece on the GPU
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it was killed before
+        sys.exit(1)
     from benchmarks.gpu.pieces import all_pieces
     from benchmarks.gpu.place import Place
 

@@ -170,6 +170,7 @@ def test_every_racer_is_a_contestant():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TRL's and transformers', of each other's names and of its folder
 def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, monkeypatch):
     """As far as can be known where unsloth is not installed: its two calls, and an update by TRL's trainer."""
 
