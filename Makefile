@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
+.PHONY: help quickstart install gpu test test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -42,6 +42,9 @@ check: lint test  ## run both
 
 bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes; ROWS=train.jsonl takes GSM8K's rows
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS))
+
+gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minutes that resume; MINUTES=10 stops in time
+	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
