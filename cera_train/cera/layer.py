@@ -198,13 +198,13 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         def gate_and_dropout(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             return hidden(z, with_parameters(gate, parameters), p, seed, self.kernels)
 
+        tensors = result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype)
         scaling = self.scaling[adapter_name]
         if self.prepared is not None and not (p_x or p):
             is_torch = self.kernels == "torch"
             h = gate.forward if is_torch else functools.partial(hidden, gate=gate, p=0.0, seed=0, kernels=self.kernels)
             self.prepared[adapter_name] = PreparedBranch.of(A.weight, B.weight, dtype, scaling, h, gives_away)
-        tensors = result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype)
-        if self.kernels == "triton" and not p_x and fits_one_kernel(tensors[1], len(A.weight), gate):
+        elif self.kernels == "triton" and not p_x and fits_one_kernel(tensors[1], len(A.weight), gate):
             from . import fused
 
             return fused.add_branch(*tensors, scaling, gate, p, seed)

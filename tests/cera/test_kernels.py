@@ -21,6 +21,7 @@ from cera_train.adapters.config import Activation, AdapterConfig, AdapterKind, K
 from cera_train.cera import CeraConfig, CeraLayer, hidden
 from cera_train.cera.config import ACTIVATIONS
 from cera_train.cera.hidden import choose_kernels
+from cera_train.cera.inference import for_inference
 from cera_train.common.errors import UserError
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -217,6 +218,15 @@ def test_triton_on_a_cpu_is_refused_in_one_line():
         build.choose_kernels(AdapterConfig(kernels=Kernels.triton), CPU)
     assert build.choose_kernels(AdapterConfig(), CPU) == "torch"
     assert build.choose_kernels(AdapterConfig(AdapterKind.lora), GPU) == "auto"  # LoRA has no gate
+
+
+def test_inference_computes_every_call_alike(monkeypatch):
+    """The first call prepares what the next ones use, which is not the fused kernel."""
+    layer, x = CeraLayer(nn.Linear(6, 5), "default", CeraConfig(r=3, init_weights=False)).eval(), torch.randn(4, 6)
+    layer.kernels = "triton"
+    monkeypatch.setattr(cera_train.cera.layer, "fits_one_kernel", lambda x, r, gate: pytest.fail("fused"))
+    with torch.no_grad(), for_inference(layer):
+        assert torch.equal(layer(x), layer(x))
 
 
 def test_a_run_prints_what_triton_computes(monkeypatch):
