@@ -7,6 +7,7 @@ import math
 import bitsandbytes
 import pytest
 import torch
+from conftest import make_tiny_llama
 from quantised import assert_nf4_gradients_are_right
 from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
 
@@ -16,8 +17,14 @@ from cera_train.training.train import train
 pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
-# B of the head has more than the 100,000 numbers from which bitsandbytes pages moments.
-LARGE = ["adapter.r=316", "adapter.target_modules=[lm_head]", "optimizer.lr=1e-3"]
+
+@pytest.fixture
+def large(tmp_path, tokenizer) -> list[str]:
+    """Settings of a run whose A and B have more than the 100,000 numbers from which bitsandbytes pages moments."""
+    folder = tmp_path / "large"
+    make_tiny_llama(len(tokenizer), hidden_size=512, initializer_range=0.02).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return [f"model.path={folder}", "adapter.r=256", "adapter.target_modules=[q_proj]", "optimizer.lr=1e-3"]
 
 
 def losses_of(config) -> list[float]:
@@ -70,17 +77,17 @@ def test_float16_runs_under_a_scaler_and_resumes(tiny_config, monkeypatch, devic
     assert losses_of(cut)[-1] == pytest.approx(losses_of(whole)[-1], rel=0.1)
 
 
-def test_paged_moments_step_as_those_that_stay_on_the_gpu(tiny_config, cuda):
+def test_paged_moments_step_as_those_that_stay_on_the_gpu(tiny_config, large, cuda):
     paged, plain = (
-        tiny_config(f"name={kind}", f"optimizer={kind}", *LARGE) for kind in ("paged_adamw_8bit", "adamw_8bit")
+        tiny_config(f"name={kind}", f"optimizer={kind}", *large) for kind in ("paged_adamw_8bit", "adamw_8bit")
     )
     for config in (paged, plain):
         train(config)
     assert losses_of(paged) == pytest.approx(losses_of(plain), rel=1e-3)
 
 
-def test_paged_moments_are_paged_and_a_run_resumes_with_them(tiny_config, monkeypatch, cuda):
-    settings = ["optimizer=paged_adamw_8bit", *LARGE]
+def test_paged_moments_are_paged_and_a_run_resumes_with_them(tiny_config, large, monkeypatch, cuda):
+    settings = ["optimizer=paged_adamw_8bit", *large]
     whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
     pages = []
     step = bitsandbytes.optim.PagedAdamW8bit.step

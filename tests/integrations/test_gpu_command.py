@@ -194,8 +194,8 @@ def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, mo
 # --- in miniature ----------------------------------------------------------------------------------------------------
 
 MINIATURE = [
-    *("tests_answers", "weights_llama3_1_8b", "math_r64_nf4_llama3_1_8b", "race_cera_llama3_1_8b_bfloat16"),
-    *("race_unsloth_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
+    *("race_unsloth_llama3_1_8b_bfloat16", "weights_llama3_1_8b", "tests_answers", "math_r64_nf4_llama3_1_8b"),
+    *("race_cera_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
 ]
 
 
