@@ -1,4 +1,4 @@
-"""The site's pages that are no Markdown of docs/, and the help of CeraConfig's fields.
+"""The site's pages that are no Markdown of docs/, and what the API shows of a field.
 
 GitHub shows the same files, so their links lead from file to file of the project; here they lead from page to page.
 """
@@ -79,8 +79,12 @@ def titles_of(nav: list[dict[str, list[dict[str, str]]]]) -> dict[str, str]:
     return {page: title for entry in entries for title, page in entry.items()}
 
 
-class FieldHelp(griffe.Extension):
-    """Makes the help in a field's metadata its docstring."""
+class Fields(griffe.Extension):
+    """Shows a field by its default, and the help in its metadata as its docstring."""
+
+    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) in ("setting", "section"):
+            attr.value = next(iter(attr.value.arguments), attr.value)
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
         if cls.name != "CeraConfig":
