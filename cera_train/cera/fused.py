@@ -50,9 +50,10 @@ def largest_r(device: torch.device) -> int:
 
 
 def shared_bytes(R: int) -> int:
-    """Bytes of shared memory that a kernel takes at most, for any dtype: blocks of x and A, or of y and B, and 1 KB for
-    the barriers of some architectures."""
-    return STAGES * (ROWS + R) * COLUMN_BYTES + 1024
+    """Bytes of shared memory that a kernel takes at most, in float32: blocks of x and A; then h beside blocks of y and
+    B, of which one less is on its way. And 1 KB for the barriers of some architectures."""
+    block, h = (ROWS + R) * COLUMN_BYTES, ROWS * R * 4
+    return max(STAGES * block, h + (STAGES - 1) * block) + 1024
 
 
 def tiling(r: int, itemsize: int) -> dict[str, int]:

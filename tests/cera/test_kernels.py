@@ -116,7 +116,7 @@ def test_the_largest_rank_fits_into_shared_memory(architecture, is_even, compile
 
 
 @needs_triton
-@pytest.mark.parametrize(("architecture", "r"), [(75, 32), (80, 128), (89, 128), (90, 128), (100, 128)])
+@pytest.mark.parametrize(("architecture", "r"), [(75, 32), (80, 128), (89, 64), (90, 128), (100, 128)])
 def test_the_architectures_memory_bounds_the_rank_of_a_fused_branch(architecture, r, monkeypatch):
     from cera_train.cera import fused
 
