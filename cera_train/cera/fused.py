@@ -45,7 +45,7 @@ computes and writes all of z, so their number changes no result."""
 
 def largest_r(device: torch.device) -> int:
     """The largest r whose branch one kernel computes on this GPU, by the shared memory of its architecture."""
-    memory = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+    memory = shared_memory(torch.cuda.current_device() if device.index is None else device.index)
     return max((R for R in (16, 32, 64, LARGEST_R) if shared_bytes(R) <= memory), default=0)
 
 
@@ -69,7 +69,8 @@ def tiling(r: int, itemsize: int) -> dict[str, int]:
 
 
 @functools.cache
-def _shared_memory(index: int) -> int:
+def shared_memory(index: int) -> int:
+    """Bytes that a block of threads may have on a GPU."""
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
 
 

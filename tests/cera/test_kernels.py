@@ -105,7 +105,7 @@ def test_kernels_compile_for_a_gpu(architecture, tensor, gate, compiled):
 @pytest.mark.provable
 @needs_triton
 @pytest.mark.parametrize(("architecture", "is_even"), [(80, True), (90, True), (100, True), (90, False)])
-def test_the_largest_rank_fits_into_shared_memory(architecture, is_even, compiled):
+def test_the_largest_rank_fits_intoshared_memory(architecture, is_even, compiled):
     from cera_train.cera import fused
 
     constants = {"p": 0.0, "GATE": "Identity", "HAS_Z": False, "HAS_GRAD_X": True}
@@ -120,7 +120,7 @@ def test_the_largest_rank_fits_into_shared_memory(architecture, is_even, compile
 def test_the_architectures_memory_bounds_the_rank_of_a_fused_branch(architecture, r, monkeypatch):
     from cera_train.cera import fused
 
-    monkeypatch.setattr(fused, "_shared_memory", lambda index: SHARED_MEMORY[architecture] * 1024)
+    monkeypatch.setattr(fused, "shared_memory", lambda index: SHARED_MEMORY[architecture] * 1024)
     assert fused.largest_r(torch.device("cuda", 0)) == r
 
 
@@ -139,7 +139,7 @@ def test_a_layer_is_fused_where_one_kernel_computes_its_branch(settings, is_fuse
     from cera_train.cera import fused
 
     layer = CeraLayer(nn.Linear(6, 5), "default", CeraConfig(**{"r": 3} | settings))
-    monkeypatch.setattr(fused, "_shared_memory", lambda index: SHARED_MEMORY[80] * 1024)
+    monkeypatch.setattr(fused, "shared_memory", lambda index: SHARED_MEMORY[80] * 1024)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     layer.kernels = "triton"
     assert not layer.is_fused("default")  # on a CPU
