@@ -58,7 +58,7 @@ def pages_of(site: Path) -> list[str]:
 
 def visit(page: Any, url: str) -> tuple[list[str], set[str]]:
     """The links of a page, and the places that a link may lead to."""
-    page.goto(url)
+    page.goto(url, timeout=120_000)
     links = page.evaluate("[...document.querySelectorAll('a[href]')].map(link => link.href)")
     ids = page.evaluate("[...document.querySelectorAll('[id], a[name]')].map(each => each.id || each.name)")
     return links, {"", *ids}
@@ -101,9 +101,9 @@ def leads_somewhere(target: str, address: str, places: dict[str, set[str]], site
 
 def test_the_search_finds_a_page(address, browser):
     page = browser.new_page(viewport={"width": 1280, "height": 800})
-    page.goto(address)
+    page.goto(address, timeout=120_000)
     page.locator("input[name=query]").fill("halving")
-    page.locator(".md-search-result__link", has_text="Successive halving").first.wait_for(timeout=20_000)
+    page.locator(".md-search-result__link", has_text="Successive halving").first.wait_for(timeout=120_000)
     page.close()
 
 
