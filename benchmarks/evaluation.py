@@ -30,7 +30,7 @@ from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.model.config import ModelConfig
+from cera_train.model.config import Dtype, ModelConfig
 from cera_train.model.weights import load_model, load_tokenizer
 from cera_train.tasks.records import Generation
 
@@ -44,20 +44,20 @@ B_STD = 0.02
 
 
 class Answering:
-    """SmolLM2-135M in bfloat16 with an adapter, and problems to answer greedily."""
+    """A model in bfloat16 with an adapter, and problems to answer greedily."""
 
-    def __init__(self, kind: AdapterKind | None) -> None:
+    def __init__(self, kind: AdapterKind | None, path: str = PACKAGE, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        config = ModelConfig(path=PACKAGE)
+        config = ModelConfig(path=path, dtype=Dtype.bfloat16)
         self.tokenizer = load_tokenizer(config)
-        self.base = load_model(config, torch.device("cpu")).eval()
+        self.base = load_model(config, torch.device(device)).eval()
         self.model: Any = self.base
         if kind is not None:
             self.model = build(self.base, AdapterConfig(kind, RANK)).eval()
             for name, parameter in self.model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
-        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast = torch.autocast(device, torch.bfloat16)
 
     def requests(self, file: Path, problems: int) -> list[Request]:
         rows = [json.loads(line) for line in lines_of(file)[:problems]]
@@ -141,23 +141,28 @@ def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 
     return (seconds(tokens + 1) - seconds(1)) / tokens
 
 
-def decoding(file: Path, rounds: int, batches: Sequence[int] = BATCHES) -> tuple[list[Target], dict[str, Any]]:
+def decoding(
+    file: Path, rounds: int, batches: Sequence[int] = BATCHES, path: str = PACKAGE, device: str = "cpu"
+) -> tuple[list[Target], dict[str, dict[int, list[float]]]]:
     """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are those of a merged
-    LoRA, by the number of rows.
+    LoRA, by the number of rows; in turn on a CPU, one after the other on a GPU.
 
     Returns:
         The target, and the seconds of a step in every round.
     """
     quiet_libraries()
-    contestants = {MERGED: Answering(None), "CeRA": Answering(AdapterKind.cera)}
-    steps: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in batches} for name in contestants}
-    for number in range(rounds + 1):
-        for rows in batches:
-            for name, contestant in contestants.items():
-                taken = step_seconds(contestant, contestant.requests(file, 1) * rows)
-                if number:  # the first is a warm-up
-                    steps[name][rows].append(taken)
-        print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
+    kinds = {MERGED: None, "CeRA": AdapterKind.cera}
+    steps: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in batches} for name in kinds}
+    for group in [[*kinds]] if device == "cpu" else [[name] for name in kinds]:
+        contestants = {name: Answering(kinds[name], path, device) for name in group}
+        for number in range(rounds + 1):
+            for rows in batches:
+                for name, contestant in contestants.items():
+                    taken = step_seconds(contestant, contestant.requests(file, 1) * rows)
+                    if number:  # the first is a warm-up
+                        steps[name][rows].append(taken)
+            print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
+        del contestants, contestant  # a GPU may have room for one
     print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in batches))
     for name, taken in steps.items():
         print(f"{name:<34}" + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches))

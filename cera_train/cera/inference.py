@@ -22,7 +22,8 @@ def for_inference(model: nn.Module) -> Iterator[None]:
             model.generate(**inputs)
 
     Adapters may be switched inside. Their weights may not change, nor may what autocast casts to. The results are the
-    same to the bit, and every active adapter takes its weights' memory once more in the precision that it computes in.
+    same to the bit, or up to rounding where one Triton kernel computes a branch outside. Every active adapter takes its
+    weights' memory once more in the precision that it computes in.
     """
     layers = [layer for layer in model.modules() if hasattr(layer, "prepared")]
     for layer in layers:

@@ -1,10 +1,11 @@
-"""`launch.together=N` on a cluster: submitit's launchers, of which each job trains several jobs of the sweep."""
+"""submitit's launchers, which send no finished job to the cluster, and with `launch.together=N` several jobs as one."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.singleton import Singleton
@@ -16,6 +17,10 @@ from cera_train.cli.start import errors_in_one_line
 from cera_train.cli.together import Together, choose_packs
 from cera_train.cli.train import TRAIN
 from cera_train.common.errors import UserError
+from cera_train.common.terminal import print_line
+from cera_train.sweep.folder import RECORD, folder_of_job, read_record
+from cera_train.sweep.metric import SweepMetric
+from cera_train.sweep.table import State, job_status
 
 BETWEEN_JOBS = ";"
 """Between the overrides of jobs that one job of the cluster trains."""
@@ -32,29 +37,46 @@ class Packing:
     submitit's, which passes overrides on to the node as one list."""
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        with errors_in_one_line(TRAIN):
-            packs = self._packs(job_overrides)
-        joined = [join(job_overrides[number] for number in pack) for pack in packs]
-        returns: dict[int, JobReturn] = {}
-        for pack, returned in zip(packs, super().launch(joined, initial_job_idx), strict=True):
-            is_pack = len(pack) > 1 and returned.return_value is not None  # None: it was lost, or is not waited for
-            returns |= zip(pack, returned.return_value if is_pack else [returned] * len(pack), strict=True)
+        returns = self._finished(job_overrides)
+        missing = {number: job for number, job in enumerate(job_overrides) if number not in returns}
+        if returns:
+            print_line("finished", f"{len(returns):,} of {len(job_overrides):,} jobs, which are not submitted again")
+        if missing:  # submitit's launchers expect a job
+            with errors_in_one_line(TRAIN):
+                packs = self._packs(missing)
+            joined = [join(job_overrides[number] for number in pack) for pack in packs]
+            for pack, returned in zip(packs, super().launch(joined, initial_job_idx), strict=True):
+                is_pack = len(pack) > 1 and returned.return_value is not None  # None: lost, or not waited for
+                returns |= zip(pack, returned.return_value if is_pack else [returned] * len(pack), strict=True)
         return [returns[number] for number in range(len(job_overrides))]
 
-    def _packs(self, job_overrides: Sequence[Sequence[str]]) -> list[list[int]]:
+    def _finished(self, job_overrides: Sequence[Sequence[str]]) -> dict[int, JobReturn]:
+        """What finished jobs returned, by number: they would take a place in the queue for nothing."""
+        if self.config.train.extend:
+            return {}
+        sweep, returns = Path(self.config.hydra.sweep.dir), {}
+        record = read_record(sweep / RECORD)
+        metric = SweepMetric.from_json(record["metric"], sweep / RECORD)
+        for number, overrides in enumerate(job_overrides):
+            status = job_status(sweep, folder_of_job(sweep, list(overrides), record["swept"]), metric=metric)
+            if status.state == State.finished:
+                returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=status.value)
+        return returns
+
+    def _packs(self, jobs: dict[int, Sequence[str]]) -> list[list[int]]:
         """The numbers of the jobs that go to the cluster as one."""
         wanted = self.config.launch.together
         size = 1 if wanted is None else int(wanted)
         if size == 1:
-            return [[number] for number in range(len(job_overrides))]
+            return [[number] for number in jobs]
         compose = self.hydra_context.config_loader.load_sweep_config
         configs = {}
-        for number, overrides in enumerate(job_overrides):
+        for number, overrides in jobs.items():
             with contextlib.suppress(UserError):  # it goes alone, and fails in its job
                 configs[number] = without_hydra(compose(self.config, list(overrides)))
         numbers = list(configs)
         packs = choose_packs(list(configs.values()), lambda _: size)
-        alone = [[number] for number in range(len(job_overrides)) if number not in configs]
+        alone = [[number] for number in jobs if number not in configs]
         return [[numbers[place] for place in pack.jobs] for pack in packs] + alone
 
     def __call__(self, sweep_overrides: list[str], *arguments: Any) -> JobReturn:

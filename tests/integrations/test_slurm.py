@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import is_installed, slurm
 
+from cera_train.sweep.cluster import QueueWatcher
 from cera_train.sweep.table import State, read_sweep
 from cera_train.training.train import train
 
@@ -81,13 +82,51 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     assert "Requeued job" in (folder / ".submitit" / f"{array}_2" / f"{array}_2_0_log.out").read_text()
 
     results = {job: (job / "result.json").stat().st_mtime_ns for job in jobs if (job / "result.json").exists()}
+    submitted = set((folder / ".submitit").glob("[0-9]*"))
     out = run(*sweep)
+    assert "finished   3 of 4 jobs, which are not submitted again" in out
     assert "jobs       4 finished" in out
+    assert len(set((folder / ".submitit").glob("[0-9]*")) - submitted) == 1
     assert results == {job: (job / "result.json").stat().st_mtime_ns for job in results}
     for number, own in {1: ["adapter.r=2", "optimizer.lr=0.01"], 2: ["adapter.r=4", "optimizer.lr=0.001"]}.items():
         alone = compose(*arguments, *own, f"name=alone{number}")
         train(alone)
         assert adapter_of(jobs[number]) == adapter_of(tmp_path / alone.name)
+
+
+def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(cluster, arguments, tmp_path):
+    sweep = [
+        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "name=sweep"),
+        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=2"),
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(sweep, env=cluster, cwd=tmp_path, **pipes)
+    folder = tmp_path / "sweep"
+    wait_until(lambda: updates_of(folder / "adapter.r=4") > 20)
+    (array,) = {path.name.split("_")[0] for path in (folder / ".submitit").glob("[0-9]*")}
+    subprocess.run(["scancel", f"{array}_1"], check=True, env=cluster)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 1, out
+    assert f"lost       job {array}_1; its output is in " in out
+    assert "jobs       1 finished, 1 cut" in out
+
+
+def test_the_queue_knows_a_job_that_waits_one_that_is_cancelled_and_none_that_it_has_forgotten(cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
+    hold = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"]
+    alone, array = (
+        subprocess.run([*hold, *more], check=True, capture_output=True, text=True).stdout.strip()
+        for more in ([], ["--array=0-1"])
+    )
+    watcher, jobs = QueueWatcher(), [alone, f"{array}_0", f"{array}_1", "999999_0"]
+    for job in jobs:
+        watcher.register_job(job)
+    assert [watcher.is_done(job, "force") for job in jobs] == [False, False, False, True]
+    subprocess.run(["scancel", jobs[0], jobs[2]], check=True)
+    assert [watcher.is_done(job, "force") for job in jobs] == [True, False, True, True]
+    # Slurm forgets at once a task of an array that is cancelled before it begins.
+    assert [watcher.get_state(job) for job in jobs] == ["CANCELLED", "PENDING", "GONE", "GONE"]
+    subprocess.run(["scancel", jobs[1]], check=True)
 
 
 def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):

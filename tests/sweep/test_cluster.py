@@ -1,0 +1,83 @@
+"""What goes to a cluster, and how the state of its jobs is known; tests/integrations/test_slurm.py has a real one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from made_sweeps import cera_train, make_job, record_job
+
+pytest.importorskip("submitit")
+
+from cera_train.sweep.cluster import QueueWatcher
+
+GRID = ["-m", "adapter=cera,lora", "adapter.r=2,4", "name=grid", "hydra/launcher=local"]
+
+
+@pytest.fixture
+def submitted(monkeypatch):
+    """The choices of the jobs that go to the cluster; each is lost there."""
+    jobs = []
+
+    def map_array(executor, launcher, job_overrides, *_):
+        jobs.extend(",".join(overrides[:2]) for overrides in job_overrides)
+        return [SimpleNamespace(results=lambda: [JobReturn(status=JobStatus.COMPLETED)]) for _ in job_overrides]
+
+    monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
+    monkeypatch.setattr("cera_train.sweep.cluster.replace_waiting", lambda detach: None)
+    return jobs
+
+
+def test_finished_jobs_are_not_submitted(tmp_path, monkeypatch, capsys, submitted):
+    grid = tmp_path / "outputs" / "grid"
+    make_job(grid, "adapter=cera,adapter.r=2", 1.5)
+    make_job(grid, "adapter=cera,adapter.r=4")  # cut
+    make_job(grid, "adapter=lora,adapter.r=2", 1.5)
+    record_job(grid, "adapter=lora,adapter.r=2", error=None)
+    assert cera_train(monkeypatch, tmp_path, *GRID) == 1
+    assert submitted == ["adapter=cera,adapter.r=4", "adapter=lora,adapter.r=4"]
+    assert "finished   2 of 4 jobs, which are not submitted again" in capsys.readouterr().out
+
+    (grid / submitted[0] / "result.json").write_text('{"updates": 20}')
+    make_job(grid, submitted.pop(), 1.5)
+    submitted.clear()
+    assert cera_train(monkeypatch, tmp_path, *GRID) == 0
+    assert submitted == []
+
+
+def test_finished_jobs_that_are_to_train_longer_are_submitted(tmp_path, monkeypatch, submitted):
+    make_job(tmp_path / "outputs" / "grid", "adapter=cera,adapter.r=2", 1.5)
+    cera_train(monkeypatch, tmp_path, *GRID, "train.extend=true")
+    assert len(submitted) == 4
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Stands for squeue: prints what is written to this file, and fails where there is none."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {tmp_path}/queue\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    return tmp_path / "queue"
+
+
+def test_a_job_has_ended_when_the_queue_shows_it_or_has_forgotten_it(queue):
+    states = ["RUNNING", "PENDING", "COMPLETING", "CONFIGURING", "SUSPENDED", "PREEMPTED", "REQUEUED"]
+    ended = ["CANCELLED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "COMPLETED"]
+    queue.write_text("".join(f"7_{place}|{state}\n" for place, state in enumerate([*states, *ended])) + "8|RUNNING\n")
+    watcher = QueueWatcher()
+    jobs = ["8", "9", *(f"7_{place}" for place in range(len([*states, *ended])))]
+    for job in jobs:
+        watcher.register_job(job)
+    assert [watcher.is_done(job) for job in jobs] == [False, True, *[False] * len(states), *[True] * len(ended)]
+    assert watcher.get_state("9") == "GONE"
+
+
+def test_a_controller_that_does_not_answer_ends_no_job(queue):
+    watcher = QueueWatcher()
+    watcher.register_job("7_0")
+    assert not watcher.is_done("7_0", "force")
+    queue.write_text("7_0|RUNNING\n")
+    assert not watcher.is_done("7_0", "force")
+    queue.unlink()
+    assert not watcher.is_done("7_0", "force")
