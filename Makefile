@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install test test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence clean
+.PHONY: help quickstart install gpu test test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed  ## train CeRA on a real model, on this machine's
 install: $(VENV)/.installed  ## install cera-train and the weights of the quickstart
 
 test: $(VENV)/.installed-test  ## run the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow
@@ -43,6 +43,9 @@ check: lint test  ## run both
 bench: $(VENV)/.installed-test  ## measure the targets, in 15 minutes; ROWS=train.jsonl takes GSM8K's rows
 	$(BIN)/python -m benchmarks $(if $(ROWS),--rows $(ROWS))
 
+gpu: $(VENV)/.installed-test  ## accept on a CUDA machine, in pieces of ten minutes that resume; MINUTES=10 stops in time
+	$(BIN)/python -m benchmarks.gpu $(if $(MINUTES),--minutes $(MINUTES))
+
 growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 	$(BIN)/python -m benchmarks.growth
 
@@ -52,6 +55,9 @@ architectures: $(VENV)/.installed-test  ## test every family of models and write
 evidence: $(VENV)/.installed  ## run the smallest study and write its page, in ten minutes
 	$(BIN)/cera-train -m +study=first_look
 	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
+
+docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:  ## remove .venv
 	rm -rf $(VENV) $(VENV)-serving $(VENV)-lowest

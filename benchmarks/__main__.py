@@ -31,6 +31,7 @@ def main() -> None:
     keep("data", data.measure(arguments.rows))
     with evaluation.questions(arguments.rows) as file:
         keep("evaluation", evaluation.measure(file, arguments.rounds))
+        keep("decoding", evaluation.decoding(file, arguments.rounds, batches=(1,)))
     with training.first_rows(arguments.rows) as file:
         for work in training.works_here():
             keep(f"training, {work}", training.measure(file, work, arguments.rounds))

@@ -4,6 +4,7 @@ optimiser update on the rows it is given, supervising the answers and nothing el
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 PROMPT, COMPLETION = "Question: {question}\nAnswer:", " {answer}"
 RANK, DROPOUT, LEARNING_RATE = 64, 0.1, 3e-4
 TARGETS = ["q_proj", "v_proj"]
-MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 2048}
-"""Tokens of one pass of ours, by device."""
+MICRO_BATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens of one pass of ours, by device: few on a CPU to keep memory small, the default on a GPU."""
+
+MICRO_BATCHES = {"cpu": (1, 2, 4), "cuda": (4, 8, 16, 32)}
+"""Sequences of one pass of TRL, of which its tuned contestant takes the fastest: few on a CPU, since they are padded to
+the longest."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,10 @@ class Setting:
 
 
 class Contestant:
-    """Built once, in a process of its own."""
+    """Built once, in a separate process."""
 
+    PATCHES: str | None = None
+    """The package to import before the libraries that it patches."""
     model: nn.Module
 
     def __init__(self, setting: Setting) -> None:
@@ -147,12 +154,9 @@ class Trl(Contestant):
     """TRL's SFTTrainer with PEFT's LoRA, its defaults: the trainer's own collator, loss, step and optimizer."""
 
     is_tuned = False
-    MICRO_BATCHES = (1, 2, 4)
-    """Sequences at once, of which the tuned takes the fastest: few, since they are padded to the longest."""
 
     def __init__(self, setting: Setting) -> None:
         import datasets
-        import peft
         from transformers import AutoTokenizer
         from transformers.utils import is_flash_attn_2_available
         from trl import SFTConfig, SFTTrainer
@@ -163,8 +167,9 @@ class Trl(Contestant):
         if has_flash:
             tuned |= {"padding_free": True, "max_length": None}
         self.folder = tempfile.TemporaryDirectory()
+        model, adapter = self.load(setting, "flash_attention_2" if has_flash else None)
         self.trainer = SFTTrainer(
-            setting.load_base(attn_implementation="flash_attention_2" if has_flash else None),
+            model,
             SFTConfig(
                 self.folder.name,
                 use_cpu=setting.device.type == "cpu",
@@ -178,7 +183,7 @@ class Trl(Contestant):
             train_dataset=datasets.Dataset.from_list(
                 [{"prompt": PROMPT.format(**row), "completion": COMPLETION.format(**row)} for row in setting.rows]
             ),
-            peft_config=peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS),
+            peft_config=adapter,
         )
         # As `train` begins, without its loop over batches:
         if self.trainer.args.activation_checkpointing:
@@ -189,17 +194,30 @@ class Trl(Contestant):
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.micro_batch = self.trainer.args.per_device_train_batch_size
         if self.is_tuned and not has_flash:
-            self.micro_batch = min(self.MICRO_BATCHES, key=self._seconds)
+            self.micro_batch = min(MICRO_BATCHES[setting.device.type], key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
+    def load(self, setting: Setting, attention: str | None) -> tuple[nn.Module, Any]:
+        """The base, and the adapter that the trainer puts into it; None: it is in it."""
+        import peft
+
+        adapter = peft.LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=DROPOUT, target_modules=TARGETS)
+        return setting.load_base(attn_implementation=attention), adapter
+
     def _seconds(self, micro_batch: int) -> float:
-        self.micro_batch = micro_batch
-        self.update(range(self.MICRO_BATCHES[-1]))  # a warm-up
-        synchronize = torch.cuda.synchronize if self.trainer.args.device.type == "cuda" else lambda: None
-        synchronize()
-        started = time.perf_counter()
-        self.update(range(self.MICRO_BATCHES[-1]))
-        synchronize()
+        """Of an update in passes of so many sequences; infinite where they do not fit the GPU."""
+        device, self.micro_batch = self.trainer.args.device.type, micro_batch
+        rows = range(MICRO_BATCHES[device][-1])
+        synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+        try:
+            self.update(rows)  # a warm-up
+            synchronize()
+            started = time.perf_counter()
+            self.update(rows)
+            synchronize()
+        except torch.OutOfMemoryError:
+            self.trainer.optimizer.zero_grad()
+            return math.inf
         return time.perf_counter() - started
 
     def update(self, rows: Sequence[int]) -> int:
@@ -229,6 +247,35 @@ class TunedTrl(Trl):
     is_tuned = True
 
 
+class Unsloth(TunedTrl):
+    """The same trainer over unsloth's model and LoRA, whose kernels replace transformers'."""
+
+    PATCHES = "unsloth"
+
+    def load(self, setting: Setting, attention: str | None) -> tuple[nn.Module, Any]:
+        """unsloth chooses the attention."""
+        from unsloth import FastLanguageModel
+
+        length = Published.LENGTH
+        model, _ = FastLanguageModel.from_pretrained(
+            model_name=setting.base,
+            max_seq_length=length,
+            dtype=setting.dtype,
+            load_in_4bit=setting.precision == "nf4",
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=RANK,
+            lora_alpha=RANK,
+            lora_dropout=DROPOUT,
+            target_modules=TARGETS,
+            bias="none",
+            use_gradient_checkpointing=False,
+            max_seq_length=length,
+        )
+        return model, None
+
+
 def our_session(
     setting: Setting, kind: str, rank: int, compile: bool = False, micro_batch_tokens: int | None = None
 ) -> Session:
@@ -238,10 +285,9 @@ def our_session(
     from cera_train.config import Config
     from cera_train.data.config import DataConfig
     from cera_train.model.config import Dtype, ModelConfig
-    from cera_train.model.precision import choose_precision
     from cera_train.runs.folder import RunFolder
     from cera_train.training.config import OptimizerConfig, TrackerConfig, TrainConfig
-    from cera_train.training.session import Run, Session
+    from cera_train.training.session import Run, Session, settle
 
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
@@ -255,8 +301,9 @@ def our_session(
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),
         tracker=TrackerConfig(),
     )
-    folder = RunFolder(Path(tempfile.mkdtemp()), to_plain(config))
-    session = Session([Run(config, choose_precision(dtype), folder)])
+    path = Path(tempfile.mkdtemp())
+    config, precision = settle(config, path)
+    session = Session([Run(config, precision, RunFolder(path, to_plain(config)))])
     session.loss.train()
     return session
 
@@ -299,6 +346,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     "published protocol": Published,
     "TRL + LoRA, defaults": Trl,
     "TRL + LoRA, best": TunedTrl,
+    "unsloth + LoRA": Unsloth,
     "ours with LoRA": OursWithLora,
     "ours with CeRA": Ours,
     "ours with CeRA, compiled": OursCompiled,

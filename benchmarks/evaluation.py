@@ -30,32 +30,34 @@ from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.model.config import ModelConfig
+from cera_train.model.config import Dtype, ModelConfig
 from cera_train.model.weights import load_model, load_tokenizer
 from cera_train.tasks.records import Generation
 
 PUBLISHED_BATCH = 4
 SPEEDUP = 2.0
-BATCHES = (1, 4, 16, 64)
+BATCHES, MERGED = (1, 4, 16, 64), "base or merged LoRA"
+OVERHEAD = 1.08
+"""Time of a decoding step of one row, over that of a merged LoRA, at most."""
 B_STD = 0.02
 """Deviation of the drawn B, so that the branch is not zero."""
 
 
 class Answering:
-    """SmolLM2-135M in bfloat16 with an adapter, and problems to answer greedily."""
+    """A model in bfloat16 with an adapter, and problems to answer greedily."""
 
-    def __init__(self, kind: AdapterKind | None) -> None:
+    def __init__(self, kind: AdapterKind | None, path: str = PACKAGE, device: str = "cpu") -> None:
         torch.manual_seed(0)
-        config = ModelConfig(path=PACKAGE)
+        config = ModelConfig(path=path, dtype=Dtype.bfloat16)
         self.tokenizer = load_tokenizer(config)
-        self.base = load_model(config, torch.device("cpu")).eval()
+        self.base = load_model(config, torch.device(device)).eval()
         self.model: Any = self.base
         if kind is not None:
             self.model = build(self.base, AdapterConfig(kind, RANK)).eval()
             for name, parameter in self.model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)
-        self.autocast = torch.autocast("cpu", torch.bfloat16)
+        self.autocast = torch.autocast(device, torch.bfloat16)
 
     def requests(self, file: Path, problems: int) -> list[Request]:
         rows = [json.loads(line) for line in lines_of(file)[:problems]]
@@ -125,31 +127,47 @@ def measure(
     return [Target("evaluation, published way / ours", ratios(seconds["published"], seconds["ours"]), SPEEDUP)], found
 
 
-def decoding_speed(
-    adapter: Answering, file: Path, batches: Sequence[int] = BATCHES, tokens: int = 24
-) -> dict[int, float]:
-    """New tokens a second by the number of rows, the prompts left out."""
-    requests = adapter.requests(file, 1) * max(batches)
+def step_seconds(adapter: Answering, requests: Sequence[Request], tokens: int = 24) -> float:
+    """Seconds of a step that adds a token to every answer, the prompts left out."""
 
-    def seconds(rows: int, max_new_tokens: int) -> float:
+    def seconds(max_new_tokens: int) -> float:
         prepare_generation(adapter.base, adapter.tokenizer, max_new_tokens, [])
         adapter.base.generation_config.eos_token_id = [-1]  # nobody ends
         started = time.perf_counter()
         with adapter.autocast:
-            generate(adapter.model, adapter.base, adapter.tokenizer, requests[:rows], GenerationConfig())
+            generate(adapter.model, adapter.base, adapter.tokenizer, requests, GenerationConfig())
         return time.perf_counter() - started
 
-    return {rows: rows * tokens / (seconds(rows, tokens + 1) - seconds(rows, 1)) for rows in batches}
+    return (seconds(tokens + 1) - seconds(1)) / tokens
 
 
-def adapter_cost(file: Path) -> dict[str, dict[int, float]]:
-    """New tokens a second of the base, of LoRA merged into it, which is as fast, and of CeRA, by the number of rows."""
-    contestants = {"base or merged LoRA": Answering(None), "CeRA": Answering(AdapterKind.cera)}
-    speeds = {name: decoding_speed(contestant, file) for name, contestant in contestants.items()}
-    print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in BATCHES))
-    for name, speed in speeds.items():
-        print(f"{name:<34}" + "".join(f"{speed[rows]:>8.0f}" for rows in BATCHES))
-    return speeds
+def decoding(
+    file: Path, rounds: int, batches: Sequence[int] = BATCHES, path: str = PACKAGE, device: str = "cpu"
+) -> tuple[list[Target], dict[str, dict[int, list[float]]]]:
+    """What an adapter costs that is not merged: steps of CeRA beside those of the base, which are those of a merged
+    LoRA, by the number of rows; in turn on a CPU, one after the other on a GPU.
+
+    Returns:
+        The target, and the seconds of a step in every round.
+    """
+    quiet_libraries()
+    kinds = {MERGED: None, "CeRA": AdapterKind.cera}
+    steps: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in batches} for name in kinds}
+    for group in [[*kinds]] if device == "cpu" else [[name] for name in kinds]:
+        contestants = {name: Answering(kinds[name], path, device) for name in group}
+        for number in range(rounds + 1):
+            for rows in batches:
+                for name, contestant in contestants.items():
+                    taken = step_seconds(contestant, contestant.requests(file, 1) * rows)
+                    if number:  # the first is a warm-up
+                        steps[name][rows].append(taken)
+            print(f"decoding, round {number} of {rounds}", file=sys.stderr, flush=True)
+        del contestants, contestant  # a GPU may have room for one
+    print(f"\n{'new tokens/s by rows in the batch':<34}" + "".join(f"{rows:>8}" for rows in batches))
+    for name, taken in steps.items():
+        print(f"{name:<34}" + "".join(f"{rows / statistics.median(taken[rows]):>8.0f}" for rows in batches))
+    costs = ratios(steps["CeRA"][batches[0]], steps[MERGED][batches[0]])
+    return [Target(f"decoding {batches[0]} row, CeRA / merged LoRA", costs, OVERHEAD, is_least=False)], steps
 
 
 @contextlib.contextmanager
@@ -180,9 +198,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with questions(arguments.rows) as file:
         targets, found = measure(file, arguments.rounds, arguments.problems, arguments.max_new_tokens)
-        found["tokens_per_s"] = adapter_cost(file)
-    print_targets(targets)
-    write_results(arguments.output, found, targets)
+        costs, found["step_seconds"] = decoding(file, arguments.rounds)
+    print_targets(targets + costs)
+    write_results(arguments.output, found, targets + costs)
 
 
 if __name__ == "__main__":

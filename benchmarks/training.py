@@ -1,7 +1,8 @@
 """How fast an update is, beside what a user would pick instead: `python -m benchmarks.training --help`.
 
-Every contestant lives in a process of its own and is asked for one update at a time, in turn, on the same rows; so a
-machine that slows down slows them all. Compare the ratios; the seconds are of this machine, now.
+Every contestant lives in a process of its own. On a CPU they make one update each, in turn, on the same rows; so a
+machine that slows down slows them all: compare the ratios. A GPU is one contestant's at a time: it belongs to nobody
+else, and has room for one base.
 
 SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of Llama's with random weights on it.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import multiprocessing
@@ -51,10 +53,10 @@ class Work:
 WORKS = {
     "bfloat16": Work("bfloat16", 8),
     "float32": Work("float32", 4),
-    "llama3_2_1b, bfloat16": Work("bfloat16", 16, "llama3_2_1b", "cuda"),
-    "llama3_2_1b, nf4": Work("nf4", 16, "llama3_2_1b", "cuda"),
-    "llama3_1_8b, bfloat16": Work("bfloat16", 16, "llama3_1_8b", "cuda"),
-    "llama3_1_8b, nf4": Work("nf4", 16, "llama3_1_8b", "cuda"),
+    "llama3_2_1b, bfloat16": Work("bfloat16", 32, "llama3_2_1b", "cuda"),
+    "llama3_2_1b, nf4": Work("nf4", 32, "llama3_2_1b", "cuda"),
+    "llama3_1_8b, bfloat16": Work("bfloat16", 32, "llama3_1_8b", "cuda"),
+    "llama3_1_8b, nf4": Work("nf4", 32, "llama3_1_8b", "cuda"),
 }
 
 
@@ -64,55 +66,43 @@ def works_here() -> list[str]:
     return [name for name, work in WORKS.items() if work.device == "cpu" or torch.cuda.is_available()]
 
 
-def contend(name: str, setting: Any, makes_room: bool, pipe: Connection) -> None:
-    """A contestant's process: builds, then answers every list of rows with the seconds of an update on them.
-
-    Args:
-        makes_room: it leaves the GPU to the others between updates.
-    """
+def contend(name: str, setting: Any, pipe: Connection) -> None:
+    """A contestant's process: builds, then answers every list of rows with the seconds of an update on them."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     import torch
 
     from benchmarks.contestants import CONTESTANTS
+
+    if (package := CONTESTANTS[name].PATCHES) is not None:
+        importlib.import_module(package)  # before the libraries that it patches
     from cera_train.distributed.accelerator import peak_memory, quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)
     on_gpu = setting.device.type == "cuda"
     contestant = CONTESTANTS[name](setting)
-
-    def rest() -> None:
-        if makes_room:
-            contestant.model.to("cpu")
-        if on_gpu:
-            torch.cuda.empty_cache()
-
-    rest()
     if on_gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     pipe.send("ready")
     while (chosen := pipe.recv()) is not None:
-        if makes_room:
-            contestant.model.to(setting.device)
-        for _ in range(2 if on_gpu else 1):  # on a GPU the first asks for memory again
-            started = time.perf_counter()
-            supervised = contestant.update(chosen)
-            if on_gpu:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-        rest()
-        pipe.send((seconds, supervised))
+        started = time.perf_counter()
+        supervised = contestant.update(chosen)
+        if on_gpu:
+            torch.cuda.synchronize()
+        pipe.send((time.perf_counter() - started, supervised))
     pipe.send(peak_memory(setting.device))
 
 
 def race(names: list[str], work: Work, base: str, file: Path, supervised: list[int]) -> dict[str, Any]:
-    """Seconds of every round, and peak memory, by contestant.
+    """Seconds of every round, and peak memory, by contestant: all of them in turn on a CPU, one after the other on a
+    GPU.
 
     Args:
         supervised: the tokens that each round supervises.
 
     Raises:
-        EOFError: a contestant's process ended; it has said why.
+        EOFError: a contestant's process ended, and printed why.
         ValueError: a contestant supervised other tokens.
     """
     import torch
@@ -120,19 +110,28 @@ def race(names: list[str], work: Work, base: str, file: Path, supervised: list[i
     from benchmarks.contestants import Setting
 
     rows = [json.loads(line) for line in lines_of(file)]
-    setting = Setting(base, file, rows, work.precision, torch.device(work.device))
-    makes_room = work.device == "cuda" and work.precision != "nf4" and work.model != PACKAGE
+    # With an index, which Accelerate compares with that of its device
+    device = torch.device("cuda", 0) if work.device == "cuda" else torch.device("cpu")
+    setting = Setting(base, file, rows, work.precision, device)
+    found: dict[str, Any] = {"seconds": {}, "peak_memory_bytes": {}}
+    for group in [names] if work.device == "cpu" else [[name] for name in names]:
+        for figure, values in _race_in_turn(group, setting, work.sequences, supervised).items():
+            found[figure] |= values
+    return found
+
+
+def _race_in_turn(names: list[str], setting: Any, sequences: int, supervised: list[int]) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     pipes, processes, seconds = {}, [], {name: [] for name in names}
     for name in names:
         pipes[name], theirs = context.Pipe()
-        processes.append(context.Process(target=contend, args=(name, setting, makes_room, theirs), daemon=True))
+        processes.append(context.Process(target=contend, args=(name, setting, theirs), daemon=True))
         processes[-1].start()
         theirs.close()  # so that it ends with its process
         assert pipes[name].recv() == "ready"
     for number in range(len(supervised) + 1):
         for name in names:
-            pipes[name].send(list(range(number * work.sequences, (number + 1) * work.sequences)))
+            pipes[name].send(list(range(number * sequences, (number + 1) * sequences)))
             taken, tokens = pipes[name].recv()
             if number:  # the first is a warm-up
                 seconds[name].append(taken)
@@ -214,7 +213,7 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         base = tokenizer.name_or_path  # the folder of its converted weights
         if work.model != PACKAGE:
-            save_random_model(work, tokenizer, folder)
+            save_random_model(shape_of(work.model), work.device, tokenizer, folder)
             base = folder
         config = AutoConfig.from_pretrained(base)
         flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
@@ -239,17 +238,21 @@ def measure(
     return targets, found
 
 
-def save_random_model(work: Work, tokenizer: Any, folder: str) -> None:
-    """A Llama of the shape that conf/model tells, with random weights, and a tokenizer that has fewer tokens."""
+def shape_of(model: str) -> dict[str, Any]:
+    """The config.json of a model in conf/model."""
+    from cera_train.common.files import config_dir
+
+    return json.loads((config_dir("conf") / "model" / f"{model}.json").read_text())
+
+
+def save_random_model(shape: dict[str, Any], device: str, tokenizer: Any, folder: str | Path) -> None:
+    """A Llama of that shape with random weights, and a tokenizer that has fewer tokens."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from cera_train.common.files import config_dir
-
-    shape = json.loads((config_dir("conf") / "model" / f"{work.model}.json").read_text())
-    with torch.device(work.device):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="4GB")  # a file at a time is copied off the GPU
     tokenizer.save_pretrained(folder)
     del model
     gc.collect()

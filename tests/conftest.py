@@ -70,6 +70,26 @@ def templates_compiled_once() -> None:
     jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def configs_parsed_once() -> None:
+    """Hydra parses every file and copies every schema at each composition, of which a test has up to thirty."""
+    import yaml
+    from hydra.core.config_store import ConfigStore
+
+    parse, parsed = yaml.load, {}
+
+    def parse_once(stream, Loader):
+        text = stream if isinstance(stream, str | bytes) else stream.read()
+        if (key := (text, Loader.__name__)) not in parsed:
+            if text is not stream:
+                stream.seek(0)
+            parsed[key] = parse(stream, Loader)
+        return copy.deepcopy(parsed[key])
+
+    yaml.load = parse_once
+    ConfigStore.__deepcopy__ = lambda store, memo: store
+
+
 @pytest.fixture(scope="session")
 def drawn() -> list[bytes]:
     """The first picture of a run."""
@@ -196,11 +216,12 @@ def compose():
     register_configs()
     schemas = {"config": Config, "eval": EvalConfig, "plan": PlanRun, "chat": ChatConfig, "export": ExportConfig}
 
-    def compose(*overrides: str, command: str = "config"):
+    @functools.cache
+    def composed(overrides: tuple[str, ...], command: str):
         with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
             return to_config(hydra.compose(command, list(overrides)), schemas[command])
 
-    return compose
+    return lambda *overrides, command="config": copy.deepcopy(composed(overrides, command))
 
 
 @pytest.fixture(scope="session")
@@ -215,24 +236,15 @@ def plan(compose):
 def tiny_config_in(compose, tiny_folder: Path):
     """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map in float32."""
 
-    @functools.cache  # Hydra takes as long as three updates
-    def composed(*overrides: str):
-        return compose(
-            f"model.path={tiny_folder}",
-            "model.dtype=float32",
-            "data.max_length=256",
-            "adapter.r=4",
-            "optimizer.lr=1e-2",
-            "train.max_updates=12",
-            "train.batch_size=16",
-            "train.eval_every=4",
-            "train.save_every=4",
-            *overrides,
-        )
+    tiny = (
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *("optimizer.lr=1e-2", "train.max_updates=12", "train.batch_size=16"),
+        *("train.eval_every=4", "train.save_every=4"),
+    )
 
     def tiny_config_in(output: Path, *overrides: str):
         names = [override for override in overrides if override.startswith("name=")]
-        config = copy.deepcopy(composed(*(override for override in overrides if override not in names)))
+        config = compose(*tiny, *(override for override in overrides if override not in names))
         return replace(config, name=names[-1].removeprefix("name=") if names else "run", output_dir=str(output))
 
     return tiny_config_in

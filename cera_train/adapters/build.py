@@ -118,7 +118,7 @@ def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, 
 
 
 def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:
-    """What computes the gate and dropout of CeRA on this device; `adapter.kernels` as it is for any other kind."""
+    """What computes CeRA's branch on this device; `adapter.kernels` as it is for any other kind."""
     if "kernels" not in config.family.uses:
         return config.kernels
     if config.family.has_learned_gate(config):
@@ -130,7 +130,20 @@ def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: boo
 
 
 def use_kernels(model: nn.Module, kernels: str) -> None:
-    """Lets every CeRA layer compute gate and dropout by these kernels, from now on and in this process."""
-    for layer in model.modules():
-        if isinstance(layer, CeraLayer):
-            layer.kernels = str(kernels)
+    """Lets every CeRA layer compute by these kernels, from now on and in this process."""
+    for layer in cera_layers(model):
+        layer.kernels = str(kernels)
+
+
+def describe_kernels(model: nn.Module) -> str:
+    """What CeRA's Triton kernels compute, for a reader; empty where torch computes."""
+    layers = [(layer, name) for layer in cera_layers(model) for name in layer.r if layer.kernels == "triton"]
+    fused = sum(layer.is_fused(name) for layer, name in layers)
+    if fused == len(layers):
+        return "the branch in one Triton kernel" if layers else ""
+    part = f"the branch of {fused} of {len(layers)} layers in one Triton kernel, else " if fused else ""
+    return f"{part}Triton kernels for gate and dropout"
+
+
+def cera_layers(model: nn.Module) -> list[CeraLayer]:
+    return [layer for layer in model.modules() if isinstance(layer, CeraLayer)]

@@ -86,8 +86,8 @@ class AdapterConfig:
     b_lr_ratio: float = setting(1.0, "result")
     """Learning rate of B over that of A. Above 1: LoRA+ (arXiv 2402.12354)."""
     kernels: Kernels = setting(Kernels.auto, "result")
-    """torch or triton computes cera's gate and dropout; the two draw different dropout masks. auto: triton on CUDA,
-    else torch. The run's folder records which."""
+    """torch or triton computes cera's gate and dropout, triton the products beside them too where one kernel can; the
+    two draw different dropout masks. auto: triton on CUDA, else torch. The run's folder records which."""
     unfused: bool = setting(False, "cost")
     """Train without the fused kernels that read weights past their modules, so that an adapter can go there: Mamba's
     x_proj and out_proj. The run prints what that costs."""

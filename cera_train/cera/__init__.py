@@ -7,6 +7,7 @@ from .bypass import unfuse
 from .config import CeraConfig
 from .coverage import CoverageCallback, check_coverage
 from .experts import CeraExperts
+from .inference import for_inference
 from .layer import CeraLayer
 from .model import CeraModel
 from .optimizer import create_loraplus_optimizer
@@ -19,6 +20,7 @@ __all__ = [
     "CoverageCallback",
     "check_coverage",
     "create_loraplus_optimizer",
+    "for_inference",
     "unfuse",
 ]
 

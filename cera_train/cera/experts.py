@@ -244,6 +244,10 @@ class CeraExperts(CeraLayer):
             h = hidden(A(x, routing), gate, 0.0 if drops_input else p, seed, self.kernels)
         return B(h * self.scaling[adapter_name][name], routing)
 
+    def is_fused(self, adapter_name: str) -> bool:
+        """Never: the products of all experts are one grouped product."""
+        return False
+
     def _add_by_row(
         self,
         name: str,

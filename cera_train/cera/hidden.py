@@ -1,7 +1,8 @@
 """h = dropout(gate(z)), the element-wise part of a branch: torch's operations, or on CUDA a Triton kernel each way.
 
 The two draw different dropout masks, so which one computes is a setting with a value (`choose_kernels`), never the
-outcome of a measurement.
+outcome of a measurement. Where `fits_one_kernel`, Triton computes the products beside it in the same kernel (`fused`),
+with the same masks.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def hidden(z: torch.Tensor, gate: Gate, p: float, seed: int, kernels: str = "tor
         kernels: torch or triton. Triton falls back to torch for a tensor it cannot take: one on a CPU, of 64 bits, or
             of 2^31 elements and more; and for a gate that is none of `GATES`.
     """
-    fits = z.is_cuda and z.dtype.itemsize <= 4 and z.numel() < 2**31 and type(gate) in GATES.values()
-    if kernels == "triton" and fits:
+    if kernels == "triton" and fits_triton(z, z.numel(), gate):
         from . import kernels as triton_kernels
 
         return triton_kernels.hidden(z, gate, p, seed)
@@ -42,6 +42,20 @@ def hidden(z: torch.Tensor, gate: Gate, p: float, seed: int, kernels: str = "tor
 def hidden_by_torch(z: torch.Tensor, gate: Gate, p: float, seed: int) -> torch.Tensor:
     """The same by torch's operations, for any dtype on any device."""
     return seeded_dropout(gate(z), p, seed) if p else gate(z)
+
+
+def fits_triton(like: torch.Tensor, units: int, gate: Gate) -> bool:
+    """Whether Triton can compute the gate and dropout of so many units, in a tensor's dtype and on its device."""
+    return like.is_cuda and like.dtype.itemsize <= 4 and units < 2**31 and type(gate) in GATES.values()
+
+
+def fits_one_kernel(x: torch.Tensor, r: int, gate: Gate) -> bool:
+    """Whether one Triton kernel each way can compute the whole branch of x: [..., d_in]."""
+    if not fits_triton(x, x.numel() // max(1, x.shape[-1]) * r, gate):
+        return False
+    from .fused import largest_r
+
+    return r <= largest_r(x.device)
 
 
 def choose_kernels(wanted: str, device: torch.device, is_compiled: bool = False) -> str:

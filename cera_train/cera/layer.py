@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from .branch import add_branch, seeded_dropout
 from .config import CeraConfig
 from .gate import LearnedGate, draw_matrix, make_gate, with_parameters
-from .hidden import hidden
+from .hidden import fits_one_kernel, hidden
+from .inference import PreparedBranch
 
 BASE_ADAPTER = "__base__"
 """PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
@@ -40,10 +41,14 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     other_param_names = ("r", "scaling", "drops_input", "cera_dropout")
 
     kernels = "torch"
-    """What computes gate and dropout: torch or triton. A choice for one process, which no file stores."""
+    """What computes gate and dropout, or the whole branch where one kernel can: torch or triton. A choice for one
+    process, which no file stores."""
 
     cast_input_dtype_enabled = True
     """Whether x is cast to the adapter's dtype; `peft.helpers.disable_input_dtype_casting` sets it."""
+
+    prepared: dict[str, PreparedBranch] | None = None
+    """The branches of adapters by their names, inside `for_inference`."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: CeraConfig) -> None:
         super().__init__()
@@ -122,6 +127,11 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         dropouts = (dropout, NO_DROPOUT) if self.drops_input[adapter_name] else (NO_DROPOUT, dropout)
         return A, B, gate, *dropouts
 
+    def is_fused(self, adapter_name: str) -> bool:
+        """Whether one Triton kernel each way computes an adapter's branch, in training too."""
+        A, _, gate, dropout_x, _ = self._parts(adapter_name)
+        return self.kernels == "triton" and not dropout_x.p and fits_one_kernel(A.weight, len(A.weight), gate)
+
     def branch(self, x: torch.Tensor, adapter_name: str, seed: int | None = None) -> torch.Tensor:
         """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]. None:
         the dropout mask is drawn from torch's generator."""
@@ -157,9 +167,11 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             seed: what the dropout masks follow from; None: from torch's generator.
         """
         for adapter_name in self.active_adapters:
-            if adapter_name in self.cera_A:
-                result = self._add_branch(result, x, adapter_name, is_ours, seed)
-                is_ours = True
+            branch = self.prepared.get(adapter_name) if self.prepared else None
+            if branch is not None and branch.fits(result):
+                result, is_ours = branch.add_to(result, x, is_ours), True
+            elif adapter_name in self.cera_A:
+                result, is_ours = self._add_branch(result, x, adapter_name, is_ours, seed), True
         return result
 
     def _add_branch(
@@ -173,8 +185,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             return (result + self.branch(x, adapter_name, seed)).to(result.dtype)
         # Others may hold the output of a base layer with hooks, or need it in backward. A bias or 8-bit weights return
         # a view, which autograd does not let an in-place operation change.
-        is_writable = is_ours or is_plain(self.base_layer, nn.Linear, Conv1D)
-        if not is_writable or (torch.is_grad_enabled() and result._is_view()):
+        gives_away = is_plain(self.base_layer, nn.Linear, Conv1D)
+        if not (is_ours or gives_away) or (torch.is_grad_enabled() and result._is_view()):
             result = result.clone()
         p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
         if seed is None:  # the CPU's generator: reading a number from the GPU's would wait for the GPU
@@ -186,9 +198,17 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         def gate_and_dropout(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
             return hidden(z, with_parameters(gate, parameters), p, seed, self.kernels)
 
-        matrices, parameters = (A.weight.to(dtype), B.weight.to(dtype)), tuple(gate.parameters())
+        tensors = result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype)
         scaling = self.scaling[adapter_name]
-        return add_branch(result, x.to(dtype), *matrices, scaling, gate_and_dropout, parameters, drop_x)
+        if self.prepared is not None and not (p_x or p):
+            is_torch = self.kernels == "torch"
+            h = gate.forward if is_torch else functools.partial(hidden, gate=gate, p=0.0, seed=0, kernels=self.kernels)
+            self.prepared[adapter_name] = PreparedBranch.of(A.weight, B.weight, dtype, scaling, h, gives_away)
+        elif self.kernels == "triton" and not p_x and fits_one_kernel(tensors[1], len(A.weight), gate):
+            from . import fused
+
+            return fused.add_branch(*tensors, scaling, gate, p, seed)
+        return add_branch(*tensors, scaling, gate_and_dropout, tuple(gate.parameters()), drop_x)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         check_rows(len(x), adapter_names)

@@ -4,6 +4,7 @@ OmegaConf. Imports no torch."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -53,6 +54,7 @@ ANY = "N"
 """Stands for the number of an element in the key of a list's setting, such as data.mix.N.weight."""
 
 
+@functools.cache
 def register_configs() -> None:
     """Stores the schemas and every recipe with Hydra; a recipe `name` is then `+recipe=name`. ${options:group} in a
     help text lists the group's choices."""

@@ -16,9 +16,9 @@ from cera_train.cli.composition import Composition, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.settings import require
 from cera_train.config import PlanRun
-from cera_train.sweep.folder import grid, is_study, refuse_grid_of_one
+from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
 from cera_train.sweep.halving import Halving
-from cera_train.sweep.study import StudySweeper, study_of
+from cera_train.sweep.study import StudySweeper, is_study, study_of
 
 PLAN = Composition(PlanRun, "cera-plan")
 
@@ -51,6 +51,11 @@ def refuse_compared(config: PlanRun) -> PlanRun:
         "sweep them: adapter=cera,lora,dora.",
     )
     return config
+
+
+def check_job(composed: DictConfig) -> PlanRun:
+    """The checked config of a job, from all that Hydra composed for it."""
+    return refuse_compared(without_hydra(composed, PlanRun))
 
 
 class Sum(Callback):
@@ -93,7 +98,7 @@ class PlannedHalving(Sweeper):
             study = study_of(self.config) if is_study(self.config) else None
             settings = OmegaConf.to_object(self.config.plan)
             variances = {} if study is None else known_variances(study, settings)  # a mistake is answered before
-            groups = plan_groups(self.config, lambda composed: refuse_compared(without_hydra(composed, PlanRun)))
+            groups = plan_groups(self.config, job_composer(self.config, check_job))
             print_groups(groups, study)
             if study is not None:
                 print_powers(study, powers(study, groups, variances), settings.variances or "plan.spread")

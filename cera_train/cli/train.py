@@ -23,9 +23,9 @@ from cera_train.distributed.processes import is_main_process, is_one_of_several,
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
-from cera_train.sweep.folder import Job, begin, is_study, key_of, refuse_grid_of_one, refuse_sweeps_folder
+from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
-from cera_train.sweep.study import StudySweeper, begin_study
+from cera_train.sweep.study import StudySweeper, begin_study, is_study
 from cera_train.sweep.table import is_finished, print_sweep
 from cera_train.tasks.named import check_tasks
 
@@ -117,7 +117,7 @@ class Sweep(Callback):
             if config.study is not None and not is_study(config):
                 raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
             starts = begin_study if is_study(config) else begin_halving if is_halving(config) else begin
-            starts(config, without_hydra)
+            starts(config, job_composer(config, without_hydra))
             if is_elsewhere:
                 from cera_train.sweep.cluster import replace_waiting
 

@@ -16,6 +16,7 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import ids_of, start_ids
 from cera_train.evaluation.config import GenerationConfig
@@ -90,16 +91,17 @@ def generate(
     ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(base.device)
     mask_BT = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left").to(base.device)
     choose = SeededSampling(batch, settings.max_new_tokens, config) if config.temperature else Likeliest()
-    if can_decode(model, base):
-        answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
-    else:
-        output = model.generate(
-            input_ids=ids_BT,
-            attention_mask=mask_BT,
-            logits_processor=[only_the_chosen(choose)],
-            tokenizer=tokenizer if settings.stop_strings else None,
-        )
-        answers = output[:, ids_BT.shape[1] :].tolist()
+    with for_inference(model):
+        if can_decode(model, base):
+            answers = decode(model, base, ids_BT, mask_BT, choose, tokenizer)
+        else:
+            output = model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                logits_processor=[only_the_chosen(choose)],
+                tokenizer=tokenizer if settings.stop_strings else None,
+            )
+            answers = output[:, ids_BT.shape[1] :].tolist()
     return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
 
 

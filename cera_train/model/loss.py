@@ -238,6 +238,7 @@ class FrozenHeadLoss(torch.autograd.Function):
             # d loss / d logits = p - 1 at the wanted token, in place of log p.
             grad_logits = log_p.exp_().scatter_add_(1, wanted, log_p.new_full(wanted.shape, -1.0))
             gradients += torch.autograd.grad(logits, hidden, grad_logits.to(logits.dtype))
+            del logits, log_p, grad_logits  # else the next chunk's would be in memory beside these
         ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 

@@ -23,7 +23,7 @@ from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 from cera_train.training.config import OPTIMIZERS
-from cera_train.training.together import pass_tokens, why_alone
+from cera_train.training.together import pass_tokens
 
 if TYPE_CHECKING:
     from cera_train.planning.count import Parameters
@@ -100,8 +100,6 @@ class RunPlan:
     remedies: dict[str, RunPlan] = field(default_factory=dict)
     """For a plan that does not fit: an override, and the plan with it."""
     compared: list[RunPlan] = field(default_factory=list)
-    together: int | None = None
-    """How many runs like this one train on one base in the device's memory; None where they cannot."""
 
     @property
     def fits(self) -> bool:
@@ -151,8 +149,7 @@ class RunPlan:
 
 
 def make_plan(config: PlanRun, with_advice: bool = True) -> RunPlan:
-    """Plans a run and the same run with each adapter of `plan.compare`; with advice also what would make it fit, and
-    how many such runs train on one base."""
+    """Plans a run and the same run with each adapter of `plan.compare`; with advice also what would make it fit."""
     if not config.plan.on_gpu and config.plan.gpus > 1:
         raise UserError(
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
@@ -161,8 +158,7 @@ def make_plan(config: PlanRun, with_advice: bool = True) -> RunPlan:
     plan = plan_alone(config)
     compared = [plan_alone(_with_adapter(config, kind)) for kind in config.plan.compare]
     remedies = _remedies(config) if with_advice and not plan.fits else {}
-    together = most_arms(config, plan.device.memory) if with_advice and not why_alone(config) else None
-    return replace(plan, compared=compared, remedies=remedies, together=together)
+    return replace(plan, compared=compared, remedies=remedies)
 
 
 def shape_of(config: PlanRun) -> str:
@@ -200,20 +196,21 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
     whole, layer_inputs = (
         measure(way, adapter, largest, way != model or usual != largest) for way in (plain, checkpointed)
     )
-    activations = [whole.saved_bytes, layer_inputs.saved_bytes + whole.layer_bytes]
+    logits = logits_bytes(config, data, parameters, largest.tokens, allowed.chunks_head)
+    # The logits are gone where a layer is computed again.
+    activations = [whole.saved_bytes, layer_inputs.saved_bytes + max(0, whole.layer_bytes - logits)]
     if model.gradient_checkpointing:
         activations.reverse()
     cost, totals = measure(model, adapter, usual, False), run_totals(config, data)
-    is_16bit = (_autocast(config) or model.dtype) != Dtype.float32
     return RunPlan(
         config=config,
-        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit, cpu_threads),
+        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit(config), cpu_threads),
         data=data,
         tasks=tasks,
         samples=sizes_of_samples(config, data, tasks),
         parameters=parameters,
         totals=totals,
-        memory=memory_of(config, data, parameters, largest.tokens, activations[0], allowed.chunks_head),
+        memory=memory_of(config, data, parameters, activations[0], logits, allowed.chunks_head),
         other_activations=activations[1],
         flops={
             "forward": cost.forward / usual.tokens * totals.tokens,
@@ -303,10 +300,28 @@ def _autocast(config: PlanRun) -> Dtype | None:
     return Dtype.bfloat16 if dtype == Dtype.float32 else dtype
 
 
+def is_16bit(config: PlanRun) -> bool:
+    """Whether products are computed in 16 bits."""
+    return (_autocast(config) or config.model.dtype) != Dtype.float32
+
+
+def logits_bytes(config: PlanRun, size: DataSize, parameters: Parameters, tokens: int, chunks_head: bool) -> float:
+    """What the loss of a micro-batch holds beside its activations: of one chunk, where the head takes chunks."""
+    # Frozen head: the logits, a float32 copy of 16-bit ones, and its log-softmax, which becomes its gradient.
+    # Trained: the log-softmax that was saved, its gradient, and that of the logits, in float32.
+    each = 12 if parameters.trains_head else 10 if is_16bit(config) else 8
+    return each * parameters.vocab_size * chunk_of(config, size, tokens, chunks_head)
+
+
+def chunk_of(config: PlanRun, size: DataSize, tokens: float, chunks_head: bool) -> float:
+    """Positions of so many tokens whose logits are in memory at once."""
+    return min(chunk_tokens(config.plan.on_gpu) if chunks_head else tokens, max(1, tokens * size.supervised))
+
+
 def memory_of(
-    config: PlanRun, size: DataSize, parameters: Parameters, tokens: int, activations: float, chunks_head: bool
+    config: PlanRun, size: DataSize, parameters: Parameters, activations: float, logits: float, chunks_head: bool
 ) -> Memory:
-    """The memory of one process: on a GPU what torch allocates, on a CPU what is resident. `tokens` and `activations`
+    """The memory of one process: on a GPU what torch allocates, on a CPU what is resident. `activations` and `logits`
     are those of the largest micro-batch."""
     on_gpu, processes = config.plan.on_gpu, config.plan.gpus
     always = {
@@ -317,20 +332,14 @@ def memory_of(
     if not on_gpu:
         always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
     eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_eval_row)
-    chunk, eval_chunk = (
-        min(chunk_tokens(on_gpu) if chunks_head else count, max(1, count * size.supervised))
-        for count in (tokens, eval_tokens)
-    )
     training = {
         # DDP holds gradients a second time, in the buckets it sends.
         "gradients": 4 * parameters.trainable * (2 if processes > 1 else 1),
         "activations": activations,
-        # Frozen head: the logits, their log-softmax in float32, which becomes its gradient, and that as the logits are.
-        # Trained: the log-softmax that was saved, its gradient, and that of the logits, in float32.
-        "logits": (12 if parameters.trains_head else 8) * parameters.vocab_size * chunk,
+        "logits": logits,
     }
     # float32 logits and their log-softmax. A CPU's heap has not given back what training took.
-    evaluation = {"logits": 8 * parameters.vocab_size * eval_chunk}
+    evaluation = {"logits": 8 * parameters.vocab_size * chunk_of(config, size, eval_tokens, chunks_head)}
     return Memory(always | training, always | evaluation | ({} if on_gpu else {"activations": activations}))
 
 

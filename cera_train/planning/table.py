@@ -19,10 +19,11 @@ from cera_train.model.config import Quantization
 from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.data_size import data_size, is_known
 from cera_train.planning.devices import GB, GPUS, USABLE, Device
-from cera_train.planning.plan import RunPlan, plan_alone, run_totals
+from cera_train.planning.plan import RunPlan, most_arms, plan_alone, run_totals
 from cera_train.planning.serving import ADAPTERS, Serving, devices_for, plan_serving
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, RunResult
+from cera_train.training.together import why_alone
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -51,8 +52,8 @@ def print_plan(plan: RunPlan) -> None:
             print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
     for override, other in plan.remedies.items():
         print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
-    if plan.together:
-        count = f"{plan.together:,} such runs fit" if plan.together > 1 else "no other run fits beside it"
+    if not why_alone(plan.config) and (arms := most_arms(plan.config, plan.device.memory)):
+        count = f"{arms:,} such runs fit" if arms > 1 else "no other run fits beside it"
         print_line("together", f"{count} on one base at once: hydra/launcher=together")
     print_missing_price(plan)
     if (serving := plan_serving(plan)) is not None:

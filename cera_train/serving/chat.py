@@ -7,6 +7,7 @@ import sys
 import torch
 from transformers import TextStreamer
 
+from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
@@ -59,7 +60,7 @@ class Answerer:
         generation, room = self.config.generation, self.config.max_new_tokens
         choose = SeededSampling([request], room, generation) if generation.temperature else Likeliest()
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        with self.loaded.autocast:
+        with self.loaded.autocast, for_inference(model):
             output = model.generate(
                 input_ids=torch.tensor([ids], device=model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),

@@ -6,15 +6,16 @@ cut resume, the missing run. Imports no torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -35,7 +36,6 @@ from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
-from cera_train.sweep.arms import FIRST_SEED, study_dimensions, with_arms
 from cera_train.sweep.metric import sweep_metric
 from cera_train.tasks.config import known_tasks
 from cera_train.tasks.named import check_tasks
@@ -44,7 +44,7 @@ RECORD = "sweep.json"
 JOBS = ".jobs"
 """In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
 
-GRID_SWEEPERS = (".BasicSweeper", ".Halving", ".StudySweeper")
+GRID_SWEEPERS = (".BasicSweeper", ".Halving")
 """Sweepers whose jobs are the whole grid, known before the first."""
 
 NO_CHOICE = "default"
@@ -55,6 +55,10 @@ LONGEST_NAME = 150
 
 MOST_TRIES = 16
 """Jobs in which a value is tried. One that fails in so many is left to its jobs: a sweep should start at once."""
+
+Run = TypeVar("Run")
+ComposeJob = Callable[[Iterable[str]], Run]
+"""compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -107,14 +111,9 @@ def _is_choice(key: str) -> bool:
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
-def is_study(config: DictConfig) -> bool:
-    """Whether a sweep is that of a study. `config` has Hydra's section."""
-    return config.hydra.sweeper.get("_target_", "").endswith(".StudySweeper")
-
-
-def _dimensions(config: DictConfig) -> list[Override]:
+def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Override]:
     """What a sweep is over: the file's dimensions and the arguments, of which a later one replaces an earlier."""
-    params = study_dimensions(config.study) if is_study(config) else config.hydra.sweeper.get("params") or {}
+    params = (config.hydra.sweeper.get("params") or {}) if params is None else params
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
     parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
     return list({override.get_key_element(): override for override in parsed}.values())
@@ -125,9 +124,14 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
     return OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
 
 
-def grid(config: DictConfig) -> list[list[str]]:
-    """The overrides of every job that Hydra's basic sweeper runs, in its order. `config` has Hydra's section."""
-    dimensions = _dimensions(config)
+def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
+    """The overrides of every job that Hydra's basic sweeper runs, in its order.
+
+    Args:
+        config: what Hydra composed for the sweep, with its own section.
+        params: the dimensions of the file, key -> values. None: those of `hydra.sweeper.params`.
+    """
+    dimensions = _dimensions(config, params)
     for override in dimensions:
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise UserError(
@@ -135,27 +139,47 @@ def grid(config: DictConfig) -> list[list[str]]:
                 "draws: hydra/sweeper=optuna."
             )
     (jobs,) = BasicSweeper.split_arguments(dimensions, None)
-    return with_arms(jobs, config.study) if is_study(config) else jobs
+    return jobs
 
 
-def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable[[DictConfig], Config]) -> None:
+def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> ComposeJob[Run]:
+    """compose(overrides) -> the checked config of a job, each composed once.
+
+    Args:
+        config: what Hydra composed for the sweep, with its own section.
+        check: the checked config from what Hydra composed for a job.
+    """
+    loader = GlobalHydra.instance().config_loader()
+
+    @functools.cache
+    def compose(*overrides: str) -> Run:
+        return check(loader.load_sweep_config(config, list(overrides)))
+
+    return lambda overrides: compose(*overrides)
+
+
+def check_jobs(
+    sweep: Path, jobs: list[dict[str, Any]], compose: ComposeJob[Config], stopped: Collection[str] = ()
+) -> None:
     """Composes jobs until every value has been in a possible one. A value that is impossible beside some others fails
     in its jobs, and the rest of the sweep runs.
+
+    Args:
+        sweep: the sweep's folder.
+        stopped: names of jobs that train no more, besides those with a result.
 
     Raises:
         Exception: a UserError or Hydra's, where a value cannot be composed or fails beside all others, or a local file
             is missing or of an unknown kind.
     """
-    loader = GlobalHydra.instance().config_loader()
-    sweep, fine = Path(config.hydra.sweep.dir), set()
-    failed: dict[str, Exception] = {}
+    fine, failed = set[str](), dict[str, Exception]()
     tries = Counter()
     for job in jobs:
         values = job["overrides"]
         if fine.issuperset(values) or all(value in fine or tries[value] == MOST_TRIES for value in values):
             continue
         try:
-            run = compose(loader.load_sweep_config(config, values))
+            run = compose(values)
             sweep_metric(run.sweep.metric, {name: run.train.changes_of_task(name) for name in run.train.tasks})
             if run.adapter.start_from is not None and not (sweep / job["name"] / "config.yaml").exists():
                 find_start(run.adapter)
@@ -165,7 +189,7 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
                 tries[value] += 1
             continue
         fine.update(values)
-        if not (sweep / job["name"] / "result.json").exists():  # else it reads them no more
+        if job["name"] not in stopped and not (sweep / job["name"] / "result.json").exists():  # it will read them
             check_model(run.model.path)
             data_files(run.data)
             check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
@@ -179,15 +203,17 @@ def check_jobs(config: DictConfig, jobs: list[dict[str, Any]], compose: Callable
 
 def begin(
     config: DictConfig,
-    compose: Callable[[DictConfig], Config],
-    check: Callable[[dict[str, Any]], None] = lambda record: None,
+    compose: ComposeJob[Config],
+    make_record: Callable[[DictConfig], dict[str, Any]] | None = None,
+    stopped: Collection[str] = (),
 ) -> None:
     """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
     run, of a sweep with other fixed settings, and what `check_jobs` refuses.
 
     Args:
-        compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
-        check: raises UserError for jobs that the sweeper cannot run; takes the content of sweep.json.
+        make_record: the content of sweep.json; raises UserError for jobs that the sweeper cannot run. None:
+            `record_of`.
+        stopped: names of jobs that train no more, besides those with a result.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -199,9 +225,8 @@ def begin(
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    record = record_of(config)
-    check(record)
-    check_jobs(config, record["jobs"], compose)
+    record = (make_record or record_of)(config)
+    check_jobs(folder, record["jobs"], compose, stopped)
 
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
         config.hydra.sweeper.direction = "maximize" if record["metric"]["higher_is_better"] else "minimize"
@@ -212,24 +237,30 @@ def begin(
     _write_json(folder / RECORD, record)
 
 
-def record_of(config: DictConfig) -> dict[str, Any]:
-    """The content of sweep.json. Raises UserError where the folder holds a sweep with other fixed settings."""
-    is_grid = config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
-    jobs = grid(config) if is_grid else []
-    if is_study(config):  # on the first seed; the others follow at the chosen values
-        jobs = [job for job in jobs if FIRST_SEED in job]
+def record_of(
+    config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The content of sweep.json. Raises UserError where the folder holds a sweep with other fixed settings.
+
+    Args:
+        config: what Hydra composed for the sweep, with its own section.
+        jobs: the overrides of each. None: the grid's, where the sweeper runs one.
+        params: dimensions that name the jobs, whether they have one value or many. None: those of
+            `hydra.sweeper.params`, which do with many.
+    """
+    is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
+    jobs = (grid(config) if is_grid else []) if jobs is None else jobs
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-    study = {"study": OmegaConf.to_container(config.study)} if is_study(config) else {}
-    return _record(config, jobs, Path(config.hydra.sweep.dir)) | {"metric": metric.to_json()} | study
+    return _record(config, jobs, params, Path(config.hydra.sweep.dir)) | {"metric": metric.to_json()}
 
 
-def _record(config: DictConfig, jobs: list[list[str]], folder: Path) -> dict[str, Any]:
-    dimensions, earlier = _dimensions(config), read_record(folder / RECORD)
+def _record(
+    config: DictConfig, jobs: list[list[str]], params: Mapping[str, str] | None, folder: Path
+) -> dict[str, Any]:
+    dimensions, earlier = _dimensions(config, params), read_record(folder / RECORD)
     keys = {dimension.key_or_group for dimension in dimensions}
-    swept = {dimension.key_or_group for dimension in dimensions if dimension.is_sweep_override()}
-    if is_study(config):  # one value or many: a study may get more of them
-        swept |= study_dimensions(config.study).keys()
+    swept = {dimension.key_or_group for dimension in dimensions if dimension.is_sweep_override()}.union(params or ())
     # A dimension of an earlier command still names the jobs where this one fixes it.
     swept |= keys.intersection((earlier or {}).get("swept", ()))
     single = [

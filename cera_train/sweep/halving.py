@@ -22,13 +22,12 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
-from cera_train.sweep.folder import RECORD, begin, is_study, read_record
+from cera_train.sweep.folder import RECORD, ComposeJob, begin, read_record, record_of
 from cera_train.sweep.rungs import (
     Decision,
     Group,
     HalvingRecord,
     Rules,
-    StudyRules,
     check_grid,
     decide,
     groups_of,
@@ -43,25 +42,32 @@ def is_halving(config: DictConfig) -> bool:
 
 
 def rules_of(config: DictConfig) -> Rules:
-    if is_study(config):
-        return StudyRules(list(config.study.tune), config.study.first or 1, config.study.factor)
     sweeper = config.hydra.sweeper
     tune = OmegaConf.to_container(sweeper.tune) if isinstance(sweeper.tune, ListConfig) else [sweeper.tune]
     return Rules([str(name) for name in tune if name is not None], sweeper.first, sweeper.factor)
 
 
+def halving_record(config: DictConfig) -> dict[str, Any]:
+    """`record_of` a halving. Raises UserError where what is tuned has one value."""
+    record = record_of(config)
+    check_grid([job["overrides"] for job in record["jobs"]], rules_of(config))
+    return record
+
+
 def begin_halving(
     config: DictConfig,
-    compose: Callable[[DictConfig], Config],
-    check: Callable[[dict[str, Any]], None] | None = None,
+    compose: ComposeJob[Config],
+    rules: Rules | None = None,
+    make_record: Callable[[DictConfig], dict[str, Any]] = halving_record,
 ) -> None:
     """`begin` for a halving: first refuses rules that this grid or what the folder holds cannot follow.
 
     Args:
-        check: raises UserError for jobs that cannot be; takes the content of sweep.json. None: checks that what is
-            tuned has several values.
+        rules: None: those of `hydra.sweeper`.
+        make_record: the content of sweep.json; raises UserError for jobs that cannot be.
     """
-    rules, folder = rules_of(config), Path(config.hydra.sweep.dir)
+    rules = rules or rules_of(config)
+    held = HalvingRecord.read(Path(config.hydra.sweep.dir))
     require(
         not config.launch.detach,
         "launch.detach=true: a halving waits for its jobs, to decide between rungs. Leave it out.",
@@ -72,15 +78,13 @@ def begin_halving(
         "left without hydra/sweeper=halving.",
     )
 
-    def check_rungs(record: dict[str, Any]) -> None:
-        if check is None:
-            check_grid([job["overrides"] for job in record["jobs"]], rules)
-        else:
-            check(record)
-        if (held := HalvingRecord.read(folder)) is not None:
-            held.check(rules, groups_of(record, rules.tune), folder)
+    def checked_record(config: DictConfig) -> dict[str, Any]:
+        record = make_record(config)
+        if held is not None:
+            held.check(rules, groups_of(record, rules.tune), Path(config.hydra.sweep.dir))
+        return record
 
-    begin(config, lambda composed: rules.check_run(compose(composed)), check_rungs)
+    begin(config, lambda overrides: rules.check_run(compose(overrides)), checked_record, held.stops() if held else ())
 
 
 class Halving(Sweeper):
@@ -89,13 +93,16 @@ class Halving(Sweeper):
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, which `sweep` reads from the config."""
 
+    def find_rules(self) -> Rules:
+        return rules_of(self.config)
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs every group rung by rung, then what is left of each to its end."""
-        self.folder, self.rules, self.launched = Path(self.config.hydra.sweep.dir), rules_of(self.config), 0
+        self.folder, self.rules, self.launched = Path(self.config.hydra.sweep.dir), self.find_rules(), 0
         self.record = HalvingRecord.read(self.folder) or HalvingRecord(self.rules, [])
         groups = groups_of(read_record(self.folder / RECORD), self.rules.tune)
         for rung in itertools.count(1):

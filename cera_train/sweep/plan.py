@@ -6,10 +6,9 @@ dearest last, without ties and failures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from cera_train.common.terminal import print_line, print_table
@@ -17,10 +16,10 @@ from cera_train.config import PlanRun
 from cera_train.planning.plan import RunPlan, make_plan, shape_of
 from cera_train.planning.table import JOB_HEADS, job_cells, model_of, print_data, print_device, print_missing_price
 from cera_train.sweep.config import StudyConfig
-from cera_train.sweep.folder import is_study, record_of
-from cera_train.sweep.halving import rules_of
-from cera_train.sweep.rungs import Candidate, Course, Group, check_grid, groups_of
-from cera_train.sweep.study import check_cells, place_of, study_of
+from cera_train.sweep.folder import ComposeJob
+from cera_train.sweep.halving import halving_record, rules_of
+from cera_train.sweep.rungs import Candidate, Course, Group, groups_of
+from cera_train.sweep.study import check_cells, is_study, place_of, study_of, study_record, study_rules
 
 
 @dataclass(frozen=True)
@@ -41,24 +40,21 @@ class PlannedGroup:
         return ", ".join(filter(None, (self.arm, self.condition)))
 
 
-def plan_groups(config: DictConfig, compose: Callable[[DictConfig], PlanRun]) -> list[PlannedGroup]:
+def plan_groups(config: DictConfig, compose: ComposeJob[PlanRun]) -> list[PlannedGroup]:
     """Plans the groups of a halving or a study, each shape of a run once.
 
     Args:
         config: what Hydra composed for the sweep, with its own section.
-        compose: the checked config of a job, from what Hydra composed; raises UserError for an impossible one.
     """
-    rules, record = rules_of(config), record_of(config)
-    study = study_of(config) if is_study(config) else None
-    if study is None:
-        check_grid([job["overrides"] for job in record["jobs"]], rules)
-    else:
+    if is_study(config):
+        study, rules, record = study_of(config), study_rules(config), study_record(config)
         check_cells(config, record, compose)
-    loader, plans = GlobalHydra.instance().config_loader(), {}
+    else:
+        study, rules, record = None, rules_of(config), halving_record(config)
+    plans: dict[str, RunPlan] = {}
 
     def plan_candidate(candidate: Candidate) -> RunPlan:
-        words = next(iter(candidate.jobs.values()))
-        run = rules.check_run(compose(loader.load_sweep_config(config, words)))
+        run = rules.check_run(compose(next(iter(candidate.jobs.values()))))
         if (shape := shape_of(run)) not in plans:
             plans[shape] = make_plan(run, with_advice=False)
         return plans[shape]

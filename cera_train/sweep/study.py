@@ -6,12 +6,11 @@ The folder is a sweep's: sweep.json has the study, halving.json what was chosen 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
@@ -19,11 +18,11 @@ from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import flatten, require, to_plain
 from cera_train.config import Config
 from cera_train.runs.recorded_config import changes_result
-from cera_train.sweep.arms import ARM, FIRST_SEED, SEED, TASK
+from cera_train.sweep.arms import ARM, FIRST_SEED, SEED, TASK, study_dimensions, with_arms
 from cera_train.sweep.config import LOSS, SCORE, Equal, StudyConfig
-from cera_train.sweep.folder import RECORD, add_jobs, job_name, key_of, read_record
+from cera_train.sweep.folder import RECORD, ComposeJob, add_jobs, grid, job_name, key_of, read_record, record_of
 from cera_train.sweep.halving import Halving, begin_halving
-from cera_train.sweep.rungs import Candidate, Group, HalvingRecord, groups_of
+from cera_train.sweep.rungs import Candidate, Group, HalvingRecord, StudyRules, groups_of
 from cera_train.sweep.table import State, job_status
 
 PARAMETERS = 0.01
@@ -34,10 +33,38 @@ OF_EVERY_METHOD = ("r", "alpha", "dropout", "target_modules", "layers", "start_f
 is what the method is."""
 
 
-def begin_study(config: DictConfig, compose: Callable[[DictConfig], Config]) -> None:
+def is_study(config: DictConfig) -> bool:
+    """Whether a sweep is that of a study. `config` has Hydra's section."""
+    return config.hydra.sweeper.get("_target_", "").endswith(f".{StudySweeper.__name__}")
+
+
+def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
     """`begin` for a study: first refuses one that could not answer its question."""
-    study_of(config)
-    begin_halving(config, compose, lambda record: check_problems(check_cells(config, record, compose)))
+    study, folder = study_of(config), Path(config.hydra.sweep.dir)
+
+    def checked_record(config: DictConfig) -> dict[str, Any]:
+        record = study_record(config)
+        runs = check_cells(config, record, compose)
+        groups = groups_of(record, study.tune)
+        check_problems(
+            run
+            for group, run in zip(groups, runs, strict=True)
+            if not _cell(folder, group, record, study).is_finished  # else it reads its rows no more
+        )
+        return record
+
+    begin_halving(config, compose, study_rules(config), checked_record)
+
+
+def study_record(config: DictConfig) -> dict[str, Any]:
+    """The content of sweep.json: the jobs on the first seed. The others follow at the chosen values."""
+    dimensions = study_dimensions(config.study)
+    jobs = with_arms([job for job in grid(config, dimensions) if FIRST_SEED in job], config.study)
+    return record_of(config, jobs, dimensions) | {"study": OmegaConf.to_container(config.study)}
+
+
+def study_rules(config: DictConfig) -> StudyRules:
+    return StudyRules(list(config.study.tune), config.study.first or 1, config.study.factor)
 
 
 def study_of(config: DictConfig) -> StudyConfig:
@@ -46,20 +73,20 @@ def study_of(config: DictConfig) -> StudyConfig:
     return OmegaConf.to_object(config.study)
 
 
-def check_cells(config: DictConfig, record: dict[str, Any], compose: Callable[[DictConfig], Config]) -> list[Config]:
-    """A run of each cell, from the content of sweep.json. Raises UserError for what `check_arms` refuses, and for a
-    seed beside the study's own."""
+def check_cells(config: DictConfig, record: dict[str, Any], compose: ComposeJob[Config]) -> list[Config]:
+    """A run of each cell, in the order of `groups_of` the content of sweep.json. Raises UserError for what `check_arms`
+    refuses, and for a seed beside the study's own."""
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
     require(not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out.")
-    loader = GlobalHydra.instance().config_loader()
     cells: dict[str, dict[str, Config]] = {}
-    for group in groups_of(record, list(config.study.tune)):
-        run = compose(loader.load_sweep_config(config, next(iter(group.jobs.values()))))
+    groups = groups_of(record, list(config.study.tune))
+    runs = [compose(next(iter(group.jobs.values()))) for group in groups]
+    for group, run in zip(groups, runs, strict=True):
         arm, condition = place_of(group, run.study)
         cells.setdefault(condition, {})[arm] = run
     for condition, arms in cells.items():
         check_arms(condition, arms)
-    return [run for arms in cells.values() for run in arms.values()]
+    return runs
 
 
 def check_arms(condition: str, arms: dict[str, Config]) -> None:
@@ -146,6 +173,9 @@ def check_budgets(place: str, arms: dict[str, Config]) -> None:
 class StudySweeper(Halving):
     """Halves what each arm may choose under each condition, then runs the best of it with every seed."""
 
+    def find_rules(self) -> StudyRules:
+        return study_rules(self.config)
+
     def sweep(self, arguments: list[str]) -> None:
         super().sweep(arguments)
         record, study = read_record(self.folder / RECORD), self.config.study
@@ -200,6 +230,15 @@ class Cell:
         """The task and the condition in words, such as `sums, adapter.r=16`; empty where there is one of each."""
         return in_words(self.task, self.choices)
 
+    @property
+    def without_result(self) -> list[int]:
+        """The seeds that have none."""
+        return [seed for seed, run in self.runs.items() if not (run / "result.json").exists()]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.candidate is not None and not self.without_result
+
 
 @dataclass(frozen=True)
 class Study:
@@ -224,11 +263,10 @@ class Study:
         texts = []
         for cell in self.cells:
             place = ", ".join(filter(None, [cell.arm, cell.condition]))
-            absent = [str(seed) for seed, run in cell.runs.items() if not (run / "result.json").exists()]
             if cell.candidate is None:
                 texts.append(f"{place}: nothing chosen of {', '.join(self.config.tune)}")
-            elif absent:
-                texts.append(f"{place}: no result of seed {', '.join(absent)}")
+            elif not cell.is_finished:
+                texts.append(f"{place}: no result of seed {', '.join(map(str, cell.without_result))}")
         return texts
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from cera_train.adapters.build import describe_kernels
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
@@ -134,11 +135,11 @@ def print_device(session: Session) -> None:
     layout = "flat" if loss.is_flat else "padded"
     tokens = config.train.micro_batch_tokens
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
-    kernels = "Triton kernels" if config.adapter.kernels == "triton" else ""
-    print_line("speed", describe_speed(config.train.batch_layout, loss, kernels))
+    kernels = dict.fromkeys(describe_kernels(arm.model) for arm in session.arms)
+    print_line("speed", describe_speed(config.train.batch_layout, loss, *kernels))
 
 
-def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:
+def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, *kernels: str) -> str:
     """What makes this run fast, and why it does without the rest. `loss.is_flat` is what came of the layout wanted."""
     if loss.is_flat:
         batches = {
@@ -153,7 +154,7 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "")
     else:
         batches = "padding (costs less here than a mask over one long row)"
     compiled = "compiled layers" if loss.is_compiled else "not compiled (train.compile=false)"
-    return "; ".join(filter(None, (batches, compiled, kernels)))
+    return "; ".join(filter(None, (batches, compiled, *kernels)))
 
 
 def print_data(data: TokenizedData, tokenizer: Any) -> None:

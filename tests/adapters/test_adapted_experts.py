@@ -108,6 +108,7 @@ def test_kernels_are_chosen_for_experts_too():
     model = built(experts=True)
     build.use_kernels(model, "triton")
     assert {layer.kernels for layer in experts_of(model)} == {"triton"}
+    assert not any(layer.is_fused("default") for layer in experts_of(model))  # gate and dropout alone
 
 
 @pytest.mark.parametrize(

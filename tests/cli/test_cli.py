@@ -15,6 +15,8 @@ import pytest
 from commands import at_once, cera_train, command
 
 from cera_train.cli.composition import options
+from cera_train.cli.hydra_guard import GuardedConfigLoader
+from cera_train.cli.plan import main as main_plan
 from cera_train.cli.train import is_as_published, main
 from cera_train.common.errors import explain
 
@@ -235,3 +237,27 @@ def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
 )
 def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
     assert is_as_published(overrides) == kept
+
+
+@pytest.mark.parametrize(
+    ("arguments", "compositions", "jobs"),
+    [
+        (["name=mine"], 1, 1),
+        (["hydra.mode=RUN"], 1, 1),
+        (["-m"], 3, 1),
+        (["hydra.mode=MULTIRUN", "adapter.r=4,8"], 5, 2),
+    ],
+)
+def test_a_command_is_composed_once(tmp_path, monkeypatch, arguments, compositions, jobs):
+    """A sweep too, but Hydra's sweeper composes each job to try it, and again to run it."""
+    composed, planned = [], []
+    compose = GuardedConfigLoader._load_configuration_impl
+    monkeypatch.setattr(
+        GuardedConfigLoader, "_load_configuration_impl", lambda *a, **k: composed.append(0) or compose(*a, **k)
+    )
+    monkeypatch.setattr("cera_train.planning.plan.make_plan", lambda config, **how: planned.append(config))
+    monkeypatch.setattr("cera_train.planning.table.print_plan", lambda plan: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cera-plan", *arguments])
+    main_plan()
+    assert (len(composed), len(planned)) == (compositions, jobs)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from several_processes import ONE_THREAD, evaluations, losses, torchrun
 
 from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.launch import processes_to_start
@@ -22,18 +23,6 @@ from cera_train.runs.outcomes import read_losses
 from cera_train.training.train import train
 
 SCRIPTS = Path(sys.executable).parent
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line.get("train/loss", line.get("eval/loss")) for line in lines]
-
-
-def evaluations(folder: Path) -> list[dict[str, float]]:
-    """Perplexity and spectra of every evaluation."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "epoch"} for line in lines if "eval/loss" in line]
 
 
 @pytest.fixture
@@ -56,13 +45,6 @@ def cera_train(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
         cwd=cwd,
         env=ONE_THREAD,
     )
-
-
-def torchrun(*arguments: str, cwd: Path) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ONE_THREAD, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------

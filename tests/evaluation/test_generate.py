@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import make_tiny_llama
+from generated import GREEDY, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
 from cera_train.adapters.build import build
@@ -15,7 +16,6 @@ from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.decode import GrowingLayer, can_decode
 from cera_train.evaluation.generate import Request, SeededSampling, cut_batches, generate, prepare_generation
 
-GREEDY = GenerationConfig()
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
 
 
@@ -33,34 +33,6 @@ def requests(tokenizer) -> list[Request]:
         Request(f"problem-{number}", sample, tuple(tokenizer(text).input_ids))
         for number, text in enumerate(texts)
         for sample in range(2)
-    ]
-
-
-def answers_of(model, tokenizer, batches, config, base=None) -> dict:
-    generations = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
-    return {(answer.problem, answer.sample): answer for answer in generations}
-
-
-def assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests) -> list[int]:
-    """Those of `model.generate`, one by one and unpadded. Returns how long each is."""
-    answers = answers_of(model, tokenizer, [requests], GREEDY, base)
-    for request in requests:
-        prompt = torch.tensor([request.prompt_ids])
-        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
-        ids = alone[0, len(request.prompt_ids) :].tolist()
-        has_end = ids[-1] in base.generation_config.eos_token_id
-        answer = answers[request.problem, request.sample]
-        assert answer.text == tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
-        assert answer.tokens == len(ids)
-        assert answer.truncated == (not has_end)
-    return [answers[request.problem, request.sample].tokens for request in requests]
-
-
-def let_answers_end(model, base, tokenizer, requests) -> None:
-    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they leave one by one."""
-    base.generation_config.eos_token_id = [
-        model.generate(input_ids=torch.tensor([request.prompt_ids]))[0, len(request.prompt_ids) + step].item()
-        for request, step in zip(requests[::2], (2, 5, 8), strict=False)
     ]
 
 

@@ -47,7 +47,7 @@ def test_a_hostile_answer_is_wrong_and_the_others_go_on():
     problems = {name: Problem(name, "?", "?", "12") for name in "ab"}
     answers = [answer("a", r"\boxed{9^{9^{9^{9}}}}"), answer("b", r"\boxed{12.0}")]
     grades = [math.TASK.grade(problems[given.problem], given) for given in answers]
-    hostile, good = verify(problems, answers, grades, seconds=2)
+    hostile, good = verify(problems, answers, grades, seconds=1)
     assert (hostile.verified, hostile.failure) == (False, "timeout")
     assert (good.verified, good.failure) == (True, None)
 

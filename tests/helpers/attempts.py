@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 
 from cera_train.common.files import WRITING, find_damage
 
+UPDATES = 30
+"""Of the run that faults happen to."""
+
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
     [
@@ -161,3 +164,21 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def finish(attempt: Attempt) -> Attempt:
+    """A run that ends well and says nothing but what it always says."""
+    assert attempt.wait() == 0, attempt.errors
+    assert attempt.errors == ""
+    return attempt
+
+
+def refuse(attempt: Attempt) -> str:
+    """The one line of a run that ends with status 2."""
+    assert attempt.wait() == 2, attempt.errors
+    (line,) = attempt.errors.splitlines()
+    return line
+
+
+def newest_first(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("[0-9]*"), key=lambda path: -int(path.name))

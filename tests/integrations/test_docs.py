@@ -8,7 +8,6 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from conftest import needs_smollm2
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from page_blocks import blocks
 
 from cera_train.common.files import config_dir
 
@@ -42,39 +42,6 @@ MADE_BY_COMMANDS = ("outputs/", "report/")
 
 
 # --- what a page holds -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block, or an indented one."""
-
-    page: Path
-    line: int
-    language: str | None
-    """None: indented."""
-    text: str
-    comment: str
-    """The line above it, where that is a comment."""
-
-    def __str__(self) -> str:
-        return f"{self.page.name}:{self.line}"
-
-
-def blocks(page: Path) -> Iterator[Block]:
-    lines = page.read_text().splitlines()
-    number = 0
-    while number < len(lines):
-        start = number
-        if fence := re.fullmatch(r"```(\w*)", lines[number]):
-            end = lines.index("```", number + 1)
-            above = lines[start - 1] if start and lines[start - 1].startswith("<!--") else ""
-            yield Block(page, start + 1, fence[1], "\n".join(lines[start + 1 : end]), above)
-            number = end
-        elif lines[number].startswith("    ") and (start == 0 or not lines[start - 1].strip()):
-            while number + 1 < len(lines) and lines[number + 1].startswith("    "):
-                number += 1
-            yield Block(page, start + 1, None, "\n".join(lines[start : number + 1]), "")
-        number += 1
 
 
 def prose(page: Path) -> str:
@@ -337,8 +304,8 @@ def test_every_module_that_is_named_exists(page):
 def test_the_readme_fits_on_150_lines_and_links_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    assert {page.stem for page in DOCS} == TASKS
-    assert all(f"(docs/{page.name})" in text for page in DOCS)
+    assert {page.stem for page in DOCS} == TASKS | {"tutorial"}
+    assert all(f"(docs/{name}.md)" in text for name in TASKS)
 
 
 def test_the_tree_of_the_readme_is_the_tree():

@@ -137,6 +137,7 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
     assert dtypes == {torch.bfloat16}
 
 
+@pytest.mark.provable
 def test_torchs_own_kernel_takes_the_call():
     """As far as can be known without a GPU: its shapes, on no device at all."""
     query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())

@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import needs_smollm2
 from peft.tuners.tuners_utils import BaseTunerLayer
+from quantised import assert_nf4_gradients_are_right
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cera_train.adapters.build import adapter_config, build, parameter_counts
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.targets import linear_names
-from cera_train.cera import CeraLayer
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 
@@ -55,34 +55,7 @@ def test_int8_is_llm_int8(tiny_folder):
 
 def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
     """On some CPUs bitsandbytes repacks weights in eval mode for a kernel without a backward."""
-
-    def gradients(model):
-        adapted = build(model, AdapterConfig(r=4, dropout=0.0))
-        torch.manual_seed(1)
-        for layer in adapted.modules():
-            if isinstance(layer, CeraLayer):
-                torch.nn.init.normal_(layer.cera_A["default"].weight)
-                torch.nn.init.normal_(layer.cera_B["default"].weight)
-        ids = torch.arange(20)[None]
-        adapted.eval()
-        with torch.no_grad():
-            adapted(input_ids=ids)
-        adapted.train()
-        adapted(input_ids=ids, labels=ids).loss.backward()
-        return torch.cat([value.grad.flatten() for value in adapted.parameters() if value.requires_grad])
-
-    quantised = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU)
-    dequantised = load_model(ModelConfig(path=str(tiny_folder)), CPU)
-    for name, module in quantised.named_modules():
-        if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None:
-            import bitsandbytes.functional as functional
-
-            weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            dequantised.get_submodule(name).weight.data = weight.to(torch.bfloat16)
-    got, expected = gradients(quantised), gradients(dequantised)
-    cosine = torch.nn.functional.cosine_similarity(got, expected, dim=0)
-    assert cosine > 0.999
-    assert got.norm() == pytest.approx(expected.norm().item(), rel=0.02)
+    assert_nf4_gradients_are_right(tiny_folder, CPU)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def test_the_parts_of_memory_by_hand(plan):
     assert memory.training["weights"] == 2 * 8_030_261_248
     assert memory.training["adapter"] == memory.training["gradients"] == 4 * 27_262_976
     assert memory.training["optimizer"] == 8 * 27_262_976
-    assert memory.training["logits"] == 8 * 128_256 * 1024
+    assert memory.training["logits"] == 10 * 128_256 * 1024
     assert memory.evaluation["logits"] == 8 * 128_256 * 1024
     assert memory.peak == sum(memory.training.values()) > sum(memory.evaluation.values())
     assert plan(QUICK, "plan.gpus=2").memory.training["gradients"] == 8 * 921_600
@@ -63,13 +63,15 @@ def test_checkpointing_and_smaller_micro_batches_lower_the_activations(plan):
 
 @pytest.mark.slow
 def test_a_cpu_holds_libraries_and_gaps_and_chunks_of_its_size(plan):
-    own = plan("+recipe=quickstart", "plan.gpu=cpu")
+    own = plan("+recipe=quickstart", "plan.gpu=cpu", "model.dtype=bfloat16")
     assert own.device.flops > 1e8
     training, evaluation = own.memory.training, own.memory.evaluation
     assert training["libraries"] == evaluation["libraries"] == PROCESS_BYTES
     assert training["heap's gaps"] == HEAP_SHARE * training["activations"]
     assert evaluation["activations"] == training["activations"]  # the heap has not given it back
-    assert training["logits"] == 8 * 49_152 * 128
+    assert training["logits"] == 10 * 49_152 * 128
+    wide = plan("+recipe=quickstart", "plan.gpu=cpu", "model.dtype=float32")
+    assert wide.memory.training["logits"] == 8 * 49_152 * 128
     head = ["model=llama3_1_8b", "adapter.target_modules=[q_proj,lm_head]"]  # SmolLM2's head is the embeddings'
     trained = plan("+recipe=quickstart", "plan.gpu=cpu", *head).memory.training
     assert trained["logits"] == 12 * 128_256 * 128

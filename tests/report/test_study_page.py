@@ -19,6 +19,7 @@ from cera_train.common.errors import UserError
 from cera_train.report.study.page import StudyReport, report_study, say_study, write_study
 from cera_train.report.study.results import results_of
 from cera_train.runs.outcomes import LOSSES_AFTER, TokenLosses
+from cera_train.sweep.config import Equal
 
 pytest_plugins = ("browser",)
 
@@ -53,6 +54,18 @@ def test_the_verdict_stands_first(written: StudyReport, capsys: pytest.CaptureFi
     assert " ".join(shown.split()).startswith(verdict)
     assert max(len(line) for line in shown.splitlines() if str(written.output) not in line) <= 100
     assert "what would change the verdict" in shown
+
+
+def test_unequal_times_are_a_caution_where_they_should_be_equal(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "gate", equal=Equal.time)
+    for path in tmp_path.rglob("study.arm=cera*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 9_999.0}))
+    report = report_study(study, records_of(study), tmp_path / "report")
+    assert [text.partition(",")[0] for text in report.cautions] == [
+        f"Arms should have the same time at r = {r}" for r in (16, 64)
+    ]
+    same_parameters = replace(study, config=replace(study.config, equal=Equal.parameters))
+    assert not replace(report, study=same_parameters).cautions
 
 
 def test_the_page_has_its_tables_and_four_pictures(tmp_path: Path) -> None:

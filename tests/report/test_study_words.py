@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
 
 from cera_train.evaluation.slope import slope
 from cera_train.evaluation.verdict import Contrast, Variances
 from cera_train.report.study.cells import CellResult, Outcome, Values
 from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap, slope_gaps
-from cera_train.report.study.words import changes, plateau, protocol, sizes, unequal, verdicts
+from cera_train.report.study.words import changes, plateau, protocol, sizes, unequal_times, verdicts
 from cera_train.sweep.config import StudyConfig
 from cera_train.sweep.study import Cell
 
@@ -191,20 +190,18 @@ def test_the_protocol_names_how_values_were_chosen() -> None:
     assert "Others: gsm8k." in text
 
 
-class Measured(CellResult):
+class Timed(CellResult):
     """A cell whose runs took some time."""
 
     def figure(self, name: str) -> float | None:
-        return {"seconds": len(self.cell.arm) * 30.0, "trainable_parameters": 100.0}[name]
+        return {"seconds": len(self.cell.arm) * 30.0}[name]
 
 
-@pytest.mark.parametrize(("equal", "is_noted"), [("time", True), ("parameters", False), ("none", False)])
-def test_arms_that_have_not_the_same_are_named(equal: str, is_noted: bool) -> None:
-    cells = [Measured(cell(arm, r).cell, {}, {}, {}, []) for r in (16, 64) for arm in ("lora", "identity")]
-    notes = unequal(cells, equal)
-    assert bool(notes) == is_noted
-    if is_noted:
-        assert notes[0] == "Arms should have the same time at r = 16, and have LoRA 120, identity 240."
+def test_arms_that_took_unequal_times_are_named() -> None:
+    cells = [Timed(cell(arm, r).cell, {}, {}, {}, []) for r in (16, 64) for arm in ("lora", "identity")]
+    assert unequal_times(cells)[0] == "Arms should have the same time at r = 16, and took LoRA 120 s, identity 240 s."
+    assert len(unequal_times(cells)) == 2
+    assert not unequal_times([own for own in cells if own.cell.arm == "lora"])
 
 
 def test_a_gap_belongs_to_arms_under_the_same_conditions() -> None:

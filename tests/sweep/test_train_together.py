@@ -72,7 +72,7 @@ def test_what_is_finished_is_not_run_again_and_a_mistake_is_its_jobs_own(sweep, 
 
 def test_a_halving_trains_its_rungs_together(sweep, tmp_path, capsys):
     halving = ("adapter.r=2", "hydra/sweeper=halving", "hydra.sweeper.first=1", "optimizer.lr=1e-4,1e-3,1e-2,1e-1")
-    assert sweep("adapter=cera,lora", *halving, "name=halved", "hydra/launcher=together") == 0
+    assert sweep("adapter=cera,lora", *halving, "name=halved", "hydra/launcher=together", "launch.together=8") == 0
     assert "8 jobs share a base" in capsys.readouterr().out
     assert sorted(states(tmp_path / "outputs" / "halved").values()).count("finished") == 2
 

@@ -1,97 +1,23 @@
-"""`cera-watch`: a real run followed in a pipe and in a terminal, a sweep, and how each ends."""
+"""`cera-watch`: a real run followed in a pipe and in a terminal, and how each ends."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
-import math
 import os
-import pty
 import re
 import resource
-import select
 import signal
 import subprocess
-import sys
-import termios
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from made_runs import make_run
-from made_sweeps import make_job, record_job, record_sweep
-from rich.cells import cell_len
+from watching import WATCH, Terminal, cera_watch, start, terminal
 
-from cera_train.cli.watch import main
 from cera_train.common.files import lock_folder
 from cera_train.runs.folder import RunFolder
-from cera_train.sweep.watch import WatchedRun, WatchedSweep
 from cera_train.training.train import train
 
-WATCH = [
-    sys.executable,
-    "-c",
-    "import sys; sys.argv[0] = 'cera-watch'\nfrom cera_train.cli.watch import main; main()",
-]
 UPDATES = 12
-
-
-def cera_watch(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["cera-watch", *map(str, arguments)])
-    main()
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*WATCH, str(folder), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
-    )
-
-
-class Terminal:
-    """A command in a terminal of its own, of 100 columns and 30 rows."""
-
-    def __init__(self, *command: str) -> None:
-        self._master, slave = pty.openpty()
-        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "100", "LINES": "30"}
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
-        self.process = subprocess.Popen(command, **streams, env=environment, preexec_fn=self._own)
-        os.close(slave)
-        self.output = ""
-
-    @staticmethod
-    def _own() -> None:
-        """Makes the terminal the command's, so that Ctrl-C in it is a signal."""
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-    def read_to(self, pattern: str | None) -> None:
-        """Reads until a pattern has come; None: until the command has ended."""
-        end = time.monotonic() + 120
-        while time.monotonic() < end:
-            if pattern is not None and re.search(pattern, self.output):
-                return
-            if select.select([self._master], [], [], 0.1)[0]:
-                try:
-                    self.output += os.read(self._master, 65536).decode(errors="replace")
-                except OSError:  # the last one has closed it
-                    return
-        raise AssertionError(self.output[-2000:])
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
-
-
-@contextlib.contextmanager
-def terminal(*command: str) -> Iterator[Terminal]:
-    opened = Terminal(*command)
-    try:
-        yield opened
-    finally:
-        opened.close()
 
 
 @pytest.fixture
@@ -109,9 +35,6 @@ def at_update(monkeypatch):
         monkeypatch.setattr(RunFolder, "append_metrics", append_and_act)
 
     return at_update
-
-
-# --- a real run ------------------------------------------------------------------------------------------------------
 
 
 def test_a_real_run_in_a_pipe_gets_a_line_for_each_update_and_evaluation_to_its_end(tiny_config, tmp_path, at_update):
@@ -161,9 +84,6 @@ def test_a_real_run_in_a_terminal_is_drawn_until_it_ends(tiny_config, tmp_path, 
     assert re.search(r"loss +evaluation perplexity\s+[\d.]+│.*[\u2801-\u28ff].*│.*[\u2801-\u28ff]", plain)
     assert "update     12/12" in plain[plain.rindex("finished   ") :]
     assert opened[0].output.rindex("\x1b[?25h") > opened[0].output.rindex("\x1b[?25l")  # the cursor is there again
-
-
-# --- how it ends -----------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_ends_it_cleanly_in_a_terminal(tmp_path):
@@ -253,158 +173,3 @@ def test_it_starts_in_less_than_half_a_second_of_a_processor(tmp_path):
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.5
-
-
-# --- what a picture holds --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hostile_run(tmp_path) -> Path:
-    """A run whose texts steer a terminal, whose lines are broken, and whose figures are no numbers."""
-    run = make_run(tmp_path / "run", finished=False)
-    (run / "environment.json").write_text('{"updates": 100}')
-    with (run / "metrics.jsonl").open("ab") as file:
-        file.write(b'\xff\n[1]\n{"update": 51, "train/loss": Infinity, "train/tokens_per_s": NaN}\n{"update": 52, "tr')
-    sample = {"prompt": "What\nis \x1b]0;title\x07 \u202e 7?", "answer": "字" * 300, "gold": "7", "task": "sums"}
-    rows = [sample | {"update": update, "exact": grade} for update, grade in ((0, True), (40, False), (40, None))]
-    rows += [sample | {"update": 40, "exact": [1]}]
-    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"update": 41}x\n')
-    return run
-
-
-@pytest.mark.parametrize("width", [1, 9, 30, 79, 80, 200])
-@pytest.mark.parametrize("height", [None, 1, 5, 24, 60])
-def test_a_picture_keeps_to_the_terminal_and_steers_nothing(hostile_run, width, height):
-    watched = WatchedRun(hostile_run)
-    watched.look()
-    picture = watched.picture(width, height)
-    assert height is None or len(picture) <= height
-    for line in picture:
-        assert not re.search("[\x00-\x1f\x7f-\x9f\u202e]", line.plain)
-        assert cell_len(line.plain) <= width
-
-
-def test_a_picture_shows_samples_grades_and_how_many_lines_are_broken(hostile_run):
-    watched = WatchedRun(hostile_run)
-    watched.look()
-    lines = [line.plain for line in watched.picture(60)]
-    assert "note       4 lines of metrics.jsonl or samples.jsonl cannot be read" in " ".join(watched.lines())
-    start = lines.index("samples at update 40")
-    assert lines[start + 1] == "prompt     What is \ufffd]0;title\ufffd \ufffd 7?"
-    assert lines[start + 2].startswith("  wrong    字字")
-    assert lines[start + 3] == "  gold     7"
-    assert lines[start + 5].startswith("  ungraded 字字")
-    assert len(lines) == start + 7
-
-
-def test_samples_of_an_evaluation_are_lines_in_a_pipe(hostile_run):
-    watched = WatchedRun(hostile_run)
-    line = list(watched.look())[-2]
-    assert line.startswith("sample at update 40: What is \x1b]0;title\x07 \u202e 7? -> 字")
-    assert line.endswith("字 (wrong, gold 7)")
-
-
-def test_figures_of_tasks_stand_beside_those_of_the_evaluation(tmp_path):
-    run = make_run(tmp_path / "run", finished=False)
-    lines = [{"update": 60, "eval/perplexity": 2.5, "gsm8k/exact": 0.25}, {"update": 80, "eval/perplexity": 2.0}]
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-    watched = WatchedRun(run)
-    line = list(watched.look())[-2]
-    assert line == "evaluation at update 60: perplexity 2.500; gsm8k exact 25.0%"
-    assert watched.lines()[-1] == "tasks      at update 60: gsm8k exact 25.0%"
-
-
-def test_figures_that_are_no_numbers_draw_nothing(tmp_path):
-    run = make_run(tmp_path / "run", finished=False)
-    lines = [{"update": n, name: math.inf} for n in range(3) for name in ("train/loss", "eval/perplexity")]
-    lines += [{"update": n, "eval/perplexity": 2.0 + n} for n in range(3)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    watched = WatchedRun(run)
-    watched.look()
-    assert watched.lines()[1] == "update     2  loss inf"
-    assert any("│" in line.plain for line in watched.picture(100))
-
-
-# --- a sweep ---------------------------------------------------------------------------------------------------------
-
-NAMES = [f"adapter.r={r}" for r in (2, 4, 8)]
-
-
-def test_a_sweep_gets_a_line_for_each_change_and_ends_when_every_job_has(tmp_path):
-    record_sweep(tmp_path, *NAMES)
-    make_job(tmp_path, NAMES[0], 2.5)
-    watched = WatchedSweep(tmp_path)
-    assert watched.look() == ["adapter.r=2  finished           20/20        2.500  best"]
-    assert not watched.is_over
-    folder = make_job(tmp_path, NAMES[1])
-    lock = lock_folder(folder, "run")
-    assert watched.look() == ["adapter.r=4  running             5/20        9.000"]
-    assert watched.look() == []
-    with (folder / "metrics.jsonl").open("a") as file:  # the end of half a line first
-        file.write('ain/loss": 1}\n{"update": 7, "train/loss": 1}\n')
-    assert watched.look() == []  # updates show in the table
-    assert "5/20" not in watched.lines()[4]
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"update": 10, "eval/perplexity": 3.0}\n[]\n{"update": "x", "eval/perplexity": 1}\n')
-    assert watched.look() == ["adapter.r=4  running            10/20        3.000"]
-    lock.release()
-    assert watched.look() == ["adapter.r=4  cut                10/20        3.000"]
-    assert not watched.is_over
-    (folder / "result.json").write_text('{"updates": 20, "eval/perplexity": 2.0}')
-    record_job(tmp_path, NAMES[2], "data.path=x: no such file")
-    assert watched.look() == [
-        "adapter.r=4  finished           20/20        2.000  best",
-        "adapter.r=8  failed                                 data.path=x: no such file",
-    ]
-    assert watched.is_over
-    assert watched.lines()[-2:] == [
-        f"best       {tmp_path / NAMES[1]}: perplexity 2.000",
-        f"errors     in full in {tmp_path / '.jobs'}; the same command tries these jobs again",
-    ]
-
-
-def test_a_sweep_in_a_pipe_ends_with_its_table(tmp_path, monkeypatch, capsys):
-    record_sweep(tmp_path, *NAMES[:2])
-    make_job(tmp_path, NAMES[0], 2.5)
-    monkeypatch.setattr("cera_train.sweep.watch.PAUSE", 0.0)
-    looks = []
-    look = WatchedSweep.look
-
-    def finish_at_the_third(watched: WatchedSweep) -> list[str]:
-        looks.append(None)
-        if len(looks) == 3:
-            make_job(tmp_path, NAMES[1], 1.5)
-        return look(watched)
-
-    monkeypatch.setattr(WatchedSweep, "look", finish_at_the_third)
-    cera_watch(monkeypatch, tmp_path)
-    before, after = capsys.readouterr().out.split("adapter.r=4  finished           20/20        1.500  best\n", 1)
-    assert "jobs       1 finished, 1 waiting" in before
-    assert "adapter.r=4  finished           20/20        1.500  best" in after
-
-
-def test_a_sweeper_that_decides_as_it_goes_may_always_have_another_job(tmp_path):
-    record_sweep(tmp_path)
-    make_job(tmp_path, "optimizer.lr=0.1", 2.0)
-    record_job(tmp_path, "optimizer.lr=0.1", None)
-    watched = WatchedSweep(tmp_path)
-    watched.look()
-    assert not watched.is_over
-
-
-def test_a_long_table_is_cut_to_the_terminal_and_keeps_what_runs(tmp_path):
-    names = [f"adapter.r={r}" for r in range(2, 42)]
-    record_sweep(tmp_path, *names)
-    for name in names[:20]:
-        make_job(tmp_path, name, 2.0)
-    lock = lock_folder(make_job(tmp_path, names[30]), "run")
-    watched = WatchedSweep(tmp_path)
-    watched.look()
-    picture = [line.plain for line in watched.picture(100, 20)]
-    assert len(picture) <= 20
-    assert any(re.match(r"adapter.r=32 +running", line) for line in picture)
-    assert any(re.fullmatch(r"\.\.\. and \d+ more", line) for line in picture)
-    assert "best" in picture[-1]
-    lock.release()
-    assert len(watched.picture(100)) == 3 + 40 + 3

@@ -26,6 +26,7 @@ from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap, co
 from cera_train.report.study.failures import Difficulty, by_difficulty
 from cera_train.report.study.results import RESULTS, results_of
 from cera_train.report.study.tables import StudyTable
+from cera_train.sweep.config import Equal
 
 if TYPE_CHECKING:
     from cera_train.sweep.study import Study
@@ -125,7 +126,7 @@ class StudyReport:
 
     @property
     def cautions(self) -> list[str]:
-        notes = words.unequal(self.cells, self.study.config.equal)
+        notes = words.unequal_times(self.cells) if self.study.config.equal == Equal.time else []
         if len(self.machines) > 1:
             notes.append(f"Times are of different machines: {'; '.join(self.machines)}.")
         return notes

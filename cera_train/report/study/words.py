@@ -14,7 +14,7 @@ from cera_train.sweep.config import LOSS, SCORE, StudyConfig
 
 ONE_SEED = "one seed cannot be generalised from"
 EQUAL_WITHIN = 0.1
-"""The share by which parameters or times may differ and count as the same."""
+"""The share by which times may differ and count as the same."""
 
 
 # --- the verdict -----------------------------------------------------------------------------------------------------
@@ -206,16 +206,15 @@ def protocol(config: StudyConfig, runs: int) -> list[str]:
     ]
 
 
-def unequal(cells: Sequence[CellResult], equal: str) -> list[str]:
-    """The conditions under which arms differ in what they should have the same of, by what was measured."""
-    figures = {"parameters": "trainable_parameters", "time": "seconds"}
+def unequal_times(cells: Sequence[CellResult]) -> list[str]:
+    """The conditions under which arms took unequal times."""
     notes = []
-    for condition in dict.fromkeys(own.condition for own in cells) if equal in figures else ():
-        found = {own.arm: own.figure(figures[equal]) for own in cells if own.condition == condition}
-        values = [value for value in found.values() if value]
-        if values and max(values) > (1 + EQUAL_WITHIN) * min(values):
-            texts = ", ".join(f"{arm} {value:,.0f}" for arm, value in found.items() if value)
-            notes.append(f"Arms should have the same {equal}{f' at {condition}' * bool(condition)}, and have {texts}.")
+    for condition in dict.fromkeys(own.condition for own in cells):
+        seconds = {own.arm: own.figure("seconds") for own in cells if own.condition == condition}
+        seconds = {arm: value for arm, value in seconds.items() if value}
+        if seconds and max(seconds.values()) > (1 + EQUAL_WITHIN) * min(seconds.values()):
+            texts = ", ".join(f"{arm} {value:,.0f} s" for arm, value in seconds.items())
+            notes.append(f"Arms should have the same time{f' at {condition}' * bool(condition)}, and took {texts}.")
     return notes
 
 

@@ -14,6 +14,12 @@ from cera_train.cli.train import main as main_train
 from cera_train.sweep.folder import JOBS, RECORD
 from cera_train.sweep.table import State, read_sweep
 
+TINY = ["--config-dir", "conf", "-m", "+sweep=tiny"]
+"""The sweep of the fixture sweep_here."""
+
+FIXED = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=2", "data.completion=' {answer}'"]
+"""Rows of the working folder."""
+
 
 def make_job(sweep: Path, name: str, perplexity: float | None = None, error: str | None = None, **data: str) -> Path:
     """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity."""
@@ -71,3 +77,7 @@ def make_study_file(folder: Path, content: dict) -> list[str]:
     path.parent.mkdir(parents=True)
     path.write_text("# @package _global_\n" + yaml.safe_dump(file, sort_keys=False))
     return ["-m", "+study=which", "--config-dir", str(folder / "conf")]
+
+
+def content_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}

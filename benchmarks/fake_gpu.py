@@ -1,0 +1,191 @@
+"""A CUDA device without a GPU. What a program puts there is a FakeTensor, with shape, dtype and device and no numbers;
+what it computes on the CPU is real. An operation on both fails, as it would with a GPU.
+
+    with fake_gpu():
+        model.to("cuda")(ids.to("cuda")).sum().backward()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import fake_tensor as fake_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.weak import WeakIdKeyDictionary
+
+from cera_train.common.files import cached_folder
+
+NAME = "NVIDIA H100 80GB HBM3"
+
+BLOCK = 512
+"""Bytes to which torch's allocator rounds up."""
+
+ATEN = torch.ops.aten
+
+
+class FakeDevice(TorchDispatchMode):
+    """Lets operations on the GPU run on fake tensors, and those on the CPU as they are.
+
+    Numbers that come back from the GPU are zeros, truth values True. The values of a mask that went there are kept, for
+    what it selects has so many rows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        self.masks = WeakIdKeyDictionary()
+        """Real masks by the storage of their fakes."""
+        self.blocks = WeakIdKeyDictionary()
+        """Sizes of the storages that are alive."""
+        self.allocated = self.peak = 0
+        """Bytes that torch's allocator would hold now, and held at most."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if not any(isinstance(tensor, FakeTensor) for tensor in inputs):
+            device = kwargs.get("device")
+            if device is None or torch.device(device).type != "cuda":
+                return operation(*args, **kwargs)
+        if operation is ATEN._local_scalar_dense.default:
+            return read(args[0]).item()
+        if operation is ATEN.index.Tensor:
+            args = (args[0], self._places(args[1]))
+        with self.fakes:
+            output = operation(*args, **kwargs)
+        for tensor in tree_iter(output):
+            if isinstance(tensor, FakeTensor) and tensor.is_cuda:
+                self._allocate(tensor.untyped_storage())
+        check_generator(kwargs.get("generator"), output)
+        if isinstance(output, FakeTensor) and output.device.type == "cpu":
+            return read(output)
+        if operation is ATEN._to_copy.default and output.dtype == torch.bool and not isinstance(args[0], FakeTensor):
+            self.masks[output.untyped_storage()] = args[0]
+        return output
+
+    def _allocate(self, storage: torch.UntypedStorage) -> None:
+        """Counts a storage once, in the allocator's blocks, until it is let go of."""
+        if storage not in self.blocks:
+            self.blocks[storage] = size = -(-storage.nbytes() // BLOCK) * BLOCK
+            weakref.finalize(storage, self._free, size)
+            self.allocated += size
+            self.peak = max(self.peak, self.allocated)
+
+    def _free(self, size: int) -> None:
+        self.allocated -= size
+
+    def reset_peak(self) -> None:
+        self.peak = self.allocated
+
+    def _places(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Places of a mask's True values in its stead: a fake one has none to look at."""
+        return [
+            place
+            for index in indices
+            for place in (self._find(index) if index is not None and index.dtype == torch.bool else [index])
+        ]
+
+    def _find(self, mask: torch.Tensor) -> list[torch.Tensor]:
+        real = self.masks[mask.untyped_storage()].as_strided(mask.shape, mask.stride(), mask.storage_offset())
+        count = int(real.sum())
+        return [mask.new_empty(count, dtype=torch.int64) for _ in mask.shape]
+
+
+def read(fake: torch.Tensor) -> torch.Tensor:
+    """What the CPU sees of a tensor of the GPU."""
+    return torch.full(fake.shape, fake.dtype == torch.bool, dtype=fake.dtype, device="cpu")
+
+
+def check_generator(generator: torch.Generator | None, output: Any) -> None:
+    """What not every operation checks on fakes."""
+    if generator is not None and isinstance(output, torch.Tensor) and generator.device.type != output.device.type:
+        raise RuntimeError(
+            f"Expected a '{output.device.type}' device type for generator but found '{generator.device}'"
+        )
+
+
+def launch(kernel: Any, *args: Any, **settings: Any) -> None:
+    """A Triton kernel's launch, which writes into tensors that are there."""
+    for tensor in args:
+        if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
+            raise ValueError(f"Pointer argument of {kernel} cannot be accessed from Triton (cpu tensor?)")
+
+
+def swap_moved(swap: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """`nn.Module.to` for fakes: it would swap those that are there already too, which fails for watched ones."""
+    return lambda old, new: None if (old.device, old.dtype) == (new.device, new.dtype) else swap(old, new)
+
+
+@contextlib.contextmanager
+def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
+    """A machine with one GPU, for as long as the block lasts. Backward passes run in the calling thread.
+
+    Raises:
+        RuntimeError: there is a GPU.
+        FileNotFoundError: there is no g++.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("fake_gpu stands in for a GPU, and this machine has one: run the program itself.")
+    library = ctypes.CDLL(str(compiled() / "fake_gpu.so"))
+    values = {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": capability,
+        "get_device_name": NAME,
+        "get_device_properties": SimpleNamespace(name=NAME, total_memory=80_000_000_000, multi_processor_count=132),
+        "is_bf16_supported": True,
+        **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache")),
+        **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, value in values.items():
+            stack.enter_context(patch.object(torch.cuda, name, lambda *args, answer=value, **settings: answer))
+        stack.enter_context(patch.object(torch.accelerator, "is_available", lambda: True))
+        stack.enter_context(patch.object(fake_tensors, "init_gpu_context", lambda device: None))
+        stack.enter_context(patch.object(torch.utils, "swap_tensors", swap_moved(torch.utils.swap_tensors)))
+        for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):  # else a step goes tensor by tensor
+            known = [*sys.modules[module]._foreach_supported_types, FakeTensor]
+            stack.enter_context(patch(f"{module}._foreach_supported_types", known))
+        if importlib.util.find_spec("triton") is not None:  # else no kernel is chosen
+            from triton.runtime.jit import JITFunction
+
+            stack.enter_context(patch.object(JITFunction, "run", launch))
+        stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
+        library.exchange()
+        stack.callback(library.exchange)
+        lifts = torch._C._only_lift_cpu_tensors()
+        torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor(..., device="cuda") copies past the mode
+        stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        device = stack.enter_context(FakeDevice())
+        stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *args: device.peak))
+        stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak()))
+        yield device
+
+
+def compiled() -> Path:
+    """The folder of the compiled fake_gpu.cpp, for this torch."""
+    source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
+
+    def write(folder: Path) -> None:
+        command = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", f"-I{root / 'include'}", str(source)]
+        libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+        subprocess.run([*command, *libraries, "-o", str(folder / "fake_gpu.so")], check=True)
+
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    return cached_folder(f"fake_gpu/{digest}-torch-{torch.__version__}", write)

@@ -1,0 +1,122 @@
+"""The pieces of `make gpu`, in the order in which they run: what is right first, then what is fast."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.gpu import branch, decoding, race, runs, testing
+from benchmarks.gpu.place import Place
+from benchmarks.gpu.results import MEASURED, TESTED, Found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the acceptance that runs in a separate process."""
+
+    name: str
+    shows: str
+    work: Callable[[Place], Found]
+    seconds: int
+    """Its time limit."""
+    sources: tuple[str, ...] = MEASURED
+    """Folders whose change makes it run again."""
+    takes_all_gpus: bool = False
+    """Else it sees the first one alone, as all that it is compared with does."""
+
+
+def make_weights(place: Place, model: str) -> Found:
+    """Makes the model that other pieces load."""
+    place.model(model)
+    return Found()
+
+
+def tests() -> list[Piece]:
+    groups = {
+        "kernels": ("Triton kernels of gate and dropout against torch", 300),
+        "fused": ("the fused Triton branch against torch", 300),
+        "attention": ("the varlen kernel against SDPA; flat rows against padded ones", 180),
+        "precision": ("NF4 and int8 training and evaluation, paged 8-bit AdamW, the scaler of float16", 300),
+        "training": ("bf16 resume, torch.compile, experts, runs together", 480),
+        "answers": ("decoding against generate", 180),
+        "processes": ("DDP and FSDP2 over NCCL, on two GPUs", 300),
+    }
+    return [
+        Piece(
+            f"tests_{group}",
+            shows,
+            functools.partial(testing.run_tests, group=group),
+            seconds,
+            TESTED,
+            takes_all_gpus=group == "processes",
+        )
+        for group, (shows, seconds) in groups.items()
+    ]
+
+
+def of_model(model: str, title: str) -> list[Piece]:
+    """Recipes, race and decoding on one shape."""
+    is_large = model == "llama3_1_8b"
+    pieces = [
+        Piece(f"weights_{model}", f"random weights of {title}", functools.partial(make_weights, model=model), 580)
+    ]
+    for recipe in runs.RECIPES:
+        pieces.append(
+            Piece(
+                f"{recipe}_{model}",
+                f"{recipe}, 20 updates on {title}",
+                functools.partial(runs.recipe, recipe=recipe, model=model),
+                540 if is_large else 300,
+            )
+        )
+    for precision in ("bfloat16", "nf4") if is_large else ("bfloat16",):
+        for key, contestant in race.RACERS.items():
+            pieces.append(
+                Piece(
+                    f"race_{key}_{model}_{precision}",
+                    f"{contestant} on {title}, {precision}",
+                    functools.partial(race.lap, contestant=contestant, model=model, precision=precision),
+                    420 if is_large else 300,
+                )
+            )
+    pieces.append(
+        Piece(
+            f"decoding_{model}",
+            f"decoding with CeRA beside merged LoRA on {title}",
+            functools.partial(decoding.decoding, model=model),
+            420 if is_large else 240,
+        )
+    )
+    return pieces
+
+
+def nemo() -> list[Piece]:
+    return [
+        Piece(
+            f"nemo_{kind}",
+            f"{kind} in the public setting of NeMo AutoModel, 4,096 tokens a sequence",
+            functools.partial(runs.nemo, kind=kind),
+            580,
+        )
+        for kind in ("lora", "cera")
+    ]
+
+
+def branches() -> list[Piece]:
+    return [
+        Piece(
+            f"branch_r{r}",
+            f"CeRA's branch alone at r = {r}: fused, unfused, torch, torch.compile",
+            functools.partial(branch.branch, r=r),
+            480,
+        )
+        for r in (16, 64)
+    ]
+
+
+@functools.cache
+def all_pieces() -> dict[str, Piece]:
+    """By name."""
+    large, small = of_model("llama3_1_8b", "Llama-3.1-8B's shape"), of_model("llama3_2_1b", "Llama-3.2-1B's shape")
+    return {piece.name: piece for piece in (*tests(), *large, *nemo(), *branches(), *small)}

@@ -1,0 +1,139 @@
+"""Whole runs of cera-train: recipes, and the public setting of NeMo AutoModel. Throughput and peak memory as measured,
+beside what cera-plan predicts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.gpu.place import Place
+from benchmarks.gpu.results import SKIPPED, Found
+
+if TYPE_CHECKING:
+    from cera_train.planning.plan import RunPlan
+
+RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
+EVALUATION_ROWS = 64
+CHECKPOINTED = "model.gradient_checkpointing=true"
+
+NEMO_TOKENS_PER_S = 12_473
+"""Of NeMo AutoModel's LoRA on Llama-3.1-8B and one H100, by docs/performance-summary.md and
+examples/llm_finetune/llama3_1/llama3_1_8b_peft_benchmark.yaml of github.com/NVIDIA-NeMo/Automodel: r = 16 on all
+linears, alpha 32, dropout 0.1, bf16, 32 full sequences of 4,096 tokens an update, two at once."""
+
+
+def recipe(place: Place, recipe: str, model: str) -> Found:
+    """A recipe, on rows that are as long as MathInstruct's."""
+    size = place.size
+    rows = place.rows(
+        "math", size.updates * size.batch_size + EVALUATION_ROWS, size.row_tokens, ("instruction", "output")
+    )
+    overrides = [f"+recipe={recipe}", *(["optimizer=adamw_8bit"] if _pages_on_a_cpu(place, recipe) else [])]
+    overrides += [f"data.eval_rows={EVALUATION_ROWS}", f"train.batch_size={size.batch_size}"]
+    return _run(place, f"{recipe}_{model}", model, rows, size.updates, [*overrides, *size.overrides])
+
+
+def _pages_on_a_cpu(place: Place, recipe: str) -> bool:
+    """Whether the recipe's optimizer pages GPU memory, and there is none."""
+    return recipe == "math_r64_nf4" and place.device == "cpu"
+
+
+def nemo(place: Place, kind: str) -> Found:
+    """NeMo AutoModel's setting with an adapter of ours, all tokens supervised."""
+    size = place.size
+    updates = size.updates // 3
+    rows = place.rows("long", updates * size.long_batch + 2, size.long_tokens, ("instruction", "output"), is_even=True)
+    overrides = [
+        *(f"+recipe=math_{'r64' if kind == 'cera' else 'lora_r512'}", *size.overrides),
+        *("adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.1", "adapter.target_modules=all-linear"),
+        *(f"data.max_length={size.long_tokens}", "data.eval_rows=2", f"train.batch_size={size.long_batch}"),
+        *(f"train.micro_batch_tokens={2 * size.long_tokens}", "optimizer.lr=1e-5", "train.probe_tokens=2048"),
+    ]
+    return _run(place, f"nemo_{kind}", "llama3_1_8b", rows, updates, overrides)
+
+
+def _run(place: Place, name: str, model: str, rows: Path, updates: int, overrides: Sequence[str]) -> Found:
+    """Trains, where the plan fits this GPU; with gradient checkpointing where only that fits."""
+    from cera_train.cli.composition import register_configs
+    from cera_train.planning.config import PlanConfig
+    from cera_train.planning.table import compare_with_measured
+    from cera_train.training.train import train
+
+    register_configs()
+    folder = place.folder / "runs" / name
+    shutil.rmtree(folder, ignore_errors=True)  # of a piece that was cut
+    settings = [
+        *(f"model.path={place.model(model)}", "data.path=null", f"data.train_files=[{rows}]"),
+        *(f"train.max_updates={updates}", "train.eval_every=null", "train.save_every=null"),
+        *(f"name={name}", f"output_dir={folder.parent}", *overrides),
+    ]
+    room, planned = _room(place), _plan(place, settings)
+    is_checkpointed = planned.memory.peak > room
+    if is_checkpointed:
+        settings.append(CHECKPOINTED)
+        planned = _plan(place, settings)
+        if planned.memory.peak > room:
+            needs = f"{planned.memory.peak / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
+            return Found(SKIPPED, f"needs {needs}, and this GPU has {room / 1e9:.0f}")
+    result = train(_compose("config", settings))
+    predicted, figures = compare_with_measured(folder, PlanConfig())
+    planned_memory, planned_seconds = figures[1].predicted, figures[2].predicted
+    return Found(
+        reason="with gradient checkpointing: else the plan does not fit" if is_checkpointed else "",
+        figures={
+            **_speed(folder / "metrics.jsonl", place.size.warm_up),
+            "tokens_per_row": predicted.data.tokens_per_row,
+            "peak_memory_bytes": result["peak_memory_bytes"],
+            "planned_memory_bytes": planned_memory,
+            # The share of the peak that cera-plan assumes is a guess, and unknown GPUs have no speed.
+            "planned_update_seconds": planned_seconds if planned_seconds == planned_seconds else None,
+        },
+    )
+
+
+def _compose(command: str, overrides: Sequence[str]) -> Any:
+    import hydra
+
+    from cera_train.cli.composition import to_config
+    from cera_train.common.files import config_dir
+    from cera_train.config import Config, PlanRun
+
+    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+        return to_config(hydra.compose(command, list(overrides)), {"config": Config, "plan": PlanRun}[command])
+
+
+def _plan(place: Place, settings: Sequence[str]) -> RunPlan:
+    from cera_train.planning.plan import plan_alone
+
+    device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
+    return plan_alone(_compose("plan", [*settings, f"plan.gpu={device}"]))
+
+
+def _room(place: Place) -> float:
+    """Bytes that a run may take here."""
+    if place.device == "cpu":
+        return float("inf")
+    import torch
+
+    from cera_train.planning.plan import USABLE
+
+    return USABLE * torch.cuda.get_device_properties(0).total_memory
+
+
+def _speed(metrics: Path, warm_up: int) -> dict[str, float]:
+    """Median seconds of an update and tokens a second, without the first updates."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    updates = [line for line in lines if "train/loss" in line]
+    totals = [line["train/seconds"] for line in updates]
+    seconds = [after - before for before, after in itertools.pairwise(totals)][warm_up - 1 :]
+    return {
+        "update_seconds": statistics.median(seconds),
+        "tokens_per_s": statistics.median(line["train/tokens_per_s"] for line in updates[warm_up:]),
+        "first_loss": updates[0]["train/loss"],
+        "last_loss": updates[-1]["train/loss"],
+    }

@@ -1,0 +1,65 @@
+"""Tests marked `gpu`, a group a piece."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+from benchmarks.gpu.place import ROOT, Place
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found
+
+DEVICE = "CERA_TRAIN_GPU_TESTS"
+"""The environment variable that lets the tests of tests/gpu run on another device than CUDA."""
+
+
+class Outcomes:
+    """A pytest plugin that counts, and keeps which failed and why some were skipped."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.skips: Counter[str] = Counter()
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._fail(report)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self._fail(report)
+        elif report.skipped:
+            self.counts[SKIPPED] += 1
+            self.skips[str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
+        elif report.when == "call":
+            self.counts[PASSED] += 1
+
+    def _fail(self, report: Any) -> None:
+        self.counts[FAILED] += 1
+        self.failures.append(report.nodeid)
+
+
+def run_tests(place: Place, group: str) -> Found:
+    """Runs tests/gpu/test_gpu_GROUP.py."""
+    import pytest
+
+    os.environ[DEVICE] = place.device
+    os.chdir(ROOT)
+    scratch = place.folder / "tests"
+    scratch.mkdir(parents=True, exist_ok=True)
+    outcomes = Outcomes()
+    status = pytest.main(
+        [
+            *(f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "-p", "no:cacheprovider"),
+            f"--basetemp={scratch / group}",
+        ],
+        plugins=[outcomes],
+    )
+    counts = outcomes.counts
+    figures = {**{state: counts[state] for state in (PASSED, FAILED, SKIPPED)}, "skips": dict(outcomes.skips)}
+    if counts[FAILED] or (status and not counts[SKIPPED]):
+        failures = outcomes.failures or [f"pytest ended with status {int(status)}"]
+        return Found(FAILED, "; ".join(name.removeprefix("tests/gpu/") for name in failures), figures)
+    if not counts[PASSED]:
+        return Found(SKIPPED, "; ".join(outcomes.skips), figures)
+    return Found(PASSED, "; ".join(f"{number} skipped: {why}" for why, number in outcomes.skips.items()), figures)

@@ -1,0 +1,213 @@
+"""Memory of an update of every recipe on a fake GPU, beside what cera-plan predicts.
+
+    python -m benchmarks.without_gpu                a table of all recipes, in two minutes
+    python -m benchmarks.without_gpu math_r64 train.micro_batch_tokens=8192
+
+The updates are the program's: its session, model, adapter, loss and optimizer. What comes from the Hub is not there:
+the base has the shapes of its config.json, and the rows are as many and as long as cera-plan takes them to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import bitsandbytes
+import hydra
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+from benchmarks.fake_gpu import fake_gpu
+from cera_train.cli.composition import register_configs, to_config
+from cera_train.common.files import config_dir
+from cera_train.common.terminal import print_table
+from cera_train.config import Config, PlanRun
+from cera_train.data.prepare import Example, RowCounts, TokenizedData, TokenizedRows
+from cera_train.model import weights
+from cera_train.planning.count import quantised_linears, read_config
+from cera_train.planning.devices import GB
+from cera_train.planning.plan import RunPlan, micro_batches, plan_alone
+from cera_train.training import session as sessions
+from cera_train.training.session import Session
+from cera_train.training.train import find, update
+
+UPDATES = 2
+"""The first makes the optimizer's state, so the second needs the most memory."""
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """A recipe's updates on a fake GPU."""
+
+    recipe: str
+    plan: RunPlan
+    bytes: int
+    """The most that was allocated at once."""
+    micro_batches: int
+    """Of an update."""
+    attention: str
+    kernels: str
+
+    @property
+    def planned(self) -> float:
+        """Bytes, by cera-plan."""
+        return sum(self.plan.memory.training.values())
+
+    @property
+    def difference(self) -> float:
+        """cera-plan's prediction over what was tracked, less 1."""
+        return self.planned / self.bytes - 1
+
+
+def recipes() -> list[str]:
+    return sorted(file.stem for file in config_dir("recipes").glob("*.yaml"))
+
+
+def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
+    """Plans a recipe and runs two of its updates.
+
+    Args:
+        layers: of the base; None: all.
+        overrides: settings that differ from the recipe's, as on a command line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        architecture = read_config(composed(Config, f"+recipe={recipe}", *overrides).model)
+        architecture.num_hidden_layers = layers or architecture.num_hidden_layers
+        architecture.save_pretrained(folder)
+        # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
+        settings = [f"+recipe={recipe}", *overrides, f"model.path={folder}", "train.check_coverage=false"]
+        plan = plan_alone(composed(PlanRun, *settings))
+        config, rows = composed(Config, *settings, f"output_dir={folder}/outputs"), rows_of(plan)
+        with fake_gpu() as gpu, session_of(config, rows) as session:
+            gpu.reset_peak()
+            (arm,) = session.arms
+            for _ in range(UPDATES):
+                update(session)
+                if arm.run.outcome is not None:  # an error, which ended the run
+                    raise arm.run.outcome
+            passes = session.passes([arm.order.sequences(0)])
+            attention, kernels = arm.local_loss.causal_lm.config._attn_implementation, arm.config.adapter.kernels
+            return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention, kernels)
+
+
+def track_by_layers(recipe: str, *overrides: str) -> Tracked:
+    """The same for all layers of the base, by what the third adds to the first two."""
+    two, three = (track(recipe, layers, *overrides) for layers in (2, 3))
+    plan = plan_alone(composed(PlanRun, f"+recipe={recipe}", *overrides))
+    size = two.bytes + (plan.parameters.layers - 2) * (three.bytes - two.bytes)
+    return replace(two, plan=plan, bytes=size)
+
+
+def composed(schema: type, *overrides: str) -> Any:
+    """The config of a command line."""
+    register_configs()
+    command = "plan" if schema is PlanRun else "config"
+    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+        return to_config(hydra.compose(command, list(overrides)), schema)
+
+
+def rows_of(plan: RunPlan) -> TokenizedRows:
+    """Rows of one length, for all updates, that fill a micro-batch as the planned one is filled."""
+    (largest, _), train = micro_batches(plan.config, plan.data, by_sequence=True), plan.config.train
+    at_once = min(largest.rows, train.batch_size)
+    length = min(largest.tokens, train.micro_batch_tokens) // at_once
+    supervised = max(1, min(length - 1, round(length * largest.supervised)))
+    example = Example([0] * length, [False] * (length - supervised) + [True] * supervised)
+    counts, rows = RowCounts(), UPDATES * train.batch_size
+    return TokenizedRows(counts.add(rows, [example] * rows), counts, digest="")
+
+
+# --- what a machine without weights, rows and a GPU lacks -------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
+    """The session of a run with these rows, whose base has no numbers."""
+    data = TokenizedData(rows, rows)
+    replaced = [
+        (sessions, "load_tokenizer", lambda model: None),
+        (sessions, "prepare_data", lambda data_config, tokenizer: data),
+        (sessions, "fingerprint", lambda base: ""),
+        (weights, "check_model", lambda path: None),
+        (AutoModelForCausalLM, "from_pretrained", random_base),
+        (bitsandbytes.functional, "get_paged", paged),
+        (bitsandbytes.functional, "fill", lambda tensor, value: None),
+        (bitsandbytes.functional, "prefetch_tensor", lambda tensor: None),
+    ]
+    with contextlib.ExitStack() as stack:
+        for place, name, value in replaced:
+            stack.enter_context(patch.object(place, name, value))
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        run = find(config, stack)
+        if isinstance(run, Exception):
+            raise run
+        session = stack.enter_context(Session([run]))
+        if isinstance(run.outcome, Exception):
+            raise run.outcome
+        session.start()
+        yield session
+
+
+def random_base(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """AutoModelForCausalLM.from_pretrained for a folder that has a config.json alone."""
+    device, quantization = settings["device_map"][""], settings["quantization_config"]
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(path),
+            dtype=settings["dtype"],
+            attn_implementation=settings["attn_implementation"],
+        )
+    if quantization is not None:
+        quantise(base, quantization)
+    return base, {"missing_keys": []}
+
+
+def quantise(base: PreTrainedModel, settings: Any) -> None:
+    """NF4 by bitsandbytes' operations, which have shapes for fake tensors. Its class of weights does not take them."""
+    linears, names = quantised_linears(base), {module: name for name, module in base.named_modules()}
+    whole = {names[linear]: linear.weight.detach() for linear in linears}
+    skipped = [names[module] for module in names if isinstance(module, nn.Linear) and module not in set(linears)]
+    replace_with_bnb_linear(base, skipped, settings)
+    for name, weight in whole.items():
+        packed, state = bitsandbytes.functional.quantize_4bit(
+            weight, quant_type=settings.bnb_4bit_quant_type, compress_statistics=settings.bnb_4bit_use_double_quant
+        )
+        linear = base.get_submodule(name)
+        linear.weight = nn.Parameter(packed, requires_grad=False)
+        linear.weight.quant_state = state
+    base.is_loaded_in_4bit = True
+
+
+def paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """bitsandbytes' paged memory: managed by CUDA, outside torch's allocator, and for torch on the CPU."""
+    tensor = torch.zeros(shape, dtype=dtype)
+    tensor.is_paged, tensor.page_deviceid = True, device.index
+    return tensor
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="*", help="names; none: all. Values of settings, key=value, hold for all")
+    arguments = parser.parse_args().recipe
+    overrides = [argument for argument in arguments if "=" in argument]
+    rows = []
+    for recipe in [name for name in arguments if name not in overrides] or recipes():
+        tracked = track_by_layers(recipe, *overrides)
+        sizes = [f"{size / GB:.2f} GB" for size in (tracked.planned, tracked.bytes)]
+        rows.append([recipe, *sizes, f"{tracked.difference:+.1%}"])
+    print_table(["recipe", "planned", "tracked", "difference"], rows, right=(1, 2, 3))
+
+
+if __name__ == "__main__":
+    main()

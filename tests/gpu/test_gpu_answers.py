@@ -1,0 +1,37 @@
+"""Answers decoded on a GPU are those of transformers' `generate`, with every kind of adapter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from generated import assert_greedy_answers_are_the_librarys, let_answers_end
+
+from cera_train.adapters.build import build
+from cera_train.adapters.config import AdapterConfig, AdapterKind
+from cera_train.evaluation.decode import can_decode
+from cera_train.evaluation.generate import Request, prepare_generation
+
+pytest_plugins = ["gpu_tests"]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def requests(tokenizer) -> list[Request]:
+    texts = ["Question: hello", "the next value", "x", "Question: what is the next value?\nAnswer:", "is it 0.84"] * 3
+    return [Request(f"problem-{number}", 0, tuple(tokenizer(text).input_ids)) for number, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize("kind", [None, "cera", "lora", "dora"])
+def test_greedy_answers_are_those_of_the_library_one_by_one(tokenizer, requests, device, kind):
+    base = make_tiny_llama(vocab_size=len(tokenizer)).to(device)
+    prepare_generation(base, tokenizer, 12, [])
+    model = base
+    if kind is not None:
+        model = build(base, AdapterConfig(AdapterKind(kind), 4)).eval()
+        for name, parameter in model.named_parameters():
+            if "_B." in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+    assert can_decode(model, base)
+    let_answers_end(model, base, tokenizer, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests))) >= 3

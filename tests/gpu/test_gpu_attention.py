@@ -1,0 +1,97 @@
+"""Attention over flat rows: the kernel for sequences of many lengths against SDPA, flat rows against padded ones."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from conftest import make_tiny_llama
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from cera_train.adapters.build import build
+from cera_train.adapters.config import AdapterConfig
+from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, attend_by_sequence, attend_varlen
+from cera_train.model.loss import SupervisedLoss
+
+pytest_plugins = ["gpu_tests"]
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [130, 1, 257, 64]
+
+
+class Causal(nn.Module):
+    is_causal = True
+
+
+def qkv(device, width: int) -> list[torch.Tensor]:
+    """8 heads on 2, in float64, of values that bf16 holds."""
+    shapes = ((heads, sum(LENGTHS), width) for heads in (8, 2, 2))
+    return [torch.randn(1, *shape, device=device).bfloat16().double().requires_grad_() for shape in shapes]
+
+
+def under_a_mask(query, key, value, window: int | None) -> torch.Tensor:
+    """Attention over one row under a block mask."""
+    mask, start = torch.zeros(sum(LENGTHS), sum(LENGTHS), dtype=torch.bool, device=query.device), 0
+    for length in LENGTHS:
+        ones = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
+        start += length
+    key, value = (heads.repeat_interleave(4, dim=1) for heads in (key, value))
+    return scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", [BY_SEQUENCE, VARLEN])
+def test_attention_equals_sdpa_under_a_block_mask(device, bf16, way, dtype, width, window):
+    """Within twice the error that SDPA itself has in 16 bits, forward and backward."""
+    if way == VARLEN and device.type != "cuda":
+        pytest.skip("a CPU has no such kernel")
+    exact = qkv(device, width)
+    rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
+    attend = attend_varlen if way == VARLEN else attend_by_sequence
+    expected = under_a_mask(*exact, window)
+    got, _ = attend(Causal(), *rounded, None, sequence_lengths=LENGTHS, sliding_window=window)
+    plain = under_a_mask(*rounded, window)
+    upstream = torch.randn_like(got)
+    true = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
+    ours = [got, *torch.autograd.grad(got, rounded, upstream)]
+    theirs = [plain, *torch.autograd.grad(plain, rounded, upstream)]
+    for one, other, value in zip(ours, theirs, true, strict=True):
+        assert (one - value).norm() <= 2 * (other - value).norm() + 1e-3 * value.norm()
+
+
+def test_a_run_here_takes_the_fastest_attention(device, bf16):
+    model = make_tiny_llama().to(device, torch.bfloat16)
+    loss = SupervisedLoss(model, model)
+    assert loss.probe().attention == (VARLEN if device.type == "cuda" else BY_SEQUENCE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_flat_rows_have_the_loss_and_the_gradient_of_padded_ones(device, bf16, dtype, tolerance):
+    numbers = random.Random(0)
+    rows = [[numbers.randrange(512) for _ in range(length)] for length in (40, 3, 77, 12)]
+    masks = [[False, *[True] * (len(row) - 1)] for row in rows]
+    found = []
+    for make, is_flat in ((flat_batch, True), (padded_batch, False)):
+        base = make_tiny_llama().to(device, dtype).requires_grad_(False)
+        model = build(base, AdapterConfig(r=4, dropout=0.0))
+        torch.manual_seed(1)
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and "cera_B" in name:
+                nn.init.normal_(weight, std=0.1)
+        loss = SupervisedLoss(model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
+        loss.probe()
+        if is_flat:
+            loss.use_flat_batches()
+        value = loss(make(rows, masks).to(device))
+        value.backward()
+        gradient = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
+        found.append((value.item(), gradient))
+    (flat, flat_gradient), (padded, padded_gradient) = found
+    assert flat == pytest.approx(padded, rel=tolerance)
+    assert (flat_gradient - padded_gradient).norm() < tolerance * padded_gradient.norm()

@@ -1,0 +1,108 @@
+"""Bases of 4, 8 and 16 bits and 8-bit optimizers as a GPU computes them: runs learn, answer and resume."""
+
+from __future__ import annotations
+
+import math
+
+import bitsandbytes
+import pytest
+import torch
+from quantised import assert_nf4_gradients_are_right
+from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
+
+from cera_train.runs.folder import RunFolder
+from cera_train.training.train import train
+
+pytest_plugins = ["gpu_tests"]
+pytestmark = pytest.mark.gpu
+
+# B of the head has more than the 100,000 numbers from which bitsandbytes pages moments.
+LARGE = ["adapter.r=316", "adapter.target_modules=[lm_head]", "optimizer.lr=1e-3"]
+
+
+def losses_of(config) -> list[float]:
+    return [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "none"])
+def test_a_run_on_every_base_learns_and_answers(tiny_config, device, bf16, base):
+    settings = [f"model.quantization={base}", "model.dtype=bfloat16", "train.samples=2", "train.max_updates=24"]
+    config = tiny_config(*settings, "adapter.target_modules=all-linear")
+    result = train(config)
+    assert math.isfinite(result["eval/perplexity"])
+    assert result["eval/perplexity"] < 0.9 * result["perplexity_before"]
+    assert (folder_of(config) / "samples.jsonl").read_text().count('"answer"') >= 4
+
+
+def test_nf4_gradients_are_those_of_the_dequantised_weights(tiny_folder, device, bf16):
+    assert_nf4_gradients_are_right(tiny_folder, device)
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_quantised_run_resumes_where_it_was(tiny_config, monkeypatch, device, bf16, base):
+    settings = [f"model.quantization={base}", "model.dtype=bfloat16"]
+    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    train(whole)
+    train_and_die_after(cut, 7, monkeypatch)
+    train(cut)
+    assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-3)
+
+
+def test_float16_runs_under_a_scaler_and_resumes(tiny_config, monkeypatch, device):
+    whole, cut = (tiny_config(f"name={name}", "model.dtype=float16") for name in ("whole", "cut"))
+    scalers = []
+    log = RunFolder.append_metrics
+
+    def append(self, metrics):
+        from accelerate.state import AcceleratorState
+
+        scalers.append(AcceleratorState().mixed_precision)
+        log(self, metrics)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_metrics", append)
+        result = train(whole)
+    assert set(scalers) == {"fp16" if device.type == "cuda" else "no"}
+    assert result["eval/perplexity"] < result["perplexity_before"]
+    train_and_die_after(cut, 7, monkeypatch)
+    train(cut)
+    # A scaler begins anew with its largest scale, and skips updates until it is low enough.
+    assert losses_of(cut)[-1] == pytest.approx(losses_of(whole)[-1], rel=0.1)
+
+
+def test_paged_moments_step_as_those_that_stay_on_the_gpu(tiny_config, cuda):
+    paged, plain = (
+        tiny_config(f"name={kind}", f"optimizer={kind}", *LARGE) for kind in ("paged_adamw_8bit", "adamw_8bit")
+    )
+    for config in (paged, plain):
+        train(config)
+    assert losses_of(paged) == pytest.approx(losses_of(plain), rel=1e-3)
+
+
+def test_paged_moments_are_paged_and_a_run_resumes_with_them(tiny_config, monkeypatch, cuda):
+    settings = ["optimizer=paged_adamw_8bit", *LARGE]
+    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    pages = []
+    step = bitsandbytes.optim.PagedAdamW8bit.step
+
+    def watched(self, *arguments):
+        result = step(self, *arguments)
+        pages.append(any(getattr(moments["state1"], "is_paged", False) for moments in self.state.values()))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bitsandbytes.optim.PagedAdamW8bit, "step", watched)
+        train(whole)
+    assert all(pages)
+    train_and_die_after(cut, 7, monkeypatch)
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+
+
+def test_8_bit_moments_step_on_the_gpu(device):
+    weight = torch.nn.Parameter(torch.ones(128, 128, device=device))
+    optimizer = bitsandbytes.optim.AdamW8bit([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    assert optimizer.state[weight]["state1"].dtype == torch.uint8
+    assert (weight < 1).all()

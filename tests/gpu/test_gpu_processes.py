@@ -1,0 +1,51 @@
+"""DDP and FSDP2 over NCCL compute what one GPU computes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from several_processes import evaluations, losses, torchrun
+
+from cera_train.training.train import train
+
+pytest_plugins = ["gpu_tests"]
+pytestmark = pytest.mark.gpu
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "run_in_processes.py"
+
+
+def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(tiny_folder, tmp_path, compose, device):
+    """79 rows in batches of 13: uneven shares, and epochs that end with nothing for one of the processes."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    arguments = [
+        *(f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4", "adapter.dropout=0"),
+        *("train.batch_size=13", "train.max_updates=14", "train.eval_every=7", "train.micro_batch_tokens=300"),
+        *("train.save_every=7", "train.keep=9", f"output_dir={tmp_path / 'outputs'}"),
+    ]
+    one = {"float32": ["model.dtype=float32"], "nf4": ["model.dtype=bfloat16", "model.quantization=nf4"]}
+    runs = [
+        [*arguments, *settings, f"distributed.strategy={strategy}", f"name={strategy}_{base}"]
+        for base, settings in one.items()
+        for strategy in ("ddp", "fsdp")
+    ]
+    resumed = f"train.resume={tmp_path / 'outputs' / 'one_float32' / 'checkpoints' / '7'}"
+    runs.append([*arguments, *one["float32"], "distributed.strategy=fsdp", resumed, "name=resumed"])
+    for base, settings in one.items():
+        train(compose(*arguments, *settings, f"name=one_{base}"))
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    out = torchrun("--nproc_per_node=2", str(SCRIPT), str(tmp_path / "runs.json"), cwd=tmp_path)
+    assert out.count(f"2 x {device.type}") == 5
+    outputs = tmp_path / "outputs"
+    for base, tolerance in (("float32", 1e-4), ("nf4", 5e-3)):
+        for strategy in ("ddp", "fsdp"):
+            found, expected = (outputs / f"{name}_{base}" for name in (strategy, "one"))
+            assert losses(found) == pytest.approx(losses(expected), rel=tolerance), (strategy, base)
+    for found, expected in zip(
+        evaluations(outputs / "fsdp_float32"), evaluations(outputs / "one_float32"), strict=True
+    ):
+        assert found == pytest.approx(expected, rel=1e-3)
+    assert losses(outputs / "resumed") == pytest.approx(losses(outputs / "one_float32")[9:], rel=1e-4)

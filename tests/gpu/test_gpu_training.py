@@ -1,0 +1,137 @@
+"""Whole runs on a GPU: they resume bit for bit, compile, share a base, and adapt experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from moe_models import adapted_mixture, experts_of, make_mixture, plain_experts
+from safetensors.torch import load_file
+from tiny_runs import adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
+
+from cera_train.adapters.build import build
+from cera_train.adapters.config import AdapterConfig
+from cera_train.training.train import train, train_together
+
+pytest_plugins = ["gpu_tests"]
+pytestmark = pytest.mark.gpu
+
+BF16 = "model.dtype=bfloat16"
+
+
+def losses_of(config) -> list[float]:
+    return [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("died_after", [4, 7])
+def test_a_bf16_run_resumes_bit_for_bit(tiny_config, monkeypatch, device, bf16, kernels, died_after):
+    if kernels == "triton" and device.type != "cuda":
+        pytest.skip("Triton needs a GPU")
+    settings = [BF16, f"adapter.kernels={kernels}", "adapter.dropout=0.3", "train.batch_layout=flat"]
+    whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
+    train(whole)
+    train_and_die_after(cut, died_after, monkeypatch)
+    train(cut)
+    assert timeless_metrics(cut) == timeless_metrics(whole)
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+
+
+def test_the_same_run_twice_is_the_same(tiny_config, device, bf16):
+    one, other = (tiny_config(f"name={name}", BF16, "adapter.dropout=0.3") for name in ("one", "other"))
+    for config in (one, other):
+        train(config)
+    assert adapter_bytes(one) == adapter_bytes(other)
+
+
+@pytest.mark.parametrize("adapter", ["cera", "lora"])
+def test_compiled_layers_give_the_losses_of_eager_ones(tiny_config, device, adapter):
+    settings = [f"adapter={adapter}", "adapter.r=4", "adapter.dropout=0", "train.max_updates=6"]
+    eager, compiled = (
+        tiny_config("name=eager", *settings),
+        tiny_config("name=compiled", *settings, "train.compile=true"),
+    )
+    train(eager)
+    train(compiled)
+    assert losses_of(compiled) == pytest.approx(losses_of(eager), rel=1e-3)
+
+
+def test_compiled_layers_run_in_bf16_with_dropout(tiny_config, device, bf16):
+    result = train(tiny_config(BF16, "adapter.dropout=0.1", "train.compile=true", "train.max_updates=12"))
+    assert result["eval/perplexity"] < result["perplexity_before"]
+
+
+def test_triton_and_torch_give_the_same_losses(tiny_config, cuda):
+    by_torch, by_triton = (
+        tiny_config(f"name={kernels}", f"adapter.kernels={kernels}", "adapter.dropout=0")
+        for kernels in ("torch", "triton")
+    )
+    for config in (by_torch, by_triton):
+        train(config)
+    assert losses_of(by_triton) == pytest.approx(losses_of(by_torch), rel=1e-4)
+
+
+def test_runs_on_one_base_have_the_numbers_that_they_have_alone(tiny_config, device):
+    arms = {
+        "cera": ["adapter.dropout=0"],
+        "rank": ["adapter.r=8", "adapter.dropout=0", "train.seed=1"],
+        "lora": ["adapter=lora", "adapter.r=4", "adapter.dropout=0"],
+    }
+    fixed = ["train.max_updates=5", "train.batch_layout=flat"]
+    together = [tiny_config(*fixed, *arm, f"name=together_{name}") for name, arm in arms.items()]
+    for outcome in train_together(together):
+        assert not isinstance(outcome, Exception), outcome
+    for config, (name, arm) in zip(together, arms.items(), strict=True):
+        alone = tiny_config(*fixed, *arm, f"name=alone_{name}")
+        train(alone)
+        assert losses_of(config) == pytest.approx(losses_of(alone), rel=1e-4)
+        ours, theirs = (load_file(folder_of(run) / "adapter" / "adapter_model.safetensors") for run in (config, alone))
+        assert all((value - theirs[name]).abs().max() < 1e-3 for name, value in ours.items())
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_adapted_experts_equal_a_plain_loop(device, model_type):
+    model = adapted_mixture(model_type).to(device)
+    ids = torch.arange(3, 43, device=device).view(2, 20)
+    found = []
+    for plain in (False, True):
+        model.zero_grad()
+        if plain:
+            with plain_experts():
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+        else:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        found.append(
+            (
+                loss.item(),
+                [
+                    part.grad.clone()
+                    for layer in experts_of(model)
+                    for part in layer.parameters()
+                    if part.grad is not None
+                ],
+            )
+        )
+    (loss, gradients), (expected, theirs) = found
+    assert loss == pytest.approx(expected, rel=1e-4)
+    assert gradients
+    for one, other in zip(gradients, theirs, strict=True):
+        assert (one - other).norm() <= 1e-3 * other.norm() + 1e-6
+
+
+def test_adapted_experts_train_in_bf16(device, bf16):
+    base = make_mixture().to(device, torch.bfloat16).requires_grad_(False)
+    model = build(base, AdapterConfig(r=4, dropout=0.1, target_parameters=["mlp.experts.gate_up_proj"])).train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    ids = torch.arange(3, 43, device=device).view(2, 20)
+    losses = []
+    for _ in range(12):
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]

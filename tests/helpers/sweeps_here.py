@@ -1,0 +1,43 @@
+"""Sweeps that a test starts: a user's file, and jobs that train nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from made_sweeps import make_job
+
+from cera_train.config import Config
+
+
+@pytest.fixture
+def sweep_here(tmp_path, tiny_folder):
+    """A working folder with a user's sweep file: two by two jobs, of which one is impossible."""
+    (tmp_path / "conf" / "sweep").mkdir(parents=True)
+    content = {
+        "name": "tiny",
+        "model": {"path": str(tiny_folder), "dtype": "float32"},
+        "adapter": {"r": 4},
+        "data": {"max_length": 256},
+        "train": {"max_updates": 6, "batch_size": 16, "eval_every": None, "save_every": None},
+        "hydra": {"sweeper": {"params": {"adapter": "lora,cera", "adapter.activation": "relu,silu"}}},
+    }
+    (tmp_path / "conf" / "sweep" / "tiny.yaml").write_text("# @package _global_\n" + yaml.safe_dump(content))
+    return tmp_path
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """counted -> the folders of the runs that were started; they train nothing and finish."""
+    begun = []
+
+    def launch(config: Config) -> dict:
+        folder = Path(config.output_dir) / config.name
+        if not (folder / "result.json").exists():
+            begun.append(config.name)
+            make_job(folder.parent, folder.name, 1.5)
+        return {"eval/perplexity": 1.5}
+
+    monkeypatch.setattr("cera_train.training.launch.launch", launch)
+    return begun

@@ -1,0 +1,228 @@
+"""`make gpu`: what it prints without a GPU, and the whole of it in miniature on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_smollm2
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from benchmarks.contestants import CONTESTANTS, Setting, Trl, Unsloth
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import machine
+from benchmarks.gpu.pieces import all_pieces
+from benchmarks.gpu.place import Place
+from benchmarks.gpu.race import RACERS
+from benchmarks.gpu.report import block
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found, Result, code_version
+from benchmarks.kernels import Row
+
+ROOT = Path(command.__file__).parents[2]
+HERE = {"gpus": [], "memory": [], "capability": [], "driver": None, "cuda": None, "python": "3", "packages": {}}
+GPU = HERE | {"gpus": ["NVIDIA H100 80GB HBM3"], "memory": [80e9], "capability": ["9.0"], "driver": "580", "cuda": "13"}
+
+
+@pytest.fixture
+def no_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "ask", lambda: HERE)
+
+
+@pytest.fixture
+def ran(monkeypatch, no_gpu) -> list[str]:
+    """The pieces that the command runs, without running them."""
+    names = []
+
+    def run(piece, place, identity):
+        names.append(piece.name)
+        state = FAILED if piece.name == "tests_answers" else PASSED
+        return Result(piece.name, Found(state, "it broke" if state == FAILED else ""), 1.0, identity)
+
+    monkeypatch.setattr(command, "run", run)
+    return names
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(no_gpu, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(subprocess, "call", lambda arguments, cwd: called.append(arguments) or 5)
+    assert command.main([]) == 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("no CUDA GPU here: on one, this runs ")
+    assert called == [[sys.executable, *command.PROVABLE]]
+
+
+def test_a_piece_with_a_result_is_not_run_again_unless_the_code_is_another(ran, tmp_path, monkeypatch, capsys):
+    arguments = ["--device=cpu", "--size=tiny", f"--output={tmp_path}", "--piece", "tests_attention", "nemo_lora"]
+    assert command.main(arguments) == 0
+    assert command.main(arguments) == 0
+    assert ran == ["tests_attention", "nemo_lora"]
+    monkeypatch.setattr(
+        command, "code_version", lambda folders: "other" if "tests" in folders else code_version(folders)
+    )
+    command.main([*arguments, "--keep"])
+    assert ran == ["tests_attention", "nemo_lora"]
+    command.main(arguments)
+    assert ran == ["tests_attention", "nemo_lora", "tests_attention"]
+    capsys.readouterr()
+    command.main([*arguments, "--report"])
+    assert "Pieces: 2 passed, 0 failed" in capsys.readouterr().out
+    assert len(ran) == 3
+
+
+def test_a_failure_stops_no_other_piece_and_shows(ran, tmp_path, capsys):
+    arguments = ["--device=cpu", f"--output={tmp_path}", "--piece", "tests_answers", "tests_attention"]
+    assert command.main(arguments) == 1
+    assert ran == ["tests_answers", "tests_attention"]
+    assert "- tests_answers: failed: it broke" in capsys.readouterr().out
+
+
+def test_minutes_leave_what_does_not_fit(ran, tmp_path, capsys):
+    names = ["weights_llama3_1_8b", "tests_attention"]
+    command.main(["--device=cpu", f"--output={tmp_path}", "--minutes=4", "--piece", *names])
+    assert ran == ["tests_attention"]
+    assert "1 pieces are left: weights_llama3_1_8b. The same command goes on." in capsys.readouterr().out
+
+
+def test_every_piece_fits_into_ten_minutes():
+    pieces = all_pieces()
+    assert all(piece.seconds < 600 for piece in pieces.values())
+    assert {name.removeprefix("tests_") for name in pieces if name.startswith("tests_")} == {
+        path.stem.removeprefix("test_gpu_") for path in (ROOT / "tests" / "gpu").glob("*.py")
+    }
+
+
+# --- a piece's process -----------------------------------------------------------------------------------------------
+
+
+def test_a_piece_that_takes_too_long_is_ended(tmp_path):
+    piece = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2)
+    result = command.run(piece, Place("cpu", "tiny", tmp_path), {})
+    assert result.found.state == FAILED
+    assert "time limit of 0.2 s" in result.found.reason
+
+
+def test_the_error_of_a_piece_is_its_reason(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("step 1\nTraceback\n  in x\ntorch.OutOfMemoryError: CUDA out of memory\nTraceback\nEOFError\n")
+    assert command.error_in(log) == "torch.OutOfMemoryError: CUDA out of memory"
+
+
+def test_only_tests_of_processes_see_several_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    seen = {name: command._environment(piece)["CUDA_VISIBLE_DEVICES"] for name, piece in all_pieces().items()}
+    assert {name for name, gpus in seen.items() if gpus == "3,5"} == {"tests_processes"}
+    assert {gpus for name, gpus in seen.items() if name != "tests_processes"} == {"3"}
+
+
+# --- the block -------------------------------------------------------------------------------------------------------
+
+
+def test_the_block_has_every_table():
+    identity = {"code": "abc", "device": "cuda", "size": "full", "machine": GPU}
+    run = {
+        **{"tokens_per_s": 9876.5, "update_seconds": 1.23, "planned_update_seconds": None, "peak_memory_bytes": 2e10},
+        **{"planned_memory_bytes": 2.1e10, "first_loss": 11.8, "last_loss": 11.5},
+    }
+    lap = {"tokens_per_s": 5000.0, "update_seconds": 0.5, "useful_flops": 3e14, "peak_memory_bytes": 3e10}
+    found = {
+        "tests_kernels": Found(FAILED, "test_x", {PASSED: 7, FAILED: 1, SKIPPED: 0}),
+        "math_r64_llama3_1_8b": Found(figures=run),
+        "nemo_lora": Found(reason="with gradient checkpointing", figures=run),
+        "race_cera_compiled_llama3_1_8b_bfloat16": Found(figures=lap),
+        "race_unsloth_llama3_1_8b_bfloat16": Found(SKIPPED, "unsloth is not installed"),
+        "branch_r64": Found(figures={"branch": [asdict(Row("8B q_proj", 64, "forward", "fused", 0.5, 900.0, 30.0))]}),
+        "decoding_llama3_2_1b": Found(figures={"tokens_per_s": {"CeRA": {"1": 40.0, "64": 900.0}}}),
+    }
+    text = block([Result(name, each, 60.0, identity) for name, each in found.items()])
+    for line in (
+        "Machine: 1 x NVIDIA H100 80GB HBM3 (80 GB, sm_90), driver 580, CUDA 13, Python 3, ; device cuda.",
+        "Pieces: 5 passed, 1 failed, 1 skipped; 7 minutes; code abc.",
+        "| kernels | 7 | 1 | 0 | 60 |",
+        "| math_r64, Llama-3.1-8B's shape | 9,876 | 1.23 | - | 20.00 | 21.00 | 11.80 to 11.50 |",
+        "| NeMo AutoModel's LoRA on one H100, as published | 12,473 | 10.5 | - | - | - | - |",
+        "| Llama-3.1-8B's shape, bfloat16: ours with CeRA, compiled | 5,000 | 0.5 | 300.0 | 30.00 |",
+        "| Llama-3.1-8B's shape, bfloat16: unsloth + LoRA | skipped | - | - | - |",
+        "| Llama-3.2-1B's shape: CeRA | 40 | 900 |",
+        "| 8B q_proj | 64 | forward | 0.500 | 900 | 30.0 |",
+        "- tests_kernels: failed: test_x",
+    ):
+        assert line in text.splitlines()
+
+
+# --- contestants -----------------------------------------------------------------------------------------------------
+
+
+def test_every_racer_is_a_contestant():
+    assert set(RACERS.values()) <= set(CONTESTANTS)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TRL's and transformers', of each other's names and of its folder
+def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, monkeypatch):
+    """As far as can be known where unsloth is not installed: its two calls, and an update by TRL's trainer."""
+
+    class FastLanguageModel:
+        @staticmethod
+        def from_pretrained(model_name, max_seq_length, dtype, load_in_4bit):
+            return AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype), None
+
+        @staticmethod
+        def get_peft_model(model, use_gradient_checkpointing, max_seq_length, **settings):
+            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+    monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(FastLanguageModel=FastLanguageModel))
+    rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(5)]
+    file = write_jsonl("rows.jsonl", rows)
+    setting = Setting(str(tiny_folder), file, rows, "bfloat16", torch.device("cpu"))
+    assert Unsloth.PATCHES == "unsloth"
+    assert Unsloth(setting).update(range(4)) == Trl(setting).update(range(4)) > 0
+
+
+# --- in miniature ----------------------------------------------------------------------------------------------------
+
+MINIATURE = [
+    *("tests_answers", "weights_llama3_1_8b", "math_r64_nf4_llama3_1_8b", "race_cera_llama3_1_8b_bfloat16"),
+    *("race_unsloth_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
+]
+
+
+def miniature(folder: Path, *more: str) -> list[str]:
+    common = ["--device=cpu", "--size=tiny", f"--output={folder}"]
+    return [sys.executable, "-m", "benchmarks.gpu", *common, *more]
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
+    arguments = miniature(tmp_path, "--piece", *MINIATURE)
+    started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first, second = (tmp_path / f"{name}.json" for name in MINIATURE[:2])
+    while not first.exists():
+        assert started.poll() is None
+        time.sleep(0.1)
+    os.kill(started.pid, signal.SIGKILL)
+    started.communicate()
+    stamp = first.stat().st_mtime_ns
+    assert not second.exists()
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert first.stat().st_mtime_ns == stamp
+    states = {name: json.loads((tmp_path / f"{name}.json").read_text())["found"] for name in MINIATURE}
+    skipped = states.pop("race_unsloth_llama3_1_8b_bfloat16")
+    assert {found["state"] for found in states.values()} == {PASSED}, done.stdout
+    assert (skipped["state"], skipped["reason"]) == (SKIPPED, "unsloth is not installed")
+    assert done.returncode == 0
+    for column in ("| tests |", "| run |", "| race |", "| new tokens/s by rows in the batch |"):
+        assert column in done.stdout

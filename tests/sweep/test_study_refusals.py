@@ -1,0 +1,95 @@
+"""Studies that could not answer their question."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from made_sweeps import cera_train
+from pretended_studies import STUDY, StudyLauncher, write_study
+
+from cera_train.common.errors import UserError
+from cera_train.sweep.config import StudyConfig
+from cera_train.sweep.study import holds_study, read_study
+
+
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    launcher = StudyLauncher(tmp_path / "outputs" / "which")
+    launcher.launch_by_hydra(monkeypatch)
+    return launcher
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(baseline=None), "study.baseline=null: a study needs the arm that others are compared with: choose"),
+        (dict(baseline="dora"), "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
+        (dict(arms={"lora": ["adapter=lora"]}), "study.arms has lora: a study compares two or more"),
+        (dict(contrasts={"x": ["lora"]}), r"study.contrasts.x=\['lora'\]: expected two arms"),
+        (dict(contrasts={"x": ["lora", "dora"]}), "study.contrasts.x=.*: no arm dora"),
+        (dict(tune={}), "study.tune={}: name what each arm may choose"),
+        (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
+        (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm or a task sets it"),
+        (dict(first=None), "study.first=null: give the updates"),
+        (dict(seeds=0), "study.seeds=0 must be 1 or more"),
+    ],
+    ids=str,
+)
+def test_a_section_that_could_not_answer_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        StudyConfig(**STUDY | {"contrasts": {}} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (dict(), ["study.baseline=dora"], "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
+        (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
+        (dict(outcomes=["score"]), [], "study.outcomes: no run has score: name a task in train.tasks"),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=cera", "adapter.alpha=32"]}), [], None),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=rslora"]}), [],
+         r"study.arms.b \(adapter.r=4\): adapter.alpha is 16.0, and None in lora, which the arm does not name"),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=cera", "optimizer.weight_decay=0.5"]}), [], None),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=dora"]}), [],
+         r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora [\d,]+. Change an arm"),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=dora"]}, equal="rank"), [], None),
+        (dict(), ["hydra/sweeper=basic"], r"\+study=NAME has a sweeper: leave hydra/sweeper=... out"),
+        (dict(), ["train.max_updates=20"], "study.first=20: a job has train.max_updates=20"),
+        (dict(), ["train.seed=7"], "train.seed=7: a study has the seeds from 0: study.seeds=N"),
+    ],
+)  # fmt: skip
+def test_a_study_that_could_not_answer_is_refused(tmp_path, monkeypatch, launcher, capfd, changes, arguments, message):
+    code = cera_train(monkeypatch, tmp_path, *write_study(tmp_path, **{"contrasts": {}} | changes), *arguments)
+    error = capfd.readouterr().err
+    assert (code, bool(error)) == ((0, False) if message is None else (2, True))
+    if message is not None:
+        (line,) = error.splitlines()
+        assert re.search(message, line), line
+        assert not (tmp_path / "outputs").exists()
+
+
+def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, monkeypatch, launcher, capfd):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(9))
+    )
+    arguments = [
+        *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.tasks=[gsm8k]"),
+        f"train.task_settings={{gsm8k: {{files: [{rows}]}}}}",
+    ]
+    assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path), *arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + 1?'" in line
+    assert not launcher.began
+
+
+def test_a_study_is_a_sweep(tmp_path, monkeypatch, capfd):
+    assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path)[1:]) == 2
+    assert "+study=which is a grid of runs: add -m to take them all" in capfd.readouterr().err
+    assert cera_train(monkeypatch, tmp_path, "-m", "+recipe=quickstart", "hydra/sweeper=study") == 2
+    assert "hydra/sweeper=study: a study's file says what it compares: add +study=NAME" in capfd.readouterr().err
+    assert not holds_study(tmp_path)
+    with pytest.raises(UserError, match="holds no study: expected a folder that cera-train -m"):
+        read_study(tmp_path)

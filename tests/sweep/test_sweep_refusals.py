@@ -1,0 +1,79 @@
+"""Sweeps that are refused before a job begins."""
+
+from __future__ import annotations
+
+import pytest
+from made_runs import make_run
+from made_sweeps import FIXED, TINY, cera_train
+
+pytest_plugins = ("sweeps_here",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["adapter.r=4,abc"], "adapter.r=abc: expected a whole number"),
+        (["adapter=cera,lorra"], "adapter=lorra: unknown adapter 'lorra'. Did you mean lora"),
+        (["adapter.r=4,8", "adapter.kind=cera,lorra"], "adapter.kind=lorra: expected one of cera"),
+        (["adapter.r=4,8", "train.batch_size=16,0"], "train.batch_size=0 must be positive"),
+        (["+sweep=rank_lr", "optimizer.lrr=1,2"], "optimizer.lrr=1,2: unknown setting optimizer.lrr"),
+        (["adapter.r=4,8", f"name={'x' * 300}"], "300 bytes are too long for a folder"),
+        (["optimizer.lr=interval(1,2)"], "needs a sweeper that draws: hydra/sweeper=optuna"),
+        (["adapter.r=4,8", "sweep.metric=gsm8k/exact"], "no job has this figure: add train.tasks=[gsm8k]."),
+        (["adapter.r=4,8", "sweep.metric=gsm8k/rank", "train.tasks=[gsm8k]"], "gsm8k/rank: no job has this figure"),
+        (
+            [
+                "adapter.r=4,8",
+                "sweep.metric=jsonl/verified",
+                "train.tasks=[jsonl]",
+                "train.task_settings={jsonl: {files: [q.jsonl], grader: text}}",
+            ],
+            "jsonl/verified: no job has this figure: choose one of",
+        ),
+        (["adapter.r=4,8", "sweep.metric=best_update"], "choose one of eval/perplexity, best_perplexity, seconds,"),
+        (["adapter.r=4,8", "train.tasks=[gsm9k]"], "train.tasks=[gsm9k]: there is no such task"),
+        (["adapter.r=4,8", "launch.detach=true"], "launch.detach=true is for jobs that run elsewhere"),
+        (["adapter.r=4,8", "hydra/launcher=slrum"], "hydra/launcher=slrum: unknown launcher 'slrum'"),
+    ],
+)
+def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, capfd, counted, arguments, message):
+    assert cera_train(monkeypatch, tmp_path, "-m", *arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())
+    assert not counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train_files=[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file: No such file or directory"),
+        (["data.train_files=[rows.jsonl],[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file"),
+        (["data.train_files=[rows.csv]"], "data.train_files=rows.csv: unknown kind of file: expected .jsonl"),
+        (["data.eval_files=[no.jsonl]"], "data.eval_files=no.jsonl: cannot read the file"),
+        (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
+        # Every value is tried in many jobs, and none of them is possible.
+        (["data.train_files=[no.jsonl]", "train.seed=range(1,40)"], "data.train_files=no.jsonl: cannot read the file"),
+    ],
+)
+def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, monkeypatch, capfd, counted, arguments, message):
+    for name in ("rows.jsonl", "rows.csv"):
+        (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
+    given = {argument.partition("=")[0]: argument for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]}
+    assert cera_train(monkeypatch, tmp_path, "-m", *given.values(), "name=mine") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.csv"}
+    assert not counted
+
+
+def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, monkeypatch, capsys):
+    texts = {"data.prompt": "{question}", "data.completion": "{answer}"}
+    first = make_run(sweep_here / "first", **texts)  # r=64
+    (first / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (first / "adapter" / name).write_text('{"peft_type": "CERA"}')
+    monkeypatch.setattr("cera_train.training.launch.launch", lambda config: pytest.fail("a job began"))
+    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
+    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments) == 2
+    assert "adapter.start_from=first: adapter.r is 64 there, 4 here" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""What can be proven of a run on a GPU without one: whole updates of every recipe on a fake CUDA device, whose tensors
+have shapes, dtypes and devices and no numbers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from benchmarks.fake_gpu import fake_gpu
+from benchmarks.without_gpu import Tracked, recipes, track
+from cera_train.data.batches import Batch
+
+pytestmark = [
+    pytest.mark.provable,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: the real one proves more"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the fake CUDA device needs g++"),
+]
+
+TOLERANCE = 0.02
+"""Most by which cera-plan may miss, as a share."""
+
+FEW_ROWS = "train.batch_size=24"
+"""Fills a micro-batch as 64 rows fill several."""
+
+
+def test_every_recipe_is_found():
+    assert len(recipes()) >= 12
+
+
+@pytest.mark.parametrize("recipe", ["math_r64", "math_r64_nf4"])
+def test_updates_of_a_few_rows_train_within_the_planned_memory(recipe):
+    check(track(recipe, 2, FEW_ROWS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_recipe_trains_within_the_planned_memory(recipe):
+    check(track(recipe, 2))
+
+
+def check(tracked: Tracked) -> None:
+    assert abs(tracked.difference) <= TOLERANCE, f"{tracked.planned:,.0f} planned, {tracked.bytes:,} allocated"
+    assert tracked.attention == "varlen"
+    assert tracked.kernels == ("auto" if tracked.plan.config.adapter.kind in ("lora", "dora") else "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.gradient_checkpointing=true"],
+        ["train.batch_layout=padded"],
+        ["model.dtype=float16"],  # with a gradient scaler
+        ["adapter.kernels=torch"],
+        ["adapter.target_modules=[q_proj,lm_head]"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_a_changed_recipe_trains_within_the_planned_memory(overrides):
+    assert abs(track("math_r64", 2, FEW_ROWS, *overrides).difference) <= 0.1
+
+
+@pytest.mark.slow
+def test_memory_is_linear_in_the_layers():
+    """So that a few layers prove what all of them need: math_r64 has 32."""
+    two, three, all_layers = (track("math_r64", layers, FEW_ROWS) for layers in (2, 3, None))
+    layer = three.bytes - two.bytes
+    assert all_layers.bytes == pytest.approx(two.bytes + 30 * layer, rel=1e-4)
+    assert abs(all_layers.difference) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_batch_that_stays_on_the_cpu_is_found(monkeypatch):
+    monkeypatch.setattr(Batch, "to", lambda self, device: replace(self))
+    with pytest.raises(RuntimeError, match="at least two devices"):
+        track("quickstart", 1)
+
+
+# --- the fake device -------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_that_a_gpu_would_refuse_are_refused():
+    with fake_gpu():
+        x = torch.ones(3, 4, device="cuda")
+        with pytest.raises(RuntimeError, match="at least two devices"):
+            x + torch.ones(3, 4)
+        with pytest.raises(RuntimeError, match="'cuda' device type for generator"):
+            x.random_(generator=torch.Generator())
+        with pytest.raises(RuntimeError, match="dtype"):
+            x @ torch.ones(4, 2, device="cuda", dtype=torch.bfloat16)
+        with pytest.raises(RuntimeError, match="shape|size"):
+            x @ torch.ones(3, 4, device="cuda")
+        assert x.uniform_(generator=torch.Generator("cuda").manual_seed(3)).device == torch.device("cuda:0")
+
+
+def test_what_is_computed_on_the_cpu_is_real_and_what_comes_back_is_zero():
+    with fake_gpu():
+        mask = torch.tensor([[True, False, True], [False, True, False]])
+        selected = torch.ones(2, 2, 4, device="cuda")[mask.to("cuda")[:, 1:]]
+        assert selected.shape == (2, 4)
+        assert torch.arange(4).sum().item() == 6
+        assert torch.ones(2, device="cuda").tolist() == [0.0, 0.0]
+        assert torch.ones(2, device="cuda").cpu().numpy().sum() == 0
+        assert bool(torch.ones((), device="cuda") > 2)
+
+
+def test_the_machine_is_as_it_was_afterwards():
+    with fake_gpu():
+        assert torch.cuda.is_available()
+        weight = nn.Linear(4, 4, device="cuda").weight
+        weight.sum().backward()
+        assert weight.grad.is_cuda
+    assert not torch.cuda.is_available()
+    assert not torch.accelerator.is_available()
+    with pytest.raises((RuntimeError, AssertionError)):
+        torch.ones(2, device="cuda")
+    weight = nn.Linear(4, 4).weight
+    weight.sum().backward()
+    assert weight.grad.sum() == 16
+
+
+def test_memory_is_counted_as_torchs_tracker_counts_it():
+    """Which cannot follow a run: it hooks every parameter, and frozen ones refuse; and it takes one pass alone."""
+    with fake_gpu() as gpu, MemTracker() as tracker:
+        model = nn.Sequential(*(nn.Linear(1024, 1024, device="cuda") for _ in range(3)))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(512, 1024, device="cuda")).relu().sum().backward()
+        optimizer.step()
+        assert gpu.peak == tracker.get_tracker_snapshot("peak")[torch.device("cuda:0")]["Total"]
+        assert gpu.allocated == tracker.get_tracker_snapshot("current")[torch.device("cuda:0")]["Total"]
