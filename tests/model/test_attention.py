@@ -245,7 +245,7 @@ def test_a_sliding_window_is_kept():
 
 
 def test_what_the_user_chose_is_left_alone():
-    model = small(Gemma2Config)  # eager, since it caps its scores softly
+    model = small(Gemma2Config, attn_implementation="eager")  # it caps its scores softly
     loss = SupervisedLoss(model, model)
     loss.probe()
     assert loss.allowed.flattens
