@@ -105,7 +105,7 @@ def test_kernels_compile_for_a_gpu(architecture, tensor, gate, compiled):
 @pytest.mark.provable
 @needs_triton
 @pytest.mark.parametrize(("architecture", "is_even"), [(80, True), (90, True), (100, True), (90, False)])
-def test_the_largest_rank_fits_intoshared_memory(architecture, is_even, compiled):
+def test_the_largest_rank_fits_into_shared_memory(architecture, is_even, compiled):
     from cera_train.cera import fused
 
     constants = {"p": 0.0, "GATE": "Identity", "HAS_Z": False, "HAS_GRAD_X": True}
