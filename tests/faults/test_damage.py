@@ -16,6 +16,12 @@ from cera_train.runs.folder import RunFolder
 pytest_plugins = ("faulty_runs",)
 
 
+@pytest.fixture
+def run(cut, tmp_path) -> Path:
+    """A copy of the folder of the run that was killed."""
+    return Path(shutil.copytree(cut, tmp_path / "outputs" / "run"))
+
+
 def flip_a_bit(path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[random.randrange(len(damaged))] ^= 1 << random.randrange(8)

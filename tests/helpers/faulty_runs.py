@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -57,8 +56,3 @@ def cut(arguments, tmp_path_factory) -> Path:
         attempt.kill()
     assert last_update(folder / "outputs" / "run") < UPDATES
     return folder / "outputs" / "run"
-
-
-@pytest.fixture
-def run(cut, tmp_path) -> Path:
-    return Path(shutil.copytree(cut, tmp_path / "outputs" / "run"))
