@@ -184,6 +184,7 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
             stack.enter_context(patch.object(driver, "_active", SimpleNamespace(utils=utils)))
             stack.enter_context(patch.object(JITFunction, "run", launch))
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
+        stack.callback(forget_tables)
         library.exchange()
         stack.callback(library.exchange)
         lifts = torch._C._only_lift_cpu_tensors()
@@ -194,6 +195,16 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
         stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *args: device.peak))
         stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak()))
         yield device
+
+
+def forget_tables() -> None:
+    """Lets go of bitsandbytes' tables, which it keeps for later models: those of a fake device have no numbers."""
+    if "bitsandbytes" in sys.modules:
+        from bitsandbytes import functional
+        from bitsandbytes.backends import utils
+
+        functional.name2qmap.clear()
+        utils._code_4bit_cache.clear()
 
 
 def compiled() -> Path:
