@@ -19,14 +19,13 @@ from typing import Any
 from unittest.mock import patch
 
 import bitsandbytes
-import hydra
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
+from benchmarks.composed import composed
 from benchmarks.fake_gpu import fake_gpu
-from cera_train.cli.composition import register_configs, to_config
 from cera_train.common.files import config_dir
 from cera_train.common.terminal import print_table
 from cera_train.config import Config, PlanRun
@@ -104,14 +103,6 @@ def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     plan = plan_alone(composed(PlanRun, f"+recipe={recipe}", *overrides))
     size = two.bytes + (plan.parameters.layers - 2) * (three.bytes - two.bytes)
     return replace(two, plan=plan, bytes=size)
-
-
-def composed(schema: type, *overrides: str) -> Any:
-    """The config of a command line."""
-    register_configs()
-    command = "plan" if schema is PlanRun else "config"
-    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        return to_config(hydra.compose(command, list(overrides)), schema)
 
 
 def rows_of(plan: RunPlan) -> TokenizedRows:

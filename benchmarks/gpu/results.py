@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.place import ROOT
+from cera_train.common.files import write_text
 
 MEASURED = ("cera_train", "conf", "recipes", "benchmarks")
 TESTED = (*MEASURED, "tests")
@@ -39,9 +40,7 @@ class Result:
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".writing-{self.piece}"
-        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        part.replace(folder / f"{self.piece}.json")
+        write_text(folder / f"{self.piece}.json", json.dumps(asdict(self), indent=2) + "\n")
 
 
 def read_result(folder: Path, piece: str) -> Result | None:

@@ -9,10 +9,12 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from benchmarks.composed import composed
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import SKIPPED, Found
+from cera_train.config import Config, PlanRun
 
 if TYPE_CHECKING:
     from cera_train.planning.plan import RunPlan
@@ -59,12 +61,10 @@ def nemo(place: Place, kind: str) -> Found:
 
 def _run(place: Place, name: str, model: str, rows: Path, updates: int, overrides: Sequence[str]) -> Found:
     """Trains, where the plan fits this GPU; with gradient checkpointing where only that fits."""
-    from cera_train.cli.composition import register_configs
     from cera_train.planning.config import PlanConfig
     from cera_train.planning.table import compare_with_measured
     from cera_train.training.train import train
 
-    register_configs()
     folder = place.folder / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)  # of a piece that was cut
     settings = [
@@ -80,7 +80,7 @@ def _run(place: Place, name: str, model: str, rows: Path, updates: int, override
         if planned.memory.peak > room:
             needs = f"{planned.memory.peak / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
             return Found(SKIPPED, f"needs {needs}, and this GPU has {room / 1e9:.0f}")
-    result = train(_compose("config", settings))
+    result = train(composed(Config, *settings))
     predicted, figures = compare_with_measured(folder, PlanConfig())
     planned_memory, planned_seconds = figures[1].predicted, figures[2].predicted
     return Found(
@@ -96,22 +96,11 @@ def _run(place: Place, name: str, model: str, rows: Path, updates: int, override
     )
 
 
-def _compose(command: str, overrides: Sequence[str]) -> Any:
-    import hydra
-
-    from cera_train.cli.composition import to_config
-    from cera_train.common.files import config_dir
-    from cera_train.config import Config, PlanRun
-
-    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        return to_config(hydra.compose(command, list(overrides)), {"config": Config, "plan": PlanRun}[command])
-
-
 def _plan(place: Place, settings: Sequence[str]) -> RunPlan:
     from cera_train.planning.plan import plan_alone
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return plan_alone(_compose("plan", [*settings, f"plan.gpu={device}"]))
+    return plan_alone(composed(PlanRun, *settings, f"plan.gpu={device}"))
 
 
 def _room(place: Place) -> float:

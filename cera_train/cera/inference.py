@@ -25,7 +25,9 @@ def for_inference(model: nn.Module) -> Iterator[None]:
     same to the bit, or up to rounding where one Triton kernel computes a branch outside. Every active adapter takes its
     weights' memory once more in the precision that it computes in.
     """
-    layers = [layer for layer in model.modules() if hasattr(layer, "prepared")]
+    from .layer import CeraLayer  # which imports this module
+
+    layers = [layer for layer in model.modules() if isinstance(layer, CeraLayer)]
     for layer in layers:
         layer.prepared = {}
     try:

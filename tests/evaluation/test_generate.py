@@ -7,11 +7,9 @@ import itertools
 import pytest
 import torch
 from conftest import make_tiny_llama
-from generated import GREEDY, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
+from generated import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.decode import GrowingLayer, can_decode
 from cera_train.evaluation.generate import Request, SeededSampling, cut_batches, generate, prepare_generation
@@ -64,14 +62,11 @@ def test_a_row_that_ended_is_not_computed_again(model, tokenizer, requests):
 @pytest.mark.parametrize("kind", ["cera", "lora", "dora"])
 def test_answers_of_an_adapter(model, tokenizer, requests, kind):
     untouched = answers_of(model, tokenizer, [requests], GREEDY)
-    adapted = build(model, AdapterConfig(AdapterKind(kind), 4)).eval()
-    for name, parameter in adapted.named_parameters():
-        if "_B." in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    assert can_decode(adapted, model)
-    let_answers_end(adapted, model, tokenizer, requests)
-    assert len(set(assert_greedy_answers_are_the_librarys(adapted, model, tokenizer, requests))) >= 3
-    assert answers_of(adapted, tokenizer, [requests], GREEDY, model) != untouched
+    answering = adapted(model, kind)
+    assert can_decode(answering, model)
+    let_answers_end(answering, model, tokenizer, requests)
+    assert len(set(assert_greedy_answers_are_the_librarys(answering, model, tokenizer, requests))) >= 3
+    assert answers_of(answering, tokenizer, [requests], GREEDY, model) != untouched
 
 
 TINY = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "bos_token_id": 0}

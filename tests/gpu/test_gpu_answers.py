@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from conftest import make_tiny_llama
-from generated import assert_greedy_answers_are_the_librarys, let_answers_end
+from generated import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
 
-from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.evaluation.decode import can_decode
 from cera_train.evaluation.generate import Request, prepare_generation
 
@@ -26,12 +23,7 @@ def requests(tokenizer) -> list[Request]:
 def test_greedy_answers_are_those_of_the_library_one_by_one(tokenizer, requests, device, kind):
     base = make_tiny_llama(vocab_size=len(tokenizer)).to(device)
     prepare_generation(base, tokenizer, 12, [])
-    model = base
-    if kind is not None:
-        model = build(base, AdapterConfig(AdapterKind(kind), 4)).eval()
-        for name, parameter in model.named_parameters():
-            if "_B." in name:
-                torch.nn.init.normal_(parameter, std=0.5)
+    model = base if kind is None else adapted(base, kind)
     assert can_decode(model, base)
     let_answers_end(model, base, tokenizer, requests)
     assert len(set(assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests))) >= 3

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import torch
 
+from cera_train.adapters.build import build
+from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.generate import generate
 
 GREEDY = GenerationConfig()
+
+
+def adapted(base, kind: str):
+    """The base with an adapter that changes its answers: B starts at zero."""
+    model = build(base, AdapterConfig(AdapterKind(kind), 4)).eval()
+    for name, parameter in model.named_parameters():
+        if "_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
 
 
 def answers_of(model, tokenizer, batches, config, base=None) -> dict:
