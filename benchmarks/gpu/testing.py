@@ -51,6 +51,8 @@ def run_tests(place: Place, group: str) -> Found:
     status = pytest.main(
         [
             *(f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "-p", "no:cacheprovider"),
+            # of plugins that this process has imported before pytest, such as anyio's: it rewrites no assert there
+            *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
             f"--basetemp={scratch / group}",
         ],
         plugins=[outcomes],
