@@ -34,6 +34,7 @@ from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
 from cera_train.runs.extension import keep_end
 from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
+from cera_train.runs.outcomes import TokenLosses
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
@@ -102,6 +103,8 @@ class Session:
         self.is_joint = len(runs) > 1
         self.arms: list[Arm] = []
         """The runs that are not over."""
+        self.losses_of_base: TokenLosses | None = None
+        """On the held-out rows, once measured."""
         for run, checkpoint in zip(runs, resume_from, strict=True):
             with self.alone(run):
                 self.arms.append(Arm(self, run, twin(base) if self.is_joint else base, checkpoint))
@@ -140,6 +143,14 @@ class Session:
             return [(group, True) for group in self.batches.passes(rows)]
         (rows_of_arm,), team = rows, self.team
         return self.batches.passes(rows_of_arm, team.processes, team.process, in_step=team.is_sharded)
+
+    def token_losses(self, arm: Arm) -> TokenLosses:
+        """The held-out losses of an arm. Arms whose adapters add nothing yet have those of the base in common."""
+        if not self.is_joint or arm.progress.update or not adapters.adds_nothing(arm.model, arm.config.adapter):
+            return arm.held_out.token_losses()
+        if self.losses_of_base is None:
+            self.losses_of_base = arm.held_out.token_losses()
+        return self.losses_of_base
 
     def seed_dropout(self) -> None:
         """Lets the dropout of the next update follow from each arm's seed alone."""

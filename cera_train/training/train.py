@@ -215,7 +215,7 @@ def evaluate(arm: Arm) -> None:
     """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the adapter
     if it is the best so far, and before the first update and after the last what a study reads."""
     session, progress, folder = arm.session, arm.progress, arm.folder
-    losses = arm.held_out.token_losses()
+    losses = session.token_losses(arm)
     loss = losses.mean
     spectra = arm.held_out.spectra()
     is_best = progress.evaluated(perplexity(loss))

@@ -13,6 +13,7 @@ from tiny_runs import folder_of, timeless_metrics
 from cera_train.adapters.together import twin
 from cera_train.common.errors import UserError
 from cera_train.distributed.signals import Interrupted
+from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.config import Dtype
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import RunFolder
@@ -62,6 +63,20 @@ def test_each_arm_has_the_numbers_of_its_run_alone(tiny_config, layout, tokens):
         assert outcome["eval/perplexity"] == pytest.approx(result["eval/perplexity"], rel=1e-5)
         assert outcome.keys() == result.keys()
         assert_equal_runs(config, alone)
+
+
+def test_the_base_is_evaluated_once_for_all_arms_that_add_nothing_yet(trained_config, tiny_config, monkeypatch):
+    """An adapter that starts from a trained one adds something."""
+    start = f"adapter.start_from={folder_of(trained_config())}"
+    measure, measured = HeldOut.token_losses, []
+    monkeypatch.setattr(HeldOut, "token_losses", lambda rows: measured.append(rows) or measure(rows))
+    changes = {"first": [], "second": ["optimizer.lr=3e-3"], "started": [start]}
+    configs = [tiny_config("train.max_updates=2", *words, f"name={name}") for name, words in changes.items()]
+    train_together(configs)
+    assert len(measured) == 2 + 3  # before the first update, and after the last
+    first, second, started = (read_losses(folder_of(config))[0].losses for config in configs)
+    assert (first == second).all()
+    assert (first != started).any()
 
 
 def test_dropout_depends_on_nothing_but_the_arm(tiny_config):
