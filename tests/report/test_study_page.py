@@ -56,16 +56,16 @@ def test_the_verdict_stands_first(written: StudyReport, capsys: pytest.CaptureFi
     assert "what would change the verdict" in shown
 
 
-def test_unequal_times_are_a_caution_where_they_should_be_equal(tmp_path: Path) -> None:
+def test_unequal_times_get_no_verdict_where_they_should_be_equal(tmp_path: Path) -> None:
     study = make_study(tmp_path / "gate", equal=Equal.time)
+    report_study(study, records_of(study), tmp_path / "report")
     for path in tmp_path.rglob("study.arm=cera*/result.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 9_999.0}))
-    report = report_study(study, records_of(study), tmp_path / "report")
-    assert [text.partition(",")[0] for text in report.cautions] == [
-        f"Arms should have the same time at r = {r}" for r in (16, 64)
-    ]
-    same_parameters = replace(study, config=replace(study.config, equal=Equal.parameters))
-    assert not replace(report, study=same_parameters).cautions
+    refused = r"study\.equal=time, and at r = 16 the runs took CeRA 9,999 s, LoRA [\d,]+ s\. .*study\.equal=none"
+    with pytest.raises(UserError, match=refused):
+        report_study(study, records_of(study), tmp_path / "report")
+    without_claim = replace(study, config=replace(study.config, equal=Equal.none))
+    report_study(without_claim, records_of(study), tmp_path / "report")
 
 
 def test_the_page_has_its_tables_and_four_pictures(tmp_path: Path) -> None:

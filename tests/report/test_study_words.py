@@ -12,6 +12,7 @@ from cera_train.evaluation.slope import slope
 from cera_train.evaluation.verdict import Contrast, Variances
 from cera_train.report.study.cells import CellResult, Outcome, Values
 from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap, slope_gaps
+from cera_train.report.study.tables import contrast_table
 from cera_train.report.study.words import changes, plateau, protocol, sizes, unequal_times, verdicts
 from cera_train.sweep.config import StudyConfig
 from cera_train.sweep.study import Cell
@@ -88,6 +89,15 @@ def test_shown_and_less_than_what_matters() -> None:
 def test_one_seed_is_no_verdict() -> None:
     own = compare((-0.5, -math.inf, math.inf), detectable=math.inf, needed=(None, None), reason="one seed")
     assert verdicts([own], {}) == ["CeRA against LoRA: not shown: one seed cannot be generalised from."]
+
+
+def test_a_share_cannot_differ_by_more_than_one() -> None:
+    own = [compare(NOTHING, outcome=Outcome("gsm8k"), detectable=size) for size in (1.74, 0.5)]
+    unshowable, showable = (verdicts([each], {})[0] for each in own)
+    assert unshowable.endswith(" at r = 16: no difference could be shown with 3 seeds.")
+    assert showable.endswith("the smallest difference this design could show is 50.0 points.")
+    columns = {column.label: column.cells for column in contrast_table(own, {}).columns}
+    assert [cell.text for cell in columns["smallest that could be shown"]] == ["none", "50.0 points"]
 
 
 def test_the_score_of_a_task_is_in_points() -> None:
@@ -199,8 +209,7 @@ class Timed(CellResult):
 
 def test_arms_that_took_unequal_times_are_named() -> None:
     cells = [Timed(cell(arm, r).cell, {}, {}, {}, []) for r in (16, 64) for arm in ("lora", "identity")]
-    assert unequal_times(cells)[0] == "Arms should have the same time at r = 16, and took LoRA 120 s, identity 240 s."
-    assert len(unequal_times(cells)) == 2
+    assert unequal_times(cells) == "at r = 16 the runs took LoRA 120 s, identity 240 s"
     assert not unequal_times([own for own in cells if own.cell.arm == "lora"])
 
 

@@ -62,6 +62,11 @@ class Comparison:
         return not self.contrast.reason
 
     @property
+    def can_show(self) -> bool:
+        """Whether this design could show a difference that is possible: a share cannot differ by more than 1."""
+        return self.detectable <= (math.inf if self.outcome.is_loss else 1)
+
+    @property
     def problems(self) -> int:
         return self.contrast.problems
 

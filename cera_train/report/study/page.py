@@ -126,10 +126,7 @@ class StudyReport:
 
     @property
     def cautions(self) -> list[str]:
-        notes = words.unequal_times(self.cells) if self.study.config.equal == Equal.time else []
-        if len(self.machines) > 1:
-            notes.append(f"Times are of different machines: {'; '.join(self.machines)}.")
-        return notes
+        return [f"Times are of different machines: {'; '.join(self.machines)}."] if len(self.machines) > 1 else []
 
     @property
     def machines(self) -> list[str]:
@@ -188,7 +185,7 @@ def write_study(study: Study, records: Records, output: Path) -> StudyReport:
     """Writes report.html, which needs nothing beside it, report.md with its pictures, and study_results.json.
 
     Raises:
-        UserError: the study is unfinished.
+        UserError: the study is unfinished, or claims equal times and its arms took unequal ones.
     """
     report = report_study(study, records, output)
     output.mkdir(parents=True, exist_ok=True)
@@ -209,6 +206,11 @@ def report_study(study: Study, records: Records, output: Path) -> StudyReport:
             f"{study.folder} shows where it is."
         )
     cells, by_task = read_cells(study), {}
+    if study.config.equal == Equal.time and (unequal := words.unequal_times(cells)):
+        raise UserError(
+            f"{study.folder} claims study.equal=time, and {unequal}. Give the slower arm fewer train.max_updates under "
+            f"another name=..., or drop the claim: the same command with study.equal=none, then cera-report."
+        )
     for own in cells:
         by_task.setdefault(own.cell.task, []).append(own)
     difficulties = [by_difficulty(task, own) for task, own in by_task.items()]

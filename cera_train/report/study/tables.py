@@ -79,7 +79,9 @@ def _verdict(own: Comparison) -> Cell:
 
 
 def _detectable(own: Comparison) -> Cell:
-    return Cell(f"{own.outcome.number(own.detectable)} {own.outcome.unit}" if own.is_possible else None)
+    if not own.is_possible:
+        return Cell(None)
+    return Cell(f"{own.outcome.number(own.detectable)} {own.outcome.unit}" if own.can_show else "none")
 
 
 # --- cells -----------------------------------------------------------------------------------------------------------

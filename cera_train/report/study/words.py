@@ -76,7 +76,9 @@ def _by(own: Comparison) -> str:
 
 def _limit(hidden: Sequence[Comparison]) -> str:
     outcome = hidden[0].outcome
-    smallest = sorted({outcome.number(own.detectable) for own in hidden}, key=float)
+    smallest = sorted({outcome.number(own.detectable) for own in hidden if own.can_show}, key=float)
+    if not smallest:
+        return f"no difference could be shown with {hidden[0].seeds} seeds"
     text = (
         f"the smallest difference this design could show is {' to '.join(dict.fromkeys((smallest[0], smallest[-1])))}"
     )
@@ -206,16 +208,15 @@ def protocol(config: StudyConfig, runs: int) -> list[str]:
     ]
 
 
-def unequal_times(cells: Sequence[CellResult]) -> list[str]:
-    """The conditions under which arms took unequal times."""
-    notes = []
+def unequal_times(cells: Sequence[CellResult]) -> str:
+    """The first condition under which arms took unequal times, and the times; empty where there is none."""
     for condition in dict.fromkeys(own.condition for own in cells):
         seconds = {own.arm: own.figure("seconds") for own in cells if own.condition == condition}
         seconds = {arm: value for arm, value in seconds.items() if value}
         if seconds and max(seconds.values()) > (1 + EQUAL_WITHIN) * min(seconds.values()):
             texts = ", ".join(f"{arm} {value:,.0f} s" for arm, value in seconds.items())
-            notes.append(f"Arms should have the same time{f' at {condition}' * bool(condition)}, and took {texts}.")
-    return notes
+            return f"{f'at {condition} ' * bool(condition)}the runs took {texts}"
+    return ""
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------
