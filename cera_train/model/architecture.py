@@ -15,7 +15,9 @@ def attention_for(config: PretrainedConfig, wanted: str) -> str:
     attends in another way (Bloom, gpt-oss), or not at all (Mamba)."""
     if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return wanted
-    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa else "eager"
+    # sdpa leaves soft caps out; transformers below 5.22 says all the same that Gemma 2 has it
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not is_capped else "eager"
 
 
 def left_unquantised(config: PretrainedConfig) -> list[str] | None:

@@ -10,11 +10,12 @@ import torch
 from conftest import needs_smollm2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from quantised import assert_nf4_gradients_are_right
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from cera_train.adapters.build import adapter_config, build, parameter_counts
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.targets import linear_names
+from cera_train.model.architecture import attention_for
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 
@@ -34,6 +35,14 @@ def test_attention_implementation_and_gradient_checkpointing_are_passed_on(tiny_
     model = load_model(config, CPU)
     assert model.config._attn_implementation == "eager"
     assert model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("says_it_has_sdpa", [True, False])
+def test_soft_caps_are_never_left_to_sdpa(says_it_has_sdpa, monkeypatch):
+    monkeypatch.setattr(Gemma2ForCausalLM, "_supports_sdpa", says_it_has_sdpa)
+    assert attention_for(Gemma2Config(), "sdpa") == "eager"
+    assert attention_for(Gemma2Config(), "flash_attention_2") == "flash_attention_2"
+    assert attention_for(GPT2Config(), "sdpa") == "sdpa"
 
 
 def test_nf4_is_double_quantised_with_bf16_compute(tiny_folder):
