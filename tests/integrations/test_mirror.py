@@ -1,0 +1,185 @@
+"""cluster/mirror.py keeps a bucket, or any other folder, a copy of outputs/ that resumes: a run that is cut goes on
+elsewhere to the same end."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cera_train.training.train import train
+
+CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
+
+
+def load_mirror():
+    spec = importlib.util.spec_from_file_location("mirror", CLUSTER / "mirror.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+mirror = load_mirror()
+
+
+def write_checkpoint(run: Path, update: int) -> None:
+    folder = run / "checkpoints" / str(update)
+    folder.mkdir(parents=True)
+    for name in ("adapter_model.safetensors", "checksums.json", "optimizer.pt", "progress.json"):
+        (folder / name).write_text(f"{name} {update}")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{update}\n")
+
+
+def assert_resumes(copy: Path) -> None:
+    """What is in a copy relies on nothing that is missing."""
+    lines = (copy / "metrics.jsonl").read_text().split() if (copy / "metrics.jsonl").exists() else []
+    for checkpoint in copy.glob("checkpoints/*"):
+        names = {path.name for path in checkpoint.iterdir()}
+        assert names <= {"checksums.json"} or checkpoint.name in lines
+        assert not names or "checksums.json" in names
+    if (copy / "result.json").exists():
+        assert (copy / "adapter" / "adapter_model.safetensors").exists()
+        assert (copy / "checkpoints" / "20" / "progress.json").exists()
+
+
+def test_a_copy_that_is_cut_anywhere_resumes(tmp_path, monkeypatch):
+    run, copyfile = tmp_path / "outputs", shutil.copyfile
+    write_checkpoint(run, 10)
+    write_checkpoint(run, 20)
+    (run / "adapter").mkdir()
+    for name in ("adapter/adapter_model.safetensors", "result.json", ".lock", ".writing-30"):
+        (run / name).write_text(name)
+    files = len(list(run.rglob("*.*"))) - 2
+    for cut_after in range(files + 1):
+        copied = []
+
+        def copy_some(source, target, cut_after=cut_after, copied=copied):
+            if len(copied) == cut_after:
+                raise OSError("the machine is gone")
+            copied.append(target)
+            copyfile(source, target)
+
+        monkeypatch.setattr(shutil, "copyfile", copy_some)
+        copy = tmp_path / f"copy-{cut_after}"
+        copy.mkdir()
+        here = mirror.Mirror(run, copy)
+        if cut_after < files:
+            with pytest.raises(OSError, match="gone"):
+                here.update()
+        else:
+            here.update()
+            here.update()  # nothing has changed: nothing is copied
+        assert_resumes(copy)
+        assert len([path for path in copy.rglob("*") if path.is_file()]) == cut_after
+
+
+def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
+    run, copy = tmp_path / "outputs", tmp_path / "copy"
+    copy.mkdir()
+    write_checkpoint(run, 10)
+    here = mirror.Mirror(run, copy)
+    here.update()
+    shutil.rmtree(run / "checkpoints" / "10")
+    write_checkpoint(run, 20)
+    unlink, removed = Path.unlink, []
+    monkeypatch.setattr(Path, "unlink", lambda path, **options: (removed.append(path.name), unlink(path, **options)))
+    here.update()
+    assert removed[-1] == "checksums.json"
+    assert [path.name for path in (copy / "checkpoints").iterdir()] == ["20"]
+    assert (copy / "metrics.jsonl").read_text() == "10\n20\n"
+
+
+def test_an_empty_disk_takes_what_the_bucket_has_and_a_used_one_keeps_its_files(tmp_path):
+    run, copy = tmp_path / "outputs", tmp_path / "copy"
+    write_checkpoint(copy, 10)
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("10\n11\n")
+    mirror.Mirror(run, copy).update()
+    assert (run / "checkpoints" / "10" / "optimizer.pt").read_text() == "optimizer.pt 10"
+    assert (run / "metrics.jsonl").read_text() == (copy / "metrics.jsonl").read_text() == "10\n11\n"
+
+
+def run_mirror(folder: Path, bucket: Path, script: str) -> subprocess.Popen:
+    command = [sys.executable, str(CLUSTER / "mirror.py"), str(bucket), "bash", "-c", script]
+    with (folder / "err").open("w") as errors:
+        return subprocess.Popen(command, cwd=folder, stderr=errors)
+
+
+def test_a_signal_reaches_the_command_and_its_last_files_the_bucket(tmp_path):
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+    script = (
+        "trap 'echo saved > outputs/log; exit 143' TERM; mkdir -p outputs; touch ready; while :; do sleep 0.02; done"
+    )
+    process = run_mirror(tmp_path, bucket, script)
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    assert (bucket / "log").read_text() == "saved\n"
+
+
+def test_a_killed_command_gives_its_signals_status(tmp_path):
+    assert run_mirror(tmp_path, tmp_path, "kill -KILL $$").wait(timeout=60) == 137
+
+
+def test_a_bucket_that_refuses_files_ends_it_at_once(tmp_path):
+    process = run_mirror(tmp_path, tmp_path / "missing", "touch started")
+    assert process.wait(timeout=60) == 1
+    assert "missing/.probe" in (tmp_path / "err").read_text()
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_path):
+    """SIGKILL to everything that the run script started; another machine begins with an empty disk and the bucket."""
+    changes = ["train.max_updates=60", "train.eval_every=20", "train.save_every=5"]
+    train(tiny_config(*changes))
+    arguments = [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *("optimizer.lr=1e-2", "train.batch_size=16", "name=run", *changes),
+    ]
+    bucket = tmp_path / "bucket"
+    bucket.mkdir()
+
+    def start(machine: str) -> subprocess.Popen:
+        activate = tmp_path / machine / ".venv" / "bin" / "activate"
+        activate.parent.mkdir(parents=True)
+        activate.write_text(f"export PATH={Path(sys.executable).parent}:$PATH\n")
+        (tmp_path / machine / "cluster").symlink_to(CLUSTER)
+        script = yaml.safe_load((CLUSTER / "sky.yaml").read_text())["run"].replace(" /bucket ", f" {bucket} ")
+        environment = os.environ | {"ARGUMENTS": shlex.join(arguments), "MIRROR_SECONDS": "0.2", "OMP_NUM_THREADS": "1"}
+        where = {"cwd": tmp_path / machine, "env": environment, "start_new_session": True}
+        with (tmp_path / f"{machine}.log").open("w") as log:
+            return subprocess.Popen(["bash", "-c", script], stdout=log, stderr=log, **where)
+
+    first = start("first")
+    deadline = time.monotonic() + 240
+    while not list(bucket.glob("run/checkpoints/*/checksums.json")):
+        assert first.poll() is None, (tmp_path / "first.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (bucket / "run" / "result.json").exists()
+
+    assert start("second").wait(timeout=240) == 0, (tmp_path / "second.log").read_text()
+    assert re.search(r"60 updates of 16 sequences, \d+ done", (tmp_path / "second.log").read_text())
+    there, uninterrupted = bucket / "run", tmp_path / "outputs" / "run"
+    for name in ("adapter/adapter_model.safetensors", "best/adapter_model.safetensors", "losses_after.safetensors"):
+        assert (there / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert (there / "result.json").exists()
+    updates = [(folder / "metrics.jsonl").read_text().count("train/loss") for folder in (there, uninterrupted)]
+    assert updates == [60, 60]
