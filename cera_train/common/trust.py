@@ -20,12 +20,17 @@ def check_hydra_section(section: Any, file: str) -> None:
     `_target_`, the factories of a logging config, the environment of processes, or a launcher's shell commands."""
     match section:
         case {"sweeper": {"params": dict(params), **other_params}, **others} if not (others or other_params):
-            if not any(word in str(key) for key in params for word in ("hydra", "trust_remote_code")):
+            if not any(may_run_code(str(key)) for key in params):
                 return
     raise UserError(
         f"{file} sets `hydra`, by which a file can run code: write what you need of it on the command line, such as "
         "hydra.launcher.partition=gpu."
     )
+
+
+def may_run_code(key: str) -> bool:
+    """Whether an override of this key sets Hydra's section, or trusts the code of a model."""
+    return any(word in key for word in ("hydra", "trust_remote_code"))
 
 
 def refuse_pickled_configs(arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from cera_train.common.settings import require, setting
+from cera_train.common.trust import may_run_code
 
 LOSS, SCORE = "loss", "score"
 
@@ -67,6 +68,12 @@ class StudyConfig:
             require(len(pair) == 2 and len(set(pair)) == 2, f"{place}: expected two arms, [first, second].")
             for arm in pair:
                 require(arm in self.arms, f"{place}: no arm {arm}: choose from {names}.")
+            others = [other for other, arms in self.contrasts.items() if other != asked and set(arms) == set(pair)]
+            require(not others, f"{place}: study.contrasts.{others and others[0]} compares the same two. Keep one.")
+            require(
+                pair[1] != self.baseline,
+                f"{place}: the difference is the second minus the first: write [{self.baseline}, {pair[0]}].",
+            )
         require(bool(self.tune), "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].")
         for place, values in [*_named("conditions", self.conditions), *_named("tune", self.tune)]:
             require(bool(values), f"{place}=[]: give a value.")
@@ -76,6 +83,10 @@ class StudyConfig:
             for words in [*self.arms.values(), *self.tasks.values()]
             for word in words
         }
+        for key in [*fixed, *self.conditions, *self.tune]:
+            require(
+                not may_run_code(key), f"study: {key} can run code: put it on the command line, for all arms alike."
+            )
         for group, key, others, where in (
             *(("conditions", key, self.tune, "study.tune") for key in self.conditions),
             *(("conditions", key, fixed, "an arm or a task") for key in self.conditions),

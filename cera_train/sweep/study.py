@@ -220,8 +220,8 @@ class Cell:
     """Empty where the study names no tasks."""
     choices: dict[str, str]
     """The condition, such as {"adapter.r": "16"}."""
-    candidate: str | None
-    """The tuned values that it chose, such as optimizer.lr=0.001; None: it has not chosen yet."""
+    chosen: dict[str, str] | None
+    """The tuned values that it chose, such as {"optimizer.lr": "0.001"}; None: it has not chosen yet."""
     runs: dict[int, Path]
     """Seed -> the folder of its run, there or not."""
 
@@ -237,7 +237,7 @@ class Cell:
 
     @property
     def is_finished(self) -> bool:
-        return self.candidate is not None and not self.without_result
+        return self.chosen is not None and not self.without_result
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ class Study:
         texts = []
         for cell in self.cells:
             place = ", ".join(filter(None, [cell.arm, cell.condition]))
-            if cell.candidate is None:
+            if cell.chosen is None:
                 texts.append(f"{place}: nothing chosen of {', '.join(self.config.tune)}")
             elif not cell.is_finished:
                 texts.append(f"{place}: no result of seed {', '.join(map(str, cell.without_result))}")
@@ -291,20 +291,21 @@ def in_words(task: str, choices: dict[str, str]) -> str:
 
 def place_of(group: Group, config: StudyConfig) -> tuple[str, str]:
     """The arm and the condition of a group of candidates, as a `Cell` has them."""
-    words = _words(group)
+    words = _words(next(iter(group.jobs.values())))
     return words[ARM], in_words(words.get(TASK, ""), {key: words[key] for key in config.conditions})
 
 
-def _words(group: Group) -> dict[str, str]:
-    """The overrides of its first job, key -> value."""
-    return dict(word.split("=", 1) for word in next(iter(group.jobs.values())))
+def _words(overrides: list[str]) -> dict[str, str]:
+    """The overrides of a job, key -> value."""
+    return dict(word.split("=", 1) for word in overrides)
 
 
 def _cell(folder: Path, group: Group, record: dict[str, Any], config: StudyConfig) -> Cell:
-    words = _words(group)
-    best, runs = best_candidate(folder, group), {}
+    words = _words(next(iter(group.jobs.values())))
+    best, chosen, runs = best_candidate(folder, group), None, {}
     if best is not None:
         (overrides,) = best.jobs.values()
+        chosen = {key: _words(overrides)[key] for key in config.tune}
         runs = {seed: folder / job_name(seeded(overrides, seed), record["swept"]) for seed in range(config.seeds)}
     choices = {key: words[key] for key in config.conditions}
-    return Cell(words[ARM], words.get(TASK, ""), choices, best and best.name, runs)
+    return Cell(words[ARM], words.get(TASK, ""), choices, chosen, runs)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from made_runs import make_run, result_of
@@ -31,7 +32,7 @@ def make_study(
     problems: int = 80,
     noise: float = 0.004,
     samples: int = 1,
-    candidate: str = "optimizer.lr=0.001",
+    chosen: Mapping[str, str] = MappingProxyType({"optimizer.lr": "0.001"}),
     **config: object,
 ) -> Study:
     """A finished study of the arms and ranks of `gains`.
@@ -61,7 +62,7 @@ def make_study(
             gain = gains[arm, rank] + noise * draw.normal()
             runs[seed] = _make_run(folder / place, arm, rank, seed, gain, problems, samples, outcomes, draw)
         choices = {"adapter.r": str(rank)} if len(ranks) > 1 else {}
-        cells.append(Cell(arm, task, choices, candidate, runs))
+        cells.append(Cell(arm, task, choices, dict(chosen), runs))
     return Study(folder, StudyConfig(**(settings | config)), cells)
 
 

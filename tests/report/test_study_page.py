@@ -120,9 +120,12 @@ def test_a_picture_that_the_study_cannot_have_is_named(tmp_path: Path) -> None:
 
 def test_one_seed_is_a_page_without_a_verdict(tmp_path: Path) -> None:
     report = report_of(tmp_path, seeds=1)
-    assert report.verdicts == ["CeRA against LoRA: not shown: one seed cannot be generalised from."]
+    assert report.verdicts == [
+        "CeRA against LoRA: not shown: one seed of the first and second arm: what another seed "
+        "changes is unknown; run at least two, better five."
+    ]
     columns = {column.label: column.cells for column in report.tables[0].columns}
-    assert columns["verdict"][0].notes == ("one seed cannot be generalised from",)
+    assert columns["verdict"][0].notes == ("one seed of the first and second arm",)
     assert not columns.keys() & {"p after Holm", "smallest that could be shown", "would show it"}
     assert json.loads(results_of(report))["contrasts"][0]["interval"] == [None, None]
     for picture in report.pictures:
@@ -132,11 +135,33 @@ def test_one_seed_is_a_page_without_a_verdict(tmp_path: Path) -> None:
 def test_an_unfinished_study_is_refused_with_the_command_that_goes_on(tmp_path: Path) -> None:
     study = make_study(tmp_path / "gate")
     (next(iter(study.cells[0].runs.values())) / "result.json").unlink()
-    study = replace(study, cells=[study.cells[0], replace(study.cells[1], candidate=None, runs={}), *study.cells[2:]])
+    study = replace(study, cells=[study.cells[0], replace(study.cells[1], chosen=None, runs={}), *study.cells[2:]])
     with pytest.raises(UserError) as refusal:
         report_study(study, records_of(study), tmp_path / "report")
     text = str(refusal.value)
     assert re.search(r"is an unfinished study: .+: no result of seed 0, and 1 more\. cera-train -m \+study=gate ", text)
+
+
+def test_one_arm_of_a_study_is_refused(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "gate")
+    alone = replace(study, cells=[cell for cell in study.cells if cell.arm == "cera"])
+    with pytest.raises(UserError, match=r"no two arms to compare, only cera\. .*cera-report .*gate/\* compares"):
+        report_study(alone, records_of(study), tmp_path / "report")
+
+
+def test_arms_without_the_baseline_have_no_gain_over_it(tmp_path: Path) -> None:
+    gains = {(arm, 16): 0.0 for arm in ("lora", "identity", "cera")}
+    study = make_study(tmp_path / "gate", gains, contrasts={"the gate": ["identity", "cera"]})
+    study = replace(study, cells=[cell for cell in study.cells if cell.arm != "lora"])
+    report = write_study(study, records_of(study), tmp_path / "report")
+    assert "Difficulty: no run of the baseline, lora." in [text.replace(" :", ":") for text in report.not_shown]
+    say_study(report)
+
+
+def test_a_list_that_was_tuned_is_written_as_given(tmp_path: Path) -> None:
+    study = make_study(tmp_path / "gate", chosen={"adapter.target_modules": "[q_proj,v_proj]"})
+    report = report_study(study, records_of(study), tmp_path / "report")
+    assert any("'adapter.target_modules=[q_proj,v_proj]'" in command for command in report.by_hand.values())
 
 
 def test_seeds_on_other_rows_are_refused(tmp_path: Path) -> None:

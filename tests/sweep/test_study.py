@@ -48,8 +48,8 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
 
     study = read_study(sweep)
     assert not study.missing()
-    assert [(cell.arm, cell.condition, cell.candidate) for cell in study.cells] == [
-        (arm, f"adapter.r={r}", f"optimizer.lr={BEST[arm]}") for arm, r in CELLS
+    assert [(cell.arm, cell.condition, cell.chosen) for cell in study.cells] == [
+        (arm, f"adapter.r={r}", {"optimizer.lr": f"{BEST[arm]}"}) for arm, r in CELLS
     ]
     assert study.cells[1].runs == {seed: sweep / job("cera", 4, 0.01, seed) for seed in range(2)}
     assert [(asked, first.arm, second.arm, second.condition) for asked, first, second in study.contrasts()] == [

@@ -3,7 +3,6 @@ floor above."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,11 +121,6 @@ class CellResult:
     @property
     def name(self) -> str:
         return ", ".join(filter(None, (self.arm, self.condition)))
-
-    @property
-    def chosen(self) -> dict[str, str]:
-        """The tuned values."""
-        return dict(word.split("=", 1) for word in re.split(r",(?=[\w.]+=)", self.cell.candidate))
 
     @property
     def kind(self) -> str:

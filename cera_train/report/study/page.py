@@ -98,7 +98,9 @@ class StudyReport:
             planned[f"Failures on {outcome.title}"] = pictures.failures(self.cells, outcome)
         for own in self.difficulties:
             cells = [cell for cell in self.cells if cell.name in own.losses]
-            planned[f"Difficulty {own.task}"] = pictures.difficulties(own, cells, config.baseline, styles)
+            title, has_baseline = f"Difficulty {own.task}", any(cell.cell.arm == config.baseline for cell in cells)
+            picture = pictures.difficulties(own, cells, config.baseline, styles) if has_baseline else None
+            planned[title] = picture or f"no run of the baseline, {config.baseline}"
         return planned
 
     @property
@@ -168,7 +170,7 @@ class StudyReport:
 
     def _words(self, own: CellResult) -> list[str]:
         cell, task = own.cell, {"study.task": own.cell.task} if own.cell.task else {}
-        settings = {"study.arm": cell.arm, **task, **cell.choices, **own.chosen, "name": f"{self.name}_by_hand"}
+        settings = {"study.arm": cell.arm, **task, **cell.choices, **own.cell.chosen, "name": f"{self.name}_by_hand"}
         return [f"{key}={value}" for key, value in settings.items()]
 
 
@@ -185,7 +187,7 @@ def write_study(study: Study, records: Records, output: Path) -> StudyReport:
     """Writes report.html, which needs nothing beside it, report.md with its pictures, and study_results.json.
 
     Raises:
-        UserError: the study is unfinished, or claims equal times and its arms took unequal ones.
+        UserError: the study is unfinished or has one arm, or claims equal times and its arms took unequal ones.
     """
     report = report_study(study, records, output)
     output.mkdir(parents=True, exist_ok=True)
@@ -204,6 +206,12 @@ def report_study(study: Study, records: Records, output: Path) -> StudyReport:
         raise UserError(
             f"{study.folder} is an unfinished study: {missing[0]}{more}. {records.command} goes on; cera-sweep "
             f"{study.folder} shows where it is."
+        )
+    if not study.contrasts():
+        arms = ", ".join(dict.fromkeys(cell.arm for cell in study.cells))
+        raise UserError(
+            f"{study.folder} has no two arms to compare, only {arms}. {records.command} without study.arm trains the "
+            f"others; cera-report {study.folder}/* compares the runs that are there."
         )
     cells, by_task = read_cells(study), {}
     if study.config.equal == Equal.time and (unequal := words.unequal_times(cells)):

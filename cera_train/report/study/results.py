@@ -66,7 +66,7 @@ def _cell(report: StudyReport, own: CellResult) -> dict[str, Any]:
     return {
         "arm": own.cell.arm,
         "condition": own.condition,
-        "chosen": own.chosen,
+        "chosen": own.cell.chosen,
         "seeds": list(own.runs),
         "outcomes": {outcome.name: own.values[outcome.name].means for outcome in report.outcomes},
         **{name: own.figure(name) for name in result},

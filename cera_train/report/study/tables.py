@@ -9,7 +9,7 @@ from cera_train.common.terminal import duration
 from cera_train.report.study.cells import CellResult, Outcome
 from cera_train.report.study.contrasts import Comparison
 from cera_train.report.study.failures import Difficulty, ending_shares, pass_at
-from cera_train.report.study.words import ONE_SEED, p_text, sizes
+from cera_train.report.study.words import p_text, sizes
 from cera_train.report.table import QUALITY, Cell, Column, figure_cell
 from cera_train.tasks.endings import ENDINGS
 
@@ -74,7 +74,8 @@ def _difference(own: Comparison) -> Cell:
 def _verdict(own: Comparison) -> Cell:
     if not own.is_possible:
         test = own.contrast.mcnemar
-        return Cell(own.verdict, (ONE_SEED, *([f"these two runs: McNemar's p {p_text(test.p_value)}"] if test else [])))
+        few = own.contrast.reason.partition(":")[0]
+        return Cell(own.verdict, (few, *([f"these two runs: McNemar's p {p_text(test.p_value)}"] if test else [])))
     return Cell(own.verdict, ("less than what matters",) if own.is_too_small else ())
 
 
@@ -91,7 +92,8 @@ def cell_table(cells: Sequence[CellResult], outcomes: Sequence[Outcome]) -> Stud
     """A row for every arm under every condition."""
     columns = {
         "chosen": [
-            Cell("\n".join(f"{key.rpartition('.')[2]} = {value}" for key, value in own.chosen.items())) for own in cells
+            Cell("\n".join(f"{key.rpartition('.')[2]} = {value}" for key, value in own.cell.chosen.items()))
+            for own in cells
         ],
         "seeds": [Cell(f"{len(own.runs)}") for own in cells],
         **{outcome.title: [_mean(own, outcome) for own in cells] for outcome in outcomes},

@@ -39,7 +39,7 @@ def _sentence(own: Sequence[Comparison], asked: str) -> str:
     lead = f"{asked}: " * bool(asked)
     lead += "" if outcome.name in (LOSS, SCORE) else f"On {outcome.title}, "
     if not one.is_possible:
-        return f"{lead}{second} against {first}: not shown: {ONE_SEED}."
+        return f"{lead}{second} against {first}: not shown: {one.contrast.reason}."
     clauses = []
     for word in ("better", "worse"):
         if shown := [each for each in own if each.verdict == word]:
@@ -140,8 +140,8 @@ def changes(comparisons: Sequence[Comparison], cells: Sequence[CellResult], tune
     """
     primary = [own for own in comparisons if own.outcome == comparisons[0].outcome]
     lines = [f"{own.name}: {_change_of(own)}." for own in primary if own.is_possible]
-    if len(lines) < len(primary):
-        lines.append(f"More seeds: {ONE_SEED}. study.seeds=3 or more, and the same command, adds them.")
+    reasons = dict.fromkeys(own.contrast.reason for own in primary if not own.is_possible)
+    lines += [f"{reason[0].upper()}{reason[1:]}." for reason in reasons]
     if edges := list(_edges(cells, tune)):
         lines.append(f"A wider grid of tuned values: the value chosen is the last one tried for {'; '.join(edges)}.")
     return [*lines, f"Another setting: nothing here tells about other models, rows or lengths than {scope}."]
@@ -177,7 +177,7 @@ def _edges(cells: Sequence[CellResult], tune: Mapping[str, Sequence[Any]]) -> It
         if len(set(numbers)) < 2 or len(numbers) < len(tried):
             continue
         for own in cells:
-            chosen = own.chosen.get(key)
+            chosen = own.cell.chosen.get(key)
             if chosen is not None and _number(chosen) in (min(numbers), max(numbers)):
                 yield f"{own.name} ({key.rpartition('.')[2]} = {chosen})"
 
