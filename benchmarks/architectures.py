@@ -19,17 +19,17 @@ PAGE = ROOT / "docs" / "architectures.md"
 COLUMNS = {  # test: (heading, meaning)
     "attaches": (
         "attaches",
-        "`all-linear`: a fresh adapter changes nothing, every module moves the logits alone, and a pass in training "
+        "`all-linear`: a fresh adapter changes nothing, each module alone changes the logits, and a pass in training "
         "computes what one in evaluation does",
     ),
     "trains": (
         "trains",
         "each module was called and got a gradient, and the loss falls, on the targets and `all-linear`",
     ),
-    "generates": ("generates", "with a cache, the tokens that whole passes predict"),
+    "generates": ("generates", "with a cache, the same tokens as without"),
     "packs": (
         "packs",
-        "flat rows: sequences that share a row have the loss and gradients they have apart; padded rows: they would "
+        "flat rows: sequences in one row have the loss and gradients of separate rows; padded rows: they would "
         "see each other, so flat rows are refused",
     ),
     "saves_and_loads": ("saves, loads", "the same logits on another copy of the base, by `cera-train` and by PEFT"),
@@ -55,7 +55,7 @@ class Record:
 
 
 def page(cells: dict[str, dict[str, str]]) -> str:
-    """The page, with one row a family."""
+    """The page, with one row per family."""
     versions = f"transformers {version('transformers')}, PEFT {version('peft')}, torch {version('torch')}"
     meanings = "\n".join(f"- **{heading}**: {meaning}." for heading, meaning in COLUMNS.values())
     header = " | ".join(["model type", *(heading for heading, _ in COLUMNS.values())])
@@ -68,13 +68,14 @@ def page(cells: dict[str, dict[str, str]]) -> str:
     make architectures
 
 makes a tiny random model of every family, runs `tests/integrations/test_architectures.py` on it, and writes this page.
-Each cell is what a test found, on a CPU without the packages of fused kernels, with {versions}.
+Each cell is a test's result, on a CPU without the packages of fused kernels, with {versions}.
 
 {meanings}
 
-With mamba-ssm, causal-conv1d or flash-linear-attention installed, a model whose kernels take the places of sequences
-gets flat rows too. A model that is not here works where its projections are called as modules: a run proves that on its
-first rows, or stops. Experts that transformers holds as parameters are adapted by `adapter.experts`.
+With mamba-ssm, causal-conv1d or flash-linear-attention installed, state-space models whose kernels accept sequence
+boundaries are packed into flat rows too. A model that is not listed works if its projections are called as modules:
+each run tests that on its first rows, and stops otherwise. `adapter.experts` adapts experts that transformers holds as
+parameters.
 
 | {header} |
 |{"---|" * (len(COLUMNS) + 1)}

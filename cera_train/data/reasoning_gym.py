@@ -126,7 +126,7 @@ def _package() -> ModuleType:
         import reasoning_gym
     except ImportError:
         reason = "data.layout=reasoning_gym needs the package reasoning-gym"
-        raise UserError(f"{reason}: pip install 'cera-train[tasks]'.") from None
+        raise UserError(f"{reason}: pip install -e '.[tasks]' in the clone of cera-train.") from None
     return reasoning_gym
 
 

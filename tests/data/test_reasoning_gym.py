@@ -151,7 +151,7 @@ def test_rows_must_have_a_number():
 def test_a_missing_package_is_one_line(monkeypatch):
     opened.cache_clear()
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(UserError, match=r"^data.layout=reasoning_gym needs .*: pip install 'cera-train\[tasks\]'\.$"):
+    with pytest.raises(UserError, match=r"^data.layout=reasoning_gym needs .*: pip install -e '\.\[tasks\]' in "):
         check_data(data_config())
 
 

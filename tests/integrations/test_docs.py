@@ -7,6 +7,7 @@ import ast
 import inspect
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,6 +216,7 @@ def quickstart(compose, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     changes = ("train.max_updates=2", "train.eval_every=null", f"output_dir={folder / 'outputs'}")
     train(compose("+recipe=quickstart", *changes))
+    shutil.copytree(folder / "outputs" / "quickstart", folder / "outputs" / "by_token")  # a run of docs/train.md
     return folder
 
 
