@@ -112,14 +112,15 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
     where both runs have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
     evaluations = first.evaluations[task], second.evaluations[task]
     a, b = (own.answers for own in evaluations)
-    if (names := a.problems.keys()) != (others := b.problems.keys()):
+    if (names := a.grades.keys()) != (others := b.grades.keys()):
         raise UserError(
             f"evaluated on different problems ({len(names):,} and {len(others):,}, {len(names & others):,} of them "
             "shared), so a paired test would mean nothing: evaluate both with the same task settings."
         )
     score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
-    scores = [list(scores_by_problem(own, grader).values()) for own in evaluations]
+    one, other = (scores_by_problem(own, grader) for own in evaluations)
+    scores = [list(one.values()), [other[name] for name in one]]  # the two may have the problems in another order
     problems, is_one_answer = len(scores[0]), a.samples == b.samples == 1 and not score
     return PairedTest(
         *(task, grader, first.name, second.name),

@@ -36,6 +36,17 @@ def test_a_shown_difference_names_the_better_run(tmp_path: Path) -> None:
     assert "p < 0.001" in test.evidence
 
 
+def test_problems_in_another_order_are_paired_by_name(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for run in (first, second):
+        folder = add_evaluation(run, solved=set(range(10)), problems=20)
+    lines = (folder / "problems.jsonl").read_text().splitlines(keepends=True)
+    (folder / "problems.jsonl").write_text("".join(reversed(lines)))
+    (test,), _ = paired_tests(read_runs([first, second]))
+    assert "0 to 0 of 20" in test.evidence
+    assert "no problem where they differ" in test.evidence
+
+
 def test_tests_use_the_exact_rule_where_one_run_was_not_verified(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     add_evaluation(first, solved={0, 1}, verified={0, 1, 2, 3})
