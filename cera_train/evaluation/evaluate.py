@@ -36,7 +36,7 @@ from cera_train.model.weights import fingerprint, load_model, load_tokenizer
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.tasks.records import Problem
 from cera_train.tasks.task import AnswerTask, Task, load_problems, task_of
@@ -87,7 +87,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             console.print_evaluation(task, result, path)
         if is_main and is_new:
             mirror_evaluation(folder)
-        return result
+        return result.to_json()
 
 
 def resolve(config: EvalConfig) -> tuple[EvalConfig, Subject, Path]:
@@ -110,7 +110,7 @@ def settled(subject: Subject, recorded: Path | None = None) -> Subject:
     return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).dtype))
 
 
-def write_result(folder: EvaluationFolder, result: dict[str, Any]) -> None:
+def write_result(folder: EvaluationFolder, result: AccuracyResult | PerplexityResult) -> None:
     """Writes result.json, and the model card of a finished run's adapter, which shows its evaluations."""
     folder.write_result(result)
     run = folder.path.absolute().parent.parent
@@ -152,8 +152,8 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
 # --- answers and grades ----------------------------------------------------------------------------------------------
 
 
-def answer_and_grade(evaluation: Evaluation) -> dict[str, Any]:
-    """Generates the missing answers, then grades all of them."""
+def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
+    """Generates the missing answers, then grades all of them; the main process alone has the result."""
     config, subject = evaluation.config, evaluation.subject
     folder, accelerator = evaluation.folder, evaluation.accelerator
     problems = problems_of(config, subject)
@@ -164,7 +164,7 @@ def answer_and_grade(evaluation: Evaluation) -> dict[str, Any]:
         print_line("note", f"{line}: its problem is answered again.")
     accelerator.wait_for_everyone()  # nobody writes while others read
     keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
-    speed = {}
+    tokens_per_s = None
     if any(key not in answers for key in keys):
         with folder.append_to_answers() as file:
             try:
@@ -174,13 +174,14 @@ def answer_and_grade(evaluation: Evaluation) -> dict[str, Any]:
                     print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
                 raise
         process_speed = torch.tensor(process_speed, device=accelerator.device)
-        speed = {"tokens_per_s": accelerator.reduce(process_speed, reduction="sum").item()}
+        tokens_per_s = accelerator.reduce(process_speed, reduction="sum").item()
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
-        return {}
+        return AccuracyResult()
     answers, _ = folder.answers()
     folder.finish_answers(answers[key] for key in keys)
-    return grade(evaluation.task, config, folder) | speed | {"peak_memory_bytes": peak_memory(accelerator.device)}
+    graded = grade(evaluation.task, config, folder)
+    return replace(graded, tokens_per_s=tokens_per_s, peak_memory_bytes=peak_memory(accelerator.device))
 
 
 def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key], file: TextIO) -> float:
@@ -217,7 +218,7 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
     return tokens / seconds if seconds else 0.0
 
 
-def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dict[str, Any]:
+def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> AccuracyResult:
     """Grades the recorded answers and returns their scores; writes grades.jsonl once no answer is missing."""
     problems = {problem.id: problem for problem in folder.problems()}
     answers, _ = folder.answers()
@@ -226,14 +227,14 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> dic
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
         folder.write_grades(grades)
-    return {
-        "task": config.folder_name,
-        "kind": config.task.kind,
-        "problems": sum(map(task.counts, problems.values())),
-        "samples": config.generation.samples,
-        "missing": missing,
-        **score(task, list(problems.values()), answers, grades),
-    }
+    return replace(
+        score(task, list(problems.values()), answers, grades),
+        task=config.folder_name,
+        kind=config.task.kind,
+        problems=sum(map(task.counts, problems.values())),
+        samples=config.generation.samples,
+        missing=missing,
+    )
 
 
 def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
@@ -250,23 +251,22 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
             raise UserError(f"grade={path} has no answers yet: run the evaluation first, with run= and task=.")
         for line in broken:
             print_line("note", f"{line} and left out; the evaluation's command answers it again.")
-        before = folder.result() or {}
-        measured = {name: before[name] for name in ("tokens_per_s", "peak_memory_bytes") if name in before}
-        result = grade(task, config, folder) | measured
-        if result["missing"]:
-            print_line("note", f"{result['missing']} answers are missing: the scores leave them out.")
+        before, graded = folder.result() or AccuracyResult(), grade(task, config, folder)
+        result = replace(graded, tokens_per_s=before.tokens_per_s, peak_memory_bytes=before.peak_memory_bytes)
+        if result.missing:
+            print_line("note", f"{result.missing} answers are missing: the scores leave them out.")
         else:
             write_result(folder, result)
         console.print_evaluation(task, result, path)
-        if not result["missing"]:
+        if not result.missing:
             mirror_evaluation(folder)
-        return result
+        return result.to_json()
 
 
 # --- perplexity ------------------------------------------------------------------------------------------------------
 
 
-def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
+def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
     """Measures perplexity with the adapter and without it, and the spectra where the task has them."""
     task, subject, accelerator = evaluation.task, evaluation.subject, evaluation.accelerator
     rows = rows_of(evaluation.config, subject)
@@ -277,20 +277,22 @@ def measure_perplexity(evaluation: Evaluation) -> dict[str, Any]:
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
     held_out = HeldOut(model, loss, rows, Team(accelerator), micro_batch_tokens, subject.train.probe_tokens)
     loss_per_token = held_out.token_losses().mean
-    result = {
-        "task": evaluation.config.folder_name,
-        "kind": "perplexity",
-        "perplexity": perplexity(loss_per_token),
-        "loss": loss_per_token,
-        "rows": len(rows),
-        "tokens": sum(held_out.batches.supervised),
-    }
+    result = PerplexityResult(
+        task=evaluation.config.folder_name,
+        kind="perplexity",
+        perplexity=perplexity(loss_per_token),
+        loss=loss_per_token,
+        rows=len(rows),
+        tokens=sum(held_out.batches.supervised),
+    )
     if subject.adapter is not None:
         if keeps_base(model):
             with model.disable_adapter():
-                result["perplexity_base"] = perplexity(held_out.token_losses().mean)
+                result.perplexity_base = perplexity(held_out.token_losses().mean)
         if task.has_spectra:
             metrics = spectrum_metrics(held_out.spectra())
-            result |= {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
+            shown = {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
+            result.spectrum = SpectrumSummary.from_json(shown, "spectra")
+            result.details = {name: value for name, value in shown.items() if not SpectrumSummary.takes(name)}
     seconds = time.perf_counter() - started
-    return result | {"seconds": seconds, "peak_memory_bytes": peak_memory(accelerator.device)}
+    return replace(result, seconds=seconds, peak_memory_bytes=peak_memory(accelerator.device))

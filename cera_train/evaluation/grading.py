@@ -19,11 +19,11 @@ from concurrent.futures import TimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import pebble
 
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
+from cera_train.runs.results import Accuracies, Accuracy, AccuracyResult
 from cera_train.tasks import math
 from cera_train.tasks.endings import EndingShares, ending_of
 from cera_train.tasks.records import Generation, Grade, Problem
@@ -68,34 +68,31 @@ def verify(
 
 def score(
     task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
-) -> dict[str, Any]:
-    """The scores of an evaluation by the keys of result.json, each accuracy with its 95 % interval."""
+) -> AccuracyResult:
+    """The scores of an evaluation, each accuracy with its 95 % interval."""
     counted = {problem.id for problem in problems if task.counts(problem)}
     counted_grades = [grade for grade in grades if grade.problem in counted]
     counted_answers = [answer for answer in answers if answer.problem in counted]
-    return {
-        **_accuracies(counted_grades, "exact"),
-        **(_accuracies(counted_grades, "verified") if task.is_verified else {}),
-        **EndingShares.of([grade.ending for grade in counted_grades]).to_json(),
-        **task.scores(problems, grades),
-        "truncated": sum(answer.truncated for answer in counted_answers),
-        "no_answer": sum(grade.answer is None for grade in counted_grades),
-        "grader_failures": sum(grade.failure is not None for grade in counted_grades),
-        "tokens": sum(answer.tokens for answer in counted_answers),
-    }
+    graders = ("exact", "verified") if task.is_verified else ("exact",)
+    return AccuracyResult(
+        accuracies=Accuracies([own for grader in graders for own in _accuracies(counted_grades, grader)]),
+        endings=EndingShares.of([grade.ending for grade in counted_grades]),
+        details=task.scores(problems, grades),
+        truncated=sum(answer.truncated for answer in counted_answers),
+        no_answer=sum(grade.answer is None for grade in counted_grades),
+        grader_failures=sum(grade.failure is not None for grade in counted_grades),
+        tokens=sum(answer.tokens for answer in counted_answers),
+    )
 
 
-def _accuracies(grades: Sequence[Grade], grader: str) -> dict[str, Any]:
+def _accuracies(grades: Sequence[Grade], grader: str) -> Iterator[Accuracy]:
     """pass@k for every k up to the number of samples."""
     correct: dict[str, list[bool]] = {}
     for grade in grades:
         correct.setdefault(grade.problem, []).append(getattr(grade, grader))
-    scores = {}
     for k in range(1, min(map(len, correct.values()), default=0) + 1):
         values = [pass_at_k(len(samples), sum(samples), k) for samples in correct.values()]
-        scores[f"{grader}/pass@{k}"] = sum(values) / len(values)
-        scores[f"{grader}/pass@{k}/interval"] = list(accuracy_interval(values))
-    return scores
+        yield Accuracy(grader, k, sum(values) / len(values), accuracy_interval(values))
 
 
 # --- math-verify -----------------------------------------------------------------------------------------------------

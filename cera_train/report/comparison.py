@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -13,14 +13,14 @@ from cera_train.common.settings import Changes, changes_of
 from cera_train.config import Config
 from cera_train.data.config import evaluation_rows
 from cera_train.evaluation.config import EvalConfig
-from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paired_bootstrap
+from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paired_bootstrap, sign_flip
+from cera_train.evaluation.verdict import ERROR_RATE, holm
 from cera_train.report.runs import Evaluation, Run, Settings
 from cera_train.report.table import has_column, row_of, signed
 from cera_train.runs.results import PerplexityResult
 from cera_train.tasks.registry import display_name
 
 MOST_RUNS_IN_ALL_PAIRS = 6
-LEVEL = 0.05
 
 
 # --- paired tests ----------------------------------------------------------------------------------------------------
@@ -38,19 +38,16 @@ class PairedTest:
     means: tuple[float, float]
     problems: int
     difference: Difference
+    p_value: float
+    """After Holm's correction over the pairs of a task, in a report: decides at 5 %."""
     mcnemar: McNemar | None
-    """None for several answers to a problem, and for scores between right and wrong."""
+    """Decides where each run has one answer to a problem, right or wrong. None: a sign-flip permutation test does."""
     other_settings: tuple[str, ...] = ()
     """Settings of the evaluation in which the two differ."""
 
     @property
     def is_shown(self) -> bool:
-        """Whether there is a difference at the 5 % level, by McNemar's exact test where it applies."""
-        return self.mcnemar.p_value < LEVEL if self.mcnemar is not None else self.interval_leaves_out_zero
-
-    @property
-    def interval_leaves_out_zero(self) -> bool:
-        return self.difference.lower > 0 or self.difference.upper < 0
+        return self.p_value <= ERROR_RATE
 
     @property
     def verdict(self) -> str:
@@ -65,15 +62,13 @@ class PairedTest:
         if self.difference.lower == self.difference.upper:  # resampling equal differences gives a point
             size = f"{points} points for {self.second} on every problem"
             size = size if self.difference.difference else "no problem where they differ"
+        p = self.p_value
+        p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
         if self.mcnemar is None:
             how = "several answers each" if self.grader in ("exact", "verified") else f"by {self.grader}"
-            return f"mean over {self.problems:,} problems, {how}: {size}"
-        if self.interval_leaves_out_zero != self.is_shown:
-            size += "; the two tests disagree, and McNemar's, which is exact, decides"
+            return f"mean over {self.problems:,} problems, {how}: {size}, {p_text}"
         alone = f"{self.mcnemar.only_first:,} to {self.mcnemar.only_second:,} of {self.problems:,} problems"
-        p = self.mcnemar.p_value
-        p_text = "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
-        return f"{alone} that only one of them solves, p {p_text}; {size}"
+        return f"{alone} that only one of them solves, {p_text}; {size}"
 
 
 def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
@@ -86,15 +81,16 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
         if len(ready) > MOST_RUNS_IN_ALL_PAIRS:
             pairs = pairs[: len(ready) - 1]
             notes.append(f"{name}: each of {len(ready)} runs is tested against the first only, {ready[0].name}.")
+        found = []
         for first, second in pairs:
             try:
-                tests.append(compare(first, second, task))
+                found.append(compare(first, second, task))
             except UserError as error:
                 notes.append(f"{name}, {first.name} and {second.name}: {error}")
+        adjusted = holm([test.p_value for test in found])
+        tests += [replace(test, p_value=p_value) for test, p_value in zip(found, adjusted, strict=True)]
     if not tests and not notes:
         notes.append("No two runs have a finished evaluation of answers on the same task.")
-    if len(tests) > 1:
-        notes.append(f"These are {len(tests)} tests: about one in twenty shows a difference by chance.")
     return tests, notes
 
 
@@ -108,25 +104,29 @@ def graded(runs: Sequence[Run], task: str) -> list[Run]:
 
 
 def compare(first: Run, second: Run, task: str) -> PairedTest:
-    """McNemar's test and the paired bootstrap, by the task's score where it has one, else by math-verify's verdicts
-    where both runs have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
+    """The paired test of two runs, by the task's score where it has one, else by math-verify's verdicts where both runs
+    have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
     evaluations = first.evaluations[task], second.evaluations[task]
     a, b = (own.answers for own in evaluations)
-    if (names := a.problems.keys()) != (others := b.problems.keys()):
+    if (names := a.grades.keys()) != (others := b.grades.keys()):
         raise UserError(
             f"evaluated on different problems ({len(names):,} and {len(others):,}, {len(names & others):,} of them "
             "shared), so a paired test would mean nothing: evaluate both with the same task settings."
         )
     score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
-    scores = [list(scores_by_problem(own, grader).values()) for own in evaluations]
-    problems, is_one_answer = len(scores[0]), a.samples == b.samples == 1 and not score
+    one, other = (scores_by_problem(own, grader) for own in evaluations)
+    scores = [list(one.values()), [other[name] for name in one]]  # the two may have the problems in another order
+    problems, test = len(one), None
+    if a.samples == b.samples == 1 and not score:
+        test = mcnemar(*([score == 1 for score in own] for own in scores))
     return PairedTest(
         *(task, grader, first.name, second.name),
         means=(sum(scores[0]) / problems, sum(scores[1]) / problems),
         problems=problems,
         difference=paired_bootstrap(*scores),
-        mcnemar=mcnemar(*([score == 1 for score in own] for own in scores)) if is_one_answer else None,
+        p_value=test.p_value if test else sign_flip(*scores),
+        mcnemar=test,
         other_settings=differing_in_evaluation(*(own.settings for own in evaluations)),
     )
 

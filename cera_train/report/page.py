@@ -124,7 +124,7 @@ def say_report(report: Report) -> None:
     ]
     sections = {
         "effective rank": [report.rank_note] * bool(report.rank_note),
-        "paired tests": tests + report.test_notes,
+        "paired tests, p after Holm": tests + report.test_notes,
         "before comparing": report.cautions,
         "missing": report.missing + report.not_shown,
     }

@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import finite, lock_folder, read_json, read_yaml, write_text
+from cera_train.common.files import finite, lock_folder, read_yaml, write_text
 from cera_train.common.records import Record, read_lines
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import differences, load_config
-from cera_train.tasks.endings import ENDINGS
+from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
 from cera_train.tasks.records import EVALUATE_AGAIN, Generation, Grade, Problem
 
 Key = tuple[str, int]
@@ -78,21 +78,21 @@ class EvaluationFolder:
             )
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
 
-    def result(self) -> dict[str, Any] | None:
-        """The content of result.json; None before the evaluation is finished."""
+    def result(self) -> AccuracyResult | PerplexityResult | None:
+        """result.json; None before the evaluation is finished."""
         path = self.path / "result.json"
-        return read_json(path) if path.exists() else None
+        return read_evaluation_result(path) if path.exists() else None
 
     def is_finished(self) -> bool:
         """Whether there is a result, and every answer that it counts."""
         result = self.result()
-        if result is None or "samples" not in result:
+        if not isinstance(result, AccuracyResult) or result.samples is None:
             return result is not None
         answers, broken = self.answers()
-        return not broken and len(answers) == len(self.problems()) * result["samples"]
+        return not broken and len(answers) == len(self.problems()) * result.samples
 
-    def write_result(self, result: dict[str, Any]) -> None:
-        write_text(self.path / "result.json", json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+    def write_result(self, result: AccuracyResult | PerplexityResult) -> None:
+        result.write(self.path / "result.json")
 
     # --- problems, answers, grades -----------------------------------------------------------------------------------
 
@@ -190,15 +190,6 @@ class GradedAnswers:
                 f"grade the answers again with cera-eval grade={self.folder}."
             )
         return grades
-
-    @property
-    def endings(self) -> dict[str, list[str]]:
-        """How the answers to each problem ended, one for each sample, see tasks/endings.py."""
-        endings = {name: [grade.ending for grade in grades] for name, grades in self.grades.items()}
-        if any(not {*found} <= {*ENDINGS} for found in endings.values()):
-            reason = f"{self.folder / 'grades.jsonl'} does not have how each answer ended"
-            raise UserError(f"{reason}: grade the answers again with cera-eval grade={self.folder}.")
-        return endings
 
     @cached_property
     def texts(self) -> dict[Key, str]:

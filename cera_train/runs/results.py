@@ -339,13 +339,13 @@ class AccuracyResult(EvaluationResult):
     missing: int | None = None  # answers that are not there yet
     accuracies: Accuracies = field(default_factory=Accuracies)
     endings: EndingShares = field(default_factory=EndingShares)
+    details: dict[str, Any] = field(default_factory=dict)  # what the task adds, under the task's names
     truncated: int | None = None  # answers cut by max_new_tokens, loops among them
     no_answer: int | None = None
     grader_failures: int | None = None
     tokens: int | None = None  # tokens generated
     tokens_per_s: float | None = None
     peak_memory_bytes: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)  # what the task adds, under the task's names
 
     def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
         return next((found for found in self.accuracies.found if (found.grader, found.k) == (grader, k)), None)
@@ -370,6 +370,7 @@ class PerplexityResult(EvaluationResult):
     tokens: int | None = None  # tokens predicted
     perplexity_base: float | None = None  # without the adapter; None where there is no adapter
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
+    details: dict[str, Any] = field(default_factory=dict)  # the spectra of each layer's experts
     seconds: float | None = None
     peak_memory_bytes: float | None = None
 

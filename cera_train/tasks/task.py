@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.terminal import duration
 from cera_train.data.config import DataConfig
 from cera_train.data.files import from_files
 from cera_train.data.hub import from_hub
@@ -84,14 +83,6 @@ class Task:
         line of grades.jsonl; the grader, exact or verified, has no effect where `score_name` is set."""
         return float(getattr(grade, grader))
 
-    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
-        """Labels and texts to print of a result, beside its accuracies."""
-        return {}
-
-    def tables(self, result: Mapping[str, Any]) -> list[Table]:
-        """Tables to print after the lines."""
-        return []
-
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerTask(Task, ABC):
@@ -123,6 +114,14 @@ class AnswerTask(Task, ABC):
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""
         return {}
+
+    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Labels and texts to print of what `scores` returned."""
+        return {}
+
+    def tables(self, result: Mapping[str, Any]) -> list[Table]:
+        """Tables to print after the lines."""
+        return []
 
 
 def task_of(config: TaskConfig) -> Task:
@@ -233,13 +232,3 @@ class RowTask(Task, ABC):
     @abstractmethod
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
-
-    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
-        lines = {"perplexity": f"{result['perplexity']:.3f}"}
-        if "perplexity_base" in result:
-            lines["without adapter"] = f"{result['perplexity_base']:.3f}"
-        if "spectrum/effective_rank/mean" in result:
-            mean, largest = (result[f"spectrum/effective_rank/{name}"] for name in ("mean", "max"))
-            lines["effective rank"] = f"{mean:.1f} mean, {largest:.1f} max"
-        lines["tokens"] = f"{result['tokens']:,} predicted, in {result['rows']:,} rows"
-        return lines | {"time": duration(result["seconds"])}

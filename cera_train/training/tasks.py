@@ -69,7 +69,7 @@ class Exam:
 
     def figures(self, answers: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, float]:
         """The scores of all answers, by their keys in metrics.jsonl."""
-        scores = score(self.task, self.problems, answers, grades)
+        scores = score(self.task, self.problems, answers, grades).to_json()
         values = {key: scores.get(key, scores.get(f"{key}/pass@1")) for key in self.task.figures}
         return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
 

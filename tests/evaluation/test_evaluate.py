@@ -14,8 +14,8 @@ import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.data.config import DataConfig, Layout, MixPart
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.recorded_config import load_config
+from cera_train.runs.results import read_evaluation_result
 from cera_train.tasks import gsm8k
 from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.records import Generation
@@ -39,7 +39,7 @@ def test_an_evaluation_leaves_what_it_did(eval_config, run):
     assert result["no_answer"] == sum(row["answer"] is None for row in grades)
     for ending in ENDINGS:
         assert result[f"ending/{ending}"] == sum(row["ending"] == ending for row in grades) / 8
-    assert list(GradedAnswers(folder).endings.values()) == [[row["ending"]] for row in grades]
+    assert read_evaluation_result(folder / "result.json").to_json() == result
     assert result["tokens"] == sum(row["tokens"] for row in answers)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["task"]["max_new_tokens"] == 8

@@ -8,7 +8,6 @@ import pytest
 
 from cera_train.evaluation.console import print_evaluation
 from cera_train.evaluation.grading import grade_all, score, verify
-from cera_train.runs.results import AccuracyResult
 from cera_train.tasks import gsm8k, math
 from cera_train.tasks.endings import ENDINGS
 from cera_train.tasks.records import Generation, Problem
@@ -35,11 +34,11 @@ def test_both_graders_count_side_by_side(one_verifier):
     assert [grade.answer for grade in grades] == [r"\frac12", "0.5", "2", None, None]
     assert [grade.ending for grade in grades] == ["right", "right", "wrong", "right", "truncated"]
     scores = score(math.TASK, list(problems.values()), answers, grades)
-    assert (scores["exact/pass@1"], scores["verified/pass@1"]) == (1 / 5, 3 / 5)
-    assert [scores[f"ending/{name}"] for name in ENDINGS] == [3 / 5, 1 / 5, 0, 1 / 5, 0]
-    assert (scores["truncated"], scores["no_answer"], scores["grader_failures"]) == (1, 2, 0)
-    assert scores["tokens"] == sum(given.tokens for given in answers)
-    lower, upper = scores["verified/pass@1/interval"]
+    assert (scores.accuracy("exact").value, scores.accuracy("verified").value) == (1 / 5, 3 / 5)
+    assert [scores.endings.by_name[name] for name in ENDINGS] == [3 / 5, 1 / 5, 0, 1 / 5, 0]
+    assert (scores.truncated, scores.no_answer, scores.grader_failures) == (1, 2, 0)
+    assert scores.tokens == sum(given.tokens for given in answers)
+    lower, upper = scores.accuracy("verified").interval
     assert lower < 3 / 5 < upper
 
 
@@ -56,8 +55,8 @@ def test_a_result_is_printed_line_by_line(capsys, tmp_path):
     problems = [Problem(name, "?", "?", "12") for name in "ab"]
     answers = [answer(problem.id, r"\boxed{12}") for problem in problems]
     grades = grade_all(math.TASK, {problem.id: problem for problem in problems}, answers, seconds=10)
-    counts = {"problems": 2, "samples": 1, "missing": 0}
-    print_evaluation(math.TASK, counts | score(math.TASK, problems, answers, grades), tmp_path)
+    scores = score(math.TASK, problems, answers, grades)
+    print_evaluation(math.TASK, replace(scores, problems=2, samples=1), tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "",
         "problems        2",
@@ -76,8 +75,8 @@ def test_a_share_that_is_the_same_for_every_problem_has_no_interval(capsys, tmp_
     answers = [answer(problem.id, f"#### {12 + sample}", sample) for problem in problems for sample in range(2)]
     grades = [gsm8k.TASK.grade(problems["ab".index(given.problem)], given) for given in answers]
     grades = [replace(grade, verified=grade.exact) for grade in grades]
-    counts = {"problems": 2, "samples": 2, "missing": 0}
-    print_evaluation(gsm8k.TASK, counts | score(gsm8k.TASK, problems, answers, grades), tmp_path)
+    scores = score(gsm8k.TASK, problems, answers, grades)
+    print_evaluation(gsm8k.TASK, replace(scores, problems=2, samples=2), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert "exact pass@1     50.0%  (no 95 % interval: the same for every problem)" in lines
     assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines
@@ -91,8 +90,8 @@ def test_none_or_all_of_the_problems_right_gets_the_exact_interval(one_verifier)
     grades = verify({problem.id: problem for problem in problems}, answers, grades, seconds=10)
     scores = score(math.TASK, problems, answers, grades)
     for grader in ("exact", "verified"):
-        assert scores[f"{grader}/pass@1"] == 0
-        assert scores[f"{grader}/pass@1/interval"] == [0.0, pytest.approx(1 - 0.025 ** (1 / 4))]
+        assert scores.accuracy(grader).value == 0
+        assert scores.accuracy(grader).interval == (0.0, pytest.approx(1 - 0.025 ** (1 / 4)))
 
 
 def test_every_pass_at_k_has_its_interval(capsys, tmp_path):
@@ -105,13 +104,11 @@ def test_every_pass_at_k_has_its_interval(capsys, tmp_path):
     ]
     grades = [gsm8k.TASK.grade(problems[int(given.problem[1:])], given) for given in answers]
     grades = [replace(grade, verified=grade.exact) for grade in grades]
-    counts = {"task": "gsm8k", "kind": "gsm8k", "problems": 12, "samples": 16, "missing": 0}
-    scores = counts | score(gsm8k.TASK, problems, answers, grades)
-    result = AccuracyResult.from_json(scores, "result.json")
+    result = replace(score(gsm8k.TASK, problems, answers, grades), problems=12, samples=16)
     assert [found.key for found in result.accuracies.found] == [
         f"{grader}/pass@{k}" for grader in ("exact", "verified") for k in range(1, 17)
     ]
-    print_evaluation(gsm8k.TASK, scores, tmp_path)
+    print_evaluation(gsm8k.TASK, result, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     for found in result.accuracies.found:
         lower, upper = result.interval(found)

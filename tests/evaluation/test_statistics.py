@@ -16,6 +16,7 @@ from cera_train.evaluation.statistics import (
     mcnemar,
     paired_bootstrap,
     pass_at_k,
+    sign_flip,
 )
 
 ACCURACY = [1.0] * 120 + [0.0] * 280
@@ -112,6 +113,43 @@ def test_mcnemar_takes_the_5000_problems_of_math():
     assert mcnemar(first, [not value for value in first]).p_value == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (0, 5), (6, 0), (3, 10), (7, 6)])
+def test_sign_flip_of_right_and_wrong_is_mcnemars(only_first, only_second):
+    first = [True] * only_first + [False] * only_second + [True, False]
+    second = [False] * only_first + [True] * only_second + [True, False]
+    assert sign_flip(first, second) == mcnemar(first, second).p_value
+
+
+@pytest.mark.parametrize(("problems", "tolerance"), [(5, 0), (13, 0), (14, 0.02), (200, 0.02)])
+def test_sign_flip_agrees_with_scipy(problems, tolerance):
+    """Shares of three answers, so many outcomes are equal up to rounding. Exact up to 13 problems that differ."""
+    generator = numpy.random.default_rng(problems)
+    first = generator.integers(0, 3, problems) / 3
+    second = first + generator.choice([-1 / 3, 1 / 3], problems, p=[0.4, 0.6])
+    expected = scipy.stats.permutation_test(
+        ([*(second - first), 0.0],), numpy.sum, permutation_type="samples", n_resamples=2**14, rng=1
+    ).pvalue
+    assert 0 < sign_flip([*first, 1], [*second, 1]) == pytest.approx(expected, abs=tolerance, rel=1e-12)
+
+
+def test_sign_flip_keeps_its_error_rate_where_the_bootstrap_does_not():
+    """Six problems whose differences are symmetric around zero: at most one pair in twenty is shown to differ."""
+    zeros, samples = [0.0] * 6, numpy.random.default_rng(0).normal(size=(400, 6))
+    intervals = [paired_bootstrap(zeros, values) for values in samples]
+    assert numpy.mean([sign_flip(zeros, values) <= 0.05 for values in samples]) <= 0.05
+    assert numpy.mean([not own.lower <= 0 <= own.upper for own in intervals]) > 0.07
+
+
+def test_sign_flip_of_many_problems_is_the_same_for_the_same_seed_and_never_zero(monkeypatch):
+    zeros, ones = [0.0] * 3_000, [1.0] * 3_000
+    assert sign_flip(zeros, ones) == 1e-4
+    values = numpy.random.default_rng(0).normal(size=3_000)
+    whole = sign_flip(zeros, values)
+    assert whole == sign_flip(zeros, values)
+    monkeypatch.setattr("cera_train.evaluation.statistics.BLOCK", 300_000)
+    assert sign_flip(zeros, values) == pytest.approx(whole, abs=0.02)
+
+
 def test_paired_bootstrap_is_second_minus_first():
     difference = paired_bootstrap([0, 0, 1, 0], [1, 0, 1, 1])
     assert difference.difference == 0.5
@@ -128,7 +166,7 @@ def test_paired_bootstrap_uses_the_pairing():
     assert (difference.lower, difference.upper) == pytest.approx((0.05 - half, 0.05 + half), abs=3e-3)
 
 
-@pytest.mark.parametrize("test", [mcnemar, paired_bootstrap])
+@pytest.mark.parametrize("test", [mcnemar, sign_flip, paired_bootstrap])
 def test_runs_on_different_problems_are_refused(test):
     with pytest.raises(ValueError, match="got 2 and 3"):
         test([True, False], [True, False, True])
@@ -138,6 +176,7 @@ def test_runs_on_different_problems_are_refused(test):
     "call",
     [
         lambda: mcnemar([], []),
+        lambda: sign_flip([], []),
         lambda: paired_bootstrap([], []),
         lambda: bootstrap_interval([]),
         lambda: accuracy_interval([]),

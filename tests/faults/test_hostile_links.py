@@ -16,7 +16,7 @@ from cera_train.common.files import write_text
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import EvaluationFolder
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import AccuracyResult, RunResult
 
 
 @pytest.fixture
@@ -93,5 +93,5 @@ def test_links_within_a_run_and_to_a_run_are_fine(tmp_path):
     with RunFolder(tmp_path / "outputs" / "run", {}) as folder:
         folder.append_metrics({"update": 1})
     with EvaluationFolder(tmp_path / "outputs" / "run" / "eval" / "gsm8k") as opened:
-        opened.write_result({})
+        opened.write_result(AccuracyResult())
     assert (run / "metrics.jsonl").exists()

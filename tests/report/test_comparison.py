@@ -22,7 +22,6 @@ def test_paired_tests_count_the_problems_that_one_run_solves(tmp_path: Path) -> 
     assert test.verdict == "no difference shown"
     assert "12 to 9 of 40 problems that only one of them solves, p = 0.66" in test.evidence
     assert "−7.5 points for lora_512 (95 % interval by paired bootstrap −" in test.evidence
-    assert "disagree" not in test.evidence
     assert notes == []
 
 
@@ -34,6 +33,17 @@ def test_a_shown_difference_names_the_better_run(tmp_path: Path) -> None:
     assert test.verdict == "b is better"
     assert "0 to 14 of 40" in test.evidence
     assert "p < 0.001" in test.evidence
+
+
+def test_problems_in_another_order_are_paired_by_name(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    for run in (first, second):
+        folder = add_evaluation(run, solved=set(range(10)), problems=20)
+    lines = (folder / "problems.jsonl").read_text().splitlines(keepends=True)
+    (folder / "problems.jsonl").write_text("".join(reversed(lines)))
+    (test,), _ = paired_tests(read_runs([first, second]))
+    assert "0 to 0 of 20" in test.evidence
+    assert "no problem where they differ" in test.evidence
 
 
 def test_tests_use_the_exact_rule_where_one_run_was_not_verified(tmp_path: Path) -> None:
@@ -65,16 +75,36 @@ def test_different_problems_are_not_compared_and_the_report_says_why(tmp_path: P
     assert "different problems (40 and 30" in (tmp_path / "report/report.html").read_text()
 
 
-def test_where_the_two_tests_disagree_the_exact_one_decides(tmp_path: Path) -> None:
-    """None to five of 40: McNemar's p is 1/16, and the bootstrap's interval begins above zero."""
-    runs = [make_run(tmp_path / name) for name in "ab"]
-    for run, solved in zip(runs, (set(), set(range(5))), strict=True):
-        add_evaluation(run, solved=solved)
-    (test,), _ = paired_tests(read_runs(runs))
-    assert test.mcnemar.p_value == 1 / 16
-    assert test.interval_leaves_out_zero
-    assert test.verdict == "no difference shown"
-    assert "the two tests disagree, and McNemar's, which is exact, decides" in test.evidence
+def test_few_problems_that_differ_are_not_shown_by_the_interval(tmp_path: Path) -> None:
+    """Five problems of 40 all speak for b: p is 1/16 for one answer and for several, and the interval begins above
+    zero."""
+    for samples in (1, 4):
+        runs = [make_run(tmp_path / f"{samples}{name}") for name in "ab"]
+        for run, solved in zip(runs, (0, 5), strict=True):
+            add_evaluation(run, solved=lambda n, sample, solved=solved: n < solved and sample < 2, samples=samples)
+        (test,), _ = paired_tests(read_runs(runs))
+        assert test.p_value == 1 / 16
+        assert test.difference.lower > 0
+        assert test.verdict == "no difference shown"
+        assert "p = 0.062" in test.evidence
+
+
+def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path: Path) -> None:
+    """Seven problems to none: p is 1/64 for two runs alone, and 6/64 as the smallest of six pairs."""
+    runs = [make_run(tmp_path / name) for name in "abcd"]
+    for run in runs:
+        add_evaluation(run, solved=set(range(7 if run.name == "d" else 0)))
+        add_evaluation(run, "math", solved={0})
+    (alone,) = [test for test in paired_tests(read_runs(runs[2:]))[0] if test.task == "gsm8k"]
+    assert (alone.p_value, alone.verdict) == (1 / 64, "d is better")
+    tests, notes = paired_tests(read_runs(runs))
+    assert [test.p_value for test in tests if test.task == "gsm8k"] == [1, 1, 6 / 64, 1, 6 / 64, 6 / 64]
+    assert not any(test.is_shown for test in tests)
+    assert "p = 0.094" in tests[2].evidence
+    assert notes == []
+    for name in ("report.md", "report.html"):
+        write_report(runs, tmp_path / "report")
+        assert "after Holm over the pairs of a task" in (tmp_path / "report" / name).read_text()
 
 
 def test_trajectories_are_tested_by_their_steps_without_the_papers_case(tmp_path: Path) -> None:
@@ -110,8 +140,7 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
         add_evaluation(run, solved={1})
     tests, notes = paired_tests(read_runs(runs))
     assert [(test.first, test.second) for test in tests] == [("a", name) for name in "bcdefg"]
-    assert notes[0] == "GSM8K: each of 7 runs is tested against the first only, a."
-    assert notes[1].startswith("These are 6 tests")
+    assert notes == ["GSM8K: each of 7 runs is tested against the first only, a."]
 
 
 def test_perplexities_on_different_rows_are_said_not_to_compare(tmp_path: Path) -> None:

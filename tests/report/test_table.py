@@ -188,7 +188,7 @@ def test_a_broken_file_of_an_evaluation_stops_its_test_and_is_named(tmp_path: Pa
     report = compare_runs([first, second], tmp_path / "report")
     assert report.tests == []
     (note,) = report.test_notes
-    assert re.search(rf"{name}:1 is broken|evaluated on different problems \(0 and 40|no grades for 40", note)
+    assert re.search(rf"{name}:1 is broken|has no problems|no grades for 40", note)
 
 
 def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> None:

@@ -62,9 +62,9 @@ def test_scores_are_those_of_each_generator_too():
     answers = [Generation(made[0].id, 0, made[0].gold, 1, False), Generation(made[1].id, 0, "x", 1, False)]
     grades = grade_all(TASK, {problem.id: problem for problem in made}, answers, 5.0)
     result = score(TASK, made, answers, grades)
-    assert (result["exact/pass@1"], result["credit"]) == (0.5, 0.5)
-    assert result["by_generator"]["gcd"] == {"exact": 1.0, "credit": 1.0, "answers": 1}
-    assert TASK.lines(result)["spell_backward"] == "exact 0.0%, credit 0.0%, 1 answers"
+    assert (result.accuracy("exact").value, result.details["credit"]) == (0.5, 0.5)
+    assert result.details["by_generator"]["gcd"] == {"exact": 1.0, "credit": 1.0, "answers": 1}
+    assert TASK.lines(result.details)["spell_backward"] == "exact 0.0%, credit 0.0%, 1 answers"
     assert TASK.figures == {"exact": True, "credit": True}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score, verify
+from cera_train.runs.results import AccuracyResult
 from cera_train.tasks.config import Grader, TaskConfig
 from cera_train.tasks.jsonl import RULES, chosen
 from cera_train.tasks.records import Generation
@@ -98,7 +99,7 @@ def test_columns_of_other_names(config_of):
 
 
 def test_mathematical_equality_is_verified_and_text_is_not(config_of):
-    def scores(grader: str) -> dict:
+    def scores(grader: str) -> AccuracyResult:
         config = config_of([{"question": "half", "answer": "0.5"}], grader)
         task, [problem] = task_of(config), load_problems(config, None)
         answer = Generation(problem.id, 0, r"\boxed{\frac{1}{2}}", 1, False)
@@ -107,8 +108,8 @@ def test_mathematical_equality_is_verified_and_text_is_not(config_of):
             grades = verify({problem.id: problem}, [answer], grades, seconds=30)
         return score(task, [problem], [answer], grades)
 
-    assert (scores("math")["exact/pass@1"], scores("math")["verified/pass@1"]) == (0, 1)
-    assert "verified/pass@1" not in scores("text")
+    assert [scores("math").accuracy(grader).value for grader in ("exact", "verified")] == [0, 1]
+    assert scores("text").accuracy("verified") is None
 
 
 def test_every_grader_has_a_rule():

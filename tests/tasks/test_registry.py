@@ -42,8 +42,8 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, write_jsonl):
     answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
     grades = [task.grade(*pair) for pair in zip(problems, answers, strict=True)]
     scores = score(task, problems, answers, grades)
-    assert scores["exact/pass@1"] == 0.5
-    assert "verified/pass@1" not in scores
+    assert scores.accuracy("exact").value == 0.5
+    assert scores.accuracy("verified") is None
     assert display_name("arithmetic") == "Arithmetic"
 
 
