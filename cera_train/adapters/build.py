@@ -19,9 +19,17 @@ from cera_train.cera import CeraLayer, unfuse
 from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
 
+EXPERTS_COMPILE = torch.__version__ >= (2, 13)
+"""Whether torch.compile takes adapted experts: torch 2.12 guards on the number of tokens that an expert gets."""
 
-def check(config: AdapterConfig) -> None:
-    """Raises UserError for settings that PEFT does not understand. Needs no model, so that nothing is loaded first."""
+
+def check(config: AdapterConfig, is_compiled: bool = False) -> None:
+    """Raises UserError for settings that PEFT or torch.compile does not understand. Needs no model, so that nothing is
+    loaded first."""
+    if is_compiled and config.adapted_experts and not EXPERTS_COMPILE:
+        raise UserError(
+            f"train.compile=true: torch {torch.__version__} compiles no adapted experts: leave it out, or take torch 2.13."
+        )
     # PEFT takes no layers beside all-linear; `build` names the modules of these layers instead.
     adapter_config(replace(config, layers=None) if config.target_modules == "all-linear" else config)
 

@@ -48,7 +48,7 @@ from cera_train.training.together import pass_tokens
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine. Raises
     UserError where a setting cannot work here."""
-    adapters.check(config.adapter)
+    adapters.check(config.adapter, config.train.compile)
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
     precision = choose_precision(config.model.dtype)
     if config.model.dtype == Dtype.auto != begun.model.dtype:

@@ -66,6 +66,15 @@ def test_settings_are_checked_before_a_model_is_there():
     build.check(AdapterConfig(r=4, target_modules=[], target_parameters=DOWN, expert_r=2))
 
 
+def test_experts_are_not_compiled_where_torch_cannot(monkeypatch):
+    experts, none = (AdapterConfig(r=4, target_modules="all-linear", experts=value) for value in (True, False))
+    monkeypatch.setattr(build, "EXPERTS_COMPILE", False)
+    with pytest.raises(UserError, match=r"train\.compile=true: torch 2\..* compiles no adapted experts: leave it out"):
+        build.check(experts, is_compiled=True)
+    build.check(none, is_compiled=True)
+    build.check(experts)
+
+
 def test_experts_in_some_layers():
     model = built(target_modules="all-linear", experts=True, layers=[1])
     adapted = [name for name, module in model.named_modules() if isinstance(module, CeraLayer)]

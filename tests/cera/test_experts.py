@@ -23,6 +23,7 @@ from moe_models import (
 from peft import get_peft_model
 from torch import nn
 
+from cera_train.adapters.build import EXPERTS_COMPILE
 from cera_train.cera import CeraConfig, CeraExperts, CeraLayer
 
 pytestmark = WARNINGS
@@ -258,6 +259,7 @@ def test_dropout_on_the_input_drops_what_A_reads():
     assert set(inputs[0].unique().tolist()) == {0.0, 2.0}
 
 
+@pytest.mark.skipif(not EXPERTS_COMPILE, reason="torch 2.12 compiles no experts")
 @pytest.mark.parametrize("place", ["hidden", "input"])
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place):
