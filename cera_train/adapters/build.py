@@ -28,7 +28,7 @@ def check(config: AdapterConfig, is_compiled: bool = False) -> None:
     loaded first."""
     if is_compiled and config.adapted_experts and not EXPERTS_COMPILE:
         raise UserError(
-            f"train.compile=true: torch {torch.__version__} compiles no adapted experts: leave it out, or take torch 2.13."
+            f"train.compile=true: torch {torch.__version__} compiles no adapted experts: leave it out, or use 2.13."
         )
     # PEFT takes no layers beside all-linear; `build` names the modules of these layers instead.
     adapter_config(replace(config, layers=None) if config.target_modules == "all-linear" else config)
