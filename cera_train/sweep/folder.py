@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import write_text
+from cera_train.common.files import is_locked, taken, write_text
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
@@ -43,6 +43,10 @@ from cera_train.tasks.named import check_tasks
 RECORD = "sweep.json"
 JOBS = ".jobs"
 """In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
+
+WRITER = "sweep"
+"""Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
+its place."""
 
 GRID_SWEEPERS = (".BasicSweeper", ".Halving")
 """Sweepers whose jobs are the whole grid, known before the first."""
@@ -208,7 +212,7 @@ def begin(
     stopped: Collection[str] = (),
 ) -> None:
     """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
-    run, of a sweep with other fixed settings, and what `check_jobs` refuses.
+    run, of a sweep with other fixed settings or of a halving that goes on, and what `check_jobs` refuses.
 
     Args:
         make_record: the content of sweep.json; raises UserError for jobs that the sweeper cannot run. None:
@@ -227,6 +231,8 @@ def begin(
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     record = (make_record or record_of)(config)
     check_jobs(folder, record["jobs"], compose, stopped)
+    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
+        raise taken(folder, WRITER)
 
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
         config.hydra.sweeper.direction = "maximize" if record["metric"]["higher_is_better"] else "minimize"

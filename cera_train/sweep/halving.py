@@ -7,6 +7,7 @@ folders: the same command repeats neither.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -18,11 +19,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from cera_train.common.files import locked
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
-from cera_train.sweep.folder import RECORD, ComposeJob, begin, read_record, record_of
+from cera_train.sweep.folder import RECORD, WRITER, ComposeJob, begin, read_record, record_of
 from cera_train.sweep.rungs import (
     Decision,
     Group,
@@ -33,7 +35,7 @@ from cera_train.sweep.rungs import (
     groups_of,
     loss_at,
 )
-from cera_train.sweep.table import job_status
+from cera_train.sweep.table import State, job_status
 
 
 def is_halving(config: DictConfig) -> bool:
@@ -101,8 +103,13 @@ class Halving(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs every group rung by rung, then what is left of each to its end."""
+        """Holds the folder, and runs the sweep. Of several processes that run it, the main one holds."""
         self.folder, self.rules, self.launched = Path(self.config.hydra.sweep.dir), self.find_rules(), 0
+        with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
+            self.run()
+
+    def run(self) -> None:
+        """Runs every group rung by rung, then what is left of each to its end."""
         self.record = HalvingRecord.read(self.folder) or HalvingRecord(self.rules, [])
         groups = groups_of(read_record(self.folder / RECORD), self.rules.tune)
         for rung in itertools.count(1):
@@ -155,8 +162,9 @@ class Halving(Sweeper):
         update, label = self.rules.update(rung), f"rung {rung}"
         losses = {job: loss_at(self.folder / job, update) for job in group.jobs}
         for job in [job for job, loss in losses.items() if loss is None]:
-            if job_status(self.folder, job).error is None:
-                self.announce(label, f"undecided: {job} was cut. The same command goes on.")
+            if (state := job_status(self.folder, job).state) != State.failed:
+                why = "is trained by another command" if state == State.running else "was cut"
+                self.announce(label, f"undecided: {job} {why}. The same command goes on.")
                 return None
             losses[job] = math.inf
         decision = decide(group, rung, update, losses, self.rules.factor)

@@ -176,8 +176,8 @@ class StudySweeper(Halving):
     def find_rules(self) -> StudyRules:
         return study_rules(self.config)
 
-    def sweep(self, arguments: list[str]) -> None:
-        super().sweep(arguments)
+    def run(self) -> None:
+        super().run()
         record, study = read_record(self.folder / RECORD), self.config.study
         chosen = [best_candidate(self.folder, group) for group in groups_of(record, list(study.tune))]
         jobs = [

@@ -12,6 +12,7 @@ from made_sweeps import cera_sweep, record_job, record_sweep, states
 from omegaconf import OmegaConf
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import lock_folder
 from cera_train.sweep.folder import JOBS, RECORD, read_record
 from cera_train.sweep.halving import Halving
 from cera_train.sweep.rungs import HALVING, HalvingRecord, Rules, groups_of, loss_at
@@ -179,6 +180,34 @@ def test_a_job_that_was_lost_leaves_its_method_undecided_and_the_others_go_on(tm
     again = HalvingLauncher(tmp_path)
     halve(again)
     assert again.began == [(CERA[2], 0, 20), (CERA[2], 20, 40), (CERA[3], 20, 40), (CERA[2], 40, 100)]
+
+
+def test_two_commands_never_halve_one_folder(tmp_path, halve):
+    """The second one's jobs would fail at the locks of the first one's, and lose their places."""
+    launcher, second = HalvingLauncher(tmp_path), HalvingLauncher(tmp_path)
+    launch = launcher.launch
+
+    def with_a_second(jobs: list[list[str]], initial_job_idx: int) -> list:
+        with pytest.raises(UserError, match=f"another sweep is writing to {tmp_path}: wait for it"):
+            halve(second, *CERA)
+        return launch(jobs, initial_job_idx)
+
+    launcher.launch = with_a_second
+    halve(launcher, *CERA)
+    assert not second.began
+    assert is_finished(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_job_that_another_command_trains_leaves_its_method_undecided(tmp_path, halve, capsys):
+    """As one that was started by hand."""
+    lock = lock_folder(tmp_path / CERA[2], "run")
+    launcher = HalvingLauncher(tmp_path)
+    launcher.failing = {CERA[2]}
+    halve(launcher, *CERA)
+    assert f"undecided: {CERA[2]} is trained by another command. The same" in capsys.readouterr().out
+    assert not (tmp_path / HALVING).exists()
+    lock.release()
 
 
 def test_a_rung_beyond_the_end_decides_nothing(tmp_path, halve):
