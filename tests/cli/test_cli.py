@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from commands import at_once, cera_train, command
 
+from cera_train import __version__
+from cera_train.cli import chat, evaluate, export, plan, report, sweep, train, watch
 from cera_train.cli.composition import options
 from cera_train.cli.hydra_guard import GuardedConfigLoader
 from cera_train.cli.plan import main as main_plan
@@ -36,6 +38,13 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
     for text in ("math_lora_r512_matched", "smollm2_135m_pypi", "micro_batch_tokens", "--debug"):
         assert text in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", [chat, evaluate, export, plan, report, sweep, train, watch])
+def test_every_command_has_the_version_of_the_package(monkeypatch, capfd, program):
+    monkeypatch.setattr(sys, "argv", ["cera", "--version"])
+    program.main()
+    assert capfd.readouterr().out == f"cera-train {__version__}\n"
 
 
 IMPORTS = """

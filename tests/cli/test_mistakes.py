@@ -69,6 +69,9 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["train=3"], "train=3: train is a section: .* train.batch_size=VALUE"),
         (["hydra/launcher=slrum", "-m"], "hydra/launcher=slrum: unknown launcher 'slrum'"),
         (["--config-name", "mine"], "--config-name=mine: there is no such file"),
+        (["-m", "+sweep=quickstart_grid", "--cfg", "job"], "--cfg shows one config: leave -m out"),
+        (["--cfg=job", "-m"], "--cfg shows one config: leave -m out"),
+        (["--info", "-m"], "--info shows one config: leave -m out"),
         # a value of a wrong kind
         (["adapter.r=abc"], "adapter.r=abc: expected a whole number"),
         (["adapter.r=null"], "adapter.r=null: adapter.kind=cera needs a rank, such as adapter.r=64"),
