@@ -88,6 +88,16 @@ def test_a_study_is_planned_shape_by_shape_and_has_the_power_of_its_verdicts(pla
     )
 
 
+def test_each_task_of_a_study_shows_its_rows(plan_command):
+    out = plan_command("-m", "+study=plateau_hunt", "study.task=sums_1,backward_1", "adapter.r=4")
+    assert re.findall(r"^(data|task) +(\w+: \w+.*? of \d+) tokens", out, re.MULTILINE) == [
+        ("data", "sums_1: reasoning_gym (chain_sum): 800 rows of 23"),
+        ("task", "sums_1: reasoning_gym: 100 problems of 25"),
+        ("data", "backward_1: reasoning_gym (spell_backward): 800 rows of 20"),
+        ("task", "backward_1: reasoning_gym: 100 problems of 20"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("matters", "text"),
     [
