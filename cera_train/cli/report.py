@@ -23,8 +23,8 @@ def report() -> None:
     )
     parser.error = refuse_arguments("cera-report")
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
-    parser.add_argument("--output", type=Path, help="where report.md and report.html go (report)")
-    parser.add_argument("--task", help="the evaluation to look at (disagree)")
+    parser.add_argument("--output", type=Path, help="where report.md and report.html go (default: report)")
+    parser.add_argument("--task", help="the evaluation to look at (only with disagree)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     folders, output, task = arguments.folders, arguments.output, arguments.task

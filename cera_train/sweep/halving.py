@@ -120,7 +120,7 @@ class Halving(Sweeper):
             for group in racing:
                 if self.has_rung(group, rung) and not self.settle(group, rung):
                     groups.remove(group)
-        self.launch("last", "their end", [job for group in groups for job in group.jobs.values()])
+        self.launch("last", "the end", [job for group in groups for job in group.jobs.values()])
 
     def has_rung(self, group: Group, rung: int) -> bool:
         """Whether a group has several candidates before this rung, and a job that trains beyond it."""
@@ -142,7 +142,7 @@ class Halving(Sweeper):
                     require(
                         (job_status(self.folder, name).done or 0) <= update,
                         f"{self.folder / name} is beyond update {update}, and was not evaluated there: it cannot be "
-                        "compared at this rung. Choose another hydra.sweeper.first=..., or another name=...",
+                        f"compared at this rung. Choose another {self.rules.SECTION}.first=..., or another name=...",
                     )
                     jobs.append([*overrides, f"train.stop_at={update}"])
         self.launch(f"rung {rung}", f"update {update:,}", jobs)
@@ -180,7 +180,7 @@ class Halving(Sweeper):
         """Runs jobs by the launcher of the sweep, and waits for them."""
         if not jobs:
             return
-        self.announce(label, f"{len(jobs)} jobs to {goal}")
+        self.announce(label, f"{len(jobs)} job{'s' * (len(jobs) != 1)} to {goal}")
         for job in self.launcher.launch(jobs, initial_job_idx=self.launched):
             _ = job.return_value  # raises what the job did not catch
         self.launched += len(jobs)

@@ -108,8 +108,8 @@ def describe_runs(group: PlannedGroup, seeds: int) -> str:
         for course in group.courses
     ]
     count = sum(course.candidates for course in group.courses)
-    further = f"; then the best on {seeds - 1} more seeds" if seeds > 1 else ""
-    return f"{count} candidates: {', '.join(ends)}{further}"
+    further = f"; then the best on {seeds - 1} more seed{'s' * (seeds != 2)}" if seeds > 1 else ""
+    return f"{count} candidate{'s' * (count != 1)}: {', '.join(ends)}{further}"
 
 
 def _describe_data(group: PlannedGroup) -> list[tuple[str, str]]:

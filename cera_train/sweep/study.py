@@ -185,7 +185,7 @@ class StudySweeper(Halving):
         ]
         add_jobs(self.folder, jobs)
         seeds = "seed 1" if study.seeds == 2 else f"seeds 1 to {study.seeds - 1}"
-        self.launch("seeds", f"their end, {seeds}", jobs)
+        self.launch("seeds", f"the end, {seeds}", jobs)
 
 
 def seeded(overrides: list[str], seed: int) -> list[str]:

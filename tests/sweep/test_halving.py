@@ -45,7 +45,7 @@ def test_the_worse_half_of_each_method_stops_at_each_rung(tmp_path, halve, capsy
     assert launcher.began == [*((job, 0, 20) for job in NAMES), *to_40, (CERA[2], 40, 100), (LORA[2], 40, 100)]
     output = capsys.readouterr().out
     assert "\nrung 1     8 jobs to update 20\n" in output
-    assert "\nlast       2 jobs to their end\n" in output
+    assert "\nlast       2 jobs to the end\n" in output
     line = (
         "rung 2     adapter=lora, loss at update 40: optimizer.lr=0.001 2.5000 goes on; optimizer.lr=0.003 2.9771 stops"
     )
@@ -54,7 +54,7 @@ def test_the_worse_half_of_each_method_stops_at_each_rung(tmp_path, halve, capsy
 
 def test_the_table_names_the_rung_at_which_a_job_stopped(tmp_path, halve, monkeypatch, capsys):
     halve(HalvingLauncher(tmp_path), *CERA)
-    capsys.readouterr()
+    assert "\nlast       1 job to the end\n" in capsys.readouterr().out
     cera_sweep(monkeypatch, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         f"sweep      {tmp_path}: adapter=cera",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from made_studies import make_study
@@ -17,6 +18,7 @@ from cera_train.planning.plan import make_plan
 from cera_train.planning.power import Power
 from cera_train.sweep import plan as plan_module
 from cera_train.sweep import power as power_module
+from cera_train.sweep.rungs import Course
 
 HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
 STUDY = ["-m", "+study=first_look"]  # 3 arms, 3 learning rates, 3 seeds; update 8 of 24
@@ -55,6 +57,20 @@ def test_a_halving_counts_each_run_as_far_as_it_trains(plan_command):
         assert (trainable, runs, total) == (f"{2 * 16 * (32 + 32 + 32 + 16):,}", "8", f"{updates}")
     runs, _, _, total, *_ = row(out, "2 groups")
     assert (runs, total) == ("16", f"{2 * updates}")
+
+
+@pytest.mark.parametrize(
+    ("candidates", "seeds", "text"),
+    [
+        (1, 1, "1 candidate: 1 to its end at 100"),
+        (1, 2, "1 candidate: 1 to its end at 100; then the best on 1 more seed"),
+        (2, 3, "2 candidates: 2 to its end at 100; then the best on 2 more seeds"),
+    ],
+)
+def test_one_of_a_kind_is_no_plural(candidates, seeds, text):
+    whole = SimpleNamespace(totals=SimpleNamespace(updates=100))
+    group = plan_module.PlannedGroup("", "", whole, [Course(candidates, (), True)], [])
+    assert plan_module.describe_runs(group, seeds) == text
 
 
 def test_the_dearest_candidate_is_taken_to_go_furthest(plan_command, monkeypatch):

@@ -43,7 +43,7 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
     assert is_finished(sweep)
     assert sorted(states(sweep).values()) == ["finished"] * 6 + ["stopped"] * 3
     output = capfd.readouterr().out
-    assert "seeds      3 jobs to their end, seed 1" in output
+    assert "seeds      3 jobs to the end, seed 1" in output
     assert "hydra/sweeper=basic" not in output  # which a study refuses
 
     study = read_study(sweep)
@@ -60,6 +60,15 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
             "the gate": ("relu", "cera"),
         }.items()
     ]
+
+
+def test_a_job_beyond_a_rung_names_the_setting_of_a_study(tmp_path, monkeypatch, launcher, capfd):
+    values = {"study.arm": "cera", "optimizer.lr": "0.001", "train.seed": "0"}
+    folder = launcher.sweep / job("cera", 4, 0.001, 0)
+    folder.parent.mkdir(parents=True)
+    leave_run(folder, 100, 100, functools.partial(loss_of, values))
+    assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path)) == 2
+    assert "compared at this rung. Choose another study.first=..., or another name=..." in capfd.readouterr().err
 
 
 def test_its_jobs_are_what_their_arms_name(tmp_path, monkeypatch):
