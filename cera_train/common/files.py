@@ -52,23 +52,23 @@ def finite(tree: Any) -> Any:
     return map_values(lambda number: number if math.isfinite(number) else None, tree, float)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError for anything else."""
-    return _read(path, json.loads)
+def read_json(path: Path, mend: str = "Restore it.") -> dict[str, Any]:
+    """Reads a JSON object; raises UserError with the mend for anything else."""
+    return _read(path, json.loads, mend)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
-    return _read(path, lambda content: yaml.load(content, PlainLoader))
+    return _read(path, lambda content: yaml.load(content, PlainLoader), "Restore it.")
 
 
-def _read(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any]:
     try:
         tree = parse(path.read_bytes())
     except Exception as error:  # PyYAML's constructors raise whatever Python raises
-        raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. Restore it.") from error
+        raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. {mend}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. Restore it.")
+        raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. {mend}")
     return tree
 
 

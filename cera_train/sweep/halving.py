@@ -24,7 +24,8 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
-from cera_train.sweep.folder import RECORD, WRITER, ComposeJob, begin, read_record, record_of
+from cera_train.sweep.folder import WRITER, ComposeJob, begin, record_of
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import (
     Decision,
     Group,
@@ -49,10 +50,10 @@ def rules_of(config: DictConfig) -> Rules:
     return Rules([str(name) for name in tune if name is not None], sweeper.first, sweeper.factor)
 
 
-def halving_record(config: DictConfig) -> dict[str, Any]:
+def halving_record(config: DictConfig) -> SweepRecord:
     """`record_of` a halving. Raises UserError where what is tuned has one value."""
     record = record_of(config)
-    check_grid([job["overrides"] for job in record["jobs"]], rules_of(config))
+    check_grid(list(record.overrides.values()), rules_of(config))
     return record
 
 
@@ -60,7 +61,7 @@ def begin_halving(
     config: DictConfig,
     compose: ComposeJob[Config],
     rules: Rules | None = None,
-    make_record: Callable[[DictConfig], dict[str, Any]] = halving_record,
+    make_record: Callable[[DictConfig], SweepRecord] = halving_record,
 ) -> None:
     """`begin` for a halving: first refuses rules that this grid or what the folder holds cannot follow.
 
@@ -80,7 +81,7 @@ def begin_halving(
         "left without hydra/sweeper=halving.",
     )
 
-    def checked_record(config: DictConfig) -> dict[str, Any]:
+    def checked_record(config: DictConfig) -> SweepRecord:
         record = make_record(config)
         if held is not None:
             held.check(rules, groups_of(record, rules.tune), Path(config.hydra.sweep.dir))
@@ -111,7 +112,7 @@ class Halving(Sweeper):
     def run(self) -> None:
         """Runs every group rung by rung, then what is left of each to its end."""
         self.record = HalvingRecord.read(self.folder) or HalvingRecord(self.rules, [])
-        groups = groups_of(read_record(self.folder / RECORD), self.rules.tune)
+        groups = groups_of(SweepRecord.read(self.folder / RECORD), self.rules.tune)
         for rung in itertools.count(1):
             racing = [group for group in groups if self.has_rung(group, rung)]
             if not racing:

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import lock_folder
-from cera_train.sweep.folder import JOBS, RECORD, read_record
 from cera_train.sweep.halving import Halving
+from cera_train.sweep.record import JOBS, RECORD, SweepRecord
 from cera_train.sweep.rungs import HALVING, HalvingRecord, Rules, groups_of, loss_at
 from cera_train.sweep.table import is_finished, print_sweep
 
@@ -244,7 +244,7 @@ def test_a_job_that_went_past_a_rung_without_an_evaluation_there_is_refused(tmp_
 def test_another_halving_in_the_same_folder_is_refused(tmp_path, halve, names, first, message):
     halve(HalvingLauncher(tmp_path), *CERA)
     record_sweep(tmp_path, *names, swept=["adapter", "optimizer.lr"])
-    groups = groups_of(read_record(tmp_path / RECORD), ["optimizer.lr"])
+    groups = groups_of(SweepRecord.read(tmp_path / RECORD), ["optimizer.lr"])
     with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
         HalvingRecord.read(tmp_path).check(Rules(["optimizer.lr"], first, 2), groups, tmp_path)
 

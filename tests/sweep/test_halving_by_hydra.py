@@ -17,7 +17,8 @@ from pretended_jobs import leave_run
 from cera_train.common.files import locked
 from cera_train.config import Config
 from cera_train.runs.results import read_metrics
-from cera_train.sweep.folder import JOBS, RECORD, WRITER
+from cera_train.sweep.folder import WRITER
+from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.rungs import HALVING, HalvingRecord
 from cera_train.training.train import train
 

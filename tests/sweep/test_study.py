@@ -13,7 +13,7 @@ from pretended_studies import BEST, StudyLauncher, loss_of, write_study
 from cera_train.cli.composition import without_hydra
 from cera_train.config import Config
 from cera_train.sweep.config import StudyConfig
-from cera_train.sweep.folder import RECORD, read_record
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import HALVING
 from cera_train.sweep.study import read_study
 from cera_train.sweep.table import is_finished
@@ -161,7 +161,7 @@ def test_tasks_are_a_dimension_of_overrides(tmp_path, monkeypatch, launcher):
         f"adapter.r=4,optimizer.lr=0.001,study.arm={arm},study.task={task},train.seed=0"
         for task in tasks for arm in ("lora", "cera", "relu")
     ]  # fmt: skip
-    overrides = {job["name"]: job["overrides"] for job in read_record(sweep / RECORD)["jobs"]}
+    overrides = SweepRecord.read(sweep / RECORD).overrides
     assert all(tasks["wild" if "wild" in name else "tame"][0] in words for name, words in overrides.items())
     study = read_study(sweep)
     assert [cell.condition for cell in study.cells[:3]] == ["tame, adapter.r=4"] * 3
