@@ -25,6 +25,7 @@ ALONE = (
 """Hydra's flags, and ours: --debug."""
 
 KINDS = ("job", "hydra", "all")  # values of --cfg
+SHOWS = ("--cfg", "-c", "--info", "-i")  # which Hydra refuses beside -m
 ELSEWHERE = ("--shell-completion", "-sc", "--hydra-help", "--info", "-i")  # beside these, no word is a setting
 
 
@@ -35,8 +36,12 @@ def for_hydra(composition: Composition, arguments: Sequence[str]) -> list[str]:
     if not rest and not flags and composition.program == "cera-train":
         rest = ["+recipe=quickstart"]
     rest = list(dict.fromkeys(map(with_folder_quoted, reversed(rest))))[::-1]  # of the same argument, the last
+    is_sweep = any(flag in SWEEPS for flag in flags)
+    for shown in (flag.partition("=")[0] for flag in flags):
+        if is_sweep and shown in SHOWS:
+            raise UserError(f"{shown} shows one config: leave -m out.")
     if not any(flag in ELSEWHERE for flag in flags):
-        _check(composition, rest, is_sweep=any(flag in SWEEPS for flag in flags) or "hydra.mode=MULTIRUN" in rest)
+        _check(composition, rest, is_sweep or "hydra.mode=MULTIRUN" in rest)
     return [*flags, *rest]
 
 

@@ -18,8 +18,8 @@ from cera_train.cli.together import Together, choose_packs
 from cera_train.cli.train import TRAIN
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
-from cera_train.sweep.folder import RECORD, folder_of_job, read_record
-from cera_train.sweep.metric import SweepMetric
+from cera_train.sweep.folder import folder_of_job
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, job_status
 
 BETWEEN_JOBS = ";"
@@ -55,10 +55,9 @@ class Packing:
         if self.config.train.extend:
             return {}
         sweep, returns = Path(self.config.hydra.sweep.dir), {}
-        record = read_record(sweep / RECORD)
-        metric = SweepMetric.from_json(record["metric"], sweep / RECORD)
+        record = SweepRecord.read(sweep / RECORD)
         for number, overrides in enumerate(job_overrides):
-            status = job_status(sweep, folder_of_job(sweep, list(overrides), record["swept"]), metric=metric)
+            status = job_status(sweep, folder_of_job(sweep, list(overrides), record.swept), metric=record.best_by)
             if status.state == State.finished:
                 returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=status.value)
         return returns

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cera_train.cli.composition import Composition, check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, start_hydra
+from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.imports import heavy_imports
+from cera_train.distributed.processes import is_one_of_several
 from cera_train.evaluation.config import EvalConfig
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
@@ -21,17 +28,44 @@ def main() -> None:
     start_hydra(EVAL, "eval", evaluate)
 
 
-def evaluate(composed: DictConfig) -> None:
-    """One evaluation."""
+def evaluate(composed: DictConfig) -> bool:
+    """One evaluation. Returns whether it failed: with -m the others run, without, the process ends."""
     with errors_in_one_line(EVAL):
-        config = to_config(composed, EvalConfig)
-        check_trust(composed, HydraConfig.get().overrides.task)
-        if config.run is not None:  # torch takes seconds to import: a mistake is answered before
-            subject = find_subject(config)
-            check_model(subject.model.path)
-            if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
-                load_problems(config.task, subject.run.data if subject.run else None)
-        with heavy_imports():
-            from cera_train.evaluation.launch import launch
+        try:
+            run(composed)
+            return False
+        except BrokenPipeError:
+            leave_closed_pipe()
+        except Exception as error:
+            if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
+                raise
+            print_error(EVAL, error)
+            return True
 
-        launch(config)
+
+def run(composed: DictConfig) -> None:
+    config = to_config(composed, EvalConfig)
+    check_trust(composed, HydraConfig.get().overrides.task)
+    if config.run is not None:  # torch takes seconds to import: a mistake is answered before
+        subject = find_subject(config)
+        check_model(subject.model.path)
+        if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
+            load_problems(config.task, subject.run.data if subject.run else None)
+    with heavy_imports():
+        from cera_train.evaluation.launch import launch
+
+    launch(config)
+
+
+class Several(Callback):
+    """Hydra's hooks of several evaluations: exit status 1 unless all are finished. conf/eval.yaml names it."""
+
+    def __init__(self) -> None:
+        self.has_failed = False
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        self.has_failed |= job_return.return_value
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        if self.has_failed:
+            sys.exit(1)

@@ -23,8 +23,8 @@ def report() -> None:
     )
     parser.error = refuse_arguments("cera-report")
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
-    parser.add_argument("--output", type=Path, help="where report.md and report.html go (report)")
-    parser.add_argument("--task", help="the evaluation to look at (disagree)")
+    parser.add_argument("--output", type=Path, help="where report.md and report.html go (default: report)")
+    parser.add_argument("--task", help="the evaluation to look at (only with disagree)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     folders, output, task = arguments.folders, arguments.output, arguments.task
@@ -55,10 +55,10 @@ def report() -> None:
 def _report_study(folder: Path, output: Path) -> None:
     from cera_train.report.study.page import Records, say_study, write_study
     from cera_train.runs.results import Environment
-    from cera_train.sweep.folder import RECORD, read_record
+    from cera_train.sweep.record import RECORD, SweepRecord
     from cera_train.sweep.rungs import HalvingRecord
     from cera_train.sweep.study import read_study
 
-    study, record, halving = read_study(folder), read_record(folder / RECORD), HalvingRecord.read(folder)
+    study, record, halving = read_study(folder), SweepRecord.read(folder / RECORD), HalvingRecord.read(folder)
     decisions = [] if halving is None else [decision.describe() for decision in halving.decisions]
-    say_study(write_study(study, Records(Environment(record["command"]).command_line, decisions), output))
+    say_study(write_study(study, Records(Environment(record.command).command_line, decisions), output))

@@ -17,6 +17,7 @@ import hydra
 from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig
 
+from cera_train import __version__
 from cera_train.cli.arguments import for_hydra
 from cera_train.cli.composition import Composition, register_configs, register_plugins
 from cera_train.cli.hydra_guard import guard_composition
@@ -28,6 +29,9 @@ from cera_train.distributed.processes import join_slurm_step
 
 def start(composition: Composition, command: Callable[[], Any]) -> None:
     """Runs a command as a whole process."""
+    if "--version" in sys.argv:
+        print(f"cera-train {__version__}")
+        return
     is_debug = "--debug" in sys.argv
     os.environ["CERA_TRAIN_DEBUG"] = "1" if is_debug else ""
     if not (is_debug or sys.warnoptions):

@@ -16,7 +16,7 @@ def main() -> None:
 
 
 def sweep() -> None:
-    description = "Shows every job of a sweep, its state and perplexity, and the best, also while it runs."
+    description = "Shows every job of a sweep, its state and `sweep.metric`, and the best, also while it runs."
     parser = argparse.ArgumentParser(prog="cera-sweep", description=description)
     parser.error = refuse_arguments("cera-sweep")
     parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
+from typing import Any
 
 OUT_OF_MEMORY = (
     "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
@@ -29,12 +31,21 @@ def explain(error: BaseException) -> str | None:
         mend = "Free some space and repeat the command: a run goes on from its last checkpoint."
         return f"the disk is full ({text}). {mend}"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return (
-            f"no access to {error.filename}: {error.strerror}. Runs are written to output_dir, tokens and converted "
-            "weights to $CERA_TRAIN_CACHE: set these to folders you may write to."
+        mend = (
+            "Runs are written to output_dir, tokens and converted weights to $CERA_TRAIN_CACHE: set these to folders "
+            "you may write to."
+            if _is_readable(error.filename)  # so it was to be written
+            else "Give this user access to it, or name another."
         )
+        return f"no access to {error.filename}: {error.strerror}. {mend}"
     if type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY.format(where=" on the GPU")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return OUT_OF_MEMORY.format(where="")
     return text if isinstance(error, UserError) else None
+
+
+def _is_readable(name: Any) -> bool:
+    """Whether this user may read a file, or look for it where there is none."""
+    path = Path(str(name))
+    return os.access(path.parent, os.X_OK) and (os.access(path, os.R_OK) or not path.exists())

@@ -3,6 +3,7 @@ checksums reveal damage. Also where configs and caches are."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import itertools
@@ -51,23 +52,23 @@ def finite(tree: Any) -> Any:
     return map_values(lambda number: number if math.isfinite(number) else None, tree, float)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; raises UserError for anything else."""
-    return _read(path, json.loads)
+def read_json(path: Path, mend: str = "Restore it.") -> dict[str, Any]:
+    """Reads a JSON object; raises UserError with the mend for anything else."""
+    return _read(path, json.loads, mend)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
-    return _read(path, lambda content: yaml.load(content, PlainLoader))
+    return _read(path, lambda content: yaml.load(content, PlainLoader), "Restore it.")
 
 
-def _read(path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
+def _read(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any]:
     try:
         tree = parse(path.read_bytes())
     except Exception as error:  # PyYAML's constructors raise whatever Python raises
-        raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. Restore it.") from error
+        raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. {mend}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. Restore it.")
+        raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. {mend}")
     return tree
 
 
@@ -161,12 +162,33 @@ def lock_folder(path: Path, writer: str, root: Path | None = None, seconds: floa
         raise UserError(
             f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
         ) from error
+    return _lock(path, writer, seconds)
+
+
+def _lock(path: Path, writer: str, seconds: float) -> FileLock:
     lock = FileLock(path / ".lock")
     try:
         lock.acquire(timeout=seconds)
     except Timeout:
-        raise UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...") from None
+        raise taken(path, writer) from None
     return lock
+
+
+def taken(path: Path, writer: str) -> UserError:
+    """The error of a folder that a writer holds."""
+    return UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...")
+
+
+@contextlib.contextmanager
+def locked(path: Path, writer: str) -> Iterator[None]:
+    """Locks a folder that is there, while others write to the folders in it."""
+    lock = _lock(path, writer, LOOK_SECONDS)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the writer is raised
+            (path / ".lock").unlink()
+        lock.release()
 
 
 def is_locked(path: Path) -> bool:

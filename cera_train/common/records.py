@@ -83,10 +83,15 @@ class Record:
     @classmethod
     def read(cls, path: Path, needs: Sequence[str] = ()) -> Self:
         """The record in a file; raises UserError where it is missing or broken, or lacks a field of `needs`."""
-        made = cls.from_json(read_json(path), path)
+        made = cls.from_json(read_json(path, cls.mend), path)
         if absent := [cls.key_of(name) for name in needs if getattr(made, name) is None]:
             raise UserError(f"{path} has no {', '.join(absent)}. {cls.mend}")
         return made
+
+    @classmethod
+    def find(cls, path: Path) -> Self | None:
+        """The record in a file; None where there is none."""
+        return cls.read(path) if path.exists() else None
 
     def write(self, path: Path) -> None:
         """Writes the file whole, without secrets."""

@@ -116,7 +116,11 @@ def clean(text: str) -> str:
     return STEERS_A_DISPLAY.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))
 
 
-SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+SECRET_NAME = re.compile(
+    r"SECRET|PASSWORD|PASSWD|CREDENTIAL|(?:^|_)(?:API|ACCESS|AUTH|PRIVATE)?(?:TOKEN|KEY)S?(?:_|$)", re.IGNORECASE
+)
+"""HF_TOKEN and OPENAI_APIKEY, but not TOKENIZER_PATH, KEYSTORE_DIR or MONKEY_HOME, whose values a config may hold."""
+
 URL_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 SHORTEST_SECRET = 8  # characters; shorter values ("1", "true") are settings, and would blot out ordinary words
 

@@ -30,7 +30,8 @@ def print_plan(plan: RunPlan) -> None:
     """The plan, and the compared ones beside it."""
     config, device = plan.config, plan.device
     print_line("plan", f"{config.name}: {_adapter(config.adapter)} on {model_of(plan)}")
-    print_data(plan)
+    for line in describe_data(plan):
+        print_line(*line)
     print_device(plan)
     print()
     plans = [plan, *plan.compared]
@@ -67,23 +68,20 @@ def model_of(plan: RunPlan) -> str:
     return f"{model.path}, {precision}"
 
 
-def print_data(plan: RunPlan) -> None:
-    """The rows and the tasks of a run."""
-    data = plan.data
-    print_line(
-        "data",
+def describe_data(plan: RunPlan) -> list[tuple[str, str]]:
+    """The rows and the tasks of a run: labels and texts."""
+    data, times = plan.data, plan.totals.task_evaluations
+    rows = (
         f"{plan.config.data.title}: {data.train_rows:,} rows of {data.tokens_per_row:,.0f} tokens ({data.source}), "
-        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate",
+        f"{data.supervised:.0%} supervised; {data.eval_rows:,} to evaluate"
     )
-    for line in describe_parts(data.parts):
-        print_line("part", line)
-    times = plan.totals.task_evaluations
-    for size in plan.tasks:
-        print_line(
-            "task",
-            f"{size.name}: {size.problems:,} problems of {size.prompt_tokens:,.0f} tokens ({size.source}), up to "
-            f"{size.new_tokens:,} to answer, at {times:,} evaluation{'s' * (times != 1)}",
-        )
+    tasks = [
+        f"{size.name}: {size.problems:,} problems of {size.prompt_tokens:,.0f} tokens ({size.source}), up to "
+        f"{size.new_tokens:,} to answer, at {times:,} evaluation{'s' * (times != 1)}"
+        for size in plan.tasks
+    ]
+    parts = [("part", text) for text in describe_parts(data.parts)]
+    return [("data", rows), *parts, *(("task", text) for text in tasks)]
 
 
 def print_device(plan: RunPlan) -> None:

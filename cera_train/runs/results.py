@@ -117,8 +117,9 @@ class Environment(Record):
         if self.gpus is None:
             return None
         names = [str(gpu.get("name")) if isinstance(gpu, dict) else str(gpu) for gpu in self.gpus]
-        threads = "?" if self.cpu_threads is None else self.cpu_threads
-        return f"{', '.join(names) or f'CPU, {threads} threads'}, {self.processes or 1} processes"
+        threads, processes = "?" if self.cpu_threads is None else self.cpu_threads, self.processes or 1
+        device = ", ".join(names) or f"CPU, {threads} thread{'s' * (threads != 1)}"
+        return f"{device}, {processes} process{'es' * (processes != 1)}"
 
 
 @dataclass

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
@@ -25,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import write_text
+from cera_train.common.files import is_locked, taken
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
@@ -37,12 +36,13 @@ from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
 from cera_train.sweep.metric import sweep_metric
+from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
 from cera_train.tasks.config import known_tasks
 from cera_train.tasks.named import check_tasks
 
-RECORD = "sweep.json"
-JOBS = ".jobs"
-"""In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
+WRITER = "sweep"
+"""Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
+its place."""
 
 GRID_SWEEPERS = (".BasicSweeper", ".Halving")
 """Sweepers whose jobs are the whole grid, known before the first."""
@@ -159,13 +159,14 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> Comp
 
 
 def check_jobs(
-    sweep: Path, jobs: list[dict[str, Any]], compose: ComposeJob[Config], stopped: Collection[str] = ()
+    sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config], stopped: Collection[str] = ()
 ) -> None:
     """Composes jobs until every value has been in a possible one. A value that is impossible beside some others fails
     in its jobs, and the rest of the sweep runs.
 
     Args:
         sweep: the sweep's folder.
+        jobs: name -> overrides.
         stopped: names of jobs that train no more, besides those with a result.
 
     Raises:
@@ -174,14 +175,13 @@ def check_jobs(
     """
     fine, failed = set[str](), dict[str, Exception]()
     tries = Counter()
-    for job in jobs:
-        values = job["overrides"]
+    for name, values in jobs.items():
         if fine.issuperset(values) or all(value in fine or tries[value] == MOST_TRIES for value in values):
             continue
         try:
             run = compose(values)
-            sweep_metric(run.sweep.metric, {name: run.train.changes_of_task(name) for name in run.train.tasks})
-            if run.adapter.start_from is not None and not (sweep / job["name"] / "config.yaml").exists():
+            sweep_metric(run.sweep.metric, {task: run.train.changes_of_task(task) for task in run.train.tasks})
+            if run.adapter.start_from is not None and not (sweep / name / "config.yaml").exists():
                 find_start(run.adapter)
         except UserError as error:
             for value in values:
@@ -189,7 +189,7 @@ def check_jobs(
                 tries[value] += 1
             continue
         fine.update(values)
-        if job["name"] not in stopped and not (sweep / job["name"] / "result.json").exists():  # it will read them
+        if name not in stopped and not (sweep / name / "result.json").exists():  # it will read them
             check_model(run.model.path)
             data_files(run.data)
             check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
@@ -204,11 +204,11 @@ def check_jobs(
 def begin(
     config: DictConfig,
     compose: ComposeJob[Config],
-    make_record: Callable[[DictConfig], dict[str, Any]] | None = None,
+    make_record: Callable[[DictConfig], SweepRecord] | None = None,
     stopped: Collection[str] = (),
 ) -> None:
     """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
-    run, of a sweep with other fixed settings, and what `check_jobs` refuses.
+    run, of a sweep with other fixed settings or of a halving that goes on, and what `check_jobs` refuses.
 
     Args:
         make_record: the content of sweep.json; raises UserError for jobs that the sweeper cannot run. None:
@@ -226,20 +226,23 @@ def begin(
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
     record = (make_record or record_of)(config)
-    check_jobs(folder, record["jobs"], compose, stopped)
+    check_jobs(folder, record.overrides, compose, stopped)
+    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
+        raise taken(folder, WRITER)
 
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if record["metric"]["higher_is_better"] else "minimize"
+        config.hydra.sweeper.direction = "maximize" if record.best_by.higher_is_better else "minimize"
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
     # Every process of a run writes it, the same each: none reads it before it is there.
-    _write_json(folder / RECORD, record)
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder / RECORD)
 
 
 def record_of(
     config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
-) -> dict[str, Any]:
+) -> SweepRecord:
     """The content of sweep.json. Raises UserError where the folder holds a sweep with other fixed settings.
 
     Args:
@@ -252,17 +255,18 @@ def record_of(
     jobs = (grid(config) if is_grid else []) if jobs is None else jobs
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-    return _record(config, jobs, params, Path(config.hydra.sweep.dir)) | {"metric": metric.to_json()}
+    folder = Path(config.hydra.sweep.dir)
+    swept, fixed = _swept_and_fixed(config, params, folder)
+    return SweepRecord(swept, [], sys.argv, fixed, metric.to_json()).with_jobs(named(folder, jobs, swept))
 
 
-def _record(
-    config: DictConfig, jobs: list[list[str]], params: Mapping[str, str] | None, folder: Path
-) -> dict[str, Any]:
-    dimensions, earlier = _dimensions(config, params), read_record(folder / RECORD)
+def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folder: Path) -> tuple[list[str], list[str]]:
+    """The keys that name the jobs, and the settings that all share."""
+    dimensions, earlier = _dimensions(config, params), SweepRecord.find(folder / RECORD)
     keys = {dimension.key_or_group for dimension in dimensions}
     swept = {dimension.key_or_group for dimension in dimensions if dimension.is_sweep_override()}.union(params or ())
     # A dimension of an earlier command still names the jobs where this one fixes it.
-    swept |= keys.intersection((earlier or {}).get("swept", ()))
+    swept |= keys.intersection(earlier.swept if earlier else ())
     single = [
         f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}"
         for dimension in dimensions
@@ -279,28 +283,21 @@ def _record(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(other) or 'none'}; here "
             f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."
         )
-    return {
-        "command": sys.argv,
-        "swept": sorted(swept),
-        "fixed": fixed,
-        "jobs": [{"name": folder_of_job(folder, job, swept), "overrides": job} for job in jobs],
-        "detached": bool(config.launch.detach),
-    }
+    return sorted(swept), fixed
 
 
-def add_jobs(folder: Path, jobs: Iterable[list[str]]) -> None:
-    """Adds jobs to sweep.json, of which the command knows only now."""
-    record = read_record(folder / RECORD)
-    added = [{"name": folder_of_job(folder, job, record["swept"]), "overrides": job} for job in jobs]
-    _write_json(folder / RECORD, record | {"jobs": [*record["jobs"], *added]})
+def named(sweep: Path, jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
+    """Jobs by the names of their folders: name -> overrides."""
+    return {folder_of_job(sweep, job, swept): job for job in jobs}
 
 
-def fixed_of(record: dict[str, Any] | None) -> list[str] | None:
+def fixed_of(record: SweepRecord | None) -> list[str] | None:
     """The settings that all jobs of a sweep share. None: there is no sweep yet, or one of an earlier version, whose
     jobs have them in their names."""
-    if record is None or "fixed" in record or not record["jobs"]:
-        return record and record.get("fixed")
-    shared = [choice for choice in choices_of(record["jobs"][0]["overrides"]) if key_of(choice) not in record["swept"]]
+    if record is None or record.fixed is not None or not record.jobs:
+        return record and record.fixed
+    (first, *_) = record.overrides.values()
+    shared = [choice for choice in choices_of(first) if key_of(choice) not in record.swept]
     return None if shared else []
 
 
@@ -327,8 +324,8 @@ class Job:
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
         sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
-        record = read_record(sweep / RECORD)
-        name, names = folder_of_job(sweep, overrides, record["swept"]), [job["name"] for job in record["jobs"]]
+        record = SweepRecord.read(sweep / RECORD)
+        name, names = folder_of_job(sweep, overrides, record.swept), list(record.overrides)
         number = names.index(name) if name in names else hydra_config.job.num
         return cls(sweep, name, overrides, number + 1, len(names))
 
@@ -350,16 +347,12 @@ class Job:
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""
-        if is_main_process() or not (read_record(self.record) or {}).get("error"):
+        if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
             self._write(error)
 
     def _write(self, error: str | None) -> None:
-        _write_json(self.record, {"number": self.number, "overrides": self.overrides, "error": error})
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(redact_tree(tree), indent=2) + "\n")
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        JobRecord(self.number, self.overrides, error).write(self.record)
 
 
 def refuse_grid_of_one(hydra_config: DictConfig) -> None:
@@ -373,13 +366,3 @@ def refuse_sweeps_folder(folder: Path) -> None:
     """Raises UserError where a run would write among the jobs of a sweep."""
     if (folder / RECORD).exists():
         raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """None where there is no such file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"{path} is broken: {error}. Remove it, and start the sweep again.") from error

@@ -7,6 +7,7 @@ folders: the same command repeats neither.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -18,11 +19,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from cera_train.common.files import locked
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
-from cera_train.sweep.folder import RECORD, ComposeJob, begin, read_record, record_of
+from cera_train.sweep.folder import WRITER, ComposeJob, begin, record_of
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import (
     Decision,
     Group,
@@ -33,7 +36,7 @@ from cera_train.sweep.rungs import (
     groups_of,
     loss_at,
 )
-from cera_train.sweep.table import job_status
+from cera_train.sweep.table import State, job_status
 
 
 def is_halving(config: DictConfig) -> bool:
@@ -47,10 +50,10 @@ def rules_of(config: DictConfig) -> Rules:
     return Rules([str(name) for name in tune if name is not None], sweeper.first, sweeper.factor)
 
 
-def halving_record(config: DictConfig) -> dict[str, Any]:
+def halving_record(config: DictConfig) -> SweepRecord:
     """`record_of` a halving. Raises UserError where what is tuned has one value."""
     record = record_of(config)
-    check_grid([job["overrides"] for job in record["jobs"]], rules_of(config))
+    check_grid(list(record.overrides.values()), rules_of(config))
     return record
 
 
@@ -58,7 +61,7 @@ def begin_halving(
     config: DictConfig,
     compose: ComposeJob[Config],
     rules: Rules | None = None,
-    make_record: Callable[[DictConfig], dict[str, Any]] = halving_record,
+    make_record: Callable[[DictConfig], SweepRecord] = halving_record,
 ) -> None:
     """`begin` for a halving: first refuses rules that this grid or what the folder holds cannot follow.
 
@@ -78,7 +81,7 @@ def begin_halving(
         "left without hydra/sweeper=halving.",
     )
 
-    def checked_record(config: DictConfig) -> dict[str, Any]:
+    def checked_record(config: DictConfig) -> SweepRecord:
         record = make_record(config)
         if held is not None:
             held.check(rules, groups_of(record, rules.tune), Path(config.hydra.sweep.dir))
@@ -101,10 +104,15 @@ class Halving(Sweeper):
         self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs every group rung by rung, then what is left of each to its end."""
+        """Holds the folder, and runs the sweep. Of several processes that run it, the main one holds."""
         self.folder, self.rules, self.launched = Path(self.config.hydra.sweep.dir), self.find_rules(), 0
+        with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
+            self.run()
+
+    def run(self) -> None:
+        """Runs every group rung by rung, then what is left of each to its end."""
         self.record = HalvingRecord.read(self.folder) or HalvingRecord(self.rules, [])
-        groups = groups_of(read_record(self.folder / RECORD), self.rules.tune)
+        groups = groups_of(SweepRecord.read(self.folder / RECORD), self.rules.tune)
         for rung in itertools.count(1):
             racing = [group for group in groups if self.has_rung(group, rung)]
             if not racing:
@@ -113,7 +121,7 @@ class Halving(Sweeper):
             for group in racing:
                 if self.has_rung(group, rung) and not self.settle(group, rung):
                     groups.remove(group)
-        self.launch("last", "their end", [job for group in groups for job in group.jobs.values()])
+        self.launch("last", "the end", [job for group in groups for job in group.jobs.values()])
 
     def has_rung(self, group: Group, rung: int) -> bool:
         """Whether a group has several candidates before this rung, and a job that trains beyond it."""
@@ -135,7 +143,7 @@ class Halving(Sweeper):
                     require(
                         (job_status(self.folder, name).done or 0) <= update,
                         f"{self.folder / name} is beyond update {update}, and was not evaluated there: it cannot be "
-                        "compared at this rung. Choose another hydra.sweeper.first=..., or another name=...",
+                        f"compared at this rung. Choose another {self.rules.SECTION}.first=..., or another name=...",
                     )
                     jobs.append([*overrides, f"train.stop_at={update}"])
         self.launch(f"rung {rung}", f"update {update:,}", jobs)
@@ -155,8 +163,9 @@ class Halving(Sweeper):
         update, label = self.rules.update(rung), f"rung {rung}"
         losses = {job: loss_at(self.folder / job, update) for job in group.jobs}
         for job in [job for job, loss in losses.items() if loss is None]:
-            if job_status(self.folder, job).error is None:
-                self.announce(label, f"undecided: {job} was cut. The same command goes on.")
+            if (state := job_status(self.folder, job).state) != State.failed:
+                why = "is trained by another command" if state == State.running else "was cut"
+                self.announce(label, f"undecided: {job} {why}. The same command goes on.")
                 return None
             losses[job] = math.inf
         decision = decide(group, rung, update, losses, self.rules.factor)
@@ -172,7 +181,7 @@ class Halving(Sweeper):
         """Runs jobs by the launcher of the sweep, and waits for them."""
         if not jobs:
             return
-        self.announce(label, f"{len(jobs)} jobs to {goal}")
+        self.announce(label, f"{len(jobs)} job{'s' * (len(jobs) != 1)} to {goal}")
         for job in self.launcher.launch(jobs, initial_job_idx=self.launched):
             _ = job.return_value  # raises what the job did not catch
         self.launched += len(jobs)

@@ -6,6 +6,7 @@ dearest last, without ties and failures.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from omegaconf import DictConfig
 from cera_train.common.terminal import print_line, print_table
 from cera_train.config import PlanRun
 from cera_train.planning.plan import RunPlan, make_plan, shape_of
-from cera_train.planning.table import JOB_HEADS, job_cells, model_of, print_data, print_device, print_missing_price
+from cera_train.planning.table import JOB_HEADS, describe_data, job_cells, model_of, print_device, print_missing_price
 from cera_train.sweep.config import StudyConfig
 from cera_train.sweep.folder import ComposeJob
 from cera_train.sweep.halving import halving_record, rules_of
@@ -79,7 +80,8 @@ def print_groups(groups: Sequence[PlannedGroup], study: StudyConfig | None) -> N
         print_line("study", study.question)
     for model in dict.fromkeys(model_of(group.whole) for group in groups):
         print_line("model", model)
-    print_data(plan)
+    for label, text in dict.fromkeys(itertools.chain.from_iterable(map(_describe_data, groups))):
+        print_line(label, text)
     print_device(plan)
     for text in dict.fromkeys(describe_runs(group, study.seeds if study else 1) for group in groups):
         print_line("each", text)
@@ -106,8 +108,14 @@ def describe_runs(group: PlannedGroup, seeds: int) -> str:
         for course in group.courses
     ]
     count = sum(course.candidates for course in group.courses)
-    further = f"; then the best on {seeds - 1} more seeds" if seeds > 1 else ""
-    return f"{count} candidates: {', '.join(ends)}{further}"
+    further = f"; then the best on {seeds - 1} more seed{'s' * (seeds != 2)}" if seeds > 1 else ""
+    return f"{count} candidate{'s' * (count != 1)}: {', '.join(ends)}{further}"
+
+
+def _describe_data(group: PlannedGroup) -> list[tuple[str, str]]:
+    """Labels and texts, under the study's name for the task where it has several."""
+    task = group.whole.config.study and group.whole.config.study.task
+    return [(label, f"{task}: {text}" if task else text) for label, text in describe_data(group.whole)]
 
 
 def _row(group: PlannedGroup) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
@@ -23,6 +23,7 @@ from cera_train.common.settings import require
 from cera_train.config import Config
 from cera_train.runs.results import RunResult, read_metrics
 from cera_train.sweep.folder import NO_CHOICE, job_name, key_of
+from cera_train.sweep.record import START_AGAIN, SweepRecord
 
 HALVING = "halving.json"
 """In the sweep's folder."""
@@ -133,15 +134,15 @@ class Group:
         return {name: words for candidate in self.candidates for name, words in candidate.jobs.items()}
 
 
-def groups_of(record: dict[str, Any], tune: Collection[str]) -> list[Group]:
-    """The groups of a sweep's jobs, in the order of its grid, from the content of sweep.json."""
+def groups_of(record: SweepRecord, tune: Collection[str]) -> list[Group]:
+    """The groups of a sweep's jobs, in the order of its grid."""
     groups: dict[str, dict[str, Candidate]] = {}
-    for job in record["jobs"]:
-        words = [word for word in job["overrides"] if key_of(word) in record["swept"]]
-        group = job_name([word for word in words if key_of(word) not in (*tune, SEED)], record["swept"])
+    for job, overrides in record.overrides.items():
+        words = [word for word in overrides if key_of(word) in record.swept]
+        group = job_name([word for word in words if key_of(word) not in (*tune, SEED)], record.swept)
         name = job_name([word for word in words if key_of(word) in tune], tune)
         candidate = groups.setdefault(group, {}).setdefault(name, Candidate(name, {}))
-        candidate.jobs[job["name"]] = job["overrides"]
+        candidate.jobs[job] = overrides
     return [Group(name, list(candidates.values())) for name, candidates in groups.items()]
 
 
@@ -183,7 +184,7 @@ def loss_at(job: Path, update: int) -> float | None:
     evaluations = [line for line in read_metrics(path).evaluations if line.update <= update] if path.exists() else []
     if not evaluations:
         return None
-    has_ended = result.exists() and RunResult.read(result).updates < update
+    has_ended = result.exists() and RunResult.read(result, ("updates",)).updates < update
     return _finite(evaluations[-1].loss) if has_ended or evaluations[-1].update == update else None
 
 
@@ -257,7 +258,7 @@ class HalvingRecord:
             ]
             return cls(Rules(**tree["rules"]), decisions)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path} is broken: {error}. Remove it, and start the sweep again.") from error
+            raise UserError(f"{path} is broken: {error}. {START_AGAIN}") from error
 
     def write(self, sweep: Path) -> None:
         write_text(sweep / HALVING, json.dumps(finite(dataclasses.asdict(self)), indent=2) + "\n")

@@ -7,9 +7,8 @@ The folder is a sweep's: sweep.json has the study, halving.json what was chosen 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -20,8 +19,9 @@ from cera_train.config import Config
 from cera_train.runs.recorded_config import changes_result
 from cera_train.sweep.arms import ARM, FIRST_SEED, SEED, TASK, study_dimensions, with_arms
 from cera_train.sweep.config import LOSS, SCORE, Equal, StudyConfig
-from cera_train.sweep.folder import RECORD, ComposeJob, add_jobs, grid, job_name, key_of, read_record, record_of
+from cera_train.sweep.folder import ComposeJob, grid, job_name, key_of, named, record_of
 from cera_train.sweep.halving import Halving, begin_halving
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import Candidate, Group, HalvingRecord, StudyRules, groups_of
 from cera_train.sweep.table import State, job_status
 
@@ -42,7 +42,7 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
     """`begin` for a study: first refuses one that could not answer its question."""
     study, folder = study_of(config), Path(config.hydra.sweep.dir)
 
-    def checked_record(config: DictConfig) -> dict[str, Any]:
+    def checked_record(config: DictConfig) -> SweepRecord:
         record = study_record(config)
         runs = check_cells(config, record, compose)
         groups = groups_of(record, study.tune)
@@ -56,11 +56,11 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
     begin_halving(config, compose, study_rules(config), checked_record)
 
 
-def study_record(config: DictConfig) -> dict[str, Any]:
+def study_record(config: DictConfig) -> SweepRecord:
     """The content of sweep.json: the jobs on the first seed. The others follow at the chosen values."""
     dimensions = study_dimensions(config.study)
     jobs = with_arms([job for job in grid(config, dimensions) if FIRST_SEED in job], config.study)
-    return record_of(config, jobs, dimensions) | {"study": OmegaConf.to_container(config.study)}
+    return replace(record_of(config, jobs, dimensions), study=OmegaConf.to_container(config.study))
 
 
 def study_rules(config: DictConfig) -> StudyRules:
@@ -73,7 +73,7 @@ def study_of(config: DictConfig) -> StudyConfig:
     return OmegaConf.to_object(config.study)
 
 
-def check_cells(config: DictConfig, record: dict[str, Any], compose: ComposeJob[Config]) -> list[Config]:
+def check_cells(config: DictConfig, record: SweepRecord, compose: ComposeJob[Config]) -> list[Config]:
     """A run of each cell, in the order of `groups_of` the content of sweep.json. Raises UserError for what `check_arms`
     refuses, and for a seed beside the study's own."""
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
@@ -176,16 +176,16 @@ class StudySweeper(Halving):
     def find_rules(self) -> StudyRules:
         return study_rules(self.config)
 
-    def sweep(self, arguments: list[str]) -> None:
-        super().sweep(arguments)
-        record, study = read_record(self.folder / RECORD), self.config.study
+    def run(self) -> None:
+        super().run()
+        record, study = SweepRecord.read(self.folder / RECORD), self.config.study
         chosen = [best_candidate(self.folder, group) for group in groups_of(record, list(study.tune))]
         jobs = [
             seeded(job, seed) for seed in range(1, study.seeds) for best in chosen if best for job in best.jobs.values()
         ]
-        add_jobs(self.folder, jobs)
+        record.with_jobs(named(self.folder, jobs, record.swept)).write(self.folder / RECORD)
         seeds = "seed 1" if study.seeds == 2 else f"seeds 1 to {study.seeds - 1}"
-        self.launch("seeds", f"their end, {seeds}", jobs)
+        self.launch("seeds", f"the end, {seeds}", jobs)
 
 
 def seeded(overrides: list[str], seed: int) -> list[str]:
@@ -272,16 +272,17 @@ class Study:
 
 def holds_study(folder: Path) -> bool:
     """Whether a folder is that of a study."""
-    return "study" in (read_record(folder / RECORD) or {})
+    record = SweepRecord.find(folder / RECORD)
+    return record is not None and record.study is not None
 
 
 def read_study(folder: Path) -> Study:
     """Raises UserError where a folder holds none."""
     if not holds_study(folder):
         raise UserError(f"{folder} holds no study: expected a folder that cera-train -m +study=NAME left.")
-    record = read_record(folder / RECORD)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record["study"]))
-    first = {**record, "jobs": [job for job in record["jobs"] if FIRST_SEED in job["overrides"]]}
+    record = SweepRecord.read(folder / RECORD)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record.study))
+    first = replace(record, jobs=[job for job in record.jobs if FIRST_SEED in job["overrides"]])
     return Study(folder, config, [_cell(folder, group, record, config) for group in groups_of(first, config.tune)])
 
 
@@ -300,12 +301,12 @@ def _words(overrides: list[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in overrides)
 
 
-def _cell(folder: Path, group: Group, record: dict[str, Any], config: StudyConfig) -> Cell:
+def _cell(folder: Path, group: Group, record: SweepRecord, config: StudyConfig) -> Cell:
     words = _words(next(iter(group.jobs.values())))
     best, chosen, runs = best_candidate(folder, group), None, {}
     if best is not None:
         (overrides,) = best.jobs.values()
         chosen = {key: _words(overrides)[key] for key in config.tune}
-        runs = {seed: folder / job_name(seeded(overrides, seed), record["swept"]) for seed in range(config.seeds)}
+        runs = {seed: folder / job_name(seeded(overrides, seed), record.swept) for seed in range(config.seeds)}
     choices = {key: words[key] for key in config.conditions}
     return Cell(words[ARM], words.get(TASK, ""), choices, chosen, runs)

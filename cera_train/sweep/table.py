@@ -14,9 +14,10 @@ from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import labelled
 from cera_train.data.config import evaluation_rows
-from cera_train.runs.results import MetricsLine
-from cera_train.sweep.folder import JOBS, RECORD, choices_of, read_record
+from cera_train.runs.results import Environment, MetricsLine, RunResult
+from cera_train.sweep.folder import choices_of
 from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
+from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
 from cera_train.sweep.rungs import Decision, HalvingRecord
 
 SHORT_ERROR = 72
@@ -54,7 +55,7 @@ class JobStatus:
 
 def read_sweep(folder: Path) -> list[JobStatus]:
     """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left."""
-    record = read_record(folder / RECORD)
+    record = SweepRecord.find(folder / RECORD)
     if record is None:
         if (folder / "config.yaml").exists():
             raise UserError(f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it.")
@@ -62,15 +63,14 @@ def read_sweep(folder: Path) -> list[JobStatus]:
         raise UserError(
             f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
         )
-    overrides = {job["name"]: job["overrides"] for job in record["jobs"]}
-    started = {path.stem: read_record(path) for path in (folder / JOBS).glob("[!.]*.json")}
-    for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name]["number"], name)):
-        overrides[name] = started[name]["overrides"]
+    overrides = record.overrides
+    started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
+    for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name].number, name)):
+        overrides[name] = started[name].overrides
     halving = HalvingRecord.read(folder)
     stops = {} if halving is None else halving.stops()
-    metric = SweepMetric.from_json(record.get("metric", {}), folder / RECORD)
     return [
-        job_status(folder, name, choices_of(words, record["swept"]), metric, stops.get(name))
+        job_status(folder, name, choices_of(words, record.swept), record.best_by, stops.get(name))
         for name, words in overrides.items()
     ]
 
@@ -88,14 +88,15 @@ def job_status(
         stop: the decision of a halving that stopped it.
     """
     folder, record = sweep / name, sweep / JOBS / f"{name}.json"
-    result, error = read_record(folder / "result.json"), (read_record(record) or {}).get("error")
+    result, started = RunResult.find(folder / "result.json"), JobRecord.find(record)
+    error = started and started.error
     if error and result is not None and (folder / "result.json").stat().st_mtime > record.stat().st_mtime:
         error = None  # it was run again by itself
     config = folder / "config.yaml"
     settings = flatten(read_yaml(config)) if config.exists() else {}
     updates, value = _last_metrics(folder / "metrics.jsonl", metric.key)
     if result is not None:
-        updates, value = result["updates"], result.get(metric.key)
+        updates, value = result.updates, result.to_json().get(metric.key)
     if is_locked(folder):
         state = State.running
     elif error:
@@ -106,7 +107,8 @@ def job_status(
         state = State.stopped
     else:
         state = State.cut if settings else State.waiting
-    total = settings.get("train.max_updates") or (read_record(folder / "environment.json") or {}).get("updates")
+    environment = Environment.find(folder / "environment.json")
+    total = settings.get("train.max_updates") or (environment and environment.updates)
     rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
     return JobStatus(name, choices, state, metric, updates, total, value, error, rows, stop and stop.rung)
 
@@ -155,7 +157,7 @@ def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], lis
     in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
     tail = ["", labelled("jobs", in_words or "none yet")]
     tail += [labelled("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}") for job in best]
-    if counts[State.stopped] and "study" not in read_record(folder / RECORD):
+    if counts[State.stopped] and SweepRecord.read(folder / RECORD).study is None:
         how = "the command with a job's values and hydra/sweeper=basic goes on with that job"
         tail.append(labelled("stopped", how))
     if counts[State.failed]:
@@ -186,7 +188,7 @@ def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
 
 def is_finished(folder: Path) -> bool:
     """Whether every job of the last command is finished, or was stopped by its halving, whatever earlier ones left."""
-    jobs, names = read_sweep(folder), {job["name"] for job in read_record(folder / RECORD)["jobs"]}
+    jobs, names = read_sweep(folder), SweepRecord.read(folder / RECORD).overrides
     if not names:  # the sweeper decided as it went
         return all(job.state != State.failed for job in jobs)
     return all(job.state in (State.finished, State.stopped) for job in jobs if job.name in names)

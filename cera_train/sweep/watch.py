@@ -20,7 +20,7 @@ from cera_train.common.trust import clean
 from cera_train.runs.following import FollowedRun, RunState
 from cera_train.runs.lines import describe_evaluation, describe_grade, describe_tasks, describe_update, figure, one_line
 from cera_train.runs.results import EvaluationMetrics, Sample, UpdateMetrics
-from cera_train.sweep.folder import RECORD, read_record
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, read_sweep, sweep_table
 
 PAUSE = 1.0  # seconds between two looks
@@ -215,7 +215,7 @@ class WatchedSweep(Watched):
     def look(self) -> list[str]:
         """The rows of jobs whose state or figure is another than at the last look; updates alone are no news."""
         before = {job.name: replace(job, done=None) for job in self.jobs}
-        self._is_grid = bool((read_record(self.folder / RECORD) or {}).get("jobs"))
+        self._is_grid = bool(SweepRecord.read(self.folder / RECORD).jobs)
         self.jobs = read_sweep(self.folder)
         rows = zip(self.jobs, sweep_table(self.folder, self.jobs)[1], strict=True)
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from commands import at_once, cera_train, command
 
+from cera_train import __version__
+from cera_train.cli import chat, evaluate, export, plan, report, sweep, train, watch
 from cera_train.cli.composition import options
 from cera_train.cli.hydra_guard import GuardedConfigLoader
 from cera_train.cli.plan import main as main_plan
@@ -36,6 +39,13 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
     for text in ("math_lora_r512_matched", "smollm2_135m_pypi", "micro_batch_tokens", "--debug"):
         assert text in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("program", [chat, evaluate, export, plan, report, sweep, train, watch])
+def test_every_command_has_the_version_of_the_package(monkeypatch, capfd, program):
+    monkeypatch.setattr(sys, "argv", ["cera", "--version"])
+    program.main()
+    assert capfd.readouterr().out == f"cera-train {__version__}\n"
 
 
 IMPORTS = """
@@ -213,6 +223,17 @@ def test_out_of_memory_names_the_settings_to_lower():
         message = explain(error)
         for setting in ("train.micro_batch_tokens", "model.gradient_checkpointing", "model.quantization=nf4"):
             assert setting in message
+
+
+def test_a_file_that_cannot_be_read_gets_no_advice_on_where_to_write(tmp_path, monkeypatch):
+    secret, writes = tmp_path / "rows.jsonl", "Runs are written to output_dir"
+    secret.touch()
+    refused = PermissionError(errno.EACCES, "Permission denied", str(secret))
+    assert writes in explain(refused)  # it can be read
+    assert writes in explain(PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "new")))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.R_OK)
+    mend = "Permission denied. Give this user access to it, or name another."
+    assert explain(refused) == f"no access to {secret}: {mend}"
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

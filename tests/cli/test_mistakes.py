@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -69,6 +70,9 @@ def refusal(tmp_path, monkeypatch, capfd):
         (["train=3"], "train=3: train is a section: .* train.batch_size=VALUE"),
         (["hydra/launcher=slrum", "-m"], "hydra/launcher=slrum: unknown launcher 'slrum'"),
         (["--config-name", "mine"], "--config-name=mine: there is no such file"),
+        (["-m", "+sweep=quickstart_grid", "--cfg", "job"], "--cfg shows one config: leave -m out"),
+        (["--cfg=job", "-m"], "--cfg shows one config: leave -m out"),
+        (["--info", "-m"], "--info shows one config: leave -m out"),
         # a value of a wrong kind
         (["adapter.r=abc"], "adapter.r=abc: expected a whole number"),
         (["adapter.r=null"], "adapter.r=null: adapter.kind=cera needs a rank, such as adapter.r=64"),
@@ -240,6 +244,32 @@ def test_an_evaluation_of_a_folder_that_is_no_run_gets_one_line(tmp_path):
     with at_once():
         done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path)
     assert_one_line(done, "cera-eval", "run=nothing does not exist: expected a folder that cera-train left")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "evaluated"),
+    [
+        (["-m", "grade=broken,b"], 1, ["broken", "b"]),
+        (["-m", "grade=a,b"], 0, ["a", "b"]),
+        (["grade=broken"], 2, ["broken"]),
+    ],
+)
+def test_an_evaluation_that_fails_lets_the_others_run(tmp_path, monkeypatch, capfd, arguments, status, evaluated):
+    begun = []
+
+    def launch(config: EvalConfig) -> None:
+        begun.append(config.grade)
+        if config.grade == "broken":
+            raise UserError("broken is no evaluation.")
+
+    monkeypatch.setattr("cera_train.evaluation.launch.launch", launch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cera-eval", *arguments])
+    with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit, match=f"^{status}$"):
+        evaluate.main()
+    assert begun == evaluated
+    assert capfd.readouterr().err == ("cera-eval: broken is no evaluation.\n" if status else "")
     assert not list(tmp_path.iterdir())
 
 

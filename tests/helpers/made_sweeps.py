@@ -11,7 +11,7 @@ import yaml
 
 from cera_train.cli.sweep import main as main_sweep
 from cera_train.cli.train import main as main_train
-from cera_train.sweep.folder import JOBS, RECORD
+from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.table import State, read_sweep
 
 TINY = ["--config-dir", "conf", "-m", "+sweep=tiny"]

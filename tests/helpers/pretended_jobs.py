@@ -11,7 +11,8 @@ import yaml
 from hydra.core.plugins import Plugins
 from made_sweeps import record_job
 
-from cera_train.sweep.folder import RECORD, job_name, read_record
+from cera_train.sweep.folder import job_name
+from cera_train.sweep.record import RECORD, SweepRecord
 
 Began = list[tuple]
 """Per job: its name, and the updates where it began and ended, or "failed"."""
@@ -49,7 +50,7 @@ class Launcher:
         self.failing, self.lost, self.killed = set(), set(), set()
 
     def launch(self, jobs: list[list[str]], initial_job_idx: int) -> list:
-        swept = read_record(self.sweep / RECORD)["swept"]
+        swept = SweepRecord.read(self.sweep / RECORD).swept
         for words in jobs:
             values, name = dict(word.split("=", 1) for word in words), job_name(words, swept)
             if name in self.killed:

@@ -77,7 +77,7 @@ def test_different_machines_are_said(tmp_path: Path) -> None:
         environment = {"gpus": gpus, "cpu_threads": 2, "processes": 1}
         (run / "environment.json").write_text(json.dumps(environment))
     caution = compare_runs(runs, tmp_path / "report").cautions[0]
-    assert caution.endswith("a: CPU, 2 threads, 1 processes; b: NVIDIA H100, 1 processes.")
+    assert caution.endswith("a: CPU, 2 threads, 1 process; b: NVIDIA H100, 1 process.")
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_the_results_are_numbers_to_commit(written: StudyReport) -> None:
     assert results["cells"][0]["outcomes"].keys() == {"loss", "gsm8k"}
     assert sum(results["cells"][0]["endings"]["gsm8k"].values()) == pytest.approx(1, abs=1e-5)
     assert results["versions"] == {"torch": "2.9.0"}
-    assert results["machines"] == ["CPU, 2 threads, 1 processes, Linux, Python 3.12.1"]
+    assert results["machines"] == ["CPU, 2 threads, 1 process, Linux, Python 3.12.1"]
     assert results["commands"]["each cell alone"]["CeRA, r = 16"] == (
         "cera-train -m +study=gate study.arm=cera adapter.r=16 optimizer.lr=0.001 name=gate_by_hand"
     )

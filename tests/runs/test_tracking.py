@@ -117,6 +117,25 @@ def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
     assert redact("see https://user:pass@host/x and https://host/y") == "see https://***@host/x and https://host/y"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("HF_TOKEN", "WANDB_API_KEY", "OPENAI_APIKEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "API_KEYS"),
+        *("GITHUB_TOKENS", "PGPASSWORD", "DB_PASSWD", "GOOGLE_APPLICATION_CREDENTIALS", "npm_config__authToken"),
+    ],
+)
+def test_a_secret_is_known_by_the_words_of_its_name(monkeypatch, name):
+    monkeypatch.setenv(name, "outputs/tiny")
+    assert redact("path: outputs/tiny") == "path: ***"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZER_PATH", "KEYSTORE_DIR", "MONKEY_HOME", "KEYBOARD", "TOKENIZERS_CACHE"])
+def test_a_name_that_begins_or_ends_like_a_secrets_is_none(monkeypatch, name):
+    """A path in it may be model.path, which cera-eval reads from the run's config."""
+    monkeypatch.setenv(name, "outputs/tiny")
+    assert redact("path: outputs/tiny") == "path: outputs/tiny"
+
+
 def test_no_secret_reaches_the_folder_or_the_terminal(tiny_config, monkeypatch, capfd):
     secret = "s3cr3t-value-of-a-key"
     for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):

@@ -12,8 +12,9 @@ from made_sweeps import cera_sweep, record_job, record_sweep, states
 from omegaconf import OmegaConf
 
 from cera_train.common.errors import UserError
-from cera_train.sweep.folder import JOBS, RECORD, read_record
+from cera_train.common.files import lock_folder
 from cera_train.sweep.halving import Halving
+from cera_train.sweep.record import JOBS, RECORD, SweepRecord
 from cera_train.sweep.rungs import HALVING, HalvingRecord, Rules, groups_of, loss_at
 from cera_train.sweep.table import is_finished, print_sweep
 
@@ -44,7 +45,7 @@ def test_the_worse_half_of_each_method_stops_at_each_rung(tmp_path, halve, capsy
     assert launcher.began == [*((job, 0, 20) for job in NAMES), *to_40, (CERA[2], 40, 100), (LORA[2], 40, 100)]
     output = capsys.readouterr().out
     assert "\nrung 1     8 jobs to update 20\n" in output
-    assert "\nlast       2 jobs to their end\n" in output
+    assert "\nlast       2 jobs to the end\n" in output
     line = (
         "rung 2     adapter=lora, loss at update 40: optimizer.lr=0.001 2.5000 goes on; optimizer.lr=0.003 2.9771 stops"
     )
@@ -53,7 +54,7 @@ def test_the_worse_half_of_each_method_stops_at_each_rung(tmp_path, halve, capsy
 
 def test_the_table_names_the_rung_at_which_a_job_stopped(tmp_path, halve, monkeypatch, capsys):
     halve(HalvingLauncher(tmp_path), *CERA)
-    capsys.readouterr()
+    assert "\nlast       1 job to the end\n" in capsys.readouterr().out
     cera_sweep(monkeypatch, tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         f"sweep      {tmp_path}: adapter=cera",
@@ -181,6 +182,34 @@ def test_a_job_that_was_lost_leaves_its_method_undecided_and_the_others_go_on(tm
     assert again.began == [(CERA[2], 0, 20), (CERA[2], 20, 40), (CERA[3], 20, 40), (CERA[2], 40, 100)]
 
 
+def test_two_commands_never_halve_one_folder(tmp_path, halve):
+    """The second one's jobs would fail at the locks of the first one's, and lose their places."""
+    launcher, second = HalvingLauncher(tmp_path), HalvingLauncher(tmp_path)
+    launch = launcher.launch
+
+    def with_a_second(jobs: list[list[str]], initial_job_idx: int) -> list:
+        with pytest.raises(UserError, match=f"another sweep is writing to {tmp_path}: wait for it"):
+            halve(second, *CERA)
+        return launch(jobs, initial_job_idx)
+
+    launcher.launch = with_a_second
+    halve(launcher, *CERA)
+    assert not second.began
+    assert is_finished(tmp_path)
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_job_that_another_command_trains_leaves_its_method_undecided(tmp_path, halve, capsys):
+    """As one that was started by hand."""
+    lock = lock_folder(tmp_path / CERA[2], "run")
+    launcher = HalvingLauncher(tmp_path)
+    launcher.failing = {CERA[2]}
+    halve(launcher, *CERA)
+    assert f"undecided: {CERA[2]} is trained by another command. The same" in capsys.readouterr().out
+    assert not (tmp_path / HALVING).exists()
+    lock.release()
+
+
 def test_a_rung_beyond_the_end_decides_nothing(tmp_path, halve):
     launcher = HalvingLauncher(tmp_path, updates=30)
     halve(launcher, *CERA)
@@ -215,7 +244,7 @@ def test_a_job_that_went_past_a_rung_without_an_evaluation_there_is_refused(tmp_
 def test_another_halving_in_the_same_folder_is_refused(tmp_path, halve, names, first, message):
     halve(HalvingLauncher(tmp_path), *CERA)
     record_sweep(tmp_path, *names, swept=["adapter", "optimizer.lr"])
-    groups = groups_of(read_record(tmp_path / RECORD), ["optimizer.lr"])
+    groups = groups_of(SweepRecord.read(tmp_path / RECORD), ["optimizer.lr"])
     with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
         HalvingRecord.read(tmp_path).check(Rules(["optimizer.lr"], first, 2), groups, tmp_path)
 

@@ -14,9 +14,11 @@ from halvings import CERA, LORA, loss_of
 from made_sweeps import cera_train, states
 from pretended_jobs import leave_run
 
+from cera_train.common.files import locked
 from cera_train.config import Config
 from cera_train.runs.results import read_metrics
-from cera_train.sweep.folder import JOBS, RECORD
+from cera_train.sweep.folder import WRITER
+from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.rungs import HALVING, HalvingRecord
 from cera_train.training.train import train
 
@@ -66,6 +68,17 @@ def test_a_halving_that_cannot_be_is_refused_before_anything_starts(tmp_path, mo
     (line,) = capfd.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [HALF, []], ids=["halving", "grid"])
+def test_no_sweep_begins_in_the_folder_of_a_halving_that_goes_on(tmp_path, monkeypatch, capfd, how):
+    sweep = tmp_path / "outputs" / "grid"
+    sweep.mkdir(parents=True)
+    with locked(sweep, WRITER):
+        assert cera_train(monkeypatch, tmp_path, *GRID, *how) == 2
+        assert [path.name for path in sweep.iterdir()] == [".lock"]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "cera-train: another sweep is writing to outputs/grid: wait for it, or choose another name=..."
 
 
 @pytest.mark.slow

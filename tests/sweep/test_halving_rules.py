@@ -8,6 +8,7 @@ import random
 import pytest
 
 from cera_train.common.errors import UserError
+from cera_train.sweep.record import SweepRecord
 from cera_train.sweep.rungs import Group, Rules, decide, goes_on, groups_of
 
 
@@ -91,7 +92,7 @@ def test_planned_courses_are_those_that_the_rule_leads_to(count, factor):
 def group_of(*seeds: int) -> Group:
     words = [[f"optimizer.lr={lr}", f"train.seed={seed}"] for lr in (1, 2) for seed in seeds]
     jobs = [{"name": ",".join(job), "overrides": job} for job in words]
-    (group,) = groups_of({"jobs": jobs, "swept": ["optimizer.lr", "train.seed"]}, ["optimizer.lr"])
+    (group,) = groups_of(SweepRecord(["optimizer.lr", "train.seed"], jobs), ["optimizer.lr"])
     return group
 
 
@@ -109,10 +110,8 @@ def test_groups_are_what_is_neither_tuned_nor_a_seed():
         [f"adapter={adapter}", f"adapter.r={r}", f"optimizer.lr={lr}", f"train.seed={seed}", "train.keep=1"]
         for adapter in ("cera", "lora") for r in (4, 8) for lr in (1, 2, 3) for seed in (0, 1)
     ]  # fmt: skip
-    record = {
-        "jobs": [{"name": ",".join(job), "overrides": job} for job in jobs],
-        "swept": ["adapter", "adapter.r", "optimizer.lr", "train.seed"],
-    }
+    swept = ["adapter", "adapter.r", "optimizer.lr", "train.seed"]
+    record = SweepRecord(swept, [{"name": ",".join(job), "overrides": job} for job in jobs])
     groups = groups_of(record, ["optimizer.lr"])
     assert [group.name for group in groups] == [
         f"adapter={adapter},adapter.r={r}" for adapter in ("cera", "lora") for r in (4, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from made_studies import make_study
@@ -17,6 +18,7 @@ from cera_train.planning.plan import make_plan
 from cera_train.planning.power import Power
 from cera_train.sweep import plan as plan_module
 from cera_train.sweep import power as power_module
+from cera_train.sweep.rungs import Course
 
 HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
 STUDY = ["-m", "+study=first_look"]  # 3 arms, 3 learning rates, 3 seeds; update 8 of 24
@@ -57,6 +59,20 @@ def test_a_halving_counts_each_run_as_far_as_it_trains(plan_command):
     assert (runs, total) == ("16", f"{2 * updates}")
 
 
+@pytest.mark.parametrize(
+    ("candidates", "seeds", "text"),
+    [
+        (1, 1, "1 candidate: 1 to its end at 100"),
+        (1, 2, "1 candidate: 1 to its end at 100; then the best on 1 more seed"),
+        (2, 3, "2 candidates: 2 to its end at 100; then the best on 2 more seeds"),
+    ],
+)
+def test_one_of_a_kind_is_no_plural(candidates, seeds, text):
+    whole = SimpleNamespace(totals=SimpleNamespace(updates=100))
+    group = plan_module.PlannedGroup("", "", whole, [Course(candidates, (), True)], [])
+    assert plan_module.describe_runs(group, seeds) == text
+
+
 def test_the_dearest_candidate_is_taken_to_go_furthest(plan_command, monkeypatch):
     planned = []
     monkeypatch.setattr(plan_module, "print_groups", lambda groups, study: planned.extend(groups))
@@ -86,6 +102,16 @@ def test_a_study_is_planned_shape_by_shape_and_has_the_power_of_its_verdicts(pla
     assert out.endswith(
         "logistic_map: set plan.spread.seed={logistic_map: ...}, or plan.variances to a finished study\n"
     )
+
+
+def test_each_task_of_a_study_shows_its_rows(plan_command):
+    out = plan_command("-m", "+study=plateau_hunt", "study.task=sums_1,backward_1", "adapter.r=4")
+    assert re.findall(r"^(data|task) +(\w+: \w+.*? of \d+) tokens", out, re.MULTILINE) == [
+        ("data", "sums_1: reasoning_gym (chain_sum): 800 rows of 23"),
+        ("task", "sums_1: reasoning_gym: 100 problems of 25"),
+        ("data", "backward_1: reasoning_gym (spell_backward): 800 rows of 20"),
+        ("task", "backward_1: reasoning_gym: 100 problems of 20"),
+    ]
 
 
 @pytest.mark.parametrize(

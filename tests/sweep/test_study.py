@@ -13,7 +13,7 @@ from pretended_studies import BEST, StudyLauncher, loss_of, write_study
 from cera_train.cli.composition import without_hydra
 from cera_train.config import Config
 from cera_train.sweep.config import StudyConfig
-from cera_train.sweep.folder import RECORD, read_record
+from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import HALVING
 from cera_train.sweep.study import read_study
 from cera_train.sweep.table import is_finished
@@ -43,7 +43,7 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
     assert is_finished(sweep)
     assert sorted(states(sweep).values()) == ["finished"] * 6 + ["stopped"] * 3
     output = capfd.readouterr().out
-    assert "seeds      3 jobs to their end, seed 1" in output
+    assert "seeds      3 jobs to the end, seed 1" in output
     assert "hydra/sweeper=basic" not in output  # which a study refuses
 
     study = read_study(sweep)
@@ -60,6 +60,15 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
             "the gate": ("relu", "cera"),
         }.items()
     ]
+
+
+def test_a_job_beyond_a_rung_names_the_setting_of_a_study(tmp_path, monkeypatch, launcher, capfd):
+    values = {"study.arm": "cera", "optimizer.lr": "0.001", "train.seed": "0"}
+    folder = launcher.sweep / job("cera", 4, 0.001, 0)
+    folder.parent.mkdir(parents=True)
+    leave_run(folder, 100, 100, functools.partial(loss_of, values))
+    assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path)) == 2
+    assert "compared at this rung. Choose another study.first=..., or another name=..." in capfd.readouterr().err
 
 
 def test_its_jobs_are_what_their_arms_name(tmp_path, monkeypatch):
@@ -152,7 +161,7 @@ def test_tasks_are_a_dimension_of_overrides(tmp_path, monkeypatch, launcher):
         f"adapter.r=4,optimizer.lr=0.001,study.arm={arm},study.task={task},train.seed=0"
         for task in tasks for arm in ("lora", "cera", "relu")
     ]  # fmt: skip
-    overrides = {job["name"]: job["overrides"] for job in read_record(sweep / RECORD)["jobs"]}
+    overrides = SweepRecord.read(sweep / RECORD).overrides
     assert all(tasks["wild" if "wild" in name else "tame"][0] in words for name, words in overrides.items())
     study = read_study(sweep)
     assert [cell.condition for cell in study.cells[:3]] == ["tame, adapter.r=4"] * 3

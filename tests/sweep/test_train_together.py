@@ -15,7 +15,7 @@ from cera_train.config import PlanRun
 from cera_train.planning import together as planning
 from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.plan import memory_of_arm, most_arms
-from cera_train.sweep.folder import RECORD
+from cera_train.sweep.record import RECORD
 from cera_train.sweep.table import read_sweep
 from cera_train.training.together import describe_packs, pack_jobs, why_alone
 

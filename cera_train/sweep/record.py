@@ -1,0 +1,57 @@
+"""What a sweep has on record: its jobs and what they share in sweep.json, and how each of them began. Imports no
+torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from cera_train.common.records import Record, key
+from cera_train.sweep.metric import SweepMetric
+
+RECORD = "sweep.json"
+JOBS = ".jobs"
+"""In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
+
+START_AGAIN = "Remove it, and start the sweep again."
+
+
+@dataclass
+class SweepRecord(Record):
+    """sweep.json: the last command, and its jobs as far as the sweeper knows them."""
+
+    mend: ClassVar[str] = START_AGAIN
+
+    swept: list[str]  # keys that name the jobs
+    jobs: list[dict[str, Any]]  # in the order of the grid: the name, which is its folder's, and the overrides of each
+    command: list[Any] | None = None
+    fixed: list[str] | None = None  # settings that all jobs share; earlier versions have them in the jobs' names
+    metric: dict[str, Any] | None = None
+    study: dict[str, Any] | None = None  # its section
+
+    @property
+    def best_by(self) -> SweepMetric:
+        """`metric`, by which the jobs compare."""
+        return SweepMetric.from_json(self.metric or {}, RECORD)
+
+    @property
+    def overrides(self) -> dict[str, list[str]]:
+        """Those of each job, by its name."""
+        return {job["name"]: job["overrides"] for job in self.jobs}
+
+    def with_jobs(self, jobs: Mapping[str, list[str]]) -> SweepRecord:
+        """A record with these jobs too: name -> overrides."""
+        every = {**self.overrides, **jobs}
+        return replace(self, jobs=[{"name": name, "overrides": words} for name, words in every.items()])
+
+
+@dataclass
+class JobRecord(Record):
+    """NAME.json of a job."""
+
+    mend: ClassVar[str] = START_AGAIN
+
+    number: int
+    overrides: list[str]
+    error: str | None = key("error", write_null=True)  # of its last start
