@@ -185,9 +185,9 @@ class Trl(Contestant):
             ),
             peft_config=adapter,
         )
-        # As `train` begins, without its loop over batches:
-        if self.trainer.args.activation_checkpointing:
-            self.trainer.model.activation_checkpointing_enable()
+        # As `train` begins, without its loop over batches. Newer names are not in the versions that unsloth takes.
+        if (args := self.trainer.args).gradient_checkpointing:
+            self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
         self.trainer._set_signature_columns_if_needed()
         self.model = self.trainer.accelerator.prepare(self.trainer.model)

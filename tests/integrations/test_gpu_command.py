@@ -169,9 +169,31 @@ def test_every_racer_is_a_contestant():
     assert set(RACERS.values()) <= set(CONTESTANTS)
 
 
+@pytest.fixture
+def setting(tiny_folder, write_jsonl) -> Setting:
+    rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(5)]
+    return Setting(str(tiny_folder), write_jsonl("rows.jsonl", rows), rows, "bfloat16", torch.device("cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TRL's and transformers', of each other's names and of its folder
-def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, monkeypatch):
+def test_trl_checkpoints_by_the_names_of_the_versions_that_unsloth_takes(setting, monkeypatch):
+    from trl import SFTTrainer
+
+    begin = SFTTrainer.__init__
+
+    def begin_without_the_newer_name(trainer, *arguments, **settings):
+        begin(trainer, *arguments, **settings)
+        del trainer.args.activation_checkpointing
+
+    monkeypatch.setattr(SFTTrainer, "__init__", begin_without_the_newer_name)
+    layers = Trl(setting).model.base_model.model.model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_unsloths_model_takes_the_place_of_the_base(setting, monkeypatch):
     """As far as can be known where unsloth is not installed: its two calls, and an update by TRL's trainer."""
 
     class FastLanguageModel:
@@ -184,9 +206,6 @@ def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, mo
             return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
     monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(FastLanguageModel=FastLanguageModel))
-    rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(5)]
-    file = write_jsonl("rows.jsonl", rows)
-    setting = Setting(str(tiny_folder), file, rows, "bfloat16", torch.device("cpu"))
     assert Unsloth.PATCHES == "unsloth"
     assert Unsloth(setting).update(range(4)) == Trl(setting).update(range(4)) > 0
 
