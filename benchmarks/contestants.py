@@ -193,7 +193,7 @@ class Trl(Contestant):
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.micro_batch = self.trainer.args.per_device_train_batch_size
-        if self.is_tuned and not has_flash:
+        if self.is_tuned:
             self.micro_batch = min(MICRO_BATCHES[setting.device.type], key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
