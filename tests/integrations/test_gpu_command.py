@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.contestants import CONTESTANTS, Setting, Trl, Unsloth
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import machine
+from benchmarks.gpu import machine, runs
 from benchmarks.gpu.pieces import all_pieces
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.race import RACERS
@@ -152,7 +152,7 @@ def test_the_block_has_every_table():
         "Pieces: 5 passed, 1 failed, 1 skipped; 7 minutes; code abc.",
         "| kernels | 7 | 1 | 0 | 60 |",
         "| math_r64, Llama-3.1-8B's shape | 9,876 | 1.23 | - | 20.00 | 21.00 | 11.80 to 11.50 |",
-        "| NeMo AutoModel's LoRA on one H100, as published | 12,473 | 10.5 | - | - | - | - |",
+        "| NeMo AutoModel's LoRA on one H100, two at a time, as published | 12,473 | 10.5 | - | - | - | - |",
         "| Llama-3.1-8B's shape, bfloat16: ours with CeRA, compiled | 5,000 | 0.5 | 300.0 | 30.00 |",
         "| Llama-3.1-8B's shape, bfloat16: unsloth + LoRA | skipped | - | - | - |",
         "| Llama-3.2-1B's shape: CeRA | 40 | 900 |",
@@ -160,6 +160,40 @@ def test_the_block_has_every_table():
         "- tests_kernels: failed: test_x",
     ):
         assert line in text.splitlines()
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("room", "is_checkpointed"), [(90, False), (80, True), (10, None)])
+def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monkeypatch, room, is_checkpointed):
+    """CeRA takes gradient checkpointing where LoRA alone needs it."""
+    trained = []
+
+    def peak(place, settings):
+        is_lora = "+recipe=math_lora_r512" in settings
+        return (20 if runs.CHECKPOINTED in settings else 66) + 19 * is_lora
+
+    def train(config):
+        trained.append(config)
+        raise StopIteration
+
+    monkeypatch.setattr(runs, "_planned_peak", peak)
+    monkeypatch.setattr(runs, "_room", lambda place: room)
+    monkeypatch.setattr(Place, "model", lambda place, name: name)
+    monkeypatch.setattr("cera_train.training.train.train", train)
+    for kind in ("cera", "lora"):
+        if is_checkpointed is None:
+            assert runs.nemo(Place("cuda", "full", tmp_path), kind).state == SKIPPED
+        else:
+            with pytest.raises(StopIteration):
+                runs.nemo(Place("cuda", "full", tmp_path), kind)
+    assert [config.model.gradient_checkpointing for config in trained] == [is_checkpointed] * len(trained)
+    if trained:
+        cera, lora = trained
+        assert (cera.adapter.kind, lora.adapter.kind) == ("cera", "lora")
+        assert cera.train == lora.train
+        assert cera.train.micro_batch_tokens == cera.data.max_length == 4096  # one sequence at a time
 
 
 # --- contestants -----------------------------------------------------------------------------------------------------
