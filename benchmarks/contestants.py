@@ -304,6 +304,7 @@ def our_session(
     path = Path(tempfile.mkdtemp())
     config, precision = settle(config, path)
     session = Session([Run(config, precision, RunFolder(path, to_plain(config)))])
+    assert session.team.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
     session.loss.train()
     return session
 

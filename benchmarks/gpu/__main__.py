@@ -26,6 +26,7 @@ from benchmarks.gpu.pieces import Piece, all_pieces
 from benchmarks.gpu.place import ROOT, SIZES, Place
 from benchmarks.gpu.report import block
 from benchmarks.gpu.results import FAILED, Found, Result, code_version, read_result
+from benchmarks.training import WITHOUT_GPUS
 
 BLOCK_SECONDS = 15
 """Kept for the block, of the minutes that a command has."""
@@ -125,7 +126,8 @@ def run(piece: Piece, place: Place, identity: dict[str, Any], seconds: float) ->
                 *(sys.executable, "-m", "benchmarks.gpu.work"),
                 *(piece.name, place.device, place.size_name, str(place.output), str(output), str(os.getpid())),
             ],
-            cwd=ROOT, env=_environment(piece), stdout=lines, stderr=subprocess.STDOUT, start_new_session=True,
+            cwd=ROOT, env=_environment(piece, place.device),
+            stdout=lines, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
             status = process.wait(seconds)
@@ -144,8 +146,10 @@ def run(piece: Piece, place: Place, identity: dict[str, Any], seconds: float) ->
     return Result(piece.name, found, time.monotonic() - started, identity)
 
 
-def _environment(piece: Piece) -> dict[str, str]:
+def _environment(piece: Piece, device: str) -> dict[str, str]:
     """One GPU for a piece that is about one: several would split its work."""
+    if device == "cpu":
+        return os.environ | WITHOUT_GPUS
     if piece.takes_all_gpus:
         return dict(os.environ)
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]

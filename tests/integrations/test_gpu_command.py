@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from conftest import needs_smollm2
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import training
 from benchmarks.contestants import CONTESTANTS, Setting, Trl, Unsloth
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import machine, runs
@@ -163,9 +166,10 @@ def test_the_error_of_a_piece_is_its_reason(tmp_path):
 
 def test_only_tests_of_processes_see_several_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    seen = {name: command._environment(piece)["CUDA_VISIBLE_DEVICES"] for name, piece in all_pieces().items()}
+    seen = {name: command._environment(piece, "cuda")["CUDA_VISIBLE_DEVICES"] for name, piece in all_pieces().items()}
     assert {name for name, gpus in seen.items() if gpus == "3,5"} == {"tests_processes"}
     assert {gpus for name, gpus in seen.items() if name != "tests_processes"} == {"3"}
+    assert {command._environment(piece, "cpu")["CUDA_VISIBLE_DEVICES"] for piece in all_pieces().values()} == {""}
 
 
 # --- the block -------------------------------------------------------------------------------------------------------
@@ -242,6 +246,21 @@ def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monk
 
 def test_every_racer_is_a_contestant():
     assert set(RACERS.values()) <= set(CONTESTANTS)
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda:0", "3")])
+def test_a_race_on_the_cpu_is_one_for_all_contestants(monkeypatch, device, seen):
+    """Runs of ours take a GPU that their process sees."""
+    context, pipe, starts = MagicMock(), MagicMock(), []
+    pipe.recv.side_effect = ["ready", (1.0, 5), 10**9]
+    context.Pipe.return_value = pipe, MagicMock()
+    context.Process.return_value.start = lambda: starts.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    setting = Setting("base", Path("rows.jsonl"), [], "bfloat16", torch.device(device))
+    training._race_in_turn(["ours with CeRA"], setting, 8, [])
+    assert starts == [seen]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
 
 
 @pytest.fixture
