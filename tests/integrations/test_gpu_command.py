@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from _pytest.assertion.rewrite import AssertionRewritingHook
 from conftest import needs_smollm2
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -23,10 +25,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks import training
 from benchmarks.contestants import CONTESTANTS, Setting, Trl, Unsloth
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import machine, runs
+from benchmarks.gpu import machine, runs, testing
 from benchmarks.gpu.pieces import all_pieces
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.race import RACERS
+from benchmarks.gpu.race import RACERS, median_rate
 from benchmarks.gpu.report import block
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found, Result, code_version
 from benchmarks.kernels import Row
@@ -205,6 +207,53 @@ def test_the_block_has_every_table():
         "- tests_kernels: failed: test_x",
     ):
         assert line in text.splitlines()
+
+
+# --- tests and the race ----------------------------------------------------------------------------------------------
+
+INTERNAL_ERROR = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_skips(): pytest.skip("no such thing")
+def test_ends_pytest(): pytest.exit("the GPU fell off the bus", returncode=3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "content", "state", "reason"),
+    [
+        ("skips", "import pytest; pytest.skip('needs a GPU', allow_module_level=True)", SKIPPED, "needs a GPU"),
+        ("breaks", "import nothing_like_it", FAILED, "test_gpu_breaks.py"),
+        ("is_empty", "def test_without_the_mark(): pass", FAILED, "pytest ended with status 5"),
+        ("ends", INTERNAL_ERROR, FAILED, "pytest ended with status 3"),
+    ],
+)
+def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, group, content, state, reason):
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "gpu" / f"test_gpu_{group}.py").write_text(content)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv(testing.DEVICE, "cpu")
+    monkeypatch.setattr(testing, "ROOT", tmp_path)
+    found = testing.run_tests(Place("cpu", "tiny", tmp_path), group)
+    assert (found.state, found.reason) == (state, reason)
+    assert found.figures[SKIPPED] == (group in ("skips", "ends"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "gpu").glob("*.py")), ids=lambda file: file.stem)
+def test_every_file_for_a_gpu_loads_its_plugin(file):
+    assert '\npytest_plugins = ["gpu_tests"]\npytestmark = pytest.mark.gpu\n' in file.read_text()
+
+
+@pytest.mark.parametrize("helper", ["fused_checks", "kernels_checks", "generated", "quantised"])
+def test_a_failing_assert_of_a_helper_shows_its_values(helper):
+    assert isinstance(importlib.util.find_spec(helper).loader, AssertionRewritingHook)
+
+
+def test_a_slow_round_changes_no_rate():
+    assert median_rate([100, 300, 200], [1.0, 60.0, 1.0]) == 100
+    assert median_rate([100, 300, 200], [1.0, 2.0, 1.0]) == 150
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
