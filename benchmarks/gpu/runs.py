@@ -13,7 +13,6 @@ from pathlib import Path
 from benchmarks.composed import composed
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import SKIPPED, Found
-from cera_train.config import Config, PlanRun
 
 RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
 EVALUATION_ROWS = 64
@@ -90,7 +89,7 @@ def _run(
     else:
         needed = f"{needs / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
         return Found(SKIPPED, f"needs {needed}, and this GPU has {room / 1e9:.0f}")
-    result = train(composed(Config, *common, *overrides, *checkpointing))
+    result = train(composed(*common, *overrides, *checkpointing))
     predicted, figures = compare_with_measured(folder, PlanConfig())
     planned_memory, planned_seconds = figures[1].predicted, figures[2].predicted
     return Found(
@@ -111,7 +110,7 @@ def _planned_peak(place: Place, settings: Sequence[str]) -> float:
     from cera_train.planning.plan import plan_alone
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return plan_alone(composed(PlanRun, *settings, f"plan.gpu={device}")).memory.peak
+    return plan_alone(composed(*settings, f"plan.gpu={device}", command="plan")).memory.peak
 
 
 def _room(place: Place) -> float:
