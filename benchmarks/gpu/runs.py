@@ -71,7 +71,7 @@ def _run(
     """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it is `compared` with,
     fits only so."""
     from cera_train.planning.config import PlanConfig
-    from cera_train.planning.table import compare_with_measured
+    from cera_train.planning.measured import compare_with_measured
     from cera_train.training.train import train
 
     folder = place.folder / "runs" / name
@@ -90,17 +90,16 @@ def _run(
         needed = f"{needs / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
         return Found(SKIPPED, f"needs {needed}, and this GPU has {room / 1e9:.0f}")
     result = train(composed(*common, *overrides, *checkpointing))
-    predicted, figures = compare_with_measured(folder, PlanConfig())
-    planned_memory, planned_seconds = figures[1].predicted, figures[2].predicted
+    measured = compare_with_measured(folder, PlanConfig())
     return Found(
         reason="with gradient checkpointing: else the plan does not fit" if checkpointing else "",
         figures={
             **_speed(folder / "metrics.jsonl", place.size.warm_up),
-            "tokens_per_row": predicted.data.tokens_per_row,
+            "tokens_per_row": measured.plan.data.tokens_per_row,
             "peak_memory_bytes": result["peak_memory_bytes"],
-            "planned_memory_bytes": planned_memory,
+            "planned_memory_bytes": measured.peak_memory.predicted,
             # The share of the peak that cera-plan assumes is a guess, and unknown GPUs have no speed.
-            "planned_update_seconds": planned_seconds if planned_seconds == planned_seconds else None,
+            "planned_update_seconds": measured.update_seconds.predicted,
         },
     )
 
