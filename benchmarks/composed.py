@@ -1,4 +1,4 @@
-"""Configs as the commands compose them, for benchmarks that run the program in their process."""
+"""Configs as the commands compose them, for benchmarks and tests that run the program in their process."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from typing import Any
 
 import hydra
 
-from cera_train.cli.composition import register_configs, to_config
+from cera_train.cli.composition import SCHEMAS, register_configs, to_config
 from cera_train.common.files import config_dir
-from cera_train.config import PlanRun
 
 
-def composed(schema: type, *overrides: str) -> Any:
-    """The config of a command line: of cera-plan for PlanRun, else of cera-train."""
+def composed(*overrides: str, command: str = "train") -> Any:
+    """The config of a command line: of cera-train, or of another command, as `plan`."""
     register_configs()
-    command = "plan" if schema is PlanRun else "config"
+    name = "config" if command == "train" else command
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        return to_config(hydra.compose(command, list(overrides)), schema)
+        return to_config(hydra.compose(name, list(overrides)), SCHEMAS[f"cera-{command}"])

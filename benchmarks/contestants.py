@@ -185,15 +185,15 @@ class Trl(Contestant):
             ),
             peft_config=adapter,
         )
-        # As `train` begins, without its loop over batches:
-        if self.trainer.args.activation_checkpointing:
-            self.trainer.model.activation_checkpointing_enable()
+        # As `train` begins, without its loop over batches. Newer names are not in the versions that unsloth takes.
+        if (args := self.trainer.args).gradient_checkpointing:
+            self.trainer.model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         self.trainer.create_optimizer()
         self.trainer._set_signature_columns_if_needed()
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.micro_batch = self.trainer.args.per_device_train_batch_size
-        if self.is_tuned and not has_flash:
+        if self.is_tuned:
             self.micro_batch = min(MICRO_BATCHES[setting.device.type], key=self._seconds)
             print(f"TRL, best: {self.micro_batch} sequences at once", flush=True)
 
@@ -304,6 +304,7 @@ def our_session(
     path = Path(tempfile.mkdtemp())
     config, precision = settle(config, path)
     session = Session([Run(config, precision, RunFolder(path, to_plain(config)))])
+    assert session.team.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
     session.loss.train()
     return session
 

@@ -21,12 +21,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 import torch
 
 from benchmarks.contestants import Setting, our_session
-from benchmarks.training import PACKAGE, logistic_maps
+from benchmarks.training import PACKAGE, WITHOUT_GPUS, logistic_maps
 
 MICRO_BATCH_TOKENS = 4096
 
@@ -137,6 +135,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    os.environ |= WITHOUT_GPUS
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--updates", type=int, default=3)
     parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=CURVES, metavar="CURVE")

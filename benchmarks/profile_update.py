@@ -9,10 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-
 from benchmarks.contestants import CONTESTANTS, RANK, Setting
-from benchmarks.training import CERA, PACKAGE, Work, first_rows, lines_of, matmul_peak
+from benchmarks.training import CERA, PACKAGE, WITHOUT_GPUS, Work, first_rows, lines_of, matmul_peak
 
 MICRO_BATCH = 1024
 """Tokens of the products that the peak is looked for among."""
@@ -41,6 +39,7 @@ def product(event: Any, vocabulary: int) -> tuple[str, int] | None:
 
 
 def main() -> None:
+    os.environ |= WITHOUT_GPUS
     import torch
     from transformers import AutoConfig
 

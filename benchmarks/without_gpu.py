@@ -28,7 +28,7 @@ from benchmarks.composed import composed
 from benchmarks.fake_gpu import fake_gpu
 from cera_train.common.files import config_dir
 from cera_train.common.terminal import print_table
-from cera_train.config import Config, PlanRun
+from cera_train.config import Config
 from cera_train.data.prepare import Example, RowCounts, TokenizedData, TokenizedRows
 from cera_train.model import weights
 from cera_train.planning.count import quantised_linears, read_config
@@ -78,13 +78,13 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         overrides: settings that differ from the recipe's, as on a command line.
     """
     with tempfile.TemporaryDirectory() as folder:
-        architecture = read_config(composed(Config, f"+recipe={recipe}", *overrides).model)
+        architecture = read_config(composed(f"+recipe={recipe}", *overrides).model)
         architecture.num_hidden_layers = layers or architecture.num_hidden_layers
         architecture.save_pretrained(folder)
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
         settings = [f"+recipe={recipe}", *overrides, f"model.path={folder}", "train.check_coverage=false"]
-        plan = plan_alone(composed(PlanRun, *settings))
-        config, rows = composed(Config, *settings, f"output_dir={folder}/outputs"), rows_of(plan)
+        plan = plan_alone(composed(*settings, command="plan"))
+        config, rows = composed(*settings, f"output_dir={folder}/outputs"), rows_of(plan)
         with fake_gpu() as gpu, session_of(config, rows) as session:
             gpu.reset_peak()
             (arm,) = session.arms
@@ -100,7 +100,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     """The same for all layers of the base, by what the third adds to the first two."""
     two, three = (track(recipe, layers, *overrides) for layers in (2, 3))
-    plan = plan_alone(composed(PlanRun, f"+recipe={recipe}", *overrides))
+    plan = plan_alone(composed(f"+recipe={recipe}", *overrides, command="plan"))
     size = two.bytes + (plan.parameters.layers - 2) * (three.bytes - two.bytes)
     return replace(two, plan=plan, bytes=size)
 

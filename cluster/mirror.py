@@ -23,6 +23,8 @@ SECONDS = float(os.environ.get("MIRROR_SECONDS", 60))
 """Between two copies."""
 TRIES = 10
 """Of the last copy."""
+WRITING = ".writing-"
+"""The start of a name whose file or folder is being written."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -33,10 +35,13 @@ class Mirror:
         self.folder, self.copy = folder, copy
         self._copied: dict[Path, tuple[int, int, int]] = {}  # as each file was when it was copied
         for path in _files(copy):
-            if not (folder / path).exists():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(copy / path, folder / path)
-                self._copied[path] = _state(folder / path)
+            if not (target := folder / path).exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Under its own name only when it is whole: the next start would copy a part over the bucket's.
+                part = target.with_name(f"{WRITING}{target.name}")
+                shutil.copyfile(copy / path, part)
+                os.replace(part, target)
+                self._copied[path] = _state(target)
 
     def update(self) -> None:
         """Copies what has changed, then removes what is gone."""
@@ -67,8 +72,8 @@ def _files(folder: Path) -> list[Path]:
     """The files below a folder, relative to it, without those that are still being written and without locks."""
     found = []
     for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".writing-")]
-        names = [name for name in names if not name.startswith((".writing-", ".lock", ".probe"))]
+        folders[:] = [name for name in folders if not name.startswith(WRITING)]
+        names = [name for name in names if not name.startswith((WRITING, ".lock", ".probe"))]
         found += [Path(place, name).relative_to(folder) for name in names]
     return found
 

@@ -21,6 +21,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# Asserts of helpers show their values too.
+pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / "helpers").glob("*.py")))
+
 # A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -205,23 +208,10 @@ def write_jsonl(tmp_path: Path):
 @pytest.fixture(scope="session")
 def compose():
     """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of another command."""
-    import hydra
+    from benchmarks.composed import composed
 
-    from cera_train.cli.composition import register_configs, to_config
-    from cera_train.common.files import config_dir
-    from cera_train.config import Config, PlanRun
-    from cera_train.evaluation.config import EvalConfig
-    from cera_train.serving.config import ChatConfig, ExportConfig
-
-    register_configs()
-    schemas = {"config": Config, "eval": EvalConfig, "plan": PlanRun, "chat": ChatConfig, "export": ExportConfig}
-
-    @functools.cache
-    def composed(overrides: tuple[str, ...], command: str):
-        with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-            return to_config(hydra.compose(command, list(overrides)), schemas[command])
-
-    return lambda *overrides, command="config": copy.deepcopy(composed(overrides, command))
+    once = functools.cache(composed)
+    return lambda *overrides, command="train": copy.deepcopy(once(*overrides, command=command))
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,10 @@ class Piece:
     name: str
     shows: str
     work: Callable[[Place], Found]
+    expected: int
+    """Seconds that it should take: it starts where so many are left."""
     seconds: int
-    """Its time limit."""
+    """Its time limit: a command of ten minutes has time for it and for its own start and end."""
     sources: tuple[str, ...] = MEASURED
     """Folders whose change makes it run again."""
     takes_all_gpus: bool = False
@@ -34,24 +36,25 @@ def make_weights(place: Place, model: str) -> Found:
 
 def tests() -> list[Piece]:
     groups = {
-        "kernels": ("Triton kernels of gate and dropout against torch", 300),
-        "fused": ("the fused Triton branch against torch", 300),
-        "attention": ("the varlen kernel against SDPA; flat rows against padded ones", 180),
-        "precision": ("NF4 and int8 training and evaluation, paged 8-bit AdamW, the scaler of float16", 300),
-        "training": ("bf16 resume, torch.compile, experts, runs together", 480),
-        "answers": ("decoding against generate", 180),
-        "processes": ("DDP and FSDP2 over NCCL, on two GPUs", 300),
+        "kernels": ("Triton kernels of gate and dropout against torch", 60, 300),
+        "fused": ("the fused Triton branch against torch", 150, 540),
+        "attention": ("the varlen kernel against SDPA; flat rows against padded ones", 60, 180),
+        "precision": ("NF4 and int8 training and evaluation, paged 8-bit AdamW, the scaler of float16", 150, 300),
+        "training": ("bf16 resume, torch.compile, experts, runs together", 150, 480),
+        "answers": ("decoding against generate", 60, 180),
+        "processes": ("DDP and FSDP2 over NCCL, on two GPUs", 150, 300),
     }
     return [
         Piece(
             f"tests_{group}",
             shows,
             functools.partial(testing.run_tests, group=group),
+            expected,
             seconds,
             TESTED,
             takes_all_gpus=group == "processes",
         )
-        for group, (shows, seconds) in groups.items()
+        for group, (shows, expected, seconds) in groups.items()
     ]
 
 
@@ -59,7 +62,12 @@ def of_model(model: str, title: str) -> list[Piece]:
     """Recipes, race and decoding on one shape."""
     is_large = model == "llama3_1_8b"
     pieces = [
-        Piece(f"weights_{model}", f"random weights of {title}", functools.partial(make_weights, model=model), 580)
+        Piece(
+            f"weights_{model}",
+            f"random weights of {title}",
+            functools.partial(make_weights, model=model),
+            *((150, 540) if is_large else (60, 300)),
+        )
     ]
     for recipe in runs.RECIPES:
         pieces.append(
@@ -67,7 +75,7 @@ def of_model(model: str, title: str) -> list[Piece]:
                 f"{recipe}_{model}",
                 f"{recipe}, 20 updates on {title}",
                 functools.partial(runs.recipe, recipe=recipe, model=model),
-                540 if is_large else 300,
+                *((150, 540) if is_large else (60, 300)),
             )
         )
     for precision in ("bfloat16", "nf4") if is_large else ("bfloat16",):
@@ -77,7 +85,7 @@ def of_model(model: str, title: str) -> list[Piece]:
                     f"race_{key}_{model}_{precision}",
                     f"{contestant} on {title}, {precision}",
                     functools.partial(race.lap, contestant=contestant, model=model, precision=precision),
-                    420 if is_large else 300,
+                    *((120, 420) if is_large else (60, 300)),
                 )
             )
     pieces.append(
@@ -85,7 +93,7 @@ def of_model(model: str, title: str) -> list[Piece]:
             f"decoding_{model}",
             f"decoding with CeRA beside merged LoRA on {title}",
             functools.partial(decoding.decoding, model=model),
-            420 if is_large else 240,
+            *((120, 420) if is_large else (60, 240)),
         )
     )
     return pieces
@@ -97,7 +105,8 @@ def nemo() -> list[Piece]:
             f"nemo_{kind}",
             f"{kind} in the public setting of NeMo AutoModel, 4,096 tokens a sequence",
             functools.partial(runs.nemo, kind=kind),
-            580,
+            150,
+            540,
         )
         for kind in ("lora", "cera")
     ]
@@ -109,6 +118,7 @@ def branches() -> list[Piece]:
             f"branch_r{r}",
             f"CeRA's branch alone at r = {r}: fused, unfused, torch, torch.compile",
             functools.partial(branch.branch, r=r),
+            90,
             480,
         )
         for r in (16, 64)

@@ -60,8 +60,13 @@ class Place:
     device: str
     """cuda or cpu."""
     size_name: str
-    folder: Path
-    """Results, logs, models and runs lie in it."""
+    output: Path
+    """The folder of all sizes and devices, which share models."""
+
+    @property
+    def folder(self) -> Path:
+        """Results, logs, rows and runs of this size on this device."""
+        return self.output / f"{self.size_name}_{self.device}"
 
     @property
     def size(self) -> Size:
@@ -86,7 +91,7 @@ class Place:
         """A folder with a model of that shape and random weights, made the first time."""
         from benchmarks.training import save_random_model
 
-        folder = self.folder / "models" / f"{name}_{self.size_name}"
+        folder = self.output / "models" / f"{name}_{self.size_name}"
         if not folder.is_dir():
             part = folder.with_name(f"part-{folder.name}")
             shutil.rmtree(part, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 
 from benchmarks.gpu.place import Place
@@ -45,10 +46,15 @@ def lap(place: Place, contestant: str, model: str, precision: str) -> Found:
     return Found(
         figures={
             "update_seconds": statistics.median(seconds),
-            "tokens_per_s": sum(tokens) / sum(seconds),
-            "supervised_tokens_per_s": sum(supervised) / sum(seconds),
-            "useful_flops": sum(flops) / sum(seconds),
+            "tokens_per_s": median_rate(tokens, seconds),
+            "supervised_tokens_per_s": median_rate(supervised, seconds),
+            "useful_flops": median_rate(flops, seconds),
             "peak_memory_bytes": found["peak_memory_bytes"][contestant],
             "seconds": seconds,
         }
     )
+
+
+def median_rate(amounts: Sequence[float], seconds: Sequence[float]) -> float:
+    """The median over rounds: one slow round counts no more than in the median of the seconds."""
+    return statistics.median(amount / taken for amount, taken in zip(amounts, seconds, strict=True))

@@ -9,15 +9,10 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.composed import composed
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import SKIPPED, Found
-from cera_train.config import Config, PlanRun
-
-if TYPE_CHECKING:
-    from cera_train.planning.plan import RunPlan
 
 RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
 EVALUATION_ROWS = 64
@@ -26,7 +21,7 @@ CHECKPOINTED = "model.gradient_checkpointing=true"
 NEMO_TOKENS_PER_S = 12_473
 """Of NeMo AutoModel's LoRA on Llama-3.1-8B and one H100, by docs/performance-summary.md and
 examples/llm_finetune/llama3_1/llama3_1_8b_peft_benchmark.yaml of github.com/NVIDIA-NeMo/Automodel: r = 16 on all
-linears, alpha 32, dropout 0.1, bf16, 32 full sequences of 4,096 tokens an update, two at once."""
+linears, alpha 32, dropout 0.1, bf16, 32 full sequences of 4,096 tokens an update, two at a time."""
 
 
 def recipe(place: Place, recipe: str, model: str) -> Found:
@@ -46,61 +41,75 @@ def _pages_on_a_cpu(place: Place, recipe: str) -> bool:
 
 
 def nemo(place: Place, kind: str) -> Found:
-    """NeMo AutoModel's setting with an adapter of ours, all tokens supervised."""
+    """NeMo AutoModel's setting with an adapter of ours, all tokens supervised. The sequences go one at a time, as both
+    adapters fit; how many go at once changes no gradient."""
     size = place.size
     updates = size.updates // 3
     rows = place.rows("long", updates * size.long_batch + 2, size.long_tokens, ("instruction", "output"), is_even=True)
-    overrides = [
-        *(f"+recipe=math_{'r64' if kind == 'cera' else 'lora_r512'}", *size.overrides),
-        *("adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.1", "adapter.target_modules=all-linear"),
-        *(f"data.max_length={size.long_tokens}", "data.eval_rows=2", f"train.batch_size={size.long_batch}"),
-        *(f"train.micro_batch_tokens={2 * size.long_tokens}", "optimizer.lr=1e-5", "train.probe_tokens=2048"),
-    ]
-    return _run(place, f"nemo_{kind}", "llama3_1_8b", rows, updates, overrides)
+    overrides = {
+        other: [
+            *(f"+recipe=math_{recipe}", *size.overrides),
+            *("adapter.r=16", "adapter.alpha=32", "adapter.dropout=0.1", "adapter.target_modules=all-linear"),
+            *(f"data.max_length={size.long_tokens}", "data.eval_rows=2", f"train.batch_size={size.long_batch}"),
+            *(f"train.micro_batch_tokens={size.long_tokens}", "optimizer.lr=1e-5", "train.probe_tokens=2048"),
+        ]
+        for other, recipe in (("lora", "lora_r512"), ("cera", "r64"))
+    }
+    own = overrides.pop(kind)
+    return _run(place, f"nemo_{kind}", "llama3_1_8b", rows, updates, own, *overrides.values())
 
 
-def _run(place: Place, name: str, model: str, rows: Path, updates: int, overrides: Sequence[str]) -> Found:
-    """Trains, where the plan fits this GPU; with gradient checkpointing where only that fits."""
+def _run(
+    place: Place,
+    name: str,
+    model: str,
+    rows: Path,
+    updates: int,
+    overrides: Sequence[str],
+    *compared: Sequence[str],
+) -> Found:
+    """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it is `compared` with,
+    fits only so."""
     from cera_train.planning.config import PlanConfig
-    from cera_train.planning.table import compare_with_measured
+    from cera_train.planning.measured import compare_with_measured
     from cera_train.training.train import train
 
     folder = place.folder / "runs" / name
     shutil.rmtree(folder, ignore_errors=True)  # of a piece that was cut
-    settings = [
+    common = [
         *(f"model.path={place.model(model)}", "data.path=null", f"data.train_files=[{rows}]"),
         *(f"train.max_updates={updates}", "train.eval_every=null", "train.save_every=null"),
-        *(f"name={name}", f"output_dir={folder.parent}", *overrides),
+        *(f"name={name}", f"output_dir={folder.parent}"),
     ]
-    room, planned = _room(place), _plan(place, settings)
-    is_checkpointed = planned.memory.peak > room
-    if is_checkpointed:
-        settings.append(CHECKPOINTED)
-        planned = _plan(place, settings)
-        if planned.memory.peak > room:
-            needs = f"{planned.memory.peak / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
-            return Found(SKIPPED, f"needs {needs}, and this GPU has {room / 1e9:.0f}")
-    result = train(composed(Config, *settings))
-    predicted, figures = compare_with_measured(folder, PlanConfig())
-    planned_memory, planned_seconds = figures[1].predicted, figures[2].predicted
+    room = _room(place)
+    for checkpointing in ([], [CHECKPOINTED]):
+        needs = max(_planned_peak(place, [*common, *each, *checkpointing]) for each in (overrides, *compared))
+        if needs <= room:
+            break
+    else:
+        needed = f"{needs / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
+        return Found(SKIPPED, f"needs {needed}, and this GPU has {room / 1e9:.0f}")
+    result = train(composed(*common, *overrides, *checkpointing))
+    measured = compare_with_measured(folder, PlanConfig())
     return Found(
-        reason="with gradient checkpointing: else the plan does not fit" if is_checkpointed else "",
+        reason="with gradient checkpointing: else the plan does not fit" if checkpointing else "",
         figures={
             **_speed(folder / "metrics.jsonl", place.size.warm_up),
-            "tokens_per_row": predicted.data.tokens_per_row,
+            "tokens_per_row": measured.plan.data.tokens_per_row,
             "peak_memory_bytes": result["peak_memory_bytes"],
-            "planned_memory_bytes": planned_memory,
+            "planned_memory_bytes": measured.peak_memory.predicted,
             # The share of the peak that cera-plan assumes is a guess, and unknown GPUs have no speed.
-            "planned_update_seconds": planned_seconds if planned_seconds == planned_seconds else None,
+            "planned_update_seconds": measured.update_seconds.predicted,
         },
     )
 
 
-def _plan(place: Place, settings: Sequence[str]) -> RunPlan:
+def _planned_peak(place: Place, settings: Sequence[str]) -> float:
+    """Bytes, by cera-plan."""
     from cera_train.planning.plan import plan_alone
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return plan_alone(composed(PlanRun, *settings, f"plan.gpu={device}"))
+    return plan_alone(composed(*settings, f"plan.gpu={device}", command="plan")).memory.peak
 
 
 def _room(place: Place) -> float:

@@ -22,21 +22,19 @@ class Outcomes:
         self.skips: Counter[str] = Counter()
 
     def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self._fail(report)
+        """A module that does not import fails, and one may skip as a whole."""
+        if not report.passed:
+            self.pytest_runtest_logreport(report)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
-            self._fail(report)
+            self.counts[FAILED] += 1
+            self.failures.append(report.nodeid)
         elif report.skipped:
             self.counts[SKIPPED] += 1
             self.skips[str(report.longrepr[2]).removeprefix("Skipped: ")] += 1
         elif report.when == "call":
             self.counts[PASSED] += 1
-
-    def _fail(self, report: Any) -> None:
-        self.counts[FAILED] += 1
-        self.failures.append(report.nodeid)
 
 
 def run_tests(place: Place, group: str) -> Found:
@@ -50,7 +48,7 @@ def run_tests(place: Place, group: str) -> Found:
     outcomes = Outcomes()
     status = pytest.main(
         [
-            *(f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "-p", "no:cacheprovider"),
+            *(f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "--showlocals", "-p", "no:cacheprovider"),
             # of plugins that this process has imported before pytest, such as anyio's: it rewrites no assert there
             *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
             f"--basetemp={scratch / group}",
@@ -59,7 +57,8 @@ def run_tests(place: Place, group: str) -> Found:
     )
     counts = outcomes.counts
     figures = {**{state: counts[state] for state in (PASSED, FAILED, SKIPPED)}, "skips": dict(outcomes.skips)}
-    if counts[FAILED] or (status and not counts[SKIPPED]):
+    is_whole = status == pytest.ExitCode.OK or (status == pytest.ExitCode.NO_TESTS_COLLECTED and counts[SKIPPED])
+    if counts[FAILED] or not is_whole:
         failures = outcomes.failures or [f"pytest ended with status {int(status)}"]
         return Found(FAILED, "; ".join(name.removeprefix("tests/gpu/") for name in failures), figures)
     if not counts[PASSED]:

@@ -1,4 +1,4 @@
-"""A piece's process: `python -m benchmarks.gpu.work PIECE DEVICE SIZE FOLDER OUTPUT PARENT` writes what it found as
+"""A piece's process: `python -m benchmarks.gpu.work PIECE DEVICE SIZE OUTPUT FOUND PARENT` writes what it found as
 JSON. PARENT is the process that it ends with."""
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+os.environ["WANDB_MODE"] = "offline"
 
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    name, device, size, folder, output, parent = sys.argv[1:]
+    name, device, size, output, file, parent = sys.argv[1:]
     if sys.platform == "linux":  # else a killed command would leave a piece on the GPU
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != int(parent):  # it was killed before
@@ -25,8 +25,8 @@ def main() -> None:
     from benchmarks.gpu.pieces import all_pieces
     from benchmarks.gpu.place import Place
 
-    found = all_pieces()[name].work(Place(device, size, Path(folder)))
-    Path(output).write_text(json.dumps(asdict(found)))
+    found = all_pieces()[name].work(Place(device, size, Path(output)))
+    Path(file).write_text(json.dumps(asdict(found)))
 
 
 if __name__ == "__main__":

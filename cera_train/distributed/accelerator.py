@@ -20,6 +20,9 @@ from cera_train.common.errors import UserError
 from cera_train.distributed.config import Strategy
 from cera_train.model.config import Dtype, ModelConfig
 
+MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
+"""Accelerate's names of what autocast computes in."""
+
 
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, timeout: timedelta, strategy: Strategy = Strategy.ddp
@@ -38,7 +41,7 @@ def start_accelerator(
             mixed_precision_policy=MixedPrecisionPolicy(),
         )
     accelerator = Accelerator(
-        mixed_precision=mixed_precision(model, autocast),
+        mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, torch.cuda.is_available())],
         cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
         fsdp_plugin=plugin,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
@@ -70,15 +73,6 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
             "Choose no engine in `accelerate config`, and distributed.strategy=ddp or fsdp here."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
-
-
-def mixed_precision(model: ModelConfig, autocast: bool | None) -> str:
-    """Accelerate's name for the precision of autocast."""
-    if not (model.dtype != Dtype.float32 if autocast is None else autocast):
-        return "no"
-    if model.dtype == Dtype.float16:
-        return "fp16" if torch.cuda.is_available() else "no"  # float16 needs a gradient scaler, which CPUs lack
-    return "bf16"
 
 
 def peak_memory(device: torch.device) -> int:

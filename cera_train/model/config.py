@@ -69,6 +69,14 @@ class ModelConfig:
             "eager or flash_attention_2, or set model.trust_remote_code=true if you trust it.",
         )
 
+    def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:
+        """The precision in which `train.autocast` lets products be computed; None: autocast is off."""
+        if not (self.dtype != Dtype.float32 if autocast is None else autocast):
+            return None
+        if self.dtype == Dtype.float16:
+            return Dtype.float16 if on_gpu else None  # it needs a gradient scaler, which CPUs lack
+        return Dtype.bfloat16
+
 
 def chunk_tokens(on_gpu: bool) -> int:
     """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""

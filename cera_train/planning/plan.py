@@ -292,12 +292,7 @@ def micro_batches(config: PlanRun, size: DataSize, by_sequence: bool) -> tuple[M
 
 
 def _autocast(config: PlanRun) -> Dtype | None:
-    """The precision of autocast; distributed/accelerator.py decides the same."""
-    dtype = config.model.dtype
-    wanted = dtype != Dtype.float32 if config.train.autocast is None else config.train.autocast
-    if not wanted or (dtype == Dtype.float16 and not config.plan.on_gpu):
-        return None
-    return Dtype.bfloat16 if dtype == Dtype.float32 else dtype
+    return config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
 
 
 def is_16bit(config: PlanRun) -> bool:

@@ -74,7 +74,7 @@ class Answerer:
         if positions is not None and tokens + self.config.max_new_tokens > positions:
             raise UserError(
                 f"max_new_tokens={self.config.max_new_tokens} after a prompt of {tokens} tokens is beyond the "
-                f"{positions} positions of this model: lower max_new_tokens, or begin anew with {NEW}."
+                f"{positions} positions of this model: lower max_new_tokens, or shorten the prompt."
             )
 
 
@@ -136,7 +136,7 @@ def converse(answerers: list[Answerer]) -> None:
             try:
                 answers = answer(answerers, [*turns, line])
             except UserError as error:
-                print_line("note", str(error))
+                print_line("note", f"{error} {NEW} begins anew." if turns else str(error))
                 continue
             turns = [*turns, line, answers[0]] if keeps_turns else []
 

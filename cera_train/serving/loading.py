@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cera_train.distributed.accelerator import mixed_precision
 from cera_train.evaluation.evaluate import load_subject, settled
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.subject import Subject, find_subject
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -48,5 +45,5 @@ def load(config: Any, place: str) -> Loaded:
 
 
 def autocast_of(subject: Subject, device: torch.device) -> torch.autocast:
-    precision = mixed_precision(subject.model, subject.train.autocast)
-    return torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST)
+    dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
+    return torch.autocast(device.type, dtype and getattr(torch, dtype), enabled=dtype is not None)

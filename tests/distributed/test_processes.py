@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from several_processes import ONE_THREAD, evaluations, losses, torchrun
+from several_processes import ONE_THREAD, torchrun
+from tiny_runs import all_losses_of, evaluations_of
 
 from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.launch import processes_to_start
@@ -70,17 +71,17 @@ def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_
     out = torchrun(f"--nproc_per_node={processes}", script, str(tmp_path / "runs.json"), cwd=tmp_path)
     assert out.count(f"{processes} x cpu, FSDP2") == 3
     outputs = tmp_path / "outputs"
-    one = losses(outputs / "one")
+    one = all_losses_of(outputs / "one")
     assert len(one) == 24
     for name in ("ddp", "fsdp", "fsdp_other", "ddp_other"):
-        assert losses(outputs / name) == pytest.approx(one, rel=1e-5), name
-        for evaluation, expected in zip(evaluations(outputs / name), evaluations(outputs / "one"), strict=True):
+        assert all_losses_of(outputs / name) == pytest.approx(one, rel=1e-5), name
+        for evaluation, expected in zip(evaluations_of(outputs / name), evaluations_of(outputs / "one"), strict=True):
             assert evaluation == pytest.approx(expected, rel=1e-4), name
         for found, expected in zip(read_losses(outputs / name), read_losses(outputs / "one"), strict=True):
             assert found.tokens.tolist() == expected.tokens.tolist()
             assert found.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-5), name
     for name in ("ddp_resumed", "fsdp_resumed"):
-        assert losses(outputs / name) == pytest.approx(one[12:], rel=1e-5), name
+        assert all_losses_of(outputs / name) == pytest.approx(one[12:], rel=1e-5), name
 
 
 @pytest.mark.slow
@@ -106,8 +107,8 @@ def test_sharding_computes_what_whole_models_compute_for_every_kind_of_adapter_a
     for name in kinds:
         tolerance = 1e-3 if "nf4" in name else 1e-5  # 16-bit sums in another order
         ddp, fsdp = outputs / f"{name}_ddp", outputs / f"{name}_fsdp"
-        assert losses(fsdp) == pytest.approx(losses(ddp), rel=tolerance), name
-        for evaluation, expected in zip(evaluations(fsdp), evaluations(ddp), strict=True):
+        assert all_losses_of(fsdp) == pytest.approx(all_losses_of(ddp), rel=tolerance), name
+        for evaluation, expected in zip(evaluations_of(fsdp), evaluations_of(ddp), strict=True):
             assert evaluation == pytest.approx(expected, rel=max(tolerance, 1e-4), abs=1e-3), name
         results = [json.loads((folder / "result.json").read_text()) for folder in (ddp, fsdp)]
         assert results[0]["trainable_share"] == results[1]["trainable_share"]
@@ -132,7 +133,7 @@ def test_one_command_starts_the_processes_and_speaks_once(tmp_path, arguments):
         assert (run.returncode, err) == (0, "")
         assert out.count("folder          ") == out.count("perplexity      ") == 1
     assert "2 x cpu" in out
-    one, two = (losses(tmp_path / "outputs" / name) for name in ("1", "2"))
+    one, two = (all_losses_of(tmp_path / "outputs" / name) for name in ("1", "2"))
     assert two == pytest.approx(one, rel=1e-5)
     again = cera_train(*arguments, "launch.processes=2", "name=2", cwd=tmp_path)
     assert "Its result stands" in again.communicate()[0]
@@ -181,7 +182,7 @@ def test_two_nodes_train_together(tmp_path, arguments, compose):
     ends = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], ends
     assert "".join(out for out, _ in ends).count("4 x cpu") == 1
-    one, two = (losses(tmp_path / "outputs" / name) for name in ("one", "two"))
+    one, two = (all_losses_of(tmp_path / "outputs" / name) for name in ("one", "two"))
     assert two == pytest.approx(one, rel=1e-5)
 
 
@@ -246,7 +247,7 @@ def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_p
     endless.send_signal(number)
     out, err = endless.communicate()
     assert (endless.returncode, err) == (128 + number, "")
-    updates = len(losses(tmp_path / "outputs" / "run")) - 1  # one evaluation came before
+    updates = len(all_losses_of(tmp_path / "outputs" / "run")) - 1  # one evaluation came before
     assert (tmp_path / "outputs" / "run" / "checkpoints" / str(updates)).is_dir()
     assert out.count("stopped    ") == 1
 

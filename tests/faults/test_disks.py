@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from attempts import assert_readable, content, finish, last_update, newest_first, refuse, wait_until
+from attempts import assert_readable, content, finish, last_update, newest_first, refuse
+from tiny_runs import wait_until
 
 from cera_train.common.files import write_text
 

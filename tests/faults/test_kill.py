@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import Attempt, assert_readable, content, metrics
+from attempts import Attempt, assert_readable, content
+from tiny_runs import metrics_of
 
 from cera_train.common.files import WRITING
 
@@ -44,7 +45,7 @@ def kill_at_random(
     """
     landed = Counter()
     while landed.total() - landed["runs"] < KILLS or any(landed[place] < least for place, least in AT_LEAST.items()):
-        before = metrics(folder), unfinished(folder)
+        before = metrics_of(folder), unfinished(folder)
         attempt = start()
         await_moment(dice.choice([WRITE, WRITE, EVALUATION, START, ANY, ANY]), attempt, folder, seconds, dice)
         status = attempt.kill()
@@ -61,7 +62,7 @@ def kill_at_random(
 
 def await_moment(aim: str, attempt: Attempt, folder: Path, seconds: float, dice: random.Random) -> None:
     """Returns at a random moment of the kind that is aimed at, or when the command is over."""
-    happens = {WRITE: lambda: unfinished(folder), EVALUATION: lambda: is_evaluating(metrics(folder))}.get(aim)
+    happens = {WRITE: lambda: unfinished(folder), EVALUATION: lambda: is_evaluating(metrics_of(folder))}.get(aim)
     if happens is None:
         attempt.wait(dice.uniform(0, seconds * (0.4 if aim == START else 1)))
         return
@@ -76,7 +77,7 @@ def await_moment(aim: str, attempt: Attempt, folder: Path, seconds: float, dice:
 
 def place(folder: Path, metrics_before: list, unfinished_before: set) -> str:
     """Where a kill landed, by what it left."""
-    lines = metrics(folder)
+    lines = metrics_of(folder)
     if unfinished(folder) - unfinished_before:
         return WRITE
     if lines == metrics_before[: len(lines)]:

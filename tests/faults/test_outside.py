@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from attempts import UPDATES, content, last_update, metrics, wait_until
+from attempts import UPDATES, content, last_update
+from tiny_runs import metrics_of, wait_until
 from wandb_server import WandbServer, environment
 
 pytest_plugins = ("disks", "faulty_runs")
@@ -53,7 +54,7 @@ def assert_synced_later(output: str, folder: Path) -> None:
             timeout=60,
         )
     assert done.returncode == 0, done.stderr
-    expected = [row["update"] for row in metrics(folder / "outputs" / "run")]
+    expected = [row["update"] for row in metrics_of(folder / "outputs" / "run")]
     received = [row for _, row in sorted(server.rows.items()) if "run" not in row]
     assert [row["update"] for row in received] == expected
     assert any("run" in row for row in server.rows.values()), "the picture's row"
@@ -163,7 +164,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path, arguments, uninterrupted):
     assert done.returncode == 0, done.stderr
     assert re.search(r"run .*, (15|18|21|24|27) done", done.stdout)
     assert content(folder) == uninterrupted | {"environment.json": content(folder)["environment.json"]}
-    seconds = [row["train/seconds"] for row in metrics(folder) if "train/loss" in row]
+    seconds = [row["train/seconds"] for row in metrics_of(folder) if "train/loss" in row]
     assert seconds[0] > 0
     assert all(0 < later - earlier < 60 for earlier, later in itertools.pairwise(seconds))
 

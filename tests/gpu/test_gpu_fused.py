@@ -11,4 +11,5 @@ if not torch.cuda.is_available():
 
 from fused_checks import *  # noqa: F403
 
+pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu

@@ -12,6 +12,7 @@ from kernels_checks import *  # noqa: F403
 
 from cera_train.cera import hidden
 
+pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny_llama
 from quantised import assert_nf4_gradients_are_right
-from tiny_runs import adapter_bytes, folder_of, metrics_of, train_and_die_after
+from tiny_runs import adapter_bytes, folder_of, losses_of, train_and_die_after
 
 from cera_train.runs.folder import RunFolder
 from cera_train.training.train import train
@@ -25,10 +25,6 @@ def large(tmp_path, tokenizer) -> list[str]:
     make_tiny_llama(len(tokenizer), hidden_size=512, initializer_range=0.02).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return [f"model.path={folder}", "adapter.r=256", "adapter.target_modules=[q_proj]", "optimizer.lr=1e-3"]
-
-
-def losses_of(config) -> list[float]:
-    return [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "none"])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from several_processes import evaluations, losses, torchrun
+from several_processes import torchrun
+from tiny_runs import all_losses_of, evaluations_of
 
 from cera_train.training.train import train
 
@@ -43,9 +44,9 @@ def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(tiny_folder, tmp_
     for base, tolerance in (("float32", 1e-4), ("nf4", 5e-3)):
         for strategy in ("ddp", "fsdp"):
             found, expected = (outputs / f"{name}_{base}" for name in (strategy, "one"))
-            assert losses(found) == pytest.approx(losses(expected), rel=tolerance), (strategy, base)
+            assert all_losses_of(found) == pytest.approx(all_losses_of(expected), rel=tolerance), (strategy, base)
     for found, expected in zip(
-        evaluations(outputs / "fsdp_float32"), evaluations(outputs / "one_float32"), strict=True
+        evaluations_of(outputs / "fsdp_float32"), evaluations_of(outputs / "one_float32"), strict=True
     ):
         assert found == pytest.approx(expected, rel=1e-3)
-    assert losses(outputs / "resumed") == pytest.approx(losses(outputs / "one_float32")[9:], rel=1e-4)
+    assert all_losses_of(outputs / "resumed") == pytest.approx(all_losses_of(outputs / "one_float32")[9:], rel=1e-4)

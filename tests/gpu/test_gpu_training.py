@@ -6,7 +6,7 @@ import pytest
 import torch
 from moe_models import adapted_mixture, experts_of, make_mixture, plain_experts
 from safetensors.torch import load_file
-from tiny_runs import adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
+from tiny_runs import adapter_bytes, folder_of, losses_of, timeless_metrics, train_and_die_after
 
 from cera_train.adapters.build import build
 from cera_train.adapters.config import AdapterConfig
@@ -16,10 +16,6 @@ pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
 
 BF16 = "model.dtype=bfloat16"
-
-
-def losses_of(config) -> list[float]:
-    return [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])

@@ -8,14 +8,14 @@ import json
 import multiprocessing
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import load_file
+from tiny_runs import TIMINGS, metrics_of
 
 from cera_train.common.files import WRITING, find_damage
 
@@ -94,13 +94,6 @@ def started(attempts: list[Attempt]) -> Iterator[None]:
 
 # --- what is in a run's folder ----------------------------------------------------------------------------------------
 
-TIMINGS = {
-    "metrics.jsonl": {"train/tokens_per_s", "train/seconds"},
-    "result.json": {"tokens_per_s", "seconds", "peak_memory_bytes"},
-    "progress.json": {"seconds"},
-    "checksums.json": {"progress.json"},
-}
-
 
 def content(folder: Path) -> dict[str, Any]:
     """All that two runs of one config must have in common: every file byte for byte, timings left out."""
@@ -146,24 +139,7 @@ def assert_readable(folder: Path) -> None:
 
 def last_update(folder: Path) -> int:
     """Of the metrics: 0 before the first update."""
-    return max((row.get("update") for row in metrics(folder) if "train/loss" in row), default=0)
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl, which may not be there yet."""
-    try:
-        *lines, _ = (folder / "metrics.jsonl").read_text().split("\n")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 120) -> None:
-    """Looks a thousand times a second."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    return max((row.get("update") for row in metrics_of(folder) if "train/loss" in row), default=0)
 
 
 def finish(attempt: Attempt) -> Attempt:

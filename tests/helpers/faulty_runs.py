@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from attempts import UPDATES, Attempt, content, finish, last_update, started, wait_until
+from attempts import UPDATES, Attempt, content, finish, last_update, started
+from tiny_runs import wait_until
 
 
 @pytest.fixture(scope="session")

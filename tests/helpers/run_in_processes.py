@@ -7,14 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import hydra
-
-from cera_train.cli.composition import register_configs, to_config
-from cera_train.common.files import config_dir
+from benchmarks.composed import composed
 from cera_train.training.train import train
 
-register_configs()
 for overrides in json.loads(Path(sys.argv[1]).read_text()):
-    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        config = to_config(hydra.compose("config", overrides))
-    train(config)
+    train(composed(*overrides))

@@ -1,33 +1,73 @@
-"""What tests of whole runs share: readers of what a run leaves, and a run that is cut."""
+"""What tests of whole runs share: readers of what a run leaves, a clock, and a run that is cut. A run is its folder, or
+its config."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cera_train.runs.folder import RunFolder
 from cera_train.training.train import train
 
-TIMINGS = {"train/tokens_per_s", "train/seconds"}
+TIMINGS = {
+    "metrics.jsonl": {"train/tokens_per_s", "train/seconds"},
+    "result.json": {"tokens_per_s", "seconds", "peak_memory_bytes"},
+    "progress.json": {"seconds"},
+    "checksums.json": {"progress.json"},
+}
+"""What a clock, or the machine's state, decides in a run's files."""
 
 
-def folder_of(config) -> Path:
-    return Path(config.output_dir) / config.name
+def folder_of(run) -> Path:
+    return run if isinstance(run, Path) else Path(run.output_dir) / run.name
 
 
-def metrics_of(config) -> list[dict]:
-    return [json.loads(line) for line in (folder_of(config) / "metrics.jsonl").read_text().splitlines()]
+def metrics_of(run) -> list[dict]:
+    """The whole lines of metrics.jsonl, which may not be there yet."""
+    try:
+        *lines, _ = (folder_of(run) / "metrics.jsonl").read_text().split("\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
 
 
-def timeless_metrics(config) -> list[dict]:
+def timeless_metrics(run) -> list[dict]:
     """The metrics without what a clock measured."""
-    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in metrics_of(config)]
+    timings = TIMINGS["metrics.jsonl"]
+    return [{key: value for key, value in line.items() if key not in timings} for line in metrics_of(run)]
 
 
-def adapter_bytes(config) -> bytes:
-    return (folder_of(config) / "adapter" / "adapter_model.safetensors").read_bytes()
+def losses_of(run) -> list[float]:
+    """The loss of every update."""
+    return [line["train/loss"] for line in metrics_of(run) if "train/loss" in line]
+
+
+def all_losses_of(run) -> list[float]:
+    """The loss of every update and every evaluation, in their order."""
+    return [line.get("train/loss", line.get("eval/loss")) for line in metrics_of(run)]
+
+
+def evaluations_of(run) -> list[dict]:
+    """Perplexity and spectra of every evaluation."""
+    lines = (line for line in metrics_of(run) if "eval/loss" in line)
+    return [{key: value for key, value in line.items() if key != "epoch"} for line in lines]
+
+
+def adapter_bytes(run) -> bytes:
+    return (folder_of(run) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float = 0.001) -> None:
+    """Looks a thousand times a second, unless looking itself takes long."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(every)
 
 
 class Cut(Exception):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,19 +13,22 @@ import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from _pytest.assertion.rewrite import AssertionRewritingHook
 from conftest import needs_smollm2
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import training
 from benchmarks.contestants import CONTESTANTS, Setting, Trl, Unsloth
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import machine
+from benchmarks.gpu import machine, runs, testing
 from benchmarks.gpu.pieces import all_pieces
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.race import RACERS
+from benchmarks.gpu.race import RACERS, median_rate
 from benchmarks.gpu.report import block
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found, Result, code_version
 from benchmarks.kernels import Row
@@ -43,7 +48,7 @@ def ran(monkeypatch, no_gpu) -> list[str]:
     """The pieces that the command runs, without running them."""
     names = []
 
-    def run(piece, place, identity):
+    def run(piece, place, identity, seconds):
         names.append(piece.name)
         state = FAILED if piece.name == "tests_answers" else PASSED
         return Result(piece.name, Found(state, "it broke" if state == FAILED else ""), 1.0, identity)
@@ -82,23 +87,63 @@ def test_a_piece_with_a_result_is_not_run_again_unless_the_code_is_another(ran, 
     assert len(ran) == 3
 
 
-def test_a_failure_stops_no_other_piece_and_shows(ran, tmp_path, capsys):
-    arguments = ["--device=cpu", f"--output={tmp_path}", "--piece", "tests_answers", "tests_attention"]
+@pytest.mark.parametrize("more", [[], ["--keep"]])
+def test_a_failure_stops_no_other_piece_and_is_tried_again_after_them(ran, tmp_path, capsys, more):
+    arguments = ["--device=cpu", f"--output={tmp_path}", *more, "--piece", "tests_answers", "tests_attention"]
     assert command.main(arguments) == 1
     assert ran == ["tests_answers", "tests_attention"]
     assert "- tests_answers: failed: it broke" in capsys.readouterr().out
+    assert command.main([*arguments, "nemo_cera"]) == 1
+    assert ran[2:] == ["nemo_cera", "tests_answers"]
+
+
+def test_sizes_and_devices_keep_results_apart_and_share_models(ran, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(Place, "shape", lambda place, model: {})
+    monkeypatch.setattr(Place, "tokenizer", None)
+    monkeypatch.setattr(
+        "benchmarks.training.save_random_model", lambda *arguments: arguments[-1].mkdir(parents=True) or made.append(1)
+    )
+    for size in ("full", "tiny"):
+        command.main(["--device=cpu", f"--size={size}", f"--output={tmp_path}", "--keep", "--piece", "nemo_cera"])
+        for device in ("cpu", "cuda"):
+            Place(device, size, tmp_path).model("llama3_2_1b")
+    assert ran == ["nemo_cera"] * 2
+    assert len(made) == 2
 
 
 def test_minutes_leave_what_does_not_fit(ran, tmp_path, capsys):
     names = ["weights_llama3_1_8b", "tests_attention"]
-    command.main(["--device=cpu", f"--output={tmp_path}", "--minutes=4", "--piece", *names])
+    command.main(["--device=cpu", f"--output={tmp_path}", "--minutes=2", "--piece", *names])
     assert ran == ["tests_attention"]
     assert "1 pieces are left: weights_llama3_1_8b. The same command goes on." in capsys.readouterr().out
 
 
+def test_minutes_count_from_the_start_and_cut_what_runs_longer(tmp_path, monkeypatch, capsys):
+    clock, rooms = [1000.0], []
+
+    def ask():
+        clock[0] += 30  # CUDA starts
+        return HERE
+
+    def run(piece, place, identity, seconds):
+        rooms.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr(machine, "ask", ask)
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(command, "run", run)
+    names = ["tests_attention", "nemo_lora", "nemo_cera"]
+    assert command.main(["--device=cpu", f"--output={tmp_path}", "--minutes=10", "--piece", *names]) == 0
+    assert rooms == [180, 600 - 30 - 180 - command.BLOCK_SECONDS]
+    out = capsys.readouterr().out
+    assert "3 pieces are left: tests_attention, nemo_lora, nemo_cera." in out
+    assert "failed" not in out
+
+
 def test_every_piece_fits_into_ten_minutes():
     pieces = all_pieces()
-    assert all(piece.seconds < 600 for piece in pieces.values())
+    assert all(0 < piece.expected < piece.seconds <= 540 for piece in pieces.values())
     assert {name.removeprefix("tests_") for name in pieces if name.startswith("tests_")} == {
         path.stem.removeprefix("test_gpu_") for path in (ROOT / "tests" / "gpu").glob("*.py")
     }
@@ -108,10 +153,11 @@ def test_every_piece_fits_into_ten_minutes():
 
 
 def test_a_piece_that_takes_too_long_is_ended(tmp_path):
-    piece = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2)
-    result = command.run(piece, Place("cpu", "tiny", tmp_path), {})
+    piece, place = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2), Place("cpu", "tiny", tmp_path)
+    result = command.run(piece, place, {}, 0.2)
     assert result.found.state == FAILED
     assert "time limit of 0.2 s" in result.found.reason
+    assert command.run(piece, place, {}, 0.1) is None  # the command had no more time
 
 
 def test_the_error_of_a_piece_is_its_reason(tmp_path):
@@ -122,9 +168,10 @@ def test_the_error_of_a_piece_is_its_reason(tmp_path):
 
 def test_only_tests_of_processes_see_several_gpus(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    seen = {name: command._environment(piece)["CUDA_VISIBLE_DEVICES"] for name, piece in all_pieces().items()}
+    seen = {name: command._environment(piece, "cuda")["CUDA_VISIBLE_DEVICES"] for name, piece in all_pieces().items()}
     assert {name for name, gpus in seen.items() if gpus == "3,5"} == {"tests_processes"}
     assert {gpus for name, gpus in seen.items() if name != "tests_processes"} == {"3"}
+    assert {command._environment(piece, "cpu")["CUDA_VISIBLE_DEVICES"] for piece in all_pieces().values()} == {""}
 
 
 # --- the block -------------------------------------------------------------------------------------------------------
@@ -152,7 +199,7 @@ def test_the_block_has_every_table():
         "Pieces: 5 passed, 1 failed, 1 skipped; 7 minutes; code abc.",
         "| kernels | 7 | 1 | 0 | 60 |",
         "| math_r64, Llama-3.1-8B's shape | 9,876 | 1.23 | - | 20.00 | 21.00 | 11.80 to 11.50 |",
-        "| NeMo AutoModel's LoRA on one H100, as published | 12,473 | 10.5 | - | - | - | - |",
+        "| NeMo AutoModel's LoRA on one H100, two at a time, as published | 12,473 | 10.5 | - | - | - | - |",
         "| Llama-3.1-8B's shape, bfloat16: ours with CeRA, compiled | 5,000 | 0.5 | 300.0 | 30.00 |",
         "| Llama-3.1-8B's shape, bfloat16: unsloth + LoRA | skipped | - | - | - |",
         "| Llama-3.2-1B's shape: CeRA | 40 | 900 |",
@@ -162,6 +209,87 @@ def test_the_block_has_every_table():
         assert line in text.splitlines()
 
 
+# --- tests and the race ----------------------------------------------------------------------------------------------
+
+INTERNAL_ERROR = """
+import pytest
+pytestmark = pytest.mark.gpu
+def test_skips(): pytest.skip("no such thing")
+def test_ends_pytest(): pytest.exit("the GPU fell off the bus", returncode=3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("group", "content", "state", "reason"),
+    [
+        ("skips", "import pytest; pytest.skip('needs a GPU', allow_module_level=True)", SKIPPED, "needs a GPU"),
+        ("breaks", "import nothing_like_it", FAILED, "test_gpu_breaks.py"),
+        ("is_empty", "def test_without_the_mark(): pass", FAILED, "pytest ended with status 5"),
+        ("ends", INTERNAL_ERROR, FAILED, "pytest ended with status 3"),
+    ],
+)
+def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, group, content, state, reason):
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "gpu" / f"test_gpu_{group}.py").write_text(content)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv(testing.DEVICE, "cpu")
+    monkeypatch.setattr(testing, "ROOT", tmp_path)
+    found = testing.run_tests(Place("cpu", "tiny", tmp_path), group)
+    assert (found.state, found.reason) == (state, reason)
+    assert found.figures[SKIPPED] == (group in ("skips", "ends"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "gpu").glob("*.py")), ids=lambda file: file.stem)
+def test_every_file_for_a_gpu_loads_its_plugin(file):
+    assert '\npytest_plugins = ["gpu_tests"]\npytestmark = pytest.mark.gpu\n' in file.read_text()
+
+
+@pytest.mark.parametrize("helper", ["fused_checks", "kernels_checks", "generated", "quantised"])
+def test_a_failing_assert_of_a_helper_shows_its_values(helper):
+    assert isinstance(importlib.util.find_spec(helper).loader, AssertionRewritingHook)
+
+
+def test_a_slow_round_changes_no_rate():
+    assert median_rate([100, 300, 200], [1.0, 60.0, 1.0]) == 100
+    assert median_rate([100, 300, 200], [1.0, 2.0, 1.0]) == 150
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("room", "is_checkpointed"), [(90, False), (80, True), (10, None)])
+def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monkeypatch, room, is_checkpointed):
+    """CeRA takes gradient checkpointing where LoRA alone needs it."""
+    trained = []
+
+    def peak(place, settings):
+        is_lora = "+recipe=math_lora_r512" in settings
+        return (20 if runs.CHECKPOINTED in settings else 66) + 19 * is_lora
+
+    def train(config):
+        trained.append(config)
+        raise StopIteration
+
+    monkeypatch.setattr(runs, "_planned_peak", peak)
+    monkeypatch.setattr(runs, "_room", lambda place: room)
+    monkeypatch.setattr(Place, "model", lambda place, name: name)
+    monkeypatch.setattr("cera_train.training.train.train", train)
+    for kind in ("cera", "lora"):
+        if is_checkpointed is None:
+            assert runs.nemo(Place("cuda", "full", tmp_path), kind).state == SKIPPED
+        else:
+            with pytest.raises(StopIteration):
+                runs.nemo(Place("cuda", "full", tmp_path), kind)
+    assert [config.model.gradient_checkpointing for config in trained] == [is_checkpointed] * len(trained)
+    if trained:
+        cera, lora = trained
+        assert (cera.adapter.kind, lora.adapter.kind) == ("cera", "lora")
+        assert cera.train == lora.train
+        assert cera.train.micro_batch_tokens == cera.data.max_length == 4096  # one sequence at a time
+
+
 # --- contestants -----------------------------------------------------------------------------------------------------
 
 
@@ -169,9 +297,46 @@ def test_every_racer_is_a_contestant():
     assert set(RACERS.values()) <= set(CONTESTANTS)
 
 
+@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda:0", "3")])
+def test_a_race_on_the_cpu_is_one_for_all_contestants(monkeypatch, device, seen):
+    """Runs of ours take a GPU that their process sees."""
+    context, pipe, starts = MagicMock(), MagicMock(), []
+    pipe.recv.side_effect = ["ready", (1.0, 5), 10**9]
+    context.Pipe.return_value = pipe, MagicMock()
+    context.Process.return_value.start = lambda: starts.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    setting = Setting("base", Path("rows.jsonl"), [], "bfloat16", torch.device(device))
+    training._race_in_turn(["ours with CeRA"], setting, 8, [])
+    assert starts == [seen]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.fixture
+def setting(tiny_folder, write_jsonl) -> Setting:
+    rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(5)]
+    return Setting(str(tiny_folder), write_jsonl("rows.jsonl", rows), rows, "bfloat16", torch.device("cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TRL's and transformers', of each other's names and of its folder
-def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, monkeypatch):
+def test_trl_checkpoints_by_the_names_of_the_versions_that_unsloth_takes(setting, monkeypatch):
+    from trl import SFTTrainer
+
+    begin = SFTTrainer.__init__
+
+    def begin_without_the_newer_name(trainer, *arguments, **settings):
+        begin(trainer, *arguments, **settings)
+        del trainer.args.activation_checkpointing
+
+    monkeypatch.setattr(SFTTrainer, "__init__", begin_without_the_newer_name)
+    layers = Trl(setting).model.base_model.model.model.layers
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_unsloths_model_takes_the_place_of_the_base(setting, monkeypatch):
     """As far as can be known where unsloth is not installed: its two calls, and an update by TRL's trainer."""
 
     class FastLanguageModel:
@@ -184,9 +349,6 @@ def test_unsloths_model_takes_the_place_of_the_base(tiny_folder, write_jsonl, mo
             return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
     monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(FastLanguageModel=FastLanguageModel))
-    rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(5)]
-    file = write_jsonl("rows.jsonl", rows)
-    setting = Setting(str(tiny_folder), file, rows, "bfloat16", torch.device("cpu"))
     assert Unsloth.PATCHES == "unsloth"
     assert Unsloth(setting).update(range(4)) == Trl(setting).update(range(4)) > 0
 
@@ -209,7 +371,8 @@ def miniature(folder: Path, *more: str) -> list[str]:
 def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
     arguments = miniature(tmp_path, "--piece", *MINIATURE)
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    first, second = (tmp_path / f"{name}.json" for name in MINIATURE[:2])
+    results = tmp_path / "tiny_cpu"
+    first, second = (results / f"{name}.json" for name in MINIATURE[:2])
     while not first.exists():
         assert started.poll() is None
         time.sleep(0.1)
@@ -219,7 +382,7 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
     assert not second.exists()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert first.stat().st_mtime_ns == stamp
-    states = {name: json.loads((tmp_path / f"{name}.json").read_text())["found"] for name in MINIATURE}
+    states = {name: json.loads((results / f"{name}.json").read_text())["found"] for name in MINIATURE}
     skipped = states.pop("race_unsloth_llama3_1_8b_bfloat16")
     assert {found["state"] for found in states.values()} == {PASSED}, done.stdout
     assert (skipped["state"], skipped["reason"]) == (SKIPPED, "unsloth is not installed")

@@ -110,6 +110,24 @@ def test_an_empty_disk_takes_what_the_bucket_has_and_a_used_one_keeps_its_files(
     assert (run / "metrics.jsonl").read_text() == (copy / "metrics.jsonl").read_text() == "10\n11\n"
 
 
+def test_a_cut_restore_leaves_no_part_that_would_replace_the_bucket_s(tmp_path, monkeypatch):
+    run, copy, copyfile = tmp_path / "outputs", tmp_path / "copy", shutil.copyfile
+    write_checkpoint(copy, 10)
+
+    def copy_a_part(source, target):
+        Path(target).write_text(Path(source).read_text()[:1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copyfile", copy_a_part)
+    with pytest.raises(KeyboardInterrupt):
+        mirror.Mirror(run, copy)
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    before = {path: path.read_bytes() for path in copy.rglob("*.*")}
+    mirror.Mirror(run, copy).update()
+    assert {path: path.read_bytes() for path in copy.rglob("*.*")} == before
+    assert all((run / path.relative_to(copy)).read_bytes() == content for path, content in before.items())
+
+
 def run_mirror(folder: Path, bucket: Path, script: str) -> subprocess.Popen:
     command = [sys.executable, str(CLUSTER / "mirror.py"), str(bucket), "bash", "-c", script]
     with (folder / "err").open("w") as errors:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from slurm_cluster import is_installed, slurm
+from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.sweep.cluster import QueueWatcher
 from cera_train.sweep.table import State, read_sweep
@@ -39,19 +40,10 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
 
 
 def updates_of(folder: Path) -> int:
-    metrics = folder / "metrics.jsonl"
-    return metrics.read_text().count("train/loss") if metrics.exists() else 0
+    return len(losses_of(folder))
 
 
-def adapter_of(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def wait_until(condition, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.3)
+wait = functools.partial(wait_until, seconds=240, every=0.3)
 
 
 def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(cluster, arguments, tmp_path, compose):
@@ -72,10 +64,10 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     jobs = [folder / job.name for job in read_sweep(folder)]
     assert len(jobs) == 4
 
-    wait_until(lambda: min(updates_of(job) for job in jobs[1:3]) > 20)
+    wait(lambda: min(updates_of(job) for job in jobs[1:3]) > 20)
     run("scancel", f"{array}_1")  # SIGTERM
     run("scancel", "--signal=USR2", f"{array}_2")  # as before a time limit: it saves, and submitit requeues it
-    wait_until(lambda: [job.state for job in read_sweep(folder)].count(State.finished) == 3)
+    wait(lambda: [job.state for job in read_sweep(folder)].count(State.finished) == 3)
     standing = read_sweep(folder)
     assert standing[1].state == State.cut
     assert (jobs[1] / "checkpoints" / str(standing[1].done)).is_dir()
@@ -91,7 +83,7 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     for number, own in {1: ["adapter.r=2", "optimizer.lr=0.01"], 2: ["adapter.r=4", "optimizer.lr=0.001"]}.items():
         alone = compose(*arguments, *own, f"name=alone{number}")
         train(alone)
-        assert adapter_of(jobs[number]) == adapter_of(tmp_path / alone.name)
+        assert adapter_bytes(jobs[number]) == adapter_bytes(tmp_path / alone.name)
 
 
 def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(cluster, arguments, tmp_path):
@@ -102,7 +94,7 @@ def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_account
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(sweep, env=cluster, cwd=tmp_path, **pipes)
     folder = tmp_path / "sweep"
-    wait_until(lambda: updates_of(folder / "adapter.r=4") > 20)
+    wait(lambda: updates_of(folder / "adapter.r=4") > 20)
     (array,) = {path.name.split("_")[0] for path in (folder / ".submitit").glob("[0-9]*")}
     subprocess.run(["scancel", f"{array}_1"], check=True, env=cluster)
     out = process.communicate(timeout=240)[0]
@@ -138,15 +130,15 @@ def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arg
     subprocess.run(sweep, check=True, capture_output=True, env=cluster, cwd=tmp_path)
     folder = tmp_path / "sweep"
     jobs = [folder / job.name for job in read_sweep(folder)]
-    wait_until(lambda: min(map(updates_of, jobs)) > 20)
+    wait(lambda: min(map(updates_of, jobs)) > 20)
     urgent = ["sbatch", "--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=sleep 1"]
     subprocess.run(urgent, check=True, capture_output=True, env=cluster, cwd=tmp_path)
-    wait_until(lambda: all((job / "checkpoints").is_dir() for job in jobs))
-    wait_until(lambda: all(job.state == State.finished for job in read_sweep(folder)))
+    wait(lambda: all((job / "checkpoints").is_dir() for job in jobs))
+    wait(lambda: all(job.state == State.finished for job in read_sweep(folder)))
     for job, rank in zip(jobs, (2, 4), strict=True):
         alone = compose(*arguments, f"adapter.r={rank}", f"name=alone{rank}", "train.save_every=null")
         train(alone)
-        assert adapter_of(job) == adapter_of(tmp_path / alone.name)
+        assert adapter_bytes(job) == adapter_bytes(tmp_path / alone.name)
 
 
 def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
@@ -161,12 +153,9 @@ def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 x cpu" in done.stdout or command is by_submitit
     (job,) = (tmp_path / "submitit").glob("*adapter.r=4*")
-    one, *others = (
-        [json.loads(line).get("train/loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (tmp_path / "one", tmp_path / "srun", job)
-    )
+    one, *others = (losses_of(folder) for folder in (tmp_path / "one", tmp_path / "srun", job))
     for other in others:
-        assert other == [value if value is None else pytest.approx(value, rel=1e-5) for value in one]
+        assert other == pytest.approx(one, rel=1e-5)
     record = json.loads((job / "environment.json").read_text())
     assert record["processes"] == 2
     assert os.environ.get("RANK") is None

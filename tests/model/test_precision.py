@@ -77,3 +77,14 @@ def test_nf4_computes_in_the_precision_of_the_base():
         assert quantization_config(Quantization.nf4, dtype).bnb_4bit_compute_dtype == dtype
     with pytest.raises(ValueError, match="nf4 does not compute in float16"):
         ModelConfig(path="x", dtype=Dtype.float16, quantization=Quantization.nf4)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("autocast", [None, False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_autocast_computes_in_the_bases_16_bits_where_the_device_can_train_in_them(dtype, autocast, on_gpu):
+    """By default over 16 bits alone; over float32, where it is wanted, in bfloat16."""
+    computed = ModelConfig(path="base", dtype=Dtype(dtype)).autocast_dtype(autocast, on_gpu)
+    is_on = autocast is not False and not (dtype == "float32" and autocast is None)
+    is_on = is_on and not (dtype == "float16" and not on_gpu)
+    assert computed == (({"float32": "bfloat16"}.get(dtype, dtype)) if is_on else None)

@@ -16,7 +16,8 @@ from cera_train.common.settings import to_plain
 from cera_train.config import Config
 from cera_train.planning.config import PlanConfig
 from cera_train.planning.devices import CPU_MFU
-from cera_train.planning.table import compare_with_measured, print_measured
+from cera_train.planning.measured import compare_with_measured
+from cera_train.planning.table import print_measured
 from cera_train.runs.recorded_config import load_config
 
 
@@ -38,21 +39,15 @@ def finished(compose, tmp_path):
     return finished
 
 
-def figures_of(folder: Path, plan: PlanConfig | None = None):
-    """The plan of a finished run, and its figures by name."""
-    predicted, figures = compare_with_measured(folder, plan or PlanConfig())
-    return predicted, {figure.name: figure for figure in figures}
-
-
 def test_what_a_run_leaves_can_be_planned_again(tiny_config, capsys):
     from cera_train.training.train import train
 
     result = train(tiny_config())
     folder = Path(result["folder"])
-    predicted, figures = figures_of(folder)
-    assert predicted.totals.tokens == pytest.approx(result["tokens"])
-    assert figures["trainable parameters"].deviation == 0
-    assert figures["peak memory"].predicted == predicted.memory.peak > 610e6  # the libraries alone
+    measured = compare_with_measured(folder, PlanConfig())
+    assert measured.plan.totals.tokens == pytest.approx(result["tokens"])
+    assert measured.trainable_parameters.deviation == 0
+    assert measured.peak_memory.predicted == measured.plan.memory.peak > 610e6  # the libraries alone
     capsys.readouterr()
     print_measured(folder, PlanConfig())
     out = capsys.readouterr().out
@@ -68,14 +63,15 @@ def test_what_a_run_leaves_can_be_planned_again(tiny_config, capsys):
 
 def test_figures_of_a_run_on_a_gpu(finished, plan, capsys):
     folder = finished("+recipe=math_r64")  # 640 rows of 100 tokens
-    predicted, figures = figures_of(folder)
+    measured = compare_with_measured(folder, PlanConfig())
+    predicted = measured.plan
     own = plan("+recipe=math_r64", "train.max_updates=10", "plan.tokens_per_row=100")
     assert (predicted.data.tokens_per_row, predicted.totals.tokens) == (100, 64_000)
-    assert figures["peak memory"].predicted == own.memory.peak
-    assert figures["peak memory"].deviation == pytest.approx(own.memory.peak / 40e9 - 1)
-    assert figures["seconds an update"].predicted == own.update_seconds
-    assert figures["seconds an update"].measured == 2
-    assert figures_of(folder, PlanConfig(mfu=0.2))[1]["seconds an update"].predicted == own.update_seconds * 2
+    assert measured.peak_memory.predicted == own.memory.peak
+    assert measured.peak_memory.deviation == pytest.approx(own.memory.peak / 40e9 - 1)
+    assert measured.update_seconds.predicted == own.update_seconds
+    assert measured.update_seconds.measured == 2
+    assert compare_with_measured(folder, PlanConfig(mfu=0.2)).update_seconds.predicted == own.update_seconds * 2
     print_measured(folder, PlanConfig())
     out = capsys.readouterr().out
     assert f"{own.memory.peak / 1e9:.2f} GB" in out
@@ -83,7 +79,8 @@ def test_figures_of_a_run_on_a_gpu(finished, plan, capsys):
 
 
 def test_a_run_that_stopped_early_had_the_rows_it_saw(finished):
-    predicted, _ = figures_of(finished("+recipe=math_r64", "train.patience=1", updates=100, tokens=100 * 64 * 150))
+    folder = finished("+recipe=math_r64", "train.patience=1", updates=100, tokens=100 * 64 * 150)
+    predicted = compare_with_measured(folder, PlanConfig()).plan
     assert predicted.totals.updates == 100
     assert predicted.totals.rows == 6_400
     assert predicted.data.tokens_per_row == 150
@@ -91,9 +88,9 @@ def test_a_run_that_stopped_early_had_the_rows_it_saw(finished):
 
 def test_a_run_on_rows_without_facts_is_measured_by_what_it_saw(finished):
     folder = finished("+recipe=math_r64", "data.path=org/rows", "data.train_split=train", "data.eval_split=test")
-    predicted, figures = figures_of(folder)
-    assert (predicted.totals.rows, predicted.data.tokens_per_row) == (640, 100)
-    assert figures["seconds an update"].predicted > 0
+    measured = compare_with_measured(folder, PlanConfig())
+    assert (measured.plan.totals.rows, measured.plan.data.tokens_per_row) == (640, 100)
+    assert measured.update_seconds.predicted > 0
 
 
 @pytest.mark.parametrize(
@@ -102,7 +99,9 @@ def test_a_run_on_rows_without_facts_is_measured_by_what_it_saw(finished):
 def test_no_seconds_are_predicted_for_a_gpu_of_unknown_speed(finished, plan, capsys, name):
     run = ["+recipe=math_r64", "plan.tokens_per_row=100"]
     folder = finished(*run, machine={"gpus": [name]})
-    assert compare_with_measured(folder, PlanConfig())[0].memory == plan(*run, "train.max_updates=10").memory
+    measured = compare_with_measured(folder, PlanConfig())
+    assert measured.plan.memory == plan(*run, "train.max_updates=10").memory
+    assert (measured.update_seconds.predicted, measured.update_seconds.deviation) == (None, None)
     print_measured(folder, PlanConfig())
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[2:] == ["27,262,976", "27,262,976", "equal"]
@@ -115,15 +114,18 @@ def test_no_seconds_are_predicted_for_a_gpu_of_unknown_speed(finished, plan, cap
 def test_a_run_of_an_older_version_used_all_its_gpus(finished, gpus, processes):
     folder = finished("+recipe=math_r64")
     (folder / "environment.json").write_text(json.dumps({"gpus": gpus}))
-    predicted, _ = figures_of(folder)
+    predicted = compare_with_measured(folder, PlanConfig()).plan
     assert predicted.config.plan.gpus == processes
     assert predicted.device.name == ("L40S" if gpus else "this CPU")
 
 
 @pytest.mark.slow
 def test_a_run_of_several_processes_on_a_cpu_is_measured(finished):
-    one, _ = figures_of(finished("+recipe=quickstart", machine={"gpus": []}))
-    two, _ = figures_of(finished("+recipe=quickstart", machine={"gpus": [], "processes": 2}))
+    machines = ({"gpus": [], "processes": processes} for processes in (1, 2))
+    one, two = (
+        compare_with_measured(finished("+recipe=quickstart", machine=machine), PlanConfig()).plan
+        for machine in machines
+    )
     assert two.update_seconds == pytest.approx(one.update_seconds / 2, rel=0.01)
 
 
@@ -170,8 +172,8 @@ def test_the_quickstart_needs_what_was_predicted(tmp_path, kind, dtype):
     # With all threads, as a user's: a test's one thread holds a tenth less.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True, env=environment)
-    _, figures = figures_of(tmp_path / "run")
-    assert figures["trainable parameters"].deviation == 0
+    measured = compare_with_measured(tmp_path / "run", PlanConfig())
+    assert measured.trainable_parameters.deviation == 0
     # How far the C heap grows differs by up to 13 % between equal float32 runs of 12 updates.
-    assert abs(figures["peak memory"].deviation) < 0.1
-    assert figures["seconds an update"].predicted > 0  # how fast a busy machine is, no test can say
+    assert abs(measured.peak_memory.deviation) < 0.1
+    assert measured.update_seconds.predicted > 0  # how fast a busy machine is, no test can say

@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,7 @@ from cera_train.data.config import DataConfig, MixPart
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.serving import chat as asking
 from cera_train.serving.chat import chat
 from cera_train.serving.config import Template
 from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
@@ -170,12 +172,31 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
     assert refusal(f"run={run}", "prompts=nope.txt").startswith("prompts=nope.txt: cannot read it: No such file")
     rows = write_jsonl("rows.jsonl", [{"prompt": "a"}, {"question": "b"}])
     assert refusal(f"run={run}", f"prompts={rows}", "max_new_tokens=2").startswith(f"{rows}:2: column 'prompt'")
-    assert "is beyond the" in refusal(f"run={run}", "prompt=a", "max_new_tokens=100000")
+    too_long = refusal(f"run={run}", "prompt=a", "max_new_tokens=100000")
+    assert too_long.endswith("positions of this model: lower max_new_tokens, or shorten the prompt.")
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
     assert refusal(f"run={run}") == "stdin is empty: write a question to it, or set prompt=...."
     two = Prompts(DataConfig(**TEXT | {"prompt": "{context} {question}"}), tokenizer)
     with pytest.raises(UserError, match="2 columns, and a text fills one"):
         two.row([ONE])
+
+
+def test_a_conversation_that_has_grown_too_long_can_begin_anew(monkeypatch, capsys):
+    """A first question that is too long by itself cannot."""
+    lines, lengths = iter(["long", "a", "b", None]), []
+
+    def answer(answerers: list, turns: list[str]) -> list[str]:
+        lengths.append(len(turns))
+        if turns[-1] == "long" or len(turns) > 1:
+            raise UserError("It is too long.")
+        return ["an answer"]
+
+    monkeypatch.setattr(asking, "read_line", lambda: next(lines))
+    monkeypatch.setattr(asking, "answer", answer)
+    asking.converse([SimpleNamespace(loaded=SimpleNamespace(name="it"), prompts=SimpleNamespace(keeps_turns=True))])
+    notes = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
+    assert notes == ["It is too long.", "It is too long. /new begins anew."]
+    assert lengths == [1, 1, 3]
 
 
 @pytest.mark.slow

@@ -12,11 +12,11 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli.composition import options, to_config
+from cera_train.cli.composition import options
 from cera_train.cli.plan import main as main_plan
 from cera_train.common.files import config_dir
-from cera_train.config import Config, PlanRun
-from cera_train.planning.plan import RunPlan, make_plan
+from cera_train.config import Config
+from cera_train.planning.plan import RunPlan
 from cera_train.sweep.folder import grid, job_name
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
@@ -35,18 +35,17 @@ def jobs_of(compose):
 
 
 @pytest.fixture(scope="module")
-def plans_of(jobs_of):
+def plans_of(jobs_of, plan):
     """plans_of("+sweep=rank_lr", ...) -> the plan of every job."""
     known: dict[tuple[str, ...], RunPlan] = {}
 
-    def plan(job: list[str]) -> RunPlan:
+    def plan_once(job: list[str]) -> RunPlan:
         key = tuple(sorted(override for override in job if not override.startswith("name=")))
         if key not in known:
-            with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-                known[key] = make_plan(to_config(hydra.compose("plan", job), PlanRun))
+            known[key] = plan(*job)
         return known[key]
 
-    return lambda *arguments: [plan(job) for job in jobs_of(*arguments)]
+    return lambda *arguments: [plan_once(job) for job in jobs_of(*arguments)]
 
 
 def test_the_glob_found_the_sweeps():
