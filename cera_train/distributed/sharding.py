@@ -14,14 +14,16 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
 
 
-def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable weights, whole. A collective."""
-    return {name: _whole(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
+def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:
+    """The trainable weights, whole; None in place of each in a process that does not `keep` them. A collective."""
+    trainable = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    return map_values(functools.partial(_whole, keep), trainable, torch.Tensor)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state_dict, whole. A collective."""
-    return map_values(_whole, optimizer.state_dict(), torch.Tensor)
+def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
+    """An optimizer's state_dict, whole; None in place of each tensor in a process that does not `keep` them. A
+    collective."""
+    return map_values(functools.partial(_whole, keep), optimizer.state_dict(), torch.Tensor)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -37,8 +39,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         raise UserError(f"the checkpoint does not fit this optimizer: {error!r}.") from error
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _whole(keep: bool, tensor: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(tensor, DTensor):
+        whole = tensor.full_tensor()
+        return whole.cpu() if keep else None  # a GPU has room for one whole tensor, not for all
+    return tensor if keep else None
 
 
 def _shard(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -266,7 +266,7 @@ class RunFolder:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, data_digest: str, keep: int
     ) -> None:
         """checkpoints/<update>: adapter, optimizer, progress and config; then removes all but the last `keep`."""
-        moments = optimizer_state(optimizer)
+        moments = optimizer_state(optimizer, keep=self.is_main)
 
         def write(folder: Path) -> None:
             with (self.path / "metrics.jsonl").open("ab") as metrics:
@@ -290,7 +290,7 @@ class RunFolder:
         self._save("adapter", model, tokenizer.save_pretrained)
 
     def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
-        weights = trainable_weights(model)  # of a sharded model, collected by all processes
+        weights = trainable_weights(model, keep=self.is_main)  # of a sharded model, collected by all processes
         if not self.is_main:
             return
 
