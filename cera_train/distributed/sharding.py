@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cera_train.common.errors import UserError
@@ -20,14 +21,20 @@ def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Te
     return map_values(functools.partial(_whole, keep), trainable, torch.Tensor)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool = True) -> dict[str, Any]:
-    """An optimizer's state_dict, whole; None in place of each tensor in a process that does not `keep` them. A
-    collective."""
-    return map_values(functools.partial(_whole, keep), optimizer.state_dict(), torch.Tensor)
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None, keep: bool = True
+) -> dict[str, Any]:
+    """An optimizer's state_dict, whole, and its gradient scaler's; None in place of each tensor in a process that does
+    not `keep` them. A collective."""
+    state = map_values(functools.partial(_whole, keep), optimizer.state_dict(), torch.Tensor)
+    return state if scaler is None else state | {"scaler": scaler.state_dict()}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a whole state_dict, sharded as the weights are."""
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], scaler: GradScaler | None = None
+) -> None:
+    """Loads what `optimizer_state` returned, sharded as the weights are. A state without a scaler's is of an earlier
+    version, or of a run in another precision: the scaler begins anew."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         sharded = {
@@ -35,6 +42,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             for index, moments in state["state"].items()
         }
         optimizer.load_state_dict(state | {"state": sharded})
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint does not fit this optimizer: {error!r}.") from error
 

@@ -211,7 +211,8 @@ class Arm:
         # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
         self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
         if moments is not None:
-            load_optimizer_state(self.optimizer, moments)  # after prepare: sharding replaces the parameters
+            # After prepare: sharding replaces the parameters.
+            load_optimizer_state(self.optimizer, moments, accelerator.scaler)
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
         self.local_loss = accelerator.unwrap_model(self.loss)

@@ -197,8 +197,10 @@ def step(arm: Arm, rows: list[int], loss: float, tokens: int, seconds: float) ->
 
 def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> None:
     """Raises UserError where training has diverged."""
-    # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
-    if math.isfinite(loss) and (arm.session.accelerator.scaler is not None or math.isfinite(grad_norm)):
+    # A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale. A scale below 1 is not
+    # what makes it overflow.
+    scaler = arm.session.accelerator.scaler
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)):
         return
     checkpoints = arm.folder.checkpoints()
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
@@ -252,9 +254,10 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
 
 def save(arm: Arm) -> None:
     """A checkpoint of this update."""
-    arm.session.team.arrive()
-    data_digest, keep = arm.session.data.train.digest, arm.config.train.keep
-    arm.folder.save_checkpoint(arm.model, arm.optimizer, arm.progress, data_digest, keep)
+    session = arm.session
+    session.team.arrive()
+    digest, keep, scaler = session.data.train.digest, arm.config.train.keep, session.accelerator.scaler
+    arm.folder.save_checkpoint(arm.model, arm.optimizer, arm.progress, digest, keep, scaler)
 
 
 def stop(session: Session, signal: int) -> None:

@@ -12,7 +12,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from tiny_runs import adapter_bytes, folder_of, metrics_of
+from tiny_runs import adapter_bytes, folder_of, metrics_of, scale_gradients
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.settings import to_plain
@@ -219,6 +219,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflowing)
     with pytest.raises(ValueError, match=r"update 6 or its gradient is not finite"):
         train(config)
+
+
+def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):
+    """A scaler skips the update and halves its scale, from 4 on: the gradient overflows at a half too."""
+    scale_gradients(monkeypatch)
+    backward = Accelerator.backward
+
+    def overflow(self, loss):
+        backward(self, loss)
+        for group in self._optimizers[0].param_groups:
+            for weight in group["params"]:
+                weight.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Accelerator, "backward", overflow)
+    config = tiny_config("train.check_coverage=false")
+    with pytest.raises(ValueError, match=r"update 4 or its gradient is not finite"):
+        train(config)
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3]
 
 
 def test_a_learning_rate_that_explodes_is_stopped(tiny_config):
