@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from cera_train.adapters import build as adapters
 from cera_train.adapters.config import Kernels
 from cera_train.adapters.together import JoinedAdapter, SharedLoss, twin
+from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar, print_line
 from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder, SharedMicroBatches
@@ -231,6 +232,11 @@ class Arm:
         self.exams = Exams(config, session.tokenizer, self.local_loss, team, [arm.exams for arm in session.arms])
         self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        if resume_from is not None and not self.goes_on_here and self.progress.update >= self.updates:
+            raise UserError(
+                f"train.resume={resume_from} leaves nothing to do: this run ends at update {self.updates:,}. Set a "
+                "larger train.max_updates or train.epochs."
+            )
         self.tracker = Tracker()
 
     def begin(self) -> None:

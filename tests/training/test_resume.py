@@ -101,6 +101,11 @@ def test_a_branch_from_another_folder_has_a_best_of_its_own(trained_config, tiny
     assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match=r"another config: train.batch_size was 16, is 8; train.seed was 0, is 1"):
         train(tiny_config("name=other", f"train.resume={checkpoint}", "train.batch_size=8", "train.seed=1"))
+    with pytest.raises(
+        ValueError, match=r"checkpoints/8 leaves nothing to do: this run ends at update 8. Set a larger"
+    ):
+        train(tiny_config("name=short", f"train.resume={checkpoint}", "train.max_updates=8"))
+    assert not folder_of(tiny_config("name=short")).exists()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
