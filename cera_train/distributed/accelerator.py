@@ -13,7 +13,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
@@ -41,7 +46,10 @@ def start_accelerator(
         mixed_precision=mixed_precision(model, autocast),
         cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
         fsdp_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing trains them: they are the same everywhere
+        ],
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
