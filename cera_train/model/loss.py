@@ -120,7 +120,7 @@ class SupervisedLoss(nn.Module):
         if attention in (BY_SEQUENCE, VARLEN):
             causal_lm.set_attn_implementation("sdpa")  # which `probe` found there
         try:
-            with self.autocast(), self._eager():
+            with self.autocast(), self.uncompiled():
                 yield causal_lm
         finally:
             causal_lm.generation_config = settings
@@ -220,11 +220,12 @@ class SupervisedLoss(nn.Module):
         self.is_compiled = True
 
     def eagerly(self, batch: Batch) -> Tensor:
-        """The loss without compiled layers, which call no hooks."""
-        with self._eager():
+        """The loss without compiled layers."""
+        with self.uncompiled():
             return self(batch)
 
-    def _eager(self) -> contextlib.AbstractContextManager:
+    def uncompiled(self) -> contextlib.AbstractContextManager:
+        """Passes inside it do without compiled layers, which call no hooks."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.config import Kernels
+from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.adapters.together import JoinedAdapter, SharedLoss, twin
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar, print_line
@@ -238,6 +239,7 @@ class Arm:
                 "larger train.max_updates or train.epochs."
             )
         self.tracker = Tracker()
+        self._spectra: tuple[int, dict[str, ModuleSpectrum]] | None = None  # the update, and what was measured after it
 
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""
@@ -251,6 +253,12 @@ class Arm:
         precision, fingerprint = self.run.precision, session.base_fingerprint
         folder.write_config(environment(session.team.processes, fingerprint, self.updates, precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
+
+    def spectra(self) -> dict[str, ModuleSpectrum]:
+        """Those of the adapter as it is, measured once after an update."""
+        if self._spectra is None or self._spectra[0] != self.progress.update:
+            self._spectra = self.progress.update, self.held_out.spectra()
+        return self._spectra[1]
 
     @property
     def is_done(self) -> bool:

@@ -219,7 +219,7 @@ def evaluate(arm: Arm) -> None:
     session, progress, folder = arm.session, arm.progress, arm.folder
     losses = session.token_losses(arm)
     loss = losses.mean
-    spectra = arm.held_out.spectra()
+    spectra = arm.spectra()
     is_best = progress.evaluated(perplexity(loss))
     tasks = evaluate_tasks(arm, is_last=arm.is_done)
     if session.team.is_main:
@@ -297,7 +297,7 @@ def finish(arm: Arm) -> dict[str, Any]:
     if not session.is_joint:
         session.bar.close()
     save(arm)
-    spectra = arm.held_out.spectra()
+    spectra = arm.spectra()
     result = RunResult(
         perplexity=progress.perplexity,
         perplexity_before=progress.perplexity_before,

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.distributed.config import Strategy
+from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
@@ -82,6 +83,15 @@ def test_metrics_have_the_promised_names(finished):
     assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
+
+
+def test_spectra_are_measured_once_at_an_evaluation(tiny_config, monkeypatch):
+    measure, updates = HeldOut.spectra, []
+    monkeypatch.setattr(HeldOut, "spectra", lambda self: updates.append(1) or measure(self))
+    config = tiny_config("train.max_updates=3", "train.eval_every=2")
+    result = train(config)
+    assert len(updates) == 3  # at updates 0, 2 and 3, and not again for the result
+    assert metrics_of(config)[-1]["spectrum/effective_rank/max"] == result["spectrum/effective_rank/max"]
 
 
 def test_losses_of_tokens_are_those_of_the_reported_perplexities(finished):
