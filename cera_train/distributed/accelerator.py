@@ -74,8 +74,8 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
             )
     if accelerator.distributed_type not in supported:
         raise UserError(
-            f"distributed training by {accelerator.distributed_type} is not what distributed.strategy={strategy} says. "
-            "Choose no engine in `accelerate config`, and distributed.strategy=ddp or fsdp here."
+            f"The launcher set up {accelerator.distributed_type.value}, but distributed.strategy={strategy} needs "
+            "plain processes: choose no engine in `accelerate config`. distributed.strategy=fsdp shards without one."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 

@@ -214,8 +214,9 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
 
 
 def evaluate(arm: Arm) -> None:
-    """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the adapter
-    if it is the best so far, and before the first update and after the last what a study reads."""
+    """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due. Keeps the adapter
+    if it is the best so far. Before the first update and after the last, also writes each token's loss, which studies
+    compare."""
     session, progress, folder = arm.session, arm.progress, arm.folder
     losses = session.token_losses(arm)
     loss = losses.mean

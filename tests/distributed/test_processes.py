@@ -274,7 +274,7 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     os.kill(other, signal.SIGKILL)
     _, err = endless.communicate()
     assert endless.returncode == 2
-    assert err.startswith("cera-train: process 1 was ended by SIGKILL")
+    assert err.startswith("cera-train: process 1 was killed by SIGKILL: the machine may be out of memory")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 

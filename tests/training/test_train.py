@@ -325,5 +325,5 @@ def test_an_engine_that_shards_the_model_is_refused():
     class Sharded:
         distributed_type = DistributedType.FSDP
 
-    with pytest.raises(ValueError, match="FSDP is not what distributed.strategy=ddp says"):
+    with pytest.raises(ValueError, match="launcher set up FSDP, but distributed.strategy=ddp needs plain processes"):
         check_distribution(Sharded(), Strategy.ddp)
