@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,13 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
+        misfit = f"{folder} does not fit {base.name_or_path}"
+        reason = textwrap.shorten(str(error), 160, placeholder="...")
         wanted = family.description(folder).get("base_model_name_or_path")
+        if wanted in (None, base.name_or_path):
+            raise UserError(f"{misfit}: {reason}") from error
         raise UserError(
-            f"{folder} does not fit {base.name_or_path}: it belongs to another base model, {wanted}. Leave out model=, "
-            f"or name that one. ({str(error)[:120]}...)"
+            f"{misfit}: it belongs to another base model, {wanted}. Leave out model=, or name that one. ({reason})"
         ) from error
     return model
 

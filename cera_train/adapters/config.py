@@ -115,11 +115,11 @@ class AdapterConfig:
         """Refuses a setting that this kind of adapter would ignore."""
         for name, (unset, meaning) in UNSET.items():
             value = getattr(self, name)
-            require(
-                value == unset or name in self.family.uses,
-                f"adapter.{name}={value} is {meaning}; adapter.kind={self.kind} has none: set "
-                f"adapter.{name}={'null' if unset is None else unset}.",
-            )
+            reason = f"adapter.{name}={value} is {meaning}; adapter.kind={self.kind} has none"
+            if meaning is None:
+                reason = f"only adapter.kind=cera has adapter.{name}"
+            mend = f"set adapter.{name}={'null' if unset is None else str(unset).lower()}"
+            require(value == unset or name in self.family.uses, f"{reason}: {mend}.")
 
     def _check_targets(self) -> None:
         targets = self.target_modules
@@ -166,23 +166,23 @@ UNSET = {
     "r": (None, "the rank of an adapter"),
     "alpha": (None, "the scale of an adapter"),
     "dropout": (0, "the dropout of an adapter"),
-    "activation": (Activation.silu, "the gate of cera"),
-    "init": (Init.kaiming_normal, "a draw of cera's A"),
-    "dropout_on": (DropoutOn.hidden, "a place for the dropout of cera"),
-    "mix": (Mix.none, "a mix of cera's gate and the identity"),
-    "recurrent_steps": (0, "a number of steps before the gate of cera"),
+    "activation": (Activation.silu, None),
+    "init": (Init.kaiming_normal, None),
+    "dropout_on": (DropoutOn.hidden, None),
+    "mix": (Mix.none, None),
+    "recurrent_steps": (0, None),
+    "kernels": (Kernels.auto, None),
+    "target_parameters": (None, None),
+    "experts": (False, None),
+    "expert_r": (None, None),
     "target_modules": (None, "a choice of modules"),
-    "target_parameters": (None, "a choice of experts' parameters"),
-    "experts": (False, "a choice of cera's"),
-    "expert_r": (None, "the rank of an expert of cera's"),
     "layers": (None, "a choice of layers"),
     "method": (None, "a method for adapter.kind=peft"),
     "settings": ({}, "for PEFT's config"),
     "start_from": (None, "an adapter to start from"),
     "b_lr_ratio": (1, "a ratio for the learning rate of B"),
-    "kernels": (Kernels.auto, "a choice for the gate of cera"),
 }
-"""The value with which a setting is not set, and its meaning."""
+"""The value with which a setting is not set, and its meaning; None: only cera has it."""
 
 GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"})
-"""What only cera has."""
+"""Those of cera's branch, which a plan leaves out beside another adapter."""

@@ -100,7 +100,7 @@ def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         -(2**63), None, generator=generator
     )
     is_kept = bits.view(torch.int16)[: h.numel()].view_as(h) >= dropped - BITS // 2
-    return h * is_kept.to(h.dtype).mul_(BITS / (BITS - dropped))
+    return (h * is_kept).mul_(BITS / (BITS - dropped))  # in 16 bits, the factor alone would be rounded too
 
 
 BITS = 2**16

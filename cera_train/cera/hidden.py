@@ -22,8 +22,6 @@ GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Ident
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
-KERNELS = ("torch", "triton")
-
 
 def hidden(z: torch.Tensor, gate: Gate, p: float, seed: int, kernels: str = "torch") -> torch.Tensor:
     """dropout(gate(z)), [N, r] -> [N, r]. A share p is dropped, and the mask follows from the seed.

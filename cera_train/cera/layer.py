@@ -133,8 +133,8 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         return self.kernels == "triton" and not dropout_x.p and fits_one_kernel(A.weight, len(A.weight), gate)
 
     def branch(self, x: torch.Tensor, adapter_name: str, seed: int | None = None) -> torch.Tensor:
-        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]. None:
-        the dropout mask is drawn from torch's generator."""
+        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out].
+        Without a seed, torch's generator draws the dropout mask."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
         if seed is not None:
             dropout_x, dropout = (functools.partial(drop, part, seed) for part in (dropout_x, dropout))

@@ -192,7 +192,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "max_length", "train_rows")
-        require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must be positive.")
+        require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
         if self.mix is None:
             self._check_rows()
         else:

@@ -13,7 +13,12 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
@@ -44,7 +49,10 @@ def start_accelerator(
         mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, torch.cuda.is_available())],
         cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
         fsdp_plugin=plugin,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(broadcast_buffers=False),  # nothing trains them: they are the same everywhere
+        ],
     )
     if plugin is not None:
         os.environ.pop("ACCELERATE_USE_FSDP")  # else later runs of this process would be FSDP too
@@ -69,8 +77,8 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
             )
     if accelerator.distributed_type not in supported:
         raise UserError(
-            f"distributed training by {accelerator.distributed_type} is not what distributed.strategy={strategy} says. "
-            "Choose no engine in `accelerate config`, and distributed.strategy=ddp or fsdp here."
+            f"The launcher set up {accelerator.distributed_type.value}, but distributed.strategy={strategy} needs "
+            "plain processes: choose no engine in `accelerate config`. distributed.strategy=fsdp shards without one."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
 

@@ -128,8 +128,8 @@ def _as_error(rank: int, failure: Any, mistakes: Path) -> Exception:
         return UserError(message)
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        cause = ", as a machine that is out of memory does" if name == "SIGKILL" else ""
-        return UserError(f"process {rank} was ended by {name}{cause}. The same command goes on from what is saved.")
+        cause = ": the machine may be out of memory" if name == "SIGKILL" else ""
+        return UserError(f"process {rank} was killed by {name}{cause}. The same command goes on from what is saved.")
     if isinstance(failure.message, str):  # it ended itself and left no error
         return ProcessFailed(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")

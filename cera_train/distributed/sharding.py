@@ -8,24 +8,33 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import map_values
 
 
-def trainable_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable weights, whole. A collective."""
-    return {name: _whole(weight.detach()) for name, weight in model.named_parameters() if weight.requires_grad}
+def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:
+    """The trainable weights, whole; None in place of each in a process that does not `keep` them. A collective."""
+    trainable = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+    return map_values(functools.partial(_whole, keep), trainable, torch.Tensor)
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state_dict, whole. A collective."""
-    return map_values(_whole, optimizer.state_dict(), torch.Tensor)
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, scaler: GradScaler | None = None, keep: bool = True
+) -> dict[str, Any]:
+    """An optimizer's state_dict, whole, and its gradient scaler's; None in place of each tensor in a process that does
+    not `keep` them. A collective."""
+    state = map_values(functools.partial(_whole, keep), optimizer.state_dict(), torch.Tensor)
+    return state if scaler is None else state | {"scaler": scaler.state_dict()}
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads a whole state_dict, sharded as the weights are."""
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], scaler: GradScaler | None = None
+) -> None:
+    """Loads what `optimizer_state` returned, sharded as the weights are. A state without a scaler's is of an earlier
+    version, or of a run in another precision: the scaler begins anew."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         sharded = {
@@ -33,12 +42,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
             for index, moments in state["state"].items()
         }
         optimizer.load_state_dict(state | {"state": sharded})
+        if scaler is not None and "scaler" in state:
+            scaler.load_state_dict(state["scaler"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"the checkpoint does not fit this optimizer: {error!r}.") from error
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _whole(keep: bool, tensor: torch.Tensor) -> torch.Tensor | None:
+    if isinstance(tensor, DTensor):
+        whole = tensor.full_tensor()
+        return whole.cpu() if keep else None  # a GPU has room for one whole tensor, not for all
+    return tensor if keep else None
 
 
 def _shard(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

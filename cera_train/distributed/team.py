@@ -37,8 +37,8 @@ class Team:
         self.is_main = accelerator.is_main_process
         self.is_sharded = accelerator.is_fsdp2
         self.device = accelerator.device
-        watchdog = Watchdog(self.processes, self.process, timeout)
-        self.arrive, self.close = watchdog.arrive, watchdog.close
+        self.watchdog = Watchdog(self.processes, self.process, timeout)
+        self.arrive, self.close = self.watchdog.arrive, self.watchdog.close
 
     def reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
         """The sum or the mean of a tensor over all processes."""
@@ -53,10 +53,9 @@ class Team:
     def passes(self, passes: Sequence[Pass]) -> Iterator[tuple[Pass, bool]]:
         """This process's passes through the model, and whether each is the last.
 
-        Sharded, every pass gathers weights from all processes. Else they meet twice: DDP's first pass of an update
-        waits for process 0's buffers, and its last one reduces the gradients.
+        Sharded, every pass gathers weights from all processes. Else they meet in the last one, which reduces the
+        gradients.
         """
-        self.arrive()
         for number, one in enumerate(passes, start=1):
             is_last = number == len(passes)
             if is_last or self.is_sharded:

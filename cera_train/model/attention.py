@@ -15,6 +15,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from cera_train.cera.layer import autocast_dtype
+
 BY_SEQUENCE = "by_sequence"
 """One sequence after the other by scaled_dot_product_attention: on every device, in every dtype."""
 VARLEN = "varlen"
@@ -85,8 +87,7 @@ def _in_one_call(
     device, longest = query.device, max(lengths)
     starts = _starts(lengths, device)
     # The kernel is outside autocast, and norms between projection and attention leave float32.
-    is_cast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if is_cast else query.dtype
+    dtype = autocast_dtype(device) or query.dtype
     output = varlen_attn(
         *(heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
         *(starts, starts, longest, longest),

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from cera_train.common.errors import UserError
 from cera_train.data.batches import Batch, flat_batch, padded_batch
@@ -26,13 +26,16 @@ from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run, places_of_sequences
 from cera_train.model.config import chunk_tokens
 
+Head = Callable[[Tensor], Tensor]
+"""[N, d] hidden states -> [N, V] logits."""
+
 
 @dataclass(frozen=True)
 class Allowed:
     """What a model allows."""
 
     chunks_head: bool = False
-    """Its head can be applied apart from its forward: it does not change the logits afterwards."""
+    """Its head can be applied apart from its forward: what it does to the logits afterwards is in `finish_logits`."""
     flattens: bool = False
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
     attention: str | None = None
@@ -85,13 +88,18 @@ class SupervisedLoss(nn.Module):
             head = causal_lm.get_output_embeddings()
             hidden_states = _narrow(decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised], head)
             if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
-                return FrozenHeadLoss.apply(hidden_states, targets, head)
+                return FrozenHeadLoss.apply(hidden_states, targets, self._logits)
             size = chunk_tokens(hidden_states.is_cuda)
             chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
             if len(targets) <= size or not torch.is_grad_enabled():
-                return torch.cat([head_losses(head, *chunk) for chunk in chunks])
+                return torch.cat([losses_of(self._logits, *chunk) for chunk in chunks])
             # An adapted head: the backward pass makes each chunk's logits again.
-            return torch.cat([checkpoint(head_losses, head, *chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat([checkpoint(losses_of, self._logits, *chunk, use_reentrant=False) for chunk in chunks])
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        """[N, d] -> [N, V]."""
+        causal_lm = self._parts["causal_lm"]
+        return finish_logits(causal_lm.get_output_embeddings()(hidden_states), causal_lm.config)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
@@ -112,7 +120,7 @@ class SupervisedLoss(nn.Module):
         if attention in (BY_SEQUENCE, VARLEN):
             causal_lm.set_attn_implementation("sdpa")  # which `probe` found there
         try:
-            with self.autocast(), self._eager():
+            with self.autocast(), self.uncompiled():
                 yield causal_lm
         finally:
             causal_lm.generation_config = settings
@@ -142,7 +150,7 @@ class SupervisedLoss(nn.Module):
             expected = causal_lm(**apart).logits
             states = getattr(decoder(**apart), "last_hidden_state", None)  # Llama 4's decoder gives logits
             head = causal_lm.get_output_embeddings()
-            chunks_head = states is not None and _close(head(_narrow(states, head)), expected, tolerance=1e-3)
+            chunks_head = states is not None and _close(self._logits(_narrow(states, head)), expected, tolerance=1e-3)
             flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
             self.allowed = Allowed(chunks_head)
             flattens, attention = self._probe_flat(*flat, expected)
@@ -212,11 +220,12 @@ class SupervisedLoss(nn.Module):
         self.is_compiled = True
 
     def eagerly(self, batch: Batch) -> Tensor:
-        """The loss without compiled layers, which call no hooks."""
-        with self._eager():
+        """The loss without compiled layers."""
+        with self.uncompiled():
             return self(batch)
 
-    def _eager(self) -> contextlib.AbstractContextManager:
+    def uncompiled(self) -> contextlib.AbstractContextManager:
+        """Passes inside it do without compiled layers, which call no hooks."""
         return torch.compiler.set_stance("force_eager") if self.is_compiled else contextlib.nullcontext()
 
 
@@ -225,7 +234,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     forward pass, while its logits are in memory: they are computed once, and only one chunk's exist at a time."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    def forward(ctx: Any, hidden_states: Tensor, targets: Tensor, head: Head) -> Tensor:
         gradients, losses = [], []
         size = chunk_tokens(hidden_states.is_cuda)
         for hidden, wanted in zip(hidden_states.split(size), targets[:, None].split(size), strict=True):
@@ -248,9 +257,22 @@ class FrozenHeadLoss(torch.autograd.Function):
         return (grad_losses[:, None] * grad_hidden_states).to(grad_hidden_states.dtype), None, None
 
 
-def head_losses(head: nn.Module, hidden_states: Tensor, targets: Tensor) -> Tensor:
+def losses_of(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of [N, d] hidden states against N token ids, [N], in float32."""
     return cross_entropy(head(hidden_states).float(), targets, reduction="none")
+
+
+def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
+    """What an architecture does to the logits of its head, by its config: a soft cap c tanh(logits / c) (Gemma), or a
+    factor (Cohere, Granite). Certain is only a pass: `SupervisedLoss.probe`."""
+    config = config.get_text_config()
+    if cap := getattr(config, "final_logit_softcapping", None):
+        return torch.tanh(logits / cap) * cap
+    if isinstance(factor := getattr(config, "logit_scale", None), float):  # MPT's may be a word
+        return logits * factor
+    if divisor := getattr(config, "logits_scaling", None):
+        return logits / divisor
+    return logits
 
 
 def _narrow(hidden_states: Tensor, head: nn.Module) -> Tensor:

@@ -64,16 +64,18 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     attention = attention_for(architecture, config.attn_implementation)
     is_quantised = config.quantization != Quantization.none
     dtype = getattr(torch, choose_precision(config.dtype, torch.device(device).type == "cuda").dtype)
+    quantising = {}
+    if not _is_stored_quantised(architecture, config):
+        skip = left_unquantised(architecture) if is_quantised else None
+        quantising["quantization_config"] = quantization_config(config.quantization, dtype, will_be_sharded, skip)
     model, loading = _from_hub_or_folder(
         AutoModelForCausalLM.from_pretrained,
         config,
         output_loading_info=True,
         dtype=dtype,
         attn_implementation=attention,
-        quantization_config=quantization_config(
-            config.quantization, dtype, will_be_sharded, left_unquantised(architecture) if is_quantised else None
-        ),
-        device_map={"": "cpu" if will_be_sharded and config.quantization == Quantization.none else device},
+        **quantising,
+        device_map={"": "cpu" if will_be_sharded and not is_quantised else device},
         # A pickle can run code when it is read. A user who trusts the model's code can trust its pickles too.
         use_safetensors=None if config.trust_remote_code else True,
     )
@@ -84,6 +86,25 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
+    """Whether bitsandbytes has quantised the weights before they were saved. Raises UserError where another library
+    has, or where `model.quantization`, by which a run decides what it may do, is not what they are."""
+    settings = getattr(architecture, "quantization_config", None)
+    if settings is None:
+        return False
+    kinds = {"load_in_4bit": Quantization.nf4, "load_in_8bit": Quantization.int8}
+    stored = next((kind for name, kind in kinds.items() if settings.get(name)), None)
+    place = f"model.path={config.path}: its weights are stored"
+    if stored is None:
+        raise UserError(
+            f"{place} as {settings.get('quant_method')}, and only bitsandbytes' can be trained on: choose the model's "
+            "16-bit weights, and model.quantization=nf4 or int8 where memory is short."
+        )
+    if stored != config.quantization:
+        raise UserError(f"{place} as {stored}: set model.quantization={stored}.")
+    return True
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -27,7 +27,7 @@ from cera_train.adapters.config import AdapterConfig
 from cera_train.data.batches import Batch
 from cera_train.model.attention import BY_SEQUENCE
 from cera_train.model.config import Dtype, ModelConfig, Quantization
-from cera_train.model.loss import Allowed, SupervisedLoss
+from cera_train.model.loss import Allowed, SupervisedLoss, finish_logits
 from cera_train.planning.count import build_adapter, build_base, failing_in_one_line, quantised_linears, remembered
 
 logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises
@@ -153,16 +153,17 @@ class Runner:
         )
 
     def applies_head_alone(self) -> bool:
-        """Whether the model's logits are what its head gives."""
+        """Whether the model's logits are what its head gives, but for what `finish_logits` does."""
         self.base.set_attn_implementation(self.attention)
         given: list[torch.Tensor] = []
         head = self.base.get_output_embeddings()
         hook = head.register_forward_hook(lambda module, inputs, output: given.append(output))
         with self.fake_mode, Operations(), torch.no_grad():
             logits = self.base(input_ids=torch.zeros(1, 8, dtype=torch.int64), use_cache=False).logits
+            is_finished = bool(given) and finish_logits(given[-1], self.base.config) is not given[-1]
         hook.remove()
         is_apart = self.base.get_decoder() is not self.base  # Llama 4's is the whole model
-        return is_apart and bool(given) and storage_of(given[-1]) == storage_of(logits)
+        return is_apart and bool(given) and (is_finished or storage_of(given[-1]) == storage_of(logits))
 
 
 # --- all layers from a few -------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from torch import nn
+from torch.amp import GradScaler
 
 from cera_train.adapters.build import load, read, save
 from cera_train.common import files
@@ -263,10 +264,17 @@ class RunFolder:
                 files.write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def save_checkpoint(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, data_digest: str, keep: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        data_digest: str,
+        keep: int,
+        scaler: GradScaler | None = None,
     ) -> None:
-        """checkpoints/<update>: adapter, optimizer, progress and config; then removes all but the last `keep`."""
-        moments = optimizer_state(optimizer)
+        """checkpoints/<update>: adapter, optimizer with its gradient scaler, progress and config; then removes all but
+        the last `keep`."""
+        moments = optimizer_state(optimizer, scaler, keep=self.is_main)
 
         def write(folder: Path) -> None:
             with (self.path / "metrics.jsonl").open("ab") as metrics:
@@ -290,7 +298,7 @@ class RunFolder:
         self._save("adapter", model, tokenizer.save_pretrained)
 
     def _save(self, name: str, model: nn.Module, write_more: Callable[[Path], Any]) -> None:
-        weights = trainable_weights(model)  # of a sharded model, collected by all processes
+        weights = trainable_weights(model, keep=self.is_main)  # of a sharded model, collected by all processes
         if not self.is_main:
             return
 

@@ -109,8 +109,8 @@ def print_adapter(arm: Arm) -> None:
         print_line("unfused", describe_unfused(model))
     layers = layers_without_adapted_experts(model) if is_all else 0
     if layers:
-        mend = ": adapter.experts=true adds them" if "experts" in adapter.family.uses else ""
-        print_line("experts", f"those of {layers} layers are not adapted, all-linear leaves them out{mend}")
+        mend = "; adapter.experts=true adds them" if "experts" in adapter.family.uses else ""
+        print_line("experts", f"all-linear leaves out the experts of {layers} layers{mend}")
 
 
 def describe_adapter(adapter: AdapterConfig) -> str:

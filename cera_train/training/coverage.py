@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
-
-import torch
 
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
@@ -31,9 +28,8 @@ def prove_coverage(arm: Arm) -> None:
     rows = arm.order.sequences(arm.progress.update)
     rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - TOKENS))[: team.processes]
     passes = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
-    eagerly = torch.compiler.set_stance("force_eager") if arm.local_loss.is_compiled else contextlib.nullcontext()
     arm.loss.train()
-    with eagerly, coverage.watch():  # compiled layers call no hooks
+    with arm.local_loss.uncompiled(), coverage.watch():
         for (group, _), _ in team.passes(passes):
             arm.session.accelerator.backward(arm.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
     arm.optimizer.zero_grad()

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
 from cera_train.adapters.config import Kernels
+from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.adapters.together import JoinedAdapter, SharedLoss, twin
+from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar, print_line
 from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder, SharedMicroBatches
@@ -211,7 +213,8 @@ class Arm:
         # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
         self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
         if moments is not None:
-            load_optimizer_state(self.optimizer, moments)  # after prepare: sharding replaces the parameters
+            # After prepare: sharding replaces the parameters.
+            load_optimizer_state(self.optimizer, moments, accelerator.scaler)
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
         self.local_loss = accelerator.unwrap_model(self.loss)
@@ -230,7 +233,13 @@ class Arm:
         self.exams = Exams(config, session.tokenizer, self.local_loss, team, [arm.exams for arm in session.arms])
         self.order = RowOrder(len(data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        if resume_from is not None and not self.goes_on_here and self.progress.update >= self.updates:
+            raise UserError(
+                f"train.resume={resume_from} leaves nothing to do: this run ends at update {self.updates:,}. Set a "
+                "larger train.max_updates or train.epochs."
+            )
         self.tracker = Tracker()
+        self._spectra: tuple[int, dict[str, ModuleSpectrum]] | None = None  # the update, and what was measured after it
 
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""
@@ -244,6 +253,12 @@ class Arm:
         precision, fingerprint = self.run.precision, session.base_fingerprint
         folder.write_config(environment(session.team.processes, fingerprint, self.updates, precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
+
+    def spectra(self) -> dict[str, ModuleSpectrum]:
+        """Those of the adapter as it is, measured once after an update."""
+        if self._spectra is None or self._spectra[0] != self.progress.update:
+            self._spectra = self.progress.update, self.held_out.spectra()
+        return self._spectra[1]
 
     @property
     def is_done(self) -> bool:

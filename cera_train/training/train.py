@@ -197,8 +197,10 @@ def step(arm: Arm, rows: list[int], loss: float, tokens: int, seconds: float) ->
 
 def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> None:
     """Raises UserError where training has diverged."""
-    # A gradient scaler (float16) skips an update whose gradient overflows, and lowers its scale.
-    if math.isfinite(loss) and (arm.session.accelerator.scaler is not None or math.isfinite(grad_norm)):
+    # A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale. A scale below 1 is not
+    # what makes it overflow.
+    scaler = arm.session.accelerator.scaler
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)):
         return
     checkpoints = arm.folder.checkpoints()
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
@@ -212,12 +214,13 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
 
 
 def evaluate(arm: Arm) -> None:
-    """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due; keeps the adapter
-    if it is the best so far, and before the first update and after the last what a study reads."""
+    """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due. Keeps the adapter
+    if it is the best so far. Before the first update and after the last, also writes each token's loss, which studies
+    compare."""
     session, progress, folder = arm.session, arm.progress, arm.folder
     losses = session.token_losses(arm)
     loss = losses.mean
-    spectra = arm.held_out.spectra()
+    spectra = arm.spectra()
     is_best = progress.evaluated(perplexity(loss))
     tasks = evaluate_tasks(arm, is_last=arm.is_done)
     if session.team.is_main:
@@ -252,9 +255,10 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
 
 def save(arm: Arm) -> None:
     """A checkpoint of this update."""
-    arm.session.team.arrive()
-    data_digest, keep = arm.session.data.train.digest, arm.config.train.keep
-    arm.folder.save_checkpoint(arm.model, arm.optimizer, arm.progress, data_digest, keep)
+    session = arm.session
+    session.team.arrive()
+    digest, keep, scaler = session.data.train.digest, arm.config.train.keep, session.accelerator.scaler
+    arm.folder.save_checkpoint(arm.model, arm.optimizer, arm.progress, digest, keep, scaler)
 
 
 def stop(session: Session, signal: int) -> None:
@@ -294,7 +298,7 @@ def finish(arm: Arm) -> dict[str, Any]:
     if not session.is_joint:
         session.bar.close()
     save(arm)
-    spectra = arm.held_out.spectra()
+    spectra = arm.spectra()
     result = RunResult(
         perplexity=progress.perplexity,
         perplexity_before=progress.perplexity_before,

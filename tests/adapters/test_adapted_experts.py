@@ -147,9 +147,12 @@ def test_pefts_lora_takes_experts_by_its_own_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "lora", "experts": True}, r"adapter.experts=True is a choice of cera's; adapter.kind=lora has none"),
-        ({"kind": "dora", "target_parameters": DOWN}, r"adapter.target_parameters=.* is a choice of experts' param"),
-        ({"kind": "lora", "expert_r": 2}, "adapter.expert_r=2 is the rank of an expert of cera's"),
+        ({"kind": "lora", "experts": True}, "only adapter.kind=cera has adapter.experts: set adapter.experts=false"),
+        (
+            {"kind": "dora", "target_parameters": DOWN},
+            "only adapter.kind=cera has adapter.target_parameters: set adapter.target_parameters=null",
+        ),
+        ({"kind": "lora", "expert_r": 2}, "only adapter.kind=cera has adapter.expert_r"),
         ({"experts": True, "target_parameters": DOWN}, "adapter.experts=true adapts all experts: leave out"),
         ({"expert_r": 2}, "adapter.expert_r=2 is the rank of an expert, and none is adapted: set adapter.experts=true"),
         ({"expert_r": 0, "experts": True}, "adapter.expert_r=0 must be positive"),

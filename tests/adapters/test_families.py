@@ -3,6 +3,7 @@ reason for none."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from cera_train.adapters import build
 from cera_train.adapters.config import AdapterKind
 from cera_train.adapters.family import family_that_wrote, is_saved_in, kinds
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
+from cera_train.common.errors import UserError
 from cera_train.data.batches import flat_batch
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.runs.results import mean_spectrum
@@ -173,6 +175,18 @@ def test_what_is_saved_loads_to_equal_logits(name, adapter_of, tmp_path):
     evaluated = build.attach(make_tiny_llama().requires_grad_(False), tmp_path)
     assert torch.equal(logits(evaluated), expected)
     assert not torch.equal(expected, logits(make_tiny_llama()))
+
+
+def test_a_misfit_blames_the_base_model_only_where_it_is_another(adapter_of, tmp_path):
+    model = built(adapter_of("cera"))
+    build.save(model, trainable_weights(model), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "tiny"}))
+    for name, reason in (("tiny", "[^.]*size mismatch"), ("wide", "it belongs to another base model, tiny[.]")):
+        base = make_tiny_llama(hidden_size=64)
+        base.name_or_path = name
+        with pytest.raises(UserError, match=f"{tmp_path} does not fit {name}: {reason}"):
+            build.attach(base, tmp_path)
 
 
 @every_file

@@ -28,9 +28,9 @@ def refuses(message: str):
     [
         (
             "adapter=lora adapter.activation=relu",
-            "adapter.activation=relu is the gate of cera; adapter.kind=lora has none",
+            "only adapter.kind=cera has adapter.activation: set adapter.activation=silu",
         ),
-        ("adapter=lora adapter.kernels=torch", "adapter.kernels=torch is a choice for the gate of cera"),
+        ("adapter=lora adapter.kernels=torch", "only adapter.kind=cera has adapter.kernels"),
         (
             "adapter=full adapter.r=16",
             "adapter.r=16 is the rank of an adapter; adapter.kind=full has none: set adapter.r=n",
@@ -49,10 +49,16 @@ def refuses(message: str):
         ("adapter=peft", "adapter.method=null: name a method of PEFT"),
         ("adapter=miss adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0 is a ratio for the learning rate of B"),
         ("adapter.b_lr_ratio=0", "adapter.b_lr_ratio=0.0 must be positive"),
-        ("adapter=lora adapter.mix=learned", "adapter.mix=learned is a mix of cera's gate .* set adapter.mix=none"),
-        ("adapter=dora adapter.init=kaiming_uniform", "adapter.init=kaiming_uniform is a draw of cera's A"),
-        ("adapter=lora adapter.dropout_on=input", "adapter.dropout_on=input is a place for the dropout of cera"),
-        ("adapter=lora adapter.recurrent_steps=2", "adapter.recurrent_steps=2 is a number of steps"),
+        ("adapter=lora adapter.mix=learned", "only adapter.kind=cera has adapter.mix: set adapter.mix=none"),
+        (
+            "adapter=dora adapter.init=kaiming_uniform",
+            "only adapter.kind=cera has adapter.init: set adapter.init=kaiming_normal",
+        ),
+        ("adapter=lora adapter.dropout_on=input", "only adapter.kind=cera has adapter.dropout_on"),
+        (
+            "adapter=lora adapter.recurrent_steps=2",
+            "only adapter.kind=cera has adapter.recurrent_steps: set adapter.recurrent_steps=0",
+        ),
         ("adapter.recurrent_steps=-1", "adapter.recurrent_steps=-1 must be 0 or more"),
         ("adapter=cera_mix adapter.activation=identity", "adapter.activation=identity is none: set another"),
         ("adapter=cera_mix adapter.kernels=triton", "adapter.kernels=triton computes no gate with parameters"),

@@ -222,8 +222,9 @@ def test_unmerging_changes_nothing():
     assert torch.equal(logits(model), before)
 
 
-def test_loraplus_trains_b_faster():
-    model = adapted()
+@pytest.mark.parametrize("gate", [{}, {"mix": "learned", "recurrent_steps": 1}], ids=["plain", "learned"])
+def test_loraplus_trains_b_faster(gate):
+    model = adapted(**gate)
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, weight_decay=0.0)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

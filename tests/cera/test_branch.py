@@ -78,6 +78,19 @@ def test_dropout_drops_its_share_and_keeps_the_mean(p, dtype):
     assert rows.double().mean().item() == pytest.approx(1, abs=5 * (p / (1 - p) / count) ** 0.5 + 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dropout_rounds_what_it_keeps_once_in_16_bits(dtype):
+    """1 / 0.9 is 1.1094 in bfloat16: every kept unit would be 0.16 % too small, and its gradient too."""
+    h = torch.randn(100, 5).to(dtype).requires_grad_()
+    exact = h.detach().float().requires_grad_()
+    dropped, expected = (seeded_dropout(x, 0.1, seed=3) for x in (h, exact))
+    assert torch.equal(dropped, expected.to(dtype))
+    weights = torch.randn(100, 5).to(dtype)
+    (dropped * weights).sum().backward()
+    (expected * weights.float()).sum().backward()
+    assert torch.equal(h.grad, exact.grad.to(dtype))
+
+
 def test_dropout_follows_from_its_seed_alone():
     h = torch.ones(33, 7)
     first = seeded_dropout(h, 0.5, seed=1)

@@ -191,7 +191,10 @@ def test_options_of_a_group_are_its_files():
         ("data=jsonl data.train_files=[a.jsonl]", "data.train_files without data.eval_files"),
         ("data=gsm8k data.eval_files=[a.jsonl]", "data.eval_files without data.train_files"),
         ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),
-        ("adapter=lora adapter.activation=relu", "adapter.activation=relu is the gate of cera; adapter.kind=lora has"),
+        (
+            "adapter=lora adapter.activation=relu",
+            "only adapter.kind=cera has adapter.activation: set adapter.activation=silu",
+        ),
         ("adapter.layers=[]", "adapter.layers=[] adapts nothing"),
         ("data.eval_rows=null", "data.layout=logistic_map needs data.eval_rows"),
         (

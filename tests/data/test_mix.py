@@ -274,7 +274,7 @@ A = MixPart(files=["a.jsonl"], weight=1.0, eval_rows=1)
         ([A], {"layout": "logistic_map", "eval_rows": 2}, "data.mix.0 names rows, but data.layout=logistic_map comput"),
         ([MixPart(files=["a.jsonl"], eval_rows=0)], {}, "data.mix.0.eval_rows=0: no rows to evaluate on. Raise one."),
         ([MixPart(files=["a.jsonl"], rows=0, eval_rows=1)], {}, "data.mix.0.rows=0 must be positive."),
-        ([MixPart(files=["a.jsonl"], eval_rows=-1)], {}, "data.mix.0.eval_rows=-1 must be positive."),
+        ([MixPart(files=["a.jsonl"], eval_rows=-1)], {}, "data.mix.0.eval_rows=-1 must not be negative."),
     ],
 )
 def test_a_mix_of_another_shape_is_refused_before_anything_is_read(parts, settings, line):

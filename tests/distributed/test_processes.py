@@ -10,16 +10,20 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from several_processes import ONE_THREAD, torchrun
 from tiny_runs import all_losses_of, evaluations_of
 
+from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.launch import processes_to_start
 from cera_train.distributed.processes import join_slurm_step
-from cera_train.distributed.team import Watchdog
+from cera_train.distributed.team import Team, Watchdog
+from cera_train.model.config import ModelConfig
 from cera_train.runs.outcomes import read_losses
 from cera_train.training.train import train
 
@@ -271,7 +275,7 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     os.kill(other, signal.SIGKILL)
     _, err = endless.communicate()
     assert endless.returncode == 2
-    assert err.startswith("cera-train: process 1 was ended by SIGKILL")
+    assert err.startswith("cera-train: process 1 was killed by SIGKILL: the machine may be out of memory")
     assert len(err.splitlines()) == 1
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
@@ -285,6 +289,23 @@ def test_who_is_missing_is_silent_or_behind():
         ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 4), (7, 4)], []),  # nobody: they wait for the library
     ]:
         assert Watchdog._missing([first, last]) == missing
+
+
+@pytest.mark.parametrize(("is_sharded", "arrivals"), [(False, [1, 1]), (True, [3, 3])])
+def test_processes_with_other_numbers_of_passes_arrive_as_often(is_sharded, arrivals):
+    """Before each meeting: whole models meet once, for their gradients; sharded ones in every pass."""
+    found = []
+    for process, passes in enumerate([[1, 2, 3], [1, 2, 3] if is_sharded else [1]]):
+        state = {"num_processes": 2, "process_index": process, "is_main_process": not process, "device": None}
+        team = Team(SimpleNamespace(**state, is_fsdp2=is_sharded))
+        assert [one for one, _ in team.passes(passes)] == passes
+        found.append(team.watchdog.arrivals)
+    assert found == arrivals
+
+
+def test_no_pass_waits_for_the_buffers_of_process_0():
+    accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    assert not accelerator.ddp_handler.broadcast_buffers
 
 
 @pytest.mark.slow

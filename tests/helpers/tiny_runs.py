@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.amp import GradScaler
 
 from cera_train.runs.folder import RunFolder
+from cera_train.training import session
 from cera_train.training.train import train
 
 TIMINGS = {
@@ -87,3 +89,19 @@ def train_and_die_after(config, update: int, monkeypatch) -> None:
         patch.setattr(RunFolder, "append_metrics", append)
         with pytest.raises(Cut):
             train(config)
+
+
+def scale_gradients(monkeypatch) -> list[GradScaler]:
+    """Lets every run of the test scale its gradients, as one in float16 on a GPU does: by 4 at first, and by twice as
+    much after any 5 updates. Returns the runs' scalers."""
+    scalers, start = [], session.start_accelerator
+
+    def start_with_scaler(*arguments):
+        accelerator = start(*arguments)
+        accelerator.scaler = scaler = GradScaler("cpu", init_scale=4.0, growth_interval=5)
+        accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)  # before clipping
+        scalers.append(scaler)
+        return accelerator
+
+    monkeypatch.setattr(session, "start_accelerator", start_with_scaler)
+    return scalers

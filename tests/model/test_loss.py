@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,28 +143,34 @@ def test_unsupervised_tokens_and_padding_do_not_count(tiny_llama):
     torch.testing.assert_close(longer, alone)
 
 
-def test_probe_finds_a_model_that_changes_its_logits_after_the_head():
-    """Gemma 2 caps its logits: the head alone would give another loss."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("cohere", {"logit_scale": 0.1}),
+        ("granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_a_head_goes_in_chunks_also_where_its_logits_are_capped_or_scaled(name, changes, monkeypatch):
+    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
+    model = ARCHITECTURES[name].model(**changes, initializer_range=0.3)
+    rows, masks = make_rows()
+    supervised, found = make_loss(model), {}
+    assert supervised.allowed.chunks_head
+    for chunks_head in (True, False):
+        supervised.allowed = replace(supervised.allowed, chunks_head=chunks_head)
+        supervised.zero_grad()
+        loss = supervised(padded_batch(rows, masks))
+        loss.backward()
+        found[chunks_head] = [loss, *(weight.grad for weight in supervised.parameters() if weight.requires_grad)]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
 
-    torch.manual_seed(0)
-    small = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "head_dim": 8,
-    }
-    config = Gemma2Config(
-        vocab_size=128,
-        num_key_value_heads=2,
-        final_logit_softcapping=2.0,
-        initializer_range=0.3,
-        pad_token_id=0,
-        **small,
-    )
-    model = Gemma2ForCausalLM(config).eval()
-    rows, masks = make_rows(vocab_size=128)
+
+def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):
+    """In a way that is not known: the head alone would give another loss."""
+    monkeypatch.setattr(loss_module, "finish_logits", lambda logits, config: logits)
+    model = ARCHITECTURES["gemma2"].model(final_logit_softcapping=2.0, initializer_range=0.3)
+    rows, masks = make_rows()
     supervised = make_loss(model)
     assert not supervised.allowed.chunks_head
     total = sum(supervised(micro_batch) for micro_batch in groups_of(rows, masks, 3, padded_batch)).item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from cera_train.adapters.build import adapter_config, build, parameter_counts
 from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.targets import linear_names
+from cera_train.common.errors import UserError
 from cera_train.model.architecture import attention_for
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.weights import check_length, load_model, load_tokenizer
@@ -60,6 +62,23 @@ def test_int8_is_llm_int8(tiny_folder):
 
     model = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.int8), CPU)
     assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear8bitLt)
+
+
+@pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
+def test_weights_that_are_stored_quantised_load_as_they_are(tiny_folder, tmp_path, monkeypatch, quantization):
+    """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to what they are."""
+    from bitsandbytes.nn import Linear4bit, modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # a CPU for which bitsandbytes repacks weights
+    folder = shutil.copytree(tiny_folder, tmp_path / "stored")
+    load_model(ModelConfig(path=str(tiny_folder), quantization=quantization), CPU).save_pretrained(folder)
+    with pytest.raises(UserError, match=f"are stored as {quantization}: set model.quantization={quantization}"):
+        load_model(ModelConfig(path=str(folder)), CPU)
+    model = load_model(ModelConfig(path=str(folder), quantization=quantization), CPU)
+    assert model.hf_quantizer.pre_quantized
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    assert bool(layers) == (quantization == Quantization.nf4)
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
 def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):

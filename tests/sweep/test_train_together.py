@@ -63,7 +63,7 @@ def test_what_is_finished_is_not_run_again_and_a_mistake_is_its_jobs_own(sweep, 
     failing = "adapter=lora,adapter.activation=relu"
     expected = {name: "failed" if name == failing else "finished" for name in states(tmp_path / "outputs" / "sweep")}
     assert states(tmp_path / "outputs" / "sweep") == expected
-    assert "adapter.activation=relu is the gate of cera" in capsys.readouterr().err
+    assert "only adapter.kind=cera has adapter.activation" in capsys.readouterr().err
     assert sweep(*grid, "launch.together=2") == 1
     output = capsys.readouterr().out
     assert output.count("Its result stands") == 3

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from tiny_runs import adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
+from tiny_runs import adapter_bytes, folder_of, metrics_of, scale_gradients, timeless_metrics, train_and_die_after
 
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, read_losses
@@ -49,6 +49,29 @@ def test_resume_with_8_bit_moments_is_bit_exact(tiny_config, monkeypatch):
     assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
+def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
+    scalers = scale_gradients(monkeypatch)
+    whole, cut = tiny_config("name=whole"), tiny_config("name=cut")
+    train(whole)
+    train_and_die_after(cut, 11, monkeypatch)
+    train(cut)
+    ends = [scaler.state_dict() for scaler in (scalers[0], scalers[-1])]
+    assert ends[0] == ends[1]
+    assert (ends[0]["scale"], ends[0]["_growth_tracker"]) == (16, 2)  # 12 updates are twice 5 and 2
+    assert adapter_bytes(cut) == adapter_bytes(whole)
+
+
+def test_a_checkpoint_without_a_scaler_starts_one_anew(trained_config, tiny_config, monkeypatch):
+    whole = trained_config()
+    scalers, branch = (
+        scale_gradients(monkeypatch),
+        tiny_config(f"train.resume={folder_of(whole) / 'checkpoints' / '8'}"),
+    )
+    train(branch)
+    assert scalers[0].state_dict()["_growth_tracker"] == 4
+    assert adapter_bytes(branch) == adapter_bytes(whole)  # powers of 2 round nothing
+
+
 def test_resume_from_a_path_goes_on_from_there(trained_config, tiny_config):
     whole = trained_config()
     checkpoint = folder_of(whole) / "checkpoints" / "8"
@@ -78,6 +101,11 @@ def test_a_branch_from_another_folder_has_a_best_of_its_own(trained_config, tiny
     assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
     with pytest.raises(ValueError, match=r"another config: train.batch_size was 16, is 8; train.seed was 0, is 1"):
         train(tiny_config("name=other", f"train.resume={checkpoint}", "train.batch_size=8", "train.seed=1"))
+    with pytest.raises(
+        ValueError, match=r"checkpoints/8 leaves nothing to do: this run ends at update 8. Set a larger"
+    ):
+        train(tiny_config("name=short", f"train.resume={checkpoint}", "train.max_updates=8"))
+    assert not folder_of(tiny_config("name=short")).exists()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -12,12 +12,13 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from tiny_runs import adapter_bytes, folder_of, metrics_of
+from tiny_runs import adapter_bytes, folder_of, metrics_of, scale_gradients
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.distributed.config import Strategy
+from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
@@ -82,6 +83,15 @@ def test_metrics_have_the_promised_names(finished):
     assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
+
+
+def test_spectra_are_measured_once_at_an_evaluation(tiny_config, monkeypatch):
+    measure, updates = HeldOut.spectra, []
+    monkeypatch.setattr(HeldOut, "spectra", lambda self: updates.append(1) or measure(self))
+    config = tiny_config("train.max_updates=3", "train.eval_every=2")
+    result = train(config)
+    assert len(updates) == 3  # at updates 0, 2 and 3, and not again for the result
+    assert metrics_of(config)[-1]["spectrum/effective_rank/max"] == result["spectrum/effective_rank/max"]
 
 
 def test_losses_of_tokens_are_those_of_the_reported_perplexities(finished):
@@ -221,6 +231,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
         train(config)
 
 
+def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):
+    """A scaler skips the update and halves its scale, from 4 on: the gradient overflows at a half too."""
+    scale_gradients(monkeypatch)
+    backward = Accelerator.backward
+
+    def overflow(self, loss):
+        backward(self, loss)
+        for group in self._optimizers[0].param_groups:
+            for weight in group["params"]:
+                weight.grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Accelerator, "backward", overflow)
+    config = tiny_config("train.check_coverage=false")
+    with pytest.raises(ValueError, match=r"update 4 or its gradient is not finite"):
+        train(config)
+    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3]
+
+
 def test_a_learning_rate_that_explodes_is_stopped(tiny_config):
     with pytest.raises(ValueError, match="is not finite"):
         train(tiny_config("optimizer.lr=1e30", "optimizer.weight_decay=0"))
@@ -297,5 +325,5 @@ def test_an_engine_that_shards_the_model_is_refused():
     class Sharded:
         distributed_type = DistributedType.FSDP
 
-    with pytest.raises(ValueError, match="FSDP is not what distributed.strategy=ddp says"):
+    with pytest.raises(ValueError, match="launcher set up FSDP, but distributed.strategy=ddp needs plain processes"):
         check_distribution(Sharded(), Strategy.ddp)
