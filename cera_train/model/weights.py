@@ -89,22 +89,17 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
 
 
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
-    """Whether bitsandbytes has quantised the weights before they were saved. Raises UserError where another library
-    has, or where `model.quantization`, by which a run decides what it may do, is not what they are."""
-    settings = getattr(architecture, "quantization_config", None)
-    if settings is None:
-        return False
+    """Whether bitsandbytes has quantised the weights before they were saved; what other libraries wrote, transformers
+    dequantises or refuses. Raises UserError where `model.quantization`, by which a run decides what it may do, is not
+    what they are."""
+    settings = getattr(architecture, "quantization_config", None) or {}
     kinds = {"load_in_4bit": Quantization.nf4, "load_in_8bit": Quantization.int8}
     stored = next((kind for name, kind in kinds.items() if settings.get(name)), None)
-    place = f"model.path={config.path}: its weights are stored"
-    if stored is None:
+    if stored not in (None, config.quantization):
         raise UserError(
-            f"{place} as {settings.get('quant_method')}, and only bitsandbytes' can be trained on: choose the model's "
-            "16-bit weights, and model.quantization=nf4 or int8 where memory is short."
+            f"model.path={config.path}: its weights are stored as {stored}: set model.quantization={stored}."
         )
-    if stored != config.quantization:
-        raise UserError(f"{place} as {stored}: set model.quantization={stored}.")
-    return True
+    return stored is not None
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -204,10 +204,6 @@ SAFETENSORS = "m/model.safetensors: "
         (configured(num_attention_heads=0), "model.path=m: its config.json is not usable (ZeroDivisionError: "),
         (configured(hidden_size=64), "model.path=m: the weights have other shapes than config.json asks for: copy the"),
         (
-            configured(quantization_config={"quant_method": "fp8"}),
-            "model.path=m: its weights are stored as fp8, and only bitsandbytes' can be trained on: choose",
-        ),
-        (
             configured(num_hidden_layers=3),
             "model.path=m: the weights lack model.layers.2.input_layernorm.weight and 8 m",
         ),
