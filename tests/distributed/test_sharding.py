@@ -48,7 +48,7 @@ def on_the_gpu(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("keep", [True, False])
 def test_one_whole_tensor_at_a_time_is_on_the_gpu(sharded, on_the_gpu, keep):
     model, optimizer = sharded
-    weights, state = trainable_weights(model, keep), optimizer_state(optimizer, keep)
+    weights, state = trainable_weights(model, keep=keep), optimizer_state(optimizer, keep=keep)
     assert on_the_gpu == [1] * 12  # two weights and two biases, and two moments of each
     kept = [*weights.values(), *(moment for moments in state["state"].values() for moment in moments.values())]
     assert len(kept) == 16  # with the step count of each
