@@ -89,17 +89,18 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
 
 
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
-    """Whether bitsandbytes has quantised the weights before they were saved; what other libraries wrote, transformers
-    dequantises or refuses. Raises UserError where `model.quantization`, by which a run decides what it may do, is not
-    what they are."""
-    settings = getattr(architecture, "quantization_config", None) or {}
+    """Whether the weights were quantised before they were saved: by bitsandbytes, or by another library, which
+    transformers dequantises or refuses. Raises UserError where `model.quantization`, by which a run decides what it may
+    do, is not bitsandbytes' kind."""
+    settings = getattr(architecture, "quantization_config", None)
+    if settings is None:
+        return False
     kinds = {"load_in_4bit": Quantization.nf4, "load_in_8bit": Quantization.int8}
-    stored = next((kind for name, kind in kinds.items() if settings.get(name)), None)
-    if stored not in (None, config.quantization):
-        raise UserError(
-            f"model.path={config.path}: its weights are stored as {stored}: set model.quantization={stored}."
-        )
-    return stored is not None
+    kind = next((kind for name, kind in kinds.items() if settings.get(name)), Quantization.none)
+    if kind != config.quantization:
+        stored = settings.get("quant_method") if kind == Quantization.none else kind
+        raise UserError(f"model.path={config.path}: its weights are stored as {stored}: set model.quantization={kind}.")
+    return True
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -81,6 +81,14 @@ def test_weights_that_are_stored_quantised_load_as_they_are(tiny_folder, tmp_pat
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
 
+def test_weights_of_another_library_are_not_quantised_again(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "stored")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(UserError, match="are stored as fp8: set model.quantization=none"):
+        load_model(ModelConfig(path=str(folder), quantization=Quantization.nf4), CPU)
+
+
 def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
     """On some CPUs bitsandbytes repacks weights in eval mode for a kernel without a backward."""
     assert_nf4_gradients_are_right(tiny_folder, CPU)
