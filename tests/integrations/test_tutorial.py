@@ -21,8 +21,8 @@ SHORT = {
 }
 """What a command gets besides, to take seconds."""
 ANY_LINES = "..."
-DEPENDS_ON_MACHINE = ("precision", "device", "speed")
-"""Lines of which only the first word is compared."""
+MAY_DIFFER = ("precision", "device", "speed", "fitted")
+"""Lines of which only the first word is compared: they depend on the machine, or on which fit of an export is closer."""
 
 
 def steps() -> list[tuple[str, str]]:
@@ -40,7 +40,7 @@ def forms(text: str) -> list[str]:
     lines: list[str] = []
     for line in text.splitlines():
         words = line.split()
-        words = words[:1] if words and words[0] in DEPENDS_ON_MACHINE else words
+        words = words[:1] if words and words[0] in MAY_DIFFER else words
         form = re.sub(r"[+-]?\d[\d.,:]*", "#", " ".join(words)).replace("v_proj", "q_proj")
         lines += [form] * (lines[-1:] != [form])
     return lines
