@@ -22,7 +22,7 @@ SHORT = {
 """What a command gets besides, to take seconds."""
 ANY_LINES = "..."
 MAY_DIFFER = ("precision", "device", "speed", "fitted")
-"""Lines of which only the first word is compared: they depend on the machine, or on which fit of an export is closer."""
+"""Lines of which only the first word is compared: they depend on the machine, or on which fit is closer."""
 
 
 def steps() -> list[tuple[str, str]]:
