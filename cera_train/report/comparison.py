@@ -16,7 +16,7 @@ from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.statistics import Difference, McNemar, mcnemar, paired_bootstrap, sign_flip
 from cera_train.evaluation.verdict import ERROR_RATE, holm
 from cera_train.report.runs import Evaluation, Run, Settings
-from cera_train.report.table import has_column, row_of, signed
+from cera_train.report.table import has_column, p_text, row_of, signed
 from cera_train.runs.results import PerplexityResult
 from cera_train.tasks.registry import display_name
 
@@ -62,13 +62,13 @@ class PairedTest:
         if self.difference.lower == self.difference.upper:  # resampling equal differences gives a point
             size = f"{points} points for {self.second} on every problem"
             size = size if self.difference.difference else "no problem where they differ"
-        p = self.p_value
-        p_text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+        p = p_text(self.p_value)
+        p = f"p {p}" if p.startswith("<") else f"p = {p}"
         if self.mcnemar is None:
             how = "several answers each" if self.grader in ("exact", "verified") else f"by {self.grader}"
-            return f"mean over {self.problems:,} problems, {how}: {size}, {p_text}"
+            return f"mean over {self.problems:,} problems, {how}: {size}, {p}"
         alone = f"{self.mcnemar.only_first:,} to {self.mcnemar.only_second:,} of {self.problems:,} problems"
-        return f"{alone} that only one of them solves, {p_text}; {size}"
+        return f"{alone} that only one of them solves, {p}; {size}"
 
 
 def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:

@@ -175,6 +175,10 @@ def has_column(key: str) -> bool:
     return is_of_task(key) or key in (RunResult.key_of("perplexity"), *map(SpectrumSummary.key_of, spectrum))
 
 
+def p_text(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
 def signed(value: float, form: str = ".2f") -> str:
     text = f"{value:+{form}}".replace("-", MINUS)
     return text if text.strip(f"+{MINUS}0.") else text[1:]

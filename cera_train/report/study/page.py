@@ -98,9 +98,7 @@ class StudyReport:
             planned[f"Failures on {outcome.title}"] = pictures.failures(self.cells, outcome)
         for own in self.difficulties:
             cells = [cell for cell in self.cells if cell.name in own.losses]
-            title, has_baseline = f"Difficulty {own.task}", any(cell.cell.arm == config.baseline for cell in cells)
-            picture = pictures.difficulties(own, cells, config.baseline, styles) if has_baseline else None
-            planned[title] = picture or f"no run of the baseline, {config.baseline}"
+            planned[f"Difficulty {own.task}".rstrip()] = pictures.difficulties(own, cells, config.baseline, styles)
         return planned
 
     @property

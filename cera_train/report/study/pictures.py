@@ -179,13 +179,16 @@ def failures(cells: Sequence[CellResult], outcome: Outcome) -> Picture:
     return Picture(f"failures-{outcome.name}", title, f"{title}. {'; '.join(texts)}.", caption, draw, height)
 
 
-def difficulties(difficulty: Difficulty, cells: Sequence[CellResult], baseline: str, styles: Styles) -> Picture:
-    """The gain over the baseline in each part of the tokens; an arm has a line for every condition.
+def difficulties(difficulty: Difficulty, cells: Sequence[CellResult], baseline: str, styles: Styles) -> Picture | str:
+    """The gain over the baseline in each part of the tokens; an arm has a line for every condition. The reason where
+    the baseline has not run.
 
     Args:
         baseline: the name of the arm in `study.arms`.
     """
     baselines = {own.condition: own for own in cells if own.cell.arm == baseline}
+    if not baselines:
+        return f"no run of the baseline, {baseline}"
     gains = {}
     for own in (own for own in cells if own.cell.arm != baseline):
         pairs = zip(difficulty.losses[baselines[own.condition].name], difficulty.losses[own.name], strict=True)

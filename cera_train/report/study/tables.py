@@ -9,8 +9,8 @@ from cera_train.common.terminal import duration
 from cera_train.report.study.cells import CellResult, Outcome
 from cera_train.report.study.contrasts import Comparison
 from cera_train.report.study.failures import Difficulty, ending_shares, pass_at
-from cera_train.report.study.words import p_text, sizes
-from cera_train.report.table import QUALITY, Cell, Column, figure_cell
+from cera_train.report.study.words import sizes
+from cera_train.report.table import QUALITY, Cell, Column, figure_cell, p_text
 from cera_train.tasks.endings import ENDINGS
 
 

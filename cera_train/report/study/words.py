@@ -225,7 +225,3 @@ def unequal_times(cells: Sequence[CellResult]) -> str:
 def listed(texts: Sequence[str]) -> str:
     """a, b and c."""
     return " and ".join(filter(None, [", ".join(texts[:-1]), *texts[-1:]]))
-
-
-def p_text(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
