@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.verdict import ERROR_RATE, Spread, Variances, degrees_of_sum
+from cera_train.evaluation.verdict import ERROR_RATE, Spread, Variances
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -16,14 +16,14 @@ POWER = 0.8
 """The probability with which a difference counts as found."""
 
 MOST_SEEDS, MOST_PROBLEMS = 10_000, 100_000_000
-QUANTILES = 64  # of the variance that an arm's seeds show: power to 0.003
+QUANTILES = 64  # of the variance that the seeds show: power to 0.003
 
 
 def power_of(variances: Variances, difference: float, seeds: int, problems: int, comparisons: int = 1) -> float:
     """The probability of the right verdict on this difference.
 
     With several comparisons, it is that of Holm's first step, where p is multiplied by their number: the later ones
-    have more. Both arms are taken to share the seeds' variance equally, and the problems' part as known.
+    have more. The problems' part is taken as known.
     """
     if seeds < 2 or problems < 2:
         return 0.0
@@ -60,7 +60,7 @@ def needed(
 
 
 class _Design:
-    """Half widths that this many seeds and problems lead to, one for each pair of variances that two arms may show."""
+    """Half widths that this many seeds and problems lead to, one for each variance that the seeds may show."""
 
     def __init__(self, variances: Variances, seeds: int, problems: int, comparisons: int) -> None:
         import numpy
@@ -72,13 +72,10 @@ class _Design:
         # Quantiles of the variance of `seeds` normal numbers, closer together where it is small.
         edges = numpy.linspace(0, 1, QUANTILES + 1) ** 2
         shown = chdtri(seeds - 1, 1 - (edges[1:] + edges[:-1]) / 2) / (seeds - 1)
-        self.chances = numpy.outer(numpy.diff(edges), numpy.diff(edges))
+        self.chances = numpy.diff(edges)
         residual = variances.residual / (seeds * problems)
-        arm = (variances.seed / seeds + residual) / 2 * shown
-        pairs = numpy.stack(numpy.broadcast_arrays(arm[:, None], arm), -1)  # [QUANTILES, QUANTILES, arms]
         problem = variances.problem / problems
-        degrees = degrees_of_sum(pairs, numpy.array([seeds - 1, seeds - 1]))
-        spread = Spread(pairs.sum(-1), degrees, residual, problem, problems - 1)
+        spread = Spread((variances.seed / seeds + residual) * shown, seeds - 1, residual, problem, problems - 1)
         self.half_widths: ndarray = spread.half_width(ERROR_RATE / comparisons)
         self.standard_error: float = float(numpy.sqrt(variances.seed / seeds + residual + problem))
 

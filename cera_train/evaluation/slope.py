@@ -1,7 +1,7 @@
 """An outcome against log2 of the rank: its slope per doubling, and the rank from which it no longer changes.
 
-Seeds are the replicates; problems are the fixed ones that all runs met. A slope is a weighted sum of the ranks' means,
-so its variance is the sum of theirs, with degrees of freedom as in `verdict`.
+Seeds are the replicates; problems are the fixed ones that all runs met. Every seed ran at every rank and has a slope of
+its own, so a slope's interval is Student's for the mean of the seeds' slopes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.verdict import ERROR_RATE, Interval, degrees_of_sum
+from cera_train.evaluation.verdict import ERROR_RATE, Interval
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Estimate(Interval):
-    """A slope per doubling of the rank with its 95 % interval; -inf to inf where a rank has one seed."""
+    """A slope per doubling of the rank with its 95 % interval; -inf to inf for one seed."""
 
     value: float
     lower: float
@@ -50,7 +50,7 @@ class Slope:
     @property
     def plateau_index(self) -> int | None:
         """The first rank such that neither a step nor a tail that starts there or later excludes zero; None where the
-        last step excludes zero, or a rank has one seed."""
+        last step excludes zero, or there is one seed."""
         if math.isinf(self.overall.lower):
             return None
         changes = [
@@ -77,7 +77,7 @@ def slope(log2_ranks: Sequence[float], values: Sequence[Sequence[float]]) -> Slo
 
     Args:
         log2_ranks: Ascending, at least two.
-        values: [ranks][seeds]; numbers of seeds may differ.
+        values: [ranks][seeds], the same seeds at every rank.
 
     Raises:
         UserError: Ranks and values do not fit each other, or a value is not a number.
@@ -86,42 +86,39 @@ def slope(log2_ranks: Sequence[float], values: Sequence[Sequence[float]]) -> Slo
         raise UserError(
             f"a slope needs values of at least two ranks, got {len(log2_ranks)} ranks, {len(values)} values."
         )
+    if len(counts := {*map(len, values)}) > 1:
+        raise UserError(f"a slope needs the same seeds at every rank, got {' and '.join(map(str, sorted(counts)))}.")
     if any(larger <= smaller for smaller, larger in pairwise(log2_ranks)):
         raise UserError(f"a slope needs ascending ranks, got log2 {[*log2_ranks]}.")
     if not all(math.isfinite(value) for row in values for value in row):
         raise UserError("a slope needs numbers, got inf or nan. Leave out runs that diverged.")
-    pairs = [slice(index, index + 2) for index in range(len(values) - 1)]
-    tails = [_fit([(log2_ranks[pair.start :], values[pair.start :], 1)]) for pair in pairs]
-    steps = [_fit([(log2_ranks[pair], values[pair], 1)]) for pair in pairs]
+    starts = range(len(values) - 1)
+    steps = [_estimate(_by_seed(log2_ranks[at : at + 2], values[at : at + 2])) for at in starts]
+    tails = [_estimate(_by_seed(log2_ranks[at:], values[at:])) for at in starts]
     return Slope(tuple(log2_ranks), tuple(tuple(map(float, row)) for row in values), tails[0], steps, tails)
 
 
 def slope_difference(first: Slope, second: Slope) -> Estimate:
-    """The second's overall slope - the first's."""
-    return _fit([(first.log2_ranks, first.values, -1), (second.log2_ranks, second.values, 1)])
+    """The second's overall slope - the first's, of the same seeds; the ranks may differ."""
+    return _estimate(_by_seed(second.log2_ranks, second.values) - _by_seed(first.log2_ranks, first.values))
 
 
-def _fit(lines: list[tuple[Sequence[float], Sequence[Sequence[float]], int]]) -> Estimate:
-    """The sum of the lines' slopes, each times its sign."""
-    import numpy
-    from scipy.special import stdtr, stdtrit
-
-    coefficients = numpy.concatenate([sign * _coefficients(log2_ranks) for log2_ranks, _, sign in lines])
-    cells = [numpy.asarray(row, dtype=float) for _, values, _ in lines for row in values]
-    value = float(coefficients @ [cell.mean() for cell in cells])
-    if min(map(len, cells)) < 2:
-        return Estimate(value, -math.inf, math.inf, 1.0)
-    variances = coefficients**2 * [cell.var(ddof=1) / len(cell) for cell in cells]
-    degrees = float(degrees_of_sum(variances, numpy.array([len(cell) - 1 for cell in cells])))
-    error = math.sqrt(variances.sum())
-    half = -float(stdtrit(degrees, ERROR_RATE / 2)) * error
-    p_value = 1.0 if value == 0 else float(2 * stdtr(degrees, -abs(value) / error)) if error else 0.0
-    return Estimate(value, value - half, value + half, p_value)
-
-
-def _coefficients(log2_ranks: Sequence[float]) -> ndarray:
-    """Least squares: slope = sum of (x - mean x) y / sum of (x - mean x)^2."""
+def _by_seed(log2_ranks: Sequence[float], values: Sequence[Sequence[float]]) -> ndarray:
+    """The least-squares slope of each seed: sum of (x - mean x) y / sum of (x - mean x)^2."""
     import numpy
 
     centred = numpy.asarray(log2_ranks, dtype=float) - numpy.mean(log2_ranks)
-    return centred / (centred**2).sum()
+    return centred / (centred**2).sum() @ numpy.asarray(values, dtype=float)
+
+
+def _estimate(by_seed: ndarray) -> Estimate:
+    """The mean with Student's interval."""
+    from scipy.special import stdtr, stdtrit
+
+    value, seeds = float(by_seed.mean()), len(by_seed)
+    if seeds < 2:
+        return Estimate(value, -math.inf, math.inf, 1.0)
+    error = float(by_seed.std(ddof=1)) / math.sqrt(seeds)
+    half = -float(stdtrit(seeds - 1, ERROR_RATE / 2)) * error
+    p_value = 1.0 if value == 0 else float(2 * stdtr(seeds - 1, -abs(value) / error)) if error else 0.0
+    return Estimate(value, value - half, value + half, p_value)

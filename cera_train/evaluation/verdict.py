@@ -1,29 +1,25 @@
 """The difference of two arms of a study, with seeds and problems as random effects, and whether it is shown.
 
-    value[arm, seed, problem] = mean[arm] + A[arm, seed] + B[problem] + C[arm, problem] + R[arm, seed, problem]
+Both arms ran with the same seeds and met the same problems. A seed gives both one order of rows, so arms are compared
+seed by seed and problem by problem, and what is common to both cancels:
 
-B cancels in the difference of the arms' means, since both arms meet the same problems. What remains varies with the
-seeds, by A and R, and with the choice of problems, by C:
+    second[seed, problem] - first[seed, problem] = difference + A[seed] + C[problem] + R[seed, problem]
 
-    Var(difference) = seeds' part + problems' part
+    Var(difference) = seeds' part, by A and R + problems' part, by C
     half width^2    = t(seeds)^2 seeds' part + t(problems)^2 problems' part
 
 Each part has the t quantile of its degrees of freedom. If each part alone keeps its error rate, so does the sum,
 whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
 One t quantile with Satterthwaite's degrees of freedom for the whole (as in min F', Clark 1973, "The
 language-as-fixed-effect fallacy") does not: two or three seeds that agree by chance pass for no variance at all, and
-errors reach 11 % and 7.5 % where 5 % are meant. The plain hierarchical bootstrap reaches 24 % at 3 seeds: it draws from
+errors reach 12 % and 8 % where 5 % are meant. The plain hierarchical bootstrap reaches 26 % at 3 seeds: it draws from
 S seeds, which have (S - 1)/S of the variance, and has no t quantile. `python -m benchmarks.verdicts` shows all three.
 
-Seeds of two arms are not paired. Pairing is valid, too, as a seed gives both arms one order of rows, but it leaves
-S - 1 degrees of freedom: it narrows the interval only if the arms' seeds correlate above 0.3 at 3 seeds, 0.2 at 5, and
-above 0.55 and 0.35 after Holm over ten comparisons. Seeds that do correlate make this interval err less than 5 %.
+Pairing leaves S - 1 degrees of freedom instead of up to 2 (S - 1): it narrows the interval where the arms' seeds
+correlate above 0.6 at 3 seeds, 0.3 at 5. It needs no assumption on the arms' variances, which may differ.
 
-5 % holds if the means over a seed's problems are about normal. What is not so, at 5 %:
-
-- seeds that either collapse or learn, half of them each: 12.5 % errors at 2 seeds an arm, 3.1 % at 3, 2.1 % at 5;
-- arms whose seeds' variances differ a hundredfold, and nothing else varies: 5.4 % at 2 seeds, 5.2 % at 3, 5.0 % at 5;
-  6.2 % where the arm with more variance has 2 seeds and the other 5.
+5 % holds if the means over a seed's problems are about normal. Seeds that either collapse or learn, half of them each,
+are not: 12.5 % errors at 2 seeds, 3.1 % at 3, 2.5 % at 5.
 """
 
 from __future__ import annotations
@@ -63,7 +59,7 @@ class Spread:
 
     seeds: ndarray | float
     """By A and R."""
-    seed_degrees: ndarray | float
+    seed_degrees: int
     residual: ndarray | float
     """By R alone, which is no larger and known better: the interval is never narrower than that of the seeds at hand on
     other problems. It keeps few right answers, whose means agree by chance, from passing for sure."""
@@ -118,8 +114,7 @@ class Contrast(Interval):
     """Two-sided; 1 where `reason` is set."""
     variances: Variances | None
     """None where `reason` is set."""
-    seeds: tuple[int, int]
-    """Seeds of the first and of the second arm."""
+    seeds: int
     problems: int
     reason: str = ""
     """Why no verdict is possible; empty where one is."""
@@ -131,19 +126,20 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
     """Compares two arms.
 
     Args:
-        first, second: [seeds, problems], the same problems in the same order; numbers of seeds may differ.
+        first, second: [seeds, problems], the same seeds and problems in the same order.
         weights: [problems], the supervised tokens of each row, where values are nats a token: means are then sums of
             nats over sums of tokens. Rows of weight 0 are left out.
 
     Raises:
-        UserError: The arms differ in problems, or a value is not a number.
+        UserError: The arms differ in seeds or problems, or a value is not a number.
     """
     import numpy
 
     arms = [_array("first", first), _array("second", second)]
+    for what, *counts in zip(("seeds", "problems"), arms[0].shape, arms[1].shape, strict=True):
+        if counts[0] != counts[1]:
+            raise UserError(f"a contrast needs the same {what} of both arms, got {counts[0]} and {counts[1]}.")
     problems = arms[0].shape[1]
-    if arms[1].shape[1] != problems:
-        raise UserError(f"a contrast needs the same problems of both arms, got {problems} and {arms[1].shape[1]}.")
     weights = numpy.ones(problems) if weights is None else numpy.asarray(weights, dtype=float)
     if weights.shape != (problems,) or not (weights >= 0).all() or not numpy.isfinite(weights).all():
         raise UserError(f"weights: expected {problems} numbers of at least 0, one a problem.")
@@ -158,14 +154,14 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
 
 
 def _contrast(first: ndarray, second: ndarray, weights: ndarray) -> Contrast:
-    seeds, problems = (len(first), len(second)), len(weights)
+    seeds, problems = first.shape
     if reason := _why_not(seeds, problems):
         test = None
-        if seeds == (1, 1) and {*first.flat, *second.flat} <= {0.0, 1.0}:
+        if seeds == 1 and {*first.flat, *second.flat} <= {0.0, 1.0}:
             test = mcnemar((first[0] == 1).tolist(), (second[0] == 1).tolist())
         difference = float((second.mean(0) - first.mean(0)) @ weights / weights.sum())
         return Contrast(difference, -math.inf, math.inf, 1.0, None, seeds, problems, reason, test)
-    estimate, spread, variances = estimate_difference(first, second, weights)
+    estimate, spread, variances = estimate_mean(second - first, weights)
     difference, half = float(estimate), float(spread.half_width())
     lower, upper, p_value = difference - half, difference + half, float(spread.p_value(estimate))
     if half <= 1e-12 * abs(difference) and difference:  # up to rounding
@@ -177,64 +173,37 @@ def _contrast(first: ndarray, second: ndarray, weights: ndarray) -> Contrast:
     return Contrast(difference, lower, upper, p_value, plain, seeds, problems)
 
 
-def estimate_difference(first: ndarray, second: ndarray, weights: ndarray) -> tuple[ndarray, Spread, Variances]:
-    """Differences of the arms' weighted means with their spread, for any number of data sets at once.
+def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spread, Variances]:
+    """Weighted means of differences with their spread, for any number of data sets at once.
 
     Args:
-        first, second: [..., seeds, problems].
+        differences: [..., seeds, problems].
         weights: [problems], positive.
     """
     import numpy
 
-    problems = len(weights)
+    seeds, problems = differences.shape[-2:]
+    seed_means = differences @ weights / weights.sum()  # [..., seeds]
     # How much a problem moves a weighted mean, by leaving it out: the jackknife, which needs no small-sample factor
     # for a mean and is on the safe side for a ratio.
-    leverage = weights / (weights.sum() - weights)
+    influence = (differences - seed_means[..., None]) * weights / (weights.sum() - weights)  # [..., seeds, problems]
     factor = (problems - 1) / problems
-    means, seed_variances, residuals, influences = [], [], [], []
-    for values in (first, second):
-        seeds = values.shape[-2]
-        seed_means = values @ weights / weights.sum()  # [..., seeds]
-        influence = (values - seed_means[..., None]) * leverage  # [..., seeds, problems]
-        seed_variances.append(seed_means.var(axis=-1, ddof=1) / seeds)
-        residuals.append(factor * influence.var(axis=-2, ddof=1).sum(axis=-1) / seeds)
-        influences.append(influence.mean(axis=-2))
-        means.append(seed_means.mean(axis=-1))
-    seed_variance, residual = numpy.stack(seed_variances, -1), numpy.stack(residuals, -1)
-    seeds = numpy.array([first.shape[-2], second.shape[-2]])
-    # Differences by problem vary by C and by R; the seeds' part has R already.
-    problem_variance = factor * ((influences[1] - influences[0]) ** 2).sum(axis=-1) - residual.sum(-1)
+    residual = factor * influence.var(axis=-2, ddof=1).sum(axis=-1) / seeds
+    # A problem's mean over seeds varies by C and by R; the seeds' part has R already.
+    problem_variance = factor * (influence.mean(axis=-2) ** 2).sum(axis=-1) - residual
     spread = Spread(
-        seeds=seed_variance.sum(-1),
-        seed_degrees=degrees_of_sum(seed_variance, seeds - 1),
-        residual=residual.sum(-1),
+        seeds=seed_means.var(axis=-1, ddof=1) / seeds,
+        seed_degrees=seeds - 1,
+        residual=residual,
         problems=numpy.maximum(problem_variance, 0),
         problem_degrees=max((weights**2).sum() ** 2 / (weights**4).sum() - 1, 1.0),
     )
     variances = Variances(
-        seed=numpy.maximum((seeds * (seed_variance - residual)).sum(-1), 0),
+        seed=numpy.maximum(seeds * (spread.seeds - residual), 0),
         problem=problems * spread.problems,
-        residual=problems * (seeds * residual).sum(-1),
+        residual=problems * seeds * residual,
     )
-    return means[1] - means[0], spread, variances
-
-
-def degrees_of_sum(variances: ndarray, degrees: ndarray) -> ndarray:
-    """Degrees of freedom of a sum of estimated variances.
-
-    Args:
-        variances: [..., parts], estimated from few seeds each.
-        degrees: [parts], seeds - 1.
-
-    Halfway between the fewest of a part and Welch's (1947), which are at most the fewest times the parts: Welch's alone
-    give up to 5.9 % errors at 5 % from 3 seeds whose variances differ, 10.5 % where one arm has 2 seeds and one has 5.
-    """
-    import numpy
-
-    least = degrees.min()
-    total = (variances**2 / degrees).sum(-1)
-    welch = numpy.divide(variances.sum(-1) ** 2, total, out=numpy.full(total.shape, float(least)), where=total > 0)
-    return (least + numpy.clip(welch, least, least * len(degrees))) / 2
+    return seed_means.mean(axis=-1), spread, variances
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -254,10 +223,9 @@ def verdict(contrast: Contrast, adjusted_p: float, higher_is_better: bool) -> Li
     return "better" if (contrast.difference > 0) == higher_is_better else "worse"
 
 
-def _why_not(seeds: tuple[int, int], problems: int) -> str:
-    if min(seeds) < 2:
-        few = " and ".join(name for name, number in zip(("first", "second"), seeds, strict=True) if number < 2)
-        return f"one seed of the {few} arm: what another seed changes is unknown; run at least two, better five"
+def _why_not(seeds: int, problems: int) -> str:
+    if seeds < 2:
+        return "one seed an arm: what another seed changes is unknown; run at least two, better five"
     return "" if problems > 1 else "one problem: what another problem changes is unknown; take at least fifty"
 
 

@@ -20,7 +20,7 @@ from benchmarks.verdicts import (
     with_seeds,
 )
 from cera_train.evaluation.statistics import mcnemar
-from cera_train.evaluation.verdict import Contrast, contrast, degrees_of_sum, estimate_difference, holm, verdict
+from cera_train.evaluation.verdict import Contrast, contrast, estimate_mean, holm, verdict
 
 COLLAPSE = DESIGNS[-1]
 STUDIES = 1_500
@@ -36,7 +36,7 @@ def values(seeds: int = 3, problems: int = 60, shift: float = 0.0, seed: int = 0
 
 
 def made(difference: float, lower: float, upper: float, reason: str = "") -> Contrast:
-    return Contrast(difference, lower, upper, 0.01, None, (3, 3), 50, reason)
+    return Contrast(difference, lower, upper, 0.01, None, 3, 50, reason)
 
 
 # --- error rates -----------------------------------------------------------------------------------------------------
@@ -52,30 +52,25 @@ def test_without_a_difference_at_most_5_percent_get_a_verdict(design, seeds):
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize("seed", [0, 0.03, 0.1, 0.3, 1, 10])
 def test_the_error_rate_holds_from_no_variance_of_seeds_to_nothing_else(seeds, seed):
-    design = Design(seeds=(seeds, seeds), problems=100, seed=(seed, seed), problem=0.3, residual=0.3)
+    design = Design(seeds=seeds, problems=100, seed=(seed, seed), problem=0.3, residual=0.3)
     assert error_of(design, by_verdict, STUDIES) <= at_most(0.05, STUDIES)
 
 
-@pytest.mark.parametrize("seeds", [(2, 3), (3, 5)])
-def test_numbers_of_seeds_may_differ(seeds):
-    assert error_of(Design(seeds=seeds, problems=50, seed=(1, 1)), by_verdict, STUDIES) <= at_most(0.05, STUDIES)
-
-
-@pytest.mark.parametrize(("seeds", "documented"), [(2, 0.125), (3, 0.031), (5, 0.021)])
+@pytest.mark.parametrize(("seeds", "documented"), [(2, 0.125), (3, 0.031), (5, 0.025)])
 def test_seeds_that_collapse_err_as_often_as_documented(seeds, documented):
     assert error_of(with_seeds(COLLAPSE, seeds), by_verdict, STUDIES) == pytest.approx(documented, abs=0.02)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
 def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict(seeds):
-    design = Design(seeds=(seeds, seeds), problems=50, seed=(0.3, 0.3), problem=0.3)
+    design = Design(seeds=seeds, problems=50, seed=(0.3, 0.3), problem=0.3)
     assert family_error(design, arms=10, studies=300) <= at_most(0.05, 300)
 
 
 def test_what_is_not_used_errs_more_often():
     """The hierarchical bootstrap and one t quantile, at 3 seeds: why `verdict` has its interval."""
     assert error_of(DESIGNS[2], by_bootstrap, 500) > 0.15
-    unequal = Design(seed=(1, 0.01), seeds=(2, 2), problems=50, problem=2, residual=0.01)
+    unequal = Design(seed=(1, 0.01), seeds=2, problems=50, problem=2, residual=0.01)
     assert error_of(unequal, by_satterthwaite, STUDIES) > at_most(0.05, STUDIES)
     assert error_of(unequal, by_verdict, STUDIES) <= at_most(0.05, STUDIES)
 
@@ -85,15 +80,15 @@ def test_the_interval_covers_a_planted_difference(weighted):
     design = Design(seed=(0.1, 0.1), problem=0.5, weighted=weighted, difference=1.0)
     missed = 0
     for first, second, weights in draw_studies(design, STUDIES, numpy.random.default_rng(1)):
-        difference, spread, _ = estimate_difference(first, second, weights)
+        difference, spread, _ = estimate_mean(second - first, weights)
         missed += (numpy.abs(difference - 1.0) > spread.half_width()).sum()
     assert missed / STUDIES <= at_most(0.05, STUDIES)
 
 
 def test_variance_components_are_those_of_the_simulation():
-    design = Design(seeds=(5, 5), seed=(0.3, 0.4), problem=0.5, residual=0.6)
+    design = Design(seeds=5, shared=2, seed=(0.3, 0.4), problem=0.5, residual=0.6)
     (first, second, weights), *_ = draw_studies(design, 1_000, numpy.random.default_rng(0))
-    _, _, variances = estimate_difference(first, second, weights)
+    _, _, variances = estimate_mean(second - first, weights)
     assert variances.seed.mean() == pytest.approx(0.25, rel=0.05)
     assert variances.problem.mean() == pytest.approx(0.5, rel=0.05)
     assert variances.residual.mean() == pytest.approx(0.72, rel=0.05)
@@ -110,26 +105,16 @@ def test_seeds_that_change_nothing_leave_the_paired_t_test_over_problems():
     assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
-def test_problems_that_change_nothing_leave_the_unpaired_t_test_over_seeds():
-    """Two arms with the same variance: Welch's degrees are 4, the fewest 2, and 3 are taken."""
-    first = numpy.repeat([[0.0], [1.0], [2.0]], 50, axis=1)
-    result = contrast(first, first + 5)
-    expected = scipy.stats.t.sf(5 / (2 / 3) ** 0.5, df=3) * 2
-    assert result.p_value == pytest.approx(expected, rel=1e-6)
-    assert result.upper - 5 == pytest.approx(scipy.stats.t.ppf(0.975, df=3) * (2 / 3) ** 0.5)
-
-
-@pytest.mark.parametrize(("variances", "expected"), [((1, 1), 3), ((1, 0), 2), ((0, 0), 2), ((1, 0.5), (2 + 3.6) / 2)])
-def test_degrees_of_freedom_are_halfway_from_the_fewest_to_welchs(variances, expected):
-    assert degrees_of_sum(numpy.array(variances, dtype=float), numpy.array([2, 2])) == pytest.approx(expected)
-
-
-def test_degrees_of_freedom_never_exceed_the_fewest_times_the_arms():
-    assert degrees_of_sum(numpy.array([1e-9, 1.0]), numpy.array([1, 100])) == pytest.approx((1 + 2) / 2)
+def test_problems_that_change_nothing_leave_the_paired_t_test_over_seeds():
+    first, second = [0.0, 1.0, 2.0], [5.0, 5.5, 7.5]
+    expected = scipy.stats.ttest_rel(second, first)
+    result = contrast(*(numpy.repeat(numpy.array(arm)[:, None], 50, axis=1) for arm in (first, second)))
+    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+    assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
 def test_the_p_value_is_the_error_rate_whose_interval_ends_at_zero():
-    _, spread, _ = estimate_difference(values(), values(seed=1), numpy.ones(60))
+    _, spread, _ = estimate_mean(values(), numpy.ones(60))
     for difference in (0.01, 0.3, 2.0):
         assert spread.half_width(spread.p_value(difference)) == pytest.approx(difference)
     assert spread.p_value(0.0) == 1
@@ -162,6 +147,12 @@ def test_problems_are_paired():
     assert contrast(values() + difficulty, values(shift=1, seed=1) + difficulty).p_value < 0.01
 
 
+def test_seeds_are_paired():
+    """Seeds differ by 100 times what the arms differ by."""
+    order = 100 * values(3, 1, seed=9)
+    assert contrast(values() + order, values(shift=2, seed=1) + order).p_value < 0.05
+
+
 def test_swapping_the_arms_swaps_the_sign():
     there, back = contrast(values(), values(seed=1)), contrast(values(seed=1), values())
     assert (there.difference, there.lower, there.upper) == pytest.approx((-back.difference, -back.upper, -back.lower))
@@ -171,14 +162,8 @@ def test_swapping_the_arms_swaps_the_sign():
 # --- degenerate data -------------------------------------------------------------------------------------------------
 
 
-def test_identical_arms_do_not_differ():
+def test_identical_arms_are_a_point():
     result = contrast(values(), values())
-    assert (result.difference, result.p_value) == (0, 1)
-    assert result.lower == -result.upper < 0
-
-
-def test_equal_values_everywhere_are_a_point():
-    result = contrast(numpy.zeros((3, 50)), numpy.zeros((3, 50)))
     assert (result.difference, result.lower, result.upper, result.p_value) == (0, 0, 0, 1)
 
 
@@ -200,13 +185,12 @@ def test_one_right_answer_of_all_seeds_is_not_shown():
     assert result.p_value > 0.1
 
 
-@pytest.mark.parametrize(("seeds", "which"), [((1, 3), "first"), ((3, 1), "second"), ((1, 1), "first and second")])
-def test_one_seed_shows_nothing_and_says_why(seeds, which):
-    first, second = values(seeds[0]), values(seeds[1], shift=9, seed=1)
+def test_one_seed_shows_nothing_and_says_why():
+    first, second = values(1), values(1, shift=9, seed=1)
     result = contrast(first, second)
     assert result.difference == pytest.approx(second.mean() - first.mean())
     assert (result.lower, result.upper, result.p_value, result.variances) == (-numpy.inf, numpy.inf, 1, None)
-    assert f"one seed of the {which} arm" in result.reason
+    assert "one seed an arm" in result.reason
     assert verdict(result, 0.0, higher_is_better=True) == "not shown"
     assert not result.within(1e9)
 
@@ -227,7 +211,8 @@ def test_one_problem_shows_nothing_and_says_why():
     ("first", "second", "weights", "match"),
     [
         (values(3, 4), values(3, 5), None, "same problems of both arms, got 4 and 5"),
-        (values(3, 4), [[1, 2, numpy.nan, 4]], None, "second arm: row 0 .* diverged"),
+        (values(3, 4), values(2, 4), None, "same seeds of both arms, got 3 and 2"),
+        (values(1, 4), [[1, 2, numpy.nan, 4]], None, "second arm: row 0 .* diverged"),
         ([[1, 2], [1]], values(3, 2), None, "first arm: its seeds have different numbers of problems"),
         ([1, 2], values(3, 2), None, r"first arm: expected values of \[seeds, problems\]"),
         (values(3, 4), values(3, 4), [1, 2, 3], "weights: expected 4 numbers"),
@@ -271,7 +256,8 @@ def test_values_are_plain_numbers():
 
 def test_the_same_data_in_a_batch_give_the_same_result():
     studies = [(values(seed=seed), values(seed=seed + 50)) for seed in range(4)]
-    difference, spread, _ = estimate_difference(*map(numpy.stack, zip(*studies, strict=True)), numpy.ones(60))
+    differences = numpy.stack([second - first for first, second in studies])
+    difference, spread, _ = estimate_mean(differences, numpy.ones(60))
     for index, (first, second) in enumerate(studies):
         single = contrast(first, second)
         assert difference[index] == pytest.approx(single.difference)

@@ -43,7 +43,7 @@ def compare(
     needed: Any = (9, 5200),
     reason: str = "",
 ) -> Comparison:
-    found = Contrast(*measured, p_value=0.01, variances=Variances(0, 0, 0), seeds=(3, 3), problems=20, reason=reason)
+    found = Contrast(*measured, p_value=0.01, variances=Variances(0, 0, 0), seeds=3, problems=20, reason=reason)
     first, second = (cell(arm, r, task) for arm in arms)
     return Comparison(outcome, asked, first, second, found, 0.02, verdict, detectable, needed)
 
@@ -154,7 +154,8 @@ def test_one_seed_asks_for_more() -> None:
 
 
 def line(arm: str, means: list[float], spread: float = 0.001, seeds: int = 3) -> RankLine:
-    values = [[mean + spread * (seed - (seeds - 1) / 2) for seed in range(seeds)] for mean in means]
+    noise = [spread * (seed - (seeds - 1) / 2) for seed in range(seeds)]
+    values = [[mean + noise[(seed + rank) % seeds] for seed in range(seeds)] for rank, mean in enumerate(means)]
     found = slope([2.0, 4.0, 6.0][: len(means)], values)
     return RankLine(LOSS, arm, "", arm.lower(), [4, 16, 64][: len(means)], found)
 
@@ -175,7 +176,7 @@ def test_a_plateau_that_is_only_not_shown() -> None:
 
 
 def test_slopes_that_are_not_shown_to_differ() -> None:
-    lora, cera = line("LoRA", [2.0, 1.9, 1.8], 0.05), line("CeRA", [2.0, 1.89, 1.79], 0.05)
+    lora, cera = line("LoRA", [2.0, 1.9, 1.8], 0.05), line("CeRA", [2.0, 1.89, 1.79], -0.05)
     (text,) = plateau([], slope_gaps([("lora", "cera")], {("lora", ""): lora, ("cera", ""): cera}))
     assert text.endswith(" (not shown to differ).")
 

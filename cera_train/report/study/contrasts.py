@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def seeds(self) -> int:
-        return min(self.contrast.seeds)
+        return self.contrast.seeds
 
     @property
     def is_possible(self) -> bool:
@@ -115,7 +115,7 @@ def _power(own: Contrast, comparisons: int) -> tuple[float, tuple[int | None, in
     """The smallest difference that could be shown, and the seeds or problems that would show the observed one."""
     if own.variances is None:
         return math.inf, (None, None)
-    design = (min(own.seeds), own.problems, comparisons)
+    design = (own.seeds, own.problems, comparisons)
     return detectable(own.variances, *design), needed(own.variances, own.difference, *design)
 
 

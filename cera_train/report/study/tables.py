@@ -52,10 +52,10 @@ def contrast_table(comparisons: Sequence[Comparison], named: Sequence[str]) -> S
         "would show it": [Cell(sizes(own) if own.is_possible and not own.is_shown else None) for own in comparisons],
     }
     caption = (
-        "A difference is the first-named arm minus the second, with its 95 % interval for other seeds and problems. p "
-        "is corrected by Holm over the contrasts of an outcome, and decides at 5 %. Smallest that could be shown: by "
-        "this design, with power 80 %. Would show it: seeds, or problems, with which the observed difference would be "
-        "shown as often."
+        "A difference is the first-named arm minus the second, seed by seed and problem by problem, with its 95 % "
+        "interval for other seeds and problems. p is corrected by Holm over the contrasts of an outcome, and decides "
+        "at 5 %. Smallest that could be shown: by this design, with power 80 %. Would show it: seeds, or problems, "
+        "with which the observed difference would be shown as often."
     )
     return table_of("Contrasts", "contrast", [own.name for own in comparisons], columns, caption)
 
