@@ -120,6 +120,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Such as 1 job, 2 jobs, 0 processes; the plural of a noun that takes no s is named."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def gigabytes(size: float, decimals: int = 1) -> str:
     """Gigabytes of 10^9 bytes."""
     return f"{size / 1e9:,.{decimals}f} GB"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cera_train.adapters.config import AdapterConfig
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
-from cera_train.common.terminal import duration, gigabytes, print_line, print_table, targets
+from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table, targets
 from cera_train.common.trust import clean
 from cera_train.config import PlanRun
 from cera_train.data.mix import describe_parts
@@ -71,7 +71,7 @@ def describe_data(plan: RunPlan) -> list[tuple[str, str]]:
     )
     tasks = [
         f"{size.name}: {size.problems:,} problems of {size.prompt_tokens:,.0f} tokens ({size.source}), up to "
-        f"{size.new_tokens:,} to answer, at {times:,} evaluation{'s' * (times != 1)}"
+        f"{size.new_tokens:,} to answer, at {counted(times, 'evaluation')}"
         for size in plan.tasks
     ]
     parts = [("part", text) for text in describe_parts(data.parts)]

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from cera_train.common.files import locked
 from cera_train.common.settings import require
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import counted, print_line
 from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
 from cera_train.sweep.folder import WRITER, ComposeJob, begin, record_of
@@ -181,7 +181,7 @@ class Halving(Sweeper):
         """Runs jobs by the launcher of the sweep, and waits for them."""
         if not jobs:
             return
-        self.announce(label, f"{len(jobs)} job{'s' * (len(jobs) != 1)} to {goal}")
+        self.announce(label, f"{counted(len(jobs), 'job')} to {goal}")
         for job in self.launcher.launch(jobs, initial_job_idx=self.launched):
             _ = job.return_value  # raises what the job did not catch
         self.launched += len(jobs)

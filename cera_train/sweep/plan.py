@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from cera_train.common.terminal import print_line, print_table
+from cera_train.common.terminal import counted, print_line, print_table
 from cera_train.config import PlanRun
 from cera_train.planning.plan import RunPlan, make_plan, shape_of
 from cera_train.planning.table import JOB_HEADS, describe_data, job_cells, model_of, print_device, print_missing_price
@@ -87,8 +87,7 @@ def print_groups(groups: Sequence[PlannedGroup], study: StudyConfig | None) -> N
         print_line("each", text)
     print()
     runs = [run for group in groups for run in group.runs]
-    called = ("cell" if study else "group") + "s" * (len(groups) > 1)
-    total = [f"{len(groups)} {called}", "", f"{len(runs):,}", *job_cells(runs), ""]
+    total = [counted(len(groups), "cell" if study else "group"), "", f"{len(runs):,}", *job_cells(runs), ""]
     heads = ["cell" if study else "group", "trainable", "runs", *JOB_HEADS, ""]
     print_table(heads, [*map(_row, groups), total], right=range(1, 8))
     print()
@@ -108,8 +107,8 @@ def describe_runs(group: PlannedGroup, seeds: int) -> str:
         for course in group.courses
     ]
     count = sum(course.candidates for course in group.courses)
-    further = f"; then the best on {seeds - 1} more seed{'s' * (seeds != 2)}" if seeds > 1 else ""
-    return f"{count} candidate{'s' * (count != 1)}: {', '.join(ends)}{further}"
+    further = f"; then the best on {counted(seeds - 1, 'more seed')}" if seeds > 1 else ""
+    return f"{counted(count, 'candidate')}: {', '.join(ends)}{further}"
 
 
 def _describe_data(group: PlannedGroup) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cera_train.common.terminal import counted
 from cera_train.config import Config
 from cera_train.data.config import DataConfig
 from cera_train.data.prepare import encode
@@ -158,7 +159,9 @@ class Exams:
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
             count = sum(len(exam.problems) for exam in self.sampled)
-            parts.append(f"{plural(count)} of up to {self.sampled[0].max_new_tokens:,} tokens at each evaluation")
+            parts.append(
+                f"{counted(count, 'sample')} of up to {self.sampled[0].max_new_tokens:,} tokens at each evaluation"
+            )
         return "; ".join(parts)
 
     def are_due(self, update: int, is_last: bool) -> bool:
@@ -200,7 +203,7 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     for exam in exams.sampled:
         samples += map(exam.sample, itertools.repeat(update), exam.problems, exams.answer(exam))
     if samples:
-        notes.append(f"{plural(len(samples))} in {time.perf_counter() - started:.1f} s")
+        notes.append(f"{counted(len(samples), 'sample')} in {time.perf_counter() - started:.1f} s")
     if is_main and samples:
         for sample in samples:
             arm.folder.append_sample(sample)
@@ -210,7 +213,3 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
     [figures, *_] = arm.session.team.gather([figures])  # the main process's
     arm.progress.tasks = figures or arm.progress.tasks
     return TaskFigures(figures)
-
-
-def plural(samples: int) -> str:
-    return f"{samples:,} sample" + "s" * (samples != 1)
