@@ -34,7 +34,7 @@ def start_accelerator(
 ) -> Accelerator:
     """Joins the processes of this command; `timeout` is the time limit of a collective."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
-    has_gpu = torch.accelerator.is_available()
+    has_gpu = torch.cuda.is_available()  # precision, kernels and layout are chosen for CUDA or a CPU, and tested there
     plugin = None
     if strategy == Strategy.fsdp:
         # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.
@@ -46,8 +46,8 @@ def start_accelerator(
             mixed_precision_policy=MixedPrecisionPolicy(),
         )
     accelerator = Accelerator(
-        mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, torch.cuda.is_available())],
-        cpu=not has_gpu,  # else Accelerate does not join several processes on a machine without GPUs
+        mixed_precision=MIXED_PRECISIONS[model.autocast_dtype(autocast, has_gpu)],
+        cpu=not has_gpu,  # else Accelerate does not join several processes there, or takes another accelerator
         fsdp_plugin=plugin,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timeout),

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from several_processes import ONE_THREAD, torchrun
 from tiny_runs import all_losses_of, evaluations_of
 
@@ -306,6 +307,14 @@ def test_processes_with_other_numbers_of_passes_arrive_as_often(is_sharded, arri
 def test_no_pass_waits_for_the_buffers_of_process_0():
     accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
     assert not accelerator.ddp_handler.broadcast_buffers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
+def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
+    """Precision and kernels were chosen for the CPU."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    assert accelerator.state._cpu
 
 
 @pytest.mark.slow
