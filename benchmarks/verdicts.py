@@ -165,6 +165,7 @@ DESIGNS = (
         "losses; seeds, problems and noise alike, rows weighted by tokens", seed=(0.1, 0.1), problem=1, weighted=True
     ),
     Design("the same, 1,319 rows, problems skewed", 3, 1319, (0.04, 0.04), problem=1, weighted=True, skewed=True),
+    Design("losses; seeds, problems and noise alike, 20 problems", problems=20, seed=(0.2, 0.2), problem=1),
     Design("scores; half are right, 50 problems", problems=50, rate=0.5, problem=0.5),
     Design("scores; 1 % is right, 50 problems", problems=50, rate=0.002, problem=0.5),
     Design("scores; 95 % are right, seeds differ", rate=0.99, seed=(0.5, 0.5), problem=0.5),

@@ -11,15 +11,15 @@ seed by seed and problem by problem, and what is common to both cancels:
 Each part has the t quantile of its degrees of freedom. If each part alone keeps its error rate, so does the sum,
 whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
 One t quantile with Satterthwaite's degrees of freedom for the whole (as in min F', Clark 1973, "The
-language-as-fixed-effect fallacy") does not: two or three seeds that agree by chance pass for no variance at all, and
-errors reach 12 % and 8 % where 5 % are meant. The plain hierarchical bootstrap reaches 26 % at 3 seeds: it draws from
+language-as-fixed-effect fallacy") does not: three seeds that agree by chance pass for no variance at all, and errors
+reach 7.4 % where 5 % are meant. The plain hierarchical bootstrap reaches 26 % at 3 seeds: it draws from
 S seeds, which have (S - 1)/S of the variance, and has no t quantile. `python -m benchmarks.verdicts` shows all three.
 
 Pairing leaves S - 1 degrees of freedom instead of up to 2 (S - 1): it narrows the interval where the arms' seeds
 correlate above 0.6 at 3 seeds, 0.3 at 5. It needs no assumption on the arms' variances, which may differ.
 
 5 % holds if the means over a seed's problems are about normal. Seeds that either collapse or learn, half of them each,
-are not: 12.5 % errors at 2 seeds, 3.1 % at 3, 2.5 % at 5.
+are not: 12.2 % errors at 2 seeds, 3.0 % at 3, 2.5 % at 5.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ SMALLEST_P = 1e-12  # a p-value below is this one
 
 @dataclass(frozen=True)
 class Variances:
-    """Variance components of the difference of two arms, both arms' together:
-    Var(difference) = seed / seeds + problem / problems + residual / (seeds * problems), with that many seeds an arm."""
+    """Variance components of the difference of two arms:
+    Var(difference) = seed / seeds + problem / problems + residual / (seeds * problems)."""
 
     seed: float
     """By A."""

@@ -56,7 +56,7 @@ def test_the_error_rate_holds_from_no_variance_of_seeds_to_nothing_else(seeds, s
     assert error_of(design, by_verdict, STUDIES) <= at_most(0.05, STUDIES)
 
 
-@pytest.mark.parametrize(("seeds", "documented"), [(2, 0.125), (3, 0.031), (5, 0.025)])
+@pytest.mark.parametrize(("seeds", "documented"), [(2, 0.122), (3, 0.030), (5, 0.025)])
 def test_seeds_that_collapse_err_as_often_as_documented(seeds, documented):
     assert error_of(with_seeds(COLLAPSE, seeds), by_verdict, STUDIES) == pytest.approx(documented, abs=0.02)
 
