@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import weakref
@@ -163,6 +164,7 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
         "get_device_name": NAME,
         "get_device_properties": SimpleNamespace(name=NAME, total_memory=80_000_000_000, multi_processor_count=132),
         "is_bf16_supported": True,
+        "is_current_stream_capturing": False,
         **dict.fromkeys(("_lazy_init", "set_device", "synchronize", "empty_cache")),
         **dict.fromkeys(("_exchange_device", "_maybe_exchange_device"), 0),
     }
@@ -191,6 +193,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
         torch._C._set_only_lift_cpu_tensors(True)  # else torch.tensor(..., device="cuda") copies past the mode
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        # Else a torch with CUDA asks cuDNN for its version, which needs a driver.
+        stack.enter_context(patch.dict(os.environ, {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}))
         device = stack.enter_context(FakeDevice())
         stack.enter_context(patch.object(torch.cuda, "max_memory_allocated", lambda *args: device.peak))
         stack.enter_context(patch.object(torch.cuda, "reset_peak_memory_stats", lambda *args: device.reset_peak()))

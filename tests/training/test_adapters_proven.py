@@ -119,7 +119,9 @@ def test_targets_are_counted_by_name(compose):
     whole, left_out = lines("zamba2", "adapter.target_modules=[q_proj,v_proj,in_proj]")
     assert whole == "in_proj q_proj v_proj: 5 of 5 layers"
     whole, left_out = lines("jamba", "adapter.target_modules=all-linear")
-    assert whole == "in_proj x_proj out_proj gate_proj up_proj down_proj q_proj k_proj v_proj o_proj: 10 of 10 layers"
+    projections = "in_proj x_proj out_proj gate_proj up_proj down_proj q_proj k_proj v_proj o_proj"
+    with_router = f"{projections} router: 11 of 11 layers"  # up to transformers 5.20 Jamba's is a linear layer
+    assert whole in (f"{projections}: 10 of 10 layers", with_router)
     assert left_out == (
         "without dt_proj: JambaMambaMixer reads its weight without calling it, so an adapter there would never run"
     )

@@ -77,7 +77,7 @@ def test_memory_is_linear_in_the_layers():
 @pytest.mark.slow
 def test_a_batch_that_stays_on_the_cpu_is_found(monkeypatch):
     monkeypatch.setattr(Batch, "to", lambda self, device: replace(self))
-    with pytest.raises(RuntimeError, match="at least two devices"):
+    with pytest.raises(RuntimeError, match="two (different )?devices"):
         track("quickstart", 1)
 
 
@@ -87,7 +87,7 @@ def test_a_batch_that_stays_on_the_cpu_is_found(monkeypatch):
 def test_mistakes_that_a_gpu_would_refuse_are_refused():
     with fake_gpu():
         x = torch.ones(3, 4, device="cuda")
-        with pytest.raises(RuntimeError, match="at least two devices"):
+        with pytest.raises(RuntimeError, match="two (different )?devices"):
             x + torch.ones(3, 4)
         with pytest.raises(RuntimeError, match="'cuda' device type for generator"):
             x.random_(generator=torch.Generator())
