@@ -12,7 +12,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli.composition import options
+from cera_train.cli.composition import options, register_configs
 from cera_train.cli.plan import main as main_plan
 from cera_train.common.files import config_dir
 from cera_train.config import Config
@@ -23,8 +23,9 @@ SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
 
 
 @pytest.fixture(scope="module")
-def jobs_of(compose):
+def jobs_of():
     """jobs_of("+sweep=rank_lr", ...) -> the overrides of every job, as Hydra's sweeper makes them."""
+    register_configs()
 
     def jobs_of(*arguments: str) -> list[list[str]]:
         with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
