@@ -177,20 +177,16 @@ DESIGNS = (
 SEEDS = (2, 3, 5)
 
 
-def with_seeds(design: Design, seeds: int) -> Design:
-    return replace(design, seeds=seeds)
-
-
 def print_errors(studies: int) -> None:
     print("| what varies, where there is no difference | " + " | ".join(f"{seeds} seeds" for seeds in SEEDS), end=" | ")
     print("3 seeds, one t quantile | 3 seeds, bootstrap |\n|---|" + "---:|" * (len(SEEDS) + 2))
     for design in DESIGNS:
         size = studies * 200 // max(200, design.problems)
-        cells = [error_of(with_seeds(design, seeds), by_verdict, size) for seeds in SEEDS]
+        cells = [error_of(replace(design, seeds=seeds), by_verdict, size) for seeds in SEEDS]
         cells += [error_of(design, by_satterthwaite, size), error_of(design, by_bootstrap, size // 5)]
         print(row(design.name, cells), flush=True)
     family = replace(DESIGNS[2], problems=50)
-    cells = [family_error(with_seeds(family, seeds), 10, studies // 5) for seeds in SEEDS]
+    cells = [family_error(replace(family, seeds=seeds), 10, studies // 5) for seeds in SEEDS]
     print(row("losses; seeds dominate; any verdict on ten arms after Holm", cells) + " | |")
 
 
@@ -199,7 +195,7 @@ def print_power(studies: int) -> None:
     print("|---|" + "---:|" * len(SEEDS))
     for design in DESIGNS[:3] + DESIGNS[7:8]:
         for comparisons in (1, 10):
-            cells = [found(with_seeds(design, seeds), comparisons, studies) for seeds in SEEDS]
+            cells = [found(replace(design, seeds=seeds), comparisons, studies) for seeds in SEEDS]
             print(row(design.name + (f", {comparisons} comparisons" if comparisons > 1 else ""), cells), flush=True)
 
 

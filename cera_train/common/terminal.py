@@ -120,9 +120,9 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Such as 1 job, 2 jobs, 0 processes; the plural of a noun that takes no s is named."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: int, noun: str) -> str:
+    """Such as 1 job, 0 jobs."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def gigabytes(size: float, decimals: int = 1) -> str:

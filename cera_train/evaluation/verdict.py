@@ -12,8 +12,8 @@ Each part has the t quantile of its degrees of freedom. If each part alone keeps
 whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
 One t quantile with Satterthwaite's degrees of freedom for the whole (as in min F', Clark 1973, "The
 language-as-fixed-effect fallacy") does not: three seeds that agree by chance pass for no variance at all, and errors
-reach 7.4 % where 5 % are meant. The plain hierarchical bootstrap reaches 26 % at 3 seeds: it draws from
-S seeds, which have (S - 1)/S of the variance, and has no t quantile. `python -m benchmarks.verdicts` shows all three.
+reach 7.4 % where 5 % are meant. The plain hierarchical bootstrap reaches 26 % at 3 seeds: it draws from S seeds, which
+have (S - 1)/S of the variance, and has no t quantile. `python -m benchmarks.verdicts` shows all three.
 
 Pairing leaves S - 1 degrees of freedom instead of up to 2 (S - 1): it narrows the interval where the arms' seeds
 correlate above 0.6 at 3 seeds, 0.3 at 5. It needs no assumption on the arms' variances, which may differ.

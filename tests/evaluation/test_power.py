@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -23,8 +24,7 @@ DESIGNS = {
 @pytest.mark.parametrize("comparisons", [1, 10])
 @pytest.mark.parametrize("name", DESIGNS)
 def test_a_detectable_difference_is_found_by_80_percent(name, comparisons, seeds):
-    design = Design(**{**vars(DESIGNS[name]), "seeds": seeds})
-    assert found(design, comparisons, 1_500) == pytest.approx(0.8, abs=0.035)
+    assert found(replace(DESIGNS[name], seeds=seeds), comparisons, 1_500) == pytest.approx(0.8, abs=0.035)
 
 
 def test_the_announced_power_is_the_found_one_at_any_difference():
