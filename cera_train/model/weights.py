@@ -24,6 +24,7 @@ from cera_train.data.hub import hub_or_cache, why_not_reached
 from cera_train.model.architecture import attention_for, left_unquantised
 from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
+from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 
 
@@ -81,6 +82,7 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     )
     _check_all_loaded(model, loading["missing_keys"], config)
     model.requires_grad_(False)
+    keep_less(model)
     if config.quantization == Quantization.nf4:
         _keep_4bit_weights_differentiable(model)
     if config.gradient_checkpointing:

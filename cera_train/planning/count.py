@@ -31,6 +31,7 @@ from cera_train.config import Config
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.architecture import attention_for, mixes_sequences
 from cera_train.model.config import ModelConfig, Quantization
+from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import positions_of
 
@@ -124,6 +125,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
         dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     base.requires_grad_(False)
+    keep_less(base)
     if model.gradient_checkpointing:  # before the adapter: PEFT then lets gradients reach the first layer's input
         base.gradient_checkpointing_enable({"use_reentrant": False})
     return base

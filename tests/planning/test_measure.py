@@ -16,6 +16,7 @@ from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE
 from cera_train.model.config import ModelConfig
+from cera_train.model.lean import keep_less
 from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout
 from cera_train.planning.count import build_base, read_config
 from cera_train.planning.measure import (
@@ -42,6 +43,7 @@ def really_saved(model: ModelConfig, adapter: AdapterConfig, autocast: bool, lay
     base = AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, model.dtype), attn_implementation=model.attn_implementation
     ).requires_grad_(False)
+    keep_less(base)  # as load_model does
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     adapted = build(base, adapter).train()

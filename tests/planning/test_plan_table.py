@@ -36,7 +36,7 @@ def test_a_plan_prints_every_part(plan, capsys):
     assert {"embeddings", "attention q_proj", "MLP", "norms", "head", "adapter v_proj", "frozen"} <= rows.keys()
     assert {"weights", "activations", "logits", "peak in training", "activations with checkpointing"} <= rows.keys()
     assert {"forward", "backward", "evaluations", "in all", "an update", "GPU-hours", "cost"} <= rows.keys()
-    assert "fits       cera r=64 on q_proj v_proj needs 37.32 GB of the 80 GB of H100\n" in out
+    assert "fits       cera r=64 on q_proj v_proj needs 31.40 GB of the 80 GB of H100\n" in out
     assert "set plan.price_per_hour" not in out
 
 
@@ -65,12 +65,13 @@ def test_compared_adapters_stand_side_by_side(plan, capsys):
 
 @pytest.mark.slow
 def test_a_plan_that_does_not_fit_prints_its_remedies(plan, capsys):
-    small = plan(MATH, "plan.gpu=rtx4090")
+    large = [MATH, "plan.gpu=rtx4090", "train.micro_batch_tokens=8192"]
+    small = plan(*large)
     assert not small.fits
-    overrides = ["model.gradient_checkpointing=true", "model.quantization=nf4", "train.micro_batch_tokens=1024"]
+    overrides = ["model.gradient_checkpointing=true", "model.quantization=nf4", "train.micro_batch_tokens=2048"]
     assert list(small.remedies) == [*overrides, "all of these"]
     for override in overrides:
-        peak = plan(MATH, "plan.gpu=rtx4090", override).memory.peak
+        peak = plan(*large, override).memory.peak
         assert small.remedies[override].memory.peak == peak < small.memory.peak
     peaks = {override: other.memory.peak for override, other in small.remedies.items()}
     assert min(peaks.values()) == peaks["all of these"]
@@ -78,7 +79,8 @@ def test_a_plan_that_does_not_fit_prints_its_remedies(plan, capsys):
     assert not plan(MATH).remedies
     print_plan(small)
     out = capsys.readouterr().out
-    assert "too large  cera r=64 on q_proj v_proj needs 37.32 GB, more than 95% of the 24 GB of RTX 4090\n" in out
+    needs = f"too large  cera r=64 on q_proj v_proj needs {small.memory.peak / 1e9:.2f} GB"
+    assert f"{needs}, more than 95% of the 24 GB of RTX 4090\n" in out
     for override, other in small.remedies.items():
         verdict = "fits" if other.memory.peak <= 0.95 * 24e9 else "still too large"
         assert f"           {other.memory.peak / 1e9:.2f} GB with {override}: {verdict}\n" in out

@@ -1,0 +1,94 @@
+"""Layers of a frozen model that keep less for the backward pass, to the same outputs.
+
+Autograd keeps a norm's input in float32, and act(gate) beside gate and up. Both take one pass over memory to compute
+again: recipes/math_r64.yaml needs 31 GB instead of 37.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+
+def keep_less(model: nn.Module) -> None:
+    """Changes the norms and gated MLPs that compute what Llama's do, by their code. A norm whose weight trains, a pass
+    without gradients and a compiled layer take the usual way; torch's compiler finds this saving itself."""
+    for module in model.modules():
+        for kind, forward in LEAN.items():
+            if _code_of(type(module)) == _code_of(kind):
+                module.__class__ = _lean(type(module), forward)
+
+
+class Norm(torch.autograd.Function):
+    """weight * x / rms(x), [..., d], of a weight that does not train."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.to(torch.float32)
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, scale, weight)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        normal = x.to(torch.float32) * scale
+        grad = (grad_output * weight).to(torch.float32)
+        along = (grad * normal).mean(-1, keepdim=True)
+        return normal.mul_(along).neg_().add_(grad).mul_(scale).to(x.dtype), None, None
+
+
+class Gated(torch.autograd.Function):
+    """act(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            activated = ctx.act(gate)
+        (grad_gate,) = torch.autograd.grad(activated, gate, grad_output * up)
+        return grad_gate, grad_output * activated.detach(), None
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if self.weight.requires_grad or not _is_kept_for(hidden_states):
+        return self.usual_forward(hidden_states)
+    return Norm.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    if not _is_kept_for(x):
+        return self.usual_forward(x)
+    return self.down_proj(Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+
+def _is_kept_for(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+
+
+LEAN = {LlamaRMSNorm: _norm, LlamaMLP: _mlp}
+
+
+@functools.cache
+def _lean(kind: type[nn.Module], forward: Callable[[Any, Tensor], Tensor]) -> type[nn.Module]:
+    return type(f"Lean{kind.__name__}", (kind,), {"forward": forward, "usual_forward": kind.forward})
+
+
+def _code_of(kind: type[nn.Module]) -> tuple[Any, ...] | None:
+    code = getattr(kind.forward, "__code__", None)
+    return code and (code.co_code, code.co_consts, code.co_names)
