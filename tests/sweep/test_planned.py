@@ -21,7 +21,8 @@ from cera_train.sweep import power as power_module
 from cera_train.sweep.rungs import Course
 
 HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
-STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}"]  # 3 arms, 3 seeds; update 8 of 24
+STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}", "study.tune_seeds=1"]
+"""3 arms, 3 seeds; update 8 of 24."""
 
 
 @pytest.fixture
