@@ -52,7 +52,7 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
 
-evidence: $(VENV)/.installed  ## run the smallest study and write its page, in ten minutes
+evidence: $(VENV)/.installed  ## run the smallest study and write its page, in a quarter of an hour
 	$(BIN)/cera-train -m +study=first_look
 	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
 

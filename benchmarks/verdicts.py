@@ -37,8 +37,10 @@ class Design:
     """Scores of 0 or 1 with this rate where effects, then on the logit scale, are 0. Problems differ by 2."""
     collapse: float = 0.0
     """Share of seeds that solve nothing."""
-    tuned: int = 1
-    """Values that the second arm's first seed is the best of, all alike: the most that tuning on it can do."""
+    tuned: tuple[int, int] = (1, 1)
+    """Values, all alike, that each arm chooses the best of: the most that tuning can do."""
+    tune_seeds: int = 1
+    """Seeds that choose; more than there are: all."""
     difference: float = 0.0
     """Planted; of losses."""
 
@@ -63,9 +65,9 @@ def draw_arm(design: Design, arm: int, common: numpy.ndarray, generator: numpy.r
     studies, seeds, problems = common.shape
     size = (studies, 1, problems)
     effect = generator.exponential(size=size) - 1 if design.skewed else generator.normal(size=size)
-    deviations = generator.normal(size=(studies, seeds, 1))
-    if arm and design.tuned > 1:
-        deviations[:, 0] = generator.normal(size=(studies, design.tuned, 1)).max(axis=1)
+    deviations = generator.normal(size=(studies, design.tuned[arm], seeds, 1))
+    best = deviations[:, :, : design.tune_seeds].mean(axis=2, keepdims=True).argmax(axis=1, keepdims=True)
+    deviations = numpy.take_along_axis(deviations, best, axis=1)[:, 0]
     values = common + design.problem * effect + design.seed[arm] * deviations
     if design.rate is None:
         return values + design.residual * generator.normal(size=values.shape) + arm * design.difference
@@ -152,15 +154,26 @@ def with_detectable_difference(design: Design, comparisons: int = 1) -> Design:
     )
 
 
-DESIGNS = (
+DOMINATED = Design("losses; seeds dominate", seed=(1, 1))
+WITH_POWER = (
     Design("losses; seeds change nothing but noise"),
     Design("losses; seeds matter as much as that noise", seed=(0.07, 0.07)),
-    Design("losses; seeds dominate", seed=(1, 1)),
+    DOMINATED,
+    Design("losses; problems dominate", problem=1, residual=0.1),
+)
+"""Those whose power is simulated, too."""
+DESIGNS = (
+    *WITH_POWER,
     Design("losses; seeds dominate, and both arms alike ten times as much", seed=(1, 1), shared=10),
     Design("losses; seeds of one arm dominate, ten times the other's", seed=(1, 0.1)),
     Design("losses; one arm's seeds, and problems a quarter as much", seed=(0.2, 0.002), problem=0.58, residual=0.1),
-    Design("losses; seeds dominate; tuned on the first, one arm has the best of 12", seed=(1, 1), tuned=12),
-    Design("losses; problems dominate", problem=1, residual=0.1),
+    Design("losses; seeds dominate; tuned on the first, one arm has the best of 12", seed=(1, 1), tuned=(1, 12)),
+    Design(
+        "losses; seeds dominate; tuned on all seeds, both arms have the best of 5",
+        seed=(1, 1),
+        tuned=(5, 5),
+        tune_seeds=9,
+    ),
     Design(
         "losses; seeds, problems and noise alike, rows weighted by tokens", seed=(0.1, 0.1), problem=1, weighted=True
     ),
@@ -174,18 +187,22 @@ DESIGNS = (
     ),
     Design("scores; half of the seeds collapse to 0 %", rate=0.5, collapse=0.5),
 )
+UNEQUAL = Design(
+    "losses; seeds dominate; tuned on all seeds, one arm has the best of 12", seed=(1, 1), tuned=(1, 12), tune_seeds=9
+)
+"""Beyond 5 %: no study gives its arms unequal choices."""
 SEEDS = (2, 3, 5)
 
 
 def print_errors(studies: int) -> None:
     print("| what varies, where there is no difference | " + " | ".join(f"{seeds} seeds" for seeds in SEEDS), end=" | ")
     print("3 seeds, one t quantile | 3 seeds, bootstrap |\n|---|" + "---:|" * (len(SEEDS) + 2))
-    for design in DESIGNS:
+    for design in (*DESIGNS, UNEQUAL):
         size = studies * 200 // max(200, design.problems)
         cells = [error_of(replace(design, seeds=seeds), by_verdict, size) for seeds in SEEDS]
         cells += [error_of(design, by_satterthwaite, size), error_of(design, by_bootstrap, size // 5)]
         print(row(design.name, cells), flush=True)
-    family = replace(DESIGNS[2], problems=50)
+    family = replace(DOMINATED, problems=50)
     cells = [family_error(replace(family, seeds=seeds), 10, studies // 5) for seeds in SEEDS]
     print(row("losses; seeds dominate; any verdict on ten arms after Holm", cells) + " | |")
 
@@ -193,7 +210,7 @@ def print_errors(studies: int) -> None:
 def print_power(studies: int) -> None:
     print("| what varies, where 80 % are announced | " + " | ".join(f"{n} seeds" for n in SEEDS) + " |")
     print("|---|" + "---:|" * len(SEEDS))
-    for design in DESIGNS[:3] + DESIGNS[7:8]:
+    for design in WITH_POWER:
         for comparisons in (1, 10):
             cells = [found(replace(design, seeds=seeds), comparisons, studies) for seeds in SEEDS]
             print(row(design.name + (f", {comparisons} comparisons" if comparisons > 1 else ""), cells), flush=True)

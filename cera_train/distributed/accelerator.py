@@ -29,12 +29,17 @@ MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
 """Accelerate's names of what autocast computes in."""
 
 
+def this_device() -> torch.device:
+    """CUDA or the CPU: precision, kernels and layout are chosen for these two, and tested there."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def start_accelerator(
     model: ModelConfig, autocast: bool | None, timeout: timedelta, strategy: Strategy = Strategy.ddp
 ) -> Accelerator:
     """Joins the processes of this command; `timeout` is the time limit of a collective."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
-    has_gpu = torch.cuda.is_available()  # precision, kernels and layout are chosen for CUDA or a CPU, and tested there
+    has_gpu = this_device().type == "cuda"
     plugin = None
     if strategy == Strategy.fsdp:
         # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.evaluate import load_subject, settled
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.subject import Subject, find_subject
@@ -39,7 +40,7 @@ def load(config: Any, place: str) -> Loaded:
         UserError: there is no such folder, or it does not fit its base model.
     """
     subject = settled(find_subject(replace(config, run=place)))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     model, base = load_subject(subject, device)
     return Loaded(subject, model, base, load_tokenizer(subject.model), autocast_of(subject, device))
 

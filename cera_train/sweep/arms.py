@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 ARM, TASK, SEED = "study.arm", "study.task", "train.seed"
-FIRST_SEED = f"{SEED}=0"
 
 
 def study_dimensions(study: Any) -> dict[str, str]:

@@ -40,7 +40,9 @@ class StudyConfig:
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
-    """train.seed=0 is tuned on; the chosen values are then run with every seed from 0."""
+    """The chosen values are run with so many values of train.seed, from 0."""
+    tune_seeds: int = setting(1, "nothing")
+    """The first so many of them choose the values, by their mean loss."""
     first: int | None = setting(None, "nothing")
     """Updates after which the worse half of the tuned values stops, as hydra/sweeper=halving has them."""
     factor: int = setting(2, "nothing")
@@ -94,6 +96,11 @@ class StudyConfig:
         ):
             require(key not in others, f"study.{group}.{key}: {where} sets it too. Keep one.")
         require(self.seeds >= 1, f"study.seeds={self.seeds} must be 1 or more.")
+        require(
+            1 <= self.tune_seeds <= self.seeds,
+            f"study.tune_seeds={self.tune_seeds}: the seeds that choose are the first of study.seeds={self.seeds}: "
+            f"give 1 to {self.seeds}.",
+        )
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         require(self.matters > 0, f"study.matters={self.matters} must be above 0: the difference that would matter.")
         is_tuned = any(len(values) > 1 for values in self.tune.values())

@@ -68,7 +68,9 @@ def plan_groups(config: DictConfig, compose: ComposeJob[PlanRun]) -> list[Planne
         runs *= len(group.candidates[0].jobs)  # seeds
         if study is None:
             return PlannedGroup("", group.name, whole[-1], courses, runs)
-        return PlannedGroup(*place_of(group, study), whole[-1], courses, runs + [whole[-1]] * (study.seeds - 1))
+        return PlannedGroup(
+            *place_of(group, study), whole[-1], courses, runs + [whole[-1]] * (study.seeds - study.tune_seeds)
+        )
 
     return [plan_group(group) for group in groups_of(record, rules.tune)]
 
@@ -83,7 +85,7 @@ def print_groups(groups: Sequence[PlannedGroup], study: StudyConfig | None) -> N
     for label, text in dict.fromkeys(itertools.chain.from_iterable(map(_describe_data, groups))):
         print_line(label, text)
     print_device(plan)
-    for text in dict.fromkeys(describe_runs(group, study.seeds if study else 1) for group in groups):
+    for text in dict.fromkeys(describe_runs(group, study) for group in groups):
         print_line("each", text)
     print()
     runs = [run for group in groups for run in group.runs]
@@ -94,12 +96,8 @@ def print_groups(groups: Sequence[PlannedGroup], study: StudyConfig | None) -> N
     print_missing_price(plan)
 
 
-def describe_runs(group: PlannedGroup, seeds: int) -> str:
-    """How far the runs of a group train, such as `4 candidates: 2 to update 25, 1 to 50, 1 to its end at 467`.
-
-    Args:
-        seeds: of a study, 1 without.
-    """
+def describe_runs(group: PlannedGroup, study: StudyConfig | None) -> str:
+    """How far the runs of a group train, such as `4 candidates: 2 to update 25, 1 to 50, 1 to its end at 467`."""
     ends = [
         f"{course.candidates:,} to its end at {group.whole.totals.updates:,}"
         if course.is_whole
@@ -107,8 +105,15 @@ def describe_runs(group: PlannedGroup, seeds: int) -> str:
         for course in group.courses
     ]
     count = sum(course.candidates for course in group.courses)
-    further = f"; then the best on {counted(seeds - 1, 'more seed')}" if seeds > 1 else ""
-    return f"{counted(count, 'candidate')}: {', '.join(ends)}{further}"
+    text = f"{counted(count, 'candidate')}: {', '.join(ends)}"
+    if study is None:
+        return text
+    further = study.seeds - study.tune_seeds
+    return (
+        text
+        + f", each on {counted(study.tune_seeds, 'seed')}" * (study.tune_seeds > 1)
+        + f"; then the best on {counted(further, 'more seed')}" * (further > 0)
+    )
 
 
 def _describe_data(group: PlannedGroup) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """A study: a sweep that answers a question about methods. Imports no torch.
 
-Each arm is tuned under each condition by successive halving, on one seed; then every seed is run at the chosen values.
+Each arm is tuned under each condition by successive halving, on the first seeds; then all are run at the chosen values.
 The folder is a sweep's: sweep.json has the study, halving.json what was chosen and by which losses.
 """
 
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import geometric_mean
 
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import flatten, require, to_plain
+from cera_train.common.terminal import spanned
 from cera_train.config import Config
 from cera_train.runs.recorded_config import changes_result
-from cera_train.sweep.arms import ARM, FIRST_SEED, SEED, TASK, study_dimensions, with_arms
+from cera_train.sweep.arms import ARM, SEED, TASK, study_dimensions, with_arms
 from cera_train.sweep.config import LOSS, SCORE, Equal, StudyConfig
 from cera_train.sweep.folder import ComposeJob, grid, job_name, key_of, named, record_of
 from cera_train.sweep.halving import Halving, begin_halving
@@ -57,9 +59,9 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
 
 
 def study_record(config: DictConfig) -> SweepRecord:
-    """The content of sweep.json: the jobs on the first seed. The others follow at the chosen values."""
+    """The content of sweep.json: the jobs on the seeds that choose. The others follow at the chosen values."""
     dimensions = study_dimensions(config.study)
-    jobs = with_arms([job for job in grid(config, dimensions) if FIRST_SEED in job], config.study)
+    jobs = with_arms([job for job in grid(config, dimensions) if seed_of(job) < config.study.tune_seeds], config.study)
     return replace(record_of(config, jobs, dimensions), study=OmegaConf.to_container(config.study))
 
 
@@ -180,31 +182,36 @@ class StudySweeper(Halving):
         super().run()
         record, study = SweepRecord.read(self.folder / RECORD), self.config.study
         chosen = [best_candidate(self.folder, group) for group in groups_of(record, list(study.tune))]
-        jobs = [
-            seeded(job, seed) for seed in range(1, study.seeds) for best in chosen if best for job in best.jobs.values()
-        ]
+        seeds = range(study.tune_seeds, study.seeds)
+        jobs = [seeded(best, seed) for seed in seeds for best in chosen if best]
         record.with_jobs(named(self.folder, jobs, record.swept)).write(self.folder / RECORD)
-        seeds = "seed 1" if study.seeds == 2 else f"seeds 1 to {study.seeds - 1}"
-        self.launch("seeds", f"the end, {seeds}", jobs)
+        if jobs:
+            self.launch("seeds", f"the end, {spanned(seeds, 'seed')}", jobs)
 
 
-def seeded(overrides: list[str], seed: int) -> list[str]:
-    """The job of a first seed, on another one."""
-    return [f"{SEED}={seed}" if word == FIRST_SEED else word for word in overrides]
+def seed_of(job: list[str]) -> int:
+    """The seed of a job by its overrides."""
+    return int(_words(job)[SEED])
+
+
+def seeded(candidate: Candidate, seed: int) -> list[str]:
+    """The overrides of a candidate's job on a seed, which may be a new one."""
+    return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in next(iter(candidate.jobs.values()))]
 
 
 def best_candidate(folder: Path, group: Group) -> Candidate | None:
-    """The values that an arm chose: those of the lowest evaluation loss at the end, among those that halving let go on
-    to it. None: some are not there yet, or all failed."""
+    """The values that an arm chose: those of the lowest evaluation loss at the end, by its mean over the seeds that
+    choose, among those that halving let go on to it. None: some are not there yet, or all failed."""
     held, found = HalvingRecord.read(folder), []
     stopped = {} if held is None else held.stops()
     for candidate in group.candidates:
-        (job,) = (name for name, words in candidate.jobs.items() if FIRST_SEED in words)
-        status = job_status(folder, job, stop=stopped.get(job))
-        if status.state == State.finished and job not in stopped:
-            found.append((status.value, candidate))
-        elif status.state not in (State.finished, State.stopped, State.failed):
+        if candidate.jobs.keys() & stopped.keys():
+            continue
+        ends = [job_status(folder, job) for job in candidate.jobs]
+        if any(end.state not in (State.finished, State.failed) for end in ends):
             return None
+        if all(end.state == State.finished for end in ends):
+            found.append((geometric_mean(end.value for end in ends), candidate))  # perplexities: that of the mean loss
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
@@ -282,7 +289,7 @@ def read_study(folder: Path) -> Study:
         raise UserError(f"{folder} holds no study: expected a folder that cera-train -m +study=NAME left.")
     record = SweepRecord.read(folder / RECORD)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record.study))
-    first = replace(record, jobs=[job for job in record.jobs if FIRST_SEED in job["overrides"]])
+    first = replace(record, jobs=[job for job in record.jobs if seed_of(job["overrides"]) < config.tune_seeds])
     return Study(folder, config, [_cell(folder, group, record, config) for group in groups_of(first, config.tune)])
 
 
@@ -305,8 +312,8 @@ def _cell(folder: Path, group: Group, record: SweepRecord, config: StudyConfig) 
     words = _words(next(iter(group.jobs.values())))
     best, chosen, runs = best_candidate(folder, group), None, {}
     if best is not None:
-        (overrides,) = best.jobs.values()
-        chosen = {key: _words(overrides)[key] for key in config.tune}
-        runs = {seed: folder / job_name(seeded(overrides, seed), record.swept) for seed in range(config.seeds)}
+        found = _words(seeded(best, 0))
+        chosen = {key: found[key] for key in config.tune}
+        runs = {seed: folder / job_name(seeded(best, seed), record.swept) for seed in range(config.seeds)}
     choices = {key: words[key] for key in config.conditions}
     return Cell(words[ARM], words.get(TASK, ""), choices, chosen, runs)

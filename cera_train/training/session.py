@@ -25,7 +25,7 @@ from cera_train.common.terminal import ProgressBar, print_line
 from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder, SharedMicroBatches
 from cera_train.data.prepare import prepare_data
-from cera_train.distributed.accelerator import start_accelerator
+from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
@@ -58,8 +58,7 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     adapter = config.adapter
     if adapter.kernels == Kernels.auto != begun.adapter.kernels:
         adapter = replace(adapter, kernels=begun.adapter.kernels)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, device, config.train.compile))
+    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, this_device(), config.train.compile))
     adapter = settle_start(adapter, begun.adapter)
     return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
 

@@ -199,6 +199,9 @@ def test_the_protocol_names_how_values_were_chosen() -> None:
     assert "on seed 0: optimizer.lr: 0.001, 0.01." in text
     assert "3 seeds at the chosen values, seed 0 among them: 6 runs" in text
     assert "Others: gsm8k." in text
+    text = "\n".join(protocol(replace(config, tune_seeds=2), 6))
+    assert "on seeds 0 to 1: optimizer.lr: 0.001, 0.01." in text
+    assert "3 seeds at the chosen values, seeds 0 to 1 among them: 6 runs" in text
 
 
 class Timed(CellResult):

@@ -21,7 +21,8 @@ from cera_train.sweep import power as power_module
 from cera_train.sweep.rungs import Course
 
 HALVING = ["-m", "+recipe=quickstart", "train.max_updates=100", "train.eval_every=null", "hydra/sweeper=halving"]
-STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}"]  # 3 arms, 3 seeds; update 8 of 24
+STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}", "study.tune_seeds=1"]
+"""3 arms, 3 seeds; update 8 of 24."""
 
 
 @pytest.fixture
@@ -60,17 +61,22 @@ def test_a_halving_counts_each_run_as_far_as_it_trains(plan_command):
 
 
 @pytest.mark.parametrize(
-    ("candidates", "seeds", "text"),
+    ("candidates", "study", "text"),
     [
-        (1, 1, "1 candidate: 1 to its end at 100"),
-        (1, 2, "1 candidate: 1 to its end at 100; then the best on 1 more seed"),
-        (2, 3, "2 candidates: 2 to its end at 100; then the best on 2 more seeds"),
+        (1, None, "1 candidate: 1 to its end at 100"),
+        (1, SimpleNamespace(seeds=2, tune_seeds=1), "1 candidate: 1 to its end at 100; then the best on 1 more seed"),
+        (
+            2,
+            SimpleNamespace(seeds=4, tune_seeds=2),
+            "2 candidates: 2 to its end at 100, each on 2 seeds; then the best on 2 more seeds",
+        ),
+        (2, SimpleNamespace(seeds=3, tune_seeds=3), "2 candidates: 2 to its end at 100, each on 3 seeds"),
     ],
 )
-def test_one_of_a_kind_is_no_plural(candidates, seeds, text):
+def test_one_of_a_kind_is_no_plural(candidates, study, text):
     whole = SimpleNamespace(totals=SimpleNamespace(updates=100))
     group = plan_module.PlannedGroup("", "", whole, [Course(candidates, (), True)], [])
-    assert plan_module.describe_runs(group, seeds) == text
+    assert plan_module.describe_runs(group, study) == text
 
 
 def test_the_dearest_candidate_is_taken_to_go_furthest(plan_command, monkeypatch):

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from made_sweeps import cera_train, states
+from made_sweeps import cera_train, record_job, states
 from pretended_jobs import leave_run
 from pretended_studies import BEST, StudyLauncher, loss_of, write_study
 
@@ -60,6 +60,53 @@ def test_each_arm_is_tuned_on_one_seed_and_run_with_all_at_its_best(tmp_path, mo
             "the gate": ("relu", "cera"),
         }.items()
     ]
+
+
+def chosen(tmp_path: Path) -> list[str]:
+    return [cell.chosen["optimizer.lr"] for cell in read_study(tmp_path / "outputs" / "which").cells]
+
+
+def test_several_seeds_choose_by_their_mean_and_the_others_follow(tmp_path, monkeypatch, launcher):
+    by_seed = {("0", "0.001"): 1.0, ("0", "0.01"): 1.1, ("1", "0.001"): 1.4, ("1", "0.01"): 1.2}
+    launcher.loss = lambda values, update: by_seed.get((values["train.seed"], values["optimizer.lr"]), 1.0)
+    arguments = [*write_study(tmp_path), "study.seeds=3"]
+    assert cera_train(monkeypatch, tmp_path, *arguments, "study.tune_seeds=2") == 0
+    rung = [(job(arm, r, lr, seed), 0, 20) for arm, r in CELLS for lr in (0.001, 0.01) for seed in (0, 1)]
+    last = [(job(arm, r, 0.01, seed), 20, 100) for arm, r in CELLS for seed in (0, 1)]
+    assert launcher.began == [*rung, *last, *((job(arm, r, 0.01, 2), 0, 100) for arm, r in CELLS)]
+    assert chosen(tmp_path) == ["0.01"] * 3  # seed 0 alone would choose 0.001
+    launcher.began.clear()
+    assert cera_train(monkeypatch, tmp_path, *arguments, "study.tune_seeds=2") == 0
+    assert not launcher.began
+
+
+def test_all_seeds_may_choose(tmp_path, monkeypatch, launcher, capfd):
+    assert cera_train(monkeypatch, tmp_path, *write_study(tmp_path, tune_seeds=2)) == 0
+    assert len(launcher.began) == 3 * (2 * 2 + 2)
+    assert chosen(tmp_path) == [f"{BEST[arm]}" for arm, _ in CELLS]
+    assert "\nseeds  " not in capfd.readouterr().out  # none is left
+    assert not read_study(tmp_path / "outputs" / "which").missing()
+
+
+def test_the_last_choice_is_by_the_mean_of_all_seeds_and_not_of_one_that_failed(tmp_path, monkeypatch, launcher):
+    """Both values tie at every rung and train to the end."""
+    ends = {("0", "0.001"): 1.0, ("0", "0.01"): 1.2, ("1", "0.001"): 1.5, ("1", "0.01"): 1.2}
+    launcher.loss = lambda values, update: ends[values["train.seed"], values["optimizer.lr"]] if update == 100 else 2.0
+    arguments = write_study(tmp_path, tune_seeds=2)
+    assert cera_train(monkeypatch, tmp_path, *arguments, "study.arm=lora,cera") == 0
+    assert chosen(tmp_path) == ["0.01", "0.01"]
+    record_job(tmp_path / "outputs" / "which", job("cera", 4, 0.01, 1), "diverged")
+    (tmp_path / "outputs" / "which" / job("cera", 4, 0.01, 1) / "result.json").unlink()
+    assert chosen(tmp_path) == ["0.01", "0.001"]
+
+
+def test_other_seeds_cannot_choose_in_the_same_folder(tmp_path, monkeypatch, launcher, capfd):
+    arguments = write_study(tmp_path)
+    assert cera_train(monkeypatch, tmp_path, *arguments) == 0
+    launcher.began.clear()
+    assert cera_train(monkeypatch, tmp_path, *arguments, "study.tune_seeds=2") == 2
+    assert "among other candidates. Choose another name=..., or remove" in capfd.readouterr().err
+    assert not launcher.began
 
 
 def test_a_job_beyond_a_rung_names_the_setting_of_a_study(tmp_path, monkeypatch, launcher, capfd):

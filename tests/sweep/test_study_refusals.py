@@ -40,6 +40,8 @@ def launcher(tmp_path, monkeypatch):
         (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm or a task sets it"),
         (dict(first=None), "study.first=null: give the updates"),
         (dict(seeds=0), "study.seeds=0 must be 1 or more"),
+        (dict(tune_seeds=0), "study.tune_seeds=0: the seeds that choose are the first of study.seeds=2: give 1 to 2"),
+        (dict(tune_seeds=3), "study.tune_seeds=3: the seeds that choose are the first of study.seeds=2: give 1 to 2"),
     ],
     ids=str,
 )

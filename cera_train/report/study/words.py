@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from cera_train.common.terminal import spanned
 from cera_train.evaluation.slope import Estimate
 from cera_train.report.comparison import shown
 from cera_train.report.study.cells import CellResult, Outcome
@@ -195,14 +196,15 @@ def _number(value: Any) -> float | None:
 def protocol(config: StudyConfig, runs: int) -> list[str]:
     """How the study was made."""
     tuned = "; ".join(f"{key}: {', '.join(map(shown, values))}" for key, values in config.tune.items())
+    choosing = spanned(range(config.tune_seeds), "seed")
     same = {"none": "Arms have nothing the same but their other settings"}
     equal = same.get(config.equal, f"Arms of one condition have the same {config.equal}")
     return [
         f"Arms: {', '.join(config.arms)}; the baseline is {config.baseline}. {equal}.",
-        f"Tuned for each arm under each condition, on seed 0: {tuned}. Those of higher held-out loss stop, one in "
+        f"Tuned for each arm under each condition, on {choosing}: {tuned}. Those of higher held-out loss stop, one in "
         f"{config.factor} goes on.",
-        f"Then {config.seeds} seeds at the chosen values, seed 0 among them: {runs} runs on this page. The held-out "
-        "rows that chose the values are those of the outcome, for every arm alike.",
+        f"Then {config.seeds} seeds at the chosen values, {choosing} among them: {runs} runs on this page. The "
+        "held-out rows that chose the values are those of the outcome, for every arm alike.",
         f"Primary outcome: {config.outcomes[0]}; what would matter: {config.matters:g}. "
         + (f"Others: {', '.join(config.outcomes[1:])}." if config.outcomes[1:] else "There is no other."),
     ]
