@@ -77,6 +77,7 @@ def test_a_cpu_holds_libraries_and_gaps_and_chunks_of_its_size(plan):
     assert trained["logits"] == 12 * 128_256 * 128
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "measured"),
     [
@@ -139,6 +140,7 @@ def test_a_mask_stands_where_attention_cannot_run_by_sequence(compose):
     assert batches(compose, "train.batch_layout=padded")[0].has_mask
 
 
+@pytest.mark.slow
 def test_masked_attention_costs_the_whole_row(plan):
     """SmolLM2 on the logistic map: 30 layers of 9 heads of 64; 8 rows of 72 tokens in an update."""
     flat = plan("+recipe=quickstart", "model.attn_implementation=eager", "train.batch_layout=flat")
@@ -206,6 +208,7 @@ def test_adapters_at_the_same_budget(plan):
     assert abs(dora.parameters.trainable - own.parameters.trainable) <= 30 * (576 + 1536) / 2
 
 
+@pytest.mark.slow
 def test_a_gate_stays_with_cera(plan):
     own = plan("adapter.activation=relu", "plan.compare=[lora,cera]")
     assert [other.config.adapter.activation for other in own.compared] == ["silu", "relu"]

@@ -40,6 +40,7 @@ def test_a_plan_prints_every_part(plan, capsys):
     assert "set plan.price_per_hour" not in out
 
 
+@pytest.mark.slow
 def test_without_a_price_it_says_what_to_set(plan, capsys):
     print_plan(plan(MATH))
     assert "cost       set plan.price_per_hour to the price of one GPU\n" in capsys.readouterr().out
@@ -50,6 +51,7 @@ def test_without_a_price_it_says_what_to_set(plan, capsys):
     assert "seen with SmolLM2-135M" in out
 
 
+@pytest.mark.slow
 def test_compared_adapters_stand_side_by_side(plan, capsys):
     own = plan("+recipe=quickstart", "plan.compare=[lora,dora]")
     adapters = [other.config.adapter for other in own.compared]
@@ -88,6 +90,7 @@ def test_a_plan_that_does_not_fit_prints_its_remedies(plan, capsys):
     assert "nf4: still too large\n" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_adds_up_its_jobs(plan, capsys):
     quick = ["+recipe=quickstart", "plan.price_per_hour=2000"]
     jobs = [plan(*quick, f"adapter.r={r}", f"name=r{r}") for r in (4, 8, 16)]

@@ -89,6 +89,7 @@ def test_few_problems_that_differ_are_not_shown_by_the_interval(tmp_path: Path) 
         assert "p = 0.062" in test.evidence
 
 
+@pytest.mark.slow
 def test_p_is_corrected_over_the_pairs_of_a_task(tmp_path: Path) -> None:
     """Seven problems to none: p is 1/64 for two runs alone, and 6/64 as the smallest of six pairs."""
     runs = [make_run(tmp_path / name) for name in "abcd"]

@@ -226,6 +226,7 @@ def test_a_perplexity_is_that_of_the_certificate(compose, trained, format):
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_path):
     def refusal(*settings: str) -> str:
         with pytest.raises(UserError) as caught:

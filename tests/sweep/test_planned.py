@@ -110,6 +110,7 @@ def test_a_study_is_planned_shape_by_shape_and_has_the_power_of_its_verdicts(pla
     )
 
 
+@pytest.mark.slow
 def test_each_task_of_a_study_shows_its_rows(plan_command):
     out = plan_command("-m", "+study=plateau_hunt", "study.task=sums_1,backward_1", "adapter.r=4")
     assert re.findall(r"^(data|task) +(\w+: \w+.*? of \d+) tokens", out, re.MULTILINE) == [

@@ -31,6 +31,7 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     assert jobs["adapter.r=8"].error == "the loss is not finite"
 
 
+@pytest.mark.slow
 def test_a_job_is_running_while_its_lock_is_held_and_cut_after_its_process_was_killed(tmp_path):
     record_sweep(tmp_path, "adapter.r=2")
     folder = make_job(tmp_path, "adapter.r=2", error="of the last time")

@@ -57,6 +57,7 @@ def test_jobs_leave_what_they_leave_by_hydras_own_launcher(sweep, tmp_path, caps
         assert results[0]["eval/perplexity"] == pytest.approx(results[1]["eval/perplexity"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_not_run_again_and_a_mistake_is_its_jobs_own(sweep, tmp_path, capsys):
     grid = ("adapter=cera,lora", "adapter.activation=silu,relu", "adapter.r=2", "name=sweep", "hydra/launcher=together")
     assert sweep(*grid) == 1  # LoRA has no gate
@@ -70,6 +71,7 @@ def test_what_is_finished_is_not_run_again_and_a_mistake_is_its_jobs_own(sweep, 
     assert "2 jobs share a base, 1 alone" in output
 
 
+@pytest.mark.slow
 def test_a_halving_trains_its_rungs_together(sweep, tmp_path, capsys):
     halving = ("adapter.r=2", "hydra/sweeper=halving", "hydra.sweeper.first=1", "optimizer.lr=1e-4,1e-3,1e-2,1e-1")
     assert sweep("adapter=cera,lora", *halving, "name=halved", "hydra/launcher=together", "launch.together=8") == 0

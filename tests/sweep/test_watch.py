@@ -65,6 +65,7 @@ def test_a_real_run_in_a_pipe_gets_a_line_for_each_update_and_evaluation_to_its_
     assert f"at update 12: perplexity {trained['eval/perplexity']:.3f}" in evaluation
 
 
+@pytest.mark.slow
 def test_a_real_run_in_a_terminal_is_drawn_until_it_ends(tiny_config, tmp_path, at_update):
     folder, opened = tmp_path / "outputs" / "run", []
 

@@ -66,6 +66,7 @@ def test_the_same_command_again_pauses_at_once(tiny_config):
     ]
 
 
+@pytest.mark.slow
 def test_an_arm_that_pauses_leaves_the_others_to_go_on(trained_config, tiny_config):
     rates, fixed = ("1e-2", "3e-3"), ("adapter.dropout=0", "train.max_updates=4")
     both = [tiny_config(*fixed, f"optimizer.lr={lr}", f"name={lr}", "train.stop_at=2") for lr in rates]

@@ -107,6 +107,7 @@ DIFFERENT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_run", [True, False], ids=["run", "adapter"])
 def test_an_adapter_that_does_not_fit_is_refused_before_the_base(first, tiny_config, tmp_path, monkeypatch, has_run):
     monkeypatch.setattr("cera_train.training.session.load_model", None)

@@ -112,6 +112,7 @@ def test_recomputed_layers_drop_the_same(tiny_config):
         assert_equal_runs(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["together first", "alone first"])
 def test_a_run_goes_on_in_the_other_way(trained_config, tiny_config, order, monkeypatch):
     """A checkpoint of a run among others is that of a run alone."""
@@ -157,6 +158,7 @@ def test_an_arm_that_fails_ends_alone(trained_config, tiny_config):
     assert not (folder_of(diverging) / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_arms_and_the_same_call_goes_on(tiny_config, monkeypatch):
     arms = [tiny_config("adapter.dropout=0", f"adapter.r={r}", f"name=r{r}", "train.max_updates=6") for r in (2, 4)]
     whole = [replace(arm, name=f"whole_{arm.name}") for arm in arms]
