@@ -36,6 +36,9 @@ updates is taken to be three standard deviations above the mean."""
 PROCESS_BYTES = 610_000_000
 """Resident memory of Python, torch, transformers, peft and pandas, a tokenizer loaded and no model (on Linux)."""
 
+CUDA_BUILD_BYTES = 320_000_000
+"""What a torch built for CUDA, as PyPI's is on x86-64, holds besides where there is no GPU."""
+
 HEAP_SHARE = 0.45
 """On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add this share of the activations:
 0.2 to 0.8 in runs of SmolLM2-135M, by the day; none where MALLOC_MMAP_THRESHOLD_ keeps it from holding blocks."""
@@ -325,7 +328,10 @@ def memory_of(
         "optimizer": sum(map(OPTIMIZERS[config.optimizer.kind].state_bytes, parameters.trainable_tensors)),
     }
     if not on_gpu:
-        always |= {"libraries": PROCESS_BYTES, "heap's gaps": HEAP_SHARE * activations}
+        import torch
+
+        libraries = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
+        always |= {"libraries": libraries, "heap's gaps": HEAP_SHARE * activations}
     eval_tokens = min(config.train.micro_batch_tokens, size.eval_rows / processes * size.tokens_per_eval_row)
     training = {
         # DDP holds gradients a second time, in the buckets it sends.
