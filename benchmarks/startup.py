@@ -70,12 +70,11 @@ def measure(rounds: int) -> tuple[list[Target], dict[str, Any]]:
         for number in range(rounds + 1):
             train = [*COMMAND, *ONE_UPDATE, f"name=round-{number}"]
             taken = {
-                **{
-                    name: seconds_to(line, [*COMMAND, *arguments], folder)
-                    for name, (arguments, line) in ANSWERED_AT_ONCE.items()
-                },
-                "the first update": seconds_to("update 1/1", train, folder),
-            } | json.loads(subprocess.check_output([sys.executable, "-c", PARTS], cwd=folder))
+                name: seconds_to(line, [*COMMAND, *arguments], folder)
+                for name, (arguments, line) in ANSWERED_AT_ONCE.items()
+            }
+            taken["the first update"] = seconds_to("update 1/1", train, folder)
+            taken |= json.loads(subprocess.check_output([sys.executable, "-c", PARTS], cwd=folder))
             if number:  # the first is a warm-up: it reads from the disk, converts the weights, tokenises
                 for name, seconds in taken.items():
                     found["seconds"][name].append(seconds)

@@ -21,7 +21,7 @@ def keep_less(model: nn.Module) -> None:
     without gradients and a compiled layer take the usual way; torch's compiler finds this saving itself."""
     for module in model.modules():
         for kind, forward in LEAN.items():
-            if _code_of(type(module)) == _code_of(kind):
+            if _is_written_as(kind, type(module)):
                 module.__class__ = _lean(type(module), forward)
 
 
@@ -89,6 +89,11 @@ def _lean(kind: type[nn.Module], forward: Callable[[Any, Tensor], Tensor]) -> ty
     return type(f"Lean{kind.__name__}", (kind,), {"forward": forward, "usual_forward": kind.forward})
 
 
-def _code_of(kind: type[nn.Module]) -> tuple[Any, ...] | None:
-    code = getattr(kind.forward, "__code__", None)
-    return code and (code.co_code, code.co_consts, code.co_names)
+def _is_written_as(kind: type[nn.Module], other: type[nn.Module]) -> bool:
+    """Whether both forwards are the same code. A decorated forward, or none of Python's, shows no code that is its
+    own."""
+    codes = [getattr(each.forward, "__code__", None) for each in (kind, other)]
+    if any(code is None or code.co_freevars for code in codes):
+        return False
+    first, second = ((code.co_code, code.co_consts, code.co_names) for code in codes)
+    return first == second

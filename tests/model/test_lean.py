@@ -92,6 +92,17 @@ def test_other_norms_stay_as_they_are():
     assert type(gemma) is GemmaRMSNorm
 
 
+def test_one_decorator_makes_no_two_forwards_alike(monkeypatch):
+    def decorated(forward):
+        return lambda self, x: forward(self, x)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", decorated(LlamaRMSNorm.forward))
+    monkeypatch.setattr(GemmaRMSNorm, "forward", decorated(GemmaRMSNorm.forward))
+    gemma = GemmaRMSNorm(48)
+    keep_less(gemma)
+    assert type(gemma) is GemmaRMSNorm
+
+
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_usual_models_are_changed_whole(kind):
     config = AutoConfig.for_model(
