@@ -49,7 +49,7 @@ class Setting:
 
     @property
     def quantization(self) -> Any:
-        from cera_train.model.config import Quantization
+        from cera_train.settings.model import Quantization
 
         return Quantization.nf4 if self.precision == "nf4" else Quantization.none
 
@@ -280,13 +280,13 @@ def our_session(
     setting: Setting, kind: str, rank: int, compile: bool = False, micro_batch_tokens: int | None = None
 ) -> Session:
     """A run of cera-train, built as the command builds it."""
-    from cera_train.adapters.config import AdapterConfig, AdapterKind
     from cera_train.common.settings import to_plain
-    from cera_train.config import Config
-    from cera_train.data.config import DataConfig
-    from cera_train.model.config import Dtype, ModelConfig
     from cera_train.runs.folder import RunFolder
-    from cera_train.training.config import OptimizerConfig, TrackerConfig, TrainConfig
+    from cera_train.settings.adapters import AdapterConfig, AdapterKind
+    from cera_train.settings.data import DataConfig
+    from cera_train.settings.model import Dtype, ModelConfig
+    from cera_train.settings.run import Config
+    from cera_train.settings.training import OptimizerConfig, TrackerConfig, TrainConfig
     from cera_train.training.session import Run, Session, settle
 
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))

@@ -23,12 +23,12 @@ from benchmarks.contestants import PROMPT, RANK
 from benchmarks.targets import Target, print_targets, ratios, write_results
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.model.config import Dtype, ModelConfig
 from cera_train.model.weights import load_model, load_tokenizer
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.evaluation import GenerationConfig
+from cera_train.settings.model import Dtype, ModelConfig
 from cera_train.tasks.records import Generation
 
 PUBLISHED_BATCH = 4

@@ -44,8 +44,8 @@ def main() -> None:
     from transformers import AutoConfig
 
     from cera_train.distributed.accelerator import quiet_libraries
-    from cera_train.model.config import ModelConfig
     from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")

@@ -168,10 +168,10 @@ def answer_seconds(kind: str | None, adapters: int, count: int, tokens: int) -> 
 
 def measure_tenants(arguments: argparse.Namespace, folder: Path) -> None:
     """Prints memory and speed by the number of adapters, and the memory that cera-plan predicts."""
-    from cera_train.adapters.config import AdapterConfig
-    from cera_train.model.config import ModelConfig
     from cera_train.planning.count import count_parameters
     from cera_train.planning.serving import slot_bytes
+    from cera_train.settings.adapters import AdapterConfig
+    from cera_train.settings.model import ModelConfig
 
     targets, number = arguments.targets.split(","), 4 if arguments.dtype == "float32" else 2
     model = ModelConfig(path=arguments.model, dtype=arguments.dtype)

@@ -209,8 +209,8 @@ def measure(
     """
     from transformers import AutoConfig
 
-    from cera_train.model.config import ModelConfig
     from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
 
     work = replace(WORKS[name], device=device or WORKS[name].device)
     tokenizer = load_tokenizer(ModelConfig(path=PACKAGE))
@@ -301,8 +301,8 @@ def lines_of(file: Path) -> list[str]:
 
 
 def logistic_maps() -> list[str]:
-    from cera_train.data.config import LogisticMapConfig
     from cera_train.data.logistic_map import problems
+    from cera_train.settings.data import LogisticMapConfig
 
     rows, _ = problems(LogisticMapConfig(decimals=3), 1)
     return [json.dumps({"question": row["prompt"], "answer": row["completion"]}) for row in rows]

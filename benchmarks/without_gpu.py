@@ -28,12 +28,12 @@ from benchmarks.composed import composed
 from benchmarks.fake_gpu import fake_gpu
 from cera_train.common.files import config_dir
 from cera_train.common.terminal import print_table
-from cera_train.config import Config
 from cera_train.data.prepare import Example, RowCounts, TokenizedData, TokenizedRows
 from cera_train.model import weights
 from cera_train.planning.count import quantised_linears, read_config
 from cera_train.planning.devices import GB
 from cera_train.planning.plan import RunPlan, micro_batches, plan_alone
+from cera_train.settings.run import Config
 from cera_train.training import session as sessions
 from cera_train.training.session import Session
 from cera_train.training.train import find, update

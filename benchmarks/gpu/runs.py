@@ -70,8 +70,8 @@ def _run(
 ) -> Found:
     """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it is `compared` with,
     fits only so."""
-    from cera_train.planning.config import PlanConfig
     from cera_train.planning.measured import compare_with_measured
+    from cera_train.settings.planning import PlanConfig
     from cera_train.training.train import train
 
     folder = place.folder / "runs" / name

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.config import AdapterConfig, Kernels
 from cera_train.adapters.family import Family, families, family_that_wrote
 from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer, unfuse
 from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
+from cera_train.settings.adapters import AdapterConfig, Kernels
 
 EXPERTS_COMPILE = torch.__version__ >= (2, 13)
 """Whether torch.compile takes adapted experts: torch 2.12 guards on the number of tokens that an expert gets."""

@@ -6,10 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.families.peft import replaces_base
 from cera_train.adapters.family import family, family_that_wrote, kinds
 from cera_train.common.errors import UserError
+from cera_train.settings.adapters import AdapterConfig
 
 
 def check_start(config: AdapterConfig, folder: Path, recorded: AdapterConfig | None) -> None:

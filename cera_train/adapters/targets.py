@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.adapters.config import AdapterConfig
 from cera_train.cera.bypass import bypassed, runs_beside
 from cera_train.cera.experts import all_experts, expert_parameters
 from cera_train.common.errors import UserError
+from cera_train.settings.adapters import AdapterConfig
 
 
 def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:

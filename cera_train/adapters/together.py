@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.spectrum import find_branches
 from cera_train.data.batches import Batch
 from cera_train.model.loss import SupervisedLoss
+from cera_train.settings.adapters import AdapterConfig
 
 Model = TypeVar("Model", bound=nn.Module)
 

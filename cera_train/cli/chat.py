@@ -12,7 +12,7 @@ from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
-from cera_train.serving.config import ChatConfig
+from cera_train.settings.serving import ChatConfig
 
 CHAT = Composition(ChatConfig, "cera-chat")
 

@@ -26,9 +26,9 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, keys_of, section_of
 from cera_train.common.trust import check_remote_code
-from cera_train.config import Config, PlanRun
-from cera_train.evaluation.config import EvalConfig
-from cera_train.serving.config import ChatConfig, ExportConfig
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.run import Config, PlanRun
+from cera_train.settings.serving import ChatConfig, ExportConfig
 
 SCHEMAS = {
     "cera-train": Config,

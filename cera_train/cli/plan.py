@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.cli.composition import Composition, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.settings import require
-from cera_train.config import PlanRun
+from cera_train.settings.run import PlanRun
 from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
 from cera_train.sweep.halving import Halving
 from cera_train.sweep.study import StudySweeper, is_study, study_of

@@ -8,7 +8,7 @@ from pathlib import Path
 from cera_train.cli.composition import Composition
 from cera_train.cli.start import refuse_arguments, start
 from cera_train.common.settings import require
-from cera_train.config import Config
+from cera_train.settings.run import Config
 
 
 def main() -> None:

@@ -19,8 +19,8 @@ from cera_train.cli.train import TRAIN, fail, prepare, run
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.terminal import print_line
-from cera_train.config import Config
 from cera_train.distributed.processes import is_one_of_several
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import Job
 from cera_train.training.together import Pack, describe_packs, pack_jobs
 

@@ -17,12 +17,12 @@ from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_er
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import require
-from cera_train.config import Config
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.study import StudySweeper, begin_study, is_study

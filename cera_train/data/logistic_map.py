@@ -9,8 +9,8 @@ import math
 import random
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import LogisticMapConfig
 from cera_train.data.rows import Row, computed_row
+from cera_train.settings.data import LogisticMapConfig
 
 
 def trajectory(x0: float, growth: float, steps: int) -> list[float]:

@@ -15,11 +15,11 @@ import pyarrow
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
-from cera_train.data.config import DataConfig, Layout, LossOn, at_part
 from cera_train.data.mix import PartRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
+from cera_train.settings.data import DataConfig, Layout, LossOn, at_part
 
 CACHE_VERSION = 2
 """Raised when the same rows would be tokenised differently than before."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.config import ReasoningGymConfig, check_generators
 from cera_train.data.rows import Row, computed_row, normalized
+from cera_train.settings.data import ReasoningGymConfig, check_generators
 
 DRAWS = 1_000_000
 """Draws of a split at most. A generator seeds draw i with seed + i, so seeds that are nearer than this share draws."""

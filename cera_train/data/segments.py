@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import DataConfig, Layout, Turns
 from cera_train.data.rows import Row, as_text, at, kind_of, text_of
+from cera_train.settings.data import DataConfig, Layout, Turns
 
 SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
 """The speakers of layout `conversations`, and how they are written."""

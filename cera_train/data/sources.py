@@ -8,11 +8,11 @@ from pathlib import Path
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map, reasoning_gym
-from cera_train.data.config import DataConfig, Layout, at_part
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, at
 from cera_train.data.segments import segmenter
+from cera_train.settings.data import DataConfig, Layout, at_part
 
 LOOKED_AT = 200
 """Rows of each file that `check_data` reads."""

@@ -22,8 +22,8 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cera_train.common.errors import UserError
-from cera_train.distributed.config import Strategy
-from cera_train.model.config import Dtype, ModelConfig
+from cera_train.settings.distributed import Strategy
+from cera_train.settings.model import Dtype, ModelConfig
 
 MIXED_PRECISIONS = {None: "no", Dtype.bfloat16: "bf16", Dtype.float16: "fp16"}
 """Accelerate's names of what autocast computes in."""

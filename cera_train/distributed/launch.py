@@ -22,11 +22,11 @@ from torch.distributed.launcher.api import elastic_launch
 
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.distributed.config import ProcessesConfig
 from cera_train.distributed.processes import is_launched
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption
 from cera_train.distributed.team import Hung
 from cera_train.distributed.worker import beside_others, read_mistake, work
+from cera_train.settings.distributed import ProcessesConfig
 
 Result = dict[str, Any]
 

@@ -24,12 +24,10 @@ from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.team import Team
 from cera_train.evaluation import console
-from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.mirror import mirror_evaluation
-from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer
@@ -38,6 +36,8 @@ from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answ
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 from cera_train.runs.subject import Subject, digest_of, find_subject
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.model import Dtype
 from cera_train.tasks.records import Problem
 from cera_train.tasks.task import AnswerTask, Task, load_problems, task_of
 

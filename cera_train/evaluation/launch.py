@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cera_train.distributed.launch import in_processes
-from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.evaluate import evaluate, problems_of, resolve, rows_of
 from cera_train.runs.evaluation_folder import EvaluationFolder
+from cera_train.settings.evaluation import EvalConfig
 from cera_train.tasks.task import AnswerTask, task_of
 
 

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cera_train.model.config import Dtype
+from cera_train.settings.model import Dtype
 
 CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
 """Flags of /proc/cpuinfo for bf16 products, the fastest first."""

@@ -23,17 +23,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig
 from cera_train.cera.bypass import bypassed
 from cera_train.common.errors import UserError
 from cera_train.common.files import cache_dir, config_dir
-from cera_train.config import Config
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.architecture import attention_for, mixes_sequences
-from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import positions_of
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.run import Config
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double quantisation)."""

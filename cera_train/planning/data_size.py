@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.config import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn, at_part
 from cera_train.data.mix import PartRows, rows_of_parts
 from cera_train.data.rows import Row
+from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn, at_part
 
 CHARACTERS_PER_TOKEN = 3.5
 """Estimate for local rows, which are not tokenised here. With SmolLM2's tokenizer a token has 2.8 characters on GSM8K,

@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from cera_train.planning.config import GpuKind
+from cera_train.settings.planning import GpuKind
 
 GB = 1e9
 

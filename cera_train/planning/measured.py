@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cera_train.common.errors import UserError
-from cera_train.config import Config, PlanRun
-from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.data_size import data_size, is_known
 from cera_train.planning.devices import GPUS, Device
 from cera_train.planning.plan import RunPlan, plan_alone, run_totals
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, RunResult
+from cera_train.settings.planning import GpuKind, PlanConfig
+from cera_train.settings.run import Config, PlanRun
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.config import GATE_SETTINGS, UNSET, AdapterKind
 from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
-from cera_train.config import Config, PlanRun
-from cera_train.data.config import BatchLayout
-from cera_train.model.config import Dtype, Quantization, chunk_tokens
 from cera_train.model.precision import choose_precision
 from cera_train.planning.answers import AnswerSize, sizes_of_samples, sizes_of_tasks, step_seconds
-from cera_train.planning.config import CompareAt
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
-from cera_train.training.config import OPTIMIZERS
+from cera_train.settings.adapters import GATE_SETTINGS, UNSET, AdapterKind
+from cera_train.settings.data import BatchLayout
+from cera_train.settings.model import Dtype, Quantization, chunk_tokens
+from cera_train.settings.planning import CompareAt
+from cera_train.settings.run import Config, PlanRun
+from cera_train.settings.training import OPTIMIZERS
 from cera_train.training.together import pass_tokens
 
 if TYPE_CHECKING:

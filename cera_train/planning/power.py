@@ -9,7 +9,7 @@ from statistics import fmean
 
 from cera_train.evaluation.power import detectable, needed
 from cera_train.evaluation.verdict import Variances
-from cera_train.planning.config import SpreadConfig
+from cera_train.settings.planning import SpreadConfig
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from cera_train.adapters.config import AdapterKind
 from cera_train.common.imports import heavy_imports
-from cera_train.model.config import Dtype, Quantization
 from cera_train.planning.devices import USABLE, Device
 from cera_train.planning.plan import RunPlan
+from cera_train.settings.adapters import AdapterKind
+from cera_train.settings.model import Dtype, Quantization
 
 ADAPTERS = (1, 4, 16, 64)
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cera_train.adapters.config import AdapterConfig
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table, targets
 from cera_train.common.trust import clean
-from cera_train.config import PlanRun
 from cera_train.data.mix import describe_parts
-from cera_train.model.config import Quantization
-from cera_train.planning.config import PlanConfig
 from cera_train.planning.devices import GB, USABLE
 from cera_train.planning.measured import Figure, compare_with_measured
 from cera_train.planning.plan import RunPlan, most_arms
 from cera_train.planning.serving import ADAPTERS, Serving, devices_for, plan_serving
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import Quantization
+from cera_train.settings.planning import PlanConfig
+from cera_train.settings.run import PlanRun
 from cera_train.training.together import why_alone
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import psutil
 
 from cera_train.common.errors import UserError
-from cera_train.config import Config, PlanRun
-from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.devices import USABLE
 from cera_train.planning.plan import memory_of_arm
+from cera_train.settings.planning import GpuKind, PlanConfig
+from cera_train.settings.run import Config, PlanRun
 
 
 def arms_that_fit(configs: Sequence[Config]) -> int:

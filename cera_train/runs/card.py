@@ -10,12 +10,12 @@ import yaml
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.trust import check_links, clean
-from cera_train.config import Config
-from cera_train.data.config import DataConfig, Layout
-from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, read_evaluation_result
 from cera_train.runs.subject import digest_of
+from cera_train.settings.data import DataConfig, Layout
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.run import Config
 
 CARD = """---
 {metadata}---

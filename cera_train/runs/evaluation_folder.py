@@ -18,9 +18,9 @@ from cera_train.common.files import finite, lock_folder, read_yaml, write_text
 from cera_train.common.records import Record, read_lines
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
-from cera_train.evaluation.config import EvalConfig
 from cera_train.runs.recorded_config import differences, load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
+from cera_train.settings.evaluation import EvalConfig
 from cera_train.tasks.records import EVALUATE_AGAIN, Generation, Grade, Problem
 
 Key = tuple[str, int]

@@ -33,7 +33,6 @@ from cera_train.common.records import Record
 from cera_train.common.settings import leaves
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
-from cera_train.config import Config
 from cera_train.data.batches import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
@@ -41,6 +40,7 @@ from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import differences
 from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult, Sample
+from cera_train.settings.run import Config
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""

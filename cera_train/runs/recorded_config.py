@@ -10,7 +10,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_yaml
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.trust import escape_interpolations, redact_tree
-from cera_train.config import Config
+from cera_train.settings.run import Config
 
 RETIRED = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),

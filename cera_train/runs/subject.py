@@ -7,15 +7,15 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.family import family_that_wrote, is_saved_in
 from cera_train.adapters.start import check_start
 from cera_train.common.errors import UserError
-from cera_train.config import Config
-from cera_train.evaluation.config import EvalConfig
-from cera_train.model.config import ModelConfig
 from cera_train.runs.recorded_config import load_config
-from cera_train.training.config import TrainConfig
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.run import Config
+from cera_train.settings.training import TrainConfig
 
 
 @dataclass(frozen=True)

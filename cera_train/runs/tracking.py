@@ -19,7 +19,7 @@ from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact
 from cera_train.runs.recorded_config import load_config
-from cera_train.training.config import TrackerConfig, TrackerKind
+from cera_train.settings.training import TrackerConfig, TrackerKind
 
 WANDB_ID = "wandb-run-id"
 """File in the folder of a run that W&B tracks: the id under which W&B knows it."""

@@ -15,9 +15,9 @@ from cera_train.data.rows import Row, at
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Likeliest, Request, SeededSampling, only_the_chosen, prepare_generation
 from cera_train.model.weights import positions_of
-from cera_train.serving.config import ChatConfig
 from cera_train.serving.loading import load
 from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
+from cera_train.settings.serving import ChatConfig
 
 NEW, END = "/new", "/end"
 

@@ -18,13 +18,13 @@ from cera_train.common.terminal import print_fields, print_line, print_table
 from cera_train.data.batches import Batch, MicroBatches
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.model.weights import load_model
 from cera_train.serving.certificate import Certificate, compare
-from cera_train.serving.config import ExportConfig, ExportFormat
 from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora
 from cera_train.serving.loading import Loaded, load
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.serving import ExportConfig, ExportFormat
 from cera_train.tasks.registry import find_task
 from cera_train.tasks.task import AnswerTask, load_problems
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError, words_of
-from cera_train.data.config import DataConfig, Layout, Turns
 from cera_train.data.files import READERS, from_files
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import columns_of, segmenter, turns_of
-from cera_train.serving.config import Template
+from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.settings.serving import Template
 
 ANSWER = "?"
 """Stands for the answer in a row. Its segment is cut off, so its text changes nothing."""

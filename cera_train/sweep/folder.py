@@ -28,16 +28,16 @@ from cera_train.common.files import is_locked, taken
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
-from cera_train.config import Config
 from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
 from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
+from cera_train.settings.run import Config
+from cera_train.settings.tasks import known_tasks
 from cera_train.sweep.metric import sweep_metric
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
-from cera_train.tasks.config import known_tasks
 from cera_train.tasks.named import check_tasks
 
 WRITER = "sweep"

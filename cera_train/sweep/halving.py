@@ -22,8 +22,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from cera_train.common.files import locked
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line
-from cera_train.config import Config
 from cera_train.distributed.processes import is_main_process
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import WRITER, ComposeJob, begin, record_of
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import (

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 
 from cera_train.common.terminal import counted, print_line, print_table
-from cera_train.config import PlanRun
 from cera_train.planning.plan import RunPlan, make_plan, shape_of
 from cera_train.planning.table import JOB_HEADS, describe_data, job_cells, model_of, print_device, print_missing_price
-from cera_train.sweep.config import StudyConfig
+from cera_train.settings.run import PlanRun
+from cera_train.settings.sweep import StudyConfig
 from cera_train.sweep.folder import ComposeJob
 from cera_train.sweep.halving import halving_record, rules_of
 from cera_train.sweep.rungs import Candidate, Course, Group, groups_of

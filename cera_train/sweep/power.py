@@ -10,10 +10,10 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.evaluation.power import POWER
-from cera_train.planning.config import PlanConfig
 from cera_train.planning.plan import RunPlan
 from cera_train.planning.power import Power, pooled, variances_given
-from cera_train.sweep.config import LOSS, SCORE, StudyConfig
+from cera_train.settings.planning import PlanConfig
+from cera_train.settings.sweep import LOSS, SCORE, StudyConfig
 from cera_train.sweep.plan import PlannedGroup
 from cera_train.sweep.study import read_study
 

@@ -20,8 +20,8 @@ from typing import ClassVar, NamedTuple
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
 from cera_train.common.settings import require
-from cera_train.config import Config
 from cera_train.runs.results import RunResult, read_metrics
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import NO_CHOICE, job_name, key_of
 from cera_train.sweep.record import START_AGAIN, SweepRecord
 

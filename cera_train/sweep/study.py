@@ -17,10 +17,10 @@ from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import flatten, require, to_plain
 from cera_train.common.terminal import spanned
-from cera_train.config import Config
 from cera_train.runs.recorded_config import changes_result
+from cera_train.settings.run import Config
+from cera_train.settings.sweep import LOSS, SCORE, Equal, StudyConfig
 from cera_train.sweep.arms import ARM, SEED, TASK, study_dimensions, with_arms
-from cera_train.sweep.config import LOSS, SCORE, Equal, StudyConfig
 from cera_train.sweep.folder import ComposeJob, grid, job_name, key_of, named, record_of
 from cera_train.sweep.halving import Halving, begin_halving
 from cera_train.sweep.record import RECORD, SweepRecord

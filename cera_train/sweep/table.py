@@ -13,8 +13,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import labelled
-from cera_train.data.config import evaluation_rows
 from cera_train.runs.results import Environment, MetricsLine, RunResult
+from cera_train.settings.data import evaluation_rows
 from cera_train.sweep.folder import choices_of
 from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord

@@ -15,8 +15,8 @@ from string import ascii_uppercase
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.rows import Row, as_text, kind_of, text_of
+from cera_train.settings.tasks import Grader, TaskConfig
 from cera_train.tasks import gsm8k, math
-from cera_train.tasks.config import Grader, TaskConfig
 from cera_train.tasks.task import QuestionTask
 
 CHOICES = "choices"

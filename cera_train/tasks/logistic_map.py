@@ -10,8 +10,8 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map as training_rows
-from cera_train.data.config import DataConfig, Layout, LogisticMapConfig, check_growths
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import DataConfig, Layout, LogisticMapConfig, check_growths
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, Metric, Table, question_id
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.config import DataConfig
 from cera_train.data.rows import at
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import DataConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.registry import find_task
 from cera_train.tasks.task import AnswerTask, load_problems, task_of
 

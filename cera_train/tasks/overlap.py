@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cera_train.data.config import DataConfig, at_part
 from cera_train.data.rows import normalized
 from cera_train.data.sources import open_sources
+from cera_train.settings.data import DataConfig, at_part
 from cera_train.tasks.named import named_task
 from cera_train.tasks.task import load_problems, task_of
 

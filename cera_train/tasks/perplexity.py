@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.config import COMPUTED, DataConfig
-from cera_train.model.config import ModelConfig
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import COMPUTED, DataConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.task import RowTask
 
 if TYPE_CHECKING:

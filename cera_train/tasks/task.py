@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.config import DataConfig
 from cera_train.data.files import from_files
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, at, text_of
 from cera_train.data.segments import columns_of
-from cera_train.model.config import ModelConfig
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import DataConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.registry import find_task
 

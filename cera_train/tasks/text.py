@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.settings import require
-from cera_train.data.config import DataConfig
 from cera_train.data.rows import at, text_of
-from cera_train.model.config import ModelConfig
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import DataConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.task import RowTask, open_rows, require_rows
 
 if TYPE_CHECKING:

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from cera_train.adapters.build import describe_kernels
-from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.adapters.unfused import describe_unfused
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
-from cera_train.config import Config
-from cera_train.data.config import BatchLayout
 from cera_train.data.mix import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
-from cera_train.model.config import Quantization
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.lines import describe_rank, describe_tasks, describe_update
 from cera_train.runs.results import RunResult, UpdateMetrics
-from cera_train.training.config import Schedule
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.data import BatchLayout
+from cera_train.settings.model import Quantization
+from cera_train.settings.run import Config
+from cera_train.settings.training import Schedule
 from cera_train.training.optimizer import learning_rate
 from cera_train.training.start import describe_start
 

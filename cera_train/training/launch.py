@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.settings import to_plain
-from cera_train.config import Config
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.launch import in_processes
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.folder import RunFolder
+from cera_train.settings.run import Config
 from cera_train.training.session import settle
 from cera_train.training.train import finished_result, train
 

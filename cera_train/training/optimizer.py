@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cera_train.common.errors import UserError
-from cera_train.training.config import OPTIMIZERS, OptimizerConfig, Schedule
+from cera_train.settings.training import OPTIMIZERS, OptimizerConfig, Schedule
 
 
 def build_optimizer(

@@ -17,12 +17,10 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from cera_train.adapters import build as adapters
-from cera_train.adapters.config import Kernels
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.adapters.together import JoinedAdapter, SharedLoss, twin
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar, print_line
-from cera_train.config import Config
 from cera_train.data.batches import MicroBatches, RowOrder, SharedMicroBatches
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator, this_device
@@ -30,7 +28,6 @@ from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.model.config import Dtype
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
@@ -40,6 +37,9 @@ from cera_train.runs.outcomes import TokenLosses
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
+from cera_train.settings.adapters import Kernels
+from cera_train.settings.model import Dtype
+from cera_train.settings.run import Config
 from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.start import load_start, settle_start

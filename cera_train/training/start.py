@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import nn
 
 from cera_train.adapters.build import load, read
-from cera_train.adapters.config import AdapterConfig
 from cera_train.common.errors import UserError
 from cera_train.runs.results import Environment
 from cera_train.runs.subject import digest_of, find_start, run_of
+from cera_train.settings.adapters import AdapterConfig
 
 
 def settle_start(config: AdapterConfig, begun: AdapterConfig) -> AdapterConfig:

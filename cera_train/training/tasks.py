@@ -15,14 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.terminal import counted
-from cera_train.config import Config
-from cera_train.data.config import DataConfig
 from cera_train.data.prepare import encode
 from cera_train.data.rows import at
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.distributed.team import Team
-from cera_train.evaluation.config import EvalConfig, GenerationConfig
 from cera_train.evaluation.generate import (
     Request,
     check_room,
@@ -37,10 +34,13 @@ from cera_train.model.weights import positions_of
 from cera_train.runs.lines import describe_tasks
 from cera_train.runs.outcomes import GradedProblem, write_grades
 from cera_train.runs.results import Sample, TaskFigures
+from cera_train.settings.data import DataConfig
+from cera_train.settings.evaluation import EvalConfig, GenerationConfig
+from cera_train.settings.run import Config
+from cera_train.settings.training import SAMPLE_ROOM
 from cera_train.tasks.named import named_task
 from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
-from cera_train.training.config import SAMPLE_ROOM
 
 if TYPE_CHECKING:
     from cera_train.training.session import Arm

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cera_train.common.settings import flatten, to_plain
-from cera_train.config import Config
-from cera_train.model.config import Dtype, Quantization
+from cera_train.settings.model import Dtype, Quantization
+from cera_train.settings.run import Config
 
 SHARED = (
     *("model.", "data.", "distributed.", "train.batch_size", "train.micro_batch_tokens", "train.batch_layout"),

@@ -18,7 +18,6 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
-from cera_train.config import Config
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
@@ -36,6 +35,7 @@ from cera_train.runs.results import (
     TaskFigures,
     UpdateMetrics,
 )
+from cera_train.settings.run import Config
 from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate

@@ -11,12 +11,12 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from cera_train.adapters import build
-from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.cera import CeraExperts, CeraLayer
 from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError
 from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.settings.adapters import AdapterConfig
 
 DOWN = ["mlp.experts.down_proj"]
 

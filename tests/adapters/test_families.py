@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cera_train.adapters import build
-from cera_train.adapters.config import AdapterKind
 from cera_train.adapters.family import family_that_wrote, is_saved_in, kinds
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.common.errors import UserError
 from cera_train.data.batches import flat_batch
 from cera_train.distributed.sharding import trainable_weights
 from cera_train.runs.results import mean_spectrum
-from cera_train.training.config import OptimizerConfig
+from cera_train.settings.adapters import AdapterKind
+from cera_train.settings.training import OptimizerConfig
 from cera_train.training.optimizer import build_optimizer
 
 CONF = Path(__file__).parents[2] / "conf" / "adapter"
@@ -113,7 +113,7 @@ def test_settings_are_checked_without_torch():
     script = """
 import sys
 sys.argv[0] = "cera-train"
-from cera_train.adapters.config import AdapterConfig
+from cera_train.settings.adapters import AdapterConfig
 for kind in ("cera", "lora", "rslora", "dora"):
     print(AdapterConfig(kind).title)
 print(AdapterConfig("peft", method="MISS").title, AdapterConfig("full", None, dropout=0, target_modules=None).title)

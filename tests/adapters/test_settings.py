@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cera_train.adapters import build
-from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.common.errors import UserError
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 
 def refuses(message: str):

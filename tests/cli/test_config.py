@@ -8,15 +8,15 @@ from dataclasses import fields
 import pytest
 import yaml
 
-from cera_train.adapters.config import Activation, AdapterKind, DropoutOn, Init, Mix
 from cera_train.cli.composition import Composition, options
 from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, leaves, to_plain
 from cera_train.common.settings import keys_of as config_keys
-from cera_train.config import Config
-from cera_train.data.config import LossOn
-from cera_train.evaluation.config import EvalConfig
-from cera_train.training.config import OptimizerKind
+from cera_train.settings.adapters import Activation, AdapterKind, DropoutOn, Init, Mix
+from cera_train.settings.data import LossOn
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.run import Config
+from cera_train.settings.training import OptimizerKind
 
 CHOICES = [
     (path.parent.name, path.stem)

@@ -15,17 +15,16 @@ import cera_train
 from cera_train.common.settings import Changes, section_of
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
-FOLDERS = ("cli", "sweep", "report", "common")
+FOLDERS = ("cli", "sweep", "report", "settings", "common")
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(cera_train.__path__, "cera_train.")
-    if module.name.split(".")[1] in FOLDERS or module.name.endswith(".config")
-    if not module.name.startswith("cera_train.cera.")  # PEFT's settings of the method
+    if module.name.split(".")[1] in FOLDERS
 )
 SETTINGS = [
     kind
     for module in MODULES
-    if module.endswith(".config")
+    if module.startswith("cera_train.settings.")
     for kind in vars(importlib.import_module(module)).values()
     if dataclasses.is_dataclass(kind) and kind.__module__ == module
 ]
@@ -43,7 +42,7 @@ for name in {modules}:
 
 
 def test_what_answers_at_once_imports_nothing_heavy():
-    assert {"cera_train.config", "cera_train.cli.train", "cera_train.report.page", "cera_train.sweep.table"} <= {
+    assert {"cera_train.settings.run", "cera_train.cli.train", "cera_train.report.page", "cera_train.sweep.table"} <= {
         *MODULES
     }
     script = IMPORT_ALL.format(modules=MODULES, heavy=HEAVY)

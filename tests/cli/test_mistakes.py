@@ -18,8 +18,8 @@ from cera_train.cli.names import USUAL_NAMES, did_you_mean
 from cera_train.cli.train import TRAIN
 from cera_train.common.errors import UserError
 from cera_train.common.settings import keys_of
-from cera_train.config import Config, PlanRun
-from cera_train.evaluation.config import EvalConfig
+from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.run import Config, PlanRun
 
 
 @pytest.fixture

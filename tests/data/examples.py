@@ -6,9 +6,9 @@ import copy
 
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.data.config import DataConfig
 from cera_train.data.prepare import Example, encode
 from cera_train.data.segments import segmenter
+from cera_train.settings.data import DataConfig
 
 TRAIN = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(6)]
 EVALUATION = [{"question": f"next to {number}?", "answer": f"it is {number}"} for number in range(3)]

@@ -8,7 +8,7 @@ import pytest
 from examples import EVALUATION, TRAIN
 
 from cera_train.data import files
-from cera_train.data.config import DataConfig
+from cera_train.settings.data import DataConfig
 
 
 @pytest.fixture

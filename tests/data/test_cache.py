@@ -150,7 +150,7 @@ PROCESS = """
 import os, signal, sys, time
 import pyarrow.ipc
 from transformers import PreTrainedTokenizerFast  # AutoTokenizer takes twice as long to import
-from cera_train.data.config import DataConfig
+from cera_train.settings.data import DataConfig
 from cera_train.data import files
 from cera_train.data.prepare import SCHEMA, prepare_data
 

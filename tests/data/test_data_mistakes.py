@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import DataConfig
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import from_files
+from cera_train.settings.data import DataConfig
 
 pytest_plugins = ["row_fixtures"]
 pytestmark = pytest.mark.usefixtures("cache")

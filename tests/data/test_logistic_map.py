@@ -7,9 +7,9 @@ from decimal import Decimal
 
 import pytest
 
-from cera_train.data.config import DataConfig, LogisticMapConfig
 from cera_train.data.logistic_map import problem, problems, trajectory
 from cera_train.data.sources import open_sources
+from cera_train.settings.data import DataConfig, LogisticMapConfig
 
 
 def starts_of(rows: list[dict[str, str]]) -> list[str]:

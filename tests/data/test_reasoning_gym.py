@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import GENERATORS, DataConfig, MixPart, ReasoningGymConfig
 from cera_train.data.reasoning_gym import DRAWS, Split, draws, opened, rows, split_of
 from cera_train.data.rows import normalized
 from cera_train.data.sources import check_data, open_sources
+from cera_train.settings.data import GENERATORS, DataConfig, MixPart, ReasoningGymConfig
 
 pytest.importorskip("reasoning_gym")
 
@@ -24,7 +24,7 @@ SMALL = ReasoningGymConfig(generator="chain_sum", level=0)
 ELSEWHERE = """
 import json, sys
 names, sys.argv[0] = sys.argv[1:], "cera-train"
-from cera_train.data.config import ReasoningGymConfig
+from cera_train.settings.data import ReasoningGymConfig
 from cera_train.data.reasoning_gym import rows
 print(json.dumps([rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in names]))
 """

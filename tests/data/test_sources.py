@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from cera_train.data.config import DataConfig
 from cera_train.data.sources import open_sources
+from cera_train.settings.data import DataConfig
 
 ROWS = [
     {"question": "what is the next value?", "answer": "it is 0.84", "level": 1},
@@ -147,7 +147,7 @@ def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
 
 
 def test_fingerprints_of_generated_rows_follow_every_setting():
-    from cera_train.data.config import LogisticMapConfig
+    from cera_train.settings.data import LogisticMapConfig
 
     def fingerprints(eval_rows: int = 20, **settings) -> tuple[str, ...]:
         config = DataConfig(layout="logistic_map", eval_rows=eval_rows, logistic_map=LogisticMapConfig(**settings))

@@ -9,9 +9,9 @@ from conftest import CHAT_TEMPLATE
 from examples import example_of, supervised_text, with_changes
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import DataConfig
 from cera_train.data.prepare import prepare_data
 from cera_train.data.segments import segmenter
+from cera_train.settings.data import DataConfig
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}

@@ -20,12 +20,12 @@ from several_processes import ONE_THREAD, torchrun
 from tiny_runs import all_losses_of, evaluations_of
 
 from cera_train.distributed.accelerator import start_accelerator
-from cera_train.distributed.config import LaunchConfig
 from cera_train.distributed.launch import processes_to_start
 from cera_train.distributed.processes import join_slurm_step
 from cera_train.distributed.team import Team, Watchdog
-from cera_train.model.config import ModelConfig
 from cera_train.runs.outcomes import read_losses
+from cera_train.settings.distributed import LaunchConfig
+from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
 
 SCRIPTS = Path(sys.executable).parent

@@ -10,9 +10,9 @@ from conftest import make_tiny_llama
 from generated import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.decode import GrowingLayer, can_decode
 from cera_train.evaluation.generate import Request, SeededSampling, cut_batches, generate, prepare_generation
+from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
 

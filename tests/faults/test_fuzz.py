@@ -14,14 +14,14 @@ from strategies import fuzz, json_values, mutated, numbers, result_or_value_erro
 
 from cera_train.common.trust import clean
 from cera_train.data import logistic_map as logistic_map_rows
-from cera_train.data.config import DataConfig
 from cera_train.data.files import READERS
 from cera_train.data.prepare import encode
 from cera_train.data.segments import columns_of, segmenter
 from cera_train.runs.card import escape
+from cera_train.settings.data import DataConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks import gsm8k, logistic_map
 from cera_train.tasks import math as math_task
-from cera_train.tasks.config import TaskConfig
 from cera_train.tasks.task import load_problems
 
 # --- files of rows ---------------------------------------------------------------------------------------------------

@@ -23,15 +23,15 @@ from cera_train.cli import evaluate as cli_evaluate
 from cera_train.cli import train as cli
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
-from cera_train.config import Config
 from cera_train.data.sources import from_files, from_hub
-from cera_train.model.config import ModelConfig
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.run import Config
 from cera_train.training.console import render_example
 
 

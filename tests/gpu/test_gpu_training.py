@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_runs import adapter_bytes, folder_of, losses_of, timeless_metrics, train_and_die_after
 
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.training.train import train, train_together
 
 pytest_plugins = ["gpu_tests"]

@@ -11,8 +11,8 @@ import pytest
 from evaluation_files import QUESTIONS
 
 from cera_train.evaluation import grading
-from cera_train.evaluation.config import EvalConfig
 from cera_train.evaluation.grading import Verifier
+from cera_train.settings.evaluation import EvalConfig
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig, AdapterKind
-from cera_train.evaluation.config import GenerationConfig
 from cera_train.evaluation.generate import generate
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.evaluation import GenerationConfig
 
 GREEDY = GenerationConfig()
 

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from cera_train.common.settings import to_plain
-from cera_train.config import Config
-from cera_train.evaluation.config import EvalConfig, GenerationConfig
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.evaluation import EvalConfig, GenerationConfig
+from cera_train.settings.run import Config
+from cera_train.settings.tasks import TaskConfig
 
 ADAPTER_CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 

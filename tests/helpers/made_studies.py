@@ -13,7 +13,7 @@ from made_runs import make_run, result_of
 
 from cera_train.report.study.page import Records
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, GradedProblem, TokenLosses, write_grades
-from cera_train.sweep.config import LOSS, StudyConfig
+from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.study import Cell, Study
 from cera_train.tasks.endings import ENDINGS
 

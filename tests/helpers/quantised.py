@@ -9,10 +9,10 @@ import torch
 from bitsandbytes import functional
 
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig
 from cera_train.cera import CeraLayer
-from cera_train.model.config import ModelConfig, Quantization
 from cera_train.model.weights import load_model
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import ModelConfig, Quantization
 
 
 def gradients_after_an_evaluation(model, device: torch.device) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from made_sweeps import make_job
 
-from cera_train.config import Config
+from cera_train.settings.run import Config
 
 
 @pytest.fixture

@@ -16,17 +16,17 @@ from architectures import ARCHITECTURES, STATES, Architecture
 from torch import nn
 
 from cera_train.adapters import build as adapters
-from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.targets import describe_targets, linear_names
 from cera_train.cera.bypass import bypassed, keep_scale
 from cera_train.cera.coverage import check_coverage
 from cera_train.common.errors import UserError
 from cera_train.data.batches import Batch, flat_batch, padded_batch
-from cera_train.data.config import BatchLayout
-from cera_train.model.config import Dtype, ModelConfig, Quantization
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.weights import load_model
 from cera_train.planning.plan import make_plan
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import BatchLayout
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
 CPU = torch.device("cpu")
 STATEFUL = {family.model_type for family in STATES}

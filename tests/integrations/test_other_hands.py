@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from cera_train.data.config import DataConfig, LogisticMapConfig, ReasoningGymConfig
 from cera_train.runs.card import rows_of
+from cera_train.settings.data import DataConfig, LogisticMapConfig, ReasoningGymConfig
 from cera_train.training.train import train
 
 

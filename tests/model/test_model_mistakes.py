@@ -16,9 +16,9 @@ from conftest import make_tiny_llama
 
 from cera_train.common.errors import UserError
 from cera_train.data import hub
-from cera_train.model.config import ModelConfig
 from cera_train.model.folder import check_model, damage_of_safetensors
 from cera_train.model.weights import check_length, load_model, load_tokenizer
+from cera_train.settings.model import ModelConfig
 
 ADDRESS = "HuggingFaceTB/SmolLM2-135M"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cera_train.model.config import Dtype, ModelConfig, Quantization
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import quantization_config
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
 X86 = "processor : 0\nflags\t\t: fpu sse2 avx avx2 fma {}\nmodel name : some CPU\n"
 ARM = "processor : 0\nFeatures\t: fp asimd {}\n"

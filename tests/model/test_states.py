@@ -10,11 +10,11 @@ import torch
 from architectures import ARCHITECTURES
 
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig
 from cera_train.data.batches import flat_batch, padded_batch
-from cera_train.data.config import BatchLayout
 from cera_train.model.attention import places_of_sequences
 from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import BatchLayout
 
 ROWS = [[5, 17, 99, 4, 250, 31, 8, 60], [7, 7, 300, 12, 3], [401, 2, 45, 46, 6, 9, 120]]
 MASKS = [[False, True, True] + [True] * (len(row) - 3) for row in ROWS]

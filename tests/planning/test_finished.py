@@ -13,12 +13,12 @@ import yaml
 from conftest import needs_smollm2
 
 from cera_train.common.settings import to_plain
-from cera_train.config import Config
-from cera_train.planning.config import PlanConfig
 from cera_train.planning.devices import CPU_MFU
 from cera_train.planning.measured import compare_with_measured
 from cera_train.planning.table import print_measured
 from cera_train.runs.recorded_config import load_config
+from cera_train.settings.planning import PlanConfig
+from cera_train.settings.run import Config
 
 
 @pytest.fixture

@@ -11,11 +11,8 @@ from test_parameters import save_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cera_train.adapters.build import build
-from cera_train.adapters.config import AdapterConfig
 from cera_train.data.batches import flat_batch, padded_batch
-from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE
-from cera_train.model.config import ModelConfig
 from cera_train.model.lean import keep_less
 from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout
 from cera_train.planning.count import build_base, read_config
@@ -28,6 +25,9 @@ from cera_train.planning.measure import (
     measure,
     storage_of,
 )
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import BatchLayout
+from cera_train.settings.model import ModelConfig
 
 ROWS, LENGTH = 4, 32
 BATCH = MicroBatch(ROWS, LENGTH, 0.5, is_flat=True, has_mask=False, autocast=None, on_gpu=False)

@@ -12,12 +12,12 @@ from conftest import make_tiny_llama, needs_smollm2
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cera_train.adapters.build import build, parameter_counts
-from cera_train.adapters.config import AdapterConfig
 from cera_train.adapters.targets import linear_names
 from cera_train.cli.composition import options
 from cera_train.common.files import config_dir
-from cera_train.model.config import ModelConfig
 from cera_train.planning.count import build_base, count_parameters, read_config, trainable_by_target
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import ModelConfig
 
 SHAPE = {
     **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},

@@ -6,8 +6,8 @@ import pytest
 
 from cera_train.evaluation.power import detectable, needed
 from cera_train.evaluation.verdict import Variances
-from cera_train.planning.config import PlanConfig, SpreadConfig
 from cera_train.planning.power import Power, pooled, variances_given
+from cera_train.settings.planning import PlanConfig, SpreadConfig
 
 
 def test_variances_are_squares_of_what_is_given():

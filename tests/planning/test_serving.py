@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from conftest import make_tiny_llama
 
-from cera_train.adapters.config import AdapterConfig
-from cera_train.model.config import ModelConfig
 from cera_train.planning.count import count_parameters
 from cera_train.planning.devices import GPUS
 from cera_train.planning.serving import devices_for, plan_serving, slot_bytes
 from cera_train.planning.table import print_plan
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import ModelConfig
 
 
 @pytest.fixture(scope="module")

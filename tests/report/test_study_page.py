@@ -19,7 +19,7 @@ from cera_train.common.errors import UserError
 from cera_train.report.study.page import StudyReport, report_study, say_study, write_study
 from cera_train.report.study.results import results_of
 from cera_train.runs.outcomes import LOSSES_AFTER, TokenLosses
-from cera_train.sweep.config import Equal
+from cera_train.settings.sweep import Equal
 
 pytest_plugins = ("browser",)
 

@@ -14,7 +14,7 @@ from cera_train.report.study.cells import CellResult, Outcome, Values
 from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap, slope_gaps
 from cera_train.report.study.tables import contrast_table
 from cera_train.report.study.words import changes, plateau, protocol, sizes, unequal_times, verdicts
-from cera_train.sweep.config import StudyConfig
+from cera_train.settings.sweep import StudyConfig
 from cera_train.sweep.study import Cell
 
 LOSS = Outcome("loss", matters=0.01)

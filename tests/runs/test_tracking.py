@@ -13,7 +13,7 @@ from wandb_files import history, table
 
 from cera_train.common.trust import redact
 from cera_train.runs.tracking import Guarded, Tracker
-from cera_train.training.config import TrackerKind
+from cera_train.settings.training import TrackerKind
 from cera_train.training.train import train
 
 

@@ -15,14 +15,14 @@ from types import SimpleNamespace
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data.config import DataConfig, MixPart
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.serving import chat as asking
 from cera_train.serving.chat import chat
-from cera_train.serving.config import Template
 from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
+from cera_train.settings.data import DataConfig, MixPart
+from cera_train.settings.serving import Template
 
 pytest_plugins = ["evaluated_runs"]
 

@@ -273,10 +273,10 @@ print("BYTES", *engine.apply_model(stacked))
 
 @pytest.mark.parametrize("targets", [[], QV])
 def test_slots_take_what_cera_plan_predicts(folder, tmp_path, targets):
-    from cera_train.adapters.config import AdapterConfig
-    from cera_train.model.config import ModelConfig
     from cera_train.planning.count import count_parameters
     from cera_train.planning.serving import slot_bytes
+    from cera_train.settings.adapters import AdapterConfig
+    from cera_train.settings.model import ModelConfig
 
     script = tmp_path / "count.py"
     script.write_text(COUNT_SLOTS)

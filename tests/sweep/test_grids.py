@@ -15,8 +15,8 @@ from hydra.types import RunMode
 from cera_train.cli.composition import options, register_configs
 from cera_train.cli.plan import main as main_plan
 from cera_train.common.files import config_dir
-from cera_train.config import Config
 from cera_train.planning.plan import RunPlan
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import grid, job_name
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))

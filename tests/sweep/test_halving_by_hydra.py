@@ -15,8 +15,8 @@ from made_sweeps import cera_train, states
 from pretended_jobs import leave_run
 
 from cera_train.common.files import locked
-from cera_train.config import Config
 from cera_train.runs.results import read_metrics
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import WRITER
 from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.rungs import HALVING, HalvingRecord

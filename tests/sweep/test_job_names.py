@@ -11,7 +11,7 @@ import pytest
 
 from cera_train.cli.arguments import with_folder_quoted
 from cera_train.common.settings import leaves
-from cera_train.config import Config
+from cera_train.settings.run import Config
 from cera_train.sweep.folder import LONGEST_NAME, choices_of, earlier_name, job_name
 
 

@@ -13,9 +13,9 @@ from made_studies import make_study
 from cera_train.cli.plan import main
 from cera_train.evaluation.power import detectable
 from cera_train.evaluation.verdict import Variances
-from cera_train.planning.config import PlanConfig
 from cera_train.planning.plan import make_plan
 from cera_train.planning.power import Power
+from cera_train.settings.planning import PlanConfig
 from cera_train.sweep import plan as plan_module
 from cera_train.sweep import power as power_module
 from cera_train.sweep.rungs import Course

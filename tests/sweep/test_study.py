@@ -11,8 +11,8 @@ from pretended_jobs import leave_run
 from pretended_studies import BEST, StudyLauncher, loss_of, write_study
 
 from cera_train.cli.composition import without_hydra
-from cera_train.config import Config
-from cera_train.sweep.config import StudyConfig
+from cera_train.settings.run import Config
+from cera_train.settings.sweep import StudyConfig
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.rungs import HALVING
 from cera_train.sweep.study import read_study

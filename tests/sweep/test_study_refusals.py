@@ -10,7 +10,7 @@ from made_sweeps import cera_train
 from pretended_studies import STUDY, StudyLauncher, write_study
 
 from cera_train.common.errors import UserError
-from cera_train.sweep.config import StudyConfig
+from cera_train.settings.sweep import StudyConfig
 from cera_train.sweep.study import holds_study, read_study
 
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 from made_sweeps import TINY, cera_sweep, cera_train, content_of, states
 
-from cera_train.config import Config
+from cera_train.settings.run import Config
 from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.table import State, best_jobs, read_sweep
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from made_sweeps import FIXED, TINY, cera_sweep, cera_train, content_of, make_job, record_sweep, states
 
-from cera_train.config import Config
+from cera_train.settings.run import Config
 
 pytest_plugins = ("sweeps_here",)
 

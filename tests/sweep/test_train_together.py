@@ -11,10 +11,10 @@ import pytest
 from made_sweeps import cera_train, states
 
 from cera_train.common.errors import UserError
-from cera_train.config import PlanRun
 from cera_train.planning import together as planning
-from cera_train.planning.config import GpuKind, PlanConfig
 from cera_train.planning.plan import memory_of_arm, most_arms
+from cera_train.settings.planning import GpuKind, PlanConfig
+from cera_train.settings.run import PlanRun
 from cera_train.sweep.record import RECORD
 from cera_train.sweep.table import read_sweep
 from cera_train.training.together import describe_packs, pack_jobs, why_alone

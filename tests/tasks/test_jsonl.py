@@ -9,7 +9,7 @@ import pytest
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score, verify
 from cera_train.runs.results import AccuracyResult
-from cera_train.tasks.config import Grader, TaskConfig
+from cera_train.settings.tasks import Grader, TaskConfig
 from cera_train.tasks.jsonl import RULES, chosen
 from cera_train.tasks.records import Generation
 from cera_train.tasks.task import load_problems, task_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.task import load_problems
 
 GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}

@@ -10,7 +10,7 @@ import pytest
 import cera_train.tasks
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.records import Generation
 from cera_train.tasks.registry import all_tasks, display_name, find_task
 from cera_train.tasks.task import AnswerTask, RowTask, load_problems
@@ -103,7 +103,7 @@ def test_a_task_checks_its_settings(settings, message):
 def test_finding_every_task_imports_neither_torch_nor_pyarrow():
     code = "import sys; sys.argv[0] = 'cera-train'\n"
     code += "from cera_train.tasks.registry import all_tasks; all_tasks()\n"
-    code += "import cera_train.evaluation.config, cera_train.tasks.task\n"
+    code += "import cera_train.settings.evaluation, cera_train.tasks.task\n"
     code += "print({'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'pyarrow', 'numpy'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.adapters.config import AdapterConfig
-from cera_train.data.config import BatchLayout
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import Allowed, SupervisedLoss
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import BatchLayout
 from cera_train.training.console import describe_adapter, describe_speed
 
 

@@ -10,8 +10,8 @@ import torch
 from conftest import make_tiny_llama
 
 from cera_train.adapters.build import build, parameter_groups
-from cera_train.adapters.config import AdapterConfig, AdapterKind
-from cera_train.training.config import OptimizerConfig, OptimizerKind, Schedule
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.training import OptimizerConfig, OptimizerKind, Schedule
 from cera_train.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 
 

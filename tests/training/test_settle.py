@@ -11,8 +11,8 @@ from tiny_runs import folder_of, train_and_die_after
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_checksums
-from cera_train.model.config import Dtype
 from cera_train.model.precision import Precision
+from cera_train.settings.model import Dtype
 from cera_train.training.train import train
 
 

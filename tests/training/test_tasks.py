@@ -23,11 +23,11 @@ from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_tasks
 from cera_train.runs.outcomes import read_grades
+from cera_train.settings.training import SAMPLE_ROOM
 from cera_train.tasks.logistic_map import TASK
 from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
-from cera_train.training.config import SAMPLE_ROOM
 from cera_train.training.tasks import rows_exam
 from cera_train.training.train import train, train_together
 

@@ -14,10 +14,10 @@ from cera_train.adapters.together import twin
 from cera_train.common.errors import UserError
 from cera_train.distributed.signals import Interrupted
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.model.config import Dtype
 from cera_train.model.precision import choose_precision
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
+from cera_train.settings.model import Dtype
 from cera_train.training.train import train, train_together
 
 ARMS = {

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM
 
 from cera_train.common.settings import to_plain
 from cera_train.distributed.accelerator import check_distribution
-from cera_train.distributed.config import Strategy
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
+from cera_train.settings.distributed import Strategy
 from cera_train.training.session import settle
 from cera_train.training.train import train
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cera_train.adapters.config import GATE_SETTINGS
 from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.common.settings import require
+from cera_train.settings.adapters import GATE_SETTINGS
 
 if TYPE_CHECKING:
     import peft

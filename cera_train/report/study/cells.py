@@ -14,7 +14,7 @@ from cera_train.common.errors import UserError
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import MINUS, signed
 from cera_train.runs.outcomes import GradedProblem, TokenLosses, read_grades, read_losses
-from cera_train.sweep.config import LOSS, SCORE
+from cera_train.settings.sweep import LOSS, SCORE
 from cera_train.tasks.registry import display_name
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from cera_train.common.files import write_bytes, write_text
 from cera_train.common.settings import Changes, changes_of
 from cera_train.common.terminal import print_line, terminal_width
 from cera_train.common.trust import clean
-from cera_train.config import Config
 from cera_train.report.comparison import differing_settings, shown
 from cera_train.report.page import print_columns, template
 from cera_train.report.runs import Run
@@ -26,7 +25,8 @@ from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap, co
 from cera_train.report.study.failures import Difficulty, by_difficulty
 from cera_train.report.study.results import RESULTS, results_of
 from cera_train.report.study.tables import StudyTable
-from cera_train.sweep.config import Equal
+from cera_train.settings.run import Config
+from cera_train.settings.sweep import Equal
 
 if TYPE_CHECKING:
     from cera_train.sweep.study import Study

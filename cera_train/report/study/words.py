@@ -11,7 +11,7 @@ from cera_train.evaluation.slope import Estimate
 from cera_train.report.comparison import shown
 from cera_train.report.study.cells import CellResult, Outcome
 from cera_train.report.study.contrasts import Comparison, RankLine, SlopeGap
-from cera_train.sweep.config import LOSS, SCORE, StudyConfig
+from cera_train.settings.sweep import LOSS, SCORE, StudyConfig
 
 ONE_SEED = "one seed cannot be generalised from"
 EQUAL_WITHIN = 0.1

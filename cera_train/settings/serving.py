@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, section, setting
-from cera_train.data.config import DataConfig
-from cera_train.evaluation.config import GenerationConfig
-from cera_train.model.config import ModelConfig, Quantization
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import DataConfig
+from cera_train.settings.evaluation import GenerationConfig
+from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.tasks import TaskConfig
 
 
 class Template(StrEnum):

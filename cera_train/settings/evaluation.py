@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cera_train.common.settings import require, require_folder_name, require_positive, section, setting
-from cera_train.data.config import DataConfig
-from cera_train.distributed.config import ProcessesConfig
-from cera_train.model.config import ModelConfig
-from cera_train.tasks.config import TaskConfig
+from cera_train.settings.data import DataConfig
+from cera_train.settings.distributed import ProcessesConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.tasks import TaskConfig
 from cera_train.tasks.registry import find_task
 
 

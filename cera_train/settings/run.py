@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cera_train.adapters.config import AdapterConfig, AdapterKind
 from cera_train.common.settings import require, require_folder_name, section, setting
-from cera_train.data.config import DataConfig
-from cera_train.distributed.config import DistributedConfig, LaunchConfig, Strategy
-from cera_train.model.config import ModelConfig, Quantization
-from cera_train.planning.config import PlanConfig
-from cera_train.sweep.config import StudyConfig, SweepConfig
-from cera_train.training.config import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.data import DataConfig
+from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
+from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.planning import PlanConfig
+from cera_train.settings.sweep import StudyConfig, SweepConfig
+from cera_train.settings.training import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
 
 
 @dataclass

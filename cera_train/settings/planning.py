@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cera_train.adapters.config import AdapterKind
 from cera_train.common.settings import require, require_positive, section, setting
+from cera_train.settings.adapters import AdapterKind
 
 
 class GpuKind(StrEnum):
