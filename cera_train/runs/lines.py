@@ -1,12 +1,11 @@
-"""An update, an evaluation and a sample in one line each: what a run prints, and what follows it shows. Imports no
-torch."""
+"""An update and an evaluation in one line each, as a run prints them. Imports no torch."""
 
 from __future__ import annotations
 
 import itertools
 
 from cera_train.common.terminal import duration
-from cera_train.runs.results import EvaluationMetrics, Sample, SpectrumSummary, UpdateMetrics
+from cera_train.runs.results import EvaluationMetrics, SpectrumSummary, UpdateMetrics
 
 
 def describe_update(metrics: UpdateMetrics, seconds_left: float | None) -> str:
@@ -38,15 +37,6 @@ def describe_tasks(figures: dict[str, float]) -> str:
     by_task = itertools.groupby(figures.items(), lambda figure: figure[0].partition("/")[0])
     parts = {task: [f"{key.partition('/')[2]} {value:.1%}" for key, value in found] for task, found in by_task}
     return "; ".join(f"{task} {', '.join(texts)}" for task, texts in parts.items())
-
-
-def describe_grade(sample: Sample) -> str:
-    return {True: "right", False: "wrong", None: "ungraded"}[sample.exact]
-
-
-def one_line(text: str) -> str:
-    """A text without its line breaks."""
-    return " ".join(text.split())
 
 
 def figure(value: float, decimals: int = 3) -> str:

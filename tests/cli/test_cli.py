@@ -16,7 +16,7 @@ import pytest
 from commands import at_once, cera_train, command
 
 from cera_train import __version__
-from cera_train.cli import chat, evaluate, export, plan, report, sweep, train, watch
+from cera_train.cli import chat, evaluate, export, plan, report, sweep, train
 from cera_train.cli.composition import options
 from cera_train.cli.hydra_guard import GuardedConfigLoader
 from cera_train.cli.plan import main as main_plan
@@ -41,7 +41,7 @@ def test_help_answers_at_once_and_names_every_choice(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("program", [chat, evaluate, export, plan, report, sweep, train, watch])
+@pytest.mark.parametrize("program", [chat, evaluate, export, plan, report, sweep, train])
 def test_every_command_has_the_version_of_the_package(monkeypatch, capfd, program):
     monkeypatch.setattr(sys, "argv", ["cera", "--version"])
     program.main()

@@ -29,7 +29,7 @@ TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
     *("computes", "architectures", "evidence", "serving"),
 }
-OF_FOLDERS = {"cera-report": ("--output", "--task"), "cera-sweep": (), "cera-watch": ("--once",)}
+OF_FOLDERS = {"cera-report": ("--output", "--task"), "cera-sweep": ()}
 """Commands that take folders, with their options."""
 NOT_RUN = "<!-- not run by the tests"
 MADE_BY_COMMANDS = ("outputs/", "report/")
