@@ -68,11 +68,10 @@ def write_card(run: Path, result: RunResult) -> None:
 def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> str:
     adapter, model, data = config.adapter, config.model, config.data
     is_full, is_cera = adapter.family.trains_base, adapter.kind == "cera"
-    license_name = model.facts.license if model.facts and model.facts.of == model.path else None
-    is_hub_id = not model.path.startswith("pypi:") and not Path(model.path).exists()
+    license_name = model.known_facts.license if model.known_facts else None
     metadata = {
         "library_name": "transformers" if is_full else "peft",
-        "base_model": model.path if is_hub_id else None,
+        "base_model": model.hub_id,
         "license": license_name,
         "datasets": [part.path for _, part in data.parts() if part.path and not part.train_files],
         "tags": [adapter.kind.value],

@@ -60,7 +60,7 @@ def export(config: ExportConfig) -> Certificate:
     certificates: list[Certificate] = []
 
     def write(part: Path) -> None:
-        write_lora(loaded.model, gates, config.bias, loaded.subject.model.path, part)
+        write_lora(loaded.model, gates, config.bias, loaded.base.name_or_path, part)
         exported = load_export(config, loaded, part)
         found = certify(config, loaded, exported, gates, data.evaluation)
         certificate = Certificate(str(config.format), fit, config.bias, tokens, **found)
@@ -250,7 +250,9 @@ def card(config: ExportConfig, loaded: Loaded, certificate: Certificate) -> str:
     what = "A LoRA in PEFT's format" if config.format == ExportFormat.lora else "A plain model"
     shown = fields(certificate) | scores(certificate)
     rows = "\n".join(f"| {label} | {value} |" for label, value in shown.items())
+    base = loaded.subject.model.hub_id
+    metadata = f"---\nbase_model: {base}\n---\n\n" if base else ""
     return (
-        f"---\nbase_model: {loaded.subject.model.path}\n---\n\n{what}: the linear part of a CeRA adapter "
+        f"{metadata}{what}: the linear part of a CeRA adapter "
         f"({loaded.subject.adapter}), whose gate was replaced by its best affine map.\n\n| | |\n|---|---|\n{rows}\n"
     )

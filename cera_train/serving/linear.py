@@ -104,7 +104,7 @@ def write_lora(model: nn.Module, gates: dict[str, AffineGate], has_bias: bool, b
     """Writes the LoRA in PEFT's format.
 
     Args:
-        base: the base model that its config names.
+        base: the base model that its config names: a Hub id or a folder.
     """
     tensors, ranks = {}, {}
     for name, layer in branches(model):

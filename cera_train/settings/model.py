@@ -30,6 +30,8 @@ class ModelFacts:
     """The `model.path` that these are facts of."""
     license: str | None = setting(None, "nothing")
     """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as apache-2.0."""
+    hub_id: str | None = setting(None, "nothing")
+    """The weights' id on the Hub where `model.path` is another place, for an adapter's model card."""
     config: str | None = setting(None, "nothing")
     """The model's config.json, a file in conf/model: cera-plan reads it where the model is not on this disk."""
 
@@ -68,6 +70,18 @@ class ModelConfig:
             f"model.attn_implementation={self.attn_implementation} is a kernel from the Hub, which is code: use sdpa, "
             "eager or flash_attention_2, or set model.trust_remote_code=true if you trust it.",
         )
+
+    @property
+    def known_facts(self) -> ModelFacts | None:
+        """The facts, where they are those of this path."""
+        return self.facts if self.facts is not None and self.facts.of == self.path else None
+
+    @property
+    def hub_id(self) -> str | None:
+        """The id by which a model card names the base; None for a folder without one."""
+        if self.known_facts is not None and self.known_facts.hub_id is not None:
+            return self.known_facts.hub_id
+        return None if self.path.startswith("pypi:") or Path(self.path).exists() else self.path
 
     def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:
         """The precision in which `train.autocast` lets products be computed; None: autocast is off."""

