@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help quickstart install gpu test test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
+.PHONY: help quickstart install gpu test test-laptop test-all test-peft test-serving test-lowest lint lock check bench growth architectures evidence docs clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -16,6 +16,9 @@ install: $(VENV)/.installed  ## install cera-train and the weights of the quicks
 
 test: $(VENV)/.installed-test  ## run the fast tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-laptop:  ## run the fast tests as a laptop would: on AVX2, in float32
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(MAKE) test
 
 test-all: test  ## run also the tests that start and kill processes, fill disks, or train the real model
 	$(BIN)/python -m pytest -n 2 -m slow

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import at_once, cera_train, command
+from commands import WITHOUT_TORCH, cera_train, command
 
 from cera_train import __version__
 from cera_train.cli import chat, evaluate, export, plan, report, sweep, train
@@ -32,9 +32,8 @@ def tiny_arguments(tiny_folder) -> list[str]:
     ]
 
 
-def test_help_answers_at_once_and_names_every_choice(tmp_path):
-    with at_once():
-        done = cera_train("--help", cwd=tmp_path)
+def test_help_answers_without_torch_and_names_every_choice(tmp_path):
+    done = cera_train("--help", cwd=tmp_path, **WITHOUT_TORCH)
     assert done.returncode == 0
     for text in ("math_lora_r512_matched", "smollm2_135m_pypi", "micro_batch_tokens", "--debug"):
         assert text in done.stdout

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import assert_one_line, at_once, cera_train, command
+from commands import WITHOUT_TORCH, assert_one_line, cera_train, command
 from hydra.errors import MissingConfigException
 
 from cera_train.cli import evaluate, plan, report, sweep, train
@@ -143,8 +143,7 @@ def test_a_mistaken_setting_gets_one_line_and_status_2(tmp_path, refusal, argume
 def test_a_task_on_rows_without_answers_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "1 + 1", "answer": "#### 2"}\n{"question": "2 + 2"}\n')
     settings = ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"]
-    with at_once():
-        done = cera_train(*settings, cwd=tmp_path)
+    done = cera_train(*settings, cwd=tmp_path, **WITHOUT_TORCH)
     assert_one_line(done, "cera-train", r"train.tasks=\[gsm8k\]: rows.jsonl:2: column 'answer' is missing")
     assert not (tmp_path / "outputs").exists()
 
@@ -158,9 +157,8 @@ def test_a_task_on_rows_without_answers_is_refused_before_anything_is_loaded(tmp
         (["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"], "model.path=./no: folder does"),
     ],
 )
-def test_a_mistake_is_answered_at_once(tmp_path, arguments, message):
-    with at_once():
-        done = cera_train(*arguments, cwd=tmp_path)
+def test_a_mistake_is_answered_without_torch(tmp_path, arguments, message):
+    done = cera_train(*arguments, cwd=tmp_path, **WITHOUT_TORCH)
     assert_one_line(done, "cera-train", message)
     assert not list(tmp_path.iterdir())
 
@@ -233,16 +231,14 @@ def test_a_mistake_in_another_command_gets_one_line_and_status_2(tmp_path, refus
         ("cera-plan", ["plan.gpu=h1000"], "plan.gpu=h1000: expected one of h100, .*Did you mean h100"),
     ],
 )
-def test_another_command_answers_a_mistake_at_once(tmp_path, name, arguments, message):
-    with at_once():
-        done = command(name, *arguments, cwd=tmp_path)
+def test_another_command_answers_a_mistake_without_torch(tmp_path, name, arguments, message):
+    done = command(name, *arguments, cwd=tmp_path, **WITHOUT_TORCH)
     assert_one_line(done, name, message)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_evaluation_of_a_folder_that_is_no_run_gets_one_line(tmp_path):
-    with at_once():
-        done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path)
+    done = command("cera-eval", "run=nothing", "task=gsm8k", cwd=tmp_path, **WITHOUT_TORCH)
     assert_one_line(done, "cera-eval", "run=nothing does not exist: expected a folder that cera-train left")
     assert not list(tmp_path.iterdir())
 

