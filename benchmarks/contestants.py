@@ -287,7 +287,7 @@ def our_session(
     from cera_train.settings.model import Dtype, ModelConfig
     from cera_train.settings.run import Config
     from cera_train.settings.training import OptimizerConfig, TrackerConfig, TrainConfig
-    from cera_train.training.session import Run, Session, settle
+    from cera_train.training.session import Session, settle
 
     dtype = Dtype(str(setting.dtype).removeprefix("torch."))
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
@@ -303,7 +303,7 @@ def our_session(
     )
     path = Path(tempfile.mkdtemp())
     config, precision = settle(config, path)
-    session = Session([Run(config, precision, RunFolder(path, to_plain(config)))])
+    session = Session(config, precision, RunFolder(path, to_plain(config)), resume_from=None)
     assert session.team.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
     session.loss.train()
     return session
@@ -317,17 +317,16 @@ class Ours(Contestant):
 
     def __init__(self, setting: Setting) -> None:
         self.session = our_session(setting, self.kind, RANK, self.is_compiled)
-        (self.arm,) = self.session.arms
-        self.model = self.arm.model
+        self.model = self.session.model
 
     def update(self, rows: Sequence[int]) -> int:
         from cera_train.training.train import backward
 
-        session, arm = self.session, self.arm
-        backward(session, [list(rows)])
-        session.accelerator.clip_grad_norm_(arm.weights, 1.0)
-        arm.stepper.step()
-        arm.stepper.zero_grad()
+        session = self.session
+        backward(session, list(rows))
+        session.accelerator.clip_grad_norm_(session.weights, 1.0)
+        session.stepper.step()
+        session.stepper.zero_grad()
         return sum(session.batches.supervised[row] for row in rows)
 
 

@@ -79,8 +79,8 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
             passes = [session.batches.load(group) for group, _ in groups]
         for batch in passes:
             (session.loss(batch) / (point.length * point.sequences)).backward()
-        session.arms[0].stepper.step()
-        session.arms[0].stepper.zero_grad()
+        session.stepper.step()
+        session.stepper.zero_grad()
         taken.append(time.perf_counter() - started)
     pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.team.device)})
 

@@ -15,6 +15,7 @@ import io
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,16 +28,18 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from benchmarks.composed import composed
 from benchmarks.fake_gpu import fake_gpu
 from cera_train.common.files import config_dir
+from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, RowCounts, TokenizedData, TokenizedRows
 from cera_train.model import weights
 from cera_train.planning.count import quantised_linears, read_config
 from cera_train.planning.devices import GB
 from cera_train.planning.plan import RunPlan, micro_batches, plan_alone
+from cera_train.runs.folder import RunFolder
 from cera_train.settings.run import Config
 from cera_train.training import session as sessions
-from cera_train.training.session import Session
-from cera_train.training.train import find, update
+from cera_train.training.session import Session, settle
+from cera_train.training.train import update
 
 UPDATES = 2
 """The first makes the optimizer's state, so the second needs the most memory."""
@@ -87,13 +90,11 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         config, rows = composed(*settings, f"output_dir={folder}/outputs"), rows_of(plan)
         with fake_gpu() as gpu, session_of(config, rows) as session:
             gpu.reset_peak()
-            (arm,) = session.arms
             for _ in range(UPDATES):
                 update(session)
-                if arm.run.outcome is not None:  # an error, which ended the run
-                    raise arm.run.outcome
-            passes = session.passes([arm.order.sequences(0)])
-            attention, kernels = arm.local_loss.causal_lm.config._attn_implementation, arm.config.adapter.kernels
+            passes = session.batches.passes(session.order.sequences(0), 1, 0, in_step=False)
+            attention = session.local_loss.causal_lm.config._attn_implementation
+            kernels = session.config.adapter.kernels
             return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention, kernels)
 
 
@@ -137,12 +138,10 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         for place, name, value in replaced:
             stack.enter_context(patch.object(place, name, value))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        run = find(config, stack)
-        if isinstance(run, Exception):
-            raise run
-        session = stack.enter_context(Session([run]))
-        if isinstance(run.outcome, Exception):
-            raise run.outcome
+        path = Path(config.output_dir) / config.name
+        config, precision = settle(config, path)
+        folder = stack.enter_context(RunFolder(path, to_plain(config)))
+        session = stack.enter_context(Session(config, precision, folder, resume_from=None))
         session.start()
         yield session
 

@@ -40,7 +40,7 @@ def tests() -> list[Piece]:
         "fused": ("the fused Triton branch against torch", 150, 540),
         "attention": ("the varlen kernel against SDPA; flat rows against padded ones", 60, 180),
         "precision": ("NF4 and int8 training and evaluation, paged 8-bit AdamW, the scaler of float16", 150, 300),
-        "training": ("bf16 resume, torch.compile, experts, runs together", 150, 480),
+        "training": ("bf16 resume, torch.compile, experts", 150, 480),
         "answers": ("decoding against generate", 60, 180),
         "processes": ("DDP and FSDP2 over NCCL, on two GPUs", 150, 300),
     }

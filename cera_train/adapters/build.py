@@ -114,15 +114,6 @@ def keeps_base(model: nn.Module) -> bool:
     return _family_of(model).keeps_base(model)
 
 
-def adds_nothing(model: nn.Module, config: AdapterConfig) -> bool:
-    """Whether B is zero in every module, as before the first update of most methods: the model computes what its base
-    does."""
-    b_matrix = config.family.b_matrix
-    return b_matrix is not None and not any(
-        bool(parameter.any()) for name, parameter in model.named_parameters() if f".{b_matrix}." in name
-    )
-
-
 def _family_of(model: nn.Module) -> Family:
     return next(family for family in families() if family.made(model))
 

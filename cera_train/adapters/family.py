@@ -68,8 +68,6 @@ class Family(ABC):
     """Whether target_modules must be given."""
     trains_base: ClassVar[bool] = False
     """Whether the base's weights are trained, so that they are to be loaded in float32."""
-    joins: ClassVar[bool] = False
-    """Whether it adds nothing but `add_branch`, so that several runs can train on one base together."""
     b_matrix: ClassVar[str | None] = None
     """The module that holds B, for `adapter.b_lr_ratio`."""
     alpha_field: ClassVar[str] = "alpha"
@@ -102,11 +100,6 @@ class Family(ABC):
         """The branches of one module by what follows its name."""
         branch = self.branch(module)
         return {} if branch is None else {"": branch}
-
-    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
-        """output + branch(x), [N, d_out], for a layer that `branch` knows; may write into `output`. The dropout mask
-        follows from the seed. Of kinds that have `joins`."""
-        raise NotImplementedError
 
     @abstractmethod
     def why_no_spectrum(self, model: nn.Module) -> str:

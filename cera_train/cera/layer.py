@@ -132,12 +132,9 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         A, _, gate, dropout_x, _ = self._parts(adapter_name)
         return self.kernels == "triton" and not dropout_x.p and fits_one_kernel(A.weight, len(A.weight), gate)
 
-    def branch(self, x: torch.Tensor, adapter_name: str, seed: int | None = None) -> torch.Tensor:
-        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out].
-        Without a seed, torch's generator draws the dropout mask."""
+    def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
-        if seed is not None:
-            dropout_x, dropout = (functools.partial(drop, part, seed) for part in (dropout_x, dropout))
         if autocast_dtype(x.device) is None:
             # Adapter weights are fp32 over a 16-bit base. Autocast would bring x back to 16 bits at once.
             x = self._cast_input_dtype(x, A.weight.dtype)
@@ -155,42 +152,30 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             result = self.quantization_backend.maybe_clone_base_result(output)
         if adapter_names is not None:
             return self._forward_by_row(x, result, adapter_names)
-        return self.add_branches(result, x, is_ours=result is not output)
-
-    def add_branches(
-        self, result: torch.Tensor, x: torch.Tensor, is_ours: bool = True, seed: int | None = None
-    ) -> torch.Tensor:
-        """result + the active branches of x.
-
-        Args:
-            is_ours: nothing else needs `result`, so it may be written into.
-            seed: what the dropout masks follow from; None: from torch's generator.
-        """
+        is_ours = result is not output  # nothing else needs it, so it may be written into
         for adapter_name in self.active_adapters:
             branch = self.prepared.get(adapter_name) if self.prepared else None
             if branch is not None and branch.fits(result):
                 result, is_ours = branch.add_to(result, x, is_ours), True
             elif adapter_name in self.cera_A:
-                result, is_ours = self._add_branch(result, x, adapter_name, is_ours, seed), True
+                result, is_ours = self._add_branch(result, x, adapter_name, is_ours), True
         return result
 
-    def _add_branch(
-        self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_ours: bool, seed: int | None = None
-    ) -> torch.Tensor:
+    def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_ours: bool) -> torch.Tensor:
         """result + branch(x), fused where that rounds nowhere else and all weights may be read."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
         dtype = autocast_dtype(x.device) or A.weight.dtype
         fits = not is_transformed() and result.dtype == dtype and result.is_contiguous()
         if not (fits and is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain_gate(gate)):
-            return (result + self.branch(x, adapter_name, seed)).to(result.dtype)
+            return (result + self.branch(x, adapter_name)).to(result.dtype)
         # Others may hold the output of a base layer with hooks, or need it in backward. A bias or 8-bit weights return
         # a view, which autograd does not let an in-place operation change.
         gives_away = is_plain(self.base_layer, nn.Linear, Conv1D)
         if not (is_ours or gives_away) or (torch.is_grad_enabled() and result._is_view()):
             result = result.clone()
         p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
-        if seed is None:  # the CPU's generator: reading a number from the GPU's would wait for the GPU
-            seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p_x or p else 0
+        # the CPU's generator: reading a number from the GPU's would wait for the GPU
+        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p_x or p else 0
 
         def drop_x(x: torch.Tensor) -> torch.Tensor:
             return seeded_dropout(x, p_x, seed) if p_x else x
@@ -276,11 +261,6 @@ def is_transformed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )
-
-
-def drop(dropout: nn.Dropout, seed: int, x: torch.Tensor) -> torch.Tensor:
-    """The dropout of a module, whose mask follows from a seed."""
-    return seeded_dropout(x, dropout.p, seed) if dropout.training and dropout.p else x
 
 
 NO_DROPOUT = nn.Dropout(0.0).eval()

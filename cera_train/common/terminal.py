@@ -78,11 +78,10 @@ class ProgressBar:
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
-    def step(self, text: str, count: int = 1) -> None:
-        """Counts what has been done since the last call, and shows a text about it."""
-        tenths = self.done // self._every
-        self.done += count
-        is_tenth = self.done // self._every > tenths or self.done == self.total
+    def step(self, text: str) -> None:
+        """Counts one more unit, and shows a text about it."""
+        self.done += 1
+        is_tenth = self.done % self._every == 0 or self.done == self.total
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=text)
         elif self.visible and (is_tenth or time.monotonic() - self._printed >= LINE_SECONDS):

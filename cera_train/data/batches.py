@@ -7,7 +7,6 @@ so none of it changes the result.
 from __future__ import annotations
 
 import bisect
-import copy
 import functools
 import itertools
 import math
@@ -97,15 +96,6 @@ def padded_micro_batches(rows: Sequence[int], lengths: Sequence[int], max_tokens
     return groups[::-1]
 
 
-@dataclass(frozen=True)
-class ArmShare:
-    """What one of several runs has in a micro-batch that they share: neighbouring rows, or sequences of a flat row."""
-
-    tokens: int
-    """Padding included."""
-    supervised: int
-
-
 @dataclass
 class Batch:
     """One micro-batch of shape [B, T]. Flat: B is 1, and positions restart with each sequence."""
@@ -117,8 +107,6 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     sequence_lengths: list[int] | None = None
     """Flat: the tokens of each sequence."""
-    arms: list[ArmShare] | None = None
-    """The share of each arm, in this order; None: the batch is of one run."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
@@ -165,17 +153,6 @@ class MicroBatches:
         cut = flat_micro_batches if self.is_flat else padded_micro_batches
         return cut(rows, self.lengths, self.max_tokens)
 
-    def up_to(self, max_tokens: int) -> MicroBatches:
-        """The same with another bound."""
-        batches = copy.copy(self)
-        batches.max_tokens = max_tokens
-        return batches
-
-    def tokens(self, rows: Sequence[int]) -> int:
-        """Tokens of these rows as one micro-batch, padding included."""
-        lengths = [self.lengths[row] for row in rows]
-        return sum(lengths) if self.is_flat else len(rows) * max(lengths)
-
     def load(self, group: Sequence[int]) -> Batch:
         """One micro-batch, on the device."""
         # Arrow's `to_numpy` would import pandas, for a third of a second. DLPack has no packed bits, so masks are cast.
@@ -197,43 +174,3 @@ class MicroBatches:
         """The first rows, as many as have at most `max_tokens` tokens together; at least one."""
         count = bisect.bisect_right(list(itertools.accumulate(self.lengths)), max_tokens)
         return list(range(max(1, count)))
-
-
-class SharedMicroBatches:
-    """Micro-batches of several runs, arms, on one base: those that the arms would have alone lie side by side."""
-
-    def __init__(self, batches: MicroBatches) -> None:
-        self.batches = batches
-        self.lengths, self.supervised = batches.lengths, batches.supervised
-
-    def passes(self, rows: Sequence[Sequence[int]]) -> list[list[list[int]]]:
-        """Each arm's rows as passes of the base, which hold rows of each arm.
-
-        An arm has at most one of its micro-batches in a pass, so that its dropout does not depend on other arms.
-        """
-        passes = []
-        for turn in itertools.zip_longest(*map(self.batches.groups, rows), fillvalue=[]):
-            shared: list[list[list[int]]] = []
-            for arm in sorted(range(len(turn)), key=lambda arm: -len(turn[arm])):
-                fits = (group for group in shared if self._fit([*itertools.chain(*group), *turn[arm]]))
-                if (group := next(fits, None)) is None:
-                    shared.append(group := [[] for _ in rows])
-                group[arm] = turn[arm]
-            passes += shared
-        return passes
-
-    def _fit(self, rows: list[int]) -> bool:
-        return self.batches.tokens(rows) <= self.batches.max_tokens
-
-    def load(self, group: Sequence[Sequence[int]]) -> Batch:
-        """A pass, on the device."""
-        batch = self.batches.load([row for rows in group for row in rows])
-        longest = batch.input_ids.shape[1]  # padded, every row takes so many tokens
-        batch.arms = [
-            ArmShare(
-                sum(self.lengths[row] if self.batches.is_flat else longest for row in rows),
-                sum(self.supervised[row] for row in rows),
-            )
-            for rows in group
-        ]
-        return batch

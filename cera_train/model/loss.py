@@ -66,15 +66,10 @@ class SupervisedLoss(nn.Module):
         self.is_compiled = False
 
     def forward(self, batch: Batch, by_token: bool = False) -> Tensor:
-        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar; where arms share the
-        micro-batch, over those of each, [arms]; `by_token`, that of each token, [N], in the order of the micro-batch.
-        """
+        """The loss summed over the supervised tokens of a micro-batch, a float32 scalar; or `by_token`, the loss of
+        each, [N], in the order of the micro-batch."""
         losses = self._token_losses(batch)
-        if by_token:
-            return losses
-        if batch.arms is None:
-            return losses.sum()
-        return torch.stack([of_arm.sum() for of_arm in losses.split([arm.supervised for arm in batch.arms])])
+        return losses if by_token else losses.sum()
 
     def _token_losses(self, batch: Batch) -> Tensor:
         causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
@@ -198,12 +193,6 @@ class SupervisedLoss(nn.Module):
         self.is_flat = True
         if self.allowed.attention is not None:
             self._parts["causal_lm"].set_attn_implementation(self.allowed.attention)
-
-    def take_layout_of(self, other: SupervisedLoss) -> None:
-        """Does without a probe, where another loss of the same architecture had one."""
-        self.allowed = other.allowed
-        if other.is_flat:
-            self.use_flat_batches()
 
     # --- compiled layers ---------------------------------------------------------------------------------------------
 

@@ -23,7 +23,6 @@ from cera_train.settings.model import Dtype, Quantization, chunk_tokens
 from cera_train.settings.planning import CompareAt
 from cera_train.settings.run import Config, PlanRun
 from cera_train.settings.training import OPTIMIZERS
-from cera_train.training.together import pass_tokens
 
 if TYPE_CHECKING:
     from cera_train.planning.count import Parameters
@@ -223,21 +222,6 @@ def plan_alone(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
         token_flops=cost.evaluation / usual.tokens,
         mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
     )
-
-
-def most_arms(config: PlanRun, memory: float) -> int:
-    """How many runs like this one train on one base in so many bytes."""
-    shared, own = memory_of_arm(config)
-    return max(0, int((USABLE * memory - shared) // own))
-
-
-def memory_of_arm(config: PlanRun) -> tuple[float, float]:
-    """Bytes that runs on one base share, with a full micro-batch, and bytes that each of them adds."""
-    train, tokens = config.train, pass_tokens(config, config.plan.on_gpu)
-    full = replace(config, train=replace(train, batch_size=max(FULL, train.batch_size), micro_batch_tokens=tokens))
-    memory = plan_alone(full).memory.training
-    own = sum(memory[part] for part in OF_AN_ARM)
-    return sum(memory.values()) - own, own
 
 
 def run_totals(config: Config, size: DataSize, pauses: Sequence[int] = (), is_whole: bool = True) -> RunTotals:

@@ -11,13 +11,12 @@ from cera_train.common.trust import clean
 from cera_train.data.mix import describe_parts
 from cera_train.planning.devices import GB, USABLE
 from cera_train.planning.measured import Figure, compare_with_measured
-from cera_train.planning.plan import RunPlan, most_arms
+from cera_train.planning.plan import RunPlan
 from cera_train.planning.serving import ADAPTERS, Serving, devices_for, plan_serving
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Quantization
 from cera_train.settings.planning import PlanConfig
 from cera_train.settings.run import PlanRun
-from cera_train.training.together import why_alone
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -47,9 +46,6 @@ def print_plan(plan: RunPlan) -> None:
             print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
     for override, other in plan.remedies.items():
         print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
-    if not why_alone(plan.config) and (arms := most_arms(plan.config, plan.device.memory)):
-        count = f"{arms:,} such runs fit" if arms > 1 else "no other run fits beside it"
-        print_line("together", f"{count} on one base at once: hydra/launcher=together")
     print_missing_price(plan)
     if (serving := plan_serving(plan)) is not None:
         print_serving(serving, plan)

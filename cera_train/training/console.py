@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,8 @@ from cera_train.data.mix import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.lines import describe_rank, describe_tasks, describe_update
-from cera_train.runs.results import RunResult, UpdateMetrics
+from cera_train.runs.lines import describe_rank, describe_tasks
+from cera_train.runs.results import RunResult
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization
@@ -34,41 +33,29 @@ from cera_train.training.optimizer import learning_rate
 from cera_train.training.start import describe_start
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Arm, Session
+    from cera_train.training.session import Session
 
 
 def print_start(session: Session) -> None:
-    """The runs in a few lines: folder, model, adapter, device, speed, data."""
-    if not (session.team.is_main and session.arms):
+    """The run in a few lines: folder, model, adapter, device, speed, data."""
+    if not session.team.is_main:
         return
-    for arm in session.arms:
-        updates, done = arm.updates, arm.progress.update
-        already = f", {done:,} done" if done else ""
-        batch_size = arm.config.train.batch_size
-        print_line("run", f"{arm.folder.path}, {updates:,} updates of {batch_size} sequences{already}")
+    done, batch_size = session.progress.update, session.config.train.batch_size
+    already = f", {done:,} done" if done else ""
+    print_line("run", f"{session.folder.path}, {session.updates:,} updates of {batch_size} sequences{already}")
     print_model(session)
-    for arm in session.arms:
-        print_adapter(arm)
+    print_adapter(session)
     print_device(session)
     print_data(session.data, session.tokenizer)
-    print_plans(session)
+    if session.exams.plan:
+        print_line("answers", session.exams.plan)
 
 
-def print_plans(session: Session) -> None:
-    """What is answered when: once for all arms, or for those that share a plan."""
-    plans: dict[str, list[str]] = {}
-    for arm in session.arms:
-        plans.setdefault(arm.exams.plan, []).append(arm.config.name)
-    for plan, names in plans.items():
-        if plan:
-            print_line("answers", plan if len(plans) == 1 else f"{', '.join(names)}: {plan}")
-
-
-def describe_extension(arm: Arm) -> str:
+def describe_extension(session: Session) -> str:
     """Where a finished run goes on, and whether as an uninterrupted run would."""
-    done, updates, optimizer = arm.progress.update, arm.updates, arm.config.optimizer
-    end = arm.folder.result().updates
-    text = f"{arm.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}"
+    done, updates, optimizer = session.progress.update, session.updates, session.config.optimizer
+    end = session.folder.result().updates
+    text = f"{session.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}"
     if optimizer.schedule == Schedule.constant and not optimizer.warmup_ratio:
         return f"{text}. It goes on as one run of {updates:,} updates"
     last, following = (learning_rate(optimizer, *place) for place in ((end - 1, end), (done, updates)))
@@ -80,8 +67,8 @@ def describe_extension(arm: Arm) -> str:
 
 
 def print_model(session: Session) -> None:
-    model, arm, precision = session.config.model, session.arms[0], session.precision
-    frozen = arm.total_count - arm.trainable_count
+    model, precision = session.config.model, session.precision
+    frozen = session.total_count - session.trainable_count
     quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
     print_line("model", f"{model.path}, {model.dtype}{quantization}, {frozen:,} parameters")
     print_line("precision", f"{precision.dtype}: {precision.reason}")
@@ -93,19 +80,19 @@ def print_model(session: Session) -> None:
         )
 
 
-def print_adapter(arm: Arm) -> None:
+def print_adapter(session: Session) -> None:
     """The adapter and what it is on, with the experts that all-linear leaves out: a reader would take them for
     adapted."""
-    adapter, model = arm.config.adapter, arm.model
-    print_line("adapter", f"{describe_adapter(adapter)}: {arm.trainable_count:,} trainable")
-    if adapter.start_from is not None and arm.progress.update == 0:
-        print_line("start", describe_start(adapter, arm.session.base_fingerprint))
+    adapter, model = session.config.adapter, session.model
+    print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
+    if adapter.start_from is not None and session.progress.update == 0:
+        print_line("start", describe_start(adapter, session.base_fingerprint))
     if (reason := why_no_spectrum(model)) is not None:
         print_line("spectrum", f"none: {reason}")
     is_all = adapter.target_modules == "all-linear"
     for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)
-    if adapter.unfused and not arm.session.team.is_sharded:  # a layer's weights are whole in a pass only
+    if adapter.unfused and not session.team.is_sharded:  # a layer's weights are whole in a pass only
         print_line("unfused", describe_unfused(model))
     layers = layers_without_adapted_experts(model) if is_all else 0
     if layers:
@@ -128,19 +115,18 @@ def describe_adapter(adapter: AdapterConfig) -> str:
 
 
 def print_device(session: Session) -> None:
-    config, team, loss = session.config, session.team, session.arms[0].local_loss
+    config, team, loss = session.config, session.team, session.local_loss
     device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
     mixed = team.accelerator.mixed_precision
     autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
     layout = "flat" if loss.is_flat else "padded"
     tokens = config.train.micro_batch_tokens
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
-    kernels = dict.fromkeys(describe_kernels(arm.model) for arm in session.arms)
-    print_line("speed", describe_speed(config.train.batch_layout, loss, *kernels))
+    print_line("speed", describe_speed(config.train.batch_layout, loss, describe_kernels(session.model)))
 
 
-def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, *kernels: str) -> str:
-    """What makes this run fast, and why it does without the rest. `loss.is_flat` is what came of the layout wanted."""
+def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:
+    """Describes batch layout, compilation and kernels. `loss.is_flat` is what came of the layout wanted."""
     if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
@@ -154,7 +140,7 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, *kernels: str) -> 
     else:
         batches = "padding (costs less here than a mask over one long row)"
     compiled = "compiled layers" if loss.is_compiled else "not compiled (train.compile=false)"
-    return "; ".join(filter(None, (batches, compiled, *kernels)))
+    return "; ".join(filter(None, (batches, compiled, kernels)))
 
 
 def print_data(data: TokenizedData, tokenizer: Any) -> None:
@@ -180,23 +166,6 @@ def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) 
     """A row's text with its supervised parts marked."""
     runs = itertools.groupby(zip(input_ids, loss_mask, strict=True), key=lambda token: token[1])
     return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
-
-
-def describe_updates(updates: Sequence[UpdateMetrics], seconds_left: float) -> str:
-    """An update of each arm."""
-    if len(updates) == 1:
-        return describe_update(updates[0], seconds_left)
-    low, high = (choose(updates, key=lambda metrics: metrics.loss) for choose in (min, max))
-    return (
-        f"{len(updates)} runs  loss {low.loss:.3f} to {high.loss:.3f}  perplexity {low.perplexity:.2f} to "
-        f"{high.perplexity:.2f}  {updates[0].tokens_per_s:,.0f} tokens/s  {duration(seconds_left)} left"
-    )
-
-
-def describe_result(result: RunResult) -> str:
-    rank = describe_rank(result.spectrum)
-    text = f"perplexity {result.perplexity_before:.2f} before, {result.perplexity:.2f} after"
-    return f"{text}, effective rank {rank}" if rank else text
 
 
 def print_result(result: RunResult, config: Config) -> None:

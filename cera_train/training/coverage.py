@@ -9,30 +9,30 @@ from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Arm
+    from cera_train.training.session import Session
 
 TOKENS = 64
 """The pass takes a row of about this length for each process: attention matters in it, and it costs little."""
 
 
-def prove_coverage(arm: Arm) -> None:
+def prove_coverage(session: Session) -> None:
     """Runs one forward and backward pass over a few rows of the next update, and leaves no trace of it.
 
     Raises:
         UserError: an adapter did not run, or the loss does not depend on it.
     """
-    coverage = Coverage(arm.model)
-    if not arm.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
+    coverage = Coverage(session.model)
+    if not session.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
         return
-    team, batches = arm.session.team, arm.batches
-    rows = arm.order.sequences(arm.progress.update)
+    team, batches = session.team, session.batches
+    rows = session.order.sequences(session.progress.update)
     rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - TOKENS))[: team.processes]
     passes = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
-    arm.loss.train()
-    with arm.local_loss.uncompiled(), coverage.watch():
+    session.loss.train()
+    with session.local_loss.uncompiled(), coverage.watch():
         for (group, _), _ in team.passes(passes):
-            arm.session.accelerator.backward(arm.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
-    arm.optimizer.zero_grad()
+            session.accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
+    session.optimizer.zero_grad()
     coverage.sum(team.reduce)
     if (problem := coverage.problem()) is not None:
         raise UserError(f"adapter.target_modules: {problem} Leave them out, or set train.check_coverage=false.")

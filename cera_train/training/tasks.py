@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ from cera_train.tasks.records import Generation, Grade, Problem
 from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
 
 if TYPE_CHECKING:
-    from cera_train.training.session import Arm
+    from cera_train.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -120,23 +120,11 @@ def first_turns(config: DataConfig, tokenizer: Any) -> Iterator[tuple[list[Segme
 
 
 class Exams:
-    """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades.
+    """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades."""
 
-    Args:
-        beside: exams of other runs on this base and these rows; where the settings are equal, the problems are shared.
-    """
-
-    def __init__(
-        self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team, beside: Iterable[Exams] = ()
-    ) -> None:
+    def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team) -> None:
         self.config, self.tokenizer, self.loss, self.team = config.train, tokenizer, loss, team
-        loaded = next((exams for exams in beside if exams.settings == self.settings), None)
-        self.tasks, self.sampled = (loaded.tasks, loaded.sampled) if loaded else self._load(config)
-
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """What the problems follow from."""
-        return self.config.tasks, self.config.tasks_limit, self.config.task_settings, self.config.samples
+        self.tasks, self.sampled = self._load(config)
 
     def _load(self, config: Config) -> tuple[list[Exam], list[Exam]]:
         """The tasks, and what samples are taken of."""
@@ -185,10 +173,10 @@ class Exams:
         return [answers[problem.id] for problem in exam.problems]
 
 
-def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
+def evaluate_tasks(session: Session, is_last: bool) -> TaskFigures:
     """Answers the tasks that are due and the samples; returns the figures. The samples go to the run's folder and its
     tracker."""
-    exams, update, is_main = arm.exams, arm.progress.update, arm.session.team.is_main
+    exams, update, is_main = session.exams, session.progress.update, session.team.is_main
     figures, samples, notes = {}, [], []
     for exam in exams.tasks if exams.are_due(update, is_last) else []:
         started, answers = time.perf_counter(), exams.answer(exam)
@@ -197,7 +185,7 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
             found = exam.figures(answers, grades)
             figures |= found
             if is_last:
-                write_grades(arm.folder.path, exam.name, exam.outcomes(grades))
+                write_grades(session.folder.path, exam.name, exam.outcomes(grades))
             notes.append(f"{describe_tasks(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
     started = time.perf_counter()
     for exam in exams.sampled:
@@ -206,10 +194,10 @@ def evaluate_tasks(arm: Arm, is_last: bool) -> TaskFigures:
         notes.append(f"{counted(len(samples), 'sample')} in {time.perf_counter() - started:.1f} s")
     if is_main and samples:
         for sample in samples:
-            arm.folder.append_sample(sample)
-        arm.tracker.table("samples", [sample.to_json() for sample in samples], update)
+            session.folder.append_sample(sample)
+        session.tracker.table("samples", [sample.to_json() for sample in samples], update)
     if notes:
-        arm.note(f"answers at update {update}: {'; '.join(notes)}")
-    [figures, *_] = arm.session.team.gather([figures])  # the main process's
-    arm.progress.tasks = figures or arm.progress.tasks
+        session.note(f"answers at update {update}: {'; '.join(notes)}")
+    [figures, *_] = session.team.gather([figures])  # the main process's
+    session.progress.tasks = figures or session.progress.tasks
     return TaskFigures(figures)

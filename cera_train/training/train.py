@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from cera_train.model.loss import perplexity
 from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.lines import describe_evaluation
+from cera_train.runs.lines import describe_evaluation, describe_update
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.results import (
     EvaluationMetrics,
@@ -40,9 +39,8 @@ from cera_train.training import console
 from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
-from cera_train.training.session import Arm, Run, Session, settle
+from cera_train.training.session import Session, settle
 from cera_train.training.tasks import evaluate_tasks
-from cera_train.training.together import shared_settings
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -56,156 +54,108 @@ def train(config: Config) -> dict[str, Any]:
         UserError: the config, the data or the run's folder is not usable; the message has the mend.
         Interrupted: by SIGINT, SIGTERM, SIGUSR1 or SIGUSR2, after the update in progress was saved.
     """
-    (outcome,) = train_together([config])
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-def train_together(configs: Sequence[Config]) -> list[dict[str, Any] | Exception]:
-    """`train` for several runs on one base, each with the numbers it would have alone. Returns what each call would
-    return or raise. `training.together` chooses runs that can share a base."""
     quiet_libraries()
     forget_earlier_runs()
-    with contextlib.ExitStack() as folders:
-        found = [find(config, folders) for config in configs]
-        runs = [run for run in found if isinstance(run, Run)]
-        for run in [run for run in runs if shared_settings(run.config) != shared_settings(runs[0].config)]:
-            run.outcome = UserError(
-                f"{run.folder.path} was begun in another precision than the others: train it alone."
-            )
-            runs.remove(run)
-        if runs:
-            with Session(runs) as session, session.interruption:
-                if session.arms:
-                    run_session(session)
-    return [run.outcome if isinstance(run, Run) else run for run in found]
-
-
-def find(config: Config, folders: contextlib.ExitStack) -> Run | dict[str, Any] | Exception:
-    """What is to do for a run; or what a finished one left, or why it cannot begin."""
-    try:
-        path = Path(config.output_dir) / config.name
-        config, precision = settle(config, path)
-        folder = folders.enter_context(RunFolder(path, to_plain(config), is_main_process()))
+    path = Path(config.output_dir) / config.name
+    config, precision = settle(config, path)
+    with RunFolder(path, to_plain(config), is_main_process()) as folder:
         resume_from = where_to_resume(folder, config.train.resume) if folder.is_main else None
-        result = finished_result(folder)
-    except Exception as error:
-        return error
-    return Run(config, precision, folder, resume_from) if result is None else result
+        if (result := finished_result(folder)) is not None:
+            return result
+        with Session(config, precision, folder, resume_from) as session, session.interruption:
+            return run(session)
 
 
-def run_session(session: Session) -> None:
-    """Trains the arms of a session to their ends."""
-    for arm in session.arms[:]:
-        with session.alone(arm.run):
-            arm.begin()
+def run(session: Session) -> dict[str, Any]:
+    """Trains from the first update, or the one after the checkpoint, to the last."""
+    config, progress = session.config.train, session.progress
+    session.begin()
     console.print_start(session)
-    for arm in session.arms[:]:
-        with session.alone(arm.run):
-            prove_coverage(arm)
-            if arm.progress.update == 0 or arm.progress.evaluation_pending:
-                evaluate(arm)
-    end_arms(session)
+    prove_coverage(session)
+    if progress.update == 0 or progress.evaluation_pending:
+        evaluate(session)
     session.start()
-    while session.arms:
+    while not (session.is_done or session.is_paused):
         signal = update(session)
-        for arm in session.arms:
-            is_last = arm.progress.update == arm.updates
-            arm.progress.evaluation_pending = is_last or arm.is_due(arm.config.train.eval_every)
-        if signal is not None and any(arm.progress.update < arm.updates for arm in session.arms):
-            stop(session, signal)  # without the evaluations: whoever sent the signal may not wait for them
-        for arm in session.arms[:]:
-            with session.alone(arm.run):
-                if arm.progress.evaluation_pending:
-                    evaluate(arm)
-                if arm.is_due(arm.config.train.save_every) and not arm.is_done:
-                    save(arm)
-        end_arms(session)
-
-
-def end_arms(session: Session) -> None:
-    """Lets go of the arms that are done, and of those that `train.stop_at` pauses."""
-    for arm in session.arms[:]:
-        if arm.is_done or arm.is_paused:
-            with session.alone(arm.run):
-                session.leave(arm.run, finish(arm) if arm.is_done else pause(arm))
+        is_last = progress.update == session.updates
+        progress.evaluation_pending = is_last or session.is_due(config.eval_every)
+        if signal is not None and not is_last:
+            stop(session, signal)  # without the evaluation: whoever sent the signal may not wait for it
+        if progress.evaluation_pending:
+            evaluate(session)
+        if session.is_due(config.save_every) and not session.is_done:
+            save(session)
+    return finish(session) if session.is_done else pause(session)
 
 
 # --- one update ------------------------------------------------------------------------------------------------------
 
 
 def update(session: Session) -> int | None:
-    """One step of each arm's optimizer, each on its `train.batch_size` sequences, by passes that all arms share.
-    Returns the signal that a process heard meanwhile."""
-    started, arms = time.perf_counter(), session.arms[:]
-    rows = [arm.order.sequences(arm.progress.update) for arm in arms]
-    session.seed_dropout()
-    losses, signal = agree(session, backward(session, rows))
-    tokens = [sum(session.batches.lengths[row] for row in rows_of_arm) for rows_of_arm in rows]
-    seconds = time.perf_counter() - started
-    lines = []
-    for arm, *numbers in zip(arms, rows, losses, tokens, strict=True):
-        with session.alone(arm.run):
-            lines.append(step(arm, *numbers, seconds * numbers[-1] / sum(tokens)))
-    if lines:
-        session.bar.step(console.describe_updates(lines, session.seconds_left()), len(lines))
+    """One step of the optimizer on `train.batch_size` sequences. Returns the signal that a process heard meanwhile."""
+    started = time.perf_counter()
+    rows = session.order.sequences(session.progress.update)
+    torch.manual_seed(session.seed())
+    loss, signal = agree(session, backward(session, rows))
+    metrics = step(session, rows, loss, started)
+    session.log(metrics)
+    session.bar.step(describe_update(metrics, session.seconds_left()))
     return signal
 
 
-def backward(session: Session, rows: list[list[int]]) -> torch.Tensor:
-    """For each arm the gradient of the mean loss over the supervised tokens of its rows; returns this process's part of
-    these losses, [arms]."""
+def backward(session: Session, rows: list[int]) -> torch.Tensor:
+    """The gradient of the mean loss over the supervised tokens of these rows; returns this process's part of the loss,
+    a scalar."""
     team, batches = session.team, session.batches
-    supervised = [sum(batches.supervised[row] for row in rows_of_arm) for rows_of_arm in rows]
+    supervised = sum(batches.supervised[row] for row in rows)
     # A mean over the tokens of all processes, whose gradients are averaged.
     scale = team.processes / torch.tensor(supervised, device=team.device)
-    total = torch.zeros(len(rows), device=team.device)
-    for (group, counts), is_last in team.passes(session.passes(rows)):
+    total = torch.zeros((), device=team.device)
+    micro_batches = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
+    for (group, counts), is_last in team.passes(micro_batches):
         with contextlib.nullcontext() if is_last else session.accelerator.no_sync(session.loss):
-            losses = counts * scale * session.loss(batches.load(group))
-            session.accelerator.backward(losses.sum())
-        total += losses.detach()
+            loss = counts * scale * session.loss(batches.load(group))
+            session.accelerator.backward(loss)
+        total += loss.detach()
     return total
 
 
-def agree(session: Session, losses: torch.Tensor) -> tuple[list[float], int | None]:
-    """The losses over all processes, and the signal that one of them heard: all stop at the same update."""
+def agree(session: Session, loss: torch.Tensor) -> tuple[float, int | None]:
+    """The loss over all processes, and the signal that one of them heard: all stop at the same update."""
     heard = torch.tensor(session.interruption.heard(), device=session.team.device)
-    numbers = session.team.reduce(torch.cat([losses, heard]), reduction="mean").tolist()
-    return numbers[: len(losses)], first_heard(numbers[len(losses) :])
+    loss, *heard = session.team.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
+    return loss, first_heard(heard)
 
 
-def step(arm: Arm, rows: list[int], loss: float, tokens: int, seconds: float) -> UpdateMetrics:
-    """Moves the weights of an arm along their gradient. `seconds`: its share, by tokens, of the passes."""
-    config, progress, started = arm.config, arm.progress, time.perf_counter()
-    lr = learning_rate(config.optimizer, progress.update, arm.updates)
-    set_learning_rate(arm.optimizer, lr)
-    grad_norm = float(arm.session.accelerator.clip_grad_norm_(arm.weights, config.optimizer.max_grad_norm))
-    check_finite(arm, rows, loss, grad_norm)
-    arm.stepper.step()
-    arm.stepper.zero_grad()
+def step(session: Session, rows: list[int], loss: float, started: float) -> UpdateMetrics:
+    """Moves the weights along the gradient, and counts the update, which `started` at this time."""
+    config, progress = session.config.optimizer, session.progress
+    lr = learning_rate(config, progress.update, session.updates)
+    set_learning_rate(session.optimizer, lr)
+    grad_norm = float(session.accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
+    check_finite(session, rows, loss, grad_norm)
+    session.stepper.step()
+    session.stepper.zero_grad()
 
-    seconds += time.perf_counter() - started
-    progress.updated(tokens, seconds, arm.order)
-    metrics = UpdateMetrics(
+    tokens = sum(session.batches.lengths[row] for row in rows)
+    seconds = time.perf_counter() - started
+    progress.updated(tokens, seconds, session.order)
+    return UpdateMetrics(
         progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
     )
-    arm.log(metrics)
-    return metrics
 
 
-def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> None:
+def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
     """Raises UserError where training has diverged."""
     # A gradient scaler (float16) skips an update whose gradient overflows, and halves its scale. A scale below 1 is not
     # what makes it overflow.
-    scaler = arm.session.accelerator.scaler
+    scaler = session.accelerator.scaler
     if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler is not None and scaler.get_scale() >= 1)):
         return
-    checkpoints = arm.folder.checkpoints()
+    checkpoints = session.folder.checkpoints()
     kept = f"The last checkpoint, {checkpoints[-1]}, is kept" if checkpoints else "There was no checkpoint yet"
     raise UserError(
-        f"the loss of update {arm.progress.update + 1} or its gradient is not finite (training rows {rows}). "
+        f"the loss of update {session.progress.update + 1} or its gradient is not finite (training rows {rows}). "
         f"{kept}. Lower optimizer.lr, add optimizer.warmup_ratio, or look at these rows."
     )
 
@@ -213,29 +163,29 @@ def check_finite(arm: Arm, rows: list[int], loss: float, grad_norm: float) -> No
 # --- beside the updates ----------------------------------------------------------------------------------------------
 
 
-def evaluate(arm: Arm) -> None:
+def evaluate(session: Session) -> None:
     """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due. Keeps the adapter
     if it is the best so far. Before the first update and after the last, also writes each token's loss, which studies
     compare."""
-    session, progress, folder = arm.session, arm.progress, arm.folder
-    losses = session.token_losses(arm)
+    progress, folder = session.progress, session.folder
+    losses = session.held_out.token_losses()
     loss = losses.mean
-    spectra = arm.spectra()
+    spectra = session.spectra()
     is_best = progress.evaluated(perplexity(loss))
-    tasks = evaluate_tasks(arm, is_last=arm.is_done)
+    tasks = evaluate_tasks(session, is_last=session.is_done)
     if session.team.is_main:
-        for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, arm.is_done)):
+        for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
                 losses.write(folder.path / name)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra), tasks)
-    arm.log(metrics)
+    session.log(metrics)
     if session.team.is_main and spectra:
         records = spectrum_records(spectra)
         modules = {name: replace(module, singular_values=None).to_json() for name, module in records.items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if is_best:
-        folder.save_best(arm.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
-    arm.note(describe_evaluation(metrics))
+        folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
+    session.note(describe_evaluation(metrics))
 
 
 def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
@@ -253,52 +203,49 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
     }
 
 
-def save(arm: Arm) -> None:
+def save(session: Session) -> None:
     """A checkpoint of this update."""
-    session = arm.session
     session.team.arrive()
-    digest, keep, scaler = session.data.train.digest, arm.config.train.keep, session.accelerator.scaler
-    arm.folder.save_checkpoint(arm.model, arm.optimizer, arm.progress, digest, keep, scaler)
+    digest, keep, scaler = session.data.train.digest, session.config.train.keep, session.accelerator.scaler
+    session.folder.save_checkpoint(session.model, session.optimizer, session.progress, digest, keep, scaler)
 
 
 def stop(session: Session, signal: int) -> None:
-    """Saves and ends all runs: always raises Interrupted."""
-    for arm in session.arms:
-        save(arm)
+    """Saves and ends the run: always raises Interrupted."""
+    save(session)
     session.bar.close()
     if session.team.is_main:
-        updates = " ".join(str(arm.progress.update) for arm in session.arms)
         command = "same command" if session.config.train.resume == "auto" else "command with train.resume=auto"
-        print_line("stopped", f"after update {updates}, saved. The {command} goes on.")
-    for arm in session.arms:
-        arm.tracker.finish()
+        print_line("stopped", f"after update {session.progress.update}, saved. The {command} goes on.")
+    session.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
 
 
-def pause(arm: Arm) -> dict[str, Any]:
-    """Evaluates and saves at `train.stop_at`. This evaluation is no candidate for the best and takes no patience: the
-    run ends as if it had not been paused."""
-    progress = arm.progress
-    if arm.is_due(arm.config.train.eval_every):  # it was evaluated in the loop
+def pause(session: Session) -> dict[str, Any]:
+    """Evaluates and saves at `train.stop_at`. This evaluation does not update the best adapter or the patience counter:
+    the run ends as if it had not been paused."""
+    progress = session.progress
+    if session.is_due(session.config.train.eval_every):  # it was evaluated in the loop
         metrics = EvaluationMetrics(progress.update, progress.epoch, perplexity=progress.perplexity)
     else:
-        loss = arm.held_out.token_losses().mean
+        loss = session.held_out.token_losses().mean
         metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss))
-        arm.log(metrics)
-        arm.note(describe_evaluation(metrics))
-    save(arm)
-    arm.note(f"paused after update {progress.update:,} of {arm.updates:,}, saved. Without train.stop_at it goes on.")
+        session.log(metrics)
+        session.note(describe_evaluation(metrics))
+    save(session)
+    session.note(
+        f"paused after update {progress.update:,} of {session.updates:,}, saved. Without train.stop_at it goes on."
+    )
     return metrics.to_json()
 
 
-def finish(arm: Arm) -> dict[str, Any]:
+def finish(session: Session) -> dict[str, Any]:
     """The final adapter, its spectrum, card and picture, and result.json, which marks the run as finished."""
-    session, config, folder, progress = arm.session, arm.config, arm.folder, arm.progress
-    if not session.is_joint:
-        session.bar.close()
-    save(arm)
-    spectra = arm.spectra()
+    config, folder, progress = session.config, session.folder, session.progress
+    session.bar.close()
+    save(session)
+    spectra = session.spectra()
     result = RunResult(
         perplexity=progress.perplexity,
         perplexity_before=progress.perplexity_before,
@@ -308,10 +255,10 @@ def finish(arm: Arm) -> dict[str, Any]:
         tasks=TaskFigures(progress.tasks),
         adapter_kind=config.adapter.kind.value,
         adapter_r=config.adapter.r,
-        trainable_parameters=arm.trainable_count,
-        trainable_share=arm.trainable_count / arm.total_count,
+        trainable_parameters=session.trainable_count,
+        trainable_share=session.trainable_count / session.total_count,
         updates=progress.update,
-        epochs=progress.update / arm.order.updates_per_epoch,
+        epochs=progress.update / session.order.updates_per_epoch,
         tokens=progress.tokens,
         tokens_per_s=progress.tokens / progress.seconds,
         seconds=progress.seconds,
@@ -319,7 +266,7 @@ def finish(arm: Arm) -> dict[str, Any]:
         folder=str(folder.path),
     )
     session.team.arrive()
-    folder.save_final(arm.model, session.tokenizer)
+    folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
         modules = spectrum_records(spectra)
         if modules:  # a method may have no spectrum
@@ -327,12 +274,9 @@ def finish(arm: Arm) -> dict[str, Any]:
         write_card(folder.path, result)
         picture = draw_run(folder.path, results.mean_spectrum(modules), config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
-        arm.tracker.picture("run", picture, progress.update)
-        arm.tracker.adapter(folder.path / "adapter")
-        if session.is_joint:
-            arm.note(f"finished: {console.describe_result(result)}")
-        else:
-            console.print_result(result, config)
+        session.tracker.picture("run", picture, progress.update)
+        session.tracker.adapter(folder.path / "adapter")
+        console.print_result(result, config)
     return result.to_json()
 
 

@@ -13,7 +13,6 @@ from cera_train.data.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,
     RowOrder,
-    SharedMicroBatches,
     flat_batch,
     flat_micro_batches,
     padded_batch,
@@ -255,16 +254,3 @@ def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_mus
 def test_first_takes_as_many_rows_from_the_start_as_fit(max_tokens, rows):
     batches = MicroBatches(split_of([10, 20, 5, 40]), True, 100, torch.device("cpu"))
     assert batches.first(max_tokens) == rows
-
-
-@pytest.mark.parametrize("is_flat", [True, False])
-def test_the_passes_of_several_runs_hold_each_ones_micro_batches_whole(is_flat):
-    numbers, lengths = random.Random(3), random_lengths(3, 60, longest=60)
-    batches = MicroBatches(split_of(lengths), is_flat, 600, torch.device("cpu"))
-    arms = [numbers.sample(range(60), count) for count in (16, 3, 0, 9, 16)]
-    passes = SharedMicroBatches(batches).passes(arms)
-    for arm, rows_of_arm in enumerate(arms):
-        assert [group[arm] for group in passes if group[arm]] == batches.groups(rows_of_arm)
-    for group in passes:
-        assert batches.tokens([row for part in group for row in part]) <= 600
-    assert len(passes) < sum(len(batches.groups(rows_of_arm)) for rows_of_arm in arms)

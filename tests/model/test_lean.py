@@ -11,7 +11,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from cera_train.adapters.together import twin
 from cera_train.model.lean import keep_less
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -137,13 +136,3 @@ def test_a_compiled_layer_takes_the_usual_way():
     compiled = torch.compile(module, backend=record, fullgraph=True)
     assert torch.equal(compiled(x), module(x))
     assert len(graphs) == 1
-
-
-def test_a_twin_has_its_own_parts():
-    """A shallow copy, as runs on one base have it: another projection in it is not in the first one."""
-    first = lean(mlp(torch.float32))
-    second = twin(first)
-    second.down_proj = nn.Identity()
-    x = torch.randn(4, 48).requires_grad_()
-    assert first(x).shape == (4, 48)
-    assert second(x).shape == (4, 96)

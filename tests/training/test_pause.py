@@ -8,7 +8,7 @@ import pytest
 from tiny_runs import folder_of, timeless_metrics
 
 from cera_train.runs.folder import Progress
-from cera_train.training.train import train, train_together
+from cera_train.training.train import train
 
 
 def figures_of(result: dict) -> dict:
@@ -64,17 +64,3 @@ def test_the_same_command_again_pauses_at_once(tiny_config):
     assert [line for line in timeless_metrics(config) if "train/loss" in line] == [
         line for line in before if "train/loss" in line
     ]
-
-
-@pytest.mark.slow
-def test_an_arm_that_pauses_leaves_the_others_to_go_on(trained_config, tiny_config):
-    rates, fixed = ("1e-2", "3e-3"), ("adapter.dropout=0", "train.max_updates=4")
-    both = [tiny_config(*fixed, f"optimizer.lr={lr}", f"name={lr}", "train.stop_at=2") for lr in rates]
-    whole = tiny_config(*fixed, "name=whole", "train.seed=1")
-    outcomes = train_together([*both, whole])
-    assert [outcome.get("updates", outcome.get("update")) for outcome in outcomes] == [2, 2, 4]
-    for lr in rates:
-        assert (folder_of(tiny_config(f"name={lr}")) / "checkpoints" / "2").is_dir()
-        settings = (*fixed, f"optimizer.lr={lr}", f"name={lr}")
-        on, alone = train(tiny_config(*settings)), timeless_metrics(trained_config(*settings))
-        assert on["eval/perplexity"] == pytest.approx(alone[-1]["eval/perplexity"], rel=1e-5)

@@ -29,7 +29,7 @@ from cera_train.tasks.task import load_problems
 from cera_train.training import tasks
 from cera_train.training import train as training
 from cera_train.training.tasks import rows_exam
-from cera_train.training.train import train, train_together
+from cera_train.training.train import train
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
 TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
@@ -86,39 +86,6 @@ def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_c
     assert learned(eyed) == learned(plain)
     assert not (folder_of(plain) / "samples.jsonl").exists()
     assert state_watched == [True] * 8
-
-
-def test_runs_that_share_a_base_are_answered_for_one_by_one_and_learn_the_same(tiny_config, state_watched):
-    kinds = {name: [f"adapter={name}", "adapter.r=4", "train.max_updates=4"] for name in ("cera", "lora")}
-    plain = [tiny_config(*own, f"name=plain_{name}") for name, own in kinds.items()]
-    eyed = [tiny_config(*own, *TASKS, *SHORT, f"name=eyed_{name}") for name, own in kinds.items()]
-    train_together(plain)
-    results = train_together(eyed)
-    assert [learned(config) for config in eyed] == [learned(config) for config in plain]
-    assert state_watched == [True] * 8
-    assert [FIGURES[0] in result for result in results] == [True, True]
-    first, second = (read(folder_of(config) / "samples.jsonl") for config in eyed)
-    assert first[:3] == second[:3]  # of the untouched model
-    assert first != second
-
-
-def test_runs_that_share_a_base_load_equal_problems_once(tiny_config, monkeypatch, capsys):
-    limits = []
-
-    def load(settings, data):
-        limits.append(settings.limit)
-        return load_problems(settings, data)
-
-    monkeypatch.setattr(tasks, "load_problems", load)
-    settings = [*TASKS[:1], *SHORT, "train.max_updates=1"]
-    arms = {"a": [*settings, "train.tasks_limit=2"], "b": [*settings, "train.tasks_limit=1"], "c": settings[-1:]}
-    arms["d"] = arms["a"]
-    results = train_together([tiny_config(*own, f"name={name}") for name, own in arms.items()])
-    assert limits == [2, 1]
-    assert [FIGURES[0] in result for result in results] == [True, True, False, True]
-    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("answers ")]
-    when = "problems of logistic_map, up to 8 tokens each, after the last update"
-    assert printed == [f"answers    a, d: 2 {when}", f"answers    b: 1 {when}"]
 
 
 def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 class Cera(RankedPeft):
     name = "CeRA"
     uses = RankedPeft.uses | GATE_SETTINGS | {"target_parameters", "experts", "expert_r"}
-    joins = True
     b_matrix = "cera_B"
 
     def check(self, config: Any) -> None:
@@ -109,9 +108,6 @@ class Cera(RankedPeft):
             gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
             **gate_fields(gate),
         )
-
-    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
-        return layer.add_branches(output, x, seed=seed)
 
     def branches(self, module: nn.Module) -> dict[str, Branch]:
         from cera_train.cera import CeraExperts

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 class Dora(Lora):
     name = "DoRA"
     variant = "DoraLinearVariant"
-    joins = False
 
     def lora_fields(self, config: Any) -> dict[str, Any]:
         return super().lora_fields(config) | {"use_dora": True}

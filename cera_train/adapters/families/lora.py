@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 class Lora(RankedPeft):
     name = "LoRA"
-    joins = True
     b_matrix = "lora_B"
     alpha_field = "lora_alpha"
 
@@ -57,16 +56,6 @@ class Lora(RankedPeft):
             out_features=module.out_features,
             gram=lambda: module.scaling[ADAPTER] ** 2 * (B := self.B(module)).T @ B,
         )
-
-    def add_branch(self, layer: nn.Module, output: torch.Tensor, x: torch.Tensor, seed: int) -> torch.Tensor:
-        from cera_train.cera.branch import seeded_dropout
-
-        A, B, dropout = (part[ADAPTER] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-        x = layer._cast_input_dtype(x, A.weight.dtype)
-        p = getattr(dropout, "p", 0.0)  # without dropout PEFT has an identity there
-        if p and dropout.training:
-            x = seeded_dropout(x, p, seed)
-        return (output + layer.scaling[ADAPTER] * B(A(x))).to(output.dtype)
 
     def B(self, layer: nn.Module) -> torch.Tensor:
         """B as the layer multiplies by it, [d_out, R], float64."""
