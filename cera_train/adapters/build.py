@@ -79,8 +79,14 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
     family = _family_of(model)
-    if wrong := sorted(family.saved_names(model) ^ weights.keys()):
-        raise UserError(f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}.")
+    wanted, shapes = family.saved_shapes(model), {name: tensor.shape for name, tensor in weights.items()}
+    if wrong := sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)):
+        name = wrong[0]
+        there, here = (list(those[name]) if name in those else "missing" for those in (shapes, wanted))
+        raise UserError(
+            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {name}, {there} in the file "
+            f"and {here} in the model."
+        )
     try:
         family.load(model, weights)
     except (RuntimeError, ValueError) as error:
@@ -98,7 +104,7 @@ def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
         misfit = f"{folder} does not fit {base.name_or_path}"
-        reason = textwrap.shorten(str(error), 160, placeholder="...")
+        reason = textwrap.shorten(str(error), 240, placeholder="...")
         wanted = family.description(folder).get("base_model_name_or_path")
         if wanted in (None, base.name_or_path):
             raise UserError(f"{misfit}: {reason}") from error

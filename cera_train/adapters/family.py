@@ -139,8 +139,8 @@ class Family(ABC):
         """The weights that `save` wrote, on the CPU."""
 
     @abstractmethod
-    def saved_names(self, model: nn.Module) -> set[str]:
-        """The names under which `save` writes the model's weights."""
+    def saved_shapes(self, model: nn.Module) -> dict[str, torch.Size]:
+        """The shapes of the tensors that `save` writes, by their names."""
 
     @abstractmethod
     def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -84,11 +84,20 @@ BEYOND_WEIGHTS = (
 
 def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
     """Refuses an adapter_config.json that asks for more than to put weights in place."""
-    if found := [name for name in BEYOND_WEIGHTS if settings.get(name)]:
+    allowed = {"auto_mapping"} if _names_a_transformers_class(settings.get("auto_mapping")) else set()
+    if found := [name for name in BEYOND_WEIGHTS if settings.get(name) and name not in allowed]:
         raise UserError(
             f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what its author chose: "
             "set it to null if the adapter does not need it."
         )
+
+
+def _names_a_transformers_class(mapping: Any) -> bool:
+    """Whether an `auto_mapping` is what PEFT writes where task_type is missing: the base's class and its module."""
+    match mapping:
+        case {"base_model_class": str(), "parent_library": str(module), **others}:
+            return not others and module.startswith("transformers.models.")
+    return False
 
 
 def weights_of(adapter: Path) -> Path:

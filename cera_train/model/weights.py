@@ -106,12 +106,13 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the weights that no quantisation touches, such as norms: it tells base models of one shape apart."""
+    """A digest of the weights that no quantisation touches, such as norms: it tells base models of one shape apart, and
+    is the same in every precision."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            digest.update(f"{name} {parameter.dtype} ".encode())
-            digest.update(parameter.detach().cpu().view(torch.uint8).numpy().tobytes())
+            digest.update(f"{name} ".encode())
+            digest.update(parameter.detach().cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

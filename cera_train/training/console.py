@@ -30,7 +30,6 @@ from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.settings.training import Schedule
 from cera_train.training.optimizer import learning_rate
-from cera_train.training.start import describe_start
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -86,7 +85,8 @@ def print_adapter(session: Session) -> None:
     adapter, model = session.config.adapter, session.model
     print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
     if adapter.start_from is not None and session.progress.update == 0:
-        print_line("start", describe_start(adapter, session.base_fingerprint))
+        weights = f"from {adapter.start_from}, digest {adapter.start_digest}"
+        print_line("start", f"{weights}; the optimizer starts anew")
     if (reason := why_no_spectrum(model)) is not None:
         print_line("spectrum", f"none: {reason}")
     is_all = adapter.target_modules == "all-linear"

@@ -90,7 +90,7 @@ class Session:
             if not self.resumes_here:
                 self.progress.forget_best()  # that adapter lies in another folder
         elif config.adapter.start_from is not None:
-            load_start(self.model, config.adapter)
+            load_start(self.model, config.adapter, self.base_fingerprint)
 
         groups = adapters.parameter_groups(self.model, config.adapter)
         self.optimizer = build_optimizer(groups, config.optimizer, team.device)

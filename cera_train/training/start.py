@@ -9,6 +9,7 @@ from torch import nn
 
 from cera_train.adapters.build import load, read
 from cera_train.common.errors import UserError
+from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.settings.adapters import AdapterConfig
@@ -24,22 +25,23 @@ def settle_start(config: AdapterConfig, begun: AdapterConfig) -> AdapterConfig:
     return replace(config, start_digest=digest_of(find_start(config)))
 
 
-def load_start(model: nn.Module, config: AdapterConfig) -> None:
-    """Puts the weights to start from into a fresh adapter. Raises UserError where they are not those of the digest."""
-    folder = find_start(config)
-    if (found := digest_of(folder)) != config.start_digest:
+def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
+    """Puts the weights to start from into a fresh adapter. Raises UserError where they are not those of the digest, or
+    were trained on another base."""
+    place, folder = f"adapter.start_from={config.start_from}", find_start(config)
+    if (digest := digest_of(folder)) != config.start_digest:
         raise UserError(
-            f"adapter.start_from={config.start_from}: its weights have the digest {found} now, and this run was begun "
-            f"with {config.start_digest}. Restore them, or choose another name=... for a run from the new ones."
+            f"{place}: its weights have the digest {digest} now, and this run was begun with {config.start_digest}. "
+            "Restore them, or choose another name=... for a run from the new ones."
         )
-    load(model, read(folder))
-
-
-def describe_start(config: AdapterConfig, base_fingerprint: str) -> str:
-    """Where a run starts, and whether its base is the one on which that adapter was trained."""
-    text = f"from {config.start_from}, digest {config.start_digest}; the optimizer starts anew"
-    run = run_of(find_start(config))
+    run = run_of(folder)
     record = run / "environment.json" if run is not None else Path()
     if record.is_file() and Environment.read(record).base_fingerprint not in (None, base_fingerprint):
-        text += ". It was trained on other base weights than these"
-    return text
+        raise UserError(
+            f"{place} was trained on other base weights than these: set model.path to its base "
+            f"({load_config(run / 'config.yaml').model.path}), or start from another adapter."
+        )
+    try:
+        load(model, read(folder))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error

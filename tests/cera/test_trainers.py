@@ -11,6 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from cera_train.adapters.build import attach
 from cera_train.cera import CeraConfig
 
 pytestmark = pytest.mark.filterwarnings(
@@ -116,3 +117,11 @@ def test_sft_trainer_trains_from_a_cera_config_and_saves(tiny_folder, tmp_path, 
     assert not torch.equal(expected, logits(plain(tiny_folder), ids))
     assert torch.equal(logits(PeftModel.from_pretrained(plain(tiny_folder), checkpoint), ids), expected)
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(checkpoint), ids), expected)
+
+
+def test_an_adapter_saved_without_task_type_is_attached(tiny_folder, tmp_path, ids):
+    """PEFT then writes an auto_mapping, the base's class."""
+    model = get_peft_model(plain(tiny_folder), CeraConfig(r=4, init_weights=False))
+    model.save_pretrained(tmp_path)
+    assert '"base_model_class": "LlamaForCausalLM"' in (tmp_path / "adapter_config.json").read_text()
+    assert torch.equal(logits(attach(plain(tiny_folder), tmp_path), ids), logits(model, ids))

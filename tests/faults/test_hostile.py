@@ -235,6 +235,10 @@ def test_a_few_lines_of_yaml_do_not_become_more_values_than_any_memory(tmp_path)
         ({"peft_type": "XLORA"}, "is an adapter of type 'XLORA': expected one of .*CERA"),
         ({"peft_type": None}, "is an adapter of type None"),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "sets auto_mapping, which can import"),
+        (
+            {"auto_mapping": {"base_model_class": "X", "parent_library": "transformers.models.x", "more": 1}},
+            "sets auto_mapping",
+        ),
         ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "sets megatron_config"),
         ({"corda_config": {"cache_file": "/x"}, "loftq_config": {"bits": 4}}, "sets loftq_config, corda_config"),
     ],

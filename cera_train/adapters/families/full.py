@@ -63,8 +63,8 @@ class Full(Family):
 
         return load_file(self.weights_file(folder))
 
-    def saved_names(self, model: nn.Module) -> set[str]:
-        return {name for name, _ in model.named_parameters()}
+    def saved_shapes(self, model: nn.Module) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         model.load_state_dict(weights, strict=False)

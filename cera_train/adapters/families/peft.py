@@ -152,10 +152,11 @@ class Peft(Family):
         self.check_saved(folder)  # PEFT would also take a pickle, or look for the weights on the Hub
         return peft.load_peft_weights(str(folder), device="cpu")
 
-    def saved_names(self, model: nn.Module) -> set[str]:
+    def saved_shapes(self, model: nn.Module) -> dict[str, torch.Size]:
         import peft
 
-        return set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {name: tensor.shape for name, tensor in tensors.items()}
 
     def load(self, model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         import peft
@@ -168,6 +169,7 @@ class Peft(Family):
 
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None  # PEFT puts the base's name there, and warns of any other
+        config.task_type, config.auto_mapping = peft.TaskType.CAUSAL_LM, None  # another trainer may have left it out
         return peft.get_peft_model(base, config)
 
 
