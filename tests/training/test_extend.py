@@ -11,7 +11,6 @@ import yaml
 from tiny_runs import Cut, adapter_bytes, folder_of, metrics_of, timeless_metrics, train_and_die_after
 
 from cera_train.common.errors import UserError
-from cera_train.evaluation.evaluate import evaluate
 from cera_train.report.runs import read_runs
 from cera_train.runs import extension
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
@@ -65,16 +64,6 @@ def test_the_bytes_are_those_of_one_longer_run(tiny_config, short, whole, capsys
     assert json.loads((folder_of(config) / "environment.json").read_text())["updates"] == 10
 
 
-@pytest.mark.parametrize("kind", ["adapter=dora", "adapter=cera_mix"])
-def test_so_are_those_of_another_adapter(tiny_config, kind):
-    kind = [kind, "adapter.r=2", "train.batch_size=40", "train.save_every=null"]  # 2 updates an epoch
-    train(tiny_config(*EVERY, *SHORT, *kind))
-    config, whole = (tiny_config(*EVERY, *LONG, *kind, *other) for other in (["train.extend=true"], ["name=whole"]))
-    train(config)
-    train(whole)
-    assert adapter_bytes(config) == adapter_bytes(whole)
-
-
 def test_the_end_so_far_is_a_runs_folder(tiny_config, short):
     folder = folder_of(short)
     first = json.loads((folder / "result.json").read_text())
@@ -93,16 +82,6 @@ def test_the_end_so_far_is_a_runs_folder(tiny_config, short):
     assert (run.figures.updates, earlier.figures.updates) == (10, 5)
     assert earlier.figures.perplexity == first["eval/perplexity"]
     assert earlier.files.metrics.last_update == 5
-
-
-def test_the_extended_run_is_evaluated_under_the_same_name(compose, tiny_config, short):
-    folder = folder_of(short)
-    command = [f"run={folder}", "task=perplexity"]
-    before = evaluate(compose(*command, command="eval"))
-    result = train(tiny_config(*EVERY, *LONG, "train.extend=true"))
-    after = evaluate(compose(*command, command="eval"))
-    assert after["perplexity"] == pytest.approx(result["eval/perplexity"], rel=1e-6) != before["perplexity"]
-    assert json.loads((folder / "ends" / "5" / "eval" / "perplexity" / "result.json").read_text()) == before
 
 
 def test_the_extended_run_stands_and_the_short_command_is_refused(tiny_config, short, capsys):
@@ -138,22 +117,13 @@ def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypa
     assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == expected
 
 
-@pytest.mark.parametrize("flag", [[], ["train.extend=true"]])
-def test_an_extension_that_was_cut_is_resumed_with_the_flag_and_without(tiny_config, short, whole, monkeypatch, flag):
+def test_an_extension_that_was_cut_is_resumed_without_the_flag(tiny_config, short, whole, monkeypatch):
     config = tiny_config(*EVERY, *LONG, "train.extend=true")
     train_and_die_after(config, 7, monkeypatch)
     assert not (folder_of(config) / "result.json").exists()
-    train(tiny_config(*EVERY, *LONG, *flag))
+    train(tiny_config(*EVERY, *LONG))
     assert adapter_bytes(config) == adapter_bytes(whole)
     assert [path.name for path in extension.ends(folder_of(config))] == ["5"]
-
-
-def test_a_run_can_be_extended_twice(tiny_config, whole):
-    for updates in (11, 12):  # 2 epochs are 10
-        config = tiny_config(*EVERY, f"train.max_updates={updates}", "train.extend=true", "name=whole")
-        train(config)
-    assert [path.name for path in extension.ends(folder_of(config))] == ["10", "11"]
-    assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
 
 
 def test_a_schedule_that_depends_on_the_length_is_named(tiny_config, capsys):
@@ -190,9 +160,3 @@ def test_what_cannot_be_extended_is_refused(tiny_config, short):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"evaluations_since_best": 0}))
     longer = [*LONG, "train.patience=1", "train.extend=true"]
     refused("train.extend=true is for a finished run: let the command that began .* finish it first", *longer)
-
-
-def test_an_extended_run_is_not_begun_anew(tiny_config, short, monkeypatch):
-    train_and_die_after(tiny_config(*EVERY, *LONG, "train.extend=true"), 7, monkeypatch)
-    with pytest.raises(UserError, match="holds a finished run"):
-        train(tiny_config(*EVERY, *LONG, "train.resume=never"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import bitsandbytes
 import pytest
 import torch
@@ -32,12 +30,6 @@ def test_decay_starts_at_the_peak_and_would_reach_zero_after_the_last_update(sch
     assert rates[2] == 2.0
     assert rates[10] == pytest.approx(0)
     assert rates[2:] == sorted(rates[2:], reverse=True)
-
-
-def test_cosine_halves_half_way():
-    config = OptimizerConfig(lr=2.0, schedule=Schedule.cosine)
-    assert learning_rate(config, 5, 10) == pytest.approx(1.0)
-    assert learning_rate(config, 2, 10) == pytest.approx(1 + math.cos(math.pi * 0.2))
 
 
 def parameters():
@@ -88,27 +80,3 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind):
     assert (rest["lr"], fast["lr"]) == (5e-4, pytest.approx(8e-3))
     sizes = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
     assert sum(sizes) == sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def test_the_first_step_of_b_is_longer_by_the_ratio():
-    """Adam's first step is lr * sign(gradient)."""
-    steps = {}
-    for ratio in (1.0, 4.0):
-        model, groups = groups_of(AdapterConfig(AdapterKind.lora, 4, dropout=0.0, b_lr_ratio=ratio))
-        optimizer = build_optimizer(groups, OptimizerConfig(lr=1e-3, weight_decay=0.0), torch.device("cpu"))
-        ids = torch.arange(3, 27)[None]
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        steps[ratio] = next(value for name, value in model.named_parameters() if "lora_B" in name).abs().max().item()
-    assert steps[4.0] == pytest.approx(4 * steps[1.0], rel=1e-3)
-
-
-def test_equal_rates_are_one_group_as_before():
-    _, groups = groups_of(AdapterConfig(r=4))
-    assert len(groups) == 1
-    optimizer = build_optimizer(groups, OptimizerConfig(), torch.device("cpu"))
-    state = optimizer.state_dict()
-    del state["param_groups"][0]["lr_ratio"]  # a checkpoint of before
-    optimizer.load_state_dict(state)
-    set_learning_rate(optimizer, 0.5)
-    assert optimizer.param_groups[0]["lr"] == 0.5

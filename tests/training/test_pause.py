@@ -7,7 +7,6 @@ import json
 import pytest
 from tiny_runs import folder_of, timeless_metrics
 
-from cera_train.runs.folder import Progress
 from cera_train.training.train import train
 
 
@@ -40,27 +39,6 @@ def test_a_paused_run_ends_as_if_it_had_not_been_paused(trained_config, tiny_con
     assert all(line.keys() == {"update", "epoch", "eval/loss", "eval/perplexity"} for line in extra)
 
 
-def test_the_evaluation_of_a_pause_takes_no_patience(tiny_config, monkeypatch):
-    """Nor is it the best: the run that does not pause has no evaluation there."""
-    counted = []
-    evaluated = Progress.evaluated
-    monkeypatch.setattr(
-        Progress, "evaluated", lambda self, value: counted.append(self.update) or evaluated(self, value)
-    )
-    train(tiny_config("name=paused", "train.stop_at=6"))
-    assert counted == [0, 4]
-
-
 @pytest.mark.parametrize("stop", [2, 100])
 def test_a_stop_at_the_end_or_beyond_it_is_none(tiny_config, stop):
     assert train(tiny_config(f"train.stop_at={stop}", "train.max_updates=2"))["updates"] == 2
-
-
-def test_the_same_command_again_pauses_at_once(tiny_config):
-    config = tiny_config("train.stop_at=6")
-    first = train(config)
-    before = timeless_metrics(config)
-    assert train(config) == first
-    assert [line for line in timeless_metrics(config) if "train/loss" in line] == [
-        line for line in before if "train/loss" in line
-    ]

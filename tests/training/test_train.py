@@ -53,7 +53,7 @@ def test_perplexity_falls_and_the_folder_holds_everything(tiny_config, pictures)
 
 
 def test_a_learned_mix_logs_its_gamma(tiny_config):
-    config = tiny_config("adapter=cera_mix", "adapter.r=4", "adapter.recurrent_steps=1")
+    config = tiny_config("adapter=cera_mix", "adapter.r=4")
     train(config)
     gammas = [line["adapter/gamma"] for line in metrics_of(config) if "eval/loss" in line]
     assert gammas[0] == 0
@@ -217,20 +217,6 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
     assert (folder_of(config) / "checkpoints" / "4" / "adapter_model.safetensors").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tiny_config, monkeypatch):
-    config = tiny_config()
-    clip = Accelerator.clip_grad_norm_
-    updates = iter(range(1, 100))
-
-    def overflowing(self, parameters, max_norm):
-        norm = clip(self, parameters, max_norm)
-        return norm * float("inf") if next(updates) == 6 else norm
-
-    monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflowing)
-    with pytest.raises(ValueError, match=r"update 6 or its gradient is not finite"):
-        train(config)
-
-
 def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):
     """A scaler skips the update and halves its scale, from 4 on: the gradient overflows at a half too."""
     scale_gradients(monkeypatch)
@@ -249,11 +235,6 @@ def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkey
     assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3]
 
 
-def test_a_learning_rate_that_explodes_is_stopped(tiny_config):
-    with pytest.raises(ValueError, match="is not finite"):
-        train(tiny_config("optimizer.lr=1e30", "optimizer.weight_decay=0"))
-
-
 def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config):
     config = tiny_config("adapter.target_modules=[no_such_module]")
     with pytest.raises(ValueError, match="no_such_module"):
@@ -261,7 +242,7 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config):
     assert not folder_of(config).exists()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "rslora", "dora"])  # cera: the first test
+@pytest.mark.parametrize("adapter", ["lora", "dora"])  # cera: the first test
 def test_every_kind_of_adapter_learns(tiny_config, adapter):
     result = train(tiny_config(f"adapter={adapter}", "adapter.r=4"))
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
@@ -273,9 +254,7 @@ def test_a_quantised_base_learns(tiny_config, quantization):
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "autocast"), [("bfloat16", "null"), ("bfloat16", "false"), ("float32", "true"), ("float16", "null")]
-)
+@pytest.mark.parametrize(("dtype", "autocast"), [("bfloat16", "null"), ("float32", "true"), ("float16", "null")])
 def test_every_precision_learns(tiny_config, dtype, autocast):
     result = train(tiny_config(f"model.dtype={dtype}", f"train.autocast={autocast}"))
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
@@ -294,13 +273,6 @@ def test_only_the_chosen_layers_are_adapted(tiny_config, adapter):
     names = json.loads((folder_of(config) / "spectrum.json").read_text())
     assert len(names) == 7
     assert all(name.startswith("model.layers.1.") for name in names)
-
-
-def test_an_adapted_head_learns_and_has_a_spectrum(tiny_config):
-    config = tiny_config("adapter.target_modules=[q_proj,lm_head]")
-    result = train(config)
-    assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
-    assert "lm_head" in json.loads((folder_of(config) / "spectrum.json").read_text())
 
 
 def test_a_folder_that_cannot_be_made_is_named(tiny_config_in, tmp_path):
