@@ -50,19 +50,22 @@ def print_start(session: Session) -> None:
         print_line("answers", session.exams.plan)
 
 
-def describe_extension(session: Session) -> str:
-    """Where a finished run goes on, and whether as an uninterrupted run would."""
-    done, updates, optimizer = session.progress.update, session.updates, session.config.optimizer
-    end = session.folder.result().updates
-    text = f"{session.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}"
+def print_extension(session: Session) -> None:
+    """Where a finished run goes on by `train.extend`, and whether as an uninterrupted run would."""
+    if not session.team.is_main or (result := session.folder.result()) is None:
+        return
+    done, updates, optimizer, end = session.progress.update, session.updates, session.config.optimizer, result.updates
+    text = f"{session.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}. "
     if optimizer.schedule == Schedule.constant and not optimizer.warmup_ratio:
-        return f"{text}. It goes on as one run of {updates:,} updates"
-    last, following = (learning_rate(optimizer, *place) for place in ((end - 1, end), (done, updates)))
-    return (
-        f"{text}. With schedule={optimizer.schedule} warmup_ratio={optimizer.warmup_ratio:g} the learning rate follows "
-        f"from the number of updates: it was {last:.2g} at the end and goes on at {following:.2g}, and one run of "
-        f"{updates:,} updates would have had others"
-    )
+        text += f"It goes on as one run of {updates:,} updates"
+    else:
+        last, following = (learning_rate(optimizer, *place) for place in ((end - 1, end), (done, updates)))
+        text += (
+            f"With schedule={optimizer.schedule} warmup_ratio={optimizer.warmup_ratio:g} the learning rate follows "
+            f"from the number of updates: it was {last:.2g} at the end and goes on at {following:.2g}, and one run of "
+            f"{updates:,} updates would have had others"
+        )
+    print_line("extend", text)
 
 
 def print_model(session: Session) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from cera_train.adapters import build as adapters
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
-from cera_train.common.terminal import ProgressBar, print_line
+from cera_train.common.terminal import ProgressBar
 from cera_train.data.batches import MicroBatches, RowOrder
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator, this_device
@@ -33,7 +33,6 @@ from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import Kernels
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
-from cera_train.training import console
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.start import load_start, settle_start
 from cera_train.training.tasks import Exams
@@ -139,7 +138,6 @@ class Session:
         if not self.team.is_main:
             return
         if folder.result() is not None:  # by train.extend: else there would be nothing to begin
-            print_line("extend", console.describe_extension(self))
             keep_end(folder.path)
         folder.rewind(done if self.resumes_here else None)
         folder.write_config(environment(self.team.processes, self.base_fingerprint, self.updates, self.precision))
