@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cera_train.adapters.family import Branch, families
-from cera_train.data.batches import Batch
+from cera_train.model.batches import Batch
 
 
 @dataclass

@@ -11,9 +11,9 @@ import numpy
 import torch
 
 from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
-from cera_train.data.batches import MicroBatches
 from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.team import Team
+from cera_train.model.batches import MicroBatches
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.outcomes import TokenLosses
 

@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cera_train.common.errors import UserError
-from cera_train.data.batches import Batch, flat_batch, padded_batch
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run, places_of_sequences
+from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import chunk_tokens
 

@@ -23,8 +23,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cera_train.data.batches import Batch
 from cera_train.model.attention import BY_SEQUENCE
+from cera_train.model.batches import Batch
 from cera_train.model.loss import Allowed, SupervisedLoss, finish_logits
 from cera_train.planning.count import build_adapter, build_base, failing_in_one_line, quantised_linears, remembered
 from cera_train.settings.adapters import AdapterConfig

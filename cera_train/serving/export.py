@@ -15,10 +15,10 @@ from cera_train.adapters.family import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import print_fields, print_line, print_table
-from cera_train.data.batches import Batch, MicroBatches
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.serving.certificate import Certificate, compare
 from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora

@@ -15,13 +15,13 @@ from cera_train.adapters import build as adapters
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar
-from cera_train.data.batches import MicroBatches, RowOrder
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer

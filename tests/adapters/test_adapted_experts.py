@@ -15,7 +15,7 @@ from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_
 from cera_train.cera import CeraExperts, CeraLayer
 from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError
-from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.settings.adapters import AdapterConfig
 
 DOWN = ["mlp.experts.down_proj"]

@@ -20,8 +20,8 @@ from cera_train.adapters import build
 from cera_train.adapters.family import family_that_wrote, is_saved_in, kinds
 from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
 from cera_train.common.errors import UserError
-from cera_train.data.batches import flat_batch
 from cera_train.distributed.sharding import trainable_weights
+from cera_train.model.batches import flat_batch
 from cera_train.runs.results import mean_spectrum
 from cera_train.settings.adapters import AdapterKind
 from cera_train.settings.training import OptimizerConfig

@@ -12,7 +12,7 @@ from conftest import make_tiny_llama
 
 from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra, spectrum_metrics
 from cera_train.cera import CeraConfig
-from cera_train.data.batches import flat_batch, padded_batch
+from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.runs.results import mean_spectrum
 from cera_train.training.train import spectrum_records
 

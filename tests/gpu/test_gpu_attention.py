@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.adapters.build import build
-from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, attend_by_sequence, attend_varlen
+from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss
 from cera_train.settings.adapters import AdapterConfig
 

@@ -20,7 +20,7 @@ from cera_train.adapters.targets import describe_targets, linear_names
 from cera_train.cera.bypass import bypassed, keep_scale
 from cera_train.cera.coverage import check_coverage
 from cera_train.common.errors import UserError
-from cera_train.data.batches import Batch, flat_batch, padded_batch
+from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.weights import load_model
 from cera_train.planning.plan import make_plan

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, MistralConfig
 
-from cera_train.data.batches import flat_batch
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, ShortAttention, attend_by_sequence, attend_varlen
+from cera_train.model.batches import flat_batch
 from cera_train.model.loss import SupervisedLoss
 
 LENGTHS = [5, 1, 9, 3]

@@ -14,8 +14,8 @@ from torch.nn.functional import log_softmax
 
 from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
-from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.model import loss as loss_module
+from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout, perplexity
 from cera_train.settings.data import BatchLayout
 

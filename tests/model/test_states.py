@@ -10,8 +10,8 @@ import torch
 from architectures import ARCHITECTURES
 
 from cera_train.adapters.build import build
-from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.model.attention import places_of_sequences
+from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import BatchLayout

@@ -11,8 +11,8 @@ from test_parameters import save_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cera_train.adapters.build import build
-from cera_train.data.batches import flat_batch, padded_batch
 from cera_train.model.attention import BY_SEQUENCE
+from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.lean import keep_less
 from cera_train.model.loss import Allowed, SupervisedLoss, choose_layout
 from cera_train.planning.count import build_base, read_config

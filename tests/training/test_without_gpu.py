@@ -13,7 +13,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.fake_gpu import fake_gpu
 from benchmarks.without_gpu import Tracked, recipes, track
-from cera_train.data.batches import Batch
+from cera_train.model.batches import Batch
 
 pytestmark = [
     pytest.mark.provable,

@@ -9,7 +9,8 @@ import pyarrow
 import pytest
 import torch
 
-from cera_train.data.batches import (
+from cera_train.data.prepare import RowCounts, TokenizedRows
+from cera_train.model.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,
     RowOrder,
@@ -19,7 +20,6 @@ from cera_train.data.batches import (
     padded_micro_batches,
     shares,
 )
-from cera_train.data.prepare import RowCounts, TokenizedRows
 
 
 def random_lengths(seed: int, count: int, longest: int = 300) -> list[int]:
