@@ -41,7 +41,6 @@ SCHEMAS = {
 PLUGINS = {
     "hydra/launcher/submitit_local": "pip install -e '.[slurm]' in the clone of cera-train",
     "hydra/launcher/submitit_slurm": "pip install -e '.[slurm]' in the clone of cera-train",
-    "hydra/launcher/joblib": "pip install hydra-joblib-launcher",
     "hydra/sweeper/optuna": "pip install hydra-optuna-sweeper",
 }
 """Files of Hydra's plugins, and how to install them."""

@@ -333,17 +333,22 @@ class Job:
     def record(self) -> Path:
         return self.sweep / JOBS / f"{self.name}.json"
 
+    @property
+    def log(self) -> Path:
+        """What it prints, where several run at once."""
+        return self.sweep / JOBS / f"{self.name}.log"
+
+    @property
+    def title(self) -> str:
+        return f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}"
+
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
         if is_main_process():
-            self.clear()
+            (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
+            self._write(None)
             print()
-            print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
-
-    def clear(self) -> None:
-        """Clears the error of an earlier start."""
-        (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
-        self._write(None)
+            print_line("job", self.title)
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""

@@ -57,19 +57,6 @@ def test_a_study_is_run_and_gets_its_page(tmp_path: Path, tiny_folder: Path, mon
         runs = [json.loads(own.read_text()) for own in (path, Path("outputs/which", *path.parts[-2:]))]
         assert runs[0]["eval/perplexity"] == runs[1]["eval/perplexity"]
 
-    together = ["adapter.dropout=0", "adapter.r=4", "launch.together=8", "hydra/launcher=together"]
-    assert cera_train(monkeypatch, tmp_path, *command, *together, "name=joint") == 0
-    assert cera_train(monkeypatch, tmp_path, *command, *together[:2], "name=in_turn") == 0
-    joint, in_turn = (
-        {
-            path.parent.name: json.loads(path.read_text())["eval/perplexity"]
-            for path in Path(place).glob("*/result.json")
-        }
-        for place in ("outputs/joint", "outputs/in_turn")
-    )
-    assert len(joint) == 4
-    assert joint == pytest.approx(in_turn, rel=1e-5)
-
     for seed in Path("outputs/which").glob("*train.seed=1"):
         (seed / "result.json").unlink()
     assert cera_report(monkeypatch, "outputs/which") == 2
