@@ -19,6 +19,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
+from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
@@ -27,7 +28,6 @@ from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_gri
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.study import StudySweeper, begin_study, is_study
 from cera_train.sweep.table import is_finished, print_sweep
-from cera_train.tasks.named import check_tasks
 
 TRAIN = Composition(Config, "cera-train")
 

@@ -30,6 +30,7 @@ from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
 from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
+from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
@@ -38,7 +39,6 @@ from cera_train.settings.run import Config
 from cera_train.settings.tasks import known_tasks
 from cera_train.sweep.metric import sweep_metric
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
-from cera_train.tasks.named import check_tasks
 
 WRITER = "sweep"
 """Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose

@@ -120,7 +120,7 @@ def check_arms(condition: str, arms: dict[str, Config]) -> None:
 def check_problems(runs: Iterable[Config]) -> None:
     """Raises UserError for a task whose problems are among the rows that a run trains on."""
     with heavy_imports():
-        from cera_train.tasks.overlap import trained_on
+        from cera_train.evaluation.tasks.overlap import trained_on
 
     seen = []
     for run, task in ((each, task) for each in runs for task in each.train.tasks):

@@ -13,9 +13,9 @@ from made_runs import make_run, result_of
 
 from cera_train.report.study.page import Records
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, GradedProblem, TokenLosses, write_grades
+from cera_train.runs.results import ENDINGS
 from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.study import Cell, Study
-from cera_train.tasks.endings import ENDINGS
 
 GAINS = {("cera", 16): 0.0, ("cera", 64): 0.05, ("lora", 16): 0.0, ("lora", 64): 0.0}
 """Nats by which an arm at a rank is better than the baseline, or ten times the share of problems."""

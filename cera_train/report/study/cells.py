@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.family import family, kinds
 from cera_train.common.errors import UserError
+from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import MINUS, signed
 from cera_train.runs.outcomes import GradedProblem, TokenLosses, read_grades, read_losses
 from cera_train.settings.sweep import LOSS, SCORE
-from cera_train.tasks.registry import display_name
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.report.study.cells import CellResult
 from cera_train.runs.outcomes import GradedProblem, loss_by_difficulty
-from cera_train.tasks.endings import ENDINGS
+from cera_train.runs.results import ENDINGS
 
 PARTS = 5
 """Parts of the held-out tokens, equally large, from easy to difficult."""

@@ -11,7 +11,7 @@ from cera_train.report.study.cells import CellResult, Outcome
 from cera_train.report.study.contrasts import Comparison, RankLine
 from cera_train.report.study.failures import Difficulty, ending_shares
 from cera_train.report.study.words import gain_interval
-from cera_train.tasks.endings import ENDINGS
+from cera_train.runs.results import ENDINGS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from cera_train.report.study.contrasts import Comparison
 from cera_train.report.study.failures import Difficulty, ending_shares, pass_at
 from cera_train.report.study.words import sizes
 from cera_train.report.table import QUALITY, Cell, Column, figure_cell, p_text
-from cera_train.tasks.endings import ENDINGS
+from cera_train.runs.results import ENDINGS
 
 
 @dataclass(frozen=True)
