@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy
 from scipy.special import expit, stdtrit
 
-from cera_train.evaluation.power import detectable
-from cera_train.evaluation.verdict import ERROR_RATE, Variances, estimate_mean, holm
+from cera_train.evaluation.statistics import ERROR_RATE, holm
+from cera_train.study.verdict import Variances, detectable, estimate_mean
 
 BLOCK = 4_000_000  # values drawn at once: 32 MB
 RESAMPLES = 400  # of the bootstrap

@@ -16,15 +16,14 @@ from cera_train.cli.composition import Composition, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.settings import require
 from cera_train.settings.run import PlanRun
+from cera_train.study.design import study_of
 from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
-from cera_train.sweep.halving import Halving
-from cera_train.sweep.study import StudySweeper, is_study, study_of
 
 PLAN = Composition(PlanRun, "cera-plan")
 
 
 def main() -> None:
-    start_hydra(PLAN, "plan", plan, plugins={sweeper.__name__: PlannedHalving for sweeper in (Halving, StudySweeper)})
+    start_hydra(PLAN, "plan", plan, plugins={"StudySweeper": PlannedStudy})
 
 
 def plan(composed: DictConfig) -> Any:
@@ -81,8 +80,8 @@ class Sum(Callback):
                 print_sweep_plans(self.plans)
 
 
-class PlannedHalving(Sweeper):
-    """Stands in the place of a sweeper that halves: plans its groups instead of running them."""
+class PlannedStudy(Sweeper):
+    """Stands in the place of the sweeper of a study: plans its runs instead of running them."""
 
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, which `sweep` reads from the config."""
@@ -92,13 +91,10 @@ class PlannedHalving(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         with errors_in_one_line(PLAN):
-            from cera_train.sweep.plan import plan_groups, print_groups
-            from cera_train.sweep.power import known_variances, powers, print_powers
+            from cera_train.study.plan import known_variances, plan_cells, powers, print_cells, print_powers
 
-            study = study_of(self.config) if is_study(self.config) else None
-            settings = OmegaConf.to_object(self.config.plan)
-            variances = {} if study is None else known_variances(study, settings)  # a mistake is answered before
-            groups = plan_groups(self.config, job_composer(self.config, check_job))
-            print_groups(groups, study)
-            if study is not None:
-                print_powers(study, powers(study, groups, variances), settings.variances or "plan.spread")
+            study, settings = study_of(self.config), OmegaConf.to_object(self.config.plan)
+            variances = known_variances(study, settings)  # a mistake is answered before
+            cells = plan_cells(self.config, job_composer(self.config, check_job))
+            print_cells(cells, study)
+            print_powers(study, powers(study, cells, variances), settings.variances or "plan.spread")

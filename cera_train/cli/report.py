@@ -40,25 +40,15 @@ def report() -> None:
     output = output or Path("report")
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
-    from cera_train.sweep.study import holds_study
+    from cera_train.study.cells import holds_study, read_study
 
     if len(folders) == 1 and folders[0].is_dir() and holds_study(folders[0]):
-        _report_study(folders[0], output)
+        from cera_train.study.page import print_study, write_study
+
+        print_study(write_study(read_study(folders[0]), output), output)
     else:
         from cera_train.report.page import mirror_report, say_report, write_report
 
         found = write_report(folders, output)
         say_report(found)
         mirror_report(found)
-
-
-def _report_study(folder: Path, output: Path) -> None:
-    from cera_train.report.study.page import Records, say_study, write_study
-    from cera_train.runs.results import Environment
-    from cera_train.sweep.record import RECORD, SweepRecord
-    from cera_train.sweep.rungs import HalvingRecord
-    from cera_train.sweep.study import read_study
-
-    study, record, halving = read_study(folder), SweepRecord.read(folder / RECORD), HalvingRecord.read(folder)
-    decisions = [] if halving is None else [decision.describe() for decision in halving.decisions]
-    say_study(write_study(study, Records(Environment(record.command).command_line, decisions), output))

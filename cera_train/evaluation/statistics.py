@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 from cera_train.common.errors import UserError
 
-BLOCK = 1_000_000  # numbers that the bootstrap draws at once: 8 MB
+ERROR_RATE = 0.05
+"""The share of verdicts where there is no difference, and of intervals that miss it."""
+
+BLOCK = 1_000_000
+"""Numbers that resampling draws at once: 8 MB."""
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -23,33 +27,31 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def bootstrap_interval(
     values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same for the same seed. It holds a
-    share of `level` of the resampled means."""
+    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same for the same seed."""
     import numpy
+    from scipy.stats import bootstrap
 
     _require_problems(values)
-    # Drawing problems is drawing how often each distinct value comes up: for right and wrong, one binomial number.
-    distinct, counts = numpy.unique(numpy.asarray(values, dtype=float), return_counts=True)
-    generator = numpy.random.default_rng(seed)
-    block = max(1, BLOCK // len(distinct))
-    means = []
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        times_drawn = generator.multinomial(len(values), counts / len(values), size=size)  # [size, distinct]
-        means.append(times_drawn @ distinct / len(values))
-    lower, upper = numpy.quantile(numpy.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return float(lower), float(upper)
+    if len({*values}) == 1:  # scipy takes two problems or more
+        return float(values[0]), float(values[0])
+    batch = max(1, BLOCK // len(values))
+    interval = bootstrap(
+        (values,), numpy.mean, method="percentile", confidence_level=level, n_resamples=resamples, batch=batch, rng=seed
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def accuracy_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """The bootstrap interval of an accuracy; `values` are the shares of each problem's answers that are right.
 
     Where no problem or every problem is solved, resampling gives a point, so the interval is the exact binomial one
-    instead (Clopper & Pearson 1934): 0 to 1 - (alpha/2)^(1/n), or (alpha/2)^(1/n) to 1.
+    instead (Clopper & Pearson 1934).
     """
+    from scipy.stats import binomtest
+
     if len(values) and (max(values) == 0 or min(values) == 1):
-        bound = ((1 - level) / 2) ** (1 / len(values))
-        return (0.0, 1 - bound) if max(values) == 0 else (bound, 1.0)
+        interval = binomtest(int(sum(values)), len(values)).proportion_ci(level, method="exact")
+        return float(interval.low), float(interval.high)
     return bootstrap_interval(values, level)
 
 
@@ -66,15 +68,13 @@ class McNemar:
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form)."""
+    from scipy.stats import binomtest
+
     pairs = _paired(first, second)
     only_first = sum(a and not b for a, b in pairs)
     only_second = sum(b and not a for a, b in pairs)
-    n = only_first + only_second
-    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
-    return McNemar(only_first, only_second, min(1.0, 2 * tail / 2**n))
-
-
-MOST_COINS = 13  # all outcomes of that many are 8,192
+    differ = only_first + only_second
+    return McNemar(only_first, only_second, float(binomtest(only_first, differ).pvalue) if differ else 1.0)
 
 
 def sign_flip(first: Sequence[float], second: Sequence[float], resamples: int = 9_999, seed: int = 0) -> float:
@@ -82,21 +82,22 @@ def sign_flip(first: Sequence[float], second: Sequence[float], resamples: int = 
     least as large if a fair coin chose for each problem which run has which of the two values. For right and wrong it
     is McNemar's. Exact where at most 13 problems differ; else of random outcomes, the observed one among them, which
     keeps its error rate at any number of them (Phipson & Smyth 2010)."""
-    import numpy
+    from scipy.stats import permutation_test
 
-    differences = numpy.array([float(b) - float(a) for a, b in _paired(first, second) if a != b])
-    coins = len(differences)
-    least = abs(differences.sum()) - 1e-9 * abs(differences).sum()  # equal sums may differ by rounding
-
-    def extreme(heads: numpy.ndarray) -> int:  # [outcomes, coins]
-        return numpy.count_nonzero(abs(differences.sum() - 2 * (heads @ differences)) >= least)
-
-    if coins <= MOST_COINS:
-        return extreme(numpy.arange(2**coins)[:, None] >> numpy.arange(coins) & 1) / 2**coins
-    generator, block = numpy.random.default_rng(seed), max(1, BLOCK // coins)
-    sizes = (min(block, resamples - start) for start in range(0, resamples, block))
-    found = sum(extreme(generator.integers(2, size=(size, coins), dtype=bool)) for size in sizes)
-    return (found + 1) / (resamples + 1)
+    differences = [float(b) - float(a) for a, b in _paired(first, second) if a != b]
+    if len(differences) < 2:  # scipy takes two or more
+        return 1.0
+    return float(
+        permutation_test(
+            (differences,),
+            lambda values, axis: abs(values.mean(axis=axis)),
+            permutation_type="samples",
+            alternative="greater",
+            n_resamples=resamples,
+            batch=max(1, BLOCK // len(differences)),
+            rng=seed,
+        ).pvalue
+    )
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,16 @@ def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Differe
     """Resamples problems with both runs' values together, so that what makes a problem hard for both cancels."""
     differences = [float(b) - float(a) for a, b in _paired(first, second)]
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted for their number, in the order given (Holm 1979). Where one is at most 0.05, the chance of any
+    error among all verdicts stays at most 5 %, however the comparisons depend on each other."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
 
 
 def _paired(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.drawing import Picture, color_name, inline_svg, render
+from cera_train.common.drawing import Picture, render
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_bytes, write_text
+from cera_train.common.pages import template
 from cera_train.common.terminal import print_line, print_table, terminal_width
 from cera_train.common.trust import clean
-from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.comparison import PairedTest, cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import RANK, Column, build_columns
 from cera_train.runs.card import escape
 from cera_train.runs.tracking import send_to_run
+from cera_train.tasks.registry import display_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
     for picture in report.pictures:
         write_bytes(output / f"{picture.name}.png", render(picture, "png"))
     for name in ("report.md", "report.html"):
-        write_text(output / name, template(name).render(report=report))
+        write_text(output / name, page_template(name).render(report=report))
     return report
 
 
@@ -99,20 +100,8 @@ def compare_runs(folders: Sequence[Path], output: Path) -> Report:
     )
 
 
-def template(name: str) -> Any:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cera_train.report", "templates"),
-        autoescape=name.endswith(".html"),
-        finalize=lambda value: clean(value) if type(value) is str else value,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"md": escape, "task": display_name, "svg": inline_svg, "color": color_name}
-    return environment.get_template(f"{name}.jinja")
+def page_template(name: str) -> Any:
+    return template("cera_train.report", name, md=escape, task=display_name)
 
 
 def say_report(report: Report) -> None:

@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cera_train.common.terminal import duration, gigabytes
-from cera_train.evaluation.tasks.task import Metric, display_name
 from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import (
-    ENDINGS,
     Accuracies,
     AccuracyResult,
     PerplexityResult,
@@ -19,6 +17,9 @@ from cera_train.runs.results import (
     SpectrumSummary,
     TaskFigures,
 )
+from cera_train.tasks.endings import ENDINGS
+from cera_train.tasks.registry import display_name
+from cera_train.tasks.task import Metric
 
 NOTHING = "–"
 MINUS = "−"

@@ -39,7 +39,7 @@ from cera_train.model.precision import Precision
 from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import differences
-from cera_train.runs.results import LOGS, Environment, EvaluationMetrics, RunResult, Sample
+from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, RunResult, Sample
 from cera_train.settings.run import Config
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -242,12 +242,18 @@ class RunFolder:
         with (self.path / log).open("a") as file:
             file.write(json.dumps(files.finite(line), allow_nan=False) + "\n")
 
+    def mark_diverged(self, message: str) -> None:
+        """Keeps that the run has diverged, which for a sweep is a result; a run that resumes clears it."""
+        if self.is_main:
+            files.write_text(self.path / DIVERGED, message + "\n")
+
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything.
 
         best/ stays, also one of a later update, and so do losses and grades: the resumed run comes to the same
         evaluations, and so to the same files.
         """
+        (self.path / DIVERGED).unlink(missing_ok=True)
         for checkpoint in reversed(self.checkpoints()):
             if update is None or int(checkpoint.name) > update:
                 files.remove_folder(checkpoint)
@@ -338,7 +344,9 @@ def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[P
     return progress, state
 
 
-def environment(processes: int, base_fingerprint: str, updates: int, precision: Precision) -> Environment:
+def environment(
+    processes: int, base_fingerprint: str, rows: dict[str, str], updates: int, precision: Precision
+) -> Environment:
     """environment.json of a run that begins here and now."""
     return Environment(
         command=sys.argv,
@@ -349,6 +357,7 @@ def environment(processes: int, base_fingerprint: str, updates: int, precision: 
         cpu_threads=torch.get_num_threads(),
         processes=processes,
         base_fingerprint=base_fingerprint,
+        rows=rows,
         updates=updates,
         details={"precision": precision.record},
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import write_bytes, write_text
 from cera_train.common.records import RESTORE, Record, read_lines
-from cera_train.runs.results import ENDINGS
+from cera_train.tasks.endings import ENDINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,48 +78,6 @@ def read_losses(run: Path) -> tuple[TokenLosses | None, TokenLosses]:
     return TokenLosses.read(before) if before.is_file() else None, TokenLosses.read(after)
 
 
-@dataclass(frozen=True)
-class DifficultyBin:
-    """Tokens that were about as hard before training."""
-
-    lowest: float
-    """The smallest loss of its tokens before training, in nats."""
-    highest: float
-    tokens: int
-    before: float
-    """Mean loss before training."""
-    after: list[float]
-    """Mean loss of each run after training."""
-
-
-def loss_by_difficulty(before: TokenLosses, after: Sequence[TokenLosses], bins: int = 10) -> list[DifficultyBin]:
-    """Mean losses of the tokens in quantiles of their loss before training, the easiest tokens first.
-
-    Args:
-        before: the losses of the untouched base, which sort the tokens of all runs alike.
-        after: those of each run.
-        bins: 4 for quartiles, 10 for deciles. They have equally many tokens, to within one.
-    """
-    import numpy as np
-
-    for losses in after:
-        if not np.array_equal(losses.tokens, before.tokens):
-            raise UserError("these runs were measured on different held-out rows: compare runs on the same data.")
-    easiest_first = np.argsort(before.losses, kind="stable")
-    parts = np.array_split(easiest_first, min(bins, len(easiest_first)))
-    return [
-        DifficultyBin(
-            *(float(before.losses[part[end]]) for end in (0, -1)),
-            *(len(part), _mean(before.losses[part]), [_mean(losses.losses[part]) for losses in after]),
-        )
-        for part in parts
-    ]
-
-
-def _mean(losses: np.ndarray) -> float:
-    return float(losses.mean(dtype="float64"))
-
-
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +90,7 @@ class GradedProblem(Record):
     scores: list[float]
     """One an answer, 0 to 1."""
     endings: list[str]
-    """One an answer: its ending."""
+    """One an answer, see tasks/endings.py."""
 
 
 def write_grades(run: Path, task: str, problems: Sequence[GradedProblem]) -> None:

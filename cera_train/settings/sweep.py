@@ -40,12 +40,9 @@ class StudyConfig:
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
-    """The chosen values are run with so many values of train.seed, from 0."""
-    tune_seeds: int = setting(1, "nothing")
-    """The first so many of them choose the values, by their mean loss."""
-    first: int | None = setting(None, "nothing")
-    """Updates after which the worse half of the tuned values stops, as hydra/sweeper=halving has them."""
-    factor: int = setting(2, "nothing")
+    """Values of train.seed, from 0. Each runs every tuned value, and is judged at the one that the others choose."""
+    tune_seeds: int | None = setting(None, "nothing")
+    """To save runs: the first so many seeds run every tuned value and choose for all, and the others run that one."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """What decides, the first of all: loss, score (of the run's first train.tasks), or a name of train.tasks."""
     equal: Equal = setting(Equal.parameters, "nothing")
@@ -97,18 +94,12 @@ class StudyConfig:
             require(key not in others, f"study.{group}.{key}: {where} sets it too. Keep one.")
         require(self.seeds >= 1, f"study.seeds={self.seeds} must be 1 or more.")
         require(
-            1 <= self.tune_seeds <= self.seeds,
+            self.tune_seeds is None or 1 <= self.tune_seeds <= self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the seeds that choose are the first of study.seeds={self.seeds}: "
-            f"give 1 to {self.seeds}.",
+            f"give 1 to {self.seeds}, or null.",
         )
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         require(self.matters > 0, f"study.matters={self.matters} must be above 0: the difference that would matter.")
-        is_tuned = any(len(values) > 1 for values in self.tune.values())
-        require(
-            not is_tuned or self.first is not None,
-            "study.first=null: give the updates after which the worse half of study.tune stops, such as "
-            "study.first=20.",
-        )
 
     @property
     def pairs(self) -> dict[tuple[str, str], str]:

@@ -13,7 +13,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import labelled
-from cera_train.runs.results import Environment, MetricsLine, RunResult
+from cera_train.runs.results import DIVERGED, Environment, MetricsLine, RunResult
 from cera_train.settings.data import evaluation_rows
 from cera_train.sweep.folder import choices_of
 from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
@@ -26,7 +26,8 @@ SHORT_ERROR = 72
 
 class State(StrEnum):
     finished = "finished"
-    failed = "failed"
+    diverged = "diverged"  # which is a result: the same command leaves it
+    failed = "failed"  # by its environment or its settings: the same command tries it again
     running = "running"
     stopped = "stopped"  # a halving let others go on
     cut = "cut"  # it began and did not end: the same command resumes it
@@ -51,18 +52,6 @@ class JobStatus:
     @property
     def standing(self) -> str:
         return f"stopped at rung {self.rung}" if self.state == State.stopped else self.state.value
-
-    @property
-    def progress(self) -> str:
-        """Updates done, such as 5/20."""
-        return "" if self.done is None else f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
-
-    @property
-    def outcome(self) -> str:
-        """What came of it, after its state: its error, its figure, or how far it came."""
-        if self.state == State.finished and self.value is not None:
-            return f"{self.metric.label} {self.metric.shown(self.value)}"
-        return self.error or f"{self.progress or 'no'} updates"
 
 
 def read_sweep(folder: Path) -> list[JobStatus]:
@@ -111,6 +100,8 @@ def job_status(
         updates, value = result.updates, result.to_json().get(metric.key)
     if is_locked(folder):
         state = State.running
+    elif result is None and (folder / DIVERGED).exists():
+        state = State.diverged
     elif error:
         state = State.failed
     elif result is not None:
@@ -159,11 +150,12 @@ def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], lis
     ]
     rows = []
     for job, choices in zip(jobs, labels, strict=True):
+        done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
         value = "" if job.value is None else job.metric.shown(job.value)
         note = "best" if job in best else ""
-        if job.state == State.failed:
+        if job.error and job.state in (State.diverged, State.failed):
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        rows.append(f"{choices:<{width}}  {job.standing:<{states}}{job.progress:>15}{value:>{column}}  {note}".rstrip())
+        rows.append(f"{choices:<{width}}  {job.standing:<{states}}{done:>15}{value:>{column}}  {note}".rstrip())
     counts = Counter(job.state for job in jobs)
     in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
     tail = ["", labelled("jobs", in_words or "none yet")]
@@ -198,8 +190,9 @@ def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether every job of the last command is finished, or was stopped by its halving, whatever earlier ones left."""
+    """Whether every job of the last command has ended, whatever earlier ones left."""
     jobs, names = read_sweep(folder), SweepRecord.read(folder / RECORD).overrides
     if not names:  # the sweeper decided as it went
         return all(job.state != State.failed for job in jobs)
-    return all(job.state in (State.finished, State.stopped) for job in jobs if job.name in names)
+    ends = (State.finished, State.diverged, State.stopped)
+    return all(job.state in ends for job in jobs if job.name in names)

@@ -20,7 +20,6 @@ from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
-from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.loss import SupervisedLoss, choose_layout
@@ -36,6 +35,7 @@ from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.start import load_start, settle_start
+from cera_train.training.tasks import Exams
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
@@ -140,7 +140,8 @@ class Session:
         if folder.result() is not None:  # by train.extend: else there would be nothing to begin
             keep_end(folder.path)
         folder.rewind(done if self.resumes_here else None)
-        folder.write_config(environment(self.team.processes, self.base_fingerprint, self.updates, self.precision))
+        rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
+        folder.write_config(environment(self.team.processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
 
     def start(self) -> None:

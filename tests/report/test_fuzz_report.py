@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from made_runs import add_evaluation, make_run
 from strategies import changed, fuzz, mutated
 
-from cera_train.report.page import compare_runs, template
+from cera_train.report.page import compare_runs, page_template
 
 FILES = ["config.yaml", "result.json", "metrics.jsonl", "spectrum.json", "environment.json"]
 FILES_OF_AN_EVALUATION = ["config.yaml", "result.json", "problems.jsonl", "grades.jsonl"]
 EVERY_FILE = [*FILES, *(f"eval/gsm8k/{name}" for name in FILES_OF_AN_EVALUATION)]
 
-TEMPLATES = [template(name) for name in ("report.md", "report.html")]
+TEMPLATES = [page_template(name) for name in ("report.md", "report.html")]
 for page in TEMPLATES:
     page.environment.filters["svg"] = lambda picture: ("0 0 1 1", "")  # drawing takes a second
 

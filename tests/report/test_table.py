@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from made_runs import add_evaluation, cells, make_run, result_of, two_runs
 
-from cera_train.report.page import compare_runs, template, write_report
+from cera_train.report.page import compare_runs, page_template, write_report
 from cera_train.report.runs import read_runs
 
 
@@ -82,7 +82,7 @@ def test_how_answers_ended_has_a_table_of_its_own(tmp_path: Path) -> None:
     paths[0].write_text(json.dumps(result))
     label = "GSM8K answers, right / wrong / loop / truncated / collapsed"
     assert cells(*runs)[label] == [("12.5 / 50.0 / 25.0 / 12.5 / 0.0 %",), (None,)]
-    page = template("report.md").render(report=compare_runs(runs, tmp_path / "report"))
+    page = page_template("report.md").render(report=compare_runs(runs, tmp_path / "report"))
     assert f"\n| run | {label} |\n" in page
 
 

@@ -177,7 +177,7 @@ def test_wandb_has_a_sweep_as_a_group_and_what_came_after_its_runs(tiny_folder, 
     settings = f"model.path={tiny_folder} model.dtype=float32 data.max_length=256 train.max_updates=2 tracker=wandb"
     run = "outputs/grid/adapter.r=4"
     lines = [
-        f"cera-train -m adapter.r=2,4 name=grid {settings}",
+        f"cera-train -m adapter.r=2,4 name=grid hydra/launcher=together {settings}",
         f"cera-eval {shlex.quote(f'run={run}')} task=logistic_map task.limit=4 task.max_new_tokens=4",
         "cera-report outputs/grid",
     ]

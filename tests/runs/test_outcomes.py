@@ -16,10 +16,8 @@ from cera_train.common.errors import UserError
 from cera_train.runs.outcomes import (
     LOSSES_AFTER,
     LOSSES_BEFORE,
-    DifficultyBin,
     GradedProblem,
     TokenLosses,
-    loss_by_difficulty,
     read_grades,
     read_losses,
     write_grades,
@@ -74,31 +72,6 @@ def test_an_unfinished_run_has_no_outcomes_yet(tmp_path: Path) -> None:
         read_losses(tmp_path)
     with pytest.raises(UserError, match=r"grades/gsm8k.jsonl is missing: train with train.tasks=\[gsm8k\]"):
         read_grades(tmp_path, "gsm8k")
-
-
-def test_losses_by_difficulty_are_those_of_the_same_tokens_in_every_run() -> None:
-    before = losses_of([4.0, 1.0], [3.0, 2.0])
-    runs = [losses_of([2.0, 1.0], [2.5, 0.5]), losses_of([0.0, 8.0], [0.5, 1.0])]
-    assert loss_by_difficulty(before, runs, bins=2) == [
-        DifficultyBin(1.0, 2.0, 2, 1.5, [0.75, 4.5]),
-        DifficultyBin(3.0, 4.0, 2, 3.5, [2.25, 0.25]),
-    ]
-    with pytest.raises(UserError, match="measured on different held-out rows"):
-        loss_by_difficulty(before, [losses_of([1.0, 1.0, 1.0, 1.0])])
-
-
-@pytest.mark.parametrize("bins", [1, 4, 10, 2000])
-def test_bins_are_quantiles_and_their_mean_is_that_of_all_tokens(bins: int) -> None:
-    drawn = numpy.random.default_rng(0).gamma(0.5, 2.0, 1003).astype(numpy.float32)
-    drawn[:200] = 0.0  # many tokens are certain: ties do not make a bin larger
-    before, after = TokenLosses(numpy.array([1003]), drawn), TokenLosses(numpy.array([1003]), drawn[::-1].copy())
-    found = loss_by_difficulty(before, [before, after], bins)
-    assert sum(part.tokens for part in found) == 1003
-    assert max(part.tokens for part in found) - min(part.tokens for part in found) <= 1
-    assert [part.before for part in found] == sorted(part.before for part in found)
-    assert [part.after[0] for part in found] == [part.before for part in found]
-    for run, losses in enumerate((before, after)):
-        assert sum(part.tokens * part.after[run] for part in found) / 1003 == pytest.approx(losses.mean)
 
 
 def test_grades_read_back_by_task(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
+from cera_train.runs.results import DIVERGED
 from cera_train.settings.distributed import Strategy
 from cera_train.training.session import settle
 from cera_train.training.train import train
@@ -215,6 +216,9 @@ def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoin
     ):
         train(config)
     assert (folder_of(config) / "checkpoints" / "4" / "adapter_model.safetensors").exists()
+    assert "loss of update 6" in (folder_of(config) / DIVERGED).read_text()
+    train(config)
+    assert not (folder_of(config) / DIVERGED).exists()
 
 
 def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkeypatch):

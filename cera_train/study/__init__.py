@@ -1,0 +1,1 @@
+"""A question: arms, each tuned, with seeds; the verdict and its page. Reads the folders of runs only."""

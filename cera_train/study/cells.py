@@ -1,0 +1,174 @@
+"""The cells of a study: each arm on each task under each condition, which runs it has, and which of them judge it.
+Imports no torch.
+
+Every seed runs every tuned value to its end. A seed is judged at the values that the other seeds choose, by their mean
+held-out loss: no run judges a choice that it made. `study.tune_seeds=k` lets the first k seeds choose for all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+from omegaconf import OmegaConf
+
+from cera_train.common.errors import UserError
+from cera_train.runs.results import RunResult
+from cera_train.settings.sweep import StudyConfig
+from cera_train.sweep.folder import job_name, key_of
+from cera_train.sweep.record import RECORD, SweepRecord
+from cera_train.sweep.table import State, job_status
+
+ARM, TASK, SEED = "study.arm", "study.task", "train.seed"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Tuned values of an arm."""
+
+    values: dict[str, str]
+    """Such as {"optimizer.lr": "0.001"}."""
+    overrides: list[str]
+    """Of its run with seed 0."""
+    sweep: Path
+    swept: Sequence[str]
+
+    def overrides_of(self, seed: int) -> list[str]:
+        return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in self.overrides]
+
+    def run(self, seed: int) -> Path:
+        """The folder of a seed's run, there or not."""
+        return self.sweep / job_name(self.overrides_of(seed), self.swept)
+
+    def loss(self, seed: int) -> float | None:
+        """Held-out loss after the last update; infinite for a run that diverged, None for one that has not ended."""
+        run = self.run(seed)
+        result = RunResult.find(run / "result.json")
+        if result is not None:
+            return math.inf if not result.perplexity else math.log(result.perplexity)
+        return math.inf if job_status(self.sweep, run.name).state == State.diverged else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An arm on a task under a condition."""
+
+    arm: str
+    task: str
+    """Empty where the study names no tasks."""
+    choices: dict[str, str]
+    """The condition, such as {"adapter.r": "16"}."""
+    candidates: list[Candidate]
+    seeds: int
+    tune_seeds: int | None
+
+    @property
+    def condition(self) -> str:
+        """Such as `sums, adapter.r=16`; empty where a study has one task and one condition."""
+        return ", ".join([*filter(None, [self.task]), *(f"{key}={value}" for key, value in self.choices.items())])
+
+    @property
+    def name(self) -> str:
+        return ", ".join(filter(None, [self.arm, self.condition]))
+
+    @property
+    def tuning(self) -> range:
+        """The seeds that run every value."""
+        return range(self.tune_seeds or self.seeds)
+
+    @cached_property
+    def chosen(self) -> dict[int, Candidate]:
+        """Seed -> the values that judge it. Empty: a run that chooses has not ended, or every value diverged."""
+        losses = [[candidate.loss(seed) for seed in self.tuning] for candidate in self.candidates]
+        if any(loss is None for row in losses for loss in row):
+            return {}
+        # Values that diverged with one seed are no choice for any.
+        rows = [(row, candidate) for row, candidate in zip(losses, self.candidates, strict=True) if math.inf not in row]
+
+        def best_without(seed: int) -> Candidate:
+            others = [other for other in self.tuning if other != seed or self.tune_seeds or self.seeds == 1]
+            return min(rows, key=lambda pair: fmean(pair[0][other] for other in others))[1]
+
+        return {seed: best_without(seed) for seed in range(self.seeds)} if rows else {}
+
+    @property
+    def runs(self) -> dict[int, Path]:
+        """Seed -> the folder of the run that judges it, there or not."""
+        return {seed: candidate.run(seed) for seed, candidate in self.chosen.items()}
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.chosen) and not self.missing()
+
+    def missing(self) -> list[str]:
+        """The runs that have not ended, each with why."""
+        pairs = [(candidate, seed) for candidate in self.candidates for seed in self.tuning]
+        pairs += [(candidate, seed) for seed, candidate in self.chosen.items() if seed not in self.tuning]
+        return [self._describe(*pair) for pair in pairs if pair[0].loss(pair[1]) is None]
+
+    def _describe(self, candidate: Candidate, seed: int) -> str:
+        values = [f"{key}={value}" for key, value in candidate.values.items()]
+        job = job_status(candidate.sweep, candidate.run(seed).name)
+        state = f"{job.state}: {job.error}" if job.error else job.state
+        return f"{', '.join([self.name, *values, f'{SEED}={seed}'])} ({state})"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's folder."""
+
+    folder: Path
+    config: StudyConfig
+    cells: list[Cell]
+
+    def contrasts(self) -> list[tuple[str, Cell, Cell]]:
+        """Every comparison: what it asks, and its two cells; the difference is the second minus the first."""
+        places = {(cell.condition, cell.arm): cell for cell in self.cells}
+        return [
+            (asked, places[condition, first], places[condition, second])
+            for condition in dict.fromkeys(cell.condition for cell in self.cells)
+            for (first, second), asked in self.config.pairs.items()
+            if {(condition, first), (condition, second)} <= places.keys()
+        ]
+
+    def missing(self) -> list[str]:
+        """The runs that have not ended, each with why."""
+        return [text for cell in self.cells for text in cell.missing()]
+
+
+def holds_study(folder: Path) -> bool:
+    """Whether a folder is that of a study."""
+    record = SweepRecord.find(folder / RECORD)
+    return record is not None and record.study is not None
+
+
+def read_study(folder: Path) -> Study:
+    """Raises UserError where a folder holds none."""
+    if not holds_study(folder):
+        raise UserError(f"{folder} holds no study: expected a folder that cera-train -m +study=NAME left.")
+    record = SweepRecord.read(folder / RECORD)
+    return Study(folder, config_of(record), read_cells(folder, record))
+
+
+def config_of(record: SweepRecord) -> StudyConfig:
+    """The section of a study on record."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record.study))
+
+
+def read_cells(folder: Path, record: SweepRecord) -> list[Cell]:
+    """The cells of a study's jobs, in the order of its grid."""
+    config, candidates = config_of(record), dict[tuple, list[Candidate]]()
+    for overrides in record.overrides.values():
+        words = dict(word.partition("=")[::2] for word in overrides)
+        if words[SEED] == "0":
+            place = words[ARM], words.get(TASK, ""), *(words[key] for key in config.conditions)
+            values = {key: words[key] for key in config.tune}
+            candidates.setdefault(place, []).append(Candidate(values, overrides, folder, record.swept))
+    return [
+        Cell(arm, task, dict(zip(config.conditions, choices, strict=True)), found, config.seeds, config.tune_seeds)
+        for (arm, task, *choices), found in candidates.items()
+    ]

@@ -1,0 +1,249 @@
+"""The page of a study: a verdict for every contrast, one picture, and the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cera_train.common.drawing import BACKGROUND, COLORS, TEXT, Picture, render, styles_of
+from cera_train.common.files import finite, write_bytes, write_text
+from cera_train.common.pages import template
+from cera_train.common.settings import map_values
+from cera_train.common.terminal import duration, print_line, print_table
+from cera_train.runs.card import escape
+from cera_train.runs.results import Environment
+from cera_train.settings.sweep import LOSS
+from cera_train.study.cells import Study
+from cera_train.study.results import CellResult, Comparison, Slope, compare_cells, read_results, slopes
+from cera_train.sweep.record import RECORD, SweepRecord
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+RESULTS = "study_results.json"
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    caption: str
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What a study found."""
+
+    study: Study
+    results: list[CellResult]
+    comparisons: list[Comparison]
+    slopes: list[Slope]
+    command: str
+    """Runs the study, and goes on with it."""
+
+    @property
+    def title(self) -> str:
+        return self.study.config.question or f"Study {self.study.folder.resolve().name}"
+
+    @property
+    def tables(self) -> list[Table]:
+        tables = [_verdicts(self.comparisons, self.study.config.matters), _cells(self.study, self.results)]
+        return tables + [_slopes(self.slopes, self.study.config.outcomes[0])] * bool(self.slopes)
+
+    @property
+    def picture(self) -> Picture:
+        outcome = self.study.config.outcomes[0]
+        primary = [own for own in self.comparisons if own.outcome == outcome]
+        return _differences(outcome, self.study.config.matters, primary)
+
+    def to_json(self) -> dict[str, Any]:
+        """study_results.json: numbers to commit as evidence."""
+        environments = [own for result in self.results for own in result.environments.values()]
+        versions = {name: version for own in environments for name, version in (own.packages or {}).items()}
+        return {
+            "study": self.study.folder.resolve().name,
+            "command": self.command,
+            "config": dataclasses.asdict(self.study.config),
+            "contrasts": list(map(_contrast_json, self.comparisons)),
+            "cells": [_cell_json(self.study, own) for own in self.results],
+            "slopes": [
+                {"name": own.name, "slope": own.value, "interval": own.interval, "by_seed": own.by_seed}
+                for own in self.slopes
+            ],
+            "machines": sorted({f"{own.machine}, {own.platform}, Python {own.python}" for own in environments}),
+            "versions": versions,
+        }
+
+
+def write_study(study: Study, output: Path) -> StudyReport:
+    """Writes report.html, which needs nothing beside it, report.md with its picture, and study_results.json.
+
+    Raises:
+        UserError: what `read_results` and `compare_cells` refuse.
+    """
+    results = read_results(study)
+    command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line
+    report = StudyReport(study, results, compare_cells(study, results), slopes(study, results), command or "")
+    output.mkdir(parents=True, exist_ok=True)
+    write_bytes(output / f"{report.picture.name}.png", render(report.picture, "png"))
+    for name in ("report.md", "report.html"):
+        write_text(output / name, template("cera_train.study", name, md=escape).render(report=report))
+    rounded = map_values(lambda number: float(f"{number:.6g}"), finite(report.to_json()), float)
+    write_text(output / RESULTS, json.dumps(rounded, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return report
+
+
+def print_study(report: StudyReport, output: Path) -> None:
+    print(f"{report.title}\n")
+    for table in report.tables:
+        print_table(table.header, table.rows, right=range(2, len(table.header)))
+        print()
+    print_line("report", f" {output / 'report.html'}, {output / 'report.md'}, {output / RESULTS}")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _verdicts(comparisons: Sequence[Comparison], matters: float) -> Table:
+    rows = []
+    for own in comparisons:
+        found, primary = own.contrast, own.outcome == comparisons[0].outcome
+        rows.append(
+            [
+                own.arms,
+                ", ".join(filter(None, [own.first.cell.condition, own.outcome])),
+                own.verdict,
+                _number(own.outcome, found.difference, "+"),
+                _interval(own.outcome, (found.lower, found.upper)),
+                f"{own.p_value:.2g}",
+                _number(own.outcome, own.detectable),
+                ("yes" if found.is_within(matters) else "no") if primary else "",
+            ]
+        )
+    header = ["contrast", "of", "verdict", "difference", "95 % interval", "p after Holm", "detectable", "too small"]
+    caption = (
+        "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. The "
+        "interval holds for other seeds and problems. Holm corrects p over the contrasts of an outcome. Detectable: "
+        f"the smallest difference shown with power 80 %. Too small: the interval lies within ±{matters:g}."
+    )
+    return Table("Verdicts", header, rows, caption)
+
+
+def _cells(study: Study, results: Sequence[CellResult]) -> Table:
+    figures = {
+        "parameters": ("trainable_parameters", "{:,.0f}".format),
+        "time of a run": ("seconds", duration),
+        "effective rank": ("effective_rank_mean", "{:.1f}".format),
+        "linear share": ("linear_share_mean", "{:.1%}".format),
+        "gamma": ("gamma", "{:.2f}".format),
+    }
+    rows = []
+    for own in results:
+        row = [own.cell.name, "; ".join(own.chosen)]
+        for outcome in study.config.outcomes:
+            spread = own.spread(outcome)
+            mean = f"{own.mean(outcome):.4f}" if outcome == LOSS else f"{own.mean(outcome):.1%}"
+            row.append(mean + ("" if spread is None else f" ± {_number(outcome, spread)}"))
+        for name, form in figures.values():
+            value = own.figure(name)
+            row.append("" if value is None else form(value))
+        rows.append(row)
+    caption = (
+        "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last value of "
+        "the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a branch's variance."
+    )
+    return Table("Cells", ["cell", "tuned", *study.config.outcomes, *figures], rows, caption)
+
+
+def _slopes(slopes: Sequence[Slope], outcome: str) -> Table:
+    rows = [[own.name, "", _number(outcome, own.value, "+"), _interval(outcome, own.interval)] for own in slopes]
+    caption = "Change of the outcome with every doubling of the rank. The interval holds for other seeds."
+    return Table("Slopes", ["arm", "", f"{outcome} per doubling", "95 % interval"], rows, caption)
+
+
+def _number(outcome: str, value: float, sign: str = "") -> str:
+    """Nats of a loss, points of a score."""
+    if math.isinf(value):
+        return ""
+    return f"{value:{sign}.4f}" if outcome == LOSS else f"{100 * value:{sign}.1f}"
+
+
+def _interval(outcome: str, ends: tuple[float, float]) -> str:
+    return "" if math.isinf(ends[0]) else " to ".join(_number(outcome, end, "+") for end in ends)
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+
+def _differences(outcome: str, matters: float, comparisons: Sequence[Comparison]) -> Picture:
+    """A row for every contrast of the primary outcome, with the band of differences that do not matter."""
+    scale, unit = (1, "nats") if outcome == LOSS else (100, "points")
+    arms = dict.fromkeys(own.second.cell.arm for own in comparisons)
+    styles = styles_of({arm: arm for arm in arms})
+
+    def draw(axes: Axes) -> None:
+        axes.axvspan(-scale * matters, scale * matters, color=COLORS["base"], alpha=0.15, label="would not matter")
+        axes.axvline(0, color=TEXT, linewidth=0.8)
+        for row, own in enumerate(comparisons):
+            style = styles[own.second.cell.arm] | {"linestyle": "none", "markersize": 7}
+            fill = BACKGROUND if own.verdict == "not shown" else style["color"]
+            ends = [scale * own.contrast.lower, scale * own.contrast.upper]
+            if math.isfinite(ends[0]):
+                axes.plot(ends, [row, row], color=style["color"], linewidth=1.8)
+            seeds = [scale * value for value in own.by_seed]
+            axes.plot(seeds, [row + 0.2] * len(seeds), linestyle="none", marker="|", color=style["color"])
+            axes.plot(scale * own.contrast.difference, row, **style | {"markerfacecolor": fill})
+        labels = ["\n".join(filter(None, [own.arms, own.first.cell.condition])) for own in comparisons]
+        axes.set_yticks(range(len(comparisons)), labels, fontsize=8.5)
+        axes.set_ylim(len(comparisons) - 0.4, -0.6)
+        axes.grid(axis="y", visible=False)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(f"difference in {outcome}, {unit}")
+
+    title, better = f"Differences in {outcome}", "Left" if outcome == LOSS else "Right"
+    numbers = "; ".join(f"{own.arms}: {_number(outcome, own.contrast.difference, '+')}" for own in comparisons)
+    caption = (
+        f"{better} of zero the first-named arm is better. Lines: 95 % intervals; strokes: seeds; filled: a difference "
+        "is shown."
+    )
+    return Picture("differences", title, f"{title}. {numbers}.", caption, draw, 0.9 + 0.42 * len(comparisons))
+
+
+# --- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def _contrast_json(own: Comparison) -> dict[str, Any]:
+    return {
+        "outcome": own.outcome,
+        "asked": own.asked,
+        "first": own.first.cell.arm,
+        "second": own.second.cell.arm,
+        "condition": own.first.cell.condition,
+        "verdict": own.verdict,
+        "p_holm": own.p_value,
+        "detectable": own.detectable,
+        "by_seed": own.by_seed,
+        **dataclasses.asdict(own.contrast),
+    }
+
+
+def _cell_json(study: Study, own: CellResult) -> dict[str, Any]:
+    figures = ("trainable_parameters", "seconds", "effective_rank_mean", "manifold_dimension_mean")
+    return {
+        "arm": own.cell.arm,
+        "condition": own.cell.condition,
+        "chosen": own.chosen,
+        "losses": [
+            candidate.values | {"loss": [candidate.loss(seed) for seed in own.cell.tuning]}
+            for candidate in own.cell.candidates
+        ],
+        "outcomes": {outcome: own.values[outcome].means for outcome in study.config.outcomes},
+        **{name: own.figure(name) for name in (*figures, "linear_share_mean", "gamma")},
+        "endings": own.endings,
+    }

@@ -1,0 +1,306 @@
+"""What the runs of a finished study measured, and every contrast of its arms with a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from cera_train.common.errors import UserError
+from cera_train.common.files import read_yaml
+from cera_train.evaluation.statistics import ERROR_RATE, holm
+from cera_train.runs.outcomes import read_grades, read_losses
+from cera_train.runs.results import Environment, RunResult
+from cera_train.settings.sweep import LOSS, SCORE, Equal
+from cera_train.study.cells import Cell, Study
+from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
+from cera_train.tasks.endings import ENDINGS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+RANK = "adapter.r"
+
+EQUAL_WITHIN = 0.1
+"""The share by which times may differ and count as the same."""
+
+
+# --- the runs of a cell ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Values:
+    """An outcome of every seed of a cell on every problem."""
+
+    table: np.ndarray
+    """[seeds, problems]"""
+    problems: Sequence[Any]
+    """Equal where two cells had the same problems."""
+    weights: np.ndarray | None = None
+    """[problems]: supervised tokens."""
+
+    @cached_property
+    def means(self) -> list[float]:
+        """One for each seed."""
+        import numpy as np
+
+        return np.average(self.table, axis=1, weights=self.weights).tolist()
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A cell and what the runs that judge it measured."""
+
+    cell: Cell
+    results: dict[int, RunResult]
+    """By seed."""
+    environments: dict[int, Environment]
+    values: dict[str, Values]
+    """By outcome."""
+    endings: dict[str, dict[str, float]]
+    """By task: the share of the answers of all seeds that end in each way."""
+
+    def figure(self, name: str) -> float | None:
+        """The mean over seeds of a figure of result.json or of its spectra."""
+        values = [
+            getattr(result if hasattr(result, name) else result.spectrum, name) for result in self.results.values()
+        ]
+        return None if None in values else fmean(values)
+
+    def mean(self, outcome: str) -> float:
+        return fmean(self.values[outcome].means)
+
+    def spread(self, outcome: str) -> float | None:
+        """The standard deviation over seeds; None for a single one."""
+        means = self.values[outcome].means
+        return stdev(means) if len(means) > 1 else None
+
+    @property
+    def chosen(self) -> list[str]:
+        """The tuned values, such as `optimizer.lr=0.001`, with the seeds that each judges where they differ; those at
+        the end of the grid are marked."""
+        seeds: dict[str, list[int]] = {}
+        for seed, candidate in self.cell.chosen.items():
+            words = (f"{key}={value}{' (edge)' * self._is_edge(key, value)}" for key, value in candidate.values.items())
+            seeds.setdefault(" ".join(words), []).append(seed)
+        if len(seeds) == 1:
+            return list(seeds)
+        return [f"{text} for seeds {', '.join(map(str, numbers))}" for text, numbers in seeds.items()]
+
+    def _is_edge(self, key: str, value: str) -> bool:
+        try:
+            numbers = sorted({float(candidate.values[key]) for candidate in self.cell.candidates})
+        except ValueError:
+            return False
+        return len(numbers) > 1 and float(value) in (numbers[0], numbers[-1])
+
+
+def read_results(study: Study) -> list[CellResult]:
+    """The cells of a finished study.
+
+    Raises:
+        UserError: runs have not ended or have diverged, learned or were judged on other rows, took unequal times under
+            a claim of equal ones, or a file of a run is broken.
+    """
+    if missing := study.missing():
+        more = f", and {len(missing) - 1:,} more" * (len(missing) > 1)
+        raise UserError(f"{study.folder} is an unfinished study: {missing[0]}{more}. Its command goes on.")
+    results = [_read_cell(study, cell) for cell in study.cells]
+    for condition in dict.fromkeys(cell.condition for cell in study.cells):
+        same = [own for own in results if own.cell.condition == condition]
+        _check_rows(same)
+        if study.config.equal == Equal.time:
+            _check_times(study, same)
+    return results
+
+
+def _read_cell(study: Study, cell: Cell) -> CellResult:
+    if not cell.chosen or any(math.isinf(candidate.loss(seed)) for seed, candidate in cell.chosen.items()):
+        raise UserError(
+            f"{study.folder}: {cell.name} diverged at every value of study.tune, or with a seed at the value chosen. "
+            "Add smaller values, and repeat the command."
+        )
+    runs = cell.runs
+    results = {seed: RunResult.read(run / "result.json") for seed, run in runs.items()}
+    environments = {seed: Environment.find(run / "environment.json") or Environment() for seed, run in runs.items()}
+    values, endings = {}, {}
+    for outcome in study.config.outcomes:
+        if outcome == LOSS:
+            values[outcome] = _losses_by_row(runs)
+        else:
+            values[outcome], endings[outcome] = _scores_by_problem(outcome, runs)
+    return CellResult(cell, results, environments, values, endings)
+
+
+def _losses_by_row(runs: Mapping[int, Path]) -> Values:
+    import numpy as np
+
+    losses = [read_losses(run)[1] for run in runs.values()]
+    tokens = losses[0].tokens
+    for run, other in zip(runs.values(), losses, strict=True):
+        if not np.array_equal(other.tokens, tokens):
+            raise other_rows("held-out rows", next(iter(runs.values())), run)
+    counts = tokens > 0
+    table = np.array([seed.sums()[counts] / tokens[counts] for seed in losses])
+    return Values(table, tokens.tolist(), tokens[counts])
+
+
+def _scores_by_problem(outcome: str, runs: Mapping[int, Path]) -> tuple[Values, dict[str, float]]:
+    import numpy as np
+
+    scores, endings = [], Counter()
+    for run in runs.values():
+        task = read_yaml(run / "config.yaml")["train"]["tasks"][0] if outcome == SCORE else outcome
+        problems = read_grades(run, task)
+        endings.update(ending for problem in problems for ending in problem.endings)
+        scores.append({problem.problem: fmean(problem.scores) for problem in problems})
+        if scores[-1].keys() != scores[0].keys():
+            raise other_rows("problems", next(iter(runs.values())), run)
+    table = np.array([[seed[problem] for problem in scores[0]] for seed in scores])
+    return Values(table, list(scores[0])), {ending: endings[ending] / endings.total() for ending in ENDINGS}
+
+
+def _check_rows(results: Sequence[CellResult]) -> None:
+    """Raises UserError where runs of one condition trained or were judged on different rows."""
+    runs = [(own.cell.runs[seed], found.rows or {}) for own in results for seed, found in own.environments.items()]
+    for run, rows in runs:
+        for split, digest in rows.items():
+            if digest != runs[0][1].get(split, digest):
+                raise other_rows(f"{split.replace('_', '-')} rows", runs[0][0], run)
+
+
+def _check_times(study: Study, results: Sequence[CellResult]) -> None:
+    seconds = {own.cell.arm: value for own in results if (value := own.figure("seconds"))}
+    if seconds and max(seconds.values()) > (1 + EQUAL_WITHIN) * min(seconds.values()):
+        raise UserError(
+            f"{study.folder} claims study.equal=time, and the runs took "
+            f"{', '.join(f'{arm} {value:,.0f} s' for arm, value in seconds.items())}. Give the slower arm fewer "
+            "train.max_updates under another name=..., or repeat the command with study.equal=none."
+        )
+
+
+def other_rows(what: str, first: Path, second: Path) -> UserError:
+    return UserError(
+        f"{first} and {second} had different {what}, and cannot be compared: restore the rows, and run the study again "
+        "under another name=..."
+    )
+
+
+# --- contrasts -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A contrast in one outcome. Differences are second - first."""
+
+    outcome: str
+    asked: str
+    first: CellResult
+    second: CellResult
+    contrast: Contrast
+    p_value: float
+    """After Holm, over the contrasts of the outcome."""
+    detectable: float
+    """The smallest difference that this design shows with power 80 %."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """Of the second."""
+        return self.contrast.verdict(self.p_value, higher_is_better=self.outcome != LOSS)
+
+    @property
+    def arms(self) -> str:
+        return f"{self.second.cell.arm} - {self.first.cell.arm}"
+
+    @property
+    def by_seed(self) -> list[float]:
+        """The difference of each seed."""
+        first, second = (own.values[self.outcome].means for own in (self.first, self.second))
+        return [b - a for a, b in zip(first, second, strict=True)]
+
+
+def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Comparison]:
+    """Every contrast in every outcome, the primary outcome first; in each what the study names, then what has the
+    baseline."""
+    by_cell, named = {id(own.cell): own for own in results}, study.config.contrasts
+    pairs = [(asked, by_cell[id(first)], by_cell[id(second)]) for asked, first, second in study.contrasts()]
+    if not pairs:
+        raise UserError(
+            f"{study.folder} has no two arms to compare, only {', '.join(dict.fromkeys(c.arm for c in study.cells))}. "
+            f"Run it without study.arm; cera-report {study.folder}/* compares the runs that are there."
+        )
+    pairs.sort(key=lambda pair: pair[0] not in named)
+    comparisons = []
+    for outcome in study.config.outcomes:
+        found = [_compare(outcome, *pair, len(pairs)) for pair in pairs]
+        adjusted = holm([own.contrast.p_value for own in found])
+        comparisons += [replace(own, p_value=p_value) for own, p_value in zip(found, adjusted, strict=True)]
+    return comparisons
+
+
+def _compare(outcome: str, asked: str, first: CellResult, second: CellResult, comparisons: int) -> Comparison:
+    a, b = first.values[outcome], second.values[outcome]
+    if a.problems != b.problems:
+        what = "held-out rows" if outcome == LOSS else "problems"
+        raise other_rows(what, *(next(iter(own.cell.runs.values())) for own in (first, second)))
+    found = contrast(a.table, b.table, a.weights)
+    smallest = math.inf
+    if found.variances is not None:
+        smallest = detectable(found.variances, found.seeds, found.problems, comparisons)
+    return Comparison(outcome, asked, first, second, found, found.p_value, smallest)
+
+
+# --- slopes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Slope:
+    """The change of the primary outcome with every doubling of the rank, by seed: of an arm, or of a second arm minus a
+    first."""
+
+    name: str
+    by_seed: list[float]
+
+    @property
+    def value(self) -> float:
+        return fmean(self.by_seed)
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
+        from scipy.stats import ttest_1samp
+
+        if len(self.by_seed) < 2:
+            return -math.inf, math.inf
+        interval = ttest_1samp(self.by_seed, 0.0).confidence_interval(1 - ERROR_RATE)
+        return float(interval.low), float(interval.high)
+
+
+def slopes(study: Study, results: Sequence[CellResult]) -> list[Slope]:
+    """The least-squares slope of every arm against log2 of the rank, then the difference of every pair of arms; nothing
+    where the rank is no condition."""
+    import numpy as np
+
+    groups: dict[tuple[str, str], dict[int, CellResult]] = {}
+    for own in results:
+        if RANK in own.cell.choices:
+            others = {key: value for key, value in own.cell.choices.items() if key != RANK}
+            condition = replace(own.cell, choices=others).condition
+            groups.setdefault((own.cell.arm, condition), {})[int(own.cell.choices[RANK])] = own
+    by_arm = {}
+    for place, by_rank in groups.items():
+        if len(by_rank) > 1:
+            values = [own.values[study.config.outcomes[0]].means for own in by_rank.values()]
+            by_arm[place] = np.polyfit(np.log2(list(by_rank)), values, 1)[0].tolist()
+    found = [Slope(", ".join(filter(None, place)), by_seed) for place, by_seed in by_arm.items()]
+    for first, second in study.config.pairs:
+        for (arm, condition), by_seed in by_arm.items():
+            if arm == second and (first, condition) in by_arm:
+                gaps = (np.array(by_seed) - by_arm[first, condition]).tolist()
+                found.append(Slope(", ".join(filter(None, [f"{second} - {first}", condition])), gaps))
+    return found

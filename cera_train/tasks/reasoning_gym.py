@@ -1,0 +1,95 @@
+"""Questions of reasoning-gym's generators that no training row holds, graded by the generators themselves;
+data/reasoning_gym.py draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.data import reasoning_gym as generated
+from cera_train.data.rows import computed_row
+from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
+from cera_train.settings.tasks import TaskConfig
+from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.task import AnswerTask, Metric, question_id
+
+
+class ReasoningGym(AnswerTask):
+    def check(self, config: TaskConfig) -> None:
+        if config.generator is not None:
+            check_generators("task.generator", config.generator)
+        require(
+            config.limit is not None, "task.limit=null: a generator has no last problem. Set a number, such as 200."
+        )
+        if config.prompt or config.files:
+            reason = "task=reasoning_gym writes its problems as in training"
+            raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
+
+    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
+        for draw in generated.draws(self._generators(config, data), generated.Split.test, config.limit, "task.limit"):
+            prompt = computed_row(draw.question, draw.answer)["prompt"]
+            details = {key: value for key, value in asdict(draw).items() if key not in ("question", "answer")}
+            yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, details)
+
+    def _generators(self, config: TaskConfig, data: DataConfig | None) -> ReasoningGymConfig:
+        """Those that the run was trained on, with what the task sets otherwise."""
+        trained = [part for _, part in data.parts() if part.layout == Layout.reasoning_gym] if data else []
+        if not (trained or config.generator):
+            reason = "the model was trained on no generator of reasoning-gym"
+            raise UserError(f"task.generator is missing, and {reason}. Name one, such as task.generator=chain_sum.")
+        settings = trained[0].reasoning_gym if trained else ReasoningGymConfig()
+        changes = {name: getattr(config, name) for name in ("generator", "level")}
+        return replace(settings, **{name: value for name, value in changes.items() if value is not None})
+
+    def grade(self, problem: Problem, generation: Generation) -> Grade:
+        """The credit of the answer, which is as many lines as the gold answer."""
+        lines = generation.text.strip().split("\n")[: problem.gold.count("\n") + 1]
+        answer, credit, failure = "\n".join(lines).strip(), 0.0, None
+        try:
+            draw = generated.Draw(**problem.details, question=problem.question, answer=problem.gold)
+            credit = generated.score(draw, answer)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a model may write must not end an evaluation of hours
+            failure = f"crash: {type(error).__name__}: {error}"
+        details = {"credit": credit, "generator": problem.details["generator"]}
+        is_right = credit > 1 - 1e-9
+        return Grade(generation.problem, generation.sample, answer or None, is_right, failure=failure, details=details)
+
+    def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
+        by_generator: dict[str, list[Grade]] = {}
+        for grade in grades:
+            by_generator.setdefault(grade.details["generator"], []).append(grade)
+        return {
+            "credit": _mean([grade.details["credit"] for grade in grades]),
+            "by_generator": {
+                name: {
+                    "exact": _mean([grade.exact for grade in group]),
+                    "credit": _mean([grade.details["credit"] for grade in group]),
+                    "answers": len(group),
+                }
+                for name, group in by_generator.items()
+            },
+        }
+
+    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            name: f"exact {scores['exact']:.1%}, credit {scores['credit']:.1%}, {scores['answers']:,} answers"
+            for name, scores in result["by_generator"].items()
+        }
+
+
+TASK = ReasoningGym(
+    name="reasoning-gym",
+    settings=("generator", "level"),
+    # Graders give a part of the credit to an answer that merely holds the right digits, so runs are compared by exact.
+    shown=(Metric("credit", "credit"),),
+    is_verified=False,
+)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

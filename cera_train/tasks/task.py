@@ -1,0 +1,234 @@
+"""What a benchmark defines, and all else reads: a `QuestionTask` compares an answer with a gold answer; an `AnswerTask`
+brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.data.files import from_files
+from cera_train.data.hub import from_hub
+from cera_train.data.rows import Row, Source, at, text_of
+from cera_train.data.segments import columns_of
+from cera_train.settings.data import DataConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.tasks import TaskConfig
+from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.registry import find_task
+
+if TYPE_CHECKING:
+    from cera_train.data.prepare import TokenizedRows
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of result.json that a report shows."""
+
+    key: str
+    label: str
+    """Follows the task's name in the column's header."""
+    is_share: bool = True
+    """Shown in per cent; False: a number with three decimals."""
+    in_picture: bool = False
+    """Whether the accuracy picture shows it in place of pass@1."""
+    lower_is_better: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that follows an evaluation's printed result."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A benchmark."""
+
+    name: str
+    """Its name for people, such as GSM8K."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Names for people of further files in conf/task/ with this kind, by the name of the file."""
+    settings: tuple[str, ...] = ()
+    """Settings of `TaskConfig` that only some tasks have, and this one has."""
+    score_name: str = ""
+    """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
+    shown: tuple[Metric, ...] = ()
+    """What a report shows beside accuracy or perplexity."""
+    takes_data: bool = False
+    """Whether `data=` chooses its rows."""
+
+    def check(self, config: TaskConfig) -> None:
+        """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
+
+    def configured(self, config: TaskConfig) -> Task:
+        """This task as its settings make it."""
+        return self
+
+    def counts(self, problem: Any) -> bool:
+        """Whether a problem counts in the scores."""
+        return True
+
+    def paired_value(self, grade: Any, grader: str) -> float:
+        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grade is a `Grade`, or a
+        line of grades.jsonl; the grader, exact or verified, has no effect where `score_name` is set."""
+        return float(getattr(grade, grader))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerTask(Task, ABC):
+    """A benchmark of problems whose answers are generated and graded."""
+
+    is_verified: bool = True
+    """Whether math-verify grades the answers too."""
+
+    @abstractmethod
+    def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
+        """The problems, in order, at most `config.limit`. `data` holds the rows that the run was trained on."""
+
+    @abstractmethod
+    def grade(self, problem: Problem, generation: Generation) -> Grade:
+        """Grades one answer by the task's published rule."""
+
+    def is_collapsed(self, grade: Grade) -> bool:
+        """Whether the answer stands still where the truth moves."""
+        return False
+
+    @property
+    def figures(self) -> dict[str, bool]:
+        """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of
+        its grader, and those of `shown`."""
+        graders = ("exact", "verified") if self.is_verified else ("exact",)
+        shares = {metric.key: not metric.lower_is_better for metric in self.shown if metric.is_share}
+        return dict.fromkeys(graders, True) | shares
+
+    def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
+        """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""
+        return {}
+
+    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
+        """Labels and texts to print of what `scores` returned."""
+        return {}
+
+    def tables(self, result: Mapping[str, Any]) -> list[Table]:
+        """Tables to print after the lines."""
+        return []
+
+
+def task_of(config: TaskConfig) -> Task:
+    """The task of these settings."""
+    return find_task(config.kind).configured(config)
+
+
+def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
+    """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
+    task = task_of(config)
+    assert isinstance(task, AnswerTask)
+    seen, problems = Counter(), []
+    for problem in task.problems(config, data):
+        seen[problem.id] += 1
+        count = seen[problem.id]
+        problems.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
+    return problems
+
+
+DETAILS = ("level", "type", "subject")
+"""Columns of a row that problems.jsonl keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionTask(AnswerTask):
+    """A benchmark whose rows hold a question and a gold answer."""
+
+    question: str
+    """The column with the question."""
+    gold: Callable[[Row], str]
+    """Finds the gold answer of a row, or raises UserError."""
+    extract: Callable[[str], str | None]
+    """Finds the answer in a generated text; None where there is none."""
+    is_exact: Callable[[str, str], bool]
+    """Whether an answer equals the gold answer by the published rule."""
+    takes: Callable[[Row, TaskConfig], bool] = lambda row, config: True
+    """Whether a row is one of the problems."""
+    cell: Callable[[Row, str], str] = text_of
+    """The text of a column in the prompt."""
+
+    def check(self, config: TaskConfig) -> None:
+        example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
+        require(bool(config.prompt), f"task.prompt is empty: set a template, such as {example}.")
+        if not columns_of(config.prompt, "task.prompt"):
+            raise UserError(f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.")
+        require_rows(config)
+
+    def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
+        source = open_rows(config)
+        problems = list(itertools.islice(self._read(source, config), config.limit))
+        if not problems and config.level is not None:
+            raise UserError(f"task.level={config.level}: {source.name} has no problems of that level. Choose another.")
+        require(bool(problems), f"{source.name} has no rows: name a file with a problem on each row.")
+        return problems
+
+    def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
+        columns = columns_of(config.prompt)
+        for place, row in source.located():
+            with at(place):
+                if not self.takes(row, config):
+                    continue
+            if absent := next((name for name in columns if name not in row), None):
+                rename = f"Rename the one with the question to {self.question}, or choose another task."
+                mend = rename if absent == self.question else "Name one of these."
+                reason = f"column {absent!r} is missing in {place}; its columns are {', '.join(row)}"
+                raise UserError(f"task.prompt: {reason}. {mend}")
+            with at(place):
+                question = text_of(row, self.question)
+                prompt = config.prompt.format_map({name: self.cell(row, name) for name in columns})
+                gold = self.gold(row)
+            details = {name: row[name] for name in DETAILS if row.get(name) is not None}
+            yield Problem(question_id(question), question, prompt, gold, details)
+
+    def grade(self, problem: Problem, generation: Generation) -> Grade:
+        answer, exact, failure = None, False, None
+        try:
+            answer = self.extract(generation.text)
+            exact = answer is not None and self.is_exact(answer, problem.gold)
+        except Exception as error:  # whatever a model may write must not end an evaluation of hours
+            failure = f"crash: {type(error).__name__}: {error}"
+        return Grade(generation.problem, generation.sample, answer, exact, failure=failure)
+
+
+def question_id(question: str) -> str:
+    """A digest of a question: its id in every evaluation."""
+    return hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+
+
+def require_rows(config: TaskConfig) -> None:
+    """Raises UserError where neither files nor a data set are named."""
+    require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
+
+
+def open_rows(config: TaskConfig) -> Source:
+    """The rows of `task.files`, or of the data set on the Hub."""
+    if config.files:
+        return from_files(config.files, "task.files")
+    return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTask(Task, ABC):
+    """A benchmark of rows whose tokens are predicted: it measures perplexity."""
+
+    has_spectra: bool = False
+    """Whether the adapter's spectra are measured too."""
+
+    @abstractmethod
+    def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
+        """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""

@@ -1,0 +1,203 @@
+"""Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and answers to read.
+
+Problems, answers, grades and scores are those of an evaluation, greedy. Nothing of it draws a random number or leaves a
+mark on the model: the run's losses are those of a run without it, to the bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cera_train.common.terminal import counted
+from cera_train.data.prepare import encode
+from cera_train.data.rows import at
+from cera_train.data.segments import Segment, segmenter, segments_of
+from cera_train.data.sources import open_sources
+from cera_train.distributed.team import Team
+from cera_train.evaluation.generate import (
+    Request,
+    check_room,
+    cut_batches,
+    generate,
+    prepare_generation,
+    requests_for,
+)
+from cera_train.evaluation.grading import grade_all, score
+from cera_train.model.loss import SupervisedLoss
+from cera_train.model.weights import positions_of
+from cera_train.runs.lines import describe_tasks
+from cera_train.runs.outcomes import GradedProblem, write_grades
+from cera_train.runs.results import Sample, TaskFigures
+from cera_train.settings.data import DataConfig
+from cera_train.settings.evaluation import EvalConfig, GenerationConfig
+from cera_train.settings.run import Config
+from cera_train.settings.training import SAMPLE_ROOM
+from cera_train.tasks.named import named_task
+from cera_train.tasks.records import Generation, Grade, Problem
+from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
+
+if TYPE_CHECKING:
+    from cera_train.training.session import Session
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Problems that the model answers."""
+
+    name: str | None
+    """The task's; None: the prompts of evaluation rows."""
+    task: AnswerTask | None
+    problems: list[Problem]
+    requests: list[Request]
+    max_new_tokens: int
+    stop: list[str]
+
+    def __str__(self) -> str:
+        return f"{sum(map(self.task.counts, self.problems)):,} problems of {self.name}"
+
+    def first(self, count: int) -> Exam:
+        return replace(self, problems=self.problems[:count], requests=self.requests[:count])
+
+    def grades(self, answers: Sequence[Generation]) -> list[Grade]:
+        problems = {problem.id: problem for problem in self.problems}
+        return grade_all(self.task, problems, answers, EvalConfig.grading_seconds)
+
+    def figures(self, answers: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, float]:
+        """The scores of all answers, by their keys in metrics.jsonl."""
+        scores = score(self.task, self.problems, answers, grades).to_json()
+        values = {key: scores.get(key, scores.get(f"{key}/pass@1")) for key in self.task.figures}
+        return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
+
+    def outcomes(self, grades: Sequence[Grade]) -> list[GradedProblem]:
+        """How the answer to each problem that counts came out."""
+        return [
+            GradedProblem(problem.id, [self.task.paired_value(grade, grade.grader)], [grade.ending])
+            for problem, grade in zip(self.problems, grades, strict=True)
+            if self.task.counts(problem)
+        ]
+
+    def sample(self, update: int, problem: Problem, answer: Generation) -> Sample:
+        exact = self.task.grade(problem, answer).exact if self.task else None
+        return Sample(update, self.name, problem.prompt, answer.text, problem.gold, exact)
+
+
+def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
+    """The first problems of a task."""
+    settings = named_task(name, config.train.changes_of_task(name))
+    with at(f"train.tasks=[{name}]"):
+        problems = load_problems(settings, config.data)
+    requests = requests_for(problems, 1, tokenizer)
+    return Exam(name, task_of(settings), problems, requests, settings.max_new_tokens, settings.stop)
+
+
+def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
+    """The prompts of the first evaluation rows, each up to its first answer, which is the reference."""
+    problems, requests, room = [], [], SAMPLE_ROOM
+    for number, (prompt, answer) in enumerate(itertools.islice(first_turns(config, tokenizer), count)):
+        [asked, reference] = encode([prompt, [answer]], replace(config, max_length=sys.maxsize), tokenizer)
+        text = "".join(segment.text for segment in prompt)
+        problems.append(Problem(f"{question_id(text)}-{number}", text, text, answer.text.strip()))
+        requests.append(Request(problems[-1].id, 0, tuple(asked.input_ids)))
+        room = max(room, len(reference.input_ids))
+    if positions is not None:
+        room = min(room, positions - max((len(request.prompt_ids) for request in requests), default=0))
+    return Exam(None, None, problems, requests, room, [])
+
+
+def first_turns(config: DataConfig, tokenizer: Any) -> Iterator[tuple[list[Segment], Segment]]:
+    """Each evaluation row up to its first answer, and that answer. A row without a prompt is left out."""
+    rows = open_sources(config)[1].located()
+    for segments in segments_of(rows, segmenter(config, tokenizer)):
+        prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
+        if any(segment.text for segment in prompt) and len(prompt) < len(segments):
+            yield prompt, segments[len(prompt)]
+
+
+class Exams:
+    """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades."""
+
+    def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team) -> None:
+        self.config, self.tokenizer, self.loss, self.team = config.train, tokenizer, loss, team
+        self.tasks, self.sampled = self._load(config)
+
+    def _load(self, config: Config) -> tuple[list[Exam], list[Exam]]:
+        """The tasks, and what samples are taken of."""
+        tasks = [task_exam(name, config, self.tokenizer) for name in config.train.tasks]
+        for exam in tasks:
+            with at(f"train.tasks=[{exam.name}]"):
+                check_room(exam.requests, exam.max_new_tokens, self.loss.causal_lm)
+        count = config.train.samples
+        if tasks or not count:
+            return tasks, [exam.first(count) for exam in tasks if count]
+        return [], [rows_exam(config.data, count, self.tokenizer, positions_of(self.loss.causal_lm.config))]
+
+    @property
+    def plan(self) -> str:
+        """What is answered when, in a line; empty where nothing is."""
+        every = self.config.tasks_every
+        when = (
+            f"before the first update, every {every:,} updates and after the last" if every else "after the last update"
+        )
+        parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
+        if self.sampled:
+            count = sum(len(exam.problems) for exam in self.sampled)
+            parts.append(
+                f"{counted(count, 'sample')} of up to {self.sampled[0].max_new_tokens:,} tokens at each evaluation"
+            )
+        return "; ".join(parts)
+
+    def are_due(self, update: int, is_last: bool) -> bool:
+        """Whether the tasks are part of the evaluation at this update."""
+        every = self.config.tasks_every
+        return bool(self.tasks) and (is_last or (every is not None and update % every == 0))
+
+    def answer(self, exam: Exam) -> list[Generation]:
+        """An answer to each problem, in their order."""
+        longest = max((len(request.prompt_ids) for request in exam.requests), default=0)
+        share = math.ceil(len(exam.requests) / self.team.processes) * (longest + exam.max_new_tokens)
+        greedy = GenerationConfig()
+        with self.loss.generating() as base:
+            prepare_generation(base, self.tokenizer, exam.max_new_tokens, exam.stop)
+            batches = cut_batches(exam.requests, exam.max_new_tokens, min(greedy.batch_tokens, share))
+            mine = [
+                generate(self.loss.model, base, self.tokenizer, batch, greedy)
+                for batch in batches[self.team.process :: self.team.processes]
+            ]
+        answers = {answer.problem: answer for answer in self.team.gather(list(itertools.chain(*mine)))}
+        return [answers[problem.id] for problem in exam.problems]
+
+
+def evaluate_tasks(session: Session, is_last: bool) -> TaskFigures:
+    """Answers the tasks that are due and the samples; returns the figures. The samples go to the run's folder and its
+    tracker."""
+    exams, update, is_main = session.exams, session.progress.update, session.team.is_main
+    figures, samples, notes = {}, [], []
+    for exam in exams.tasks if exams.are_due(update, is_last) else []:
+        started, answers = time.perf_counter(), exams.answer(exam)
+        if is_main:
+            grades = exam.grades(answers)
+            found = exam.figures(answers, grades)
+            figures |= found
+            if is_last:
+                write_grades(session.folder.path, exam.name, exam.outcomes(grades))
+            notes.append(f"{describe_tasks(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
+    started = time.perf_counter()
+    for exam in exams.sampled:
+        samples += map(exam.sample, itertools.repeat(update), exam.problems, exams.answer(exam))
+    if samples:
+        notes.append(f"{counted(len(samples), 'sample')} in {time.perf_counter() - started:.1f} s")
+    if is_main and samples:
+        for sample in samples:
+            session.folder.append_sample(sample)
+        session.tracker.table("samples", [sample.to_json() for sample in samples], update)
+    if notes:
+        session.note(f"answers at update {update}: {'; '.join(notes)}")
+    [figures, *_] = session.team.gather([figures])  # the main process's
+    session.progress.tasks = figures or session.progress.tasks
+    return TaskFigures(figures)

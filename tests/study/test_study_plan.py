@@ -1,0 +1,107 @@
+"""`cera-plan -m` of a study: every run, and what the study can find."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import statistics
+import sys
+
+import pytest
+
+from cera_train.cli.plan import main
+from cera_train.planning.plan import make_plan
+from cera_train.settings.planning import PlanConfig
+from cera_train.study import plan as plan_module
+from cera_train.study.verdict import Variances, detectable
+
+STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}"]
+"""3 arms, 3 seeds, 24 updates."""
+
+
+@pytest.fixture
+def plan_command(tmp_path, tiny_folder, monkeypatch, capfd):
+    """plan_command("-m", ...) -> what cera-plan prints of it, for the tiny model on an H100, or a mistake."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        tiny = [f"model.path={tiny_folder}", "plan.gpu=h100"]
+        monkeypatch.setattr(sys, "argv", ["cera-plan", *arguments, *tiny])
+        with contextlib.suppress(SystemExit):
+            main()
+        assert not list(tmp_path.iterdir())
+        printed = capfd.readouterr()
+        return printed.err or printed.out
+
+    return run
+
+
+def row(out: str, name: str) -> list[str]:
+    """The cells of a table's row, after its name."""
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{name}  "))
+    return line.removeprefix(name).split()
+
+
+def test_a_study_is_planned_shape_by_shape_and_has_the_power_of_its_verdicts(plan_command, monkeypatch):
+    planned = []
+    monkeypatch.setattr(plan_module, "make_plan", lambda run, **how: planned.append(run) or make_plan(run, **how))
+    spread = ["plan.spread.seed={loss:0.01}", "plan.spread.residual={loss:0.02}"]
+    out = plan_command(*STUDY, *spread, "study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]")
+    assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
+    assert [run.study.arm for run in planned] == ["lora", "identity", "cera"]  # not for each learning rate and seed
+    runs, _, _, updates, *_ = row(out, "3 cells")
+    assert (runs, updates) == ("27", f"{3 * 3 * 3 * 24}")
+    assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "9"]
+
+    smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=3, problems=20, comparisons=3)
+    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in out
+    assert "by plan.spread: 0.01 between seeds, 0 between rows, 0.02 beyond both\n" in out
+    assert "study.matters=0.02 is not detected\n" in out
+    assert out.endswith("logistic_map: set plan.spread.seed={logistic_map: ...}, or plan.variances to a study\n")
+
+
+def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
+    runs, *_ = row(plan_command(*STUDY, "study.tune_seeds=1"), "3 cells")
+    assert runs == f"{3 * (3 + 2)}"
+
+
+@pytest.mark.slow
+def test_each_task_of_a_study_shows_its_rows(plan_command):
+    out = plan_command("-m", "+study=plateau_hunt", "study.task=sums_1,backward_1", "adapter.r=4")
+    assert re.findall(r"^(data|task) +(\w+: \w+.*? of \d+) tokens", out, re.MULTILINE) == [
+        ("data", "sums_1: reasoning_gym (chain_sum): 800 rows of 23"),
+        ("task", "sums_1: reasoning_gym: 100 problems of 25"),
+        ("data", "backward_1: reasoning_gym (spell_backward): 800 rows of 20"),
+        ("task", "backward_1: reasoning_gym: 100 problems of 20"),
+    ]
+
+
+def test_variances_are_read_from_a_finished_study(make_study):
+    losses = {"lora": [1.0, 1.2, 1.1, 0.9], "cera": [1.3, 1.0, 1.1, 1.4]}
+    study = make_study(lambda values: losses[values["study.arm"]][int(values["train.seed"])], seeds=4)
+    variances = plan_module.known_variances(study.config, PlanConfig(variances=str(study.folder)))
+    gaps = [b - a for a, b in zip(*losses.values(), strict=True)]
+    assert variances["loss"].seed == pytest.approx(statistics.variance(gaps), rel=0.05)
+    (study.cells[0].runs[1] / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"is unfinished: lora, adapter.r=4, optimizer.lr=0.001, train.seed=1 \(cut\)"):
+        plan_module.variances_measured(study.folder)
+
+
+def test_one_seed_has_no_variances(make_study):
+    with pytest.raises(ValueError, match="has one seed an arm, which tells nothing of others"):
+        plan_module.variances_measured(make_study(seeds=1).folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mistake"),
+    [
+        ([*STUDY, "plan.spread.seed={math:0.01}"], "plan.spread: math is no outcome of this study: choose from loss."),
+        ([*STUDY, "study.outcomes=[score]"], "study.outcomes: no run has score: name a task in train.tasks"),
+        ([*STUDY, "plan.variances=outputs/no"], "outputs/no holds no study"),
+        ([*STUDY, "plan.compare=[dora]"], "plan.compare=['dora'] sets other adapters beside one plan; with -m, sweep"),
+        ([*STUDY, "study.baseline=dora"], "study.baseline=dora: no such arm"),
+    ],
+    ids=str,
+)
+def test_what_cannot_run_is_not_planned(plan_command, arguments, mistake):
+    assert mistake in plan_command(*arguments)

@@ -1,0 +1,95 @@
+"""Studies that could not answer their question."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from cera_train.common.errors import UserError
+from cera_train.settings.sweep import StudyConfig
+from cera_train.study.cells import holds_study, read_study
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(baseline=None), "study.baseline=null: a study needs the arm that others are compared with: choose"),
+        (dict(baseline="dora"), "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
+        (dict(arms={"lora": ["adapter=lora"]}), "study.arms has lora: a study compares two or more"),
+        (dict(contrasts={"x": ["lora"]}), r"study.contrasts.x=\['lora'\]: expected two arms"),
+        (dict(contrasts={"x": ["lora", "dora"]}), "study.contrasts.x=.*: no arm dora"),
+        (dict(contrasts={"x": ["cera", "lora"]}), r"study.contrasts.x=.*: the difference is .*: write \[lora, cera\]"),
+        (dict(contrasts={"x": ["relu", "cera"], "y": ["cera", "relu"]}), "x=.*: study.contrasts.y compares the same"),
+        (dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}), "hydra.job.env_set.X can run code"),
+        (dict(tasks={"a": ["model.trust_remote_code=true"]}), "study: model.trust_remote_code can run code"),
+        (dict(conditions={"model@hydra.callbacks.x": ["mine"]}), "model@hydra.callbacks.x can run code"),
+        (dict(tune={"++hydra.run.dir": ["a"]}), "hydra.run.dir can run code"),
+        (dict(tune={}), "study.tune={}: name what each arm may choose"),
+        (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
+        (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm or a task sets it"),
+        (dict(seeds=0), "study.seeds=0 must be 1 or more"),
+        (
+            dict(tune_seeds=0),
+            "study.tune_seeds=0: the seeds that choose are the first of study.seeds=2: give 1 to 2, or null",
+        ),
+    ],
+    ids=str,
+)
+def test_a_section_that_could_not_answer_is_refused(study_section, changes, message):
+    with pytest.raises(UserError, match=message):
+        StudyConfig(**study_section | {"contrasts": {}} | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        (dict(), ["study.baseline=dora"], "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
+        (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
+        (dict(outcomes=["score"]), [], "study.outcomes: no run has score: name a task in train.tasks"),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=cera", "adapter.alpha=32"]}), [], None),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=rslora"]}), [],
+         r"study.arms.b \(adapter.r=4\): adapter.alpha is 16.0, and None in lora, which the arm does not name"),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=cera", "optimizer.weight_decay=0.5"]}), [], None),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=dora"]}), [],
+         r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora [\d,]+. Change an arm"),
+        (dict(arms={"lora": ["adapter=lora"], "b": ["adapter=dora"]}, equal="rank"), [], None),
+        (dict(), ["hydra/sweeper=basic"], r"\+study=NAME has a sweeper: leave hydra/sweeper=... out"),
+        (dict(), ["train.seed=7"], "train.seed=7: a study has the seeds from 0: study.seeds=N"),
+    ],
+)  # fmt: skip
+def test_a_study_that_could_not_answer_is_refused(tmp_path, launcher, run_study, capfd, changes, arguments, message):
+    code = run_study(*arguments, study={"contrasts": {}} | changes)
+    error = capfd.readouterr().err
+    assert (code, bool(error)) == ((0, False) if message is None else (2, True))
+    if message is not None:
+        (line,) = error.splitlines()
+        assert re.search(message, line), line
+        assert not (tmp_path / "outputs").exists()
+
+
+def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, launcher, run_study, capfd):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"question": f"What is {n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(9))
+    )
+    arguments = [
+        *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.tasks=[gsm8k]"),
+        f"train.task_settings={{gsm8k: {{files: [{rows}]}}}}",
+    ]
+    assert run_study(*arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + 1?'" in line
+    assert not launcher.began
+
+
+def test_seeds_that_choose_cannot_be_left_alone(launcher, run_study, capfd):
+    assert run_study("study.tune_seeds=1", "launch.detach=true", "hydra/launcher=slurm_cpu") == 2
+    assert "launch.detach=true with study.tune_seeds=1" in capfd.readouterr().err
+
+
+def test_a_folder_without_a_study_is_named(tmp_path):
+    assert not holds_study(tmp_path)
+    with pytest.raises(UserError, match="holds no study: expected a folder that cera-train -m"):
+        read_study(tmp_path)

@@ -1,0 +1,124 @@
+"""What a study's page says of runs whose losses are known."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from cera_train.common.errors import UserError
+from cera_train.study.page import write_study
+from cera_train.study.results import compare_cells, read_results, slopes
+
+
+def loss_by_rank(values: dict[str, str]) -> float:
+    """CeRA gains 0.05 nats at r = 64, and LoRA nothing."""
+    is_better = values["study.arm"] == "cera" and values["adapter.r"] == "64"
+    rate = 0.5 * (values["optimizer.lr"] == "0.01")
+    return 1 - 0.05 * is_better + rate + 0.001 * int(values["train.seed"])
+
+
+RANKS = {"conditions": {"adapter.r": [16, 64]}, "seeds": 3}
+
+
+def test_verdicts_are_better_worse_or_not_shown(make_study):
+    study = make_study(loss_by_rank, **RANKS, baseline="lora")
+    assert [(own.first.cell.condition, own.verdict) for own in compare_cells(study, read_results(study))] == [
+        ("adapter.r=16", "not shown"),
+        ("adapter.r=64", "better"),
+    ]
+    study = make_study(loss_by_rank, **RANKS, baseline="cera")
+    assert [own.verdict for own in compare_cells(study, read_results(study))] == ["not shown", "worse"]
+
+
+def test_higher_scores_are_better(make_study):
+    study = make_study(
+        lambda values: 1.0,
+        lambda values: 0.9 if values["study.arm"] == "cera" else 0.2,
+        outcomes=["gsm8k", "loss", "score"],
+        seeds=3,
+    )
+    comparisons = compare_cells(study, read_results(study))
+    assert [(own.outcome, own.verdict) for own in comparisons] == [
+        ("gsm8k", "better"),
+        ("loss", "not shown"),
+        ("score", "better"),
+    ]
+    endings = read_results(study)[0].endings["gsm8k"]
+    assert endings["right"] + endings["loop"] == pytest.approx(1)
+
+
+def test_one_seed_shows_nothing(make_study):
+    study = make_study(lambda values: 1.0 + 5 * (values["study.arm"] == "cera"), seeds=1)
+    (comparison,) = compare_cells(study, read_results(study))
+    assert (comparison.verdict, comparison.p_value) == ("not shown", 1)
+
+
+def test_slopes_are_those_of_the_seeds_by_doubling(make_study):
+    study = make_study(loss_by_rank, **RANKS)
+    results = read_results(study)
+    lora, cera, gap = slopes(study, results)
+    by_rank = [own.values["loss"].means for own in results if own.cell.arm == "cera"]
+    assert cera.by_seed == pytest.approx([(b - a) / 2 for a, b in zip(*by_rank, strict=True)])
+    assert gap.by_seed == pytest.approx(np.array(cera.by_seed) - lora.by_seed)
+    interval = scipy.stats.ttest_1samp(gap.by_seed, 0).confidence_interval()
+    assert gap.interval == pytest.approx((interval.low, interval.high))
+
+
+def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_report, tmp_path, capsys, monkeypatch):
+    make_study(loss_by_rank, **RANKS)
+    monkeypatch.chdir(tmp_path)
+    assert run_report("outputs/which") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"cera - lora +adapter.r=64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed)
+    page = Path("report/report.md").read_text()
+    assert "| optimizer.lr=0.001 (edge) |" in page
+    assert Path("report/differences.png").exists()
+    assert "<svg" in Path("report/report.html").read_text()
+    results = json.loads(Path("report/study_results.json").read_text())
+    assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
+    assert results["cells"][0]["losses"][1]["loss"] == pytest.approx([1.5, 1.501, 1.502])
+    assert results["command"] == "cera-train -m +study=which"
+
+
+def test_a_name_can_hurt_no_page(make_study, tmp_path):
+    hostile = "<script>alert(1)</script>|`*_[x](javascript:alert(2))"
+    study = make_study(question=hostile)
+    write_study(study, tmp_path / "report")
+    assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
+    assert "[x](" not in (tmp_path / "report" / "report.md").read_text()
+
+
+def change_rows(run: Path, split: str) -> None:
+    path = run / "environment.json"
+    tree = json.loads(path.read_text())
+    tree["rows"][split] = "other"
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
+    study = make_study()
+    change_rows(study.cells[1].runs[1], split)
+    with pytest.raises(UserError, match=f"had different {split.replace('_', '-')} rows, and cannot be compared: "):
+        read_results(study)
+
+
+def test_unequal_times_are_refused_where_the_study_claims_equal_ones(make_study):
+    study = make_study(equal="time")
+    for run in study.cells[0].runs.values():
+        path = run / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 90.0}))
+    with pytest.raises(UserError, match="claims study.equal=time, and the runs took lora 90 s, cera 60 s"):
+        read_results(study)
+
+
+def test_one_arm_is_no_comparison(make_study):
+    study = make_study()
+    del study.cells[1]
+    with pytest.raises(UserError, match="has no two arms to compare, only lora"):
+        compare_cells(study, read_results(study))

@@ -1,0 +1,157 @@
+"""A study runs its whole grid, each arm with what it names, and judges every seed at what the others choose."""
+
+from __future__ import annotations
+
+from cera_train.settings.run import Config
+from cera_train.settings.sweep import StudyConfig
+from cera_train.study.cells import read_study
+from cera_train.sweep.record import RECORD, SweepRecord
+from cera_train.sweep.table import State, read_sweep
+
+ARMS = ("lora", "cera", "relu")
+
+
+def job(arm: str, lr: float, seed: int) -> str:
+    return f"adapter.r=4,optimizer.lr={lr},study.arm={arm},train.seed={seed}"
+
+
+GRID = [job(arm, lr, seed) for arm in ARMS for lr in (0.001, 0.01) for seed in (0, 1)]
+
+
+def rates(launcher) -> dict[str, list[str]]:
+    """Arm -> the rate that judges each seed."""
+    cells = read_study(launcher.sweep).cells
+    return {cell.arm: [candidate.values["optimizer.lr"] for candidate in cell.chosen.values()] for cell in cells}
+
+
+def test_every_seed_runs_every_value(launcher, run_study):
+    assert run_study() == 0
+    assert launcher.began == GRID
+    study = read_study(launcher.sweep)
+    assert not study.missing()
+    assert rates(launcher) == {"lora": ["0.001"] * 2, "cera": ["0.01"] * 2, "relu": ["0.001"] * 2}
+    assert study.cells[1].runs == {seed: launcher.sweep / job("cera", 0.01, seed) for seed in range(2)}
+    assert [(asked, first.arm, second.arm, second.condition) for asked, first, second in study.contrasts()] == [
+        ("cera or lora", "lora", "cera", "adapter.r=4"),
+        ("relu or lora", "lora", "relu", "adapter.r=4"),
+        ("the gate", "relu", "cera", "adapter.r=4"),
+    ]
+
+
+def test_a_seed_is_judged_at_the_value_that_the_others_choose(launcher, run_study):
+    losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.4, ("1", "0.001"): 1.3, ("1", "0.01"): 1.2}
+    launcher.loss = lambda values: losses[values["train.seed"], values["optimizer.lr"]]
+    assert run_study() == 0
+    assert rates(launcher)["lora"] == ["0.01", "0.001"]
+
+
+def test_with_tune_seeds_the_first_seeds_choose_for_all(launcher, run_study):
+    losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.1, ("1", "0.001"): 1.4, ("1", "0.01"): 1.2}
+    launcher.loss = lambda values: losses.get((values["train.seed"], values["optimizer.lr"]), 1.0)
+    assert run_study("study.tune_seeds=2", "study.seeds=3") == 0
+    assert launcher.began == [*GRID, *(job(arm, 0.01, 2) for arm in ARMS)]
+    assert rates(launcher) == dict.fromkeys(ARMS, ["0.01"] * 3)
+    assert not read_study(launcher.sweep).missing()
+
+
+def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, run_study):
+    run_study()
+    launcher.began.clear()
+    assert run_study() == 0
+    assert not launcher.began
+    assert run_study("study.seeds=3") == 0
+    assert launcher.began == [job(arm, lr, 2) for arm in ARMS for lr in (0.001, 0.01)]
+
+
+def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
+    launcher.killed = {job("cera", 0.001, 0)}
+    assert run_study() == 130
+    missing = read_study(launcher.sweep).missing()
+    assert missing[0] == "cera, adapter.r=4, optimizer.lr=0.001, train.seed=0 (waiting)"
+    assert len(missing) == 8
+    launcher.killed = set()
+    assert run_study() == 0
+    assert launcher.began == GRID
+
+
+def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, run_study, run_report, capfd):
+    launcher.failing = {job("cera", 0.01, 1)}
+    assert run_study() == 1
+    assert run_report("outputs/which") == 2
+    error = capfd.readouterr().err
+    assert "unfinished study: cera, adapter.r=4, optimizer.lr=0.01, train.seed=1 (failed: the disk is full)" in error
+    launcher.failing = set()
+    launcher.began.clear()
+    assert run_study() == 0
+    assert launcher.began == [job("cera", 0.01, 1)]
+    assert run_report("outputs/which") == 0
+
+
+def test_divergence_is_a_result(launcher, run_study, run_report):
+    launcher.diverging = {job("cera", 0.01, 1)}
+    assert run_study() == 0
+    assert {status.name: status.state for status in read_sweep(launcher.sweep)}[job("cera", 0.01, 1)] == State.diverged
+    assert rates(launcher)["cera"] == ["0.001"] * 2
+    launcher.began.clear()
+    assert run_study() == 0
+    assert not launcher.began
+    assert run_report("outputs/which") == 0
+
+
+def test_an_arm_that_diverges_at_every_value_gets_no_verdict(launcher, run_study, run_report, capfd):
+    launcher.diverging = {job("cera", lr, 1) for lr in (0.001, 0.01)}
+    run_study()
+    assert run_report("outputs/which") == 2
+    assert "cera, adapter.r=4 diverged at every value of study.tune" in capfd.readouterr().err
+
+
+def test_its_jobs_are_what_their_arms_name(run_study, monkeypatch):
+    """By Hydra's launcher, which composes every job."""
+    kinds = []
+
+    def launch(config: Config) -> dict:
+        kinds.append((config.study.arm, config.adapter.kind, config.adapter.activation, config.optimizer.lr))
+        return {}
+
+    monkeypatch.setattr("cera_train.training.launch.launch", launch)
+    run_study("study.arm=lora,relu", study={"seeds": 1})
+    arms = [("lora", "lora", "silu"), ("relu", "cera", "relu")]
+    assert kinds == [(*arm, lr) for arm in arms for lr in (0.001, 0.01)]
+
+
+def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, capfd):
+    rows, questions = tmp_path / "rows.jsonl", tmp_path / "questions.jsonl"
+    rows.write_text('{"question": "1 + 1", "answer": "#### 2"}\n' * 4)
+    questions.write_text('{"question": "2 + 2", "answer": "#### 4"}\n')
+    arguments = ["data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2"]
+    arguments += ["train.tasks=[gsm8k]", f"train.task_settings={{gsm8k: {{files: [{questions}]}}}}"]
+    assert run_study(*arguments) == 0
+    rows.unlink()
+    assert run_study(*arguments) == 0
+    assert run_study(*arguments, "study.seeds=3") == 2
+    assert f"data.train_files={rows}: cannot read the file" in capfd.readouterr().err
+
+
+def test_a_part_of_the_arms_can_run_elsewhere(launcher, run_study):
+    assert run_study("study.arm=cera", "adapter.r=4") == 0
+    assert launcher.began == [name for name in GRID if "cera" in name]
+
+
+def test_tasks_are_a_dimension_of_overrides(launcher, run_study):
+    tasks = {"tame": ["data.logistic_map.growth=3.2"], "wild": ["data.logistic_map.growth=3.9"]}
+    assert run_study(study={"tasks": tasks, "tune": {"optimizer.lr": [1e-3]}, "seeds": 1}) == 0
+    overrides = SweepRecord.read(launcher.sweep / RECORD).overrides
+    assert all(tasks["wild" if "wild" in name else "tame"][0] in words for name, words in overrides.items())
+    study = read_study(launcher.sweep)
+    assert [cell.condition for cell in study.cells] == ["tame, adapter.r=4"] * 3 + ["wild, adapter.r=4"] * 3
+    assert len(study.contrasts()) == 6
+
+
+def test_every_study_of_ours_can_be_composed(compose):
+    from cera_train.cli.composition import options
+
+    for name in options("study"):
+        config = compose(f"+study={name}")
+        assert isinstance(config.study, StudyConfig)
+        assert config.study.question.endswith("?")
+        assert config.name == name

@@ -1,0 +1,219 @@
+"""Verdicts keep their error rate and their power on simulated studies, equal textbook tests where those apply, and are
+those of docs/evidence."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy
+import pytest
+import scipy.stats
+
+from benchmarks.verdicts import (
+    DESIGNS,
+    DOMINATED,
+    Design,
+    by_bootstrap,
+    by_satterthwaite,
+    by_verdict,
+    draw_studies,
+    error_of,
+    family_error,
+    found,
+    rates,
+)
+from cera_train.evaluation.statistics import holm, mcnemar
+from cera_train.study.verdict import Contrast, Spread, Variances, contrast, detectable, estimate_mean, power_of
+
+STUDIES = 1_500
+EVIDENCE = sorted(Path(__file__).parents[2].glob("docs/evidence/*.json"))
+
+
+def at_most(rate: float, studies: int) -> float:
+    """The largest share that this rate gives in all but one of 1,000 simulations."""
+    return rate + 3.1 * (rate * (1 - rate) / studies) ** 0.5
+
+
+def values(seeds: int = 3, problems: int = 60, shift: float = 0.0, seed: int = 0) -> numpy.ndarray:
+    return numpy.random.default_rng(seed).normal(size=(seeds, problems)) + shift
+
+
+# --- the evidence ----------------------------------------------------------------------------------------------------
+
+
+def test_the_evidence_is_there():
+    assert len(EVIDENCE) >= 10
+
+
+@pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
+def test_the_evidence_gets_the_verdicts_that_it_has(path):
+    """From differences by seed and variance components, as rounded there; rows count by their number."""
+    contrasts = json.loads(path.read_text())["contrasts"]
+    for outcome in dict.fromkeys(own["outcome"] for own in contrasts):
+        same = [own for own in contrasts if own["outcome"] == outcome]
+        again = []
+        for own in same:
+            variances, seeds, problems = Variances(**own["variances"]), own["seeds"], own["problems"]
+            residual = variances.residual / (seeds * problems)
+            by_seeds = float(numpy.var(own["by_seed"], ddof=1)) / seeds
+            spread = Spread(by_seeds, seeds - 1, residual, variances.problem / problems, problems - 1)
+            difference, half = own["difference"], float(spread.half_width())
+            # The weights of rows, which the page does not keep, take degrees of freedom from the problems' part.
+            assert [difference - half, difference + half] == pytest.approx(own["interval"], abs=0.02 * half)
+            p_value = float(spread.p_value(difference))
+            again.append(Contrast(difference, -half, half, p_value, variances, seeds, problems))
+            comparisons = len(same)
+            assert detectable(variances, seeds, problems, comparisons) == pytest.approx(own["detectable"], rel=0.01)
+        for own, result, p_value in zip(same, again, holm([each.p_value for each in again]), strict=True):
+            assert result.verdict(p_value, higher_is_better=outcome != "loss") == own["verdict"]
+            assert p_value == pytest.approx(own["p_holm"], rel=0.02)
+
+
+# --- error rates and power -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_without_a_difference_at_most_5_percent_get_a_verdict(seeds):
+    for design in DESIGNS[:-1]:
+        studies = STUDIES * 200 // max(200, design.problems)
+        error = error_of(replace(design, seeds=seeds), by_verdict, studies)
+        assert error <= at_most(0.05, studies), design.name
+
+
+@pytest.mark.parametrize(("seeds", "documented"), [(2, 0.122), (3, 0.030), (5, 0.025)])
+def test_seeds_that_collapse_err_as_often_as_documented(seeds, documented):
+    assert error_of(replace(DESIGNS[-1], seeds=seeds), by_verdict, STUDIES) == pytest.approx(documented, abs=0.02)
+
+
+def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict():
+    design = Design(seeds=3, problems=50, seed=(0.3, 0.3), problem=0.3)
+    assert family_error(design, arms=10, studies=300) <= at_most(0.05, 300)
+
+
+def test_what_is_not_used_errs_more_often():
+    """The hierarchical bootstrap and one t quantile, at 3 seeds: why a verdict has its interval."""
+    assert error_of(DOMINATED, by_bootstrap, 500) > 0.15
+    unequal = Design(seed=(1, 0.01), seeds=2, problems=50, problem=2, residual=0.01)
+    assert error_of(unequal, by_satterthwaite, STUDIES) > at_most(0.05, STUDIES)
+    assert error_of(unequal, by_verdict, STUDIES) <= at_most(0.05, STUDIES)
+
+
+def test_variance_components_are_those_of_the_simulation():
+    design = Design(seeds=5, shared=2, seed=(0.3, 0.4), problem=0.5, residual=0.6)
+    (first, second, weights), *_ = draw_studies(design, 1_000, numpy.random.default_rng(0))
+    _, _, variances = estimate_mean(second - first, weights)
+    assert variances.seed.mean() == pytest.approx(0.25, rel=0.05)
+    assert variances.problem.mean() == pytest.approx(0.5, rel=0.05)
+    assert variances.residual.mean() == pytest.approx(0.72, rel=0.05)
+
+
+@pytest.mark.parametrize("comparisons", [1, 10])
+def test_a_detectable_difference_is_found_by_80_percent(comparisons):
+    for seeds in (2, 5):
+        for design in (Design(problems=50, seed=(1, 1)), Design(problems=100, seed=(0.1, 0.1), problem=1)):
+            assert found(replace(design, seeds=seeds), comparisons, STUDIES) == pytest.approx(0.8, abs=0.035)
+
+
+def test_the_announced_power_is_the_found_one_at_any_difference():
+    for difference in (0.1, 0.4):
+        design = Design(problems=100, seeds=4, seed=(0.1, 0.1), difference=difference)
+        announced = power_of(design.variances, difference, 4, 100)
+        assert rates(design, by_verdict, 2_000)[0] == pytest.approx(announced, abs=0.035)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "comparisons", "standard_errors"), [(2, 1, 16.3), (3, 1, 5.7), (5, 1, 3.8), (3, 10, 18.0), (5, 10, 7.1)]
+)
+def test_detectable_differences_are_those_of_docs_evidence_where_seeds_dominate(seeds, comparisons, standard_errors):
+    difference = detectable(Variances(1, 0, 0), seeds, 200, comparisons)
+    assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
+
+
+def test_one_seed_detects_nothing_and_no_variance_anything():
+    assert detectable(Variances(1, 1, 1), 1, 200) == math.inf
+    assert detectable(Variances(0, 0, 0), 3, 200) == 0
+
+
+# --- equal to known tests --------------------------------------------------------------------------------------------
+
+
+def test_seeds_that_change_nothing_leave_the_paired_t_test_over_problems():
+    first, second = (numpy.repeat(values(1, seed=seed), 3, axis=0) for seed in (0, 1))
+    expected = scipy.stats.ttest_rel(second[0], first[0])
+    result = contrast(first, second)
+    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+    assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_problems_that_change_nothing_leave_the_paired_t_test_over_seeds():
+    first, second = [0.0, 1.0, 2.0], [5.0, 5.5, 7.5]
+    expected = scipy.stats.ttest_rel(second, first)
+    result = contrast(*(numpy.repeat(numpy.array(arm)[:, None], 50, axis=1) for arm in (first, second)))
+    assert result.p_value == pytest.approx(expected.pvalue, rel=1e-6)
+    assert (result.lower, result.upper) == pytest.approx(tuple(expected.confidence_interval(0.95)))
+
+
+def test_a_weighted_mean_is_nats_over_tokens_and_rows_without_tokens_are_left_out():
+    tokens = numpy.array([1.0, 10, 0, 100])
+    first, second = (values(3, 4, seed=seed) for seed in (0, 1))
+    expected = ((second - first) * tokens).sum() / (3 * 111)
+    first[:, 2] = numpy.nan
+    assert contrast(first, second, tokens).difference == pytest.approx(expected)
+    assert contrast(first, second, tokens).p_value == pytest.approx(contrast(first, second, tokens / 7).p_value)
+
+
+def test_problems_and_seeds_are_paired():
+    """Problems and seeds differ by 100 times what the arms differ by."""
+    common = 100 * values(1, seed=9) + 100 * values(3, 1, seed=8)
+    assert contrast(values() + common, values(shift=2, seed=1) + common).p_value < 0.05
+
+
+def test_swapping_the_arms_swaps_the_sign():
+    there, back = contrast(values(), values(seed=1)), contrast(values(seed=1), values())
+    assert (there.difference, there.lower, there.upper) == pytest.approx((-back.difference, -back.upper, -back.lower))
+    assert there.p_value == pytest.approx(back.p_value)
+    assert there.verdict(0.01, True) == back.verdict(0.01, False) != "not shown"
+    assert there.verdict(0.051, True) == "not shown"
+
+
+def test_identical_arms_are_a_point():
+    result = contrast(values(), values())
+    assert (result.difference, result.lower, result.upper, result.p_value) == (0, 0, 0, 1)
+    assert result.is_within(1e-9)
+
+
+def test_all_right_against_all_wrong_is_exact():
+    result = contrast(numpy.zeros((3, 50)), numpy.ones((3, 50)))
+    assert result.p_value == mcnemar([False] * 50, [True] * 50).p_value
+    assert (result.lower, result.upper) == pytest.approx((0.025 ** (1 / 50), 1))
+
+
+def test_one_right_answer_of_all_seeds_is_not_shown():
+    """Seeds agree by chance, so that their means have no variance; the answers do."""
+    first, second = numpy.zeros((2, 50)), numpy.zeros((2, 50))
+    second[0, 3] = second[1, 7] = 1
+    result = contrast(first, second)
+    assert result.lower < 0 < result.upper
+    assert result.p_value > 0.1
+
+
+def test_one_seed_or_one_problem_shows_nothing():
+    for shape in ((1, 60), (3, 1)):
+        result = contrast(values(*shape), values(*shape, shift=9, seed=1))
+        assert (result.lower, result.upper, result.p_value, result.variances) == (-numpy.inf, numpy.inf, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "weights", "match"),
+    [
+        (values(3, 4), values(3, 5), None, "same seeds and problems"),
+        (values(1, 3), [[1, 2, numpy.nan]], None, "not a number"),
+        (values(3, 2), values(3, 2), [0, 0], "no problem counts"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(first, second, weights, match):
+    with pytest.raises(ValueError, match=match):
+        contrast(first, second, weights)

@@ -1,0 +1,106 @@
+"""GSM8K's answers: which number of a text is the answer, and when two numbers are equal."""
+
+from __future__ import annotations
+
+import pytest
+
+from cera_train.tasks.gsm8k import extract, gold, is_exact
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("48/2 = <<48/2=24>>24\n#### 72", "72"),
+        ("####72", "72"),
+        ("#### 72\n\nQuestion: 5 + 5?\nAnswer: 10\n#### 10", "72"),
+        ("####\n72\nand so on 3", "72"),
+        ("#### $1,234.50", "1234.50"),
+        ("#### -5", "-5"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### 18 dollars", "18"),
+        ("#### x = 18.", "18"),
+        ("#### 20%", "20"),
+        ("#### 1/2", "1/2"),
+        ("it was 3 #### nothing\n4", None),
+        ("it was 3\n####", None),
+        ("The answer is 18.", "18"),
+        ("The answer is $18.50.", "18.50"),
+        ("He pays $1,000,000.", "1000000"),
+        ("First 3, then 4", "4"),
+        ("the numbers 1,2,3", "3"),
+        ("10-5", "5"),
+        ("10 - 5 = 5, and 3-5 = -2", "-2"),
+        ("It falls to -2.5 degrees", "-2.5"),
+        ("It falls to −2", "-2"),
+        ("half, that is 1/2", "1/2"),
+        ("25% of 8 is .5 times 4 is 2", "2"),
+        ("he has .75", ".75"),
+        ("so **42**", "42"),
+        (r"so \boxed{42}", "42"),
+        ("$10-$5", "5"),
+        ("none at all", None),
+        ("", None),
+        ("- $ , . %", None),
+    ],
+)
+def test_answer_is_the_number_after_the_first_mark_else_the_last(text, answer):
+    assert extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("18", "18", True),
+        ("18.0", "18", True),
+        ("18.", "18", True),
+        ("018", "18", True),
+        ("1,000", "1000", True),
+        ("$5", "5", True),
+        ("50%", "50", True),
+        ("-5", "-5.00", True),
+        (".5", "0.50", True),
+        ("−5", "-5", True),
+        ("-0", "0", True),
+        ("5", "-5", False),
+        ("0.1", "0.10000000000000001", False),
+        ("1000000000000000000000000000001", "1000000000000000000000000000000", False),
+        ("1/2", "0.5", False),
+        ("1/2", "1/2", True),
+        ("2", "1/2", False),
+        ("", "0", False),
+        ("five", "5", False),
+        ("nan", "nan", False),
+        ("sNaN", "5", False),
+        ("1e999999999999999999999", "5", False),
+        ("9" * 100_000, "9" * 100_000, True),
+        ("--5", "-5", False),
+    ],
+)
+def test_numbers_are_compared_as_decimals(answer, reference, equal):
+    assert is_exact(answer, reference) == is_exact(reference, answer) == equal
+
+
+def test_a_megabyte_of_text_is_read_at_once():
+    assert extract("1," * 500_000) == "1"
+    assert extract("-$" * 500_000) is None
+    assert len(extract("9" * 1_000_000)) == 1_000_000
+
+
+def test_gold_is_the_normalised_number_after_the_mark():
+    assert gold({"question": "?", "answer": "She has 9 * 2 = <<9*2=18>>18.\n#### 18"}) == "18"
+    assert gold({"question": "?", "answer": "#### 2,125"}) == "2125"
+    assert gold({"question": "?", "answer": "#### -$10.50"}) == "-10.50"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "?"}, "'answer' is missing"),
+        ({"answer": "it is 18"}, "should end in #### and a number, but ends in 'it is 18'"),
+        ({"answer": "18 ####"}, "should end in #### and a number"),
+    ],
+)
+def test_a_row_without_a_reference_answer_is_refused(row, message):
+    with pytest.raises(ValueError, match=message):
+        gold(row)

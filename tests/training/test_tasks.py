@@ -1,0 +1,311 @@
+"""Accuracy and samples while a run trains: cera-eval's figures, and a training that does not notice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy
+import pytest
+import torch
+from evaluation_files import QUESTIONS, read
+from tiny_runs import folder_of
+
+from cera_train.evaluation.evaluate import evaluate
+from cera_train.runs.evaluation_folder import GradedAnswers
+from cera_train.runs.folder import RunFolder
+from cera_train.runs.lines import describe_tasks
+from cera_train.runs.outcomes import read_grades
+from cera_train.settings.training import SAMPLE_ROOM
+from cera_train.tasks.logistic_map import TASK
+from cera_train.tasks.task import load_problems
+from cera_train.training import tasks
+from cera_train.training import train as training
+from cera_train.training.tasks import rows_exam
+from cera_train.training.train import train
+
+FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
+TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
+SHORT = ["train.task_settings={logistic_map: {max_new_tokens: 8}}"]
+
+
+def evaluations(config) -> list[dict]:
+    return [line for line in read(folder_of(config) / "metrics.jsonl") if "eval/loss" in line]
+
+
+def learned(config) -> tuple[list, bytes]:
+    """Every loss and norm of a run, and its adapter."""
+    lines = read(folder_of(config) / "metrics.jsonl")
+    names = ("train/loss", "train/grad_norm", "eval/loss", "spectrum/effective_rank/mean")
+    [adapter] = (folder_of(config) / "adapter").glob("*model.safetensors")
+    return [[line.get(name) for name in names] for line in lines], adapter.read_bytes()
+
+
+@pytest.fixture
+def state_watched(monkeypatch):
+    """state_watched -> at each evaluation, whether random numbers, modes, attention and generation settings are as they
+    were before the answers."""
+    same = []
+
+    def state(arm):
+        base = arm.exams.loss.causal_lm
+        modes = [module.training for module in arm.loss.modules()]
+        numbers = (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist())
+        return numbers, modes, base.config._attn_implementation, base.generation_config.to_dict()
+
+    def watched(arm, is_last):
+        before = state(arm)
+        figures = tasks.evaluate_tasks(arm, is_last)
+        same.append(state(arm) == before)
+        return figures
+
+    monkeypatch.setattr(training, "evaluate_tasks", watched)
+    return same
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        pytest.param(["train.batch_layout=padded", "model.gradient_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param(["adapter=full", "adapter.r=null"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config, state_watched, settings):
+    """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers in between."""
+    plain, eyed = tiny_config(*settings, "name=plain"), tiny_config(*settings, *TASKS, *SHORT, "name=eyed")
+    train(plain)
+    train(eyed)
+    assert learned(eyed) == learned(plain)
+    assert not (folder_of(plain) / "samples.jsonl").exists()
+    assert state_watched == [True] * 8
+
+
+def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys):
+    config = tiny_config(*TASKS, "train.samples=5", "train.max_updates=4", "train.tasks_every=null")
+    result = train(config)
+    printed = capsys.readouterr().out
+    assert "4 problems of logistic_map, up to 64 tokens each, after the last update; " in printed
+    assert "5 samples of up to 64 tokens at each evaluation" in printed
+    assert (printed.count("(4 problems of logistic_map in "), printed.count("5 samples in ")) == (1, 2)
+    assert printed.count("logistic_map exact 0.0%, step_accuracy/mean") == 2
+    evaluated = evaluate(compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval"))
+    folder = folder_of(config) / "eval" / "logistic_map"
+    samples = [line for line in read(folder_of(config) / "samples.jsonl") if line["update"] == 4]
+    assert [line["answer"] for line in samples] == [line["text"] for line in read(folder / "generations.jsonl")]
+    assert [line["prompt"] for line in samples] == [line["prompt"] for line in read(folder / "problems.jsonl")]
+    assert [line["exact"] for line in samples] == [line["exact"] for line in read(folder / "grades.jsonl")]
+    answers = GradedAnswers(folder, TASK.counts)
+    grades = read_grades(folder_of(config), "logistic_map")
+    assert {one.problem: one.endings for one in grades} == {
+        name: [grade.ending for grade in own] for name, own in answers.grades.items()
+    }
+    assert {one.problem: one.scores for one in grades} == {
+        name: [score] for name, score in answers.scores(lambda grade: TASK.paired_value(grade, "exact")).items()
+    }
+    assert result[FIGURES[0]] == evaluated["exact/pass@1"]
+    assert [result[f"logistic_map/{name}"] for name in ("step_accuracy/mean", "state_collapse")] == [
+        *(evaluated["step_accuracy/mean"], evaluated["state_collapse"]),
+    ]
+
+
+@pytest.fixture
+def half_right(monkeypatch):
+    """Every second answer is the gold one."""
+    gold = {}
+
+    def load(settings, data):
+        problems = load_problems(settings, data)
+        gold.update({problem.id: problem.gold for problem in problems[::2]})
+        return problems
+
+    def generate(model, base, tokenizer, batch, config):
+        made = original(model, base, tokenizer, batch, config)
+        return [replace(answer, text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
+
+    original = tasks.generate
+    monkeypatch.setattr(tasks, "load_problems", load)
+    monkeypatch.setattr(tasks, "generate", generate)
+
+
+def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = tiny_config(*TASKS, *SHORT, "tracker=tensorboard")
+    result = train(config)
+    lines = evaluations(config)
+    assert [[name for name in FIGURES if name in line] for line in lines] == [FIGURES, [], FIGURES, FIGURES]
+    assert [result[name] for name in FIGURES] == [lines[-1][name] for name in FIGURES] == [0.5, 0.5, 0.0]
+    assert json.loads((folder_of(config) / "result.json").read_text()) == result
+    events = EventAccumulator(str(folder_of(config) / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("logistic_map/exact")] == [0, 8, 12]
+    assert matplotlib.image.imread(folder_of(config) / "run.png").shape[1] == 3 * 5 * 150  # a third panel
+    samples = read(folder_of(config) / "samples.jsonl")
+    assert [(line["update"], line["exact"]) for line in samples] == [
+        (update, exact) for update in (0, 4, 8, 12) for exact in (True, False, True)
+    ]
+
+
+def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right, monkeypatch):
+    whole, cut = (tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}") for name in ("whole", "cut"))
+    result = train(whole)
+    log = RunFolder.append_sample
+
+    def die(self, sample):
+        log(self, sample)
+        if sample.update == 8:
+            raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append_sample", die)
+        with pytest.raises(ConnectionError):
+            train(cut)
+    assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8
+    resumed = train(cut)
+    for name in ("samples.jsonl", "grades/logistic_map.jsonl"):
+        assert (folder_of(cut) / name).read_bytes() == (folder_of(whole) / name).read_bytes()
+    grades = read_grades(folder_of(cut), "logistic_map")
+    assert [one.endings for one in grades] == [["right"], ["wrong"]] * 2  # the paper's case does not count
+    assert [one.scores for one in grades] == [[1.0], [0.0]] * 2
+    assert [resumed[name] for name in FIGURES] == [result[name] for name in FIGURES]
+    assert [[line.get(name) for name in FIGURES] for line in evaluations(cut)] == [
+        [line.get(name) for name in FIGURES] for line in evaluations(whole)
+    ]
+
+
+def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_config, half_right, monkeypatch):
+    config = tiny_config(*TASKS, *SHORT, "train.max_updates=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    assert train(config)["logistic_map/exact"] == 0.5
+    # A run that goes on from its checkpoint without tasks has no figures.
+    checkpoint = folder_of(config) / "checkpoints" / "4"
+    longer = tiny_config(f"train.resume={checkpoint}", "train.max_updates=5", "name=longer")
+    assert FIGURES[0] not in train(longer)
+
+
+def test_a_run_that_is_out_of_patience_is_measured_at_its_end(tiny_config):
+    config = tiny_config(*TASKS[:1], *SHORT, "optimizer.lr=1e-30", "train.eval_every=2", "train.patience=1")
+    assert train(config)["updates"] == 2
+    assert [FIGURES[0] in line for line in evaluations(config)] == [False, True]
+
+
+def test_a_task_of_ones_own_is_graded_by_its_rule(tiny_config, write_jsonl, half_right):
+    file = write_jsonl("own.jsonl", [{"question": f"{n}?", "answer": f"word {n}"} for n in range(4)])
+    settings = f"train.task_settings={{jsonl: {{files: [{file}], grader: text, max_new_tokens: 4}}}}"
+    result = train(tiny_config("train.tasks=[jsonl]", settings, "train.max_updates=1"))
+    assert {name: value for name, value in result.items() if name.startswith("jsonl")} == {"jsonl/exact": 0.5}
+
+
+# --- samples without a task ------------------------------------------------------------------------------------------
+
+
+def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_references(tiny_config):
+    config = tiny_config("train.samples=2", "train.max_updates=1")
+    result = train(config)
+    assert not [name for name in result if name.startswith("logistic_map")]
+    samples = read(folder_of(config) / "samples.jsonl")
+    assert [line["update"] for line in samples] == [0, 0, 1, 1]
+    assert [list(line) for line in samples] == [["update", "task", "prompt", "answer", "gold", "exact"]] * 4
+    assert {(line["task"], line["exact"]) for line in samples} == {(None, None)}
+    assert samples[0]["prompt"].startswith("Question: x' = 3.5 x (1 - x). Starting from x = 0.24")
+    assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
+
+
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]
+TALK = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}, {"from": "human", "value": "and?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "prompt", "gold"),
+    [
+        (
+            {"q": "what is next?", "a": "it is 0.84"},
+            ["data.prompt='Question: {q}'", "data.completion=' {a}'", "data.loss_on=all"],
+            "Question: what is next?",
+            "it is 0.84",
+        ),
+        ({"messages": CHAT}, ["data.layout=messages"], "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+         "hello there<|im_end|>"),
+        ({"conversations": [*TALK, {"from": "gpt", "value": "no"}]}, ["data.layout=conversations", "data.turns=all"],
+         "User: hello\nAssistant:", "hi"),
+    ],
+)  # fmt: skip
+def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_jsonl, row, settings, prompt, gold):
+    file = write_jsonl("rows.jsonl", [row] * 4)
+    data = compose("data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=2", *settings).data
+    exam = rows_exam(data, 3, tokenizer, positions=256)
+    assert [(problem.prompt, problem.gold) for problem in exam.problems] == [(prompt, gold)] * 2
+    start = [] if "messages" in row else [tokenizer.bos_token_id]
+    ids = (*start, *tokenizer(prompt, add_special_tokens=False).input_ids)
+    assert [request.prompt_ids for request in exam.requests] == [ids] * 2
+    assert len({request.problem for request in exam.requests}) == 2
+    assert exam.max_new_tokens == SAMPLE_ROOM
+    assert rows_exam(data, 1, tokenizer, positions=len(ids) + 5).max_new_tokens == 5
+
+
+def test_figures_in_a_line():
+    figures = {"gsm8k/exact": 0.12, "gsm8k/verified": 0.5, "math/exact": 1.0}
+    assert describe_tasks(figures) == "gsm8k exact 12.0%, verified 50.0%; math exact 100.0%"
+
+
+# --- other processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_gsm8k_is_graded_by_both_graders_from_local_files(tiny_config, write_jsonl, half_right):
+    file = write_jsonl("questions.jsonl", QUESTIONS)
+    settings = f"train.task_settings={{gsm8k: {{files: [{file}], max_new_tokens: 8}}}}"
+    result = train(tiny_config("train.tasks=[gsm8k]", settings, "train.tasks_limit=4", "train.max_updates=1"))
+    assert (result["gsm8k/exact"], result["gsm8k/verified"]) == (0.5, 0.5)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_config, tmp_path):
+    settings = [*TASKS, *SHORT, "train.max_updates=4", "adapter.dropout=0"]
+    config = tiny_config(*settings, "name=one")
+    train(config)
+    own = [f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"]
+    own += ["optimizer.lr=1e-2", "train.batch_size=16", "train.eval_every=4", f"output_dir={config.output_dir}"]
+    (tmp_path / "runs.json").write_text(json.dumps([[*own, *settings, "name=two"]]))
+    script = Path(__file__).parents[1] / "helpers" / "run_in_processes.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    subprocess.run([*command, tmp_path / "runs.json"], cwd=tmp_path, check=True, env=os.environ)
+    one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))
+    assert two[:3] == one[:3]  # of the untouched model; later ones differ by the rounding of the gradients' sums
+    assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
+    figures = [[line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))]
+    assert figures == [[line.get(name) for name in FIGURES] for line in evaluations(config)]
+
+
+def test_a_run_on_generated_rows_answers_unseen_ones(tiny_config, compose, capsys):
+    pytest.importorskip("reasoning_gym")
+    rows = ["data=reasoning_gym", "data.reasoning_gym.level=0", "data.train_rows=400", "data.eval_rows=4"]
+    short = [
+        "train.tasks=[reasoning_gym]",
+        "train.tasks_limit=3",
+        "train.task_settings={reasoning_gym: {max_new_tokens: 4}}",
+    ]
+    config = tiny_config(*rows, *short, "train.max_updates=2", "train.tasks_every=null")
+    result = train(config)
+    printed = capsys.readouterr().out
+    assert {"reasoning_gym/exact", "reasoning_gym/credit"} <= set(result)
+    assert re.search(
+        r"shared     0 evaluation prompts are also training prompts; 2\d\d training rows repeat a prompt", printed
+    )
+    own = ["task=reasoning_gym", "task.limit=3", "task.max_new_tokens=4"]
+    evaluated = evaluate(compose(f"run={folder_of(config)}", *own, command="eval"))
+    assert evaluated["credit"] == result["reasoning_gym/credit"]
+    assert evaluated["by_generator"]["chain_sum"]["answers"] == 3
+    again = evaluate(compose(f"grade={folder_of(config) / 'eval' / 'reasoning_gym'}", command="eval"))
+    assert again["by_generator"] == evaluated["by_generator"]
