@@ -51,7 +51,6 @@ task=NAME                  benchmark benchmarks
 task.limit                 max_problems num_problems limit_examples
 tracker=NAME               report_to logger wandb tensorboard log_with use_wandb
 tracker.project            wandb_project project_name
-tracker.entity             wandb_entity team
 train.batch_size           bs train_batch_size global_batch_size total_batch_size batch
 train.micro_batch_tokens   per_device_train_batch_size micro_batch_size per_device_batch_size device_batch_size
                            gradient_accumulation_steps grad_accum grad_accumulation_steps accumulation_steps

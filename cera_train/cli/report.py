@@ -47,8 +47,6 @@ def report() -> None:
 
         print_study(write_study(read_study(folders[0]), output), output)
     else:
-        from cera_train.report.page import mirror_report, say_report, write_report
+        from cera_train.report.page import say_report, write_report
 
-        found = write_report(folders, output)
-        say_report(found)
-        mirror_report(found)
+        say_report(write_report(folders, output))

@@ -27,7 +27,6 @@ from cera_train.evaluation import console
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.mirror import mirror_evaluation
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer
@@ -77,16 +76,13 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             print_line("evaluate", measured)
         accelerator.wait_for_everyone()
         result = folder.result() if folder.is_finished() else None
-        is_new = result is None
-        if is_new:
+        if result is None:
             measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
             result = measure(Evaluation(task, config, subject, folder, accelerator))
             if is_main:
                 write_result(folder, result)
         if is_main:
             console.print_evaluation(task, result, path)
-        if is_main and is_new:
-            mirror_evaluation(folder)
         return result.to_json()
 
 
@@ -258,8 +254,6 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         else:
             write_result(folder, result)
         console.print_evaluation(task, result, path)
-        if not result.missing:
-            mirror_evaluation(folder)
         return result.to_json()
 
 

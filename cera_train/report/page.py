@@ -19,7 +19,6 @@ from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import RANK, Column, build_columns
 from cera_train.runs.card import escape
-from cera_train.runs.tracking import send_to_run
 from cera_train.tasks.registry import display_name
 
 
@@ -69,16 +68,6 @@ def write_report(folders: Sequence[Path], output: Path) -> Report:
     for name in ("report.md", "report.html"):
         write_text(output / name, page_template(name).render(report=report))
     return report
-
-
-def mirror_report(report: Report) -> None:
-    """Sends report.html to the W&B run of every run in it that W&B tracks."""
-    for run in report.trained:
-        send_to_run(
-            run.folder,
-            "the report",
-            lambda tracker, run=run: tracker.page("report", report.output / "report.html", run.figures.updates),
-        )
 
 
 def compare_runs(folders: Sequence[Path], output: Path) -> Report:

@@ -40,6 +40,7 @@ from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import differences
 from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, RunResult, Sample
+from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -260,7 +261,7 @@ class RunFolder:
         if update is None:
             for name in ("best", "adapter", "tensorboard", GRADES):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, "wandb-run-id"):
+            for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, IDS):
                 (self.path / name).unlink(missing_ok=True)
             return
         for path in (self.path / log for log in LOGS):

@@ -45,9 +45,12 @@ class Schedule(StrEnum):
 
 
 class TrackerKind(StrEnum):
-    none = "none"
     wandb = "wandb"
+    trackio = "trackio"
+    mlflow = "mlflow"
     tensorboard = "tensorboard"
+    comet = "comet"
+    swanlab = "swanlab"
 
 
 SAMPLE_ROOM = 64
@@ -169,11 +172,28 @@ class TrainConfig:
 
 @dataclass
 class TrackerConfig:
-    kind: TrackerKind = setting(TrackerKind.none, "nothing")
+    kinds: Any = setting(None, "nothing")
+    """Trackers by name, each with arguments for the library's start, or null: {wandb: {entity: my-team}, mlflow: null}.
+    """
     project: str = setting("cera-train", "nothing")
-    entity: str | None = setting(None, "nothing")
-    """W&B team or user."""
+    """The project; MLflow's experiment."""
     group: str | None = setting(None, "nothing")
-    """W&B's group of runs. null: the sweep's name; none for a run outside a sweep."""
-    log_adapter: bool = setting(False, "nothing")
-    """Upload the final adapter as an artifact (wandb)."""
+    """The group of runs. null: the sweep's name; none for a run outside a sweep."""
+
+    def __post_init__(self) -> None:
+        self.kinds = {} if self.kinds is None else self.kinds
+        require(isinstance(self.kinds, dict), f"tracker.kinds={self.kinds}: expected names, such as {{wandb: null}}.")
+        for name, arguments in self.kinds.items():
+            choices = ", ".join(TrackerKind)
+            require(
+                name in {*TrackerKind},
+                f"tracker.kinds={{{name}: ...}}: there is no such tracker: choose from {choices}.",
+            )
+            require(
+                arguments is None or isinstance(arguments, dict),
+                f"tracker.kinds.{name}={arguments}: expected arguments by name, such as {{entity: my-team}}, or null.",
+            )
+
+    @property
+    def chosen(self) -> list[TrackerKind]:
+        return [TrackerKind(name) for name in self.kinds]

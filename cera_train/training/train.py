@@ -275,10 +275,8 @@ def finish(session: Session) -> dict[str, Any]:
         if modules:  # a method may have no spectrum
             results.write_spectrum(folder.path / "spectrum.json", modules)
         write_card(folder.path, result)
-        picture = draw_run(folder.path, results.mean_spectrum(modules), config.name)
+        draw_run(folder.path, results.mean_spectrum(modules), config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
-        session.tracker.picture("run", picture, progress.update)
-        session.tracker.adapter(folder.path / "adapter")
         console.print_result(result, config)
     return result.to_json()
 

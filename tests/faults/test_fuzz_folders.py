@@ -37,7 +37,7 @@ PLAIN_CONFIG = {
     },
     "optimizer": {"kind": "adamw", "lr": 3e-4},
     "train": {"epochs": 3, "autocast": None},
-    "tracker": {"kind": "none"},
+    "tracker": {"kinds": {}},
     "name": "run",
     "published": {"eval/perplexity": 1.97},
 }

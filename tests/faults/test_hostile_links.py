@@ -35,7 +35,7 @@ def assert_untouched(elsewhere: Path) -> None:
 
 
 RUN_LINKS = [
-    *("metrics.jsonl", ".lock", "wandb-run-id", "checkpoints", "best", "wandb", "adapter", ".writing-run.png"),
+    *("metrics.jsonl", ".lock", "tracker-ids.json", "checkpoints", "best", "wandb", "adapter", ".writing-run.png"),
     *("losses_before.safetensors", "grades"),
 ]
 FOLDERS = ("checkpoints", "best", "wandb", "adapter", "grades")

@@ -28,7 +28,7 @@ def settings_of(name: str, **changes: Any) -> dict[str, Any]:
                  "eval_split": "train[100000:102000]", "loss_on": "all", "max_length": 512},
         "optimizer": {"kind": "adamw", "lr": 3e-4},
         "train": {"batch_size": 64, "seed": 0},
-        "tracker": {"kind": "none"},
+        "tracker": {"kinds": {}},
         "name": name,
         "output_dir": "outputs",
         "published": {},
