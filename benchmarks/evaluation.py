@@ -26,10 +26,10 @@ from cera_train.adapters.build import build
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
 from cera_train.model.weights import load_model, load_tokenizer
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype, ModelConfig
-from cera_train.tasks.records import Generation
 
 PUBLISHED_BATCH = 4
 SPEEDUP = 2.0

@@ -26,6 +26,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, keys_of, section_of
 from cera_train.common.trust import check_remote_code
+from cera_train.evaluation.tasks.task import check_task
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config, PlanRun
 from cera_train.settings.serving import ChatConfig, ExportConfig
@@ -41,7 +42,6 @@ SCHEMAS = {
 PLUGINS = {
     "hydra/launcher/submitit_local": "pip install -e '.[slurm]' in the clone of cera-train",
     "hydra/launcher/submitit_slurm": "pip install -e '.[slurm]' in the clone of cera-train",
-    "hydra/launcher/joblib": "pip install hydra-joblib-launcher",
     "hydra/sweeper/optuna": "pip install hydra-optuna-sweeper",
 }
 """Files of Hydra's plugins, and how to install them."""
@@ -92,7 +92,10 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
     if unknown := [key for key in tree if not composition.takes(key)]:  # Hydra lets +key=value add anything
         key = min(unknown)
         raise UserError(composition.unknown_setting(key, f"+{key}={tree[key]}"))
-    return OmegaConf.to_object(composed)
+    config = OmegaConf.to_object(composed)
+    if isinstance(config, EvalConfig | ExportConfig) and config.task is not None:
+        check_task(config.task)
+    return config
 
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:

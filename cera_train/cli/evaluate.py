@@ -15,11 +15,10 @@ from cera_train.cli.composition import Composition, check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.processes import is_one_of_several
+from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, load_problems
 
 EVAL = Composition(EvalConfig, "cera-eval")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -16,9 +17,9 @@ from cera_train.cli.composition import Composition, check_trust, to_config, with
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
-from cera_train.common.settings import require
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
+from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
@@ -27,15 +28,15 @@ from cera_train.study.sweeper import StudySweeper, begin_study, is_study
 from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
-from cera_train.tasks.named import check_tasks
 
 TRAIN = Composition(Config, "cera-train")
 
 
 def main() -> None:
-    from cera_train.cli.together import launchers
+    Plugins.instance()  # executes the modules of Hydra's plugins, also those that were imported before
+    from cera_train.cli.launchers import Joblib, SubmititLocal, SubmititSlurm
 
-    plugins = {plugin.__name__: plugin for plugin in (Halving, StudySweeper, *launchers())}
+    plugins = {plugin.__name__: plugin for plugin in (Halving, StudySweeper, Joblib, SubmititLocal, SubmititSlurm)}
     start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=plugins)
 
 
@@ -107,21 +108,16 @@ class Sweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and continue
-            is_elsewhere, detach = "Submitit" in str(config.hydra.launcher._target_), config.launch.detach
-            if detach and not is_elsewhere:
+            is_elsewhere = "Submitit" in str(config.hydra.launcher._target_)
+            if config.launch.detach and not is_elsewhere:
                 raise UserError(
                     "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                     "hydra/launcher=slurm_gpu."
                 )
-            check_together(config, is_elsewhere)
             if config.study is not None and not is_study(config):
                 raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
             starts = begin_study if is_study(config) else begin_halving if is_halving(config) else begin
             starts(config, job_composer(config, without_hydra))
-            if is_elsewhere:
-                from cera_train.sweep.cluster import replace_waiting
-
-                replace_waiting(detach)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""
@@ -133,28 +129,3 @@ class Sweep(Callback):
             print_sweep(folder)
             if not (config.launch.detach or is_finished(folder)):
                 sys.exit(1)
-
-
-def check_together(config: DictConfig, is_elsewhere: bool) -> None:
-    """Raises UserError where `launch.together` does not go with the rest."""
-    launch, launcher = config.launch, config.hydra.launcher
-    trains_together = launcher._target_.endswith(".Together") or (is_elsewhere and launch.together not in (None, "1"))
-    if launch.together is None and not trains_together:
-        return
-    place = f"launch.together={launch.together}"
-    require(
-        trains_together or is_elsewhere,
-        f"{place}: jobs train together with hydra/launcher=together here, or on a cluster, such as "
-        "hydra/launcher=slurm_gpu. Choose one, or leave it out.",
-    )
-    require(
-        not (is_elsewhere and launch.together == "auto"),
-        f"{place}: the memory of the cluster's nodes is not known here. Set a number, such as launch.together=8.",
-    )
-    tasks = (launcher.get("tasks_per_node") or 1) * (launcher.get("nodes") or 1)
-    processes = 1 if launch.processes == "auto" else int(launch.processes)
-    require(
-        not trains_together or max(tasks, processes) == 1,
-        f"{place}: jobs that train together share one process, and these have {max(tasks, processes)}. Set "
-        "launch.processes=1, or one task a job on a cluster.",
-    )

@@ -78,10 +78,10 @@ class ProgressBar:
             self._task = self._bar.add_task("", total=total, completed=done)
             self._bar.start()
 
-    def step(self, text: str) -> None:
-        """Counts one more unit, and shows a text about it."""
-        self.done += 1
-        is_tenth = self.done % self._every == 0 or self.done == self.total
+    def step(self, text: str, count: int = 1) -> None:
+        """Counts more units, and shows a text about them."""
+        is_tenth = self.done // self._every < (self.done + count) // self._every or self.done + count == self.total
+        self.done += count
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, description=text)
         elif self.visible and (is_tenth or time.monotonic() - self._printed >= LINE_SECONDS):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import tempfile
@@ -23,7 +22,7 @@ from torch.distributed.launcher.api import elastic_launch
 from cera_train.common.errors import UserError
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.distributed.processes import is_launched
-from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption
+from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.distributed.team import Hung
 from cera_train.distributed.worker import beside_others, read_mistake, work
 from cera_train.settings.distributed import ProcessesConfig
@@ -114,12 +113,6 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         for name in variables:
             del os.environ[name]
-
-
-def signal_children(number: int) -> None:
-    """Passes a signal on. Ctrl-C becomes SIGTERM: Python would print a traceback in every process."""
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
 def _as_error(rank: int, failure: Any, mistakes: Path) -> Exception:

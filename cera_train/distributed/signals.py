@@ -3,6 +3,7 @@ time limit or a preemption."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -41,6 +42,12 @@ class Interrupted(SystemExit):
             raise UserError(f"it was saved, but is not started again: {error} The same command goes on.") from error
         if self.signal in (signal.SIGUSR1, signal.SIGUSR2):
             raise SystemExit(0)
+
+
+def signal_children(number: int) -> None:
+    """Passes a signal on. Ctrl-C becomes SIGTERM: Python would print a traceback in every process."""
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
 
 class Interruption:

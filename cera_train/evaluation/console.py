@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_table
+from cera_train.evaluation.tasks.task import Task
 from cera_train.runs.results import AccuracyResult, PerplexityResult
-from cera_train.tasks.task import Task
 
 
 class EvaluationProgress(ProgressBar):

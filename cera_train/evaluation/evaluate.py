@@ -27,18 +27,17 @@ from cera_train.evaluation import console
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.tasks.task import AnswerTask, Task, load_problems, task_of
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer
 from cera_train.runs.card import write_card
-from cera_train.runs.evaluation_folder import EvaluationFolder, Key, append_answers
+from cera_train.runs.evaluation_folder import EvaluationFolder, Key, Problem, append_answers
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import Dtype
-from cera_train.tasks.records import Problem
-from cera_train.tasks.task import AnswerTask, Task, load_problems, task_of
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import ids_of, start_ids
 from cera_train.evaluation.decode import Likeliest, can_decode, decode
 from cera_train.model.weights import positions_of
+from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
-from cera_train.tasks.records import Generation, Problem
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,25 @@ from types import TracebackType
 import pebble
 
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
-from cera_train.runs.results import Accuracies, Accuracy, AccuracyResult
-from cera_train.tasks import math
-from cera_train.tasks.endings import EndingShares, ending_of
-from cera_train.tasks.records import Generation, Grade, Problem
-from cera_train.tasks.task import AnswerTask
+from cera_train.evaluation.tasks import math
+from cera_train.evaluation.tasks.task import AnswerTask
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
+from cera_train.runs.results import (
+    COLLAPSED,
+    LOOP,
+    RIGHT,
+    TRUNCATED,
+    WRONG,
+    Accuracies,
+    Accuracy,
+    AccuracyResult,
+    EndingShares,
+)
 
 MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
+LOOP_TIMES = 3
+LOOP_CHARACTERS = 50
+LONGEST_SEGMENT = 1_000
 PERCENT = re.compile(r"%[\s$.]*$")
 
 
@@ -45,6 +57,31 @@ def grade_all(
         replace(grade, ending=ending_of(task, problems[grade.problem], answer, grade))
         for answer, grade in zip(answers, grades, strict=True)
     ]
+
+
+def ending_of(task: AnswerTask, problem: Problem, answer: Generation, grade: Grade) -> str:
+    """The first of right, collapsed (a state stands still where the truth moves), loop (a text that repeats itself),
+    truncated (by max_new_tokens, without a loop) and wrong that an answer is. Where the gold answer repeats itself too,
+    such as a cycle of a map, the answer is no loop."""
+    if grade.is_right:
+        return RIGHT
+    if task.is_collapsed(grade):
+        return COLLAPSED
+    if is_loop(answer.text) and not is_loop(problem.gold):
+        return LOOP
+    return TRUNCATED if answer.truncated else WRONG
+
+
+def is_loop(text: str) -> bool:
+    """Whether a text ends in a segment that comes at least 3 times in a row, the last or first time perhaps in part,
+    over at least 50 characters: repetition at the end, as Holtzman et al. 2020 (arXiv 1904.09751) count it in tokens.
+    """
+    for length in range(1, min(len(text) // LOOP_TIMES, LONGEST_SEGMENT) + 1):
+        start = len(text) - max(LOOP_TIMES * length, LOOP_CHARACTERS)
+        # The tail repeats with this period where it equals itself moved by one segment.
+        if start >= 0 and text.startswith(text[start + length :], start):
+            return True
+    return False
 
 
 def verify(

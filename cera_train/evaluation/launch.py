@@ -6,9 +6,9 @@ from typing import Any
 
 from cera_train.distributed.launch import in_processes
 from cera_train.evaluation.evaluate import evaluate, problems_of, resolve, rows_of
+from cera_train.evaluation.tasks.task import AnswerTask, task_of
 from cera_train.runs.evaluation_folder import EvaluationFolder
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.tasks.task import AnswerTask, task_of
 
 
 def launch(config: EvalConfig) -> dict[str, Any]:

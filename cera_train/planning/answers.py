@@ -13,13 +13,12 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError
 from cera_train.data.rows import at
+from cera_train.evaluation.tasks.task import load_problems, named_task, task_of
 from cera_train.planning.data_size import CHARACTERS_PER_TOKEN, DataSize, facts_at
 from cera_train.planning.devices import Device
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.run import Config
 from cera_train.settings.training import SAMPLE_ROOM
-from cera_train.tasks.named import named_task
-from cera_train.tasks.task import load_problems, task_of
 
 LAYER_SECONDS = 4e-4
 """Time in which a layer is called for one token: SmolLM2's on a CPU; on a GPU, where kernels wait to be launched, an

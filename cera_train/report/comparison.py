@@ -11,13 +11,13 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
+from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.runs import Evaluation, Run, Settings
 from cera_train.report.table import has_column, p_text, row_of, signed
 from cera_train.runs.results import PerplexityResult
 from cera_train.settings.data import evaluation_rows
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
-from cera_train.tasks.registry import display_name
 
 MOST_RUNS_IN_ALL_PAIRS = 6
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line, terminal_width
 from cera_train.common.trust import clean
+from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.comparison import compare, graded, scores_by_problem
 from cera_train.report.runs import Run, read_runs
-from cera_train.tasks.registry import display_name
 
 GAP = " | "
 

@@ -14,12 +14,12 @@ from cera_train.common.files import write_bytes, write_text
 from cera_train.common.pages import template
 from cera_train.common.terminal import print_line, print_table, terminal_width
 from cera_train.common.trust import clean
+from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.comparison import PairedTest, cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, read_runs
 from cera_train.report.table import RANK, Column, build_columns
 from cera_train.runs.card import escape
-from cera_train.tasks.registry import display_name
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cera_train.common.drawing import BACKGROUND, COLORS, Picture, shortened, styles_of
+from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.comparison import comparable, graded, group_by, task_names
 from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import mean_spectrum
-from cera_train.tasks.registry import display_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,12 +16,11 @@ from cera_train.common.files import read_json, read_yaml
 from cera_train.common.records import RESTORE, Record, fits, key
 from cera_train.common.settings import flatten
 from cera_train.common.trust import clean
+from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
 from cera_train.settings.data import evaluation_rows
-from cera_train.tasks.registry import all_tasks
-from cera_train.tasks.task import Metric, Task
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from cera_train.common.terminal import duration, gigabytes
+from cera_train.evaluation.tasks.task import Metric, display_name
 from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import (
+    ENDINGS,
     Accuracies,
     AccuracyResult,
     PerplexityResult,
@@ -17,9 +19,6 @@ from cera_train.runs.results import (
     SpectrumSummary,
     TaskFigures,
 )
-from cera_train.tasks.endings import ENDINGS
-from cera_train.tasks.registry import display_name
-from cera_train.tasks.task import Metric
 
 NOTHING = "–"
 MINUS = "−"

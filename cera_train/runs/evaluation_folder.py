@@ -6,25 +6,85 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import Any, ClassVar, TextIO
 
 import yaml
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, lock_folder, read_yaml, write_text
-from cera_train.common.records import Record, read_lines
+from cera_train.common.records import Record, key, read_lines
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.runs.recorded_config import differences, load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
 from cera_train.settings.evaluation import EvalConfig
-from cera_train.tasks.records import EVALUATE_AGAIN, Generation, Grade, Problem
 
 Key = tuple[str, int]
 """Problem and sample."""
+
+EVALUATE_AGAIN = "Evaluate the run again."
+
+
+@dataclass(frozen=True)
+class Problem(Record):
+    """One problem, a line of problems.jsonl."""
+
+    mend: ClassVar[str] = EVALUATE_AGAIN
+
+    id: str
+    """A digest of the question: the same in every evaluation, whatever the prompt."""
+    question: str
+    prompt: str
+    gold: str
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the task's grading or a report needs beside the gold answer."""
+
+
+@dataclass(frozen=True)
+class Generation(Record):
+    """One answer, a line of generations.jsonl."""
+
+    mend: ClassVar[str] = EVALUATE_AGAIN
+
+    problem: str
+    sample: int
+    text: str
+    tokens: int
+    """Tokens generated, with the end token."""
+    truncated: bool
+    """Whether max_new_tokens cut it."""
+
+
+@dataclass(frozen=True)
+class Grade(Record):
+    """The grade of one answer, a line of grades.jsonl."""
+
+    mend: ClassVar[str] = EVALUATE_AGAIN
+
+    problem: str
+    sample: int
+    answer: str | None
+    """What was extracted from the text; None where nothing was."""
+    exact: bool
+    verified: bool | None = key("verified", write_null=True)
+    """None where math-verify does not apply."""
+    failure: str | None = key("failure", write_null=True)
+    """Why the grader failed: a time-out, a crash."""
+    ending: str | None = None
+    """How the answer ended: one of ENDINGS."""
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def grader(self) -> str:
+        """The grader that decides: verified where math-verify looked, else exact."""
+        return "exact" if self.verified is None else "verified"
+
+    @property
+    def is_right(self) -> bool:
+        return getattr(self, self.grader)
 
 
 class EvaluationFolder:

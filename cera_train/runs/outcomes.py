@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import write_bytes, write_text
 from cera_train.common.records import RESTORE, Record, read_lines
-from cera_train.tasks.endings import ENDINGS
+from cera_train.runs.results import ENDINGS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ class GradedProblem(Record):
     scores: list[float]
     """One an answer, 0 to 1."""
     endings: list[str]
-    """One an answer, see tasks/endings.py."""
+    """One an answer: its ending."""
 
 
 def write_grades(run: Path, task: str, problems: Sequence[GradedProblem]) -> None:

@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import shlex
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -14,7 +16,6 @@ from typing import Any, ClassVar, Self
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
 from cera_train.common.records import RESTORE, Record, fits, key, read_lines
-from cera_train.tasks.endings import EndingShares
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
@@ -274,6 +275,35 @@ class RunFiles:
 
 
 # --- an evaluation ---------------------------------------------------------------------------------------------------
+
+
+ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = "right", "wrong", "loop", "truncated", "collapsed"
+"""How an answer ended, so that failures are told apart; `ending_of` decides."""
+
+
+@dataclass
+class EndingShares(Record):
+    """The share of an evaluation's answers that ended in each way."""
+
+    right: float | None = key("ending/right")
+    wrong: float | None = key("ending/wrong")
+    loop: float | None = key("ending/loop")
+    truncated: float | None = key("ending/truncated")
+    collapsed: float | None = key("ending/collapsed")
+
+    @classmethod
+    def of(cls, endings: Sequence[str | None]) -> Self:
+        """The shares, where it is known how every answer ended."""
+        counts = Counter(endings)
+        if not endings or None in counts:
+            return cls()
+        return cls(*(counts[name] / len(endings) for name in ENDINGS))
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The shares by the names of the endings; empty where one is not known."""
+        shares = {name: getattr(self, name) for name in ENDINGS}
+        return {} if None in shares.values() else shares
 
 
 @dataclass

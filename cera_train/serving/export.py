@@ -18,6 +18,7 @@ from cera_train.common.terminal import print_fields, print_line, print_table
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.serving.certificate import Certificate, compare
@@ -25,8 +26,6 @@ from cera_train.serving.linear import AffineGate, branches, explained, fit_all, 
 from cera_train.serving.loading import Loaded, load
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.serving import ExportConfig, ExportFormat
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import AnswerTask, load_problems
 
 CERTIFICATE = "certificate.json"
 REFUSED = "refused.json"
@@ -191,7 +190,7 @@ def certify(
 
 def accuracies(config: ExportConfig, loaded: Loaded, folder: Path) -> dict[str, Any]:
     """The scores of the adapter and of its export on `task`."""
-    takes_data = find_task(config.task.kind).takes_data
+    takes_data = config.task.kind == "perplexity"
     settings = {
         "task": config.task,
         "data": (config.data or loaded.subject.run.data) if takes_data else None,

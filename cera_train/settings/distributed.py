@@ -36,17 +36,6 @@ class ProcessesConfig:
 class LaunchConfig(ProcessesConfig):
     detach: bool = setting(False, "nothing")
     """Submit the jobs of a sweep to a cluster and return. `cera-sweep FOLDER` shows their states."""
-    together: str | None = setting(None, "nothing")
-    """Jobs of a sweep that train on one base at once. With hydra/launcher=together, null and auto are as many as fit in
-    the memory of this machine by plan; on a cluster, the number that each of its jobs trains. null there: 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        together = self.together
-        require(
-            together in (None, "auto") or (together.isascii() and together.isdecimal() and int(together) > 0),
-            f"launch.together={together} must be auto or a positive number.",
-        )
 
 
 @dataclass

@@ -9,7 +9,6 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import ProcessesConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.registry import find_task
 
 
 @dataclass
@@ -84,7 +83,7 @@ class EvalConfig:
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require(self.model is not None or not is_base, "run=base needs model=..., such as model=smollm2_135m_pypi.")
         require_folder_name(self.folder_name)
-        if find_task(self.task.kind).takes_data:
+        if self.task.kind == "perplexity":
             require(
                 self.data is not None or not is_base,
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",

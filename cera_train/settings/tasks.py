@@ -4,15 +4,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, require_positive, setting
-from cera_train.tasks.registry import all_tasks, find_task
 
 Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
-
-SOME_TASKS = ("level", "growths", "generator", "question", "answer", "grader")
-"""Settings that a task has only where it lists them in `Task.settings`."""
 
 
 def known_tasks() -> list[str]:
@@ -23,8 +18,8 @@ def known_tasks() -> list[str]:
 @dataclass
 class TaskConfig:
     kind: str = setting(MISSING, "answers")
-    """The file of cera_train/tasks/ that defines the task: math, gsm8k, logistic_map, reasoning_gym, jsonl: problems to
-    answer; perplexity: rows as in training; text: perplexity of running text."""
+    """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map, reasoning_gym, jsonl:
+    problems to answer; perplexity: rows as in training; text: perplexity of running text."""
     name: str = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
     path: str | None = setting(None, "answers")
@@ -59,10 +54,3 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         require_positive("task", self, "limit", "max_new_tokens", "window")
-        task = find_task(self.kind)
-        for name in SOME_TASKS:
-            value = getattr(self, name)
-            if value not in (None, []) and name not in task.settings:
-                owners = " and ".join(f"{other.name}'s" for other in all_tasks().values() if name in other.settings)
-                raise UserError(f"task.{name}={value} is for {owners} tasks: leave it out.")
-        task.check(self)

@@ -159,7 +159,7 @@ def check_budgets(place: str, arms: dict[str, Config]) -> None:
 def check_problems(runs: Iterable[Config]) -> None:
     """Raises UserError for a task whose problems are among the rows that a run trains on."""
     with heavy_imports():
-        from cera_train.tasks.overlap import trained_on
+        from cera_train.evaluation.tasks.overlap import trained_on
 
     checks = ((task, run.train.changes_of_task(task), run.data) for run in runs for task in run.train.tasks)
     checked = []

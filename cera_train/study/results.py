@@ -15,11 +15,10 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_yaml
 from cera_train.evaluation.statistics import ERROR_RATE, holm
 from cera_train.runs.outcomes import read_grades, read_losses
-from cera_train.runs.results import Environment, RunResult
+from cera_train.runs.results import ENDINGS, Environment, RunResult
 from cera_train.settings.sweep import LOSS, SCORE, Equal
 from cera_train.study.cells import Cell, Study
 from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
-from cera_train.tasks.endings import ENDINGS
 
 if TYPE_CHECKING:
     import numpy as np

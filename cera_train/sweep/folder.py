@@ -30,6 +30,7 @@ from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
 from cera_train.data.sources import data_files
 from cera_train.distributed.processes import is_main_process
+from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
@@ -38,7 +39,6 @@ from cera_train.settings.run import Config
 from cera_train.settings.tasks import known_tasks
 from cera_train.sweep.metric import sweep_metric
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
-from cera_train.tasks.named import check_tasks
 
 WRITER = "sweep"
 """Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
@@ -333,17 +333,22 @@ class Job:
     def record(self) -> Path:
         return self.sweep / JOBS / f"{self.name}.json"
 
+    @property
+    def log(self) -> Path:
+        """What it prints, where several run at once."""
+        return self.sweep / JOBS / f"{self.name}.log"
+
+    @property
+    def title(self) -> str:
+        return f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}"
+
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
         if is_main_process():
-            self.clear()
+            (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
+            self._write(None)
             print()
-            print_line("job", f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}")
-
-    def clear(self) -> None:
-        """Clears the error of an earlier start."""
-        (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
-        self._write(None)
+            print_line("job", self.title)
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""

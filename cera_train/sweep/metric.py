@@ -8,9 +8,9 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.records import Record
+from cera_train.evaluation.tasks.task import task_figures
 from cera_train.runs.results import RunResult, SpectrumSummary, TaskFigures
 from cera_train.settings.tasks import known_tasks
-from cera_train.tasks.named import task_figures
 
 PERPLEXITIES = tuple(map(RunResult.key_of, ("perplexity", "best_perplexity")))
 """Figures that compare on the same evaluation rows only."""

@@ -53,6 +53,18 @@ class JobStatus:
     def standing(self) -> str:
         return f"stopped at rung {self.rung}" if self.state == State.stopped else self.state.value
 
+    @property
+    def progress(self) -> str:
+        """Updates done, such as 5/20."""
+        return "" if self.done is None else f"{self.done:,}" + (f"/{self.total:,}" if self.total else "")
+
+    @property
+    def outcome(self) -> str:
+        """What came of it, after its state: its error, its figure, or how far it came."""
+        if self.state == State.finished and self.value is not None:
+            return f"{self.metric.label} {self.metric.shown(self.value)}"
+        return self.error or f"{self.progress or 'no'} updates"
+
 
 def read_sweep(folder: Path) -> list[JobStatus]:
     """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left."""
@@ -150,12 +162,11 @@ def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], lis
     ]
     rows = []
     for job, choices in zip(jobs, labels, strict=True):
-        done = "" if job.done is None else f"{job.done:,}" + (f"/{job.total:,}" if job.total else "")
         value = "" if job.value is None else job.metric.shown(job.value)
         note = "best" if job in best else ""
         if job.error and job.state in (State.diverged, State.failed):
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        rows.append(f"{choices:<{width}}  {job.standing:<{states}}{done:>15}{value:>{column}}  {note}".rstrip())
+        rows.append(f"{choices:<{width}}  {job.standing:<{states}}{job.progress:>15}{value:>{column}}  {note}".rstrip())
     counts = Counter(job.state for job in jobs)
     in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
     tail = ["", labelled("jobs", in_words or "none yet")]

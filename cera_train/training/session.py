@@ -20,6 +20,7 @@ from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
+from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.batches import MicroBatches, RowOrder
 from cera_train.model.loss import SupervisedLoss, choose_layout
@@ -35,7 +36,6 @@ from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
 from cera_train.training.start import load_start, settle_start
-from cera_train.training.tasks import Exams
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:

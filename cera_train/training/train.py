@@ -25,7 +25,7 @@ from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_evaluation, describe_update
-from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
+from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
 from cera_train.runs.results import (
     EvaluationMetrics,
     ModuleSpectrumRecord,
@@ -40,7 +40,6 @@ from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, settle
-from cera_train.training.tasks import evaluate_tasks
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -175,7 +174,7 @@ def evaluate(session: Session) -> None:
     loss = losses.mean
     spectra = session.spectra()
     is_best = progress.evaluated(perplexity(loss))
-    tasks = evaluate_tasks(session, is_last=session.is_done)
+    tasks = answer_tasks(session)
     if session.team.is_main:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
@@ -189,6 +188,23 @@ def evaluate(session: Session) -> None:
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
     session.note(describe_evaluation(metrics))
+
+
+def answer_tasks(session: Session) -> TaskFigures:
+    """Answers the tasks that are due, and the samples; keeps them in the run's folder and the tracker."""
+    progress, folder = session.progress, session.folder
+    results = session.exams.take(progress.update, is_last=session.is_done)
+    if session.team.is_main:
+        for name, problems in results.graded.items() if session.is_done else ():
+            write_grades(folder.path, name, problems)
+        for sample in results.samples:
+            folder.append_sample(sample)
+        if results.samples:
+            session.tracker.table("samples", [sample.to_json() for sample in results.samples], progress.update)
+    if results.notes:
+        session.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
+    progress.tasks = results.figures or progress.tasks
+    return TaskFigures(results.figures)
 
 
 def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:

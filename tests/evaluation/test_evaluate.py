@@ -13,12 +13,11 @@ from evaluation_files import QUESTIONS, contents, read, tiny_path
 import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.evaluation.tasks import gsm8k
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import read_evaluation_result
+from cera_train.runs.results import ENDINGS, read_evaluation_result
 from cera_train.settings.data import DataConfig, Layout, MixPart
-from cera_train.tasks import gsm8k
-from cera_train.tasks.endings import ENDINGS
-from cera_train.tasks.records import Generation
 
 pytest_plugins = ("evaluated_runs",)
 

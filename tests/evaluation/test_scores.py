@@ -8,9 +8,9 @@ import pytest
 
 from cera_train.evaluation.console import print_evaluation
 from cera_train.evaluation.grading import grade_all, score, verify
-from cera_train.tasks import gsm8k, math
-from cera_train.tasks.endings import ENDINGS
-from cera_train.tasks.records import Generation, Problem
+from cera_train.evaluation.tasks import gsm8k, math
+from cera_train.runs.evaluation_folder import Generation, Problem
+from cera_train.runs.results import ENDINGS
 
 pytest_plugins = ("evaluated_runs",)
 

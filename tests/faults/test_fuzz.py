@@ -16,12 +16,12 @@ from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.data.files import READERS
 from cera_train.data.prepare import encode
 from cera_train.data.segments import columns_of, segmenter
+from cera_train.evaluation.tasks import gsm8k, logistic_map
+from cera_train.evaluation.tasks import math as math_task
+from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.card import escape
 from cera_train.settings.data import DataConfig
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks import gsm8k, logistic_map
-from cera_train.tasks import math as math_task
-from cera_train.tasks.task import load_problems
 
 # --- files of rows ---------------------------------------------------------------------------------------------------
 

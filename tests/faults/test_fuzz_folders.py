@@ -15,14 +15,13 @@ from strategies import changed, fuzz, mutated, result_or_value_error
 
 from cera_train.adapters.build import build
 from cera_train.common.files import read_json, read_yaml
-from cera_train.runs.evaluation_folder import EvaluationFolder
+from cera_train.runs.evaluation_folder import EvaluationFolder, Generation, Problem
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.subject import base_of, check_adapter
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
-from cera_train.tasks.records import Generation, Problem
 
 PLAIN_CONFIG = {
     "model": {"path": "a/b", "dtype": "bfloat16", "quantization": "none", "trust_remote_code": False},

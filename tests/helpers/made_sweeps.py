@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,12 @@ def cera_train(monkeypatch, cwd: Path, *arguments: str) -> int:
     except SystemExit as error:
         return error.code
     return 0
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """cera-train in a process."""
+    command = [sys.executable, "-m", "cera_train", *arguments]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def make_study_file(folder: Path, content: dict) -> list[str]:

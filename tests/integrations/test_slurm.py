@@ -13,7 +13,7 @@ import pytest
 from slurm_cluster import is_installed, slurm
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
-from cera_train.sweep.cluster import QueueWatcher
+from cera_train.cli.cluster import QueueWatcher
 from cera_train.sweep.table import State, read_sweep
 from cera_train.training.train import train
 
@@ -76,7 +76,7 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     results = {job: (job / "result.json").stat().st_mtime_ns for job in jobs if (job / "result.json").exists()}
     submitted = set((folder / ".submitit").glob("[0-9]*"))
     out = run(*sweep)
-    assert "finished   3 of 4 jobs, which are not submitted again" in out
+    assert "finished   3 of 4 jobs, which are not started again" in out
     assert "jobs       4 finished" in out
     assert len(set((folder / ".submitit").glob("[0-9]*")) - submitted) == 1
     assert results == {job: (job / "result.json").stat().st_mtime_ns for job in results}

@@ -12,7 +12,7 @@ import pytest
 from made_runs import add_evaluation, make_run, result_of
 
 from cera_train.common.errors import UserError
-from cera_train.runs.evaluation_folder import GradedAnswers
+from cera_train.runs.evaluation_folder import Grade, GradedAnswers
 from cera_train.runs.results import (
     Accuracies,
     Accuracy,
@@ -33,7 +33,6 @@ from cera_train.runs.results import (
     read_spectrum,
     write_spectrum,
 )
-from cera_train.tasks.records import Grade
 
 
 def test_a_result_keeps_the_keys_of_the_file_and_their_order(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from made_sweeps import cera_train, make_job, record_job
 
 pytest.importorskip("submitit")
 
-from cera_train.sweep.cluster import QueueWatcher
+from cera_train.cli.cluster import QueueWatcher
 
 GRID = ["-m", "adapter=cera,lora", "adapter.r=2,4", "name=grid", "hydra/launcher=local"]
 
@@ -25,7 +25,7 @@ def submitted(monkeypatch):
         return [SimpleNamespace(results=lambda: [JobReturn(status=JobStatus.COMPLETED)]) for _ in job_overrides]
 
     monkeypatch.setattr("submitit.AutoExecutor.map_array", map_array)
-    monkeypatch.setattr("cera_train.sweep.cluster.replace_waiting", lambda detach: None)
+    monkeypatch.setattr("cera_train.cli.cluster.replace_waiting", lambda detach: None)
     return jobs
 
 
@@ -37,7 +37,7 @@ def test_finished_jobs_are_not_submitted(tmp_path, monkeypatch, capsys, submitte
     record_job(grid, "adapter=lora,adapter.r=2", error=None)
     assert cera_train(monkeypatch, tmp_path, *GRID) == 1
     assert submitted == ["adapter=cera,adapter.r=4", "adapter=lora,adapter.r=4"]
-    assert "finished   2 of 4 jobs, which are not submitted again" in capsys.readouterr().out
+    assert "finished   2 of 4 jobs, which are not started again" in capsys.readouterr().out
 
     (grid / submitted[0] / "result.json").write_text('{"updates": 20}')
     make_job(grid, submitted.pop(), 1.5)

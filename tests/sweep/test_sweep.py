@@ -7,25 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from made_sweeps import TINY, cera_sweep, cera_train, content_of, states
+from made_sweeps import TINY, cera_sweep, cera_train, content_of, start, states
 
 from cera_train.settings.run import Config
 from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.table import State, best_jobs, read_sweep
 
 pytest_plugins = ("sweeps_here",)
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "cera_train", *arguments],
-        cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.slow

@@ -8,9 +8,8 @@ from typing import Any
 
 from cera_train.data.rows import normalized
 from cera_train.data.sources import open_sources
+from cera_train.evaluation.tasks.task import load_problems, named_task, task_of
 from cera_train.settings.data import DataConfig, at_part
-from cera_train.tasks.named import named_task
-from cera_train.tasks.task import load_problems, task_of
 
 ROWS_AT_ONCE = 1000
 """Rows that are searched as one text."""

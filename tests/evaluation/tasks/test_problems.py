@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from cera_train.common.errors import UserError
+from cera_train.evaluation.tasks.task import load_problems
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.task import load_problems
 
 GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
 MATH = {"problem": "1 + 1", "solution": r"\boxed{2}"}

@@ -18,17 +18,17 @@ import torch
 from evaluation_files import QUESTIONS, read
 from tiny_runs import folder_of
 
+from cera_train.evaluation import exams
 from cera_train.evaluation.evaluate import evaluate
+from cera_train.evaluation.exams import rows_exam
+from cera_train.evaluation.tasks.logistic_map import TASK
+from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_tasks
 from cera_train.runs.outcomes import read_grades
 from cera_train.settings.training import SAMPLE_ROOM
-from cera_train.tasks.logistic_map import TASK
-from cera_train.tasks.task import load_problems
-from cera_train.training import tasks
 from cera_train.training import train as training
-from cera_train.training.tasks import rows_exam
 from cera_train.training.train import train
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
@@ -54,19 +54,20 @@ def state_watched(monkeypatch):
     were before the answers."""
     same = []
 
-    def state(arm):
-        base = arm.exams.loss.causal_lm
-        modes = [module.training for module in arm.loss.modules()]
+    def state(session):
+        base = session.exams.loss.causal_lm
+        modes = [module.training for module in session.loss.modules()]
         numbers = (torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1].tolist())
         return numbers, modes, base.config._attn_implementation, base.generation_config.to_dict()
 
-    def watched(arm, is_last):
-        before = state(arm)
-        figures = tasks.evaluate_tasks(arm, is_last)
-        same.append(state(arm) == before)
+    def watched(session):
+        before = state(session)
+        figures = answer_tasks(session)
+        same.append(state(session) == before)
         return figures
 
-    monkeypatch.setattr(training, "evaluate_tasks", watched)
+    answer_tasks = training.answer_tasks
+    monkeypatch.setattr(training, "answer_tasks", watched)
     return same
 
 
@@ -130,9 +131,9 @@ def half_right(monkeypatch):
         made = original(model, base, tokenizer, batch, config)
         return [replace(answer, text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
 
-    original = tasks.generate
-    monkeypatch.setattr(tasks, "load_problems", load)
-    monkeypatch.setattr(tasks, "generate", generate)
+    original = exams.generate
+    monkeypatch.setattr(exams, "load_problems", load)
+    monkeypatch.setattr(exams, "generate", generate)
 
 
 def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures):

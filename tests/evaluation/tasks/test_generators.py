@@ -8,11 +8,10 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import grade_all, score
+from cera_train.evaluation.tasks.task import find_task, load_problems
+from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.data import GENERATORS, DataConfig, MixPart, ReasoningGymConfig
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.records import Generation, Problem
-from cera_train.tasks.registry import find_task
-from cera_train.tasks.task import load_problems
 
 pytest.importorskip("reasoning_gym")
 

@@ -8,11 +8,11 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score, verify
+from cera_train.evaluation.tasks.jsonl import RULES, chosen
+from cera_train.evaluation.tasks.task import load_problems, task_of
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.results import AccuracyResult
 from cera_train.settings.tasks import Grader, TaskConfig
-from cera_train.tasks.jsonl import RULES, chosen
-from cera_train.tasks.records import Generation
-from cera_train.tasks.task import load_problems, task_of
 
 CITY = {"question": "The capital of France?", "choices": ["Rome", "Paris", "Oslo"], "answer": "B"}
 ASKED = "Question: {question}\n{choices}\nAnswer:"
@@ -155,10 +155,3 @@ def test_a_row_without_an_answer_of_its_kind_is_refused_by_file_and_line(config_
     prompt = ASKED if "choices" in first else "Question: {question}"
     with pytest.raises(UserError, match=re.escape(f"mine.jsonl:{line}")):
         load_problems(config_of([first, second], grader, prompt=prompt), None)
-
-
-def test_a_grader_must_be_chosen(config_of):
-    with pytest.raises(UserError, match=r"^task.grader is missing: choose one of text, number, math, choice."):
-        config_of([], None)
-    with pytest.raises(UserError, match=r"^task.grader=text is for jsonl's tasks: leave it out."):
-        TaskConfig(kind="gsm8k", name="x", grader="text", prompt="{question}", files=["a"])

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
+from cera_train.evaluation.tasks.task import RowTask
 from cera_train.settings.data import COMPUTED, DataConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.task import RowTask
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows
@@ -29,4 +29,4 @@ class Perplexity(RowTask):
         return prepare_evaluation(data, tokenizer, config.limit)
 
 
-TASK = Perplexity(name="perplexity", takes_data=True, has_spectra=True)
+TASK = Perplexity(name="perplexity", has_spectra=True)

@@ -10,10 +10,10 @@ from typing import Any
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map as training_rows
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, Table, question_id
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, LogisticMapConfig, check_growths
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.records import Generation, Grade, Problem
-from cera_train.tasks.task import AnswerTask, Metric, Table, question_id
 
 EVAL_ROWS = 20
 """Starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml."""

@@ -9,8 +9,8 @@ import re
 
 from cera_train.common.errors import UserError
 from cera_train.data.rows import Row, text_of
+from cera_train.evaluation.tasks.task import QuestionTask
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.task import QuestionTask
 
 BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
 

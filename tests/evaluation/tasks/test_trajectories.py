@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.tasks.logistic_map import compare, extract, is_collapsed
+from cera_train.evaluation.tasks.logistic_map import compare, extract, is_collapsed
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,27 @@ brings its problems and its grading; a `RowTask` measures perplexity. Nothing he
 from __future__ import annotations
 
 import hashlib
+import importlib
 import itertools
+import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError
+from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import require
 from cera_train.data.files import from_files
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, at, text_of
 from cera_train.data.segments import columns_of
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.records import Generation, Grade, Problem
-from cera_train.tasks.registry import find_task
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows
@@ -64,8 +67,6 @@ class Task:
     """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
     shown: tuple[Metric, ...] = ()
     """What a report shows beside accuracy or perplexity."""
-    takes_data: bool = False
-    """Whether `data=` chooses its rows."""
 
     def check(self, config: TaskConfig) -> None:
         """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
@@ -232,3 +233,87 @@ class RowTask(Task, ABC):
     @abstractmethod
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
+
+
+# --- finding tasks ---------------------------------------------------------------------------------------------------
+
+
+def all_tasks() -> dict[str, Task]:
+    """The `Task` of every benchmark by its kind, in alphabetical order."""
+    names = sorted(module.name for module in pkgutil.iter_modules(cera_train.evaluation.tasks.__path__))
+    modules = {name: importlib.import_module(f"{cera_train.evaluation.tasks.__name__}.{name}") for name in names}
+    return {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
+
+
+def find_task(kind: str) -> Task:
+    """The `Task` of a `task.kind`."""
+    tasks = all_tasks()  # a kind may stand in a stranger's config.yaml: nothing is imported that is not in this folder
+    if kind not in tasks:
+        raise UserError(f"task.kind={kind} is unknown: choose one of {', '.join(tasks)}.")
+    return tasks[kind]
+
+
+def display_name(task: str) -> str:
+    """How people write the name of a task of conf/task/, such as MATH-500; other names stay as they are."""
+    names: dict[str, str] = {}
+    for kind, benchmark in all_tasks().items():
+        names |= {kind: benchmark.name, **benchmark.variants}
+    return names.get(task, task)
+
+
+SOME_TASKS = ("level", "growths", "generator", "question", "answer", "grader")
+"""Settings that a task has only where it lists them in `Task.settings`."""
+
+
+def check_task(config: TaskConfig) -> None:
+    """Raises UserError for settings that the task cannot use."""
+    task = find_task(config.kind)
+    for name in SOME_TASKS:
+        value = getattr(config, name)
+        if value not in (None, []) and name not in task.settings:
+            owners = " and ".join(f"{other.name}'s" for other in all_tasks().values() if name in other.settings)
+            raise UserError(f"task.{name}={value} is for {owners} tasks: leave it out.")
+    task.check(config)
+
+
+def named_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
+    """The settings in conf/task/NAME.yaml with some changed.
+
+    Raises:
+        UserError: a change is no setting of the task, or the task has no answers to grade.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = _file(name)
+    if not isinstance(find_task(file["kind"]), AnswerTask):
+        raise UserError(f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training.")
+    with at(f"train.task_settings.{name}"):
+        try:
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), file, dict(changes)))
+        except OmegaConfBaseException as error:
+            raise UserError(f"{str(error).splitlines()[0]}. See conf/task/{name}.yaml.") from error
+        check_task(config)
+    return config
+
+
+def check_tasks(names: Iterable[str], changes_of: Callable[[str], dict[str, Any]], data: DataConfig) -> None:
+    """Reads the problems that lie in local files. Raises UserError for a setting, or a row without question or answer,
+    before anything heavy is imported."""
+    for name in names:
+        settings = named_task(name, changes_of(name))
+        if settings.files:
+            with at(f"train.tasks=[{name}]"):
+                load_problems(settings, data)
+
+
+def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, bool]:
+    """The figures of a task by their keys in a run's result.json, and whether a higher one is better. Without changes,
+    all that the task can have."""
+    task = find_task(_file(name)["kind"]) if changes is None else task_of(named_task(name, changes))
+    figures = task.figures if isinstance(task, AnswerTask) else {}
+    return {f"{name}/{key}": is_higher_better for key, is_higher_better in figures.items()}
+
+
+def _file(name: str) -> dict[str, Any]:
+    return read_yaml(config_dir("conf") / "task" / f"{name}.yaml")

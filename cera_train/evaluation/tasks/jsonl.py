@@ -15,9 +15,9 @@ from string import ascii_uppercase
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.rows import Row, as_text, kind_of, text_of
+from cera_train.evaluation.tasks import gsm8k, math
+from cera_train.evaluation.tasks.task import QuestionTask
 from cera_train.settings.tasks import Grader, TaskConfig
-from cera_train.tasks import gsm8k, math
-from cera_train.tasks.task import QuestionTask
 
 CHOICES = "choices"
 """The column with the texts to choose from; in a prompt, {choices} is a line for each after its letter."""

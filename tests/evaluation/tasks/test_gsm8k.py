@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.tasks.gsm8k import extract, gold, is_exact
+from cera_train.evaluation.tasks.gsm8k import extract, gold, is_exact
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.tasks import gsm8k, logistic_map
-from cera_train.tasks.endings import LONGEST_SEGMENT, EndingShares, ending_of, is_loop
-from cera_train.tasks.records import Generation, Problem
+from cera_train.evaluation.grading import LONGEST_SEGMENT, ending_of, is_loop
+from cera_train.evaluation.tasks import gsm8k, logistic_map
+from cera_train.runs.evaluation_folder import Generation, Problem
+from cera_train.runs.results import EndingShares
 
 SENTENCE = "She has 3 apples left. "
 LONG = "".join(f"{n} and then " for n in range(80))

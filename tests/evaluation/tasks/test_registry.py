@@ -7,17 +7,24 @@ import sys
 
 import pytest
 
-import cera_train.tasks
+import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score
+from cera_train.evaluation.tasks.task import (
+    AnswerTask,
+    RowTask,
+    all_tasks,
+    check_task,
+    display_name,
+    find_task,
+    load_problems,
+)
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.records import Generation
-from cera_train.tasks.registry import all_tasks, display_name, find_task
-from cera_train.tasks.task import AnswerTask, RowTask, load_problems
 
 ARITHMETIC = """
 from cera_train.data.rows import text_of
-from cera_train.tasks.task import QuestionTask
+from cera_train.evaluation.tasks.task import QuestionTask
 
 TASK = QuestionTask(
     name="Arithmetic",
@@ -32,9 +39,9 @@ TASK = QuestionTask(
 
 def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, write_jsonl):
     (tmp_path / "arithmetic.py").write_text(ARITHMETIC)
-    monkeypatch.setattr(cera_train.tasks, "__path__", [*cera_train.tasks.__path__, str(tmp_path)])
-    monkeypatch.setitem(sys.modules, "cera_train.tasks.arithmetic", None)
-    del sys.modules["cera_train.tasks.arithmetic"]  # restored, that is removed, after the test
+    monkeypatch.setattr(cera_train.evaluation.tasks, "__path__", [*cera_train.evaluation.tasks.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "cera_train.evaluation.tasks.arithmetic", None)
+    del sys.modules["cera_train.evaluation.tasks.arithmetic"]  # restored, that is removed, after the test
     rows = write_jsonl("sums.jsonl", [{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}])
     config = TaskConfig(kind="arithmetic", name="sums", prompt="{sum} =", files=[str(rows)])
     task, problems = find_task("arithmetic"), load_problems(config, None)
@@ -52,7 +59,7 @@ def test_an_unknown_kind_is_refused_and_the_kinds_are_listed(kind):
     with pytest.raises(
         UserError, match=rf"^task.kind={kind} is unknown: choose one of gsm8k, jsonl, logistic_map, math"
     ):
-        TaskConfig(kind=kind, name="x")
+        check_task(TaskConfig(kind=kind, name="x"))
 
 
 def test_every_task_is_of_one_of_the_two_sorts_and_takes_settings_that_there_are():
@@ -86,6 +93,8 @@ def test_names_for_people():
         ),
         ({"kind": "text", "files": ["x"], "growths": [3.5]}, r"task.growths=\[3.5\] is for logistic map's tasks"),
         ({"kind": "text"}, "task.files is empty"),
+        ({"kind": "jsonl", "prompt": "{question}", "files": ["x"]}, "task.grader is missing: choose one of text, num"),
+        ({"kind": "gsm8k", "grader": "text"}, "task.grader=text is for jsonl's tasks: leave it out"),
         (
             {"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"},
             "task.generator=chain_sums.*Did you mean chain_sum",
@@ -97,13 +106,13 @@ def test_names_for_people():
 )
 def test_a_task_checks_its_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        TaskConfig(name="x", **settings)
+        check_task(TaskConfig(name="x", **settings))
 
 
 def test_finding_every_task_imports_neither_torch_nor_pyarrow():
     code = "import sys; sys.argv[0] = 'cera-train'\n"
-    code += "from cera_train.tasks.registry import all_tasks; all_tasks()\n"
-    code += "import cera_train.settings.evaluation, cera_train.tasks.task\n"
+    code += "from cera_train.evaluation.tasks.task import all_tasks; all_tasks()\n"
+    code += "import cera_train.settings.evaluation, cera_train.evaluation.tasks.task\n"
     code += "print({'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'pyarrow', 'numpy'} & set(sys.modules))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cera_train.evaluation.tasks.overlap import trained_on
 from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart
-from cera_train.tasks.overlap import trained_on
 
 PROBLEMS = [{"question": f"How many apples has {name}?", "answer": "#### 3"} for name in ("Ann", "Bob", "Cem")]
 

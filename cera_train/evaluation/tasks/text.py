@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.common.settings import require
 from cera_train.data.rows import at, text_of
+from cera_train.evaluation.tasks.task import RowTask, open_rows, require_rows
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.task import RowTask, open_rows, require_rows
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows

@@ -11,10 +11,10 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data import reasoning_gym as generated
 from cera_train.data.rows import computed_row
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, question_id
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.tasks import TaskConfig
-from cera_train.tasks.records import Generation, Grade, Problem
-from cera_train.tasks.task import AnswerTask, Metric, question_id
 
 
 class ReasoningGym(AnswerTask):

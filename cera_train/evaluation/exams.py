@@ -10,9 +10,9 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
@@ -29,21 +29,17 @@ from cera_train.evaluation.generate import (
     requests_for,
 )
 from cera_train.evaluation.grading import grade_all, score
+from cera_train.evaluation.tasks.task import AnswerTask, load_problems, named_task, question_id, task_of
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
+from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.lines import describe_tasks
-from cera_train.runs.outcomes import GradedProblem, write_grades
-from cera_train.runs.results import Sample, TaskFigures
+from cera_train.runs.outcomes import GradedProblem
+from cera_train.runs.results import Sample
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.run import Config
 from cera_train.settings.training import SAMPLE_ROOM
-from cera_train.tasks.named import named_task
-from cera_train.tasks.records import Generation, Grade, Problem
-from cera_train.tasks.task import AnswerTask, load_problems, question_id, task_of
-
-if TYPE_CHECKING:
-    from cera_train.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -64,17 +60,13 @@ class Exam:
     def first(self, count: int) -> Exam:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
 
-    def grades(self, answers: Sequence[Generation]) -> list[Grade]:
-        problems = {problem.id: problem for problem in self.problems}
-        return grade_all(self.task, problems, answers, EvalConfig.grading_seconds)
-
-    def figures(self, answers: Sequence[Generation], grades: Sequence[Grade]) -> dict[str, float]:
+    def figures(self, answers: list[Generation], grades: list[Grade]) -> dict[str, float]:
         """The scores of all answers, by their keys in metrics.jsonl."""
         scores = score(self.task, self.problems, answers, grades).to_json()
         values = {key: scores.get(key, scores.get(f"{key}/pass@1")) for key in self.task.figures}
         return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
 
-    def outcomes(self, grades: Sequence[Grade]) -> list[GradedProblem]:
+    def graded(self, grades: list[Grade]) -> list[GradedProblem]:
         """How the answer to each problem that counts came out."""
         return [
             GradedProblem(problem.id, [self.task.paired_value(grade, grade.grader)], [grade.ending])
@@ -90,8 +82,7 @@ class Exam:
 def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
     """The first problems of a task."""
     settings = named_task(name, config.train.changes_of_task(name))
-    with at(f"train.tasks=[{name}]"):
-        problems = load_problems(settings, config.data)
+    problems = load_problems(settings, config.data)
     requests = requests_for(problems, 1, tokenizer)
     return Exam(name, task_of(settings), problems, requests, settings.max_new_tokens, settings.stop)
 
@@ -119,43 +110,69 @@ def first_turns(config: DataConfig, tokenizer: Any) -> Iterator[tuple[list[Segme
             yield prompt, segments[len(prompt)]
 
 
+@dataclass
+class ExamResults:
+    """What came of the exams of one evaluation. Only the main process has more than the figures."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    """By their keys in metrics.jsonl, such as gsm8k/exact."""
+    graded: dict[str, list[GradedProblem]] = field(default_factory=dict)
+    """By the task."""
+    samples: list[Sample] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """A line to print about each."""
+
+
 class Exams:
     """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades."""
 
     def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team) -> None:
-        self.config, self.tokenizer, self.loss, self.team = config.train, tokenizer, loss, team
-        self.tasks, self.sampled = self._load(config)
-
-    def _load(self, config: Config) -> tuple[list[Exam], list[Exam]]:
-        """The tasks, and what samples are taken of."""
-        tasks = [task_exam(name, config, self.tokenizer) for name in config.train.tasks]
-        for exam in tasks:
-            with at(f"train.tasks=[{exam.name}]"):
-                check_room(exam.requests, exam.max_new_tokens, self.loss.causal_lm)
+        self.every, self.tokenizer, self.loss, self.team = config.train.tasks_every, tokenizer, loss, team
+        self.tasks: list[Exam] = []
+        for name in config.train.tasks:
+            with at(f"train.tasks=[{name}]"):
+                self.tasks.append(task_exam(name, config, tokenizer))
+                check_room(self.tasks[-1].requests, self.tasks[-1].max_new_tokens, loss.causal_lm)
         count = config.train.samples
-        if tasks or not count:
-            return tasks, [exam.first(count) for exam in tasks if count]
-        return [], [rows_exam(config.data, count, self.tokenizer, positions_of(self.loss.causal_lm.config))]
+        self.sampled = [exam.first(count) for exam in self.tasks if count]
+        if count and not self.tasks:
+            self.sampled = [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
 
     @property
     def plan(self) -> str:
         """What is answered when, in a line; empty where nothing is."""
-        every = self.config.tasks_every
-        when = (
-            f"before the first update, every {every:,} updates and after the last" if every else "after the last update"
-        )
+        when = "after the last update"
+        if self.every:
+            when = f"before the first update, every {self.every:,} updates and {when}"
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
-            count = sum(len(exam.problems) for exam in self.sampled)
-            parts.append(
-                f"{counted(count, 'sample')} of up to {self.sampled[0].max_new_tokens:,} tokens at each evaluation"
-            )
+            count, longest = sum(len(exam.problems) for exam in self.sampled), self.sampled[0].max_new_tokens
+            parts.append(f"{counted(count, 'sample')} of up to {longest:,} tokens at each evaluation")
         return "; ".join(parts)
 
-    def are_due(self, update: int, is_last: bool) -> bool:
-        """Whether the tasks are part of the evaluation at this update."""
-        every = self.config.tasks_every
-        return bool(self.tasks) and (is_last or (every is not None and update % every == 0))
+    def take(self, update: int, is_last: bool) -> ExamResults:
+        """Answers the tasks that are due at this update, and the samples."""
+        results = ExamResults()
+        is_due = is_last or (self.every is not None and update % self.every == 0)
+        for exam in self.tasks if is_due else []:
+            started, answers = time.perf_counter(), self.answer(exam)
+            if self.team.is_main:
+                problems = {problem.id: problem for problem in exam.problems}
+                grades = grade_all(exam.task, problems, answers, EvalConfig.grading_seconds)
+                figures = exam.figures(answers, grades)
+                results.figures |= figures
+                results.graded[exam.name] = exam.graded(grades)
+                seconds = time.perf_counter() - started
+                results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
+        started = time.perf_counter()
+        for exam in self.sampled:
+            pairs = zip(exam.problems, self.answer(exam), strict=True)
+            results.samples += [exam.sample(update, problem, answer) for problem, answer in pairs]
+        if results.samples:
+            seconds = time.perf_counter() - started
+            results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
+        [results.figures, *_] = self.team.gather([results.figures])  # the main process's
+        return results
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
@@ -171,33 +188,3 @@ class Exams:
             ]
         answers = {answer.problem: answer for answer in self.team.gather(list(itertools.chain(*mine)))}
         return [answers[problem.id] for problem in exam.problems]
-
-
-def evaluate_tasks(session: Session, is_last: bool) -> TaskFigures:
-    """Answers the tasks that are due and the samples; returns the figures. The samples go to the run's folder and its
-    tracker."""
-    exams, update, is_main = session.exams, session.progress.update, session.team.is_main
-    figures, samples, notes = {}, [], []
-    for exam in exams.tasks if exams.are_due(update, is_last) else []:
-        started, answers = time.perf_counter(), exams.answer(exam)
-        if is_main:
-            grades = exam.grades(answers)
-            found = exam.figures(answers, grades)
-            figures |= found
-            if is_last:
-                write_grades(session.folder.path, exam.name, exam.outcomes(grades))
-            notes.append(f"{describe_tasks(found)} ({exam} in {time.perf_counter() - started:.1f} s)")
-    started = time.perf_counter()
-    for exam in exams.sampled:
-        samples += map(exam.sample, itertools.repeat(update), exam.problems, exams.answer(exam))
-    if samples:
-        notes.append(f"{counted(len(samples), 'sample')} in {time.perf_counter() - started:.1f} s")
-    if is_main and samples:
-        for sample in samples:
-            session.folder.append_sample(sample)
-        session.tracker.table("samples", [sample.to_json() for sample in samples], update)
-    if notes:
-        session.note(f"answers at update {update}: {'; '.join(notes)}")
-    [figures, *_] = session.team.gather([figures])  # the main process's
-    session.progress.tasks = figures or session.progress.tasks
-    return TaskFigures(figures)

@@ -5,7 +5,7 @@ from decimal import Decimal, InvalidOperation
 
 from cera_train.common.errors import UserError
 from cera_train.data.rows import Row, text_of
-from cera_train.tasks.task import QuestionTask
+from cera_train.evaluation.tasks.task import QuestionTask
 
 NUMBER = re.compile(
     r"""(?:(?<![\w.)])[-−]\$?|\$[-−]?)?  # a sign, but not the minus of 10-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cera_train.evaluation.grading import Candidate, Verifier
-from cera_train.tasks.math import extract, gold, is_exact, normalize
+from cera_train.evaluation.tasks.math import extract, gold, is_exact, normalize
 
 # answer, gold, exact?, verified?
 PAIRS = [

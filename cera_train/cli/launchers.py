@@ -1,0 +1,166 @@
+"""Where the jobs of a sweep run: the launchers of Hydra's plugins, made to start no finished job again."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
+from omegaconf import DictConfig
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import require
+from cera_train.common.terminal import print_line
+from cera_train.distributed.processes import is_one_of_several
+from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
+from cera_train.sweep.folder import Job, folder_of_job
+from cera_train.sweep.record import RECORD, SweepRecord
+from cera_train.sweep.table import State, job_status
+
+try:
+    from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
+except ImportError:  # the extra `slurm`: without it Hydra finds no file of these launchers
+    LocalLauncher = SlurmLauncher = object
+
+
+class MissingJobs:
+    """Launches the jobs that have no result. Mixed into a launcher."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Returns what every job returned, in order."""
+        finished = {} if self.config.train.extend else self._finished(job_overrides)
+        missing = [overrides for number, overrides in enumerate(job_overrides) if number not in finished]
+        if finished:
+            print_line("finished", f"{len(finished):,} of {len(job_overrides):,} jobs, which are not started again")
+        launched = iter(super().launch(missing, initial_job_idx) if missing else ())
+        return [finished[number] if number in finished else next(launched) for number in range(len(job_overrides))]
+
+    def _finished(self, job_overrides: Sequence[Sequence[str]]) -> dict[int, JobReturn]:
+        """What finished jobs returned, by number."""
+        sweep, returns = Path(self.config.hydra.sweep.dir), {}
+        record = SweepRecord.read(sweep / RECORD)
+        for number, overrides in enumerate(job_overrides):
+            status = job_status(sweep, folder_of_job(sweep, list(overrides), record.swept), metric=record.best_by)
+            if status.state == State.finished:
+                returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=status.value)
+        return returns
+
+
+# --- a cluster, and processes on this machine, by submitit -----------------------------------------------------------
+
+
+class Submitted(MissingJobs):
+    """Submits jobs, and waits for them unless `launch.detach=true`."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        from cera_train.cli.cluster import replace_waiting  # imports submitit: a fifth of a second
+
+        replace_waiting(self.config.launch.detach)
+        return super().launch(job_overrides, initial_job_idx)
+
+
+class SubmititLocal(Submitted, LocalLauncher):
+    """Jobs in processes on this machine, all at once."""
+
+
+class SubmititSlurm(Submitted, SlurmLauncher):
+    """Jobs of Slurm."""
+
+
+# --- joblib ----------------------------------------------------------------------------------------------------------
+
+
+class Joblib(MissingJobs, JoblibLauncher):
+    """Trains `n_jobs` jobs at once, in processes that share the cores."""
+
+    def setup(self, *, task_function: Callable[[DictConfig], Any], **context: Any) -> None:
+        super().setup(task_function=functools.partial(run_in_worker, task_function), **context)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Passes signals on to the jobs, and stops once they have saved."""
+        require(
+            self.joblib["n_jobs"] != 0, "hydra.launcher.n_jobs=0 must be a positive number, or -1 for one job a core."
+        )
+        require(
+            not is_one_of_several(),
+            "hydra/launcher=joblib: it starts the processes of its jobs itself: start one command, without torchrun.",
+        )
+        with Interruption(pass_on=signal_children) as interruption:
+            try:
+                return super().launch(job_overrides, initial_job_idx)
+            except BrokenProcessPool as error:
+                if interruption.signal is not None:
+                    raise Interrupted(interruption.signal) from None
+                raise UserError(
+                    "hydra/launcher=joblib: the process of a job was killed, perhaps for lack of memory, and the "
+                    "others with it. Set a lower hydra.launcher.n_jobs; the same command resumes them."
+                ) from error
+
+
+SIGNALLED: list[int] = []
+"""The signals that this process of joblib's got. After the first it begins no job."""
+
+
+def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
+    """A job in a process of joblib's. Its output goes to its log, and one line is printed when it begins and one when
+    it ends, so that no lines of several jobs mix."""
+    if multiprocessing.parent_process() is None:  # n_jobs=1
+        return task_function(composed)
+    if SIGNALLED:
+        return None
+    job = Job.current(HydraConfig.get())
+    print_line("job", job.title)
+    handle_signals(end_job)
+    try:
+        with output_to(job.log):
+            return task_function(composed)
+    except SystemExit:
+        if not SIGNALLED:
+            raise
+    finally:
+        handle_signals(note)
+        status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).best_by)
+        print_line(status.state, f"{job.name}: {status.outcome}")
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def note(number: int, _: FrameType | None) -> None:
+    """Between two jobs a process stays: joblib kills all jobs where one of its processes ends."""
+    SIGNALLED.append(number)
+
+
+def end_job(number: int, _: FrameType | None) -> None:
+    SIGNALLED.append(number)
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Appends to a file what this process, and those that it starts, print."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    streams = {stream: os.dup(stream.fileno()) for stream in (sys.stdout, sys.stderr)}
+    with path.open("a") as file:
+        for stream in streams:
+            os.dup2(file.fileno(), stream.fileno())
+    try:
+        yield
+    finally:
+        for stream, terminal in streams.items():
+            stream.flush()
+            os.dup2(terminal, stream.fileno())
+            os.close(terminal)

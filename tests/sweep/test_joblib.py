@@ -1,0 +1,91 @@
+"""hydra/launcher=joblib: several jobs at once, each in its process, which leave what they leave one after the other."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from made_sweeps import TINY, cera_train, start, states
+from tiny_runs import adapter_bytes, losses_of, wait_until
+
+from cera_train.sweep.record import JOBS
+
+pytest_plugins = ("sweeps_here",)
+JOBLIB = [*TINY, "hydra/launcher=joblib"]
+ENDLESS = ["adapter=cera", "adapter.activation=relu,silu,gelu", "train.max_updates=100000"]
+
+
+@pytest.fixture
+def sweep(sweep_here, monkeypatch) -> Path:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return sweep_here / "outputs" / "tiny"
+
+
+@pytest.mark.slow
+def test_jobs_at_once_leave_what_they_leave_in_turn(sweep_here, sweep):
+    process = start(*JOBLIB, cwd=sweep_here)
+    output, errors = process.communicate(timeout=300)
+    assert (process.returncode, errors) == (1, "")
+    failing, *trained = states(sweep)
+    assert list(states(sweep).values()) == ["failed", *["finished"] * 3]
+    lines, table = output.split("\n\nsweep      ")
+    begun, ended = ([line for line in lines.splitlines() if line.startswith("job ") == yes] for yes in (True, False))
+    assert {line.partition(": ")[2] for line in begun} == {failing, *trained}
+    assert sum(bool(re.fullmatch(r"finished   adapter=\S+: perplexity [\d,.]+", line)) for line in ended) == 3
+    assert sum(line.startswith(f"failed     {failing}: only adapter.kind=cera has") for line in ended) == 1
+    assert len(lines.splitlines()) == 8
+    assert "jobs       3 finished, 1 failed" in table
+    adapters = {name: adapter_bytes(sweep / name) for name in trained}
+    for name in trained:
+        assert "6 updates of 16 sequences" in (sweep / JOBS / f"{name}.log").read_text()
+
+    process = start(*TINY, "name=in_turn", cwd=sweep_here)
+    assert "jobs       3 finished, 1 failed" in process.communicate(timeout=300)[0]
+    assert adapters == {name: adapter_bytes(sweep.with_name("in_turn") / name) for name in trained}
+
+    process = start(*JOBLIB, cwd=sweep_here)
+    output, _ = process.communicate(timeout=300)
+    assert output.startswith("finished   3 of 4 jobs, which are not started again\njob        1 of 4: ")
+    assert len(re.findall(r"^job +\d of 4", output, re.MULTILINE)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, number, status):
+    process = start(*JOBLIB, *ENDLESS, cwd=sweep_here)
+    first, second, third = (sweep / f"adapter.activation={gate}" for gate in ("relu", "silu", "gelu"))
+    wait_until(lambda: process.poll() is not None or (losses_of(first) and losses_of(second)), every=0.1)
+    workers = psutil.Process(process.pid).children()
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, errors) == (status, "")
+    assert list(states(sweep).values()) == ["cut", "cut", "waiting"]
+    for job in (first, second):
+        updates = len(losses_of(job))
+        assert (job / "checkpoints" / str(updates)).is_dir()
+        assert f"cut        {job.name}: {updates:,}/100,000 updates\n" in output
+    assert third.name not in output
+    wait_until(lambda: not any(worker.is_running() for worker in workers), seconds=30, every=0.1)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_ends_the_sweep_in_one_line(sweep_here, sweep):
+    process = start(*JOBLIB, *ENDLESS, cwd=sweep_here)
+    job = sweep / "adapter.activation=relu"
+    wait_until(lambda: process.poll() is not None or losses_of(job), every=0.1)
+    largest = max(psutil.Process(process.pid).children(), key=lambda child: child.memory_info().rss)
+    os.kill(largest.pid, signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    (line,) = errors.splitlines()
+    assert line.startswith("cera-train: hydra/launcher=joblib: the process of a job was killed, perhaps for lack of")
+
+
+def test_no_jobs_at_once_are_refused_in_one_line(sweep_here, monkeypatch, capfd):
+    assert cera_train(monkeypatch, sweep_here, *JOBLIB, "hydra.launcher.n_jobs=0") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "hydra.launcher.n_jobs=0 must be a positive number, or -1 for one job a core." in line
