@@ -6,7 +6,8 @@ from typing import Any
 
 import hydra
 
-from cera_train.cli.composition import SCHEMAS, register_configs, to_config
+from cera_train.cli.composition import register_configs, to_config
+from cera_train.cli.mistakes import SCHEMAS
 from cera_train.common.files import config_dir
 
 

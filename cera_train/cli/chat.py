@@ -7,14 +7,14 @@ from dataclasses import replace
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, check_trust, to_config
+from cera_train.cli.composition import check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
 from cera_train.settings.serving import ChatConfig
 
-CHAT = Composition(ChatConfig, "cera-chat")
+CHAT = "cera-chat"
 
 
 def check_places(config: ChatConfig) -> None:

@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, check_trust, to_config
+from cera_train.cli.composition import check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.processes import is_one_of_several
@@ -20,7 +20,7 @@ from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
 
-EVAL = Composition(EvalConfig, "cera-eval")
+EVAL = "cera-eval"
 
 
 def main() -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, check_trust, to_config
+from cera_train.cli.composition import check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
 from cera_train.settings.serving import ExportConfig
 
-EXPORT = Composition(ExportConfig, "cera-export")
+EXPORT = "cera-export"
 
 
 def main() -> None:

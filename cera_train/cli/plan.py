@@ -12,14 +12,14 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.cli.composition import Composition, to_config, without_hydra
+from cera_train.cli.composition import to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.settings import require
 from cera_train.settings.run import PlanRun
 from cera_train.study.design import study_of
 from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
 
-PLAN = Composition(PlanRun, "cera-plan")
+PLAN = "cera-plan"
 
 
 def main() -> None:

@@ -15,19 +15,18 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.plugins.plugin import Plugin
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cera_train import __version__
-from cera_train.cli.arguments import for_hydra
-from cera_train.cli.composition import Composition, register_configs, register_plugins
-from cera_train.cli.hydra_guard import guard_composition
-from cera_train.common.errors import UserError, explain
+from cera_train.cli.composition import register_configs, register_plugins
+from cera_train.cli.mistakes import explain_composition, for_hydra
+from cera_train.common.errors import explain
 from cera_train.common.files import config_dir
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
 
 
-def start(composition: Composition, command: Callable[[], Any]) -> None:
+def start(program: str, command: Callable[[], Any]) -> None:
     """Runs a command as a whole process."""
     if "--version" in sys.argv:
         print(f"cera-train {__version__}")
@@ -40,7 +39,7 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     join_slurm_step(os.environ)
     try:
-        with errors_in_one_line(composition):
+        with errors_in_one_line(program):
             command()
         sys.stdout.flush()
     except BrokenPipeError:
@@ -50,7 +49,7 @@ def start(composition: Composition, command: Callable[[], Any]) -> None:
 
 
 def start_hydra(
-    composition: Composition,
+    program: str,
     config_name: str,
     command: Callable[[DictConfig], Any],
     keeps_sweeps: bool = False,
@@ -63,19 +62,31 @@ def start_hydra(
         keeps_sweeps: whether a sweep has a folder. Without one, the multirun.yaml that Hydra writes is thrown away.
         plugins: sweepers and launchers of ours, see `register_plugins`.
     """
-    compose = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)
 
     def compose_and_run() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
         register_configs()
         register_plugins(plugins or {})
-        guard_composition()
-        sys.argv[1:] = for_hydra(composition, sys.argv[1:])
+        sys.argv[1:] = for_hydra(program, sys.argv[1:])
+        if "--help" in sys.argv:
+            print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
+            return
+        main = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)(command)
         with contextlib.nullcontext() if keeps_sweeps else tempfile.TemporaryDirectory() as folder:
             sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
-            compose(command)()
+            main()
 
-    start(composition, compose_and_run)
+    start(program, compose_and_run)
+
+
+def print_help(config_name: str, overrides: list[str]) -> None:
+    """Prints a command's `hydra.help.template` with its config. Hydra's own --help reads every file of conf/ first."""
+    with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
+        config = hydra.compose(config_name, overrides, return_hydra_config=True)
+    template = config.hydra.help.template
+    with open_dict(config):
+        del config["hydra"]
+    print(template.replace("$CONFIG", OmegaConf.to_yaml(config)))
 
 
 def leave_closed_pipe() -> NoReturn:
@@ -85,19 +96,19 @@ def leave_closed_pipe() -> NoReturn:
 
 
 @contextlib.contextmanager
-def errors_in_one_line(composition: Composition) -> Iterator[None]:
+def errors_in_one_line(program: str) -> Iterator[None]:
     """Prints a mistake in one line and exits with status 2; prints the traceback of a bug and exits with 1."""
     try:
         yield
     except BrokenPipeError:
         raise
     except Exception as error:
-        sys.exit(1 if print_error(composition, error) is None else 2)
+        sys.exit(1 if print_error(program, error) is None else 2)
 
 
-def print_error(composition: Composition, error: Exception) -> str | None:
+def print_error(program: str, error: Exception) -> str | None:
     """Prints one line for an error that the user can mend and returns it; for any other prints the traceback."""
-    message = explain(error) or composition.explain(error, sys.argv[1:])
+    message = explain(error) or explain_composition(error, program, sys.argv[1:])
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         message = f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
@@ -105,14 +116,5 @@ def print_error(composition: Composition, error: Exception) -> str | None:
     if message is None:
         return None
     message = clean(redact(message))
-    print(f"{composition.program}: {message}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
     return message
-
-
-def refuse_arguments(program: str) -> Callable[[str], NoReturn]:
-    """An `argparse` error handler: one line, like every other mistake."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message} (see {program} --help).")
-
-    return refuse

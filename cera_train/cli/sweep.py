@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cera_train.cli.composition import Composition
-from cera_train.cli.start import refuse_arguments, start
-from cera_train.settings.run import Config
+from cera_train.cli.mistakes import refuse_arguments
+from cera_train.cli.start import start
 from cera_train.sweep.table import print_sweep
 
 
 def main() -> None:
-    start(Composition(Config, "cera-sweep"), sweep)
+    start("cera-sweep", sweep)
 
 
 def sweep() -> None:

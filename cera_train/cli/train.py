@@ -13,7 +13,7 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import Composition, check_trust, to_config, without_hydra
+from cera_train.cli.composition import check_trust, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
@@ -29,7 +29,7 @@ from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_gri
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep
 
-TRAIN = Composition(Config, "cera-train")
+TRAIN = "cera-train"
 
 
 def main() -> None:

@@ -13,14 +13,12 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import WITHOUT_TORCH, cera_train, command
+from commands import WITHOUT_TORCH, command
 
 from cera_train import __version__
 from cera_train.cli import chat, evaluate, export, plan, report, sweep, train
-from cera_train.cli.composition import options
-from cera_train.cli.hydra_guard import GuardedConfigLoader
-from cera_train.cli.plan import main as main_plan
-from cera_train.cli.train import is_as_published, main
+from cera_train.cli.mistakes import SCHEMAS, options
+from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
 
 
@@ -32,19 +30,28 @@ def tiny_arguments(tiny_folder) -> list[str]:
     ]
 
 
-def test_help_answers_without_torch_and_names_every_choice(tmp_path):
-    done = cera_train("--help", cwd=tmp_path, **WITHOUT_TORCH)
-    assert done.returncode == 0
-    for text in ("math_lora_r512_matched", "smollm2_135m_pypi", "micro_batch_tokens", "--debug"):
-        assert text in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("program", [chat, evaluate, export, plan, report, sweep, train])
 def test_every_command_has_the_version_of_the_package(monkeypatch, capfd, program):
     monkeypatch.setattr(sys, "argv", ["cera", "--version"])
     program.main()
     assert capfd.readouterr().out == f"cera-train {__version__}\n"
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_help_answers_without_torch_and_names_every_choice(tmp_path, name):
+    done = command(name, "--help", cwd=tmp_path, **WITHOUT_TORCH)
+    assert done.returncode == 0, done.stderr
+    measured = ["task", "generation", "model", "data"]
+    groups = {"cera-eval": measured, "cera-export": measured, "cera-chat": ["generation", "model"]}
+    for group in groups.get(name, ["recipe", "model", "adapter", "data"]):
+        assert re.search(rf"^ +{group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), group
+    assert "--debug" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shell_completes_settings_and_choices(tmp_path):
+    done = command("cera-train", "-sc", "query=bash", cwd=tmp_path, COMP_LINE="cera-train adapter=lo")
+    assert done.stdout.split() == ["adapter=lora", "adapter=loraplus"], done.stderr
 
 
 IMPORTS = """
@@ -82,43 +89,21 @@ def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_no
     [
         (["adapter.target_modules=[q_porj]"], "'q_porj' matches no module.*q_proj, k_proj"),
         (["model.path=nobody/nothing"], "model.path=nobody/nothing: .*hf auth login.*local folder"),
-        (["data=gsm8k"], "cannot load data set 'openai/gsm8k'.*data.train_files"),
-        (
-            ["data=gsm8k", "data.train_files=[no.jsonl]", "data.eval_rows=1"],
-            "data.train_files=no.jsonl: cannot read the file.*",
-        ),
         (["data=gsm8k", "data.train_files=[broken.jsonl]", "data.eval_rows=1"], "broken.jsonl:2: broken JSON"),
-        (
-            ["data=math", "data.train_files=[rows.jsonl]", "data.eval_rows=1"],
-            "rows.jsonl:1: column 'problem' .*is missing; its columns are question, answer",
-        ),
-        (
-            ["data=gsm8k", "data.train_files=[empty.jsonl]", "data.eval_files=[rows.jsonl]"],
-            "no training rows are left: 0",
-        ),
-        (["data=gsm8k", "data.train_files=[silent.jsonl]", "data.eval_files=[rows.jsonl]"], "2 without an answer"),
-        (["data=gsm8k", "data.train_files=[rows.jsonl]", "data.eval_files=[rows.jsonl]"], "3 of 3 evaluation prompts"),
         (["data.max_length=4"], "no training rows are left.*beyond data.max_length=4"),
         (["data.max_length=300"], "data.max_length=300 is beyond the 256 positions"),
-        (["model.attn_implementation=flash_attention_2"], "cannot be loaded as asked"),
-        (["optimizer=paged_adamw_8bit"], "use optimizer=adamw_8bit"),
         (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d or its gradient is not finite"),
         (["train.resume=no/such/folder"], "expected auto, never or the folder of a checkpoint"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny_arguments, arguments, message):
-    rows = [{"question": f"{number}?", "answer": f"{number}!"} for number in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """In this process, which has imported torch."""
     (tmp_path / "broken.jsonl").write_text('{"question": "1?", "answer": "1"}\n{"question": \n')
-    (tmp_path / "silent.jsonl").write_text('{"question": "1?", "answer": ""}\n{"question": "2?", "answer": null}\n')
-    (tmp_path / "empty.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)
-    # In this process: torch is imported already.
     merged = {argument.partition("=")[0]: argument for argument in [*tiny_arguments, *arguments]}
     monkeypatch.setattr(sys, "argv", ["cera-train", *merged.values()])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        train.main()
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert re.search(message, line), line
     # A run that had begun leaves in its folder how far it came.
@@ -127,7 +112,7 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny
 
 @pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path):
-    done = cera_train("adapter.r=-1", "--debug", cwd=tmp_path)
+    done = command("cera-train", "adapter.r=-1", "--debug", cwd=tmp_path)
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert "adapter.r=-1 must be positive" in done.stderr.strip().splitlines()[-1]
@@ -159,7 +144,7 @@ def test_a_signal_ends_a_real_run_with_its_status_and_the_same_command_finishes_
 
 @pytest.mark.slow
 def test_the_output_is_calm_and_aligned(tmp_path, tiny_arguments):
-    done = cera_train(*tiny_arguments, cwd=tmp_path)
+    done = command("cera-train", *tiny_arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     for label in ("run", "model", "adapter", "device", "train", "eval", "shared", "example"):
@@ -167,7 +152,7 @@ def test_the_output_is_calm_and_aligned(tmp_path, tiny_arguments):
     assert re.search(r"\[\[.*</s>\]\]", done.stdout)
     for label in ("perplexity", "effective rank", "trainable", "speed", "time", "folder"):
         assert re.search(rf"^{label:<16}\S", done.stdout, re.MULTILINE), label
-    again = cera_train(*tiny_arguments, cwd=tmp_path)
+    again = command("cera-train", *tiny_arguments, cwd=tmp_path)
     assert "finished" in again.stdout
 
 
@@ -200,15 +185,6 @@ def test_a_wheel_installed_elsewhere_has_conf_and_recipes(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "path: meta-llama/Llama-3.1-8B" in done.stdout
     assert "r: 64" in done.stdout
-    where = subprocess.run(
-        [sys.executable, "-P", "-c", "import cera_train; print(cera_train.__file__)"],
-        capture_output=True,
-        text=True,
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        check=True,
-    )
-    assert where.stdout.startswith(str(installed))
 
 
 def test_out_of_memory_names_the_settings_to_lower():
@@ -240,17 +216,6 @@ def test_a_bug_of_ours_keeps_its_traceback():
     assert explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
-@pytest.mark.parametrize("name", ["cera-train", "cera-eval", "cera-plan", "cera-chat", "cera-export"])
-def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
-    done = command(name, "--help", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    measured = ["task", "generation", "model", "data"]
-    groups = {"cera-eval": measured, "cera-export": measured, "cera-chat": ["generation", "model"]}
-    for group in groups.get(name, ["recipe", "model", "adapter", "data"]):
-        assert re.search(rf"^  {group} +{' '.join(options(group))}$", done.stdout, re.MULTILINE), group
-    assert ("task " in done.stdout) == (name in ("cera-eval", "cera-export"))
-
-
 @pytest.mark.parametrize(
     ("overrides", "kept"),
     [
@@ -263,27 +228,3 @@ def test_help_lists_the_files_of_every_section_the_command_has(tmp_path, name):
 )
 def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
     assert is_as_published(overrides) == kept
-
-
-@pytest.mark.parametrize(
-    ("arguments", "compositions", "jobs"),
-    [
-        (["name=mine"], 1, 1),
-        (["hydra.mode=RUN"], 1, 1),
-        (["-m"], 3, 1),
-        (["hydra.mode=MULTIRUN", "adapter.r=4,8"], 5, 2),
-    ],
-)
-def test_a_command_is_composed_once(tmp_path, monkeypatch, arguments, compositions, jobs):
-    """A sweep too, but Hydra's sweeper composes each job to try it, and again to run it."""
-    composed, planned = [], []
-    compose = GuardedConfigLoader._load_configuration_impl
-    monkeypatch.setattr(
-        GuardedConfigLoader, "_load_configuration_impl", lambda *a, **k: composed.append(0) or compose(*a, **k)
-    )
-    monkeypatch.setattr("cera_train.planning.plan.make_plan", lambda config, **how: planned.append(config))
-    monkeypatch.setattr("cera_train.planning.table.print_plan", lambda plan: None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cera-plan", *arguments])
-    main_plan()
-    assert (len(composed), len(planned)) == (compositions, jobs)

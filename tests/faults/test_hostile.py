@@ -93,23 +93,21 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("way", CALLBACKS)
-@pytest.mark.parametrize("by", ["--config-dir", "hydra.searchpath"])
-def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command, way, by):
+def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command, way):
     folder = tmp_path / "stranger"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "mine.yaml").write_text(CALLBACKS[way].replace("MARKER", str(marker)))
     (folder / "payload.yaml").write_text(CREATE.replace("    ", "").replace("MARKER", str(marker)))
-    where = ["--config-dir", str(folder)] if by == "--config-dir" else [f"hydra.searchpath=[file://{folder}]"]
-    line = run_command(cli.main, *where, "model=mine", "name=run")
+    line = run_command(cli.main, "--config-dir", str(folder), "model=mine", "name=run")
     assert not marker.exists()
-    assert re.search(r"\.yaml of file://.*stranger sets `hydra`.*write what you need of it on the command line", line)
+    assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
 
 
 def test_a_main_config_from_elsewhere_runs_no_code(tmp_path, marker, run_command):
     (tmp_path / "config.yaml").write_text(f"hydra:\n  callbacks:\n   x:\n    {CREATE}".replace("MARKER", str(marker)))
-    line = run_command(cli.main, "--config-path", str(tmp_path))
+    for option in ("--config-path", "hydra.searchpath"):
+        assert option in run_command(cli.main, f"{option}={tmp_path}")
     assert not marker.exists()
-    assert "sets `hydra`" in line
 
 
 def test_what_the_command_line_itself_says_of_hydra_is_the_users(marker, run_command):
@@ -122,7 +120,7 @@ def test_a_pickled_config_is_not_read(tmp_path, marker, run_command):
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(Payload(marker)))
     line = run_command(cli.main, "--experimental-rerun", str(tmp_path / "config.pickle"))
     assert not marker.exists()
-    assert "--experimental-rerun reads a pickle" in line
+    assert "--experimental-rerun: unknown option" in line
 
 
 def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, run_command):

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from page_blocks import blocks
 
-from cera_train.cli.composition import SCHEMAS
+from cera_train.cli.mistakes import SCHEMAS
 from cera_train.common.files import config_dir
 
 ROOT = Path(__file__).resolve().parents[2]

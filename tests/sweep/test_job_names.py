@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cera_train.cli.arguments import with_folder_quoted
+from cera_train.cli.mistakes import with_folder_quoted
 from cera_train.common.settings import leaves
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import LONGEST_NAME, choices_of, earlier_name, job_name
