@@ -237,10 +237,6 @@ def test_every_python_block_imports_what_exists(block):
             assert all(hasattr(module, alias.name) for alias in node.names)
 
 
-def test_only_a_block_that_needs_the_hub_is_not_run():
-    assert [block.page.name for block in PYTHON if block.comment.startswith(NOT_RUN)] == ["python.md"]
-
-
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
@@ -316,9 +312,3 @@ def test_a_page_opens_with_its_command(page):
     title, first, *_ = [line for line in page.read_text().splitlines() if line.strip()]
     assert title.startswith("# ")
     assert re.match(r"    (cera-|make )", first)
-
-
-def test_the_license_is_apaches():
-    text = (ROOT / "LICENSE").read_text()
-    assert "Apache License" in text
-    assert "END OF TERMS AND CONDITIONS" in text

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-import types
 from dataclasses import asdict, replace
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
-import torch
-from _pytest.assertion.rewrite import AssertionRewritingHook
 from conftest import needs_smollm2
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
-from benchmarks import training
-from benchmarks.contestants import CONTESTANTS, Setting, Trl, Unsloth
+from benchmarks.contestants import CONTESTANTS
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import machine, runs, testing
 from benchmarks.gpu.pieces import all_pieces
@@ -87,36 +78,13 @@ def test_a_piece_with_a_result_is_not_run_again_unless_the_code_is_another(ran, 
     assert len(ran) == 3
 
 
-@pytest.mark.parametrize("more", [[], ["--keep"]])
-def test_a_failure_stops_no_other_piece_and_is_tried_again_after_them(ran, tmp_path, capsys, more):
-    arguments = ["--device=cpu", f"--output={tmp_path}", *more, "--piece", "tests_answers", "tests_attention"]
+def test_a_failure_stops_no_other_piece_and_is_tried_again_after_them(ran, tmp_path, capsys):
+    arguments = ["--device=cpu", f"--output={tmp_path}", "--piece", "tests_answers", "tests_attention"]
     assert command.main(arguments) == 1
     assert ran == ["tests_answers", "tests_attention"]
     assert "- tests_answers: failed: it broke" in capsys.readouterr().out
     assert command.main([*arguments, "nemo_cera"]) == 1
     assert ran[2:] == ["nemo_cera", "tests_answers"]
-
-
-def test_sizes_and_devices_keep_results_apart_and_share_models(ran, tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(Place, "shape", lambda place, model: {})
-    monkeypatch.setattr(Place, "tokenizer", None)
-    monkeypatch.setattr(
-        "benchmarks.training.save_random_model", lambda *arguments: arguments[-1].mkdir(parents=True) or made.append(1)
-    )
-    for size in ("full", "tiny"):
-        command.main(["--device=cpu", f"--size={size}", f"--output={tmp_path}", "--keep", "--piece", "nemo_cera"])
-        for device in ("cpu", "cuda"):
-            Place(device, size, tmp_path).model("llama3_2_1b")
-    assert ran == ["nemo_cera"] * 2
-    assert len(made) == 2
-
-
-def test_minutes_leave_what_does_not_fit(ran, tmp_path, capsys):
-    names = ["weights_llama3_1_8b", "tests_attention"]
-    command.main(["--device=cpu", f"--output={tmp_path}", "--minutes=2", "--piece", *names])
-    assert ran == ["tests_attention"]
-    assert "1 pieces are left: weights_llama3_1_8b. The same command goes on." in capsys.readouterr().out
 
 
 def test_minutes_count_from_the_start_and_cut_what_runs_longer(tmp_path, monkeypatch, capsys):
@@ -158,20 +126,6 @@ def test_a_piece_that_takes_too_long_is_ended(tmp_path):
     assert result.found.state == FAILED
     assert "time limit of 0.2 s" in result.found.reason
     assert command.run(piece, place, {}, 0.1) is None  # the command had no more time
-
-
-def test_the_error_of_a_piece_is_its_reason(tmp_path):
-    log = tmp_path / "log"
-    log.write_text("step 1\nTraceback\n  in x\ntorch.OutOfMemoryError: CUDA out of memory\nTraceback\nEOFError\n")
-    assert command.error_in(log) == "torch.OutOfMemoryError: CUDA out of memory"
-
-
-def test_only_tests_of_processes_see_several_gpus(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    seen = {name: command._environment(piece, "cuda")["CUDA_VISIBLE_DEVICES"] for name, piece in all_pieces().items()}
-    assert {name for name, gpus in seen.items() if gpus == "3,5"} == {"tests_processes"}
-    assert {gpus for name, gpus in seen.items() if name != "tests_processes"} == {"3"}
-    assert {command._environment(piece, "cpu")["CUDA_VISIBLE_DEVICES"] for piece in all_pieces().values()} == {""}
 
 
 # --- the block -------------------------------------------------------------------------------------------------------
@@ -241,16 +195,6 @@ def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, grou
     assert found.figures[SKIPPED] == (group in ("skips", "ends"))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "gpu").glob("*.py")), ids=lambda file: file.stem)
-def test_every_file_for_a_gpu_loads_its_plugin(file):
-    assert '\npytest_plugins = ["gpu_tests"]\npytestmark = pytest.mark.gpu\n' in file.read_text()
-
-
-@pytest.mark.parametrize("helper", ["fused_checks", "kernels_checks", "generated", "quantised"])
-def test_a_failing_assert_of_a_helper_shows_its_values(helper):
-    assert isinstance(importlib.util.find_spec(helper).loader, AssertionRewritingHook)
-
-
 def test_a_slow_round_changes_no_rate():
     assert median_rate([100, 300, 200], [1.0, 60.0, 1.0]) == 100
     assert median_rate([100, 300, 200], [1.0, 2.0, 1.0]) == 150
@@ -295,62 +239,6 @@ def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monk
 
 def test_every_racer_is_a_contestant():
     assert set(RACERS.values()) <= set(CONTESTANTS)
-
-
-@pytest.mark.parametrize(("device", "seen"), [("cpu", ""), ("cuda:0", "3")])
-def test_a_race_on_the_cpu_is_one_for_all_contestants(monkeypatch, device, seen):
-    """Runs of ours take a GPU that their process sees."""
-    context, pipe, starts = MagicMock(), MagicMock(), []
-    pipe.recv.side_effect = ["ready", (1.0, 5), 10**9]
-    context.Pipe.return_value = pipe, MagicMock()
-    context.Process.return_value.start = lambda: starts.append(os.environ["CUDA_VISIBLE_DEVICES"])
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    setting = Setting("base", Path("rows.jsonl"), [], "bfloat16", torch.device(device))
-    training._race_in_turn(["ours with CeRA"], setting, 8, [])
-    assert starts == [seen]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
-
-
-@pytest.fixture
-def setting(tiny_folder, write_jsonl) -> Setting:
-    rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(5)]
-    return Setting(str(tiny_folder), write_jsonl("rows.jsonl", rows), rows, "bfloat16", torch.device("cpu"))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # TRL's and transformers', of each other's names and of its folder
-def test_trl_checkpoints_by_the_names_of_the_versions_that_unsloth_takes(setting, monkeypatch):
-    from trl import SFTTrainer
-
-    begin = SFTTrainer.__init__
-
-    def begin_without_the_newer_name(trainer, *arguments, **settings):
-        begin(trainer, *arguments, **settings)
-        del trainer.args.activation_checkpointing
-
-    monkeypatch.setattr(SFTTrainer, "__init__", begin_without_the_newer_name)
-    layers = Trl(setting).model.base_model.model.model.layers
-    assert all(layer.gradient_checkpointing for layer in layers)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_unsloths_model_takes_the_place_of_the_base(setting, monkeypatch):
-    """As far as can be known where unsloth is not installed: its two calls, and an update by TRL's trainer."""
-
-    class FastLanguageModel:
-        @staticmethod
-        def from_pretrained(model_name, max_seq_length, dtype, load_in_4bit):
-            return AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype), None
-
-        @staticmethod
-        def get_peft_model(model, use_gradient_checkpointing, max_seq_length, **settings):
-            return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-
-    monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(FastLanguageModel=FastLanguageModel))
-    assert Unsloth.PATCHES == "unsloth"
-    assert Unsloth(setting).update(range(4)) == Trl(setting).update(range(4)) > 0
 
 
 # --- in miniature ----------------------------------------------------------------------------------------------------
