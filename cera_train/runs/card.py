@@ -4,8 +4,7 @@ evaluation."""
 from __future__ import annotations
 
 from pathlib import Path
-
-import yaml
+from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
@@ -15,36 +14,41 @@ from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult,
 from cera_train.runs.subject import digest_of
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard, ModelCardData
+
 CARD = """---
-{metadata}---
+{{ card_data }}
+---
 
-# {name}
+# {{ name }}
 
-{what}, trained with cera-train.
-{branch}
+{{ what }}, trained with cera-train.
+{{ branch }}
 ## How to load it
 
 ```python
-{registers}from {library} import {loader}
+{{ registers }}from {{ library_name }} import {{ loader }}
 from transformers import AutoTokenizer
 
-model = {loader}.from_pretrained("FOLDER")  # where this file lies
+model = {{ loader }}.from_pretrained("FOLDER")  # where this file lies
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 ## How it was trained
 
-{trained}
+{{ trained }}
 
 ## What was measured
 
-{measured}
+{{ measured }}
 
 ## Licence
 
-{license}
+{{ terms }}
 """
 
 
@@ -59,38 +63,47 @@ def write_card(run: Path, result: RunResult) -> None:
         if settings.adapter_digest == digest_of(run / "adapter") and settings.model == config.model:
             evaluations.append(read_evaluation_result(path))
     try:
-        text = _card(config, result, evaluations)
+        card = _card(config, result, evaluations)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"a result.json of {run} is not as cera-train writes it: {error!r}. Restore it.") from error
-    write_text(run / "adapter" / "README.md", text)
+    write_text(run / "adapter" / "README.md", str(card))
 
 
-def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> str:
-    adapter, model, data = config.adapter, config.model, config.data
+def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]) -> ModelCard:
+    from huggingface_hub import ModelCard
+
+    adapter = config.adapter
     is_full, is_cera = adapter.family.trains_base, adapter.kind == "cera"
-    license_name = model.known_facts.license if model.known_facts else None
-    metadata = {
-        "library_name": "transformers" if is_full else "peft",
-        "base_model": model.hub_id,
-        "license": license_name,
-        "datasets": [part.path for _, part in data.parts() if part.path and not part.train_files],
-        "tags": [adapter.kind.value],
-        "pipeline_tag": "text-generation",
-    }
-    shape = "linear" if adapter.activation == "identity" and not adapter.recurrent_steps else "non-linear"
-    return CARD.format(
-        metadata=yaml.safe_dump({name: value for name, value in metadata.items() if value}, sort_keys=False),
+    datasets = [part.path for _, part in config.data.parts() if part.path and not part.train_files]
+    data = card_data(config.model, "transformers" if is_full else "peft", adapter.kind.value, datasets)
+    shape = "linear" if adapter.activation == "identity" else "non-linear"
+    return ModelCard.from_template(
+        data,
+        template_str=CARD,
         name=escape(config.name),
         what=escape(f"The base model after {adapter.title}" if is_full else f"A {adapter.title} adapter"),
         branch=f"\nIts {shape} branch, `{adapter.family.formula(adapter)}`, stays beside W0.\n" if is_cera else "",
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
-        library=metadata["library_name"],
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
         trained=_table(_trained(config, result)),
         measured=_table(_measured(config, result, evaluations)),
-        license=f"The base weights are under `{escape(license_name)}`; an adapter of theirs comes under its terms."
-        if license_name
+        terms=f"The base weights are under `{escape(data.license)}`; an adapter of theirs comes under its terms."
+        if data.license
         else "The licence of the base weights is not on record here: see where they come from.",
+    )
+
+
+def card_data(model: ModelConfig, library: str, tag: str, datasets: list[str] | None = None) -> ModelCardData:
+    """The metadata by which the Hub finds an adapter or a model."""
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        base_model=model.hub_id,
+        library_name=library,
+        license=model.known_facts.license if model.known_facts else None,
+        datasets=datasets,
+        tags=[tag],
+        pipeline_tag="text-generation",
     )
 
 

@@ -21,6 +21,7 @@ from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
+from cera_train.runs.card import card_data
 from cera_train.serving.certificate import Certificate, compare
 from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora
 from cera_train.serving.loading import Loaded, load
@@ -246,12 +247,13 @@ def show(certificate: Certificate) -> None:
 
 def card(config: ExportConfig, loaded: Loaded, certificate: Certificate) -> str:
     """The README of an export."""
-    what = "A LoRA in PEFT's format" if config.format == ExportFormat.lora else "A plain model"
+    what, library, tag = "A plain model", "transformers", "cera"
+    if config.format == ExportFormat.lora:
+        what, library, tag = "A LoRA in PEFT's format", "peft", "lora"
     shown = fields(certificate) | scores(certificate)
     rows = "\n".join(f"| {label} | {value} |" for label, value in shown.items())
-    base = loaded.subject.model.hub_id
-    metadata = f"---\nbase_model: {base}\n---\n\n" if base else ""
     return (
-        f"{metadata}{what}: the linear part of a CeRA adapter "
-        f"({loaded.subject.adapter}), whose gate was replaced by its best affine map.\n\n| | |\n|---|---|\n{rows}\n"
+        f"---\n{card_data(loaded.subject.model, library, tag).to_yaml()}\n---\n\n{what}: the linear part of a CeRA "
+        f"adapter ({loaded.subject.adapter}), whose gate was replaced by its best affine map.\n\n"
+        f"| | |\n|---|---|\n{rows}\n"
     )

@@ -171,6 +171,15 @@ class TrainConfig:
 
 
 @dataclass
+class HubConfig:
+    push: str | None = setting(None, "nothing")
+    """A name on the Hugging Face Hub, such as me/my-adapter, to which the final adapter and its card are uploaded after
+    the run; of a finished run, at once. null: nowhere."""
+    private: bool = setting(True, "nothing")
+    """Whether a repository that is not there yet is made private."""
+
+
+@dataclass
 class TrackerConfig:
     kinds: Any = setting(None, "nothing")
     """Trackers by name, each with arguments for the library's start, or null: {wandb: {entity: my-team}, mlflow: null}.

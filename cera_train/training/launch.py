@@ -8,16 +8,21 @@ from typing import Any
 from cera_train.common.settings import to_plain
 from cera_train.data.prepare import prepare_data
 from cera_train.distributed.launch import in_processes
+from cera_train.distributed.processes import is_main_process
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.hub import push
 from cera_train.settings.run import Config
 from cera_train.training.session import settle
 from cera_train.training.train import finished_result, train
 
 
 def launch(config: Config) -> dict[str, Any]:
-    """`train`, in `launch.processes` processes."""
-    return in_processes(train, config, prepare)
+    """`train`, in `launch.processes` processes, and the upload of what it left."""
+    result = in_processes(train, config, prepare)
+    if is_main_process():
+        push(config)
+    return result
 
 
 def prepare(config: Config) -> dict[str, Any] | None:

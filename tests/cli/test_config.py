@@ -155,7 +155,7 @@ def test_yaml_files_name_only_keys_of_the_schema():
         content = yaml.safe_load(path.read_text())
         assert content, path
         names = {re.sub(r"\.\d+\..*", "", f"{path.parent.name}.{key}") for key in flatten(content)}
-        assert {name for name in names if not name.startswith("adapter.settings.")} <= keys, path
+        assert {name for name in names if not name.startswith(("adapter.settings.", "tracker.kinds."))} <= keys, path
 
 
 def test_options_of_a_group_are_its_files():
