@@ -51,7 +51,7 @@ def run(composed: DictConfig) -> None:
         if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
             load_problems(config.task, subject.run.data if subject.run else None)
     with heavy_imports():
-        from cera_train.evaluation.launch import launch
+        from cera_train.evaluation.evaluate import launch
 
     launch(config)
 

@@ -1,5 +1,5 @@
-"""Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write the result.
-A run's folder is all it needs: the folder holds the config."""
+"""Evaluation, top to bottom: load the model; generate answers and grade them, or measure perplexity; write and print
+the result. A run's folder is all it needs: the folder holds the config."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from cera_train.adapters.build import attach, keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.data.prepare import TokenizedRows
 from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
+from cera_train.distributed.launch import in_processes
 from cera_train.distributed.team import Team
-from cera_train.evaluation import console
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
@@ -49,6 +49,25 @@ class Evaluation:
     subject: Subject
     folder: EvaluationFolder
     accelerator: Accelerator
+
+
+def launch(config: EvalConfig) -> dict[str, Any]:
+    """`evaluate`, in as many processes as `launch.processes` says."""
+    return in_processes(evaluate, config, prepare)
+
+
+def prepare(config: EvalConfig) -> dict[str, Any] | None:
+    """Checks the folder and reads the problems or rows, once for all processes; evaluates here where no model is
+    needed: answers are graded again, or the evaluation is finished."""
+    if config.grade is None:
+        resolved, subject, path = resolve(config)
+        with EvaluationFolder(path) as folder:
+            folder.write_config(resolved)
+            if not folder.is_finished():
+                read = problems_of if isinstance(task_of(config.task), AnswerTask) else rows_of
+                read(resolved, subject)
+                return None
+    return evaluate(config)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -81,7 +100,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             if is_main:
                 write_result(folder, result)
         if is_main:
-            console.print_evaluation(task, result, path)
+            print_result(task, result, path)
         return result.to_json()
 
 
@@ -103,17 +122,6 @@ def settled(subject: Subject, recorded: Path | None = None) -> Subject:
         begun = load_config(recorded, EvalConfig)
         dtype = begun.model.dtype if begun.model else dtype
     return replace(subject, model=replace(subject.model, dtype=choose_precision(dtype).dtype))
-
-
-def write_result(folder: EvaluationFolder, result: AccuracyResult | PerplexityResult) -> None:
-    """Writes result.json, and the model card of a finished run's adapter, which shows its evaluations."""
-    folder.write_result(result)
-    run = folder.path.absolute().parent.parent
-    if (run / "result.json").is_file() and (run / "adapter").is_dir():
-        write_card(run, RunResult.read(run / "result.json"))
-
-
-# --- what is measured, on what ----------------------------------------------------------------------------------------
 
 
 def problems_of(config: EvalConfig, subject: Subject) -> list[Problem]:
@@ -149,13 +157,13 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
 
 def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
     """Generates the missing answers, then grades all of them; the main process alone has the result."""
-    config, subject = evaluation.config, evaluation.subject
-    folder, accelerator = evaluation.folder, evaluation.accelerator
-    problems = problems_of(config, subject)
-    if accelerator.is_main_process:
+    config, folder, accelerator = evaluation.config, evaluation.folder, evaluation.accelerator
+    is_main = accelerator.is_main_process
+    problems = problems_of(config, evaluation.subject)
+    if is_main:
         folder.write_problems(problems)
     answers, broken = folder.answers()
-    for line in broken if accelerator.is_main_process else []:
+    for line in broken if is_main else []:
         print_line("note", f"{line}: its problem is answered again.")
     accelerator.wait_for_everyone()  # nobody writes while others read
     keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
@@ -165,13 +173,13 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
             try:
                 process_speed = generate_missing(evaluation, problems, answers.keys(), file)
             except (KeyboardInterrupt, SystemExit):
-                if accelerator.is_main_process:
+                if is_main:
                     print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
                 raise
         process_speed = torch.tensor(process_speed, device=accelerator.device)
         tokens_per_s = accelerator.reduce(process_speed, reduction="sum").item()
     accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
+    if not is_main:
         return AccuracyResult()
     answers, _ = folder.answers()
     folder.finish_answers(answers[key] for key in keys)
@@ -196,20 +204,22 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
     mine = unfinished[accelerator.process_index :: accelerator.num_processes]
 
     by_id = {problem.id: problem for problem in problems}
-    seconds, tokens = 0.0, 0
-    progress = console.EvaluationProgress(
-        sum(map(len, mine)), visible=accelerator.is_main_process, processes=accelerator.num_processes
-    )
-    with contextlib.closing(progress):
+    answered, correct, tokens, seconds = 0, 0, 0, 0.0
+    total, others = sum(map(len, mine)), accelerator.num_processes - 1
+    sharing = f" in this process, {others} more at work" if others else ""
+    with contextlib.closing(ProgressBar("answer", total, 0, visible=accelerator.is_main_process)) as progress:
         for batch in mine:
             started = time.perf_counter()
             with accelerator.autocast():
                 answers = generate(model, base, tokenizer, batch, config.generation)
-            progress.count([task.grade(by_id[answer.problem], answer).exact for answer in answers])
             missing = [answer for answer in answers if (answer.problem, answer.sample) not in done]
             append_answers(file, missing)
             seconds += time.perf_counter() - started
             tokens += sum(answer.tokens for answer in missing)
+            answered += len(answers)
+            correct += sum(task.grade(by_id[answer.problem], answer).exact for answer in answers)
+            left = duration(seconds / answered * (total - answered))
+            progress.step(f"exact {correct / answered:.1%}{sharing}  {left} left", len(answers))
     return tokens / seconds if seconds else 0.0
 
 
@@ -226,7 +236,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> Acc
         score(task, list(problems.values()), answers, grades),
         task=config.folder_name,
         kind=config.task.kind,
-        problems=sum(map(task.counts, problems.values())),
+        problems=len(problems),
         samples=config.generation.samples,
         missing=missing,
     )
@@ -252,7 +262,7 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
             print_line("note", f"{result.missing} answers are missing: the scores leave them out.")
         else:
             write_result(folder, result)
-        console.print_evaluation(task, result, path)
+        print_result(task, result, path)
         return result.to_json()
 
 
@@ -289,3 +299,50 @@ def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
             result.details = {name: value for name, value in shown.items() if not SpectrumSummary.takes(name)}
     seconds = time.perf_counter() - started
     return replace(result, seconds=seconds, peak_memory_bytes=peak_memory(accelerator.device))
+
+
+# --- the result ------------------------------------------------------------------------------------------------------
+
+
+def write_result(folder: EvaluationFolder, result: AccuracyResult | PerplexityResult) -> None:
+    """Writes result.json, and the model card of a finished run's adapter, which shows its evaluations."""
+    folder.write_result(result)
+    run = folder.path.absolute().parent.parent
+    if (run / "result.json").is_file() and (run / "adapter").is_dir():
+        write_card(run, RunResult.read(run / "result.json"))
+
+
+def print_result(task: Task, result: AccuracyResult | PerplexityResult, folder: Path) -> None:
+    lines = accuracy_lines(task, result) if isinstance(result, AccuracyResult) else perplexity_lines(result)
+    print()
+    print_fields(lines | {"folder": str(folder)})
+
+
+def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:
+    is_sampled = result.samples > 1
+    lines = {"problems": f"{result.problems:,}" + f", {result.samples:,} answers each" * is_sampled}
+    for accuracy in result.accuracies.found:
+        interval = result.interval(accuracy)
+        sure = "no 95 % interval: the same for every problem"
+        if interval is not None:
+            sure = f"95 % interval {interval[0]:.1%} to {interval[1]:.1%}"
+        label = accuracy.key.replace("/", " ") if is_sampled else accuracy.grader
+        lines[label] = f"{accuracy.value:.1%}  ({sure})"
+    lines |= task.lines(result.details)
+    if shares := result.endings.by_name:
+        lines["answers"] = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+    lines |= {"no answer": f"{result.no_answer:,}", "grader failed": f"{result.grader_failures:,}"}
+    if result.tokens_per_s:
+        lines["speed"] = f"{result.tokens_per_s:,.0f} tokens/s"
+    return lines
+
+
+def perplexity_lines(result: PerplexityResult) -> dict[str, str]:
+    lines = {"perplexity": f"{result.perplexity:.3f}"}
+    if result.perplexity_base is not None:
+        lines["without adapter"] = f"{result.perplexity_base:.3f}"
+    if result.spectrum.effective_rank_mean is not None:
+        spectrum = result.spectrum
+        lines["effective rank"] = f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
+    lines["tokens"] = f"{result.tokens:,} predicted, in {result.rows:,} rows"
+    return lines | {"time": duration(result.seconds)}

@@ -55,7 +55,7 @@ class Exam:
     stop: list[str]
 
     def __str__(self) -> str:
-        return f"{sum(map(self.task.counts, self.problems)):,} problems of {self.name}"
+        return f"{len(self.problems):,} problems of {self.name}"
 
     def first(self, count: int) -> Exam:
         return replace(self, problems=self.problems[:count], requests=self.requests[:count])
@@ -67,11 +67,10 @@ class Exam:
         return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
 
     def graded(self, grades: list[Grade]) -> list[GradedProblem]:
-        """How the answer to each problem that counts came out."""
+        """How the answer to each problem came out."""
         return [
-            GradedProblem(problem.id, [self.task.paired_value(grade, grade.grader)], [grade.ending])
-            for problem, grade in zip(self.problems, grades, strict=True)
-            if self.task.counts(problem)
+            GradedProblem(grade.problem, [self.task.paired_value(grade, grade.grader)], [grade.ending])
+            for grade in grades
         ]
 
     def sample(self, update: int, problem: Problem, answer: Generation) -> Sample:

@@ -107,18 +107,15 @@ def score(
     task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
 ) -> AccuracyResult:
     """The scores of an evaluation, each accuracy with its 95 % interval."""
-    counted = {problem.id for problem in problems if task.counts(problem)}
-    counted_grades = [grade for grade in grades if grade.problem in counted]
-    counted_answers = [answer for answer in answers if answer.problem in counted]
     graders = ("exact", "verified") if task.is_verified else ("exact",)
     return AccuracyResult(
-        accuracies=Accuracies([own for grader in graders for own in _accuracies(counted_grades, grader)]),
-        endings=EndingShares.of([grade.ending for grade in counted_grades]),
+        accuracies=Accuracies([accuracy for grader in graders for accuracy in _accuracies(grades, grader)]),
+        endings=EndingShares.of([grade.ending for grade in grades]),
         details=task.scores(problems, grades),
-        truncated=sum(answer.truncated for answer in counted_answers),
-        no_answer=sum(grade.answer is None for grade in counted_grades),
-        grader_failures=sum(grade.failure is not None for grade in counted_grades),
-        tokens=sum(answer.tokens for answer in counted_answers),
+        truncated=sum(answer.truncated for answer in answers),
+        no_answer=sum(grade.answer is None for grade in grades),
+        grader_failures=sum(grade.failure is not None for grade in grades),
+        tokens=sum(answer.tokens for answer in answers),
     )
 
 

@@ -13,7 +13,7 @@ from statistics import fmean
 
 from cera_train.common.errors import UserError
 from cera_train.data.rows import at
-from cera_train.evaluation.tasks.task import load_problems, named_task, task_of
+from cera_train.evaluation.tasks.task import load_problems, named_task
 from cera_train.planning.data_size import CHARACTERS_PER_TOKEN, DataSize, facts_at
 from cera_train.planning.devices import Device
 from cera_train.settings.evaluation import GenerationConfig
@@ -76,10 +76,9 @@ def size_of_task(name: str, config: Config, data: DataSize) -> AnswerSize:
     settings, place = named_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
     if settings.files or settings.path is None:
         with at(place):
-            problems, task = load_problems(settings, config.data), task_of(settings)
+            problems = load_problems(settings, config.data)
         tokens = fmean(len(problem.prompt) for problem in problems) / CHARACTERS_PER_TOKEN
-        counted = sum(map(task.counts, problems))
-        return AnswerSize(name, len(problems), counted, tokens, settings.max_new_tokens, "by their characters")
+        return AnswerSize(name, len(problems), len(problems), tokens, settings.max_new_tokens, "by their characters")
     facts = facts_at(settings.path)
     known = [count for count in (settings.limit, facts and facts.eval_rows) if count is not None]
     if not known:

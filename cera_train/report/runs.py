@@ -69,7 +69,7 @@ class Evaluation:
 
     @cached_property
     def answers(self) -> GradedAnswers:
-        return GradedAnswers(self.folder, self.task.counts)
+        return GradedAnswers(self.folder)
 
     @property
     def metrics(self) -> list[Metric]:

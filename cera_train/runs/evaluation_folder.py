@@ -227,8 +227,6 @@ class GradedAnswers:
     """The answers of an evaluation, read when they are needed; reading raises a UserError that names a broken file."""
 
     folder: Path
-    counts: Callable[[Problem], bool] = lambda problem: True
-    """Whether a problem counts in the accuracies."""
 
     @cached_property
     def problems(self) -> dict[str, Problem]:
@@ -237,8 +235,8 @@ class GradedAnswers:
 
     @cached_property
     def grades(self) -> dict[str, list[Grade]]:
-        """By problem, one for each sample, for the problems that count in the accuracies."""
-        grades: dict[str, list[Grade]] = {name: [] for name, problem in self.problems.items() if self.counts(problem)}
+        """By problem, one for each sample."""
+        grades: dict[str, list[Grade]] = {name: [] for name in self.problems}
         if not grades:
             raise UserError(f"{self.folder} has no problems. {EVALUATE_AGAIN}")
         for grade in read_lines(self.folder / "grades.jsonl", Grade):

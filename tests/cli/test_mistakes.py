@@ -145,7 +145,7 @@ def test_an_evaluation_that_fails_lets_the_others_run(tmp_path, monkeypatch, cap
         if config.grade == "broken":
             raise UserError("broken is no evaluation.")
 
-    monkeypatch.setattr("cera_train.evaluation.launch.launch", launch)
+    monkeypatch.setattr("cera_train.evaluation.evaluate.launch", launch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cera-eval", *arguments])
     with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit, match=f"^{status}$"):

@@ -201,13 +201,11 @@ def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, mon
     assert read(run / "eval" / "gsm8k" / "grades.jsonl")[0]["failure"] == "crash: RecursionError: too deep"
 
 
-def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_config, run, monkeypatch, capsys):
+def test_logistic_map_reports_steps_errors_and_collapse(eval_config, run, monkeypatch, capsys):
     """Answers by hand: right at r = 3.5, one value repeated at r = 3.8, nothing at r = 3.2."""
 
     def by_hand(model, base, tokenizer, batch, config):
         def text(problem):
-            if "paper_case" in problem.details:
-                return " 0.8400, 0.8719, 0.8719, 0.8719, 0.8719"
             repeated = ", ".join([problem.gold.split(",")[0]] * 6)
             return {3.5: f" {problem.gold}", 3.8: f" {repeated}", 3.2: " I do not know."}[problem.details["growth"]]
 
@@ -218,7 +216,7 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
     config = eval_config("task.max_new_tokens=32", task="logistic_map")
     run_data = load_config(run / "config.yaml").data
     by_id = {problem.id: problem for problem in evaluate_module.load_problems(config.task, run_data)}
-    assert len(by_id) == 3 * 20 + 1
+    assert len(by_id) == 3 * 20
     monkeypatch.setattr(evaluate_module, "generate", by_hand)
     result = evaluate(config)
     assert result["exact/pass@1"] == pytest.approx(1 / 3)
@@ -232,16 +230,10 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
         "steps_given": 0.0,
         "state_collapse": 0.0,
     }
-    assert (result["problems"], result["steps_given"]) == (60, pytest.approx(2 / 3))  # the paper's case is not counted
+    assert (result["problems"], result["steps_given"]) == (60, pytest.approx(2 / 3))
     assert result["state_collapse"] == pytest.approx(1 / 3)
     assert result["no_answer"] == 20
-    assert result["paper_case"] == {
-        "truth": ["0.8400", "0.4704", "0.8719", "0.3908", "0.8333"],
-        "answer": ["0.8400", "0.8719", "0.8719", "0.8719", "0.8719"],
-        "collapsed": True,
-    }
     printed = " ".join(capsys.readouterr().out.split())
-    assert "r = 3.5, x0 = 0.4 step truth answer x1 0.8400 0.8400 x2 0.4704 0.8719" in printed
     assert "r = 3.2 steps right 0.0%, absolute error none given, state collapse 0.0%, not trained on" in printed
     assert "state collapse 0.0% r = 3.8 steps right" in printed  # the run was trained on 3.5
 
@@ -249,15 +241,14 @@ def test_logistic_map_reports_steps_errors_collapse_and_the_papers_case(eval_con
 def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_config, run):
     config = load_config(run / "config.yaml")
     problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, config.data)
-    own = [problem for problem in problems if "paper_case" not in problem.details]
     _, held_out = logistic_map_rows.problems(config.data.logistic_map, config.data.eval_rows)
-    asked = {problem.prompt for problem in own if problem.details["growth"] == 3.5}
+    asked = {problem.prompt for problem in problems if problem.details["growth"] == 3.5}
     assert asked == {row["prompt"] for row in held_out}
-    assert {problem.details["growth"] for problem in own} == {3.2, 3.5, 3.8}
+    assert {problem.details["growth"] for problem in problems} == {3.2, 3.5, 3.8}
 
 
 def test_logistic_map_finds_what_a_part_of_a_mix_held_out(eval_config):
     parts = [MixPart(path="a/b"), MixPart(layout=Layout.logistic_map, eval_rows=7)]
     data = DataConfig(prompt="{a}", completion="{b}", mix=parts)
     problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, data)
-    assert len(problems) == 3 * 7 + 1
+    assert len(problems) == 3 * 7

@@ -12,7 +12,7 @@ pytest_plugins = ("evaluated_runs",)
 
 def test_a_file_without_the_columns_of_the_task_is_refused(eval_config, write_jsonl):
     rows = write_jsonl("other.jsonl", [{"problem": "1 + 1", "answer": "#### 2"}])
-    with pytest.raises(ValueError, match=r"task.prompt: column 'question' is missing in .*other.jsonl(:|, row )1"):
+    with pytest.raises(ValueError, match=r"other.jsonl(:|, row )1: column 'question' of task.prompt is missing"):
         evaluate(eval_config(f"task.files=[{rows}]"))
 
 

@@ -16,8 +16,7 @@ from evaluation_files import contents, read
 
 import cera_train.distributed.launch as launcher
 from cera_train.common.errors import UserError
-from cera_train.evaluation.evaluate import evaluate
-from cera_train.evaluation.launch import launch
+from cera_train.evaluation.evaluate import evaluate, launch
 
 pytest_plugins = ("evaluated_runs",)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cera_train.evaluation.console import print_evaluation
+from cera_train.evaluation.evaluate import print_result
 from cera_train.evaluation.grading import grade_all, score, verify
 from cera_train.evaluation.tasks import gsm8k, math
 from cera_train.runs.evaluation_folder import Generation, Problem
@@ -56,7 +56,7 @@ def test_a_result_is_printed_line_by_line(capsys, tmp_path):
     answers = [answer(problem.id, r"\boxed{12}") for problem in problems]
     grades = grade_all(math.TASK, {problem.id: problem for problem in problems}, answers, seconds=10)
     scores = score(math.TASK, problems, answers, grades)
-    print_evaluation(math.TASK, replace(scores, problems=2, samples=1), tmp_path)
+    print_result(math.TASK, replace(scores, problems=2, samples=1), tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "",
         "problems        2",
@@ -76,7 +76,7 @@ def test_a_share_that_is_the_same_for_every_problem_has_no_interval(capsys, tmp_
     grades = [gsm8k.TASK.grade(problems["ab".index(given.problem)], given) for given in answers]
     grades = [replace(grade, verified=grade.exact) for grade in grades]
     scores = score(gsm8k.TASK, problems, answers, grades)
-    print_evaluation(gsm8k.TASK, replace(scores, problems=2, samples=2), tmp_path)
+    print_result(gsm8k.TASK, replace(scores, problems=2, samples=2), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert "exact pass@1     50.0%  (no 95 % interval: the same for every problem)" in lines
     assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines
@@ -108,7 +108,7 @@ def test_every_pass_at_k_has_its_interval(capsys, tmp_path):
     assert [found.key for found in result.accuracies.found] == [
         f"{grader}/pass@{k}" for grader in ("exact", "verified") for k in range(1, 17)
     ]
-    print_evaluation(gsm8k.TASK, result, tmp_path)
+    print_result(gsm8k.TASK, result, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     for found in result.accuracies.found:
         lower, upper = result.interval(found)

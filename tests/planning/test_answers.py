@@ -35,7 +35,7 @@ def test_a_task_of_the_hub_has_the_facts_of_its_rows(compose):
 
 def test_problems_that_are_computed_or_in_files_are_counted(compose, write_jsonl):
     (computed,) = sizes(compose, "train.tasks=[logistic_map]", "train.tasks_limit=15")
-    assert (computed.answers, computed.problems) == (16, 15)  # and the paper's case, which does not count
+    assert (computed.answers, computed.problems) == (15, 15)
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     (read,) = sizes(compose, "train.tasks=[gsm8k]", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")
     assert (read.problems, read.prompt_tokens) == (7, (28 + len("Question: \nAnswer:")) / 3.5)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cera_train.data.rows import normalized
 from cera_train.data.sources import open_sources
-from cera_train.evaluation.tasks.task import load_problems, named_task, task_of
+from cera_train.evaluation.tasks.task import load_problems, named_task
 from cera_train.settings.data import DataConfig, at_part
 
 ROWS_AT_ONCE = 1000
@@ -24,8 +24,7 @@ def trained_on(task: str, changes: Mapping[str, Any], data: DataConfig) -> list[
         data: the rows that a run trains on.
     """
     settings = named_task(task, changes)
-    counts = task_of(settings).counts
-    questions = [problem.question for problem in load_problems(settings, data) if counts(problem)]
+    questions = [problem.question for problem in load_problems(settings, data)]
     sought = {question: f" {normalized(question)} " for question in questions if question.strip()}
     found = set()
     texts = (f" {normalized(text)} " for row in _training_rows(data) for text in _texts(row))

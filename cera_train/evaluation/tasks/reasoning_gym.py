@@ -11,7 +11,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data import reasoning_gym as generated
 from cera_train.data.rows import computed_row
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, question_id
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id, refuse_rows
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.tasks import TaskConfig
@@ -24,9 +24,7 @@ class ReasoningGym(AnswerTask):
         require(
             config.limit is not None, "task.limit=null: a generator has no last problem. Set a number, such as 200."
         )
-        if config.prompt or config.files:
-            reason = "task=reasoning_gym writes its problems as in training"
-            raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
+        refuse_rows(config)
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         for draw in generated.draws(self._generators(config, data), generated.Split.test, config.limit, "task.limit"):
@@ -64,11 +62,11 @@ class ReasoningGym(AnswerTask):
         for grade in grades:
             by_generator.setdefault(grade.details["generator"], []).append(grade)
         return {
-            "credit": _mean([grade.details["credit"] for grade in grades]),
+            "credit": mean([grade.details["credit"] for grade in grades]),
             "by_generator": {
                 name: {
-                    "exact": _mean([grade.exact for grade in group]),
-                    "credit": _mean([grade.details["credit"] for grade in group]),
+                    "exact": mean([grade.exact for grade in group]),
+                    "credit": mean([grade.details["credit"] for grade in group]),
                     "answers": len(group),
                 }
                 for name, group in by_generator.items()
@@ -89,7 +87,3 @@ TASK = ReasoningGym(
     shown=(Metric("credit", "credit"),),
     is_verified=False,
 )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

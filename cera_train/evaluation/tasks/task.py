@@ -1,5 +1,7 @@
-"""What a benchmark defines, and all else reads: a `QuestionTask` compares an answer with a gold answer; an `AnswerTask`
-brings its problems and its grading; a `RowTask` measures perplexity. Nothing here imports torch."""
+"""What a benchmark defines, and how it is found. A module of this folder that sets `TASK` is a `task.kind`.
+
+A `QuestionTask` compares an answer with a gold answer; an `AnswerTask` brings its problems and its grading; a `RowTask`
+measures perplexity. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -44,15 +46,6 @@ class Metric:
     lower_is_better: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table that follows an evaluation's printed result."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """A benchmark."""
@@ -75,13 +68,9 @@ class Task:
         """This task as its settings make it."""
         return self
 
-    def counts(self, problem: Any) -> bool:
-        """Whether a problem counts in the scores."""
-        return True
-
-    def paired_value(self, grade: Any, grader: str) -> float:
-        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grade is a `Grade`, or a
-        line of grades.jsonl; the grader, exact or verified, has no effect where `score_name` is set."""
+    def paired_value(self, grade: Grade, grader: str) -> float:
+        """How much of an answer is right, from 0 to 1, for the paired test of two runs. The grader, exact or verified,
+        has no effect where `score_name` is set."""
         return float(getattr(grade, grader))
 
 
@@ -113,33 +102,12 @@ class AnswerTask(Task, ABC):
         return dict.fromkeys(graders, True) | shares
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        """What result.json holds beside pass@k. Some grades may be missing, and some problems not count."""
+        """What result.json holds beside pass@k. Some grades may be missing."""
         return {}
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         """Labels and texts to print of what `scores` returned."""
         return {}
-
-    def tables(self, result: Mapping[str, Any]) -> list[Table]:
-        """Tables to print after the lines."""
-        return []
-
-
-def task_of(config: TaskConfig) -> Task:
-    """The task of these settings."""
-    return find_task(config.kind).configured(config)
-
-
-def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
-    """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
-    task = task_of(config)
-    assert isinstance(task, AnswerTask)
-    seen, problems = Counter(), []
-    for problem in task.problems(config, data):
-        seen[problem.id] += 1
-        count = seen[problem.id]
-        problems.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
-    return problems
 
 
 DETAILS = ("level", "type", "subject")
@@ -184,12 +152,10 @@ class QuestionTask(AnswerTask):
             with at(place):
                 if not self.takes(row, config):
                     continue
-            if absent := next((name for name in columns if name not in row), None):
-                rename = f"Rename the one with the question to {self.question}, or choose another task."
-                mend = rename if absent == self.question else "Name one of these."
-                reason = f"column {absent!r} is missing in {place}; its columns are {', '.join(row)}"
-                raise UserError(f"task.prompt: {reason}. {mend}")
-            with at(place):
+                if absent := next((name for name in columns if name not in row), None):
+                    rename = f"Rename the one with the question to {self.question}, or choose another task."
+                    mend = rename if absent == self.question else "Name one of these."
+                    raise UserError(f"column {absent!r} of task.prompt is missing among {', '.join(row)}. {mend}")
                 question = text_of(row, self.question)
                 prompt = config.prompt.format_map({name: self.cell(row, name) for name in columns})
                 gold = self.gold(row)
@@ -206,23 +172,6 @@ class QuestionTask(AnswerTask):
         return Grade(generation.problem, generation.sample, answer, exact, failure=failure)
 
 
-def question_id(question: str) -> str:
-    """A digest of a question: its id in every evaluation."""
-    return hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
-
-
-def require_rows(config: TaskConfig) -> None:
-    """Raises UserError where neither files nor a data set are named."""
-    require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
-
-
-def open_rows(config: TaskConfig) -> Source:
-    """The rows of `task.files`, or of the data set on the Hub."""
-    if config.files:
-        return from_files(config.files, "task.files")
-    return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
-
-
 @dataclass(frozen=True, kw_only=True)
 class RowTask(Task, ABC):
     """A benchmark of rows whose tokens are predicted: it measures perplexity."""
@@ -235,13 +184,45 @@ class RowTask(Task, ABC):
         """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
 
 
-# --- finding tasks ---------------------------------------------------------------------------------------------------
+# --- what benchmarks share -------------------------------------------------------------------------------------------
+
+
+def question_id(question: str) -> str:
+    """A digest of a question: its id in every evaluation."""
+    return hashlib.blake2b(question.encode(), digest_size=6).hexdigest()
+
+
+def require_rows(config: TaskConfig) -> None:
+    """Raises UserError where neither files nor a data set are named."""
+    require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
+
+
+def refuse_rows(config: TaskConfig) -> None:
+    """Raises UserError where a task that computes its problems is given rows."""
+    if config.prompt or config.files:
+        reason = f"task={config.kind} writes its problems as in training"
+        raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
+
+
+def open_rows(config: TaskConfig) -> Source:
+    """The rows of `task.files`, or of the data set on the Hub."""
+    if config.files:
+        return from_files(config.files, "task.files")
+    return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+# --- finding a task --------------------------------------------------------------------------------------------------
 
 
 def all_tasks() -> dict[str, Task]:
     """The `Task` of every benchmark by its kind, in alphabetical order."""
-    names = sorted(module.name for module in pkgutil.iter_modules(cera_train.evaluation.tasks.__path__))
-    modules = {name: importlib.import_module(f"{cera_train.evaluation.tasks.__name__}.{name}") for name in names}
+    package = cera_train.evaluation.tasks
+    names = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
     return {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
 
 
@@ -251,6 +232,11 @@ def find_task(kind: str) -> Task:
     if kind not in tasks:
         raise UserError(f"task.kind={kind} is unknown: choose one of {', '.join(tasks)}.")
     return tasks[kind]
+
+
+def task_of(config: TaskConfig) -> Task:
+    """The task of these settings."""
+    return find_task(config.kind).configured(config)
 
 
 def display_name(task: str) -> str:
@@ -274,6 +260,19 @@ def check_task(config: TaskConfig) -> None:
             owners = " and ".join(f"{other.name}'s" for other in all_tasks().values() if name in other.settings)
             raise UserError(f"task.{name}={value} is for {owners} tasks: leave it out.")
     task.check(config)
+
+
+def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
+    """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
+    seen, problems = Counter(), []
+    for problem in task_of(config).problems(config, data):
+        seen[problem.id] += 1
+        count = seen[problem.id]
+        problems.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
+    return problems
+
+
+# --- tasks by the names of their files, as training takes them -------------------------------------------------------
 
 
 def named_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:

@@ -148,7 +148,7 @@ LETTER = {"question": "?", "answer": "A"}
         (CITY, CITY | {"answer": 3}, "choice", "2: column 'answer' holds '3', and task.grader=choice needs a letter"),
         (CITY, CITY | {"choices": "a"}, "choice", "2: column 'choices' holds a str: expected a list of 2 to 26 texts."),
         (CITY, CITY | {"choices": ["a"]}, "choice", "2: column 'choices' has 1 of them: expected a list of 2 to 26 te"),
-        (FINE, {"answer": "2"}, "text", "2; its columns are answer. Rename the one with the question to question, or"),
+        (FINE, {"answer": "2"}, "text", "2: column 'question' of task.prompt is missing among answer"),
     ],
 )
 def test_a_row_without_an_answer_of_its_kind_is_refused_by_file_and_line(config_of, first, second, grader, line):

@@ -28,8 +28,8 @@ def test_an_answer_is_the_decimal_numbers_of_its_first_line(text, values):
 
 def test_steps_are_compared_one_by_one():
     steps = compare([0.56, 0.8649, 0.5], "0.56, 0.86, 0.42, 0.85", decimals=2)
-    assert steps.matches == [True, True, False, False]
-    assert steps.errors == [0.0, pytest.approx(0.0049), pytest.approx(0.08), None]
+    assert steps["matches"] == [True, True, False, False]
+    assert steps["errors"] == [0.0, pytest.approx(0.0049), pytest.approx(0.08), None]
 
 
 @pytest.mark.parametrize(
