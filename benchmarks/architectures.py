@@ -18,24 +18,19 @@ PAGE = ROOT / "docs" / "architectures.md"
 
 COLUMNS = {  # test: (heading, meaning)
     "attaches": (
-        "attaches",
-        "`all-linear`: a fresh adapter changes nothing, each module alone changes the logits, and a pass in training "
-        "computes what one in evaluation does",
+        "all-linear",
+        "a fresh adapter changes nothing, and each of its modules changes the logits; what no pass in training calls "
+        "is left out",
     ),
-    "trains": (
-        "trains",
-        "each module was called and got a gradient, and the loss falls, on the targets and `all-linear`",
-    ),
+    "trains": ("trains", "every module gets a gradient, and the loss falls"),
     "generates": ("generates", "with a cache, the same tokens as without"),
     "packs": (
-        "packs",
-        "flat rows: sequences in one row have the loss and gradients of separate rows; padded rows: they would "
-        "see each other, so flat rows are refused",
+        "rows",
+        "flat, with the loss and gradients of separate rows; padded, where flat rows would see each other",
     ),
     "saves_and_loads": ("saves, loads", "the same logits on another copy of the base, by `cera-train` and by PEFT"),
     "plans": ("plans", "`cera-plan` counts the parameters from config.json alone"),
     "trains_over_4_bits": ("4-bit", "NF4 on a CPU: gradients everywhere, and the loss falls"),
-    "refuses": ("refused as targets", "by name, with the reason and with what to target instead"),
 }
 
 
@@ -55,14 +50,14 @@ class Record:
 
 
 def page(cells: dict[str, dict[str, str]]) -> str:
-    """The page, with one row per family."""
+    """The page, with one row for the families that are alike."""
     versions = f"transformers {version('transformers')}, PEFT {version('peft')}, torch {version('torch')}"
     meanings = "\n".join(f"- **{heading}**: {meaning}." for heading, meaning in COLUMNS.values())
-    header = " | ".join(["model type", *(heading for heading, _ in COLUMNS.values())])
-    rows = "\n".join(
-        f"| `{family}` | {' | '.join(row[column] for column in COLUMNS)} |".replace("|  |", "| |")
-        for family, row in cells.items()
-    )
+    header = " | ".join([*(heading for heading, _ in COLUMNS.values()), "model types"])
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for family, row in cells.items():
+        alike.setdefault(tuple(row[column] for column in COLUMNS), []).append(family)
+    rows = "\n".join(f"| {' | '.join(row)} | {', '.join(families)} |" for row, families in alike.items())
     return f"""# Architectures
 
     make architectures
@@ -73,9 +68,8 @@ Each cell is a test's result, on a CPU without the packages of fused kernels, wi
 {meanings}
 
 With mamba-ssm, causal-conv1d or flash-linear-attention installed, state-space models whose kernels accept sequence
-boundaries are packed into flat rows too. A model that is not listed works if its projections are called as modules:
-each run tests that on its first rows, and stops otherwise. `adapter.experts` adapts experts that transformers holds as
-parameters.
+boundaries are packed too. A model that is not listed works if its projections are called as modules: each run tests
+that on its first rows. `adapter.experts` adapts experts that transformers holds as parameters.
 
 | {header} |
 |{"---|" * (len(COLUMNS) + 1)}

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from cera_train.adapters.family import Family, families, family_that_wrote
 from cera_train.adapters.targets import check_targets
-from cera_train.cera import CeraLayer, unfuse
+from cera_train.cera import CeraLayer
+from cera_train.cera.coverage import bypassed_projections, idle_projections
 from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
 from cera_train.settings.adapters import AdapterConfig, Kernels
@@ -35,15 +36,24 @@ def check(config: AdapterConfig, is_compiled: bool = False) -> None:
     adapter_config(replace(config, layers=None) if config.target_modules == "all-linear" else config)
 
 
-def build(base: PreTrainedModel, config: AdapterConfig) -> nn.Module:
+def build(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> nn.Module:
     """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
-    UserError where the adapter does not go with the model."""
-    if config.unfused and not unfuse(base):
-        raise UserError(
-            "adapter.unfused=true: no fused kernel of this model reads a weight past its module. Leave it out."
-        )
+    UserError where the adapter does not go with the model.
+
+    Args:
+        is_sharded: only one process has the base's weights.
+    """
     check_targets(base, config)
-    return config.family.build(base, config)
+    return config.family.build(base, config, left_out(base, config, is_sharded))
+
+
+def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> list[str]:
+    """Names of the projections that all-linear leaves out, since a branch there would not learn: those that kernels
+    bypass, and those that a pass shows, for which every process needs the weights."""
+    if config.target_modules != "all-linear":
+        return []
+    has_weights = not is_sharded and base.device.type != "meta"
+    return bypassed_projections(base) + (idle_projections(base) if has_weights else [])
 
 
 def adapter_config(config: AdapterConfig) -> peft.PeftConfig | None:
@@ -139,7 +149,7 @@ def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: boo
     """What computes CeRA's branch on this device; `adapter.kernels` as it is for any other kind."""
     if "kernels" not in config.family.uses:
         return config.kernels
-    if config.family.has_learned_gate(config):
+    if config.mix == "learned":
         return Kernels.torch
     try:
         return Kernels(choose_cera_kernels(config.kernels, device, is_compiled))

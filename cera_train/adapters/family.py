@@ -89,8 +89,12 @@ class Family(ABC):
         return None
 
     @abstractmethod
-    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
-        """The base with a fresh adapter. Its trainable parameters require gradients, no others do."""
+    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
+        """The base with a fresh adapter. Its trainable parameters require gradients, no others do.
+
+        Args:
+            left_out: names of projections that all-linear does not take.
+        """
 
     def branch(self, module: nn.Module) -> Branch | None:
         """The branch of one module; None for a module of another kind."""

@@ -38,7 +38,7 @@ def check_start(config: AdapterConfig, folder: Path, recorded: AdapterConfig | N
 def fitting(config: AdapterConfig) -> dict[str, Any]:
     """The settings that decide which tensors an adapter has and what they compute; dropout and draws do not."""
     alpha = config.alpha if config.alpha is not None else config.family.default_alpha(config.r)
-    plain = ("r", "recurrent_steps", "experts", "expert_r", "layers")
+    plain = ("r", "experts", "expert_r", "layers")
     return {
         "kind": str(config.kind),
         "alpha": alpha,

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.cera.bypass import bypassed, runs_beside
 from cera_train.cera.experts import all_experts, expert_parameters
 from cera_train.common.errors import UserError
 from cera_train.settings.adapters import AdapterConfig
@@ -30,7 +29,6 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
     except re.error as error:
         raise UserError(f"adapter.settings={config.settings} has no regular expression: {error}.") from error
     _check_tied_head(model, config)
-    _check_they_run(model, config)
     _check_rank(model, config)
 
 
@@ -57,15 +55,15 @@ def describe_targets(model: nn.Module) -> str | None:
 
 
 def describe_left_out(model: nn.Module) -> str | None:
-    """The projections that the model reads past their module, and so got no adapter; None where there are none."""
-    modules = dict(model.named_modules())
-    left_out = {
-        name: reason for name, reason in bypassed(model).items() if not isinstance(modules[name], BaseTunerLayer)
-    }
-    kinds: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        kinds.setdefault(str(reason), []).append(name.rpartition(".")[2])
-    return "; ".join(f"without {' '.join(dict.fromkeys(names))}: {reason}" for reason, names in kinds.items()) or None
+    """The projections, but for the head, that got no adapter; None where there are none."""
+    head, inside, names = model.get_output_embeddings(), (), []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        elif isinstance(module, (nn.Linear, Conv1D)) and module is not head and not name.startswith(inside):
+            names.append(name.rpartition(".")[2])
+    kinds = ", ".join(dict.fromkeys(names))
+    return f"without {len(names)} projections that a pass in training does not call: {kinds}" if names else None
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
@@ -174,22 +172,6 @@ def _check_tied_head(model: PreTrainedModel, config: AdapterConfig) -> None:
                 f"adapter.target_modules={config.target_modules}: head and embeddings of this model share weights, "
                 f"and an adapter on {name} would untie them. Leave it out."
             )
-
-
-def _check_they_run(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Refuses a target whose weight the model reads without calling it. all-linear leaves such ones out."""
-    found = bypassed(model)
-    wrong = {name: found[name] for name in found if name in _targeted(model, config)}
-    if not wrong or config.target_modules == "all-linear":
-        return
-    reason = next(iter(wrong.values()))
-    kinds = dict.fromkeys(name.rpartition(".")[2] for name, other in wrong.items() if other == reason)
-    layers = {name.rpartition(".")[0] for name in found}
-    others = dict.fromkeys(name for layer in layers for name in runs_beside(model.get_submodule(layer)))
-    unfused = ", or set adapter.unfused=true" if reason.is_fused else ""
-    raise UserError(
-        f"adapter.target_modules: {', '.join(kinds)}: {reason}. Target {', '.join(others)} instead{unfused}."
-    )
 
 
 def _check_rank(model: PreTrainedModel, config: AdapterConfig) -> None:

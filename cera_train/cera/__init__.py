@@ -3,7 +3,6 @@
 from peft import PeftType
 from peft.utils import register_peft_method
 
-from .bypass import unfuse
 from .config import CeraConfig
 from .coverage import CoverageCallback, check_coverage
 from .experts import CeraExperts
@@ -21,7 +20,6 @@ __all__ = [
     "check_coverage",
     "create_loraplus_optimizer",
     "for_inference",
-    "unfuse",
 ]
 
 

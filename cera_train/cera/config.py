@@ -30,8 +30,6 @@ class CeraConfig(PeftConfig):
       kaiming_uniform, PEFT's for LoRA.
     - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as PEFT's LoRA has it.
     - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma for a module, 0 at the start.
-    - `recurrent_steps=n`: B drop(gate(z_n)), z_0 = z, z_(i+1) = z_i + W_out silu(W_in z_i / rms(z_i)) / n, with W_in
-      and W_out [r, r] trained, W_out 0 at the start.
     - `use_rslora`: s = alpha / sqrt(r).
 
     Raises:
@@ -74,7 +72,6 @@ class CeraConfig(PeftConfig):
     init: str = field(default="kaiming_normal", metadata={"help": f"How A is drawn: {', '.join(INITS)}."})
     dropout_on: str = field(default="hidden", metadata={"help": f"What drops units: {', '.join(DROPOUT_PLACES)}."})
     mix: str = field(default="none", metadata={"help": "learned: a trained share gamma of the gate in every module."})
-    recurrent_steps: int = field(default=0, metadata={"help": "Residual steps between A and the gate."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale the branch by alpha / sqrt(r)."})
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Name or regular expression of modules -> their rank instead of r."}
@@ -112,8 +109,6 @@ class CeraConfig(PeftConfig):
         for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
-        if not (isinstance(self.recurrent_steps, int) and self.recurrent_steps >= 0):
-            raise ValueError(f"recurrent_steps must be 0 or a positive integer, got {self.recurrent_steps!r}.")
         self.check_contradictions()
 
     def check_contradictions(self) -> None:
@@ -145,11 +140,6 @@ class CeraConfig(PeftConfig):
         """The settings of an experts' parameter: `expert_r` in place of r, then the patterns."""
         r = self.r if self.expert_r is None else self.expert_r
         return replace(self, r=r, expert_r=None).of_module(name)
-
-    @property
-    def has_learned_gate(self) -> bool:
-        """Whether the gate has parameters."""
-        return self.mix == "learned" or self.recurrent_steps > 0
 
     @property
     def scaling(self) -> float:

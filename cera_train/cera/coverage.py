@@ -1,4 +1,4 @@
-"""Proof, on the first forward and backward pass, that every adapter runs and learns.
+"""Which projections an adapter can learn beside, and proof on a first forward and backward pass that each one does.
 
 A module is proven when it was called, the loss has a non-zero gradient at its output, and each of its trainable
 matrices has a gradient. A's alone is no proof: it is exactly zero until B has left zero.
@@ -12,14 +12,80 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import TrainerCallback
-
-from .bypass import bypass
 
 EXPERT = re.compile(r"\.experts\.\d+\.")
 """In the name of a projection: that of one expert, which runs where a token is routed to it."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer))
+
+
+def bypassed_projections(model: nn.Module) -> list[str]:
+    """Names of the linear projections that models are known to use without calling them for one tensor, whether or not
+    the kernels are installed here. Needs no weights.
+
+    Mamba's fused kernels take the weights of x_proj, dt_proj and out_proj as arguments; a router returns a tuple.
+    """
+    names = []
+    for prefix, parent in model.named_modules():
+        taken = ("x_proj", "dt_proj", "out_proj") if {"A_log", "D"} <= parent._parameters.keys() else ()
+        for name, child in parent.named_children():
+            if is_linear(child) and (name in taken or "Router" in type(child).__name__):
+                names.append(f"{prefix}.{name}".removeprefix("."))
+    return names
+
+
+def idle_projections(model: PreTrainedModel) -> list[str]:
+    """Names of the linear projections beside which a branch would not learn: a pass of the base in training does not
+    call them, or no gradient reaches their output. Needs the weights."""
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name, module in model.named_modules() if is_linear(module)}
+
+    def keep_output(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[name] += [output] * (isinstance(output, torch.Tensor) and output.requires_grad)
+
+        return keep
+
+    def require_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        output.requires_grad_(True)  # of a frozen base nothing else does
+
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.ones(1, 8, dtype=torch.long, device=model.device)
+    with ExitStack() as stack:
+        for name in outputs:
+            stack.callback(model.get_submodule(name).register_forward_hook(keep_output(name)).remove)
+        for module, is_training in modes.items():
+            stack.callback(setattr, module, "training", is_training)
+        stack.enter_context(torch.random.fork_rng())  # dropout of the base
+        stack.callback(model.get_input_embeddings().register_forward_hook(require_gradient).remove)
+        logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    calls = [(name, output) for name, called in outputs.items() for output in called]
+    gradients = torch.autograd.grad(logits.sum(), [output for _, output in calls], allow_unused=True)
+    trained = {name for (name, _), gradient in zip(calls, gradients, strict=True) if gradient is not None}
+    # Experts that are modules run where a token is routed to them.
+    return [name for name in outputs if name not in trained and not EXPERT.search(name)]
+
+
+def exclude_projections(config: PeftConfig, names: list[str], model: nn.Module) -> None:
+    """Adds projections to the `exclude_modules` of a config: by their last name where all of that name are excluded."""
+    if not (names and hasattr(config, "exclude_modules")):
+        return
+    kept = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module) and name not in names
+    }
+    short = {last if (last := name.rpartition(".")[2]) not in kept else name for name in names}
+    excluded = config.exclude_modules or []
+    if isinstance(excluded, str):
+        config.exclude_modules = "|".join([excluded, *(rf"(.*\.)?{re.escape(name)}" for name in sorted(short))])
+    else:
+        config.exclude_modules = sorted({*excluded, *short})
 
 
 @contextmanager
@@ -165,11 +231,8 @@ class Coverage:
         return reasons
 
     def _why_not_called(self, name: str, reached: bool) -> str:
-        parent = self.parents[name]
-        if (found := bypass(parent, name.rpartition(".")[2])) is not None:
-            return str(found)
-        kind = type(parent).__name__
-        return f"{kind} never calls it (dead code)" if reached else f"{kind}, the layer around it, is never reached"
+        kind = type(self.parents[name]).__name__
+        return f"{kind} never calls it" if reached else f"{kind}, the layer around it, is never reached"
 
     def _calls(self) -> dict[str, bool]:
         return dict(zip(self.layers, map(bool, self.called.tolist()), strict=True))

@@ -16,8 +16,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import nn
 
-from .bypass import bypass, exclude_bypassed, keep_scale, runs_beside
 from .config import CeraConfig
+from .coverage import bypassed_projections, exclude_projections
 from .experts import CeraExperts, all_experts, expert_parameters
 from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, CeraLinear, check_rows
 
@@ -32,13 +32,12 @@ class CeraModel(BaseTuner):
     # --- building ----------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter into the model, as PEFT does. Leaves out of all-linear what would never run, and records it
-        in `exclude_modules`."""
+        """Puts an adapter into the model, as PEFT does. all-linear leaves out the projections that kernels bypass, and
+        records them in `exclude_modules`."""
         keep_scale(model)
         config = self.peft_config[adapter_name]
-        is_all = str(config.target_modules).lower() == "all-linear"
-        if is_all and (found := exclude_bypassed(config, model)):
-            warnings.warn(f"all-linear leaves out {', '.join(found)}: {next(iter(found.values()))}.", stacklevel=2)
+        if str(config.target_modules).lower() == "all-linear":
+            exclude_projections(config, bypassed_projections(model), model)
         with warnings.catch_warnings():
             # PEFT looks for patterns among modules; `_prepare_model` has looked among experts' parameters too.
             warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
@@ -92,7 +91,7 @@ class CeraModel(BaseTuner):
         return found
 
     def _check_target_module_compatiblity(self, *args: Any) -> None:
-        """Does nothing: PEFT's list of Mamba models is for LoRA. `_create_and_replace` reads the model's source."""
+        """Does nothing: PEFT's list of Mamba models is for LoRA. A pass finds what does not run (`coverage`)."""
 
     def _create_and_replace(
         self,
@@ -104,10 +103,6 @@ class CeraModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if (found := bypass(parent, target_name)) is not None and not (found.is_fused and config.inference_mode):
-            others = ", ".join(runs_beside(parent)) or "modules of another kind"
-            unfused = ", or call cera_train.cera.unfuse(model) before" if found.is_fused else ""
-            raise ValueError(f"target module {current_key!r}: {found}. Target {others} instead{unfused}.")
         if isinstance(target, CeraExperts) or expert_parameters(target):
             raise ValueError(f"target module {current_key!r} holds experts: name its parameters in target_parameters.")
         config = config.of_module(current_key)
@@ -297,6 +292,17 @@ class CeraModel(BaseTuner):
                 "Check that it belongs to this base model and to these target_modules."
             )
         return state_dict
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would not be halved."""
+    for module in model.modules():
+        if hasattr(module, "_rescale_layers") and module.config.rescale_every > 0:
+            if module.layers_are_rescaled:
+                mode, module.training = module.training, True
+                module._rescale_layers()
+                module.training = mode
+            module.config.rescale_every = 0
 
 
 def _first_tensor(args: tuple, kwargs: dict) -> torch.Tensor:

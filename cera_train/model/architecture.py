@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from cera_train.cera.bypass import bypassed
+from cera_train.cera.coverage import bypassed_projections
 
 
 def attention_for(config: PretrainedConfig, wanted: str) -> str:
@@ -27,7 +27,7 @@ def left_unquantised(config: PretrainedConfig) -> list[str] | None:
         return None
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    kinds = {name.rpartition(".")[2] for name in bypassed(model)}
+    kinds = {name.rpartition(".")[2] for name in bypassed_projections(model)}
     head = model.get_output_embeddings()
     heads = {name for name, module in model.named_modules() if module is head}
     return sorted(kinds | heads) if kinds else None

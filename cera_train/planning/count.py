@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.adapters.build import build
-from cera_train.cera.bypass import bypassed
+from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import cache_dir, config_dir
 from cera_train.distributed.accelerator import quiet_libraries
@@ -234,7 +234,7 @@ def sides_by_name(base: PreTrainedModel) -> dict[str, int]:
 
 def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
     """The linears that bitsandbytes quantises: all but the head and those that the model reads past their module."""
-    head, kinds = base.get_output_embeddings(), {name.rpartition(".")[2] for name in bypassed(base)}
+    head, kinds = base.get_output_embeddings(), {name.rpartition(".")[2] for name in bypassed_projections(base)}
     return [
         module
         for name, module in base.named_modules()

@@ -47,9 +47,8 @@ def plan_serving(plan: RunPlan) -> Serving | None:
     """What the adapter of a planned run costs to serve; None for one that vLLM does not serve."""
     adapter, model = plan.config.adapter, plan.config.model
     is_served = adapter.kind in (AdapterKind.cera, AdapterKind.lora, AdapterKind.rslora)
-    is_special = adapter.recurrent_steps or adapter.adapted_experts
     rank = next((rank for rank in RANKS if rank >= adapter.r), None) if adapter.r else None
-    if not is_served or is_special or rank is None:
+    if not is_served or adapter.adapted_experts or rank is None:
         return None
     with heavy_imports():
         from cera_train.planning.count import count_parameters

@@ -43,7 +43,6 @@ class KnownSettings(Record):
     init: str | None = key("adapter.init")
     dropout_on: str | None = key("adapter.dropout_on")
     mix: str | None = key("adapter.mix")
-    recurrent_steps: int | None = key("adapter.recurrent_steps")
     task_kind: str | None = key("task.kind")
     task_limit: int | None = key("task.limit")
 

@@ -113,7 +113,6 @@ def _why_not_served(config: dict[str, Any]) -> str | None:
     if config.get("activation") not in GATES:
         return f"activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
     refused = {
-        "recurrent_steps": (0, None),
         "target_parameters": ([], None),
         "bias": ("none", None),
     }

@@ -60,8 +60,6 @@ class AdapterConfig:
     """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
     mix: Mix = setting(Mix.none, "result", binds_checkpoint=True)
     """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is trained from 0."""
-    recurrent_steps: int = setting(0, "result", binds_checkpoint=True)
-    """Residual steps z + W_out silu(W_in z / rms(z)) / n before cera's gate, W_in and W_out of r x r."""
     target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result", binds_checkpoint=True)
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
     full trains every module."""
@@ -88,9 +86,6 @@ class AdapterConfig:
     kernels: Kernels = setting(Kernels.auto, "result")
     """torch or triton computes cera's gate and dropout, triton the products beside them too where one kernel can; the
     two draw different dropout masks. auto: triton on CUDA, else torch. The run's folder records which."""
-    unfused: bool = setting(False, "cost")
-    """Train without the fused kernels that read weights past their modules, so that an adapter can go there: Mamba's
-    x_proj and out_proj. The run prints what that costs."""
     label: str | None = setting(None, "nothing")
     """The name in tables and pictures. null: the kind's."""
 
@@ -170,7 +165,6 @@ UNSET = {
     "init": (Init.kaiming_normal, None),
     "dropout_on": (DropoutOn.hidden, None),
     "mix": (Mix.none, None),
-    "recurrent_steps": (0, None),
     "kernels": (Kernels.auto, None),
     "target_parameters": (None, None),
     "experts": (False, None),
@@ -184,5 +178,5 @@ UNSET = {
 }
 """The value with which a setting is not set, and its meaning; None: only cera has it."""
 
-GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix", "recurrent_steps", "kernels"})
+GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix", "kernels"})
 """Those of cera's branch, which a plan leaves out beside another adapter."""

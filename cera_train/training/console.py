@@ -15,7 +15,6 @@ from rich.text import Text
 from cera_train.adapters.build import describe_kernels
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
-from cera_train.adapters.unfused import describe_unfused
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
 from cera_train.data.mix import describe_parts
@@ -95,8 +94,6 @@ def print_adapter(session: Session) -> None:
     is_all = adapter.target_modules == "all-linear"
     for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)
-    if adapter.unfused and not session.team.is_sharded:  # a layer's weights are whole in a pass only
-        print_line("unfused", describe_unfused(model))
     layers = layers_without_adapted_experts(model) if is_all else 0
     if layers:
         mend = "; adapter.experts=true adds them" if "experts" in adapter.family.uses else ""

@@ -35,6 +35,9 @@ def prove_coverage(session: Session) -> None:
     session.optimizer.zero_grad()
     coverage.sum(team.reduce)
     if (problem := coverage.problem()) is not None:
-        raise UserError(f"adapter.target_modules: {problem} Leave them out, or set train.check_coverage=false.")
+        raise UserError(
+            f"adapter.target_modules: {problem} Leave them out, with all-linear by "
+            "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
+        )
     if team.is_main and coverage.idle_experts:
         print_line("coverage", f"{coverage.idle_experts} experts got no token in the first rows: not proven yet")

@@ -78,7 +78,7 @@ class Session:
         base = load_model(config.model, team.device, team.is_sharded)
         self.base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
         torch.manual_seed(config.train.seed)
-        self.model = adapters.build(base, config.adapter)
+        self.model = adapters.build(base, config.adapter, team.is_sharded)
         adapters.use_kernels(self.model, config.adapter.kernels)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 

@@ -55,14 +55,8 @@ def refuses(message: str):
             "only adapter.kind=cera has adapter.init: set adapter.init=kaiming_normal",
         ),
         ("adapter=lora adapter.dropout_on=input", "only adapter.kind=cera has adapter.dropout_on"),
-        (
-            "adapter=lora adapter.recurrent_steps=2",
-            "only adapter.kind=cera has adapter.recurrent_steps: set adapter.recurrent_steps=0",
-        ),
-        ("adapter.recurrent_steps=-1", "adapter.recurrent_steps=-1 must be 0 or more"),
         ("adapter=cera_mix adapter.activation=identity", "adapter.activation=identity is none: set another"),
         ("adapter=cera_mix adapter.kernels=triton", "adapter.kernels=triton computes no gate with parameters"),
-        ("adapter.recurrent_steps=1 adapter.kernels=triton", "as adapter.mix=none adapter.recurrent_steps=1 has"),
     ],
 )
 def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
@@ -183,16 +177,16 @@ def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(confi
 
 
 def test_presets_of_cera_are_what_their_names_say(compose):
-    variants = ("alpha", "dropout", "activation", "init", "dropout_on", "mix", "recurrent_steps")
+    variants = ("alpha", "dropout", "activation", "init", "dropout_on", "mix")
 
     def fields(name: str) -> tuple:
         config = build.adapter_config(compose(f"adapter={name}").adapter)
         return tuple(getattr(config, variant) for variant in variants)
 
-    assert fields("cera") == (None, 0.1, "silu", "kaiming_normal", "hidden", "none", 0)
-    assert fields("cera_aligned") == (None, 0.1, "silu", "kaiming_uniform", "input", "none", 0)
-    assert fields("cera_identity") == (None, 0.1, "identity", "kaiming_normal", "hidden", "none", 0)
-    assert fields("cera_mix") == (None, 0.1, "silu", "kaiming_normal", "hidden", "learned", 0)
+    assert fields("cera") == (None, 0.1, "silu", "kaiming_normal", "hidden", "none")
+    assert fields("cera_aligned") == (None, 0.1, "silu", "kaiming_uniform", "input", "none")
+    assert fields("cera_identity") == (None, 0.1, "identity", "kaiming_normal", "hidden", "none")
+    assert fields("cera_mix") == (None, 0.1, "silu", "kaiming_normal", "hidden", "learned")
 
 
 def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
@@ -221,9 +215,9 @@ def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
         ("adapter=cera_aligned", "CeRA (init kaiming_uniform, dropout on input)", "s B silu(A dropout(x))"),
         ("adapter=cera_mix", "CeRA (learned mix)", "s B dropout (z + gamma (silu(z) - z)), z = A x"),
         (
-            "adapter=cera_mix adapter.recurrent_steps=2 adapter.activation=relu",
-            "CeRA (relu, learned mix, 2 recurrent steps)",
-            "s B dropout (z + gamma (relu(z) - z)), z = A x after 2 recurrent steps",
+            "adapter=cera_mix adapter.activation=relu",
+            "CeRA (relu, learned mix)",
+            "s B dropout (z + gamma (relu(z) - z)), z = A x",
         ),
     ],
 )

@@ -19,7 +19,6 @@ from cera_train.training.train import spectrum_records
 CONFIGS = {
     "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
     "cera_mix": CeraConfig(r=6, mix="learned", init_weights=False, task_type="CAUSAL_LM"),
-    "cera_recurrent": CeraConfig(r=6, recurrent_steps=2, init_weights=False, task_type="CAUSAL_LM"),
     "cera_on_input": CeraConfig(r=6, alpha=2, dropout=0.5, dropout_on="input", init_weights=False),
     "cera_identity": CeraConfig(r=6, activation="identity", init_weights=False, task_type="CAUSAL_LM"),
     "lora": peft.LoraConfig(r=6, lora_alpha=3, init_lora_weights=False, target_modules=["q_proj", "v_proj"]),
@@ -113,18 +112,6 @@ def test_the_linear_share_is_what_a_regression_on_z_explains():
 def test_a_branch_without_a_gate_is_linear(kind):
     spectra = measure_spectra(model := adapted(kind), forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert {spectrum.linear_share for spectrum in spectra.values()} == {1.0}
-
-
-def test_a_recurrent_branch_has_dead_units_where_its_gate_is_closed_after_the_steps():
-    model = adapted("cera_recurrent")
-    seen = []
-    layer = model.base_model.model.model.layers[0].self_attn.q_proj
-    layer.cera_gate["default"].gate.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    for row in ROWS[:1]:
-        model.eval()(input_ids=torch.tensor([row]))
-    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS[:1], MASKS[:1]), True)])
-    expected = (seen[0] <= 0).all(0).double().mean().item()
-    assert spectra["model.layers.0.self_attn.q_proj"].dead_units == pytest.approx(expected)
 
 
 def test_gamma_is_the_mean_over_modules_and_each_modules():

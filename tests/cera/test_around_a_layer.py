@@ -222,7 +222,7 @@ def test_unmerging_changes_nothing():
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("gate", [{}, {"mix": "learned", "recurrent_steps": 1}], ids=["plain", "learned"])
+@pytest.mark.parametrize("gate", [{}, {"mix": "learned"}], ids=["plain", "learned"])
 def test_loraplus_trains_b_faster(gate):
     model = adapted(**gate)
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, weight_decay=0.0)

@@ -105,8 +105,8 @@ def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path)
 
 
 def test_gates_that_learn_are_saved(tmp_path):
-    model = adapted_mixture(mix="learned", recurrent_steps=1, init="kaiming_uniform")
-    assert len(gradients(model)) == 2 * 2 * (2 + 3)
+    model = adapted_mixture(mix="learned", init="kaiming_uniform")
+    assert len(gradients(model)) == 2 * 2 * (2 + 1)
     model.eval().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert "base_model.model.model.layers.0.mlp.experts.cera_gate.down_proj.gamma" in tensors

@@ -46,7 +46,7 @@ def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters):
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "identity"])
-@pytest.mark.parametrize("variant", [{}, {"mix": "learned"}, {"recurrent_steps": 2}], ids=str)
+@pytest.mark.parametrize("variant", [{}, {"mix": "learned"}], ids=str)
 def test_gradients_of_a_layer_equal_the_loops_for_every_gate(activation, variant):
     """Those at the hidden states and the routing weights too, which the layers below and the router learn by."""
     if activation == "identity" and "mix" in variant:

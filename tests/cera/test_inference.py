@@ -20,7 +20,7 @@ BASES = {
     "8 bits": lambda: bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"),
     "4 bits": lambda: bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.bfloat16).to("cpu"),
 }
-GATES = {"the paper's": {}, "scaled": {"alpha": 6}, "learned": {"mix": "learned", "recurrent_steps": 1}}
+GATES = {"the paper's": {}, "scaled": {"alpha": 6}, "learned": {"mix": "learned"}}
 
 
 def make_layer(base: nn.Module, name: str = "default", **settings) -> CeraLayer:

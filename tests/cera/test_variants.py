@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -15,7 +14,6 @@ from torch.nn.functional import silu
 
 from cera_train.cera import CeraConfig, CeraLayer
 from cera_train.cera.branch import seeded_dropout
-from cera_train.cera.gate import LearnedGate
 
 pytestmark = WARNINGS
 
@@ -24,14 +22,11 @@ VARIANTS = {
     "uniform": {"init": "kaiming_uniform"},
     "dropout on x": {"dropout_on": "input"},
     "mix": {"mix": "learned"},
-    "recurrent": {"recurrent_steps": 3},
-    "recurrent identity": {"recurrent_steps": 2, "activation": "identity"},
     "rslora": {"use_rslora": True, "alpha": 6},
     "all": {
         "init": "kaiming_uniform",
         "dropout_on": "input",
         "mix": "learned",
-        "recurrent_steps": 2,
         "activation": "gelu",
         "use_rslora": True,
         "alpha": 6,
@@ -55,9 +50,6 @@ def by_hand(layer: CeraLayer, x: torch.Tensor, config: CeraConfig, mask_x=1.0, m
     """W0 x + s B (m_h hidden(A (m_x x))), as CeraConfig's docstring has it."""
     A, B, gate = layer.cera_A["default"].weight, layer.cera_B["default"].weight, layer.cera_gate["default"]
     z = (mask_x * x) @ A.T
-    for _ in range(config.recurrent_steps):
-        rms = (z.square().mean(-1, keepdim=True) + torch.finfo(z.dtype).eps).sqrt()
-        z = z + silu((z / rms) @ gate.W_in.T) @ gate.W_out.T / config.recurrent_steps
     h = GATES[config.activation](z)
     if config.mix == "learned":
         h = z + gate.gamma * (h - z)
@@ -176,18 +168,6 @@ def test_a_is_drawn_as_init_has_it(init, deviation, fourth_moment):
     assert (A.pow(4).mean() / deviation**4).item() == pytest.approx(fourth_moment, rel=0.05)
 
 
-def test_memory_kept_for_backward_does_not_grow_with_the_steps():
-    def kept(**settings) -> int:
-        layer, sizes = make_layer(torch.float32, **settings).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            layer(x_of(50, dtype=torch.float32).requires_grad_())
-        return sum(sizes)
-
-    steps = [kept(recurrent_steps=n, mix="learned", dropout_on="input", dropout=0.1) for n in (1, 5)]
-    assert steps[0] == steps[1]
-    assert steps[0] - kept() == 3 * 3 * 2 + 1  # W_in, W_out, gamma
-
-
 def test_triton_is_for_gates_without_parameters(monkeypatch):
     layer, x = make_layer(torch.float32, mix="learned"), x_of(dtype=torch.float32)
     expected = layer(x)
@@ -232,7 +212,6 @@ def test_an_adapter_is_saved_and_loaded_whole(settings, tmp_path):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     kinds = {"A.default.weight", "B.default.weight"}
     kinds |= {"gate.default.gamma"} if settings.get("mix") == "learned" else set()
-    kinds |= {"gate.default.W_in", "gate.default.W_out"} if settings.get("recurrent_steps") else set()
     assert {name.rpartition(".cera_")[2] for name in trained} == kinds
     assert {name for name, _ in gradients(model).items()} == trained
 
@@ -244,20 +223,8 @@ def test_a_checkpoint_without_gamma_is_refused(tmp_path):
         PeftModel.from_pretrained(make_tiny_llama(), tmp_path, config=config)
 
 
-def test_an_adapter_of_an_earlier_version_loads_as_published(tmp_path):
-    model = adapted()
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    fields = json.loads(path.read_text())
-    later = ("init", "dropout_on", "mix", "recurrent_steps", "use_rslora", "rank_pattern", "alpha_pattern", "bias")
-    path.write_text(json.dumps({key: value for key, value in fields.items() if key not in later}))
-    assert torch.equal(logits(PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()), logits(model))
-
-
 def test_weights_of_a_16_bit_base_are_cast_whole():
-    model = get_peft_model(
-        make_tiny_llama().bfloat16(), cera(mix="learned", recurrent_steps=1), autocast_adapter_dtype=False
-    )
+    model = get_peft_model(make_tiny_llama().bfloat16(), cera(mix="learned"), autocast_adapter_dtype=False)
     assert {p.dtype for name, p in model.named_parameters() if "cera_" in name} == {torch.bfloat16}
     assert gradients(model).keys() >= {"base_model.model.model.layers.0.self_attn.q_proj.cera_gate.default.gamma"}
 
@@ -272,8 +239,6 @@ def test_weights_of_a_16_bit_base_are_cast_whole():
         ({"dropout_on": "output"}, "dropout_on must be one of hidden, input"),
         ({"mix": "fixed"}, "mix must be one of none, learned"),
         ({"bias": "lora_only"}, "bias must be one of none, all, cera_only"),
-        ({"recurrent_steps": -1}, "recurrent_steps must be 0 or a positive integer, got -1"),
-        ({"recurrent_steps": 1.5}, "recurrent_steps must be 0 or a positive integer, got 1.5"),
         ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a positive integer, got 0"),
@@ -286,15 +251,3 @@ def test_weights_of_a_16_bit_base_are_cast_whole():
 def test_a_contradiction_is_refused_with_a_reason(settings, message):
     with pytest.raises(ValueError, match=message):
         CeraConfig(**settings)
-
-
-def test_the_docstring_has_a_line_for_every_variant():
-    for name in ("init", "dropout_on", "mix", "recurrent_steps", "use_rslora"):
-        assert f"`{name}" in CeraConfig.__doc__
-
-
-def test_variants_that_need_no_parameters_have_the_published_gate():
-    for settings in VARIANTS.values():
-        gate = make_layer(**settings).cera_gate["default"]
-        has_parameters = settings.get("mix") == "learned" or settings.get("recurrent_steps", 0) > 0
-        assert isinstance(gate, LearnedGate) is has_parameters

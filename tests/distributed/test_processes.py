@@ -95,7 +95,7 @@ def test_sharding_computes_what_whole_models_compute_for_every_kind_of_adapter_a
     kinds = {
         "lora": ["adapter=lora", "adapter.r=4"],
         "dora": ["adapter=dora", "adapter.r=4"],
-        "mix": ["adapter=cera_mix", "adapter.r=4", "adapter.recurrent_steps=2", "adapter.dropout=0"],
+        "mix": ["adapter=cera_mix", "adapter.r=4", "adapter.dropout=0"],
         "nf4": ["model.quantization=nf4", "model.dtype=bfloat16"],
         "checkpointed": ["model.gradient_checkpointing=true", "adapter.target_modules=[q_proj,lm_head]"],
     }

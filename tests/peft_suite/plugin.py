@@ -25,7 +25,6 @@ VARIED = {
     "init": "kaiming_uniform",
     "dropout_on": "input",
     "mix": "learned",
-    "recurrent_steps": 2,
     "alpha": 16,
     "use_rslora": True,
 }

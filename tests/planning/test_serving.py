@@ -62,9 +62,7 @@ def test_the_parts_of_serving_by_hand(planned):
     assert nf4.base < nf4.merged == serving.merged
 
 
-@pytest.mark.parametrize(
-    "settings", [{"kind": "dora"}, {"kind": "full", "r": None}, {"recurrent_steps": 2}, {"r": 1024}]
-)
+@pytest.mark.parametrize("settings", [{"kind": "dora"}, {"kind": "full", "r": None}, {"experts": True}, {"r": 1024}])
 def test_what_vllm_does_not_serve_has_no_plan(planned, settings):
     assert plan_serving(changed(planned, "adapter", **settings)) is None
 

@@ -117,9 +117,9 @@ def test_variants_of_a_method_are_told_apart(tmp_path: Path) -> None:
     relu = make_run(tmp_path / "a", **{"adapter.activation": "relu"})
     scaled = make_run(tmp_path / "b", **{"adapter.kind": "lora", "adapter.alpha": 32, "adapter.r": 512})
     matched = make_run(tmp_path / "c", **{"adapter.kind": "lora", "adapter.alpha": 512, "adapter.r": 512})
-    mixed = make_run(tmp_path / "d", **{"adapter.mix": "learned", "adapter.recurrent_steps": 2})
+    mixed = make_run(tmp_path / "d", **{"adapter.mix": "learned"})
     assert cells(relu, scaled, matched, mixed)["method"] == [
-        *(("CeRA (relu)",), ("LoRA (alpha 32)",), ("LoRA",), ("CeRA (learned mix, 2 recurrent steps)",))
+        *(("CeRA (relu)",), ("LoRA (alpha 32)",), ("LoRA",), ("CeRA (learned mix)",))
     ]
 
 

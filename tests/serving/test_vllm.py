@@ -180,12 +180,11 @@ def test_an_adapter_is_replaced_in_place_by_one_with_another_gate(server, folder
     [
         ({"activation": "mish"}, "activation=mish is no gate that can be served: identity, silu, relu, gelu."),
         ({"mix": "learned"}, "mix=learned, and the weights have no gamma of this projection"),
-        ({"recurrent_steps": 2}, "recurrent_steps=2 is not served"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters=['experts.down_proj'] is not served"),
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
         (None, "adapter_model"),
     ],
-    ids=["gate", "mix", "recurrent", "experts", "rank", "truncated"],
+    ids=["gate", "mix", "experts", "rank", "truncated"],
 )
 def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, wanted, tmp_path, changes, message):
     broken = Path(shutil.copytree(folder / "silu", tmp_path / "broken"))

@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from architectures import STATES
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from cera_train.adapters.build import build
 from cera_train.adapters.targets import describe_left_out, describe_targets
-from cera_train.adapters.unfused import describe_unfused
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
 from cera_train.training.train import train
@@ -48,8 +47,8 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(ti
         train(config)
     assert str(caught.value) == (
         "adapter.target_modules: 2 of 4 adapted modules would not train. model.layers.1.self_attn.q_proj, "
-        "model.layers.1.self_attn.v_proj: LlamaAttention, the layer around it, is never reached. Leave them out, or "
-        "set train.check_coverage=false."
+        "model.layers.1.self_attn.v_proj: LlamaAttention, the layer around it, is never reached. Leave them out, "
+        "with all-linear by adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
     )
     assert "evaluation at update" not in capsys.readouterr().out
 
@@ -119,65 +118,31 @@ def test_targets_are_counted_by_name(compose):
     whole, left_out = lines("zamba2", "adapter.target_modules=[q_proj,v_proj,in_proj]")
     assert whole == "in_proj q_proj v_proj: 5 of 5 layers"
     whole, left_out = lines("jamba", "adapter.target_modules=all-linear")
-    projections = "in_proj x_proj out_proj gate_proj up_proj down_proj q_proj k_proj v_proj o_proj"
-    with_router = f"{projections} router: 11 of 11 layers"  # up to transformers 5.20 Jamba's is a linear layer
-    assert whole in (f"{projections}: 10 of 10 layers", with_router)
-    assert left_out == (
-        "without dt_proj: JambaMambaMixer reads its weight without calling it, so an adapter there would never run"
-    )
+    projections = "in_proj gate_proj up_proj down_proj q_proj k_proj v_proj o_proj"
+    with_router = f"{projections} router: 9 of 9 layers"  # up to transformers 5.20 Jamba's is a linear layer
+    assert whole in (f"{projections}: 8 of 8 layers", with_router)
+    assert left_out == "without 3 projections that a pass in training does not call: x_proj, dt_proj, out_proj"
 
 
-# --- a model with a fused kernel -------------------------------------------------------------------------------------
+# --- projections that all-linear leaves out --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["cera", "lora"])
-def test_a_target_that_a_kernel_bypasses_is_refused_by_name(tiny_config, folder_of, kind):
-    config = tiny_config(
-        f"model.path={folder_of('mamba')}", f"adapter={kind}", "adapter.target_modules=[in_proj,x_proj]"
-    )
-    with pytest.raises(UserError) as caught:
-        train(config)
-    assert str(caught.value) == (
-        "adapter.target_modules: x_proj: mamba_inner_fn of MambaMixer reads its weight without calling it in training, "
-        "so an adapter there would never run. Target in_proj instead, or set adapter.unfused=true."
-    )
+def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear_and_refused_by_name(tiny_config, folder_of, capsys):
+    mamba = f"model.path={folder_of('mamba')}"
+    train(tiny_config(mamba, "adapter.target_modules=all-linear", "train.max_updates=1"))
+    left_out = "without 6 projections that a pass in training does not call: x_proj, dt_proj, out_proj"
+    assert f"coverage   in_proj: 2 of 2 layers\ncoverage   {left_out}\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"\Aadapter.target_modules: 2 of 4 .*dt_proj: MambaMixer never calls it"):
+        train(tiny_config(mamba, "adapter.target_modules=[in_proj,dt_proj]", "name=dt"))
 
 
-def test_unfused_trains_what_the_kernel_bypasses_and_prints_the_cost(tiny_config, folder_of, capsys):
-    overrides = [f"model.path={folder_of('mamba')}", "adapter.target_modules=[x_proj,out_proj]", "adapter.unfused=true"]
-    result = train(tiny_config(*overrides, "train.max_updates=4", "adapter.r=4"))
-    out = capsys.readouterr().out
-    assert result["eval/perplexity"] < result["perplexity_before"]
-    assert "coverage   x_proj out_proj: 4 of 4 layers\n" in out
-    assert (
-        "unfused    2 MambaMixer layers train without mamba_inner_fn, which is not installed here: it costs nothing\n"
-        in out
-    )
-
-
-def test_the_cost_of_the_unfused_path_is_measured_where_there_is_a_kernel(compose, monkeypatch):
-    from transformers.models.mamba2 import modeling_mamba2
-
-    def kernel(xz, *args, outproj_weight, **kwargs):
-        return torch.nn.functional.linear(xz[..., : outproj_weight.shape[1]], outproj_weight)
-
-    adapter = compose("adapter.r=4", "adapter.target_modules=[out_proj]", "adapter.unfused=true").adapter
-    model = build(FAMILIES["mamba2"].model(), adapter).train()
-    assert describe_unfused(model).endswith("not installed here: it costs nothing")
-    monkeypatch.setattr(modeling_mamba2, "mamba2_split_conv1d_scan_combined", kernel)
-    text = describe_unfused(model)
-    assert text.startswith("2 Mamba2Mixer layers train without kernel: 512 tokens take ")
-    unfused, fused = (float(part.split(" ms")[0].split()[-1]) for part in text.split("instead of"))
-    assert 0 < fused < unfused
-    assert not any(module.training for module in model.modules() if type(module).__name__ == "Mamba2Mixer")
-
-
-def test_unfused_without_a_kernel_to_leave_is_refused(tiny_config):
-    with pytest.raises(UserError, match=r"adapter\.unfused=true: no fused kernel of this model"):
-        train(tiny_config("adapter.unfused=true"))
-
-
-def test_a_target_in_none_of_the_layers_is_refused(compose):
-    adapter = compose("adapter.r=4", "adapter.target_modules=[in_proj,q_proj]", "adapter.layers=[0]").adapter
-    with pytest.raises(UserError, match=r"adapter\.layers=\[0\]: q_proj is in none of them\. .* \(\[1\]\)"):
-        build(FAMILIES["bamba"].model(), adapter)
+@pytest.mark.parametrize("kind", ["cera", "lora", "miss"])
+def test_all_linear_leaves_out_a_layer_that_no_pass_reaches(tiny_llama, compose, kind):
+    tiny_llama.config.num_hidden_layers = 1  # the decoder runs so many of its layers
+    adapter = compose(f"adapter={kind}", "adapter.r=4", "adapter.target_modules=all-linear").adapter
+    model = build(tiny_llama, adapter)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert len(adapted) == 7
+    assert all(".layers.0." in name for name in adapted)
+    assert not model.base_model.model.training
+    assert not any(module._forward_hooks for module in tiny_llama.modules())

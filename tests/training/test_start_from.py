@@ -20,7 +20,7 @@ from cera_train.training.train import train
 
 KINDS = {
     "cera": ["adapter=cera", "adapter.activation=gelu"],
-    "cera_mix": ["adapter=cera_mix", "adapter.recurrent_steps=1", "adapter.alpha=8"],
+    "cera_mix": ["adapter=cera_mix", "adapter.alpha=8"],
     "lora": ["adapter=lora", "adapter.target_modules=all-linear"],
     "rslora": ["adapter=rslora"],
     "dora": ["adapter=dora", "adapter.layers=[1]"],
@@ -119,7 +119,6 @@ DIFFERENT = [
     ({"kind": "lora"}, "adapter.kind is 'cera' there, 'lora' here"),
     ({"activation": "relu"}, "adapter.activation is 'silu' there, 'relu' here"),
     ({"mix": "learned"}, "adapter.mix is 'none' there, 'learned' here"),
-    ({"recurrent_steps": 1}, "adapter.recurrent_steps is 0 there, 1 here"),
     ({"alpha": 8.0}, "adapter.alpha is None there, 8.0 here"),
     ({"layers": [1]}, "adapter.layers is None there, [1] here"),
     ({"target_modules": ["q_proj"]}, "adapter.target_modules is ['q_proj', 'v_proj'] there, ['q_proj'] here"),

@@ -26,17 +26,15 @@ class Cera(RankedPeft):
 
     def check(self, config: Any) -> None:
         super().check(config)
-        steps = config.recurrent_steps
-        require(steps >= 0, f"adapter.recurrent_steps={steps} must be 0 or more.")
         require(
             not (config.mix == "learned" and config.activation == "identity"),
             "adapter.mix=learned mixes the gate with the identity, and adapter.activation=identity is none: set "
             "another, or adapter.mix=none.",
         )
         require(
-            not (self.has_learned_gate(config) and config.kernels == "triton"),
-            f"adapter.kernels=triton computes no gate with parameters, as adapter.mix={config.mix} "
-            f"adapter.recurrent_steps={steps} has: set adapter.kernels=auto.",
+            not (config.mix == "learned" and config.kernels == "triton"),
+            "adapter.kernels=triton computes no gate with parameters, as adapter.mix=learned has: set "
+            "adapter.kernels=auto.",
         )
         adapts_experts = config.experts or config.target_parameters
         require(
@@ -60,34 +58,27 @@ class Cera(RankedPeft):
             *[f"init {settings.init}"] * (settings.init not in (None, "kaiming_normal")),
             *["dropout on input"] * (settings.dropout_on == "input"),
             *["learned mix"] * (settings.mix == "learned"),
-            *[f"{settings.recurrent_steps} recurrent steps"] * bool(settings.recurrent_steps),
         ]
 
     def formula(self, config: Any) -> str:
         """The branch in a line, for a reader."""
         gate, on_input = config.activation, config.dropout_on == "input"
         z = "A dropout(x)" if on_input else "A x"
-        if not self.has_learned_gate(config):
+        if config.mix != "learned":
             return f"y = W0 x + s B {f'{gate}({z})' if on_input else f'dropout({gate}({z}))'}"
-        hidden = f"(z + gamma ({gate}(z) - z))" if config.mix == "learned" else f"{gate}(z)"
-        steps = f" after {config.recurrent_steps} recurrent steps" * bool(config.recurrent_steps)
-        return f"y = W0 x + s B {hidden if on_input else f'dropout {hidden}'}, z = {z}{steps}"
+        return f"y = W0 x + s B {'' if on_input else 'dropout '}(z + gamma ({gate}(z) - z)), z = {z}"
 
-    def has_learned_gate(self, config: Any) -> bool:
-        """Whether the gate has parameters, so that torch computes it."""
-        return config.mix == "learned" or config.recurrent_steps > 0
-
-    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
         from cera_train.adapters.targets import expert_names
 
         if config.experts:
             config = replace(config, experts=False, target_parameters=expert_names(base))
-        return super().build(base, config)
+        return super().build(base, config, left_out)
 
     def peft_config(self, config: Any) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        plain = ("r", "alpha", "dropout", "recurrent_steps", "target_parameters")
+        plain = ("r", "alpha", "dropout", "target_parameters")
         fields = {name: getattr(config, name) for name in plain}
         fields |= {name: str(getattr(config, name)) for name in ("activation", "init", "dropout_on", "mix")}
         fields["expert_r"] = config.expert_r if config.target_parameters else None  # `build` knows all experts' names
@@ -144,11 +135,10 @@ def gate_fields(gate: nn.Module) -> dict[str, Any]:
 
     from cera_train.cera.gate import LearnedGate
 
-    mixes = isinstance(gate, LearnedGate) and gate.gamma is not None
-    activation = gate.gate if isinstance(gate, LearnedGate) else gate
+    mixes, is_identity = isinstance(gate, LearnedGate), isinstance(gate, nn.Identity)
     return {
-        "gate": None if isinstance(gate, nn.Identity) else gate,
-        "closes": not (mixes or isinstance(activation, nn.Identity)),
+        "gate": None if is_identity else gate,
+        "closes": not (mixes or is_identity),
         "gamma": (lambda: gate.gamma.item()) if mixes else None,
     }
 

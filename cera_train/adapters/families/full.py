@@ -28,7 +28,7 @@ class Full(Family):
     needs_targets = False
     trains_base = True
 
-    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
         if getattr(base, "is_quantized", False):
             raise UserError(
                 "adapter.kind=full trains every weight, and quantised ones take no gradient: set "

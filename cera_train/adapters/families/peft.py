@@ -90,21 +90,19 @@ class Peft(Family):
         with refusals_of_peft(config):
             return config_class(**fields, **config.settings)
 
-    def build(self, base: PreTrainedModel, config: Any) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
         import peft
 
-        from cera_train.cera.bypass import exclude_bypassed
+        from cera_train.cera.coverage import exclude_projections
 
-        is_all = config.target_modules == "all-linear"
-        if is_all and config.layers is not None:
+        if config.target_modules == "all-linear" and config.layers is not None:
             from cera_train.adapters.targets import linear_names
 
             # PEFT's LoRA takes layers with named modules only; the head is in no layer.
             layers = {name: module for name, module in base.named_modules() if re.search(r"\.\d+\.", name)}
             config = dataclasses.replace(config, target_modules=linear_names(layers.items()))
         peft_config = self.peft_config(config)
-        if is_all:
-            exclude_bypassed(peft_config, base)
+        exclude_projections(peft_config, left_out, base)
         with refusals_of_peft(config):
             model = peft.get_peft_model(base, peft_config)
             # PEFT fills in fields while it builds, such as IA3's feedforward_modules: what is saved must load again.
