@@ -91,10 +91,10 @@ class PlannedStudy(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         with errors_in_one_line(PLAN):
-            from cera_train.study.plan import known_variances, plan_cells, powers, print_cells, print_powers
+            from cera_train.study.plan import known_variances, plan_cells, print_cells, print_power
 
             study, settings = study_of(self.config), OmegaConf.to_object(self.config.plan)
             variances = known_variances(study, settings)  # a mistake is answered before
             cells = plan_cells(self.config, job_composer(self.config, check_job))
             print_cells(cells, study)
-            print_powers(study, powers(study, cells, variances), settings.variances or "plan.spread")
+            print_power(study, cells, variances, settings.variances or "plan.spread")

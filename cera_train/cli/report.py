@@ -46,6 +46,6 @@ def report() -> None:
 
         print_study(write_study(read_study(folders[0]), output), output)
     else:
-        from cera_train.report.page import say_report, write_report
+        from cera_train.report.page import print_report, write_report
 
-        say_report(write_report(folders, output))
+        print_report(write_report(folders, output), output)

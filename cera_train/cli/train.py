@@ -24,7 +24,7 @@ from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
-from cera_train.study.sweeper import StudySweeper, begin_study, is_study
+from cera_train.study.design import StudySweeper, begin_study, is_study
 from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_grid_of_one, refuse_sweeps_folder
 from cera_train.sweep.halving import Halving, begin_halving, is_halving
 from cera_train.sweep.table import is_finished, print_sweep

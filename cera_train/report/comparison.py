@@ -13,7 +13,6 @@ from cera_train.common.settings import Changes, changes_of
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
 from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.runs import Evaluation, Run, Settings
-from cera_train.report.table import has_column, p_text, row_of, signed
 from cera_train.runs.results import PerplexityResult
 from cera_train.settings.data import evaluation_rows
 from cera_train.settings.evaluation import EvalConfig
@@ -45,29 +44,27 @@ class PairedTest:
     """Settings of the evaluation in which the two differ."""
 
     @property
-    def is_shown(self) -> bool:
-        return self.p_value <= ERROR_RATE
-
-    @property
     def verdict(self) -> str:
-        better = self.second if self.difference.difference > 0 else self.first
-        return f"{better} is better" if self.is_shown else "no difference shown"
+        """On the second run."""
+        if self.p_value > ERROR_RATE:
+            return "not shown"
+        return "better" if self.difference.difference > 0 else "worse"
 
     @property
-    def evidence(self) -> str:
-        """In words: 12 to 9 of 40 problems, p = 0.66; ..."""
-        points, lower, upper = (signed(100 * value, ".1f") for value in astuple(self.difference))
-        size = f"{points} points for {self.second} (95 % interval by paired bootstrap {lower} to {upper})"
-        if self.difference.lower == self.difference.upper:  # resampling equal differences gives a point
-            size = f"{points} points for {self.second} on every problem"
-            size = size if self.difference.difference else "no problem where they differ"
-        p = p_text(self.p_value)
-        p = f"p {p}" if p.startswith("<") else f"p = {p}"
-        if self.mcnemar is None:
-            how = "several answers each" if self.grader in ("exact", "verified") else f"by {self.grader}"
-            return f"mean over {self.problems:,} problems, {how}: {size}, {p}"
-        alone = f"{self.mcnemar.only_first:,} to {self.mcnemar.only_second:,} of {self.problems:,} problems"
-        return f"{alone} that only one of them solves, {p}; {size}"
+    def row(self) -> dict[str, str]:
+        """Of the report's table; differences are in points."""
+        points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
+        alone = self.mcnemar and f"{self.mcnemar.only_first:,} and {self.mcnemar.only_second:,}"
+        return {
+            "runs": f"{self.second} - {self.first}",
+            "task": f"{display_name(self.task)}, {self.grader}",
+            "verdict": self.verdict,
+            "difference, points": points,
+            "95 % interval": f"{lower} to {upper}",
+            "p": f"{self.p_value:.2g}",
+            "problems": f"{self.problems:,}",
+            "only the first / second solves": alone or "",
+        }
 
 
 def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
@@ -88,8 +85,6 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
                 notes.append(f"{name}, {first.name} and {second.name}: {error}")
         adjusted = holm([test.p_value for test in found])
         tests += [replace(test, p_value=p_value) for test, p_value in zip(found, adjusted, strict=True)]
-    if not tests and not notes:
-        notes.append("No two runs have a finished evaluation of answers on the same task.")
     return tests, notes
 
 
@@ -177,30 +172,28 @@ def cautions(runs: Sequence[Run], tests: Sequence[PairedTest]) -> list[str]:
     """What makes figures of these runs not comparable, or less than they seem."""
     notes: list[str] = []
 
-    def check(text: str, key: Callable[[Run], Any], own: Sequence[Run], with_keys: bool = False) -> None:
+    def check(text: str, key: Callable[[Run], Any], runs: Sequence[Run], with_keys: bool = False) -> None:
         """Adds the text where the runs fall into several groups by a key."""
-        groups = {key: ", ".join(run.name for run in same) for key, same in group_by(own, key).items()}
+        groups = {key: ", ".join(run.name for run in same) for key, same in group_by(runs, key).items()}
         if len(groups) > 1:
-            named = "; ".join(f"{names}: {key}" for key, names in groups.items())
-            notes.append(f"{text}: {named if with_keys else ' | '.join(groups.values())}.")
+            texts = "; ".join(f"{names}: {key}" for key, names in groups.items())
+            notes.append(f"{text}: {texts if with_keys else ' | '.join(groups.values())}.")
 
     trained = [run for run in runs if run.figures.perplexity is not None]
     keys = ", ".join(differing_keys([dict(run.evaluation_rows) for run in trained]))
     check(f"Perplexities and spectra are on different evaluation rows or tokens ({keys}), and cannot be ranked",
           lambda run: run.evaluation_rows, trained)  # fmt: skip
-    check("The runs are on different base models, so a difference is not the adapter's alone, and perplexities "
-          "compare only where the models share a tokenizer", lambda run: run.base, trained, True)  # fmt: skip
-    check("Speed, time and peak memory are of different machines, and a CPU's peak is resident memory with the "
-          "libraries, a GPU's what its tensors took", lambda run: run.files.environment.machine,
+    check("The runs are on different base models", lambda run: run.base, trained, True)
+    check("Speed, time and peak memory are of different machines", lambda run: run.files.environment.machine,
           [run for run in trained if run.files.environment.machine], True)  # fmt: skip
     check("Spectra are taken on probes of different size", lambda run: run.settings.get("train.probe_tokens"), trained)
     for task in task_names(runs):
-        name, found = display_name(task), {run.name: run.evaluations.get(task) for run in runs}
+        name, evaluations = display_name(task), {run.name: run.evaluations.get(task) for run in runs}
         check(f"Accuracies on {name} are of different problems",
-              lambda run, found=found: _problem_ids(found[run.name]), graded(runs, task))  # fmt: skip
-        measured = [run for run in runs if found[run.name] and isinstance(found[run.name].result, PerplexityResult)]
+              lambda run, found=evaluations: _problem_ids(found[run.name]), graded(runs, task))  # fmt: skip
+        measured = [run for run in runs if (own := evaluations[run.name]) and isinstance(own.result, PerplexityResult)]
         check(f"The perplexities of task {name} are on different rows or base models, and cannot be ranked",
-              lambda run, found=found: _perplexity_rows(run, found[run.name]), measured)  # fmt: skip
+              lambda run, found=evaluations: _perplexity_rows(run, found[run.name]), measured)  # fmt: skip
     for task, settings in dict.fromkeys((test.task, test.other_settings) for test in tests if test.other_settings):
         notes.append(f"Evaluations on {display_name(task)} differ in their settings: {'; '.join(settings)}.")
     return notes
@@ -222,39 +215,23 @@ def _perplexity_rows(run: Run, evaluation: Evaluation) -> tuple:
 
 def missing_pieces(runs: Sequence[Run]) -> list[str]:
     """What is not there, by name."""
-    lines = [f"{run.name} {line}." for run in runs for line in _missing_of_run(run)]
-    tasks = task_names(runs)
-    for task in tasks:
-        if absent := [run.name for run in runs if task not in run.evaluations]:
-            lines.append(f"Not evaluated on {display_name(task)}: {', '.join(absent)}.")
+    lines, tasks = [], task_names(runs)
+    for run in runs:
+        perplexity, name = run.figures.perplexity, run.name
+        if run.is_unfinished:
+            lines.append(f"{name} is unfinished (update {run.files.metrics.last_update:,}).")
+        if perplexity is not None and not math.isfinite(perplexity):
+            lines.append(f"{name} has diverged (perplexity {perplexity}).")
+        unreadable = {path.parent.name for path in run.folder.glob("eval/*/result.json")} - run.evaluations.keys()
+        lines += [f"{name} has no config.yaml in eval/{task}, which is left out." for task in sorted(unreadable)]
+        for task in tasks:
+            evaluation = run.evaluations.get(task)
+            if evaluation is None or evaluation.result is None:
+                lines.append(f"{name} has no finished evaluation on {display_name(task)}.")
+            elif evaluation.is_graded and evaluation.result.missing:
+                lines.append(f"{name} lacks {evaluation.result.missing:,} answers on {display_name(task)}.")
     if not tasks:
         lines.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
-    return lines
-
-
-def _missing_of_run(run: Run) -> list[str]:
-    lines, files, perplexity = [], run.files, run.figures.perplexity
-    if run.is_unfinished:
-        lines.append(f"is unfinished (update {files.metrics.last_update:,}): its row has its latest figures")
-    if perplexity is not None and not math.isfinite(perplexity):
-        lines.append(f"has diverged (perplexity {perplexity}): pictures leave out what is not finite")
-    if not run.is_training:
-        lines.append("has evaluations only: no training figures")
-    if files.result is not None:
-        absent = [label.split(",")[0] for label, _, cell in row_of(run) if cell.value is None and label != "r"]
-        if absent:
-            lines.append(f"has no {', '.join(absent)} in its result.json")
-        lines += ["has no spectrum.json, so the spectra are without it"] * (not files.spectrum)
-        lines += ["has no metrics.jsonl, so the curves are without it"] * (not files.metrics.last_update)
-    nowhere = {key: value for key, value in run.published.items() if not has_column(key)}
-    lines += [f"has no column for the paper's {key}, {value:g}" for key, value in nowhere.items()]
-    unknown = {path.parent.name for path in run.folder.glob("eval/*/result.json")} - run.evaluations.keys()
-    lines += [f"has no config.yaml in eval/{name}, which is left out" for name in sorted(unknown)]
-    for task, own in run.evaluations.items():
-        if own.result is None:
-            lines.append(f"has an unfinished evaluation on {display_name(task)}")
-        elif own.is_graded and own.result.missing:
-            lines.append(f"lacks {own.result.missing:,} answers on {display_name(task)}")
     return lines
 
 

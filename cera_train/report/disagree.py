@@ -41,7 +41,8 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     if test.mcnemar is not None:
         for label, pair in {"both right": (1, 1), "only A": (1, 0), "only B": (0, 1), "neither": (0, 0)}.items():
             print_line(label, f" {list(pairs.values()).count(pair):,}")
-    print(textwrap.fill(clean(f"test        {test.verdict}: {test.evidence}"), width, subsequent_indent=" " * 12))
+    for label in ("difference, points", "95 % interval", "p", "verdict"):
+        print_line(label.partition(",")[0], f" {test.row[label]}")
     for settings in test.other_settings:
         print_line("not alike", f" {settings}")
     if not different:

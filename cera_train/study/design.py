@@ -1,23 +1,31 @@
-"""What a study runs: the grid of its section, and what makes its arms comparable. Imports no torch."""
+"""What a study runs: the grid of its section, what makes its arms comparable, and `hydra/sweeper=study`, which runs the
+jobs that have not ended by any launcher. Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError
+from cera_train.common.files import locked
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import flatten, require, to_plain
+from cera_train.distributed.processes import is_main_process
 from cera_train.runs.recorded_config import changes_result
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, SCORE, Equal, StudyConfig
-from cera_train.study.cells import ARM, SEED, TASK, Cell, read_cells
-from cera_train.sweep.folder import ComposeJob, grid, key_of, record_of
-from cera_train.sweep.record import SweepRecord
+from cera_train.study.cells import ARM, SEED, TASK, Cell, read_cells, read_study
+from cera_train.sweep.folder import WRITER, ComposeJob, begin, grid, key_of, named, record_of
+from cera_train.sweep.record import RECORD, SweepRecord
+from cera_train.sweep.table import State, job_status
 
 PARAMETERS = 0.01
 """Share by which trainable parameters may differ and count as equal."""
@@ -39,29 +47,14 @@ def study_of(config: DictConfig) -> StudyConfig:
 def study_record(config: DictConfig) -> SweepRecord:
     """The content of sweep.json: every arm, task, condition, tuned value and seed that tunes."""
     study = config.study
-    dimensions = study_dimensions(study)
-    jobs = [
-        [word for choice in job for word in (choice, *_overrides(choice, study))] for job in grid(config, dimensions)
-    ]
-    return replace(record_of(config, jobs, dimensions), study=OmegaConf.to_container(study))
-
-
-def study_dimensions(study: Any) -> dict[str, str]:
-    """The dimensions of a study: key -> values, as `hydra.sweeper.params` has them.
-
-    Args:
-        study: the section, as Hydra composed it.
-    """
     dimensions: dict[str, Sequence[Any]] = {TASK: list(study.tasks)} if study.tasks else {}
     dimensions |= {ARM: list(study.arms), **study.conditions, **study.tune}
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
-    return {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
-
-
-def _overrides(choice: str, study: Any) -> list[str]:
-    """The overrides that make the arm or the task of a choice."""
-    key, _, name = choice.partition("=")
-    return list({ARM: study.arms, TASK: study.tasks}.get(key, {}).get(name, ()))
+    params = {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
+    overrides = {f"{key}={name}": words for key, section in ((ARM, study.arms), (TASK, study.tasks))
+                 for name, words in section.items()}  # fmt: skip
+    jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in grid(config, params)]
+    return replace(record_of(config, jobs, params), study=OmegaConf.to_container(study))
 
 
 def _word(value: Any) -> str:
@@ -172,3 +165,70 @@ def check_problems(runs: Iterable[Config]) -> None:
                 f"train.tasks=[{task}]: {len(shared):,} of its problems are among the training rows, such as "
                 f"{shared[0][:60]!r}. Choose other rows or problems."
             )
+
+
+# --- running it ------------------------------------------------------------------------------------------------------
+
+
+def is_study(config: DictConfig) -> bool:
+    """Whether a sweep is that of a study. `config` has Hydra's section."""
+    return config.hydra.sweeper.get("_target_", "").endswith(f".{StudySweeper.__name__}")
+
+
+def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
+    """`begin` for a study: first refuses one that could not answer its question."""
+    study = study_of(config)
+    require(
+        not (config.launch.detach and study.tune_seeds),
+        f"launch.detach=true with study.tune_seeds={study.tune_seeds}: the other seeds wait for what these choose. "
+        "Leave one out.",
+    )
+
+    def checked_record(config: DictConfig) -> SweepRecord:
+        record = study_record(config)
+        pairs = check_cells(config, record, compose)
+        check_problems(run for cell, run in pairs if not cell.is_finished)  # a finished cell reads its rows no more
+        return record
+
+    begin(config, compose, checked_record)
+
+
+class StudySweeper(Sweeper):
+    """Runs the whole grid; with `study.tune_seeds`, then the values that these seeds chose with every other seed."""
+
+    def __init__(self, **_: Any) -> None:
+        """Hydra passes the settings, of which a study has none here."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config = config
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Holds the folder while it runs. Of several processes that run it, the main one holds."""
+        self.folder, self.launched = Path(self.config.hydra.sweep.dir), 0
+        with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
+            record = SweepRecord.read(self.folder / RECORD)
+            self.launch(record.overrides)
+            if self.config.study.tune_seeds:
+                chosen = [
+                    candidate.overrides_of(seed)
+                    for cell in read_study(self.folder).cells
+                    for seed, candidate in cell.chosen.items()
+                    if seed >= cell.tune_seeds
+                ]
+                jobs = named(self.folder, chosen, record.swept)
+                record.with_jobs(jobs).write(self.folder / RECORD)
+                self.launch(jobs)
+
+    def launch(self, jobs: dict[str, list[str]]) -> None:
+        """Runs the jobs that have not ended, and waits for them."""
+        is_over = {State.finished, State.diverged}
+        waiting = [
+            overrides
+            for name, overrides in jobs.items()
+            if self.config.train.extend or job_status(self.folder, name).state not in is_over
+        ]
+        if waiting:
+            for job in self.launcher.launch(waiting, initial_job_idx=self.launched):
+                _ = job.return_value  # raises what the job did not catch
+        self.launched += len(waiting)

@@ -8,13 +8,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.drawing import BACKGROUND, COLORS, TEXT, Picture, render, styles_of
 from cera_train.common.files import finite, write_bytes, write_text
-from cera_train.common.pages import template
+from cera_train.common.pages import Table, print_rows, template, without_empty_columns
 from cera_train.common.settings import map_values
-from cera_train.common.terminal import duration, print_line, print_table
+from cera_train.common.terminal import duration, print_line
 from cera_train.runs.card import escape
 from cera_train.runs.results import Environment
 from cera_train.settings.sweep import LOSS
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 RESULTS = "study_results.json"
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    caption: str
 
 
 @dataclass(frozen=True)
@@ -53,8 +46,30 @@ class StudyReport:
 
     @property
     def tables(self) -> list[Table]:
-        tables = [_verdicts(self.comparisons, self.study.config.matters), _cells(self.study, self.results)]
-        return tables + [_slopes(self.slopes, self.study.config.outcomes[0])] * bool(self.slopes)
+        outcomes, matters = self.study.config.outcomes, self.study.config.matters
+        tables = [
+            Table(
+                "Verdicts",
+                [_verdict(own, matters if own.outcome == outcomes[0] else None) for own in self.comparisons],
+                "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named "
+                "arm. The interval holds for other seeds and problems. Holm corrects p over the contrasts of an "
+                "outcome. Detectable: the smallest difference shown with power 80 %. Too small: the interval lies "
+                f"within ±{matters:g}.",
+            ),
+            Table(
+                "Cells",
+                without_empty_columns([_cell(own, outcomes) for own in self.results]),
+                "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last "
+                "value of the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a "
+                "branch's variance.",
+            ),
+            Table(
+                "Slopes",
+                [_slope(own, outcomes[0]) for own in self.slopes],
+                "Change of the outcome with every doubling of the rank. The interval holds for other seeds.",
+            ),
+        ]
+        return [table for table in tables if table.rows]
 
     @property
     def picture(self) -> Picture:
@@ -65,19 +80,15 @@ class StudyReport:
     def to_json(self) -> dict[str, Any]:
         """study_results.json: numbers to commit as evidence."""
         environments = [own for result in self.results for own in result.environments.values()]
-        versions = {name: version for own in environments for name, version in (own.packages or {}).items()}
         return {
             "study": self.study.folder.resolve().name,
             "command": self.command,
             "config": dataclasses.asdict(self.study.config),
             "contrasts": list(map(_contrast_json, self.comparisons)),
-            "cells": [_cell_json(self.study, own) for own in self.results],
-            "slopes": [
-                {"name": own.name, "slope": own.value, "interval": own.interval, "by_seed": own.by_seed}
-                for own in self.slopes
-            ],
+            "cells": [_cell_json(own) for own in self.results],
+            "slopes": [dataclasses.asdict(own) | {"value": own.value, "interval": own.interval} for own in self.slopes],
             "machines": sorted({f"{own.machine}, {own.platform}, Python {own.python}" for own in environments}),
-            "versions": versions,
+            "versions": {name: version for own in environments for name, version in (own.packages or {}).items()},
         }
 
 
@@ -88,8 +99,8 @@ def write_study(study: Study, output: Path) -> StudyReport:
         UserError: what `read_results` and `compare_cells` refuse.
     """
     results = read_results(study)
-    command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line
-    report = StudyReport(study, results, compare_cells(study, results), slopes(study, results), command or "")
+    command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line or ""
+    report = StudyReport(study, results, compare_cells(study, results), slopes(study, results), command)
     output.mkdir(parents=True, exist_ok=True)
     write_bytes(output / f"{report.picture.name}.png", render(report.picture, "png"))
     for name in ("report.md", "report.html"):
@@ -102,69 +113,50 @@ def write_study(study: Study, output: Path) -> StudyReport:
 def print_study(report: StudyReport, output: Path) -> None:
     print(f"{report.title}\n")
     for table in report.tables:
-        print_table(table.header, table.rows, right=range(2, len(table.header)))
-        print()
+        print_rows(table.rows)
     print_line("report", f" {output / 'report.html'}, {output / 'report.md'}, {output / RESULTS}")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _verdicts(comparisons: Sequence[Comparison], matters: float) -> Table:
-    rows = []
-    for own in comparisons:
-        found, primary = own.contrast, own.outcome == comparisons[0].outcome
-        rows.append(
-            [
-                own.arms,
-                ", ".join(filter(None, [own.first.cell.condition, own.outcome])),
-                own.verdict,
-                _number(own.outcome, found.difference, "+"),
-                _interval(own.outcome, (found.lower, found.upper)),
-                f"{own.p_value:.2g}",
-                _number(own.outcome, own.detectable),
-                ("yes" if found.is_within(matters) else "no") if primary else "",
-            ]
-        )
-    header = ["contrast", "of", "verdict", "difference", "95 % interval", "p after Holm", "detectable", "too small"]
-    caption = (
-        "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. The "
-        "interval holds for other seeds and problems. Holm corrects p over the contrasts of an outcome. Detectable: "
-        f"the smallest difference shown with power 80 %. Too small: the interval lies within ±{matters:g}."
-    )
-    return Table("Verdicts", header, rows, caption)
+def _verdict(own: Comparison, matters: float | None) -> dict[str, str]:
+    found = own.contrast
+    return {
+        "contrast": own.arms,
+        "of": ", ".join(filter(None, [own.first.cell.condition, own.outcome])),
+        "verdict": own.verdict,
+        "difference": _number(own.outcome, found.difference, "+"),
+        "95 % interval": _interval(own.outcome, (found.lower, found.upper)),
+        "p after Holm": f"{own.p_value:.2g}",
+        "detectable": _number(own.outcome, own.detectable),
+        "too small": "" if matters is None else "yes" if found.is_within(matters) else "no",
+    }
 
 
-def _cells(study: Study, results: Sequence[CellResult]) -> Table:
-    figures = {
+def _cell(own: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
+    forms = {
         "parameters": ("trainable_parameters", "{:,.0f}".format),
         "time of a run": ("seconds", duration),
         "effective rank": ("effective_rank_mean", "{:.1f}".format),
         "linear share": ("linear_share_mean", "{:.1%}".format),
         "gamma": ("gamma", "{:.2f}".format),
     }
-    rows = []
-    for own in results:
-        row = [own.cell.name, "; ".join(own.chosen)]
-        for outcome in study.config.outcomes:
-            spread = own.spread(outcome)
-            mean = f"{own.mean(outcome):.4f}" if outcome == LOSS else f"{own.mean(outcome):.1%}"
-            row.append(mean + ("" if spread is None else f" ± {_number(outcome, spread)}"))
-        for name, form in figures.values():
-            value = own.figure(name)
-            row.append("" if value is None else form(value))
-        rows.append(row)
-    caption = (
-        "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last value of "
-        "the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a branch's variance."
-    )
-    return Table("Cells", ["cell", "tuned", *study.config.outcomes, *figures], rows, caption)
+    row = {"cell": own.cell.name, "tuned": "; ".join(own.chosen)}
+    for outcome in outcomes:
+        means = own.values[outcome].means
+        row[outcome] = f"{fmean(means):.4f}" if outcome == LOSS else f"{fmean(means):.1%}"
+        row[outcome] += f" ± {_number(outcome, stdev(means))}" if len(means) > 1 else ""
+    figures = {label: (own.figure(name), form) for label, (name, form) in forms.items()}
+    return row | {label: "" if value is None else form(value) for label, (value, form) in figures.items()}
 
 
-def _slopes(slopes: Sequence[Slope], outcome: str) -> Table:
-    rows = [[own.name, "", _number(outcome, own.value, "+"), _interval(outcome, own.interval)] for own in slopes]
-    caption = "Change of the outcome with every doubling of the rank. The interval holds for other seeds."
-    return Table("Slopes", ["arm", "", f"{outcome} per doubling", "95 % interval"], rows, caption)
+def _slope(own: Slope, outcome: str) -> dict[str, str]:
+    return {
+        "arm": own.name,
+        f"{outcome} per doubling": _number(outcome, own.value, "+"),
+        "95 % interval": _interval(outcome, own.interval),
+    }
 
 
 def _number(outcome: str, value: float, sign: str = "") -> str:
@@ -233,17 +225,17 @@ def _contrast_json(own: Comparison) -> dict[str, Any]:
     }
 
 
-def _cell_json(study: Study, own: CellResult) -> dict[str, Any]:
-    figures = ("trainable_parameters", "seconds", "effective_rank_mean", "manifold_dimension_mean")
+def _cell_json(own: CellResult) -> dict[str, Any]:
+    figures = ("trainable_parameters", "seconds", "effective_rank_mean", "manifold_dimension_mean",
+               "linear_share_mean", "gamma")  # fmt: skip
     return {
         "arm": own.cell.arm,
         "condition": own.cell.condition,
         "chosen": own.chosen,
         "losses": [
-            candidate.values | {"loss": [candidate.loss(seed) for seed in own.cell.tuning]}
-            for candidate in own.cell.candidates
+            each.values | {"loss": [each.loss(seed) for seed in own.cell.tuning]} for each in own.cell.candidates
         ],
-        "outcomes": {outcome: own.values[outcome].means for outcome in study.config.outcomes},
-        **{name: own.figure(name) for name in (*figures, "linear_share_mean", "gamma")},
+        "outcomes": {outcome: values.means for outcome, values in own.values.items()},
+        **{name: own.figure(name) for name in figures},
         "endings": own.endings,
     }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
@@ -38,7 +38,7 @@ class Values:
 
     table: np.ndarray
     """[seeds, problems]"""
-    problems: Sequence[Any]
+    problems: list[Any]
     """Equal where two cells had the same problems."""
     weights: np.ndarray | None = None
     """[problems]: supervised tokens."""
@@ -66,37 +66,26 @@ class CellResult:
 
     def figure(self, name: str) -> float | None:
         """The mean over seeds of a figure of result.json or of its spectra."""
-        values = [
-            getattr(result if hasattr(result, name) else result.spectrum, name) for result in self.results.values()
-        ]
+        results = self.results.values()
+        values = [getattr(own if hasattr(own, name) else own.spectrum, name) for own in results]
         return None if None in values else fmean(values)
-
-    def mean(self, outcome: str) -> float:
-        return fmean(self.values[outcome].means)
-
-    def spread(self, outcome: str) -> float | None:
-        """The standard deviation over seeds; None for a single one."""
-        means = self.values[outcome].means
-        return stdev(means) if len(means) > 1 else None
 
     @property
     def chosen(self) -> list[str]:
         """The tuned values, such as `optimizer.lr=0.001`, with the seeds that each judges where they differ; those at
         the end of the grid are marked."""
-        seeds: dict[str, list[int]] = {}
+        seeds: dict[str, list[str]] = {}
         for seed, candidate in self.cell.chosen.items():
-            words = (f"{key}={value}{' (edge)' * self._is_edge(key, value)}" for key, value in candidate.values.items())
-            seeds.setdefault(" ".join(words), []).append(seed)
-        if len(seeds) == 1:
-            return list(seeds)
-        return [f"{text} for seeds {', '.join(map(str, numbers))}" for text, numbers in seeds.items()]
+            words = [f"{key}={value}{' (edge)' * self._is_edge(key, value)}" for key, value in candidate.values.items()]
+            seeds.setdefault(" ".join(words), []).append(str(seed))
+        return list(seeds) if len(seeds) == 1 else [f"{text} for seeds {', '.join(own)}" for text, own in seeds.items()]
 
     def _is_edge(self, key: str, value: str) -> bool:
         try:
-            numbers = sorted({float(candidate.values[key]) for candidate in self.cell.candidates})
+            numbers = {float(candidate.values[key]) for candidate in self.cell.candidates}
         except ValueError:
             return False
-        return len(numbers) > 1 and float(value) in (numbers[0], numbers[-1])
+        return len(numbers) > 1 and float(value) in (min(numbers), max(numbers))
 
 
 def read_results(study: Study) -> list[CellResult]:
@@ -107,8 +96,10 @@ def read_results(study: Study) -> list[CellResult]:
             a claim of equal ones, or a file of a run is broken.
     """
     if missing := study.missing():
-        more = f", and {len(missing) - 1:,} more" * (len(missing) > 1)
-        raise UserError(f"{study.folder} is an unfinished study: {missing[0]}{more}. Its command goes on.")
+        raise UserError(
+            f"{study.folder} is an unfinished study, whose command goes on. Missing: {'; '.join(missing[:5])}"
+            f"{f'; and {len(missing) - 5:,} more' * (len(missing) > 5)}."
+        )
     results = [_read_cell(study, cell) for cell in study.cells]
     for condition in dict.fromkeys(cell.condition for cell in study.cells):
         same = [own for own in results if own.cell.condition == condition]

@@ -10,11 +10,7 @@ seed by seed and problem by problem, and what is common to both cancels:
 
 Each part has the t quantile of its degrees of freedom. If each part alone keeps its error rate, so does the sum,
 whatever the parts' sizes: Banerjee 1960, "Expressions for the lower bound to confidence coefficient", Sankhya 21.
-`python -m benchmarks.verdicts` shows what simpler intervals do: one t quantile with Satterthwaite's degrees of freedom
-errs in up to 7.4 % where 5 % are meant, the plain hierarchical bootstrap in 26 % at 3 seeds.
-
-5 % holds if the means over a seed's problems are about normal. Seeds that either collapse or learn, half of them each,
-are not: 12.2 % errors at 2 seeds, 3.0 % at 3, 2.5 % at 5.
+`python -m benchmarks.verdicts` shows what simpler intervals do.
 """
 
 from __future__ import annotations

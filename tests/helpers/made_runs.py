@@ -11,7 +11,7 @@ import yaml
 
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.report.runs import read_runs
-from cera_train.report.table import build_columns
+from cera_train.report.table import run_rows
 
 PROBLEMS = 40
 
@@ -191,7 +191,7 @@ def two_runs(folder: Path) -> tuple[Path, Path]:
     return first, second
 
 
-def cells(*folders: Path) -> dict[str, list]:
-    """Columns by label: [(value, notes), ...] in the order of the runs."""
-    columns = build_columns(read_runs(folders))
-    return {column.label: [(cell.value, *cell.notes) for cell in column.cells] for column in columns}
+def cells(*folders: Path) -> dict[str, list[str]]:
+    """Columns by label, in the order of the runs."""
+    rows = run_rows(read_runs(folders))
+    return {name: [row[name] for row in rows] for name in rows[0]}

@@ -54,7 +54,7 @@ def test_a_report_is_made_or_the_broken_file_is_named(
     path.write_bytes(data.draw(st.just(broken) | mutated(broken)))
     reason, report = "", None
     try:
-        report = compare_runs(two_small_runs, Path("report"))
+        report = compare_runs(two_small_runs)
     except ValueError as error:
         reason = str(error)
     finally:
