@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from cera_train.common.errors import UserError, words_of
+from cera_train.common.errors import UserError
 from cera_train.data.rows import Source
 
 SECONDS = 5.0
@@ -70,70 +70,54 @@ def why_not_reached() -> str:
 
 
 def from_hub(
-    path: str, subset: str | None, revision: str | None, split: str, split_setting: str = "task.split"
+    path: str,
+    subset: str | None,
+    revision: str | None,
+    split: str,
+    setting: str = "task.split",
+    streaming: bool = False,
 ) -> Source:
-    """One split of a data set on the Hub, or in a folder. Messages name `split_setting` and the keys beside it."""
+    """One split of a data set on the Hub, or in a folder. Messages name its `setting` and the keys beside it.
+    `streaming`, the rows are downloaded as they are read."""
     import datasets
 
     datasets.disable_progress_bars()
-    section = split_setting.partition(".")[0]
+    section = setting.partition(".")[0]
     place = f"{section}.path={path}"
     files = "data.train_files and data.eval_files" if section == "data" else f"{section}.files"
     mend = f"set {files} to local files"
-    _check_place(path, place, mend)
-    try:
-        with hub_or_cache(needs_hub=not Path(path).is_dir()):
-            dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
-    # HfHubHTTPError and ConnectionError are OSErrors; a data set that is a Python script is a RuntimeError; an unknown
-    # split or subset is a ValueError.
-    except (datasets.exceptions.DatasetsError, OSError, RuntimeError, ValueError) as error:
-        mistake = _mistake_in_settings(error, path, subset, f"{split_setting}={split}", section)
-        raise UserError(mistake or f"{place}: {_why_not_loaded(error, path, mend)}") from error
-    return Source(f"{path} {split} {dataset._fingerprint}", lambda: dataset, f"{place}, split {split}")
-
-
-def _check_place(path: str, place: str, mend: str) -> None:
-    """Refuses a path that is a file, or a folder that does not exist: the Hub would be searched for it."""
-    try:
-        is_file, is_folder = Path(path).is_file(), Path(path).is_dir()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{place}: cannot read it: {words_of(error)}.") from error
-    if is_file:
+    if os.path.isfile(path):
         raise UserError(f"{place}: it is a file: {mend}, such as [{path}].")
-    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
+    if not os.path.isdir(path) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
         reason = f"folder does not exist (from {Path.cwd()}), and a Hub id looks like organisation/name"
         raise UserError(f"{place}: {reason}. Mend it, or {mend}.")
+    try:
+        with hub_or_cache(needs_hub=not os.path.isdir(path)):
+            if streaming:
+                builder = datasets.load_dataset_builder(path, subset, revision=revision)
+                dataset, fingerprint = builder.as_streaming_dataset(split), builder.cache_dir  # which names the commit
+            else:
+                dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
+                fingerprint = dataset._fingerprint
+    except ValueError as error:  # of a split or a subset; the message lists those that there are
+        reason = " ".join(str(error).split()).rstrip(".")
+        keys = f"{setting}={split} and {section}.subset={subset}"
+        raise UserError(f"{place}: {reason}. Mend {keys}, or {mend}.") from error
+    # HfHubHTTPError and ConnectionError are OSErrors; a data set that is a Python script is a RuntimeError.
+    except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
+        raise UserError(f"{place}: {_why_not_loaded(error, path)}, or {mend}.") from error
+    return Source(f"{path} {split} {fingerprint}", lambda: dataset, f"{place}, split {split}")
 
 
-def _mistake_in_settings(error: Exception, path: str, subset: str | None, split: str, section: str) -> str | None:
-    """The line for a subset or split that the data set does not have; None for another error."""
-    text = " ".join(str(error).split())
-    there = ", ".join(sorted(set(re.findall(r"'([^']+)'", text.partition("[")[2])))[:20])
-    if text.startswith("Config name is missing"):
-        return f"{section}.path={path}: the data set has subsets: set {section}.subset to one of {there}."
-    if "BuilderConfig" in text and "not found" in text:
-        return f"{section}.subset={subset}: data set {path} has no such subset: set it to one of {there}, or null."
-    if text.startswith("Unknown split"):
-        return f"{split}: data set {path} has no such split: set it to one of {there}."
-    if "corresponds to no data" in text:
-        return f"{split}: data set {path} has no such rows: take others, such as train[:1000]."
-    if isinstance(error, ValueError) and ("split" in text.lower() or "instruction" in text):
-        return f"{split}: not a split ({text}): write it such as train or train[:1000]."
-    return None
-
-
-def _why_not_loaded(error: BaseException | None, path: str, mend: str) -> str:
-    """Why a data set cannot be loaded, and the mend."""
-    reasons = []
-    while error is not None:
-        reasons.append(" ".join(str(error).split()))
-        error = error.__cause__ or error.__context__
-    start = f"cannot load data set {path!r} from"
-    if Path(path).is_dir():
-        reason = reasons[-1] if reasons[0].startswith("An error occurred") else reasons[0]
-        return f"{start} this folder ({reason}). Mend its files, or {mend}."
-    if any("offline" in reason.lower() for reason in reasons):
-        login = "Where there is a network, log in with `hf auth login` if it is gated"
-        return f"{start} the Hub ({why_not_reached()}, and the cache does not hold it). {login}; without one, {mend}."
+def _why_not_loaded(error: Exception, path: str) -> str:
+    """Why a data set cannot be loaded, and a mend."""
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    reasons = [" ".join(str(each).split()).rstrip(".") for each in chain]
+    if os.path.isdir(path):
+        return f"cannot load this folder ({reasons[-1]}). Mend its files"
     login = "log in with `hf auth login` if it is gated or private"
-    return f"{start} the Hub ({reasons[0]}). Check its name; {login}, or {mend}."
+    if any("offline" in reason.lower() for reason in reasons):
+        return f"cannot load it from the Hub ({why_not_reached()}, and the cache lacks it). On a network, {login}"
+    return f"cannot load it from the Hub ({reasons[0]}). Check its name; {login}"

@@ -53,6 +53,11 @@ class Source:
         fingerprint = f"{self.fingerprint} [:{count}]"
         return replace(self, fingerprint=fingerprint, read=lambda: itertools.islice(self.read(), count))
 
+    def tail(self, start: int) -> Source:
+        """The rows after the first `start`."""
+        fingerprint = f"{self.fingerprint} [{start}:]"
+        return replace(self, fingerprint=fingerprint, read=lambda: itertools.islice(self.read(), start, None))
+
     def located(self) -> Iterator[tuple[str, Row]]:
         """Each row after its place: in its file, else by its number."""
         for number, row in enumerate(self.read(), start=1):

@@ -3,12 +3,13 @@
 import collections
 import itertools
 import json
-from collections.abc import Iterator
-from pathlib import Path
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 from cera_train.common.errors import UserError
 from cera_train.data import logistic_map, reasoning_gym
-from cera_train.data.files import check_files, from_files, rows_of
+from cera_train.data.files import check_files, from_files, rows_of, suffix_of
 from cera_train.data.hub import from_hub
 from cera_train.data.rows import Row, Source, at
 from cera_train.data.segments import segmenter
@@ -17,25 +18,26 @@ from cera_train.settings.data import DataConfig, Layout, at_part
 LOOKED_AT = 200
 """Rows of each file that `check_data` reads."""
 
+READ_BY_LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
 WHOLE_BYTES = 10_000_000
-"""Size up to which it reads files of kinds that are read as a whole."""
+"""Size up to which it reads files that are read as a whole."""
 
 
 def check_data(config: DataConfig) -> None:
-    """Looks at the files of a config and at their first rows, before anything heavy is imported: most mistakes show
-    there. The tokenizer's chat template is not needed for that."""
+    """Looks at the first rows of a config's files, before anything heavy is imported: most mistakes show there. The
+    tokenizer's chat template is not needed for that."""
     config.check_evaluates()
     for place, part in config.parts():
         with at_part(place):
             to_segments = segmenter(part, None)
             for path in data_files(part):
-                if path.suffix.lower() == ".jsonl" or path.stat().st_size < WHOLE_BYTES:
+                if "://" not in path and (suffix_of(path) in READ_BY_LINES or os.path.getsize(path) < WHOLE_BYTES):
                     for row in itertools.islice(rows_of([path]), LOOKED_AT):
                         with at(row.place):
                             to_segments(row)
 
 
-def data_files(config: DataConfig) -> list[Path]:
+def data_files(config: DataConfig) -> list[str]:
     """The files of a data set, or of all parts of a mix. Opens none, and computes no rows."""
     paths = []
     for place, part in config.parts():
@@ -58,11 +60,13 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
         train = from_files(config.train_files, "data.train_files")
         if config.eval_files:
             evaluation = from_files(config.eval_files, "data.eval_files")
+        elif config.streaming:  # nobody knows which rows are the last
+            train, evaluation = train.tail(config.eval_rows), train
         else:
             train, evaluation = _held_out(train, config.eval_rows)
     else:
         train, evaluation = (
-            from_hub(config.path, config.subset, config.revision, split, setting)
+            from_hub(config.path, config.subset, config.revision, split, setting, config.streaming)
             for setting, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split))
         )
     return train.head(config.train_rows), evaluation.head(config.eval_rows)
@@ -76,27 +80,24 @@ def computed_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
-    """The last `eval_rows` rows evaluate, the others train. They are read once for both, and only the last are kept."""
-    held_out: list[Row] = []
+    """The last `eval_rows` rows evaluate, the others train."""
 
     def training() -> Iterator[Row]:
-        last, count = collections.deque(), 0
-        for count, row in enumerate(source.read(), start=1):
+        rows, trains = iter(source.read()), False
+        last = collections.deque(itertools.islice(rows, eval_rows))
+        for row in rows:
+            trains = True
             last.append(row)
-            if count > eval_rows:
-                yield last.popleft()
-        if 0 < count <= eval_rows:
-            mend = f"rows. Lower it to at most {count - 1}." if count > 1 else "row. Add rows, or name another file."
+            yield last.popleft()
+        if last and not trains:
+            mend = f"rows. Lower it to at most {len(last) - 1}." if len(last) > 1 else "row. Add rows."
             reason = f"data.eval_rows={eval_rows} leaves nothing to train on"
-            raise UserError(f"{reason}: {source.name} has {count} {mend}")
-        held_out[:] = last
+            raise UserError(f"{reason}: {source.name} has {len(last)} {mend}")
 
-    def evaluation() -> list[Row]:
-        if not held_out:  # nobody read the training rows to their end
-            collections.deque(training(), maxlen=0)
-        return held_out
+    def evaluation() -> Iterable[Row]:
+        return collections.deque(source.read(), maxlen=eval_rows)
 
     return (
-        Source(f"{source.fingerprint} [:-{eval_rows}]", training, source.name),
-        Source(f"{source.fingerprint} [-{eval_rows}:]", evaluation, source.name),
+        replace(source, fingerprint=f"{source.fingerprint} [:-{eval_rows}]", read=training),
+        replace(source, fingerprint=f"{source.fingerprint} [-{eval_rows}:]", read=evaluation),
     )

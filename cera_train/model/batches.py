@@ -1,15 +1,11 @@
-"""Epoch order -> the sequences of an update -> a share for each process -> micro-batches of a bounded number of tokens.
-
-All of it follows from (seed, update), so resuming needs no data-loader state. The loss is a sum over supervised tokens,
-so none of it changes the result.
-"""
+"""The sequences of an update -> a share for each process -> micro-batches of a bounded number of tokens. The loss is a
+sum over supervised tokens, so none of it changes the result."""
 
 from __future__ import annotations
 
 import bisect
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,34 +17,6 @@ from torch.nn.utils.rnn import pad_sequence
 OVERHEAD_TOKENS = 96
 """Cost of one more micro-batch beyond its tokens, in tokens (SmolLM2-135M on two cores): padding fewer tokens than this
 is cheaper than another pass."""
-
-
-@dataclass(frozen=True)
-class RowOrder:
-    """Which of the `rows` training rows each update takes, in batches of `batch_size` sequences."""
-
-    rows: int
-    batch_size: int
-    seed: int
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates of an epoch. The last takes the sequences that remain, so an epoch has every row once."""
-        return math.ceil(self.rows / self.batch_size)
-
-    def epoch(self, update: int) -> int:
-        return update // self.updates_per_epoch
-
-    def sequences(self, update: int) -> list[int]:
-        order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
-        start = update % self.updates_per_epoch * self.batch_size
-        return order[start : start + self.batch_size].tolist()
-
-
-@functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update needs it
-def epoch_order(rows: int, seed: int) -> torch.Tensor:
-    """The rows in the order of an epoch."""
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
 
 
 def shares(rows: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
@@ -145,8 +113,16 @@ class MicroBatches:
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
         self.rows, self.is_flat, self.max_tokens, self.device = rows, is_flat, max_tokens, device
-        self.lengths: list[int] = rows.column("length")
-        self.supervised: list[int] = rows.column("supervised")
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each row."""
+        return self.rows.lengths
+
+    @property
+    def supervised(self) -> Sequence[int]:
+        """Tokens of each row whose prediction counts."""
+        return self.rows.supervised
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows of each micro-batch."""

@@ -225,13 +225,13 @@ def _size_of_files(config: DataConfig) -> DataSize:
 
 
 def _count_rows(names: list[str]) -> int:
-    from cera_train.data.files import from_files
+    from cera_train.data.files import check_files, rows_of
 
     rows = 0
-    for name in names:
-        if name.endswith(".jsonl"):
-            with open(name, "rb") as file:
+    for path in check_files(names, "data.train_files"):
+        if path.endswith(".jsonl") and "://" not in path:
+            with open(path, "rb") as file:
                 rows += sum(bool(line.strip()) for line in file)
         else:
-            rows += sum(1 for _ in from_files([name]).read())
+            rows += sum(1 for _ in rows_of([path]))
     return rows

@@ -33,8 +33,8 @@ from cera_train.common.records import Record
 from cera_train.common.settings import leaves
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
+from cera_train.data.order import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
-from cera_train.model.batches import RowOrder
 from cera_train.model.precision import Precision
 from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE

@@ -53,7 +53,7 @@ def export(config: ExportConfig) -> Certificate:
     refused = folder.with_name(f"{folder.name}.{REFUSED}")
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
-    calibration = calibration_batch(data.train, config.calibration_tokens, loaded.base.device)
+    calibration = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
     mask = calibration.attention_mask
     tokens = calibration.input_ids.numel() if mask is None else int(mask.sum())
     fit, gates = best_fit(loaded, calibration, config.bias)

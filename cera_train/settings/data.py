@@ -175,6 +175,11 @@ class DataConfig:
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(512, "tokens")
     """Tokens; longer rows are truncated."""
+    streaming: bool = setting(False, "result")
+    """Read the training rows once and in order while the run trains, and keep no tokens: for more rows than fit a disk.
+    Needs train.max_updates. Without eval_files, the first eval_rows rows of train_files are held out."""
+    shuffle_buffer: int = setting(10_000, "result", splits="training")
+    """Rows of a stream that are shuffled at a time."""
     train_rows: int | None = setting(None, "result", splits="training")
     eval_rows: int | None = setting(None, "result")
     """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of an epoch in all, and
@@ -191,8 +196,12 @@ class DataConfig:
     """For cera-plan only."""
 
     def __post_init__(self) -> None:
-        require_positive("data", self, "max_length", "train_rows")
+        require_positive("data", self, "max_length", "train_rows", "shuffle_buffer")
         require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
+        if self.streaming:
+            require(self.mix is None, "data.streaming=true reads one data set: leave out data.mix.")
+            require(not self.is_computed, f"data.layout={self.layout} computes its rows: leave out data.streaming.")
+            require(bool(self.eval_files or self.eval_rows), "data.streaming=true needs data.eval_rows, such as 1000.")
         if self.mix is None:
             self._check_rows()
         else:

@@ -146,19 +146,12 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "")
 def print_data(data: TokenizedData, tokenizer: Any) -> None:
     """Rows kept, dropped and truncated, the supervised share, shared prompts, and one rendered example."""
     for label, split in (("train", data.train), ("eval", data.evaluation)):
-        counts = split.counts
-        dropped = counts.empty + counts.answer_truncated
-        print_line(
-            label,
-            f"{len(split):,} rows, {counts.tokens:,} tokens, {counts.supervised_tokens / counts.tokens:.0%} supervised"
-            f"; {dropped:,} dropped ({counts.empty:,} empty, {counts.answer_truncated:,} beyond max_length)"
-            f", {counts.truncated:,} truncated",
-        )
+        print_line(label, split.describe())
     for line in describe_parts(data.parts):
         print_line("part", line)
     repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
     print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
-    ids, mask = (data.train.tokens(name, 0).to_pylist() for name in ("input_ids", "loss_mask"))
+    ids, mask = (data.sample.tokens(name, 0).to_pylist() for name in ("input_ids", "loss_mask"))
     console().print(f"{'example':<11}", render_example(ids, mask, tokenizer), sep="")
 
 

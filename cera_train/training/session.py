@@ -22,7 +22,7 @@ from cera_train.distributed.signals import Interruption
 from cera_train.distributed.team import Team
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.model.batches import MicroBatches, RowOrder
+from cera_train.model.batches import MicroBatches
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
@@ -113,7 +113,7 @@ class Session:
             self.model, self.local_loss, self.data.evaluation, team, tokens, config.train.probe_tokens
         )
         self.exams = Exams(config, self.tokenizer, self.local_loss, team)
-        self.order = RowOrder(len(self.data.train), config.train.batch_size, config.train.seed)
+        self.order = self.data.train.order(config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         if resume_from is not None and not self.resumes_here and self.progress.update >= self.updates:
             raise UserError(

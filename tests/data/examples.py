@@ -1,4 +1,4 @@
-"""Rows in every layout, and what becomes of one."""
+"""Rows in every layout, configs that name them, and what becomes of one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,8 @@ CONVERSATION = {
     ]
 }
 
-CHAT = {
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "hello there"},
-        {"role": "user", "content": "next?"},
-        {"role": "assistant", "content": "0.84"},
-    ]
-}
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+CHAT = {"messages": [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in CONVERSATION["conversations"]]}
 
 
 def data_config(**settings) -> DataConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from examples import EVALUATION, TRAIN
+from examples import EVALUATION, QUESTION_AND_ANSWER, TRAIN
 
 from cera_train.data import files
 from cera_train.settings.data import DataConfig
@@ -23,12 +23,11 @@ def config_of(write_jsonl):
     """config_of(train rows, evaluation rows, **settings) -> DataConfig"""
 
     def config_of(train: list = TRAIN, evaluation: list = EVALUATION, **settings) -> DataConfig:
-        files = {
+        names = {
             "train_files": [str(write_jsonl("train.jsonl", train))],
             "eval_files": [str(write_jsonl("eval.jsonl", evaluation))] if evaluation else [],
         }
-        text = {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
-        return DataConfig(**(text | files | settings))
+        return DataConfig(**(QUESTION_AND_ANSWER | names | settings))
 
     return config_of
 
@@ -38,5 +37,5 @@ def reads(monkeypatch) -> list[str]:
     """The files whose rows were read, in order."""
     names: list[str] = []
     read = files.READERS[".jsonl"]
-    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: names.append(path.name) or read(path))
+    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: names.append(Path(path).name) or read(path))
     return names

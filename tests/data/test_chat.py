@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from conftest import CHAT_TEMPLATE, needs_smollm2
 from examples import CHAT, CONVERSATION, data_config, example_of, ids_of, supervised_text, with_changes
 
+from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
 from cera_train.data.segments import all_turns, segmenter
 
@@ -144,6 +147,71 @@ def test_what_the_chat_template_refuses_is_the_users_to_mend(tokenizer):
     row = {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "a"}]}
     with pytest.raises(ValueError, match="chat template refuses these messages"):
         example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
+
+
+# --- tool calls and empty contents -----------------------------------------------------------------------------------
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALLING = {"role": "assistant", "content": None}
+TOOL = {"role": "tool", "content": "rain"}
+
+
+def refused(row: dict, tokenizer, layout: str) -> str:
+    with pytest.raises(UserError) as error:
+        example_of(row, tokenizer, layout=layout)
+    return str(error.value)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris", "country": None}])
+def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, arguments):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    last = {"role": "assistant", "content": "It rains.", "tool_calls": None}  # as a table fills what a row lacks
+    row = {"messages": [USER, CALLING | {"tool_calls": [call]}, TOOL, last]}
+    example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
+    assert supervised_text(example, tokenizer) == '[weather {"city": "Paris"}]<|im_end|>|It rains.<|im_end|>'
+    assert "None" not in tokenizer.decode(example.input_ids)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_of_a_row_are_shown_to_the_model(tokenizer, as_text):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    row = {"messages": [USER, ANSWER], "tools": json.dumps(tools) if as_text else tools}
+    example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
+    assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
+    assert supervised_text(example, tokenizer) == "b<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("tools", "line"), [("[", "column 'tools' holds broken JSON ("), ({"a": 1}, "column 'tools' holds a dict: expecte")]
+)
+def test_tools_that_are_no_list_are_refused(tokenizer, tools, line):
+    assert refused({"messages": [USER, ANSWER], "tools": tools}, tokenizer, "messages").startswith(line)
+
+
+@pytest.mark.parametrize("role", ["tool", "developer"])
+def test_a_role_that_the_template_leaves_out_is_refused(tokenizer, role):
+    template = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
+    row = {"messages": [{"role": role, "content": "be brief"}, USER, ANSWER]}
+    assert supervised_text(example_of(row, tokenizer, layout="messages"), tokenizer) == "b<|im_end|>"
+    line = refused(row, with_changes(tokenizer, chat_template=template), "messages")
+    assert line.startswith(f"messages[0] has role '{role}', which this model's chat template leaves out: use a model")
+
+
+def test_an_answer_that_is_null_is_no_answer(tokenizer):
+    row = {"messages": [USER, {"role": "assistant", "content": None}]}
+    config = data_config(layout="messages")
+    assert segmenter(config, tokenizer)(row) == []
+    example = example_of({"messages": [*row["messages"], USER, ANSWER]}, tokenizer, layout="messages")
+    assert "None" not in tokenizer.decode(example.input_ids)
+    assert supervised_text(example, tokenizer) == "b<|im_end|>"
 
 
 # --- the real tokenizer -----------------------------------------------------------------------------------------------

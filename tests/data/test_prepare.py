@@ -1,10 +1,12 @@
-"""Rows of both splits: token ids, counts, what is dropped, and prompts in both splits."""
+"""Rows of both splits: token ids, counts, what is dropped, prompts in both splits, and the cache."""
 
 from __future__ import annotations
 
 import copy
-import logging
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pyarrow
 import pytest
@@ -12,7 +14,7 @@ from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 from examples import EVALUATION, TRAIN
 
 from cera_train.data import sources
-from cera_train.data.prepare import encode, prepare_data
+from cera_train.data.prepare import Example, encode, prepare_data
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig, LossOn
 
@@ -35,11 +37,11 @@ def test_rows_are_the_examples_in_order_with_their_lengths_and_counts(config_of,
     data = prepare_data(config, tokenizer)
     for split, rows in ((data.train, TRAIN), (data.evaluation, EVALUATION)):
         examples = encode([segmenter(config, tokenizer)(row) for row in rows], config, tokenizer)
-        assert split.rows["input_ids"].to_pylist() == [example.input_ids for example in examples]
-        assert split.rows["loss_mask"].to_pylist() == [example.loss_mask for example in examples]
+        assert split.column("input_ids") == [example.input_ids for example in examples]
+        assert split.column("loss_mask") == [example.loss_mask for example in examples]
         assert split.column("length") == [len(example.input_ids) for example in examples]
         assert split.column("supervised") == [sum(example.loss_mask) for example in examples]
-        assert split.counts.read == split.counts.kept == len(split.rows) == len(rows)
+        assert split.counts.read == split.counts.kept == len(split) == len(rows)
         assert split.counts.tokens == sum(split.column("length"))
         assert split.counts.supervised_tokens == sum(split.column("supervised"))
     assert data.shared_prompts == 0
@@ -51,12 +53,14 @@ def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, ca
     prepare_data(config, tokenizer)
     before = pyarrow.total_allocated_bytes()
     train = prepare_data(config, tokenizer).train
-    assert pyarrow.total_allocated_bytes() - before < train.rows.nbytes / 100
-    [file] = cache.glob(f"{train.digest}/*.arrow")
-    assert file.stat().st_size > train.rows.nbytes
+    assert pyarrow.total_allocated_bytes() - before < train.table.nbytes / 100
+    [file] = cache.glob(f"{train.digest}/**/*.arrow")
+    assert file.stat().st_size > train.table.nbytes
 
 
-def test_tokens_are_the_tokenizers_own_one_text_at_a_time(config_of, tokenizer, monkeypatch):
+def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_answer_are_left_out(
+    config_of, tokenizer, monkeypatch
+):
     import cera_train.data
 
     monkeypatch.setattr(cera_train.data.prepare, "ROWS_AT_ONCE", 7)
@@ -66,24 +70,15 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time(config_of, tokenizer, 
         {"question": " ".join(draw(words, k=1 + number % 9)), "answer": " ".join(draw(words, k=1 + number % 5))}
         for number in range(50)
     ]
-    train = prepare_data(config_of(rows, max_length=30, allow_overlap=True), tokenizer).train
-    for row, made in zip(rows, train.rows.to_pylist(), strict=True):
+    silent = [{"question": "a", "answer": answer} for answer in ("", None)]
+    config = config_of([*rows[:5], *silent, *rows[5:]], max_length=30, allow_overlap=True)
+    train = prepare_data(config, tokenizer).train
+    assert (train.counts.read, train.counts.empty, train.counts.kept) == (52, 2, 50)
+    for number, row in enumerate(rows):
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
         answer = [*tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        assert made["input_ids"] == [*prompt, *answer][:30]
-        assert made["loss_mask"] == [*[False] * len(prompt), *[True] * len(answer)][:30]
-        assert (made["length"], made["supervised"]) == (len(made["input_ids"]), sum(made["loss_mask"]))
-
-
-def test_more_rows_than_are_tokenised_at_once_stay_in_order(config_of, tokenizer, monkeypatch):
-    import cera_train.data
-
-    monkeypatch.setattr(cera_train.data.prepare, "ROWS_AT_ONCE", 2)
-    rows = [*TRAIN[:2], {"question": "a", "answer": ""}, {"question": "b", "answer": None}, *TRAIN[2:]]
-    train = prepare_data(config_of(rows), tokenizer).train
-    answers = [tokenizer.decode(ids) for ids in train.rows["input_ids"].to_pylist()]
-    assert answers == [f"<s>Question: {row['question']}\nAnswer: {row['answer']}</s>" for row in TRAIN]
-    assert (train.counts.read, train.counts.empty, train.counts.kept) == (8, 2, 6)
+        assert train.tokens("input_ids", number).to_pylist() == [*prompt, *answer][:30]
+        assert train.tokens("loss_mask", number).to_pylist() == [*[False] * len(prompt), *[True] * len(answer)][:30]
 
 
 def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
@@ -97,12 +92,11 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
         {"question": "a", "answer": "it is 0.841"},  # cut: no end token
         {"question": "a" * fits, "answer": "it"},  # its answer lies wholly beyond
         {"question": "a", "answer": " \n"},
-        {"question": "a", "answer": None},
     ]
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
     counts = train.counts
-    assert (counts.read, counts.kept, counts.truncated, counts.answer_truncated, counts.empty) == (5, 2, 1, 1, 2)
-    whole, cut = train.rows["input_ids"].to_pylist()
+    assert (counts.read, counts.kept, counts.truncated, counts.answer_truncated, counts.empty) == (4, 2, 1, 1, 1)
+    whole, cut = train.column("input_ids")
     assert whole[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in cut
     assert train.column("length") == [fits, fits]
@@ -118,25 +112,6 @@ def test_an_answer_beyond_max_length_is_dropped_at_the_very_token(config_of, tok
     assert (train.column("length"), train.column("supervised")) == ([prompt + 1], [1])
 
 
-def test_long_rows_are_tokenised_without_a_warning(config_of, tokenizer):
-    from transformers.utils import logging as transformers_logging
-
-    said: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = said.append
-    short = copy.deepcopy(tokenizer)
-    short.model_max_length = 4
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.add_handler(handler)
-    try:
-        prepare_data(config_of(), short)
-    finally:
-        transformers_logging.remove_handler(handler)
-        transformers_logging.set_verbosity(verbosity)
-    assert said == []
-
-
 def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_counts(config_of, tokenizer):
     long = {"question": "what is the next value? " * 40, "answer": "0.84"}
     config = config_of([*TRAIN, long], EVALUATION)
@@ -148,31 +123,120 @@ def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_c
 # --- overlap ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer, tmp_path):
+def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer):
     same_prompts = [{"question": row["question"], "answer": "another"} for row in TRAIN[:2]]
-    evaluation = [*EVALUATION, *same_prompts]
+    dropped = {"question": TRAIN[3]["question"], "answer": ""}
+    evaluation = [*EVALUATION, *same_prompts, dropped]
     message = refusal(config_of(evaluation=evaluation), tokenizer)
-    assert message.startswith(f"data.eval_files=[{tmp_path}/eval.jsonl]: 2 of 5 evaluation prompts are also training")
+    assert message.startswith("data.eval_files=[")
+    assert "2 of 5 evaluation prompts are also training prompts" in message
     assert "data.allow_overlap=true" in message
-    data = prepare_data(config_of(evaluation=evaluation, allow_overlap=True), tokenizer)
-    assert data.shared_prompts == 2
-    assert len(data.evaluation.rows) == 5
+    assert prepare_data(config_of(evaluation=evaluation, allow_overlap=True), tokenizer).shared_prompts == 2
+    nearly = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
+    assert prepare_data(config_of(evaluation=nearly), tokenizer).shared_prompts == 0
 
 
 def test_training_rows_that_repeat_a_prompt_are_counted(config_of, tokenizer):
-    assert prepare_data(config_of(), tokenizer).repeated_prompts == 0
     again = [{"question": TRAIN[0]["question"], "answer": answer} for answer in ("one", "two")]
     assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
 
 
-def test_equal_answers_and_nearly_equal_prompts_are_no_overlap(config_of, tokenizer):
-    evaluation = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
-    assert prepare_data(config_of(evaluation=evaluation), tokenizer).shared_prompts == 0
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_overlap_counts_only_rows_that_are_kept(config_of, tokenizer):
-    evaluation = [*EVALUATION, {"question": TRAIN[0]["question"], "answer": ""}]
-    assert prepare_data(config_of(evaluation=evaluation), tokenizer).shared_prompts == 0
+def test_a_second_call_reads_no_rows_imports_no_datasets_and_gives_the_same(config_of, tokenizer, reads, monkeypatch):
+    first = prepare_data(config_of(), tokenizer)
+    reads.clear()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails
+    again = prepare_data(config_of(), copy.deepcopy(tokenizer))
+    assert reads == []
+    for one, other in ((first.train, again.train), (first.evaluation, again.evaluation)):
+        assert (one.digest, one.counts) == (other.digest, other.counts)
+        assert one.table.to_pylist() == other.table.to_pylist()
+
+
+def test_the_same_rows_in_another_place_come_from_the_cache(config_of, tokenizer, reads, tmp_path):
+    config = config_of(evaluation=[], eval_rows=2)
+    rows = prepare_data(config, tokenizer).train.column("input_ids")
+    reads.clear()
+    moved = Path(config.train_files[0]).rename(tmp_path / "moved.jsonl")
+    config.train_files, config.allow_overlap = [str(moved)], True
+    prepare_data(config, copy.deepcopy(tokenizer))
+    assert reads == []
+    padding = copy.deepcopy(tokenizer)  # pads and truncates by itself
+    padding.backend_tokenizer.enable_padding(length=64)
+    padding.backend_tokenizer.enable_truncation(max_length=5)
+    assert prepare_data(config, padding).train.column("input_ids") == rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": [*TRAIN[:-1], {"question": "what is 5?", "answer": "it is five"}]},
+        {"train": TRAIN[::-1]},
+        {"prompt": "Question: {question}\nSolution:"},
+        {"completion": "  {answer}"},
+        {"max_length": 511},
+        {"loss_on": "all"},
+        {"train_rows": 5},
+    ],
+    ids=str,
+)
+def test_what_decides_the_tokens_gives_another_entry(config_of, tokenizer, reads, change):
+    before = prepare_data(config_of(), tokenizer).train
+    after = prepare_data(config_of(**change), tokenizer).train
+    assert before.digest != after.digest
+    assert reads.count("train.jsonl") == 2
+    assert before.table.to_pylist() != after.table.to_pylist() or change == {"max_length": 511}
+
+
+def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    without_start, with_token, with_template, with_end = (copy.deepcopy(tokenizer) for _ in range(4))
+    without_start.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    with_token.add_tokens(["what is"])
+    with_template.chat_template += " "
+    with_end.eos_token = "<|im_end|>"
+    tokenizers = [tokenizer, without_start, with_token, with_template, with_end]
+    splits = [prepare_data(config_of(), each).train for each in tokenizers]
+    assert len({split.digest for split in splits}) == 5
+    rows = [split.column("input_ids") for split in splits]
+    assert [each == rows[0] for each in rows] == [True, False, False, True, False]
+
+
+def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, monkeypatch):
+    with monkeypatch.context() as patched:
+
+        def columns(example: Example) -> dict:
+            raise OSError(28, "No space left on device")
+
+        patched.setattr(Example, "columns", columns)
+        with pytest.raises(OSError, match="No space left on device"):
+            prepare_data(config_of(), tokenizer)
+    assert len(prepare_data(config_of(), tokenizer).train) == len(TRAIN)
+
+
+KILLED = """
+import os, signal, sys
+from transformers import PreTrainedTokenizerFast
+from cera_train.data.prepare import Example, prepare_data
+from cera_train.settings.data import DataConfig
+
+train, evaluation, tokenizer = sys.argv[1:]
+Example.columns = lambda example: os.kill(os.getpid(), signal.SIGKILL)
+texts = {"prompt": "Question: {question}\\nAnswer:", "completion": " {answer}"}
+config = DataConfig(train_files=[train], eval_files=[evaluation], **texts)
+prepare_data(config, PreTrainedTokenizerFast.from_pretrained(tokenizer))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_not_taken_for_rows(config_of, tokenizer, tiny_folder):
+    config = config_of()
+    arguments = [*config.train_files, *config.eval_files, str(tiny_folder)]
+    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False).returncode == -9
+    assert len(prepare_data(config, tokenizer).train) == len(TRAIN)
 
 
 # --- real rows, real tokenizer ---------------------------------------------------------------------------------------
@@ -187,10 +251,8 @@ def smollm2():
 
 
 def supervised_texts(split, tokenizer) -> list[str]:
-    return [
-        tokenizer.decode([token for token, counts in zip(row["input_ids"], row["loss_mask"], strict=True) if counts])
-        for row in split.rows.to_pylist()
-    ]
+    rows = zip(split.column("input_ids"), split.column("loss_mask"), strict=True)
+    return [tokenizer.decode([token for token, counts in zip(*row, strict=True) if counts]) for row in rows]
 
 
 @needs_shared_data
@@ -205,8 +267,11 @@ def test_gsm8k_is_supervised_on_its_answers(compose, smollm2):
     ).data
     data = prepare_data(config, smollm2)
     for split, source in zip((data.train, data.evaluation), sources.open_sources(config), strict=True):
-        assert supervised_texts(split, smollm2) == [f" {row['answer']}<|im_end|>" for row in source.read()]
-        assert (split.counts.truncated, split.counts.empty, split.counts.answer_truncated) == (0, 0, 0)
+        rows = list(source.read())
+        assert supervised_texts(split, smollm2) == [f" {row['answer']}<|im_end|>" for row in rows]
+        assert [smollm2.decode(ids) for ids in split.column("input_ids")] == [
+            f"Question: {row['question']}\nAnswer: {row['answer']}<|im_end|>" for row in rows
+        ]
 
 
 @needs_shared_data
@@ -225,10 +290,10 @@ def test_openorca_rows_are_supervised_on_the_answer_with_or_without_the_system_p
     rows = [
         {turn["from"]: turn["value"] for turn in row["conversations"]} for row in sources.open_sources(config)[0].read()
     ]
-    assert len(train.rows) == len(rows) == 250
+    assert len(train) == len(rows) == 250
     assert supervised_texts(train, smollm2) == [f" {row['gpt']}<|im_end|>" for row in rows]
     system = [f"System: {row['system']}\n" if turns == "all" and "system" in row else "" for row in rows]
-    assert [smollm2.decode(ids) for ids in train.rows["input_ids"].to_pylist()] == [
+    assert [smollm2.decode(ids) for ids in train.column("input_ids")] == [
         f"{before}User: {row['human']}\nAssistant: {row['gpt']}<|im_end|>"
         for before, row in zip(system, rows, strict=True)
     ]

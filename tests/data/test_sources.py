@@ -1,24 +1,33 @@
-"""Rows from files, from the Hub's library, and what unusable input is told."""
+"""Rows from files and data sets, which of them train and which evaluate, and the quick look at them."""
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from cera_train.data.sources import open_sources
-from cera_train.settings.data import DataConfig
+from cera_train.common.errors import UserError
+from cera_train.data import hub
+from cera_train.data.sources import check_data, from_hub, open_sources
+from cera_train.settings.data import DataConfig, LogisticMapConfig
 
 ROWS = [
     {"question": "what is the next value?", "answer": "it is 0.84", "level": 1},
     {"question": "näch\u2028ste?\r\nJa", "answer": None, "level": None},
-    {"question": "third", "answer": "it\n{is} \\3", "level": 0.5},
+    {"question": 'third, "quoted"', "answer": "it\n{is} \\3", "level": 0.5},
 ]
+TEXT = {"prompt": "{question}", "completion": "{answer}"}
 
 
 def data_config(train, evaluation=(), **settings) -> DataConfig:
     files = {"train_files": list(map(str, train)), "eval_files": list(map(str, evaluation))}
-    return DataConfig(**({"prompt": "{question}", "completion": "{answer}"} | files | settings))
+    return DataConfig(**(TEXT | files | settings))
 
 
 def read(*sources) -> list:
@@ -33,19 +42,49 @@ def number_rows(count: int) -> list[dict]:
     return [{"question": f"q{number}", "answer": f"a{number}"} for number in range(count)]
 
 
-# --- local files -----------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_json_jsonl_and_parquet_give_the_same_rows(tmp_path, write_jsonl):
+def test_every_kind_of_file_gives_the_rows_as_they_stand_in_it(tmp_path, write_jsonl):
     import pyarrow
     import pyarrow.parquet
 
     rows = [row | {"turns": [{"from": "human", "value": "a"}, {"from": "gpt", "value": None}]} for row in ROWS]
+    path = write_jsonl("rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    assert rows_of(write_jsonl("rows.jsonl", rows)) == rows
-    assert rows_of(tmp_path / "rows.json") == rows
-    assert rows_of(tmp_path / "rows.parquet") == rows
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "rows.ndjson.bz2").write_bytes(bz2.compress(path.read_bytes()))
+    for name in ("rows.jsonl", "rows.json", "rows.parquet", "rows.jsonl.gz", "rows.ndjson.bz2"):
+        assert rows_of(tmp_path / name) == rows
+
+
+@pytest.mark.parametrize(("name", "separator"), [("rows.csv", ","), ("rows.tsv", "\t")])
+def test_cells_of_a_table_are_text(tmp_path, name, separator):
+    lines = [["question", "answer"], ["007", '"a ""b"", c\nd"'], ["2026-01-01", ""], []]
+    (tmp_path / name).write_bytes("".join(f"{separator.join(line)}\r\n" for line in lines).encode("utf-8-sig"))
+    assert rows_of(tmp_path / name) == [
+        {"question": "007", "answer": 'a "b", c\nd'},
+        {"question": "2026-01-01", "answer": ""},
+    ]
+
+
+def test_files_of_a_storage_elsewhere_are_read_like_those_of_this_machine():
+    import fsspec
+
+    lines = [json.dumps(row) + "\n" for row in number_rows(5)]
+    with fsspec.open("memory://bucket/a.jsonl.gz", "wt", compression="gzip") as one:
+        one.writelines(lines[:3])
+    with fsspec.open("memory://bucket/b.jsonl", "wt") as other:
+        other.writelines(lines[3:])
+    config = data_config(["memory://bucket/*"], eval_rows=2)
+    assert read(*open_sources(config)) == [number_rows(3), number_rows(5)[3:]]
+    before = open_sources(config)[0].fingerprint
+    with fsspec.open("memory://bucket/b.jsonl", "wt") as other:
+        other.writelines(lines[2:])
+    assert open_sources(config)[0].fingerprint != before
+    with pytest.raises(UserError, match=r"data.train_files=memory://bucket/no.jsonl: cannot read the file: "):
+        open_sources(data_config(["memory://bucket/no.jsonl"], eval_rows=1))
 
 
 def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_rows(tmp_path):
@@ -54,14 +93,21 @@ def test_blank_lines_carriage_returns_and_a_byte_order_mark_are_no_rows(tmp_path
     assert rows_of(path) == [{"a": 1}, {"a": 2}]
 
 
-def test_files_are_read_in_the_order_they_are_named(write_jsonl):
+def test_files_are_read_in_the_order_they_are_named_and_those_of_a_pattern_by_name(write_jsonl, tmp_path):
     first, second = write_jsonl("z.jsonl", number_rows(2)), write_jsonl("a.jsonl", number_rows(3)[2:])
-    train, _ = open_sources(data_config([first, second], [first]))
-    assert read(train) == [number_rows(3)]
+    assert read(open_sources(data_config([first, second], [first]))[0]) == [number_rows(3)]
+    pattern = tmp_path / "*.jsonl"
+    assert read(open_sources(data_config([pattern], [first]))[0]) == [[number_rows(3)[2], *number_rows(2)]]
 
 
 def test_a_file_without_rows_gives_none(tmp_path):
-    for name, content in (("e.jsonl", b""), ("e.json", b" \n"), ("l.json", b"[]"), ("b.jsonl", b"\n\n")):
+    for name, content in (
+        ("e.jsonl", b""),
+        ("e.json", b" \n"),
+        ("l.json", b"[]"),
+        ("b.jsonl", b"\n\n"),
+        ("c.csv", b""),
+    ):
         (tmp_path / name).write_bytes(content)
         assert rows_of(tmp_path / name) == []
 
@@ -84,40 +130,11 @@ def test_holding_out_every_row_is_refused(write_jsonl, eval_rows):
         read(*open_sources(data_config([path], eval_rows=eval_rows)))
 
 
-def test_held_out_rows_are_read_once_for_both_splits(write_jsonl, monkeypatch):
-    from cera_train.data import files
-
-    path, calls = write_jsonl("t.jsonl", number_rows(4)), []
-    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: calls.append(path) or number_rows(4))
-    train, evaluation = open_sources(data_config([path], eval_rows=1))
-    assert calls == []  # not before they are needed: the cache may have them
-    assert read(train, evaluation) == [number_rows(4)[:3], number_rows(4)[3:]]
-    assert calls == [path]
-
-
-def test_held_out_rows_need_nobody_to_read_the_others(write_jsonl):
-    path = write_jsonl("t.jsonl", number_rows(4))
-    _, evaluation = open_sources(data_config([path], eval_rows=3))
-    assert read(evaluation, evaluation) == [number_rows(4)[1:], number_rows(4)[1:]]
-    train, evaluation = open_sources(data_config([path], eval_rows=1))
-    next(iter(train.read()))
-    assert read(evaluation, train) == [number_rows(4)[3:], number_rows(4)[:3]]
-
-
-def test_train_rows_and_eval_rows_take_the_first(write_jsonl):
-    path, rows = write_jsonl("t.jsonl", number_rows(10)), number_rows(10)
-    assert read(*open_sources(data_config([path], [path]))) == [rows, rows]
-    assert read(*open_sources(data_config([path], [path], train_rows=4, eval_rows=2))) == [rows[:4], rows[:2]]
-    assert read(*open_sources(data_config([path], [path], train_rows=11, eval_rows=10))) == [rows, rows]
-
-
-def test_a_row_beyond_train_rows_is_not_even_read(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"a": 1}\n{"a": 2}\nbroken')
+def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
     path = tmp_path / "t.jsonl"
-    assert read(*open_sources(data_config([path], [path], train_rows=2, eval_rows=1))) == [
-        [{"a": 1}, {"a": 2}],
-        [{"a": 1}],
-    ]
+    path.write_text('{"a": 1}\n{"a": 2}\nbroken')
+    config = data_config([path], [path], train_rows=2, eval_rows=1)
+    assert read(*open_sources(config)) == [[{"a": 1}, {"a": 2}], [{"a": 1}]]
 
 
 def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
@@ -134,69 +151,98 @@ def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
         fingerprints(rows[::-1]),
         fingerprints(rows, eval_rows=2),
     ]
-    assert len({first, *others}) == 4
     assert len({fingerprint for pair in (first, *others) for fingerprint in pair}) == 8
-    train, evaluation = fingerprints(rows, train_rows=1)
-    assert train != evaluation
     cut = fingerprints(rows, train_rows=2)
     assert cut[0] != first[0]
     assert cut[1] == first[1]
 
 
-# --- the generator ---------------------------------------------------------------------------------------------------
-
-
 def test_fingerprints_of_generated_rows_follow_every_setting():
-    from cera_train.settings.data import LogisticMapConfig
-
     def fingerprints(eval_rows: int = 20, **settings) -> tuple[str, ...]:
         config = DataConfig(layout="logistic_map", eval_rows=eval_rows, logistic_map=LogisticMapConfig(**settings))
         return tuple(source.fingerprint for source in open_sources(config))
 
-    changes = [
-        {"seed": 1},
-        {"growth": 3.6},
-        {"growth": [3.5, 3.6]},
-        {"steps": 5},
-        {"decimals": 1, "eval_rows": 2},
-        {"eval_rows": 10},
-    ]
-    others = [fingerprints(**change) for change in changes]
+    changes = [{"seed": 1}, {"growth": 3.6}, {"growth": [3.5, 3.6]}, {"steps": 5}, {"decimals": 1, "eval_rows": 2}]
     assert fingerprints() == fingerprints()
-    every = [fingerprint for pair in (fingerprints(), *others) for fingerprint in pair]
+    every = [each for pair in (fingerprints(), *(fingerprints(**change) for change in changes)) for each in pair]
     assert len(set(every)) == len(every)
 
 
-# --- the Hub ---------------------------------------------------------------------------------------------------------
+# --- data sets of the Hub, and of folders ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["slimorca", "mathinstruct"])
-def test_published_splits_are_rows_0_to_99999_and_100000_to_101999(compose, name):
-    config = compose(f"data={name}").data
-    assert (config.train_split, config.eval_split) == ("train[:100000]", "train[100000:102000]")
-    assert config.train_rows is None
-    assert config.eval_rows is None
-
-
-def test_split_notation_and_row_limits_reach_the_rows(tmp_path, write_jsonl, monkeypatch):
+@pytest.fixture
+def folders(tmp_path, monkeypatch, write_jsonl) -> Path:
+    """`ds` has four rows in a split `train`, `two` has subsets."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows = number_rows(10)
-    (tmp_path / "folder").mkdir()
-    write_jsonl("folder/train.jsonl", rows)
-    config = DataConfig(
-        path=str(tmp_path / "folder"),
-        train_split="train[:6]",
-        eval_split="train[6:9]",
-        train_rows=4,
-        prompt="{question}",
-        completion="{answer}",
+    monkeypatch.chdir(tmp_path)
+    for name in ("ds", "two", "empty", "broken"):
+        (tmp_path / name).mkdir()
+    write_jsonl("ds/train.jsonl", number_rows(4))
+    write_jsonl("two/t.jsonl", number_rows(4))
+    subsets = "".join(f"- config_name: {name}\n  data_files: t.jsonl\n" for name in ("alpha", "beta"))
+    (tmp_path / "two" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n")
+    (tmp_path / "broken" / "train.jsonl").write_text('{"a": \n')
+    return tmp_path
+
+
+def refusal(path: str, **settings) -> str:
+    with pytest.raises(UserError) as error:
+        open_sources(DataConfig(path=path, **TEXT, **settings))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "line"),
+    [
+        ("./none", {}, "folder does not exist (from "),
+        ("a b", {}, "folder does not exist (from "),
+        ("ds/train.jsonl", {}, "it is a file: set data.train_files and data.eval_files to local files"),
+        ("empty", {}, "cannot load this folder ("),
+        ("broken", {}, "cannot load this folder (Expected object or value"),
+        ("ds", {}, "Unknown split \"test\". Should be one of ['train']. Mend data.eval_split=test and data.subset=N"),
+        ("ds", {"train_split": "train[:x]"}, "Unrecognized instruction format: train[:x]. Mend data.train_split=train"),
+        ("ds", {"subset": "x"}, "BuilderConfig 'x' not found. Available: ['default']. Mend data.train_split=train and"),
+        ("two", {}, "Config name is missing. Please pick one among the available configs: ['alpha', 'beta']"),
+        ("some/set", {}, "cannot load it from the Hub (HF_HUB_OFFLINE=1 is set, and the cache lacks it). On a network"),
+    ],
+)
+def test_a_data_set_that_cannot_be_loaded_names_the_setting_at_fault(folders, path, settings, line):
+    assert refusal(path, **settings).startswith(f"data.path={path}: {line}")
+
+
+def test_a_tasks_data_set_is_refused_by_the_tasks_keys(folders):
+    with pytest.raises(UserError, match=r"^task\.path=ds: Unknown split .*Mend task.split=x and task.subset=None"):
+        from_hub("ds", None, None, "x")
+
+
+def test_without_a_network_a_data_set_is_refused_at_once(folders, no_network, monkeypatch, caplog):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    line = (
+        "data.path=some/set: cannot load it from the Hub (http://127.0.0.1:9 does not answer, and the cache lacks it)"
     )
+    assert refusal("some/set").startswith(line)
+    assert caplog.records == []
+    assert not datasets.config.HF_HUB_OFFLINE
+
+
+def test_libraries_log_again_after_loading():
+    before = logging.getLogger("datasets").level
+    with hub.hub_or_cache(needs_hub=False):
+        assert logging.getLogger("datasets").level == logging.CRITICAL
+    assert logging.getLogger("datasets").level == before
+
+
+def test_split_notation_and_row_limits_reach_the_rows(folders):
+    config = DataConfig(path="ds", train_split="train[:3]", eval_split="train[3:]", train_rows=2, **TEXT)
     train, evaluation = open_sources(config)
-    assert read(train, evaluation) == [rows[:4], rows[6:9]]
-    again = open_sources(config)
-    assert [source.fingerprint for source in again] == [train.fingerprint, evaluation.fingerprint]
+    assert read(train, evaluation) == [number_rows(2), number_rows(4)[3:]]
+    assert [source.fingerprint for source in open_sources(config)] == [train.fingerprint, evaluation.fingerprint]
     assert train.fingerprint != evaluation.fingerprint
 
 
@@ -211,5 +257,26 @@ def test_what_the_config_says_about_a_hub_data_set_reaches_the_library(monkeypat
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     settings = {"path": "a/b", "subset": "main", "revision": "v1", "train_split": "x[:2]", "eval_split": "y"}
-    read(*open_sources(DataConfig(**settings, prompt="{question}", completion="{answer}")))
+    read(*open_sources(DataConfig(**settings, **TEXT)))
     assert calls == [(("a/b", "main"), {"split": split, "revision": "v1"}) for split in ("x[:2]", "y")]
+
+
+# --- the quick look --------------------------------------------------------------------------------------------------
+
+
+def test_the_first_rows_are_looked_at_without_a_model_and_the_hub_is_not_asked(write_jsonl):
+    path = str(write_jsonl("x.jsonl", number_rows(2)))
+    check_data(DataConfig(train_files=[path], eval_files=[path], **TEXT))
+    check_data(DataConfig(path="some/set", layout="conversations"))
+    line = rf"^{path}:1: column 'q' \(named in data.prompt\) is missing; its columns are question, answer"
+    with pytest.raises(UserError, match=line):
+        check_data(DataConfig(train_files=[path], eval_rows=1, **TEXT | {"prompt": "{q}"}))
+    with pytest.raises(UserError, match=r"^data\.eval_files=no\.jsonl: cannot read the file"):
+        check_data(DataConfig(train_files=[path], eval_files=["no.jsonl"], **TEXT))
+
+
+def test_the_quick_look_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'huggingface_hub'}"
+    program = "import sys; sys.argv[0] = 'cera-train'\n"
+    program += f"import cera_train.data.sources; print(sorted({heavy}.intersection(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "[]\n"

@@ -13,14 +13,14 @@ from strategies import fuzz, json_values, mutated, numbers, result_or_value_erro
 
 from cera_train.common.trust import clean
 from cera_train.data import logistic_map as logistic_map_rows
-from cera_train.data.files import READERS
+from cera_train.data.files import READERS, rows_of
 from cera_train.data.prepare import encode
 from cera_train.data.segments import columns_of, segmenter
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
 from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.card import escape
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, LogisticMapConfig
 from cera_train.settings.tasks import TaskConfig
 
 # --- files of rows ---------------------------------------------------------------------------------------------------
@@ -49,19 +49,20 @@ VALID = {
     ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode(),
     ".json": json.dumps(ROWS).encode(),
     ".parquet": parquet_file(),
+    ".csv": b'question,answer\r\nwhat is it?,"0.84, or ""more"""\r\n',
     ".txt": "näch\u2028ste\r\n\0?".encode(),
 }
 
 
 def read_rows(path: Path, content: bytes) -> list | None:
     path.write_bytes(content)
-    rows = result_or_value_error(lambda: list(READERS[path.suffix](path)))
+    rows = result_or_value_error(lambda: list(rows_of([str(path)])))
     assert rows is None or all(isinstance(row, dict) for row in rows)
     return rows
 
 
 def test_every_kind_of_file_is_fuzzed(tmp_path):
-    assert VALID.keys() == READERS.keys()
+    assert {READERS[suffix] for suffix in VALID} == {*READERS.values()}
     assert all(read_rows(tmp_path / f"x{suffix}", content) for suffix, content in VALID.items())
 
 
@@ -242,9 +243,7 @@ def test_an_answer_that_is_found_is_right_by_itself(task, before, inside):
 @fuzz
 @given(text=st.one_of(ANSWERS, st.text("0123456789.,-=x \n", max_size=60)), steps=st.integers(1, 6))
 def test_any_trajectory_is_compared_step_by_step(text, steps):
-    truth = logistic_map_rows.problem(0.4, 3.5, logistic_map.LogisticMapConfig(steps=steps, decimals=4))[
-        "completion"
-    ].strip()
+    truth = logistic_map_rows.problem(0.4, 3.5, LogisticMapConfig(steps=steps, decimals=4))["completion"].strip()
     values = logistic_map.extract(text, steps)
     compared = logistic_map.compare(values, truth, 4)
     assert len(values) <= steps == len(compared.matches) == len(compared.errors)

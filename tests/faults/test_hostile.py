@@ -316,7 +316,7 @@ def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch
     folder.mkdir()
     payload = f"open({str(marker)!r}, 'w')".encode() if name.endswith(".py") else pickle.dumps(Payload(marker))
     (folder / name).write_bytes(payload)
-    with pytest.raises(ValueError, match="cannot load data set"):
+    with pytest.raises(ValueError, match="cannot load this folder"):
         from_hub(str(folder), None, None, "train")
     assert not marker.exists()
 

@@ -9,11 +9,11 @@ import pyarrow
 import pytest
 import torch
 
-from cera_train.data.prepare import RowCounts, TokenizedRows
+from cera_train.data.order import RowOrder
+from cera_train.data.prepare import Example, TokenizedRows, in_memory
 from cera_train.model.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,
-    RowOrder,
     flat_batch,
     flat_micro_batches,
     padded_batch,
@@ -195,13 +195,10 @@ def test_batches_have_the_types_a_model_takes(make):
 
 def split_of(lengths: list[int]) -> TokenizedRows:
     """Rows whose tokens are 1000 times their number."""
-    columns = {
-        "input_ids": [[1000 * row + place for place in range(length)] for row, length in enumerate(lengths)],
-        "loss_mask": [[place > 0 for place in range(length)] for length in lengths],
-        "length": lengths,
-        "supervised": [length - 1 for length in lengths],
-    }
-    return TokenizedRows(pyarrow.table(columns), RowCounts(), "digest")
+    return in_memory(
+        Example([1000 * row + place for place in range(length)], [place > 0 for place in range(length)])
+        for row, length in enumerate(lengths)
+    )
 
 
 @pytest.mark.parametrize("is_flat", [True, False])
@@ -220,9 +217,9 @@ def test_micro_batches_load_every_supervised_token_of_the_rows_once(is_flat):
 @pytest.mark.parametrize(("is_flat", "make"), [(True, flat_batch), (False, padded_batch)])
 def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
     split = split_of([3, 1, 9, 9, 2])
-    split.rows = pyarrow.concat_tables([split.rows.slice(0, 2), split.rows.slice(2)])  # as chunks are written
+    split.table = pyarrow.concat_tables([split.table.slice(0, 2), split.table.slice(2)])  # as chunks are written
     for group in ([4, 0, 2], [2, 3], [1]):
-        rows = [split.rows.to_pylist()[row] for row in group]
+        rows = [split.table.to_pylist()[row] for row in group]
         expected = make([row["input_ids"] for row in rows], [row["loss_mask"] for row in rows])
         loaded = MicroBatches(split, is_flat, 100, torch.device("cpu")).load(group)
         assert torch.equal(loaded.loss_mask, expected.loss_mask)

@@ -49,7 +49,7 @@ def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, 
     [
         (["data.train_files=[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file: No such file or directory"),
         (["data.train_files=[rows.jsonl],[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file"),
-        (["data.train_files=[rows.csv]"], "data.train_files=rows.csv: unknown kind of file: expected .jsonl"),
+        (["data.train_files=[rows.xlsx]"], "data.train_files=rows.xlsx: unknown kind of file: expected .jsonl"),
         (["data.eval_files=[no.jsonl]"], "data.eval_files=no.jsonl: cannot read the file"),
         (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
         # Every value is tried in many jobs, and none of them is possible.
@@ -57,13 +57,13 @@ def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, 
     ],
 )
 def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, monkeypatch, capfd, counted, arguments, message):
-    for name in ("rows.jsonl", "rows.csv"):
+    for name in ("rows.jsonl", "rows.xlsx"):
         (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
     given = {argument.partition("=")[0]: argument for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]}
     assert cera_train(monkeypatch, tmp_path, "-m", *given.values(), "name=mine") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.xlsx"}
     assert not counted
 
 
