@@ -1,33 +1,34 @@
 """From one command to one process a GPU, by torch's elastic launcher. A process that torchrun, `accelerate launch` or
-srun started works as it is."""
+srun started works as it is. Nothing here imports torch at module level: a signal that comes while a process imports it
+has a handler already."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import pkgutil
+import re
 import signal
+import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
-from torch.distributed.launcher.api import elastic_launch
-
-from cera_train.common.errors import UserError
-from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.common.errors import UserError, explain
+from cera_train.common.imports import heavy_imports
 from cera_train.distributed.processes import is_launched
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
-from cera_train.distributed.team import Hung
-from cera_train.distributed.worker import beside_others, read_mistake, work
 from cera_train.settings.distributed import ProcessesConfig
 
 Result = dict[str, Any]
+
+LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset)|ProcessGroup", re.IGNORECASE)
+"""Errors of the communication library, caused by another process."""
+
+PEER_SECONDS = 5
+"""Pause of a process that lost another before it fails too: the launcher reports the first failure."""
 
 
 class ProcessFailed(RuntimeError):
@@ -35,8 +36,7 @@ class ProcessFailed(RuntimeError):
 
 
 def in_processes(function: Callable[[Any], Result], config: Any, prepare: Callable[[Any], Result | None]) -> Result:
-    """`function(config)`, in `launch.processes` processes: same result, and same errors, or
-    ProcessFailed.
+    """`function(config)`, in `launch.processes` processes: same result, and same errors, or ProcessFailed.
 
     Args:
         function: one of a module, which every process imports. Only process 0 writes and prints.
@@ -50,6 +50,8 @@ def in_processes(function: Callable[[Any], Result], config: Any, prepare: Callab
         processes = processes_to_start(config.launch)
         if processes == 1:
             return function(config)
+        from cera_train.distributed.accelerator import quiet_libraries
+
         quiet_libraries()
         done = prepare(config)
         return start_processes(function, config, processes) if done is None else done
@@ -60,6 +62,8 @@ def in_processes(function: Callable[[Any], Result], config: Any, prepare: Callab
 
 def processes_to_start(config: ProcessesConfig) -> int:
     """One process a GPU, or as many as the config sets; UserError where there are GPUs, but fewer than that."""
+    import torch
+
     gpus = torch.cuda.device_count()
     processes = max(1, gpus) if config.processes == "auto" else int(config.processes)
     if 0 < gpus < processes:
@@ -69,20 +73,16 @@ def processes_to_start(config: ProcessesConfig) -> int:
 
 def start_processes(function: Callable[[Any], Result], config: Any, processes: int) -> Result:
     """Starts the processes and waits for them; returns the result of process 0."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are reported below
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     target = f"{function.__module__}:{function.__qualname__}"
-    variables = {
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes)),
-    }
-    with (
-        _environment({name: value for name, value in variables.items() if name not in os.environ}),
-        tempfile.TemporaryDirectory() as logs,
-        tempfile.TemporaryDirectory() as mistakes,
-        Interruption(pass_on=signal_children) as interruption,
-    ):
-        elastic = ElasticConfig(
+    with tempfile.TemporaryDirectory() as logs, Interruption(pass_on=signal_children) as interruption:
+        elastic = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
@@ -95,30 +95,61 @@ def start_processes(function: Callable[[Any], Result], config: Any, processes: i
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
         try:
-            return elastic_launch(elastic, work)(target, config, mistakes)[0]
+            return elastic_launch(elastic, work)(target, config)[0]
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             ends = {1, *(128 + number for number in SIGNALS), *(-number for number in SIGNALS)}
             if interruption.signal is not None and failure.exitcode in ends and isinstance(failure.message, str):
                 raise Interrupted(interruption.signal) from None
-            raise _as_error(rank, failure, Path(mistakes)) from None
+            raise error_of(rank, failure) from None
 
 
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes that are started inside it."""
-    os.environ |= variables
+def work(target: str, config: Any) -> Any:
+    """Calls a function in one of the processes that `in_processes` started.
+
+    Args:
+        target: MODULE:FUNCTION. It is imported here, since signals are not handled while the arguments are unpickled.
+    """
+    os.setpgrp()  # a terminal's Ctrl-C goes to the parent alone, which passes it on
+    for number in SIGNALS:  # while the function does not handle them, such as while it loads
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with heavy_imports():
+        import torch
+
+        function = pkgutil.resolve_name(target)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
-        yield
+        result = beside_others(function, config)
+    except Exception as error:
+        if (message := explain(error)) is not None:
+            raise UserError(message) from None  # the launcher passes on an error's type and words
+        raise
     finally:
-        for name in variables:
-            del os.environ[name]
+        sys.stdout.flush()
+    if torch.distributed.is_initialized():  # not where the result was there already
+        torch.distributed.destroy_process_group()
+    return result
 
 
-def _as_error(rank: int, failure: Any, mistakes: Path) -> Exception:
-    """The error of the first process that failed."""
-    if (message := read_mistake(mistakes, rank)) is not None:
-        return UserError(message)
+def beside_others(function: Callable[[Any], Any], config: Any) -> Any:
+    """Calls a function in one of several processes."""
+    try:
+        return function(config)
+    except Exception as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        if re.search("timed? ?out", str(error), re.IGNORECASE):
+            raise UserError(
+                f"process {os.environ['RANK']} (counted from 0) waited for another that hangs, longer than "
+                "distributed.timeout. Look at the machines; the same command goes on from the last checkpoint."
+            ) from error
+        time.sleep(PEER_SECONDS)
+        raise
+
+
+def error_of(rank: int, failure: Any) -> Exception:
+    """The error of the first process that failed, from what torch's launcher reports of it."""
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         cause = ": the machine may be out of memory" if name == "SIGKILL" else ""
@@ -126,6 +157,6 @@ def _as_error(rank: int, failure: Any, mistakes: Path) -> Exception:
     if isinstance(failure.message, str):  # it ended itself and left no error
         return ProcessFailed(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")
-    if kind == Hung.__name__:
+    if kind == UserError.__name__:
         return UserError(text)
     return ProcessFailed(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")

@@ -21,9 +21,8 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.data.prepare import TokenizedRows
-from cera_train.distributed.accelerator import peak_memory, quiet_libraries, start_accelerator
+from cera_train.distributed.accelerator import Team, peak_memory, quiet_libraries, start_accelerator
 from cera_train.distributed.launch import in_processes
-from cera_train.distributed.team import Team
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut

@@ -19,7 +19,7 @@ from cera_train.data.prepare import encode
 from cera_train.data.rows import at
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
-from cera_train.distributed.team import Team
+from cera_train.distributed.accelerator import Team
 from cera_train.evaluation.generate import (
     Request,
     check_room,

@@ -4,7 +4,7 @@ them."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
@@ -12,7 +12,7 @@ import torch
 
 from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
 from cera_train.data.prepare import TokenizedRows
-from cera_train.distributed.team import Team
+from cera_train.distributed.accelerator import Team
 from cera_train.model.batches import MicroBatches
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.outcomes import TokenLosses
@@ -61,9 +61,6 @@ class HeldOut:
         probe = ((self.batches.load(group), counts) for group, counts in self._mine(self.probe))
         return measure_spectra(self.model, self.loss.eagerly, probe, self.team.reduce)
 
-    def _mine(self, rows: Sequence[int]) -> Iterator[tuple[list[int], bool]]:
+    def _mine(self, rows: Sequence[int]) -> list[tuple[list[int], bool]]:
         """The rows of this process's micro-batches, and whether each counts."""
-        team = self.team
-        passes = self.batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
-        for one, _ in team.passes(passes):
-            yield one
+        return self.batches.passes(rows, self.team.processes, self.team.process, in_step=self.team.is_sharded)

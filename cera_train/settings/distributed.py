@@ -44,7 +44,7 @@ class DistributedConfig:
     """ddp: the whole model on every GPU; fsdp: its weights sharded over all of them (FSDP2), for bases that do not fit
     one GPU."""
     timeout: float = setting(1800.0, "nothing")
-    """Seconds that processes wait for one that does not come, before the run ends and names it."""
+    """Seconds that processes wait for one that does not come, before the run ends."""
 
     def __post_init__(self) -> None:
         require_positive("distributed", self, "timeout")

@@ -30,7 +30,7 @@ def prove_coverage(session: Session) -> None:
     passes = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
     session.loss.train()
     with session.local_loss.uncompiled(), coverage.watch():
-        for (group, _), _ in team.passes(passes):
+        for group, _ in passes:
             session.accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
     session.optimizer.zero_grad()
     coverage.sum(team.reduce)

@@ -16,10 +16,9 @@ from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.prepare import prepare_data
-from cera_train.distributed.accelerator import start_accelerator, this_device
+from cera_train.distributed.accelerator import Team, start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
-from cera_train.distributed.team import Team
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.batches import MicroBatches
@@ -70,9 +69,8 @@ class Session:
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
         limit, strategy = config.distributed.timeout, config.distributed.strategy
-        collective_limit = timedelta(seconds=2 * limit)  # the watchdog acts first, and names the process
-        self.accelerator = start_accelerator(config.model, config.train.autocast, collective_limit, strategy)
-        self.team = team = Team(self.accelerator, limit)
+        self.accelerator = start_accelerator(config.model, config.train.autocast, timedelta(seconds=limit), strategy)
+        self.team = team = Team(self.accelerator)
         (resume_from,) = broadcast_object_list([resume_from])
 
         base = load_model(config.model, team.device, team.is_sharded)
@@ -129,8 +127,8 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for close in (self.team.close, self.bar.close, self.tracker.finish):
-            close()
+        self.bar.close()
+        self.tracker.finish()
 
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""

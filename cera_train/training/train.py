@@ -112,7 +112,8 @@ def backward(session: Session, rows: list[int]) -> torch.Tensor:
     scale = team.processes / torch.tensor(supervised, device=team.device)
     total = torch.zeros((), device=team.device)
     micro_batches = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
-    for (group, counts), is_last in team.passes(micro_batches):
+    for number, (group, counts) in enumerate(micro_batches, start=1):
+        is_last = number == len(micro_batches)  # it reduces the gradients over the processes
         with contextlib.nullcontext() if is_last else session.accelerator.no_sync(session.loss):
             loss = counts * scale * session.loss(batches.load(group))
             session.accelerator.backward(loss)
@@ -224,7 +225,6 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
 
 def save(session: Session) -> None:
     """A checkpoint of this update."""
-    session.team.arrive()
     digest, keep, scaler = session.data.train.digest, session.config.train.keep, session.accelerator.scaler
     session.folder.save_checkpoint(session.model, session.optimizer, session.progress, digest, keep, scaler)
 
@@ -284,7 +284,6 @@ def finish(session: Session) -> dict[str, Any]:
         peak_memory_bytes=peak_memory(session.team.device),
         folder=str(folder.path),
     )
-    session.team.arrive()
     folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
         modules = spectrum_records(spectra)

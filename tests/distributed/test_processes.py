@@ -19,10 +19,11 @@ import torch
 from several_processes import ONE_THREAD, torchrun
 from tiny_runs import all_losses_of, evaluations_of
 
+from cera_train.common.errors import UserError
+from cera_train.distributed import launch
 from cera_train.distributed.accelerator import start_accelerator
-from cera_train.distributed.launch import processes_to_start
+from cera_train.distributed.launch import ProcessFailed, error_of, processes_to_start
 from cera_train.distributed.processes import join_slurm_step
-from cera_train.distributed.team import Team, Watchdog
 from cera_train.runs.outcomes import read_losses
 from cera_train.settings.distributed import LaunchConfig
 from cera_train.settings.model import ModelConfig
@@ -281,29 +282,6 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
 
-def test_who_is_missing_is_silent_or_behind():
-    """(arrivals, beat) of three processes at two looks."""
-    for first, last, missing in [
-        ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 1), (7, 4)], [1]),  # stopped in the midst of a meeting
-        ([(7, 1), (6, 1), (7, 1)], [(7, 4), (6, 4), (7, 4)], [1]),  # its work does not end
-        ([(7, 1), (6, 1), (7, 1)], [(7, 4), (6, 1), (7, 4)], [1]),
-        ([(7, 1), (7, 1), (7, 1)], [(7, 4), (7, 4), (7, 4)], []),  # nobody: they wait for the library
-    ]:
-        assert Watchdog._missing([first, last]) == missing
-
-
-@pytest.mark.parametrize(("is_sharded", "arrivals"), [(False, [1, 1]), (True, [3, 3])])
-def test_processes_with_other_numbers_of_passes_arrive_as_often(is_sharded, arrivals):
-    """Before each meeting: whole models meet once, for their gradients; sharded ones in every pass."""
-    found = []
-    for process, passes in enumerate([[1, 2, 3], [1, 2, 3] if is_sharded else [1]]):
-        state = {"num_processes": 2, "process_index": process, "is_main_process": not process, "device": None}
-        team = Team(SimpleNamespace(**state, is_fsdp2=is_sharded))
-        assert [one for one, _ in team.passes(passes)] == passes
-        found.append(team.watchdog.arrivals)
-    assert found == arrivals
-
-
 def test_no_pass_waits_for_the_buffers_of_process_0():
     accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
     assert not accelerator.ddp_handler.broadcast_buffers
@@ -319,13 +297,42 @@ def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_that_hangs_is_named_when_its_time_is_out(endless, rank):
+def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
     """It stands still in the midst of its work; the others notice."""
     os.kill(processes_of(endless)[rank], signal.SIGSTOP)
     _, err = endless.communicate(timeout=120)
     assert endless.returncode == 2
-    assert err.startswith(f"cera-train: process {rank} of 2 (counted from 0) hangs")
+    assert err.startswith(f"cera-train: process {1 - rank} (counted from 0) waited for another that hangs")
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "message", "kind", "words"),
+    [
+        (1, "UserError: data.prompt: no such column.", UserError, "data.prompt: no such column."),
+        (1, "ValueError: zip() argument 2 is shorter", ProcessFailed, "Traceback ..."),
+        (-signal.SIGKILL, "", UserError, "process 1 was killed by SIGKILL: the machine may be out of memory"),
+    ],
+)
+def test_an_error_of_a_process_keeps_its_kind(exitcode, message, kind, words):
+    """A mistake is one line for its user, a bug a traceback."""
+    report = {"message": message, "extraInfo": {"py_callstack": "Traceback ..."}}
+    error = error_of(1, SimpleNamespace(exitcode=exitcode, message=report))
+    assert type(error) is kind
+    assert words in str(error)
+
+
+def test_a_process_that_lost_another_fails_after_it(monkeypatch):
+    """The launcher reports the first failure."""
+    pauses = []
+    monkeypatch.setattr(launch.time, "sleep", pauses.append)
+
+    def lose(_: None) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    with pytest.raises(RuntimeError):
+        launch.beside_others(lose, None)
+    assert pauses == [launch.PEER_SECONDS]
 
 
 @pytest.mark.slow
