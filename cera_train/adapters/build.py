@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.family import Family, families, family_that_wrote
+from cera_train.adapters.family import Family, check_settings, families, family, family_that_wrote
 from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer
 from cera_train.cera.coverage import bypassed_projections, idle_projections
@@ -26,8 +26,8 @@ EXPERTS_COMPILE = torch.__version__ >= (2, 13)
 
 
 def check(config: AdapterConfig, is_compiled: bool = False) -> None:
-    """Raises UserError for settings that PEFT or torch.compile does not understand. Needs no model, so that nothing is
-    loaded first."""
+    """Raises UserError for settings that do not fit each other, PEFT or torch.compile. Needs no model."""
+    check_settings(config)
     if is_compiled and config.adapted_experts and not EXPERTS_COMPILE:
         raise UserError(
             f"train.compile=true: torch {torch.__version__} compiles no adapted experts: leave it out, or use 2.13."
@@ -44,7 +44,7 @@ def build(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False
         is_sharded: only one process has the base's weights.
     """
     check_targets(base, config)
-    return config.family.build(base, config, left_out(base, config, is_sharded))
+    return family(config.kind).build(base, config, left_out(base, config, is_sharded))
 
 
 def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> list[str]:
@@ -58,7 +58,7 @@ def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = Fa
 
 def adapter_config(config: AdapterConfig) -> peft.PeftConfig | None:
     """The PEFT config of an adapter; full has none."""
-    return config.family.peft_config(config)
+    return family(config.kind).peft_config(config)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -88,8 +88,8 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
-    family = _family_of(model)
-    wanted, shapes = family.saved_shapes(model), {name: tensor.shape for name, tensor in weights.items()}
+    kind = _family_of(model)
+    wanted, shapes = kind.saved_shapes(model), {name: tensor.shape for name, tensor in weights.items()}
     if wrong := sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)):
         name = wrong[0]
         there, here = (list(those[name]) if name in those else "missing" for those in (shapes, wanted))
@@ -98,7 +98,7 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
             f"and {here} in the model."
         )
     try:
-        family.load(model, weights)
+        kind.load(model, weights)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
 
@@ -106,16 +106,16 @@ def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
     """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
     Raises UserError where the folder is damaged, holds no adapter, or belongs to another base model."""
-    weights, family = read(folder), family_that_wrote(folder)
+    weights, kind = read(folder), family_that_wrote(folder)
     try:
-        model = family.attach(base, folder)
+        model = kind.attach(base, folder)
         load(model, weights)
     except (KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
     except ValueError as error:
         misfit = f"{folder} does not fit {base.name_or_path}"
         reason = textwrap.shorten(str(error), 240, placeholder="...")
-        wanted = family.description(folder).get("base_model_name_or_path")
+        wanted = kind.description(folder).get("base_model_name_or_path")
         if wanted in (None, base.name_or_path):
             raise UserError(f"{misfit}: {reason}") from error
         raise UserError(
@@ -131,7 +131,7 @@ def keeps_base(model: nn.Module) -> bool:
 
 
 def _family_of(model: nn.Module) -> Family:
-    return next(family for family in families() if family.made(model))
+    return next(kind for kind in families() if kind.made(model))
 
 
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
@@ -140,14 +140,14 @@ def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, 
     groups: dict[float, list[nn.Parameter]] = {1.0: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            ratio = config.b_lr_ratio if f".{config.family.b_matrix}." in name else 1.0
+            ratio = config.b_lr_ratio if f".{family(config.kind).b_matrix}." in name else 1.0
             groups.setdefault(ratio, []).append(parameter)
     return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]
 
 
 def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:
     """What computes CeRA's branch on this device; `adapter.kernels` as it is for any other kind."""
-    if "kernels" not in config.family.uses:
+    if "kernels" not in family(config.kind).uses:
         return config.kernels
     if config.mix == "learned":
         return Kernels.torch

@@ -1,21 +1,21 @@
 """What every kind of adapter does: check its settings, build, save and load itself. Each file of families/ holds one.
 
-The settings are checked by these files too, so they and this module import torch and peft inside functions only.
+Commands check settings before they load anything: these files and this one import torch and peft inside functions.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
+from cera_train.common.settings import require
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 if TYPE_CHECKING:
     import peft
@@ -73,23 +73,23 @@ class Family(ABC):
     alpha_field: ClassVar[str] = "alpha"
     """The field of PEFT's config that holds `adapter.alpha`."""
 
-    def title(self, config: Any) -> str:
+    def title(self, config: AdapterConfig) -> str:
         """The name of a config's method."""
         return self.name
 
-    def check(self, config: Any) -> None:  # noqa: B027 - most have nothing to add
+    def check(self, config: AdapterConfig) -> None:  # noqa: B027 - most have nothing to add
         """Raises UserError where settings contradict each other. Imports no torch."""
 
     def default_alpha(self, r: int) -> float | None:
         """The alpha of adapter.alpha=null, as PEFT's config has it."""
         return None
 
-    def peft_config(self, config: Any) -> peft.PeftConfig | None:
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
         """The config of PEFT's; None without an adapter. Raises UserError for settings that PEFT refuses."""
         return None
 
     @abstractmethod
-    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         """The base with a fresh adapter. Its trainable parameters require gradients, no others do.
 
         Args:
@@ -155,19 +155,54 @@ class Family(ABC):
         """The base with the adapter that lies in a folder, built as the folder describes it, without its weights."""
 
 
-@functools.cache
-def kinds() -> list[str]:
-    """The values of `adapter.kind`: the names of the files in families/."""
-    return sorted(module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / "families")]))
+def families() -> list[Family]:
+    return [family(kind) for kind in AdapterKind]
 
 
 def family(kind: str) -> Family:
-    """The family of an `adapter.kind`."""
+    """The family of an `adapter.kind`: the file of that name."""
     return importlib.import_module(f"cera_train.adapters.families.{kind}").FAMILY
 
 
-def families() -> list[Family]:
-    return [family(kind) for kind in kinds()]
+def title(config: AdapterConfig) -> str:
+    """The name of an adapter for tables and pictures."""
+    return config.label or family(config.kind).title(config)
+
+
+UNSET = {"r": None, "dropout": 0, "target_modules": None, "settings": {}}
+"""Values that stand for no choice, of settings whose default is one."""
+
+
+def unset(name: str) -> Any:
+    """The value of a setting that its kind does not use."""
+    return UNSET[name] if name in UNSET else getattr(AdapterConfig, name)
+
+
+def with_kind(config: AdapterConfig, kind: str) -> AdapterConfig:
+    """The settings with another kind, without those of CeRA's gate where it has none."""
+    ignored = family("cera").gate_settings - family(kind).uses
+    return replace(config, kind=AdapterKind(kind), **{name: unset(name) for name in ignored})
+
+
+def check_settings(config: AdapterConfig) -> None:
+    """Raises UserError where settings contradict each other, or the kind would ignore one. Imports no torch."""
+    kind = family(config.kind)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in {*kind.uses, "kind", "label", "start_digest"} and value != unset(field.name):
+            mend = "null" if unset(field.name) is None else str(unset(field.name)).lower()
+            raise UserError(
+                f"adapter.{field.name}={value}: adapter.kind={config.kind} does not use it. Set "
+                f"adapter.{field.name}={mend}."
+            )
+    targets, adapts_experts = config.target_modules, config.experts or config.target_parameters
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    is_chosen = bool(targets) and (is_list or isinstance(targets, str))
+    require(
+        is_chosen or (targets is None and not kind.needs_targets) or (targets == [] and bool(adapts_experts)),
+        f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
+    )
+    kind.check(config)
 
 
 def is_saved_in(folder: Path) -> bool:
@@ -177,7 +212,7 @@ def is_saved_in(folder: Path) -> bool:
 
 def family_that_wrote(folder: Path) -> Family:
     """The family that loads a folder. Raises UserError where none does."""
-    found = next((family for family in families() if family.wrote(folder)), None)
-    if found is None:
-        raise UserError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")
-    return found
+    for family in families():
+        if family.wrote(folder):
+            return family
+    raise UserError(f"{folder} holds no adapter: expected a folder with adapter_config.json.")

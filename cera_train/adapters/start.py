@@ -3,13 +3,15 @@ theirs. Needs no weights and no torch, so that a mistake is answered before anyt
 
 from __future__ import annotations
 
+from dataclasses import fields
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from cera_train.adapters.families.peft import replaces_base
-from cera_train.adapters.family import family, family_that_wrote, kinds
+from cera_train.adapters.family import family, family_that_wrote
 from cera_train.common.errors import UserError
-from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
 
 def check_start(config: AdapterConfig, folder: Path, recorded: AdapterConfig | None) -> None:
@@ -26,50 +28,42 @@ def check_start(config: AdapterConfig, folder: Path, recorded: AdapterConfig | N
             f"{place}: {start} moved a part of W0 into these weights, and they belong to what was left of it. Start "
             "from an adapter with another init."
         )
-    wanted, found = fitting(config), described(description) if recorded is None else fitting(recorded)
-    different = [key for key in wanted if wanted[key] != found.get(key)]
+    wanted, theirs = fitting(config), described(description) if recorded is None else fitting(recorded)
+    different = [key for key in wanted if wanted[key] != theirs.get(key)]
     if "kind" in different:  # the rest follows from it
         different = ["kind"]
     if different:
-        values = "; ".join(f"adapter.{key} is {found[key]!r} there, {wanted[key]!r} here" for key in different)
+        values = "; ".join(f"adapter.{key} is {theirs[key]!r} there, {wanted[key]!r} here" for key in different)
         raise UserError(f"{place}: {values}. Set what is here to what is there, or start from another adapter.")
 
 
 def fitting(config: AdapterConfig) -> dict[str, Any]:
     """The settings that decide which tensors an adapter has and what they compute; dropout and draws do not."""
-    alpha = config.alpha if config.alpha is not None else config.family.default_alpha(config.r)
-    plain = ("r", "experts", "expert_r", "layers")
-    return {
-        "kind": str(config.kind),
-        "alpha": alpha,
-        "activation": str(config.activation),
-        "mix": str(config.mix),
-        "target_modules": _in_order(config.target_modules),
-        "target_parameters": _in_order(config.target_parameters),
-        **{name: getattr(config, name) for name in plain},
-        **{f"settings.{name}": config.settings.get(name) or None for name in IN_SETTINGS},
-    }
+    names = [field.name for field in fields(config) if field.metadata["binds_checkpoint"] and field.name not in FREE]
+    values = {name: getattr(config, name) for name in names}
+    values |= {f"settings.{name}": config.settings.get(name) or None for name in IN_SETTINGS}
+    if config.alpha is None:
+        values["alpha"] = family(config.kind).default_alpha(config.r)
+    return {name: _plain(value) for name, value in values.items()}
 
 
+FREE = ("dropout", "dropout_on", "init", "method", "settings")
 IN_SETTINGS = ("rank_pattern", "alpha_pattern", "use_rslora")
 
 
 def described(description: dict[str, Any]) -> dict[str, Any]:
     """The same settings of an adapter without a run, from its adapter_config.json."""
     kind = kind_of(description)
-    if kind not in kinds() or "start_from" not in family(kind).uses:
+    if kind not in list(AdapterKind) or "start_from" not in family(kind).uses:
         return {"kind": kind}
     unset = fitting(AdapterConfig(kind, dropout=0))
     layers = description.get("layers_to_transform")
-    found = unset | {key: description[key] for key in unset if key in description}
-    return found | {
-        "alpha": description.get(family(kind).alpha_field),
-        "target_modules": _in_order(description.get("target_modules")),
-        "target_parameters": _in_order(description.get("target_parameters")),
-        "layers": [layers] if isinstance(layers, int) else layers,
-        **{f"settings.{name}": description.get(name) or None for name in IN_SETTINGS if name != "use_rslora"},
-        "settings.use_rslora": (kind == "cera" and description.get("use_rslora")) or None,
-    }
+    described = unset | {key: _plain(description[key]) for key in unset if key in description}
+    described |= {f"settings.{name}": description.get(name) or None for name in IN_SETTINGS}
+    if kind != "cera":  # of PEFT's LoRA, use_rslora is a kind
+        described["settings.use_rslora"] = None
+    described["layers"] = [layers] if isinstance(layers, int) else layers
+    return described | {"alpha": description.get(family(kind).alpha_field)}
 
 
 def kind_of(description: dict[str, Any]) -> str:
@@ -79,6 +73,6 @@ def kind_of(description: dict[str, Any]) -> str:
     return next((kind for kind in variants if description.get(f"use_{kind}")), method)
 
 
-def _in_order(names: Any) -> Any:
-    """PEFT keeps a set, whose order in the file has no meaning."""
-    return sorted(names) if isinstance(names, list) else names
+def _plain(value: Any) -> Any:
+    """Text of an enum; names in order, since PEFT keeps a set."""
+    return str(value) if isinstance(value, StrEnum) else sorted(value) if isinstance(value, list) else value

@@ -12,6 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.plugin import Plugin
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from cera_train.adapters.family import check_settings
 from cera_train.cli.mistakes import SCHEMAS, options, unknown_setting
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
@@ -55,6 +56,8 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
         if tree[key] != MISSING and not any(name in known for name in names):
             raise UserError(unknown_setting(key, f"+{key}={tree[key]}", schema))
     config = OmegaConf.to_object(composed)
+    if issubclass(schema, Config):
+        check_settings(config.adapter)
     if getattr(config, "task", None) is not None:
         check_task(config.task)
     return config

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.family import family
+from cera_train.adapters.family import check_settings, with_kind
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.model.precision import choose_precision
 from cera_train.planning.answers import AnswerSize, sizes_of_samples, sizes_of_tasks, step_seconds
 from cera_train.planning.data_size import DataSize, data_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
-from cera_train.settings.adapters import GATE_SETTINGS, UNSET, AdapterKind
+from cera_train.settings.adapters import AdapterKind
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Dtype, Quantization, chunk_tokens
 from cera_train.settings.planning import CompareAt
@@ -333,8 +333,8 @@ def memory_of(
 
 def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
     """The run with another adapter, at the same rank or the same number of parameters."""
-    ignored = GATE_SETTINGS - family(kind).uses
-    adapter = replace(config.adapter, kind=kind, **{name: UNSET[name][0] for name in ignored})
+    adapter = with_kind(config.adapter, kind)
+    check_settings(adapter)
     if config.plan.compare_at == CompareAt.budget:
         from cera_train.planning.count import count_parameters
 

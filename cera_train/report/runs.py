@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cera_train.adapters.family import family, kinds
+from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.records import RESTORE, Record, fits, key
@@ -20,6 +20,7 @@ from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
+from cera_train.settings.adapters import AdapterKind
 from cera_train.settings.data import evaluation_rows
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
@@ -133,7 +134,7 @@ class Run:
     @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
-        known, name = self.known, family(self.kind).name if self.kind in kinds() else self.kind
+        known, name = self.known, family(self.kind).name if self.kind in list(AdapterKind) else self.kind
         name = known.label or ("untouched base" if self.kind == "base" else known.peft_method or name)
         variant = family("cera").variants(known) if self.kind == "cera" else []
         variant += [f"alpha {known.alpha:g}"] if known.alpha not in (None, self.rank) else []

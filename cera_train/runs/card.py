@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cera_train.adapters.family import family, title
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.trust import check_links, clean
@@ -73,7 +74,8 @@ def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | 
     from huggingface_hub import ModelCard
 
     adapter = config.adapter
-    is_full, is_cera = adapter.family.trains_base, adapter.kind == "cera"
+    kind, is_cera = family(adapter.kind), adapter.kind == "cera"
+    is_full = kind.trains_base
     datasets = [part.path for _, part in config.data.parts() if part.path and not part.train_files]
     data = card_data(config.model, "transformers" if is_full else "peft", adapter.kind.value, datasets)
     shape = "linear" if adapter.activation == "identity" else "non-linear"
@@ -81,8 +83,8 @@ def _card(config: Config, result: RunResult, evaluations: list[AccuracyResult | 
         data,
         template_str=CARD,
         name=escape(config.name),
-        what=escape(f"The base model after {adapter.title}" if is_full else f"A {adapter.title} adapter"),
-        branch=f"\nIts {shape} branch, `{adapter.family.formula(adapter)}`, stays beside W0.\n" if is_cera else "",
+        what=escape(f"The base model after {title(adapter)}" if is_full else f"A {title(adapter)} adapter"),
+        branch=f"\nIts {shape} branch, `{kind.formula(adapter)}`, stays beside W0.\n" if is_cera else "",
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
         trained=_table(_trained(config, result)),
@@ -117,7 +119,7 @@ def _trained(config: Config, result: RunResult) -> dict[str, str]:
     return {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
-        "Adapter": f"{adapter.title}{rank}{where}",
+        "Adapter": f"{title(adapter)}{rank}{where}",
         **start,
         "Trainable parameters": f"{result.trainable_parameters:,}",
         "Data": " + ".join(rows_of(part) for _, part in config.data.parts()),

@@ -1,16 +1,19 @@
-"""Settings of the adapter."""
+"""Settings of the adapter. Each kind checks its own (`adapters.family.check_settings`)."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
-from cera_train.adapters.family import Family, family, kinds
 from cera_train.common.settings import require, require_positive, setting
 
-AdapterKind = StrEnum("AdapterKind", {kind: kind for kind in kinds()}, module=__name__)
+FAMILIES = Path(__file__).parents[1] / "adapters" / "families"
+AdapterKind = StrEnum(
+    "AdapterKind", {file.stem: file.stem for file in sorted(FAMILIES.glob("[!_]*.py"))}, module=__name__
+)
 """One member for each file of families/."""
 
 
@@ -90,7 +93,7 @@ class AdapterConfig:
     """The name in tables and pictures. null: the kind's."""
 
     def __post_init__(self) -> None:
-        require(self.kind in kinds(), f"adapter.kind={self.kind}: expected one of {', '.join(kinds())}.")
+        require(self.kind in list(AdapterKind), f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.")
         require_positive("adapter", self, "r", "alpha", "b_lr_ratio", "expert_r")
         require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
         require(
@@ -102,46 +105,19 @@ class AdapterConfig:
         require(
             is_dict, f"adapter.settings={self.settings!r}: expected names and values, such as {{init_weights: bat}}."
         )
-        self._check_is_used()
-        self._check_targets()
-        self.family.check(self)
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            self._check_expression()
 
-    def _check_is_used(self) -> None:
-        """Refuses a setting that this kind of adapter would ignore."""
-        for name, (unset, meaning) in UNSET.items():
-            value = getattr(self, name)
-            reason = f"adapter.{name}={value} is {meaning}; adapter.kind={self.kind} has none"
-            if meaning is None:
-                reason = f"only adapter.kind=cera has adapter.{name}"
-            mend = f"set adapter.{name}={'null' if unset is None else str(unset).lower()}"
-            require(value == unset or name in self.family.uses, f"{reason}: {mend}.")
-
-    def _check_targets(self) -> None:
-        targets = self.target_modules
-        if targets is None and not self.family.needs_targets:
-            return
-        is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-        if targets == [] and (self.experts or self.target_parameters):
-            return
-        require(
-            bool(targets) and (is_list or isinstance(targets, str)),
-            f"adapter.target_modules={targets!r} must be a list of module names, a regular expression or all-linear.",
-        )
-        if not isinstance(targets, str) or targets == "all-linear":
-            return
+    def _check_expression(self) -> None:
         try:
-            re.compile(targets)
+            re.compile(self.target_modules)
         except re.error as error:
-            require(False, f"adapter.target_modules={targets!r} is not a regular expression: {error}.")
+            require(False, f"adapter.target_modules={self.target_modules!r} is not a regular expression: {error}.")
         require(
             self.layers is None,
             f"adapter.layers={self.layers} cannot be combined with a regular expression in adapter.target_modules: "
             "name the layers in the expression.",
         )
-
-    @property
-    def family(self) -> Family:
-        return family(self.kind)
 
     @property
     def adapted_experts(self) -> str:
@@ -150,33 +126,3 @@ class AdapterConfig:
             return ""
         names = "all experts" if self.experts else " ".join(self.target_parameters)
         return f"{names} at r={self.expert_r or self.r}"
-
-    @property
-    def title(self) -> str:
-        """The name for tables and pictures."""
-        return self.label or self.family.title(self)
-
-
-UNSET = {
-    "r": (None, "the rank of an adapter"),
-    "alpha": (None, "the scale of an adapter"),
-    "dropout": (0, "the dropout of an adapter"),
-    "activation": (Activation.silu, None),
-    "init": (Init.kaiming_normal, None),
-    "dropout_on": (DropoutOn.hidden, None),
-    "mix": (Mix.none, None),
-    "kernels": (Kernels.auto, None),
-    "target_parameters": (None, None),
-    "experts": (False, None),
-    "expert_r": (None, None),
-    "target_modules": (None, "a choice of modules"),
-    "layers": (None, "a choice of layers"),
-    "method": (None, "a method for adapter.kind=peft"),
-    "settings": ({}, "for PEFT's config"),
-    "start_from": (None, "an adapter to start from"),
-    "b_lr_ratio": (1, "a ratio for the learning rate of B"),
-}
-"""The value with which a setting is not set, and its meaning; None: only cera has it."""
-
-GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix", "kernels"})
-"""Those of cera's branch, which a plan leaves out beside another adapter."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from cera_train.adapters.build import describe_kernels
+from cera_train.adapters.family import family
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
@@ -96,7 +97,7 @@ def print_adapter(session: Session) -> None:
         print_line("coverage", line)
     layers = layers_without_adapted_experts(model) if is_all else 0
     if layers:
-        mend = "; adapter.experts=true adds them" if "experts" in adapter.family.uses else ""
+        mend = "; adapter.experts=true adds them" if "experts" in family(adapter.kind).uses else ""
         print_line("experts", f"all-linear leaves out the experts of {layers} layers{mend}")
 
 
@@ -104,10 +105,11 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     parts = [adapter.method or str(adapter.kind)]
     if adapter.r is not None:
         parts[0] += f" r={adapter.r}"
-    if "activation" in adapter.family.uses:
-        others = [variant for variant in adapter.family.variants(adapter) if variant != adapter.activation]
+    kind = family(adapter.kind)
+    if "activation" in kind.uses:
+        others = [variant for variant in kind.variants(adapter) if variant != adapter.activation]
         parts += [str(adapter.activation), *others]
-    if "dropout" in adapter.family.uses:
+    if "dropout" in kind.uses:
         parts.append(f"dropout {adapter.dropout:g}")
     if places := [place for place in (targets(adapter.target_modules or ""), adapter.adapted_experts) if place]:
         parts.append(f"on {' and '.join(places)}")

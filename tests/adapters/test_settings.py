@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cera_train.adapters import build
+from cera_train.adapters.family import family, title
 from cera_train.common.errors import UserError
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 
@@ -28,33 +29,24 @@ def refuses(message: str):
     [
         (
             "adapter=lora adapter.activation=relu",
-            "only adapter.kind=cera has adapter.activation: set adapter.activation=silu",
+            "adapter.activation=relu: adapter.kind=lora does not use it. Set adapter.activation=silu",
         ),
-        ("adapter=lora adapter.kernels=torch", "only adapter.kind=cera has adapter.kernels"),
+        ("adapter=lora adapter.kernels=torch", "adapter.kernels=torch: adapter.kind=lora does not use it"),
         (
             "adapter=full adapter.r=16",
-            "adapter.r=16 is the rank of an adapter; adapter.kind=full has none: set adapter.r=n",
+            "adapter.r=16: adapter.kind=full does not use it. Set adapter.r=null",
         ),
-        ("adapter=full adapter.r=null adapter.alpha=2", "adapter.alpha=2.0 is the scale"),
-        ("adapter=full adapter.r=null adapter.dropout=0.1", "adapter.dropout=0.1 is the dropout"),
+        ("adapter=full adapter.r=null adapter.dropout=0.1", "adapter.dropout=0.1: .* Set adapter.dropout=0"),
         (
             "adapter=full adapter.r=null adapter.target_modules=[q_proj]",
-            r"adapter.target_modules=\['q_proj'\] is a choice",
+            "adapter.target_modules=.*: .*=null",
         ),
-        ("adapter=full adapter.r=null adapter.layers=[0]", r"adapter.layers=\[0\] is a choice of layers"),
-        ("adapter=full adapter.r=null adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0 is a ratio"),
-        ("adapter=cera adapter.method=MISS", "adapter.method=MISS is a method for adapter.kind=peft"),
+        ("adapter=cera adapter.method=MISS", "adapter.method=MISS: adapter.kind=cera does not use it"),
         ("adapter=cera adapter.r=null", "adapter.r=null: adapter.kind=cera needs a rank"),
         ("adapter=cera adapter.target_modules=null", "adapter.target_modules=None must be a list"),
         ("adapter=peft", "adapter.method=null: name a method of PEFT"),
-        ("adapter=miss adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0 is a ratio for the learning rate of B"),
+        ("adapter=miss adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0: adapter.kind=peft does not use it"),
         ("adapter.b_lr_ratio=0", "adapter.b_lr_ratio=0.0 must be positive"),
-        ("adapter=lora adapter.mix=learned", "only adapter.kind=cera has adapter.mix: set adapter.mix=none"),
-        (
-            "adapter=dora adapter.init=kaiming_uniform",
-            "only adapter.kind=cera has adapter.init: set adapter.init=kaiming_normal",
-        ),
-        ("adapter=lora adapter.dropout_on=input", "only adapter.kind=cera has adapter.dropout_on"),
         ("adapter=cera_mix adapter.activation=identity", "adapter.activation=identity is none: set another"),
         ("adapter=cera_mix adapter.kernels=triton", "adapter.kernels=triton computes no gate with parameters"),
     ],
@@ -74,11 +66,11 @@ def test_a_config_of_before_loads_with_the_same_meaning():
     old = {"kind": "lora", "r": 8, "alpha": None, "dropout": 0.1, "activation": "silu", "target_modules": ["q_proj"]}
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AdapterConfig), old | {"layers": None}))
     assert config == AdapterConfig(AdapterKind.lora, 8, target_modules=["q_proj"])
-    assert (config.settings, config.b_lr_ratio, config.kernels, config.title) == ({}, 1.0, "auto", "LoRA")
+    assert (config.settings, config.b_lr_ratio, config.kernels, title(config)) == ({}, 1.0, "auto", "LoRA")
 
 
 def test_another_kind_on_the_command_line_has_its_own_name(compose):
-    assert compose("adapter.kind=lora").adapter.title == "LoRA"
+    assert title(compose("adapter.kind=lora").adapter) == "LoRA"
 
 
 # --- settings that PEFT understands ----------------------------------------------------------------------------------
@@ -96,11 +88,9 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
         (peft_of("ADALORA"), "adapter.method=ADALORA needs more than"),
         (
             peft_of("IA3", 4),
-            r"adapter.r=4: PEFT's IA3 has none. Set adapter.r=null, or one of adapter.settings: exclude_",
+            "adapter.r=4: PEFT's IA3 has none. Set adapter.r=null",
         ),
-        (peft_of("MISS", 4, minir=2), "adapter.settings.minir=2: MissConfig has bias, .*mini_r, "),
-        (peft_of("MISS", 4, mini_r="x"), "adapter.settings.mini_r='x': expected int"),
-        (peft_of("MISS", 4, init_weights="bats"), "adapter.settings.init_weights='bats': expected bool or bat, mini"),
+        (peft_of("MISS", 4, minir=2), "adapter.method=MISS adapter.settings.minir=2: .*unexpected keyword argument"),
         (peft_of("MISS", 4, r=3), "adapter.settings.r=3 is not for here"),
         (AdapterConfig("lora", 4, settings={"lora_alpha": 3}), "adapter.settings.lora_alpha=3 is not for here"),
         (AdapterConfig("lora", 4, settings={"eva_config": {}}), "adapter.settings.eva_config={} is not for here"),
@@ -114,7 +104,7 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
         ),
         (
             AdapterConfig("peft", None, dropout=0.0, method="LN_TUNING", layers=[0]),
-            "adapter.method=LN_TUNING has no field layers_to_transform: set adapter.layers=null",
+            "adapter.method=LN_TUNING: .*layers_to_transform",
         ),
     ],
 )
@@ -124,7 +114,7 @@ def test_what_peft_does_not_know_is_refused_before_anything_is_loaded(config, me
 
 
 def test_r_alpha_and_dropout_go_to_the_fields_that_hold_them():
-    config = AdapterConfig("peft", 8, 2.0, 0.25, method="randlora").family.peft_config(
+    config = family("peft").peft_config(
         AdapterConfig("peft", 8, 2.0, 0.25, method="randlora", settings={"sparse": True})
     )
     assert (config.r, config.randlora_alpha, config.randlora_dropout, config.sparse) == (8, 2.0, 0.25, True)
@@ -208,7 +198,7 @@ def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "title", "formula"),
+    ("overrides", "name", "formula"),
     [
         ("adapter=cera", "CeRA", "s B dropout(silu(A x))"),
         ("adapter=cera_identity", "CeRA (identity)", "s B dropout(identity(A x))"),
@@ -221,10 +211,10 @@ def test_a_pattern_that_matches_no_target_is_a_line_that_names_it():
         ),
     ],
 )
-def test_a_variant_has_a_name_and_a_formula(compose, overrides, title, formula):
+def test_a_variant_has_a_name_and_a_formula(compose, overrides, name, formula):
     adapter = compose(*overrides.split()).adapter
-    assert adapter.title == title
-    assert adapter.family.formula(adapter) == f"y = W0 x + {formula}"
+    assert title(adapter) == name
+    assert family("cera").formula(adapter) == f"y = W0 x + {formula}"
 
 
 @pytest.mark.slow

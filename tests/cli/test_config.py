@@ -192,7 +192,7 @@ def test_options_of_a_group_are_its_files():
         ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),
         (
             "adapter=lora adapter.activation=relu",
-            "only adapter.kind=cera has adapter.activation: set adapter.activation=silu",
+            "adapter.activation=relu: adapter.kind=lora does not use it. Set adapter.activation=silu",
         ),
         ("adapter.layers=[]", "adapter.layers=[] adapts nothing"),
         ("data.eval_rows=null", "data.layout=logistic_map needs data.eval_rows"),

@@ -53,7 +53,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert f"run        outputs/tiny/{missing}, 100 updates of 16 sequences\n" in output
     assert list(states(sweep).values()) == ["failed", "finished", "finished", "finished"]
     # Each error once, the table once, and nothing of Hydra's beside the jobs.
-    assert errors.count("\n") == errors.count("only adapter.kind=cera has adapter.activation") == 1
+    assert errors.count("\n") == errors.count("adapter.kind=lora does not use it") == 1
     assert output.count("\njobs       3 finished, 1 failed\n") == output.count("\nbest       outputs") == 1
     assert {path.name for path in sweep.iterdir()} == {JOBS, RECORD, finished, cut, missing}
     monkeypatch.chdir(sweep_here)

@@ -165,8 +165,8 @@ def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_co
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ("adapter=full adapter.r=null", "adapter.kind=full has none: set adapter.start_from=null"),
-        ("adapter=miss", "adapter.kind=peft has none: set adapter.start_from=null"),
+        ("adapter=full adapter.r=null", "adapter.kind=full does not use it. Set adapter.start_from=null"),
+        ("adapter=miss", "adapter.kind=peft does not use it. Set adapter.start_from=null"),
         ("adapter=pissa", "adapter.settings.init_lora_weights=pissa.* moves a part of W0 into fresh weights"),
     ],
 )

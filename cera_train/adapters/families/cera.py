@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.common.settings import require
-from cera_train.settings.adapters import GATE_SETTINGS
+from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
     import peft
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 class Cera(RankedPeft):
     name = "CeRA"
-    uses = RankedPeft.uses | GATE_SETTINGS | {"target_parameters", "experts", "expert_r"}
+    gate_settings = frozenset({"activation", "init", "dropout_on", "mix", "kernels"})
+    uses = RankedPeft.uses | gate_settings | {"target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
-    def check(self, config: Any) -> None:
+    def check(self, config: AdapterConfig) -> None:
         super().check(config)
         require(
             not (config.mix == "learned" and config.activation == "identity"),
@@ -47,7 +49,7 @@ class Cera(RankedPeft):
             "adapter.experts=true or adapter.target_parameters=[...].",
         )
 
-    def title(self, config: Any) -> str:
+    def title(self, config: AdapterConfig) -> str:
         variants = self.variants(config)
         return f"{self.name} ({', '.join(variants)})" if variants else self.name
 
@@ -60,7 +62,7 @@ class Cera(RankedPeft):
             *["learned mix"] * (settings.mix == "learned"),
         ]
 
-    def formula(self, config: Any) -> str:
+    def formula(self, config: AdapterConfig) -> str:
         """The branch in a line, for a reader."""
         gate, on_input = config.activation, config.dropout_on == "input"
         z = "A dropout(x)" if on_input else "A x"
@@ -68,21 +70,22 @@ class Cera(RankedPeft):
             return f"y = W0 x + s B {f'{gate}({z})' if on_input else f'dropout({gate}({z}))'}"
         return f"y = W0 x + s B {'' if on_input else 'dropout '}(z + gamma ({gate}(z) - z)), z = {z}"
 
-    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         from cera_train.adapters.targets import expert_names
 
         if config.experts:
             config = replace(config, experts=False, target_parameters=expert_names(base))
         return super().build(base, config, left_out)
 
-    def peft_config(self, config: Any) -> peft.PeftConfig:
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig
 
-        plain = ("r", "alpha", "dropout", "target_parameters")
-        fields = {name: getattr(config, name) for name in plain}
-        fields |= {name: str(getattr(config, name)) for name in ("activation", "init", "dropout_on", "mix")}
-        fields["expert_r"] = config.expert_r if config.target_parameters else None  # `build` knows all experts' names
-        return self.make(CeraConfig, config, fields)
+        shared = {field.name for field in fields(config)} & {field.name for field in fields(CeraConfig)}
+        values = {name: getattr(config, name) for name in shared - {"target_modules"}}
+        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in values.items()}
+        if not config.target_parameters:  # `build` knows all experts' names
+            values["expert_r"] = None
+        return self.make(CeraConfig, config, values)
 
     def branch(self, module: nn.Module) -> Branch | None:
         from cera_train.cera import CeraExperts, CeraLayer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families.lora import Lora
 from cera_train.adapters.family import ADAPTER
+from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ class Dora(Lora):
     name = "DoRA"
     variant = "DoraLinearVariant"
 
-    def lora_fields(self, config: Any) -> dict[str, Any]:
+    def lora_fields(self, config: AdapterConfig) -> dict[str, Any]:
         return super().lora_fields(config) | {"use_dora": True}
 
     def B(self, layer: nn.Module) -> torch.Tensor:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cera_train.adapters.family import Family
 from cera_train.common.errors import UserError
+from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ class Full(Family):
     needs_targets = False
     trains_base = True
 
-    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         if getattr(base, "is_quantized", False):
             raise UserError(
                 "adapter.kind=full trains every weight, and quantised ones take no gradient: set "

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cera_train.adapters.families.peft import RankedPeft
 from cera_train.adapters.family import ADAPTER, Branch
+from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
     import peft
@@ -24,12 +25,12 @@ class Lora(RankedPeft):
     def default_alpha(self, r: int) -> float:
         return r
 
-    def lora_fields(self, config: Any) -> dict[str, Any]:
+    def lora_fields(self, config: AdapterConfig) -> dict[str, Any]:
         """What makes this kind of LoRA, as fields of PEFT's config."""
         alpha = config.alpha if config.alpha is not None else self.default_alpha(config.r)
         return {"lora_alpha": alpha, "use_rslora": False, "use_dora": False}
 
-    def peft_config(self, config: Any) -> peft.PeftConfig:
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         import peft
 
         fields = {"r": config.r, "lora_dropout": config.dropout} | self.lora_fields(config)

@@ -7,8 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import re
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,7 @@ from cera_train.adapters.family import ADAPTER, Family
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.common.trust import BEYOND_WEIGHTS, check_adapter_settings, weights_of
+from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
     import peft
@@ -39,13 +38,13 @@ class Peft(Family):
     uses = frozenset({"method", "r", "alpha", "dropout", "target_modules", "layers", "settings"})
     needs_targets = False
 
-    def title(self, config: Any) -> str:
+    def title(self, config: AdapterConfig) -> str:
         return config.method or self.name
 
-    def check(self, config: Any) -> None:
+    def check(self, config: AdapterConfig) -> None:
         require(config.method is not None, "adapter.method=null: name a method of PEFT, such as adapter.method=MISS.")
 
-    def peft_config(self, config: Any) -> peft.PeftConfig:
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         """The PEFT config. r, alpha and dropout go to the fields that hold them; null and 0 leave PEFT's defaults."""
         config_class, prefix = config_class_of(config.method), config.method.lower()
         names = {field.name for field in dataclasses.fields(config_class)}
@@ -68,7 +67,7 @@ class Peft(Family):
             fields[place] = value
         return self.make(config_class, config, fields)
 
-    def make(self, config_class: type, config: Any, fields: dict[str, Any]) -> peft.PeftConfig:
+    def make(self, config_class: type, config: AdapterConfig, fields: dict[str, Any]) -> peft.PeftConfig:
         """A PEFT config of these fields, the targets and `adapter.settings`."""
         import peft
 
@@ -77,20 +76,14 @@ class Peft(Family):
             fields["target_modules"] = config.target_modules
         if config.layers is not None:
             fields["layers_to_transform"] = config.layers
-        hints = typing.get_type_hints(config_class)
-        names = {field.name for field in dataclasses.fields(config_class) if field.init}
         taken = taken_fields() | fields.keys()
         for key, value in config.settings.items():
-            what = f"adapter.settings.{key}={value!r}"
-            require(key not in taken, f"{what} is not for here: another setting holds it, or it opens files.")
-            require(key in names, f"{what}: {config_class.__name__} has {', '.join(sorted(names - taken))}.")
-            require(fits(value, hints[key]), f"{what}: expected {name_of(hints[key])}.")
-        unknown = ", ".join(fields.keys() - names)
-        require(not unknown, f"{described(config)} has no field {unknown}: set adapter.layers=null.")
+            place = f"adapter.settings.{key}={value!r}"
+            require(key not in taken, f"{place} is not for here: another setting holds it, or it opens files.")
         with refusals_of_peft(config):
             return config_class(**fields, **config.settings)
 
-    def build(self, base: PreTrainedModel, config: Any, left_out: list[str]) -> nn.Module:
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         import peft
 
         from cera_train.cera.coverage import exclude_projections
@@ -177,7 +170,7 @@ class RankedPeft(Peft):
     uses = Peft.uses - {"method"} | {"b_lr_ratio", "start_from"}
     needs_targets = True
 
-    def check(self, config: Any) -> None:
+    def check(self, config: AdapterConfig) -> None:
         require(config.r is not None, f"adapter.r=null: adapter.kind={config.kind} needs a rank, such as adapter.r=64.")
         start = config.settings.get("init_lora_weights")
         require(
@@ -188,7 +181,7 @@ class RankedPeft(Peft):
 
 
 @contextlib.contextmanager
-def refusals_of_peft(config: Any) -> Iterator[None]:
+def refusals_of_peft(config: AdapterConfig) -> Iterator[None]:
     """Turns PEFT's refusal of an adapter into one line with the settings to look at."""
     try:
         yield
@@ -196,7 +189,7 @@ def refusals_of_peft(config: Any) -> Iterator[None]:
         raise UserError(f"{described(config)}: {' '.join(str(error).split())}") from error
 
 
-def described(config: Any) -> str:
+def described(config: AdapterConfig) -> str:
     settings = "".join(f" adapter.settings.{key}={value}" for key, value in config.settings.items())
     return f"adapter.{f'method={config.method}' if config.method else f'kind={config.kind}'}{settings}"
 
@@ -238,30 +231,6 @@ def taken_fields() -> set[str]:
 
     base = {field.name for field in dataclasses.fields(peft.PeftConfig)}
     return {*base, *BEYOND_WEIGHTS, "r", "target_modules", "layers_to_transform"}
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value from YAML is of a field's type. True for a type that YAML has no words for."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, argument) for argument in arguments)
-    if origin is typing.Literal:
-        # PEFT writes a pattern as pissa_niter_[number of iters]
-        starts = tuple(argument.split("[")[0] for argument in arguments if "[" in str(argument))
-        return value in arguments or (bool(starts) and isinstance(value, str) and value.startswith(starts))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    kind = origin or hint
-    return kind not in (bool, str, list, dict, types.NoneType) or isinstance(value, kind)
-
-
-def name_of(hint: Any) -> str:
-    """A type as a reader of YAML knows it."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(map(name_of, typing.get_args(hint)))
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(map(str, typing.get_args(hint)))
-    return "null" if hint is types.NoneType else getattr(hint, "__name__", str(hint))
 
 
 FAMILY = Peft()

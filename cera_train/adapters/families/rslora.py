@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from cera_train.adapters.families.lora import Lora
+from cera_train.settings.adapters import AdapterConfig
 
 
 class RsLora(Lora):
@@ -14,7 +15,7 @@ class RsLora(Lora):
     def default_alpha(self, r: int) -> float:
         return math.sqrt(r)
 
-    def lora_fields(self, config: Any) -> dict[str, Any]:
+    def lora_fields(self, config: AdapterConfig) -> dict[str, Any]:
         return super().lora_fields(config) | {"use_rslora": True}
 
 
