@@ -55,8 +55,8 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
 
-evidence: $(VENV)/.installed  ## run the smallest study and write its page, in a quarter of an hour
-	$(BIN)/cera-train -m +study=first_look
+evidence: $(VENV)/.installed  ## run the smallest study, two jobs at once, and write its page
+	$(BIN)/cera-train -m +study=first_look hydra/launcher=joblib
 	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
 
 docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
