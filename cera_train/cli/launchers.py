@@ -24,7 +24,7 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
-from cera_train.sweep.folder import Job, folder_of_job
+from cera_train.sweep.folder import Job, job_name
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, job_status
 
@@ -51,7 +51,7 @@ class MissingJobs:
         sweep, returns = Path(self.config.hydra.sweep.dir), {}
         record = SweepRecord.read(sweep / RECORD)
         for number, overrides in enumerate(job_overrides):
-            status = job_status(sweep, folder_of_job(sweep, list(overrides), record.swept), metric=record.best_by)
+            status = job_status(sweep, job_name(overrides, record.swept), metric=record.best_by)
             if status.state == State.finished:
                 returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=status.value)
         return returns

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +52,6 @@ NO_CHOICE = "default"
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
 
-MOST_TRIES = 16
-"""Jobs in which a value is tried. One that fails in so many is left to its jobs: a sweep should start at once."""
-
 Run = TypeVar("Run")
 ComposeJob = Callable[[Iterable[str]], Run]
 """compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
@@ -68,15 +64,8 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     """The name of a job's folder: what varies, such as `adapter=cera,adapter.r=64`; where nothing does, every choice.
     The same for the same choices in any order, and never that of other choices."""
     choices = choices_of(overrides, swept)
-    return _name([choice for choice in choices if key_of(choice) in swept] if swept else choices)
-
-
-def earlier_name(overrides: Iterable[str], swept: Collection[str]) -> str:
-    """The name that earlier versions gave: every choice, those that all jobs share too."""
-    return _name(choices_of(overrides, swept))
-
-
-def _name(choices: list[str]) -> str:
+    if swept:
+        choices = [choice for choice in choices if key_of(choice) in swept]
     exact = ",".join(choices)
     shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
@@ -174,9 +163,8 @@ def check_jobs(
             is missing or of an unknown kind.
     """
     fine, failed = set[str](), dict[str, Exception]()
-    tries = Counter()
     for name, values in jobs.items():
-        if fine.issuperset(values) or all(value in fine or tries[value] == MOST_TRIES for value in values):
+        if fine.issuperset(values):
             continue
         try:
             run = compose(values)
@@ -184,9 +172,7 @@ def check_jobs(
             if run.adapter.start_from is not None and not (sweep / name / "config.yaml").exists():
                 find_start(run.adapter)
         except UserError as error:
-            for value in values:
-                failed.setdefault(value, error)
-                tries[value] += 1
+            failed |= dict.fromkeys(values, error) | failed
             continue
         fine.update(values)
         if name not in stopped and not (sweep / name / "result.json").exists():  # it will read them
@@ -194,7 +180,7 @@ def check_jobs(
             data_files(run.data)
             check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
     for value, error in failed.items():
-        if value not in fine and tries[value] < MOST_TRIES:
+        if value not in fine:
             raise error
 
 
@@ -274,13 +260,11 @@ def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folde
     ]
     recipes = [word.lstrip("+") for word in single if key_of(word) in ("recipe", "study")]
     fixed = redact_tree(sorted([*choices_of(single), *recipes]))
-    before, may_differ = fixed_of(earlier), LENGTH if config.train.extend else ()
-    if before is not None and (
-        (other := [choice for choice in before if key_of(choice) not in (*swept, *may_differ)])
-        != [choice for choice in fixed if key_of(choice) not in may_differ]
-    ):
+    may_differ = {*swept, *(LENGTH if config.train.extend else ())}
+    before = fixed if earlier is None else earlier.fixed
+    if any(key_of(choice) not in may_differ for choice in {*before} ^ {*fixed}):
         raise UserError(
-            f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(other) or 'none'}; here "
+            f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(before) or 'none'}; here "
             f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."
         )
     return sorted(swept), fixed
@@ -288,24 +272,7 @@ def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folde
 
 def named(sweep: Path, jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
     """Jobs by the names of their folders: name -> overrides."""
-    return {folder_of_job(sweep, job, swept): job for job in jobs}
-
-
-def fixed_of(record: SweepRecord | None) -> list[str] | None:
-    """The settings that all jobs of a sweep share. None: there is no sweep yet, or one of an earlier version, whose
-    jobs have them in their names."""
-    if record is None or record.fixed is not None or not record.jobs:
-        return record and record.fixed
-    (first, *_) = record.overrides.values()
-    shared = [choice for choice in choices_of(first) if key_of(choice) not in record.swept]
-    return None if shared else []
-
-
-def folder_of_job(sweep: Path, overrides: list[str], swept: Collection[str]) -> str:
-    """The name of a job's folder: an earlier version's where it has begun the job, else by what varies."""
-    name, earlier = job_name(overrides, swept), earlier_name(overrides, swept)
-    has_begun = (sweep / earlier).is_dir() or (sweep / JOBS / f"{earlier}.json").exists()
-    return earlier if has_begun else name
+    return {job_name(job, swept): job for job in jobs}
 
 
 @dataclass(frozen=True)
@@ -325,7 +292,7 @@ class Job:
             return None
         sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
         record = SweepRecord.read(sweep / RECORD)
-        name, names = folder_of_job(sweep, overrides, record.swept), list(record.overrides)
+        name, names = job_name(overrides, record.swept), list(record.overrides)
         number = names.index(name) if name in names else hydra_config.job.num
         return cls(sweep, name, overrides, number + 1, len(names))
 

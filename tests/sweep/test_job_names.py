@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from itertools import combinations
 from pathlib import Path
 
-import pytest
-
 from cera_train.cli.mistakes import with_folder_quoted
 from cera_train.common.settings import leaves
 from cera_train.settings.run import Config
-from cera_train.sweep.folder import LONGEST_NAME, choices_of, earlier_name, job_name
+from cera_train.sweep.folder import LONGEST_NAME, choices_of, job_name
 
 
 def test_a_job_is_named_by_what_varies_in_any_order():
     job = ["adapter.r=64", "data=jsonl", "data.completion=' {answer}'", "optimizer.lr=0.0003", "name=mine"]
     swept = ["optimizer.lr", "adapter.r"]
     assert job_name(job, swept) == job_name(reversed(job), swept) == "adapter.r=64,optimizer.lr=0.0003"
-    digest = digest_of("adapter.r=64,data=jsonl,data.completion=' {answer}',optimizer.lr=0.0003")
-    assert earlier_name(job, swept) == f"adapter.r=64,data=jsonl,data.completion=answer,optimizer.lr=0.0003-{digest}"
-
-
-def digest_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def test_a_job_of_a_sweep_in_which_nothing_varies_is_named_by_its_choices():
@@ -35,12 +26,14 @@ def test_a_job_of_a_sweep_in_which_nothing_varies_is_named_by_its_choices():
     assert job_name(["+recipe=quickstart", "name=a"]) == "default"
 
 
-@pytest.mark.parametrize("key", [leaf.key for leaf in leaves(Config) if leaf.changes in ("cost", "nothing")])
-def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept(key):
-    job = ["adapter.r=64", f"{key}=1"]
-    assert job_name(job) == "adapter.r=64"
-    assert job_name(job, swept=[key]) == f"{key}=1"
-    assert job_name(job, swept=["adapter.r", key]) == ",".join(sorted(job))
+def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept():
+    keys = [leaf.key for leaf in leaves(Config) if leaf.changes in ("cost", "nothing")]
+    assert len(keys) > 20
+    for key in keys:
+        job = ["adapter.r=64", f"{key}=1"]
+        assert job_name(job) == "adapter.r=64"
+        assert job_name(job, swept=[key]) == f"{key}=1"
+        assert job_name(job, swept=["adapter.r", key]) == ",".join(sorted(job))
 
 
 def test_a_swept_recipe_names_its_job():

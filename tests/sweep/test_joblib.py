@@ -14,7 +14,6 @@ from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.sweep.record import JOBS
 
-pytest_plugins = ("sweeps_here",)
 JOBLIB = [*TINY, "hydra/launcher=joblib"]
 ENDLESS = ["adapter=cera", "adapter.activation=relu,silu,gelu", "train.max_updates=100000"]
 

@@ -17,8 +17,6 @@ from cera_train.settings.run import Config
 from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.table import State, best_jobs, read_sweep
 
-pytest_plugins = ("sweeps_here",)
-
 
 @pytest.mark.slow
 def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_missing(sweep_here, monkeypatch, capsys):

@@ -12,8 +12,6 @@ from made_sweeps import FIXED, TINY, cera_sweep, cera_train, content_of, make_jo
 
 from cera_train.settings.run import Config
 
-pytest_plugins = ("sweeps_here",)
-
 
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, monkeypatch, counted):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
@@ -80,18 +78,6 @@ def test_a_sweep_is_extended_as_a_whole(sweep_here, monkeypatch, capsys):
     assert cera_train(monkeypatch, sweep_here, *longer, "train.extend=true") == 1
     assert [(train.max_updates, train.extend) for train in seen] == [(6, False)] * 2 + [(12, True)] * 2
     assert cera_train(monkeypatch, sweep_here, *longer) == 1  # the record has the new length
-
-
-def test_jobs_of_an_earlier_version_are_found_under_their_long_names(tmp_path, monkeypatch, counted):
-    """It named a job by every choice, and sweep.json had no fixed settings."""
-    sweep = tmp_path / "outputs" / "mine"
-    names = [f"adapter.r={r},optimizer.lr=0.001" for r in (4, 8)]
-    record_sweep(sweep, *names)
-    make_job(sweep, names[0], 2.5)
-    command = ["-m", "adapter.r=4,8", "optimizer.lr=1e-3", "name=mine"]
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
-    assert counted == ["adapter.r=8"]
-    assert states(sweep) == {names[0]: "finished", "adapter.r=8": "finished"}
 
 
 def test_finished_jobs_need_their_files_no_more(tmp_path, monkeypatch, counted):

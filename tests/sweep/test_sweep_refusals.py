@@ -6,8 +6,6 @@ import pytest
 from made_runs import make_run
 from made_sweeps import FIXED, TINY, cera_train
 
-pytest_plugins = ("sweeps_here",)
-
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
