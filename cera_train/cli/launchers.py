@@ -26,7 +26,7 @@ from cera_train.distributed.processes import is_one_of_several
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.sweep.folder import Job, job_name
 from cera_train.sweep.record import RECORD, SweepRecord
-from cera_train.sweep.table import State, job_status
+from cera_train.sweep.table import job_status
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
@@ -47,12 +47,12 @@ class MissingJobs:
         return [finished[number] if number in finished else next(launched) for number in range(len(job_overrides))]
 
     def _finished(self, job_overrides: Sequence[Sequence[str]]) -> dict[int, JobReturn]:
-        """What finished jobs returned, by number."""
+        """What jobs with a result returned, by number."""
         sweep, returns = Path(self.config.hydra.sweep.dir), {}
         record = SweepRecord.read(sweep / RECORD)
         for number, overrides in enumerate(job_overrides):
             status = job_status(sweep, job_name(overrides, record.swept), metric=record.best_by)
-            if status.state == State.finished:
+            if status.is_over:
                 returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=status.value)
         return returns
 

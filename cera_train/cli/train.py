@@ -25,8 +25,15 @@ from cera_train.runs.recorded_config import changes_result
 from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, begin_study, is_study
-from cera_train.sweep.folder import Job, begin, job_composer, key_of, refuse_grid_of_one, refuse_sweeps_folder
-from cera_train.sweep.halving import Halving, begin_halving, is_halving
+from cera_train.sweep.folder import (
+    Job,
+    begin,
+    job_composer,
+    key_of,
+    record_of,
+    refuse_grid_of_one,
+    refuse_sweeps_folder,
+)
 from cera_train.sweep.table import is_finished, print_sweep
 
 TRAIN = "cera-train"
@@ -36,7 +43,7 @@ def main() -> None:
     Plugins.instance()  # executes the modules of Hydra's plugins, also those that were imported before
     from cera_train.cli.launchers import Joblib, SubmititLocal, SubmititSlurm
 
-    plugins = {plugin.__name__: plugin for plugin in (Halving, StudySweeper, Joblib, SubmititLocal, SubmititSlurm)}
+    plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititLocal, SubmititSlurm)}
     start_hydra(TRAIN, "config", train, keeps_sweeps=True, plugins=plugins)
 
 
@@ -52,19 +59,14 @@ def train(composed: DictConfig) -> float | None:
             return run(prepare(composed))
         try:
             job.start()
-            return run(prepare(composed, job))
+            return None if job.has_diverged else run(prepare(composed, job))
         except BrokenPipeError:
             leave_closed_pipe()
         except Exception as error:
-            fail(job, error)
+            job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
+            if is_one_of_several():
+                sys.exit(1)  # others wait for this process
             return None
-
-
-def fail(job: Job, error: Exception) -> None:
-    """Keeps and prints the error of a job."""
-    job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
-    if is_one_of_several():
-        sys.exit(1)  # others wait for this process
 
 
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:
@@ -78,8 +80,8 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     else:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
-    if not is_as_published(overrides):
-        config = replace(config, published={})
+    if any(key != "recipe" and changes_result(key) for key in map(key_of, overrides)):
+        config = replace(config, published={})  # the paper's figures are of the recipe as it is
     has_result = (Path(config.output_dir) / config.name / "result.json").exists()
     if config.train.extend or not has_result:  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
@@ -98,26 +100,23 @@ def run(config: Config) -> float | None:
     return launch(config).get(config.sweep.metric)
 
 
-def is_as_published(overrides: list[str]) -> bool:
-    """Whether the paper's figures of a recipe still apply: no override changes the result."""
-    return all(key == "recipe" or not changes_result(key) for key in map(key_of, overrides))
-
-
 class Sweep(Callback):
     """Hydra's hooks at the start and the end of a sweep. conf/config.yaml names it."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         with errors_in_one_line(TRAIN):  # Hydra would turn an error into a warning and continue
-            is_elsewhere = "Submitit" in str(config.hydra.launcher._target_)
-            if config.launch.detach and not is_elsewhere:
+            if config.launch.detach and "Submitit" not in str(config.hydra.launcher._target_):
                 raise UserError(
                     "launch.detach=true is for jobs that run elsewhere: choose a cluster, such as "
                     "hydra/launcher=slurm_gpu."
                 )
             if config.study is not None and not is_study(config):
                 raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
-            starts = begin_study if is_study(config) else begin_halving if is_halving(config) else begin
-            starts(config, job_composer(config, without_hydra))
+            compose = job_composer(config, without_hydra)
+            if is_study(config):
+                begin_study(config, compose)
+            else:
+                begin(config, compose, record_of(config))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table. Exit status 1 unless all jobs are finished, or submitted and left."""

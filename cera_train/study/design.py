@@ -23,9 +23,9 @@ from cera_train.runs.recorded_config import changes_result
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, SCORE, Equal, StudyConfig
 from cera_train.study.cells import ARM, SEED, TASK, Cell, read_cells, read_study
-from cera_train.sweep.folder import WRITER, ComposeJob, begin, grid, key_of, named, record_of
+from cera_train.sweep.folder import WRITER, ComposeJob, begin, grid, jobs_by_name, key_of, record_of
 from cera_train.sweep.record import RECORD, SweepRecord
-from cera_train.sweep.table import State, job_status
+from cera_train.sweep.table import job_status
 
 PARAMETERS = 0.01
 """Share by which trainable parameters may differ and count as equal."""
@@ -184,13 +184,10 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
         "Leave one out.",
     )
 
-    def checked_record(config: DictConfig) -> SweepRecord:
-        record = study_record(config)
-        pairs = check_cells(config, record, compose)
-        check_problems(run for cell, run in pairs if not cell.is_finished)  # a finished cell reads its rows no more
-        return record
-
-    begin(config, compose, checked_record)
+    record = study_record(config)
+    pairs = check_cells(config, record, compose)
+    check_problems(run for cell, run in pairs if not cell.is_finished)  # a finished cell reads its rows no more
+    begin(config, compose, record)
 
 
 class StudySweeper(Sweeper):
@@ -216,17 +213,16 @@ class StudySweeper(Sweeper):
                     for seed, candidate in cell.chosen.items()
                     if seed >= cell.tune_seeds
                 ]
-                jobs = named(self.folder, chosen, record.swept)
+                jobs = jobs_by_name(chosen, record.swept)
                 record.with_jobs(jobs).write(self.folder / RECORD)
                 self.launch(jobs)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:
         """Runs the jobs that have not ended, and waits for them."""
-        is_over = {State.finished, State.diverged}
         waiting = [
             overrides
             for name, overrides in jobs.items()
-            if self.config.train.extend or job_status(self.folder, name).state not in is_over
+            if self.config.train.extend or not job_status(self.folder, name).is_over
         ]
         if waiting:
             for job in self.launcher.launch(waiting, initial_job_idx=self.launched):

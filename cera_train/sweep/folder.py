@@ -33,6 +33,7 @@ from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
 from cera_train.runs.extension import LENGTH
 from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
 from cera_train.settings.tasks import known_tasks
@@ -42,9 +43,6 @@ from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
 WRITER = "sweep"
 """Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
 its place."""
-
-GRID_SWEEPERS = (".BasicSweeper", ".Halving")
-"""Sweepers whose jobs are the whole grid, known before the first."""
 
 NO_CHOICE = "default"
 """The name of a job that chooses nothing."""
@@ -147,16 +145,13 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> Comp
     return lambda overrides: compose(*overrides)
 
 
-def check_jobs(
-    sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config], stopped: Collection[str] = ()
-) -> None:
+def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config]) -> None:
     """Composes jobs until every value has been in a possible one. A value that is impossible beside some others fails
     in its jobs, and the rest of the sweep runs.
 
     Args:
         sweep: the sweep's folder.
         jobs: name -> overrides.
-        stopped: names of jobs that train no more, besides those with a result.
 
     Raises:
         Exception: a UserError or Hydra's, where a value cannot be composed or fails beside all others, or a local file
@@ -172,10 +167,11 @@ def check_jobs(
             if run.adapter.start_from is not None and not (sweep / name / "config.yaml").exists():
                 find_start(run.adapter)
         except UserError as error:
-            failed |= dict.fromkeys(values, error) | failed
+            for value in values:
+                failed.setdefault(value, error)
             continue
         fine.update(values)
-        if name not in stopped and not (sweep / name / "result.json").exists():  # it will read them
+        if not (sweep / name / "result.json").exists():  # it will read them
             check_model(run.model.path)
             data_files(run.data)
             check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
@@ -187,19 +183,19 @@ def check_jobs(
 # --- the record ------------------------------------------------------------------------------------------------------
 
 
-def begin(
-    config: DictConfig,
-    compose: ComposeJob[Config],
-    make_record: Callable[[DictConfig], SweepRecord] | None = None,
-    stopped: Collection[str] = (),
-) -> None:
-    """Writes sweep.json: which jobs there will be, as far as the sweeper knows them now. First refuses the folder of a
-    run, of a sweep with other fixed settings or of a halving that goes on, and what `check_jobs` refuses.
+def record_of(
+    config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
+) -> SweepRecord:
+    """The content of sweep.json: which jobs there will be, as far as the sweeper knows them now.
 
     Args:
-        make_record: the content of sweep.json; raises UserError for jobs that the sweeper cannot run. None:
-            `record_of`.
-        stopped: names of jobs that train no more, besides those with a result.
+        config: what Hydra composed for the sweep, with its own section.
+        jobs: the overrides of each. None: the grid's, where the sweeper runs one.
+        params: dimensions that name the jobs, whether they have one value or many. None: those of
+            `hydra.sweeper.params`, which do with many.
+
+    Raises:
+        UserError: the folder differs from job to job, or is that of a run or of a sweep with other fixed settings.
     """
     for override in _arguments(config.hydra):
         if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
@@ -211,39 +207,12 @@ def begin(
     folder = Path(config.hydra.sweep.dir)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    record = (make_record or record_of)(config)
-    check_jobs(folder, record.overrides, compose, stopped)
-    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
-        raise taken(folder, WRITER)
-
-    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if record.best_by.higher_is_better else "minimize"
-    # A name or recipe of a job must not move it elsewhere.
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    # Every process of a run writes it, the same each: none reads it before it is there.
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder / RECORD)
-
-
-def record_of(
-    config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
-) -> SweepRecord:
-    """The content of sweep.json. Raises UserError where the folder holds a sweep with other fixed settings.
-
-    Args:
-        config: what Hydra composed for the sweep, with its own section.
-        jobs: the overrides of each. None: the grid's, where the sweeper runs one.
-        params: dimensions that name the jobs, whether they have one value or many. None: those of
-            `hydra.sweeper.params`, which do with many.
-    """
-    is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(GRID_SWEEPERS)
+    is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(".BasicSweeper")
     jobs = (grid(config) if is_grid else []) if jobs is None else jobs
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-    folder = Path(config.hydra.sweep.dir)
     swept, fixed = _swept_and_fixed(config, params, folder)
-    return SweepRecord(swept, [], sys.argv, fixed, metric.to_json()).with_jobs(named(folder, jobs, swept))
+    return SweepRecord(swept, [], fixed, sys.argv, metric.to_json()).with_jobs(jobs_by_name(jobs, swept))
 
 
 def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folder: Path) -> tuple[list[str], list[str]]:
@@ -270,9 +239,26 @@ def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folde
     return sorted(swept), fixed
 
 
-def named(sweep: Path, jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
-    """Jobs by the names of their folders: name -> overrides."""
+def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
+    """The overrides of each job by the name of its folder."""
     return {job_name(job, swept): job for job in jobs}
+
+
+def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) -> None:
+    """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command holds."""
+    folder = Path(config.hydra.sweep.dir)
+    check_jobs(folder, record.overrides, compose)
+    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
+        raise taken(folder, WRITER)
+
+    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
+        config.hydra.sweeper.direction = "maximize" if record.best_by.higher_is_better else "minimize"
+    # A name or recipe of a job must not move it elsewhere.
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    # Every process of a run writes it, the same each: none reads it before it is there.
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder / RECORD)
 
 
 @dataclass(frozen=True)
@@ -309,13 +295,21 @@ class Job:
     def title(self) -> str:
         return f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}"
 
+    @property
+    def has_diverged(self) -> bool:
+        """Whether it has, which is a result. Another name, or its folder removed, lets it train again."""
+        return (self.sweep / self.name / DIVERGED).exists()
+
     def start(self) -> None:
         """Prints which job this is and clears the error of an earlier start."""
         if is_main_process():
             (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
-            self._write(None)
             print()
             print_line("job", self.title)
+            if self.has_diverged:
+                print_line("diverged", f"{self.sweep / self.name}, before this start; remove it to train it again")
+            else:
+                self._write(None)
 
     def fail(self, error: str) -> None:
         """Keeps a job's error for the table; of several processes that fail, the first one's."""

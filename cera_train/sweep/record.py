@@ -4,7 +4,7 @@ torch."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from cera_train.common.records import Record, key
@@ -25,8 +25,8 @@ class SweepRecord(Record):
 
     swept: list[str]  # keys that name the jobs
     jobs: list[dict[str, Any]]  # in the order of the grid: the name, which is its folder's, and the overrides of each
+    fixed: list[str]  # settings that all jobs share
     command: list[Any] | None = None
-    fixed: list[str] = field(default_factory=list)  # settings that all jobs share
     metric: dict[str, Any] | None = None
     study: dict[str, Any] | None = None  # its section
 

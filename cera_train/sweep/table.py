@@ -12,13 +12,12 @@ from pathlib import Path
 from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
-from cera_train.common.terminal import labelled
+from cera_train.common.terminal import print_line, print_table
 from cera_train.runs.results import DIVERGED, Environment, MetricsLine, RunResult
 from cera_train.settings.data import evaluation_rows
 from cera_train.sweep.folder import choices_of
 from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
-from cera_train.sweep.rungs import Decision, HalvingRecord
 
 SHORT_ERROR = 72
 """Characters of an error in the table."""
@@ -29,7 +28,6 @@ class State(StrEnum):
     diverged = "diverged"  # which is a result: the same command leaves it
     failed = "failed"  # by its environment or its settings: the same command tries it again
     running = "running"
-    stopped = "stopped"  # a halving let others go on
     cut = "cut"  # it began and did not end: the same command resumes it
     waiting = "waiting"
 
@@ -47,11 +45,11 @@ class JobStatus:
     value: float | None = None  # of the sweep's metric; an unfinished run's: that of its last evaluation
     error: str | None = None
     rows: tuple = ()  # the settings that decide on which rows a perplexity is taken
-    rung: int | None = None  # where a halving let others go on
 
     @property
-    def standing(self) -> str:
-        return f"stopped at rung {self.rung}" if self.state == State.stopped else self.state.value
+    def is_over(self) -> bool:
+        """Whether it has a result: the same command does not start it again."""
+        return self.state in (State.finished, State.diverged)
 
     @property
     def progress(self) -> str:
@@ -80,26 +78,13 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
     for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name].number, name)):
         overrides[name] = started[name].overrides
-    halving = HalvingRecord.read(folder)
-    stops = {} if halving is None else halving.stops()
     return [
-        job_status(folder, name, choices_of(words, record.swept), record.best_by, stops.get(name))
-        for name, words in overrides.items()
+        job_status(folder, name, choices_of(words, record.swept), record.best_by) for name, words in overrides.items()
     ]
 
 
-def job_status(
-    sweep: Path,
-    name: str,
-    choices: Sequence[str] = (),
-    metric: SweepMetric = PERPLEXITY,
-    stop: Decision | None = None,
-) -> JobStatus:
-    """How far a job of a sweep is.
-
-    Args:
-        stop: the decision of a halving that stopped it.
-    """
+def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY) -> JobStatus:
+    """How far a job of a sweep is."""
     folder, record = sweep / name, sweep / JOBS / f"{name}.json"
     result, started = RunResult.find(folder / "result.json"), JobRecord.find(record)
     error = started and started.error
@@ -118,14 +103,12 @@ def job_status(
         state = State.failed
     elif result is not None:
         state = State.finished
-    elif stop is not None and updates == stop.update:  # else it was gone on with by hand
-        state = State.stopped
     else:
         state = State.cut if settings else State.waiting
     environment = Environment.find(folder / "environment.json")
     total = settings.get("train.max_updates") or (environment and environment.updates)
     rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
-    return JobStatus(name, choices, state, metric, updates, total, value, error, rows, stop and stop.rung)
+    return JobStatus(name, choices, state, metric, updates, total, value, error, rows)
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
@@ -142,43 +125,26 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
 
 def print_sweep(folder: Path) -> None:
     """Prints a line for every job, how many are in which state, and the best."""
-    head, rows, tail = sweep_table(folder, read_sweep(folder))
-    print("\n".join([*head, *rows, *tail]), flush=True)
-
-
-def sweep_table(folder: Path, jobs: Sequence[JobStatus]) -> tuple[list[str], list[str], list[str]]:
-    """The lines before the jobs, a line for every job, and those after: how many are in which state, and the best."""
-    best = best_jobs(jobs)
+    jobs = read_sweep(folder)
+    best, label = best_jobs(jobs), jobs[0].metric.label if jobs else PERPLEXITY.label
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
-    labels = [",".join(choice for choice in job.choices if choice not in shared) or job.name for job in jobs]
-    width = max(map(len, ["job", *labels]))
-    label = jobs[0].metric.label if jobs else PERPLEXITY.label
-    column = max(13, len(label) + 2)
-    states = max(9, *(len(job.standing) for job in jobs)) if jobs else 9
-    head = [
-        labelled("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}"),
-        "",
-        f"{'job':<{width}}  {'state':<{states}}{'updates':>15}{label:>{column}}",
-    ]
+    print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
+    print()
     rows = []
-    for job, choices in zip(jobs, labels, strict=True):
-        value = "" if job.value is None else job.metric.shown(job.value)
+    for job in jobs:
+        name = ",".join(choice for choice in job.choices if choice not in shared) or job.name
         note = "best" if job in best else ""
         if job.error and job.state in (State.diverged, State.failed):
             note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
-        rows.append(f"{choices:<{width}}  {job.standing:<{states}}{job.progress:>15}{value:>{column}}  {note}".rstrip())
+        rows.append([name, job.state, job.progress, "" if job.value is None else job.metric.shown(job.value), note])
+    print_table(["job", "state", "updates", label, ""], rows, right=(2, 3))
+    print()
     counts = Counter(job.state for job in jobs)
-    in_words = ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state])
-    tail = ["", labelled("jobs", in_words or "none yet")]
-    tail += [labelled("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}") for job in best]
-    if counts[State.stopped] and SweepRecord.read(folder / RECORD).study is None:
-        how = "the command with a job's values and hydra/sweeper=basic goes on with that job"
-        tail.append(labelled("stopped", how))
+    print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
+    for job in best:
+        print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
     if counts[State.failed]:
-        is_tried_again = any(job.state == State.failed and job.rung is None for job in jobs)
-        again = "; the same command tries these jobs again" if is_tried_again else ""
-        tail.append(labelled("errors", f"in full in {folder / JOBS}{again}"))
-    return head, rows, tail
+        print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
 
 
 def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
@@ -205,5 +171,4 @@ def is_finished(folder: Path) -> bool:
     jobs, names = read_sweep(folder), SweepRecord.read(folder / RECORD).overrides
     if not names:  # the sweeper decided as it went
         return all(job.state != State.failed for job in jobs)
-    ends = (State.finished, State.diverged, State.stopped)
-    return all(job.state in ends for job in jobs if job.name in names)
+    return all(job.is_over for job in jobs if job.name in names)

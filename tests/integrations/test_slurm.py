@@ -159,25 +159,3 @@ def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
     record = json.loads((job / "environment.json").read_text())
     assert record["processes"] == 2
     assert os.environ.get("RANK") is None
-
-
-def test_a_halving_waits_for_its_jobs_at_each_rung(cluster, arguments, tmp_path):
-    halving = [
-        *(
-            CERA_TRAIN,
-            "-m",
-            *arguments,
-            "adapter.r=4",
-            "train.max_updates=40",
-            "optimizer.lr=0.0001,0.01",
-            "name=halved",
-        ),
-        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=2"),
-        *("hydra/sweeper=halving", "hydra.sweeper.first=10"),
-    ]
-    done = subprocess.run(halving, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "\njobs       1 finished, 1 stopped\n" in done.stdout
-    logs = sorted(path.read_text() for path in (tmp_path / "halved" / ".submitit").glob("*/*_log.out"))
-    assert sum("paused after update 10 of 40, saved." in log for log in logs) == 2
-    assert sum("40 updates of 16 sequences, 10 done" in log for log in logs) == 1
