@@ -162,7 +162,13 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
             jobs.append({"name": name, "overrides": overrides})
             words = values_of(overrides)
             leave_run(folder / name, loss(words), int(words["train.seed"]), scores=scores(words))
-        record = {"swept": list(grid), "jobs": jobs, "command": ["cera-train", "-m", "+study=which"], "study": settings}
+        record = {
+            "swept": list(grid),
+            "jobs": jobs,
+            "fixed": [],
+            "command": ["cera-train", "-m", "+study=which"],
+            "study": settings,
+        }
         (folder / RECORD).write_text(json.dumps(record))
         return read_study(folder)
 

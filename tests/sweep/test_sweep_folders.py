@@ -93,8 +93,8 @@ def test_finished_jobs_need_their_files_no_more(tmp_path, monkeypatch, counted):
     ("arguments", "message"),
     [
         (["+sweep=rank_lr"], r"\+sweep=rank_lr is a grid of runs: add -m"),
-        (["-m", "+sweep=rank_l"], "unknown sweep 'rank_l'. Did you mean rank_lr"),
-        (["-m", "sweep=rank_lr"], r"a sweep is added with a plus sign: write \+sweep=rank_lr"),
+        (["-m", "+sweep=rank_l"], "there is no such file. Did you mean rank_lr"),
+        (["-m", "sweep=rank_lr"], r"a sweep is added with a plus sign: write -m \+sweep=rank_lr"),
         (["-m", "adapter.r=2,4", "name=r${adapter.r}"], "name=... is the folder of all jobs"),
         (["-m", "name=a,b"], "name=a,b is another for each job"),
         (["-m", "output_dir=a,b"], "output_dir=a,b is another for each job"),

@@ -132,9 +132,9 @@ def test_the_table_is_aligned_and_names_what_differs(tmp_path, monkeypatch, caps
     assert lines == [
         f"sweep      {sweep}: train.seed=1",
         "",
-        "job                         state            updates   perplexity",
-        "adapter=cera,adapter.r=4    finished           20/20    1,234.568  best",
-        f"adapter=lora,adapter.r=512  failed              5/20        9.000  {'x' * 71}…",
+        "job                         state     updates  perplexity",
+        "adapter=cera,adapter.r=4    finished    20/20   1,234.568  best",
+        f"adapter=lora,adapter.r=512  failed       5/20       9.000  {'x' * 71}…",
         "",
         "jobs       1 finished, 1 failed",
         f"best       {sweep / names[0]}: perplexity 1,234.568",
