@@ -80,8 +80,8 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     else:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
-    if any(key != "recipe" and changes_result(key) for key in map(key_of, overrides)):
-        config = replace(config, published={})  # the paper's figures are of the recipe as it is
+    if not is_as_published(overrides):
+        config = replace(config, published={})
     has_result = (Path(config.output_dir) / config.name / "result.json").exists()
     if config.train.extend or not has_result:  # a finished run needs its files no more
         check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
@@ -90,6 +90,11 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     if config.adapter.start_from is not None and not (Path(config.output_dir) / config.name / "config.yaml").exists():
         find_start(config.adapter)
     return config
+
+
+def is_as_published(overrides: list[str]) -> bool:
+    """Whether the paper's figures of a recipe still apply: no override changes the result."""
+    return all(key == "recipe" or not changes_result(key) for key in map(key_of, overrides))
 
 
 def run(config: Config) -> float | None:
