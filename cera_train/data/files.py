@@ -71,8 +71,8 @@ def _check_name(name: str) -> list[str]:
             paths = glob.glob(paths[0]) if is_local else map(system.unstrip_protocol, system.glob(name))
         kinds = {path: system.info(path)["type"] for path in sorted(paths)}
     except Exception as error:  # each storage raises its own
-        place = f" (from {Path.cwd()}). {_neighbours(Path(name).parent)}" if is_local else ""
-        raise UserError(f"cannot read the file: {words_of(error)}{place}") from error
+        place = f" (from {Path.cwd()})" if is_local else ""
+        raise UserError(f"cannot read the file: {words_of(error)}{place}. Name one that is there.") from error
     for path, kind in kinds.items():
         if kind == "directory":
             raise UserError(f"it is a folder: name the files in it, such as {os.path.join(path, '*.jsonl')}.")
@@ -85,22 +85,13 @@ def _check_name(name: str) -> list[str]:
     return list(kinds)
 
 
-def _neighbours(folder: Path) -> str:
-    """What lies beside a file that is missing."""
-    try:
-        files = sorted(file.name for file in folder.iterdir() if suffix_of(file.name) in READERS)
-    except (OSError, ValueError):
-        return "Its folder does not exist or cannot be read."
-    return f"Its folder has {', '.join(files[:5]) or 'no data files'}."
-
-
 def _content_digest(path: str) -> str:
-    """Changes when the content does. A storage elsewhere names its files' versions, so nothing is read from it."""
+    """Changes when the content does. A storage elsewhere knows the size and the version of its files."""
     if "://" in path:
         import fsspec
 
         system, _ = fsspec.url_to_fs(path)
-        return system.ukey(path)
+        return str(system.info(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

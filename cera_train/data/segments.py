@@ -25,12 +25,6 @@ TURNS = {
 }
 """The keys of a turn by layout, and the values of the first."""
 
-SYNONYMS = {
-    **{"user": "human", "assistant": "gpt", "human": "user", "gpt": "assistant"},
-    **{"bot": "assistant", "model": "assistant", "chatgpt": "gpt", "function": "tool"},
-}
-"""Names of speakers in other data sets, and what to write instead."""
-
 
 @dataclass
 class Segment:
@@ -119,9 +113,9 @@ def layout_of(row: Row) -> str | None:
 def turns_of(row: Row, layout: str) -> list[Row]:
     """The turns of a row, each an object with a known speaker."""
     speaker, text, known = TURNS[layout]
-    mend = layout_of(row)
+    other = layout_of(row)
     if layout not in row:
-        mend = mend or "Set data.layout=text with data.prompt and data.completion, or rename the column."
+        mend = other or "Set data.layout=text with data.prompt and data.completion, or rename the column."
         columns = ", ".join(row) or "none"
         raise UserError(f"column {layout!r} is missing (data.layout={layout}); its columns are {columns}. {mend}")
     turns = [] if row[layout] is None else row[layout]
@@ -133,15 +127,12 @@ def turns_of(row: Row, layout: str) -> list[Row]:
         if not isinstance(turn, dict):
             raise UserError(f"{place} is {kind_of(turn)}: expected an object with {speaker} and {text}.")
         if speaker not in turn:
-            other = f" {mend}" if mend and f"data.layout={layout}" not in mend else ""
-            there = ", ".join(turn) or "nothing"
-            raise UserError(f"{place} has no {speaker!r}: expected {speaker} and {text}, got {there}.{other}")
-        if (value := turn[speaker]) not in known:
-            *first, last = known
-            word = str(value).lower()
-            instead = word if word in known else SYNONYMS.get(word)
-            mend = f"Write {instead!r} for {value!r}." if instead in known else "Rename it, or remove the turn."
-            raise UserError(f"{place} has {speaker} {value!r}: expected {', '.join(first)} or {last}. {mend}")
+            mend = other if other and f"data.layout={layout}" not in other else "Write it, or remove the turn."
+            columns = ", ".join(turn) or "nothing"
+            raise UserError(f"{place} has no {speaker!r}: expected {speaker} and {text}, got {columns}. {mend}")
+        if turn[speaker] not in known:
+            choices = f"expected one of {', '.join(known)}"
+            raise UserError(f"{place} has {speaker} {turn[speaker]!r}: {choices}. Rename it, or remove the turn.")
     return turns
 
 

@@ -52,10 +52,12 @@ def data_files(config: DataConfig) -> list[str]:
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the evaluation rows of a config, cut to `train_rows` and `eval_rows`."""
     if config.is_computed:
-        train, evaluation = (
-            Source(json.dumps(rows), lambda rows=rows: rows, f"data.layout={config.layout}")
-            for rows in computed_rows(config)
-        )
+        if config.layout == Layout.logistic_map:
+            splits = logistic_map.problems(config.logistic_map, config.eval_rows)
+        else:
+            splits = reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
+        title = f"data.layout={config.layout}"
+        train, evaluation = (Source(json.dumps(rows), lambda rows=rows: rows, title) for rows in splits)
     elif config.train_files:
         train = from_files(config.train_files, "data.train_files")
         if config.eval_files:
@@ -70,13 +72,6 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             for setting, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split))
         )
     return train.head(config.train_rows), evaluation.head(config.eval_rows)
-
-
-def computed_rows(config: DataConfig) -> tuple[list[Row], list[Row]]:
-    """The training and the evaluation rows of a layout that computes them."""
-    if config.layout == Layout.logistic_map:
-        return logistic_map.problems(config.logistic_map, config.eval_rows)
-    return reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
 
 
 def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:

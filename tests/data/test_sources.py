@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data import hub
 from cera_train.data.sources import check_data, from_hub, open_sources
-from cera_train.settings.data import DataConfig, LogisticMapConfig
+from cera_train.settings.data import DataConfig
 
 ROWS = [
     {"question": "what is the next value?", "answer": "it is 0.84", "level": 1},
@@ -157,17 +156,6 @@ def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
     assert cut[1] == first[1]
 
 
-def test_fingerprints_of_generated_rows_follow_every_setting():
-    def fingerprints(eval_rows: int = 20, **settings) -> tuple[str, ...]:
-        config = DataConfig(layout="logistic_map", eval_rows=eval_rows, logistic_map=LogisticMapConfig(**settings))
-        return tuple(source.fingerprint for source in open_sources(config))
-
-    changes = [{"seed": 1}, {"growth": 3.6}, {"growth": [3.5, 3.6]}, {"steps": 5}, {"decimals": 1, "eval_rows": 2}]
-    assert fingerprints() == fingerprints()
-    every = [each for pair in (fingerprints(), *(fingerprints(**change) for change in changes)) for each in pair]
-    assert len(set(every)) == len(every)
-
-
 # --- data sets of the Hub, and of folders ----------------------------------------------------------------------------
 
 
@@ -229,36 +217,17 @@ def test_without_a_network_a_data_set_is_refused_at_once(folders, no_network, mo
     assert refusal("some/set").startswith(line)
     assert caplog.records == []
     assert not datasets.config.HF_HUB_OFFLINE
-
-
-def test_libraries_log_again_after_loading():
-    before = logging.getLogger("datasets").level
-    with hub.hub_or_cache(needs_hub=False):
-        assert logging.getLogger("datasets").level == logging.CRITICAL
-    assert logging.getLogger("datasets").level == before
+    assert logging.getLogger("datasets").level != logging.CRITICAL  # libraries log again after loading
 
 
 def test_split_notation_and_row_limits_reach_the_rows(folders):
-    config = DataConfig(path="ds", train_split="train[:3]", eval_split="train[3:]", train_rows=2, **TEXT)
+    config = DataConfig(
+        path="ds", subset="default", train_split="train[:3]", eval_split="train[3:]", train_rows=2, **TEXT
+    )
     train, evaluation = open_sources(config)
     assert read(train, evaluation) == [number_rows(2), number_rows(4)[3:]]
     assert [source.fingerprint for source in open_sources(config)] == [train.fingerprint, evaluation.fingerprint]
     assert train.fingerprint != evaluation.fingerprint
-
-
-def test_what_the_config_says_about_a_hub_data_set_reaches_the_library(monkeypatch):
-    import datasets
-
-    calls = []
-
-    def load_dataset(*args, **kwargs) -> datasets.Dataset:
-        calls.append((args, kwargs))
-        return datasets.Dataset.from_list(number_rows(3))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    settings = {"path": "a/b", "subset": "main", "revision": "v1", "train_split": "x[:2]", "eval_split": "y"}
-    read(*open_sources(DataConfig(**settings, **TEXT)))
-    assert calls == [(("a/b", "main"), {"split": split, "revision": "v1"}) for split in ("x[:2]", "y")]
 
 
 # --- the quick look --------------------------------------------------------------------------------------------------

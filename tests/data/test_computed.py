@@ -1,0 +1,172 @@
+"""Rows that are computed: the logistic map's against the paper's numbers, reasoning-gym's in three splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from decimal import Decimal
+
+import pytest
+
+from cera_train.common.errors import UserError
+from cera_train.data.logistic_map import problem, problems, trajectory
+from cera_train.data.reasoning_gym import DRAWS, Split, draws, rows, split_of
+from cera_train.data.sources import check_data, open_sources
+from cera_train.settings.data import GENERATORS, DataConfig, LogisticMapConfig, MixPart, ReasoningGymConfig
+
+# --- the logistic map ------------------------------------------------------------------------------------------------
+
+
+def starts_of(rows: list[dict[str, str]]) -> list[str]:
+    return [re.search(r"Starting from x = (\S+),", row["prompt"])[1] for row in rows]
+
+
+def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
+    # shared/PAPER.md, "State collapse": growth 3.5 from x0 = 0.4.
+    row = problem(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
+    assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
+    rounded = problem(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
+    assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"  # from the rounded 0.8 the next would be 0.6
+
+
+@pytest.mark.parametrize("x0", ["0.01", "0.37", "0.99"])
+def test_trajectory_equals_exact_arithmetic(x0):
+    exact, iterates = Decimal(x0), []
+    for _ in range(6):
+        exact = Decimal("3.5") * exact * (1 - exact)
+        iterates.append(float(exact))
+    assert trajectory(float(x0), 3.5, 6) == pytest.approx(iterates, abs=1e-13)
+
+
+def test_starts_are_split_by_the_seed_and_together_all():
+    train, evaluation = problems(LogisticMapConfig(), 20)
+    assert (len(train), len(evaluation)) == (79, 20)
+    assert sorted(starts_of(train) + starts_of(evaluation)) == [f"0.{number:02}" for number in range(1, 100)]
+    assert {*starts_of(evaluation)} != {*starts_of(problems(LogisticMapConfig(seed=1), 20)[1])}
+    with pytest.raises(ValueError, match=r"data\.eval_rows=99 leaves nothing to train on: there are 99"):
+        problems(LogisticMapConfig(), 99)
+
+
+def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_starts():
+    train, evaluation = problems(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
+    assert (len(train), len(evaluation)) == (3 * 92, 20)  # 7 starting points are held out, one of them at two growths
+    assert not set(starts_of(train)) & set(starts_of(evaluation))
+    assert [row["prompt"][13:23] for row in train[:4]] == [*("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")]
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        (4.1, r"growth=4\.1 must be numbers above 0 and up to 4"),
+        ([], r"growth=\[\] must be numbers"),
+        (True, "growth=True must be numbers"),
+        (3.5699456, "more than the six digits that a prompt shows"),
+        ([3.7, 3.7], r"growth=\[3.7, 3.7\] names one twice"),
+    ],
+)
+def test_a_growth_that_is_none_is_refused(growth, message):
+    with pytest.raises(ValueError, match=message):
+        LogisticMapConfig(growth=growth)
+
+
+# --- reasoning-gym ---------------------------------------------------------------------------------------------------
+
+NAMES = [name for names in GENERATORS.values() for name in names]
+SMALL = ReasoningGymConfig(generator="chain_sum", level=0)
+"""Sums and differences of two digits: 200 questions."""
+
+ELSEWHERE = """
+import json, sys
+names, sys.argv[0] = sys.argv[1:], "cera-train"
+from cera_train.settings.data import ReasoningGymConfig
+from cera_train.data.reasoning_gym import rows
+print(json.dumps([rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in names]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def needs_package(request) -> None:
+    if "gym" in request.node.name:
+        pytest.importorskip("reasoning_gym")
+
+
+def gym_config(**settings) -> DataConfig:
+    return DataConfig(**{"layout": "reasoning_gym", "train_rows": 6, "eval_rows": 3} | settings)
+
+
+def questions(split: Split, count: int, **settings) -> list[str]:
+    return [draw.question for draw in draws(ReasoningGymConfig(**settings), split, count, "count")]
+
+
+def test_gym_questions_are_in_one_split_and_come_up_once_in_evaluation():
+    train, held_out, test = (
+        questions(split, count, generator="chain_sum", level=0)
+        for split, count in ((Split.train, 600), (Split.held_out, 15), (Split.test, 15))
+    )
+    assert len(set(train)) < 200  # training repeats
+    assert len(set(held_out)) == len(set(test)) == 15
+    assert not {*train} & {*held_out} | {*train} & {*test} | {*held_out} & {*test}
+    assert {split_of(question.upper() + " ") for question in test} == {Split.test}
+    few, many = (rows(ReasoningGymConfig(), train_rows, 20)[1] for train_rows in (10, 200))
+    assert few == many
+
+
+def test_gym_seeds_and_splits_share_no_draw():
+    """A generator seeds its draw i with seed + i."""
+    seeds = {draws(ReasoningGymConfig(seed=seed), split, 1, "count")[0].seed for seed in (0, 1, 999) for split in Split}
+    assert len(seeds) == 9
+    assert all(abs(one - other) >= DRAWS for one in seeds for other in seeds - {one})
+    assert max(seeds) + DRAWS < 2**32  # what numpy takes
+
+
+def test_gym_generators_take_turns_and_a_level_sets_the_difficulty():
+    taken = draws(ReasoningGymConfig(generator=["gcd", "lcm", "chain_sum"]), Split.train, 7, "count")
+    assert [draw.generator for draw in taken] == ["gcd", "lcm", "chain_sum", "gcd", "lcm", "chain_sum", "gcd"]
+    terms = [max(map(len, map(str.split, questions(Split.train, 60, level=level)))) for level in (0, 3)]
+    assert terms[0] < terms[1]
+
+
+def test_gym_rows_are_the_same_in_every_process():
+    command, environment = [sys.executable, "-c", ELSEWHERE, *NAMES], os.environ | {"PYTHONHASHSEED": "1"}
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    here = [rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in NAMES]
+    assert json.loads(printed) == [list(both) for both in here]
+
+
+def test_gym_sources_are_prompts_and_completions_of_this_size(write_jsonl):
+    train, evaluation = (list(source.read()) for source in open_sources(gym_config()))
+    assert (len(train), len(evaluation)) == (6, 3)
+    assert all(row["prompt"].startswith("Question: ") and row["prompt"].endswith("\nAnswer:") for row in train)
+    assert all(row["completion"].startswith(" ") for row in train)
+    path = str(write_jsonl("rows.jsonl", [{"question": str(row), "answer": "a"} for row in range(9)]))
+    parts = [MixPart(files=[path], eval_rows=2), MixPart(layout="reasoning_gym", rows=4, eval_rows=2)]
+    config = DataConfig(mix=parts, prompt="{question}", completion=" {answer}")
+    assert [len(list(open_sources(part)[0].read())) for _, part in config.parts()] == [7, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"generator": "chain_sums"}, r"generator=chain_sums is no generator .* Did you mean chain_sum or d"),
+        ({"generator": "spiral_matrix"}, "is no generator of reasoning-gym that is tested here. Choose from simple_e"),
+        ({"generator": []}, r"generator=\[\] names none"),
+        ({"generator": ["gcd", "gcd"]}, "names gcd twice"),
+        ({"level": -1}, "level=-1 must not be negative"),
+        ({"seed": 1000}, "seed=1000 must be between 0 and 999"),
+    ],
+)
+def test_a_setting_is_refused_by_name(settings, message):
+    with pytest.raises(UserError, match=message):
+        ReasoningGymConfig(**settings)
+
+
+def test_gym_rows_that_there_are_not_are_refused():
+    with pytest.raises(UserError, match=r"level=11 of chain_sum: it has levels 0 to 10"):
+        check_data(gym_config(reasoning_gym=ReasoningGymConfig(level=11)))
+    with pytest.raises(UserError, match=r"data.eval_rows=400: chain_sum at level 0 has only \d+ different held-out qu"):
+        open_sources(gym_config(eval_rows=400, reasoning_gym=SMALL))
+    with pytest.raises(UserError, match="data.layout=reasoning_gym needs data.train_rows, such as 1000"):
+        gym_config(train_rows=None)

