@@ -295,7 +295,7 @@ def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
             metrics = spectrum_metrics(held_out.spectra())
             shown = {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
             result.spectrum = SpectrumSummary.from_json(shown, "spectra")
-            result.details = {name: value for name, value in shown.items() if not SpectrumSummary.takes(name)}
+            result.details = {name: value for name, value in shown.items() if name not in SpectrumSummary.all_keys()}
     seconds = time.perf_counter() - started
     return replace(result, seconds=seconds, peak_memory_bytes=peak_memory(accelerator.device))
 
@@ -320,8 +320,8 @@ def print_result(task: Task, result: AccuracyResult | PerplexityResult, folder: 
 def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:
     is_sampled = result.samples > 1
     lines = {"problems": f"{result.problems:,}" + f", {result.samples:,} answers each" * is_sampled}
-    for accuracy in result.accuracies.found:
-        interval = result.interval(accuracy)
+    for accuracy in result.accuracies:
+        interval = accuracy.interval
         sure = "no 95 % interval: the same for every problem"
         if interval is not None:
             sure = f"95 % interval {interval[0]:.1%} to {interval[1]:.1%}"

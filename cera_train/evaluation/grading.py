@@ -32,7 +32,6 @@ from cera_train.runs.results import (
     RIGHT,
     TRUNCATED,
     WRONG,
-    Accuracies,
     Accuracy,
     AccuracyResult,
     EndingShares,
@@ -107,11 +106,13 @@ def score(
     task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
 ) -> AccuracyResult:
     """The scores of an evaluation, each accuracy with its 95 % interval."""
-    graders = ("exact", "verified") if task.is_verified else ("exact",)
+    figures = task.scores(problems, grades)
+    for grader in ("exact", "verified") if task.is_verified else ("exact",):
+        for accuracy in _accuracies(grades, grader):
+            figures |= accuracy.figures
     return AccuracyResult(
-        accuracies=Accuracies([accuracy for grader in graders for accuracy in _accuracies(grades, grader)]),
         endings=EndingShares.of([grade.ending for grade in grades]),
-        details=task.scores(problems, grades),
+        details=figures,
         truncated=sum(answer.truncated for answer in answers),
         no_answer=sum(grade.answer is None for grade in grades),
         grader_failures=sum(grade.failure is not None for grade in grades),

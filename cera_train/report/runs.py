@@ -13,11 +13,11 @@ from typing import Any
 from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml
-from cera_train.common.records import RESTORE, Record, fits, key
 from cera_train.common.settings import flatten
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import GradedAnswers
+from cera_train.runs.records import RESTORE, Record, fits, key
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
 from cera_train.settings.adapters import AdapterKind
@@ -76,7 +76,7 @@ class Evaluation:
         """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        found = sorted(self.result.accuracies.found, key=lambda own: (own.k, own.grader))
+        found = sorted(self.result.accuracies, key=lambda own: (own.k, own.grader))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
         return [accuracy_metric(own.key) for own in found if own.k in (1, self.result.samples)] + added
 
@@ -84,7 +84,7 @@ class Evaluation:
         """A figure, and the 95 % interval of an accuracy."""
         if not self.is_graded:
             return self.result.perplexity if self.result and metric == PERPLEXITY else None, None
-        intervals = (self.result.interval(own) for own in self.result.accuracies.found if own.key == metric.key)
+        intervals = (own.interval for own in self.result.accuracies if own.key == metric.key)
         return self.result.figure(metric.key), next(intervals, None)
 
 

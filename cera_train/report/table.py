@@ -12,12 +12,12 @@ from cera_train.evaluation.tasks.task import Metric, display_name
 from cera_train.report.runs import Run, accuracy_metric, task_of
 from cera_train.runs.results import (
     ENDINGS,
-    Accuracies,
+    Accuracy,
     AccuracyResult,
     PerplexityResult,
     RunResult,
     SpectrumSummary,
-    TaskFigures,
+    is_task_figure,
 )
 
 
@@ -88,10 +88,10 @@ def _task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
         for task, evaluation in run.evaluations.items():
             metrics[task] |= {metric.key: metric for metric in evaluation.metrics}
     for key in (key for run in runs for key in run.published):
-        if TaskFigures.takes(key) or ("/" in key and not RunResult.takes(key)):
+        if is_task_figure(key):
             task, name = key.split("/", 1)
             known = {metric.key: metric for metric in task_of(task).shown}
-            metric = accuracy_metric(name) if Accuracies.takes(name) else Metric(name, name, is_share=False)
+            metric = accuracy_metric(name) if Accuracy.KEY.fullmatch(name) else Metric(name, name, is_share=False)
             metrics[task].setdefault(name, known.get(name, metric))
     return [(task, metric) for task in sorted(metrics) for metric in metrics[task].values()]
 
@@ -119,9 +119,11 @@ def _fewer_answers(result: AccuracyResult, metric: Metric) -> list[str]:
     if most != str(result.samples):
         return []
     ks = {2**power for power in range(1, result.samples.bit_length())} - {result.samples}
-    rates = [own for own in result.accuracies.found if own.grader == grader and own.k in ks and own.value is not None]
-    ranges = [(own, result.interval(own)) for own in sorted(rates, key=lambda own: own.k)]
-    return [f"pass@{own.k} {own.value:.1%}" + (f", {_range(ends)}" if ends else "") for own, ends in ranges]
+    rates = [own for own in result.accuracies if own.grader == grader and own.k in ks and own.value is not None]
+    return [
+        f"pass@{own.k} {own.value:.1%}" + (f", {_range(own.interval)}" if own.interval else "")
+        for own in sorted(rates, key=lambda own: own.k)
+    ]
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -159,10 +159,8 @@ def _measured(
             continue
         for grader in ("exact", "verified"):
             if (accuracy := found.accuracy(grader)) is not None:
-                lower, upper = found.interval(accuracy)
-                rows[f"{found.task}, {grader} pass@1"] = (
-                    f"{accuracy.value:.1%} (95 % interval {lower:.1%} to {upper:.1%}, {found.problems:,} problems)"
-                )
+                interval = "95 % interval {:.1%} to {:.1%}, ".format(*accuracy.interval) if accuracy.interval else ""
+                rows[f"{found.task}, {grader} pass@1"] = f"{accuracy.value:.1%} ({interval}{found.problems:,} problems)"
     return rows
 
 

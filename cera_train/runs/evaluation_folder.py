@@ -15,10 +15,10 @@ import yaml
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, lock_folder, read_yaml, write_text
-from cera_train.common.records import Record, key, read_lines
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.runs.recorded_config import differences, load_config
+from cera_train.runs.records import REST, Record, key, read_lines
 from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
 from cera_train.settings.evaluation import EvalConfig
 
@@ -39,7 +39,7 @@ class Problem(Record):
     question: str
     prompt: str
     gold: str
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
     """What the task's grading or a report needs beside the gold answer."""
 
 
@@ -75,7 +75,7 @@ class Grade(Record):
     """Why the grader failed: a time-out, a crash."""
     ending: str | None = None
     """How the answer ended: one of ENDINGS."""
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
 
     @property
     def grader(self) -> str:

@@ -29,7 +29,6 @@ from torch.amp import GradScaler
 from cera_train.adapters.build import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
-from cera_train.common.records import Record
 from cera_train.common.settings import leaves
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
@@ -39,6 +38,7 @@ from cera_train.model.precision import Precision
 from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import differences
+from cera_train.runs.records import Record
 from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, RunResult, Sample
 from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import write_bytes, write_text
-from cera_train.common.records import RESTORE, Record, read_lines
+from cera_train.runs.records import RESTORE, Record, read_lines
 from cera_train.runs.results import ENDINGS
 
 if TYPE_CHECKING:

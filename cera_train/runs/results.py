@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import finite, read_json, write_text
-from cera_train.common.records import RESTORE, Record, fits, key, read_lines
+from cera_train.runs.records import REST, RESTORE, Record, fits, key, read_trees
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
@@ -39,32 +39,6 @@ class SpectrumSummary(Record):
 
 
 @dataclass
-class TaskFigures(Record):
-    """TASK/FIGURE, such as gsm8k/exact: the figures of `train.tasks`, in the order of the file."""
-
-    found: dict[str, float] = field(default_factory=dict)
-
-    KEY: ClassVar[re.Pattern] = re.compile(
-        r"(?!(?:train|eval|spectrum|adapter)/)[\w.+-]{1,60}(?:/[\w.@+-]{1,60})+", re.A
-    )
-
-    @classmethod
-    def takes(cls, name: str) -> bool:
-        return cls.KEY.fullmatch(name) is not None
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any], where: Path | str) -> Self:
-        found = {name: value for name, value in tree.items() if cls.takes(name)}
-        for name, value in found.items():
-            if not fits(value, float):
-                raise UserError(f"{where} is broken: its {name} is {str(value)[:40]!r}. {cls.mend}")
-        return cls(found)
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(self.found)
-
-
-@dataclass
 class RunResult(Record):
     """result.json of a run, written last: a folder that has it is finished."""
 
@@ -84,7 +58,13 @@ class RunResult(Record):
     seconds: float | None = None  # time spent in updates
     peak_memory_bytes: float | None = None
     folder: str | None = None
-    tasks: TaskFigures = field(default_factory=TaskFigures)  # after the last update
+    tasks: dict[str, float] = field(default_factory=dict, metadata=REST)
+    """TASK/FIGURE, such as gsm8k/exact: the figures of `train.tasks` after the last update."""
+
+
+def is_task_figure(name: str) -> bool:
+    """Whether a key of result.json is a figure of a task."""
+    return "/" in name and name not in RunResult.all_keys()
 
 
 DIVERGED = "diverged.txt"
@@ -105,7 +85,7 @@ class Environment(Record):
     base_fingerprint: str | None = None  # tells base models of one shape apart
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
     updates: int | None = None  # updates of the whole run
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
 
     @property
     def command_line(self) -> str | None:
@@ -193,7 +173,7 @@ class EvaluationMetrics(Record):
     loss: float | None = key("eval/loss")
     perplexity: float | None = key("eval/perplexity")
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
-    tasks: TaskFigures = field(default_factory=TaskFigures)
+    tasks: dict[str, float] = field(default_factory=dict, metadata=REST)
 
 
 @dataclass
@@ -206,15 +186,6 @@ class Sample(Record):
     answer: str  # as the model wrote it
     gold: str
     exact: bool | None = key("exact", write_null=True)
-
-
-class MetricsLine(Record):
-    """A line of either kind."""
-
-    @classmethod
-    def from_json(cls, tree: Any, where: Path | str) -> UpdateMetrics | EvaluationMetrics:
-        is_evaluation = isinstance(tree, dict) and any(name.startswith("eval/") for name in tree)
-        return (EvaluationMetrics if is_evaluation else UpdateMetrics).from_json(tree, where)
 
 
 @dataclass
@@ -233,7 +204,7 @@ class Metrics:
         result = RunResult()
         if self.evaluations:
             result.perplexity, result.spectrum = self.evaluations[-1].perplexity, self.evaluations[-1].spectrum
-            result.tasks = next((line.tasks for line in reversed(self.evaluations) if line.tasks.found), result.tasks)
+            result.tasks = next((line.tasks for line in reversed(self.evaluations) if line.tasks), {})
         if self.updates:
             result.tokens_per_s, result.seconds = self.updates[-1].tokens_per_s, self.updates[-1].seconds
         return result
@@ -242,9 +213,16 @@ class Metrics:
 def read_metrics(path: Path) -> Metrics:
     """The metrics of a run, which may still be running."""
     metrics = Metrics()
-    for line in read_lines(path, MetricsLine, may_break_off=True):
+    for place, tree in read_trees(path, may_break_off=True):
+        line = metrics_line(tree, place)
         (metrics.evaluations if isinstance(line, EvaluationMetrics) else metrics.updates).append(line)
     return metrics
+
+
+def metrics_line(tree: Any, where: Path | str) -> UpdateMetrics | EvaluationMetrics:
+    """A line of either kind."""
+    is_evaluation = isinstance(tree, dict) and any(name.startswith("eval/") for name in tree)
+    return (EvaluationMetrics if is_evaluation else UpdateMetrics).from_json(tree, where)
 
 
 @dataclass
@@ -325,45 +303,19 @@ class Accuracy:
     k: int
     value: float | None
     interval: tuple[float, float] | None
-    """95 % bootstrap interval over problems, as in the file; `AccuracyResult.interval` is the one to print."""
+    """95 % interval over problems; None where all came out alike, as a quarter of the answers to every problem does."""
+
+    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
 
     @property
     def key(self) -> str:
         return f"{self.grader}/pass@{self.k}"
 
-
-@dataclass
-class Accuracies(Record):
-    """The accuracies of an evaluation: GRADER/pass@K and GRADER/pass@K/interval, in the order of the file."""
-
-    found: list[Accuracy] = field(default_factory=list)
-
-    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
-
-    @classmethod
-    def takes(cls, name: str) -> bool:
-        return cls.KEY.fullmatch(name) is not None
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any], where: Path | str) -> Self:
-        found = []
-        for name, value in tree.items():
-            if (match := cls.KEY.fullmatch(name)) is None:
-                continue
-            if not fits(value, tuple[float, float] if match[3] else float | None):
-                raise UserError(f"{where} is broken: its {name} is {str(value)[:40]!r}. {cls.mend}")
-            if not match[3]:
-                interval = tree.get(f"{name}/interval")
-                found.append(Accuracy(match[1], int(match[2]), value, interval and tuple(interval)))
-        return cls(found)
-
-    def to_json(self) -> dict[str, Any]:
-        tree: dict[str, Any] = {}
-        for accuracy in self.found:
-            tree[accuracy.key] = accuracy.value
-            if accuracy.interval is not None:
-                tree[f"{accuracy.key}/interval"] = list(accuracy.interval)
-        return tree
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The keys of result.json."""
+        interval = {} if self.interval is None else {f"{self.key}/interval": [*self.interval]}
+        return {self.key: self.value} | interval
 
 
 @dataclass
@@ -373,9 +325,9 @@ class AccuracyResult(EvaluationResult):
     problems: int | None = None
     samples: int | None = None  # answers to each problem
     missing: int | None = None  # answers that are not there yet
-    accuracies: Accuracies = field(default_factory=Accuracies)
     endings: EndingShares = field(default_factory=EndingShares)
-    details: dict[str, Any] = field(default_factory=dict)  # what the task adds, under the task's names
+    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
+    """Accuracies, GRADER/pass@K, and what the task adds, under the task's names."""
     truncated: int | None = None  # answers cut by max_new_tokens, loops among them
     no_answer: int | None = None
     grader_failures: int | None = None
@@ -383,12 +335,27 @@ class AccuracyResult(EvaluationResult):
     tokens_per_s: float | None = None
     peak_memory_bytes: float | None = None
 
-    def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
-        return next((found for found in self.accuracies.found if (found.grader, found.k) == (grader, k)), None)
+    @classmethod
+    def from_json(cls, tree: Any, where: Path | str) -> Self:
+        result = super().from_json(tree, where)
+        for name, value in result.details.items():
+            if match := Accuracy.KEY.fullmatch(name):
+                cls._check(name, value, list[float] if match[3] else float | None, where)
+        return result
 
-    def interval(self, accuracy: Accuracy) -> tuple[float, float] | None:
-        """The interval to print beside an accuracy; None where there is none that means anything."""
-        return interval_of(accuracy.value, accuracy.interval, self.problems)
+    @property
+    def accuracies(self) -> list[Accuracy]:
+        """The accuracies, in the order of the file."""
+        accuracies = []
+        for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
+            if not match[3]:
+                lower, upper = self.details.get(f"{match[0]}/interval") or (0, 0)
+                interval = (lower, upper) if lower < upper else None
+                accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
+        return accuracies
+
+    def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
+        return next((accuracy for accuracy in self.accuracies if (accuracy.grader, accuracy.k) == (grader, k)), None)
 
     def figure(self, name: str) -> float | None:
         """A number by its key, such as one that the task adds."""
@@ -406,7 +373,7 @@ class PerplexityResult(EvaluationResult):
     tokens: int | None = None  # tokens predicted
     perplexity_base: float | None = None  # without the adapter; None where there is no adapter
     spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
-    details: dict[str, Any] = field(default_factory=dict)  # the spectra of each layer's experts
+    details: dict[str, Any] = field(default_factory=dict, metadata=REST)  # the spectra of each layer's experts
     seconds: float | None = None
     peak_memory_bytes: float | None = None
 
@@ -416,19 +383,3 @@ def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
     tree = read_json(path)
     kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
     return kind.from_json(tree, path)
-
-
-def interval_of(
-    share: float | None, interval: tuple[float, float] | None, problems: int | None
-) -> tuple[float, float] | None:
-    """The 95 % interval to print beside a share of problems.
-
-    Resampling problems that all came out alike gives a point, which is not how sure the share is. For none or all of n
-    problems it is the exact binomial interval: up to 1 - 0.025^(1/n), or down to 0.025^(1/n) (Clopper & Pearson 1934).
-    """
-    if share is None or interval is None or interval[0] < interval[1]:
-        return interval if share is not None else None
-    if not problems or share not in (0, 1):
-        return None
-    bound = 0.025 ** (1 / problems)
-    return (0.0, 1 - bound) if share == 0 else (bound, 1.0)

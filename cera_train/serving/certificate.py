@@ -10,7 +10,7 @@ import numpy
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from cera_train.common.records import Record
+from cera_train.runs.records import Record
 
 RESAMPLES = 10_000
 

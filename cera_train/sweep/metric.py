@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cera_train.common.errors import UserError
-from cera_train.common.records import Record
 from cera_train.evaluation.tasks.task import task_figures
-from cera_train.runs.results import RunResult, SpectrumSummary, TaskFigures
+from cera_train.runs.records import Record
+from cera_train.runs.results import RunResult, SpectrumSummary, is_task_figure
 from cera_train.settings.tasks import known_tasks
 
 PERPLEXITIES = tuple(map(RunResult.key_of, ("perplexity", "best_perplexity")))
@@ -40,7 +40,7 @@ class SweepMetric(Record):
         return self.key.removeprefix("eval/")
 
     def shown(self, value: float) -> str:
-        return f"{value:.1%}" if TaskFigures.takes(self.key) else f"{value:,.3f}"
+        return f"{value:.1%}" if is_task_figure(self.key) else f"{value:,.3f}"
 
     def cost(self, value: float) -> float:
         """A number that is lower for a better value."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from cera_train.common.records import Record, key
+from cera_train.runs.records import Record, key
 from cera_train.sweep.metric import SweepMetric
 
 RECORD = "sweep.json"

@@ -13,7 +13,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line, print_table
-from cera_train.runs.results import DIVERGED, Environment, MetricsLine, RunResult
+from cera_train.runs.results import DIVERGED, Environment, RunResult, metrics_line
 from cera_train.settings.data import evaluation_rows
 from cera_train.sweep.folder import choices_of
 from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
@@ -157,7 +157,7 @@ def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
     for line in reversed(lines):
         if update is None or f'"{key}"'.encode() in line:
             try:
-                metrics = MetricsLine.from_json(json.loads(line), path)
+                metrics = metrics_line(json.loads(line), path)
             except (ValueError, RecursionError):
                 continue
             update = metrics.update if update is None else update

@@ -168,7 +168,7 @@ def print_result(result: RunResult, config: Config) -> None:
     rank = describe_rank(result.spectrum)
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
-        "tasks": describe_tasks(result.tasks.found) or None,
+        "tasks": describe_tasks(result.tasks) or None,
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": f"{rank} (of {result.adapter_r})" if rank else None,
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",

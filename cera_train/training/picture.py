@@ -18,7 +18,7 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
     from matplotlib import pyplot
 
     metrics = read_metrics(folder / "metrics.jsonl")
-    tasks = [(line.update, line.tasks.found) for line in metrics.evaluations if line.tasks.found]
+    tasks = [(line.update, line.tasks) for line in metrics.evaluations if line.tasks]
     count = 1 + bool(spectrum) + bool(tasks)
     size = (max(10, 5 * count), 3.6)
     figure, [panels] = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)

@@ -31,7 +31,6 @@ from cera_train.runs.results import (
     ModuleSpectrumRecord,
     RunResult,
     SpectrumSummary,
-    TaskFigures,
     UpdateMetrics,
 )
 from cera_train.settings.run import Config
@@ -191,7 +190,7 @@ def evaluate(session: Session) -> None:
     session.note(describe_evaluation(metrics))
 
 
-def answer_tasks(session: Session) -> TaskFigures:
+def answer_tasks(session: Session) -> dict[str, float]:
     """Answers the tasks that are due, and the samples; keeps them in the run's folder and the tracker."""
     progress, folder = session.progress, session.folder
     results = session.exams.take(progress.update, is_last=session.is_done)
@@ -205,7 +204,7 @@ def answer_tasks(session: Session) -> TaskFigures:
     if results.notes:
         session.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
     progress.tasks = results.figures or progress.tasks
-    return TaskFigures(results.figures)
+    return results.figures
 
 
 def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
@@ -271,7 +270,7 @@ def finish(session: Session) -> dict[str, Any]:
         best_perplexity=progress.best_perplexity,
         best_update=progress.best_update,
         spectrum=summary(spectra),
-        tasks=TaskFigures(progress.tasks),
+        tasks=progress.tasks,
         adapter_kind=config.adapter.kind.value,
         adapter_r=config.adapter.r,
         trainable_parameters=session.trainable_count,

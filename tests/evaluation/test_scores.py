@@ -105,13 +105,13 @@ def test_every_pass_at_k_has_its_interval(capsys, tmp_path):
     grades = [gsm8k.TASK.grade(problems[int(given.problem[1:])], given) for given in answers]
     grades = [replace(grade, verified=grade.exact) for grade in grades]
     result = replace(score(gsm8k.TASK, problems, answers, grades), problems=12, samples=16)
-    assert [found.key for found in result.accuracies.found] == [
+    assert [found.key for found in result.accuracies] == [
         f"{grader}/pass@{k}" for grader in ("exact", "verified") for k in range(1, 17)
     ]
     print_result(gsm8k.TASK, result, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    for found in result.accuracies.found:
-        lower, upper = result.interval(found)
+    for found in result.accuracies:
+        lower, upper = found.interval
         assert 0 <= lower < found.value < upper <= 1
         expected = f"{found.value:.1%}  (95 % interval {lower:.1%} to {upper:.1%})"
         assert f"{found.key.replace('/', ' '):<18}{expected}" in lines

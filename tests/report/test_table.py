@@ -62,15 +62,6 @@ def test_how_answers_ended(tmp_path: Path) -> None:
     assert cells(*runs)[label] == ["12.5 / 50.0 / 25.0 / 12.5 / 0.0 %", ""]
 
 
-def test_none_or_all_of_the_problems_have_the_exact_interval(tmp_path: Path) -> None:
-    """1 - 0.025^(1/40) = 8.8 %: a bootstrap of problems that came out alike gives a point."""
-    run = make_run(tmp_path / "a")
-    add_evaluation(run, "math", solved=set())
-    add_evaluation(run, "gsm8k", solved=set(range(40)))
-    assert cells(run)["MATH exact"] == ["0.0%\n0.0 to 8.8%"]
-    assert cells(run)["GSM8K exact"] == ["100.0%\n91.2 to 100.0%"]
-
-
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     path = add_evaluation(run, "logistic_map", solved={0}, verified=False) / "result.json"

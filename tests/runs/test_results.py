@@ -14,7 +14,6 @@ from made_runs import add_evaluation, make_run, result_of
 from cera_train.common.errors import UserError
 from cera_train.runs.evaluation_folder import Grade, GradedAnswers
 from cera_train.runs.results import (
-    Accuracies,
     Accuracy,
     AccuracyResult,
     Environment,
@@ -26,7 +25,6 @@ from cera_train.runs.results import (
     RunResult,
     SpectrumSummary,
     UpdateMetrics,
-    interval_of,
     mean_spectrum,
     read_evaluation_result,
     read_metrics,
@@ -65,14 +63,16 @@ def test_every_key_of_a_run_is_as_scripts_know_it() -> None:
 
 
 def test_the_result_of_an_evaluation_keeps_what_its_task_adds(tmp_path: Path) -> None:
-    accuracies = Accuracies([Accuracy("exact", 1, 0.5, (0.25, 0.75)), Accuracy("verified", 4, 0.75, None)])
+    accuracies = [Accuracy("exact", 1, 0.5, (0.25, 0.75)), Accuracy("verified", 4, 0.75, None)]
     added = {"step_accuracy": [0.5, None], "step_accuracy/mean": 0.5, "by_growth": {"3.2": {}}}
-    result = AccuracyResult("logistic_map", "logistic_map", 40, 4, 0, accuracies, truncated=1, details=added)
+    details = added | accuracies[0].figures | accuracies[1].figures
+    result = AccuracyResult("logistic_map", "logistic_map", 40, 4, 0, truncated=1, details=details)
     result.write(path := tmp_path / "result.json")
     tree = json.loads(path.read_text())
     assert (tree["exact/pass@1"], tree["exact/pass@1/interval"], tree["verified/pass@4"]) == (0.5, [0.25, 0.75], 0.75)
     assert "verified/pass@4/interval" not in tree
     assert read_evaluation_result(path) == result
+    assert result.accuracies == accuracies
     assert result.accuracy("verified", 4).value == 0.75
     assert result.accuracy("verified") is None
     assert result.figure("step_accuracy/mean") == 0.5
@@ -145,17 +145,6 @@ def test_figures_that_a_command_needs_are_named_by_their_keys(tmp_path: Path) ->
     (path := tmp_path / "result.json").write_text('{"updates": 3}')
     with pytest.raises(UserError, match=f"{path} has no eval/perplexity, tokens."):
         RunResult.read(path, needs=("perplexity", "updates", "tokens"))
-
-
-def test_the_interval_of_none_of_n_problems_is_the_exact_one() -> None:
-    scipy_stats = pytest.importorskip("scipy.stats")
-    for n in (1, 5, 73, 5000):
-        for solved in (0, n):
-            exact = scipy_stats.binomtest(solved, n).proportion_ci(0.95, method="exact")
-            assert interval_of(solved / n, (solved / n, solved / n), n) == pytest.approx((exact.low, exact.high))
-    assert interval_of(0.5, (0.4, 0.6), 40) == (0.4, 0.6)
-    assert interval_of(0.25, (0.25, 0.25), 40) is None  # a quarter of the answers to every problem
-    assert interval_of(None, (0.0, 1.0), 40) is None
 
 
 def test_the_files_of_a_run_read_together(tmp_path: Path) -> None:
