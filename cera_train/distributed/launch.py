@@ -35,26 +35,18 @@ class ProcessFailed(RuntimeError):
     """A process ended with an error that is not the user's to mend; the message holds its traceback."""
 
 
-def in_processes(function: Callable[[Any], Result], config: Any, prepare: Callable[[Any], Result | None]) -> Result:
+def in_processes(function: Callable[[Any], Result], config: Any) -> Result:
     """`function(config)`, in `launch.processes` processes: same result, and same errors, or ProcessFailed.
 
     Args:
         function: one of a module, which every process imports. Only process 0 writes and prints.
         config: settings with a section `launch`.
-        prepare: called before other processes start, so that a mistake is reported once. A result that it returns is
-            the result: nothing is left to do.
     """
     try:
         if is_launched():
             return beside_others(function, config)
         processes = processes_to_start(config.launch)
-        if processes == 1:
-            return function(config)
-        from cera_train.distributed.accelerator import quiet_libraries
-
-        quiet_libraries()
-        done = prepare(config)
-        return start_processes(function, config, processes) if done is None else done
+        return function(config) if processes == 1 else start_processes(function, config, processes)
     except Interrupted as interrupted:
         interrupted.hand_over()
         raise

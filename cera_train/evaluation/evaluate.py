@@ -52,21 +52,7 @@ class Evaluation:
 
 def launch(config: EvalConfig) -> dict[str, Any]:
     """`evaluate`, in as many processes as `launch.processes` says."""
-    return in_processes(evaluate, config, prepare)
-
-
-def prepare(config: EvalConfig) -> dict[str, Any] | None:
-    """Checks the folder and reads the problems or rows, once for all processes; evaluates here where no model is
-    needed: answers are graded again, or the evaluation is finished."""
-    if config.grade is None:
-        resolved, subject, path = resolve(config)
-        with EvaluationFolder(path) as folder:
-            folder.write_config(resolved)
-            if not folder.is_finished():
-                read = problems_of if isinstance(task_of(config.task), AnswerTask) else rows_of
-                read(resolved, subject)
-                return None
-    return evaluate(config)
+    return in_processes(evaluate, config) if config.grade is None else evaluate(config)
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:

@@ -344,7 +344,7 @@ def test_an_error_in_the_processes_is_said_once(tmp_path, arguments):
 
 
 @pytest.mark.slow
-def test_a_mistake_comes_to_light_before_any_process_starts(tmp_path, arguments):
+def test_a_mistake_is_said_once(tmp_path, arguments):
     run = cera_train(
         *arguments, "launch.processes=2", "data=jsonl", "data.train_files=[no.jsonl]", "data.eval_rows=1", cwd=tmp_path
     )
