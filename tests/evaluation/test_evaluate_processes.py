@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 from evaluation_files import contents, read
 
-import cera_train.distributed.launch as launcher
-from cera_train.common.errors import UserError
-from cera_train.evaluation.evaluate import evaluate, launch
+from cera_train.evaluation.evaluate import evaluate
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -111,14 +109,3 @@ def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, que
     whole = read(answers.with_name("generations.jsonl"))
     assert len(whole) == 40
     assert all(line in whole for line in kept)
-
-
-def test_a_mistake_shows_and_a_finished_evaluation_stands_before_any_process_starts(eval_config, monkeypatch):
-    done = evaluate(eval_config())
-    monkeypatch.setattr(launcher, "start_processes", None)
-    assert launch(eval_config("launch.processes=2")) == done
-    with pytest.raises(UserError, match="holds an evaluation with other settings: generation.seed was 0, is 1"):
-        launch(eval_config("launch.processes=2", "generation.seed=1"))
-    with pytest.raises(UserError, match="task.files=none.jsonl: cannot read the file"):
-        launch(eval_config("launch.processes=2", "task.files=[none.jsonl]", "name=other"))
-    assert not (Path(eval_config().run) / "eval" / "other").exists()
