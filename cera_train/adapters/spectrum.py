@@ -11,12 +11,15 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from cera_train.adapters.family import Branch, families
-from cera_train.model.batches import Batch
+
+if TYPE_CHECKING:
+    from cera_train.model.batches import Batch
 
 
 @dataclass

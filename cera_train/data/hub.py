@@ -1,72 +1,12 @@
-"""Loading from the Hugging Face Hub, or from the cache alone where the Hub does not answer."""
+"""Rows of a data set on the Hugging Face Hub, or in a folder of its form."""
 
-import contextlib
-import logging
 import os
 import re
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 from cera_train.common.errors import UserError
+from cera_train.common.hub import hub_or_cache, why_not_reached
 from cera_train.data.rows import Source
-
-SECONDS = 5.0
-"""How long the Hub may take for its first answer."""
-
-LOGGERS = ("huggingface_hub", "transformers", "datasets")
-
-
-@contextlib.contextmanager
-def hub_or_cache(needs_hub: bool = True) -> Iterator[None]:
-    """Lets the libraries load from the cache alone where the Hub does not answer: left to itself, huggingface_hub tries
-    each file six times, for 24 seconds. Hides their warnings, which name their source files.
-
-    Args:
-        needs_hub: false for what lies in a folder.
-    """
-    import huggingface_hub
-
-    with contextlib.ExitStack() as stack, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in map(logging.getLogger, LOGGERS):
-            stack.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.CRITICAL)
-        if needs_hub and not huggingface_hub.constants.HF_HUB_OFFLINE and not hub_answers():
-            datasets = sys.modules.get("datasets")
-            for module in (huggingface_hub.constants, *([datasets.config] if datasets else [])):
-                stack.callback(setattr, module, "HF_HUB_OFFLINE", module.HF_HUB_OFFLINE)
-                module.HF_HUB_OFFLINE = True
-        yield
-
-
-def hub_answers() -> bool:
-    """Whether the Hub, or the mirror that HF_ENDPOINT names, answers at all. Proxies are respected."""
-    import huggingface_hub
-
-    answers: list[bool] = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):  # its HTTP library, and so the class of an error, changes by version
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=SECONDS)
-            answers.append(True)
-
-    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit
-    asking.start()
-    asking.join(SECONDS)
-    return bool(answers)
-
-
-def why_not_reached() -> str:
-    """Why nothing came from the Hub: it was switched off, or it does not answer."""
-    import huggingface_hub
-
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        if os.environ.get(name):
-            return f"{name}={os.environ[name]} is set"
-    return f"{huggingface_hub.constants.ENDPOINT} does not answer"
 
 
 def from_hub(

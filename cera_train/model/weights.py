@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
-from cera_train.data.hub import hub_or_cache, why_not_reached
+from cera_train.common.hub import hub_or_cache, why_not_reached
 from cera_train.model.architecture import attention_for, left_unquantised
 from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
 from cera_train.model.lean import keep_less

@@ -14,8 +14,8 @@ import torch
 import transformers
 from conftest import make_tiny_llama
 
+from cera_train.common import hub
 from cera_train.common.errors import UserError
-from cera_train.data import hub
 from cera_train.model.folder import check_model, damage_of_safetensors
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.settings.model import ModelConfig
