@@ -96,6 +96,10 @@ class Joblib(MissingJobs, JoblibLauncher):
             not is_one_of_several(),
             "hydra/launcher=joblib: it starts the processes of its jobs itself: start one command, without torchrun.",
         )
+        from joblib import effective_n_jobs
+
+        if effective_n_jobs(self.joblib["n_jobs"]) == 1:  # in this process
+            return super().launch(job_overrides, initial_job_idx)
         with Interruption(pass_on=signal_children) as interruption:
             try:
                 return super().launch(job_overrides, initial_job_idx)
@@ -115,7 +119,7 @@ SIGNALLED: list[int] = []
 def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
     """A job in a process of joblib's. Its output goes to its log, and one line is printed when it begins and one when
     it ends, so that no lines of several jobs mix."""
-    if multiprocessing.parent_process() is None:  # n_jobs=1
+    if multiprocessing.parent_process() is None:  # joblib starts none for one job at once
         return task_function(composed)
     if SIGNALLED:
         return None
@@ -129,7 +133,7 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConf
         if not SIGNALLED:
             raise
     finally:
-        handle_signals(note)
+        handle_signals(keep_process)
         status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).best_by)
         print_line(status.state, f"{job.name}: {status.outcome}")
 
@@ -139,14 +143,15 @@ def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
         signal.signal(number, handler)
 
 
-def note(number: int, _: FrameType | None) -> None:
-    """Between two jobs a process stays: joblib kills all jobs where one of its processes ends."""
-    SIGNALLED.append(number)
-
-
 def end_job(number: int, _: FrameType | None) -> None:
+    """Handles a signal while a job starts; training handles its own."""
     SIGNALLED.append(number)
     sys.exit(128 + number)
+
+
+def keep_process(number: int, _: FrameType | None) -> None:
+    """Handles a signal between two jobs: joblib kills all jobs where one of its processes ends."""
+    SIGNALLED.append(number)
 
 
 @contextlib.contextmanager

@@ -17,17 +17,14 @@ from cera_train.cli.composition import check_trust, to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
-from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
-from cera_train.evaluation.tasks.task import check_tasks
-from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import changes_result
-from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, begin_study, is_study
 from cera_train.sweep.folder import (
     Job,
     begin,
+    check_inputs,
     job_composer,
     key_of,
     record_of,
@@ -82,13 +79,7 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
     if not is_as_published(overrides):
         config = replace(config, published={})
-    has_result = (Path(config.output_dir) / config.name / "result.json").exists()
-    if config.train.extend or not has_result:  # a finished run needs its files no more
-        check_model(config.model.path)  # torch takes seconds to import: a mistake is answered before
-        check_data(config.data)
-        check_tasks(config.train.tasks, config.train.changes_of_task, config.data)
-    if config.adapter.start_from is not None and not (Path(config.output_dir) / config.name / "config.yaml").exists():
-        find_start(config.adapter)
+    check_inputs(config, Path(config.output_dir) / config.name)
     return config
 
 

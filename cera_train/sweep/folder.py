@@ -27,7 +27,7 @@ from cera_train.common.files import is_locked, taken
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
-from cera_train.data.sources import data_files
+from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
@@ -43,9 +43,6 @@ from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
 WRITER = "sweep"
 """Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
 its place."""
-
-NO_CHOICE = "default"
-"""The name of a job that chooses nothing."""
 
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
@@ -67,7 +64,7 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     exact = ",".join(choices)
     shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
-        return exact or NO_CHOICE
+        return exact or "default"  # where nothing is chosen
     # What was replaced or cut may be all that differs between two jobs.
     digest = hashlib.sha256(exact.encode()).hexdigest()[:8]
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
@@ -154,8 +151,8 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[C
         jobs: name -> overrides.
 
     Raises:
-        Exception: a UserError or Hydra's, where a value cannot be composed or fails beside all others, or a local file
-            is missing or of an unknown kind.
+        Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all others, or chooses
+            files that cannot be read.
     """
     fine, failed = set[str](), dict[str, Exception]()
     for name, values in jobs.items():
@@ -164,20 +161,26 @@ def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[C
         try:
             run = compose(values)
             sweep_metric(run.sweep.metric, {task: run.train.changes_of_task(task) for task in run.train.tasks})
-            if run.adapter.start_from is not None and not (sweep / name / "config.yaml").exists():
-                find_start(run.adapter)
         except UserError as error:
             for value in values:
                 failed.setdefault(value, error)
             continue
         fine.update(values)
-        if not (sweep / name / "result.json").exists():  # it will read them
-            check_model(run.model.path)
-            data_files(run.data)
-            check_tasks(run.train.tasks, run.train.changes_of_task, run.data)
+        check_inputs(run, sweep / name)
     for value, error in failed.items():
         if value not in fine:
             raise error
+
+
+def check_inputs(config: Config, folder: Path) -> None:
+    """Raises UserError for a model, rows, problems or a start that a run in this folder cannot read: torch takes
+    seconds to import, and a mistake is answered before."""
+    if config.train.extend or not (folder / "result.json").exists():  # a finished run reads them no more
+        check_model(config.model.path)
+        check_data(config.data)
+        check_tasks(config.train.tasks, config.train.changes_of_task, config.data)
+    if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
+        find_start(config.adapter)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

@@ -75,16 +75,5 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def make_study_file(folder: Path, content: dict) -> list[str]:
-    """conf/study/which.yaml in a folder: a study of the quickstart's model and rows. Returns the arguments that run
-    it."""
-    defaults = {"model": "smollm2_135m_pypi", "data": "logistic_map", "hydra/sweeper": "study"}
-    file = {"defaults": [{f"override /{group}": name} for group, name in defaults.items()], "name": "which"} | content
-    path = folder / "conf" / "study" / "which.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_text("# @package _global_\n" + yaml.safe_dump(file, sort_keys=False))
-    return ["-m", "+study=which", "--config-dir", str(folder / "conf")]
-
-
 def content_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
 from made_sweeps import TINY, cera_sweep, cera_train, content_of, start, states
+from tiny_runs import metrics_of, wait_until
 
 from cera_train.settings.run import Config
 from cera_train.sweep.record import JOBS, RECORD
@@ -26,11 +25,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
         f"adapter={kind},adapter.activation={gate}" for kind in ("lora", "cera") for gate in ("relu", "silu")
     )
     process = start(*command, cwd=sweep_here)
-    deadline = time.monotonic() + 120
-    while not (sweep / cut / "metrics.jsonl").exists() or len((sweep / cut / "metrics.jsonl").read_text()) < 2000:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: process.poll() is not None or len(metrics_of(sweep / cut)) > 10, every=0.02)
     assert list(states(sweep).values()) == ["failed", "finished", "running", "waiting"]
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=60)
@@ -71,11 +66,7 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here)
     settings = ["adapter.activation=silu", "train.max_updates=300"]
     process = start(*TINY, *settings, "hydra/launcher=local", cwd=sweep_here)
     cut, finished = (sweep / f"adapter={kind}" for kind in ("cera", "lora"))
-    deadline = time.monotonic() + 120
-    while not (cut / "metrics.jsonl").exists() or states(sweep)[cut.name] != State.running:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: process.poll() is not None or metrics_of(cut), every=0.02)
     holder = subprocess.run(["fuser", cut / ".lock"], capture_output=True, text=True, check=True).stdout
     os.kill(int(holder), signal.SIGKILL)
     output, errors = process.communicate(timeout=200)
@@ -89,15 +80,17 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here)
 def test_a_job_that_diverges_stops_no_other_nor_the_next_batch(sweep_here, monkeypatch, capfd):
     arguments = ["adapter=cera", "adapter.activation=silu", "optimizer.weight_decay=0"]
     one_by_one = ["optimizer.lr=1e30,1e-3", "hydra.sweeper.max_batch_size=1"]
-    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, *one_by_one) == 1
+    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, *one_by_one) == 0
     output, errors = capfd.readouterr()
-    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished"]
+    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["diverged", "finished"]
     assert len(errors.splitlines()) == 1
     assert "or its gradient is not finite" in errors
     assert "job        2 of 2: " in output
-    # What an earlier command left is shown, and is no failure of a later one.
+    # It is a result: the same command leaves it, and another one shows it.
+    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, *one_by_one) == 0
+    assert "diverged   outputs/tiny/optimizer.lr=1e+30, before this start" in capfd.readouterr().out
     assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, "optimizer.lr=1e-3") == 0
-    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["finished", "failed"]
+    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["finished", "diverged"]
 
 
 def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monkeypatch, capfd):
@@ -119,14 +112,6 @@ def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(s
     found = states(sweep_here / "outputs" / "tiny")
     assert list(found.values()) == ["failed", "finished", "finished", "finished"]
     assert found["adapter=lora,adapter.activation=relu"] == "failed"
-
-
-@pytest.mark.slow
-def test_the_peak_memory_of_a_process_is_not_that_of_its_parent():
-    held = torch.ones(400_000_000)  # 1.6 GB
-    script = "import torch\nfrom cera_train.distributed.accelerator import peak_memory\n"
-    script += "print(peak_memory(torch.device('cpu')))"
-    assert int(subprocess.check_output([sys.executable, "-c", script])) < held.nbytes
 
 
 def test_the_peak_memory_of_a_job_is_its_own():
@@ -162,15 +147,8 @@ def test_optuna_minimises_the_perplexity_and_counts_a_failure(sweep_here):
 
     # One of two trials is impossible: the study continues.
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
-    command = [
-        *command[:4],
-        *sampler,
-        "adapter=cera",
-        "adapter.activation=silu",
-        "adapter.dropout=1.5,0.0",
-        "name=failing",
-    ]
-    process = start(*command, cwd=sweep_here)
+    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.dropout=1.5,0.0", "name=failing"]
+    process = start(*command[:4], *sampler, *arguments, cwd=sweep_here)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 1, errors
     assert sorted(states(sweep_here / "outputs" / "failing").values()) == [State.failed, State.finished]

@@ -12,8 +12,8 @@ import pytest
 from filelock import FileLock
 from made_sweeps import cera_sweep, make_job, record_job, record_sweep, states
 
-from cera_train.sweep.record import JOBS, RECORD, SweepRecord
-from cera_train.sweep.table import State, best_jobs, read_sweep
+from cera_train.sweep.record import JOBS, RECORD
+from cera_train.sweep.table import best_jobs, read_sweep
 
 
 def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
@@ -101,24 +101,6 @@ def test_by_accuracy_the_highest_is_best_whatever_the_rows_and_one_without_it_is
     jobs = read_sweep(tmp_path)
     assert [job.value for job in jobs] == [0.25, 0.5, None, 0.75]
     assert [job.name for job in best_jobs(jobs)] == [names[1]]
-
-
-def test_a_result_without_its_updates_is_a_job_that_is_finished(tmp_path):
-    """Every figure of a result may be missing."""
-    record_sweep(tmp_path, "adapter.r=2")
-    (make_job(tmp_path, "adapter.r=2") / "result.json").write_text("{}")
-    (job,) = read_sweep(tmp_path)
-    assert (job.state, job.done, job.value) == (State.finished, None, None)
-
-
-def test_a_job_is_on_record_once_however_often_it_is_added(tmp_path):
-    """As by each of several processes that run one study."""
-    record_sweep(tmp_path, "adapter.r=2", swept=["adapter.r"])
-    seeds = {"adapter.r=2": ["adapter.r=2"], "adapter.r=4": ["adapter.r=4"]}
-    for _ in range(2):
-        SweepRecord.read(tmp_path / RECORD).with_jobs(seeds).write(tmp_path / RECORD)
-    assert [job.name for job in read_sweep(tmp_path)] == ["adapter.r=2", "adapter.r=4"]
-    assert len(SweepRecord.read(tmp_path / RECORD).jobs) == 2
 
 
 def test_the_table_is_aligned_and_names_what_differs(tmp_path, monkeypatch, capsys):
