@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import labelled, print_line
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.sweep.folder import Job, job_name
@@ -124,7 +124,7 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConf
     if SIGNALLED:
         return None
     job = Job.current(HydraConfig.get())
-    print_line("job", job.title)
+    write_line("job", job.title)
     handle_signals(end_job)
     try:
         with output_to(job.log):
@@ -135,7 +135,13 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConf
     finally:
         handle_signals(keep_process)
         status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).best_by)
-        print_line(status.state, f"{job.name}: {status.outcome}")
+        write_line(status.state, f"{job.name}: {status.outcome}")
+
+
+def write_line(label: str, text: str) -> None:
+    """Prints a line by one write, which no other process interrupts."""
+    sys.stdout.write(labelled(label, text) + "\n")
+    sys.stdout.flush()
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
