@@ -6,13 +6,13 @@ import pytest
 import torch
 from branches import MASKS, ROWS, forward_of
 from conftest import make_tiny_llama
-from moe_models import MIXTURES, expert_config, expert_loras, experts_of, lora_experts, make_mixture
-from peft import PeftModel, get_peft_model
+from moe_models import MIXTURES, expert_config, expert_loras, experts_of, make_mixture
+from peft import get_peft_model
 from torch import nn
 
 from cera_train.adapters import build
 from cera_train.adapters.family import check_settings
-from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics, why_no_spectrum
+from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics
 from cera_train.cera import CeraExperts, CeraLayer
 from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError
@@ -62,11 +62,6 @@ def test_a_pattern_of_the_settings_may_name_an_experts_parameter():
         built(**targets, settings={"rank_pattern": {"experts.up_proj": 2}})
 
 
-def test_settings_are_checked_before_a_model_is_there():
-    build.check(AdapterConfig(r=4, target_modules="all-linear", experts=True, expert_r=2))
-    build.check(AdapterConfig(r=4, target_modules=[], target_parameters=DOWN, expert_r=2))
-
-
 def test_experts_are_not_compiled_where_torch_cannot(monkeypatch):
     experts, none = (AdapterConfig(r=4, target_modules="all-linear", experts=value) for value in (True, False))
     monkeypatch.setattr(build, "EXPERTS_COMPILE", False)
@@ -74,34 +69,6 @@ def test_experts_are_not_compiled_where_torch_cannot(monkeypatch):
         build.check(experts, is_compiled=True)
     build.check(none, is_compiled=True)
     build.check(experts)
-
-
-def test_experts_in_some_layers():
-    model = built(target_modules="all-linear", experts=True, layers=[1])
-    adapted = [name for name, module in model.named_modules() if isinstance(module, CeraLayer)]
-    assert adapted
-    assert all(".layers.1." in name for name in adapted)
-    assert len(experts_of(model)) == 1
-
-
-def test_experts_alone():
-    model = built(target_modules=[], target_parameters=DOWN)
-    assert {type(module) for module in model.modules() if isinstance(module, CeraLayer)} == {CeraExperts}
-    assert list(experts_of(model)[0].cera_A["default"]) == ["down_proj"]
-
-
-def test_what_is_saved_loads_to_equal_logits(tmp_path):
-    model = built(experts=True, expert_r=3, alpha=6)
-    for layer in experts_of(model):
-        nn.init.normal_(layer.cera_B["default"]["down_proj"].weight)
-    build.save(model, dict(model.named_parameters()), tmp_path)
-    ids = torch.tensor([ROWS[0]])
-    expected = model.eval()(input_ids=ids).logits
-    for loaded in (build.attach(make_mixture(), tmp_path), PeftModel.from_pretrained(make_mixture(), tmp_path)):
-        assert torch.equal(loaded.eval()(input_ids=ids).logits, expected)
-    build.load(built(experts=True, expert_r=3, alpha=6), build.read(tmp_path))
-    with pytest.raises(UserError, match="does not fit this"):
-        build.load(built(experts=True), build.read(tmp_path))
 
 
 def test_every_expert_is_trained_and_b_learns_faster_where_it_should():
@@ -112,13 +79,6 @@ def test_every_expert_is_trained_and_b_learns_faster_where_it_should():
     assert all(
         id(matrices.weight) in fast for layer in experts_of(model) for matrices in layer.cera_B["default"].values()
     )
-
-
-def test_kernels_are_chosen_for_experts_too():
-    model = built(experts=True)
-    build.use_kernels(model, "triton")
-    assert {layer.kernels for layer in experts_of(model)} == {"triton"}
-    assert not any(layer.is_fused("default") for layer in experts_of(model))  # gate and dropout alone
 
 
 @pytest.mark.parametrize(
@@ -262,16 +222,3 @@ def test_metrics_have_mean_and_max_over_a_layers_experts():
     assert f"spectrum/dead_units/{name}/mean" in metrics
     assert "spectrum/effective_rank/model.layers.1.self_attn.q_proj" in metrics
     assert not any(key.rpartition(".")[2].isdigit() for key in metrics)
-
-
-def test_an_expert_without_tokens_has_no_spectrum():
-    model = built("qwen3_moe", target_modules=[], target_parameters=DOWN)
-    spectra = measure_spectra(model, forward_of(model), [(flat_batch([[5]], [[True]]), True)])
-    assert len(spectra) == 2 * 3  # layers and experts of the one token
-    assert all(spectrum.effective_rank == 0 for spectrum in spectra.values())
-
-
-def test_pefts_lora_on_experts_has_no_spectrum():
-    model = built(experts=True, target_modules=[], activation="identity")
-    lora = lora_experts(model, make_mixture(), r=4)
-    assert why_no_spectrum(lora).startswith("PEFT's LORA, as configured, adds no B h")

@@ -7,13 +7,11 @@ import re
 import pytest
 import torch
 from conftest import make_tiny_llama
-from omegaconf import OmegaConf
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from cera_train.adapters import build
 from cera_train.adapters.family import family, title
 from cera_train.common.errors import UserError
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.adapters import AdapterConfig
 
 
 def refuses(message: str):
@@ -62,17 +60,6 @@ def test_an_unknown_kind_is_refused():
         AdapterConfig("pissa")
 
 
-def test_a_config_of_before_loads_with_the_same_meaning():
-    old = {"kind": "lora", "r": 8, "alpha": None, "dropout": 0.1, "activation": "silu", "target_modules": ["q_proj"]}
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(AdapterConfig), old | {"layers": None}))
-    assert config == AdapterConfig(AdapterKind.lora, 8, target_modules=["q_proj"])
-    assert (config.settings, config.b_lr_ratio, config.kernels, title(config)) == ({}, 1.0, "auto", "LoRA")
-
-
-def test_another_kind_on_the_command_line_has_its_own_name(compose):
-    assert title(compose("adapter.kind=lora").adapter) == "LoRA"
-
-
 # --- settings that PEFT understands ----------------------------------------------------------------------------------
 
 
@@ -118,10 +105,6 @@ def test_r_alpha_and_dropout_go_to_the_fields_that_hold_them():
         AdapterConfig("peft", 8, 2.0, 0.25, method="randlora", settings={"sparse": True})
     )
     assert (config.r, config.randlora_alpha, config.randlora_dropout, config.sparse) == (8, 2.0, 0.25, True)
-
-
-def test_a_pattern_of_pefts_is_understood():
-    build.check(AdapterConfig("lora", 4, settings={"init_lora_weights": "pissa_niter_4"}))
 
 
 @pytest.mark.parametrize(
@@ -224,11 +207,6 @@ def test_a_plan_compares_a_variant_with_kinds_that_have_none(plan):
     assert {run.config.adapter.mix for run in compared} == {"none"}
 
 
-def test_a_gate_with_parameters_is_computed_by_torch():
-    config = AdapterConfig(mix="learned")
-    assert build.choose_kernels(config, torch.device("cuda")) == "torch"
-
-
 @pytest.mark.parametrize("kind", ["cera", "lora", "dora", "rslora"])
 def test_a_rank_above_every_width_is_refused_at_once(kind):
     with refuses(
@@ -241,28 +219,12 @@ def test_a_rank_above_every_width_is_refused_at_once(kind):
         build.build(make_tiny_llama(), AdapterConfig(kind, 5000, target_modules="all-linear"))
 
 
-def test_a_rank_that_one_target_can_use_is_accepted():
-    model = build.build(make_tiny_llama(), AdapterConfig(r=32))  # v_proj is 16 wide
-    assert build.parameter_counts(model)[0] == 2 * 32 * (32 + 32 + 32 + 16)
-
-
-def test_the_rank_is_checked_on_conv1d_too():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2))
-    with refuses("adapter.r=33 .* transformer.h.0.attn.c_attn, the widest, maps 32 to 96"):
-        build.build(model, AdapterConfig(r=33, target_modules=["c_attn"]))
-
-
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 @pytest.mark.parametrize("as_expression", [False, True])
 def test_tied_weights_are_not_untied(target, as_expression):
     targets = rf"(.*\.)?{target}" if as_expression else ["q_proj", target]
     with refuses(f"adapter.target_modules=.* share weights, .*{target} would untie them"):
         build.build(make_tiny_llama(tie_word_embeddings=True), AdapterConfig("lora", 4, target_modules=targets))
-
-
-def test_an_untied_head_and_all_linear_are_fine():
-    build.build(make_tiny_llama(), AdapterConfig(r=4, target_modules=["lm_head"]))
-    build.build(make_tiny_llama(tie_word_embeddings=True), AdapterConfig(r=4, target_modules="all-linear"))
 
 
 @pytest.mark.parametrize("kind", ["cera", "lora", "peft"])

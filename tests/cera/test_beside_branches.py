@@ -71,27 +71,6 @@ def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
 
 
-def test_every_bias_is_loaded_beside_a_module_that_is_trained_whole(tmp_path):
-    base = make_tiny_llama(attention_bias=True)
-    model = get_peft_model(base, cera(bias="all", modules_to_save=["o_proj"])).eval()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name.endswith("bias"):
-            nn.init.normal_(parameter)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_unloading_gives_the_base_back_without_trained_tokens():
-    expected = logits(make_tiny_llama())
-    model = adapted(trainable_token_indices=[5, 17])
-    for name, parameter in model.named_parameters():
-        if "trainable_tokens" in name:
-            nn.init.normal_(parameter)
-    assert not torch.allclose(logits(model), expected)
-    assert torch.equal(logits(model.unload()), expected)
-
-
 def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):
     model = adapted(trainable_token_indices=[5, 17])
     (name,) = [n for n, p in model.named_parameters() if p.requires_grad and "cera_" not in n]

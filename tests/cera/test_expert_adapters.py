@@ -3,12 +3,11 @@ row."""
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
 import torch
-from cera_models import ROWS, WARNINGS, gradients, logits
+from cera_models import WARNINGS, logits
 from moe_models import (
     MIXTURES,
     PARAMETERS,
@@ -45,15 +44,6 @@ def test_adapters_switch_add_up_and_turn_off(model_type):
     assert trainable == {"first", "second"}
 
 
-def test_a_deleted_adapter_is_gone():
-    model = mixture_with_two()
-    model.set_adapter("second")
-    expected = logits(model)
-    model.delete_adapter("first")
-    assert torch.equal(logits(model), expected)
-    assert not any(".first" in name for name, _ in model.named_modules())
-
-
 def test_unload_gives_the_base_model_back():
     model = mixture_with_two()
     base = model.unload()
@@ -63,26 +53,6 @@ def test_unload_gives_the_base_model_back():
     assert torch.equal(logits(base), logits(expected))
     assert base.model.layers[0].mlp.experts.config is base.config
     assert torch.equal(logits(get_peft_model(base, expert_config(init_weights=True))), logits(expected))
-
-
-def test_a_copy_is_a_model_of_its_own():
-    model = adapted_mixture()
-    other = copy.deepcopy(model)
-    for layer in experts_of(other):
-        layer.cera_B["default"]["down_proj"].weight.data.zero_()
-    assert not torch.equal(logits(other), logits(model))
-
-
-def test_a_merge_is_refused():
-    with pytest.raises(ValueError, match="CeRA cannot be merged"):
-        adapted_mixture().merge_and_unload()
-
-
-def test_a_wrong_number_of_names_is_refused():
-    model = mixture_with_two()
-    for count in (1, 2, 3, 8):  # the tokens of four rows divide by all of them
-        with pytest.raises(ValueError, match=f"expected 4 names, got {count}"):
-            logits(model, adapter_names=["first"] * count)
 
 
 # --- saving and loading ----------------------------------------------------------------------------------------------
@@ -102,24 +72,6 @@ def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path)
     loaded = PeftModel.from_pretrained(make_mixture(model_type), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
     assert torch.equal(logits(loaded), logits(model))
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-
-
-def test_gates_that_learn_are_saved(tmp_path):
-    model = adapted_mixture(mix="learned", init="kaiming_uniform")
-    assert len(gradients(model)) == 2 * 2 * (2 + 1)
-    model.eval().save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
-    assert "base_model.model.model.layers.0.mlp.experts.cera_gate.down_proj.gamma" in tensors
-    loaded = PeftModel.from_pretrained(make_mixture(), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_a_second_adapter_is_loaded_beside_the_first(tmp_path):
-    model = mixture_with_two()
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_mixture(), tmp_path / "first", adapter_name="first").eval()
-    loaded.load_adapter(tmp_path / "second", adapter_name="second")
-    assert torch.equal(logits(loaded, adapter_names=ROWS), logits(model.eval(), adapter_names=ROWS))
 
 
 def test_a_checkpoint_without_some_expert_is_refused(tmp_path):

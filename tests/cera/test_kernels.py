@@ -14,7 +14,6 @@ import torch
 from conftest import make_tiny_llama
 from torch import nn
 
-import benchmarks.kernels
 import cera_train.cera
 from cera_train.adapters import build
 from cera_train.cera import CeraConfig, CeraLayer, hidden
@@ -116,15 +115,6 @@ def test_the_largest_rank_fits_into_shared_memory(architecture, is_even, compile
 
 
 @needs_triton
-@pytest.mark.parametrize(("architecture", "r"), [(75, 32), (80, 128), (89, 64), (90, 128), (100, 128)])
-def test_the_architectures_memory_bounds_the_rank_of_a_fused_branch(architecture, r, monkeypatch):
-    from cera_train.cera import fused
-
-    monkeypatch.setattr(fused, "shared_memory", lambda index: SHARED_MEMORY[architecture] * 1024)
-    assert fused.largest_r(torch.device("cuda", 0)) == r
-
-
-@needs_triton
 @pytest.mark.parametrize(
     ("settings", "is_fused"),
     [
@@ -176,13 +166,6 @@ def test_triton_is_refused_where_it_cannot_run(with_triton, device, is_compiled,
         choose_kernels("triton", device, is_compiled)
 
 
-def test_a_machine_without_triton_computes_by_torch(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_kernels("auto", GPU) == "torch"
-    with pytest.raises(ValueError, match="triton is not installed"):
-        choose_kernels("triton", GPU)
-
-
 def test_a_machine_without_a_compiler_computes_by_torch(with_triton, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
@@ -196,12 +179,6 @@ def test_every_list_of_gates_is_the_methods():
     assert set(ACTIVATIONS) == set(hidden.GATES) == {str(gate) for gate in Activation} == gates
     text = (Path(cera_train.cera.__file__).parent / "kernels.py").read_text()
     assert all(f'"{module.__name__}"' in text for module in hidden.GATES.values())
-
-
-def test_a_tensor_that_triton_cannot_take_goes_to_torch():
-    z = torch.randn(7, 5, dtype=torch.float64)
-    by_torch = hidden.hidden(z, nn.SiLU(), 0.3, 5)
-    assert torch.equal(hidden.hidden(z, nn.SiLU(), 0.3, 5, kernels="triton"), by_torch)
 
 
 def test_kernels_are_a_choice_for_a_model_and_reach_no_file(tmp_path):
@@ -243,14 +220,6 @@ def test_a_run_prints_what_triton_computes(monkeypatch):
     assert build.describe_kernels(model) == fused
     monkeypatch.setattr(cera_train.cera.layer, "fits_one_kernel", lambda x, r, gate: True)
     assert build.describe_kernels(model) == "the branch in one Triton kernel"
-
-
-@needs_triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
-def test_the_race_of_kernels_needs_a_gpu(capsys):
-    with pytest.raises(SystemExit):
-        benchmarks.kernels.main(["--ranks", "16"])
-    assert "these kernels need a GPU" in capsys.readouterr().err
 
 
 @needs_gpu

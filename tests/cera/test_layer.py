@@ -11,7 +11,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from cera_train.cera import CeraConfig, CeraLayer
-from cera_train.cera.branch import seeded_dropout
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -27,10 +26,6 @@ def make_layer(base: nn.Module | None = None, name: str = "default", **settings)
     """A layer with random A and B over a float64 linear of 6 inputs and 5 outputs."""
     base = nn.Linear(6, 5, dtype=torch.float64) if base is None else base
     return CeraLayer(base.requires_grad_(False), name, CeraConfig(**{"r": 3, "init_weights": False} | settings))
-
-
-def add(layer: CeraLayer, name: str, **settings) -> None:
-    layer.update_layer(name, CeraConfig(**{"r": 3, "init_weights": False} | settings))
 
 
 def weights(layer: CeraLayer, name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,21 +90,6 @@ def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_dropout_comes_after_the_gate_and_scales_what_it_keeps():
-    layer = make_layer(dropout=0.4).train()
-    x = x_of()
-    A, B = weights(layer)
-
-    torch.manual_seed(1)
-    y = layer(x)
-    torch.manual_seed(1)
-    seed = int(torch.randint(2**63 - 1, ()))
-    kept = seeded_dropout(torch.ones(4 * 7, 3, dtype=x.dtype), 0.4, seed).view(4, 7, 3)  # on the r-wide hidden vector
-
-    assert 0 < (kept == 0).float().mean() < 1
-    torch.testing.assert_close(y - layer.base_layer(x), (kept * GATES["silu"](x @ A.T)) @ B.T)
-
-
 def test_dropout_leaves_the_branch_unbiased():
     layer = make_layer(dropout=0.3).train()
     x = x_of(rows=1)[:, :1]
@@ -119,53 +99,13 @@ def test_dropout_leaves_the_branch_unbiased():
     assert ((branches.mean(0) - (layer(x) - layer.base_layer(x))).abs() < 5 * standard_error).all()
 
 
-def test_dropout_is_off_in_eval():
-    layer, x = make_layer(dropout=0.9).eval(), x_of()
-    A, B = weights(layer)
-    torch.testing.assert_close(layer(x) - layer.base_layer(x), GATES["silu"](x @ A.T) @ B.T)
-
-
-def test_the_branch_is_not_linear_in_x():
-    layer, x = make_layer().eval(), x_of()
-    branch = layer.branch(x, "default")
-    assert not torch.allclose(layer.branch(2 * x, "default"), 2 * branch)
-    assert not torch.allclose(layer.branch(-x, "default"), -branch)
-
-
 # --- the start -------------------------------------------------------------------------------------------------------
-
-
-def test_a_is_drawn_from_a_kaiming_normal_and_b_is_zero():
-    layer = make_layer(nn.Linear(1024, 16), r=256, init_weights=True)
-    A, B = weights(layer)
-    deviation = math.sqrt(2 / 1024)
-    assert A.std().item() == pytest.approx(deviation, rel=0.01)
-    assert A.mean().abs().item() < 0.01 * deviation
-    # a normal's fourth moment is 3 deviations^4, a uniform's 1.8
-    assert (A.pow(4).mean() / deviation**4).item() == pytest.approx(3, rel=0.05)
-    assert not B.any()
-
-
-def test_two_seeds_draw_two_adapters_and_one_seed_the_same():
-    def drawn(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return weights(make_layer(nn.Linear(6, 5)))[0]
-
-    assert torch.equal(drawn(1), drawn(1))
-    assert not torch.equal(drawn(1), drawn(2))
 
 
 def test_a_16_bit_base_does_not_round_the_start():
     torch.manual_seed(0)
     A, _ = weights(make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)))
     assert not torch.equal(A, A.bfloat16().float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_step_zero_equals_the_base_layer(dtype):
-    layer = make_layer(nn.Linear(6, 5, dtype=dtype), init_weights=True).train()
-    x = x_of(dtype=dtype)
-    assert torch.equal(layer(x), layer.base_layer(x))
 
 
 # --- number formats --------------------------------------------------------------------------------------------------
@@ -181,20 +121,6 @@ def test_weights_are_fp32_over_16_bits_and_the_sum_is_rounded_once():
     assert y.dtype == torch.bfloat16
     branch = layer.cera_B["default"](nn.functional.silu(layer.cera_A["default"](x.float())))
     assert torch.equal(y, (layer.base_layer(x).float() + branch).bfloat16())
-
-
-def test_weights_cast_to_the_base_compute_in_its_format():
-    layer = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16))
-    layer.cast_to_base_dtype("default")
-    assert {weight.dtype for weight in weights(layer)} == {torch.bfloat16}
-    assert layer(x_of(dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_under_autocast_the_output_has_the_format_of_the_base_layers():
-    layer, x = make_layer(nn.Linear(6, 5)), x_of(dtype=torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == layer.base_layer(x).dtype == torch.bfloat16
-    assert layer(x).dtype == torch.float32
 
 
 def test_under_autocast_the_branch_takes_and_gives_16_bits():
@@ -245,117 +171,4 @@ def test_a_projection_whose_weight_is_read_past_it_is_refused():
         make_layer(attention.out_proj)
 
 
-def test_the_base_layer_keeps_its_weight_and_gets_no_gradient():
-    layer = make_layer().train()
-    before = layer.base_layer.weight.clone()
-    layer(x_of()).sum().backward()
-    assert layer.base_layer.weight.grad is None
-    assert torch.equal(layer.weight, before)
-    assert layer.bias is layer.base_layer.bias
-    assert {name for name, parameter in layer.named_parameters() if parameter.requires_grad} == {
-        "cera_A.default.weight",
-        "cera_B.default.weight",
-    }
-
-
-# --- several adapters ------------------------------------------------------------------------------------------------
-
-
-def test_active_adapters_add_up_and_the_others_are_silent():
-    layer = make_layer(name="first", dropout=0.0)
-    add(layer, "second", r=2, alpha=4, activation="relu", dropout=0.0)
-    add(layer, "third")
-    x = x_of()
-    base = layer.base_layer(x)
-    first, second = layer.branch(x, "first"), layer.branch(x, "second")
-
-    torch.testing.assert_close(layer(x), base + first)
-    layer.set_adapter(["first", "second"])
-    torch.testing.assert_close(layer(x), base + first + second)
-    layer.set_adapter("second")
-    torch.testing.assert_close(layer(x), base + second)
-    layer.set_adapter([])
-    assert torch.equal(layer(x), base)
-    layer.set_adapter("first")
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), base)
-    layer.enable_adapters(True)
-    torch.testing.assert_close(layer(x), base + first)
-
-
-def test_only_active_adapters_are_trainable():
-    layer = make_layer(name="first")
-    add(layer, "second")
-
-    def trainable() -> set[str]:
-        return {name.split(".")[1] for name, weight in layer.named_parameters() if weight.requires_grad}
-
-    assert trainable() == {"first"}
-    layer.set_adapter("second")
-    assert trainable() == {"second"}
-    layer.set_adapter("second", inference_mode=True)
-    assert trainable() == set()
-
-
-def test_a_deleted_adapter_leaves_nothing_behind():
-    layer = make_layer(name="first").eval()
-    before = layer(x := x_of())
-    add(layer, "second")
-    layer.set_adapter(["first", "second"])
-    layer.delete_adapter("second")
-    assert not any("second" in name for name, _ in layer.named_modules())
-    assert list(layer.r) == list(layer.scaling) == ["first"]
-    torch.testing.assert_close(layer(x), before)
-
-
-def test_an_adapter_added_in_eval_does_not_drop():
-    layer = make_layer(name="first").eval()
-    add(layer, "second", dropout=0.9)
-    layer.set_adapter("second")
-    assert torch.equal(layer(x := x_of()), layer(x))
-
-
-def test_every_row_runs_through_its_own_adapter():
-    layer = make_layer(name="first", dropout=0.0).eval()
-    add(layer, "second", activation="gelu", alpha=6)
-    x = x_of(rows=4)
-    names = ["second", "__base__", "first", "second"]
-    y = layer(x, adapter_names=names)
-    for row, name in enumerate(names):
-        layer.set_adapter([] if name == "__base__" else name)
-        torch.testing.assert_close(y[row : row + 1], layer(x[row : row + 1]))
-
-
-def test_one_adapter_for_every_row_equals_it_being_active_to_the_bit():
-    layer = make_layer(nn.Linear(64, 64, dtype=torch.bfloat16), r=8).eval()
-    x = x_of(d_in=64, dtype=torch.bfloat16)
-    assert torch.equal(layer(x, adapter_names=["default"] * 4), layer(x))
-
-
-def test_an_adapter_that_this_layer_lacks_leaves_its_rows_alone():
-    layer, x = make_layer().eval(), x_of(rows=2)
-    y = layer(x, adapter_names=["of another layer", "default"])
-    torch.testing.assert_close(y, torch.stack([layer.base_layer(x[0]), layer(x)[1]]))
-
-
-@pytest.mark.parametrize("names", [["default"] * 3, ["default"] * 5, []])
-def test_a_wrong_number_of_names_is_refused(names):
-    with pytest.raises(ValueError, match=f"expected 4 names, got {len(names)}"):
-        make_layer().eval()(x_of(rows=4), adapter_names=names)
-
-
 # --- the rest --------------------------------------------------------------------------------------------------------
-
-
-def test_merge_is_refused_with_a_reason():
-    layer = make_layer()
-    with pytest.raises(ValueError, match="non-linear in x"):
-        layer.merge()
-    assert not layer.merged
-
-
-def test_the_printed_layer_says_what_it_is():
-    printed = repr(make_layer(activation="gelu", dropout=0.25))
-    assert printed.startswith("cera.CeraLayer(")
-    assert "GELU" in printed
-    assert "Dropout(p=0.25" in printed

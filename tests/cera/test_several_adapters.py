@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from cera_models import IDS, ROWS, WARNINGS, adapted, cera, cera_layers, logits, with_two
@@ -34,16 +32,6 @@ def test_adapters_switch_add_up_and_turn_off():
     assert torch.equal(logits(model), first)
 
 
-def test_two_active_adapters_add_their_branches_in_every_projection():
-    model = with_two()
-    v_proj = model.base_model.model.model.layers[0].self_attn.v_proj  # has both
-    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj  # has "first" alone
-    model.base_model.set_adapter(["first", "second"])
-    x = torch.randn(2, 3, 32)
-    torch.testing.assert_close(v_proj(x), v_proj.base_layer(x) + v_proj.branch(x, "first") + v_proj.branch(x, "second"))
-    torch.testing.assert_close(q_proj(x), q_proj.base_layer(x) + q_proj.branch(x, "first"))
-
-
 def test_an_added_adapter_is_neither_active_nor_trainable_until_it_is_set():
     model = with_two()
 
@@ -56,13 +44,6 @@ def test_an_added_adapter_is_neither_active_nor_trainable_until_it_is_set():
     assert trainable() == {"second"}
     model.base_model.set_adapter(["first", "second"])
     assert trainable() == {"first", "second"}
-
-
-def test_an_adapter_added_to_a_model_in_eval_does_not_drop():
-    model = adapted()
-    model.add_adapter("second", cera(dropout=0.9))
-    model.set_adapter("second")
-    assert torch.equal(logits(model), logits(model))
 
 
 def test_a_deleted_adapter_is_gone_and_the_other_takes_over():
@@ -78,18 +59,6 @@ def test_a_deleted_adapter_is_gone_and_the_other_takes_over():
     assert not any(".first" in name for name, _ in model.named_modules())
     with pytest.raises(ValueError, match="first does not exist"):
         model.delete_adapter("first")
-
-
-def test_pefts_status_report_understands_the_layers():
-    status = with_two().get_model_status()
-    assert status.adapter_model_type == "CeraModel"
-    assert status.peft_types == {"first": "CERA", "second": "CERA"}
-    assert status.enabled is True
-    assert status.active_adapters == ["first"]
-    assert status.merged_adapters == []
-    assert status.available_adapters == ["first", "second"]
-    assert status.num_adapter_layers == 6
-    assert status.requires_grad == {"first": True, "second": False}
 
 
 # --- a different adapter for each row --------------------------------------------------------------------------------
@@ -139,28 +108,6 @@ def test_every_row_generates_what_it_generates_alone(make, settings, copies):
     assert not torch.equal(mixed, generate(IDS))
 
 
-def test_beams_from_a_generation_config_repeat_the_names_too():
-    model, mask = with_two(), torch.ones_like(IDS)
-    expected = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, num_beams=2, max_new_tokens=4)
-    config = copy.deepcopy(model.generation_config)
-    config.update(num_beams=2, max_new_tokens=4)
-    given = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, generation_config=config)
-    assert torch.equal(given, expected)
-    model.generation_config.num_beams = 2
-    given = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, max_new_tokens=4)
-    assert torch.equal(given, expected)
-
-
-def test_sampled_sequences_of_a_row_run_through_its_adapter():
-    model, mask = with_two(), torch.ones_like(IDS)
-    settings = {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "max_new_tokens": 4, "min_new_tokens": 4}
-    sampled = model.generate(input_ids=IDS, attention_mask=mask, adapter_names=ROWS, **settings)
-    greedy = model.generate(
-        input_ids=IDS, attention_mask=mask, adapter_names=ROWS, do_sample=False, max_new_tokens=4, min_new_tokens=4
-    )
-    assert torch.equal(sampled, greedy.repeat_interleave(2, dim=0))
-
-
 def test_names_of_rows_are_refused_in_training_unknown_or_in_a_wrong_number():
     model = with_two()
     with pytest.raises(ValueError, match=r"adapter_names has other; the adapters of this model are first, second"):
@@ -173,16 +120,6 @@ def test_names_of_rows_are_refused_in_training_unknown_or_in_a_wrong_number():
         model.generate(input_ids=IDS, adapter_names=["first"] * 2, **settings)
     with pytest.raises(ValueError, match=r"inference only: call model.eval\(\) first"):
         logits(model.train(), adapter_names=ROWS)
-
-
-def test_names_of_rows_do_not_outlive_their_call_even_if_it_fails():
-    model = with_two()
-    before = logits(model)
-    with pytest.raises(ValueError, match="expected 4 names"):
-        logits(model, adapter_names=["second"] * 3)
-    logits(model, adapter_names=["second"] * 4)
-    assert torch.equal(logits(model), before)
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_heads_saved_with_adapters_follow_the_rows_too():
@@ -228,10 +165,6 @@ def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
 def test_a_weighted_sum_of_adapters_is_refused_with_a_reason():
     with pytest.raises(ValueError, match="cannot be combined into one"):
         with_two().add_weighted_adapter(["first", "second"], [0.5, 0.5], "third")
-
-
-def test_conversion_to_lora_is_refused():
-    assert not adapted().supports_lora_conversion()
 
 
 def test_unload_gives_the_base_model_back():

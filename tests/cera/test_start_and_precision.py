@@ -11,7 +11,6 @@ from cera_models import (
     IDS,
     WARNINGS,
     adapted,
-    cera,
     cera_dtypes,
     cera_layers,
     distance,
@@ -25,7 +24,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from cera_train.cera import CeraConfig, CeraLayer
+from cera_train.cera import CeraConfig
 
 pytestmark = WARNINGS
 
@@ -92,22 +91,6 @@ def test_trainable_parameters_of_llama_3_8b_are_the_papers(r, expected):
 
 
 # --- base models in 16, 8 and 4 bits ---------------------------------------------------------------------------------
-
-
-def test_adapters_are_fp32_over_a_bf16_base_unless_told_otherwise():
-    base = make_tiny_llama().bfloat16()
-    model = adapted(base)
-    assert cera_dtypes(model) == {torch.float32}
-    assert logits(model).dtype == torch.bfloat16
-
-    model = get_peft_model(make_tiny_llama().bfloat16(), cera(), autocast_adapter_dtype=False)
-    assert cera_dtypes(model) == {torch.bfloat16}
-    assert logits(model).dtype == torch.bfloat16
-    model.add_adapter("second", cera())
-    model.set_adapter("second")
-    assert {layer.cera_A["second"].weight.dtype for layer in model.modules() if isinstance(layer, CeraLayer)} == {
-        torch.float32
-    }
 
 
 QUANTIZED = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cera_models import WARNINGS, adapted, cera, gradients, logits
 from conftest import make_tiny_llama
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from torch.nn.functional import silu
 
@@ -109,17 +109,6 @@ def test_dropout_stands_where_the_variant_puts_it(settings):
 
 
 @every_variant
-def test_the_plain_formula_drops_in_the_same_place(settings):
-    layer, x = make_layer(**settings, dropout=0.5).train(), x_of()
-    handed = {}
-    layer.cera_dropout["default"].register_forward_hook(lambda module, args, output: handed.update(x=args[0], y=output))
-    layer.branch(x, "default")
-    width = 6 if settings.get("dropout_on") == "input" else 3
-    assert handed["x"].shape[-1] == width
-    assert (handed["y"] == 0).any()
-
-
-@every_variant
 @pytest.mark.parametrize(
     ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
 )
@@ -190,20 +179,6 @@ def test_a_compiled_layer_is_one_graph_and_equals_the_layer(settings):
 
 
 @every_variant
-def test_rows_by_name_equal_one_adapter_at_a_time(settings):
-    model = adapted(name="first", **settings)
-    model.add_adapter("second", cera(r=6, target_modules=["k_proj", "v_proj"]))
-    names = ["first", "second", "__base__", "first"]
-    rows = logits(model, adapter_names=names)
-    for row, name in enumerate(names[:2]):
-        model.set_adapter(name)
-        torch.testing.assert_close(rows[row], logits(model)[row], rtol=1e-4, atol=1e-5)
-    with model.disable_adapter():
-        torch.testing.assert_close(rows[2], logits(model)[2], rtol=1e-4, atol=1e-5)
-    assert (rows[0] - logits(model)[0]).abs().max() > 1e-3
-
-
-@every_variant
 def test_an_adapter_is_saved_and_loaded_whole(settings, tmp_path):
     model = adapted(**settings)
     model.save_pretrained(tmp_path)
@@ -221,12 +196,6 @@ def test_a_checkpoint_without_gamma_is_refused(tmp_path):
     config = cera(mix="learned")
     with pytest.raises(ValueError, match="4 tensors missing .*cera_gate.default.gamma"):
         PeftModel.from_pretrained(make_tiny_llama(), tmp_path, config=config)
-
-
-def test_weights_of_a_16_bit_base_are_cast_whole():
-    model = get_peft_model(make_tiny_llama().bfloat16(), cera(mix="learned"), autocast_adapter_dtype=False)
-    assert {p.dtype for name, p in model.named_parameters() if "cera_" in name} == {torch.bfloat16}
-    assert gradients(model).keys() >= {"base_model.model.model.layers.0.self_attn.q_proj.cera_gate.default.gamma"}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
