@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -24,12 +23,8 @@ def check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
         return
     _check_names(model, config)
     _check_layers(model, config)
-    try:
-        _check_patterns(model, config)
-    except re.error as error:
-        raise UserError(f"adapter.settings={config.settings} has no regular expression: {error}.") from error
     _check_tied_head(model, config)
-    _check_rank(model, config)
+    _check_width("r", config.r, {name: _widths(module) for name, module in _targeted(model, config).items()})
 
 
 def describe_targets(model: nn.Module) -> str | None:
@@ -126,17 +121,6 @@ def _check_layers(model: PreTrainedModel, config: AdapterConfig) -> None:
     outside = [layer for layer in config.layers or [] if not 0 <= layer < layers]
     if outside:
         raise UserError(f"adapter.layers: {outside} is outside this model's layers 0 to {layers - 1}.")
-    if not config.layers or config.target_modules == "all-linear":
-        return
-    # In a hybrid, not every layer has every projection.
-    for target in (target for target in config.target_modules if not re.search(r"\.\d+\.", target)):
-        found = [re.search(r"\.(\d+)\.", name) for name in _targeted(model, config) if _is_target(name, [target])]
-        within = sorted({int(index[1]) for index in found if index})
-        if within and not set(within) & set(config.layers):
-            raise UserError(
-                f"adapter.layers={config.layers}: {target} is in none of them. Name layers that have it ({within}), or "
-                "leave it out of adapter.target_modules."
-            )
 
 
 def _targeted(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Module]:
@@ -145,20 +129,6 @@ def _targeted(model: PreTrainedModel, config: AdapterConfig) -> dict[str, nn.Mod
     if config.target_modules == "all-linear":  # of which PEFT leaves out the head
         return {name: module for name, module in modules.items() if module is not model.get_output_embeddings()}
     return {name: module for name, module in modules.items() if _is_target(name, config.target_modules)}
-
-
-def _check_patterns(model: PreTrainedModel, config: AdapterConfig) -> None:
-    """Refuses a setting of PEFT's by module that matches nothing. PEFT only warns of it."""
-    excluded = config.settings.get("exclude_modules") or []
-    names = [name for name, _ in model.named_modules() if name]
-    for pattern in [excluded] if isinstance(excluded, str) else excluded:
-        if not any(_is_target(name, pattern if isinstance(excluded, str) else [pattern]) for name in names):
-            raise UserError(f"adapter.settings.exclude_modules: {pattern!r} matches no module of this model.")
-    targets = [*_targeted(model, config), *(f"{key}.{name}" for key, name in all_experts(model))]
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in config.settings.get(field) or {}:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in targets):
-                raise UserError(f"adapter.settings.{field}: {pattern!r} matches no target of this model.")
 
 
 def _check_tied_head(model: PreTrainedModel, config: AdapterConfig) -> None:
@@ -172,10 +142,6 @@ def _check_tied_head(model: PreTrainedModel, config: AdapterConfig) -> None:
                 f"adapter.target_modules={config.target_modules}: head and embeddings of this model share weights, "
                 f"and an adapter on {name} would untie them. Leave it out."
             )
-
-
-def _check_rank(model: PreTrainedModel, config: AdapterConfig) -> None:
-    _check_width("r", config.r, {name: _widths(module) for name, module in _targeted(model, config).items()})
 
 
 def _check_width(setting: str, rank: int | None, widths: dict[str, tuple[int, int]]) -> None:

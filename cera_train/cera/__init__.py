@@ -6,10 +6,8 @@ from peft.utils import register_peft_method
 from .config import CeraConfig
 from .coverage import CoverageCallback, check_coverage
 from .experts import CeraExperts
-from .inference import for_inference
-from .layer import CeraLayer
-from .model import CeraModel
-from .optimizer import create_loraplus_optimizer
+from .layer import CeraLayer, for_inference
+from .model import CeraModel, create_loraplus_optimizer
 
 __all__ = [
     "CeraConfig",

@@ -7,6 +7,8 @@ dropout masks are computed again; no tensor d_out wide is allocated, since B's p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -86,6 +88,40 @@ def _leaf(value: torch.Tensor, has_graph: bool) -> torch.Tensor:
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[..., d] -> [N, d]."""
     return x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class PreparedBranch:
+    """x -> s B hidden(A x), with weights that are cast once and reused across calls."""
+
+    A_T: torch.Tensor
+    """[d_in, r]."""
+    B_T: torch.Tensor
+    """[r, d_out], of A's dtype."""
+    scaling: float
+    hidden: Callable[[torch.Tensor], torch.Tensor]
+    """The gate, [N, r] -> [N, r]."""
+    may_write: bool
+    """Nobody else holds the base layer's output."""
+
+    @classmethod
+    def of(cls, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype, *more: Any) -> PreparedBranch:
+        """Copies the matrices: sharded ones are whole only during the call."""
+        A_T, B_T = (matrix.detach().to(dtype, copy=True).T for matrix in (A, B))
+        return cls(A_T, B_T, *more)
+
+    def fits(self, result: torch.Tensor) -> bool:
+        """Whether the branch may be added in place, in its precision and without gradient."""
+        return not torch.is_grad_enabled() and result.dtype == self.B_T.dtype and result.is_contiguous()
+
+    def add_to(self, result: torch.Tensor, x: torch.Tensor, is_ours: bool) -> torch.Tensor:
+        """result + the branch of x, written into `result` where it is ours, or nobody else's."""
+        if not (is_ours or self.may_write):
+            result = result.clone()
+        d_in, d_out = self.A_T.shape[0], self.B_T.shape[1]
+        h = self.hidden(x.to(self.A_T.dtype).reshape(-1, d_in) @ self.A_T)
+        result.view(-1, d_out).addmm_(h, self.B_T, alpha=self.scaling)
+        return result
 
 
 def seeded_dropout(h: torch.Tensor, p: float, seed: int) -> torch.Tensor:

@@ -20,8 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 
 from .branch import seeded_dropout
 from .config import CeraConfig
-from .gate import LearnedGate, draw_matrix, make_gate
-from .hidden import hidden
+from .hidden import hidden, make_gate, start_branch
 from .layer import CeraLayer, autocast_dtype, is_transformed
 
 IMPLEMENTATION = "cera"
@@ -191,18 +190,10 @@ class CeraExperts(CeraLayer):
             B[name] = ExpertMatrices(num_experts, config.r, d_out, dtype=dtype)
             gate[name] = make_gate(config, dtype)
             dropout[name] = nn.Dropout(config.dropout).train(self.training)
-            self.reset_parameters(adapter_name, name, config)
+            # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
+            start_branch(*(part[name].weight.detach().flatten(0, 1) for part in (A, B)), gate[name], config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def reset_parameters(self, adapter_name: str, name: str, config: CeraConfig) -> None:
-        """Draws every expert's A as a projection's; B starts at zero, so update 0 is the base model."""
-        # The rows of all experts as one matrix: what is drawn depends on a row's length alone.
-        A, B = (part[adapter_name][name].weight.detach().flatten(0, 1) for part in (self.cera_A, self.cera_B))
-        draw_matrix(A, config.init)
-        nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
-        if isinstance(gate := self.cera_gate[adapter_name][name], LearnedGate):
-            gate.reset_parameters(config)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return base_layer.down_proj.device, base_layer.down_proj.dtype

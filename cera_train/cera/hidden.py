@@ -1,4 +1,4 @@
-"""h = dropout(gate(z)), the element-wise part of a branch: torch's operations, or on CUDA a Triton kernel each way.
+"""The gate, and h = dropout(gate(z)): torch's operations, or on CUDA a Triton kernel each way.
 
 The two draw different dropout masks, so which one computes is a setting with a value (`choose_kernels`), never the
 outcome of a measurement. Where `fits_one_kernel`, Triton computes the products beside it in the same kernel (`fused`),
@@ -8,6 +8,7 @@ with the same masks.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,43 @@ import torch
 from torch import nn
 
 from .branch import seeded_dropout
+from .config import CeraConfig
 
 GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Identity}
 """The module of every name in `config.ACTIVATIONS`."""
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+def make_gate(config: CeraConfig, dtype: torch.dtype) -> nn.Module:
+    """The gate of one projection, [..., r] -> [..., r]."""
+    gate = GATES[config.activation]()
+    return LearnedGate(gate, dtype) if config.mix == "learned" else gate
+
+
+class LearnedGate(nn.Module):
+    """z + gamma (gate(z) - z). gamma starts at zero: at the start the branch is linear."""
+
+    def __init__(self, gate: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate = gate
+        self.gamma = nn.Parameter(torch.empty(1, dtype=dtype))  # not a scalar: FSDP shards by dimension 0
+
+    def forward(self, z: torch.Tensor, gamma: torch.Tensor | None = None) -> torch.Tensor:
+        gamma = self.gamma if gamma is None else gamma
+        return z + gamma.to(z.dtype) * (self.gate(z) - z)
+
+
+def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
+    """Draws A: [r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform. B and
+    gamma start at zero, so update 0 is the base model."""
+    if config.init == "kaiming_normal":
+        nn.init.kaiming_normal_(A, nonlinearity="relu")
+    else:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
+    if isinstance(gate, LearnedGate):
+        nn.init.zeros_(gate.gamma) if config.init_weights else nn.init.normal_(gate.gamma)
 
 
 def hidden(z: torch.Tensor, gate: Gate, p: float, seed: int, kernels: str = "torch") -> torch.Tensor:

@@ -7,6 +7,8 @@ W0 is never read, only called: the same layer stands on nn.Linear, transformers'
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +17,9 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import add_branch, seeded_dropout
+from .branch import PreparedBranch, add_branch, seeded_dropout
 from .config import CeraConfig
-from .gate import LearnedGate, draw_matrix, make_gate, with_parameters
-from .hidden import fits_one_kernel, hidden
-from .inference import PreparedBranch
+from .hidden import LearnedGate, fits_one_kernel, hidden, make_gate, start_branch
 
 BASE_ADAPTER = "__base__"
 """PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
@@ -82,19 +82,10 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         self.cera_B[adapter_name] = nn.Linear(config.r, self.out_features, bias=False, dtype=dtype)
         self.cera_gate[adapter_name] = make_gate(config, dtype)
         self.cera_dropout[adapter_name] = nn.Dropout(config.dropout).train(self.training)
-        self.reset_parameters(adapter_name, config)
+        A, B, gate = (part[adapter_name] for part in (self.cera_A, self.cera_B, self.cera_gate))
+        start_branch(A.weight, B.weight, gate, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def reset_parameters(self, adapter_name: str, config: CeraConfig) -> None:
-        """Draws A (`config.init`); B starts at zero, so update 0 is the base model."""
-        draw_matrix(self.cera_A[adapter_name].weight, config.init)
-        if config.init_weights:
-            nn.init.zeros_(self.cera_B[adapter_name].weight)
-        else:
-            nn.init.kaiming_normal_(self.cera_B[adapter_name].weight, nonlinearity="linear")
-        if isinstance(gate := self.cera_gate[adapter_name], LearnedGate):
-            gate.reset_parameters(config)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -164,9 +155,15 @@ class CeraLayer(nn.Module, BaseTunerLayer):
     def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_ours: bool) -> torch.Tensor:
         """result + branch(x), fused where that rounds nowhere else and all weights may be read."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
+        parameters = tuple(gate.parameters())
         dtype = autocast_dtype(x.device) or A.weight.dtype
         fits = not is_transformed() and result.dtype == dtype and result.is_contiguous()
-        if not (fits and is_plain(A, nn.Linear) and is_plain(B, nn.Linear) and is_plain_gate(gate)):
+        if not (
+            fits
+            and is_plain(A, nn.Linear)
+            and is_plain(B, nn.Linear)
+            and (is_plain(gate, LearnedGate) or not parameters)
+        ):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
         # Others may hold the output of a base layer with hooks, or need it in backward. A bias or 8-bit weights return
         # a view, which autograd does not let an in-place operation change.
@@ -181,7 +178,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             return seeded_dropout(x, p_x, seed) if p_x else x
 
         def gate_and_dropout(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-            return hidden(z, with_parameters(gate, parameters), p, seed, self.kernels)
+            return hidden(z, (lambda z: gate(z, *parameters)) if parameters else gate, p, seed, self.kernels)
 
         tensors = result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype)
         scaling = self.scaling[adapter_name]
@@ -193,7 +190,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             from . import fused
 
             return fused.add_branch(*tensors, scaling, gate, p, seed)
-        return add_branch(*tensors, scaling, gate_and_dropout, tuple(gate.parameters()), drop_x)
+        return add_branch(*tensors, scaling, gate_and_dropout, parameters, drop_x)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         check_rows(len(x), adapter_names)
@@ -212,6 +209,27 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "cera." + super().__repr__()
+
+
+@contextmanager
+def for_inference(model: nn.Module) -> Iterator[None]:
+    """Lets the CeRA layers of a model in eval mode keep what their calls without gradient prepare.
+
+        with torch.no_grad(), for_inference(model):
+            model.generate(**inputs)
+
+    Adapters may be switched inside. Their weights may not change, nor may what autocast casts to. The results are the
+    same to the bit, or up to rounding where one Triton kernel computes a branch outside. Every active adapter takes its
+    weights' memory once more in the precision that it computes in.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, CeraLayer)]
+    for layer in layers:
+        layer.prepared = {}
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.prepared = None
 
 
 class CeraLinear(CeraLayer):
@@ -245,11 +263,6 @@ def is_plain(module: nn.Module, *classes: type) -> bool:
     """
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
     return type(module) in classes and not any(hooks) and not {"forward", "_hf_hook"} & vars(module).keys()
-
-
-def is_plain_gate(gate: nn.Module) -> bool:
-    """Whether its weights, if any, may be read without a call."""
-    return type(gate) is not LearnedGate or is_plain(gate, LearnedGate)
 
 
 def is_transformed() -> bool:

@@ -10,11 +10,14 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer as create_for_lora
 from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
 from torch import nn
+from torch.optim import Optimizer
 
 from .config import CeraConfig
 from .coverage import bypassed_projections, exclude_projections
@@ -292,6 +295,21 @@ class CeraModel(BaseTuner):
                 "Check that it belongs to this base model and to these target_modules."
             )
         return state_dict
+
+
+def create_loraplus_optimizer(
+    model: PeftModel, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
+) -> Optimizer:
+    """LoRA+ (arXiv 2402.12354): PEFT's function of this name, with CeRA's B, and nothing else of it, in the group that
+    learns at `lr * loraplus_lr_ratio`. PEFT's own would put gamma there and leave B out.
+    """
+    optimizer = create_for_lora(model, optimizer_cls, lr=lr, loraplus_lr_ratio=loraplus_lr_ratio, **kwargs)
+    slow, _, fast, _ = optimizer.param_groups
+    for part, group, other in ((".cera_B.", slow, fast), (".cera_gate.", fast, slow)):
+        moved = {id(parameter) for name, parameter in model.named_parameters() if part in name}
+        other["params"] += [parameter for parameter in group["params"] if id(parameter) in moved]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+    return optimizer
 
 
 def keep_scale(model: nn.Module) -> None:

@@ -58,7 +58,7 @@ def test_a_pattern_of_the_settings_may_name_an_experts_parameter():
     targets = {"target_modules": ["q_proj"], "target_parameters": DOWN}
     model = built(**targets, settings={"rank_pattern": {"experts.down_proj": 2}})
     assert experts_of(model)[0].r["default"] == {"down_proj": 2}
-    with refuses("adapter.settings.rank_pattern: 'experts.up_proj' matches no target of this model"):
+    with refuses("adapter.kind=cera adapter.settings.rank_pattern=.*'experts.up_proj', which matches no target"):
         built(**targets, settings={"rank_pattern": {"experts.up_proj": 2}})
 
 

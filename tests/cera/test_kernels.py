@@ -16,10 +16,9 @@ from torch import nn
 
 import cera_train.cera
 from cera_train.adapters import build
-from cera_train.cera import CeraConfig, CeraLayer, hidden
+from cera_train.cera import CeraConfig, CeraLayer, for_inference, hidden
 from cera_train.cera.config import ACTIVATIONS
 from cera_train.cera.hidden import choose_kernels
-from cera_train.cera.inference import for_inference
 from cera_train.common.errors import UserError
 from cera_train.settings.adapters import Activation, AdapterConfig, AdapterKind, Kernels
 

@@ -136,7 +136,7 @@ def gate_fields(gate: nn.Module) -> dict[str, Any]:
     """What a branch's gate is, as fields of `Branch`."""
     from torch import nn
 
-    from cera_train.cera.gate import LearnedGate
+    from cera_train.cera.hidden import LearnedGate
 
     mixes, is_identity = isinstance(gate, LearnedGate), isinstance(gate, nn.Identity)
     return {

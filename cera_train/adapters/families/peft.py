@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,10 +183,13 @@ class RankedPeft(Peft):
 
 @contextlib.contextmanager
 def refusals_of_peft(config: AdapterConfig) -> Iterator[None]:
-    """Turns PEFT's refusal of an adapter into one line with the settings to look at."""
+    """Turns PEFT's refusal, or its warning that a setting matches nothing, into one line with the settings
+    to look at."""
     try:
-        yield
-    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "The following .*_pattern keys|You have passed exclude_modules")
+            yield
+    except (TypeError, ValueError, NotImplementedError, ImportError, re.error, Warning) as error:
         raise UserError(f"{described(config)}: {' '.join(str(error).split())}") from error
 
 
