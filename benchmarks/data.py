@@ -21,7 +21,7 @@ from benchmarks.training import lines_of, logistic_maps
 ROWS, TOKENS = 100_000, 200
 SECONDS_AT_MOST = 60.0
 """To tokenise them, on two cores."""
-GROWTH_AT_MOST = 0.5
+GROWTH_AT_MOST = 0.2
 """GB that it adds to the peak of the process's memory."""
 OPEN_AT_MOST = 2.0
 """Seconds from the cache to the first micro-batch."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from cera_train.common.errors import UserError, words_of
-from cera_train.data.rows import LocatedRow, Source, at, kind_of
+from cera_train.data.rows import PlacedRow, Row, Source, at, kind_of
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
@@ -31,7 +31,7 @@ def from_files(names: Sequence[str], setting: str = "files") -> Source:
     return Source(" ".join(map(_content_digest, paths)), lambda: rows_of(paths), title)
 
 
-def rows_of(paths: Iterable[str]) -> Iterator[LocatedRow]:
+def rows_of(paths: Iterable[str]) -> Iterator[PlacedRow]:
     """The rows of files, one file after the other."""
     for path in paths:
         try:
@@ -108,16 +108,16 @@ def _open(path: str) -> AbstractContextManager[BinaryIO]:
 # --- one reader for each kind of file --------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: str) -> Iterator[LocatedRow]:
+def _read_jsonl(path: str) -> Iterator[PlacedRow]:
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 row = _parse(line.rstrip(), path, number)
                 mend = " A list of rows is .json: rename the file." if isinstance(row, list) else ""
-                yield _located(row, f"{path}:{number}", mend)
+                yield f"{path}:{number}", _as_row(row, f"{path}:{number}", mend)
 
 
-def _read_json(path: str) -> Iterator[LocatedRow]:
+def _read_json(path: str) -> Iterator[PlacedRow]:
     with _open(path) as file:
         text = file.read()
     rows = _parse(text, path, 1) if text.strip() else []
@@ -126,10 +126,10 @@ def _read_json(path: str) -> Iterator[LocatedRow]:
         mend = f"Write the list in {lists[0]!r} alone." if lists else "One row a line is .jsonl: rename the file."
         raise UserError(f"{path}: expected a JSON list of rows, got {kind_of(rows)}. {mend}")
     for number, row in enumerate(rows, start=1):
-        yield _located(row, f"{path}, row {number}")
+        yield f"{path}, row {number}", _as_row(row, f"{path}, row {number}")
 
 
-def _read_csv(path: str) -> Iterator[LocatedRow]:
+def _read_csv(path: str) -> Iterator[PlacedRow]:
     """Columns by the first line; every cell is text."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
@@ -141,14 +141,14 @@ def _read_csv(path: str) -> Iterator[LocatedRow]:
                 if len(cells) != len(header):
                     raise UserError(f"{place}: {len(cells)} cells, and {len(header)} columns: quote cells with commas.")
                 with at(place):
-                    yield LocatedRow(_unique(zip(header, cells, strict=True)), place)
+                    yield place, _unique(zip(header, cells, strict=True))
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8: {error.reason}. Convert it with iconv -t UTF-8.") from error
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: {error}. Write a quote in a quoted cell twice.") from error
 
 
-def _read_parquet(path: str) -> Iterator[LocatedRow]:
+def _read_parquet(path: str) -> Iterator[PlacedRow]:
     import pyarrow.parquet
 
     numbers = itertools.count(1)
@@ -159,7 +159,7 @@ def _read_parquet(path: str) -> Iterator[LocatedRow]:
             # As Python's objects, rows take many times as much memory: a thousand at a time.
             for batch in table.iter_batches(1000):
                 for row in batch.to_pylist():
-                    yield LocatedRow(row, f"{path}, row {next(numbers)}")
+                    yield f"{path}, row {next(numbers)}", row
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             # ValueError: text that is not UTF-8, or a date that Python has no object for.
             reason = str(error).strip().splitlines()[0].rstrip(".")
@@ -167,19 +167,19 @@ def _read_parquet(path: str) -> Iterator[LocatedRow]:
             raise UserError(f"{path}: not a readable parquet file: {reason}. {mend}") from error
 
 
-def _read_text(path: str) -> Iterator[LocatedRow]:
+def _read_text(path: str) -> Iterator[PlacedRow]:
     """One row of one column, `text`."""
     with _open(path) as file:
         content = file.read()
     try:
-        yield LocatedRow({"text": content.decode("utf-8-sig")}, path)
+        yield path, {"text": content.decode("utf-8-sig")}
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         reason = f"not UTF-8: {error.reason} at byte {error.start}"
         raise UserError(f"{path}:{line}: {reason}. Convert it with iconv -t UTF-8.") from error
 
 
-READERS: dict[str, Callable[[str], Iterable[LocatedRow]]] = {
+READERS: dict[str, Callable[[str], Iterable[PlacedRow]]] = {
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
     ".json": _read_json,
     **dict.fromkeys((".csv", ".tsv"), _read_csv),
@@ -219,7 +219,7 @@ def _parse(text: bytes, path: str, first_line: int) -> Any:
     raise UserError(f"{path}:{first_line + line}: {reason}. {mend}")
 
 
-def _located(value: Any, place: str, mend: str = "") -> LocatedRow:
+def _as_row(value: Any, place: str, mend: str = "") -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{place}: expected a JSON object with a row's columns, got {kind_of(value)}.{mend}")
-    return LocatedRow(value, place)
+    return value

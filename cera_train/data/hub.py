@@ -46,7 +46,7 @@ def from_hub(
     # HfHubHTTPError and ConnectionError are OSErrors; a data set that is a Python script is a RuntimeError.
     except (datasets.exceptions.DatasetsError, OSError, RuntimeError) as error:
         raise UserError(f"{place}: {_why_not_loaded(error, path)}, or {mend}.") from error
-    return Source(f"{path} {split} {fingerprint}", lambda: dataset, f"{place}, split {split}")
+    return Source.numbered(f"{path} {split} {fingerprint}", dataset, f"{place}, split {split}")
 
 
 def _why_not_loaded(error: Exception, path: str) -> str:

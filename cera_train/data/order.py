@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cera_train.common.errors import UserError
-from cera_train.data.rows import Row, Source
+from cera_train.data.rows import PlacedRow, Source
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,9 +50,6 @@ def epoch_order(rows: int, seed: int) -> torch.Tensor:
     import torch
 
     return torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-
-
-PlacedRow = tuple[str, Row]
 
 
 class StreamedRows:
@@ -105,7 +102,7 @@ class StreamedRows:
     def _shuffled(self, start: int) -> Iterator[PlacedRow]:
         """The shuffled stream from row `start` on."""
         number, inside = divmod(start, self.buffer)
-        rows = itertools.islice(self.source.located(), number * self.buffer, None)
+        rows = iter(self.source.between(number * self.buffer, None).located())
         while block := list(itertools.islice(rows, self.buffer)):
             order = epoch_order(len(block), self.seed * 1_000_003 + number).tolist()
             yield from (block[row] for row in order[inside:])

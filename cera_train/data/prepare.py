@@ -20,7 +20,7 @@ from cera_train.common.files import cache_dir
 from cera_train.common.settings import Changes, leaves, to_plain
 from cera_train.data.mix import PartRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.order import RowOrder, StreamedRows
-from cera_train.data.rows import Row, Source
+from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn, at_part
@@ -187,7 +187,7 @@ def _stream(config: DataConfig, tokenizer: Any) -> TokenizedData:
     left_out = set() if config.allow_overlap else set(held_out.column("prompt_key"))
     to_segments = segmenter(config, tokenizer)
 
-    def tokenize(rows: list[tuple[str, Row]]) -> TokenizedRows:
+    def tokenize(rows: list[PlacedRow]) -> TokenizedRows:
         examples = encode(segments_of(rows, to_segments), config, tokenizer)
         return in_memory(example for example in examples if example.prompt_key not in left_out)
 
@@ -319,7 +319,7 @@ def _tokenize(source: Source, split: str, config: DataConfig, tokenizer: Any) ->
 
 
 def _examples(source: Source, config: DataConfig, tokenizer: Any) -> Iterator[dict[str, Any]]:
-    rows, to_segments = source.located(), segmenter(config, tokenizer)
+    rows, to_segments = iter(source.located()), segmenter(config, tokenizer)
     while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
         for example in encode(segments_of(chunk, to_segments), config, tokenizer):
             yield example.columns()

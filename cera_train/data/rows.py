@@ -26,14 +26,8 @@ def normalized(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-class LocatedRow(dict):
-    """A row that knows its place, such as `train.jsonl:17`, so that an error can name it."""
-
-    __slots__ = ("place",)
-
-    def __init__(self, columns: Row, place: str) -> None:
-        super().__init__(columns)
-        self.place = place
+PlacedRow = tuple[str, Row]
+"""A row after its place, such as `train.jsonl:17`, so that an error can name it."""
 
 
 @dataclass
@@ -42,26 +36,27 @@ class Source:
 
     fingerprint: str
     """Changes when the rows do."""
-    read: Callable[[], Iterable[Row]]
+    located: Callable[[], Iterable[PlacedRow]]
+    """Reads them."""
     name: str
     """The setting that chose the rows, and its value, for messages."""
 
+    @classmethod
+    def numbered(cls, fingerprint: str, rows: Iterable[Row], name: str) -> Source:
+        """Rows whose places are their numbers."""
+        return cls(fingerprint, lambda: ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)), name)
+
+    def read(self) -> Iterator[Row]:
+        return (row for _, row in self.located())
+
     def head(self, count: int | None) -> Source:
         """The first `count` rows; None: all."""
-        if count is None:
-            return self
-        fingerprint = f"{self.fingerprint} [:{count}]"
-        return replace(self, fingerprint=fingerprint, read=lambda: itertools.islice(self.read(), count))
+        return self if count is None else self.between(0, count)
 
-    def tail(self, start: int) -> Source:
-        """The rows after the first `start`."""
-        fingerprint = f"{self.fingerprint} [{start}:]"
-        return replace(self, fingerprint=fingerprint, read=lambda: itertools.islice(self.read(), start, None))
-
-    def located(self) -> Iterator[tuple[str, Row]]:
-        """Each row after its place: in its file, else by its number."""
-        for number, row in enumerate(self.read(), start=1):
-            yield row.place if isinstance(row, LocatedRow) else f"{self.name}, row {number}", row
+    def between(self, start: int, stop: int | None) -> Source:
+        """The rows from number `start` to the one before `stop`; None: to the last."""
+        fingerprint = f"{self.fingerprint} [{start}:{stop}]"
+        return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), start, stop))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from cera_train.common.errors import UserError
 from cera_train.data import logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of, suffix_of
 from cera_train.data.hub import from_hub
-from cera_train.data.rows import Row, Source, at
+from cera_train.data.rows import PlacedRow, Source, at
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig, Layout, at_part
 
@@ -32,8 +32,8 @@ def check_data(config: DataConfig) -> None:
             to_segments = segmenter(part, None)
             for path in data_files(part):
                 if "://" not in path and (suffix_of(path) in READ_BY_LINES or os.path.getsize(path) < WHOLE_BYTES):
-                    for row in itertools.islice(rows_of([path]), LOOKED_AT):
-                        with at(row.place):
+                    for where, row in itertools.islice(rows_of([path]), LOOKED_AT):
+                        with at(where):
                             to_segments(row)
 
 
@@ -56,14 +56,13 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             splits = logistic_map.problems(config.logistic_map, config.eval_rows)
         else:
             splits = reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
-        title = f"data.layout={config.layout}"
-        train, evaluation = (Source(json.dumps(rows), lambda rows=rows: rows, title) for rows in splits)
+        train, evaluation = (Source.numbered(json.dumps(rows), rows, f"data.layout={config.layout}") for rows in splits)
     elif config.train_files:
         train = from_files(config.train_files, "data.train_files")
         if config.eval_files:
             evaluation = from_files(config.eval_files, "data.eval_files")
         elif config.streaming:  # nobody knows which rows are the last
-            train, evaluation = train.tail(config.eval_rows), train
+            train, evaluation = train.between(config.eval_rows, None), train
         else:
             train, evaluation = _held_out(train, config.eval_rows)
     else:
@@ -77,8 +76,8 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
 def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
     """The last `eval_rows` rows evaluate, the others train."""
 
-    def training() -> Iterator[Row]:
-        rows, trains = iter(source.read()), False
+    def training() -> Iterator[PlacedRow]:
+        rows, trains = iter(source.located()), False
         last = collections.deque(itertools.islice(rows, eval_rows))
         for row in rows:
             trains = True
@@ -89,10 +88,10 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
             reason = f"data.eval_rows={eval_rows} leaves nothing to train on"
             raise UserError(f"{reason}: {source.name} has {len(last)} {mend}")
 
-    def evaluation() -> Iterable[Row]:
-        return collections.deque(source.read(), maxlen=eval_rows)
+    def evaluation() -> Iterable[PlacedRow]:
+        return collections.deque(source.located(), maxlen=eval_rows)
 
     return (
-        replace(source, fingerprint=f"{source.fingerprint} [:-{eval_rows}]", read=training),
-        replace(source, fingerprint=f"{source.fingerprint} [-{eval_rows}:]", read=evaluation),
+        replace(source, fingerprint=f"{source.fingerprint} [:-{eval_rows}]", located=training),
+        replace(source, fingerprint=f"{source.fingerprint} [-{eval_rows}:]", located=evaluation),
     )

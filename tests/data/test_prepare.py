@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -194,7 +193,7 @@ def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
     assert [each == rows[0] for each in rows] == [True, False, False, True, False]
 
 
-def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, monkeypatch):
+def test_what_a_cut_write_leaves_is_not_taken_for_rows(config_of, tokenizer, cache, reads, monkeypatch):
     with monkeypatch.context() as patched:
 
         def columns(example: Example) -> dict:
@@ -203,29 +202,12 @@ def test_a_cut_write_leaves_nothing_that_looks_whole(config_of, tokenizer, monke
         patched.setattr(Example, "columns", columns)
         with pytest.raises(OSError, match="No space left on device"):
             prepare_data(config_of(), tokenizer)
+    digest = prepare_data(config_of(), tokenizer).train.digest
+    [info] = (cache / digest).rglob("dataset_info.json")
+    info.parent.rename(f"{info.parent}.incomplete")  # as a killed process leaves it
+    reads.clear()
     assert len(prepare_data(config_of(), tokenizer).train) == len(TRAIN)
-
-
-KILLED = """
-import os, signal, sys
-from transformers import PreTrainedTokenizerFast
-from cera_train.data.prepare import Example, prepare_data
-from cera_train.settings.data import DataConfig
-
-train, evaluation, tokenizer = sys.argv[1:]
-Example.columns = lambda example: os.kill(os.getpid(), signal.SIGKILL)
-texts = {"prompt": "Question: {question}\\nAnswer:", "completion": " {answer}"}
-config = DataConfig(train_files=[train], eval_files=[evaluation], **texts)
-prepare_data(config, PreTrainedTokenizerFast.from_pretrained(tokenizer))
-"""
-
-
-@pytest.mark.slow
-def test_what_a_killed_process_left_is_not_taken_for_rows(config_of, tokenizer, tiny_folder):
-    config = config_of()
-    arguments = [*config.train_files, *config.eval_files, str(tiny_folder)]
-    assert subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False).returncode == -9
-    assert len(prepare_data(config, tokenizer).train) == len(TRAIN)
+    assert reads == ["train.jsonl"]
 
 
 # --- real rows, real tokenizer ---------------------------------------------------------------------------------------

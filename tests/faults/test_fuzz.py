@@ -56,7 +56,7 @@ VALID = {
 
 def read_rows(path: Path, content: bytes) -> list | None:
     path.write_bytes(content)
-    rows = result_or_value_error(lambda: list(rows_of([str(path)])))
+    rows = result_or_value_error(lambda: [row for _, row in rows_of([str(path)])])
     assert rows is None or all(isinstance(row, dict) for row in rows)
     return rows
 
