@@ -38,8 +38,8 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     print_line("task", f" {display_name(task)}, {test.problems:,} problems, grader: {test.grader}")
     for letter, run, mean in zip("AB", runs, test.means, strict=True):
         print_line(letter, f" {run.name}: {run.method}{f' r={run.rank}' * bool(run.rank)}, {mean:.1%} right")
-    if test.mcnemar is not None:
-        for label, pair in {"both right": (1, 1), "only A": (1, 0), "only B": (0, 1), "neither": (0, 0)}.items():
+    for label, pair in {"both right": (1, 1), "only A": (1, 0), "only B": (0, 1), "neither": (0, 0)}.items():
+        if test.mcnemar is not None:
             print_line(label, f" {list(pairs.values()).count(pair):,}")
     for label in ("difference, points", "95 % interval", "p", "verdict"):
         print_line(label.partition(",")[0], f" {test.row[label]}")

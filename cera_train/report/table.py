@@ -103,27 +103,12 @@ def _of_task(run: Run, task: str, metric: Metric) -> str:
     (value, interval), result, notes = evaluation.figure(metric), evaluation.result, []
     if interval:
         notes.append(_range(interval))
-    if isinstance(result, AccuracyResult):
-        notes += _fewer_answers(result, metric)
     if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
         notes.append(f"{result.perplexity_base:.3f} without adapter")
     notes += _paper(run, key, value, metric.is_share)
     if evaluation.known.task_limit is not None and key in run.published:
         notes.append(f"ours of the first {evaluation.known.task_limit:,} problems")
     return cell(value, form, *notes)
-
-
-def _fewer_answers(result: AccuracyResult, metric: Metric) -> list[str]:
-    """Below pass@n of n answers: pass@2, pass@4, ... with their intervals."""
-    grader, _, most = metric.key.partition("/pass@")
-    if most != str(result.samples):
-        return []
-    ks = {2**power for power in range(1, result.samples.bit_length())} - {result.samples}
-    rates = [own for own in result.accuracies if own.grader == grader and own.k in ks and own.value is not None]
-    return [
-        f"pass@{own.k} {own.value:.1%}" + (f", {_range(own.interval)}" if own.interval else "")
-        for own in sorted(rates, key=lambda own: own.k)
-    ]
 
 
 def _range(interval: tuple[float, float]) -> str:

@@ -47,9 +47,8 @@ class Candidate:
     def loss(self, seed: int) -> float | None:
         """Held-out loss after the last update; infinite for a run that diverged, None for one that has not ended."""
         run = self.run(seed)
-        result = RunResult.find(run / "result.json")
-        if result is not None:
-            return math.inf if not result.perplexity else math.log(result.perplexity)
+        if (result := RunResult.find(run / "result.json")) is not None:
+            return math.log(result.perplexity) if result.perplexity else math.inf
         return math.inf if job_status(self.sweep, run.name).state == State.diverged else None
 
 
@@ -84,7 +83,7 @@ class Cell:
     def chosen(self) -> dict[int, Candidate]:
         """Seed -> the values that judge it. Empty: a run that chooses has not ended, or every value diverged."""
         losses = [[candidate.loss(seed) for seed in self.tuning] for candidate in self.candidates]
-        if any(loss is None for row in losses for loss in row):
+        if any(None in row for row in losses):
             return {}
         # Values that diverged with one seed are no choice for any.
         rows = [(row, candidate) for row, candidate in zip(losses, self.candidates, strict=True) if math.inf not in row]
@@ -108,13 +107,14 @@ class Cell:
         """The runs that have not ended, each with why."""
         pairs = [(candidate, seed) for candidate in self.candidates for seed in self.tuning]
         pairs += [(candidate, seed) for seed, candidate in self.chosen.items() if seed not in self.tuning]
-        return [self._describe(*pair) for pair in pairs if pair[0].loss(pair[1]) is None]
-
-    def _describe(self, candidate: Candidate, seed: int) -> str:
-        values = [f"{key}={value}" for key, value in candidate.values.items()]
-        job = job_status(candidate.sweep, candidate.run(seed).name)
-        state = f"{job.state}: {job.error}" if job.error else job.state
-        return f"{', '.join([self.name, *values, f'{SEED}={seed}'])} ({state})"
+        texts = []
+        for candidate, seed in pairs:
+            if candidate.loss(seed) is None:
+                job = job_status(candidate.sweep, candidate.run(seed).name)
+                words = [*(f"{key}={value}" for key, value in candidate.values.items()), f"{SEED}={seed}"]
+                why = f"{job.state}: {job.error}" if job.error else job.state
+                texts.append(f"{', '.join([self.name, *words])} ({why})")
+        return texts
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class StudyReport:
             "config": dataclasses.asdict(self.study.config),
             "contrasts": list(map(_contrast_json, self.comparisons)),
             "cells": [_cell_json(own) for own in self.results],
-            "slopes": [dataclasses.asdict(own) | {"value": own.value, "interval": own.interval} for own in self.slopes],
+            "slopes": [dataclasses.asdict(own) for own in self.slopes],
             "machines": sorted({f"{own.machine}, {own.platform}, Python {own.python}" for own in environments}),
             "versions": {name: version for own in environments for name, version in (own.packages or {}).items()},
         }

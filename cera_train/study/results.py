@@ -250,25 +250,13 @@ def _compare(outcome: str, asked: str, first: CellResult, second: CellResult, co
 
 @dataclass(frozen=True)
 class Slope:
-    """The change of the primary outcome with every doubling of the rank, by seed: of an arm, or of a second arm minus a
-    first."""
+    """The change of the primary outcome with every doubling of the rank: of an arm, or of a second arm - a first."""
 
     name: str
     by_seed: list[float]
-
-    @property
-    def value(self) -> float:
-        return fmean(self.by_seed)
-
-    @cached_property
-    def interval(self) -> tuple[float, float]:
-        """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
-        from scipy.stats import ttest_1samp
-
-        if len(self.by_seed) < 2:
-            return -math.inf, math.inf
-        interval = ttest_1samp(self.by_seed, 0.0).confidence_interval(1 - ERROR_RATE)
-        return float(interval.low), float(interval.high)
+    value: float
+    interval: tuple[float, float]
+    """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
 
 
 def slopes(study: Study, results: Sequence[CellResult]) -> list[Slope]:
@@ -276,21 +264,30 @@ def slopes(study: Study, results: Sequence[CellResult]) -> list[Slope]:
     where the rank is no condition."""
     import numpy as np
 
-    groups: dict[tuple[str, str], dict[int, CellResult]] = {}
+    ranks: dict[tuple[str, str], dict[int, list[float]]] = {}
     for own in results:
-        if RANK in own.cell.choices:
-            others = {key: value for key, value in own.cell.choices.items() if key != RANK}
-            condition = replace(own.cell, choices=others).condition
-            groups.setdefault((own.cell.arm, condition), {})[int(own.cell.choices[RANK])] = own
-    by_arm = {}
-    for place, by_rank in groups.items():
-        if len(by_rank) > 1:
-            values = [own.values[study.config.outcomes[0]].means for own in by_rank.values()]
-            by_arm[place] = np.polyfit(np.log2(list(by_rank)), values, 1)[0].tolist()
-    found = [Slope(", ".join(filter(None, place)), by_seed) for place, by_seed in by_arm.items()]
-    for first, second in study.config.pairs:
-        for (arm, condition), by_seed in by_arm.items():
-            if arm == second and (first, condition) in by_arm:
-                gaps = (np.array(by_seed) - by_arm[first, condition]).tolist()
-                found.append(Slope(", ".join(filter(None, [f"{second} - {first}", condition])), gaps))
-    return found
+        choices = dict(own.cell.choices)
+        if (rank := choices.pop(RANK, None)) is not None:
+            means = own.values[study.config.outcomes[0]].means
+            ranks.setdefault((own.cell.arm, replace(own.cell, choices=choices).condition), {})[int(rank)] = means
+    by_arm = {
+        place: np.polyfit(np.log2(list(by_rank)), list(by_rank.values()), 1)[0]
+        for place, by_rank in ranks.items()
+        if len(by_rank) > 1
+    }
+    gaps = {
+        (f"{second} - {first}", condition): by_seed - by_arm[first, condition]
+        for first, second in study.config.pairs
+        for (arm, condition), by_seed in by_arm.items()
+        if arm == second and (first, condition) in by_arm
+    }
+    return [_slope(", ".join(filter(None, place)), by_seed.tolist()) for place, by_seed in (by_arm | gaps).items()]
+
+
+def _slope(name: str, by_seed: list[float]) -> Slope:
+    from scipy.stats import ttest_1samp
+
+    if len(by_seed) < 2:
+        return Slope(name, by_seed, by_seed[0], (-math.inf, math.inf))
+    low, high = ttest_1samp(by_seed, 0.0).confidence_interval(1 - ERROR_RATE)
+    return Slope(name, by_seed, fmean(by_seed), (float(low), float(high)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy
 import pytest
 import scipy.stats
 
@@ -31,21 +30,10 @@ def test_pass_at_k_equals_the_share_of_subsets_with_a_right_answer(samples):
             assert pass_at_k(samples, correct, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
 
 
-def test_pass_at_k_is_exact_where_floats_would_overflow():
-    assert pass_at_k(10_000, 1, 5_000) == 0.5
-    assert pass_at_k(100_000, 1, 1) == 1e-5
-    assert pass_at_k(10_000, 5_000, 9_000) == 1.0
-
-
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95])
 def test_bootstrap_interval_of_an_accuracy_approaches_the_normal_one(level):
     half = scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt(0.3 * 0.7 / 400)
     assert bootstrap_interval(ACCURACY, level) == pytest.approx((0.3 - half, 0.3 + half), abs=3e-3)
-
-
-def test_bootstrap_interval_of_equal_values_is_a_point():
-    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
-    assert bootstrap_interval([True]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("level", [0.9, 0.95])
@@ -57,34 +45,11 @@ def test_the_interval_of_none_or_all_problems_is_clopper_and_pearsons(problems, 
         assert accuracy_interval(values, level) == pytest.approx((expected.low, expected.high), rel=1e-9)
 
 
-def test_the_interval_of_some_problems_is_the_bootstraps():
-    for values in (ACCURACY, [1.0, 0.5], [0.0, 0.5], [0.5, 0.5]):
-        assert accuracy_interval(values) == bootstrap_interval(values)
-
-
-def test_mcnemar_of_runs_that_solve_the_same_problems_is_one():
-    assert mcnemar([True, False], [True, False]).p_value == 1
-
-
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (0, 5), (6, 0), (3, 10), (7, 6)])
 def test_sign_flip_of_right_and_wrong_is_mcnemars(only_first, only_second):
     first = [True] * only_first + [False] * only_second + [True, False]
     second = [False] * only_first + [True] * only_second + [True, False]
     assert sign_flip(first, second) == pytest.approx(mcnemar(first, second).p_value)
-
-
-def test_sign_flip_keeps_its_error_rate_where_the_bootstrap_does_not():
-    """Six problems whose differences are symmetric around zero: at most one pair in twenty is shown to differ."""
-    zeros, samples = [0.0] * 6, numpy.random.default_rng(0).normal(size=(400, 6))
-    intervals = [paired_bootstrap(zeros, values) for values in samples]
-    assert numpy.mean([sign_flip(zeros, values) <= 0.05 for values in samples]) <= 0.05
-    assert numpy.mean([not own.lower <= 0 <= own.upper for own in intervals]) > 0.07
-
-
-def test_paired_bootstrap_is_second_minus_first():
-    difference = paired_bootstrap([0, 0, 1, 0], [1, 0, 1, 1])
-    assert difference.difference == 0.5
-    assert difference.lower <= 0.5 <= difference.upper
 
 
 def test_paired_bootstrap_uses_the_pairing():

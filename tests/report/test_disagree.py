@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -50,13 +49,6 @@ def test_long_generations_are_wrapped_into_their_columns(tmp_path: Path, capsys)
     assert left.count("x") >= 200
 
 
-def test_the_width_is_the_terminals(tmp_path: Path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("shutil.get_terminal_size", lambda fallback: os.terminal_size((60, 24)))
-    disagree(*two_runs(tmp_path))
-    assert len(re.search(r"^--- 1 of 21.*$", capsys.readouterr().out, re.MULTILINE)[0]) == 60
-
-
 def test_different_problems_are_refused(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     add_evaluation(first)
@@ -78,39 +70,10 @@ def test_a_task_must_be_chosen_where_there_are_several(tmp_path: Path, capsys) -
     assert "The two runs solve the same problems." in capsys.readouterr().out
 
 
-def test_without_a_common_task_it_says_what_to_do(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    add_evaluation(first)
-    with pytest.raises(ValueError, match=r"0 tasks in common \(none\): evaluate both with cera-eval"):
-        disagree(first, second)
-
-
 def test_a_folder_of_several_runs_is_refused(tmp_path: Path) -> None:
     _, second = two_runs(tmp_path / "sweep")
     with pytest.raises(ValueError, match="is a folder of 2 runs: disagree takes one run on each side"):
         disagree(tmp_path / "sweep", second)
-
-
-def test_trajectories_are_compared_by_their_steps(tmp_path: Path, capsys) -> None:
-    runs = [make_run(tmp_path / name) for name in "ab"]
-    for run, right in zip(runs, (1, 3), strict=True):
-        grades = add_evaluation(run, "logistic_map", verified=False, problems=3) / "grades.jsonl"
-        rows = [json.loads(line) for line in grades.read_text().splitlines()]
-        for row in rows:
-            steps = right if row["problem"] == "id001" else 2
-            row["matches"] = [step < steps for step in range(4)]
-        grades.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    disagree(*runs)
-    shown = capsys.readouterr().out
-    assert re.findall(r"^--- \d+ of 1: (id\d+) ", shown, re.MULTILINE) == ["id001"]
-    assert f"{'A, 25% of steps right: a':<48} | B, 75% of steps right: b" in shown
-
-
-def test_a_folder_of_one_run_is_that_run(tmp_path: Path, capsys) -> None:
-    _, second = two_runs(tmp_path / "sweep")
-    second.rename(tmp_path / "lora")
-    disagree(tmp_path / "sweep", tmp_path / "lora")
-    assert f"{'A, right: cera_64':<48} | B, wrong: lora_512" in capsys.readouterr().out
 
 
 def test_what_a_model_wrote_does_not_steer_the_terminal(tmp_path: Path, capsys) -> None:

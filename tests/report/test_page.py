@@ -12,7 +12,7 @@ from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 from pages import sound_page
 
 from cera_train.common.trust import clean
-from cera_train.report.page import print_report, write_report
+from cera_train.report.page import write_report
 
 pytest_plugins = ("browser",)
 
@@ -48,14 +48,6 @@ def test_the_page_shows_hostile_text_as_text(tmp_path: Path) -> None:
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
     assert clean(report.trained[0].files.environment.command_line) in unescape(html)
-
-
-def test_no_report_steers_what_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_report(write_report(hostile_runs(tmp_path), tmp_path / "report"), tmp_path / "report")
-    shown = capsys.readouterr().out
-    for text in (shown, *((tmp_path / "report" / name).read_text() for name in ("report.html", "report.md"))):
-        assert "31m" in text
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
 
 
 def test_the_markdown_keeps_its_tables_and_shows_hostile_text_as_text(tmp_path: Path) -> None:

@@ -6,24 +6,17 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib
 import pytest
 from made_runs import add_evaluation, make_run, two_runs
 from matplotlib.figure import Figure
 
-from cera_train.common.drawing import LONGEST_LABEL, Picture, render, shortened
+from cera_train.common.drawing import Picture
 from cera_train.report.page import compare_runs, write_report
 from cera_train.report.pictures import MOST_POINTS, thinned
 
 
 def pictures_of(*runs: Path) -> dict[str, Picture]:
     return {picture.name: picture for picture in compare_runs(runs).pictures}
-
-
-def test_a_long_name_is_shortened_in_the_middle() -> None:
-    assert shortened("math_r64") == "math_r64"
-    assert len(short := shortened("x" * 100 + "r=64")) == LONGEST_LABEL
-    assert short.endswith("r=64")
 
 
 def test_the_pictures_of_two_runs(tmp_path: Path) -> None:
@@ -36,13 +29,6 @@ def test_the_pictures_of_two_runs(tmp_path: Path) -> None:
     shown = re.findall(r"!\[.+?\]\((.+?)\)", (output / "report.md").read_text())
     assert {path.name for path in output.iterdir()} == {"report.md", "report.html", *shown}
     assert all((output / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
-
-
-def test_a_picture_without_figures_is_left_out(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    for name in ("spectrum.json", "metrics.jsonl"):
-        (run / name).unlink()
-    assert pictures_of(run) == {}
 
 
 def test_the_linear_share_is_drawn_by_update(tmp_path: Path) -> None:
@@ -70,32 +56,6 @@ def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_p
     runs.append(make_run(tmp_path / "c", **{"data.loss_on": "completion"}))
     runs.append(make_run(tmp_path / "d", perplexity=float("inf")))
     assert pictures_of(*runs)["perplexity-by-rank"].alt.count("CeRA r = 64") == 2
-
-
-@pytest.mark.parametrize("losses", [(3.0, 0.25), (300.0, 0.002), (2.0, 0.0)])
-def test_the_ticks_of_a_curve_are_plain_numbers(tmp_path: Path, losses: tuple[float, float]) -> None:
-    run = make_run(tmp_path / "a")
-    lines = [json.dumps({"update": update, "train/loss": loss}) for update, loss in enumerate(losses)]
-    (run / "metrics.jsonl").write_text("\n".join(lines))
-    figure = Figure()
-    with matplotlib.rc_context({"text.parse_math": False}):
-        pictures_of(run)["training-curves"].draw(axes := figure.subplots())
-        figure.draw_without_rendering()
-        low, high = axes.get_ylim()
-        ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
-        texts = [tick.label1.get_text() for tick in ticks if low <= tick.get_loc() <= high]
-    texts = list(filter(None, texts))
-    assert len(texts) >= 3
-    assert all(float(text.replace("−", "-")) > -1 for text in texts)
-
-
-def test_every_run_has_its_line_in_the_legend() -> None:
-    def draw(axes) -> None:
-        for number in range(12):
-            axes.plot([0, 1], [number, number], label=f"run {number}")
-
-    svg = render(Picture("a", "A", "", "", draw), "svg").decode()
-    assert [name for name in re.findall(r">(run \d+)<", svg)] == [f"run {number}" for number in range(12)]
 
 
 def test_a_long_curve_is_averaged_over_stretches() -> None:

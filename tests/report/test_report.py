@@ -11,7 +11,6 @@ import pytest
 from made_runs import add_evaluation, cells, make_run, two_runs
 
 from cera_train.report.page import compare_runs, print_report, write_report
-from cera_train.report.runs import read_runs
 
 
 def test_the_same_runs_give_the_same_report_byte_for_byte(tmp_path: Path) -> None:
@@ -96,14 +95,6 @@ def test_what_changes_no_evaluation_row_needs_no_note(tmp_path: Path, changes: d
     assert len(compare_runs(two(tmp_path, **changes)).notes) == 1  # that no run has an evaluation
 
 
-def test_rows_from_files_depend_on_the_training_files_and_not_on_the_hub(tmp_path: Path) -> None:
-    files = {"data.train_files": ["train.jsonl"], "data.eval_files": ["test.jsonl"]}
-    runs = [make_run(tmp_path / "a", **files), make_run(tmp_path / "b", **files, **{"data.path": "other/set"})]
-    assert len(compare_runs(runs).notes) == 1
-    runs = [make_run(tmp_path / name, **{"data.train_files": [f"{name}.jsonl"], "data.eval_rows": 9}) for name in "cd"]
-    assert "(data.train_files), and cannot be ranked: c | d." in compare_runs(runs).notes[0]
-
-
 def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Path) -> None:
     runs = two(tmp_path)
     for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
@@ -144,8 +135,3 @@ def test_a_broken_file_of_an_evaluation_stops_its_test_and_is_named(tmp_path: Pa
         report = compare_runs([first, second])
         assert [table.title for table in report.tables] == ["Runs", "Settings"]
         assert any(re.search(rf"{name}:1 is broken|has no problems|no grades for 40", note) for note in report.notes)
-
-
-def test_copies_of_a_run_are_named_by_their_folders(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "a", name="a"), make_run(tmp_path / "a_copy", name="a")]
-    assert [run.name for run in read_runs(runs)] == ["a", "a_copy"]

@@ -38,30 +38,6 @@ def test_a_published_figure_that_was_not_measured_is_named(tmp_path: Path) -> No
     assert cells(run)["effective rank, mean / max"][0].startswith("25.6 / 38.4\nmax: paper 330.00\nmax: difference -2")
 
 
-def test_several_samples_give_pass_at_k_with_intervals(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a")
-    path = add_evaluation(run, "math", solved=lambda n, sample: sample == 0 and n < 20, samples=8) / "result.json"
-    result = json.loads(path.read_text())
-    for k in range(2, 8):
-        result |= {f"exact/pass@{k}": 0.5 + k / 100, f"exact/pass@{k}/interval": [0.4, 0.6]}
-    path.write_text(json.dumps(result))
-    table = cells(run)
-    assert table["MATH exact"][0].startswith("6.2%\n")
-    assert table["MATH exact pass@8"] == [
-        "50.0%\n0.0 to 100.0%\npass@2 52.0%, 40.0 to 60.0%\npass@4 54.0%, 40.0 to 60.0%"
-    ]
-
-
-def test_how_answers_ended(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / name) for name in "ab"]
-    paths = [add_evaluation(run, "gsm8k") / "result.json" for run in runs]
-    shares = {"right": 0.125, "wrong": 0.5, "loop": 0.25, "truncated": 0.125, "collapsed": 0.0}
-    result = json.loads(paths[0].read_text()) | {f"ending/{name}": share for name, share in shares.items()}
-    paths[0].write_text(json.dumps(result))
-    label = "GSM8K answers, right / wrong / loop / truncated / collapsed"
-    assert cells(*runs)[label] == ["12.5 / 50.0 / 25.0 / 12.5 / 0.0 %", ""]
-
-
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     path = add_evaluation(run, "logistic_map", solved={0}, verified=False) / "result.json"

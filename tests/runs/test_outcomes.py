@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -100,18 +98,3 @@ def test_a_broken_line_of_grades_is_named(tmp_path: Path, line: str) -> None:
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2 is broken"):
         read_grades(tmp_path, "gsm8k")
-
-
-def test_outcomes_are_read_without_torch(tmp_path: Path) -> None:
-    losses_of([1.0]).write(tmp_path / LOSSES_AFTER)
-    code = f"""
-import sys
-from pathlib import Path
-sys.argv[0] = "cera-train"
-import cera_train.runs.outcomes as outcomes
-assert not {{"torch", "numpy", "safetensors"}} & sys.modules.keys()
-print(outcomes.read_losses(Path({str(tmp_path)!r}))[1].mean)
-assert "torch" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "1.0\n"

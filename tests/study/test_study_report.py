@@ -29,7 +29,7 @@ def test_a_study_is_run_gets_its_page_and_notices_edited_rows(
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     jsonl = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=8", "data.prompt='{question}'"]
     jsonl += ["data.completion=' {answer}'"]
-    assert run_study(*jsonl, **settings) == 0
+    assert run_study(*jsonl, "hydra/launcher=joblib", **settings) == 0
     assert run_report("outputs/which") == 0
     results = json.loads(Path("report/study_results.json").read_text())
     assert [own["condition"] for own in results["contrasts"]] == ["adapter.r=2", "adapter.r=4"]
