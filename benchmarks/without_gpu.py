@@ -34,8 +34,9 @@ from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, in_me
 from cera_train.model import weights
 from cera_train.planning.count import quantised_linears, read_config
 from cera_train.planning.devices import GB
-from cera_train.planning.plan import RunPlan, micro_batches, plan_alone
+from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.runs.folder import RunFolder
+from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.training import session as sessions
 from cera_train.training.session import Session, settle
@@ -61,7 +62,7 @@ class Tracked:
     @property
     def planned(self) -> float:
         """Bytes, by cera-plan."""
-        return sum(self.plan.memory.training.values())
+        return sum(self.plan.memory.values())
 
     @property
     def difference(self) -> float:
@@ -86,7 +87,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         architecture.save_pretrained(folder)
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
         settings = [f"+recipe={recipe}", *overrides, f"model.path={folder}", "train.check_coverage=false"]
-        plan = plan_alone(composed(*settings, command="plan"))
+        plan = make_plan(composed(*settings, command="plan"))
         config, rows = composed(*settings, f"output_dir={folder}/outputs"), rows_of(plan)
         with fake_gpu() as gpu, session_of(config, rows) as session:
             gpu.reset_peak()
@@ -101,14 +102,14 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     """The same for all layers of the base, by what the third adds to the first two."""
     two, three = (track(recipe, layers, *overrides) for layers in (2, 3))
-    plan = plan_alone(composed(f"+recipe={recipe}", *overrides, command="plan"))
+    plan = make_plan(composed(f"+recipe={recipe}", *overrides, command="plan"))
     size = two.bytes + (plan.parameters.layers - 2) * (three.bytes - two.bytes)
     return replace(two, plan=plan, bytes=size)
 
 
 def rows_of(plan: RunPlan) -> TokenizedRows:
     """Rows of one length, for all updates, that fill a micro-batch as the planned one is filled."""
-    (largest, _), train = micro_batches(plan.config, plan.data, by_sequence=True), plan.config.train
+    largest, train = plan.micro_batch, plan.config.train
     at_once = min(largest.rows, train.batch_size)
     length = min(largest.tokens, train.micro_batch_tokens) // at_once
     supervised = max(1, min(length - 1, round(length * largest.supervised)))
@@ -161,7 +162,7 @@ def random_base(path: str, **settings: Any) -> tuple[PreTrainedModel, dict[str, 
 
 def quantise(base: PreTrainedModel, settings: Any) -> None:
     """NF4 by bitsandbytes' operations, which have shapes for fake tensors. Its class of weights does not take them."""
-    linears, names = quantised_linears(base), {module: name for name, module in base.named_modules()}
+    linears, names = quantised_linears(base, Quantization.nf4), {module: name for name, module in base.named_modules()}
     whole = {names[linear]: linear.weight.detach() for linear in linears}
     skipped = [names[module] for module in names if isinstance(module, nn.Linear) and module not in set(linears)]
     replace_with_bnb_linear(base, skipped, settings)

@@ -106,10 +106,10 @@ def _run(
 
 def _planned_peak(place: Place, settings: Sequence[str]) -> float:
     """Bytes, by cera-plan."""
-    from cera_train.planning.plan import plan_alone
+    from cera_train.planning.plan import make_plan
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return plan_alone(composed(*settings, f"plan.gpu={device}", command="plan")).memory.peak
+    return make_plan(composed(*settings, f"plan.gpu={device}", command="plan")).peak
 
 
 def _room(place: Place) -> float:

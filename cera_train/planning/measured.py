@@ -9,7 +9,7 @@ from pathlib import Path
 from cera_train.common.errors import UserError
 from cera_train.planning.data_size import data_size, is_known
 from cera_train.planning.devices import GPUS, Device
-from cera_train.planning.plan import RunPlan, plan_alone, run_totals
+from cera_train.planning.plan import RunPlan, make_plan, run_totals
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, RunResult
 from cera_train.settings.planning import GpuKind, PlanConfig
@@ -73,12 +73,12 @@ def compare_with_measured(folder: Path, plan: PlanConfig) -> Measured:
         gpus=machine.processes or max(1, len(gpus)),  # which the first versions did not write down
         tokens_per_row=result.tokens / rows,
     )
-    predicted = plan_alone(PlanRun(**vars(config) | {"plan": plan}), machine.cpu_threads)
+    predicted = make_plan(PlanRun(**vars(config) | {"plan": plan}), machine.cpu_threads)
     if is_unknown:
         predicted = replace(predicted, device=Device(gpus[0], math.nan, math.nan))
     return Measured(
         predicted,
         Figure(predicted.parameters.trainable, result.trainable_parameters),
-        Figure(predicted.memory.peak, result.peak_memory_bytes),
+        Figure(predicted.peak, result.peak_memory_bytes),
         Figure(None if is_unknown else predicted.update_seconds, result.seconds / result.updates),
     )

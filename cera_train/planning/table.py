@@ -38,14 +38,12 @@ def print_plan(plan: RunPlan) -> None:
     print_table(["", *heads], rows, right=range(1, len(plans) + 1))
     print()
     for other in plans:
-        needs = f"{_adapter(other.config.adapter)} needs {_size(other.memory.peak)}"
+        needs = f"{_adapter(other.config.adapter)} needs {_size(other.peak)}"
         there = f"{device.memory / GB:.0f} GB of {device.name}"
         if other.fits:
             print_line("fits", f"{needs} of the {there}")
         else:
             print_line("too large", f"{needs}, more than {USABLE:.0%} of the {there}")
-    for override, other in plan.remedies.items():
-        print_line("", f"{_size(other.memory.peak)} with {override}: {'fits' if other.fits else 'still too large'}")
     print_missing_price(plan)
     if (serving := plan_serving(plan)) is not None:
         print_serving(serving, plan)
@@ -118,19 +116,14 @@ def _adapter(adapter: AdapterConfig) -> str:
 
 def _figures(plan: RunPlan) -> dict[str, dict[str, str]]:
     """The figures of a plan, by section of the table."""
-    parameters, memory, totals = plan.parameters, plan.memory, plan.totals
-    other = "without" if plan.config.model.gradient_checkpointing else "with"
+    parameters, totals = plan.parameters, plan.totals
     counts = {
         **parameters.frozen,
         "frozen": sum(parameters.frozen.values()),
         **{f"adapter {name}": count for name, count in parameters.adapter.items()},
         "trainable": parameters.trainable,
     }
-    peaks = memory.training | {
-        "peak in training": sum(memory.training.values()),
-        "peak in evaluation": sum(memory.evaluation.values()),
-        f"activations {other} checkpointing": plan.other_activations,
-    }
+    peaks = {"peak in training": sum(plan.memory.values()), "peak in evaluation": plan.evaluation_memory}
     flops = plan.flops | {"in all": sum(plan.flops.values())}
     time = {"an update": f"{plan.update_seconds:.3g} s"}
     time |= {"answers, at most": duration(plan.answer_seconds)} if plan.answer_seconds else {}
@@ -139,7 +132,7 @@ def _figures(plan: RunPlan) -> dict[str, dict[str, str]]:
     time |= {} if plan.cost is None else {"cost": f"{plan.cost:,.2f}"}
     return {
         "parameters": {name: f"{count:,}" for name, count in counts.items()} | {"share": f"{parameters.share:.2%}"},
-        "memory of one process": {name: _size(part) for name, part in peaks.items()},
+        "memory of one process": {name: _size(part) for name, part in (plan.memory | peaks).items()},
         "work": {name: f"{getattr(totals, name):,.0f}" for name in ("updates", "tokens", "evaluations")},
         "PFLOP": {name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()},
         "time and cost": time,
@@ -174,7 +167,7 @@ def job_cells(plans: Sequence[RunPlan]) -> list[str]:
     """Peak, updates, time, GPU-hours and cost of all these together."""
     costs = [plan.cost for plan in plans]
     return [
-        _size(max(plan.memory.peak for plan in plans)),
+        _size(max(plan.peak for plan in plans)),
         f"{sum(plan.totals.updates for plan in plans):,}",
         duration(sum(plan.seconds for plan in plans)),
         f"{sum(plan.gpu_hours for plan in plans):,.2f}",

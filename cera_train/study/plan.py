@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted, print_line, print_table
-from cera_train.planning.plan import RunPlan, make_plan, shape_of
+from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.planning.table import JOB_HEADS, describe_data, job_cells, model_of, print_device, print_missing_price
 from cera_train.settings.planning import PlanConfig
 from cera_train.settings.run import PlanRun
@@ -26,22 +26,15 @@ from cera_train.sweep.folder import ComposeJob
 
 
 def plan_cells(config: DictConfig, compose: ComposeJob[PlanRun]) -> list[tuple[Cell, list[RunPlan]]]:
-    """The cells of a study, each with the plans of its runs, the dearest last. Each shape of a run is planned once.
+    """The cells of a study, each with the plans of its runs, the dearest last.
 
     Args:
         config: what Hydra composed for the sweep, with its own section.
     """
-    plans: dict[str, RunPlan] = {}
-
-    def plan(overrides: list[str]) -> RunPlan:
-        run = compose(overrides)
-        if (shape := shape_of(run)) not in plans:
-            plans[shape] = make_plan(run, with_advice=False)
-        return plans[shape]
-
     planned = []
     for cell, _ in check_cells(config, study_record(config), compose):
-        candidates = sorted((plan(each.overrides) for each in cell.candidates), key=lambda each: each.seconds)
+        candidates = [make_plan(compose(each.overrides)) for each in cell.candidates]
+        candidates.sort(key=lambda plan: plan.seconds)
         tuning = len(cell.tuning)
         planned.append((cell, candidates * tuning + candidates[-1:] * (cell.seeds - tuning)))
     return planned

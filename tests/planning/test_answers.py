@@ -7,7 +7,6 @@ import pytest
 from cera_train.planning.answers import DECODING_SHARE, LAYER_SECONDS, AnswerSize, step_seconds
 from cera_train.planning.data_size import data_size
 from cera_train.planning.devices import CPU_BANDWIDTH, GPUS, Device
-from cera_train.planning.plan import run_totals
 from cera_train.planning.table import print_plan
 
 QUICK = "+recipe=quickstart"
@@ -46,36 +45,6 @@ def test_a_task_of_unknown_size_needs_a_limit(compose):
     assert (guessed.problems, guessed.prompt_tokens, guessed.source) == (50, 36, "a guess by the training rows")
     with pytest.raises(ValueError, match=r"train.tasks=\[math500\]: the number of its problems is unknown: set train"):
         sizes(compose, "train.tasks=[math500]", "train.task_settings={math500: {limit: null}}")
-
-
-# --- when ------------------------------------------------------------------------------------------------------------
-
-
-def test_answers_are_due_when_training_has_them(compose):
-    def totals(*overrides: str, **course):
-        config = compose(QUICK, "train.max_updates=100", "train.eval_every=10", *overrides, command="plan")
-        return run_totals(config, data_size(config.data), **course)
-
-    assert totals().task_evaluations == totals().sample_evaluations == 0
-    once = totals("train.tasks=[gsm8k]", "train.samples=2")
-    assert (once.evaluations, once.task_evaluations, once.sample_evaluations) == (11, 1, 11)
-    often = totals("train.tasks=[gsm8k]", "train.tasks_every=50")
-    assert often.task_evaluations == 3
-    cut = totals("train.tasks=[gsm8k]", "train.tasks_every=50", pauses=[25, 50], is_whole=False)
-    assert (cut.updates, cut.evaluations, cut.task_evaluations) == (50, 7, 2)  # 0, 10, 20, 25, 30, 40, 50; 0, 50
-
-
-def test_a_run_that_pauses_trains_what_it_trains_alone_and_evaluates_at_its_rungs(plan):
-    whole = plan(QUICK, "train.max_updates=100", "train.eval_every=null", "train.tasks=[gsm8k]")
-    paused, cut = whole.until([25, 50], is_whole=True), whole.until([25, 50], is_whole=False)
-    assert whole.until([], is_whole=True) == whole
-    assert (paused.totals.updates, cut.totals.updates) == (100, 50)
-    assert paused.flops["forward"] == whole.flops["forward"]
-    assert cut.update_seconds == pytest.approx(whole.update_seconds, rel=0.02)
-    # 20 rows to evaluate, and as many in the probes before the first update, after the last, and for the result.
-    assert paused.flops["evaluations"] == pytest.approx(whole.flops["evaluations"] * 7 / 5)
-    assert cut.flops["evaluations"] == pytest.approx(whole.flops["evaluations"] * 4 / 5)
-    assert whole.answer_seconds > cut.answer_seconds == 0  # after the last update alone
 
 
 # --- how long it takes -----------------------------------------------------------------------------------------------

@@ -1,84 +1,81 @@
-"""Memory, work, time and cost of a run; adapters side by side; what lowers the peak."""
+"""Memory, work, time and cost of a run; adapters side by side."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 from architectures import ARCHITECTURES
 
-from cera_train.planning import plan as plan_module
+from cera_train.cli.composition import options
+from cera_train.planning.data_size import data_size
 from cera_train.planning.devices import GPU_MFU, GPUS
 from cera_train.planning.plan import CUDA_BUILD_BYTES, HEAP_SHARE, PROCESS_BYTES, micro_batches, run_totals
 
-MATH = "+recipe=math_r64"
-QUICK = "+recipe=quickstart"
-LINEARS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+MATH, QUICK = "+recipe=math_r64", "+recipe=quickstart"
+
+TRACKED = {
+    **{"gsm8k_r64": 31.36, "math_dora_r64": 37.42, "math_lora_r512": 37.11, "math_lora_r512_matched": 37.11},
+    **{"math_r64": 31.34, "math_r64_nf4": 14.02, "metamath_r64_aligned": 38.77, "peft_comparison_cera": 10.55},
+    **{"peft_comparison_lora": 10.79, "quickstart": 0.64, "slimorca_lora_r512": 37.17, "slimorca_r64": 31.39},
+}
+"""GB of docs/performance.md: the program's own updates on a fake CUDA device."""
+
+SLOW = [pytest.param(recipe, marks=pytest.mark.slow) for recipe in TRACKED if recipe not in ("math_r64", "quickstart")]
+
+
+@pytest.fixture
+def tiny_plan(plan, tiny_folder):
+    """tiny_plan("adapter.r=8", ...) -> RunPlan of the quickstart with a two-layer Llama."""
+    tiny = [QUICK, f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4"]
+    return lambda *overrides: plan(*tiny, *overrides)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_parts_of_memory_by_hand(plan):
-    memory = plan(MATH).memory
-    assert memory.training["weights"] == 2 * 8_030_261_248
-    assert memory.training["adapter"] == memory.training["gradients"] == 4 * 27_262_976
-    assert memory.training["optimizer"] == 8 * 27_262_976
-    assert memory.training["logits"] == 10 * 128_256 * 1024
-    assert memory.evaluation["logits"] == 8 * 128_256 * 1024
-    assert memory.peak == sum(memory.training.values()) > sum(memory.evaluation.values())
-    assert plan(QUICK, "plan.gpus=2").memory.training["gradients"] == 8 * 921_600
+def test_every_recipe_has_a_tracked_size():
+    assert set(TRACKED) == set(options("recipe"))
+
+
+@pytest.mark.parametrize("recipe", ["math_r64", "quickstart", *SLOW])
+def test_a_recipe_needs_what_its_updates_were_tracked_to_need(plan, recipe):
+    assert plan(f"+recipe={recipe}").peak == pytest.approx(TRACKED[recipe] * 1e9, rel=0.02)
 
 
 def test_the_activations_of_llama_by_hand(plan):
     """A token leaves in each layer: q, k, v, the output of attention and a float32 number a head; x and A x of two
-    branches; gate and up; the input of two norms, and a float32 root mean square."""
-    saved = plan(MATH).memory.training["activations"]
+    branches; gate and up; the input of two norms, and a float32 root mean square. And a chunk of logits, its float32
+    log-softmax, and 16 bits of its gradient."""
+    memory, weights = plan(MATH).memory, 27_262_976
+    assert memory["weights"] == pytest.approx(2 * 8_030_261_248, rel=1e-6)  # and a buffer
+    assert memory["adapter"] == 4 * weights
+    assert memory["optimizer"] == pytest.approx(8 * weights, rel=0.001)
     attention = 2 * (2 * 4096 + 2 * 1024) + 4 * 32
     layer = attention + 2 * (4096 + 2 * 64) + 2 * 2 * 14336 + 2 * (2 * 4096 + 4)
-    assert saved == pytest.approx(32 * layer * 4096, rel=0.02)
+    expected = 32 * layer * 4096 + 10 * 128_256 * 1024 + 4 * weights
+    assert memory["gradients, activations"] == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.slow
-def test_quantised_weights_and_moments(plan):
-    rest = 2 * (8_030_261_248 - LINEARS)
-    nf4 = plan("+recipe=math_r64_nf4").memory.training
-    assert nf4["weights"] == pytest.approx(LINEARS * 4.127 / 8 + rest, rel=1e-4)
-    assert nf4["optimizer"] == pytest.approx(2 * 27_262_976, rel=0.02)
-    int8 = plan(MATH, "model.quantization=int8").memory.training
-    assert int8["weights"] == pytest.approx(LINEARS + rest, rel=1e-3)
+def test_what_lowers_memory(tiny_plan):
+    def activations(*overrides: str) -> float:
+        plan = tiny_plan("train.batch_size=16", "train.micro_batch_tokens=1152", "adapter.r=1", *overrides)
+        return plan.memory["gradients, activations"]
+
+    whole = activations()
+    assert activations("model.gradient_checkpointing=true") < whole
+    assert activations("train.batch_size=32") == pytest.approx(whole, rel=0.05)
+    assert activations("train.micro_batch_tokens=576") == pytest.approx(whole / 2, rel=0.1)
 
 
-@pytest.mark.slow
-def test_checkpointing_and_smaller_micro_batches_lower_the_activations(plan):
-    whole = plan(QUICK)
-    checkpointed = plan(QUICK, "model.gradient_checkpointing=true")
-    assert checkpointed.memory.training["activations"] < whole.memory.training["activations"] / 5
-    assert whole.other_activations == checkpointed.memory.training["activations"]
-    assert checkpointed.other_activations == whole.memory.training["activations"]
-    assert checkpointed.flops["backward"] > whole.flops["backward"] * 1.5
-    double = plan(QUICK, "train.batch_size=16").memory.training["activations"]
-    assert double == pytest.approx(whole.memory.training["activations"] * 2, rel=0.05)
-    cut = plan(QUICK, "train.batch_size=16", "train.micro_batch_tokens=576").memory.training["activations"]
-    assert cut == whole.memory.training["activations"]
-
-
-@pytest.mark.slow
-def test_a_cpu_holds_libraries_and_gaps_and_chunks_of_its_size(plan, monkeypatch):
+def test_a_cpu_holds_libraries_and_gaps(tiny_plan, monkeypatch):
     monkeypatch.setattr("torch.version.cuda", None)
-    own = plan("+recipe=quickstart", "plan.gpu=cpu", "model.dtype=bfloat16")
-    assert own.device.flops > 1e8
-    training, evaluation = own.memory.training, own.memory.evaluation
-    assert training["libraries"] == evaluation["libraries"] == PROCESS_BYTES
+    memory = tiny_plan("plan.gpu=cpu", "model.dtype=float32").memory
+    assert memory["libraries"] == PROCESS_BYTES
+    assert memory["heap's gaps"] == HEAP_SHARE * memory["gradients, activations"]
     monkeypatch.setattr("torch.version.cuda", "13.0")
-    built_for_cuda = plan("+recipe=quickstart", "plan.gpu=cpu", "model.dtype=bfloat16")
-    assert built_for_cuda.memory.peak == own.memory.peak + CUDA_BUILD_BYTES
-    assert training["heap's gaps"] == HEAP_SHARE * training["activations"]
-    assert evaluation["activations"] == training["activations"]  # the heap has not given it back
-    assert training["logits"] == 10 * 49_152 * 128
-    wide = plan("+recipe=quickstart", "plan.gpu=cpu", "model.dtype=float32")
-    assert wide.memory.training["logits"] == 8 * 49_152 * 128
-    head = ["model=llama3_1_8b", "adapter.target_modules=[q_proj,lm_head]"]  # SmolLM2's head is the embeddings'
-    trained = plan("+recipe=quickstart", "plan.gpu=cpu", *head).memory.training
-    assert trained["logits"] == 12 * 128_256 * 128
+    built_for_cuda = tiny_plan("plan.gpu=cpu", "model.dtype=float32", "train.max_updates=7")
+    assert built_for_cuda.peak == sum(memory.values()) + CUDA_BUILD_BYTES
 
 
 @pytest.mark.slow
@@ -96,143 +93,119 @@ def test_the_quickstart_needs_what_it_needed_on_two_avx512_cores(plan, variant, 
     """Resident memory of a separate process with a torch for CPUs, by result.json. The heap's gaps differ: on another
     day the same code took 13 to 18 % more."""
     monkeypatch.setattr("torch.version.cuda", None)
-    predicted = plan("+recipe=quickstart", "plan.gpu=cpu", *variant).memory.peak
-    assert predicted == pytest.approx(measured, rel=0.1)
+    assert plan(QUICK, "plan.gpu=cpu", *variant).peak == pytest.approx(measured, rel=0.1)
+
+
+def test_processes_share_rows_and_weights(tiny_plan):
+    one, two = (tiny_plan("train.batch_size=16", f"plan.gpus={gpus}") for gpus in (1, 2))
+    assert two.memory["buckets"] == two.memory["adapter"] == one.memory["adapter"]
+    assert two.memory["gradients, activations"] < one.memory["gradients, activations"]
+    sharded = tiny_plan("train.batch_size=16", "plan.gpus=2", "distributed.strategy=fsdp").memory
+    assert sharded["weights"] == one.memory["weights"] / 2
+    assert "buckets" not in sharded
 
 
 # --- micro-batches, work, time, cost ---------------------------------------------------------------------------------
 
 
-def test_updates_and_tokens_of_the_quickstart_are_those_it_has(plan):
-    totals = plan("+recipe=quickstart", "train.max_updates=20", "train.eval_every=10").totals
-    assert (totals.updates, totals.rows, totals.tokens, totals.evaluations) == (20, 158, 11_376, 3)
-    assert totals.eval_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
-    assert plan(MATH).totals.updates == 4_689
+@pytest.mark.parametrize(
+    ("name", "overrides", "has_mask"),
+    [
+        ("llama", [], False),
+        ("llama", ["train.batch_layout=padded", "data=gsm8k", "data.max_length=32"], True),
+        ("llama", ["model.attn_implementation=flash_attention_2"], False),
+        ("llama", ["model.attn_implementation=eager"], True),
+        ("stablelm", [], True),  # one row on a GPU, and rows of one length on a CPU
+        ("stablelm", ["plan.gpu=cpu"], False),
+        ("bamba", [], False),
+    ],
+)
+def test_a_mask_stands_where_attention_cannot_run_by_sequence(plan, tmp_path, name, overrides, has_mask):
+    ARCHITECTURES[name].config().save_pretrained(tmp_path)
+    small = ["adapter.r=4", "train.micro_batch_tokens=64", "data.max_length=32", "model.dtype=bfloat16"]
+    batch = plan(QUICK, f"model.path={tmp_path}", *small, *overrides).micro_batch
+    assert batch.has_mask == has_mask
+    assert (batch.rows, batch.length) == (2, 32)
 
 
-def batches(compose, *overrides: str, by_sequence: bool = True):
-    from cera_train.planning.data_size import data_size
+def test_the_largest_micro_batch_is_that_of_one_of_many_updates(compose):
+    from types import SimpleNamespace
 
-    config = compose(MATH, *overrides, command="plan")
-    return micro_batches(config, data_size(config.data), by_sequence)
-
-
-def test_a_micro_batch_is_cut_as_in_training(compose):
-    largest, usual = batches(compose, "model.dtype=bfloat16")
-    assert largest == usual
-    assert (largest.rows, largest.length, largest.is_flat, largest.has_mask) == (24, 171, True, False)
-    assert (largest.autocast, largest.on_gpu) == ("bfloat16", True)
-    eighth, _ = batches(compose, "model.dtype=bfloat16", "plan.gpus=8")  # 8 rows: longer in one of many
-    assert 8 * 171 < eighth.tokens < 8 * 171 * 1.5
-    assert batches(compose, "model.dtype=float32")[0].autocast is None
-    assert batches(compose, "model.dtype=float32", "train.autocast=true")[0].autocast == "bfloat16"
-    assert batches(compose, "model.dtype=float16")[0].autocast == "float16"
-    assert batches(compose, "model.dtype=float16", "plan.gpu=cpu")[0].autocast is None
+    config = compose(MATH, "plan.gpus=8", command="plan")
+    loss = SimpleNamespace(is_flat=True, allowed=SimpleNamespace(attention="varlen"))
+    run = SimpleNamespace(loss=loss, base=SimpleNamespace(config=SimpleNamespace(_attn_implementation="varlen")))
+    largest, usual = micro_batches(config, data_size(config.data), run)
+    assert usual.tokens == 8 * 171 < largest.tokens < 1.5 * usual.tokens
 
 
-def test_a_mask_stands_where_attention_cannot_run_by_sequence(compose):
-    largest, usual = batches(compose, by_sequence=False)
-    assert largest.has_mask
-    assert largest.is_flat  # a GPU
-    largest, usual = batches(compose, "plan.gpu=cpu", by_sequence=False)
-    assert largest.has_mask
-    assert not largest.is_flat
-    assert (largest.length, usual.length) == (512, 171)  # the longest rows need the most memory
-    for flash in ("flash_attention_2", "kernels-community/flash-attn"):
-        own = [f"model.attn_implementation={flash}", "model.trust_remote_code=true"]
-        assert not batches(compose, *own, by_sequence=False)[0].has_mask
-    assert not batches(compose, "train.batch_layout=padded", "data=logistic_map")[0].has_mask
-    assert batches(compose, "train.batch_layout=padded")[0].has_mask
-
-
-@pytest.mark.slow
-def test_masked_attention_costs_the_whole_row(plan):
-    """SmolLM2 on the logistic map: 30 layers of 9 heads of 64; 8 rows of 72 tokens in an update."""
-    flat = plan("+recipe=quickstart", "model.attn_implementation=eager", "train.batch_layout=flat")
-    padded = plan("+recipe=quickstart", "model.attn_implementation=eager", "train.batch_layout=padded")
-    more = flat.flops["forward"] - padded.flops["forward"]
-    assert more == pytest.approx(30 * 4 * 9 * 64 * (8 * 72 - 72) * flat.totals.tokens, rel=0.01)
-    assert flat.flops["evaluations"] > padded.flops["evaluations"]
-    assert flat.memory.training["activations"] > padded.memory.training["activations"]
-
-
-def test_time_and_cost_follow_from_the_operations(plan):
-    run = [QUICK, "plan.gpu=a100", "plan.price_per_hour=2"]
-    one = plan(*run)
-    assert one.seconds == pytest.approx(sum(one.flops.values()) / (312e12 * GPU_MFU))
+def test_time_and_cost_follow_from_the_operations(tiny_plan):
+    run = ["plan.gpu=a100", "plan.price_per_hour=2"]
+    one, eight = tiny_plan(*run), tiny_plan(*run, "plan.gpus=8", "plan.mfu=0.2")
+    operations, trained = sum(one.flops.values()), one.flops["forward"] + one.flops["backward"]
+    assert one.seconds == pytest.approx(operations / (312e12 * GPU_MFU))
     assert one.cost == pytest.approx(one.seconds / 3600 * 2)
-    assert one.update_seconds * one.totals.updates == pytest.approx(
-        one.seconds * (1 - one.flops["evaluations"] / sum(one.flops.values()))
-    )
-    eight = plan(*run, "plan.gpus=8", "plan.mfu=0.2")
-    assert eight.seconds == pytest.approx(one.seconds / 4, rel=0.01)
-    assert eight.gpu_hours == pytest.approx(one.gpu_hours * 2, rel=0.01)
-    assert plan(QUICK).cost is None
+    assert one.update_seconds * one.totals.updates == pytest.approx(one.seconds * trained / operations)
+    assert eight.gpu_hours == pytest.approx(one.gpu_hours * 2, rel=0.05)
+    assert tiny_plan().cost is None
 
 
 def test_totals_follow_from_epochs_or_updates(compose):
-    from cera_train.planning.data_size import data_size
+    def totals(*overrides: str):
+        config = compose(*overrides, command="plan")
+        return run_totals(config, data_size(config.data))
 
-    config = compose("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
-    totals = run_totals(config, data_size(config.data))
-    assert (totals.updates, totals.rows, totals.evaluations) == (2 * 117, 2 * 7473, 2)
+    quick = totals(QUICK, "train.max_updates=20", "train.eval_every=10")
+    assert (quick.updates, quick.rows, quick.tokens, quick.evaluations) == (20, 158, 11_376, 3)
+    assert quick.eval_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
+    gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
+    assert (gsm8k.updates, gsm8k.rows, gsm8k.evaluations) == (2 * 117, 2 * 7473, 2)
+    often = totals(QUICK, "train.max_updates=100", "train.eval_every=10", "train.tasks=[gsm8k]", "train.tasks_every=50")
+    assert (often.evaluations, often.task_evaluations, often.sample_evaluations) == (11, 3, 0)
+    assert totals(QUICK, "train.tasks=[gsm8k]", "train.samples=2").task_evaluations == 1
+
+
+def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):
+    first = tiny_plan("optimizer.lr=1e-3")
+    monkeypatch.setattr("cera_train.planning.dry_run.DryRun", None)
+    again = tiny_plan("optimizer.lr=1e-4", "train.seed=7", "name=again")
+    assert (again.peak, again.flops) == (first.peak, first.flops)
+    assert again.config.name == "again"
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_every_gpu_plans(plan, gpu):
-    assert plan("+recipe=math_r64_nf4", f"plan.gpu={gpu}").device is GPUS[gpu]
+def test_every_gpu_plans(tiny_plan, gpu):
+    assert tiny_plan(f"plan.gpu={gpu}").device is GPUS[gpu]
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_there_is_one_cpu(plan):
-    with pytest.raises(ValueError, match="plan.gpus=2 with plan.gpu=cpu: there is one CPU"):
-        plan("plan.gpu=cpu", "plan.gpus=2")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["plan.gpu=cpu", "plan.gpus=2"], "plan.gpus=2 with plan.gpu=cpu: there is one CPU"),
+        (["data.max_length=9000", "train.micro_batch_tokens=9000"], "9000 is beyond the 8192 positions"),
+        (["adapter.target_modules=[q_proj,w_proj]"], "w_proj' matches no module of this model. Its linear projections"),
+        (["adapter.layers=[30]"], "outside this model's layers 0 to 29"),
+        *([[override], override.split("=")[0]] for override in ("plan.mfu=1.5", "plan.mfu=0", "plan.gpus=0")),
+    ],
+)
+def test_what_cannot_run_is_refused(plan, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        plan(*overrides)
 
 
-def test_rows_beyond_the_positions_are_refused_as_in_training(plan):
-    with pytest.raises(ValueError, match="data.max_length=9000 is beyond the 8192 positions"):
-        plan("data.max_length=9000", "train.micro_batch_tokens=9000")
+# --- other adapters --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("override", ["plan.mfu=1.5", "plan.mfu=0", "plan.gpus=0", "plan.price_per_hour=-1"])
-def test_settings_that_make_no_sense_are_refused(compose, override):
-    with pytest.raises(ValueError, match=override.split("=")[0]):
-        compose(override, command="plan")
-
-
-# --- the same run, changed -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_adapters_at_the_same_budget(plan):
-    own = plan(QUICK, "plan.compare=[dora,lora]", "plan.compare_at=budget", "adapter.target_modules=[up_proj]")
+def test_adapters_at_the_same_budget(tiny_plan):
+    targets = ["adapter.target_modules=[up_proj]", "adapter.r=16"]
+    own = tiny_plan("plan.compare=[dora,lora]", "plan.compare_at=budget", *targets)
     dora, lora = own.compared
     assert (dora.config.adapter.r, lora.config.adapter.r) == (15, 16)
-    assert abs(dora.parameters.trainable - own.parameters.trainable) <= 30 * (576 + 1536) / 2
+    assert math.isclose(dora.parameters.trainable, own.parameters.trainable, rel_tol=0.05)
 
 
-@pytest.mark.slow
-def test_a_gate_stays_with_cera(plan):
-    own = plan("adapter.activation=relu", "plan.compare=[lora,cera]")
+def test_a_gate_stays_with_cera(tiny_plan):
+    own = tiny_plan("adapter.activation=relu", "plan.compare=[lora,cera]")
     assert [other.config.adapter.activation for other in own.compared] == ["silu", "relu"]
-
-
-def test_a_remedy_that_changes_nothing_is_not_offered(compose, monkeypatch):
-    from cera_train.planning import plan as module
-
-    monkeypatch.setattr(module, "plan_alone", lambda config: config)
-    shrunk = [MATH, "model.gradient_checkpointing=true", "train.micro_batch_tokens=512"]
-    assert list(module._remedies(compose(*shrunk, command="plan"))) == ["model.quantization=nf4"]
-    assert not module._remedies(compose(*shrunk, "model.dtype=float16", command="plan"))
-
-
-@pytest.mark.parametrize(("name", "is_flat"), [("llama", True), ("bamba", False)])
-def test_rows_of_a_model_with_a_state_are_padded(plan, tmp_path, monkeypatch, name, is_flat):
-    ARCHITECTURES[name].config().save_pretrained(tmp_path)
-    planned = []
-    monkeypatch.setattr(plan_module, "micro_batches", lambda *args: planned.append(micro_batches(*args)) or planned[-1])
-    small = ["adapter.r=4", "train.micro_batch_tokens=64", "data.max_length=32", "plan.gpu=h100"]
-    plan(QUICK, f"model.path={tmp_path}", *small)
-    assert [batch.is_flat for batch in planned[0]] == [is_flat, is_flat]

@@ -1,0 +1,373 @@
+"""An update of the run itself on fake tensors, which have shapes, dtypes and storages and no memory.
+
+Base, adapter, loss, layout and optimizer are those of training, so what a run does is what is counted: the bytes of all
+living storages, and floating-point operations by torch's formulas. The tensors lie on the CPU, where torch takes fake
+ones without a GPU; `choices_of_a_gpu` holds what a GPU does in another way. A few layers run: every number is linear in
+the count of layers of a kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.nn.attention import varlen  # noqa: F401 - registers _varlen_attn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
+from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
+
+from cera_train.adapters.build import parameter_groups
+from cera_train.model import loss as losses
+from cera_train.model.batches import Batch
+from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.planning.count import build_base, build_counted, failing_in_one_line, quantised_linears, stored_sizes
+from cera_train.settings.data import BatchLayout
+from cera_train.settings.model import Quantization, chunk_tokens
+from cera_train.settings.run import PlanRun
+from cera_train.training.optimizer import build_optimizer
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # logs what it raises
+
+
+def allocated(size: float) -> int:
+    """Bytes that torch's allocator for CUDA takes for so many."""
+    return 512 * math.ceil(size / 512)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of one length."""
+
+    rows: int
+    length: int
+    supervised: float
+    """Share of the tokens whose prediction counts."""
+    has_mask: bool
+    """Attention gets a mask instead of running its causal path."""
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+class Cost(NamedTuple):
+    """What one micro-batch takes: the most bytes at once in each part of an update, and floating-point operations."""
+
+    forward_peak: float
+    backward_peak: float
+    step_peak: float
+    evaluation_peak: float
+    forward: float
+    """Operations. The loss takes the gradient at a frozen head in its forward pass."""
+    backward: float
+    evaluation: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.forward_peak, self.backward_peak, self.step_peak)
+
+
+class DryRun:
+    """The model, loss and optimizer of a run.
+
+    Args:
+        config: with a decided `model.dtype`.
+    """
+
+    def __init__(self, config: PlanRun) -> None:
+        self.config, on_gpu = config, config.plan.on_gpu
+        self.base = build_base(config.model)
+        quantization = config.model.quantization
+        sizes, quantised = stored_sizes(self.base, quantization), quantised_linears(self.base, quantization)
+        self.model, self.parameters = build_counted(self.base, config.model, config.adapter)
+        self.fake_mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
+        self._make_fake(sizes)
+        if quantization == Quantization.int8:
+            for linear in quantised:
+                linear.register_forward_hook(keep_input)
+        self.layers = Layers(self.base)
+        self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        held, adapter = self.meter.alive, sum(map(allocated, (weight.nbytes for weight in self.trained)))
+        # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
+        kind = config.optimizer.kind.removeprefix("paged_")
+        groups = parameter_groups(self.model, config.adapter)
+        self.optimizer = build_optimizer(groups, replace(config.optimizer, kind=kind), torch.device("cpu"))
+        if on_gpu and "foreach" in self.optimizer.defaults:
+            for group in self.optimizer.param_groups:
+                group["foreach"] = True
+        autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
+        dtype = None if autocast is None else getattr(torch, autocast)
+        self.loss = SupervisedLoss(self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=bool(dtype)))
+        layout = config.train.batch_layout
+        if self.parameters.mixes_sequences and layout == BatchLayout.auto:
+            layout = BatchLayout.padded
+        with self.running(), self.layers.only(self.layers.one_of_each):
+            choose_layout(layout, self.loss, torch.device("cuda" if on_gpu else "cpu"))
+            self._fill_gradients()
+            self.optimizer.step()  # makes the optimizer's states
+            self.optimizer.zero_grad()
+        self.memory = {"weights": held - adapter, "adapter": adapter, "optimizer": self.meter.alive - held}
+        """Bytes by part that a process holds between updates."""
+
+    def _make_fake(self, sizes: dict[nn.Parameter, float]) -> None:
+        """Puts fake tensors in the place of the meta device's. A tied weight stays one."""
+        fakes: dict[torch.Tensor, torch.Tensor] = {}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor in fakes:
+                continue
+            fake = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
+            fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+            self.meter.hold(fake, None if tensor.requires_grad else sizes.get(tensor))
+        for module in self.model.modules():
+            for tensors in (module._parameters, module._buffers):
+                tensors.update({name: fakes.get(tensor) for name, tensor in tensors.items()})
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What runs inside it runs on fake tensors, as on the planned device."""
+        on_device = choices_of_a_gpu(self.model) if self.config.plan.on_gpu else contextlib.nullcontext()
+        # transformers would mask whatever is fake, without a look at the values that the meter makes up.
+        reads_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
+        kind = self.base.config.model_type
+        with failing_in_one_line(self.config.model, kind), on_device, reads_values, self.fake_mode, self.meter:
+            yield
+
+    def cost(self, batch: MicroBatch, accumulates: bool) -> Cost:
+        """The cost of an update that ends with this micro-batch, and of its evaluation.
+
+        Args:
+            accumulates: the update has other micro-batches, whose gradients are there.
+        """
+        with self.running():
+            return Cost(*self.layers.in_all(lambda: self._update(batch, accumulates)))
+
+    def _update(self, batch: MicroBatch, accumulates: bool) -> list[float]:
+        meter, inputs = self.meter, self._batch(batch)
+        if accumulates:
+            self._fill_gradients()
+        peaks, operations = [], []
+
+        def read() -> None:
+            peaks.append(meter.peak)
+            operations.append(meter.operations)
+            meter.peak, meter.operations = meter.alive, 0
+
+        read()
+        loss = self.loss.train()(inputs)
+        read()
+        loss.backward()
+        del loss
+        read()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        read()
+        with torch.no_grad():
+            self.loss.eval()(inputs)
+        read()
+        return [*peaks[1:], operations[1], operations[2], operations[4]]
+
+    def _fill_gradients(self) -> None:
+        for weight in self.trained:
+            weight.grad = torch.zeros_like(weight)
+
+    def _batch(self, batch: MicroBatch) -> Batch:
+        meter = self.meter
+        meter.supervised, meter.skips_mask = max(1, round(batch.tokens * batch.supervised)), not batch.has_mask
+        shape = (1, batch.tokens) if self.loss.is_flat else (batch.rows, batch.length)
+        ids, places = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.bool)
+        if self.loss.is_flat:
+            return Batch(ids, mask, position_ids=places, sequence_lengths=[batch.length] * batch.rows)
+        return Batch(ids, mask, attention_mask=places if batch.has_mask else None)
+
+
+class Layers:
+    """The layers of a decoder, by kind."""
+
+    def __init__(self, base: PreTrainedModel) -> None:
+        count = base.config.get_text_config().num_hidden_layers
+        lists = [
+            (parent, name, child)
+            for parent in base.modules()
+            for name, child in parent.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == count
+        ]
+        self.parent, self.name, self.all = lists[0] if lists else (base, "", [])
+        self.kinds = layer_kinds(self.all)
+        self.one_of_each = [self.kinds.index(kind) for kind in dict.fromkeys(self.kinds)]
+
+    @contextlib.contextmanager
+    def only(self, indices: list[int]) -> Iterator[None]:
+        """The model has these layers alone inside it."""
+        if self.all:
+            setattr(self.parent, self.name, nn.ModuleList([self.all[index] for index in indices]))
+        yield
+        if self.all:
+            setattr(self.parent, self.name, self.all)
+
+    def in_all(self, measure: Callable[[], list[float]]) -> list[float]:
+        """Numbers with every layer: one of each kind runs, and one more of a kind shows what each of them adds."""
+
+        def measure_with(indices: list[int]) -> np.ndarray:
+            with self.only(sorted(indices)):
+                return np.array(measure())
+
+        once = measure_with(self.one_of_each)
+        total = once
+        for index in self.one_of_each:
+            kind, count = self.kinds[index], self.kinds.count(self.kinds[index])
+            if count > 1:
+                second = self.kinds.index(kind, index + 1)
+                total = total + (count - 1) * (measure_with([*self.one_of_each, second]) - once)
+        return total.tolist()
+
+
+def layer_kinds(layers: Sequence[nn.Module]) -> list[Any]:
+    """What tells layers apart: their modules and shapes, and whether gradients end there, before it or after it."""
+    trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in layers]
+    first = trained.index(True) if any(trained) else len(layers)
+
+    def structure(layer: nn.Module) -> tuple:
+        windows = [getattr(module, "sliding_window", None) for module in layer.modules()]
+        weights = [(name, tuple(weight.shape), weight.requires_grad) for name, weight in layer.named_parameters()]
+        return tuple(windows), tuple(weights)
+
+    return [((index > first) - (index < first), structure(layer)) for index, layer in enumerate(layers)]
+
+
+# --- what is counted -------------------------------------------------------------------------------------------------
+
+
+class Meter(TorchDispatchMode):
+    """Counts bytes of living storages and floating-point operations. Code that reads a value reads 1.
+
+    torch's FlopCounterMode hooks modules too, which fails where the loss takes a gradient in its forward pass, and its
+    MemTracker fails on frozen weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, float] = {}
+        self.alive = self.peak = 0.0
+        self.operations = 0
+        self.supervised = 1
+        """Tokens that the mask of the loss selects: a fake one has no values."""
+        self.skips_mask = True
+        """Whether a look at a padding mask finds that nothing is masked."""
+
+    def hold(self, tensor: torch.Tensor, size: float | None = None) -> None:
+        """Counts a tensor's storage once, until it is freed.
+
+        Args:
+            size: bytes; None for those of the storage.
+        """
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = size = allocated(storage.nbytes() if size is None else size)
+            weakref.finalize(storage, self._free, key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+
+    def _free(self, key: int) -> None:
+        self.alive -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if operation is ATEN._local_scalar_dense.default:
+            return self.skips_mask if args[0].dtype == torch.bool else 1
+        if operation is ATEN.index.Tensor:
+            args = (args[0], self._places(args[1]))
+        is_grouped = operation is ATEN._grouped_mm.default
+        output = grouped_shape(*args[:3]) if is_grouped else operation(*args, **kwargs)
+        for tensor in [output] if isinstance(output, torch.Tensor) else tree_iter(output):
+            if isinstance(tensor, torch.Tensor):
+                self.hold(tensor)
+        if (formula := FORMULAS.get(operation._overloadpacket)) is not None:
+            self.operations += formula(*args, **kwargs, out_val=output)
+        return output
+
+    def _places(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """The places that a mask selects in the place of the mask."""
+        places: list[torch.Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype == torch.bool
+            places += [index.new_empty(self.supervised, dtype=torch.int64) for _ in index.shape] if is_mask else [index]
+        return places
+
+
+def half(formula: Callable) -> Callable:
+    """The formula of a causal attention kernel, which skips what the mask takes out."""
+    return lambda *args, **kwargs: formula(*args, **kwargs) // 2
+
+
+def half_if_causal(formula: Callable) -> Callable:
+    return lambda *args, **kwargs: formula(*args, **kwargs) // (1 + any(it is True for it in args))
+
+
+def grouped_flops(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> int:
+    """Operations of a grouped product: [S, in] with [E, in, out], or in backward [in, S] with [S, out]."""
+    return 2 * a.numel() * b.shape[-1]
+
+
+def grouped_shape(a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """What a grouped product returns. torch computes it for 32 bits too, but has the shapes for bfloat16 alone."""
+    return a.new_empty(a.shape[0], b.shape[-1]) if b.ndim == 3 else a.new_empty(len(ends), a.shape[0], b.shape[-1])
+
+
+ATEN, VARLEN, MOE = torch.ops.aten, torch.ops.torch_attn, torch.ops.transformers
+FLASH = "_scaled_dot_product_flash_attention"
+FORMULAS = flop_registry | {
+    ATEN.addmm_: flop_registry[ATEN.addmm],
+    ATEN._grouped_mm: grouped_flops,
+    MOE.grouped_mm_fallback: grouped_flops,
+}
+"""torch's formulas by operation: two operations for a multiply and add."""
+for end in ("", "_backward"):
+    FORMULAS[getattr(ATEN, f"{FLASH}_for_cpu{end}")] = half_if_causal(flop_registry[getattr(ATEN, FLASH + end)])
+    FORMULAS[getattr(VARLEN, f"_varlen_attn{end}")] = half(flop_registry[getattr(VARLEN, f"_varlen_attn{end}")])
+if hasattr(MOE, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
+    FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: 2 * grouped_flops(a, b)
+
+
+# --- what a GPU does in another way ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def choices_of_a_gpu(model: nn.Module) -> Iterator[None]:
+    """Larger chunks of logits, FlashAttention's variable-length kernel in 16 bits, and dropout's masks in bytes."""
+    dropouts = [module for module in model.modules() if type(module) is nn.Dropout]
+    with (
+        patch.object(losses, "chunk_tokens", lambda on_gpu: chunk_tokens(on_gpu=True)),
+        patch.object(losses, "kernel_may_run", lambda device, dtype: dtype.itemsize == 2),
+    ):
+        for module in dropouts:
+            module.__class__ = GpuDropout
+        yield
+        for module in dropouts:
+            module.__class__ = nn.Dropout
+
+
+class GpuDropout(nn.Dropout):
+    """A GPU keeps a dropout's mask in bytes, a CPU as numbers of what it drops."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0] if self.p else x
+
+
+def keep_input(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+    """bitsandbytes' 8-bit linears keep what they read until the graph goes."""
+    if output.grad_fn is not None:
+        output.grad_fn.metadata["input"] = inputs[0]

@@ -1,0 +1,213 @@
+"""An update on fake tensors holds and computes what a real one does."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from moe_models import MIXTURES, SIZES
+from test_parameters import save_config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig
+
+from cera_train.planning.dry_run import Cost, DryRun, Meter, MicroBatch
+from cera_train.settings.model import Quantization
+
+ROWS, LENGTH = 4, 32
+BATCH = MicroBatch(ROWS, LENGTH, 0.5, has_mask=False)
+TOKENS, SUPERVISED = ROWS * LENGTH, ROWS * LENGTH // 2
+
+
+@pytest.fixture
+def dry_run(compose, tmp_path):
+    """dry_run("llama", "adapter.r=4", device="cpu", ...) -> DryRun of a tiny model; settings change its config.json."""
+
+    def dry_run(model_type: str, *overrides: str, device: str = "cpu", **settings) -> DryRun:
+        model = save_config(model_type, tmp_path, **settings)
+        targets = "c_attn" if model_type == "gpt2" else "q_proj,v_proj"
+        run = [f"model.path={model.path}", "model.dtype=float32", "adapter.r=4", f"adapter.target_modules=[{targets}]"]
+        return DryRun(compose("+recipe=quickstart", *run, *overrides, f"plan.gpu={device}", command="plan"))
+
+    return dry_run
+
+
+def masked(run: DryRun) -> MicroBatch:
+    """A micro-batch of the rows that a run of this model takes."""
+    has_mask = run.loss.allowed.attention is None if run.loss.is_flat else False
+    return replace(BATCH, has_mask=has_mask or run.base.config._attn_implementation == "eager")
+
+
+class RealMeter(TorchDispatchMode):
+    """The same sums of real tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = Meter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        for tensor in tree_iter(output):
+            if isinstance(tensor, torch.Tensor):
+                self.meter.hold(tensor)
+        return output
+
+
+def real_peak(run: DryRun) -> float:
+    """Bytes beside the weights that a real model holds at most in the forward pass of the same micro-batch."""
+    for module in run.model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    real = torch.rand(tensor.shape).to(tensor.dtype).mul_(0.1)
+                    is_weight = isinstance(tensor, torch.nn.Parameter)
+                    tensors[name] = torch.nn.Parameter(real, tensor.requires_grad) if is_weight else real
+    head, embeddings = run.base.get_output_embeddings(), run.base.get_input_embeddings()
+    if run.base.config.get_text_config().tie_word_embeddings:
+        head.weight = embeddings.weight
+    batch = run._batch(masked(run))
+    batch.loss_mask[torch.arange(TOKENS).view_as(batch.loss_mask) % LENGTH >= LENGTH // 2] = True
+    if batch.position_ids is not None:
+        batch.position_ids = torch.arange(LENGTH).repeat(ROWS)[None]
+    real = RealMeter()
+    for tensor in (*run.model.parameters(), *run.model.buffers()):
+        real.meter.hold(tensor)
+    weights = real.meter.alive
+    with real:
+        run.loss.train()(batch)
+    return real.meter.peak - weights
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("llama", ["adapter=cera"]),
+        ("llama", ["adapter=lora", "model.dtype=bfloat16"]),
+        ("llama", ["adapter=dora", "adapter.layers=[2,4]"]),
+        ("llama", ["adapter=cera", "adapter.dropout=0", "train.batch_layout=padded"]),
+        ("llama", ["adapter=lora", "model.attn_implementation=eager"]),
+        ("llama", ["adapter=lora", "adapter.target_modules=[q_proj,lm_head]"]),
+        ("qwen3", []),
+        ("gemma3_text", []),
+        ("stablelm", []),
+        ("gpt2", []),
+    ],
+    ids=str,
+)
+def test_a_fake_forward_pass_holds_what_a_real_one_holds(dry_run, model_type, overrides):
+    run = dry_run(model_type, *overrides)
+    cost, held = run.cost(masked(run), accumulates=False), sum(run.memory.values())
+    assert cost.forward_peak - held == pytest.approx(real_peak(run), rel=0.03)
+
+
+def test_operations_are_those_that_torch_counts_on_a_real_model(dry_run):
+    run = dry_run("llama", "train.batch_layout=padded")
+    cost = run.cost(BATCH, accumulates=False)
+    model = type(run.base)(run.base.config).requires_grad_(False)
+    hidden = model.model(input_ids=torch.zeros(1, 1, dtype=torch.int64)).last_hidden_state
+    with FlopCounterMode(display=False) as counter:
+        model.model(input_ids=torch.zeros(ROWS, LENGTH, dtype=torch.int64), use_cache=False)
+        model.lm_head(hidden.expand(1, SUPERVISED, -1))
+    branches = 6 * 2 * 4 * ((32 + 32) + (32 + 16)) * TOKENS
+    attention = 6 * 4 * 32 * LENGTH * LENGTH // 2 * ROWS  # torch's counter has no formula for the kernel of a CPU
+    assert cost.evaluation == counter.get_total_flops() + branches + attention
+
+
+def test_operations_by_hand(dry_run):
+    """Two for a multiply and add: frozen linears cost four a token (forward, and backward for their inputs), A and B
+    six, but for the first layer's, whose input needs no gradient."""
+    cost = dry_run("llama", attention_bias=False, mlp_bias=False).cost(BATCH, accumulates=False)
+    qkv, rest = 32 * 32 + 2 * 32 * 16, 32 * 32 + 3 * 32 * 48
+    adapter = 4 * (32 + 32) + 4 * (32 + 16)
+    attention, head = 4 * 32 * LENGTH * LENGTH // 2 * ROWS, 2 * 128 * 32 * SUPERVISED
+    layers = 6 * (2 * (qkv + rest + adapter) * TOKENS + attention)
+    rotary = cost.evaluation - layers - head
+    assert rotary in (0, 2 * 8 * LENGTH * 2, 2 * 8 * TOKENS)  # some releases of transformers compute it as a product
+    assert cost.forward == layers + 2 * head + rotary
+    first_inputs = 2 * (qkv + adapter // 2 - 4 * 8) * TOKENS  # dL/dx of the first layer
+    whole = 6 * (2 * (qkv + rest) * TOKENS + 4 * adapter * TOKENS + attention * 5 // 2)
+    assert cost.backward == pytest.approx(whole - first_inputs, rel=0.03)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_hidden_layers": 2}])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_a_few_layers_tell_what_all_of_them_cost(dry_run, model_type, settings):
+    run = dry_run(model_type, "adapter.layers=[1]", **settings)
+    few = run.cost(BATCH, accumulates=True)
+    run.layers.kinds = list(range(len(run.layers.all)))
+    run.layers.one_of_each = run.layers.kinds
+    assert list(few) == pytest.approx(list(run.cost(BATCH, accumulates=True)), rel=0.01)
+
+
+def test_layers_differ_by_what_they_are_and_where_gradients_start(dry_run):
+    kinds = dry_run("llama", "adapter.layers=[2,4]").layers.kinds
+    assert [kinds.index(kind) for kind in kinds] == [0, 0, 2, 3, 4, 3]
+    types = ["sliding_attention"] * 4 + ["full_attention"] * 2
+    assert dry_run("gemma3_text", "adapter.layers=[2]", layer_types=types).layers.one_of_each == [0, 2, 3, 4]
+
+
+def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(dry_run):
+    run = dry_run("llama")
+    gradients = sum(512 * math.ceil(weight.nbytes / 512) for weight in run.trained)
+    assert run.memory["adapter"] == gradients
+    assert run.memory["optimizer"] == 2 * gradients + 512 * len(run.trained)  # and the number of the step
+    alone, later = (run.cost(BATCH, accumulates=accumulates) for accumulates in (False, True))
+    assert later.forward_peak - alone.forward_peak == gradients
+
+
+def test_a_gpu_keeps_dropouts_masks_in_bytes_and_the_output_of_attention(dry_run):
+    def peak(device: str, *overrides: str) -> float:
+        settings = ["adapter=lora", "adapter.target_modules=[o_proj]", "model.dtype=bfloat16", *overrides]
+        return dry_run("llama", *settings, device=device).cost(BATCH, accumulates=False).forward_peak
+
+    masks = {device: peak(device) - peak(device, "adapter.dropout=0") for device in ("cpu", "h100")}
+    assert masks["cpu"] - masks["h100"] == pytest.approx(5 * TOKENS * 32 * (4 - 1), rel=0.1)
+
+
+def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_run):
+    held, peaks = {}, {}
+    for kind in Quantization:
+        run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", hidden_size=64)
+        held[kind] = run.memory["weights"]
+        peaks[kind] = run.cost(BATCH, accumulates=False).forward_peak - sum(run.memory.values())
+    assert held["nf4"] < held["int8"] < held["none"]
+    assert peaks["nf4"] == peaks["none"]
+    assert peaks["int8"] - peaks["none"] >= 5 * TOKENS * 2 * (64 + 48)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_every_optimizer_has_its_states(dry_run, kind):
+    run = dry_run("llama", f"optimizer={kind}", "adapter.r=64", "adapter.target_modules=[q_proj]", hidden_size=128)
+    count = sum(weight.numel() for weight in run.trained)
+    assert run.memory["optimizer"] == pytest.approx(2 * count * (4 if kind == "adamw" else 1 + 4 / 256), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
+    """Each token passes k experts, whose branches cost what other branches do."""
+    settings = SIZES | MIXTURES[model_type] | {"vocab_size": 128}
+    changes = {"model.dtype": dtype, "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa"}
+    costs: list[Cost] = []
+    for experts in (["adapter.experts=false"], ["adapter.experts=true", "adapter.expert_r=8"]):
+        overrides = [f"{name}={value}" for name, value in changes.items()]
+        run = dry_run(model_type, *overrides, "adapter.dropout=0", *experts, **settings)
+        costs.append(run.cost(masked(run), accumulates=False))
+    without, with_experts = costs
+    width = MIXTURES[model_type].get("moe_intermediate_size", MIXTURES[model_type].get("intermediate_size"))
+    branches = 2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
+    assert with_experts.evaluation - without.evaluation == branches
+    assert with_experts.backward - without.backward == 2 * branches
+
+
+def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
+    """JetMoE splits tokens by the number that each expert got."""
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2, "kv_channels": 8}
+    AutoConfig.for_model("jetmoe", **sizes, intermediate_size=48, pad_token_id=0).save_pretrained(tmp_path)
+    overrides = [f"model.path={tmp_path}", "adapter.target_modules=[kv_proj]", "adapter.r=4"]
+    with pytest.raises(ValueError, match="cannot run a model of type jetmoe without its weights .Runtime") as refused:
+        DryRun(compose("+recipe=quickstart", "model.dtype=float32", *overrides, command="plan"))
+    assert "\n" not in str(refused.value)
