@@ -1,25 +1,42 @@
-"""Asks a model: one question, a file of them, or a conversation in the terminal. Answers are streamed."""
+"""Asks a model: one question, a file of them, or a conversation in the terminal. A question becomes the token ids that
+the model was trained to answer, a training row without its last answer; answers are streamed."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer
 
 from cera_train.cera import for_inference
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, words_of
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
-from cera_train.data.rows import Row, at
+from cera_train.data.files import READERS, from_files
+from cera_train.data.prepare import encode
+from cera_train.data.rows import PROMPT, Row, at
+from cera_train.data.segments import columns_of, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Likeliest, Request, SeededSampling, only_the_chosen, prepare_generation
 from cera_train.model.weights import positions_of
 from cera_train.serving.loading import load
-from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
-from cera_train.settings.serving import ChatConfig
+from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.settings.serving import ChatConfig, Template
 
 NEW, END = "/new", "/end"
+
+ANSWER = "?"
+"""Stands for the answer in a row. Its segment is cut off, so its text changes nothing."""
+
+TURNS = {
+    Layout.conversations: ("from", "value", "human", "gpt"),
+    Layout.messages: ("role", "content", "user", "assistant"),
+}
+"""The names of a turn's speaker and text, and of the two speakers."""
 
 
 def chat(config: ChatConfig) -> None:
@@ -31,11 +48,106 @@ def chat(config: ChatConfig) -> None:
     quiet_libraries()
     answerers = [Answerer(config, place) for place in (config.run, config.compare) if place is not None]
     if config.prompts is not None:
-        answer_file(answerers, config)
+        answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
         answer(answerers, [config.prompt if config.prompt is not None else sys.stdin.read().strip()])
     else:
         converse(answerers)
+
+
+# --- how a question is written ---------------------------------------------------------------------------------------
+
+
+def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: Any) -> DataConfig:
+    """The rows as which questions are written.
+
+    Args:
+        trained_on: the rows of the run; None where that is unknown.
+
+    Raises:
+        UserError: the template is unavailable.
+    """
+    if template == Template.run and trained_on is None:
+        raise UserError("template=run: run= is no run's folder, so its template is unknown. Set template=chat or none.")
+    if template == Template.chat and not tokenizer.chat_template:
+        raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=run or none.")
+    if template in (Template.auto, Template.run) and trained_on is not None:
+        _, first = next(trained_on.parts())
+        return first
+    if template != Template.none and tokenizer.chat_template:
+        return DataConfig(layout=Layout.messages, path="a chat")
+    return DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
+
+
+class Prompts:
+    """Writes questions as the rows of a data set."""
+
+    def __init__(self, data: DataConfig, tokenizer: Any) -> None:
+        self.data, self.tokenizer = replace(data, max_length=sys.maxsize), tokenizer
+        self._segments = segmenter(data, tokenizer)
+
+    @property
+    def keeps_turns(self) -> bool:
+        """Whether a question is read together with the turns before it."""
+        return self.data.layout == Layout.messages or (
+            self.data.layout == Layout.conversations and self.data.turns == Turns.all
+        )
+
+    def row(self, turns: Sequence[str]) -> Row:
+        """The row of a conversation: question, answer, question, ..., ending in a question.
+
+        Raises:
+            UserError: the template has more columns than one text can fill.
+        """
+        question, layout = turns[-1], self.data.layout
+        if self.data.is_computed:
+            return {"prompt": PROMPT.format(question=question)}
+        if layout == Layout.text:
+            columns = list(dict.fromkeys(columns_of(self.data.prompt, "data.prompt")))
+            if len(columns) != 1:
+                raise UserError(
+                    f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a text fills one: "
+                    "write prompts=FILE.jsonl with these columns, or set template=none."
+                )
+            return {columns[0]: question}
+        speaker, text, *speakers = TURNS[layout]
+        turns = turns if self.keeps_turns else [question]
+        return {str(layout): [{speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)]}
+
+    def ids(self, row: Row) -> list[int]:
+        """The token ids of a row's prompt.
+
+        Raises:
+            UserError: the row lacks a column, or is not one of this layout.
+        """
+        layout = self.data.layout
+        if layout == Layout.text:
+            answered = row | dict.fromkeys(columns_of(self.data.completion), ANSWER)
+        elif self.data.is_computed:
+            answered = row | {"completion": ANSWER}
+        else:
+            speaker, text, _, model = TURNS[layout]
+            answered = row | {str(layout): [*turns_of(row, str(layout)), {speaker: model, text: ANSWER}]}
+        *prompt, _ = self._segments(answered)
+        return encode([prompt], self.data, self.tokenizer)[0].input_ids
+
+
+def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
+    """The questions of a file, each after its place: rows of a data set, or lines of text.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if Path(file).suffix.lower() in READERS.keys() - {".txt"}:
+        yield from from_files([file], "prompts").located()
+        return
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts={file}: cannot read it: {words_of(error)}.") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{file}:{number}", prompts.row([line])
 
 
 # --- one model -------------------------------------------------------------------------------------------------------
@@ -53,11 +165,15 @@ class Answerer:
     @torch.no_grad()
     def answer(self, row: Row) -> str:
         """Streams the answer to a row's prompt to stdout, and returns it."""
-        ids = self.prompts.ids(row)
-        self._check_fits(len(ids))
+        ids, room, generation = self.prompts.ids(row), self.config.max_new_tokens, self.config.generation
+        positions = positions_of(self.loaded.base.config)
+        if positions is not None and len(ids) + room > positions:
+            raise UserError(
+                f"max_new_tokens={room} after a prompt of {len(ids)} tokens is beyond the {positions} positions of "
+                "this model: lower max_new_tokens, or shorten the prompt."
+            )
         request = Request("chat", self.asked, tuple(ids))  # every question draws other random numbers
         self.asked += 1
-        generation, room = self.config.generation, self.config.max_new_tokens
         choose = SeededSampling([request], room, generation) if generation.temperature else Likeliest()
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         with self.loaded.autocast, for_inference(model):
@@ -68,14 +184,6 @@ class Answerer:
                 streamer=CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
-
-    def _check_fits(self, tokens: int) -> None:
-        positions = positions_of(self.loaded.base.config)
-        if positions is not None and tokens + self.config.max_new_tokens > positions:
-            raise UserError(
-                f"max_new_tokens={self.config.max_new_tokens} after a prompt of {tokens} tokens is beyond the "
-                f"{positions} positions of this model: lower max_new_tokens, or shorten the prompt."
-            )
 
 
 class CleanStreamer(TextStreamer):
@@ -96,10 +204,11 @@ def answer(answerers: list[Answerer], turns: list[str]) -> list[str]:
     """One question, answered by each model; named where there are two."""
     if not turns[-1].strip():
         raise UserError("stdin is empty: write a question to it, or set prompt=....")
-    return answer_row(answerers, [answerer.prompts.row(turns) for answerer in answerers])
+    return answer_rows(answerers, [answerer.prompts.row(turns) for answerer in answerers])
 
 
-def answer_row(answerers: list[Answerer], rows: list[Row]) -> list[str]:
+def answer_rows(answerers: list[Answerer], rows: list[Row]) -> list[str]:
+    """One row for each model."""
     answers = []
     for answerer, row in zip(answerers, rows, strict=True):
         if len(answerers) > 1:
@@ -108,24 +217,23 @@ def answer_row(answerers: list[Answerer], rows: list[Row]) -> list[str]:
     return answers
 
 
-def answer_file(answerers: list[Answerer], config: ChatConfig) -> None:
+def answer_file(answerers: list[Answerer], file: str) -> None:
     """Every question of a file, each after its place."""
-    questions = [read_prompts(config.prompts, answerer.prompts) for answerer in answerers]
-    found = False
-    for placed in zip(*questions, strict=True):
-        found, place = True, placed[0][0]
+    place = None
+    for questions in zip(*(read_prompts(file, answerer.prompts) for answerer in answerers), strict=True):
+        place = questions[0][0]
         print(f"--- {place}", flush=True)
         with at(place):
-            answer_row(answerers, [row for _, row in placed])
-    if not found:
-        raise UserError(f"prompts={config.prompts} has no questions: write one on each line.")
+            answer_rows(answerers, [row for _, row in questions])
+    if place is None:
+        raise UserError(f"prompts={file} has no questions: write one on each line.")
 
 
 def converse(answerers: list[Answerer]) -> None:
     """A conversation in the terminal, until its input ends."""
     for answerer in answerers:
         print_line("model", answerer.loaded.name)
-    keeps_turns = all(answerer.prompts.keeps_turns for answerer in answerers) and len(answerers) == 1
+    keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
     print_line("chat", f"each question {memory}; {NEW} begins anew, {END} or Ctrl-D ends")
     turns: list[str] = []

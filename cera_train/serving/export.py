@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +13,14 @@ import torch
 from cera_train.adapters.family import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
-from cera_train.common.terminal import print_fields, print_line, print_table
+from cera_train.common.terminal import print_fields, print_line
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
-from cera_train.runs.card import card_data
-from cera_train.serving.certificate import Certificate, compare
+from cera_train.serving.certificate import Certificate, card, compare, print_certificate, scores
 from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora
 from cera_train.serving.loading import Loaded, load
 from cera_train.settings.evaluation import EvalConfig
@@ -32,10 +30,6 @@ CERTIFICATE = "certificate.json"
 REFUSED = "refused.json"
 """Ends the name of the certificate of an export that loses too much. It lies beside the folder, in which an earlier
 export may be."""
-SCORES = {"exact/pass@1": ".1%", "verified/pass@1": ".1%", "perplexity": ".3f"}
-"""Figures of a task that are shown, and how."""
-SHOWN = 5
-"""Modules in the printed table: those that the affine map explains least."""
 
 
 def export(config: ExportConfig) -> Certificate:
@@ -59,22 +53,25 @@ def export(config: ExportConfig) -> Certificate:
     fit, gates = best_fit(loaded, calibration, config.bias)
     certificates: list[Certificate] = []
 
+    def write_texts(folder: Path, certificate: Certificate) -> None:
+        certificate.write(folder / CERTIFICATE)
+        write_text(folder / "README.md", card(certificate, loaded.subject.adapter, loaded.subject.model))
+
     def write(part: Path) -> None:
         write_lora(loaded.model, gates, config.bias, loaded.base.name_or_path, part)
         exported = load_export(config, loaded, part)
         found = certify(config, loaded, exported, gates, data.evaluation)
         certificate = Certificate(str(config.format), fit, config.bias, tokens, **found)
-        show(certificate)
+        print_certificate(certificate)
         if not certificate.holds:
-            write_certificate(refused, certificate)
+            certificate.write(refused)
             takes_bias = config.format == ExportFormat.lora and not config.bias
             raise UserError(
                 f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, "
                 f"so nothing is exported but {refused}. Raise tolerance=, {'set bias=true, ' * takes_bias}or serve the "
                 "adapter."
             )
-        write_certificate(part / CERTIFICATE, certificate)
-        write_text(part / "README.md", card(config, loaded, certificate))
+        write_texts(part, certificate)
         certificates.append(certificate)
 
     write_folder(folder, write)
@@ -84,13 +81,8 @@ def export(config: ExportConfig) -> Certificate:
     if config.task is not None:
         certificate = replace(certificate, accuracy=accuracies(config, loaded, folder))
         print_fields(scores(certificate))
-        write_certificate(folder / CERTIFICATE, certificate)
-        write_text(folder / "README.md", card(config, loaded, certificate))
+        write_texts(folder, certificate)
     return certificate
-
-
-def write_certificate(path: Path, certificate: Certificate) -> None:
-    write_text(path, json.dumps(certificate.to_json(), indent=2) + "\n")
 
 
 def check(config: ExportConfig, loaded: Loaded) -> None:
@@ -206,54 +198,3 @@ def accuracies(config: ExportConfig, loaded: Loaded, folder: Path) -> dict[str, 
     else:
         after = EvalConfig(run=str(folder), model=model, **settings)
     return {config.task.name: {"adapter": evaluate(before), "export": evaluate(after)}}
-
-
-# --- what it shows ---------------------------------------------------------------------------------------------------
-
-
-def fields(certificate: Certificate) -> dict[str, str]:
-    """The certificate as labels and values."""
-    change, bias = certificate, "with" if certificate.bias else "no"
-    return {
-        "fitted": f"{change.fit}, to {change.calibration_tokens:,} training tokens, {bias} bias",
-        "judged on": f"{change.rows:,} held-out rows, {change.tokens:,} supervised tokens",
-        "loss": f"{change.loss_adapter:.4f} to {change.loss_export:.4f} nats a token",
-        "change": f"{change.loss_change:+.5f}, 95 % interval {change.loss_change_lower:+.5f} to "
-        f"{change.loss_change_upper:+.5f} (tolerance {change.tolerance:g})",
-        "KL": f"{change.kl:.5f} nats a token",
-        "same token": f"{change.same_tokens:.2%} of the likeliest",
-    }
-
-
-def scores(certificate: Certificate) -> dict[str, str]:
-    """The figures of each task before and after, as labels and values."""
-    found = {}
-    for task, results in certificate.accuracy.items():
-        for name, form in SCORES.items():
-            before, after = (results[model].get(name) for model in ("adapter", "export"))
-            if before is not None and after is not None:
-                found[f"{task} {name}"] = f"{before:{form}} to {after:{form}}"
-    return found
-
-
-def show(certificate: Certificate) -> None:
-    """Prints the certificate, and the modules whose branches are the least linear."""
-    print_fields(fields(certificate))
-    least = sorted(certificate.explained.items(), key=lambda item: item[1])[:SHOWN]
-    print()
-    print_table(["least linear", "explained"], [[name, f"{share:.1%}"] for name, share in least], right={1})
-    print()
-
-
-def card(config: ExportConfig, loaded: Loaded, certificate: Certificate) -> str:
-    """The README of an export."""
-    what, library, tag = "A plain model", "transformers", "cera"
-    if config.format == ExportFormat.lora:
-        what, library, tag = "A LoRA in PEFT's format", "peft", "lora"
-    shown = fields(certificate) | scores(certificate)
-    rows = "\n".join(f"| {label} | {value} |" for label, value in shown.items())
-    return (
-        f"---\n{card_data(loaded.subject.model, library, tag).to_yaml()}\n---\n\n{what}: the linear part of a CeRA "
-        f"adapter ({loaded.subject.adapter}), whose gate was replaced by its best affine map.\n\n"
-        f"| | |\n|---|---|\n{rows}\n"
-    )

@@ -19,8 +19,7 @@ from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.serving import chat as asking
-from cera_train.serving.chat import chat
-from cera_train.serving.prompts import Prompts, choose_rows, read_prompts
+from cera_train.serving.chat import Prompts, chat, choose_rows, read_prompts
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.settings.serving import Template
 
