@@ -12,13 +12,6 @@ from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.trust import escape_interpolations, redact_tree
 from cera_train.settings.run import Config
 
-RETIRED = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
-    *("num_key_value_heads", "vocab_size", "tie_word_embeddings", "max_position_embeddings"),
-    *("attention_bias", "mlp_bias"),
-)
-"""Settings in model.facts of earlier versions, which changed no result: left out when an old config is read."""
-
 AUTO = "auto"
 """Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
 
@@ -28,9 +21,7 @@ def load_config(path: Path, schema: type = Config) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    match tree := escape_interpolations(read_yaml(path)):
-        case {"model": {"facts": dict(facts)}}:
-            tree["model"]["facts"] = {name: value for name, value in facts.items() if name not in RETIRED}
+    tree = escape_interpolations(read_yaml(path))
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:

@@ -1,5 +1,4 @@
-"""The files that runs and evaluations leave, with a type. Scripts and older folders rely on the keys, and only this
-module spells them. Imports no torch."""
+"""The files that runs and evaluations leave, with a type. Only this module spells their keys. Imports no torch."""
 
 from __future__ import annotations
 
@@ -79,7 +78,7 @@ class Environment(Record):
     python: str | None = None
     platform: str | None = None
     packages: dict[str, Any] | None = None
-    gpus: list[Any] | None = None  # names; the first versions wrote {"name": ...}
+    gpus: list[str] | None = None  # names
     cpu_threads: int | None = None
     processes: int | None = None
     base_fingerprint: str | None = None  # tells base models of one shape apart
@@ -102,9 +101,8 @@ class Environment(Record):
         """What the run was trained on; None where it is not on record."""
         if self.gpus is None:
             return None
-        names = [str(gpu.get("name")) if isinstance(gpu, dict) else str(gpu) for gpu in self.gpus]
         threads, processes = "?" if self.cpu_threads is None else self.cpu_threads, self.processes or 1
-        device = ", ".join(names) or f"CPU, {threads} thread{'s' * (threads != 1)}"
+        device = ", ".join(self.gpus) or f"CPU, {threads} thread{'s' * (threads != 1)}"
         return f"{device}, {processes} process{'es' * (processes != 1)}"
 
 

