@@ -153,14 +153,16 @@ def _measured(
     if (mean := result.spectrum.effective_rank_mean) is not None:
         rows["Effective rank, mean over modules"] = f"{mean:.1f} of {config.adapter.r}"
         rows["Effective rank, largest"] = f"{result.spectrum.effective_rank_max:.1f} of {config.adapter.r}"
-    for found in evaluations:
-        if isinstance(found, PerplexityResult):
-            rows[f"{found.task}, perplexity"] = f"{found.perplexity:.3f}"
+    for evaluation in evaluations:
+        if isinstance(evaluation, PerplexityResult):
+            rows[f"{evaluation.task}, perplexity"] = f"{evaluation.perplexity:.3f}"
             continue
         for grader in ("exact", "verified"):
-            if (accuracy := found.accuracy(grader)) is not None:
-                interval = "95 % interval {:.1%} to {:.1%}, ".format(*accuracy.interval) if accuracy.interval else ""
-                rows[f"{found.task}, {grader} pass@1"] = f"{accuracy.value:.1%} ({interval}{found.problems:,} problems)"
+            if (accuracy := evaluation.accuracy(grader)) is not None:
+                notes = [f"{evaluation.problems:,} problems"]
+                if accuracy.interval is not None:
+                    notes.insert(0, "95 % interval {:.1%} to {:.1%}".format(*accuracy.interval))
+                rows[f"{evaluation.task}, {grader} pass@1"] = f"{accuracy.value:.1%} ({', '.join(notes)})"
     return rows
 
 

@@ -123,8 +123,8 @@ class EvaluationFolder:
         """The recorded settings; without any, a UserError: this is not the folder of an evaluation."""
         path = self.path / "config.yaml"
         if not path.is_file() or "task" not in read_yaml(path):  # a run's folder has one too
-            found = sorted(str(path.parent) for path in self.path.glob("**/eval/*/config.yaml"))
-            hint = f" Evaluations in it: {', '.join(found)}." if found else ""
+            inside = sorted(str(path.parent) for path in self.path.glob("**/eval/*/config.yaml"))
+            hint = f" Evaluations in it: {', '.join(inside)}." if inside else ""
             raise UserError(f"{self.path} is not the folder of an evaluation, such as outputs/RUN/eval/TASK.{hint}")
         return load_config(path, EvalConfig)
 
@@ -242,7 +242,7 @@ class GradedAnswers:
         for grade in read_lines(self.folder / "grades.jsonl", Grade):
             if grade.problem in grades:
                 grades[grade.problem].append(grade)
-        if ungraded := sum(not found for found in grades.values()):
+        if ungraded := sum(not answers for answers in grades.values()):
             raise UserError(
                 f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
                 f"grade the answers again with cera-eval grade={self.folder}."

@@ -23,8 +23,8 @@ ENDS_RUN = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png",
 
 def ends(run: Path) -> list[Path]:
     """Folders of the earlier ends of a run, oldest first."""
-    found = [path for path in (run / "ends").glob("[0-9]*") if (path / "result.json").is_file()]
-    return sorted(found, key=lambda path: int(path.name))
+    folders = [path for path in (run / "ends").glob("[0-9]*") if (path / "result.json").is_file()]
+    return sorted(folders, key=lambda path: int(path.name))
 
 
 def keep_end(run: Path) -> None:
@@ -50,15 +50,15 @@ def check_extension(run: Path, train: dict[str, Any], is_out_of_patience: bool) 
         train: the section of the longer run's config.
         is_out_of_patience: whether the run stopped by `train.patience`.
     """
-    found = [run] if (run / "result.json").is_file() else ends(run)[-1:]
-    if not found:
+    finished = [run] if (run / "result.json").is_file() else ends(run)[-1:]
+    if not finished:
         raise UserError(f"train.extend=true is for a finished run: let the command that began {run} finish it first.")
     if is_out_of_patience:
         raise UserError(
             f"train.extend=true: {run} stopped by train.patience={train['patience']}, and so would a longer run. Go on "
             "in a new folder, with train.resume=CHECKPOINT name=NEW and another patience."
         )
-    end = RunResult.read(found[0] / "result.json", needs=["updates", "epochs"])
+    end = RunResult.read(finished[0] / "result.json", needs=["updates", "epochs"])
     per_epoch = round(end.updates / end.epochs)
     updates = train["max_updates"] or train["epochs"] * per_epoch
     if updates <= end.updates:

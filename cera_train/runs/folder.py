@@ -139,8 +139,8 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        found = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
-        return sorted(found, key=lambda path: int(path.name))
+        folders = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
+        return sorted(folders, key=lambda path: int(path.name))
 
     def last_sound_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint; prints which are damaged, and raises UserError where all are. None where

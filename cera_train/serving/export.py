@@ -60,8 +60,8 @@ def export(config: ExportConfig) -> Certificate:
     def write(part: Path) -> None:
         write_lora(loaded.model, gates, config.bias, loaded.base.name_or_path, part)
         exported = load_export(config, loaded, part)
-        found = certify(config, loaded, exported, gates, data.evaluation)
-        certificate = Certificate(str(config.format), fit, config.bias, tokens, **found)
+        figures = certify(config, loaded, exported, gates, data.evaluation)
+        certificate = Certificate(str(config.format), fit, config.bias, tokens, **figures)
         print_certificate(certificate)
         if not certificate.holds:
             certificate.write(refused)
@@ -177,8 +177,8 @@ def certify(
     rows = [(batch.input_ids[0], batch.loss_mask[0]) for batch in (batches.load([number]) for number in numbers)]
     before = logits_of(loaded.model, loaded)
     with explained(loaded.model, gates) as shares:
-        found = compare(before, logits_of(exported, loaded), rows)
-    return found | {"tolerance": config.tolerance, "explained": shares()}
+        figures = compare(before, logits_of(exported, loaded), rows)
+    return figures | {"tolerance": config.tolerance, "explained": shares()}
 
 
 def accuracies(config: ExportConfig, loaded: Loaded, folder: Path) -> dict[str, Any]:

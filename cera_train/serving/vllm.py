@@ -207,12 +207,12 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
 
 
 def check_gate(manager: Any, slot: int, code: int) -> None:
-    """Raises ValueError where a slot would not compute gate(x A^T) B^T: a kernel that fuses the two products would pass
-    the gate by, and serve CeRA as linear in silence."""
+    """Raises ValueError where a slot would not compute gate(x A^T) B^T: a kernel that fuses the two products would
+    ignore the gate, and serve CeRA as linear in silence."""
     for wrapper in manager.punica_wrapper_mapping.values():
         if not computes(wrapper, slot, code):
             raise ValueError(
-                f"this vLLM passes the gate {GATES[code]} by: CeRA is not served. Use transformers and PEFT."
+                f"this vLLM ignores the gate {GATES[code]}: CeRA is not served. Use transformers and PEFT."
             )
     manager._last_mapping = None  # the check has overwritten the slots of the tokens
 
@@ -253,7 +253,7 @@ def add_gates(wrapper: Any, lora_config: Any) -> None:
     add_gammas(wrapper.drawn[1])
     for code, name in enumerate(GATES):
         if not computes(wrapper, 0, code):
-            logger.warning("this vLLM passes the gate %s by: adapters with it will be refused.", name)
+            logger.warning("this vLLM ignores the gate %s: adapters with it will be refused.", name)
 
 
 def computes(wrapper: Any, slot: int, code: int) -> bool:
@@ -318,7 +318,7 @@ def with_gates(kind: type) -> type:
                 if isinstance(x, torch.Tensor):
                     x = gate(x, codes, gammas, among)
                 else:
-                    x = tuple(gate(z, codes, gammas[at] if is_mixed else None, among) for at, z in enumerate(x))
+                    x = tuple(gate(z, codes, gammas[index] if is_mixed else None, among) for index, z in enumerate(x))
             return super().add_expand(y, x, lora_b_stacked, *arguments, **settings)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
