@@ -50,15 +50,16 @@ class Tracker:
     def start(self, kind: TrackerKind, run_config: dict[str, Any], **arguments: Any) -> None:
         """Starts a tracker with the arguments of `build_tracker`, and shows it the run's settings."""
         with self._drop_on_failure(kind):
+            is_resumed = kind in read_ids(arguments["folder"])
             tracker = build_tracker(kind, **arguments)
             tracker.start()
             self._trackers[kind] = tracker
-            if kind == TrackerKind.mlflow:  # its server chooses the id
-                write_id(arguments["folder"], kind, tracker.tracker.info.run_id)
             if kind == TrackerKind.tensorboard:  # its own form, hyperparameters, is a run of its own
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
-            else:
+            elif kind != TrackerKind.mlflow or not is_resumed:  # it refuses other values, as of train.stop_at
                 tracker.store_init_configuration(flatten(run_config))
+            if kind == TrackerKind.mlflow:  # its server chooses the id
+                write_id(arguments["folder"], kind, tracker.tracker.info.run_id)
 
     def log(self, metrics: dict[str, float], update: int) -> None:
         """Sends numbers of an update."""

@@ -42,9 +42,6 @@ def load(config: Any, place: str) -> Loaded:
     subject = settled(find_subject(replace(config, run=place)))
     device = this_device()
     model, base = load_subject(subject, device)
-    return Loaded(subject, model, base, load_tokenizer(subject.model), autocast_of(subject, device))
-
-
-def autocast_of(subject: Subject, device: torch.device) -> torch.autocast:
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")
-    return torch.autocast(device.type, dtype and getattr(torch, dtype), enabled=dtype is not None)
+    autocast = torch.autocast(device.type, dtype and getattr(torch, dtype), enabled=dtype is not None)
+    return Loaded(subject, model, base, load_tokenizer(subject.model), autocast)
