@@ -1,16 +1,15 @@
-"""Full and read-only disks, and two runs in one folder: one clear line, and the run then comes out as if nothing had
-been."""
+"""Full and read-only disks, two runs in one folder, trackers without a server: one clear line, and the run then comes
+out as if nothing had been."""
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
-from attempts import assert_readable, content, finish, last_update, newest_first, refuse
-from tiny_runs import wait_until
+from attempts import assert_readable, content, finish, newest_first, refuse
 
 from cera_train.common.files import write_text
 
@@ -52,27 +51,6 @@ def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_under_the_metrics_leaves_a_checkpoint_to_go_on_from(tmp_path, disk, start, arguments):
-    """With nothing but metrics to write after update 50, whose lines fill a page and need another."""
-    settings = ["train.max_updates=100", "train.save_every=50", "train.eval_every=null"]
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    finish(start(*settings, folder=whole))
-    outputs = disk(tmp_path / "outputs", "size=1m")
-    attempt = start(*settings)
-    wait_until((outputs / "run" / "checkpoints" / "50").exists)
-    with contextlib.suppress(OSError), (outputs / "filler").open("wb", buffering=0) as filler:
-        while True:
-            filler.write(bytes(4096))
-    assert_full(refuse(attempt))
-    assert_readable(outputs / "run")
-    assert 50 <= last_update(outputs / "run") < 100
-    (outputs / "filler").unlink()
-    assert ", 50 done" in finish(start(*settings)).output
-    assert content(outputs / "run") == content(whole / "outputs" / "run")
-
-
-@pytest.mark.slow
 def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, disk, start, uninterrupted):
     outputs = disk(tmp_path / "outputs", "size=1m")
     folder = Path(shutil.copytree(cut, outputs / "run"))
@@ -93,17 +71,6 @@ def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, dis
 
 
 @pytest.mark.slow
-def test_a_read_only_cache_serves_what_it_has_and_is_named_for_what_it_lacks(tmp_path, disk, start, uninterrupted):
-    cache = disk(tmp_path / "cache", "size=1m")
-    finish(start("name=fills_the_cache", CERA_TRAIN_CACHE=str(cache)))
-    disk(cache, "remount,ro")
-    finish(start(CERA_TRAIN_CACHE=str(cache)))
-    assert content(tmp_path / "outputs" / "run") == uninterrupted
-    line = refuse(start("name=other", "data.max_length=200", CERA_TRAIN_CACHE=str(cache)))
-    assert re.search(rf"no access to {cache}\S*: Read-only file system. .* \$CERA_TRAIN_CACHE: set these", line)
-
-
-@pytest.mark.slow
 def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path, start, uninterrupted):
     attempts = [start(), start()]
     assert sorted(attempt.wait() for attempt in attempts) == [0, 2]
@@ -111,3 +78,37 @@ def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path,
     assert "another run is writing to outputs/run: wait for it, or choose another name=..." in refuse(loser)
     assert loser.output == ""
     assert content(tmp_path / "outputs" / "run") == uninterrupted
+
+
+# --- trackers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_whose_wandb_server_is_away_is_recorded_offline(tmp_path, start, uninterrupted):
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # refuses connections
+        server = {"WANDB_BASE_URL": f"http://127.0.0.1:{port.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
+        attempt = start("tracker=wandb", WANDB_MODE="online", WANDB_INIT_TIMEOUT="3", **server)
+        assert attempt.wait() == 0, attempt.errors
+    (line,) = attempt.errors.splitlines()
+    assert "W&B cannot be reached, so the run is recorded offline (" in line
+    assert list((tmp_path / "outputs" / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert_unharmed(tmp_path / "outputs" / "run", uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_tracker_without_a_folder_to_write_to_is_left_out(tmp_path, disk, start, uninterrupted):
+    folder = disk(tmp_path / "outputs" / "run" / "tensorboard", "ro,size=1m")
+    attempt = start("tracker=tensorboard")
+    assert attempt.wait() == 0, attempt.errors
+    (line,) = attempt.errors.splitlines()
+    assert "tensorboard failed and is left out" in line
+    assert line.endswith("Everything is in the run's folder.")
+    assert not list(folder.iterdir())
+    assert_unharmed(tmp_path / "outputs" / "run", uninterrupted)
+
+
+def assert_unharmed(folder: Path, uninterrupted: dict) -> None:
+    """The numbers of a run that was tracked are those of one that was not."""
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "best/adapter_model.safetensors"):
+        assert content(folder)[name] == uninterrupted[name]

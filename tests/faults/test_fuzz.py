@@ -1,4 +1,4 @@
-"""Whatever bytes, rows and texts come in: a reader gives rows or says what is wrong, a grader gives its verdict."""
+"""Whatever bytes, rows and texts come in: a reader gives what they hold or says what is wrong, a grader its verdict."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from conftest import make_tiny_llama
 from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import fuzz, json_values, mutated, numbers, result_or_value_error, scalars, texts
+from strategies import changed, fuzz, json_values, mutated, numbers, result_or_value_error, scalars, texts
 
+from cera_train.adapters.build import build
+from cera_train.common.files import read_json, read_yaml
+from cera_train.common.settings import to_plain
 from cera_train.common.trust import clean
-from cera_train.data import logistic_map as logistic_map_rows
-from cera_train.data.files import READERS, rows_of
+from cera_train.data.files import rows_of
 from cera_train.data.prepare import encode
-from cera_train.data.segments import columns_of, segmenter
+from cera_train.data.segments import segmenter
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
-from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.card import escape
-from cera_train.settings.data import DataConfig, LogisticMapConfig
-from cera_train.settings.tasks import TaskConfig
+from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
+from cera_train.runs.recorded_config import load_config
+from cera_train.runs.subject import base_of, check_adapter
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import DataConfig
+from cera_train.settings.run import Config
 
 # --- files of rows ---------------------------------------------------------------------------------------------------
 
-ROWS = [
-    {
-        "question": "what is the next value?",
-        "answer": "0.84",
-        "level": number,
-        "turns": [{"from": "human", "value": None}],
-    }
-    for number in range(6)
-]
+ROW = {"question": "what is it?", "answer": "0.84", "level": 1, "turns": [{"from": "human", "value": None}]}
+ROWS = [ROW] * 6
 
 
 def parquet_file() -> bytes:
@@ -61,11 +62,6 @@ def read_rows(path: Path, content: bytes) -> list | None:
     return rows
 
 
-def test_every_kind_of_file_is_fuzzed(tmp_path):
-    assert {READERS[suffix] for suffix in VALID} == {*READERS.values()}
-    assert all(read_rows(tmp_path / f"x{suffix}", content) for suffix, content in VALID.items())
-
-
 @pytest.mark.parametrize("suffix", VALID)
 @fuzz
 @given(content=st.binary(max_size=200))
@@ -78,22 +74,6 @@ def test_any_bytes_are_rows_or_a_reason(tmp_path, suffix, content):
 @given(data=st.data())
 def test_a_damaged_file_is_rows_or_a_reason(tmp_path, suffix, data):
     read_rows(tmp_path / f"x{suffix}", data.draw(mutated(VALID[suffix])))
-
-
-@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-@fuzz
-@given(values=st.lists(json_values, max_size=3))
-@example(values=[{"a": 10**5000}])
-@example(values=[{"a": float("nan")}])
-@example(values=[{"\ud800": "\0"}])
-def test_any_json_is_rows_or_a_reason(tmp_path, suffix, values):
-    import sys
-
-    limit = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    text = "".join(json.dumps(value) + "\n" for value in values) if suffix == ".jsonl" else json.dumps(values)
-    sys.set_int_max_str_digits(limit)
-    read_rows(tmp_path / f"x{suffix}", text.encode())
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
@@ -143,35 +123,6 @@ def test_any_row_is_an_example_or_a_reason(tokenizer, layout, row, max_length):
         assert made.input_ids[-1] == tokenizer.eos_token_id
 
 
-@fuzz
-@given(template=st.text("{}[].:!ab \n", max_size=12))
-def test_a_template_names_columns_or_is_refused(template):
-    names = result_or_value_error(columns_of, template)
-    if names is not None:
-        template.format_map(dict.fromkeys(names, "x"))
-
-
-TASKS = {"math": "problem", "gsm8k": "question"}
-
-
-@pytest.mark.parametrize("task", TASKS)
-@fuzz
-@given(data=st.data())
-def test_any_rows_are_problems_or_a_reason(tmp_path, task, data):
-    gold = st.sampled_from(["#### 1,000", r"so \boxed{\frac12}", "12"]) | texts | json_values
-    optional = {"solution": gold, "level": json_values, "type": json_values}
-    rows = st.fixed_dictionaries({TASKS[task]: texts, "answer": gold, "hint": scalars}, optional=optional)
-    path = tmp_path / "rows.jsonl"
-    row = data.draw(rows)
-    path.write_text(json.dumps(row) + "\n")
-    level = data.draw(st.none() | st.integers(1, 5)) if task == "math" else None
-    config = TaskConfig(kind=task, name=task, prompt=f"{{{TASKS[task]}}}{{hint}}", files=[str(path)], level=level)
-    problems = result_or_value_error(load_problems, config, None)
-    for problem in problems or []:
-        problem.prompt.encode()  # else no tokenizer takes it
-        assert json.dumps(problem.gold)
-
-
 # --- graders ---------------------------------------------------------------------------------------------------------
 
 SIGNS = r"""
@@ -194,25 +145,6 @@ def test_any_answer_gets_a_verdict_and_the_same_again(task, text, gold):
         assert verdict is task.is_exact(one, other)
         assert task.is_exact(other, one) is verdict
     assert isinstance(task.normalize(text), str)
-
-
-@pytest.mark.parametrize("task", [math_task, gsm8k], ids=["math", "gsm8k"])
-@fuzz
-@given(before=ANSWERS, inside=ANSWERS)
-def test_an_answer_that_is_found_is_right_by_itself(task, before, inside):
-    answer = task.extract(f"{before}\\boxed{{{inside}}} #### {inside} 1,234.50")
-    assert answer is None or task.is_exact(answer, answer)
-
-
-@fuzz
-@given(text=st.one_of(ANSWERS, st.text("0123456789.,-=x \n", max_size=60)), steps=st.integers(1, 6))
-def test_any_trajectory_is_compared_step_by_step(text, steps):
-    truth = logistic_map_rows.problem(0.4, 3.5, LogisticMapConfig(steps=steps, decimals=4))["completion"].strip()
-    values = logistic_map.extract(text, steps)
-    compared = logistic_map.compare(values, truth, 4)
-    assert len(values) <= steps == len(compared["matches"]) == len(compared["errors"])
-    assert logistic_map.extract(text, steps) == values
-    assert sum(error is not None for error in compared["errors"]) == len(values)
 
 
 @pytest.mark.parametrize(
@@ -240,3 +172,77 @@ def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
     assert "\n" not in escape(text)
     assert "<" not in escape(text)
     assert escape(text).replace("\\\\", "").count("|") == escape(text).replace("\\\\", "").count("\\|")
+
+
+# --- folders of runs -------------------------------------------------------------------------------------------------
+
+
+@fuzz
+@given(data=st.data())
+def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):
+    path = tmp_path / "config.yaml"
+    valid = yaml.safe_dump(to_plain(compose())).encode()
+    path.write_bytes(data.draw(st.binary(max_size=100) | mutated(valid)))
+    config = result_or_value_error(load_config, path)
+    assert config is None or isinstance(config, Config)
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+@fuzz
+@given(content=st.binary(max_size=100) | st.text("{}[]:,&*!<>|-? \n'\"%@`#~=019.aeT_", max_size=40).map(str.encode))
+@example(content=b"!!int ''")
+@example(content=b"!!bool x")
+@example(content=b"!!timestamp x")
+@example(content=b"a: 2001-99-99")
+@example(content=b"!!python/object/apply:os.system [id]")
+@example(content=b"a: &a [1]\nb: *a")
+@example(content=b"[" * 100_000)
+def test_any_bytes_are_names_and_values_or_a_reason(tmp_path, read, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    tree = result_or_value_error(read, path)
+    assert tree is None or isinstance(tree, dict)
+
+
+@fuzz
+@given(data=st.data())
+def test_an_adapter_is_checked_whatever_its_config_says(tmp_path, data):
+    valid = {"peft_type": "LORA", "base_model_name_or_path": "a/b", "r": 8, "auto_mapping": None, "loftq_config": {}}
+    (tmp_path / "adapter_model.safetensors").touch()
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(data.draw(changed(valid))))
+    result_or_value_error(check_adapter, tmp_path)
+    result_or_value_error(base_of, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
+    """A checkpoint that can be loaded, and its model."""
+    model = build(make_tiny_llama().requires_grad_(False), AdapterConfig(r=2))
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+    model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    with RunFolder(tmp_path_factory.mktemp("run") / "run", {"name": "run"}) as folder:
+        folder.save_checkpoint(model, optimizer, Progress(update=3), "digest", keep=1)
+        (path,) = folder.checkpoints()
+        folder.append_metrics({"update": 3})
+    return path, model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.safetensors", "progress.json"])
+@fuzz
+@given(data=st.data())
+def test_a_damaged_checkpoint_is_loaded_or_refused(checkpoint, name, data):
+    folder, model = checkpoint
+    path = folder / name
+    valid = path.read_bytes()
+    broken = mutated(valid)
+    if path.suffix == ".json":
+        broken = broken | changed(json.loads(valid)).map(lambda tree: json.dumps(tree).encode())
+    path.write_bytes(data.draw(broken))
+    try:
+        loaded = result_or_value_error(load_checkpoint, folder, model, "digest")
+    finally:
+        path.write_bytes(valid)
+    assert loaded is None or (isinstance(loaded[0], Progress) and isinstance(loaded[0].update, int))

