@@ -23,6 +23,9 @@ from cera_train.data.rows import PlacedRow, Row, Source, at, kind_of
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
+STORAGES = ("s3", "gs", "az", "hf", "https", "http")
+"""Where files are read from but this machine. fsspec knows more, such as one that renders templates of a stranger's."""
+
 
 def from_files(names: Sequence[str], setting: str = "files") -> Source:
     """The rows of files, one file after the other. Messages name `setting`, the key that names the files."""
@@ -63,9 +66,12 @@ def _check_name(name: str) -> list[str]:
 
     if not name.strip():
         raise UserError("an empty name: write the name of a file.")
-    is_local = "://" not in name
+    is_local, storage = "://" not in name, name.partition("://")[0]
+    if "::" in name or not (is_local or storage in STORAGES):
+        storages = ", ".join(f"{storage}://" for storage in STORAGES)
+        raise UserError(f"files are read from this machine and {storages}: copy it to one of these.")
     try:
-        system, _ = fsspec.url_to_fs(name)
+        system = fsspec.filesystem("file" if is_local else storage)
         paths = [os.path.expanduser(name) if is_local else name]
         if "*" in name:
             paths = glob.glob(paths[0]) if is_local else map(system.unstrip_protocol, system.glob(name))
@@ -90,8 +96,7 @@ def _content_digest(path: str) -> str:
     if "://" in path:
         import fsspec
 
-        system, _ = fsspec.url_to_fs(path)
-        return str(system.info(path))
+        return str(fsspec.filesystem(path.partition("://")[0]).info(path))
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -56,7 +56,12 @@ def refusal(tmp_path, monkeypatch, tokenizer):
         ("no.jsonl", "cannot read the file: No such file or directory (from {cwd}). Name one that is there."),
         ("*.parquet", "no file matches this pattern (from {cwd})."),
         ("", "an empty name: write the name of a file."),
-        ("s4://bucket/t.jsonl", "cannot read the file: Protocol not known: s4"),
+        ("reference://t.jsonl", "files are read from this machine and s3://, gs://, az://, hf://, https://, http://: "),
+        (
+            "simplecache::t.jsonl",
+            "files are read from this machine and s3://, gs://, az://, hf://, https://, http://: ",
+        ),
+        ("s3://bucket/t.jsonl", "cannot read the file: Install s3fs to access S3. Name one that is there."),
         (".", "it is a folder: name the files in it, such as ./*.jsonl."),
         ("/dev/zero", "it is a pipe, a socket or a device: rows are read more than once, write them to a file."),
         ("rows.xlsx", "unknown kind of file: expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt. Convert it"),

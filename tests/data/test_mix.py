@@ -150,17 +150,6 @@ def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_
     assert prepare_data(mix(a, b), tokenizer).train.digest == mixes[0]
 
 
-def test_rows_of_a_mix_are_not_copied(part, tokenizer):
-    import pyarrow
-
-    config = mix(part("a", 3000, weight=1), part("b", 3000, weight=1), train_rows=9000)
-    prepare_data(config, tokenizer)
-    before = pyarrow.total_allocated_bytes()
-    data = prepare_data(config, tokenizer)
-    assert pyarrow.total_allocated_bytes() - before < data.train.table.nbytes / 100
-    assert len(data.train) == 9000
-
-
 def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every_part(part, tokenizer):
     config = mix(part("a", 12, eval_rows=6), part("b", 7))
     whole = prepare_data(config, tokenizer).evaluation
