@@ -132,16 +132,14 @@ class Coverage:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        modules = dict(model.named_modules())
         self.layers: dict[str, nn.Module] = {
             name: module
-            for name, module in modules.items()
+            for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer) and any(weight.requires_grad for weight in module.parameters())
         }
-        self.parents = {name: modules[name.rpartition(".")[0]] for name in self.layers}
         self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         device = next(iter(self.weights.values())).device if self.weights else "cpu"
-        self.called, self.reached, self.moves_loss = (torch.zeros(len(self.layers), device=device) for _ in range(3))
+        self.called, self.moves_loss = (torch.zeros(len(self.layers), device=device) for _ in range(2))
         self.has_gradient = torch.zeros(len(self.weights), device=device)
         self.idle_in_layers = 0
         """Experts without a token in layers that hold all of theirs, [E, ...] in one parameter."""
@@ -150,19 +148,17 @@ class Coverage:
     def watch(self) -> Iterator[None]:
         """Counts calls, and looks at the gradients of outputs and weights."""
         with ExitStack() as hooks:
-            for number, (name, layer) in enumerate(self.layers.items()):
-                parent = self.parents[name]
-                hooks.callback(layer.register_forward_hook(self._at_call(number)).remove)
-                hooks.callback(parent.register_forward_pre_hook(self._mark(self.reached, number)).remove)
+            for number, layer in enumerate(self.layers.values()):
+                hooks.callback(layer.register_forward_hook(self._count_call(number)).remove)
             for number, weight in enumerate(self.weights.values()):
-                hooks.callback(weight.register_hook(self._mark(self.has_gradient, number)).remove)
+                hooks.callback(weight.register_hook(self._count_gradient(number)).remove)
             yield
         for number, weight in enumerate(self.weights.values()):
             if weight.grad is not None:  # sharded, the hook is on a tensor that takes no part in the pass
                 self.has_gradient[number] = 1
         self.idle_in_layers = sum(_idle_experts(layer) for name, layer in self.layers.items() if "expert" in name)
 
-    def _at_call(self, number: int) -> Callable[..., None]:
+    def _count_call(self, number: int) -> Callable[..., None]:
         def look(gradient: torch.Tensor) -> None:
             self.moves_loss[number] += gradient.ne(0).any().to(self.moves_loss.device)
 
@@ -174,12 +170,11 @@ class Coverage:
 
         return count
 
-    @staticmethod
-    def _mark(flags: torch.Tensor, number: int) -> Callable[..., None]:
-        def mark(*args: Any) -> None:
-            flags[number] = 1
+    def _count_gradient(self, number: int) -> Callable[..., None]:
+        def count(gradient: torch.Tensor) -> None:
+            self.has_gradient[number] = 1
 
-        return mark
+        return count
 
     def sum(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Adds what was seen in every process.
@@ -187,9 +182,8 @@ class Coverage:
         Args:
             reduce: the sum of a tensor over the processes.
         """
-        parts = (self.called, self.reached, self.moves_loss, self.has_gradient)
-        sizes = [len(part) for part in parts]
-        self.called, self.reached, self.moves_loss, self.has_gradient = reduce(torch.cat(parts)).split(sizes)
+        parts = (self.called, self.moves_loss, self.has_gradient)
+        self.called, self.moves_loss, self.has_gradient = reduce(torch.cat(parts)).split([len(part) for part in parts])
 
     @property
     def idle_experts(self) -> int:
@@ -197,7 +191,7 @@ class Coverage:
         return self.idle_in_layers + sum(self._is_idle(name, called) for name, called in self._calls().items())
 
     def problem(self) -> str | None:
-        """The adapted modules that were not proven and the likely reason, in one line; None where all were."""
+        """The adapted modules that were not proven and the reason, in one line; None where all were."""
         if not self.layers:
             return "this model has no trainable adapter: build one, or load it with is_trainable=True."
         names: dict[str, list[str]] = {}
@@ -205,7 +199,7 @@ class Coverage:
             names.setdefault(reason, []).append(name)
         if not names:
             return None
-        parts = [f"{_first(found)}: {reason}" for reason, found in names.items()]
+        parts = [f"{_first(modules)}: {reason}" for reason, modules in names.items()]
         count = sum(map(len, names.values()))
         return f"{count} of {len(self.layers)} adapted modules would not train. {'; '.join(parts)}."
 
@@ -213,26 +207,16 @@ class Coverage:
         """Why a module was not proven, by its name."""
         reasons = {}
         has_gradient = dict(zip(self.weights, self.has_gradient.tolist(), strict=True))
-        calls, seen = self._calls(), zip(self.reached.tolist(), self.moves_loss.tolist(), strict=True)
-        for (name, called), (reached, moves_loss) in zip(calls.items(), seen, strict=True):
-            mine = [weight for weight in self.weights if weight.startswith(f"{name}.")]
-            if self._is_idle(name, called):
-                continue
-            if not called:
-                reasons[name] = self._why_not_called(name, bool(reached))
-            elif not any(has_gradient[weight] for weight in mine):
-                reasons[name] = "called, but the loss does not depend on its output"
-            elif not moves_loss:
-                reasons[name] = (
-                    "called, but the loss has a gradient of exactly zero at its output (a weight behind it is zero)"
-                )
-            elif without := [weight.removeprefix(f"{name}.") for weight in mine if not has_gradient[weight]]:
+        for (name, called), moves_loss in zip(self._calls().items(), self.moves_loss.tolist(), strict=True):
+            weights = [weight for weight in self.weights if weight.startswith(f"{name}.")]
+            if not called and not self._is_idle(name, called):
+                reasons[name] = "the model never calls it"
+            elif called and not moves_loss:
+                reasons[name] = "called, but the loss has no gradient, or one of exactly zero, at its output"
+            elif called and not all(has_gradient[weight] for weight in weights):
+                without = (weight.removeprefix(f"{name}.") for weight in weights if not has_gradient[weight])
                 reasons[name] = f"no gradient reaches {', '.join(without)}"
         return reasons
-
-    def _why_not_called(self, name: str, reached: bool) -> str:
-        kind = type(self.parents[name]).__name__
-        return f"{kind} never calls it" if reached else f"{kind}, the layer around it, is never reached"
 
     def _calls(self) -> dict[str, bool]:
         return dict(zip(self.layers, map(bool, self.called.tolist()), strict=True))

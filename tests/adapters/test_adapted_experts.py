@@ -54,14 +54,6 @@ def test_all_linear_has_experts_in_or_out(model_type):
     assert model.peft_config["default"].target_parameters == ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def test_a_pattern_of_the_settings_may_name_an_experts_parameter():
-    targets = {"target_modules": ["q_proj"], "target_parameters": DOWN}
-    model = built(**targets, settings={"rank_pattern": {"experts.down_proj": 2}})
-    assert experts_of(model)[0].r["default"] == {"down_proj": 2}
-    with refuses("adapter.kind=cera adapter.settings.rank_pattern=.*'experts.up_proj', which matches no target"):
-        built(**targets, settings={"rank_pattern": {"experts.up_proj": 2}})
-
-
 def test_experts_are_not_compiled_where_torch_cannot(monkeypatch):
     experts, none = (AdapterConfig(r=4, target_modules="all-linear", experts=value) for value in (True, False))
     monkeypatch.setattr(build, "EXPERTS_COMPILE", False)
@@ -79,19 +71,6 @@ def test_every_expert_is_trained_and_b_learns_faster_where_it_should():
     assert all(
         id(matrices.weight) in fast for layer in experts_of(model) for matrices in layer.cera_B["default"].values()
     )
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, ""),
-        ({"experts": True}, "all experts at r=8"),
-        ({"experts": True, "expert_r": 2}, "all experts at r=2"),
-        ({"target_parameters": ["experts.gate_up_proj", *DOWN]}, "experts.gate_up_proj mlp.experts.down_proj at r=8"),
-    ],
-)
-def test_adapted_experts_in_words(settings, expected):
-    assert AdapterConfig(r=8, **settings).adapted_experts == expected
 
 
 def test_pefts_lora_takes_experts_by_its_own_settings():

@@ -98,13 +98,6 @@ def test_what_peft_does_not_know_is_refused_before_anything_is_loaded(config, me
         build.check(config)
 
 
-def test_r_alpha_and_dropout_go_to_the_fields_that_hold_them():
-    config = family("peft").peft_config(
-        AdapterConfig("peft", 8, 2.0, 0.25, method="randlora", settings={"sparse": True})
-    )
-    assert (config.r, config.randlora_alpha, config.randlora_dropout, config.sparse) == (8, 2.0, 0.25, True)
-
-
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -118,13 +111,6 @@ def test_r_alpha_and_dropout_go_to_the_fields_that_hold_them():
 )
 def test_free_form_settings_come_through_the_command_line(compose, overrides, expected):
     assert compose(*overrides).adapter.settings == expected
-
-
-def test_a_mistyped_key_beside_the_settings_is_refused(compose):
-    with pytest.raises(UserError, match=r"unknown setting adapter\.setting"):
-        compose("+adapter.setting.bias=none")
-    with refuses(r"adapter.settings=\['bias'\]: expected names and values"):
-        AdapterConfig("lora", 4, settings=["bias"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 from cera_models import IDS, WARNINGS, adapted, cera, cera_layers, logits
 from conftest import make_tiny_llama
 from peft import LoraConfig, get_peft_model
-from peft.helpers import disable_input_dtype_casting
 from torch import nn
 
 from cera_train.cera import CeraConfig, CeraLayer, create_loraplus_optimizer
@@ -98,22 +97,6 @@ def test_a_model_on_the_meta_device_runs():
 
 
 # --- PEFT's helpers --------------------------------------------------------------------------------------------------
-
-
-def test_casting_of_the_input_can_be_disabled():
-    layer, x = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)), x_of(torch.bfloat16)
-    layer.cera_A["default"].register_forward_pre_hook(lambda module, args: (args[0].float(),))
-    seen = []
-    layer.cera_dropout["default"].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
-    expected = layer(x)
-    with disable_input_dtype_casting(layer):
-        torch.testing.assert_close(layer(x), expected)  # the hook casts
-        assert not layer.cast_input_dtype_enabled
-    assert layer.cast_input_dtype_enabled
-
-    layer = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16))
-    with disable_input_dtype_casting(layer), pytest.raises(RuntimeError, match="dtype"):
-        layer(x)  # nothing casts: as under PEFT's LoRA
 
 
 @pytest.mark.parametrize("gate", [{}, {"mix": "learned"}], ids=["plain", "learned"])

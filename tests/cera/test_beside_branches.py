@@ -82,18 +82,6 @@ def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):
     assert not torch.equal(logits(loaded)[0], logits(adapted())[0])
 
 
-def test_a_tied_head_and_embedding_stay_tied_when_trained_whole(tmp_path):
-    base = make_tiny_llama(tie_word_embeddings=True)
-    model = get_peft_model(base, cera(modules_to_save=["embed_tokens"], ensure_weight_tying=True))
-    embedding = model.get_parameter("base_model.model.model.embed_tokens.modules_to_save.default.weight")
-    head = model.base_model.model.lm_head.modules_to_save["default"].weight
-    assert head is embedding
-    nn.init.normal_(embedding)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_tiny_llama(tie_word_embeddings=True), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model.eval()))
-
-
 def test_a_branch_on_a_tied_head_is_refused():
     base = make_tiny_llama(tie_word_embeddings=True)
     with pytest.raises(ValueError, match="an embedding takes no CeRA branch"):

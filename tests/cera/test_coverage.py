@@ -9,7 +9,7 @@ import torch
 from cera_models import IDS, WARNINGS
 from conftest import make_tiny_llama
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -59,14 +59,6 @@ def test_checkpointing_and_several_passes_are_proven(reentrant):
         passes(model)
 
 
-def test_other_methods_of_peft_and_trained_copies_are_proven():
-    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_tiny_llama(tie_word_embeddings=False), config).train()
-    with check_coverage(model) as coverage:
-        passes(model)
-    assert len(coverage.layers) == 2
-
-
 def test_only_the_trainable_adapter_of_several_counts():
     model = adapted(target_modules=["q_proj"])
     model.add_adapter("second", CeraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
@@ -98,29 +90,15 @@ def test_a_module_that_is_not_called_is_named_with_the_likely_reason():
     model = Layer()
     with pytest.raises(ValueError, match="would not train") as caught, check_coverage(model):
         model(torch.randn(3, 4)).sum().backward()
-    assert str(caught.value) == ("2 of 3 adapted modules would not train. read, dead: Layer never calls it.")
+    assert str(caught.value) == ("2 of 3 adapted modules would not train. read, dead: the model never calls it.")
 
 
-def test_a_layer_that_is_never_reached_is_named():
-    model = adapted(target_modules=["q_proj"])
-    model.base_model.model.config.num_hidden_layers = 1  # the decoder runs so many of its layers
-    text = refusal(model)
-    assert text.startswith("1 of 2 adapted modules would not train. model.layers.1.self_attn.q_proj: ")
-    assert "LlamaAttention, the layer around it, is never reached" in text
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda output: output.detach(), "the loss does not depend on its output"),
-        (lambda output: output * 0, "the loss has a gradient of exactly zero at its output"),
-    ],
-)
-def test_an_output_that_does_not_reach_the_loss_is_refused(change, reason):
+@pytest.mark.parametrize("change", [lambda output: output.detach(), lambda output: output * 0])
+def test_an_output_that_does_not_reach_the_loss_is_refused(change):
     model = adapted(target_modules=["up_proj"])
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.register_forward_hook(lambda module, args, output: change(output))
-    assert f"model.layers.0.mlp.up_proj: called, but {reason}" in refusal(model)
+    assert "model.layers.0.mlp.up_proj: called, but the loss has no gradient" in refusal(model)
 
 
 def test_a_matrix_without_gradient_is_refused():
@@ -129,14 +107,6 @@ def test_a_matrix_without_gradient_is_refused():
     A = layer.cera_A["default"]
     A.register_forward_hook(lambda module, args, output: output.detach())  # hooks take the plain formula
     assert "model.layers.0.self_attn.q_proj: no gradient reaches cera_A.default.weight" in refusal(model)
-
-
-def test_a_model_without_trainable_adapters_is_refused():
-    with (
-        pytest.raises(ValueError, match="no trainable adapter"),
-        check_coverage(make_tiny_llama().requires_grad_(False)),
-    ):
-        pass
 
 
 # --- experts ---------------------------------------------------------------------------------------------------------
@@ -194,7 +164,7 @@ def test_what_one_process_has_not_seen_another_may_have():
     with busy.watch():
         passes(model)
     assert idle.problem() is not None
-    idle.sum(lambda seen: seen + torch.cat([busy.called, busy.reached, busy.moves_loss, busy.has_gradient]))
+    idle.sum(lambda seen: seen + torch.cat([busy.called, busy.moves_loss, busy.has_gradient]))
     assert idle.problem() is None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cera_models import WARNINGS, cera_dtypes, distance, gradients, logits
+from cera_models import WARNINGS, cera_dtypes, gradients, logits
 from moe_models import (
     MIXTURES,
     PARAMETERS,
@@ -21,7 +21,7 @@ from peft import get_peft_model
 from torch import nn
 
 from cera_train.adapters.build import EXPERTS_COMPILE
-from cera_train.cera import CeraConfig, CeraExperts, CeraLayer
+from cera_train.cera import CeraExperts
 
 pytestmark = WARNINGS
 
@@ -119,14 +119,6 @@ def test_an_expert_without_tokens_has_a_zero_gradient():
         assert not weight.grad[[1, 3]].any()
 
 
-def test_shared_experts_are_projections_like_any_other():
-    names = ["shared_expert.gate_proj", "shared_expert.up_proj", "shared_expert.down_proj"]
-    model = adapted_mixture("qwen2_moe", target_modules=names)
-    kinds = [type(module) for module in model.modules() if isinstance(module, CeraLayer)]
-    assert sorted(kind.__name__ for kind in kinds) == ["CeraExperts"] * 2 + ["CeraLinear"] * 6
-    assert len(gradients(model)) == 2 * (4 + 6)
-
-
 # --- start, precision, dropout ---------------------------------------------------------------------------------------
 
 
@@ -138,22 +130,6 @@ def test_a_fresh_adapter_is_the_base_model(model_type, dtype):
     model = get_peft_model(base, expert_config(init_weights=True)).eval()
     assert torch.equal(logits(model), expected)
     assert cera_dtypes(model) == {torch.float32}
-
-
-def test_every_experts_A_starts_as_a_projections_does():
-    base = make_mixture("mixtral", hidden_size=512, num_local_experts=3)
-    model = get_peft_model(base, CeraConfig(r=32, target_parameters=PARAMETERS))
-    layer = experts_of(model)[0]
-    A, B = layer.cera_A["default"], layer.cera_B["default"]
-    assert A["gate_up_proj"].weight.shape == (3, 32, 512)
-    assert B["gate_up_proj"].weight.shape == (3, 48, 32)
-    assert A["down_proj"].weight.shape == (3, 32, 24)
-    assert B["down_proj"].weight.shape == (3, 512, 32)
-    for name, d_in in (("gate_up_proj", 512), ("down_proj", 24)):
-        for matrix in A[name].weight:
-            assert matrix.std().item() == pytest.approx((2 / d_in) ** 0.5, rel=0.1)
-        assert not B[name].weight.any()
-    assert not torch.equal(A["down_proj"].weight[0], A["down_proj"].weight[1])
 
 
 def test_patterns_choose_the_rank_and_alpha_of_experts():
@@ -168,23 +144,6 @@ def test_patterns_choose_the_rank_and_alpha_of_experts():
     assert first.scaling["default"] == {"gate_up_proj": 8 / 2**0.5, "down_proj": 2.0}
     with pytest.raises(ValueError, match="rank_pattern has 'experts.up_proj', which matches no target module"):
         adapted_mixture(rank_pattern={"experts.up_proj": 4})
-
-
-def test_float32_branches_over_a_16_bit_base_with_and_without_autocast():
-    layer = experts_of(adapted_mixture())[0]
-    x, weights, index = random_routing(layer, dtype=torch.float32)
-    exact = layer(x, index, weights)
-    layer.base_layer.bfloat16()
-    dtypes = []
-    layer.cera_A["default"]["down_proj"].register_forward_hook(lambda *hook: dtypes.append(hook[2].dtype))
-    plain = layer(x.bfloat16(), index, weights)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = layer(x, index, weights)
-    assert dtypes == [torch.float32, torch.bfloat16]
-    assert plain.dtype == torch.bfloat16
-    assert cast.dtype == torch.float32  # that of the hidden states
-    assert distance(plain, exact) < 0.02
-    assert distance(cast, exact) < 0.02
 
 
 @pytest.mark.parametrize("place", ["hidden", "input"])
@@ -215,14 +174,3 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
         torch.testing.assert_close(slope, plain, rtol=1e-4, atol=1e-4)
     layer.train()
     assert not torch.equal(compiled(x, index, weights), compiled(x, index, weights))
-
-
-def test_checkpointing_draws_the_same_dropout_again():
-    model = adapted_mixture(dropout=0.5)
-    torch.manual_seed(3)
-    expected = gradients(model)
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.enable_input_require_grads()
-    torch.manual_seed(3)
-    for name, slope in gradients(model).items():
-        torch.testing.assert_close(slope, expected[name])

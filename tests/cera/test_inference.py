@@ -5,7 +5,7 @@ from __future__ import annotations
 import bitsandbytes
 import pytest
 import torch
-from cera_models import IDS, ROWS, WARNINGS, adapted, logits, with_two
+from cera_models import IDS, WARNINGS, adapted, logits
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -47,25 +47,6 @@ def test_every_call_gives_what_it_gives_without(name, gate):
             assert not torch.equal(expected, layer.base_layer(x.to(dtype)))
             with for_inference(layer):
                 assert all(torch.equal(y, expected) for y in calls(layer, x.to(dtype)))
-
-
-@torch.no_grad()
-def test_adapters_are_switched_added_and_turned_off_inside():
-    model = with_two()
-
-    def outputs() -> list[torch.Tensor]:
-        found = []
-        for active in ("first", "second", ["first", "second"]):
-            model.base_model.set_adapter(active)
-            found.append(logits(model))
-        with model.disable_adapter():
-            found.append(logits(model))
-        return [*found, logits(model, adapter_names=ROWS)]
-
-    expected = outputs()
-    with for_inference(model):
-        for found in (outputs(), outputs()):
-            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_calls_with_gradient_are_those_of_training():

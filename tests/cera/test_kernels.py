@@ -165,14 +165,6 @@ def test_triton_is_refused_where_it_cannot_run(with_triton, device, is_compiled,
         choose_kernels("triton", device, is_compiled)
 
 
-def test_a_machine_without_a_compiler_computes_by_torch(with_triton, monkeypatch):
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert choose_kernels("auto", GPU) == "torch"
-    with pytest.raises(ValueError, match="needs a C compiler"):
-        choose_kernels("triton", GPU)
-
-
 def test_every_list_of_gates_is_the_methods():
     gates = {"silu", "relu", "gelu", "identity"}
     assert set(ACTIVATIONS) == set(hidden.GATES) == {str(gate) for gate in Activation} == gates

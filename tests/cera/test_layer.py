@@ -90,37 +90,7 @@ def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_dropout_leaves_the_branch_unbiased():
-    layer = make_layer(dropout=0.3).train()
-    x = x_of(rows=1)[:, :1]
-    branches = torch.stack([layer(x) - layer.base_layer(x) for _ in range(4000)])
-    standard_error = branches.std(0) / math.sqrt(len(branches))
-    layer.eval()
-    assert ((branches.mean(0) - (layer(x) - layer.base_layer(x))).abs() < 5 * standard_error).all()
-
-
-# --- the start -------------------------------------------------------------------------------------------------------
-
-
-def test_a_16_bit_base_does_not_round_the_start():
-    torch.manual_seed(0)
-    A, _ = weights(make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)))
-    assert not torch.equal(A, A.bfloat16().float())
-
-
 # --- number formats --------------------------------------------------------------------------------------------------
-
-
-def test_weights_are_fp32_over_16_bits_and_the_sum_is_rounded_once():
-    layer = make_layer(nn.Linear(6, 5, dtype=torch.bfloat16)).eval()
-    x = x_of(dtype=torch.bfloat16)
-    A, B = weights(layer)
-    assert A.dtype == B.dtype == torch.float32
-
-    y = layer(x)
-    assert y.dtype == torch.bfloat16
-    branch = layer.cera_B["default"](nn.functional.silu(layer.cera_A["default"](x.float())))
-    assert torch.equal(y, (layer.base_layer(x).float() + branch).bfloat16())
 
 
 def test_under_autocast_the_branch_takes_and_gives_16_bits():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cera_models import IDS, WARNINGS, adapted, cera_dtypes, gradients, logits, with_two
+from cera_models import IDS, WARNINGS, adapted, cera_dtypes, gradients, logits
 from conftest import make_tiny_llama
 from peft import (
     AutoPeftModelForCausalLM,
@@ -79,16 +79,6 @@ def test_loading_over_a_16_bit_base_does_not_round_the_adapter(tmp_path, low_cpu
         make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=False
     )
     assert cera_dtypes(in_16_bits) == {torch.bfloat16}
-
-
-def test_each_of_several_adapters_is_saved_in_its_own_folder(tmp_path):
-    model = with_two()
-    model.save_pretrained(tmp_path)
-    assert (tmp_path / "first/adapter_model.safetensors").is_file()
-    for name in ("first", "second"):
-        model.set_adapter(name)
-        loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path / name)
-        assert torch.equal(logits(loaded), logits(model))
 
 
 def test_modules_saved_with_the_adapter_come_back_with_it(tmp_path):

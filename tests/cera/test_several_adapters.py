@@ -122,25 +122,6 @@ def test_names_of_rows_are_refused_in_training_unknown_or_in_a_wrong_number():
         logits(model.train(), adapter_names=ROWS)
 
 
-def test_heads_saved_with_adapters_follow_the_rows_too():
-    """ "first" has a head of its own, "second" has none, "third" has another."""
-    model = adapted(name="first", modules_to_save=["lm_head"])
-    model.add_adapter("second", cera())
-    model.add_adapter("third", cera(modules_to_save=["lm_head"]))
-    for name in ("first", "third"):
-        model.base_model.model.lm_head.modules_to_save[name].weight.data.normal_(std=0.2)
-    rows = ["third", "second", "first", "__base__"]
-    mixed = logits(model, adapter_names=rows)
-    for row, name in enumerate(rows[:3]):
-        model.set_adapter(name)
-        torch.testing.assert_close(mixed[row], logits(model, IDS[row : row + 1])[0])
-    torch.testing.assert_close(mixed[3], logits(make_tiny_llama(), IDS[3:])[0])
-
-    for active in ("first", "second", "third"):
-        model.set_adapter(active)
-        torch.testing.assert_close(logits(model, adapter_names=rows), mixed)
-
-
 # --- what a branch that is no matrix cannot do -----------------------------------------------------------------------
 
 

@@ -17,7 +17,6 @@ from cera_models import (
     gradients,
     logits,
     lora_twin,
-    tiny_gpt2,
 )
 from conftest import make_tiny_llama
 from peft import get_peft_model
@@ -48,25 +47,6 @@ def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_a
     torch.testing.assert_close(logits(model), logits(lora.eval()))
     cera_gradients, lora_gradients = gradients(model), gradients(lora)
     assert len(cera_gradients) == 2 * len(targets) * 2  # A and B, two layers
-    torch.testing.assert_close(
-        {key.replace("cera_", "lora_"): value for key, value in cera_gradients.items()}, lora_gradients
-    )
-
-
-def test_conv1d_of_gpt2_is_lora_in_outputs_and_gradients():
-    targets = ["c_attn", "c_proj", "c_fc"]
-    base = logits(tiny_gpt2())
-    model = adapted(tiny_gpt2(), activation="identity", target_modules=targets)
-    lora = lora_twin(model, tiny_gpt2(), r=4, lora_alpha=4, target_modules=targets, fan_in_fan_out=True)
-
-    assert not torch.allclose(logits(model), base)
-    torch.testing.assert_close(logits(model), logits(lora.eval()))
-    for module in (model, lora):
-        module.config.resid_pdrop = 0.0
-        for dropout in (part for part in module.modules() if isinstance(part, nn.Dropout)):
-            dropout.p = 0.0
-    cera_gradients, lora_gradients = gradients(model), gradients(lora)
-    assert cera_gradients
     torch.testing.assert_close(
         {key.replace("cera_", "lora_"): value for key, value in cera_gradients.items()}, lora_gradients
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from cera_models import WARNINGS, adapted, cera_layers, tiny_gpt2
+from cera_models import WARNINGS, adapted, cera_layers
 from conftest import make_tiny_llama
 from peft import PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -83,12 +83,6 @@ def test_without_targets_the_papers_are_taken_else_those_of_lora(model_type):
     paper = {"q_proj", "v_proj"}
     model = get_peft_model(skeleton(model_type, [*targets, "other"]), CeraConfig(r=2))
     assert set(cera_layers(model)) == (paper if paper <= targets else targets)
-
-
-def test_without_targets_gpt2_takes_the_projection_that_holds_q_k_and_v():
-    model = adapted(tiny_gpt2())
-    assert set(cera_layers(model)) == {f"transformer.h.{layer}.attn.c_attn" for layer in range(2)}
-    assert adapted(tiny_gpt2(), layers_to_transform=[1]).peft_config["default"].target_modules == {"c_attn"}
 
 
 def test_without_targets_an_unknown_model_is_refused():

@@ -7,7 +7,6 @@ import torch
 from conftest import make_tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from cera_train.cera import CeraConfig, CeraLayer
 
@@ -66,14 +65,6 @@ def gradients(model: nn.Module, ids: torch.Tensor = IDS) -> dict[str, torch.Tens
     return found
 
 
-def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        key.replace(".base_layer", "").removeprefix("base_model.model."): value.clone()
-        for key, value in model.state_dict().items()
-        if "cera_" not in key
-    }
-
-
 def lora_twin(model: PeftModel, base: nn.Module, **settings) -> PeftModel:
     """A LoRA with the same A and B on another copy of the base."""
     lora = get_peft_model(base, LoraConfig(lora_dropout=0.0, task_type="CAUSAL_LM", **settings))
@@ -82,14 +73,6 @@ def lora_twin(model: PeftModel, base: nn.Module, **settings) -> PeftModel:
     assert tensors
     assert not unexpected
     return lora
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=512, n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, loss_type="ForCausalLM"
-    )
-    return GPT2LMHeadModel(config).eval()
 
 
 def distance(values: torch.Tensor, expected: torch.Tensor) -> float:

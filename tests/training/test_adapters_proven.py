@@ -47,7 +47,7 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(ti
         train(config)
     assert str(caught.value) == (
         "adapter.target_modules: 2 of 4 adapted modules would not train. model.layers.1.self_attn.q_proj, "
-        "model.layers.1.self_attn.v_proj: LlamaAttention, the layer around it, is never reached. Leave them out, "
+        "model.layers.1.self_attn.v_proj: the model never calls it. Leave them out, "
         "with all-linear by adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
     )
     assert "evaluation at update" not in capsys.readouterr().out
@@ -132,7 +132,7 @@ def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear_and_refused_
     train(tiny_config(mamba, "adapter.target_modules=all-linear", "train.max_updates=1"))
     left_out = "without 6 projections that a pass in training does not call: x_proj, dt_proj, out_proj"
     assert f"coverage   in_proj: 2 of 2 layers\ncoverage   {left_out}\n" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"\Aadapter.target_modules: 2 of 4 .*dt_proj: MambaMixer never calls it"):
+    with pytest.raises(UserError, match=r"\Aadapter.target_modules: 2 of 4 .*dt_proj: the model never calls it"):
         train(tiny_config(mamba, "adapter.target_modules=[in_proj,dt_proj]", "name=dt"))
 
 
