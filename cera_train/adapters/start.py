@@ -58,12 +58,12 @@ def described(description: dict[str, Any]) -> dict[str, Any]:
         return {"kind": kind}
     unset = fitting(AdapterConfig(kind, dropout=0))
     layers = description.get("layers_to_transform")
-    described = unset | {key: _plain(description[key]) for key in unset if key in description}
-    described |= {f"settings.{name}": description.get(name) or None for name in IN_SETTINGS}
+    values = unset | {key: _plain(description[key]) for key in unset if key in description}
+    values |= {f"settings.{name}": description.get(name) or None for name in IN_SETTINGS}
     if kind != "cera":  # of PEFT's LoRA, use_rslora is a kind
-        described["settings.use_rslora"] = None
-    described["layers"] = [layers] if isinstance(layers, int) else layers
-    return described | {"alpha": description.get(family(kind).alpha_field)}
+        values["settings.use_rslora"] = None
+    values["layers"] = [layers] if isinstance(layers, int) else layers
+    return values | {"alpha": description.get(family(kind).alpha_field)}
 
 
 def kind_of(description: dict[str, Any]) -> str:

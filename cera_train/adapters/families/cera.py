@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -93,15 +94,8 @@ class Cera(RankedPeft):
         if not isinstance(module, CeraLayer) or isinstance(module, CeraExperts) or ADAPTER not in module.r:
             return None
         A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
-        scaling = module.scaling[ADAPTER]
-        return Branch(
-            module,
-            A,
-            r=module.r[ADAPTER],
-            out_features=module.out_features,
-            gram=lambda: scaling**2 * B.weight.double().T @ B.weight.double(),
-            **gate_fields(gate),
-        )
+        computed = branch_fields(gate, module.scaling[ADAPTER], lambda: B.weight)
+        return Branch(module, A, r=module.r[ADAPTER], out_features=module.out_features, **computed)
 
     def branches(self, module: nn.Module) -> dict[str, Branch]:
         from cera_train.cera import CeraExperts
@@ -116,24 +110,13 @@ class Cera(RankedPeft):
 
     def _expert_branch(self, module: CeraExperts, name: str, expert: int) -> Branch:
         A, B, gate = (part[ADAPTER][name] for part in (module.cera_A, module.cera_B, module.cera_gate))
-        scaling = module.scaling[ADAPTER][name]
-
-        def gram() -> torch.Tensor:
-            B_e = B.weight[expert].double()
-            return scaling**2 * B_e.T @ B_e
-
-        return ExpertBranch(
-            A,
-            ExpertMatrix(A, expert),
-            r=module.r[ADAPTER][name],
-            out_features=B.weight.shape[1],
-            gram=gram,
-            **gate_fields(gate),
-        )
+        computed = branch_fields(gate, module.scaling[ADAPTER][name], lambda: B.weight[expert])
+        r, d_out = module.r[ADAPTER][name], B.weight.shape[1]
+        return ExpertBranch(A, ExpertMatrix(A, expert), r=r, out_features=d_out, **computed)
 
 
-def gate_fields(gate: nn.Module) -> dict[str, Any]:
-    """What a branch's gate is, as fields of `Branch`."""
+def branch_fields(gate: nn.Module, scaling: float, B: Callable[[], torch.Tensor]) -> dict[str, Any]:
+    """The fields of `Branch` that follow from the gate and from B."""
     from torch import nn
 
     from cera_train.cera.hidden import LearnedGate
@@ -141,6 +124,7 @@ def gate_fields(gate: nn.Module) -> dict[str, Any]:
     mixes, is_identity = isinstance(gate, LearnedGate), isinstance(gate, nn.Identity)
     return {
         "gate": None if is_identity else gate,
+        "gram": lambda: scaling**2 * B().double().T @ B().double(),
         "closes": not (mixes or is_identity),
         "gamma": (lambda: gate.gamma.item()) if mixes else None,
     }
