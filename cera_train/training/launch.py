@@ -6,7 +6,7 @@ from typing import Any
 
 from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_main_process
-from cera_train.runs.hub import push
+from cera_train.runs.push import push
 from cera_train.settings.run import Config
 from cera_train.training.train import train
 
