@@ -20,18 +20,6 @@ TOKENIZERS = (
 )
 """Files by which transformers recognises a tokenizer."""
 
-ENCODERS = (
-    *("bert", "roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "xlm-roberta", "camembert"),
-    *("mpnet", "modernbert", "nomic_bert", "esm", "convbert", "funnel", "longformer", "big_bird", "xlm-roberta-xl"),
-)
-"""Model types that look at the whole text; most can be turned into decoders, which their config.json then records."""
-
-OTHER_HEADS = (
-    *("ForMaskedLM", "ForPreTraining", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"),
-    *("ForMultipleChoice", "ForImageClassification", "ForNextSentencePrediction", "ForCTC", "ForSpeechSeq2Seq"),
-)
-"""Ends of the names of architectures without a head that predicts the next token."""
-
 INDEX = "model.safetensors.index.json"
 
 
@@ -78,9 +66,6 @@ def _check_hub_id(path: str, place: str) -> None:
     )
 
 
-# --- what a folder holds ---------------------------------------------------------------------------------------------
-
-
 def _check_folder(folder: Path, place: str, needs_weights: bool) -> None:
     """Refuses a model's folder that lacks a file, or in which one is cut off."""
     try:
@@ -103,27 +88,8 @@ def _check_folder(folder: Path, place: str, needs_weights: bool) -> None:
         f"{place}: the folder has no tokenizer: copy tokenizer.json and tokenizer_config.json of the model into it, or "
         "save one with tokenizer.save_pretrained(folder).",
     )
-    check_causal(config, place)
     if needs_weights:
         _check_weights(folder, files, place)
-
-
-def check_causal(config: dict[str, Any], place: str) -> None:
-    """Refuses a model whose config.json is not that of one that predicts the next token."""
-    kinds = [name for name in config.get("architectures") or [] if isinstance(name, str)]
-    model_type = config.get("model_type")
-    if config.get("is_encoder_decoder"):
-        reason = "is an encoder-decoder"
-    elif model_type in ENCODERS and not config.get("is_decoder"):
-        reason = "is an encoder"
-    elif kinds and all(name.endswith(OTHER_HEADS) for name in kinds):
-        reason = "does not predict the next token"
-    else:
-        return
-    raise UserError(
-        f"{place}: {', '.join(kinds) or model_type} {reason}: a causal language model is needed, such as Llama, Qwen "
-        "or SmolLM2."
-    )
 
 
 def _mend_of_other_folder(folder: Path, files: set[str]) -> str:
@@ -133,15 +99,10 @@ def _mend_of_other_folder(folder: Path, files: set[str]) -> str:
         return f"It is an adapter: set model.path to its base model{f', {base}' if base else ''}."
     if "config.yaml" in files:
         return "It looks like a run's folder: set model.path to the model that the run trained on."
-    if gguf := sorted(name for name in files if name.endswith(".gguf")):
-        return f"It holds GGUF ({gguf[0]}), which is not trained on: use the model with safetensors weights."
-    if "params.json" in files:
-        return "It holds Meta's or Mistral's own format: use the Hugging Face version of the model."
-    if "snapshots" in files:
-        found = sorted(folder.glob("snapshots/*/config.json"))
-        return f"It is a cache folder: set model.path to {found[-1].parent if found else 'one of its snapshots'}."
-    if found := sorted(folder.glob("*/config.json")):
-        return f"Did you mean {found[0].parent}?"
+    if any(name.endswith(".gguf") for name in files):
+        return "It holds GGUF, which is not trained on: use the model with safetensors weights."
+    if models := sorted([*folder.glob("*/config.json"), *folder.glob("snapshots/*/config.json")]):
+        return f"Did you mean {models[-1].parent}?"
     return "Copy the model's config.json into it, or name another folder."
 
 
@@ -161,43 +122,21 @@ def read_object(path: Path, place: str) -> dict[str, Any]:
 
 
 def _check_weights(folder: Path, files: set[str], place: str) -> None:
-    again = "Download or copy it again."
-    if "model.safetensors" in files:
-        shards = {"model.safetensors"}
-    elif INDEX in files:
+    """Refuses weights of which a file is missing or cut off. Other formats are left to transformers."""
+    from safetensors import SafetensorError, safe_open
+
+    shards = {"model.safetensors"} & files
+    if not shards and INDEX in files:
         weight_map = read_object(folder / INDEX, place).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(f"{folder / INDEX}: it has no weight_map ({place}). {again}")
+            raise UserError(f"{folder / INDEX}: it has no weight_map ({place}). Download or copy it again.")
         shards = set(weight_map.values())
-        if missing := sorted(shards - files):
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise UserError(f"{place}: the folder lacks {missing[0]}{more}, which {INDEX} names. {again}")
-    else:
-        return  # transformers knows more names, and lists those it looked for
     for name in sorted(shards):
-        if reason := damage_of_safetensors(folder / name):
-            raise UserError(f"{folder / name}: {reason} ({place}). {again}")
-
-
-def damage_of_safetensors(path: Path) -> str | None:
-    """Why a safetensors file is not whole: eight bytes with the length of a JSON header, the header, and as many bytes
-    as it describes (https://github.com/huggingface/safetensors#format). None where it is whole."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if start.startswith(b"version "):
-                return "it is a Git LFS pointer, not the weights: run git lfs pull"
-            if size < 8 or length > size - 8:
-                return f"the file is cut off: {size} bytes are less than its header" if size else "the file is empty"
-            header = json.loads(file.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except OSError as error:
-        return f"cannot read the file: {error.strerror}"
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return "its header is broken"
-    if size < expected:
-        return f"the file is cut off: {size} of {expected} bytes"
-    return None if size == expected else f"the file has {size - expected} bytes too many"
+        try:
+            with safe_open(folder / name, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = words_of(error)
+            if "header too large" in reason and (folder / name).stat().st_size < 1000:
+                reason = "it is a Git LFS pointer, not the weights: run git lfs pull"
+            raise UserError(f"{folder / name}: {reason} ({place}). Download or copy it again.") from error

@@ -17,15 +17,19 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.hub import hub_or_cache, why_not_reached
-from cera_train.model.architecture import attention_for, left_unquantised
-from cera_train.model.folder import PYPI, check_causal, check_model, place_of_model, read_object
+from cera_train.model.folder import PYPI, check_model, place_of_model
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
 from cera_train.settings.model import ModelConfig, Quantization
+
+CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+"""Classes of transformers' that predict the next token."""
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -36,7 +40,13 @@ def load_tokenizer(config: ModelConfig) -> Any:
 def load_config(config: ModelConfig) -> transformers.PretrainedConfig:
     """The model's config.json. Raises UserError where it is not that of a causal language model."""
     loaded = _from_hub_or_folder(AutoConfig.from_pretrained, config)
-    check_causal(loaded.to_dict(), f"model.path={config.path}")
+    kinds = loaded.architectures or []
+    others = [kind for kind in kinds if "For" in kind and not kind.endswith("ForCausalLM") and kind not in CAUSAL]
+    if loaded.is_encoder_decoder or (kinds and len(others) == len(kinds)):
+        raise UserError(
+            f"model.path={config.path}: {', '.join(kinds) or loaded.model_type} does not predict the next token alone: "
+            "a causal language model is needed, such as Llama, Qwen or SmolLM2."
+        )
     return loaded
 
 
@@ -90,6 +100,29 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
     return model
 
 
+def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
+    """`model.attn_implementation` as this architecture takes it: eager in place of sdpa where it has no other, since it
+    attends in another way (Bloom, gpt-oss), or not at all (Mamba)."""
+    if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return wanted
+    # sdpa leaves soft caps out; transformers below 5.22 says all the same that Gemma 2 has it
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not is_capped else "eager"
+
+
+def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
+    """The modules that bitsandbytes leaves alone, for a model that reads weights past their modules: packed ones are of
+    no use to it. None for any other: transformers' choice, the head."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    kinds = {name.rpartition(".")[2] for name in bypassed_projections(model)}
+    head = model.get_output_embeddings()
+    heads = {name for name, module in model.named_modules() if module is head}
+    return sorted(kinds | heads) if kinds else None
+
+
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
     """Whether the weights were quantised before they were saved: by bitsandbytes, or by another library, which
     transformers dequantises or refuses. Raises UserError where `model.quantization`, by which a run decides what it may
@@ -103,6 +136,15 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
         stored = settings.get("quant_method") if kind == Quantization.none else kind
         raise UserError(f"model.path={config.path}: its weights are stored as {stored}: set model.quantization={kind}.")
     return True
+
+
+def mixes_sequences(model: nn.Module) -> bool:
+    """Whether sequences that share a row are likely to see each other, by what the layers are made of: a state or a
+    convolution goes from token to token. Certain is only a pass: `SupervisedLoss.probe`."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
+    attends = any(hasattr(module, "is_causal") for module in model.modules())
+    return is_convolved or not attends or "linear_attention" in kinds
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -124,6 +166,8 @@ def quantization_config(
     Args:
         skip: the modules that stay as they are; None: the head.
     """
+    if quantization == Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
     if quantization == Quantization.nf4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -134,9 +178,7 @@ def quantization_config(
             bnb_4bit_quant_storage=dtype if will_be_sharded else torch.uint8,
             llm_int8_skip_modules=skip,
         )
-    return (
-        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip) if quantization == Quantization.int8 else None
-    )
+    return None
 
 
 def _keep_4bit_weights_differentiable(model: nn.Module) -> None:
@@ -218,19 +260,12 @@ def _reason(error: Exception, from_pretrained: Any, path: Path) -> str | None:
             found = match[1] if match.re.groups else None
             version, unreached = transformers.__version__, why_not_reached()
             return reason.format(error=_one_line(error), found=found, version=version, unreached=unreached)
-    if not path.is_dir() or isinstance(error, (MemoryError, RuntimeError)):
+    is_bug = isinstance(error, (MemoryError, RuntimeError)) or from_pretrained == AutoModelForCausalLM.from_pretrained
+    if is_bug or not path.is_dir():
         return None
     # transformers and tokenizers meet a wrong value in a file with whatever Python raises there
-    for name in ("tokenizer.json", "special_tokens_map.json", "vocab.json", "added_tokens.json"):
-        if (path / name).is_file():
-            read_object(path / name, place_of_model(str(path)))
     what = f"{type(error).__name__}: {_one_line(error)[:200]}"
-    if from_pretrained != AutoConfig.from_pretrained:
-        with contextlib.suppress(Exception):  # else the error is in the config
-            AutoConfig.from_pretrained(path)
-            is_tokenizer = from_pretrained == AutoTokenizer.from_pretrained
-            return f"its tokenizer cannot be loaded ({what}): copy its files again." if is_tokenizer else None
-    return f"its config.json is not usable ({what}): copy the model's own."
+    return f"cannot be loaded ({what}): copy config.json and the tokenizer's files again."
 
 
 def _one_line(error: BaseException) -> str:

@@ -24,10 +24,9 @@ from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.model.architecture import attention_for, mixes_sequences
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import positions_of
+from cera_train.model.weights import attention_for, mixes_sequences, positions_of
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config

@@ -16,8 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHead
 from cera_train.adapters.build import adapter_config, build, parameter_counts
 from cera_train.adapters.targets import linear_names
 from cera_train.common.errors import UserError
-from cera_train.model.architecture import attention_for
-from cera_train.model.weights import check_length, load_model, load_tokenizer
+from cera_train.model.weights import attention_for, check_length, load_model, load_tokenizer
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import ModelConfig, Quantization
 

@@ -16,7 +16,7 @@ from conftest import make_tiny_llama
 
 from cera_train.common import hub
 from cera_train.common.errors import UserError
-from cera_train.model.folder import check_model, damage_of_safetensors
+from cera_train.model.folder import check_model
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.settings.model import ModelConfig
 
@@ -58,29 +58,12 @@ def refusal(path: str = "m", **settings) -> str:
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        (
-            "./no/such/folder",
-            "folder does not exist (from {cwd}). Set model.path to a local folder with config.json, or",
-        ),
-        (
-            "/abs/none",
-            "folder does not exist (from {cwd}). Set model.path to a local folder with config.json, or to a Hub",
-        ),
-        (
-            "../x",
-            "folder does not exist (from {cwd}). Set model.path to a local folder with config.json, or to a Hub id.",
-        ),
+        ("./no", "folder does not exist (from {cwd}). Set model.path to a local folder with config.json, or"),
+        ("/abs/none", "folder does not exist (from {cwd}). Set model.path to a local folder with config.json, or"),
         ("~/x", "folder does not exist; a ~ is not expanded here: write {home}/x."),
         ("a/b/c", "folder does not exist (from {cwd}), and a Hub id looks like organisation/name. Set model.path to"),
-        ("foo bar", "folder does not exist (from {cwd}), and a Hub id looks like organisation/name. Set model.path to"),
-        ("a\\b", "folder does not exist (from {cwd}), and a Hub id looks like organisation/name. Set model.path to a"),
-        (
-            f"{ADDRESS}:main",
-            "folder does not exist (from {cwd}), and a Hub id looks like organisation/name. Set model.",
-        ),
         (f"https://huggingface.co/{ADDRESS}", f"not an address: write the Hub id alone, such as {ADDRESS}."),
         ("", "not a name: write a Hub id or a folder."),
-        ("a\0b", "not a name: write a Hub id or a folder."),
         ("m/config.json", "it is a file: set model.path to the folder that it is in, m."),
         ("x.gguf", "GGUF files are not trained on: set model.path to the model's folder or Hub id with safetensors"),
     ],
@@ -92,22 +75,13 @@ def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(folder, tmp_path,
     assert refusal(path).startswith(f"model.path={path}: {line.format(cwd=tmp_path, home=Path.home())}")
 
 
-def test_a_very_long_path_is_cut_in_the_message(folder):
-    assert refusal("x" * 5000) == f"model.path={'x' * 100}...: cannot read it: File name too long."
-
-
 # --- folders ---------------------------------------------------------------------------------------------------------
-
-
-def emptied(folder: Path) -> None:
-    for file in folder.iterdir():
-        file.unlink()
 
 
 def with_only(name: str, content: str = "{}") -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        emptied(folder)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder)
+        (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text(content)
 
     return change
@@ -133,18 +107,11 @@ def configured(**changes) -> Callable[[Path], None]:
     return change
 
 
-def sharded(damage: Callable[[Path], None]) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        (folder / "model.safetensors").unlink()
-        model.save_pretrained(folder, max_shard_size="20KB")
-        damage(sorted(folder.glob("model-*.safetensors"))[1])
-
-    return change
-
-
-def cut_at_1000(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:1000])
+def without_a_shard(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
 def model_of(name: str, **settings) -> Callable[[Path], None]:
@@ -158,35 +125,22 @@ def model_of(name: str, **settings) -> Callable[[Path], None]:
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
 SMALL_T5 = {"d_model": 16, "d_ff": 16, "num_heads": 2, "d_kv": 8}
-NEEDED = "a causal language model is needed, such as Llama, Qwen or SmolLM2."
 SAFETENSORS = "m/model.safetensors: "
 
 
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (emptied, "model.path=m: the folder is empty: put config.json, the tokenizer and the weights into it."),
-        (
-            without("config.json"),
-            "model.path=m: the folder has no config.json. Copy the model's config.json into it, or",
-        ),
-        (
-            with_only("a.gguf"),
-            "model.path=m: the folder has no config.json. It holds GGUF (a.gguf), which is not train",
-        ),
-        (
-            with_only("params.json"),
-            "model.path=m: the folder has no config.json. It holds Meta's or Mistral's own form",
-        ),
+        (without("config.json"), "model.path=m: the folder has no config.json. Copy the model's config.json into it"),
+        (with_only("a.gguf"), "model.path=m: the folder has no config.json. It holds GGUF, which is not trained on"),
         (
             with_only("config.yaml"),
             "model.path=m: the folder has no config.json. It looks like a run's folder: set mod",
         ),
         (
             with_only("snapshots/1/config.json"),
-            "model.path=m: the folder has no config.json. It is a cache folder: set",
+            "model.path=m: the folder has no config.json. Did you mean m/snapshots/1",
         ),
-        (with_only("final/config.json"), "model.path=m: the folder has no config.json. Did you mean m/final?"),
         (
             with_only("adapter_config.json", '{"base_model_name_or_path": "a/b"}'),
             "model.path=m: the folder has no config.json. It is an adapter: set model.path to its base model, a/b.",
@@ -201,7 +155,7 @@ SAFETENSORS = "m/model.safetensors: "
         (written("config.json", "{}"), "m/config.json: it has no model_type (model.path=m): copy the model's own conf"),
         (configured(model_type="lama"), "model.path=m: model_type 'lama' is not known to transformers"),
         (configured(hidden_size="big"), "model.path=m: not usable: Validation error for field 'hidden_size'. Download"),
-        (configured(num_attention_heads=0), "model.path=m: its config.json is not usable (ZeroDivisionError: "),
+        (configured(num_attention_heads=0), "model.path=m: cannot be loaded (ZeroDivisionError: "),
         (configured(hidden_size=64), "model.path=m: the weights have other shapes than config.json asks for: copy the"),
         (
             configured(num_hidden_layers=3),
@@ -211,31 +165,22 @@ SAFETENSORS = "m/model.safetensors: "
             without("tokenizer.json"),
             "model.path=m: the folder has no tokenizer: copy tokenizer.json and tokenizer_conf",
         ),
+        (written("tokenizer.json", "{}"), "model.path=m: cannot be loaded (KeyError: 'added_tokens'): copy"),
         (
-            cut("tokenizer.json", 500),
-            "m/tokenizer.json:27: broken JSON: Unterminated string starting at (model.path=m)",
+            cut("model.safetensors", 0),
+            f"{SAFETENSORS}Error while deserializing header: header too small (model.path=m)",
         ),
-        (written("tokenizer.json", ""), "m/tokenizer.json:1: the file is empty (model.path=m). Download or copy the f"),
-        (written("tokenizer.json", "{}"), "model.path=m: its tokenizer cannot be loaded (KeyError: 'added_tokens'): c"),
-        (cut("tokenizer_config.json", 50), "m/tokenizer_config.json:3: broken JSON: Expecting property name enclosed "),
-        (cut("model.safetensors", 0), f"{SAFETENSORS}the file is empty (model.path=m). Download or copy it again."),
-        (cut("model.safetensors", 1000), f"{SAFETENSORS}the file is cut off: 1000 bytes are less than its header (mod"),
-        (cut("model.safetensors", 50_000), f"{SAFETENSORS}the file is cut off: 50000 of "),
-        (written("model.safetensors", b"\2" + b"\0" * 99), f"{SAFETENSORS}its header is broken (model.path=m). Downl"),
+        (cut("model.safetensors", 50_000), f"{SAFETENSORS}Error while deserializing header: incomplete metadata"),
         (written("model.safetensors", "version https://git-lfs"), f"{SAFETENSORS}it is a Git LFS pointer, not the wei"),
         (without("model.safetensors"), "model.path=m: cannot load it (Error no file named model.safetensors found in"),
-        (sharded(Path.unlink), "model.path=m: the folder lacks model-00002-of-00"),
-        (sharded(cut_at_1000), "m/model-00002-of-00"),
-        (written("generation_config.json", "{"), "m/generation_config.json:1: broken JSON: "),
+        (without_a_shard, "m/model-00002-of-00"),
         (
             model_of("T5ForConditionalGeneration", **SMALL_T5),
-            "model.path=m: T5ForConditionalGeneration is an encoder-d",
+            "model.path=m: T5ForConditionalGeneration does not predict",
         ),
-        (model_of("BertForMaskedLM", **SMALL), f"model.path=m: BertForMaskedLM is an encoder: {NEEDED}"),
-        (model_of("BertModel", **SMALL), f"model.path=m: BertModel is an encoder: {NEEDED}"),
         (
-            model_of("LlamaForSequenceClassification", **SMALL),
-            f"model.path=m: LlamaForSequenceClassification does not predict the next token: {NEEDED}",
+            model_of("BertForMaskedLM", **SMALL),
+            "model.path=m: BertForMaskedLM does not predict the next token alone: a",
         ),
         (model_of("LlamaModel", **SMALL), "model.path=m: the weights lack lm_head.weight: they are not those of Llama"),
         (
@@ -247,19 +192,6 @@ SAFETENSORS = "m/model.safetensors: "
 def test_a_folder_that_is_no_model_is_refused_by_the_file_at_fault(folder, change, line):
     change(folder)
     assert refusal().startswith(line)
-
-
-def test_whole_weights_are_not_called_damaged(folder):
-    assert damage_of_safetensors(folder / "model.safetensors") is None
-    sharded(lambda shard: None)(folder)
-    assert {damage_of_safetensors(shard) for shard in folder.glob("*.safetensors")} == {None}
-    load("m")
-
-
-def test_a_byte_too_many_is_damage(folder):
-    with (folder / "model.safetensors").open("ab") as file:
-        file.write(b"x")
-    assert refusal().startswith("m/model.safetensors: the file has 1 bytes too many (model.path=m).")
 
 
 def test_tied_weights_are_not_missed(folder):
@@ -296,10 +228,6 @@ def test_a_model_of_the_cache_loads_without_a_network(folder, tmp_path, no_netwo
     load("some/tiny")
 
 
-def test_a_hub_id_where_the_hub_is_switched_off_names_the_switch(folder, monkeypatch):
-    assert "nothing comes from the Hub: HF_HUB_OFFLINE=1 is set" in refusal("nobody/nothing")
-
-
 def test_a_hub_that_hangs_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(hub, "SECONDS", 0.2)
     answered = threading.Event()
@@ -320,26 +248,12 @@ def test_a_hub_that_answers_is_used(folder, no_network, monkeypatch):
     assert seen == [False]
 
 
-@pytest.mark.parametrize(
-    ("message", "mend"),
-    [
-        (
-            "You are trying to access a gated repo.\nMake sure",
-            "Ask for access on its page and log in with `hf auth logi",
-        ),
-        ("401 Client Error.", "Ask for access on its page and log in with `hf auth login`."),
-        (
-            "a/b is not a local folder and is not a valid model identifier",
-            "Check its name, log in with `hf auth login`",
-        ),
-    ],
-)
-def test_what_the_hub_refuses_has_a_mend(folder, monkeypatch, message, mend):
+def test_what_the_hub_refuses_has_a_mend(folder, monkeypatch):
     def refuse(path: str, **settings) -> None:
-        raise OSError(message)
+        raise OSError("You are trying to access a gated repo.\nMake sure")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
-    assert f"). {mend}" in refusal("a/b")
+    assert "). Ask for access on its page and log in with `hf auth login`." in refusal("a/b")
 
 
 def test_the_checks_of_a_folder_need_no_torch():
