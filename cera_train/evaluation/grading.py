@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import pebble
 
@@ -92,13 +91,11 @@ def verify(
         for answer, grade in zip(answers, grades, strict=True)
         if not grade.exact
     ]
-    workers = min(len(os.sched_getaffinity(0)), len(candidates) or 1)
-    with Verifier(seconds, workers) as verifier:
-        verdicts = verifier.verify(candidates)
-        verified = []
-        for grade in grades:
-            verdict = Verdict(True) if grade.exact else next(verdicts)
-            verified.append(replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure))
+    verdicts = iter(judge(candidates, seconds))
+    verified = []
+    for grade in grades:
+        verdict = Verdict(True) if grade.exact else next(verdicts)
+        verified.append(replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure))
     return verified
 
 
@@ -148,34 +145,27 @@ class Verdict:
     failure: str | None = None  # `timeout`, or `crash:` and the error on one line
 
 
-class Verifier:
-    """A pool of processes that verify answers, each within seconds of when a process begins it. They start at the first
-    answer and end with the context."""
-
-    def __init__(self, time_limit: float = 5.0, workers: int = 1) -> None:
-        self.time_limit, self.workers = time_limit, workers
-
-    def __enter__(self) -> Verifier:
-        # Spawned: a fork of a process with torch's threads can hang.
-        context = multiprocessing.get_context("spawn")
-        self._pool = pebble.ProcessPool(self.workers, context=context, initializer=_start_worker)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self._pool.stop()
-        self._pool.join()
-
-    def verify(self, candidates: Sequence[Candidate]) -> Iterator[Verdict]:
-        """Yields a verdict for each candidate, in order, as soon as it is there."""
+def judge(candidates: Sequence[Candidate], seconds: float) -> list[Verdict]:
+    """Verifies answers in processes that can be stopped, each within `seconds` of when a process begins it."""
+    workers = min(len(os.sched_getaffinity(0)), len(candidates)) or 1
+    # Spawned: a fork of a process with torch's threads can hang.
+    pool = pebble.ProcessPool(workers, context=multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
         # pool.map would count the wait for a free process, and its start, as the answer's time.
-        verdicts = [self._pool.schedule(_verdict, [candidate], timeout=self.time_limit) for candidate in candidates]
-        for verdict in verdicts:
-            try:
-                yield verdict.result()
-            except TimeoutError:
-                yield Verdict(False, "timeout")
-            except pebble.ProcessExpired as error:
-                yield Verdict(False, f"crash: ProcessExpired: exit code {error.exitcode}")
+        verdicts = [pool.schedule(_verdict, [candidate], timeout=seconds) for candidate in candidates]
+        return [_outcome(verdict) for verdict in verdicts]
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _outcome(verdict: pebble.ProcessFuture) -> Verdict:
+    try:
+        return verdict.result()
+    except TimeoutError:
+        return Verdict(False, "timeout")
+    except pebble.ProcessExpired as error:
+        return Verdict(False, f"crash: ProcessExpired: exit code {error.exitcode}")
 
 
 def _start_worker() -> None:

@@ -17,7 +17,6 @@ from cera_train.evaluation.tasks import gsm8k
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import ENDINGS, read_evaluation_result
-from cera_train.settings.data import DataConfig, Layout, MixPart
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -43,13 +42,6 @@ def test_an_evaluation_leaves_what_it_did(eval_config, run):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["task"]["max_new_tokens"] == 8
     assert config["model"]["path"] == tiny_path(run)
-
-
-def test_a_finished_evaluation_stands(eval_config, monkeypatch, capsys):
-    result = evaluate(eval_config())
-    monkeypatch.setattr(evaluate_module, "load_model", None)  # nothing is loaded for it
-    assert evaluate(eval_config()) == result
-    assert "truncated" in capsys.readouterr().out
 
 
 class Cut(Exception):
@@ -155,26 +147,6 @@ def test_grading_a_cut_file_names_the_broken_line_and_grades_the_rest(eval_confi
     assert json.loads((folder / "result.json").read_text())["missing"] == 0
 
 
-def test_math_from_a_file_is_graded_by_both_graders(eval_config, write_jsonl, run, monkeypatch):
-    rows = [
-        {"problem": "half of 1", "level": "Level 1", "type": "Algebra", "solution": r"It is $\boxed{\frac{1}{2}}$."},
-        {"problem": "half of 2", "level": "Level 5", "type": "Algebra", "solution": r"So $\boxed{1}$."},
-    ]
-    texts = {"half of 1": r"It is \boxed{0.5}.", "half of 2": r"It is \boxed{1}."}
-
-    def by_hand(model, base, tokenizer, batch, config):
-        return [Generation(r.problem, 0, texts[question[r.problem]], 5, False) for r in batch]
-
-    config = eval_config(f"task.files=[{write_jsonl('math.jsonl', rows)}]", task="math")
-    question = {problem.id: problem.question for problem in evaluate_module.load_problems(config.task, None)}
-    monkeypatch.setattr(evaluate_module, "generate", by_hand)
-    result = evaluate(config)
-    assert (result["exact/pass@1"], result["verified/pass@1"]) == (0.5, 1.0)
-    first = read(run / "eval" / "math" / "problems.jsonl")[0]
-    assert (first["prompt"], first["gold"]) == ("Problem: half of 1\nSolution:", r"\frac{1}{2}")
-    assert (first["level"], first["type"]) == ("Level 1", "Algebra")
-
-
 def test_a_task_of_ones_own_is_graded_by_the_grader_it_names(eval_config, compose, write_jsonl, run, monkeypatch):
     rows = write_jsonl("halves.jsonl", [{"question": f"half of {n}", "answer": n / 2} for n in (1, 2)])
 
@@ -245,10 +217,3 @@ def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_conf
     asked = {problem.prompt for problem in problems if problem.details["growth"] == 3.5}
     assert asked == {row["prompt"] for row in held_out}
     assert {problem.details["growth"] for problem in problems} == {3.2, 3.5, 3.8}
-
-
-def test_logistic_map_finds_what_a_part_of_a_mix_held_out(eval_config):
-    parts = [MixPart(path="a/b"), MixPart(layout=Layout.logistic_map, eval_rows=7)]
-    data = DataConfig(prompt="{a}", completion="{b}", mix=parts)
-    problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, data)
-    assert len(problems) == 3 * 7

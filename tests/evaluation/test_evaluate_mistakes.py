@@ -10,12 +10,6 @@ from cera_train.evaluation.evaluate import evaluate
 pytest_plugins = ("evaluated_runs",)
 
 
-def test_a_file_without_the_columns_of_the_task_is_refused(eval_config, write_jsonl):
-    rows = write_jsonl("other.jsonl", [{"problem": "1 + 1", "answer": "#### 2"}])
-    with pytest.raises(ValueError, match=r"other.jsonl(:|, row )1: column 'question' of task.prompt is missing"):
-        evaluate(eval_config(f"task.files=[{rows}]"))
-
-
 def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, write_jsonl, run):
     """Nor does it bind the folder to its settings."""
     rows = write_jsonl("other.jsonl", [{"problem": "1 + 1"}])
@@ -60,11 +54,3 @@ def test_grading_what_is_no_evaluation_is_refused(eval_config, compose, run, fol
     evaluate(eval_config("task.limit=2"))
     with pytest.raises(ValueError, match=message):
         evaluate(compose(f"grade={run / folder}", command="eval"))
-
-
-def test_grading_an_unfinished_run_by_mistake_leaves_it_alone(compose, run):
-    (run / "result.json").unlink()
-    before = sorted(path.name for path in run.iterdir())
-    with pytest.raises(ValueError, match="is not the folder of an evaluation"):
-        evaluate(compose(f"grade={run}", command="eval"))
-    assert sorted(path.name for path in run.iterdir()) == before

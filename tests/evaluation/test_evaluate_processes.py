@@ -75,16 +75,6 @@ def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_p
 
 
 @pytest.mark.slow
-def test_an_error_in_the_processes_is_reported_once(run, questions, tmp_path):
-    process = start(*answering(run, questions, "launch.processes=2", tokens=500), cwd=tmp_path)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    (line,) = err.splitlines()
-    assert line.startswith("cera-eval: task.max_new_tokens=500 after the longest prompt")
-    assert not (run / "eval").exists()
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, questions, tmp_path):
     rows = [{"question": f"{n} and {n}?" + "?" * n, "answer": f"#### {2 * n}"} for n in range(40)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))

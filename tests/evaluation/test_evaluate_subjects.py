@@ -32,14 +32,6 @@ def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
     assert not list(run.glob("*/eval"))
 
 
-def test_a_run_is_named_from_where_the_user_stands(eval_config, run, monkeypatch):
-    for place, name in ((run.parent, "run/best"), (run, "best")):
-        monkeypatch.chdir(place)
-        evaluate(eval_config("task.limit=1", run=name))
-        assert (run / "eval" / "gsm8k-best" / "result.json").exists()
-        shutil.rmtree(run / "eval")
-
-
 def test_the_card_tells_of_its_own_adapter_only(eval_config, run):
     weights = run / "best" / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -67,24 +59,18 @@ def test_a_name_tells_two_evaluations_of_a_task_apart(eval_config, run):
     assert second[0]["prompt"].startswith("Q: 1 apples")
 
 
-def test_an_unfinished_run_is_refused(eval_config, run):
-    (run / "result.json").unlink()
-    with pytest.raises(ValueError, match=r"is unfinished.*same cera-train command.*run=.*best"):
-        evaluate(eval_config())
-    assert not (run / "eval").exists()
-
-
-def test_a_run_without_its_adapter_is_refused(eval_config, run):
-    shutil.rmtree(run / "adapter")
-    with pytest.raises(ValueError, match="lacks its adapter"):
-        evaluate(eval_config())
-
-
-def test_a_folder_that_is_no_run_is_refused(eval_config, tmp_path):
+def test_what_is_no_finished_run_with_its_adapter_is_refused(eval_config, run, tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         evaluate(eval_config(run=tmp_path / "nothing"))
     with pytest.raises(ValueError, match="is not the folder of a run"):
         evaluate(eval_config(run=tmp_path))
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(ValueError, match="lacks its adapter"):
+        evaluate(eval_config())
+    (run / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"is unfinished.*same cera-train command.*run=.*best"):
+        evaluate(eval_config())
+    assert not (run / "eval").exists()
 
 
 @pytest.mark.parametrize("changes", [{"hidden_size": 64}, {"num_hidden_layers": 1}], ids=str)
@@ -133,16 +119,6 @@ def test_an_adapter_that_diverged_is_refused(eval_config, run):
     for sampled in ([], ["generation=sample", "name=sampled"]):
         with pytest.raises(ValueError, match="logits are not finite"):
             evaluate(eval_config("task.limit=2", *sampled))
-
-
-def test_a_checkpoint_is_held_against_its_runs_base_too(eval_config, run, tmp_path, tokenizer):
-    other = make_tiny_llama(vocab_size=len(tokenizer))
-    other.model.norm.weight.data += 0.1
-    other.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    own = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
-    with pytest.raises(ValueError, match="was trained on other weights"):
-        evaluate(eval_config(*own, run=run / "checkpoints" / "6"))
 
 
 def test_a_damaged_adapter_is_refused(eval_config, run):

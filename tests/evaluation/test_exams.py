@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ import matplotlib.image
 import numpy
 import pytest
 import torch
-from evaluation_files import QUESTIONS, read
+from evaluation_files import read
 from tiny_runs import folder_of
 
 from cera_train.evaluation import exams
@@ -25,7 +24,6 @@ from cera_train.evaluation.tasks.logistic_map import TASK
 from cera_train.evaluation.tasks.task import load_problems
 from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.lines import describe_tasks
 from cera_train.runs.outcomes import read_grades
 from cera_train.settings.training import SAMPLE_ROOM
 from cera_train.training import train as training
@@ -195,19 +193,6 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
     assert FIGURES[0] not in train(longer)
 
 
-def test_a_run_that_is_out_of_patience_is_measured_at_its_end(tiny_config):
-    config = tiny_config(*TASKS[:1], *SHORT, "optimizer.lr=1e-30", "train.eval_every=2", "train.patience=1")
-    assert train(config)["updates"] == 2
-    assert [FIGURES[0] in line for line in evaluations(config)] == [False, True]
-
-
-def test_a_task_of_ones_own_is_graded_by_its_rule(tiny_config, write_jsonl, half_right):
-    file = write_jsonl("own.jsonl", [{"question": f"{n}?", "answer": f"word {n}"} for n in range(4)])
-    settings = f"train.task_settings={{jsonl: {{files: [{file}], grader: text, max_new_tokens: 4}}}}"
-    result = train(tiny_config("train.tasks=[jsonl]", settings, "train.max_updates=1"))
-    assert {name: value for name, value in result.items() if name.startswith("jsonl")} == {"jsonl/exact": 0.5}
-
-
 # --- samples without a task ------------------------------------------------------------------------------------------
 
 
@@ -255,20 +240,7 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_json
     assert rows_exam(data, 1, tokenizer, positions=len(ids) + 5).max_new_tokens == 5
 
 
-def test_figures_in_a_line():
-    figures = {"gsm8k/exact": 0.12, "gsm8k/verified": 0.5, "math/exact": 1.0}
-    assert describe_tasks(figures) == "gsm8k exact 12.0%, verified 50.0%; math exact 100.0%"
-
-
 # --- other processes -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_gsm8k_is_graded_by_both_graders_from_local_files(tiny_config, write_jsonl, half_right):
-    file = write_jsonl("questions.jsonl", QUESTIONS)
-    settings = f"train.task_settings={{gsm8k: {{files: [{file}], max_new_tokens: 8}}}}"
-    result = train(tiny_config("train.tasks=[gsm8k]", settings, "train.tasks_limit=4", "train.max_updates=1"))
-    assert (result["gsm8k/exact"], result["gsm8k/verified"]) == (0.5, 0.5)
 
 
 @pytest.mark.slow
@@ -287,26 +259,3 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]
     figures = [[line.get(name) for name in FIGURES] for line in evaluations(replace(config, name="two"))]
     assert figures == [[line.get(name) for name in FIGURES] for line in evaluations(config)]
-
-
-def test_a_run_on_generated_rows_answers_unseen_ones(tiny_config, compose, capsys):
-    pytest.importorskip("reasoning_gym")
-    rows = ["data=reasoning_gym", "data.reasoning_gym.level=0", "data.train_rows=400", "data.eval_rows=4"]
-    short = [
-        "train.tasks=[reasoning_gym]",
-        "train.tasks_limit=3",
-        "train.task_settings={reasoning_gym: {max_new_tokens: 4}}",
-    ]
-    config = tiny_config(*rows, *short, "train.max_updates=2", "train.tasks_every=null")
-    result = train(config)
-    printed = capsys.readouterr().out
-    assert {"reasoning_gym/exact", "reasoning_gym/credit"} <= set(result)
-    assert re.search(
-        r"shared     0 evaluation prompts are also training prompts; 2\d\d training rows repeat a prompt", printed
-    )
-    own = ["task=reasoning_gym", "task.limit=3", "task.max_new_tokens=4"]
-    evaluated = evaluate(compose(f"run={folder_of(config)}", *own, command="eval"))
-    assert evaluated["credit"] == result["reasoning_gym/credit"]
-    assert evaluated["by_generator"]["chain_sum"]["answers"] == 3
-    again = evaluate(compose(f"grade={folder_of(config) / 'eval' / 'reasoning_gym'}", command="eval"))
-    assert again["by_generator"] == evaluated["by_generator"]

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from evaluation_files import QUESTIONS
 
 from cera_train.evaluation import grading
-from cera_train.evaluation.grading import Verifier
-from cera_train.settings.evaluation import EvalConfig
-
-
-@pytest.fixture(scope="session")
-def verifier_that_stays() -> Iterator[Verifier]:
-    with Verifier(EvalConfig.grading_seconds) as verifier:
-        yield verifier
 
 
 @pytest.fixture
-def one_verifier(verifier_that_stays, monkeypatch) -> None:
-    """Evaluations verify answers in one process, instead of starting two each, which takes longer than the answers."""
-    monkeypatch.setattr(grading, "Verifier", lambda *_: contextlib.nullcontext(verifier_that_stays))
+def one_verifier(monkeypatch) -> None:
+    """Evaluations verify answers in this process, instead of starting two each, which takes longer than the answers."""
+    monkeypatch.setattr(grading, "judge", lambda candidates, seconds: list(map(grading._verdict, candidates)))
 
 
 @pytest.fixture

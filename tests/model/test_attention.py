@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny_llama
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM, FalconConfig, Gemma2Config, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, ShortAttention, attend_by_sequence, attend_varlen
 from cera_train.model.batches import flat_batch
@@ -50,18 +50,6 @@ def test_it_equals_one_row_under_a_block_mask(window):
     upstream = torch.randn_like(got)
     for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)), strict=True):
         torch.testing.assert_close(one, other)
-
-
-def test_no_mask_is_made(monkeypatch):
-    masks = []
-
-    def attention(query, key, value, mask, *args, **kwargs):
-        masks.append(mask)
-        return scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
-
-    monkeypatch.setattr("cera_train.model.attention.scaled_dot_product_attention", attention)
-    attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS)
-    assert masks == [None] * len(LENGTHS)
 
 
 def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
@@ -157,49 +145,23 @@ def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
     assert loss.allowed.attention == (VARLEN if reason == "it is there" else BY_SEQUENCE)
 
 
-def test_dropout_of_attention_is_not_lost_to_the_kernel(monkeypatch):
-    monkeypatch.setattr(KERNEL, None)
-    inputs = heads()
-    got, _ = attend_varlen(Causal(), *inputs, None, sequence_lengths=LENGTHS, dropout=0.9)
-    assert not torch.allclose(got, masked(*inputs))
-
-
-@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
 @pytest.mark.parametrize(
     "more", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"position_bias": torch.zeros(1)}, {"is_causal": False}]
 )
-def test_attention_that_is_more_is_refused(more, attend):
+def test_attention_that_is_more_is_refused(more):
     with pytest.raises(NotImplementedError, match="more than causal"):
-        attend(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
+        attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
 
 
-@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
 @pytest.mark.parametrize(
     ("kind", "window"), [("chunked_attention", None), ("sliding_attention", None), ("full_attention", 4)]
 )
-def test_what_only_a_mask_would_restrict_is_refused(attend, kind, window):
+def test_what_only_a_mask_would_restrict_is_refused(kind, window):
     module = Causal()
     module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
     settings = {"sequence_lengths": LENGTHS, "sliding_window": window}
     with pytest.raises(NotImplementedError, match=kind):
-        attend(module, *heads(), None, **settings)
-
-
-def test_values_of_another_width_than_the_queries_go_to_torchs_own():
-    query, key, _ = heads(6, torch.bfloat16)
-    value = torch.randn(1, 2, 6, 4, dtype=torch.bfloat16, requires_grad=True)
-    got, _ = attend_by_sequence(Causal(), query, key, value, None, sequence_lengths=[6])
-    assert got.shape == (1, 6, 4, 4)
-    got.sum().backward()
-
-
-def test_a_model_that_takes_no_attention_of_others_keeps_its_own():
-    model = AutoModelForCausalLM.from_config(
-        FalconConfig(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
-    )
-    loss = SupervisedLoss(model, model)
-    loss.probe()
-    assert loss.allowed.attention is None
+        attend_by_sequence(module, *heads(), None, **settings)
 
 
 def test_a_sequence_sees_nothing_of_its_neighbours():

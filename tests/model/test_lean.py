@@ -85,12 +85,6 @@ def test_a_norm_that_trains_gets_its_gradient():
     assert torch.equal(ours.weight.grad, usual.weight.grad)
 
 
-def test_other_norms_stay_as_they_are():
-    gemma = GemmaRMSNorm(48)
-    keep_less(gemma)
-    assert type(gemma) is GemmaRMSNorm
-
-
 def test_one_decorator_makes_no_two_forwards_alike(monkeypatch):
     def decorated(forward):
         return lambda self, x: forward(self, x)
@@ -102,7 +96,7 @@ def test_one_decorator_makes_no_two_forwards_alike(monkeypatch):
     assert type(gemma) is GemmaRMSNorm
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_usual_models_are_changed_whole(kind):
     config = AutoConfig.for_model(
         kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

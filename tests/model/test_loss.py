@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from cera_train.cera import CeraConfig
 from cera_train.common.errors import UserError
 from cera_train.model import loss as loss_module
 from cera_train.model.batches import flat_batch, padded_batch
-from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout, perplexity
+from cera_train.model.loss import FrozenHeadLoss, SupervisedLoss, choose_layout
 from cera_train.settings.data import BatchLayout
 
 
@@ -57,7 +56,7 @@ def groups_of(rows, masks, size: int, batch):
 
 
 @pytest.mark.parametrize("batch", [flat_batch, padded_batch])
-@pytest.mark.parametrize("size", [1, 3, 7])
+@pytest.mark.parametrize("size", [1, 3])
 def test_loss_equals_brute_force(tiny_llama, batch, size):
     rows, masks = make_rows()
     supervised = make_loss(tiny_llama)
@@ -107,15 +106,6 @@ def test_the_loss_under_a_frozen_head_has_the_gradient_of_the_plain_formula(monk
     assert torch.autograd.gradcheck(lambda x: 0.3 * FrozenHeadLoss.apply(x, targets, head), hidden_states)
 
 
-def test_the_logits_of_a_chunk_are_made_once(tiny_llama, monkeypatch):
-    monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
-    rows, masks = make_rows()
-    supervised, calls = make_loss(tiny_llama), []
-    tiny_llama.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    supervised(flat_batch(rows, masks)).backward()
-    assert len(calls) == -(-sum(map(sum, masks)) // 5)
-
-
 def test_only_supervised_positions_reach_the_head(tiny_llama):
     rows, masks = make_rows()
     supervised = make_loss(tiny_llama)
@@ -124,14 +114,6 @@ def test_only_supervised_positions_reach_the_head(tiny_llama):
     supervised(padded_batch(rows, masks))
     hook.remove()
     assert seen == [sum(map(sum, masks))]
-
-
-def test_the_frozen_head_and_base_get_no_gradient(tiny_llama):
-    supervised = make_loss(tiny_llama)
-    supervised(flat_batch(*make_rows())).backward()
-    with_gradient = {name for name, parameter in supervised.named_parameters() if parameter.grad is not None}
-    assert with_gradient
-    assert all("cera_" in name for name in with_gradient)
 
 
 def test_unsupervised_tokens_and_padding_do_not_count(tiny_llama):
@@ -185,16 +167,6 @@ def test_probe_finds_a_model_whose_state_leaks_between_sequences():
     supervised = SupervisedLoss(torch.nn.Identity(), MambaForCausalLM(config).eval())
     supervised.probe()
     assert not supervised.allowed.flattens
-
-
-def test_probe_lets_a_llama_flatten_and_chunk(tiny_llama):
-    supervised = make_loss(tiny_llama)
-    assert supervised.allowed.flattens
-    assert supervised.allowed.chunks_head
-
-
-def test_perplexity_of_an_enormous_loss_is_infinite():
-    assert perplexity(1e4) == math.inf
 
 
 @pytest.mark.parametrize("name", ["mamba", "llama4_text"])

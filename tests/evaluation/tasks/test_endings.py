@@ -18,13 +18,9 @@ LONG = "".join(f"{n} and then " for n in range(80))
     "text",
     [
         SENTENCE * 3,
-        f"Let us think. {SENTENCE * 5}",
         f"{SENTENCE * 5}She has 3 ap",  # cut in the middle of the segment
         "0" * 50,
-        "\n" * 64,
-        "1 + " * 13,
         LONG * 3,
-        "再び" * 30,
     ],
 )
 def test_a_tail_of_one_segment_is_a_loop(text):
@@ -38,11 +34,8 @@ def test_a_tail_of_one_segment_is_a_loop(text):
         "18",
         LONG,
         f"{SENTENCE * 5}So the answer is 18.",  # it got out of it
-        SENTENCE * 2,
         "0.84, 0.84, 0.84, 0.84, 0.84, 0.84",  # too short
-        "1" + "0" * 40,
         "".join(f"Step {n}: add one. " for n in range(40)),
-        "a" * 49,
         "x" * (LONGEST_SEGMENT + 1) + "y",
     ],
 )
@@ -64,12 +57,9 @@ def ending(task, gold: str, text: str, truncated: bool = False, **details) -> st
     ("text", "truncated", "expected"),
     [
         ("#### 18", False, "right"),
-        ("#### 18", True, "right"),
-        ("#### 17", False, "wrong"),
         ("I do not know.", False, "wrong"),
         (LONG, True, "truncated"),
         (SENTENCE * 9, True, "loop"),
-        (SENTENCE * 9, False, "loop"),  # it ended by itself
         ("#### 18\n" + "Question: " * 9, True, "right"),
     ],
 )
@@ -89,7 +79,6 @@ TRUTH = "0.84, 0.47, 0.87, 0.40, 0.84, 0.47"
         ("0.84, 0.60" + ", 0.60" * 20, True, "collapsed"),  # also a loop, of which it is the cause
         ("0.84, 0.61" + ", 0.61, 0.84" * 10, True, "loop"),
         ("0.84, 0.47, 0.8", True, "truncated"),
-        ("", False, "wrong"),
     ],
 )
 def test_a_state_that_stands_still_has_collapsed(text, truncated, expected):

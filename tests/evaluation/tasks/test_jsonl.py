@@ -8,11 +8,11 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score, verify
-from cera_train.evaluation.tasks.jsonl import RULES, chosen
+from cera_train.evaluation.tasks.jsonl import chosen
 from cera_train.evaluation.tasks.task import load_problems, task_of
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.results import AccuracyResult
-from cera_train.settings.tasks import Grader, TaskConfig
+from cera_train.settings.tasks import TaskConfig
 
 CITY = {"question": "The capital of France?", "choices": ["Rome", "Paris", "Oslo"], "answer": "B"}
 ASKED = "Question: {question}\n{choices}\nAnswer:"
@@ -35,17 +35,13 @@ def config_of(write_jsonl):
         ("text", "New  York", " New York\n", True),
         ("text", "New York", "new york", False),
         ("text", "New York", "New York\nQuestion:", False),
-        ("text", "18", "18.0", False),
         ("number", "The answer is 1,234", "so 1234.0 in all", True),
-        ("number", 18, "#### 18", True),
         ("number", "step 3\n#### 18", "It is 3", False),
         ("number", 0.5, "1/2", False),
         ("math", r"\frac{1}{2}", r"so \boxed{\dfrac12}", True),
-        ("math", r"We find $\boxed{7}$.", r"\boxed{7}", True),
         ("math", "7", "It is 7", False),
         ("choice", "B", "The answer is (B).", True),
         ("choice", "B", " B. Paris", True),
-        ("choice", "B", "A", False),
     ],
 )
 def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, answer, is_exact):
@@ -58,18 +54,13 @@ def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, 
 @pytest.mark.parametrize(
     ("text", "letter"),
     [
-        ("B", "B"),
         ("(B) Paris", "B"),
-        ("**B**", "B"),
         (" B\n\nQuestion: the next?\nAnswer: A", "B"),
         ("Paris, so the answer is B.\n\nQuestion: the next?\nAnswer: A", "B"),
         ("B) since A is wrong", "B"),
         ("The correct answer is: C", "C"),
-        ("I think the answer is **D**, not B", "D"),
         ("Answer: [A]", "A"),
         ("A dog, so none", None),
-        ("Paris", None),
-        ("b", None),
         ("The answer is Paris", None),
         ("", None),
     ],
@@ -82,12 +73,6 @@ def test_the_letter_of_an_answer(text, letter):
 def test_a_choice_is_named_by_letter_text_or_number_and_shown_by_letters(config_of, answer):
     [problem] = load_problems(config_of([CITY | {"answer": answer}], "choice", prompt=ASKED), None)
     assert problem.prompt == "Question: The capital of France?\nA. Rome\nB. Paris\nC. Oslo\nAnswer:"
-    assert problem.gold == "B"
-
-
-def test_a_number_that_is_a_choice_is_the_choice(config_of):
-    row = {"question": "1 + 1", "choices": ["1", "2", "0"], "answer": "2"}
-    [problem] = load_problems(config_of([row], "choice", prompt=ASKED), None)
     assert problem.gold == "B"
 
 
@@ -112,10 +97,6 @@ def test_mathematical_equality_is_verified_and_text_is_not(config_of):
     assert scores("text").accuracy("verified") is None
 
 
-def test_every_grader_has_a_rule():
-    assert RULES.keys() == {*Grader}
-
-
 FINE = {"question": "?", "answer": "7"}
 LETTER = {"question": "?", "answer": "A"}
 
@@ -129,14 +110,7 @@ LETTER = {"question": "?", "answer": "A"}
             "text",
             "2: column 'answer' (named in task.answer) is missing; its columns are quest",
         ),
-        (FINE, FINE | {"answer": " "}, "text", "2: column 'answer' holds ' ', and task.grader=text needs a text: mend"),
         (FINE, FINE | {"answer": None}, "math", "2: column 'answer' holds '', and task.grader=math needs an answer in"),
-        (
-            FINE,
-            FINE | {"answer": "two"},
-            "number",
-            "2: column 'answer' holds 'two', and task.grader=number needs a num",
-        ),
         (
             LETTER,
             FINE | {"answer": "no"},
@@ -145,10 +119,7 @@ LETTER = {"question": "?", "answer": "A"}
         ),
         (LETTER, CITY, "choice", "2: task.prompt does not show column 'choices': write {choices} where they belong."),
         (CITY, CITY | {"answer": "D"}, "choice", "2: column 'answer' holds 'D', and task.grader=choice needs a letter"),
-        (CITY, CITY | {"answer": 3}, "choice", "2: column 'answer' holds '3', and task.grader=choice needs a letter"),
-        (CITY, CITY | {"choices": "a"}, "choice", "2: column 'choices' holds a str: expected a list of 2 to 26 texts."),
         (CITY, CITY | {"choices": ["a"]}, "choice", "2: column 'choices' has 1 of them: expected a list of 2 to 26 te"),
-        (FINE, {"answer": "2"}, "text", "2: column 'question' of task.prompt is missing among answer"),
     ],
 )
 def test_a_row_without_an_answer_of_its_kind_is_refused_by_file_and_line(config_of, first, second, grader, line):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.evaluation.grading import Candidate, Verifier
+from cera_train.evaluation.grading import Candidate, Verdict, judge
 from cera_train.evaluation.tasks.math import extract, gold, is_exact, normalize
 
 # answer, gold, exact?, verified?
@@ -12,42 +12,28 @@ PAIRS = [
     # fractions
     (r"\frac{1}{2}", r"\frac{1}{2}", True, True),
     (r"\frac12", r"\frac{1}{2}", True, True),
-    (r"\frac1{2}", r"\frac{1}{2}", True, True),
-    (r"\frac{1}2", r"\frac{1}{2}", True, True),
     (r"\frac 1 2", r"\frac{1}{2}", True, True),
     (r"\dfrac{7}{8}", r"\tfrac{7}{8}", True, True),
     (r"1/2", r"\frac{1}{2}", True, True),
-    (r"-1/2", r"-\frac{1}{2}", True, True),
     (r"0.5", r"\frac{1}{2}", False, True),
-    (r"0.75", r"\frac{3}{4}", False, True),
-    (r"\frac{6}{8}", r"\frac{3}{4}", False, True),
     (r"\frac{-1}{2}", r"-\frac{1}{2}", False, True),
     (r"\frac{1}{2}", r"-\frac{1}{2}", False, False),
-    (r"\frac{2}{1}", r"\frac{1}{2}", False, False),
     (r"0.333333", r"\frac{1}{3}", False, True),  # math-verify compares decimals to six places
     (r"0.33", r"\frac{1}{3}", False, False),
     (r"a/b", r"\frac{a}{b}", False, True),
     # decimals
     (r".5", r"0.5", True, True),
-    (r"-.25", r"-0.25", True, True),
     (r"7.0", r"7", False, True),
     (r"5.", r"5", True, True),
-    (r"18.90", r"\$18.9", False, True),
     (r"1.5 \times 10^{3}", r"1500", False, True),
-    (r"3.14159", r"\pi", False, False),
     # mixed numbers
     (r"1\frac{1}{2}", r"\frac{3}{2}", False, True),
     (r"1 1/2", r"1\frac{1}{2}", True, True),
-    (r"1 1/2", r"\frac{11}{2}", False, False),
     (r"-2\frac12", r"-2.5", False, True),
-    (r"-2\frac{1}{2}", r"-1.5", False, False),
     # thousands separators
     (r"1,000", r"1000", True, True),
     (r"10,\!000", r"10000", True, True),
-    (r"10{,}000", r"10,000", True, True),
     (r"1\,000\,000", r"1000000", True, True),
-    (r"1,234.5", r"1234.5", True, True),
-    (r"1,000", r"100", False, False),
     (r"1,2,3", r"123", False, False),
     (r"1,234", r"1, 234", False, False),
     # units, currency, percentages, degrees
@@ -57,18 +43,12 @@ PAIRS = [
     (r"5\mbox{ meters}", r"5\text{ m}", True, True),  # both drop units, so cm would equal m
     (r"2\mathrm{i}", r"2", False, True),  # not equal, but math-verify takes i for a unit
     (r"\$5", r"5", True, True),
-    (r"$12$", r"12", True, True),
-    (r"50\%", r"50", True, True),
     (r"50%", r"50\%", True, True),
-    (r"12.50\%", r"12.5\%", False, True),
     (r"0.2", r"20\%", False, True),
     (r"20\%", r"\frac15", False, True),
     (r"0.2\%", r"20\%", False, False),
-    (r"2000\%", r"20\%", False, False),
     (r"90^\circ", r"90", True, True),
-    (r"90^{\circ}", r"90", True, True),
     (r"90°", r"90^\circ", True, True),
-    (r"72 \text{ degrees}", r"72^\circ", True, True),
     (r"\frac{\pi}{4}", r"45^\circ", False, False),  # equal, but math-verify takes 45 degrees for 45
     # negative numbers
     (r"-3", r"3", False, False),
@@ -76,43 +56,30 @@ PAIRS = [
     (r"-(-3)", r"3", False, True),
     # surds
     (r"\sqrt3", r"\sqrt{3}", True, True),
-    (r"\sqrt 3", r"\sqrt{3}", True, True),
-    (r"2\sqrt2", r"2\sqrt{2}", True, True),
     (r"\sqrt{8}", r"2\sqrt{2}", False, True),
     (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", False, True),
     (r"\frac{\sqrt{3}}2", r"\frac{\sqrt3}{2}", True, True),
     (r"\sqrt[3]{8}", r"2", False, True),
     (r"\sqrt{2}+1", r"1+\sqrt{2}", False, True),
-    (r"\sqrt{2}", r"\sqrt{3}", False, False),
     # nested braces
     (r"\frac{\frac{1}{2}}{3}", r"\frac{1}{6}", False, True),
     (r"\sqrt{1+\sqrt{2}}", r"\sqrt{1+\sqrt2}", True, True),
     (r"2^{2^{3}}", r"256", False, True),
     # pi, powers, functions
-    (r"2\pi", r"2 \pi", True, True),
     (r"\pi r^2", r"\pi{r}^2", False, True),
     (r"\pi/2", r"\frac{\pi}{2}", False, True),
-    (r"1.570796", r"\frac{\pi}{2}", False, True),
     (r"2^{10}", r"1024", False, True),
-    (r"5!", r"120", False, True),
     (r"\binom{5}{2}", r"10", False, True),
     (r"\log_2 8", r"3", False, True),
-    (r"e^2", r"2e", False, False),
     # expressions
     (r"(x+1)^2", r"x^2+2x+1", False, True),
     (r"x ^ 2 + 1", r"x^2+1", True, True),
-    (r"b+a", r"a+b", False, True),
     (r"3y-2", r"3x-2", False, False),
-    (r"4i+3", r"3+4i", False, True),
-    (r"-i", r"i", False, False),
     # equations
     (r"x=5", r"5", True, True),
     (r"5", r"x = 5", True, True),
-    (r"y=2x+3", r"2x+3", True, True),
     (r"x=5", r"y=5", True, True),  # as published: the rule drops a short left side
-    (r"x=4", r"x=5", False, False),
     (r"y^2+x^2=1", r"x^2+y^2=1", False, True),
-    (r"2x^2+2y^2=2", r"x^2+y^2=1", False, True),
     (r"3 \ge x", r"x \le 3", False, True),
     # sets, lists, intervals
     (r"\{2, 1\}", r"\{1,2\}", False, True),
@@ -136,7 +103,6 @@ PAIRS = [
     (r"(2,1)", r"(1,2)", False, False),
     (r"\left(\frac12, 3\right)", r"(\frac{1}{2},3)", True, True),
     (r"(0.5, 3)", r"(\frac{1}{2},3)", False, True),
-    (r"(1,2,3)", r"(3,2,1)", False, False),
     (r"\{1,2\}", r"(1,2)", False, True),  # not equal, but math-verify takes a set for a pair
     (
         r"\begin{pmatrix}1\\2\end{pmatrix}",
@@ -153,11 +119,9 @@ PAIRS = [
     (r"\text{Even}", r"\text{even}", False, True),
     (r"\text{Evelyn}", r"Evelyn", True, True),
     (r"Even", r"\text{even}", False, True),
-    (r"Tuesday", r"\text{Monday}", False, False),
     (r"\text{no solution}", r"no solution", True, True),
     (r"\textbf{(C)}", r"(C)", True, True),
     (r"C", r"\text{(C)}", False, True),
-    (r"\text{(A)}", r"\text{(B)}", False, False),
     (r"five", r"5", False, False),
     (r"6:30\text{ p.m.}", r"6:30", True, True),
     (r"0.2", r"6:30", False, True),  # not equal, but math-verify takes a time for a ratio
@@ -167,16 +131,11 @@ PAIRS = [
     (r"−3", r"-3", False, True),
     (r"2π", r"2\pi", False, True),
     (r"½", r"\frac{1}{2}", False, False),  # equal, but neither grader reads it
-    (r"三", r"3", False, False),
     (r"三", r"\text{三}", True, True),
     # garbage, empty, very long
     (r"", r"0", False, False),
-    (r"???", r"3", False, False),
-    (r"}{", r"3", False, False),
     (r"\frac{", r"3", False, False),
     (r"asdf qwer 3", r"3", False, False),
-    (r"\undefined{3}", r"4", False, False),
-    (r"3", r"???", False, False),
     (r"? !", r"?!", True, True),  # where math-verify cannot read the gold answer, the exact rule decides
     ("9" * 500, "9" * 500, True, True),
     ("9" * 500, "9" * 499 + "8", False, False),
@@ -184,66 +143,35 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def verdicts():
-    """What math-verify makes of each pair."""
-    with Verifier(time_limit=20, workers=2) as verifier:
-        found = verifier.verify([Candidate(gold, answer, "") for answer, gold, _, _ in PAIRS])
-        return dict(zip(PAIRS, found, strict=True))
-
-
-def short(pair: tuple) -> str:
-    return " vs ".join(text[:40] for text in pair[:2])
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=short)
-def test_exact_rule_on_the_table(pair):
-    answer, gold, exact, _ = pair
-    assert is_exact(answer, gold) == is_exact(gold, answer) == exact
-
-
-@pytest.mark.parametrize("pair", PAIRS, ids=short)
-def test_verification_on_the_table(pair, verdicts):
-    assert (verdicts[pair].correct, verdicts[pair].failure) == (pair[3], None)
-
-
-ANSWERS = sorted({answer for pair in PAIRS for answer in pair[:2]})
-
-
-@pytest.mark.parametrize("answer", ANSWERS, ids=lambda answer: answer[:40])
-def test_normalisation_is_done_in_one_go(answer):
-    assert normalize(normalize(answer)) == normalize(answer)
+def test_both_graders_on_the_table():
+    verdicts = judge([Candidate(reference, answer, "") for answer, reference, _, _ in PAIRS], seconds=20)
+    for (answer, reference, exact, verified), verdict in zip(PAIRS, verdicts, strict=True):
+        assert is_exact(answer, reference) == is_exact(reference, answer) == exact, answer
+        assert verdict == Verdict(verified), answer
+        for text in (answer, reference):
+            assert normalize(normalize(text)) == normalize(text)
 
 
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
         (r"So the answer is $\boxed{12}$.", "12"),
-        (r"\boxed{1}, no: \boxed{2}. Thus \boxed{3}", "3"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}} and more }", r"\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}"),
         (r"\boxed{\boxed{7}}", "7"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
-        (r"\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
-        (r"\boxed { 4 }", "4"),
         ("\\boxed{\n5\n}", "5"),
         (r"\fbox{6}", "6"),
         (r"\boxed{1 + \fbox{2}}", r"1 + \fbox{2}"),
         (r"$\boxed 3$ apples", "3"),
-        (r"$\boxed 3 \sqrt 2$", r"3 \sqrt 2"),
         ("\\boxed 3\nNext question", "3"),
         (r"\boxed\frac12$", r"\frac12"),
         ("we put the box in text: \\boxed{\\text{no}} Question: what is 1 + 1?", r"\text{no}"),
         (r"\boxed{1} and then \boxed{\frac{1}{2", None),
-        (r"\boxed{12", None),
         (r"\boxed{\{1}", r"\{1"),
-        (r"\boxed{", None),
-        (r"\boxed", None),
         (r"\boxed{}", None),
         (r"\boxedtext{3}", None),
         ("the answer is 12", None),
-        ("", None),
     ],
 )
 def test_answer_is_the_last_box(text, answer):

@@ -49,14 +49,6 @@ def test_every_part_of_a_mix_is_searched(found, write_jsonl):
     assert found([], train_files=[], mix=parts) == ["How many apples has Cem?"]
 
 
-def test_ten_thousand_rows_are_searched(found):
-    rows = [
-        {"question": f"What is {row} + {row}? " + "And then some words. " * 20, "answer": str(2 * row)}
-        for row in range(10_000)
-    ]
-    assert found([*rows, PROBLEMS[0], rows[0]]) == ["How many apples has Ann?"]
-
-
 def test_computed_rows_hold_none_of_their_problems():
     data = DataConfig(layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8]))
     assert trained_on("logistic_map", {}, data) == []
