@@ -31,6 +31,7 @@ from made_sweeps import FIXED, TINY, cera_train
         (["adapter.r=4,8", "sweep.metric=best_update"], "choose one of eval/perplexity, best_perplexity, seconds,"),
         (["adapter.r=4,8", "train.tasks=[gsm9k]"], "train.tasks=[gsm9k]: there is no such task"),
         (["adapter.r=4,8", "launch.detach=true"], "launch.detach=true is for jobs that run elsewhere"),
+        (["adapter.r=4,8", "hub.push=me/mine"], "every job of a sweep would replace the one before"),
         (["adapter.r=4,8", "hydra/launcher=slrum"], "hydra/launcher=slrum: there is no such file"),
     ],
 )
