@@ -162,7 +162,7 @@ def config_of(record: SweepRecord) -> StudyConfig:
 def read_cells(folder: Path, record: SweepRecord) -> list[Cell]:
     """The cells of a study's jobs, in the order of its grid."""
     config, candidates = config_of(record), dict[tuple, list[Candidate]]()
-    for overrides in record.overrides.values():
+    for overrides in record.jobs.values():
         words = dict(word.partition("=")[::2] for word in overrides)
         if words[SEED] == "0":
             place = words[ARM], words.get(TASK, ""), *(words[key] for key in config.conditions)

@@ -205,7 +205,7 @@ class StudySweeper(Sweeper):
         self.folder, self.launched = Path(self.config.hydra.sweep.dir), 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
             record = SweepRecord.read(self.folder / RECORD)
-            self.launch(record.overrides)
+            self.launch(record.jobs)
             if self.config.study.tune_seeds:
                 chosen = [
                     candidate.overrides_of(seed)
@@ -214,7 +214,7 @@ class StudySweeper(Sweeper):
                     if seed >= cell.tune_seeds
                 ]
                 jobs = jobs_by_name(chosen, record.swept)
-                record.with_jobs(jobs).write(self.folder / RECORD)
+                replace(record, jobs=record.jobs | jobs).write(self.folder / RECORD)
                 self.launch(jobs)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:

@@ -215,7 +215,7 @@ def record_of(
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
     swept, fixed = _swept_and_fixed(config, params, folder)
-    return SweepRecord(swept, [], fixed, sys.argv, metric.to_json()).with_jobs(jobs_by_name(jobs, swept))
+    return SweepRecord(swept, jobs_by_name(jobs, swept), fixed, sys.argv, metric.to_json())
 
 
 def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folder: Path) -> tuple[list[str], list[str]]:
@@ -250,7 +250,7 @@ def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str,
 def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) -> None:
     """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command holds."""
     folder = Path(config.hydra.sweep.dir)
-    check_jobs(folder, record.overrides, compose)
+    check_jobs(folder, record.jobs, compose)
     if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
         raise taken(folder, WRITER)
 
@@ -281,7 +281,7 @@ class Job:
             return None
         sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
         record = SweepRecord.read(sweep / RECORD)
-        name, names = job_name(overrides, record.swept), list(record.overrides)
+        name, names = job_name(overrides, record.swept), list(record.jobs)
         number = names.index(name) if name in names else hydra_config.job.num
         return cls(sweep, name, overrides, number + 1, len(names))
 

@@ -55,7 +55,7 @@ def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> Swe
     worse.
 
     Args:
-        tasks: `train.tasks` and what changes each; None: whatever does.
+        tasks: `train.tasks` and what changes each; None: whatever the changes are.
     """
     known = dict(HIGHER_IS_BETTER)
     for task, changes in tasks.items():

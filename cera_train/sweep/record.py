@@ -3,8 +3,7 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cera_train.runs.records import Record, key
@@ -24,7 +23,7 @@ class SweepRecord(Record):
     mend: ClassVar[str] = START_AGAIN
 
     swept: list[str]  # keys that name the jobs
-    jobs: list[dict[str, Any]]  # in the order of the grid: the name, which is its folder's, and the overrides of each
+    jobs: dict[str, list[str]]  # in the order of the grid: the overrides of each, by the name of its folder
     fixed: list[str]  # settings that all jobs share
     command: list[Any] | None = None
     metric: dict[str, Any] | None = None
@@ -34,16 +33,6 @@ class SweepRecord(Record):
     def best_by(self) -> SweepMetric:
         """`metric`, by which the jobs compare."""
         return SweepMetric.from_json(self.metric or {}, RECORD)
-
-    @property
-    def overrides(self) -> dict[str, list[str]]:
-        """Those of each job, by its name."""
-        return {job["name"]: job["overrides"] for job in self.jobs}
-
-    def with_jobs(self, jobs: Mapping[str, list[str]]) -> SweepRecord:
-        """A record with these jobs too: name -> overrides."""
-        every = {**self.overrides, **jobs}
-        return replace(self, jobs=[{"name": name, "overrides": words} for name, words in every.items()])
 
 
 @dataclass

@@ -74,7 +74,7 @@ def read_sweep(folder: Path) -> list[JobStatus]:
         raise UserError(
             f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
         )
-    overrides = record.overrides
+    overrides = dict(record.jobs)
     started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
     for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name].number, name)):
         overrides[name] = started[name].overrides
@@ -168,7 +168,7 @@ def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
 
 def is_finished(folder: Path) -> bool:
     """Whether every job of the last command has ended, whatever earlier ones left."""
-    jobs, names = read_sweep(folder), SweepRecord.read(folder / RECORD).overrides
+    jobs, names = read_sweep(folder), SweepRecord.read(folder / RECORD).jobs
     if not names:  # the sweeper decided as it went
         return all(job.state != State.failed for job in jobs)
     return all(job.is_over for job in jobs if job.name in names)

@@ -45,7 +45,7 @@ def record_job(sweep: Path, name: str, error: str | None, number: int = 1) -> Pa
 
 def record_sweep(sweep: Path, *names: str, swept: Sequence[str] = ()) -> None:
     sweep.mkdir(parents=True, exist_ok=True)
-    jobs = [{"name": name, "overrides": name.split(",")} for name in names]
+    jobs = {name: name.split(",") for name in names}
     (sweep / RECORD).write_text(json.dumps({"swept": list(swept), "jobs": jobs, "fixed": []}))
 
 

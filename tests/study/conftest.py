@@ -155,11 +155,11 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
         folder = tmp_path / "outputs" / "which"
         grid = {"study.arm": settings["arms"], **settings["conditions"], **settings["tune"]}
         grid["train.seed"] = range(settings["seeds"])
-        jobs = []
+        jobs = {}
         for values in itertools.product(*grid.values()):
             overrides = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
             name = job_name(overrides, list(grid))
-            jobs.append({"name": name, "overrides": overrides})
+            jobs[name] = overrides
             words = values_of(overrides)
             leave_run(folder / name, loss(words), int(words["train.seed"]), scores=scores(words))
         record = {

@@ -143,7 +143,7 @@ def test_a_part_of_the_arms_can_run_elsewhere(launcher, run_study):
 def test_tasks_are_a_dimension_of_overrides(launcher, run_study):
     tasks = {"tame": ["data.logistic_map.growth=3.2"], "wild": ["data.logistic_map.growth=3.9"]}
     assert run_study(study={"tasks": tasks, "tune": {"optimizer.lr": [1e-3]}, "seeds": 1}) == 0
-    overrides = SweepRecord.read(launcher.sweep / RECORD).overrides
+    overrides = SweepRecord.read(launcher.sweep / RECORD).jobs
     assert all(tasks["wild" if "wild" in name else "tame"][0] in words for name, words in overrides.items())
     study = read_study(launcher.sweep)
     assert [cell.condition for cell in study.cells] == ["tame, adapter.r=4"] * 3 + ["wild, adapter.r=4"] * 3
