@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
-from itertools import combinations
 from typing import Any
 
 from cera_train.common.errors import UserError
@@ -54,7 +54,7 @@ class PairedTest:
     def row(self) -> dict[str, str]:
         """Of the report's table; differences are in points."""
         points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
-        alone = self.mcnemar and f"{self.mcnemar.only_first:,} and {self.mcnemar.only_second:,}"
+        counts = self.mcnemar and f"{self.mcnemar.only_first:,} and {self.mcnemar.only_second:,}"
         return {
             "runs": f"{self.second} - {self.first}",
             "task": f"{display_name(self.task)}, {self.grader}",
@@ -63,7 +63,7 @@ class PairedTest:
             "95 % interval": f"{lower} to {upper}",
             "p": f"{self.p_value:.2g}",
             "problems": f"{self.problems:,}",
-            "only the first / second solves": alone or "",
+            "only the first / second solves": counts or "",
         }
 
 
@@ -73,18 +73,18 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
     tests, notes = [], []
     for task in task_names(runs):
         name, ready = display_name(task), graded(runs, task)
-        pairs = list(combinations(ready, 2))
+        pairs = list(itertools.combinations(ready, 2))
         if len(ready) > MOST_RUNS_IN_ALL_PAIRS:
             pairs = pairs[: len(ready) - 1]
             notes.append(f"{name}: each of {len(ready)} runs is tested against the first only, {ready[0].name}.")
-        found = []
+        comparisons = []
         for first, second in pairs:
             try:
-                found.append(compare(first, second, task))
+                comparisons.append(compare(first, second, task))
             except UserError as error:
                 notes.append(f"{name}, {first.name} and {second.name}: {error}")
-        adjusted = holm([test.p_value for test in found])
-        tests += [replace(test, p_value=p_value) for test, p_value in zip(found, adjusted, strict=True)]
+        adjusted = holm([test.p_value for test in comparisons])
+        tests += [replace(test, p_value=p_value) for test, p_value in zip(comparisons, adjusted, strict=True)]
     return tests, notes
 
 
@@ -101,7 +101,7 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
     """The paired test of two runs, by the task's score where it has one, else by math-verify's verdicts where both runs
     have them, else by the exact rule. UserError: they answered different problems, or lack grades."""
     evaluations = first.evaluations[task], second.evaluations[task]
-    a, b = (own.answers for own in evaluations)
+    a, b = (evaluation.answers for evaluation in evaluations)
     if (names := a.grades.keys()) != (others := b.grades.keys()):
         raise UserError(
             f"evaluated on different problems ({len(names):,} and {len(others):,}, {len(names & others):,} of them "
@@ -109,11 +109,11 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
         )
     score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
-    one, other = (scores_by_problem(own, grader) for own in evaluations)
+    one, other = (scores_by_problem(evaluation, grader) for evaluation in evaluations)
     scores = [list(one.values()), [other[name] for name in one]]  # the two may have the problems in another order
     problems, test = len(one), None
     if a.samples == b.samples == 1 and not score:
-        test = mcnemar(*([score == 1 for score in own] for own in scores))
+        test = mcnemar(*([score == 1 for score in values] for values in scores))
     return PairedTest(
         *(task, grader, first.name, second.name),
         means=(sum(scores[0]) / problems, sum(scores[1]) / problems),
@@ -121,7 +121,7 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
         difference=paired_bootstrap(*scores),
         p_value=test.p_value if test else sign_flip(*scores),
         mcnemar=test,
-        other_settings=differing_in_evaluation(*(own.settings for own in evaluations)),
+        other_settings=differing_in_evaluation(*(evaluation.settings for evaluation in evaluations)),
     )
 
 
@@ -134,16 +134,16 @@ def scores_by_problem(evaluation: Evaluation, grader: str) -> dict[str, float]:
 
 
 def differing_keys(settings: Sequence[Settings]) -> list[str]:
-    keys = dict.fromkeys(key for own in settings for key in own)
-    return [key for key in keys if any(own.get(key) != settings[0].get(key) for own in settings)]
+    keys = dict.fromkeys(itertools.chain.from_iterable(settings))
+    return [key for key in keys if any(other.get(key) != settings[0].get(key) for other in settings)]
 
 
 def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
     """The settings in which training runs differ: key -> a text for each run."""
     keys = [key for key in differing_keys(settings) if changes_of(Config, key) != Changes.nothing]
     # A setting that means nothing to a method stays auto.
-    keys = [key for key in keys if len({repr(own.get(key)) for own in settings} - {"'auto'"}) > 1]
-    return {key: [shown(own.get(key)) for own in settings] for key in keys}
+    keys = [key for key in keys if len({repr(each.get(key)) for each in settings} - {"'auto'"}) > 1]
+    return {key: [shown(each.get(key)) for each in settings] for key in keys}
 
 
 def differing_in_evaluation(first: Settings, second: Settings) -> tuple[str, ...]:
@@ -190,10 +190,12 @@ def cautions(runs: Sequence[Run], tests: Sequence[PairedTest]) -> list[str]:
     for task in task_names(runs):
         name, evaluations = display_name(task), {run.name: run.evaluations.get(task) for run in runs}
         check(f"Accuracies on {name} are of different problems",
-              lambda run, found=evaluations: _problem_ids(found[run.name]), graded(runs, task))  # fmt: skip
-        measured = [run for run in runs if (own := evaluations[run.name]) and isinstance(own.result, PerplexityResult)]
+              lambda run, by_name=evaluations: _problem_ids(by_name[run.name]), graded(runs, task))  # fmt: skip
+        measured = [
+            run for run in runs if (each := evaluations[run.name]) and isinstance(each.result, PerplexityResult)
+        ]
         check(f"The perplexities of task {name} are on different rows or base models, and cannot be ranked",
-              lambda run, found=evaluations: _perplexity_rows(run, found[run.name]), measured)  # fmt: skip
+              lambda run, by_name=evaluations: _perplexity_rows(run, by_name[run.name]), measured)  # fmt: skip
     for task, settings in dict.fromkeys((test.task, test.other_settings) for test in tests if test.other_settings):
         notes.append(f"Evaluations on {display_name(task)} differ in their settings: {'; '.join(settings)}.")
     return notes

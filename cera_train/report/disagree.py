@@ -31,7 +31,7 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     task = _common_task(runs, task)
     evaluations = [run.evaluations[task] for run in runs]
     test, width = compare(*runs, task), terminal_width()
-    first_scores, second_scores = (scores_by_problem(own, test.grader) for own in evaluations)
+    first_scores, second_scores = (scores_by_problem(evaluation, test.grader) for evaluation in evaluations)
     pairs = {name: (score, second_scores[name]) for name, score in first_scores.items()}
     different = [name for name, (one, other) in pairs.items() if one != other]
 

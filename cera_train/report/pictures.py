@@ -82,7 +82,7 @@ def _against_rank(runs: Sequence[Run], quantity: str) -> Picture | None:
 
 def _curves(runs: Sequence[Run]) -> list[Picture | None]:
     def of_metrics(kind: str, value: Callable) -> dict[str, Line]:
-        return {run.name: [(own.update, value(own)) for own in getattr(run.files.metrics, kind)] for run in runs}
+        return {run.name: [(line.update, value(line)) for line in getattr(run.files.metrics, kind)] for run in runs}
 
     spectra = {run.name: list(enumerate(mean_spectrum(run.files.spectrum), start=1)) for run in runs}
     return [
@@ -92,17 +92,17 @@ def _curves(runs: Sequence[Run]) -> list[Picture | None]:
         ),
         _curve(
             *(runs, "training-curves", "Training loss", ("update", "training loss")),
-            of_metrics("updates", lambda own: own.loss),
+            of_metrics("updates", lambda line: line.loss),
             f"In nats per supervised token; long runs are averaged to at most {MOST_POINTS} points.",
         ),
         _curve(
             *(runs, "evaluation-curves", "Perplexity during training", ("update", "perplexity")),
-            of_metrics("evaluations", lambda own: own.perplexity),
+            of_metrics("evaluations", lambda line: line.perplexity),
             "On the evaluation rows; update 0 is before training.",
         ),
         _curve(
             *(runs, "linear-share", "Linear share during training", ("update", "linear share")),
-            of_metrics("evaluations", lambda own: own.spectrum.linear_share_mean),
+            of_metrics("evaluations", lambda line: line.spectrum.linear_share_mean),
             "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
             "is 1.",
         ),
@@ -151,13 +151,13 @@ def thinned(line: Line) -> Line:
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
     """Accuracy against trainable parameters, by the first metric that every evaluation of the task has."""
     evaluations = {run.name: run.evaluations[task] for run in graded(runs, task)}
-    added = [metric for own in evaluations.values() for metric in own.task.shown if metric.in_picture]
+    added = [metric for evaluation in evaluations.values() for metric in evaluation.task.shown if metric.in_picture]
     metrics = [*added, accuracy_metric("verified/pass@1"), accuracy_metric("exact/pass@1")]
-    common = (metric for metric in metrics if all(_is_finite(own.figure(metric)[0]) for own in evaluations.values()))
+    common = (metric for metric in metrics if all(_is_finite(each.figure(metric)[0]) for each in evaluations.values()))
     parameters = {run.name: run.figures.trainable_parameters for run in runs if run.name in evaluations}
     if (metric := next(common, None)) is None or not any(parameters.values()):
         return None
-    figures = {name: own.figure(metric) for name, own in evaluations.items()}
+    figures = {name: evaluation.figure(metric) for name, evaluation in evaluations.items()}
     styles = styles_of({run.name: run.kind for run in runs})
 
     def draw(axes: Axes) -> None:

@@ -76,15 +76,15 @@ class Evaluation:
         """The figures to show: pass@1 and pass@n of n samples by each grader, and what the task adds."""
         if not self.is_graded:
             return [PERPLEXITY] if self.result else []
-        found = sorted(self.result.accuracies, key=lambda own: (own.k, own.grader))
+        rates = sorted(self.result.accuracies, key=lambda rate: (rate.k, rate.grader))
         added = [metric for metric in self.task.shown if metric.key in self.result.details]
-        return [accuracy_metric(own.key) for own in found if own.k in (1, self.result.samples)] + added
+        return [accuracy_metric(rate.key) for rate in rates if rate.k in (1, self.result.samples)] + added
 
     def figure(self, metric: Metric) -> tuple[float | None, tuple[float, float] | None]:
         """A figure, and the 95 % interval of an accuracy."""
         if not self.is_graded:
             return self.result.perplexity if self.result and metric == PERPLEXITY else None, None
-        intervals = (own.interval for own in self.result.accuracies if own.key == metric.key)
+        intervals = (rate.interval for rate in self.result.accuracies if rate.key == metric.key)
         return self.result.figure(metric.key), next(intervals, None)
 
 
@@ -151,8 +151,8 @@ class Run:
         path, revision, *kept = (
             self.settings.get(f"model.{key}") for key in ("path", "revision", "dtype", "quantization")
         )
-        named = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
-        return ", ".join([named, *(str(value) for value in kept if value not in (None, "none"))])
+        name = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
+        return ", ".join([name, *(str(value) for value in kept if value not in (None, "none"))])
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -160,10 +160,10 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     an adapter or a base model with evaluations, or holds such folders."""
     if not folders:
         raise UserError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
-    found: dict[Path, Run] = {}
+    by_folder: dict[Path, Run] = {}
     for run in (run for folder in folders for run in _runs_in(Path(folder))):
-        found.setdefault(run.folder.resolve(), run)
-    runs, depth = list(found.values()), 1
+        by_folder.setdefault(run.folder.resolve(), run)
+    runs, depth = list(by_folder.values()), 1
     while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
         names = ["/".join(run.folder.resolve().parts[-depth:]) if run.name in repeated else run.name for run in runs]
         runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
@@ -193,7 +193,9 @@ def _read_run(folder: Path) -> Run | None:
     """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
     tree = read_yaml(path) if path.is_file() else {}
-    evaluations = {own.parent.name: _read_evaluation(own.parent) for own in sorted(folder.glob("eval/*/config.yaml"))}
+    evaluations = {
+        file.parent.name: _read_evaluation(file.parent) for file in sorted(folder.glob("eval/*/config.yaml"))
+    }
     if "adapter" not in tree:  # an evaluation's config.yaml has none
         return _without_training(folder, evaluations) if evaluations else None
     published = tree.pop("published", None) or {}
@@ -227,7 +229,6 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
-    path, result = folder / "config.yaml", folder / "result.json"
-    settings = flatten(read_yaml(path))
-    found = read_evaluation_result(result) if result.is_file() else None
-    return Evaluation(folder, settings, KnownSettings.from_json(settings, path), found)
+    path, file = folder / "config.yaml", folder / "result.json"
+    settings, result = flatten(read_yaml(path)), read_evaluation_result(file) if file.is_file() else None
+    return Evaluation(folder, settings, KnownSettings.from_json(settings, path), result)

@@ -57,8 +57,8 @@ class TokenLosses:
         from safetensors.numpy import load
 
         try:
-            found = load(path.read_bytes())
-            read = cls(found["tokens"], found["losses"])
+            tensors = load(path.read_bytes())
+            read = cls(tensors["tokens"], tensors["losses"])
             shapes = [(array.dtype.name, array.ndim) for array in (read.tokens, read.losses)]
             if shapes != [("int64", 1), ("float32", 1)]:
                 raise ValueError(f"its tensors are {shapes}")

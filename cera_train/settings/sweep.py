@@ -104,9 +104,9 @@ class StudyConfig:
     @property
     def pairs(self) -> dict[tuple[str, str], str]:
         """Every comparison: (first, second) -> what it asks."""
-        found = {(self.baseline, arm): f"{arm} or {self.baseline}" for arm in self.arms if arm != self.baseline}
-        return found | {(first, second): asked for asked, (first, second) in self.contrasts.items()}
+        pairs = {(self.baseline, arm): f"{arm} or {self.baseline}" for arm in self.arms if arm != self.baseline}
+        return pairs | {(first, second): asked for asked, (first, second) in self.contrasts.items()}
 
 
 def _named(group: str, values: dict[str, list[Any]]) -> list[tuple[str, list[Any]]]:
-    return [(f"study.{group}.{key}", found) for key, found in values.items()]
+    return [(f"study.{group}.{key}", choices) for key, choices in values.items()]

@@ -169,6 +169,6 @@ def read_cells(folder: Path, record: SweepRecord) -> list[Cell]:
             values = {key: words[key] for key in config.tune}
             candidates.setdefault(place, []).append(Candidate(values, overrides, folder, record.swept))
     return [
-        Cell(arm, task, dict(zip(config.conditions, choices, strict=True)), found, config.seeds, config.tune_seeds)
-        for (arm, task, *choices), found in candidates.items()
+        Cell(arm, task, dict(zip(config.conditions, choices, strict=True)), values, config.seeds, config.tune_seeds)
+        for (arm, task, *choices), values in candidates.items()
     ]

@@ -50,7 +50,7 @@ class StudyReport:
         tables = [
             Table(
                 "Verdicts",
-                [_verdict(own, matters if own.outcome == outcomes[0] else None) for own in self.comparisons],
+                [_verdict(each, matters if each.outcome == outcomes[0] else None) for each in self.comparisons],
                 "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named "
                 "arm. The interval holds for other seeds and problems. Holm corrects p over the contrasts of an "
                 "outcome. Detectable: the smallest difference shown with power 80 %. Too small: the interval lies "
@@ -58,14 +58,14 @@ class StudyReport:
             ),
             Table(
                 "Cells",
-                without_empty_columns([_cell(own, outcomes) for own in self.results]),
+                without_empty_columns([_cell(result, outcomes) for result in self.results]),
                 "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last "
                 "value of the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a "
                 "branch's variance.",
             ),
             Table(
                 "Slopes",
-                [_slope(own, outcomes[0]) for own in self.slopes],
+                [_slope(slope, outcomes[0]) for slope in self.slopes],
                 "Change of the outcome with every doubling of the rank. The interval holds for other seeds.",
             ),
         ]
@@ -74,21 +74,21 @@ class StudyReport:
     @property
     def picture(self) -> Picture:
         outcome = self.study.config.outcomes[0]
-        primary = [own for own in self.comparisons if own.outcome == outcome]
+        primary = [comparison for comparison in self.comparisons if comparison.outcome == outcome]
         return _differences(outcome, self.study.config.matters, primary)
 
     def to_json(self) -> dict[str, Any]:
         """study_results.json: numbers to commit as evidence."""
-        environments = [own for result in self.results for own in result.environments.values()]
+        environments = [each for result in self.results for each in result.environments.values()]
         return {
             "study": self.study.folder.resolve().name,
             "command": self.command,
             "config": dataclasses.asdict(self.study.config),
-            "contrasts": list(map(_contrast_json, self.comparisons)),
-            "cells": [_cell_json(own) for own in self.results],
-            "slopes": [dataclasses.asdict(own) for own in self.slopes],
-            "machines": sorted({f"{own.machine}, {own.platform}, Python {own.python}" for own in environments}),
-            "versions": {name: version for own in environments for name, version in (own.packages or {}).items()},
+            "contrasts": list(map(dataclasses.asdict, self.comparisons)),
+            "cells": list(map(_cell_json, self.results)),
+            "slopes": list(map(dataclasses.asdict, self.slopes)),
+            "machines": sorted({f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}),
+            "versions": {name: version for each in environments for name, version in (each.packages or {}).items()},
         }
 
 
@@ -117,24 +117,39 @@ def print_study(report: StudyReport, output: Path) -> None:
     print_line("report", f" {output / 'report.html'}, {output / 'report.md'}, {output / RESULTS}")
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
-def _verdict(own: Comparison, matters: float | None) -> dict[str, str]:
-    found = own.contrast
+def _cell_json(result: CellResult) -> dict[str, Any]:
+    cell = result.cell
+    figures = ("trainable_parameters", "seconds", "effective_rank_mean", "manifold_dimension_mean",
+               "linear_share_mean", "gamma")  # fmt: skip
     return {
-        "contrast": own.arms,
-        "of": ", ".join(filter(None, [own.first.cell.condition, own.outcome])),
-        "verdict": own.verdict,
-        "difference": _number(own.outcome, found.difference, "+"),
-        "95 % interval": _interval(own.outcome, (found.lower, found.upper)),
-        "p after Holm": f"{own.p_value:.2g}",
-        "detectable": _number(own.outcome, own.detectable),
-        "too small": "" if matters is None else "yes" if found.is_within(matters) else "no",
+        "arm": cell.arm,
+        "condition": cell.condition,
+        "chosen": result.chosen,
+        "losses": [each.values | {"loss": [each.loss(seed) for seed in cell.tuning]} for each in cell.candidates],
+        "outcomes": {outcome: values.means for outcome, values in result.values.items()},
+        **{name: result.figure(name) for name in figures},
+        "endings": result.endings,
     }
 
 
-def _cell(own: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _verdict(comparison: Comparison, matters: float | None) -> dict[str, str]:
+    outcome = comparison.outcome
+    return {
+        "contrast": f"{comparison.second} - {comparison.first}",
+        "of": ", ".join(filter(None, [comparison.condition, outcome])),
+        "verdict": comparison.verdict,
+        "difference": _number(outcome, comparison.difference, "+"),
+        "95 % interval": _interval(outcome, (comparison.lower, comparison.upper)),
+        "p after Holm": f"{comparison.p_holm:.2g}",
+        "detectable": _number(outcome, comparison.detectable),
+        "too small": "" if matters is None else "yes" if comparison.is_within(matters) else "no",
+    }
+
+
+def _cell(result: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
     forms = {
         "parameters": ("trainable_parameters", "{:,.0f}".format),
         "time of a run": ("seconds", duration),
@@ -142,20 +157,20 @@ def _cell(own: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
         "linear share": ("linear_share_mean", "{:.1%}".format),
         "gamma": ("gamma", "{:.2f}".format),
     }
-    row = {"cell": own.cell.name, "tuned": "; ".join(own.chosen)}
+    row = {"cell": result.cell.name, "tuned": "; ".join(result.chosen)}
     for outcome in outcomes:
-        means = own.values[outcome].means
+        means = result.values[outcome].means
         row[outcome] = f"{fmean(means):.4f}" if outcome == LOSS else f"{fmean(means):.1%}"
         row[outcome] += f" ± {_number(outcome, stdev(means))}" if len(means) > 1 else ""
-    figures = {label: (own.figure(name), form) for label, (name, form) in forms.items()}
+    figures = {label: (result.figure(name), form) for label, (name, form) in forms.items()}
     return row | {label: "" if value is None else form(value) for label, (value, form) in figures.items()}
 
 
-def _slope(own: Slope, outcome: str) -> dict[str, str]:
+def _slope(slope: Slope, outcome: str) -> dict[str, str]:
     return {
-        "arm": own.name,
-        f"{outcome} per doubling": _number(outcome, own.value, "+"),
-        "95 % interval": _interval(outcome, own.interval),
+        "arm": slope.name,
+        f"{outcome} per doubling": _number(outcome, slope.value, "+"),
+        "95 % interval": _interval(outcome, slope.interval),
     }
 
 
@@ -176,22 +191,21 @@ def _interval(outcome: str, ends: tuple[float, float]) -> str:
 def _differences(outcome: str, matters: float, comparisons: Sequence[Comparison]) -> Picture:
     """A row for every contrast of the primary outcome, with the band of differences that do not matter."""
     scale, unit = (1, "nats") if outcome == LOSS else (100, "points")
-    arms = dict.fromkeys(own.second.cell.arm for own in comparisons)
-    styles = styles_of({arm: arm for arm in arms})
+    styles = styles_of({each.second: each.second for each in comparisons})
 
     def draw(axes: Axes) -> None:
         axes.axvspan(-scale * matters, scale * matters, color=COLORS["base"], alpha=0.15, label="would not matter")
         axes.axvline(0, color=TEXT, linewidth=0.8)
-        for row, own in enumerate(comparisons):
-            style = styles[own.second.cell.arm] | {"linestyle": "none", "markersize": 7}
-            fill = BACKGROUND if own.verdict == "not shown" else style["color"]
-            ends = [scale * own.contrast.lower, scale * own.contrast.upper]
+        for row, each in enumerate(comparisons):
+            style = styles[each.second] | {"linestyle": "none", "markersize": 7}
+            fill = BACKGROUND if each.verdict == "not shown" else style["color"]
+            ends = [scale * each.lower, scale * each.upper]
             if math.isfinite(ends[0]):
                 axes.plot(ends, [row, row], color=style["color"], linewidth=1.8)
-            seeds = [scale * value for value in own.by_seed]
+            seeds = [scale * value for value in each.by_seed]
             axes.plot(seeds, [row + 0.2] * len(seeds), linestyle="none", marker="|", color=style["color"])
-            axes.plot(scale * own.contrast.difference, row, **style | {"markerfacecolor": fill})
-        labels = ["\n".join(filter(None, [own.arms, own.first.cell.condition])) for own in comparisons]
+            axes.plot(scale * each.difference, row, **style | {"markerfacecolor": fill})
+        labels = ["\n".join(filter(None, [f"{each.second} - {each.first}", each.condition])) for each in comparisons]
         axes.set_yticks(range(len(comparisons)), labels, fontsize=8.5)
         axes.set_ylim(len(comparisons) - 0.4, -0.6)
         axes.grid(axis="y", visible=False)
@@ -199,43 +213,9 @@ def _differences(outcome: str, matters: float, comparisons: Sequence[Comparison]
         axes.set_xlabel(f"difference in {outcome}, {unit}")
 
     title, better = f"Differences in {outcome}", "Left" if outcome == LOSS else "Right"
-    numbers = "; ".join(f"{own.arms}: {_number(outcome, own.contrast.difference, '+')}" for own in comparisons)
+    numbers = "; ".join(f"{each.second}: {_number(outcome, each.difference, '+')}" for each in comparisons)
     caption = (
         f"{better} of zero the first-named arm is better. Lines: 95 % intervals; strokes: seeds; filled: a difference "
         "is shown."
     )
     return Picture("differences", title, f"{title}. {numbers}.", caption, draw, 0.9 + 0.42 * len(comparisons))
-
-
-# --- the numbers -----------------------------------------------------------------------------------------------------
-
-
-def _contrast_json(own: Comparison) -> dict[str, Any]:
-    return {
-        "outcome": own.outcome,
-        "asked": own.asked,
-        "first": own.first.cell.arm,
-        "second": own.second.cell.arm,
-        "condition": own.first.cell.condition,
-        "verdict": own.verdict,
-        "p_holm": own.p_value,
-        "detectable": own.detectable,
-        "by_seed": own.by_seed,
-        **dataclasses.asdict(own.contrast),
-    }
-
-
-def _cell_json(own: CellResult) -> dict[str, Any]:
-    figures = ("trainable_parameters", "seconds", "effective_rank_mean", "manifold_dimension_mean",
-               "linear_share_mean", "gamma")  # fmt: skip
-    return {
-        "arm": own.cell.arm,
-        "condition": own.cell.condition,
-        "chosen": own.chosen,
-        "losses": [
-            each.values | {"loss": [each.loss(seed) for seed in own.cell.tuning]} for each in own.cell.candidates
-        ],
-        "outcomes": {outcome: values.means for outcome, values in own.values.items()},
-        **{name: own.figure(name) for name in figures},
-        "endings": own.endings,
-    }

@@ -88,8 +88,8 @@ def variances_measured(folder: Path) -> dict[str, Variances]:
 
     study, parts = read_study(folder), dict[str, list[tuple[float, ...]]]()
     for comparison in compare_cells(study, read_results(study)):
-        if comparison.contrast.variances is not None:
-            parts.setdefault(comparison.outcome, []).append(dataclasses.astuple(comparison.contrast.variances))
+        if comparison.variances is not None:
+            parts.setdefault(comparison.outcome, []).append(dataclasses.astuple(comparison.variances))
     require(
         bool(parts),
         f"plan.variances={folder} has one seed an arm, which tells nothing of others. Name a study with more.",

@@ -67,7 +67,7 @@ class CellResult:
     def figure(self, name: str) -> float | None:
         """The mean over seeds of a figure of result.json or of its spectra."""
         results = self.results.values()
-        values = [getattr(own if hasattr(own, name) else own.spectrum, name) for own in results]
+        values = [getattr(result if hasattr(result, name) else result.spectrum, name) for result in results]
         return None if None in values else fmean(values)
 
     @property
@@ -78,7 +78,9 @@ class CellResult:
         for seed, candidate in self.cell.chosen.items():
             words = [f"{key}={value}{' (edge)' * self._is_edge(key, value)}" for key, value in candidate.values.items()]
             seeds.setdefault(" ".join(words), []).append(str(seed))
-        return list(seeds) if len(seeds) == 1 else [f"{text} for seeds {', '.join(own)}" for text, own in seeds.items()]
+        if len(seeds) == 1:
+            return list(seeds)
+        return [f"{text} for seeds {', '.join(numbers)}" for text, numbers in seeds.items()]
 
     def _is_edge(self, key: str, value: str) -> bool:
         try:
@@ -102,7 +104,7 @@ def read_results(study: Study) -> list[CellResult]:
         )
     results = [_read_cell(study, cell) for cell in study.cells]
     for condition in dict.fromkeys(cell.condition for cell in study.cells):
-        same = [own for own in results if own.cell.condition == condition]
+        same = [result for result in results if result.cell.condition == condition]
         _check_rows(same)
         if study.config.equal == Equal.time:
             _check_times(study, same)
@@ -157,7 +159,7 @@ def _scores_by_problem(outcome: str, runs: Mapping[int, Path]) -> tuple[Values, 
 
 def _check_rows(results: Sequence[CellResult]) -> None:
     """Raises UserError where runs of one condition trained or were judged on different rows."""
-    runs = [(own.cell.runs[seed], found.rows or {}) for own in results for seed, found in own.environments.items()]
+    runs = [(run, result.environments[seed].rows or {}) for result in results for seed, run in result.cell.runs.items()]
     for run, rows in runs:
         for split, digest in rows.items():
             if digest != runs[0][1].get(split, digest):
@@ -165,7 +167,7 @@ def _check_rows(results: Sequence[CellResult]) -> None:
 
 
 def _check_times(study: Study, results: Sequence[CellResult]) -> None:
-    seconds = {own.cell.arm: value for own in results if (value := own.figure("seconds"))}
+    seconds = {result.cell.arm: value for result in results if (value := result.figure("seconds"))}
     if seconds and max(seconds.values()) > (1 + EQUAL_WITHIN) * min(seconds.values()):
         raise UserError(
             f"{study.folder} claims study.equal=time, and the runs took "
@@ -185,64 +187,59 @@ def other_rows(what: str, first: Path, second: Path) -> UserError:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """A contrast in one outcome. Differences are second - first."""
+class Comparison(Contrast):
+    """Two arms in one outcome under one condition: second - first."""
 
     outcome: str
     asked: str
-    first: CellResult
-    second: CellResult
-    contrast: Contrast
-    p_value: float
+    first: str
+    second: str
+    condition: str
+    by_seed: list[float]
+    """The difference of each seed."""
+    p_holm: float
     """After Holm, over the contrasts of the outcome."""
+    verdict: Verdict
+    """On the second arm."""
     detectable: float
     """The smallest difference that this design shows with power 80 %."""
-
-    @property
-    def verdict(self) -> Verdict:
-        """Of the second."""
-        return self.contrast.verdict(self.p_value, higher_is_better=self.outcome != LOSS)
-
-    @property
-    def arms(self) -> str:
-        return f"{self.second.cell.arm} - {self.first.cell.arm}"
-
-    @property
-    def by_seed(self) -> list[float]:
-        """The difference of each seed."""
-        first, second = (own.values[self.outcome].means for own in (self.first, self.second))
-        return [b - a for a, b in zip(first, second, strict=True)]
 
 
 def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Comparison]:
     """Every contrast in every outcome, the primary outcome first; in each what the study names, then what has the
     baseline."""
-    by_cell, named = {id(own.cell): own for own in results}, study.config.contrasts
+    by_cell, named = {id(result.cell): result for result in results}, study.config.contrasts
     pairs = [(asked, by_cell[id(first)], by_cell[id(second)]) for asked, first, second in study.contrasts()]
+    pairs.sort(key=lambda pair: pair[0] not in named)
     if not pairs:
         raise UserError(
-            f"{study.folder} has no two arms to compare, only {', '.join(dict.fromkeys(c.arm for c in study.cells))}. "
-            f"Run it without study.arm; cera-report {study.folder}/* compares the runs that are there."
+            f"{study.folder} has no two arms to compare, only {results[0].cell.arm}. Run it without study.arm; "
+            f"cera-report {study.folder}/* compares the runs that are there."
         )
-    pairs.sort(key=lambda pair: pair[0] not in named)
     comparisons = []
     for outcome in study.config.outcomes:
-        found = [_compare(outcome, *pair, len(pairs)) for pair in pairs]
-        adjusted = holm([own.contrast.p_value for own in found])
-        comparisons += [replace(own, p_value=p_value) for own, p_value in zip(found, adjusted, strict=True)]
+        differences = [_contrast(outcome, first, second) for _, first, second in pairs]
+        adjusted = holm([difference.p_value for difference in differences])
+        for (asked, first, second), difference, p_holm in zip(pairs, differences, adjusted, strict=True):
+            means = zip(first.values[outcome].means, second.values[outcome].means, strict=True)
+            comparisons.append(
+                Comparison(
+                    **vars(difference),
+                    **{"outcome": outcome, "asked": asked, "condition": first.cell.condition},
+                    **{"first": first.cell.arm, "second": second.cell.arm, "by_seed": [b - a for a, b in means]},
+                    p_holm=p_holm,
+                    verdict=difference.verdict_at(p_holm, higher_is_better=outcome != LOSS),
+                    detectable=detectable(difference.variances, difference.seeds, difference.problems, len(pairs)),
+                )
+            )
     return comparisons
 
 
-def _compare(outcome: str, asked: str, first: CellResult, second: CellResult, comparisons: int) -> Comparison:
+def _contrast(outcome: str, first: CellResult, second: CellResult) -> Contrast:
     a, b = first.values[outcome], second.values[outcome]
     if a.problems != b.problems:
-        what = "held-out rows" if outcome == LOSS else "problems"
-        raise other_rows(what, *(next(iter(own.cell.runs.values())) for own in (first, second)))
-    found = contrast(a.table, b.table, a.weights)
-    smallest = math.inf
-    if found.variances is not None:
-        smallest = detectable(found.variances, found.seeds, found.problems, comparisons)
-    return Comparison(outcome, asked, first, second, found, found.p_value, smallest)
+        raise other_rows("problems", next(iter(first.cell.runs.values())), next(iter(second.cell.runs.values())))
+    return contrast(a.table, b.table, a.weights)
 
 
 # --- slopes ----------------------------------------------------------------------------------------------------------
@@ -265,11 +262,11 @@ def slopes(study: Study, results: Sequence[CellResult]) -> list[Slope]:
     import numpy as np
 
     ranks: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for own in results:
-        choices = dict(own.cell.choices)
+    for result in results:
+        choices = dict(result.cell.choices)
         if (rank := choices.pop(RANK, None)) is not None:
-            means = own.values[study.config.outcomes[0]].means
-            ranks.setdefault((own.cell.arm, replace(own.cell, choices=choices).condition), {})[int(rank)] = means
+            means = result.values[study.config.outcomes[0]].means
+            ranks.setdefault((result.cell.arm, replace(result.cell, choices=choices).condition), {})[int(rank)] = means
     by_arm = {
         place: np.polyfit(np.log2(list(by_rank)), list(by_rank.values()), 1)[0]
         for place, by_rank in ranks.items()

@@ -100,7 +100,7 @@ class Contrast:
     seeds: int
     problems: int
 
-    def verdict(self, adjusted_p: float, higher_is_better: bool) -> Verdict:
+    def verdict_at(self, adjusted_p: float, higher_is_better: bool) -> Verdict:
         """Whether the second arm is better than the first, by a p-value that `holm` adjusted."""
         if adjusted_p > ERROR_RATE:
             return "not shown"
@@ -190,11 +190,13 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
 # --- power -----------------------------------------------------------------------------------------------------------
 
 
-def detectable(variances: Variances, seeds: int, problems: int, comparisons: int = 1, power: float = POWER) -> float:
+def detectable(
+    variances: Variances | None, seeds: int, problems: int, comparisons: int = 1, power: float = POWER
+) -> float:
     """The smallest difference that gets its verdict with this probability; inf with one seed or one problem."""
     from scipy.optimize import brentq
 
-    if seeds < 2 or problems < 2:
+    if variances is None or min(seeds, problems) < 2:
         return math.inf
     scale = math.sqrt(variances.seed / seeds + variances.problem / problems + variances.residual / (seeds * problems))
     if scale == 0:

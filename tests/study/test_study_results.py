@@ -27,7 +27,7 @@ RANKS = {"conditions": {"adapter.r": [16, 64]}, "seeds": 3}
 
 def test_verdicts_are_better_worse_or_not_shown(make_study):
     study = make_study(loss_by_rank, **RANKS, baseline="lora")
-    assert [(own.first.cell.condition, own.verdict) for own in compare_cells(study, read_results(study))] == [
+    assert [(own.condition, own.verdict) for own in compare_cells(study, read_results(study))] == [
         ("adapter.r=16", "not shown"),
         ("adapter.r=64", "better"),
     ]
@@ -55,7 +55,7 @@ def test_higher_scores_are_better(make_study):
 def test_one_seed_shows_nothing(make_study):
     study = make_study(lambda values: 1.0 + 5 * (values["study.arm"] == "cera"), seeds=1)
     (comparison,) = compare_cells(study, read_results(study))
-    assert (comparison.verdict, comparison.p_value) == ("not shown", 1)
+    assert (comparison.verdict, comparison.p_holm) == ("not shown", 1)
 
 
 def test_slopes_are_those_of_the_seeds_by_doubling(make_study):
