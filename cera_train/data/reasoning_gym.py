@@ -88,20 +88,6 @@ def split_of(question: str) -> Split:
     return {0: Split.held_out, 1: Split.test}.get(share, Split.train)
 
 
-def score(draw: Draw, answer: str) -> float:
-    """What the generator's grader gives an answer, from 0 to 1: 1 where it is right."""
-    generator = opened(draw.generator, draw.level, draw.seed)
-    return float(generator.score_answer(answer, entry=_entry(draw)))
-
-
-@functools.lru_cache(maxsize=1000)
-def _entry(draw: Draw) -> dict[str, Any]:
-    entry = opened(draw.generator, draw.level, draw.seed)[draw.index]
-    mend = "another version of reasoning-gym wrote it. Evaluate the run again."
-    require(entry["question"] == draw.question, f"{draw.generator} now has another question {draw.index}: {mend}")
-    return entry
-
-
 @functools.lru_cache
 def opened(name: str, level: int | None, seed: int) -> Any:
     """A generator as reasoning-gym makes it, whose element i is question i."""

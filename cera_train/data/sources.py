@@ -1,4 +1,4 @@
-"""Where a run's rows come from: the Hub, local files, or a generator. Nothing here imports torch."""
+"""Where a run's rows come from: the Hub, files, or a generator. Nothing here imports torch."""
 
 import collections
 import itertools

@@ -164,8 +164,8 @@ class DataConfig:
     """Splits in the notation of `datasets`: `train[:100000]`."""
     train_files: list[str] = setting(list, "result")
     eval_files: list[str] = setting(list, "result")
-    """Local json, jsonl or parquet files in the same layout. Without eval_files, the last eval_rows rows of
-    train_files are held out."""
+    """jsonl, json, csv or parquet files, here or elsewhere (s3://...). Without eval_files, the last eval_rows rows
+    of train_files are held out."""
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
     """Templates of layout text, with {column} for a row's columns. The completion starts where the prompt ends."""

@@ -28,7 +28,7 @@ class TaskConfig:
     revision: str | None = setting(None, "answers")
     split: str = setting("test", "answers")
     files: list[str] = setting(list, "answers")
-    """Local json, jsonl or parquet files with the same columns; for text also .txt."""
+    """jsonl, json, csv or parquet files with the same columns; for text also .txt."""
     limit: int | None = setting(None, "answers")
     """Takes only the first problems, rows or windows of text. null: all."""
     prompt: str | None = setting(None, "answers")

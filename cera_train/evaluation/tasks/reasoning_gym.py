@@ -3,6 +3,7 @@ data/reasoning_gym.py draws them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +16,15 @@ from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.tasks import TaskConfig
+
+
+@functools.lru_cache(maxsize=1000)
+def entry_of(draw: generated.Draw) -> dict[str, Any]:
+    """What the generator's grader reads of a question beside its text."""
+    entry = generated.opened(draw.generator, draw.level, draw.seed)[draw.index]
+    mend = "another version of reasoning-gym wrote it. Evaluate the run again."
+    require(entry["question"] == draw.question, f"{draw.generator} now has another question {draw.index}: {mend}")
+    return entry
 
 
 class ReasoningGym(AnswerTask):
@@ -48,7 +58,8 @@ class ReasoningGym(AnswerTask):
         answer, credit, failure = "\n".join(lines).strip(), 0.0, None
         try:
             draw = generated.Draw(**problem.details, question=problem.question, answer=problem.gold)
-            credit = generated.score(draw, answer)
+            generator = generated.opened(draw.generator, draw.level, draw.seed)
+            credit = float(generator.score_answer(answer, entry=entry_of(draw)))
         except UserError:
             raise
         except Exception as error:  # whatever a model may write must not end an evaluation of hours
