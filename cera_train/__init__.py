@@ -4,7 +4,6 @@ Importing this package registers CeRA with PEFT, so that `PeftModel.from_pretrai
 do so later, where they load torch: their `--help`, mistakes and tables answer without those two seconds.
 """
 
-import multiprocessing
 import sys
 from pathlib import Path
 
@@ -19,6 +18,11 @@ def _is_command() -> bool:
     return is_script or program.name == "-m" or program.parent == Path(__file__).parent
 
 
-# A grader's process answers no one who could load an adapter (evaluation/grading.py).
-if not _is_command() and multiprocessing.current_process().name != "pebble_pool_worker":
+def _is_grader() -> bool:
+    """Whether this is a process of evaluation/grading.py, which answers no one who could load an adapter."""
+    multiprocessing = sys.modules.get("multiprocessing")
+    return multiprocessing is not None and multiprocessing.current_process().name == "pebble_pool_worker"
+
+
+if not (_is_command() or _is_grader()):
     import cera_train.cera  # noqa: F401

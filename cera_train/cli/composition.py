@@ -18,7 +18,6 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, flatten, keys_of
 from cera_train.common.trust import check_remote_code
-from cera_train.evaluation.tasks.task import check_task
 from cera_train.settings.run import Config
 
 
@@ -59,6 +58,8 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
     if issubclass(schema, Config):
         check_settings(config.adapter)
     if getattr(config, "task", None) is not None:
+        from cera_train.evaluation.tasks.task import check_task  # --help needs no task
+
         check_task(config.task)
     return config
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -19,11 +21,23 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from cera_train import __version__
 from cera_train.cli.composition import register_configs, register_plugins
-from cera_train.cli.mistakes import explain_composition, for_hydra
+from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra
 from cera_train.common.errors import explain
 from cera_train.common.files import config_dir
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
+
+
+def main() -> None:
+    """The command by whose name this process was started. --help imports the settings and nothing else of a command."""
+    name = Path(sys.argv[0]).stem
+    program = name if name.startswith("cera-") else "cera-train"  # `python -m cera_train`
+    command = program.removeprefix("cera-")
+    if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):
+        start_hydra(program, {"train": "config"}.get(command, command), lambda _: None)
+    else:
+        module = {"eval": "evaluate"}.get(command, command)
+        importlib.import_module(f"cera_train.cli.{module}").main()
 
 
 def start(program: str, command: Callable[[], Any]) -> None:
