@@ -1,6 +1,8 @@
-"""CeRA on the experts of a mixture: against a plain loop over tokens and experts, and against PEFT's LoRA."""
+"""CeRA on the experts of a mixture: against a plain loop and PEFT's LoRA; several adapters, their files, refusals."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -14,14 +16,16 @@ from moe_models import (
     experts_of,
     lora_experts,
     make_mixture,
+    mixture_with_two,
     plain_experts,
     plain_forward,
 )
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cera_train.adapters.build import EXPERTS_COMPILE
-from cera_train.cera import CeraExperts
+from cera_train.cera import CeraConfig, CeraExperts
 
 pytestmark = WARNINGS
 
@@ -174,3 +178,135 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
         torch.testing.assert_close(slope, plain, rtol=1e-4, atol=1e-4)
     layer.train()
     assert not torch.equal(compiled(x, index, weights), compiled(x, index, weights))
+
+
+# --- several adapters ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+def test_adapters_switch_add_up_and_turn_off(model_type):
+    base, model = logits(make_mixture(model_type)), mixture_with_two(model_type)
+    found = {}
+    for names in (["first"], ["second"], ["first", "second"]):
+        model.base_model.set_adapter(names)
+        found[tuple(names)] = logits(model)
+        with plain_experts():
+            torch.testing.assert_close(found[tuple(names)], logits(model), rtol=1e-4, atol=1e-4)
+    values = [base, *found.values()]
+    for i, one in enumerate(values):
+        assert all((one - other).abs().max() > 1e-3 for other in values[:i])
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    trainable = {name.split(".")[-3] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {"first", "second"}
+
+
+def test_unload_gives_the_base_model_back():
+    model = mixture_with_two()
+    base = model.unload()
+    expected = make_mixture()
+    assert not experts_of(base)
+    assert base.state_dict().keys() == expected.state_dict().keys()
+    assert torch.equal(logits(base), logits(expected))
+    assert base.model.layers[0].mlp.experts.config is base.config
+    assert torch.equal(logits(get_peft_model(base, expert_config(init_weights=True))), logits(expected))
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path):
+    model = adapted_mixture(model_type, expert_r=3, target_modules=["q_proj"])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_parameters"] == PARAMETERS
+    assert config["expert_r"] == 3
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 2 * (2 + 4)
+    assert "base_model.model.model.layers.1.mlp.experts.cera_A.down_proj.weight" in tensors
+    loaded = PeftModel.from_pretrained(make_mixture(model_type), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_checkpoint_without_some_expert_is_refused(tmp_path):
+    adapted_mixture().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.pop("base_model.model.model.layers.1.mlp.experts.cera_A.down_proj.weight")
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1 tensors missing .*experts.cera_A.default.down_proj.weight"):
+        PeftModel.from_pretrained(make_mixture(), tmp_path)
+
+
+def adapted_parameters(model: nn.Module) -> list[str]:
+    return [
+        f"{name.removeprefix('base_model.model.')}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, CeraExperts)
+        for parameter in module.cera_A["default"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0, 1]),
+        ({"layers_to_transform": [1]}, [1]),
+        ({"layers_to_transform": 0}, [0]),
+        ({"layers_to_transform": [1], "layers_pattern": "layers"}, [1]),
+        ({"exclude_modules": ["layers.1.mlp.experts"]}, [0]),
+        ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, [1]),
+        ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, [1]),
+    ],
+)
+def test_layers_are_chosen_as_for_modules(settings, expected):
+    found = adapted_parameters(adapted_mixture(**({"target_parameters": ["experts.down_proj"]} | settings)))
+    assert found == [f"model.layers.{layer}.mlp.experts.down_proj" for layer in expected]
+
+
+def test_a_name_that_matches_nothing_is_refused():
+    config = expert_config(target_parameters=["mlp.experts.down_proj", "mlp.experts.gate_proj"])
+    message = r"'mlp.experts.gate_proj' matches no parameter of this model. Its experts' are .*experts.gate_up_proj"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make_mixture(), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mlp.gate.weight", "MixtralTopKRouter does not run through transformers' experts interface"),
+        ("q_proj.weight", "Linear does not run through transformers' experts interface"),
+    ],
+)
+def test_other_parameters_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(make_mixture(), expert_config(target_parameters=[name]))
+
+
+def test_experts_as_a_module_are_refused():
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts' holds experts: name its parameters"):
+        get_peft_model(make_mixture(), CeraConfig(target_modules=["experts"]))
+    with pytest.raises(ValueError, match="holds experts: name its parameters"):
+        adapted_mixture().add_adapter("second", CeraConfig(target_modules=["experts"]))
+
+
+def test_experts_spread_over_processes_are_refused():
+    model = make_mixture()
+    model.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match="MixtralExperts is spread over processes"):
+        get_peft_model(model, expert_config())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_r": 0}, "expert_r must be a positive integer"),
+        ({"expert_r": 2, "target_parameters": None}, "expert_r has a meaning only with target_parameters"),
+        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        expert_config(**settings)
