@@ -38,24 +38,24 @@ class Rule:
     expected: str
     """What the cell should hold, for messages."""
     extract: Callable[[str], str | None]
-    is_exact: Callable[[str, str], bool]
+    is_exact: Callable[[str, str], bool] = lambda answer, gold: answer == gold
     is_verified: bool = False
 
 
-def single_spaced(text: str) -> str:
-    return " ".join(text.split())
+def single_spaced(text: str) -> str | None:
+    return " ".join(text.split()) or None
 
 
 def letter_of(answer: str, row: Row) -> str | None:
     """The letter of the right choice: written so, by the choice's text, or by its number from 0."""
-    texts = choices_of(row)
+    texts, answer = choices_of(row), answer.strip()
     letters = ascii_uppercase[: len(texts)] if texts else ascii_uppercase
-    answer = answer.strip()
     if len(answer) == 1 and answer in letters:
         return answer
     if answer in texts:
         return letters[texts.index(answer)]
-    return letters[int(answer)] if texts and re.fullmatch(r"\d{1,2}", answer) and int(answer) < len(texts) else None
+    is_number = texts and re.fullmatch(r"\d{1,2}", answer) and int(answer) < len(texts)
+    return letters[int(answer)] if is_number else None
 
 
 def choices_of(row: Row) -> list[str]:
@@ -64,16 +64,16 @@ def choices_of(row: Row) -> list[str]:
     if choices is None:
         return []
     if not isinstance(choices, list) or not 1 < len(choices) <= len(ascii_uppercase):
-        there = f"has {len(choices)} of them" if isinstance(choices, list) else f"holds {kind_of(choices)}"
-        raise UserError(f"column {CHOICES!r} {there}: expected a list of 2 to 26 texts.")
+        what = f"{len(choices)} texts" if isinstance(choices, list) else kind_of(choices)
+        raise UserError(f"column {CHOICES!r} holds {what}: expected a list of 2 to 26 texts.")
     return [as_text(choice, f"{CHOICES}[{number}]").strip() for number, choice in enumerate(choices)]
 
 
 def chosen(text: str) -> str | None:
     """The letter that a text begins with, else the first that it states as its answer: a model that does not stop goes
     on to make up questions and answer them."""
-    found = FIRST.match(text) or STATED.search(text)
-    return found[1] if found else None
+    match = FIRST.match(text) or STATED.search(text)
+    return match[1] if match else None
 
 
 def cell(row: Row, name: str) -> str:
@@ -84,12 +84,7 @@ def cell(row: Row, name: str) -> str:
 
 
 RULES = {
-    Grader.text: Rule(
-        gold=lambda answer, row: single_spaced(answer) or None,
-        expected="a text",
-        extract=lambda text: single_spaced(text) or None,
-        is_exact=lambda answer, gold: answer == gold,
-    ),
+    Grader.text: Rule(lambda answer, row: single_spaced(answer), "a text", single_spaced),
     Grader.number: Rule(lambda answer, row: gsm8k.extract(answer), "a number", gsm8k.extract, gsm8k.is_exact, True),
     Grader.math: Rule(
         gold=lambda answer, row: math.extract(answer) or answer.strip() or None,
@@ -98,12 +93,7 @@ RULES = {
         is_exact=math.is_exact,
         is_verified=True,
     ),
-    Grader.choice: Rule(
-        gold=letter_of,
-        expected=f"a letter, or the text or the number from 0 of one in {CHOICES!r}",
-        extract=chosen,
-        is_exact=lambda answer, gold: answer == gold,
-    ),
+    Grader.choice: Rule(letter_of, f"a letter, or the text or the number from 0 of one in {CHOICES!r}", chosen),
 }
 
 
@@ -111,20 +101,16 @@ def gold(row: Row, config: TaskConfig) -> str:
     """The gold answer of a row."""
     if config.grader == Grader.choice and row.get(CHOICES) is not None and f"{{{CHOICES}}}" not in config.prompt:
         raise UserError(f"task.prompt does not show column {CHOICES!r}: write {{{CHOICES}}} where they belong.")
-    column, rule = config.answer or TASK.answer, RULES[config.grader]
+    column, rule = config.answer or "answer", RULES[config.grader]
     answer = text_of(row, column, "task.answer", "Name another by task.answer.")
-    found = rule.gold(answer, row)
-    if found is None:
+    reference = rule.gold(answer, row)
+    if reference is None:
         reason = f"column {column!r} holds {answer[-60:]!r}, and task.grader={config.grader} needs {rule.expected}"
         raise UserError(f"{reason}: mend the row, or choose another grader.")
-    return found
+    return reference
 
 
-@dataclass(frozen=True, kw_only=True)
 class JsonlTask(QuestionTask):
-    answer: str = "answer"
-    """The column with the gold answer, where `task.answer` names no other."""
-
     def configured(self, config: TaskConfig) -> JsonlTask:
         rule = RULES[config.grader]
         return replace(
@@ -146,8 +132,7 @@ TASK = JsonlTask(
     settings=("question", "answer", "grader"),
     question="question",
     cell=cell,
-    # `configured` puts the rule of task.grader in place of these
-    gold=lambda row: text_of(row, "answer"),
-    extract=RULES[Grader.text].extract,
-    is_exact=RULES[Grader.text].is_exact,
+    gold=lambda row: text_of(row, "answer"),  # `configured` puts the rule of task.grader in place of these
+    extract=single_spaced,
+    is_exact=lambda answer, gold: answer == gold,
 )

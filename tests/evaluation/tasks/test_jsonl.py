@@ -119,7 +119,7 @@ LETTER = {"question": "?", "answer": "A"}
         ),
         (LETTER, CITY, "choice", "2: task.prompt does not show column 'choices': write {choices} where they belong."),
         (CITY, CITY | {"answer": "D"}, "choice", "2: column 'answer' holds 'D', and task.grader=choice needs a letter"),
-        (CITY, CITY | {"choices": ["a"]}, "choice", "2: column 'choices' has 1 of them: expected a list of 2 to 26 te"),
+        (CITY, CITY | {"choices": ["a"]}, "choice", "2: column 'choices' holds 1 texts: expected a list of 2 to 26 te"),
     ],
 )
 def test_a_row_without_an_answer_of_its_kind_is_refused_by_file_and_line(config_of, first, second, grader, line):
