@@ -26,7 +26,7 @@ from cera_train.distributed.processes import is_one_of_several
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.sweep.folder import Job, job_name
 from cera_train.sweep.record import RECORD, SweepRecord
-from cera_train.sweep.table import job_status
+from cera_train.sweep.table import State, job_status
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher
@@ -53,7 +53,8 @@ class MissingJobs:
         for number, overrides in enumerate(job_overrides):
             status = job_status(sweep, job_name(overrides, record.swept), metric=record.best_by)
             if status.is_over:
-                returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=status.value)
+                value = status.value if status.state == State.finished else None  # a diverged job returned none
+                returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
         return returns
 
 

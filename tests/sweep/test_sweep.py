@@ -109,9 +109,9 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monke
 
 def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, monkeypatch, counted):
     assert cera_train(monkeypatch, sweep_here, *TINY) == 1
-    found = states(sweep_here / "outputs" / "tiny")
-    assert list(found.values()) == ["failed", "finished", "finished", "finished"]
-    assert found["adapter=lora,adapter.activation=relu"] == "failed"
+    jobs = states(sweep_here / "outputs" / "tiny")
+    assert list(jobs.values()) == ["failed", "finished", "finished", "finished"]
+    assert jobs["adapter=lora,adapter.activation=relu"] == "failed"
 
 
 def test_the_peak_memory_of_a_job_is_its_own():
@@ -140,9 +140,9 @@ def test_optuna_minimises_the_perplexity_and_counts_a_failure(sweep_here):
     jobs = read_sweep(sweep)
     assert [job.state for job in jobs] == ["finished"] * 3
     (best,) = best_jobs(jobs)
-    found = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
-    assert found["best_value"] == best.value == min(job.value for job in jobs)
-    assert f"optimizer.lr={found['best_params']['optimizer.lr']}" in best.choices
+    results = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
+    assert results["best_value"] == best.value == min(job.value for job in jobs)
+    assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
     assert f"best       outputs/tiny/{best.name}: perplexity" in output
 
     # One of two trials is impossible: the study continues.
