@@ -124,11 +124,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def spanned(numbers: range, noun: str) -> str:
-    """Such as seed 0, seeds 1 to 4."""
-    return f"{noun} {numbers[0]}" if len(numbers) == 1 else f"{noun}s {numbers[0]} to {numbers[-1]}"
-
-
 def gigabytes(size: float, decimals: int = 1) -> str:
     """Gigabytes of 10^9 bytes."""
     return f"{size / 1e9:,.{decimals}f} GB"

@@ -8,13 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from hatchling.builders.sdist import SdistBuilder
-from hatchling.builders.wheel import WheelBuilder
 from test_docs import cut, jobs_of, overrides_of, with_config_of_sweep
 
 from cera_train.distributed.signals import SIGNALS
@@ -75,13 +72,6 @@ def test_every_command_composes(compose, place, words):
     assert all(compose(*with_config_of_sweep(overrides, job)) for job in jobs)
 
 
-def test_neither_wheel_nor_source_package_holds_these_files():
-    for builder in (WheelBuilder, SdistBuilder):
-        paths = [file.relative_path for file in builder(str(ROOT)).recurse_included_files()]
-        assert any(path.startswith("cera_train/") for path in paths)
-        assert not [path for path in paths if path.startswith("cluster/")]
-
-
 # --- SkyPilot --------------------------------------------------------------------------------------------------------
 
 
@@ -101,31 +91,6 @@ def test_scripts_are_bash_and_name_files_that_exist(script):
 
 
 # --- Docker ----------------------------------------------------------------------------------------------------------
-
-
-def instructions() -> list[tuple[str, str]]:
-    """Those of the Dockerfile, without comments, each on one line."""
-    lines = [line for line in (CLUSTER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ").splitlines()
-    return [tuple(line.split(maxsplit=1)) for line in joined if line.strip()]
-
-
-def test_the_image_is_made_from_files_that_exist_and_are_not_ignored():
-    rules = (CLUSTER / "Dockerfile.dockerignore").read_text().split()
-    assert rules[0] == "*"
-    taken = [rule.removeprefix("!") for rule in rules if rule.startswith("!")]
-    sources = [word for name, rest in instructions() if name == "COPY" for word in rest.split()[:-1]]
-    copied = {source for source in sources if not source.startswith(("--from", "/"))}
-    assert copied == {*taken}
-    assert all((ROOT / source).exists() for source in copied)
-
-
-def test_the_image_has_what_the_wheel_needs():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    needed = {project["project"]["readme"], *project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]}
-    needed |= {*project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]}
-    copied = {word for name, rest in instructions() if name == "COPY" for word in rest.split()}
-    assert needed <= copied
 
 
 def test_hadolint_finds_nothing():
@@ -187,12 +152,3 @@ def test_kubernetes_restarts_what_was_saved_and_no_mistake(job):
     is_indexed = spec.get("completionMode") == "Indexed"
     assert {actions.pop(status) for status in SAVED} == {"Ignore"}
     assert actions == ({1: "FailIndex", 2: "FailIndex"} if is_indexed else {2: "FailJob"})
-
-
-def test_an_indexed_job_has_an_index_for_each_rank():
-    (job,) = (job for job in jobs_of_kubernetes() if job["spec"].get("completionMode") == "Indexed")
-    grid = yaml.safe_load((ROOT / "conf" / "sweep" / "rank_lr.yaml").read_text())["hydra"]["sweeper"]["params"]
-    assert ranks_of(job) == grid["adapter.r"].split(",")
-    assert job["spec"]["completions"] == len(ranks_of(job))
-    (claim,) = (part for part in KUBERNETES["kubernetes_sweep.yaml"] if part["kind"] == "PersistentVolumeClaim")
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]  # the pods may be on several nodes

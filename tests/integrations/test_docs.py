@@ -4,7 +4,6 @@ name exists."""
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import shlex
 import shutil
@@ -180,25 +179,6 @@ def with_config_of_sweep(overrides: list[str], job: list[str]) -> list[str]:
     return list(dict.fromkeys([*(word for word in overrides if word.startswith("+sweep=")), *job]))
 
 
-def test_a_wrong_command_is_found(compose):
-    """The checks above fail where they should."""
-    assert words_of("cera-train $'data.prompt=\"Q: {q}\\nA:\"' # why") == ["cera-train", 'data.prompt="Q: {q}\nA:"']
-    assert cut(words_of("for run in outputs/a/*=*; do cera-eval run=$run task=math; done")) == (
-        *("cera-eval", ["run=$run", "task=math"]),
-    )
-    assert cut(words_of("torchrun -m cera_train adapter.r=4")) == ("cera-train", ["adapter.r=4"])
-    jobs = jobs_of(["+sweep=quickstart_grid", "optimizer.lr=1e-4"])
-    assert [{*job} - {"+sweep=quickstart_grid"} for job in jobs] == [
-        {"adapter=cera", "optimizer.lr=0.0001"},
-        {"adapter=lora", "optimizer.lr=0.0001"},
-    ]
-    values = {value for job in jobs_of(["adapter.r=4,16", "optimizer.lr=interval(1e-4,1e-2)"]) for value in job}
-    assert values == {"adapter.r=4", "adapter.r=16", "optimizer.lr=0.0001"}
-    for wrong in (["adapter.rank=4"], ["+recipe=math_r65"], ["model=llama"], ["train.patience=0"]):
-        with pytest.raises(Exception, match=r"adapter\.rank|rank|math_r65|llama|patience"):
-            compose(*overrides_of(wrong)[0])
-
-
 # --- Python ----------------------------------------------------------------------------------------------------------
 
 
@@ -269,27 +249,6 @@ def test_every_file_that_is_named_exists(page):
         assert (ROOT / path).exists() or (ROOT / "cera_train" / path).exists(), span
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_make_target_exists(page):
-    makefile = (ROOT / "Makefile").read_text()
-    targets = {*re.findall(r"^([\w-]+):(?!=)", makefile, flags=re.MULTILINE)}
-    lines = [line.strip() for block in blocks(page) if block.language != "python" for line in block.text.splitlines()]
-    named = [match[1] for text in [*lines, *inline_code(page)] if (match := re.match(r"make ([a-z][\w-]*)", text))]
-    assert {*named} <= targets
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_module_that_is_named_exists(page):
-    """`python -m benchmarks.evaluation`, and cera_train.common.errors.UserError."""
-    for span in inline_code(page):
-        for module in re.findall(r"python -m (benchmarks\S*)", span):
-            path = ROOT / module.replace(".", "/")
-            assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), span
-        if match := re.fullmatch(r"(cera_train(?:\.\w+)+)\.(\w+)", span):
-            module = __import__(match[1], fromlist=["_"])
-            assert inspect.isclass(getattr(module, match[2])), span
-
-
 # --- shape -----------------------------------------------------------------------------------------------------------
 
 
@@ -305,10 +264,3 @@ def test_the_tree_of_the_readme_is_the_tree():
     named = {*re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE)}
     assert named == {path.parent.name for path in (ROOT / "cera_train").glob("*/__init__.py")}
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
-
-
-@pytest.mark.parametrize("page", [*DOCS, ROOT / "recipes" / "README.md"], ids=lambda page: page.name)
-def test_a_page_opens_with_its_command(page):
-    title, first, *_ = [line for line in page.read_text().splitlines() if line.strip()]
-    assert title.startswith("# ")
-    assert re.match(r"    (cera-|make )", first)

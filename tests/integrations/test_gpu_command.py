@@ -8,21 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import needs_smollm2
 
-from benchmarks.contestants import CONTESTANTS
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import machine, runs, testing
 from benchmarks.gpu.pieces import all_pieces
 from benchmarks.gpu.place import Place
-from benchmarks.gpu.race import RACERS, median_rate
-from benchmarks.gpu.report import block
 from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found, Result, code_version
-from benchmarks.kernels import Row
 
 ROOT = Path(command.__file__).parents[2]
 HERE = {"gpus": [], "memory": [], "capability": [], "driver": None, "cuda": None, "python": "3", "packages": {}}
@@ -87,28 +83,6 @@ def test_a_failure_stops_no_other_piece_and_is_tried_again_after_them(ran, tmp_p
     assert ran[2:] == ["nemo_cera", "tests_answers"]
 
 
-def test_minutes_count_from_the_start_and_cut_what_runs_longer(tmp_path, monkeypatch, capsys):
-    clock, rooms = [1000.0], []
-
-    def ask():
-        clock[0] += 30  # CUDA starts
-        return HERE
-
-    def run(piece, place, identity, seconds):
-        rooms.append(seconds)
-        clock[0] += seconds
-
-    monkeypatch.setattr(machine, "ask", ask)
-    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(command, "run", run)
-    names = ["tests_attention", "nemo_lora", "nemo_cera"]
-    assert command.main(["--device=cpu", f"--output={tmp_path}", "--minutes=10", "--piece", *names]) == 0
-    assert rooms == [180, 600 - 30 - 180 - command.BLOCK_SECONDS]
-    out = capsys.readouterr().out
-    assert "3 pieces are left: tests_attention, nemo_lora, nemo_cera." in out
-    assert "failed" not in out
-
-
 def test_every_piece_fits_into_ten_minutes():
     pieces = all_pieces()
     assert all(0 < piece.expected < piece.seconds <= 540 for piece in pieces.values())
@@ -129,38 +103,6 @@ def test_a_piece_that_takes_too_long_is_ended(tmp_path):
 
 
 # --- the block -------------------------------------------------------------------------------------------------------
-
-
-def test_the_block_has_every_table():
-    identity = {"code": "abc", "device": "cuda", "size": "full", "machine": GPU}
-    run = {
-        **{"tokens_per_s": 9876.5, "update_seconds": 1.23, "planned_update_seconds": None, "peak_memory_bytes": 2e10},
-        **{"planned_memory_bytes": 2.1e10, "first_loss": 11.8, "last_loss": 11.5},
-    }
-    lap = {"tokens_per_s": 5000.0, "update_seconds": 0.5, "useful_flops": 3e14, "peak_memory_bytes": 3e10}
-    found = {
-        "tests_kernels": Found(FAILED, "test_x", {PASSED: 7, FAILED: 1, SKIPPED: 0}),
-        "math_r64_llama3_1_8b": Found(figures=run),
-        "nemo_lora": Found(reason="with gradient checkpointing", figures=run),
-        "race_cera_compiled_llama3_1_8b_bfloat16": Found(figures=lap),
-        "race_unsloth_llama3_1_8b_bfloat16": Found(SKIPPED, "unsloth is not installed"),
-        "branch_r64": Found(figures={"branch": [asdict(Row("8B q_proj", 64, "forward", "fused", 0.5, 900.0, 30.0))]}),
-        "decoding_llama3_2_1b": Found(figures={"tokens_per_s": {"CeRA": {"1": 40.0, "64": 900.0}}}),
-    }
-    text = block([Result(name, each, 60.0, identity) for name, each in found.items()])
-    for line in (
-        "Machine: 1 x NVIDIA H100 80GB HBM3 (80 GB, sm_90), driver 580, CUDA 13, Python 3, ; device cuda.",
-        "Pieces: 5 passed, 1 failed, 1 skipped; 7 minutes; code abc.",
-        "| kernels | 7 | 1 | 0 | 60 |",
-        "| math_r64, Llama-3.1-8B's shape | 9,876 | 1.23 | - | 20.00 | 21.00 | 11.80 to 11.50 |",
-        "| NeMo AutoModel's LoRA on one H100, two at a time, as published | 12,473 | 10.5 | - | - | - | - |",
-        "| Llama-3.1-8B's shape, bfloat16: ours with CeRA, compiled | 5,000 | 0.5 | 300.0 | 30.00 |",
-        "| Llama-3.1-8B's shape, bfloat16: unsloth + LoRA | skipped | - | - | - |",
-        "| Llama-3.2-1B's shape: CeRA | 40 | 900 |",
-        "| 8B q_proj | 64 | forward | 0.500 | 900 | 30.0 |",
-        "- tests_kernels: failed: test_x",
-    ):
-        assert line in text.splitlines()
 
 
 # --- tests and the race ----------------------------------------------------------------------------------------------
@@ -193,11 +135,6 @@ def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, grou
     found = testing.run_tests(Place("cpu", "tiny", tmp_path), group)
     assert (found.state, found.reason) == (state, reason)
     assert found.figures[SKIPPED] == (group in ("skips", "ends"))
-
-
-def test_a_slow_round_changes_no_rate():
-    assert median_rate([100, 300, 200], [1.0, 60.0, 1.0]) == 100
-    assert median_rate([100, 300, 200], [1.0, 2.0, 1.0]) == 150
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -235,10 +172,6 @@ def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monk
 
 
 # --- contestants -----------------------------------------------------------------------------------------------------
-
-
-def test_every_racer_is_a_contestant():
-    assert set(RACERS.values()) <= set(CONTESTANTS)
 
 
 # --- in miniature ----------------------------------------------------------------------------------------------------
