@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.mix import PartRows, rows_of_parts
-from cera_train.data.rows import Row
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn, at_part
 
 CHARACTERS_PER_TOKEN = 3.5
@@ -21,11 +18,10 @@ PIECES = re.compile(r"\d|[^\W\d_]+|[^\w\s]|\n")
 """Digits, words and signs. The questions of generators have 0.8 to 1.05 of them for each token of SmolLM2's tokenizer,
 which splits numbers into digits; only a cipher's words have fewer."""
 
-SAMPLE_ROWS = 1000
-"""Rows whose characters are counted."""
+SAMPLE_ROWS, FEW_ROWS = 1000, 100
+"""Rows whose tokens are estimated, and rows of a generator, which may take milliseconds for one."""
 
-FEW_ROWS = 100
-"""The same of a generator, which may take milliseconds for one."""
+COUNTED = "by SmolLM2's tokenizer"
 
 
 @dataclass(frozen=True)
@@ -81,19 +77,15 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     """
     if config.mix is not None:
         return _size_of_mix(config, tokens_per_row)
-    if config.layout == Layout.logistic_map:
-        size = _logistic_map_size(config)
-    elif config.layout == Layout.reasoning_gym:
-        size = _reasoning_gym_size(config)
-    elif config.train_files:
-        size = _size_of_files(config)
+    if config.is_computed or config.train_files:
+        size = _size_of_rows(config)
     elif (facts := facts_of(config)) is not None:
         size = DataSize(
             _sliced(config.train_split, facts.train_rows),
             _sliced(config.eval_split, facts.eval_rows),
             facts.tokens_per_row,
             facts.supervised,
-            "an estimate" if facts.estimated else "by SmolLM2's tokenizer",
+            "an estimate" if facts.estimated else COUNTED,
         )
     elif None not in (config.train_rows, config.eval_rows, tokens_per_row):
         size = DataSize(config.train_rows, config.eval_rows, tokens_per_row, 1.0, "")
@@ -153,85 +145,38 @@ def _sliced(split: str, rows: int) -> int:
     return len(range(rows)[start:end])
 
 
-def _logistic_map_size(config: DataConfig) -> DataSize:
-    from cera_train.data import logistic_map
-
-    settings = config.logistic_map
-    train, evaluation = logistic_map.problems(settings, config.eval_rows)
-    lengths = [sum(map(len, row.values())) for row in train[: len(settings.growths)]]
-    characters = sum(lengths) / len(lengths)
-    if config.facts is None:
-        tokens, supervised, source = characters / CHARACTERS_PER_TOKEN, 0.5, "by their characters"
-    else:
-        usual = sum(map(len, logistic_map.problem(0.5, 3.5, LogisticMapConfig()).values()))
-        is_usual = characters == usual
-        tokens, supervised = config.facts.tokens_per_row * characters / usual, config.facts.supervised
-        source = "by SmolLM2's tokenizer" if is_usual else "by their characters"
-    return DataSize(len(train), len(evaluation), tokens, supervised, source, is_even=len(set(lengths)) == 1)
-
-
-def _reasoning_gym_size(config: DataConfig) -> DataSize:
-    """Counts the characters of the first rows; the settings name their number."""
-    from cera_train.data import reasoning_gym
-
-    rows, _ = reasoning_gym.rows(config.reasoning_gym, min(FEW_ROWS, config.train_rows), 0)
-    placed = zip(itertools.repeat("data.layout=reasoning_gym"), rows, strict=False)
-    tokens, supervised = _tokens_of(placed, config, lambda text: len(PIECES.findall(text)))
-    source = "an estimate: a token for each word, digit and sign"
-    return DataSize(config.train_rows, config.eval_rows, tokens, supervised, source)
-
-
-def _tokens_of(
-    rows: Iterable[tuple[str, Row]], config: DataConfig, count: Callable[[str], float]
-) -> tuple[float, float]:
-    """Tokens of a row and the share of supervised ones, by some rows. Zeros where none has an answer.
-
-    Args:
-        count: estimates the tokens of a text.
-    """
+def _size_of_rows(config: DataConfig) -> DataSize:
+    """Counts computed rows or those of local files, and estimates the tokens of the first ones."""
     from cera_train.data.segments import segmenter, segments_of
+    from cera_train.data.sources import open_sources
 
-    tokens = supervised = used = 0.0
-    for segments in segments_of(rows, segmenter(config, tokenizer=None)):
-        if segments:
-            length = sum(count(segment.text) for segment in segments)
-            answers = sum(count(segment.text) for segment in segments if segment.supervised)
+    is_generated = config.layout == Layout.reasoning_gym  # as many as the settings say, and slow to make
+    few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
+    train, evaluation = open_sources(few)
+    lengths, tokens, supervised = [], 0.0, 0.0
+    for segments in segments_of(train.head(SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
+        counts = [(estimate_tokens(segment.text, config.is_computed), segment.supervised) for segment in segments]
+        if counts:
+            length, answers = sum(count for count, _ in counts), sum(count for count, counted in counts if counted)
             kept = min(length, config.max_length)
-            tokens, used = tokens + kept, used + 1
-            supervised += max(0.0, kept - (length - answers))
-    return (tokens / used, supervised / tokens) if used else (0.0, 0.0)
-
-
-def _size_of_files(config: DataConfig) -> DataSize:
-    """Counts all rows, and the characters of the first ones."""
-    from cera_train.data.files import from_files
-
-    rows = from_files(config.train_files, "data.train_files").head(SAMPLE_ROWS).located()
-    tokens, supervised = _tokens_of(rows, config, lambda text: len(text) / CHARACTERS_PER_TOKEN)
+            lengths.append(length)
+            tokens, supervised = tokens + kept, supervised + max(0.0, kept - (length - answers))
     if not tokens:
-        raise UserError(
-            f"data.train_files={', '.join(config.train_files)}: no row has an answer. Check the columns and templates."
+        raise UserError(f"{train.name}: no row has an answer. Check the columns and templates.")
+    size = DataSize(
+        config.train_rows if is_generated else sum(1 for _ in train.located()),
+        config.eval_rows if is_generated else sum(1 for _ in evaluation.located()),
+        tokens / len(lengths),
+        supervised / tokens,
+        "an estimate" + (": a token for each word, digit and sign" if config.is_computed else " by characters"),
+        is_even=len(set(lengths)) == 1,
+    )
+    if config.facts is not None and config.logistic_map == LogisticMapConfig():
+        return replace(
+            size, tokens_per_row=config.facts.tokens_per_row, supervised=config.facts.supervised, source=COUNTED
         )
-    train_rows, eval_rows = _count_rows(config.train_files), _count_rows(config.eval_files)
-    if not config.eval_files:
-        eval_rows = config.eval_rows
-        if eval_rows >= train_rows:
-            raise UserError(
-                f"data.eval_rows={eval_rows} leaves nothing to train on: data.train_files has {train_rows} rows."
-            )
-        train_rows -= eval_rows
-    source = f"an estimate: {CHARACTERS_PER_TOKEN} characters a token"
-    return DataSize(train_rows, eval_rows, tokens, supervised, source)
+    return size
 
 
-def _count_rows(names: list[str]) -> int:
-    from cera_train.data.files import check_files, rows_of
-
-    rows = 0
-    for path in check_files(names, "data.train_files"):
-        if path.endswith(".jsonl") and "://" not in path:
-            with open(path, "rb") as file:
-                rows += sum(bool(line.strip()) for line in file)
-        else:
-            rows += sum(1 for _ in rows_of([path]))
-    return rows
+def estimate_tokens(text: str, is_computed: bool) -> float:
+    return len(PIECES.findall(text)) if is_computed else len(text) / CHARACTERS_PER_TOKEN

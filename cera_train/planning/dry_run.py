@@ -109,7 +109,9 @@ class DryRun:
                 group["foreach"] = True
         autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
         dtype = None if autocast is None else getattr(torch, autocast)
-        self.loss = SupervisedLoss(self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=bool(dtype)))
+        self.loss = SupervisedLoss(
+            self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
+        )
         layout = config.train.batch_layout
         if self.parameters.mixes_sequences and layout == BatchLayout.auto:
             layout = BatchLayout.padded

@@ -38,7 +38,7 @@ def test_the_rows_of_the_logistic_map_are_those_it_has(size):
     assert quickstart.is_even
     longer = size("+recipe=quickstart", "data.logistic_map.steps=12")
     assert longer.tokens_per_row > 72
-    assert longer.source == "by their characters"
+    assert longer.source == "an estimate: a token for each word, digit and sign"
 
 
 def test_rows_and_tokens_are_bounded_by_the_settings(size):
@@ -56,7 +56,7 @@ def test_local_rows_are_counted_and_their_characters_too(size, write_jsonl):
     with pytest.raises(ValueError, match="data.eval_rows=50 leaves nothing to train on"):
         size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=50")
     empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
-    with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl: no row has an answer"):
+    with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl.: no row has an answer"):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
 
 
