@@ -48,9 +48,9 @@ class HeldOut:
         was_training = self.loss.training
         self.loss.eval()
         for group, counts in self._mine(self.rows):
-            found = self.loss(self.batches.load(group), by_token=True)
+            token_losses = self.loss(self.batches.load(group), by_token=True)
             if counts:
-                for row, row_losses in zip(group, found.split([supervised[row] for row in group]), strict=True):
+                for row, row_losses in zip(group, token_losses.split([supervised[row] for row in group]), strict=True):
                     losses[starts[row] : starts[row + 1]] = row_losses
         self.loss.train(was_training)
         # Zero where another process has the row, so a sum puts them together without rounding.

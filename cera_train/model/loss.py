@@ -253,7 +253,7 @@ def losses_of(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
 
 def finish_logits(logits: Tensor, config: PretrainedConfig) -> Tensor:
     """What an architecture does to the logits of its head, by its config: a soft cap c tanh(logits / c) (Gemma), or a
-    factor (Cohere, Granite). Certain is only a pass: `SupervisedLoss.probe`."""
+    factor (Cohere, Granite). Only `SupervisedLoss.probe` verifies this."""
     config = config.get_text_config()
     if cap := getattr(config, "final_logit_softcapping", None):
         return torch.tanh(logits / cap) * cap

@@ -61,8 +61,8 @@ def _cpu_multiplies_bf16(cpuinfo: Path) -> tuple[bool, str]:
         return False, f"the processor's flags are unknown on {sys.platform}"
     lines = cpuinfo.read_text().splitlines()
     flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
-    found = next((name for flag, name in CPU_FLAGS.items() if flag in flags), None)
+    unit = next((name for flag, name in CPU_FLAGS.items() if flag in flags), None)
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if found and not cap.startswith(ONEDNN_ISAS_WITH_BF16):
-        return False, f"ONEDNN_MAX_CPU_ISA={cap} rules out {found}"
-    return found is not None, f"the processor has {found}" if found else "the processor does not multiply bf16"
+    if unit and not cap.startswith(ONEDNN_ISAS_WITH_BF16):
+        return False, f"ONEDNN_MAX_CPU_ISA={cap} rules out {unit}"
+    return unit is not None, f"the processor has {unit}" if unit else "the processor does not multiply bf16"

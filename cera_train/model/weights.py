@@ -140,7 +140,7 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
 
 def mixes_sequences(model: nn.Module) -> bool:
     """Whether sequences that share a row are likely to see each other, by what the layers are made of: a state or a
-    convolution goes from token to token. Certain is only a pass: `SupervisedLoss.probe`."""
+    convolution goes from token to token. Only `SupervisedLoss.probe` verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
     attends = any(hasattr(module, "is_causal") for module in model.modules())
@@ -220,8 +220,8 @@ NOT_FOUND = {
 NOT_USABLE = {
     "trust_remote_code": "the model comes with Python code of its own. If you trust it, set "
     "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true).",
-    "model type `([^`]*)`": "model_type {found!r} is not known to transformers {version}: upgrade it with pip.",
-    r"Unrecognized configuration class <class '[\w.]*?(\w+)'>": "{found} is not that of a causal language model, which "
+    "model type `([^`]*)`": "model_type {name!r} is not known to transformers {version}: upgrade it with pip.",
+    r"Unrecognized configuration class <class '[\w.]*?(\w+)'>": "{name} is not that of a causal language model, which "
     "is needed.",
     "ignore_mismatched_sizes|size mismatch": "the weights have other shapes than config.json asks for: copy the "
     "config.json that belongs to them.",
@@ -257,9 +257,9 @@ def _reason(error: Exception, from_pretrained: Any, path: Path) -> str | None:
     is_missing = isinstance(error, (OSError, HFValidationError))
     for pattern, reason in (NOT_FOUND if is_missing else NOT_USABLE).items():
         if match := re.search(pattern, str(error)):
-            found = match[1] if match.re.groups else None
+            name = match[1] if match.re.groups else None
             version, unreached = transformers.__version__, why_not_reached()
-            return reason.format(error=_one_line(error), found=found, version=version, unreached=unreached)
+            return reason.format(error=_one_line(error), name=name, version=version, unreached=unreached)
     is_bug = isinstance(error, (MemoryError, RuntimeError)) or from_pretrained == AutoModelForCausalLM.from_pretrained
     if is_bug or not path.is_dir():
         return None

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from evaluation_files import QUESTIONS, contents, read, tiny_path
+from evaluated_runs import QUESTIONS, contents, read, tiny_path
 
 import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import yaml
-from evaluation_files import base_settings
+from evaluated_runs import base_settings
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import UserError

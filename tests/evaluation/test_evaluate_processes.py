@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from evaluation_files import contents, read
+from evaluated_runs import contents, read
 
 from cera_train.evaluation.evaluate import evaluate
 

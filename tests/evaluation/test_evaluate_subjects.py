@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tiny_llama
-from evaluation_files import base_settings, read, tiny_path
+from evaluated_runs import base_settings, read, tiny_path
 from safetensors.torch import load_file, save_file
 
 from cera_train.evaluation.evaluate import evaluate

@@ -14,7 +14,7 @@ import matplotlib.image
 import numpy
 import pytest
 import torch
-from evaluation_files import read
+from evaluated_runs import read
 from tiny_runs import folder_of
 
 from cera_train.evaluation import exams

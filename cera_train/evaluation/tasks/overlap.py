@@ -26,11 +26,11 @@ def trained_on(task: str, changes: Mapping[str, Any], data: DataConfig) -> list[
     settings = named_task(task, changes)
     questions = [problem.question for problem in load_problems(settings, data)]
     sought = {question: f" {normalized(question)} " for question in questions if question.strip()}
-    found = set()
+    shared = set()
     texts = (f" {normalized(text)} " for row in _training_rows(data) for text in _texts(row))
     while chunk := "\n".join(itertools.islice(texts, ROWS_AT_ONCE)):
-        found |= {question for question, text in sought.items() if question not in found and text in chunk}
-    return [question for question in sought if question in found]
+        shared |= {question for question, text in sought.items() if question not in shared and text in chunk}
+    return [question for question in sought if question in shared]
 
 
 def _training_rows(data: DataConfig) -> Iterator[Any]:
