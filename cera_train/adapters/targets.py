@@ -58,7 +58,7 @@ def describe_left_out(model: nn.Module) -> str | None:
         elif isinstance(module, (nn.Linear, Conv1D)) and module is not head and not name.startswith(inside):
             names.append(name.rpartition(".")[2])
     kinds = ", ".join(dict.fromkeys(names))
-    return f"without {len(names)} projections that a pass in training does not call: {kinds}" if names else None
+    return f"without {len(names)} projections that the model or its kernels bypass: {kinds}" if names else None
 
 
 def linear_names(named_modules: Iterable[tuple[str, nn.Module]]) -> list[str]:

@@ -121,7 +121,7 @@ def test_targets_are_counted_by_name(compose):
     projections = "in_proj gate_proj up_proj down_proj q_proj k_proj v_proj o_proj"
     with_router = f"{projections} router: 9 of 9 layers"  # up to transformers 5.20 Jamba's is a linear layer
     assert whole in (f"{projections}: 8 of 8 layers", with_router)
-    assert left_out == "without 3 projections that a pass in training does not call: x_proj, dt_proj, out_proj"
+    assert left_out == "without 3 projections that the model or its kernels bypass: x_proj, dt_proj, out_proj"
 
 
 # --- projections that all-linear leaves out --------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def test_targets_are_counted_by_name(compose):
 def test_what_a_mamba_model_does_not_call_is_left_out_of_all_linear_and_refused_by_name(tiny_config, folder_of, capsys):
     mamba = f"model.path={folder_of('mamba')}"
     train(tiny_config(mamba, "adapter.target_modules=all-linear", "train.max_updates=1"))
-    left_out = "without 6 projections that a pass in training does not call: x_proj, dt_proj, out_proj"
+    left_out = "without 6 projections that the model or its kernels bypass: x_proj, dt_proj, out_proj"
     assert f"coverage   in_proj: 2 of 2 layers\ncoverage   {left_out}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"\Aadapter.target_modules: 2 of 4 .*dt_proj: the model never calls it"):
         train(tiny_config(mamba, "adapter.target_modules=[in_proj,dt_proj]", "name=dt"))
