@@ -218,6 +218,7 @@ def supervised_texts(split, tokenizer) -> list[str]:
     return [tokenizer.decode([token for token, counts in zip(*row, strict=True) if counts]) for row in rows]
 
 
+@pytest.mark.slow
 @needs_shared_data
 @needs_smollm2
 def test_gsm8k_is_supervised_on_its_answers(compose):

@@ -177,6 +177,7 @@ def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
 # --- folders of runs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @fuzz
 @given(data=st.data())
 def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):

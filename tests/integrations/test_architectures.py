@@ -213,6 +213,7 @@ def test_saves_and_loads(family: Architecture, cell, tmp_path):
     cell("yes")
 
 
+@pytest.mark.slow
 @every_family
 def test_plans(family: Architecture, cell, compose, tmp_path):
     """cera-plan counts it from its config.json alone."""

@@ -69,6 +69,7 @@ def test_smollm2_answers_as_fast_as_it_did_on_two_avx512_cores(rows, measured):
     assert rows * 100 / seconds == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_plan_prints_its_tasks_and_their_time(plan, capsys):
     own = plan(QUICK, "train.tasks=[gsm8k,logistic_map]", "train.tasks_limit=15")
     assert own.seconds - own.answer_seconds == pytest.approx(plan(QUICK).seconds)

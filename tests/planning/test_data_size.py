@@ -81,6 +81,7 @@ def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
     assert size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4").parts[0].rows == 16_000
 
 
+@pytest.mark.slow
 def test_a_part_of_unknown_size_is_named(plan):
     unknown = ["+recipe=math_r64", "data=gsm8k_slimorca", "data.mix.1.path=org/rows", "data.mix.1.train_split=train"]
     with pytest.raises(

@@ -81,6 +81,7 @@ def real_peak(run: DryRun) -> float:
     return real.meter.peak - weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "overrides"),
     [
@@ -132,6 +133,7 @@ def test_operations_by_hand(dry_run):
     assert cost.backward == pytest.approx(whole - first_inputs, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"num_hidden_layers": 2}])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_a_few_layers_tell_what_all_of_them_cost(dry_run, model_type, settings):
@@ -158,6 +160,7 @@ def test_gradients_of_other_micro_batches_and_states_of_the_optimizer_are_held(d
     assert later.forward_peak - alone.forward_peak == gradients
 
 
+@pytest.mark.slow
 def test_a_gpu_keeps_dropouts_masks_in_bytes_and_the_output_of_attention(dry_run):
     def peak(device: str, *overrides: str) -> float:
         settings = ["adapter=lora", "adapter.target_modules=[o_proj]", "model.dtype=bfloat16", *overrides]
@@ -185,6 +188,7 @@ def test_every_optimizer_has_its_states(dry_run, kind):
     assert run.memory["optimizer"] == pytest.approx(2 * count * (4 if kind == "adamw" else 1 + 4 / 256), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_operations_of_experts_by_hand(dry_run, model_type, dtype):

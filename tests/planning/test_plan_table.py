@@ -58,6 +58,7 @@ def test_compared_adapters_stand_side_by_side_and_a_price_is_asked_for(plan, cap
     assert "cost       set plan.price_per_hour to the price of one GPU\n" in out
 
 
+@pytest.mark.slow
 def test_a_sweep_adds_up_its_jobs(plan, capsys):
     jobs = [plan(QUICK, "plan.price_per_hour=2000", f"adapter.r={r}", f"name=r{r}") for r in (4, 8, 16)]
     print_sweep_plans(jobs)
@@ -71,6 +72,7 @@ def test_a_sweep_adds_up_its_jobs(plan, capsys):
     assert total.split()[4] == "300"
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_fit_is_marked(plan, capsys):
     print_sweep_plans([plan(MATH, f"model={name}", "plan.gpu=rtx4090") for name in ("llama3_2_1b", "llama3_1_8b")])
     _, small, large, _ = capsys.readouterr().out.splitlines()

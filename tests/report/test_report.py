@@ -13,6 +13,7 @@ from made_runs import add_evaluation, cells, make_run, two_runs
 from cera_train.report.page import compare_runs, print_report, write_report
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_report_byte_for_byte(tmp_path: Path) -> None:
     runs = two_runs(tmp_path / "runs")
     for name in ("one", "other"):

