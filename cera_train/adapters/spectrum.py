@@ -110,11 +110,11 @@ class _Moments:
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
-    found = {}
+    all_branches = {}
     for name, module in model.named_modules():
         branches = next(filter(None, (family.branches(module) for family in families())), {})
-        found |= {name.removeprefix("base_model.model.") + end: branch for end, branch in branches.items()}
-    return found
+        all_branches |= {name.removeprefix("base_model.model.") + end: branch for end, branch in branches.items()}
+    return all_branches
 
 
 def why_no_spectrum(model: nn.Module) -> str | None:
@@ -140,8 +140,8 @@ def measure_spectra(
             part. Padding does not count.
         reduce: sums a tensor over the processes that share the probe.
     """
-    found = {name: _Moments(branch) for name, branch in find_branches(model).items()}
-    if not found:
+    moments_of = {name: _Moments(branch) for name, branch in find_branches(model).items()}
+    if not moments_of:
         return {}
     batch: Batch
     counts: bool
@@ -157,7 +157,7 @@ def measure_spectra(
 
         return hook
 
-    hooks = [moments.branch.layer.register_forward_pre_hook(watch(moments)) for moments in found.values()]
+    hooks = [moments.branch.layer.register_forward_pre_hook(watch(moments)) for moments in moments_of.values()]
     was_training = model.training
     model.eval()
     try:
@@ -167,10 +167,10 @@ def measure_spectra(
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    for moments in found.values():
+    for moments in moments_of.values():
         moments.all.copy_(reduce(moments.all))
     # An expert may have got no token of the probe.
-    return {name: moments.spectrum() for name, moments in found.items() if moments.count}
+    return {name: moments.spectrum() for name, moments in moments_of.items() if moments.count}
 
 
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:

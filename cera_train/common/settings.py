@@ -77,12 +77,12 @@ def section_of(hint: Any) -> type | None:
 def changes_of(schema: type, key: str) -> Changes:
     """What a key changes: of a section the most that one of its settings does, of an unknown key `result`. Keys below a
     free-form setting, such as published.math/exact/pass@1, change what the setting does."""
-    found = [
+    changes = [
         leaf.changes
         for leaf in leaves(schema)
         if f"{leaf.key}.".startswith(f"{key}.") or f"{key}.".startswith(f"{leaf.key}.")
     ]
-    return min(found, key=list(Changes).index, default=Changes.result)
+    return min(changes, key=list(Changes).index, default=Changes.result)
 
 
 def keys_of(schema: type) -> list[str]:

@@ -74,9 +74,9 @@ def draws(config: ReasoningGymConfig, split: Split, count: int, key: str) -> lis
     for name in itertools.islice(itertools.cycle(questions), count):
         draw = next(questions[name], None)
         if draw is None:
-            found = sum(draw.generator == name for draw in drawn)
+            available = sum(draw.generator == name for draw in drawn)
             level = "" if config.level is None else f" at level {config.level}"
-            reason = f"{name}{level} has only {found} different {split.name.replace('_', '-')} questions"
+            reason = f"{name}{level} has only {available} different {split.name.replace('_', '-')} questions"
             raise UserError(f"{key}={count}: {reason}. Lower it, or raise the level.")
         drawn.append(draw)
     return drawn

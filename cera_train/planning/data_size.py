@@ -62,8 +62,8 @@ def facts_of(config: DataConfig) -> DataFacts | None:
 def facts_at(path: str) -> DataFacts | None:
     """The facts of a data set of the Hub that a file of conf/data has."""
     files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
-    found = (file["facts"] for file in files if file.get("facts", {}).get("of") == path)
-    return next((DataFacts(**facts) for facts in found), None)
+    matching = (file["facts"] for file in files if file.get("facts", {}).get("of") == path)
+    return next((DataFacts(**facts) for facts in matching), None)
 
 
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:

@@ -52,7 +52,7 @@ class PairedTest:
 
     @property
     def row(self) -> dict[str, str]:
-        """Of the report's table; differences are in points."""
+        """The row of the report's table; differences are in points."""
         points, lower, upper = (f"{100 * value:+.1f}" for value in astuple(self.difference))
         counts = self.mcnemar and f"{self.mcnemar.only_first:,} and {self.mcnemar.only_second:,}"
         return {

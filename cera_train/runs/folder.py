@@ -249,7 +249,7 @@ class RunFolder:
             files.write_text(self.path / DIVERGED, message + "\n")
 
     def rewind(self, update: int | None) -> None:
-        """Removes what comes after a checkpoint's update, which the resumed run writes again; None: everything.
+        """Removes what comes after a checkpoint's update, which the resumed run writes again; without one, everything.
 
         best/ stays, also one of a later update, and so do losses and grades: the resumed run comes to the same
         evaluations, and so to the same files.

@@ -33,7 +33,7 @@ class Candidate:
     values: dict[str, str]
     """Such as {"optimizer.lr": "0.001"}."""
     overrides: list[str]
-    """Of its run with seed 0."""
+    """The overrides of its run with seed 0."""
     sweep: Path
     swept: Sequence[str]
 

@@ -208,9 +208,9 @@ class Comparison(Contrast):
 def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Comparison]:
     """Every contrast in every outcome, the primary outcome first; in each what the study names, then what has the
     baseline."""
-    by_cell, named = {id(result.cell): result for result in results}, study.config.contrasts
+    by_cell, contrasts = {id(result.cell): result for result in results}, study.config.contrasts
     pairs = [(asked, by_cell[id(first)], by_cell[id(second)]) for asked, first, second in study.contrasts()]
-    pairs.sort(key=lambda pair: pair[0] not in named)
+    pairs.sort(key=lambda pair: pair[0] not in contrasts)
     if not pairs:
         raise UserError(
             f"{study.folder} has no two arms to compare, only {results[0].cell.arm}. Run it without study.arm; "
