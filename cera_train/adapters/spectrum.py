@@ -11,15 +11,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from cera_train.adapters.family import Branch, families
-
-if TYPE_CHECKING:
-    from cera_train.model.batches import Batch
 
 
 @dataclass
@@ -127,8 +124,8 @@ def why_no_spectrum(model: nn.Module) -> str | None:
 @torch.no_grad()
 def measure_spectra(
     model: nn.Module,
-    forward: Callable[[Batch], object],
-    probe: Iterable[tuple[Batch, bool]],
+    forward: Callable[[Any], object],
+    probe: Iterable[tuple[Any, bool]],
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> dict[str, ModuleSpectrum]:
     """The spectrum of every adapted projection, by its name in the base model. In eval mode; empty where
@@ -143,7 +140,7 @@ def measure_spectra(
     moments_of = {name: _Moments(branch) for name, branch in find_branches(model).items()}
     if not moments_of:
         return {}
-    batch: Batch
+    batch: Any
     counts: bool
 
     def watch(moments: _Moments) -> Callable[..., None]:

@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.data.rows import PlacedRow, Source
@@ -18,8 +18,6 @@ from cera_train.data.rows import PlacedRow, Source
 if TYPE_CHECKING:
     import pyarrow
     import torch
-
-    from cera_train.data.prepare import TokenizedRows
 
 
 @dataclass(frozen=True)
@@ -59,16 +57,14 @@ class StreamedRows:
     `train.batch_size` rows; it has fewer sequences where some have no answer. A resumed run skips the rows before.
 
     Args:
-        tokenize: makes tokens of rows, each given after its place.
+        tokenize: makes `TokenizedRows` of rows, each given after its place.
         buffer: rows that are shuffled at a time.
         digest: a digest of the source, the tokenizer and the settings that change tokens.
     """
 
     updates_per_epoch = math.inf
 
-    def __init__(
-        self, source: Source, tokenize: Callable[[list[PlacedRow]], TokenizedRows], buffer: int, digest: str
-    ) -> None:
+    def __init__(self, source: Source, tokenize: Callable[[list[PlacedRow]], Any], buffer: int, digest: str) -> None:
         self.source, self.tokenize, self.buffer, self.digest = source, tokenize, buffer, digest
 
     def order(self, batch_size: int, seed: int) -> StreamedRows:
