@@ -85,7 +85,7 @@ def _in_one_call(
     from torch.nn.attention.varlen import varlen_attn
 
     device, longest = query.device, max(lengths)
-    starts = _starts(lengths, device)
+    starts = sequence_starts(lengths, device)
     # The kernel is outside autocast, and norms between projection and attention leave float32.
     dtype = autocast_dtype(device) or query.dtype
     output = varlen_attn(
@@ -102,11 +102,11 @@ def places_of_sequences(lengths: Sequence[int], device: torch.device) -> dict[st
     """By what kernels of states, such as Mamba-2's, keep the sequences of a row apart, under transformers' names: the
     number of each token's sequence, [1, T], and where each sequence starts, [sequences + 1]."""
     numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
-    return {"seq_idx": numbers[None].to(device), "cu_seq_lens_q": _starts(tuple(lengths), device)}
+    return {"seq_idx": numbers[None].to(device), "cu_seq_lens_q": sequence_starts(tuple(lengths), device)}
 
 
 @functools.lru_cache(maxsize=1)  # all layers use those of one micro-batch
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Where each sequence starts, and where the last one ends: [sequences + 1]."""
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
 

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 
 from cera_train.adapters.build import parameter_groups
+from cera_train.model import attention
 from cera_train.model import loss as losses
 from cera_train.model.batches import Batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
@@ -142,8 +143,17 @@ class DryRun:
         on_device = choices_of_a_gpu(self.model) if self.config.plan.on_gpu else contextlib.nullcontext()
         # transformers would mask whatever is fake, without a look at the values that the meter makes up.
         reads_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
+        # Its cache would hand fake tensors to real passes, and real ones here.
+        uncached = patch.object(attention, "sequence_starts", attention.sequence_starts.__wrapped__)
         kind = self.base.config.model_type
-        with failing_in_one_line(self.config.model, kind), on_device, reads_values, self.fake_mode, self.meter:
+        with (
+            failing_in_one_line(self.config.model, kind),
+            on_device,
+            reads_values,
+            uncached,
+            self.fake_mode,
+            self.meter,
+        ):
             yield
 
     def cost(self, batch: MicroBatch, accumulates: bool) -> Cost:

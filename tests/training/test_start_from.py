@@ -124,7 +124,7 @@ DIFFERENT = [
     ({"target_modules": ["q_proj"]}, "adapter.target_modules is ['q_proj', 'v_proj'] there, ['q_proj'] here"),
     ({"target_modules": "all-linear"}, "adapter.target_modules is ['q_proj', 'v_proj'] there, 'all-linear' here"),
     ({"settings": {"rank_pattern": {"v_proj": 2}}}, "adapter.settings.rank_pattern is None there, {'v_proj': 2} here"),
-    ({"r": 8, "activation": "gelu"}, "adapter.activation is 'silu' there, 'gelu' here; adapter.r is 4 there, 8 here"),
+    ({"r": 8, "activation": "gelu"}, "adapter.r is 4 there, 8 here; adapter.activation is 'silu' there, 'gelu' here"),
 ]
 
 
