@@ -16,16 +16,9 @@ class Optimizer(NamedTuple):
 
     path: str
     """Where it is imported from."""
-    moments: int = 2
-    """Numbers that it keeps for each weight."""
     bits: int = 32
-    """Bits of each number. 8 come with a float32 scale for 256 numbers; tensors of fewer than 4,096 keep 32."""
+    """Bits of each moment."""
     needs_gpu: bool = False
-
-    def state_bytes(self, count: int) -> float:
-        """What it keeps for a tensor of `count` weights."""
-        is_wide = self.bits == 32 or count < 4096
-        return self.moments * count * (4 if is_wide else 1 + 4 / 256)
 
 
 OPTIMIZERS = {

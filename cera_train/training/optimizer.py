@@ -43,7 +43,7 @@ def build_optimizer(
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Gives every group of parameters its learning rate, in ratio to `lr`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_ratio", 1.0)  # checkpoints of before lack the ratio
+        group["lr"] = lr * group.get("lr_ratio", 1.0)  # bare parameters have no ratio
 
 
 def learning_rate(config: OptimizerConfig, update: int, updates: int) -> float:
