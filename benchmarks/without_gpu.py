@@ -130,7 +130,7 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         (sessions, "fingerprint", lambda base: ""),
         (weights, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
-        (torch.random, "fork_rng", contextlib.nullcontext),  # the fake device has no generator to save
+        (torch.random, "fork_rng", lambda **_: contextlib.nullcontext()),  # the fake device has no generator to save
         (bitsandbytes.functional, "get_paged", paged),
         (bitsandbytes.functional, "fill", lambda tensor, value: None),
         (bitsandbytes.functional, "prefetch_tensor", lambda tensor: None),
