@@ -23,7 +23,15 @@ VARLEN = "varlen"
 """All sequences in one call of FlashAttention's variable-length kernel: on CUDA, in 16 bits."""
 
 
-@torch.compiler.disable  # else every new set of lengths would recompile
+class Sequences:
+    """The lengths of the sequences of a flat row. torch.compile guards on the class of such an argument; of a list, on
+    its length too, and every new number of sequences would compile the layers once more."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+
+
+@torch.compiler.disable  # sequences of other lengths would be another graph
 def attend_by_sequence(
     module: nn.Module,
     query: Tensor,
@@ -31,7 +39,7 @@ def attend_by_sequence(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    sequence_lengths: Sequence[int],
+    sequences: Sequences,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -50,8 +58,8 @@ def attend_by_sequence(
     """
     _refuse_more(module, attention_mask, sliding_window, settings)
     if in_one_call and not dropout:
-        return _in_one_call(query, key, value, tuple(sequence_lengths), scaling, sliding_window), None
-    blocks = zip(*(heads.split(sequence_lengths, dim=2) for heads in (query, key, value)), strict=True)
+        return _in_one_call(query, key, value, sequences.lengths, scaling, sliding_window), None
+    blocks = zip(*(heads.split(sequences.lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1), None
 
@@ -89,7 +97,7 @@ def _in_one_call(
     # The kernel is outside autocast, and norms between projection and attention leave float32.
     dtype = autocast_dtype(device) or query.dtype
     output = varlen_attn(
-        *(heads[0].transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
+        *(heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
         *(starts, starts, longest, longest),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),  # tokens before a query's, and after it
@@ -145,7 +153,7 @@ class ShortAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value)
         ctx.scaling = scaling
         p = ShortAttention._weights(query, key, scaling)
-        return torch.bmm(p.view(key.shape[1], -1, key.shape[2]), value[0]).view_as(query)
+        return torch.bmm(p.view(key.shape[1], -1, key.shape[2]), value.squeeze(0)).view_as(query)
 
     @staticmethod
     @once_differentiable
@@ -154,7 +162,7 @@ class ShortAttention(torch.autograd.Function):
         heads, length, width = key.shape[1:]
         # Query heads that share a key head stand one below the other: [heads, G L, d] against [heads, L, d].
         q, grad_o = (x.reshape(heads, -1, width) for x in (query, grad_output))
-        k, v = key[0], value[0]
+        k, v = key.squeeze(0), value.squeeze(0)
         p = ShortAttention._weights(query, key, ctx.scaling)
         grad_p = torch.bmm(grad_o, v.mT).view_as(p)
         grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype).mul_(ctx.scaling).view(heads, -1, length)
@@ -168,7 +176,7 @@ class ShortAttention(torch.autograd.Function):
         """Softmax over the tokens before and at each token: [query heads, L, L]."""
         heads, length, width = key.shape[1:]
         future = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
-        scores = torch.bmm(query.mul(scaling).reshape(heads, -1, width), key[0].mT)
+        scores = torch.bmm(query.mul(scaling).reshape(heads, -1, width), key.squeeze(0).mT)
         return scores.view(query.shape[1], length, length).add_(future).softmax(-1)
 
 

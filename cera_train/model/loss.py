@@ -8,6 +8,7 @@ sequence over a large vocabulary are never in memory as a whole.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._triton import has_triton
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cera_train.common.errors import UserError
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, kernel_may_run, places_of_sequences
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_may_run, places_of_sequences
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import chunk_tokens
@@ -99,7 +101,7 @@ class SupervisedLoss(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
         is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
-        lengths = {"sequence_lengths": batch.sequence_lengths} if is_by_sequence else {}
+        lengths = {"sequences": Sequences(batch.sequence_lengths or ())} if is_by_sequence else {}
         is_flat = batch.sequence_lengths is not None
         if is_flat and self.allowed.takes_places:
             lengths |= places_of_sequences(batch.sequence_lengths, batch.input_ids.device)
@@ -196,17 +198,36 @@ class SupervisedLoss(nn.Module):
 
     # --- compiled layers ---------------------------------------------------------------------------------------------
 
-    def compile_layers(self) -> None:
-        """Compiles the layers: one graph for all of them and for every length. Raises UserError without a compiler."""
+    def compile_layers(self, backend: str | Callable = "inductor") -> None:
+        """Compiles the layers: the same graphs for all of them, every length and every number of sequences. Raises
+        UserError without a compiler."""
         causal_lm = self._parts["causal_lm"]
-        if causal_lm.device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        if not can_compile(causal_lm.device):
             raise UserError(
-                "train.compile=true needs a C++ compiler on a CPU, such as g++: install one, or leave it out."
+                "train.compile=true needs a C++ compiler on a CPU, such as g++; on CUDA a C compiler, such as gcc, and "
+                "Triton: install it, or set train.compile=false."
             )
-        for module in causal_lm.modules():
-            if type(module).__name__ in (self._no_split_modules or ()):
-                module.compile(dynamic=True)
+        torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
+        refused_variants().clear()
+        torch.compiler.set_stance("default")
+        kinds = set(self._no_split_modules or ())
+        for layer in causal_lm.modules():
+            if kinds.isdisjoint(kind.__name__ for kind in type(layer).__mro__):  # FSDP2 gives layers a class of its own
+                continue
+            if getattr(layer, "gradient_checkpointing", False):
+                checkpoint_layer = functools.partial(_checkpoint_compiled, layer._gradient_checkpointing_func, backend)
+                layer._gradient_checkpointing_func = checkpoint_layer
+            else:
+                layer.compile(dynamic=True, backend=backend)
         self.is_compiled = True
+
+    def stop_compiling(self) -> bool:
+        """Whether torch has just refused one more variant of a layer. Then all layers run eagerly from now on."""
+        if self.is_compiled and any("recompile limit" in reason for reason in refused_variants()):
+            torch.compiler.set_stance("force_eager")
+            self.is_compiled = False
+            return True
+        return False
 
     def eagerly(self, batch: Batch) -> Tensor:
         """The loss without compiled layers."""
@@ -244,6 +265,26 @@ class FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor, None, None]:
         (grad_hidden_states,) = ctx.saved_tensors
         return (grad_losses[:, None] * grad_hidden_states).to(grad_hidden_states.dtype), None, None
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile has the compiler that it needs."""
+    if device.type == "cuda":
+        return has_triton() and any(map(shutil.which, ("gcc", "clang", "cc")))
+    return any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
+def refused_variants() -> dict[str, int]:
+    """How often torch.compile has run code as it is written, by the reason."""
+    from torch._dynamo.utils import counters  # takes a second
+
+    return counters["unimplemented"]
+
+
+def _checkpoint_compiled(checkpoint: Callable, backend: str | Callable, layer: functools.partial, *args: Any) -> Any:
+    """Checkpoints a compiled layer. torch.compile runs a layer that holds a checkpoint eagerly."""
+    forward = torch.compile(layer.func, dynamic=True, backend=backend)
+    return checkpoint(functools.partial(forward, *layer.args, **layer.keywords), *args)
 
 
 def losses_of(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from cera_train.distributed.signals import Interruption
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.batches import MicroBatches
-from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
 from cera_train.runs.extension import keep_end
@@ -40,7 +40,7 @@ from cera_train.training.start import load_start, settle_start
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine. Raises
     UserError where a setting cannot work here."""
-    adapters.check(config.adapter, config.train.compile)
+    adapters.check(config.adapter, config.train.compile is True)
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
     precision = choose_precision(config.model.dtype)
     if config.model.dtype == Dtype.auto != begun.model.dtype:
@@ -48,9 +48,14 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     adapter = config.adapter
     if adapter.kernels == Kernels.auto != begun.adapter.kernels:
         adapter = replace(adapter, kernels=begun.adapter.kernels)
-    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, this_device(), config.train.compile))
+    compiles = begun.train.compile if config.train.compile is None else config.train.compile
+    if compiles is None:
+        is_compilable = adapters.EXPERTS_COMPILE or not adapter.adapted_experts
+        compiles = this_device().type == "cuda" and is_compilable and can_compile(this_device())
+    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, this_device(), compiles))
     adapter = settle_start(adapter, begun.adapter)
-    return replace(config, model=replace(config.model, dtype=precision.dtype), adapter=adapter), precision
+    model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
+    return replace(config, model=model, adapter=adapter, train=training), precision
 
 
 class Session:

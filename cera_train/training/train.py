@@ -98,6 +98,8 @@ def update(session: Session) -> int | None:
     loss, signal = agree(session, backward(session, rows))
     metrics = step(session, rows, loss, started)
     session.log(metrics)
+    if session.local_loss.stop_compiling():
+        session.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
     session.bar.step(describe_update(metrics, session.seconds_left()))
     return signal
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.adapters.build import build
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, attend_by_sequence, attend_varlen
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attend_by_sequence, attend_varlen
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss
 from cera_train.settings.adapters import AdapterConfig
@@ -55,7 +55,7 @@ def test_attention_equals_sdpa_under_a_block_mask(device, bf16, way, dtype, widt
     rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
     attend = attend_varlen if way == VARLEN else attend_by_sequence
     expected = under_a_mask(*exact, window)
-    got, _ = attend(Causal(), *rounded, None, sequence_lengths=LENGTHS, sliding_window=window)
+    got, _ = attend(Causal(), *rounded, None, sequences=Sequences(LENGTHS), sliding_window=window)
     plain = under_a_mask(*rounded, window)
     upstream = torch.randn_like(got)
     true = [expected, *torch.autograd.grad(expected, exact, upstream.double())]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Gemma2Config, MistralConfig
 
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, ShortAttention, attend_by_sequence, attend_varlen
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, ShortAttention, attend_by_sequence, attend_varlen
 from cera_train.model.batches import flat_batch
 from cera_train.model.loss import SupervisedLoss
 
@@ -43,7 +43,7 @@ def masked(query, key, value, window: int | None = None) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 4, 9])
 def test_it_equals_one_row_under_a_block_mask(window):
     inputs = heads()
-    got, no_weights = attend_by_sequence(Causal(), *inputs, None, sequence_lengths=LENGTHS, sliding_window=window)
+    got, no_weights = attend_by_sequence(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
     expected = masked(*inputs, window)
     torch.testing.assert_close(got, expected)
     assert no_weights is None
@@ -106,7 +106,7 @@ def sequence_after_sequence(
 def test_one_call_for_all_sequences_equals_one_row_under_a_block_mask(monkeypatch, window):
     inputs = heads()
     monkeypatch.setattr(KERNEL, sequence_after_sequence)
-    got, no_weights = attend_varlen(Causal(), *inputs, None, sequence_lengths=LENGTHS, sliding_window=window)
+    got, no_weights = attend_varlen(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
     torch.testing.assert_close(got, masked(*inputs, window))
     assert no_weights is None
 
@@ -121,7 +121,7 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
     monkeypatch.setattr(KERNEL, kernel)
     query, key, value = heads(dtype=torch.float32)  # as norms between projection and attention leave them
     with torch.autocast("cpu", torch.bfloat16):
-        attend_varlen(Causal(), query, key.bfloat16(), value.bfloat16(), None, sequence_lengths=LENGTHS)
+        attend_varlen(Causal(), query, key.bfloat16(), value.bfloat16(), None, sequences=Sequences(LENGTHS))
     assert dtypes == {torch.bfloat16}
 
 
@@ -129,7 +129,7 @@ def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
 def test_torchs_own_kernel_takes_the_call():
     """As far as can be known without a GPU: its shapes, on no device at all."""
     query, key, value = (x.detach().to("meta", torch.bfloat16) for x in heads())
-    got, _ = attend_varlen(Causal(), query, key, value, None, sequence_lengths=LENGTHS, scaling=0.3, dropout=0.0)
+    got, _ = attend_varlen(Causal(), query, key, value, None, sequences=Sequences(LENGTHS), scaling=0.3, dropout=0.0)
     assert got.shape == (1, sum(LENGTHS), 4, 8)
 
 
@@ -150,7 +150,7 @@ def test_the_kernel_is_taken_only_where_it_gives_the_same(monkeypatch, reason):
 )
 def test_attention_that_is_more_is_refused(more):
     with pytest.raises(NotImplementedError, match="more than causal"):
-        attend_by_sequence(Causal(), *heads(), None, sequence_lengths=LENGTHS, **more)
+        attend_by_sequence(Causal(), *heads(), None, sequences=Sequences(LENGTHS), **more)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_attention_that_is_more_is_refused(more):
 def test_what_only_a_mask_would_restrict_is_refused(kind, window):
     module = Causal()
     module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
-    settings = {"sequence_lengths": LENGTHS, "sliding_window": window}
+    settings = {"sequences": Sequences(LENGTHS), "sliding_window": window}
     with pytest.raises(NotImplementedError, match=kind):
         attend_by_sequence(module, *heads(), None, **settings)
 

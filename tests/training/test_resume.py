@@ -19,6 +19,7 @@ from cera_train.model.precision import Precision
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, read_losses
 from cera_train.settings.model import Dtype
+from cera_train.training.session import settle
 from cera_train.training.train import train
 
 # --- the same bytes --------------------------------------------------------------------------------------------------
@@ -222,13 +223,24 @@ def on(monkeypatch, dtype: str) -> None:
     monkeypatch.setattr("cera_train.training.session.choose_precision", choose)
 
 
+@pytest.mark.parametrize(("device", "has_compiler"), [("cpu", True), ("cuda", True), ("cuda", False)])
+def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
+    tiny_config, tmp_path, monkeypatch, device, has_compiler
+):
+    monkeypatch.setattr("cera_train.training.session.this_device", lambda: torch.device(device))
+    monkeypatch.setattr("cera_train.training.session.can_compile", lambda device: has_compiler)
+    compiles = device == "cuda" and has_compiler
+    assert settle(tiny_config("adapter.kernels=torch"), tmp_path)[0].train.compile is compiles
+    assert settle(tiny_config("adapter.kernels=torch", "train.compile=false"), tmp_path)[0].train.compile is False
+
+
 def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, monkeypatch, capsys):
     on(monkeypatch, "bfloat16")
     config = tiny_config("model.dtype=auto", "train.max_updates=2", "train.eval_every=1")
     folder = folder_of(config)
     train_and_die_after(config, 1, monkeypatch)
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (recorded["model"]["dtype"], recorded["adapter"]["kernels"]) == ("bfloat16", "torch")
+    assert (recorded["model"]["dtype"], recorded["train"]["compile"]) == ("bfloat16", False)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["precision"] == {"dtype": "bfloat16", "reason": "a bfloat16 machine"}
     assert "precision  bfloat16: a bfloat16 machine" in capsys.readouterr().out
