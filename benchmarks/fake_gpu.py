@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -31,9 +30,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from cera_train.common.files import cached_folder
 
 NAME = "NVIDIA H100 80GB HBM3"
-
-SHARED_MEMORY = 232_448
-"""Bytes that a block of its threads may share."""
 
 BLOCK = 512
 """Bytes to which torch's allocator rounds up."""
@@ -133,13 +129,6 @@ def check_generator(generator: torch.Generator | None, output: Any) -> None:
         )
 
 
-def launch(kernel: Any, *args: Any, **settings: Any) -> None:
-    """A Triton kernel's launch, which writes into tensors that are there."""
-    for tensor in args:
-        if isinstance(tensor, torch.Tensor) and not tensor.is_cuda:
-            raise ValueError(f"Pointer argument of {kernel} cannot be accessed from Triton (cpu tensor?)")
-
-
 def swap_moved(swap: Callable[[torch.Tensor, torch.Tensor], None]) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """`nn.Module.to` for fakes: it would swap those that are there already too, which fails for watched ones."""
     return lambda old, new: None if (old.device, old.dtype) == (new.device, new.dtype) else swap(old, new)
@@ -177,14 +166,6 @@ def fake_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[FakeDevice]:
         for module in ("torch.optim.optimizer", "torch.utils._foreach_utils"):  # else a step goes tensor by tensor
             known = [*sys.modules[module]._foreach_supported_types, FakeTensor]
             stack.enter_context(patch(f"{module}._foreach_supported_types", known))
-        if importlib.util.find_spec("triton") is not None:  # else no kernel is chosen
-            from triton.runtime import driver
-            from triton.runtime.jit import JITFunction
-
-            properties = {"max_shared_mem": SHARED_MEMORY}
-            utils = SimpleNamespace(get_device_properties=lambda index: properties)
-            stack.enter_context(patch.object(driver, "_active", SimpleNamespace(utils=utils)))
-            stack.enter_context(patch.object(JITFunction, "run", launch))
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
         stack.callback(forget_tables)
         library.exchange()

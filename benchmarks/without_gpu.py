@@ -57,7 +57,6 @@ class Tracked:
     micro_batches: int
     """Of an update."""
     attention: str
-    kernels: str
 
     @property
     def planned(self) -> float:
@@ -96,8 +95,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
                 update(session)
             passes = session.batches.passes(session.order.sequences(0), 1, 0, in_step=False)
             attention = session.local_loss.causal_lm.config._attn_implementation
-            kernels = session.config.adapter.kernels
-            return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention, kernels)
+            return Tracked(recipe, plan, torch.cuda.max_memory_allocated(), len(passes), attention)
 
 
 def track_by_layers(recipe: str, *overrides: str) -> Tracked:

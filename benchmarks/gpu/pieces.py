@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import branch, decoding, race, runs, testing
+from benchmarks.gpu import decoding, race, runs, testing
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import MEASURED, TESTED, Found
 
@@ -36,8 +36,6 @@ def make_weights(place: Place, model: str) -> Found:
 
 def tests() -> list[Piece]:
     groups = {
-        "kernels": ("Triton kernels of gate and dropout against torch", 60, 300),
-        "fused": ("the fused Triton branch against torch", 150, 540),
         "attention": ("the varlen kernel against SDPA; flat rows against padded ones", 60, 180),
         "precision": ("NF4 and int8 training and evaluation, paged 8-bit AdamW, the scaler of float16", 150, 300),
         "training": ("bf16 resume, torch.compile, experts", 150, 480),
@@ -112,21 +110,8 @@ def nemo() -> list[Piece]:
     ]
 
 
-def branches() -> list[Piece]:
-    return [
-        Piece(
-            f"branch_r{r}",
-            f"CeRA's branch alone at r = {r}: fused, unfused, torch, torch.compile",
-            functools.partial(branch.branch, r=r),
-            90,
-            480,
-        )
-        for r in (16, 64)
-    ]
-
-
 @functools.cache
 def all_pieces() -> dict[str, Piece]:
     """By name."""
     large, small = of_model("llama3_1_8b", "Llama-3.1-8B's shape"), of_model("llama3_2_1b", "Llama-3.2-1B's shape")
-    return {piece.name: piece for piece in (*tests(), *large, *nemo(), *branches(), *small)}
+    return {piece.name: piece for piece in (*tests(), *large, *nemo(), *small)}

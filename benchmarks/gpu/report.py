@@ -15,7 +15,7 @@ def block(results: Sequence[Result]) -> str:
     """The block of these results."""
     if not results:
         return "No piece has a result yet."
-    parts = (_machine, _tests, _runs, _race, _decoding, _branch, _rest)
+    parts = (_machine, _tests, _runs, _race, _decoding, _rest)
     sections = (part(results) for part in parts)
     return "\n\n".join(section for section in sections if section)
 
@@ -127,15 +127,6 @@ def _decoding(results: Sequence[Result]) -> str:
                 batches = list(speeds)
                 rows.append([f"{title}'s shape: {name}", *(f"{speed:,.0f}" for speed in speeds.values())])
     return table(["new tokens/s by rows in the batch", *batches], rows)
-
-
-def _branch(results: Sequence[Result]) -> str:
-    rows = [row for result in results for row in result.found.figures.get("branch", [])]
-    if not rows:
-        return ""
-    from benchmarks.kernels import Row, markdown
-
-    return markdown([Row(**row) for row in rows])
 
 
 def _rest(results: Sequence[Result]) -> str:

@@ -17,9 +17,8 @@ from cera_train.adapters.family import Family, check_settings, families, family,
 from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer
 from cera_train.cera.coverage import bypassed_projections, idle_projections
-from cera_train.cera.hidden import choose_kernels as choose_cera_kernels
 from cera_train.common.errors import UserError
-from cera_train.settings.adapters import AdapterConfig, Kernels
+from cera_train.settings.adapters import AdapterConfig
 
 EXPERTS_COMPILE = torch.__version__ >= (2, 13)
 """Whether torch.compile takes adapted experts: torch 2.12 guards on the number of tokens that an expert gets."""
@@ -143,34 +142,6 @@ def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, 
             ratio = config.b_lr_ratio if f".{family(config.kind).b_matrix}." in name else 1.0
             groups.setdefault(ratio, []).append(parameter)
     return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]
-
-
-def choose_kernels(config: AdapterConfig, device: torch.device, is_compiled: bool = False) -> Kernels:
-    """What computes CeRA's branch on this device; `adapter.kernels` as it is for any other kind."""
-    if "kernels" not in family(config.kind).uses:
-        return config.kernels
-    if config.mix == "learned":
-        return Kernels.torch
-    try:
-        return Kernels(choose_cera_kernels(config.kernels, device, is_compiled))
-    except ValueError as error:
-        raise UserError(f"adapter.kernels={config.kernels}: {error}. Set adapter.kernels=auto or torch.") from error
-
-
-def use_kernels(model: nn.Module, kernels: str) -> None:
-    """Lets every CeRA layer compute by these kernels, from now on and in this process."""
-    for layer in cera_layers(model):
-        layer.kernels = str(kernels)
-
-
-def describe_kernels(model: nn.Module) -> str:
-    """What CeRA's Triton kernels compute, for a reader; empty where torch computes."""
-    layers = [(layer, name) for layer in cera_layers(model) for name in layer.r if layer.kernels == "triton"]
-    fused = sum(layer.is_fused(name) for layer, name in layers)
-    if fused == len(layers):
-        return "the branch in one Triton kernel" if layers else ""
-    part = f"the branch of {fused} of {len(layers)} layers in one Triton kernel, else " if fused else ""
-    return f"{part}Triton kernels for gate and dropout"
 
 
 def cera_layers(model: nn.Module) -> list[CeraLayer]:

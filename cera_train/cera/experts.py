@@ -18,9 +18,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_mm
 
-from .branch import seeded_dropout
+from .branch import draw_seed, make_gate, seeded_dropout, start_branch
 from .config import CeraConfig
-from .hidden import hidden, make_gate, start_branch
 from .layer import CeraLayer, autocast_dtype, is_transformed
 
 IMPLEMENTATION = "cera"
@@ -229,15 +228,10 @@ class CeraExperts(CeraLayer):
             h = gate(z) if drops_input else dropout(gate(z))
         else:
             p = dropout.p if dropout.training else 0.0
-            # The CPU's generator: reading a number from the GPU's would wait for the GPU.
-            seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p else 0
-            x = seeded_dropout(x, p, seed) if p and drops_input else x
-            h = hidden(A(x, routing), gate, 0.0 if drops_input else p, seed, self.kernels)
+            seed = draw_seed(p)
+            h = gate(A(seeded_dropout(x, p, seed) if drops_input else x, routing))
+            h = h if drops_input else seeded_dropout(h, p, seed)
         return B(h * self.scaling[adapter_name][name], routing)
-
-    def is_fused(self, adapter_name: str) -> bool:
-        """Never: the products of all experts are one grouped product."""
-        return False
 
     def _add_by_row(
         self,

@@ -6,7 +6,6 @@ W0 is never read, only called: the same layer stands on nn.Linear, transformers'
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,9 +16,8 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .branch import PreparedBranch, add_branch, seeded_dropout
+from .branch import GATES, Hidden, LearnedGate, PreparedBranch, add_branch, draw_seed, make_gate, start_branch
 from .config import CeraConfig
-from .hidden import LearnedGate, fits_one_kernel, hidden, make_gate, start_branch
 
 BASE_ADAPTER = "__base__"
 """PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
@@ -39,10 +37,6 @@ class CeraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("cera_A", "cera_B", "cera_gate")
     other_param_names = ("r", "scaling", "drops_input", "cera_dropout")
-
-    kernels = "torch"
-    """What computes gate and dropout, or the whole branch where one kernel can: torch or triton. A choice for one
-    process, which no file stores."""
 
     cast_input_dtype_enabled = True
     """Whether x is cast to the adapter's dtype; `peft.helpers.disable_input_dtype_casting` sets it."""
@@ -118,11 +112,6 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         dropouts = (dropout, NO_DROPOUT) if self.drops_input[adapter_name] else (NO_DROPOUT, dropout)
         return A, B, gate, *dropouts
 
-    def is_fused(self, adapter_name: str) -> bool:
-        """Whether one Triton kernel each way computes an adapter's branch, in training too."""
-        A, _, gate, dropout_x, _ = self._parts(adapter_name)
-        return self.kernels == "triton" and not dropout_x.p and fits_one_kernel(A.weight, len(A.weight), gate)
-
     def branch(self, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """s B dropout(gate(A x)), which one adapter adds to the projection's output, [..., d_in] -> [..., d_out]."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
@@ -153,17 +142,12 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         return result
 
     def _add_branch(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str, is_ours: bool) -> torch.Tensor:
-        """result + branch(x), fused where that rounds nowhere else and all weights may be read."""
+        """result + branch(x), as one step where that rounds nowhere else and all weights may be read."""
         A, B, gate, dropout_x, dropout = self._parts(adapter_name)
-        parameters = tuple(gate.parameters())
         dtype = autocast_dtype(x.device) or A.weight.dtype
-        fits = not is_transformed() and result.dtype == dtype and result.is_contiguous()
-        if not (
-            fits
-            and is_plain(A, nn.Linear)
-            and is_plain(B, nn.Linear)
-            and (is_plain(gate, LearnedGate) or not parameters)
-        ):
+        may_read = is_plain(A, nn.Linear) and is_plain(B, nn.Linear)
+        may_read &= is_plain(gate, LearnedGate) or type(gate) in GATES.values()
+        if not (may_read and not is_transformed() and result.dtype == dtype and result.is_contiguous()):
             return (result + self.branch(x, adapter_name)).to(result.dtype)
         # Others may hold the output of a base layer with hooks, or need it in backward. A bias or 8-bit weights return
         # a view, which autograd does not let an in-place operation change.
@@ -171,26 +155,11 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         if not (is_ours or gives_away) or (torch.is_grad_enabled() and result._is_view()):
             result = result.clone()
         p_x, p = (part.p if part.training else 0.0 for part in (dropout_x, dropout))
-        # the CPU's generator: reading a number from the GPU's would wait for the GPU
-        seed = int(torch.randint(2**63 - 1, (), device="cpu")) if p_x or p else 0
-
-        def drop_x(x: torch.Tensor) -> torch.Tensor:
-            return seeded_dropout(x, p_x, seed) if p_x else x
-
-        def gate_and_dropout(z: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-            return hidden(z, (lambda z: gate(z, *parameters)) if parameters else gate, p, seed, self.kernels)
-
-        tensors = result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype)
-        scaling = self.scaling[adapter_name]
-        if self.prepared is not None and not (p_x or p):
-            is_torch = self.kernels == "torch"
-            h = gate.forward if is_torch else functools.partial(hidden, gate=gate, p=0.0, seed=0, kernels=self.kernels)
-            self.prepared[adapter_name] = PreparedBranch.of(A.weight, B.weight, dtype, scaling, h, gives_away)
-        elif self.kernels == "triton" and not p_x and fits_one_kernel(tensors[1], len(A.weight), gate):
-            from . import fused
-
-            return fused.add_branch(*tensors, scaling, gate, p, seed)
-        return add_branch(*tensors, scaling, gate_and_dropout, parameters, drop_x)
+        scaling, hidden = self.scaling[adapter_name], Hidden(gate, p, p_x, draw_seed(p or p_x))
+        if self.prepared is not None and not (p or p_x):
+            A_T, B_T = (part.weight.detach().to(dtype, copy=True).T for part in (A, B))
+            self.prepared[adapter_name] = PreparedBranch(A_T, B_T, scaling, gate, gives_away)
+        return add_branch(result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden)
 
     def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
         check_rows(len(x), adapter_names)
@@ -219,8 +188,7 @@ def for_inference(model: nn.Module) -> Iterator[None]:
             model.generate(**inputs)
 
     Adapters may be switched inside. Their weights may not change, nor may what autocast casts to. The results are the
-    same to the bit, or up to rounding where one Triton kernel computes a branch outside. Every active adapter takes its
-    weights' memory once more in the precision that it computes in.
+    same to the bit. Every active adapter takes its weights' memory once more in the precision that it computes in.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, CeraLayer)]
     for layer in layers:
@@ -266,7 +234,7 @@ def is_plain(module: nn.Module, *classes: type) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether something reads the operations, and could not read into the fused branch: torch.compile, torch.func,
+    """Whether something reads the operations, and could not read into `add_branch`: torch.compile, torch.func,
     torch.jit.trace, forward-mode derivatives."""
     return (
         torch.compiler.is_compiling()

@@ -39,12 +39,6 @@ class Mix(StrEnum):
     learned = "learned"
 
 
-class Kernels(StrEnum):
-    auto = "auto"
-    torch = "torch"
-    triton = "triton"
-
-
 @dataclass
 class AdapterConfig:
     kind: AdapterKind = setting(AdapterKind.cera, "result", binds_checkpoint=True)
@@ -86,9 +80,6 @@ class AdapterConfig:
     """Digest of those weights. cera-train fills it in."""
     b_lr_ratio: float = setting(1.0, "result")
     """Learning rate of B over that of A. Above 1: LoRA+ (arXiv 2402.12354)."""
-    kernels: Kernels = setting(Kernels.auto, "result")
-    """torch or triton computes cera's gate and dropout, triton the products beside them too where one kernel can; the
-    two draw different dropout masks. auto: triton on CUDA, else torch. The run's folder records which."""
     label: str | None = setting(None, "nothing")
     """The name in tables and pictures. null: the kind's."""
 

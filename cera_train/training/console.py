@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from cera_train.adapters.build import describe_kernels
 from cera_train.adapters.family import family
 from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
@@ -124,11 +123,11 @@ def print_device(session: Session) -> None:
     layout = "flat" if loss.is_flat else "padded"
     tokens = config.train.micro_batch_tokens
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
-    print_line("speed", describe_speed(config.train.batch_layout, loss, describe_kernels(session.model)))
+    print_line("speed", describe_speed(config.train.batch_layout, loss))
 
 
-def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "") -> str:
-    """Describes batch layout, compilation and kernels. `loss.is_flat` is what came of the layout wanted."""
+def describe_speed(wanted: BatchLayout, loss: SupervisedLoss) -> str:
+    """Describes batch layout and compilation. `loss.is_flat` is what came of the layout wanted."""
     if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
@@ -141,8 +140,7 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss, kernels: str = "")
         batches = "padding (train.batch_layout=padded)"
     else:
         batches = "padding (costs less here than a mask over one long row)"
-    compiled = "compiled layers" if loss.is_compiled else "not compiled (train.compile=false)"
-    return "; ".join(filter(None, (batches, compiled, kernels)))
+    return f"{batches}; {'compiled layers' if loss.is_compiled else 'not compiled (train.compile=false)'}"
 
 
 def print_data(data: TokenizedData, tokenizer: Any) -> None:

@@ -30,7 +30,6 @@ from cera_train.runs.folder import Progress, RunFolder, environment, load_checkp
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
 from cera_train.runs.tracking import Tracker, start_tracker
-from cera_train.settings.adapters import Kernels
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
@@ -45,15 +44,11 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     precision = choose_precision(config.model.dtype)
     if config.model.dtype == Dtype.auto != begun.model.dtype:
         precision = Precision(begun.model.dtype, f"as {folder} was begun")
-    adapter = config.adapter
-    if adapter.kernels == Kernels.auto != begun.adapter.kernels:
-        adapter = replace(adapter, kernels=begun.adapter.kernels)
     compiles = begun.train.compile if config.train.compile is None else config.train.compile
     if compiles is None:
-        is_compilable = adapters.EXPERTS_COMPILE or not adapter.adapted_experts
+        is_compilable = adapters.EXPERTS_COMPILE or not config.adapter.adapted_experts
         compiles = this_device().type == "cuda" and is_compilable and can_compile(this_device())
-    adapter = replace(adapter, kernels=adapters.choose_kernels(adapter, this_device(), compiles))
-    adapter = settle_start(adapter, begun.adapter)
+    adapter = settle_start(config.adapter, begun.adapter)
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
     return replace(config, model=model, adapter=adapter, train=training), precision
 
@@ -82,7 +77,6 @@ class Session:
         self.base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
         torch.manual_seed(config.train.seed)
         self.model = adapters.build(base, config.adapter, team.is_sharded)
-        adapters.use_kernels(self.model, config.adapter.kernels)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
         self.resumes_here = resume_from is not None and folder.holds(resume_from)

@@ -27,7 +27,6 @@ def refuses(message: str):
             "adapter=lora adapter.activation=relu",
             "adapter.activation=relu: adapter.kind=lora does not use it. Set adapter.activation=silu",
         ),
-        ("adapter=lora adapter.kernels=torch", "adapter.kernels=torch: adapter.kind=lora does not use it"),
         (
             "adapter=full adapter.r=16",
             "adapter.r=16: adapter.kind=full does not use it. Set adapter.r=null",
@@ -44,7 +43,6 @@ def refuses(message: str):
         ("adapter=miss adapter.b_lr_ratio=16", "adapter.b_lr_ratio=16.0: adapter.kind=peft does not use it"),
         ("adapter.b_lr_ratio=0", "adapter.b_lr_ratio=0.0 must be positive"),
         ("adapter=cera_mix adapter.activation=identity", "adapter.activation=identity is none: set another"),
-        ("adapter=cera_mix adapter.kernels=triton", "adapter.kernels=triton computes no gate with parameters"),
     ],
 )
 def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
@@ -190,7 +188,7 @@ def test_a_variant_has_a_name_and_a_formula(compose, overrides, name, formula):
 
 @pytest.mark.slow
 def test_a_plan_compares_a_variant_with_kinds_that_have_none(plan):
-    compared = plan("adapter=cera_mix", "adapter.kernels=torch", "plan.compare=[lora,dora]").compared
+    compared = plan("adapter=cera_mix", "plan.compare=[lora,dora]").compared
     assert [run.config.adapter.kind for run in compared] == ["lora", "dora"]
     assert {run.config.adapter.mix for run in compared} == {"none"}
 

@@ -157,14 +157,6 @@ def test_a_is_drawn_as_init_has_it(init, deviation, fourth_moment):
     assert (A.pow(4).mean() / deviation**4).item() == pytest.approx(fourth_moment, rel=0.05)
 
 
-def test_triton_is_for_gates_without_parameters(monkeypatch):
-    layer, x = make_layer(torch.float32, mix="learned"), x_of(dtype=torch.float32)
-    expected = layer(x)
-    layer.kernels = "triton"
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    torch.testing.assert_close(layer(x), expected)
-
-
 # --- in a model ------------------------------------------------------------------------------------------------------
 
 

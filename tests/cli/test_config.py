@@ -216,8 +216,8 @@ def test_to_plain_is_yaml_and_composes_the_same_config(compose):
 
 
 def test_both_names_for_the_choices_of_cera_agree():
+    from cera_train.cera.branch import GATES
     from cera_train.cera.config import ACTIVATIONS, CHOICES
-    from cera_train.cera.hidden import GATES
 
     assert tuple(Activation) == ACTIVATIONS == tuple(GATES)
     for name, choices in (("init", Init), ("dropout_on", DropoutOn), ("mix", Mix)):

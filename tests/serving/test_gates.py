@@ -8,8 +8,8 @@ import logging
 import pytest
 import torch
 
+from cera_train.cera.branch import GATES as MODULES
 from cera_train.cera.config import ACTIVATIONS
-from cera_train.cera.hidden import GATES as MODULES
 from cera_train.serving import vllm as plugin
 
 

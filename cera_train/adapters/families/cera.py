@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Cera(RankedPeft):
     name = "CeRA"
-    gate_settings = frozenset({"activation", "init", "dropout_on", "mix", "kernels"})
+    gate_settings = frozenset({"activation", "init", "dropout_on", "mix"})
     uses = RankedPeft.uses | gate_settings | {"target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
@@ -33,11 +33,6 @@ class Cera(RankedPeft):
             not (config.mix == "learned" and config.activation == "identity"),
             "adapter.mix=learned mixes the gate with the identity, and adapter.activation=identity is none: set "
             "another, or adapter.mix=none.",
-        )
-        require(
-            not (config.mix == "learned" and config.kernels == "triton"),
-            "adapter.kernels=triton computes no gate with parameters, as adapter.mix=learned has: set "
-            "adapter.kernels=auto.",
         )
         adapts_experts = config.experts or config.target_parameters
         require(
@@ -119,7 +114,7 @@ def branch_fields(gate: nn.Module, scaling: float, B: Callable[[], torch.Tensor]
     """The fields of `Branch` that follow from the gate and from B."""
     from torch import nn
 
-    from cera_train.cera.hidden import LearnedGate
+    from cera_train.cera.branch import LearnedGate
 
     mixes, is_identity = isinstance(gate, LearnedGate), isinstance(gate, nn.Identity)
     return {
