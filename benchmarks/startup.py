@@ -37,7 +37,7 @@ from cera_train.common.imports import heavy_imports
 
 started = time.perf_counter()
 with heavy_imports():
-    import cera_train.training.launch, torch
+    import cera_train.training.train, torch
     from cera_train.settings.model import ModelConfig
     from cera_train.model.weights import load_model, load_tokenizer
     from cera_train.distributed.accelerator import quiet_libraries

@@ -91,7 +91,7 @@ def is_as_published(overrides: list[str]) -> bool:
 def run(config: Config) -> float | None:
     """Trains; returns the run's `sweep.metric`."""
     with heavy_imports():
-        from cera_train.training.launch import launch
+        from cera_train.training.train import launch
 
     return launch(config).get(config.sweep.metric)
 

@@ -1,7 +1,6 @@
 """The precision of `model.dtype=auto`: bfloat16 where the hardware multiplies it, else float32.
 
-The hardware's own report decides, never a stopwatch, so that one machine always computes the same. On a processor
-without bf16 products, oneDNN converts every operand: a training update takes twenty times as long as in float32.
+The hardware's own report decides, never a stopwatch, so that one machine always computes the same.
 """
 
 from __future__ import annotations
@@ -22,22 +21,15 @@ ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision, and why it was taken."""
+    """A precision, and why it was taken: environment.json records both."""
 
     dtype: Dtype
     reason: str
-    is_slow: bool = False
-    """It was set, and this hardware emulates it."""
-
-    @property
-    def record(self) -> dict[str, str]:
-        """For environment.json."""
-        return {"dtype": self.dtype.value, "reason": self.reason}
 
 
 def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
-    """The precision to load the base model in, where `model.dtype` is `wanted`; on a GPU where there is one, unless
-    `cuda` decides."""
+    """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is one, unless `cuda`
+    decides."""
     if cuda is None:
         import torch
 
@@ -45,15 +37,17 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Pa
     bf16, hardware = _gpu_multiplies_bf16() if cuda else _cpu_multiplies_bf16(cpuinfo)
     if wanted == Dtype.auto:
         return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
-    return Precision(wanted, f"model.dtype={wanted}", is_slow=wanted == Dtype.bfloat16 and not bf16)
+    is_slow = wanted == Dtype.bfloat16 and not bf16
+    warning = "; slow: this hardware emulates it, which takes about 20 times as long as float32" if is_slow else ""
+    return Precision(wanted, f"model.dtype={wanted}{warning}")
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:
     import torch
 
     major, minor = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-    return major >= 8, f"{name} multiplies bf16" if major >= 8 else f"{name} does not multiply bf16"
+    verb = "multiplies" if major >= 8 else "does not multiply"
+    return major >= 8, f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb} bf16"
 
 
 def _cpu_multiplies_bf16(cpuinfo: Path) -> tuple[bool, str]:

@@ -360,5 +360,5 @@ def environment(
         base_fingerprint=base_fingerprint,
         rows=rows,
         updates=updates,
-        details={"precision": precision.record},
+        details={"precision": asdict(precision)},
     )

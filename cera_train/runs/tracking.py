@@ -56,7 +56,7 @@ class Tracker:
             self._trackers[kind] = tracker
             if kind == TrackerKind.tensorboard:  # its own form, hyperparameters, is a run of its own
                 tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
-            elif kind != TrackerKind.mlflow or not is_resumed:  # it refuses other values, as of train.stop_at
+            elif kind != TrackerKind.mlflow or not is_resumed:  # it refuses other values, as of train.keep
                 tracker.store_init_configuration(flatten(run_config))
             if kind == TrackerKind.mlflow:  # its server chooses the id
                 write_id(arguments["folder"], kind, tracker.tracker.info.run_id)

@@ -47,10 +47,9 @@ class Config:
         )
         is_endless = self.data.streaming and self.train.max_updates is None
         require(not is_endless, "data.streaming=true reads rows once, not in epochs: set train.max_updates.")
-        if self.distributed.strategy == Strategy.fsdp:
-            self._check_sharding()
-
-    def _check_sharding(self) -> None:
+        if self.distributed.strategy != Strategy.fsdp:
+            return
+        quantization, mend = self.model.quantization, "with distributed.strategy=fsdp choose"
         require(
             not self.train.tasks and not self.train.samples,
             "train.tasks and train.samples generate answers, and sharded weights cannot: with "
@@ -58,17 +57,13 @@ class Config:
         )
         require(
             OPTIMIZERS[self.optimizer.kind].bits == 32,
-            f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: with distributed.strategy=fsdp "
-            "choose optimizer=adamw.",
+            f"optimizer={self.optimizer.kind} keeps moments that cannot be sharded: {mend} optimizer=adamw.",
         )
+        require(quantization != Quantization.int8, f"model.quantization=int8 cannot be sharded: {mend} nf4 or none.")
         require(
-            self.model.quantization != Quantization.int8,
-            "model.quantization=int8 cannot be sharded: with distributed.strategy=fsdp choose nf4 or none.",
-        )
-        require(
-            not (self.adapter.kind == AdapterKind.dora and self.model.quantization == Quantization.nf4),
-            "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: with "
-            "distributed.strategy=fsdp choose model.quantization=none or another adapter.",
+            not (self.adapter.kind == AdapterKind.dora and quantization == Quantization.nf4),
+            "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
+            f"{mend} model.quantization=none or another adapter.",
         )
 
 

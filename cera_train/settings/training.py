@@ -92,9 +92,6 @@ class TrainConfig:
     """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
     eval_every: int | None = setting(100, "result")
     """Updates between evaluations. null: only before the first update and after the last."""
-    stop_at: int | None = setting(None, "nothing")
-    """Pause after so many updates, with an evaluation and a checkpoint; the same command without it goes on. null:
-    never."""
     save_every: int | None = setting(100, "nothing")
     """Updates between checkpoints. null: only at the end and when interrupted."""
     keep: int = setting(2, "nothing")
@@ -127,41 +124,35 @@ class TrainConfig:
     finished run; a checkpoint's folder: go on from that."""
 
     def __post_init__(self) -> None:
-        counts = (
-            "batch_size micro_batch_tokens epochs max_updates eval_every stop_at save_every keep patience probe_tokens "
-            "tasks_every tasks_limit"
+        require_positive(
+            "train",
+            self,
+            *("batch_size", "micro_batch_tokens", "epochs", "max_updates", "eval_every", "save_every", "keep"),
+            *("patience", "probe_tokens", "tasks_every", "tasks_limit"),
         )
-        require_positive("train", self, *counts.split())
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
         require(self.samples >= 0, f"train.samples={self.samples} must not be negative.")
-        self._check_tasks()
-
-    def changes_of_task(self, name: str) -> dict[str, Any]:
-        """The settings of a task that differ from its file."""
-        return {"limit": self.tasks_limit} | (self.task_settings or {}).get(name, {})
-
-    def _check_tasks(self) -> None:
-        settings = self.task_settings or {}
-        example = "{gsm8k: {limit: 100}}"
-        require(
-            isinstance(settings, dict), f"train.task_settings={settings}: expected names and values, like {example}."
-        )
         for name in self.tasks:
             choices = ", ".join(known_tasks())
             require(name in known_tasks(), f"train.tasks=[{name}]: there is no such task: choose from {choices}.")
             require(self.tasks.count(name) == 1, f"train.tasks names {name} twice: keep one.")
+        self.task_settings = settings = self.task_settings or {}
+        require(isinstance(settings, dict), f"train.task_settings={settings}: expected {{gsm8k: {{limit: 100}}}}.")
         for name, changes in settings.items():
             place = f"train.task_settings.{name}={changes}"
             require(name in self.tasks, f"{place}: {name} is not in train.tasks: add it there, or leave this out.")
             require(isinstance(changes, dict), f"{place}: expected names and values, such as {{max_new_tokens: 256}}.")
-        if (every := self.tasks_every) is None:
-            return
-        require(bool(self.tasks), f"train.tasks_every={every} without train.tasks: name a task, such as [gsm8k].")
-        require(
-            self.eval_every is not None and every % self.eval_every == 0,
-            f"train.tasks_every={every} must be a multiple of train.eval_every={self.eval_every}: tasks are part of an "
-            "evaluation.",
-        )
+        if (every := self.tasks_every) is not None:
+            require(bool(self.tasks), f"train.tasks_every={every} without train.tasks: name a task, such as [gsm8k].")
+            require(
+                self.eval_every is not None and every % self.eval_every == 0,
+                f"train.tasks_every={every} must be a multiple of train.eval_every={self.eval_every}: tasks are part "
+                "of an evaluation.",
+            )
+
+    def changes_of_task(self, name: str) -> dict[str, Any]:
+        """The settings of a task that differ from its file."""
+        return {"limit": self.tasks_limit} | self.task_settings.get(name, {})
 
 
 @dataclass
@@ -184,14 +175,11 @@ class TrackerConfig:
     """The group of runs. null: the sweep's name; none for a run outside a sweep."""
 
     def __post_init__(self) -> None:
-        self.kinds = {} if self.kinds is None else self.kinds
+        self.kinds = self.kinds or {}
         require(isinstance(self.kinds, dict), f"tracker.kinds={self.kinds}: expected names, such as {{wandb: null}}.")
+        choices = ", ".join(TrackerKind)
         for name, arguments in self.kinds.items():
-            choices = ", ".join(TrackerKind)
-            require(
-                name in {*TrackerKind},
-                f"tracker.kinds={{{name}: ...}}: there is no such tracker: choose from {choices}.",
-            )
+            require(name in {*TrackerKind}, f"tracker.kinds={{{name}: ...}}: no such tracker: choose from {choices}.")
             require(
                 arguments is None or isinstance(arguments, dict),
                 f"tracker.kinds.{name}={arguments}: expected arguments by name, such as {{entity: my-team}}, or null.",

@@ -1,4 +1,4 @@
-"""What a run prints: what it is about to do, how far it is, what came out."""
+"""What a run prints at its start and its end. Progress between them is a line of `runs.lines`."""
 
 from __future__ import annotations
 
@@ -27,63 +27,50 @@ from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
-from cera_train.settings.training import Schedule
 from cera_train.training.optimizer import learning_rate
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
 
 
+def print_extension(session: Session) -> None:
+    """Where `train.extend` resumes a finished run. A schedule follows from the number of updates, so the learning rate
+    may jump there."""
+    if not session.team.is_main or (result := session.folder.result()) is None:
+        return
+    done, updates, optimizer, end = session.progress.update, session.updates, session.config.optimizer, result.updates
+    before, now = learning_rate(optimizer, end - 1, end), learning_rate(optimizer, done, updates)
+    steps = f"{session.folder.path} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"
+    print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
+
+
 def print_start(session: Session) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
     if not session.team.is_main:
         return
-    done, batch_size = session.progress.update, session.config.train.batch_size
+    config, team, loss = session.config, session.team, session.local_loss
+    done, batch_size = session.progress.update, config.train.batch_size
     already = f", {done:,} done" if done else ""
     print_line("run", f"{session.folder.path}, {session.updates:,} updates of {batch_size} sequences{already}")
-    print_model(session)
+    quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
+    frozen = session.total_count - session.trainable_count
+    print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {frozen:,} parameters")
+    print_line("precision", f"{session.precision.dtype}: {session.precision.reason}")
     print_adapter(session)
-    print_device(session)
+    device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
+    mixed = team.accelerator.mixed_precision
+    autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
+    layout = "flat" if loss.is_flat else "padded"
+    tokens = config.train.micro_batch_tokens
+    print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
+    print_line("speed", describe_speed(config.train.batch_layout, loss))
     print_data(session.data, session.tokenizer)
     if session.exams.plan:
         print_line("answers", session.exams.plan)
 
 
-def print_extension(session: Session) -> None:
-    """Where a finished run goes on by `train.extend`, and whether as an uninterrupted run would."""
-    if not session.team.is_main or (result := session.folder.result()) is None:
-        return
-    done, updates, optimizer, end = session.progress.update, session.updates, session.config.optimizer, result.updates
-    text = f"{session.folder.path} from update {done:,} to {updates:,}; as it ended it is kept in ends/{end}. "
-    if optimizer.schedule == Schedule.constant and not optimizer.warmup_ratio:
-        text += f"It goes on as one run of {updates:,} updates"
-    else:
-        last, following = (learning_rate(optimizer, *place) for place in ((end - 1, end), (done, updates)))
-        text += (
-            f"With schedule={optimizer.schedule} warmup_ratio={optimizer.warmup_ratio:g} the learning rate follows "
-            f"from the number of updates: it was {last:.2g} at the end and goes on at {following:.2g}, and one run of "
-            f"{updates:,} updates would have had others"
-        )
-    print_line("extend", text)
-
-
-def print_model(session: Session) -> None:
-    model, precision = session.config.model, session.precision
-    frozen = session.total_count - session.trainable_count
-    quantization = "" if model.quantization == Quantization.none else f", {model.quantization}"
-    print_line("model", f"{model.path}, {model.dtype}{quantization}, {frozen:,} parameters")
-    print_line("precision", f"{precision.dtype}: {precision.reason}")
-    if precision.is_slow:
-        print_line(
-            "warning",
-            "this hardware does not multiply bf16, and emulating it takes about 20 times as long as float32: "
-            "model.dtype=auto takes float32 here.",
-        )
-
-
 def print_adapter(session: Session) -> None:
-    """The adapter and what it is on, with the experts that all-linear leaves out: a reader would take them for
-    adapted."""
+    """The adapter and the projections and experts that it is on, or that all-linear leaves out."""
     adapter, model = session.config.adapter, session.model
     print_line("adapter", f"{describe_adapter(adapter)}: {session.trainable_count:,} trainable")
     if adapter.start_from is not None and session.progress.update == 0:
@@ -94,8 +81,7 @@ def print_adapter(session: Session) -> None:
     is_all = adapter.target_modules == "all-linear"
     for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)
-    layers = layers_without_adapted_experts(model) if is_all else 0
-    if layers:
+    if is_all and (layers := layers_without_adapted_experts(model)):
         mend = "; adapter.experts=true adds them" if "experts" in family(adapter.kind).uses else ""
         print_line("experts", f"all-linear leaves out the experts of {layers} layers{mend}")
 
@@ -115,19 +101,8 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     return ", ".join(parts)
 
 
-def print_device(session: Session) -> None:
-    config, team, loss = session.config, session.team, session.local_loss
-    device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
-    mixed = team.accelerator.mixed_precision
-    autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
-    layout = "flat" if loss.is_flat else "padded"
-    tokens = config.train.micro_batch_tokens
-    print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
-    print_line("speed", describe_speed(config.train.batch_layout, loss))
-
-
 def describe_speed(wanted: BatchLayout, loss: SupervisedLoss) -> str:
-    """Describes batch layout and compilation. `loss.is_flat` is what came of the layout wanted."""
+    """Layout of the batches, and why it is not a faster one; compilation."""
     if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
@@ -166,23 +141,23 @@ def print_result(result: RunResult, config: Config) -> None:
     rank = describe_rank(result.spectrum)
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
-        "tasks": describe_tasks(result.tasks) or None,
+        "tasks": describe_tasks(result.tasks),
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
-        "effective rank": f"{rank} (of {result.adapter_r})" if rank else None,
+        "effective rank": rank and f"{rank} (of {result.adapter_r})",
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",
         "speed": f"{result.tokens_per_s:,.0f} tokens/s",
         "time": f"{duration(result.seconds)} for {result.updates:,} updates",
         "folder": result.folder,
     }
     print()
-    print_fields({label: row for label, row in rows.items() if row is not None})
+    print_fields({label: row for label, row in rows.items() if row})
     if Path(sys.argv[0]).name in ("cera-train", "__main__.py") and not {"-m", "--multirun"} & set(sys.argv):
         print()
         print_fields(next_commands(config, result.folder))
 
 
 def next_commands(config: Config, folder: str) -> dict[str, str]:
-    """What to do with a run's folder: ask the model something, compare it, look at it."""
+    """Commands that ask the model, grade it, and compare it with another adapter."""
     task = str(config.data.layout) if config.data.is_computed else "perplexity"
     other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
     dropped = ("adapter", "name", "adapter.start_from", "train.extend")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cera_train.adapters import build as adapters
@@ -28,16 +29,17 @@ from cera_train.model.weights import check_length, fingerprint, load_model, load
 from cera_train.runs.extension import keep_end
 from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import EvaluationMetrics, UpdateMetrics
+from cera_train.runs.results import Environment, EvaluationMetrics, UpdateMetrics
+from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import build_optimizer
-from cera_train.training.start import load_start, settle_start
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
-    """A config whose `auto` settings are decided: as the run in this folder was begun, else by this machine. Raises
+    """A config whose `auto` settings are decided: as in the run that this folder holds, else by this machine. Raises
     UserError where a setting cannot work here."""
     adapters.check(config.adapter, config.train.compile is True)
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
@@ -48,9 +50,35 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     if compiles is None:
         is_compilable = adapters.EXPERTS_COMPILE or not config.adapter.adapted_experts
         compiles = this_device().type == "cuda" and is_compilable and can_compile(this_device())
-    adapter = settle_start(config.adapter, begun.adapter)
+    adapter = config.adapter
+    if adapter.start_from is not None:
+        # The digest of a resumed run is the recorded one: the weights that it started from may be gone.
+        recorded = begun.adapter.start_digest if adapter.start_from == begun.adapter.start_from else None
+        adapter = replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
     return replace(config, model=model, adapter=adapter, train=training), precision
+
+
+def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
+    """Loads the weights that `adapter.start_from` names into a fresh adapter. Raises UserError where they are not those
+    of the digest, or were trained on another base."""
+    place, folder = f"adapter.start_from={config.start_from}", find_start(config)
+    if (digest := digest_of(folder)) != config.start_digest:
+        raise UserError(
+            f"{place}: its weights have the digest {digest} now, and this run was begun with {config.start_digest}. "
+            "Restore them, or choose another name=... for a run from the new ones."
+        )
+    run = run_of(folder)
+    record = run / "environment.json" if run is not None else Path()
+    if record.is_file() and Environment.read(record).base_fingerprint not in (None, base_fingerprint):
+        raise UserError(
+            f"{place} was trained on other base weights than these: set model.path to its base "
+            f"({load_config(run / 'config.yaml').model.path}), or start from another adapter."
+        )
+    try:
+        adapters.load(model, adapters.read(folder))
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 class Session:
@@ -141,13 +169,12 @@ class Session:
         folder.write_config(environment(self.team.processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
 
-    def start(self) -> None:
-        """Puts the model into training mode, and starts the clock."""
+    def start_clock(self) -> None:
         self.loss.train()
         self._started, self._done_before = time.perf_counter(), self.progress.update
 
     def seconds_left(self) -> float:
-        """How long the rest takes at the pace since the start, evaluations and checkpoints included."""
+        """Seconds to the end at the pace since `start_clock`, evaluations and checkpoints included."""
         done = self.progress.update - self._done_before
         return (time.perf_counter() - self._started) / done * (self.updates - self.progress.update)
 
@@ -162,24 +189,13 @@ class Session:
         """Whether the last update is done, or the last evaluations brought no lower perplexity."""
         return self.progress.update >= self.updates or self.progress.out_of_patience(self.config.train.patience)
 
-    @property
-    def is_paused(self) -> bool:
-        """Whether `train.stop_at` is reached before the end."""
-        stop_at = self.config.train.stop_at
-        return stop_at is not None and self.progress.update >= stop_at and not self.is_done
-
     def is_due(self, every: int | None) -> bool:
         """Whether something is due after this update."""
         return every is not None and self.progress.update % every == 0
 
     def seed(self) -> int:
-        """What the dropout of the next update follows from, so that a resumed run draws what an uninterrupted one
-        draws."""
+        """Seed of the next update's dropout: a resumed run draws what an uninterrupted one draws."""
         return (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.team.process
-
-    def note(self, text: str) -> None:
-        """A line above the progress bar."""
-        self.bar.note(text)
 
     def log(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
         """Writes a line of metrics.jsonl, and its mirror."""

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom: build everything, then update, evaluate, save; then leave what the next command
+"""A training run, top to bottom: build everything, then update, evaluate, save; then leave what the next command
 needs."""
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
+from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
 from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
+from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
 from cera_train.model.loss import perplexity
@@ -26,27 +28,28 @@ from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.lines import describe_evaluation, describe_update
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
-from cera_train.runs.results import (
-    EvaluationMetrics,
-    ModuleSpectrumRecord,
-    RunResult,
-    SpectrumSummary,
-    UpdateMetrics,
-)
+from cera_train.runs.push import push
+from cera_train.runs.results import EvaluationMetrics, ModuleSpectrumRecord, RunResult, SpectrumSummary, UpdateMetrics
 from cera_train.settings.run import Config
 from cera_train.training import console
-from cera_train.training.coverage import prove_coverage
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, settle
 
 
+def launch(config: Config) -> dict[str, Any]:
+    """Runs `train` in `launch.processes` processes, one a GPU, then uploads the adapter to `hub.push`."""
+    result = in_processes(train, config)
+    if is_main_process():
+        push(config)
+    return result
+
+
 def train(config: Config) -> dict[str, Any]:
-    """Fine-tunes an adapter by the config, or goes on where an earlier call was cut.
+    """Fine-tunes an adapter by the config, or resumes where an earlier call was cut.
 
     Returns:
-        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...; of a
-        run that pauses at `train.stop_at`, `update` and `eval/perplexity`.
+        The content of result.json: `eval/perplexity`, `perplexity_before`, `spectrum/effective_rank/mean`, ...
 
     Raises:
         UserError: the config, the data or the run's folder is not usable; the message has the mend.
@@ -57,11 +60,26 @@ def train(config: Config) -> dict[str, Any]:
     path = Path(config.output_dir) / config.name
     config, precision = settle(config, path)
     with RunFolder(path, to_plain(config), is_main_process()) as folder:
-        resume_from = where_to_resume(folder, config.train.resume) if folder.is_main else None
-        if (result := finished_result(folder)) is not None:
-            return result
-        with Session(config, precision, folder, resume_from) as session, session.interruption:
+        if folder.is_main:
+            folder.check_may_run(config.train.resume)
+        if (result := folder.standing_result()) is not None:
+            if folder.is_main:
+                print_line("finished", f"{path}: perplexity {result.perplexity:.2f}. Its result stands.")
+            return result.to_json()
+        checkpoint = find_checkpoint(folder, config.train.resume) if folder.is_main else None
+        with Session(config, precision, folder, checkpoint) as session, session.interruption:
             return run(session)
+
+
+def find_checkpoint(folder: RunFolder, resume: str) -> Path | None:
+    """The checkpoint that `train.resume` means; None for a new run. Raises UserError where it is damaged."""
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return folder.last_sound_checkpoint()
+    if (damage := find_damage(Path(resume))) is not None:
+        raise UserError(f"train.resume={resume} is damaged ({damage}). Restore it, or resume from another checkpoint.")
+    return Path(resume)
 
 
 def run(session: Session) -> dict[str, Any]:
@@ -73,40 +91,57 @@ def run(session: Session) -> dict[str, Any]:
     prove_coverage(session)
     if progress.update == 0 or progress.evaluation_pending:
         evaluate(session)
-    session.start()
-    while not (session.is_done or session.is_paused):
+    session.start_clock()
+    while not session.is_done:
         signal = update(session)
         is_last = progress.update == session.updates
         progress.evaluation_pending = is_last or session.is_due(config.eval_every)
         if signal is not None and not is_last:
-            stop(session, signal)  # without the evaluation: whoever sent the signal may not wait for it
+            stop(session, signal)  # without the evaluation: the sender may not wait for it
         if progress.evaluation_pending:
             evaluate(session)
         if session.is_due(config.save_every) and not session.is_done:
             save(session)
-    return finish(session) if session.is_done else pause(session)
-
-
-# --- one update ------------------------------------------------------------------------------------------------------
+    return finish(session)
 
 
 def update(session: Session) -> int | None:
-    """One step of the optimizer on `train.batch_size` sequences. Returns the signal that a process heard meanwhile."""
+    """One step of the optimizer on `train.batch_size` sequences.
+
+    Returns:
+        The signal that one of the processes received meanwhile: all of them stop after the same update.
+    """
     started = time.perf_counter()
-    rows = session.order.sequences(session.progress.update)
+    config, team, progress = session.config.optimizer, session.team, session.progress
+    rows = session.order.sequences(progress.update)
     torch.manual_seed(session.seed())
-    loss, signal = agree(session, backward(session, rows))
-    metrics = step(session, rows, loss, started)
+    loss = backward(session, rows)
+    heard = torch.tensor(session.interruption.heard(), device=team.device)
+    loss, *heard = team.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
+
+    lr = learning_rate(config, progress.update, session.updates)
+    set_learning_rate(session.optimizer, lr)
+    grad_norm = float(session.accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
+    check_finite(session, rows, loss, grad_norm)
+    session.stepper.step()
+    session.stepper.zero_grad()
+
+    tokens = sum(session.batches.lengths[row] for row in rows)
+    seconds = time.perf_counter() - started
+    progress.updated(tokens, seconds, session.order)
+    metrics = UpdateMetrics(
+        progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
+    )
     session.log(metrics)
     if session.local_loss.stop_compiling():
-        session.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
+        session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
     session.bar.step(describe_update(metrics, session.seconds_left()))
-    return signal
+    return first_heard(heard)
 
 
 def backward(session: Session, rows: list[int]) -> torch.Tensor:
-    """The gradient of the mean loss over the supervised tokens of these rows; returns this process's part of the loss,
-    a scalar."""
+    """Accumulates the gradient of the mean loss over the supervised tokens of these rows; returns this process's part
+    of the loss, a scalar."""
     team, batches = session.team, session.batches
     supervised = sum(batches.supervised[row] for row in rows)
     # A mean over the tokens of all processes, whose gradients are averaged.
@@ -120,31 +155,6 @@ def backward(session: Session, rows: list[int]) -> torch.Tensor:
             session.accelerator.backward(loss)
         total += loss.detach()
     return total
-
-
-def agree(session: Session, loss: torch.Tensor) -> tuple[float, int | None]:
-    """The loss over all processes, and the signal that one of them heard: all stop at the same update."""
-    heard = torch.tensor(session.interruption.heard(), device=session.team.device)
-    loss, *heard = session.team.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
-    return loss, first_heard(heard)
-
-
-def step(session: Session, rows: list[int], loss: float, started: float) -> UpdateMetrics:
-    """Moves the weights along the gradient, and counts the update, which `started` at this time."""
-    config, progress = session.config.optimizer, session.progress
-    lr = learning_rate(config, progress.update, session.updates)
-    set_learning_rate(session.optimizer, lr)
-    grad_norm = float(session.accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
-    check_finite(session, rows, loss, grad_norm)
-    session.stepper.step()
-    session.stepper.zero_grad()
-
-    tokens = sum(session.batches.lengths[row] for row in rows)
-    seconds = time.perf_counter() - started
-    progress.updated(tokens, seconds, session.order)
-    return UpdateMetrics(
-        progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
-    )
 
 
 def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
@@ -167,14 +177,40 @@ def check_finite(session: Session, rows: list[int], loss: float, grad_norm: floa
 # --- beside the updates ----------------------------------------------------------------------------------------------
 
 
+def prove_coverage(session: Session) -> None:
+    """Runs one forward and backward pass over a short row for each process, and leaves no trace of it.
+
+    Raises:
+        UserError: an adapter did not run, or the loss does not depend on it.
+    """
+    coverage = Coverage(session.model)
+    if not session.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
+        return
+    team, batches = session.team, session.batches
+    rows = session.order.sequences(session.progress.update)
+    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))[: team.processes]  # attention matters in 64
+    session.loss.train()
+    with session.local_loss.uncompiled(), coverage.watch():
+        for group, _ in batches.passes(rows, team.processes, team.process, in_step=team.is_sharded):
+            session.accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
+    session.optimizer.zero_grad()
+    coverage.sum(team.reduce)
+    if (problem := coverage.problem()) is not None:
+        raise UserError(
+            f"adapter.target_modules: {problem} Leave them out, with all-linear by "
+            "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
+        )
+    if team.is_main and coverage.idle_experts:
+        print_line("coverage", f"{coverage.idle_experts} experts got no token in the first rows: not proven yet")
+
+
 def evaluate(session: Session) -> None:
-    """Losses on the held-out rows, the spectra of the adapter, and answers to the tasks that are due. Keeps the adapter
-    if it is the best so far. Before the first update and after the last, also writes each token's loss, which studies
-    compare."""
+    """Logs the loss on the held-out rows, the spectra of the adapter and the accuracy on the tasks that are due. Keeps
+    the adapter if it is the best so far. Before the first update and after the last, also writes each token's loss,
+    which studies compare."""
     progress, folder = session.progress, session.folder
     losses = session.held_out.token_losses()
-    loss = losses.mean
-    spectra = session.spectra()
+    loss, spectra = losses.mean, session.spectra()
     is_best = progress.evaluated(perplexity(loss))
     tasks = answer_tasks(session)
     if session.team.is_main:
@@ -189,7 +225,7 @@ def evaluate(session: Session) -> None:
         folder.append_spectra({"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
-    session.note(describe_evaluation(metrics))
+    session.bar.note(describe_evaluation(metrics))
 
 
 def answer_tasks(session: Session) -> dict[str, float]:
@@ -204,7 +240,7 @@ def answer_tasks(session: Session) -> dict[str, float]:
         if results.samples:
             session.tracker.table("samples", [sample.to_json() for sample in results.samples], progress.update)
     if results.notes:
-        session.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
+        session.bar.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
     progress.tasks = results.figures or progress.tasks
     return results.figures
 
@@ -217,8 +253,12 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
     """The spectrum of each module, as it is written."""
     return {
         name: ModuleSpectrumRecord(
-            *(module.effective_rank, module.manifold_dimension, module.dead_units),
-            *(module.singular_values.tolist(), module.linear_share, module.gamma),
+            effective_rank=module.effective_rank,
+            manifold_dimension=module.manifold_dimension,
+            dead_units=module.dead_units,
+            singular_values=module.singular_values.tolist(),
+            linear_share=module.linear_share,
+            gamma=module.gamma,
         )
         for name, module in spectra.items()
     }
@@ -240,24 +280,6 @@ def stop(session: Session, signal: int) -> None:
     session.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
     raise Interrupted(signal)
-
-
-def pause(session: Session) -> dict[str, Any]:
-    """Evaluates and saves at `train.stop_at`. This evaluation does not update the best adapter or the patience counter:
-    the run ends as if it had not been paused."""
-    progress = session.progress
-    if session.is_due(session.config.train.eval_every):  # it was evaluated in the loop
-        metrics = EvaluationMetrics(progress.update, progress.epoch, perplexity=progress.perplexity)
-    else:
-        loss = session.held_out.token_losses().mean
-        metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss))
-        session.log(metrics)
-        session.note(describe_evaluation(metrics))
-    save(session)
-    session.note(
-        f"paused after update {progress.update:,} of {session.updates:,}, saved. Without train.stop_at it goes on."
-    )
-    return metrics.to_json()
 
 
 def finish(session: Session) -> dict[str, Any]:
@@ -295,29 +317,3 @@ def finish(session: Session) -> dict[str, Any]:
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
         console.print_result(result, config)
     return result.to_json()
-
-
-# --- where a run begins ----------------------------------------------------------------------------------------------
-
-
-def finished_result(folder: RunFolder) -> dict[str, Any] | None:
-    """What a finished run left, printed in a line."""
-    result = folder.standing_result()
-    if result is None:
-        return None
-    if folder.is_main:
-        print_line("finished", f"{folder.path}: perplexity {result.perplexity:.2f}. Its result stands.")
-    return result.to_json()
-
-
-def where_to_resume(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a new run. Raises UserError where the folder holds a run that must not
-    be overwritten or has another config, or only damaged checkpoints."""
-    folder.check_may_run(resume)
-    if resume == "auto":
-        return None if folder.standing_result() is not None else folder.last_sound_checkpoint()
-    if resume == "never":
-        return None
-    if (damage := find_damage(Path(resume))) is not None:
-        raise UserError(f"train.resume={resume} is damaged ({damage}). Restore it, or go on from another checkpoint.")
-    return Path(resume)

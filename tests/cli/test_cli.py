@@ -67,7 +67,7 @@ assert gc.isenabled() and frozen > 10_000
 with heavy_imports():
     assert gc.isenabled()
 assert gc.get_freeze_count() == frozen
-from cera_train.training.launch import launch
+from cera_train.training.train import launch
 from cera_train.cera import CeraConfig
 from cera_train.cera.layer import CeraLayer
 CeraLayer(torch.nn.Linear(8, 8), "default", CeraConfig(r=2))

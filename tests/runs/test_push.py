@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from cera_train.training.launch import launch
+from cera_train.training.train import launch
 
 
 @pytest.fixture

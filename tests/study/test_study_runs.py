@@ -119,7 +119,7 @@ def test_its_jobs_are_what_their_arms_name(run_study, monkeypatch):
         kinds.append((config.study.arm, config.adapter.kind, config.adapter.activation, config.optimizer.lr))
         return {}
 
-    monkeypatch.setattr("cera_train.training.launch.launch", launch)
+    monkeypatch.setattr("cera_train.training.train.launch", launch)
     run_study("study.arm=lora,relu", study={"seeds": 1})
     arms = [("lora", "lora", "silu"), ("relu", "cera", "relu")]
     assert kinds == [(*arm, lr) for arm in arms for lr in (0.001, 0.01)]

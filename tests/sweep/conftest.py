@@ -39,5 +39,5 @@ def counted(monkeypatch):
             make_job(folder.parent, folder.name, 1.5)
         return {"eval/perplexity": 1.5}
 
-    monkeypatch.setattr("cera_train.training.launch.launch", launch)
+    monkeypatch.setattr("cera_train.training.train.launch", launch)
     return begun

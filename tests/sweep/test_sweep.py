@@ -99,7 +99,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monke
             raise RuntimeError("of ours")
         return {"eval/perplexity": 1.5}
 
-    monkeypatch.setattr("cera_train.training.launch.launch", train)
+    monkeypatch.setattr("cera_train.training.train.launch", train)
     assert cera_train(monkeypatch, sweep_here, *TINY, "adapter=cera") == 1
     output, errors = capfd.readouterr()
     assert errors.count("Traceback") == 1

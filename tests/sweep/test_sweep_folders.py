@@ -52,7 +52,7 @@ def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, monkeypat
 def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "cera_train.training.launch.launch", lambda config: seen.append(config) or {"eval/perplexity": 1.5}
+        "cera_train.training.train.launch", lambda config: seen.append(config) or {"eval/perplexity": 1.5}
     )
     arguments = ["-m", "+recipe=math_r64,math_dora_r64", "name=main", "train.micro_batch_tokens=2048"]
     assert cera_train(monkeypatch, sweep_here, *arguments) == 1  # nothing is finished
@@ -68,7 +68,7 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
 def test_a_sweep_is_extended_as_a_whole(sweep_here, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
-        "cera_train.training.launch.launch", lambda config: seen.append(config.train) or {"eval/perplexity": 1.5}
+        "cera_train.training.train.launch", lambda config: seen.append(config.train) or {"eval/perplexity": 1.5}
     )
     jobs = ["adapter.r=4,8", "adapter=cera", "adapter.activation=silu"]
     assert cera_train(monkeypatch, sweep_here, *TINY, *jobs, "train.max_updates=6") == 1  # nothing is finished
@@ -123,7 +123,7 @@ def answered(monkeypatch):
         path.write_text(json.dumps(result))
         return result
 
-    monkeypatch.setattr("cera_train.training.launch.launch", launch)
+    monkeypatch.setattr("cera_train.training.train.launch", launch)
 
 
 @pytest.mark.parametrize(

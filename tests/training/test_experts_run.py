@@ -16,10 +16,9 @@ EXPERTS = ["adapter.experts=true", "adapter.expert_r=2", "adapter.target_modules
 
 @pytest.fixture
 def mixture(tmp_path, tokenizer):
-    folder = tmp_path / "mixture"
-    make_mixture("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return f"model.path={folder}"
+    make_mixture("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return f"model.path={tmp_path / 'base'}"
 
 
 def test_experts_are_trained_measured_and_resumed(tiny_config, mixture, monkeypatch, capsys):

@@ -10,8 +10,7 @@ import pytest
 from cera_train.training.picture import draw_run
 
 
-@pytest.mark.parametrize("spectrum", [[], [0.6, 0.3, 0.1]])
-@pytest.mark.parametrize("figures", [{}, {"gsm8k/exact": 0.5}])
+@pytest.mark.parametrize(("spectrum", "figures"), [([], {}), ([0.6, 0.3, 0.1], {"gsm8k/exact": 0.5})])
 def test_each_panel_is_drawn_where_it_has_something_to_show(tmp_path, spectrum, figures):
     lines = [
         {"update": 0, "epoch": 0, "eval/loss": 2.0, "eval/perplexity": 7.4, **figures},

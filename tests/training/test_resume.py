@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -65,30 +63,29 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
     assert adapter_bytes(cut) == adapter_bytes(whole)
 
 
-def test_resume_from_a_path_goes_on_from_there(trained_config, tiny_config):
+def test_resume_from_another_folders_checkpoint_goes_on_from_there(trained_config, tiny_config):
     whole = trained_config()
-    checkpoint = folder_of(whole) / "checkpoints" / "8"
-    branch = tiny_config("name=branch", f"train.resume={checkpoint}")
-    train(branch)
+    checkpoint = f"train.resume={folder_of(whole) / 'checkpoints' / '8'}"
+    branch = tiny_config("name=branch", checkpoint)
+    assert train(branch)["best_update"] == 12  # a best of its own
+    assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
     assert adapter_bytes(branch) == adapter_bytes(whole)
     assert min(line["update"] for line in metrics_of(branch)) == 9
     before, after = read_losses(folder_of(branch))  # no update came before the first of this folder's
     assert before is None
     assert after.losses.tolist() == read_losses(folder_of(whole))[1].losses.tolist()
 
+    def refused(message: str, *overrides: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train(tiny_config("name=other", *overrides))
+        assert not folder_of(tiny_config("name=other")).exists()
 
-def test_a_branch_from_another_folder_has_a_best_of_its_own(trained_config, tiny_config):
-    checkpoint = folder_of(trained_config()) / "checkpoints" / "8"
-    branch = tiny_config("name=branch", f"train.resume={checkpoint}")
-    assert train(branch)["best_update"] == 12
-    assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
-    with pytest.raises(ValueError, match=r"another config: train.batch_size was 16, is 8; train.seed was 0, is 1"):
-        train(tiny_config("name=other", f"train.resume={checkpoint}", "train.batch_size=8", "train.seed=1"))
-    with pytest.raises(
-        ValueError, match=r"checkpoints/8 leaves nothing to do: this run ends at update 8. Set a larger"
-    ):
-        train(tiny_config("name=short", f"train.resume={checkpoint}", "train.max_updates=8"))
-    assert not folder_of(tiny_config("name=short")).exists()
+    refused("train.batch_size was 16, is 8; train.seed was 0, is 1", checkpoint, "train.batch_size=8", "train.seed=1")
+    refused("leaves nothing to do: this run ends at update 8. Set a larger", checkpoint, "train.max_updates=8")
+    refused("adapter.r was 4, is 8", checkpoint, "adapter.r=8")
+    refused("adapter.kind was 'cera', is 'lora'", checkpoint, "adapter=lora", "adapter.r=4")
+    refused("optimizer.kind was 'adamw', is 'adamw_8bit'", checkpoint, "optimizer=adamw_8bit")
+    refused("expected auto, never or the folder of a checkpoint", f"train.resume={folder_of(whole)}")
 
 
 @pytest.mark.parametrize(
@@ -166,49 +163,17 @@ def test_two_runs_on_one_folder_are_refused(tiny_config):
         train(config)
 
 
-def test_a_mistake_costs_an_unfinished_run_nothing(tiny_config, monkeypatch):
+def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(tiny_config, monkeypatch):
     config = tiny_config()
     train_and_die_after(config, 6, monkeypatch)
+    (folder_of(config) / "checkpoints" / ".writing-8").mkdir()
     for settings in (["train.resume=never", "adapter.target_modules=[none]"], ["adapter.r=8"]):
         with pytest.raises(ValueError, match=r"matches no module|adapter.r was 4"):
             train(tiny_config(*settings))
     assert (folder_of(config) / "checkpoints" / "4").is_dir()
     assert len(metrics_of(config)) == 8
-
-
-def test_what_a_cut_write_left_is_removed(tiny_config, monkeypatch):
-    config = tiny_config()
-    train_and_die_after(config, 6, monkeypatch)
-    half = folder_of(config) / "checkpoints" / ".writing-8"
-    half.mkdir()
-    (half / "adapter_model.safetensors").write_bytes(b"half")
     train(config)
     assert not list(folder_of(config).rglob(".writing-*"))
-
-
-# --- a checkpoint that does not fit ----------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_of_another_adapter_is_refused(trained_config, tiny_config, tmp_path):
-    checkpoint = shutil.copytree(folder_of(trained_config()) / "checkpoints" / "8", tmp_path / "8")
-    with pytest.raises(ValueError, match="adapter.r was 4, is 8"):
-        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=8"))
-    with pytest.raises(ValueError, match="adapter.kind was 'cera', is 'lora'"):
-        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter=lora", "adapter.r=4"))
-    assert not folder_of(tiny_config("name=other")).exists()
-
-
-def test_a_checkpoint_of_another_optimizer_is_refused(tiny_config):
-    whole = tiny_config("name=whole", "adapter.r=32", "train.max_updates=4")
-    train(whole)
-    checkpoint = folder_of(whole) / "checkpoints" / "4"
-    with pytest.raises(ValueError, match="optimizer.kind was 'adamw', is 'adamw_8bit'"):
-        train(tiny_config("name=other", f"train.resume={checkpoint}", "adapter.r=32", "optimizer=adamw_8bit"))
-
-
-def test_a_path_that_is_no_checkpoint_is_refused(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="expected auto, never or the folder of a checkpoint"):
-        train(tiny_config(f"train.resume={tmp_path}"))
 
 
 # --- what auto took ---------------------------------------------------------------------------------------------------
@@ -254,15 +219,3 @@ def test_what_peft_refuses_is_refused_before_anything_is_loaded(tiny_config, mon
     monkeypatch.setattr("cera_train.training.session.load_tokenizer", None)
     with pytest.raises(UserError, match=r"adapter.settings.minir=2: MissConfig.* unexpected keyword argument"):
         train(tiny_config("adapter=miss", "+adapter.settings.minir=2"))
-
-
-def test_more_updates_in_the_same_folder_are_answered_with_how_to_train_longer(tiny_config):
-    config = tiny_config("train.max_updates=2")
-    train(config)
-    longer = replace(config, train=replace(config.train, max_updates=4))
-    checkpoint = folder_of(config) / "checkpoints" / "2"
-    with pytest.raises(UserError, match=f"To train longer, .*train.resume={checkpoint} name=NEW") as error:
-        train(longer)
-    assert "train.max_updates was 2, is 4" in str(error.value)
-    further = replace(longer, name="longer", train=replace(longer.train, resume=str(checkpoint)))
-    assert train(further)["updates"] == 4

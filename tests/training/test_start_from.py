@@ -19,10 +19,8 @@ from cera_train.runs.subject import digest_of, find_start
 from cera_train.training.train import train
 
 KINDS = {
-    "cera": ["adapter=cera", "adapter.activation=gelu"],
-    "cera_mix": ["adapter=cera_mix", "adapter.alpha=8"],
+    "cera_mix": ["adapter=cera_mix", "adapter.alpha=8", "adapter.activation=gelu"],
     "lora": ["adapter=lora", "adapter.target_modules=all-linear"],
-    "rslora": ["adapter=rslora"],
     "dora": ["adapter=dora", "adapter.layers=[1]"],
 }
 
@@ -115,20 +113,14 @@ def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tok
 
 
 DIFFERENT = [
-    ({"r": 8}, "adapter.r is 4 there, 8 here"),
     ({"kind": "lora"}, "adapter.kind is 'cera' there, 'lora' here"),
-    ({"activation": "relu"}, "adapter.activation is 'silu' there, 'relu' here"),
-    ({"mix": "learned"}, "adapter.mix is 'none' there, 'learned' here"),
-    ({"alpha": 8.0}, "adapter.alpha is None there, 8.0 here"),
+    ({"r": 8, "activation": "gelu"}, "adapter.r is 4 there, 8 here; adapter.activation is 'silu' there, 'gelu' here"),
     ({"layers": [1]}, "adapter.layers is None there, [1] here"),
-    ({"target_modules": ["q_proj"]}, "adapter.target_modules is ['q_proj', 'v_proj'] there, ['q_proj'] here"),
     ({"target_modules": "all-linear"}, "adapter.target_modules is ['q_proj', 'v_proj'] there, 'all-linear' here"),
     ({"settings": {"rank_pattern": {"v_proj": 2}}}, "adapter.settings.rank_pattern is None there, {'v_proj': 2} here"),
-    ({"r": 8, "activation": "gelu"}, "adapter.r is 4 there, 8 here; adapter.activation is 'silu' there, 'gelu' here"),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("has_run", [True, False], ids=["run", "adapter"])
 def test_an_adapter_that_does_not_fit_is_refused_before_the_base(first, tiny_config, tmp_path, monkeypatch, has_run):
     monkeypatch.setattr("cera_train.training.session.load_model", None)
@@ -146,30 +138,19 @@ def test_an_adapter_that_does_not_fit_is_refused_before_the_base(first, tiny_con
 
 def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_config, tmp_path):
     def refused(message: str, *overrides: str) -> None:
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(Exception, match=message):
             train(tiny_config("name=later", *overrides))
 
     refused("adapter.start_from=nowhere does not exist: expected a folder", "adapter.start_from=nowhere")
     (first / "result.json").unlink()
     refused(f"take its best adapter so far, adapter.start_from={first}/best", f"adapter.start_from={first}")
     checkpoint = first / "checkpoints" / "4"
-    both = [f"train.resume={checkpoint}", f"adapter.start_from={first}/best"]
-    refused("both bring an adapter: leave one out", *both)
+    best = f"adapter.start_from={first}/best"
+    refused("both bring an adapter: leave one out", f"train.resume={checkpoint}", best)
     (tmp_path / "pissa").mkdir()
     description = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}
     (tmp_path / "pissa" / "adapter_config.json").write_text(json.dumps(description))
     shutil.copy(first / "best" / "adapter_model.safetensors", tmp_path / "pissa")
     refused("pissa_niter_4 moved a part of W0", "adapter=lora", "adapter.r=4", f"adapter.start_from={tmp_path}/pissa")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ("adapter=full adapter.r=null", "adapter.kind=full does not use it. Set adapter.start_from=null"),
-        ("adapter=miss", "adapter.kind=peft does not use it. Set adapter.start_from=null"),
-        ("adapter=pissa", "adapter.settings.init_lora_weights=pissa.* moves a part of W0 into fresh weights"),
-    ],
-)
-def test_a_kind_that_cannot_start_elsewhere_is_refused(compose, overrides, message):
-    with pytest.raises(Exception, match=message):
-        compose(*overrides.split(), "adapter.start_from=outputs/first")
+    refused("adapter.kind=full does not use it", "adapter=full", "adapter.r=null", best)
+    refused("adapter.settings.init_lora_weights=pissa.* moves a part of W0 into fresh weights", "adapter=pissa", best)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -12,10 +14,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
-from tiny_runs import adapter_bytes, folder_of, metrics_of, scale_gradients
+from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, scale_gradients
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.settings import to_plain
+from cera_train.data.logistic_map import problems
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import perplexity
@@ -68,8 +71,7 @@ def test_a_learned_mix_logs_its_gamma(tiny_config):
 def test_metrics_have_the_promised_names(finished):
     config, result = finished
     lines = metrics_of(config)
-    updates = [line["update"] for line in lines if "train/loss" in line]
-    assert updates == list(range(1, 13))
+    assert [line["update"] for line in lines if "train/loss" in line] == list(range(1, 13))
     assert [line["update"] for line in lines if "eval/loss" in line] == [0, 4, 8, 12]
     assert {"train/loss", "train/grad_norm", "train/lr", "train/tokens_per_s"} <= lines[1].keys()
     evaluation = lines[-1]
@@ -84,33 +86,24 @@ def test_metrics_have_the_promised_names(finished):
     assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
-
-
-def test_spectra_are_measured_once_at_an_evaluation(tiny_config, monkeypatch):
-    measure, updates = HeldOut.spectra, []
-    monkeypatch.setattr(HeldOut, "spectra", lambda self: updates.append(1) or measure(self))
-    config = tiny_config("train.max_updates=3", "train.eval_every=2")
-    result = train(config)
-    assert len(updates) == 3  # at updates 0, 2 and 3, and not again for the result
-    assert metrics_of(config)[-1]["spectrum/effective_rank/max"] == result["spectrum/effective_rank/max"]
-
-
-def test_losses_of_tokens_are_those_of_the_reported_perplexities(finished):
-    config, result = finished
     before, after = read_losses(folder_of(config))
     assert [perplexity(losses.mean) for losses in (before, after)] == [
         *(result["perplexity_before"], result["eval/perplexity"]),
     ]
     assert before.tokens.tolist() == after.tokens.tolist()
-    assert after.sums().sum() / after.tokens.sum() == pytest.approx(metrics_of(config)[-1]["eval/loss"], rel=1e-12)
+
+
+def test_spectra_are_measured_once_at_an_evaluation(tiny_config, monkeypatch):
+    measure, updates = HeldOut.spectra, []
+    monkeypatch.setattr(HeldOut, "spectra", lambda self: updates.append(1) or measure(self))
+    train(tiny_config("train.max_updates=3", "train.eval_every=2"))
+    assert len(updates) == 3  # at updates 0, 2 and 3, and not again for the result
 
 
 def test_the_final_adapter_gives_the_reported_perplexity_through_plain_peft(finished, tiny_folder, tokenizer):
     config, result = finished
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder_of(config) / "adapter").eval()
-    from cera_train.data.logistic_map import problems
-
     total, count = 0.0, 0
     _, losses = read_losses(folder_of(config))
     sums, tokens = iter(losses.sums()), iter(losses.tokens)
@@ -135,21 +128,14 @@ def test_the_same_run_twice_is_the_same_to_the_bit(trained_config, tiny_config):
 
 
 def test_the_result_does_not_depend_on_the_micro_batch(tiny_config):
-    runs = []
+    losses = []
     for layout, tokens in (("flat", 256), ("flat", 4096), ("padded", 300), ("padded", 4096)):
-        config = tiny_config(
-            f"name={layout}_{tokens}",
-            f"train.micro_batch_tokens={tokens}",
-            f"train.batch_layout={layout}",
-            "adapter.dropout=0",
-            "train.max_updates=5",
-            "optimizer.lr=1e-3",
-        )
-        result = train(config)
-        losses = [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
-        runs.append([*losses, result["eval/perplexity"]])
-    for run in runs[1:]:
-        assert run == pytest.approx(runs[0], rel=1e-5)
+        settings = ["adapter.dropout=0", "train.max_updates=5", "optimizer.lr=1e-3", f"train.batch_layout={layout}"]
+        config = tiny_config(*settings, f"train.micro_batch_tokens={tokens}", f"name={layout}_{tokens}")
+        train(config)
+        losses.append(all_losses_of(config))
+    for others in losses[1:]:
+        assert others == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -159,8 +145,7 @@ def test_compiled_layers_change_nothing(tiny_config):
         settings = ["adapter.dropout=0", "train.max_updates=4", "optimizer.lr=1e-3", f"train.compile={is_compiled}"]
         config = tiny_config(f"name=compiled_{is_compiled}", *settings)
         result = train(config)
-        losses = [line["train/loss"] for line in metrics_of(config) if "train/loss" in line]
-        return [*losses, result["eval/perplexity"], result["spectrum/effective_rank/mean"]]
+        return [*all_losses_of(config), result["spectrum/effective_rank/mean"]]
 
     assert run(True) == pytest.approx(run(False), rel=1e-5)
 
@@ -200,20 +185,16 @@ def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
 
 def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoint(tiny_config, monkeypatch):
     config = tiny_config()
-    reduce = Accelerator.reduce
-    updates = iter(range(1, 100))
+    reduce, updates = Accelerator.reduce, itertools.count(1)
 
     def poisoned(self, value, reduction="sum"):
         is_training_loss = reduction == "mean"  # an evaluation sums
-        return reduce(self, value, reduction=reduction) * (
-            float("nan") if is_training_loss and next(updates) == 6 else 1
-        )
+        factor = float("nan") if is_training_loss and next(updates) == 6 else 1
+        return reduce(self, value, reduction=reduction) * factor
 
     monkeypatch.setattr(Accelerator, "reduce", poisoned)
-    with pytest.raises(
-        ValueError,
-        match=r"loss of update 6 or its gradient is not finite \(training rows \[\d+.*checkpoints/4, is kept",
-    ):
+    message = r"loss of update 6 or its gradient is not finite \(training rows \[\d+.*checkpoints/4, is kept"
+    with pytest.raises(ValueError, match=message):
         train(config)
     assert (folder_of(config) / "checkpoints" / "4" / "adapter_model.safetensors").exists()
     assert "loss of update 6" in (folder_of(config) / DIVERGED).read_text()
@@ -246,21 +227,21 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config):
     assert not folder_of(config).exists()
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora"])  # cera: the first test
-def test_every_kind_of_adapter_learns(tiny_config, adapter):
-    result = train(tiny_config(f"adapter={adapter}", "adapter.r=4"))
-    assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_quantised_base_learns(tiny_config, quantization):
-    result = train(tiny_config(f"model.quantization={quantization}", "model.dtype=bfloat16"))
-    assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
-
-
-@pytest.mark.parametrize(("dtype", "autocast"), [("bfloat16", "null"), ("float32", "true"), ("float16", "null")])
-def test_every_precision_learns(tiny_config, dtype, autocast):
-    result = train(tiny_config(f"model.dtype={dtype}", f"train.autocast={autocast}"))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["adapter=lora", "adapter.r=4"],
+        ["adapter=dora", "adapter.r=4"],
+        ["model.quantization=nf4", "model.dtype=bfloat16"],
+        ["model.quantization=int8", "model.dtype=bfloat16"],
+        ["model.dtype=bfloat16"],
+        ["model.dtype=float16"],
+        ["train.autocast=true"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_every_kind_of_adapter_and_precision_learns(tiny_config, settings):
+    result = train(tiny_config(*settings))
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
 
 
@@ -270,13 +251,13 @@ def test_gradient_checkpointing_changes_nothing(trained_config, tiny_config):
     assert adapter_bytes(plain) == adapter_bytes(recomputed)
 
 
-@pytest.mark.parametrize("adapter", ["cera", "lora"])
-def test_only_the_chosen_layers_are_adapted(tiny_config, adapter):
-    config = tiny_config(f"adapter={adapter}", "adapter.layers=[1]", "adapter.target_modules=all-linear")
+def test_only_the_chosen_layers_are_adapted_and_counted(tiny_config, capsys):
+    config = tiny_config("adapter.layers=[1]", "adapter.target_modules=all-linear", "train.max_updates=1")
     train(config)
     names = json.loads((folder_of(config) / "spectrum.json").read_text())
     assert len(names) == 7
     assert all(name.startswith("model.layers.1.") for name in names)
+    assert "down_proj: 1 of 2 layers" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_is_named(tiny_config_in, tmp_path):
@@ -292,14 +273,8 @@ def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
     assert json.loads(line, parse_constant=pytest.fail) == {"update": 1, "eval/perplexity": None}
 
 
-def test_one_process_is_not_sharded(tiny_config):
+def test_an_engine_that_shards_the_model_and_one_process_alone_are_refused(tiny_config):
     with pytest.raises(ValueError, match="shards the weights over several processes, and there is one"):
         train(tiny_config("distributed.strategy=fsdp"))
-
-
-def test_an_engine_that_shards_the_model_is_refused():
-    class Sharded:
-        distributed_type = DistributedType.FSDP
-
     with pytest.raises(ValueError, match="launcher set up FSDP, but distributed.strategy=ddp needs plain processes"):
-        check_distribution(Sharded(), Strategy.ddp)
+        check_distribution(SimpleNamespace(distributed_type=DistributedType.FSDP), Strategy.ddp)
