@@ -9,7 +9,9 @@ import gc
 import importlib.util
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +121,38 @@ def picture_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 @pytest.fixture
 def pictures() -> None:
     """Lets the runs of a test draw their pictures."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path):
+    """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""
+    mounted = []
+
+    def disk(folder: Path, options: str) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+            pytest.skip("mounting a file system needs root and its capability for it")
+        if "remount" not in options:
+            mounted.append(folder)
+        return folder
+
+    yield disk
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    quiet = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-component-update", "disable-sync")
+    with sync_api.sync_playwright() as playwright:
+        arguments = [f"--{option}" for option in (*quiet, "disable-background-networking")]
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

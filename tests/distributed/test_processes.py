@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from several_processes import ONE_THREAD, torchrun
+from several_processes import ONE_THREAD, torchrun, train_in_processes
 from tiny_runs import all_losses_of, evaluations_of
 
 from cera_train.common.errors import UserError
@@ -72,9 +72,8 @@ def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_
         "ddp_resumed": ["distributed.strategy=ddp", checkpoint],
         "fsdp_resumed": ["distributed.strategy=fsdp", checkpoint],
     }
-    (tmp_path / "runs.json").write_text(json.dumps([[*arguments, *own, f"name={name}"] for name, own in runs.items()]))
-    script = str(Path(__file__).parents[1] / "helpers" / "run_in_processes.py")
-    out = torchrun(f"--nproc_per_node={processes}", script, str(tmp_path / "runs.json"), cwd=tmp_path)
+    overrides = [[*arguments, *own, f"name={name}"] for name, own in runs.items()]
+    out = train_in_processes(overrides, processes, tmp_path)
     assert out.count(f"{processes} x cpu, FSDP2") == 3
     outputs = tmp_path / "outputs"
     one = all_losses_of(outputs / "one")
@@ -106,9 +105,7 @@ def test_sharding_computes_what_whole_models_compute_for_every_kind_of_adapter_a
         for strategy in ("ddp", "fsdp")
         for name in [f"name={kind}_{strategy}"]
     ]
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    script = str(Path(__file__).parents[1] / "helpers" / "run_in_processes.py")
-    torchrun("--nproc_per_node=2", script, str(tmp_path / "runs.json"), cwd=tmp_path)
+    train_in_processes(runs, 2, tmp_path)
     outputs = tmp_path / "outputs"
     for name in kinds:
         tolerance = 1e-3 if "nf4" in name else 1e-5  # 16-bit sums in another order

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import numpy
 import pytest
 import torch
 from evaluated_runs import read
+from several_processes import train_in_processes
 from tiny_runs import folder_of
 
 from cera_train.evaluation import exams
@@ -250,10 +248,7 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     train(config)
     own = [f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"]
     own += ["optimizer.lr=1e-2", "train.batch_size=16", "train.eval_every=4", f"output_dir={config.output_dir}"]
-    (tmp_path / "runs.json").write_text(json.dumps([[*own, *settings, "name=two"]]))
-    script = Path(__file__).parents[1] / "helpers" / "run_in_processes.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    subprocess.run([*command, tmp_path / "runs.json"], cwd=tmp_path, check=True, env=os.environ)
+    train_in_processes([[*own, *settings, "name=two"]], 2, tmp_path)
     one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))
     assert two[:3] == one[:3]  # of the untouched model; later ones differ by the rounding of the gradients' sums
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]

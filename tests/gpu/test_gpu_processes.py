@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from several_processes import torchrun
+from several_processes import train_in_processes
 from tiny_runs import all_losses_of, evaluations_of
 
 from cera_train.training.train import train
 
 pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
-
-SCRIPT = Path(__file__).parents[1] / "helpers" / "run_in_processes.py"
 
 
 def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(tiny_folder, tmp_path, compose, device):
@@ -37,8 +32,7 @@ def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(tiny_folder, tmp_
     runs.append([*arguments, *one["float32"], "distributed.strategy=fsdp", resumed, "name=resumed"])
     for base, settings in one.items():
         train(compose(*arguments, *settings, f"name=one_{base}"))
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
-    out = torchrun("--nproc_per_node=2", str(SCRIPT), str(tmp_path / "runs.json"), cwd=tmp_path)
+    out = train_in_processes(runs, 2, tmp_path)
     assert out.count(f"2 x {device.type}") == 5
     outputs = tmp_path / "outputs"
     for base, tolerance in (("float32", 1e-4), ("nf4", 5e-3)):

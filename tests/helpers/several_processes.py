@@ -1,7 +1,9 @@
-"""How torchrun starts runs in several processes."""
+"""Runs in several processes, as torchrun starts them. As a script it trains the configs of runs.json one after the
+other, so that each process pays its imports once."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,3 +17,17 @@ def torchrun(*arguments: str, cwd: Path) -> str:
     done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ONE_THREAD, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def train_in_processes(runs: list[list[str]], processes: int, cwd: Path) -> str:
+    """Trains the configs of these overrides; returns what was printed."""
+    (cwd / "runs.json").write_text(json.dumps(runs))
+    return torchrun(f"--nproc_per_node={processes}", __file__, cwd=cwd)
+
+
+if __name__ == "__main__":
+    from benchmarks.composed import composed
+    from cera_train.training.train import train
+
+    for overrides in json.loads(Path("runs.json").read_text()):
+        train(composed(*overrides))

@@ -17,7 +17,6 @@ from urllib.parse import unquote
 
 import pytest
 
-pytest_plugins = ("browser",)
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
-from pages import sound_page
 
 from cera_train.common.trust import clean
 from cera_train.report.page import write_report
-
-pytest_plugins = ("browser",)
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"
 
@@ -77,8 +74,30 @@ def page_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_the_page_is_sound_in_a_browser(browser: Any, page_path: Path, width: int, scheme: str) -> None:
-    with sound_page(browser, page_path, width, scheme) as (page, pictures):
-        assert pictures >= 7
-        nothing = "[...document.querySelectorAll('.results td > .nothing:only-child')]"
-        is_shown = page.evaluate(f"{nothing}.map(value => value.offsetParent !== null)")
-        assert set(is_shown) == {width > 360}  # a card on a telephone has only what was measured
+    """No error, no request, pictures that follow the colours of the page, unique ids, and no wider than the window."""
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    problems, requests = [], []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(page_path.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(details => details.open = true)")
+    pictures = page.evaluate("""[...document.querySelectorAll('figure svg')].map(svg => [
+        svg.getBoundingClientRect().width, svg.querySelectorAll('path, text').length, svg.ariaLabel.length,
+        getComputedStyle(svg.querySelector('text')).fill, getComputedStyle(document.body).color,
+        getComputedStyle(svg.querySelector('path')).fill])""")
+    assert problems == []
+    assert [url for url in requests if not url.startswith("data:")] == [page_path.as_uri()]
+    assert all(width > 250 and marks > 20 and alt > 20 for width, marks, alt, *_ in pictures)
+    assert {(text, background) for *_, text, _, background in pictures} == {
+        ("rgb(31, 35, 40)", "rgb(255, 255, 255)") if scheme == "light" else ("rgb(230, 233, 238)", "rgb(22, 27, 34)")
+    }  # a picture follows the page
+    assert all(text == page_text for *_, text, page_text, _ in pictures)
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)")
+    assert len(set(ids)) == len(ids)
+    assert len(pictures) >= 7
+    nothing = "[...document.querySelectorAll('.results td > .nothing:only-child')]"
+    is_shown = page.evaluate(f"{nothing}.map(value => value.offsetParent !== null)")
+    assert set(is_shown) == {width > 360}  # a card on a telephone has only what was measured
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.close()

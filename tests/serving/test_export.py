@@ -26,7 +26,7 @@ from cera_train.serving.export import export
 from cera_train.serving.linear import AffineGate, branches, explained, fit
 from cera_train.training.train import train
 
-pytest_plugins = ["disks", "evaluated_runs"]
+pytest_plugins = ["evaluated_runs"]
 
 IDS = torch.arange(3, 23)[None]
 
