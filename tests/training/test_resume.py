@@ -136,27 +136,6 @@ def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config, monke
         train(config)
 
 
-def test_another_config_in_the_same_folder_is_refused_by_key(trained_config, tiny_config_in):
-    with pytest.raises(ValueError, match=r"adapter.r was 4, is 8.*optimizer.lr was 0.01, is 0.02"):
-        train(tiny_config_in(trained_config().output_dir, "adapter.r=8", "optimizer.lr=0.02"))
-
-
-def test_settings_that_change_no_number_may_differ(tiny_config, monkeypatch):
-    train_and_die_after(tiny_config(), 6, monkeypatch)
-    result = train(tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other"))
-    assert result["updates"] == 12
-
-
-def test_other_rows_under_the_same_name_are_refused(tiny_config, write_jsonl, monkeypatch):
-    rows = [{"prompt": f"{number} is", "completion": f" number {number}"} for number in range(40)]
-    path = write_jsonl("rows.jsonl", rows)
-    settings = ["data=jsonl", f"data.train_files=[{path}]", "data.eval_rows=8"]
-    train_and_die_after(tiny_config(*settings), 6, monkeypatch)
-    write_jsonl("rows.jsonl", rows[::-1])
-    with pytest.raises(ValueError, match="training rows are not those of"):
-        train(tiny_config(*settings))
-
-
 def test_two_runs_on_one_folder_are_refused(tiny_config):
     config = tiny_config()
     with RunFolder(folder_of(config), {}), pytest.raises(ValueError, match="another run is writing to"):
@@ -172,7 +151,7 @@ def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(t
             train(tiny_config(*settings))
     assert (folder_of(config) / "checkpoints" / "4").is_dir()
     assert len(metrics_of(config)) == 8
-    train(config)
+    train(tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other"))  # change no number
     assert not list(folder_of(config).rglob(".writing-*"))
 
 

@@ -177,10 +177,9 @@ def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
     best = min(evaluations, key=evaluations.get)
     assert (result["best_update"], result["best_perplexity"]) == (best, evaluations[best])
     folder = folder_of(config)
-    assert json.loads((folder / "best" / "metrics.json").read_text())["update"] == best
-    checkpoint = folder / "checkpoints" / str(best) / "adapter_model.safetensors"
-    if best:
-        assert (folder / "best" / "adapter_model.safetensors").read_bytes() == checkpoint.read_bytes()
+    assert json.loads((folder / "best" / "metrics.json").read_text())["update"] == best > 0
+    kept = [place / "adapter_model.safetensors" for place in (folder / "best", folder / "checkpoints" / str(best))]
+    assert kept[0].read_bytes() == kept[1].read_bytes()
 
 
 def test_a_loss_that_is_not_finite_names_update_and_rows_and_keeps_the_checkpoint(tiny_config, monkeypatch):
@@ -249,15 +248,6 @@ def test_gradient_checkpointing_changes_nothing(trained_config, tiny_config):
     plain, recomputed = trained_config(), tiny_config("model.gradient_checkpointing=true")
     train(recomputed)
     assert adapter_bytes(plain) == adapter_bytes(recomputed)
-
-
-def test_only_the_chosen_layers_are_adapted_and_counted(tiny_config, capsys):
-    config = tiny_config("adapter.layers=[1]", "adapter.target_modules=all-linear", "train.max_updates=1")
-    train(config)
-    names = json.loads((folder_of(config) / "spectrum.json").read_text())
-    assert len(names) == 7
-    assert all(name.startswith("model.layers.1.") for name in names)
-    assert "down_proj: 1 of 2 layers" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_is_named(tiny_config_in, tmp_path):
