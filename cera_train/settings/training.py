@@ -136,7 +136,7 @@ class TrainConfig:
             choices = ", ".join(known_tasks())
             require(name in known_tasks(), f"train.tasks=[{name}]: there is no such task: choose from {choices}.")
             require(self.tasks.count(name) == 1, f"train.tasks names {name} twice: keep one.")
-        self.task_settings = settings = self.task_settings or {}
+        settings = self.task_settings or {}
         require(isinstance(settings, dict), f"train.task_settings={settings}: expected {{gsm8k: {{limit: 100}}}}.")
         for name, changes in settings.items():
             place = f"train.task_settings.{name}={changes}"
@@ -152,7 +152,7 @@ class TrainConfig:
 
     def changes_of_task(self, name: str) -> dict[str, Any]:
         """The settings of a task that differ from its file."""
-        return {"limit": self.tasks_limit} | self.task_settings.get(name, {})
+        return {"limit": self.tasks_limit} | (self.task_settings or {}).get(name, {})
 
 
 @dataclass

@@ -33,25 +33,19 @@ if TYPE_CHECKING:
     from cera_train.training.session import Session
 
 
-def print_extension(session: Session) -> None:
-    """Where `train.extend` resumes a finished run. A schedule follows from the number of updates, so the learning rate
-    may jump there."""
-    if not session.team.is_main or (result := session.folder.result()) is None:
-        return
-    done, updates, optimizer, end = session.progress.update, session.updates, session.config.optimizer, result.updates
-    before, now = learning_rate(optimizer, end - 1, end), learning_rate(optimizer, done, updates)
-    steps = f"{session.folder.path} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"
-    print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
-
-
 def print_start(session: Session) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
     if not session.team.is_main:
         return
     config, team, loss = session.config, session.team, session.local_loss
-    done, batch_size = session.progress.update, config.train.batch_size
+    folder, done, updates = session.folder.path, session.progress.update, session.updates
+    if (end := session.extended_from) is not None:
+        # A schedule follows from the number of updates, so the rate may jump.
+        before, now = learning_rate(config.optimizer, end - 1, end), learning_rate(config.optimizer, done, updates)
+        steps = f"{folder} from update {done:,} to {updates:,}, learning rate {now:.2g} ({before:.2g} before)"
+        print_line("extend", f"{steps}; ends/{end} keeps the run as it ended")
     already = f", {done:,} done" if done else ""
-    print_line("run", f"{session.folder.path}, {session.updates:,} updates of {batch_size} sequences{already}")
+    print_line("run", f"{folder}, {updates:,} updates of {config.train.batch_size} sequences{already}")
     quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
     frozen = session.total_count - session.trainable_count
     print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {frozen:,} parameters")

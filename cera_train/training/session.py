@@ -145,6 +145,7 @@ class Session:
                 f"train.resume={resume_from} leaves nothing to do: this run ends at update {self.updates:,}. Set a "
                 "larger train.max_updates or train.epochs."
             )
+        self.extended_from: int | None = None  # the last update of the run that `train.extend` makes longer
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=team.is_main)
         self.interruption = Interruption()
@@ -162,7 +163,8 @@ class Session:
         folder, done = self.folder, self.progress.update
         if not self.team.is_main:
             return
-        if folder.result() is not None:  # by train.extend: else there would be nothing to begin
+        if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
+            self.extended_from = result.updates
             keep_end(folder.path)
         folder.rewind(done if self.resumes_here else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}

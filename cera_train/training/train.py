@@ -85,7 +85,6 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Path | None:
 def run(session: Session) -> dict[str, Any]:
     """Trains from the first update, or the one after the checkpoint, to the last."""
     config, progress = session.config.train, session.progress
-    console.print_extension(session)
     session.begin()
     console.print_start(session)
     prove_coverage(session)

@@ -179,7 +179,7 @@ def model_with_code(tmp_path, tiny_folder, marker, monkeypatch) -> str:
 def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
     load_tokenizer(ModelConfig(path=model_with_code))  # it has no code of its own
     for load in (lambda model: check_length(model, 1, "x"), lambda model: load_model(model, "cpu")):
-        with pytest.raises(ValueError, match="comes with Python code of its own"):
+        with pytest.raises(ValueError, match="trust the Python code that comes with"):
             load(ModelConfig(path=model_with_code, dtype="float32"))
     assert not marker.exists()
     check_length(ModelConfig(path=model_with_code, trust_remote_code=True), 1, "x")
@@ -194,7 +194,7 @@ def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model
             find_subject(evaluation(folder))
         assert find_subject(evaluation(folder, trust_remote_code=True)).model == own
     adapter = write_adapter(tmp_path / "download", model_with_code)
-    with pytest.raises(ValueError, match="comes with Python code of its own"):
+    with pytest.raises(ValueError, match="trust the Python code that comes with"):
         load_model(find_subject(evaluation(adapter)).model, "cpu")
     assert not marker.exists()
     assert find_subject(evaluation(adapter, trust_remote_code=True)).model.trust_remote_code
