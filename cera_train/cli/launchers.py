@@ -51,7 +51,7 @@ class MissingJobs:
         sweep, returns = Path(self.config.hydra.sweep.dir), {}
         record = SweepRecord.read(sweep / RECORD)
         for number, overrides in enumerate(job_overrides):
-            status = job_status(sweep, job_name(overrides, record.swept), metric=record.best_by)
+            status = job_status(sweep, job_name(overrides, record.swept), metric=record.metric)
             if status.is_over:
                 value = status.value if status.state == State.finished else None  # a diverged job returned none
                 returns[number] = JobReturn(status=JobStatus.COMPLETED, _return_value=value)
@@ -135,7 +135,7 @@ def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConf
             raise
     finally:
         handle_signals(keep_process)
-        status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).best_by)
+        status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).metric)
         write_line(status.state, f"{job.name}: {status.outcome}")
 
 

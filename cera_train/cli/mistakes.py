@@ -58,7 +58,6 @@ data.eval_files            eval_file validation_file
 data.train_rows            max_train_samples max_samples
 data.eval_rows             max_eval_samples val_set_size
 generation.batch_tokens    per_device_eval_batch_size eval_batch_size
-hub.push                   push_to_hub hub_model_id
 launch.processes           num_processes nproc_per_node num_gpus devices
 distributed.strategy       fsdp deepspeed ddp
 model.path                 model_name_or_path model_name base_model

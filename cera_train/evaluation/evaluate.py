@@ -33,7 +33,7 @@ from cera_train.model.weights import fingerprint, load_model, load_tokenizer
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import EvaluationFolder, Key, Problem, append_answers
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, SpectrumSummary
+from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import Dtype
@@ -169,7 +169,7 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
     answers, _ = folder.answers()
     folder.finish_answers(answers[key] for key in keys)
     graded = grade(evaluation.task, config, folder)
-    return replace(graded, tokens_per_s=tokens_per_s, peak_memory_bytes=peak_memory(accelerator.device))
+    return graded.replace(tokens_per_s=tokens_per_s, peak_memory_bytes=peak_memory(accelerator.device))
 
 
 def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key], file: TextIO) -> float:
@@ -217,8 +217,7 @@ def grade(task: AnswerTask, config: EvalConfig, folder: EvaluationFolder) -> Acc
     missing = len(problems) * config.generation.samples - len(answers)
     if not missing:
         folder.write_grades(grades)
-    return replace(
-        score(task, list(problems.values()), answers, grades),
+    return score(task, list(problems.values()), answers, grades).replace(
         task=config.folder_name,
         kind=config.task.kind,
         problems=len(problems),
@@ -242,7 +241,7 @@ def grade_again(path: Path, grading_seconds: float) -> dict[str, Any]:
         for line in broken:
             print_line("note", f"{line} and left out; the evaluation's command answers it again.")
         before, graded = folder.result() or AccuracyResult(), grade(task, config, folder)
-        result = replace(graded, tokens_per_s=before.tokens_per_s, peak_memory_bytes=before.peak_memory_bytes)
+        result = graded.replace(tokens_per_s=before.tokens_per_s, peak_memory_bytes=before.peak_memory_bytes)
         if result.missing:
             print_line("note", f"{result.missing} answers are missing: the scores leave them out.")
         else:
@@ -280,10 +279,9 @@ def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
         if task.has_spectra:
             metrics = spectrum_metrics(held_out.spectra())
             shown = {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
-            result.spectrum = SpectrumSummary.from_json(shown, "spectra")
-            result.details = {name: value for name, value in shown.items() if name not in SpectrumSummary.all_keys()}
+            result = result.replace(**{name: value for name, value in shown.items() if value is not None})
     seconds = time.perf_counter() - started
-    return replace(result, seconds=seconds, peak_memory_bytes=peak_memory(accelerator.device))
+    return result.replace(seconds=seconds, peak_memory_bytes=peak_memory(accelerator.device))
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
@@ -314,7 +312,7 @@ def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:
         label = accuracy.key.replace("/", " ") if is_sampled else accuracy.grader
         lines[label] = f"{accuracy.value:.1%}  ({sure})"
     lines |= task.lines(result.details)
-    if shares := result.endings.by_name:
+    if shares := result.endings:
         lines["answers"] = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
     lines |= {"no answer": f"{result.no_answer:,}", "grader failed": f"{result.grader_failures:,}"}
     if result.tokens_per_s:

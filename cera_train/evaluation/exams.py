@@ -33,9 +33,8 @@ from cera_train.evaluation.tasks.task import AnswerTask, load_problems, named_ta
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
-from cera_train.runs.lines import describe_tasks
 from cera_train.runs.outcomes import GradedProblem
-from cera_train.runs.results import Sample
+from cera_train.runs.results import Sample, describe_tasks
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.run import Config

@@ -16,7 +16,7 @@ import resource
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pebble
@@ -33,7 +33,7 @@ from cera_train.runs.results import (
     WRONG,
     Accuracy,
     AccuracyResult,
-    EndingShares,
+    ending_shares,
 )
 
 MEMORY_LIMIT = 2**30  # bytes beyond a process's imports, ten times what math-verify needs for honest answers
@@ -52,7 +52,7 @@ def grade_all(
     if task.is_verified:
         grades = verify(problems, answers, grades, seconds)
     return [
-        replace(grade, ending=ending_of(task, problems[grade.problem], answer, grade))
+        grade.replace(ending=ending_of(task, problems[grade.problem], answer, grade))
         for answer, grade in zip(answers, grades, strict=True)
     ]
 
@@ -95,7 +95,7 @@ def verify(
     verified = []
     for grade in grades:
         verdict = Verdict(True) if grade.exact else next(verdicts)
-        verified.append(replace(grade, verified=verdict.correct, failure=grade.failure or verdict.failure))
+        verified.append(grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure))
     return verified
 
 
@@ -108,12 +108,11 @@ def score(
         for accuracy in _accuracies(grades, grader):
             figures |= accuracy.figures
     return AccuracyResult(
-        endings=EndingShares.of([grade.ending for grade in grades]),
-        details=figures,
         truncated=sum(answer.truncated for answer in answers),
         no_answer=sum(grade.answer is None for grade in grades),
         grader_failures=sum(grade.failure is not None for grade in grades),
         tokens=sum(answer.tokens for answer in answers),
+        **ending_shares([grade.ending for grade in grades]) | figures,
     )
 
 

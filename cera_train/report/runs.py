@@ -31,7 +31,6 @@ Settings = dict[str, Any]
 """A config.yaml with dotted keys."""
 
 
-@dataclass
 class KnownSettings(Record):
     """The settings that the report reads by name, of a run or of an evaluation."""
 

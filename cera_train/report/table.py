@@ -118,7 +118,7 @@ def _range(interval: tuple[float, float]) -> str:
 def _endings(run: Run, task: str) -> str:
     """The shares of the answers by how they ended."""
     result = run.evaluations[task].result if task in run.evaluations else None
-    shares = result.endings.by_name if isinstance(result, AccuracyResult) else {}
+    shares = result.endings if isinstance(result, AccuracyResult) else {}
     return " / ".join(f"{100 * share:.1f}" for share in shares.values()) + " %" if shares else ""
 
 

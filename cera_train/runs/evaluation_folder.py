@@ -6,19 +6,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import ClassVar, TextIO
 
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import finite, lock_folder, read_yaml, write_text
+from cera_train.common.files import lock_folder, read_yaml, write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.runs.recorded_config import differences, load_config
-from cera_train.runs.records import REST, Record, key, read_lines
+from cera_train.runs.records import Record, read_lines, to_lines
 from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
 from cera_train.settings.evaluation import EvalConfig
 
@@ -28,9 +28,9 @@ Key = tuple[str, int]
 EVALUATE_AGAIN = "Evaluate the run again."
 
 
-@dataclass(frozen=True)
-class Problem(Record):
-    """One problem, a line of problems.jsonl."""
+class Problem(Record, extra="allow"):
+    """One problem, a line of problems.jsonl. `details` are what the task's grading or a report needs beside the gold
+    answer."""
 
     mend: ClassVar[str] = EVALUATE_AGAIN
 
@@ -39,11 +39,8 @@ class Problem(Record):
     question: str
     prompt: str
     gold: str
-    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
-    """What the task's grading or a report needs beside the gold answer."""
 
 
-@dataclass(frozen=True)
 class Generation(Record):
     """One answer, a line of generations.jsonl."""
 
@@ -58,24 +55,22 @@ class Generation(Record):
     """Whether max_new_tokens cut it."""
 
 
-@dataclass(frozen=True)
-class Grade(Record):
+class Grade(Record, extra="allow"):
     """The grade of one answer, a line of grades.jsonl."""
 
     mend: ClassVar[str] = EVALUATE_AGAIN
 
     problem: str
     sample: int
-    answer: str | None
+    answer: str | None = None
     """What was extracted from the text; None where nothing was."""
     exact: bool
-    verified: bool | None = key("verified", write_null=True)
+    verified: bool | None = None
     """None where math-verify does not apply."""
-    failure: str | None = key("failure", write_null=True)
+    failure: str | None = None
     """Why the grader failed: a time-out, a crash."""
     ending: str | None = None
     """How the answer ended: one of ENDINGS."""
-    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
 
     @property
     def grader(self) -> str:
@@ -165,7 +160,7 @@ class EvaluationFolder:
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Records the problems; a UserError where the folder has answers to others."""
-        path, text = self.path / "problems.jsonl", _lines(problems)
+        path, text = self.path / "problems.jsonl", to_lines(problems)
         if path.exists() and self.has_begun and path.read_text() != text:
             raise UserError(
                 f"{self.path} has answers to other problems: a data file changed. Restore it, or set "
@@ -175,48 +170,44 @@ class EvaluationFolder:
 
     def answers(self) -> tuple[dict[Key, Generation], list[str]]:
         """The answers so far, and a message for each broken line: a process may die while it writes one."""
-        answers, broken = {}, []
+        answers, broken = [], []
         for path in sorted(self.path.glob("generations*.jsonl")):
-            readable, numbers = _read_answers(path)
-            answers |= {(answer.problem, answer.sample): answer for answer in readable}
-            broken += [f"{path}:{number} is broken" for number in numbers]
-        return answers, broken
+            readable, messages = _read_answers(path)
+            answers += readable
+            broken += messages
+        return {(answer.problem, answer.sample): answer for answer in answers}, broken
 
     def append_to_answers(self) -> TextIO:
         """Opens this process's file of answers for more, without its broken lines."""
         if self.process_answers.exists():
-            write_text(self.process_answers, _lines(_read_answers(self.process_answers)[0]))
+            write_text(self.process_answers, to_lines(_read_answers(self.process_answers)[0]))
         return self.process_answers.open("a")
 
     def finish_answers(self, answers: Iterable[Generation]) -> None:
         """Writes all answers, in order, into one file."""
-        write_text(self.path / "generations.jsonl", _lines(answers))
+        write_text(self.path / "generations.jsonl", to_lines(answers))
         for path in self.path.glob("generations.*.jsonl"):
             path.unlink()
 
     def write_grades(self, grades: Iterable[Grade]) -> None:
-        write_text(self.path / "grades.jsonl", _lines(grades))
+        write_text(self.path / "grades.jsonl", to_lines(grades))
 
 
 def append_answers(file: TextIO, answers: Iterable[Generation]) -> None:
     """Appends answers, which a resumed evaluation finds."""
-    file.write(_lines(answers))
+    file.write(to_lines(answers))
     file.flush()
 
 
-def _read_answers(path: Path) -> tuple[list[Generation], list[int]]:
-    """The answers of a file, and the numbers of its broken lines."""
+def _read_answers(path: Path) -> tuple[list[Generation], list[str]]:
+    """The answers of a file, and a message for each broken line."""
     answers, broken = [], []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             answers.append(Generation.from_json(json.loads(line), path))
         except (ValueError, RecursionError):
-            broken.append(number)
+            broken.append(f"{path}:{number} is broken")
     return answers, broken
-
-
-def _lines(records: Iterable[Record]) -> str:
-    return "".join(json.dumps(finite(record.to_json()), allow_nan=False) + "\n" for record in records)
 
 
 # --- a finished evaluation -------------------------------------------------------------------------------------------
@@ -237,12 +228,11 @@ class GradedAnswers:
     def grades(self) -> dict[str, list[Grade]]:
         """By problem, one for each sample."""
         grades: dict[str, list[Grade]] = {name: [] for name in self.problems}
-        if not grades:
-            raise UserError(f"{self.folder} has no problems. {EVALUATE_AGAIN}")
         for grade in read_lines(self.folder / "grades.jsonl", Grade):
             if grade.problem in grades:
                 grades[grade.problem].append(grade)
-        if ungraded := sum(not answers for answers in grades.values()):
+        ungraded = sum(not answers for answers in grades.values())
+        if ungraded or not grades:
             raise UserError(
                 f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
                 f"grade the answers again with cera-eval grade={self.folder}."

@@ -3,7 +3,7 @@
 Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and samples.jsonl: they
 grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is
 all that resuming needs; where its checksums reveal damage, the run goes on from the one before. One process writes,
-locked.
+locked. `train.extend` moves the end of a finished run to ends/UPDATE, which is a run's folder without checkpoints.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import yaml
+from pydantic import Field
 from torch import nn
 from torch.amp import GradScaler
 
@@ -35,19 +36,23 @@ from cera_train.common.trust import redact_tree
 from cera_train.data.order import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
-from cera_train.runs.extension import LENGTH, check_extension, ends
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
-from cera_train.runs.recorded_config import differences
+from cera_train.runs.recorded_config import LENGTH, differences
 from cera_train.runs.records import Record
 from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, RunResult, Sample
 from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config
 
+STAYS = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
+"""Files of which ends/UPDATE gets copies: the run goes on with them."""
+
+ENDS_RUN = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png", "result.json")
+"""Files that move to ends/UPDATE. While result.json, the last, is there, the move is not over."""
+
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
 
 
-@dataclass
 class Progress(Record):
     """What resuming needs beside adapter and optimizer.
 
@@ -64,7 +69,7 @@ class Progress(Record):
     perplexity: float | None = None  # at the last evaluation
     best_perplexity: float | None = None
     best_update: int = 0
-    tasks: dict[str, float] = field(default_factory=dict)  # at the last evaluation that had any
+    tasks: dict[str, float] = Field(default_factory=dict)  # at the last evaluation that had any
     evaluations_since_best: int = 0
     evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
 
@@ -128,14 +133,12 @@ class RunFolder:
 
     def result(self) -> RunResult | None:
         """The result of a finished run."""
-        path = self.path / "result.json"
-        return RunResult.read(path) if path.exists() else None
+        return RunResult.find(self.path / "result.json")
 
     def standing_result(self) -> RunResult | None:
         """The result of a finished run that `train.extend` does not make longer."""
-        result = self.result()
-        is_extended = result is not None and self.config["train"]["extend"] and self._differences(self.path)
-        return None if is_extended else result
+        is_extended = self.config["train"]["extend"] and self._differences(self.path)
+        return None if is_extended else self.result()
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
@@ -148,11 +151,12 @@ class RunFolder:
         damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
             damage = files.find_damage(checkpoint)
-            if damage is None:
-                if damaged and self.is_main:
-                    print_line("damaged", f"{'; '.join(damaged)}. Going on from {checkpoint}.")
-                return checkpoint
-            damaged.append(f"{checkpoint} ({damage})")
+            if damage is not None:
+                damaged.append(f"{checkpoint} ({damage})")
+                continue
+            if damaged and self.is_main:
+                print_line("damaged", f"{'; '.join(damaged)}. Going on from {checkpoint}.")
+            return checkpoint
         if damaged:
             raise UserError(
                 f"every checkpoint is damaged: {'; '.join(damaged)}. Restore one of them, or start anew with "
@@ -169,40 +173,49 @@ class RunFolder:
         if resume == "auto":
             if self.checkpoints() or self.result() is not None:
                 self.check_same_config()
-            return
-        if self.result() is not None or (resume == "never" and ends(self.path)):
+        elif self.result() is not None or (resume == "never" and ends(self.path)):
             raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
-        if resume == "never":
-            return
-        checkpoint = Path(resume)
-        if not (checkpoint / "progress.json").is_file():
-            raise UserError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
-        if self.holds(checkpoint):
-            self.check_same_config()
-        else:
-            self.check_compatible(checkpoint)
+        elif resume != "never":
+            checkpoint = Path(resume)
+            if not (checkpoint / "progress.json").is_file():
+                raise UserError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
+            self.check_same_config() if self.holds(checkpoint) else self.check_compatible(checkpoint)
 
     def check_same_config(self) -> None:
         """Raises UserError where the folder was begun with a config that changes the result, unless `train.extend`
         makes it longer and nothing else."""
-        different, checkpoint = self._differences(self.path), self.checkpoints()[-1:]
-        if not different:
-            return
-        is_longer = different.keys() <= set(LENGTH) and bool(checkpoint)
-        if is_longer and self.config["train"]["extend"]:
-            check_extension(self.path, self.config["train"], self._is_out_of_patience(*checkpoint))
-            return
-        mend = "Choose another name=..., or set these back to go on with it."
-        if different.keys() & set(LENGTH):
-            here = "add train.extend=true, or " if is_longer and self.result() is not None else ""
-            mend = "Its result stands. " if here else ""
-            longer = f"train.resume={checkpoint[0]} name=NEW" if checkpoint else "another name"
-            mend += f"To train longer, {here}go on from its checkpoint in a new folder: {longer}."
-        raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
+        different, checkpoints = self._differences(self.path), self.checkpoints()
+        is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
+        if different and is_longer and self.config["train"]["extend"]:
+            self.check_extension(checkpoints[-1])
+        elif different:
+            longer = f"train.resume={checkpoints[-1]} name=NEW" if checkpoints else "another name"
+            extend = "add train.extend=true once it is finished, or " if is_longer else ""
+            mend = "Choose another name=..., or set these back to go on with it."
+            if different.keys() & set(LENGTH):
+                mend += f" To train longer, {extend}go on from its checkpoint in a new folder: {longer}."
+            raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
 
-    def _is_out_of_patience(self, checkpoint: Path) -> bool:
-        path = checkpoint / "progress.json"
-        return path.is_file() and Progress.read(path).out_of_patience(self.config["train"]["patience"])
+    def check_extension(self, checkpoint: Path) -> None:
+        """Raises UserError where `train.extend` has nothing to extend. `checkpoint` is the last."""
+        train, progress = self.config["train"], checkpoint / "progress.json"
+        finished = self.path if (self.path / "result.json").is_file() else next(reversed(ends(self.path)), None)
+        if finished is None:
+            raise UserError(
+                f"train.extend=true is for a finished run: let the command that began {self.path} finish it first."
+            )
+        if progress.is_file() and Progress.read(progress).out_of_patience(train["patience"]):
+            raise UserError(
+                f"train.extend=true: {self.path} stopped by train.patience={train['patience']}, and so would a longer "
+                "run. Go on in a new folder, with train.resume=CHECKPOINT name=NEW and another patience."
+            )
+        end = RunResult.read(finished / "result.json", needs=["updates", "epochs"])
+        updates = train["max_updates"] or train["epochs"] * round(end.updates / end.epochs)
+        if updates <= end.updates:
+            raise UserError(
+                f"train.extend=true: {self.path} ended at update {end.updates:,}, and train.epochs={train['epochs']} "
+                f"train.max_updates={train['max_updates']} is {updates:,}: set more."
+            )
 
     def check_compatible(self, checkpoint: Path) -> None:
         """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""
@@ -288,7 +301,7 @@ class RunFolder:
                 os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(moments, file)
-            (folder / "progress.json").write_text(json.dumps(asdict(progress) | {"data_digest": data_digest}))
+            (folder / "progress.json").write_text(json.dumps(progress.model_dump() | {"data_digest": data_digest}))
             (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
             files.write_checksums(folder)
 
@@ -314,6 +327,27 @@ class RunFolder:
             write_more(part)
 
         files.write_folder(self.path / name, write)
+
+
+def ends(run: Path) -> list[Path]:
+    """Folders of the earlier ends of a run, oldest first."""
+    folders = [path for path in (run / "ends").glob("[0-9]*") if (path / "result.json").is_file()]
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def keep_end(run: Path) -> None:
+    """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it was interrupted, another
+    call completes it."""
+    end = run / "ends" / str(RunResult.read(run / "result.json", needs=["updates"]).updates)
+    end.mkdir(parents=True, exist_ok=True)
+    for name in STAYS:
+        if (run / name).is_file():
+            files.write_bytes(end / name, (run / name).read_bytes())
+    for name in ENDS_RUN:
+        if (run / name).exists():
+            (run / name).rename(end / name)
+    files.sync(end)
+    files.sync(run)
 
 
 def _is_whole(line: bytes) -> bool:
@@ -360,5 +394,5 @@ def environment(
         base_fingerprint=base_fingerprint,
         rows=rows,
         updates=updates,
-        details={"precision": asdict(precision)},
+        precision=asdict(precision),
     )

@@ -3,7 +3,6 @@ update and after the last, and how each answer to its tasks ended. Imports no to
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import write_bytes, write_text
-from cera_train.runs.records import RESTORE, Record, read_lines
+from cera_train.runs.records import RESTORE, Record, read_lines, to_lines
 from cera_train.runs.results import ENDINGS
 
 if TYPE_CHECKING:
@@ -74,14 +73,13 @@ def read_losses(run: Path) -> tuple[TokenLosses | None, TokenLosses]:
     """The losses before the first update and after the last. The first are None for a run that went on from another
     run's checkpoint."""
     before, after = run / LOSSES_BEFORE, run / LOSSES_AFTER
-    _require(after, "let the command that began the run finish it; a run of an earlier version has to be trained again")
+    _require(after, "let the command that began the run finish it")
     return TokenLosses.read(before) if before.is_file() else None, TokenLosses.read(after)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class GradedProblem(Record):
     """The answers to one problem."""
 
@@ -96,7 +94,7 @@ class GradedProblem(Record):
 def write_grades(run: Path, task: str, problems: Sequence[GradedProblem]) -> None:
     path = run / GRADES / f"{task}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    write_text(path, "".join(json.dumps(problem.to_json()) + "\n" for problem in problems))
+    write_text(path, to_lines(problems))
 
 
 def read_grades(run: Path, task: str) -> list[GradedProblem]:

@@ -12,6 +12,9 @@ from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.trust import escape_interpolations, redact_tree
 from cera_train.settings.run import Config
 
+LENGTH = ("train.epochs", "train.max_updates")
+"""The settings that `train.extend` may change."""
+
 AUTO = "auto"
 """Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
 

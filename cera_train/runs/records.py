@@ -1,94 +1,71 @@
-"""Dataclasses that are JSON objects of a file. pydantic checks what is read, and is imported only then.
-
-A field stands for one key of the file: its name, or `key("eval/perplexity")` where the two differ, so that no other
-module spells a key. None means "not measured": a missing key reads as None, and None is not written unless the field
-has no default. A field whose type is a record has its keys in the same object; one with the metadata `REST` takes all
-keys that are left.
-"""
+"""JSON objects of a file as pydantic models: a field has the name of its key, or `key("eval/perplexity")`, so that no
+other module spells a key. None stands for "not measured"."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
 from cera_train.common.errors import UserError, words_of
-from cera_train.common.files import read_json, write_text
+from cera_train.common.files import finite, read_json, write_text
 from cera_train.common.trust import redact_tree
 
 RESTORE = "Restore it, or leave its folder out."
 
-REST = {"is_rest": True}
-"""Metadata of a field that takes the keys that no other field takes."""
+
+def key(name: str) -> Any:
+    """A field under another name in the file, None by default."""
+    return Field(default=None, alias=name)
 
 
-def key(name: str, *, write_null: bool = False) -> Any:
-    """A field under another name in the file. `write_null` writes None as null instead of leaving the key out."""
-    return dataclasses.field(default=None, metadata={"key": name, "write_null": write_null})
+class Record(BaseModel):
+    """One JSON object of a file. A subclass with `extra="allow"` keeps the keys of no field in `details`."""
 
-
-class Record:
-    """A dataclass that is one JSON object of a file."""
-
+    model_config = ConfigDict(strict=True, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
     mend: ClassVar[str] = RESTORE  # what to do about a broken file
+
+    def __init__(self, *values: Any, **others: Any) -> None:
+        """Takes values in the order of the fields, and by name, as a dataclass does."""
+        super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **others)
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The keys that belong to no field."""
+        return self.model_extra or {}
 
     @classmethod
     def from_json(cls, tree: Any, where: Path | str) -> Self:
         """The record in a JSON object. `where` is its file, or FILE:LINE, for messages."""
-        if not isinstance(tree, dict):
-            raise UserError(f"{where} is broken: expected names and values, got {str(tree)[:40]!r}. {cls.mend}")
-        keys, values = cls.all_keys(), {}
-        for field in dataclasses.fields(cls):
-            hint, name = _hints(cls)[field.name], cls.key_of(field.name)
-            if _is_record(hint):
-                values[field.name] = hint.from_json(tree, where)
-            elif "is_rest" in field.metadata:
-                values[field.name] = {other: value for other, value in tree.items() if other not in keys}
-                for other, value in values[field.name].items():
-                    cls._check(other, value, typing.get_args(hint)[1], where)
-            elif name in tree:
-                cls._check(name, tree[name], hint, where)
-                values[field.name] = tree[name]
-            elif field.default is dataclasses.MISSING:
-                raise UserError(f"{where} is broken: it has no {name}. {cls.mend}")
-        return cls(**values)
-
-    @classmethod
-    def _check(cls, name: str, value: Any, hint: Any, where: Path | str) -> None:
-        if not fits(value, hint):
-            raise UserError(f"{where} is broken: its {name} is {str(value)[:40]!r}. {cls.mend}")
+        try:
+            return cls.model_validate(tree)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            place = ".".join(map(str, problem["loc"])) or "the whole"
+            got = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:40]!r}"
+            raise UserError(f"{where} is broken: {place}: {problem['msg']}{got}. {cls.mend}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object, in the order of the fields."""
-        tree: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Record):
-                tree |= value.to_json()
-            elif "is_rest" in field.metadata:
-                tree |= value
-            elif value is not None or field.default is dataclasses.MISSING or field.metadata.get("write_null"):
-                tree[self.key_of(field.name)] = value
-        return tree
+        """The JSON object: the keys that were given, in the order of the fields."""
+        return self.model_dump(exclude_unset=True) | self.details
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values of some fields."""
+        return self.model_copy(update=changes)
 
     @classmethod
-    @functools.cache
-    def all_keys(cls) -> frozenset[str]:
-        """The keys of the file that belong to a field without `REST`."""
-        keys: set[str] = set()
-        for field in dataclasses.fields(cls):
-            hint = _hints(cls)[field.name]
-            keys |= hint.all_keys() if _is_record(hint) else {cls.key_of(field.name)} - {"is_rest" in field.metadata}
-        return frozenset(keys)
-
-    @classmethod
-    def key_of(cls, attribute: str) -> str:
+    def key_of(cls, field: str) -> str:
         """The key of a field in the file."""
-        return cls.__dataclass_fields__[attribute].metadata.get("key", attribute)
+        return cls.model_fields[field].alias or field
+
+    @classmethod
+    def all_keys(cls) -> set[str]:
+        """The keys of all fields."""
+        return set(map(cls.key_of, cls.model_fields))
 
     @classmethod
     def read(cls, path: Path, needs: Sequence[str] = ()) -> Self:
@@ -100,16 +77,21 @@ class Record:
 
     @classmethod
     def find(cls, path: Path) -> Self | None:
-        """The record in a file; None where there is none."""
+        """The record in a file, if there is one."""
         return cls.read(path) if path.exists() else None
 
     def write(self, path: Path) -> None:
-        """Writes the file whole, without secrets."""
-        write_text(path, json.dumps(redact_tree(self.to_json()), indent=2) + "\n")
+        """Writes the file whole, without secrets. Infinity and NaN become null."""
+        write_text(path, json.dumps(redact_tree(finite(self.to_json())), indent=2, allow_nan=False) + "\n")
+
+
+def to_lines(records: Iterable[Record]) -> str:
+    """The text of a file with one record on each line."""
+    return "".join(json.dumps(finite(record.to_json()), allow_nan=False) + "\n" for record in records)
 
 
 def read_lines(path: Path, kind: type[Record]) -> list[Any]:
-    """The records in a file with one JSON object on each line."""
+    """The records in a file with one on each line."""
     return [kind.from_json(tree, place) for place, tree in read_trees(path, kind.mend)]
 
 
@@ -133,9 +115,7 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has a type, strictly: true is no number, and "1" is none."""
-    from pydantic import ValidationError
-
+    """Whether a JSON value has a type, strictly: neither true nor "1" is a number."""
     try:
         _type_adapter(hint).validate_python(value, strict=True)
     except ValidationError:
@@ -144,16 +124,5 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 @functools.cache
-def _type_adapter(hint: Any) -> Any:
-    from pydantic import TypeAdapter
-
+def _type_adapter(hint: Any) -> TypeAdapter:
     return TypeAdapter(hint)
-
-
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _is_record(hint: Any) -> bool:
-    return isinstance(hint, type) and issubclass(hint, Record)

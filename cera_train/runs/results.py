@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import finite, read_json, write_text
-from cera_train.runs.records import REST, RESTORE, Record, fits, key, read_trees
+from cera_train.common.files import read_json, write_text
+from cera_train.common.terminal import duration
+from cera_train.runs.records import RESTORE, Record, fits, key, read_trees
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class SpectrumSummary(Record):
     """The spectra of all adapted modules in eight numbers, and the mean of the learned mix."""
 
@@ -37,15 +37,28 @@ class SpectrumSummary(Record):
     gamma: float | None = key("adapter/gamma")
 
 
-@dataclass
-class RunResult(Record):
+class MeasuredAdapter(Record, extra="allow"):
+    """A record with the figures of an adapter beside its own: spectra, and TASK/FIGURE such as gsm8k/exact."""
+
+    __pydantic_extra__: dict[str, float | None]
+
+    @property
+    def spectrum(self) -> SpectrumSummary:
+        return SpectrumSummary.from_json(self.details, "spectra")
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        """The figures of `train.tasks`."""
+        return {name: value for name, value in self.details.items() if is_task_figure(name) and value is not None}
+
+
+class RunResult(MeasuredAdapter):
     """result.json of a run, written last: a folder that has it is finished."""
 
     perplexity: float | None = key("eval/perplexity")  # after the last update
     perplexity_before: float | None = None  # before the first update: as a rule, that of the untouched base model
     best_perplexity: float | None = None
     best_update: int | None = None
-    spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
     adapter_kind: str | None = None
     adapter_r: int | None = None
     trainable_parameters: int | None = None
@@ -57,21 +70,18 @@ class RunResult(Record):
     seconds: float | None = None  # time spent in updates
     peak_memory_bytes: float | None = None
     folder: str | None = None
-    tasks: dict[str, float] = field(default_factory=dict, metadata=REST)
-    """TASK/FIGURE, such as gsm8k/exact: the figures of `train.tasks` after the last update."""
 
 
 def is_task_figure(name: str) -> bool:
     """Whether a key of result.json is a figure of a task."""
-    return "/" in name and name not in RunResult.all_keys()
+    return "/" in name and name not in RunResult.all_keys() | SpectrumSummary.all_keys()
 
 
 DIVERGED = "diverged.txt"
 """In the folder of a run whose loss became infinite: its error. Such a run has no result.json."""
 
 
-@dataclass
-class Environment(Record):
+class Environment(Record, extra="allow"):
     """environment.json: the command, the versions and the machine of a run."""
 
     command: list[Any] | None = None
@@ -84,7 +94,6 @@ class Environment(Record):
     base_fingerprint: str | None = None  # tells base models of one shape apart
     rows: dict[str, str] | None = None  # digests of the training and the held-out tokens
     updates: int | None = None  # updates of the whole run
-    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
 
     @property
     def command_line(self) -> str | None:
@@ -93,8 +102,7 @@ class Environment(Record):
             return None
         first, *others = map(str, self.command)
         program = Path(first).name
-        start = ["python", "-m", "cera_train"] if program == "__main__.py" else [program]
-        return shlex.join([*start, *others])
+        return shlex.join([*(["python", "-m", "cera_train"] if program == "__main__.py" else [program]), *others])
 
     @property
     def machine(self) -> str | None:
@@ -106,21 +114,21 @@ class Environment(Record):
         return f"{device}, {processes} process{'es' * (processes != 1)}"
 
 
-@dataclass
 class ModuleSpectrumRecord(Record):
     """One adapted module in spectrum.json."""
 
-    effective_rank: float | None = None
-    manifold_dimension: int | None = None
-    dead_units: float | None = key("dead_units", write_null=True)
-    singular_values: list[float] | None = None  # singular values of the centred branch output, descending
-    linear_share: float | None = None  # of its variance, what an affine map of A x explains
-    gamma: float | None = None  # the share of the gate; None unless it is learned
+    effective_rank: float
+    manifold_dimension: int
+    dead_units: float | None = None  # None without a gate
+    singular_values: list[float] | None = None  # of the centred branch output, descending
+    linear_share: float | None = None
+    gamma: float | None = None
 
 
 def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
-    """spectrum.json by module name."""
-    modules = {name: ModuleSpectrumRecord.from_json(tree, path) for name, tree in read_json(path).items()}
+    """spectrum.json by module name; empty where there is none."""
+    trees = read_json(path) if path.is_file() else {}
+    modules = {name: ModuleSpectrumRecord.from_json(tree, path) for name, tree in trees.items()}
     for name, module in modules.items():
         if not module.singular_values:
             raise UserError(f"{path} is broken: module {name[:60]!r} has no singular values. {RESTORE}")
@@ -148,7 +156,6 @@ LOGS = ("metrics.jsonl", "spectra.jsonl", "samples.jsonl")
 """Files that grow by lines, each with the number of its update."""
 
 
-@dataclass
 class UpdateMetrics(Record):
     """The line of one update."""
 
@@ -162,28 +169,24 @@ class UpdateMetrics(Record):
     seconds: float | None = key("train/seconds")  # time spent in updates so far
 
 
-@dataclass
-class EvaluationMetrics(Record):
+class EvaluationMetrics(MeasuredAdapter):
     """The line of one evaluation during training; also best/metrics.json."""
 
     update: int
     epoch: int | None = None
     loss: float | None = key("eval/loss")
     perplexity: float | None = key("eval/perplexity")
-    spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
-    tasks: dict[str, float] = field(default_factory=dict, metadata=REST)
 
 
-@dataclass
 class Sample(Record):
     """An answer during training, a line of samples.jsonl."""
 
     update: int
-    task: str | None  # None: the prompt of an evaluation row, which no task grades
+    task: str | None = None  # None: the prompt of an evaluation row, which no task grades
     prompt: str
     answer: str  # as the model wrote it
     gold: str
-    exact: bool | None = key("exact", write_null=True)
+    exact: bool | None = None
 
 
 @dataclass
@@ -198,20 +201,19 @@ class Metrics:
         return max((line.update for line in (*self.updates, *self.evaluations)), default=0)
 
     def so_far(self) -> RunResult:
-        """The figures of an unfinished run: those of its last evaluation and its last update."""
-        result = RunResult()
-        if self.evaluations:
-            result.perplexity, result.spectrum = self.evaluations[-1].perplexity, self.evaluations[-1].spectrum
-            result.tasks = next((line.tasks for line in reversed(self.evaluations) if line.tasks), {})
-        if self.updates:
-            result.tokens_per_s, result.seconds = self.updates[-1].tokens_per_s, self.updates[-1].seconds
-        return result
+        """The figures of an unfinished run, the latest of each."""
+        figures: dict[str, Any] = {}
+        for line in self.evaluations:
+            figures |= line.details | {"perplexity": line.perplexity}
+        for line in self.updates[-1:]:
+            figures |= {"tokens_per_s": line.tokens_per_s, "seconds": line.seconds}
+        return RunResult(**figures)
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The metrics of a run, which may still be running."""
+    """The metrics of a run, which may still be running; empty where there are none."""
     metrics = Metrics()
-    for place, tree in read_trees(path, may_break_off=True):
+    for place, tree in read_trees(path, may_break_off=True) if path.is_file() else ():
         line = metrics_line(tree, place)
         (metrics.evaluations if isinstance(line, EvaluationMetrics) else metrics.updates).append(line)
     return metrics
@@ -235,14 +237,12 @@ class RunFiles:
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Reads the files that are there."""
-        readers = {
-            "result.json": RunResult.read,
-            "metrics.jsonl": read_metrics,
-            "spectrum.json": read_spectrum,
-            "environment.json": Environment.read,
-        }
-        there = {name: read for name, read in readers.items() if (folder / name).is_file()}
-        return cls(**{Path(name).stem: read(folder / name) for name, read in there.items()})
+        return cls(
+            RunResult.find(folder / "result.json"),
+            read_metrics(folder / "metrics.jsonl"),
+            read_spectrum(folder / "spectrum.json"),
+            Environment.find(folder / "environment.json") or Environment(),
+        )
 
     @property
     def figures(self) -> RunResult:
@@ -257,40 +257,10 @@ ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = "right", "wrong", "loop", "
 """How an answer ended, so that failures are told apart; `ending_of` decides."""
 
 
-@dataclass
-class EndingShares(Record):
-    """The share of an evaluation's answers that ended in each way."""
-
-    right: float | None = key("ending/right")
-    wrong: float | None = key("ending/wrong")
-    loop: float | None = key("ending/loop")
-    truncated: float | None = key("ending/truncated")
-    collapsed: float | None = key("ending/collapsed")
-
-    @classmethod
-    def of(cls, endings: Sequence[str | None]) -> Self:
-        """The shares, where it is known how every answer ended."""
-        counts = Counter(endings)
-        if not endings or None in counts:
-            return cls()
-        return cls(*(counts[name] / len(endings) for name in ENDINGS))
-
-    @property
-    def by_name(self) -> dict[str, float]:
-        """The shares by the names of the endings; empty where one is not known."""
-        shares = {name: getattr(self, name) for name in ENDINGS}
-        return {} if None in shares.values() else shares
-
-
-@dataclass
-class EvaluationResult(Record):
-    """What every result.json of an evaluation has."""
-
-    task: str | None = None  # the name of the evaluation's folder
-    kind: str | None = None  # the kind of task, such as gsm8k; `perplexity` for every kind without answers
-
-    def write(self, path: Path) -> None:
-        write_text(path, json.dumps(finite(self.to_json()), indent=2, allow_nan=False) + "\n")
+def ending_shares(endings: Sequence[str]) -> dict[str, float]:
+    """The share of an evaluation's answers that ended in each way, by the keys of result.json."""
+    counts = Counter(endings)
+    return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
 
 
 @dataclass(frozen=True)
@@ -316,16 +286,15 @@ class Accuracy:
         return {self.key: self.value} | interval
 
 
-@dataclass
-class AccuracyResult(EvaluationResult):
-    """result.json of an evaluation with answers and grades."""
+class AccuracyResult(Record, extra="allow"):
+    """result.json of an evaluation with answers and grades. `details` are the accuracies, GRADER/pass@K, the shares of
+    endings, and what the task adds, under its names."""
 
+    task: str | None = None  # the name of the evaluation's folder
+    kind: str | None = None  # the kind of task, such as gsm8k
     problems: int | None = None
     samples: int | None = None  # answers to each problem
     missing: int | None = None  # answers that are not there yet
-    endings: EndingShares = field(default_factory=EndingShares)
-    details: dict[str, Any] = field(default_factory=dict, metadata=REST)
-    """Accuracies, GRADER/pass@K, and what the task adds, under the task's names."""
     truncated: int | None = None  # answers cut by max_new_tokens, loops among them
     no_answer: int | None = None
     grader_failures: int | None = None
@@ -333,17 +302,9 @@ class AccuracyResult(EvaluationResult):
     tokens_per_s: float | None = None
     peak_memory_bytes: float | None = None
 
-    @classmethod
-    def from_json(cls, tree: Any, where: Path | str) -> Self:
-        result = super().from_json(tree, where)
-        for name, value in result.details.items():
-            if match := Accuracy.KEY.fullmatch(name):
-                cls._check(name, value, list[float] if match[3] else float | None, where)
-        return result
-
     @property
     def accuracies(self) -> list[Accuracy]:
-        """The accuracies, in the order of the file."""
+        """Every accuracy, in the order of the file."""
         accuracies = []
         for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
             if not match[3]:
@@ -355,23 +316,28 @@ class AccuracyResult(EvaluationResult):
     def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
         return next((accuracy for accuracy in self.accuracies if (accuracy.grader, accuracy.k) == (grader, k)), None)
 
+    @property
+    def endings(self) -> dict[str, float]:
+        """The share of the answers that ended in each way; empty where one is not on record."""
+        shares = {name: self.figure(f"ending/{name}") for name in ENDINGS}
+        return {} if None in shares.values() else shares
+
     def figure(self, name: str) -> float | None:
         """A number by its key, such as one that the task adds."""
         value = self.to_json().get(name)
         return value if fits(value, float) else None
 
 
-@dataclass
-class PerplexityResult(EvaluationResult):
+class PerplexityResult(MeasuredAdapter):
     """result.json of an evaluation of perplexity."""
 
+    task: str | None = None  # the name of the evaluation's folder
+    kind: str | None = None  # `perplexity`, whatever the rows are
     perplexity: float | None = None
     loss: float | None = None
     rows: int | None = None
     tokens: int | None = None  # tokens predicted
     perplexity_base: float | None = None  # without the adapter; None where there is no adapter
-    spectrum: SpectrumSummary = field(default_factory=SpectrumSummary)
-    details: dict[str, Any] = field(default_factory=dict, metadata=REST)  # the spectra of each layer's experts
     seconds: float | None = None
     peak_memory_bytes: float | None = None
 
@@ -381,3 +347,42 @@ def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
     tree = read_json(path)
     kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
     return kind.from_json(tree, path)
+
+
+# --- figures in a line -----------------------------------------------------------------------------------------------
+
+
+def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
+    return (
+        f"loss {figure(metrics.loss)}  perplexity {figure(metrics.perplexity, 2)}  "
+        f"{figure(metrics.tokens_per_s, 0)} tokens/s  {duration(seconds_left)} left"
+    )
+
+
+def describe_evaluation(metrics: EvaluationMetrics) -> str:
+    rank = describe_rank(metrics.spectrum)
+    text = f"evaluation at update {metrics.update}: perplexity {figure(metrics.perplexity)}"
+    return f"{text}, effective rank {rank}" if rank else text
+
+
+def describe_rank(spectrum: SpectrumSummary) -> str:
+    if spectrum.effective_rank_mean is None:
+        return ""
+    return f"{figure(spectrum.effective_rank_mean, 1)} mean, {figure(spectrum.effective_rank_max, 1)} max"
+
+
+def describe_tasks(figures: dict[str, float]) -> str:
+    """Figures of tasks in a line: gsm8k exact 12.0%, verified 14.0%."""
+    tasks: dict[str, list[str]] = {}
+    for full_name, value in figures.items():
+        task, _, name = full_name.partition("/")
+        tasks.setdefault(task, []).append(f"{name} {value:.1%}")
+    return "; ".join(f"{task} {', '.join(texts)}" for task, texts in tasks.items())
+
+
+def figure(value: float | None, decimals: int = 3) -> str:
+    """A number with so many decimals, or in powers of ten where that would be long. None stands for infinity, which
+    JSON lacks."""
+    if value is None:
+        return "inf"
+    return f"{value:,.{decimals}f}" if abs(value) < 1e9 else f"{value:.3g}"

@@ -67,11 +67,20 @@ def find_subject(config: EvalConfig) -> Subject:
 def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]:
     """The run and the adapter's folder that a setting names: a finished run's, or an adapter's, which may be of no run.
     Raises UserError where there is none."""
+    root, adapter = folder, folder / "adapter"
     if is_saved_in(folder):
         root, adapter = run_of(folder), folder
-    else:
-        root, adapter = folder, folder / "adapter"
-        _check_finished(folder, setting)
+    elif not (folder / "config.yaml").is_file():
+        what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
+        raise UserError(
+            f"{setting}={folder} {what}: expected a folder that cera-train left (with config.yaml) or an adapter's "
+            f"folder (with adapter_config.json){', or base' * (setting == 'run')}."
+        )
+    elif not (folder / "result.json").is_file():
+        best = f", or take its best adapter so far, {setting}={folder}/best" if (folder / "best").is_dir() else ""
+        raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
+    elif not is_saved_in(adapter):
+        raise UserError(f"{folder} lacks its adapter, {adapter}: restore it, or train under another name.")
     check_adapter(adapter)
     return root, adapter
 
@@ -82,21 +91,6 @@ def find_start(config: AdapterConfig) -> Path:
     root, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
     check_start(config, adapter, load_config(root / "config.yaml").adapter if root is not None else None)
     return adapter
-
-
-def _check_finished(folder: Path, setting: str) -> None:
-    """Refuses a folder that is not that of a finished run with its adapter."""
-    if not (folder / "config.yaml").is_file():
-        what = "is not the folder of a run or of an adapter" if folder.exists() else "does not exist"
-        raise UserError(
-            f"{setting}={folder} {what}: expected a folder that cera-train left (with config.yaml) or an adapter's "
-            f"folder (with adapter_config.json){', or base' * (setting == 'run')}."
-        )
-    if not (folder / "result.json").is_file():
-        best = f", or take its best adapter so far, {setting}={folder}/best" if (folder / "best").is_dir() else ""
-        raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
-    if not is_saved_in(folder / "adapter"):
-        raise UserError(f"{folder} lacks its adapter, {folder}/adapter: restore it, or train under another name.")
 
 
 def run_of(adapter: Path) -> Path | None:

@@ -45,47 +45,34 @@ class Tracker:
     """The trackers of a run. Without any, what it gets goes nowhere."""
 
     def __init__(self) -> None:
-        self._trackers: dict[TrackerKind, GeneralTracker] = {}
-
-    def start(self, kind: TrackerKind, run_config: dict[str, Any], **arguments: Any) -> None:
-        """Starts a tracker with the arguments of `build_tracker`, and shows it the run's settings."""
-        with self._drop_on_failure(kind):
-            is_resumed = kind in read_ids(arguments["folder"])
-            tracker = build_tracker(kind, **arguments)
-            tracker.start()
-            self._trackers[kind] = tracker
-            if kind == TrackerKind.tensorboard:  # its own form, hyperparameters, is a run of its own
-                tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
-            elif kind != TrackerKind.mlflow or not is_resumed:  # it refuses other values, as of train.keep
-                tracker.store_init_configuration(flatten(run_config))
-            if kind == TrackerKind.mlflow:  # its server chooses the id
-                write_id(arguments["folder"], kind, tracker.tracker.info.run_id)
+        self.trackers: dict[TrackerKind, GeneralTracker] = {}
 
     def log(self, metrics: dict[str, float], update: int) -> None:
         """Sends numbers of an update."""
-        for kind, tracker in [*self._trackers.items()]:
-            with self._drop_on_failure(kind):
+        for kind, tracker in [*self.trackers.items()]:
+            with self.drop_on_failure(kind):
                 tracker.log(metrics, step=update)
 
     def table(self, name: str, rows: list[dict[str, Any]], update: int) -> None:
         """Sends rows with the same names to W&B, which alone has tables."""
-        if (tracker := self._trackers.get(TrackerKind.wandb)) is not None:
-            with self._drop_on_failure(TrackerKind.wandb):
+        if (tracker := self.trackers.get(TrackerKind.wandb)) is not None:
+            with self.drop_on_failure(TrackerKind.wandb):
                 tracker.log_table(name, [*rows[0]], [[*row.values()] for row in rows], step=update)
 
     def finish(self) -> None:
         """Ends the mirrors."""
-        for kind, tracker in [*self._trackers.items()]:
-            with self._drop_on_failure(kind):
+        for kind, tracker in [*self.trackers.items()]:
+            with self.drop_on_failure(kind):
                 tracker.finish()
-        self._trackers.clear()
+        self.trackers.clear()
 
     @contextlib.contextmanager
-    def _drop_on_failure(self, kind: TrackerKind) -> Iterator[None]:
+    def drop_on_failure(self, kind: TrackerKind) -> Iterator[None]:
+        """Turns an error into one line, and leaves the tracker out from then on."""
         try:
             yield
         except Exception as error:
-            self._trackers.pop(kind, None)
+            self.trackers.pop(kind, None)
             print_error(f"{kind} failed and is left out ({error}). Everything is in the run's folder.")
 
 
@@ -94,10 +81,20 @@ def start_tracker(
 ) -> Tracker:
     """The trackers of a run. `run_config` is shown as it is: it must hold no secret."""
     os.environ |= ENVIRONMENT | os.environ
-    tracker = Tracker()
+    started = Tracker()
     for kind in config.chosen:
-        tracker.start(kind, run_config, config=config, name=name, folder=folder, first_update=first_update)
-    return tracker
+        with started.drop_on_failure(kind):
+            is_resumed = kind in read_ids(folder)
+            tracker = build_tracker(kind, config, name, folder, first_update)
+            tracker.start()
+            started.trackers[kind] = tracker
+            if kind == TrackerKind.tensorboard:  # its own form, hyperparameters, is a run of its own
+                tracker.log({"config": f"```json\n{json.dumps(run_config, indent=2)}\n```"})
+            elif kind != TrackerKind.mlflow or not is_resumed:  # it refuses other values, as of train.keep
+                tracker.store_init_configuration(flatten(run_config))
+            if kind == TrackerKind.mlflow:  # its server chooses the id
+                write_id(folder, kind, tracker.tracker.info.run_id)
+    return started
 
 
 def build_tracker(
@@ -115,23 +112,16 @@ def build_tracker(
         tags = {"group": config.group} if config.group else None
         arguments = {"run_name": name, "run_id": read_ids(folder).get(kind), "tags": tags}
         return tracking.MLflowTracker(config.project, **arguments | more)
-    is_known = kind in read_ids(folder)
-    if not is_known:
+    if not (is_known := kind in read_ids(folder)):
         write_id(folder, kind, secrets.token_hex(16))
     run_id = read_ids(folder)[kind]
     if kind == TrackerKind.trackio:
         resume = "allow" if is_known else "never"
         arguments = {"name": f"{name}-{run_id[:6]}", "group": config.group, "resume": resume}
         return tracking.TrackioTracker(config.project, **arguments | more)
-    if kind == TrackerKind.comet:
-        import comet_ml
-
-        arguments = {"experiment_key": run_id, "experiment_config": comet_ml.ExperimentConfig(name=name)}
-        return tracking.CometMLTracker(config.project, **arguments | more)
-    arguments = {"id": run_id, "resume": "allow", "group": config.group, "name": name}
-    if kind == TrackerKind.swanlab:
-        return tracking.SwanLabTracker(config.project, **arguments | {"log_dir": str(folder / kind)} | more)
-    return wandb_tracker(config.project, arguments | {"dir": str(folder)} | more)
+    group = config.group and config.group[:WANDB_NAME]
+    arguments = {"id": run_id, "resume": "allow", "group": group, "name": name[:WANDB_NAME], "dir": str(folder)}
+    return wandb_tracker(config.project, arguments | more)
 
 
 def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
@@ -153,8 +143,6 @@ def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:
             if self.run.offline:
                 print_line("wandb", f"recorded offline; to upload it: wandb sync {self.run.settings.sync_dir}")
 
-    for key in ("name", "group"):
-        arguments[key] = arguments[key] and arguments[key][:WANDB_NAME]
     return OnlineOrOffline(project, **arguments)
 
 
@@ -170,6 +158,5 @@ def write_id(folder: Path, kind: TrackerKind, run_id: str) -> None:
 def print_error(text: str) -> None:
     """Prints one line of stderr."""
     program = Path(sys.argv[0]).name
-    print(
-        f"{program if program.startswith('cera-') else 'cera-train'}: {redact(' '.join(text.split()))}", file=sys.stderr
-    )
+    program = program if program.startswith("cera-") else "cera-train"
+    print(f"{program}: {redact(' '.join(text.split()))}", file=sys.stderr)

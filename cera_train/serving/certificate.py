@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from pydantic import Field
 from torch.nn.functional import kl_div, log_softmax
 
 from cera_train.common.terminal import print_fields, print_table
@@ -27,7 +27,6 @@ SHOWN = 5
 """Modules in the printed table: those that the affine map explains least."""
 
 
-@dataclass
 class Certificate(Record):
     """The content of certificate.json."""
 
@@ -52,9 +51,9 @@ class Certificate(Record):
     same_tokens: float
     """Share of supervised positions where both find the same token likeliest."""
     tolerance: float
-    explained: dict[str, Any] = field(default_factory=dict)
+    explained: dict[str, Any] = Field(default_factory=dict)
     """Module -> the share of its branch's variance that the affine map explains."""
-    accuracy: dict[str, Any] = field(default_factory=dict)
+    accuracy: dict[str, Any] = Field(default_factory=dict)
     """Task -> its scores before and after."""
 
     @property

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def study_record(config: DictConfig) -> SweepRecord:
     overrides = {f"{key}={name}": words for key, section in ((ARM, study.arms), (TASK, study.tasks))
                  for name, words in section.items()}  # fmt: skip
     jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in grid(config, params)]
-    return replace(record_of(config, jobs, params), study=OmegaConf.to_container(study))
+    return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
 def _word(value: Any) -> str:
@@ -214,7 +213,7 @@ class StudySweeper(Sweeper):
                     if seed >= cell.tune_seeds
                 ]
                 jobs = jobs_by_name(chosen, record.swept)
-                replace(record, jobs=record.jobs | jobs).write(self.folder / RECORD)
+                record.replace(jobs=record.jobs | jobs).write(self.folder / RECORD)
                 self.launch(jobs)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:

@@ -31,14 +31,12 @@ from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import check_tasks
 from cera_train.model.folder import check_model
-from cera_train.runs.extension import LENGTH
-from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.recorded_config import LENGTH, changes_result
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.settings.run import Config
 from cera_train.settings.tasks import known_tasks
-from cera_train.sweep.metric import sweep_metric
-from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
+from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord, sweep_metric
 
 WRITER = "sweep"
 """Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
@@ -215,7 +213,7 @@ def record_of(
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
     swept, fixed = _swept_and_fixed(config, params, folder)
-    return SweepRecord(swept, jobs_by_name(jobs, swept), fixed, sys.argv, metric.to_json())
+    return SweepRecord(swept, jobs_by_name(jobs, swept), fixed, sys.argv, metric)
 
 
 def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folder: Path) -> tuple[list[str], list[str]]:
@@ -255,7 +253,7 @@ def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) 
         raise taken(folder, WRITER)
 
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if record.best_by.higher_is_better else "minimize"
+        config.hydra.sweeper.direction = "maximize" if record.metric.higher_is_better else "minimize"
     # A name or recipe of a job must not move it elsewhere.
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +14,10 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line, print_table
-from cera_train.runs.results import DIVERGED, Environment, RunResult, metrics_line
+from cera_train.runs.results import DIVERGED, Environment, RunResult
 from cera_train.settings.data import evaluation_rows
 from cera_train.sweep.folder import choices_of
-from cera_train.sweep.metric import PERPLEXITIES, PERPLEXITY, SweepMetric
-from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord
+from cera_train.sweep.record import JOBS, PERPLEXITIES, PERPLEXITY, RECORD, JobRecord, SweepMetric, SweepRecord
 
 SHORT_ERROR = 72
 """Characters of an error in the table."""
@@ -79,7 +79,7 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name].number, name)):
         overrides[name] = started[name].overrides
     return [
-        job_status(folder, name, choices_of(words, record.swept), record.best_by) for name, words in overrides.items()
+        job_status(folder, name, choices_of(words, record.swept), record.metric) for name, words in overrides.items()
     ]
 
 
@@ -149,20 +149,15 @@ def print_sweep(folder: Path) -> None:
 
 def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
     """The last update on record, and the last value of a metric. A run that is writing may have left half a line."""
-    update = None
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:  # not there yet
-        lines = []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    update, wanted = None, f'"{key}"'.encode()
     for line in reversed(lines):
-        if update is None or f'"{key}"'.encode() in line:
-            try:
-                metrics = metrics_line(json.loads(line), path)
-            except (ValueError, RecursionError):
-                continue
-            update = metrics.update if update is None else update
-            if (value := metrics.to_json().get(key)) is not None:
-                return update, value
+        if update is None or wanted in line:
+            with contextlib.suppress(ValueError, RecursionError):
+                metrics = json.loads(line)
+                update = metrics["update"] if update is None else update
+                if metrics.get(key) is not None:
+                    return update, metrics[key]
     return update, None
 
 

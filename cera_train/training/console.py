@@ -21,8 +21,7 @@ from cera_train.data.mix import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.lines import describe_rank, describe_tasks
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import RunResult, describe_rank, describe_tasks
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization

@@ -26,8 +26,7 @@ from cera_train.model.batches import MicroBatches
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
-from cera_train.runs.extension import keep_end
-from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
+from cera_train.runs.folder import Progress, RunFolder, environment, keep_end, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import Environment, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.subject import digest_of, find_start, run_of

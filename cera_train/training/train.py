@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,17 @@ from cera_train.model.loss import perplexity
 from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.lines import describe_evaluation, describe_update
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
-from cera_train.runs.push import push
-from cera_train.runs.results import EvaluationMetrics, ModuleSpectrumRecord, RunResult, SpectrumSummary, UpdateMetrics
+from cera_train.runs.results import (
+    EvaluationMetrics,
+    ModuleSpectrumRecord,
+    RunResult,
+    SpectrumSummary,
+    UpdateMetrics,
+    describe_evaluation,
+    describe_update,
+    figure,
+)
 from cera_train.settings.run import Config
 from cera_train.training import console
 from cera_train.training.optimizer import learning_rate, set_learning_rate
@@ -38,11 +44,8 @@ from cera_train.training.session import Session, settle
 
 
 def launch(config: Config) -> dict[str, Any]:
-    """Runs `train` in `launch.processes` processes, one a GPU, then uploads the adapter to `hub.push`."""
-    result = in_processes(train, config)
-    if is_main_process():
-        push(config)
-    return result
+    """Runs `train` in `launch.processes` processes, one a GPU."""
+    return in_processes(train, config)
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def train(config: Config) -> dict[str, Any]:
             folder.check_may_run(config.train.resume)
         if (result := folder.standing_result()) is not None:
             if folder.is_main:
-                print_line("finished", f"{path}: perplexity {result.perplexity:.2f}. Its result stands.")
+                print_line("finished", f"{path}: perplexity {figure(result.perplexity, 2)}. Its result stands.")
             return result.to_json()
         checkpoint = find_checkpoint(folder, config.train.resume) if folder.is_main else None
         with Session(config, precision, folder, checkpoint) as session, session.interruption:
@@ -216,11 +219,11 @@ def evaluate(session: Session) -> None:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
                 losses.write(folder.path / name)
-    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), summary(spectra), tasks)
+    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **summary(spectra) | tasks)
     session.log(metrics)
     if session.team.is_main and spectra:
         records = spectrum_records(spectra)
-        modules = {name: replace(module, singular_values=None).to_json() for name, module in records.items()}
+        modules = {name: module.replace(singular_values=None).to_json() for name, module in records.items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
@@ -244,8 +247,9 @@ def answer_tasks(session: Session) -> dict[str, float]:
     return results.figures
 
 
-def summary(spectra: dict[str, ModuleSpectrum]) -> SpectrumSummary:
-    return SpectrumSummary.from_json(spectrum_metrics(spectra), "spectra")
+def summary(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
+    """The spectra in eight numbers, by the keys of result.json."""
+    return SpectrumSummary.from_json(spectrum_metrics(spectra), "spectra").model_dump(exclude_none=True)
 
 
 def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpectrumRecord]:
@@ -292,8 +296,6 @@ def finish(session: Session) -> dict[str, Any]:
         perplexity_before=progress.perplexity_before,
         best_perplexity=progress.best_perplexity,
         best_update=progress.best_update,
-        spectrum=summary(spectra),
-        tasks=progress.tasks,
         adapter_kind=config.adapter.kind.value,
         adapter_r=config.adapter.r,
         trainable_parameters=session.trainable_count,
@@ -305,6 +307,7 @@ def finish(session: Session) -> dict[str, Any]:
         seconds=progress.seconds,
         peak_memory_bytes=peak_memory(session.team.device),
         folder=str(folder.path),
+        **summary(spectra) | progress.tasks,
     )
     folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:

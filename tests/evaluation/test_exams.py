@@ -125,7 +125,7 @@ def half_right(monkeypatch):
 
     def generate(model, base, tokenizer, batch, config):
         made = original(model, base, tokenizer, batch, config)
-        return [replace(answer, text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
+        return [answer.replace(text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
 
     original = exams.generate
     monkeypatch.setattr(exams, "load_problems", load)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from cera_train.evaluation.evaluate import print_result
@@ -35,7 +33,7 @@ def test_both_graders_count_side_by_side(one_verifier):
     assert [grade.ending for grade in grades] == ["right", "right", "wrong", "right", "truncated"]
     scores = score(math.TASK, list(problems.values()), answers, grades)
     assert (scores.accuracy("exact").value, scores.accuracy("verified").value) == (1 / 5, 3 / 5)
-    assert [scores.endings.by_name[name] for name in ENDINGS] == [3 / 5, 1 / 5, 0, 1 / 5, 0]
+    assert [scores.endings[name] for name in ENDINGS] == [3 / 5, 1 / 5, 0, 1 / 5, 0]
     assert (scores.truncated, scores.no_answer, scores.grader_failures) == (1, 2, 0)
     assert scores.tokens == sum(given.tokens for given in answers)
     lower, upper = scores.accuracy("verified").interval
@@ -47,7 +45,7 @@ def test_a_result_is_printed_line_by_line(capsys, tmp_path):
     answers = [answer(problem.id, r"\boxed{12}") for problem in problems]
     grades = grade_all(math.TASK, {problem.id: problem for problem in problems}, answers, seconds=10)
     scores = score(math.TASK, problems, answers, grades)
-    print_result(math.TASK, replace(scores, problems=2, samples=1), tmp_path)
+    print_result(math.TASK, scores.replace(problems=2, samples=1), tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "",
         "problems        2",
@@ -65,9 +63,9 @@ def test_a_share_that_is_the_same_for_every_problem_has_no_interval(capsys, tmp_
     problems = [Problem(name, "?", "?", "12") for name in "ab"]
     answers = [answer(problem.id, f"#### {12 + sample}", sample) for problem in problems for sample in range(2)]
     grades = [gsm8k.TASK.grade(problems["ab".index(given.problem)], given) for given in answers]
-    grades = [replace(grade, verified=grade.exact) for grade in grades]
+    grades = [grade.replace(verified=grade.exact) for grade in grades]
     scores = score(gsm8k.TASK, problems, answers, grades)
-    print_result(gsm8k.TASK, replace(scores, problems=2, samples=2), tmp_path)
+    print_result(gsm8k.TASK, scores.replace(problems=2, samples=2), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert "exact pass@1     50.0%  (no 95 % interval: the same for every problem)" in lines
     assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,7 +25,7 @@ FIXED = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=2", "dat
 def make_job(sweep: Path, name: str, perplexity: float | None = None, error: str | None = None, **data: str) -> Path:
     """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity."""
     folder = sweep / name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}, "data": data}))
     lines = [{"update": 0, "eval/perplexity": 9.0}, {"update": 5, "train/loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr')
@@ -43,10 +43,10 @@ def record_job(sweep: Path, name: str, error: str | None, number: int = 1) -> Pa
     return path
 
 
-def record_sweep(sweep: Path, *names: str, swept: Sequence[str] = ()) -> None:
+def record_sweep(sweep: Path, *names: str, **others: Any) -> None:
     sweep.mkdir(parents=True, exist_ok=True)
     jobs = {name: name.split(",") for name in names}
-    (sweep / RECORD).write_text(json.dumps({"swept": list(swept), "jobs": jobs, "fixed": []}))
+    (sweep / RECORD).write_text(json.dumps({"swept": [], "jobs": jobs, "fixed": []} | others))
 
 
 def states(sweep: Path) -> dict[str, State]:

@@ -15,8 +15,6 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from cera_train.runs.card import rows_of
-from cera_train.settings.data import DataConfig, LogisticMapConfig, ReasoningGymConfig
 from cera_train.training.train import train
 
 
@@ -126,22 +124,11 @@ def test_the_card_says_what_the_adapter_is(finished_run, tiny_folder):
     assert card.data.license is None  # apache-2.0 is that of the model whose file of conf/model this config began with
     assert "licence of the base weights is not on record" in card.text
     for part in (
-        *(str(tiny_folder), "CeRA of rank 4 on q_proj, v_proj", "the logistic map"),
+        *(str(tiny_folder), "CeRA of rank 4 on q_proj, v_proj", "logistic_map"),
         *(f"{result['eval/perplexity']:.3f}", f"{result['perplexity_before']:.3f}", "import cera_train"),
         f"{result['trainable_parameters']:,}",
     ):
         assert part in card.text.replace("\\", ""), part
-
-
-def test_the_card_names_computed_rows():
-    def named(layout: str, **settings) -> str:
-        return rows_of(DataConfig(layout=layout, train_rows=9, eval_rows=2, **settings))
-
-    assert named("logistic_map") == "the logistic map x' = 3.5 x (1 - x)"
-    maps = LogisticMapConfig(growth=[3.5, 3.75])
-    assert named("logistic_map", logistic_map=maps) == "the logistic map x' = r x (1 - x) at r = 3.5, 3.75"
-    gym = ReasoningGymConfig(generator=["gcd", "lcm"], level=1)
-    assert named("reasoning_gym", reasoning_gym=gym) == "gcd, lcm of reasoning-gym, level 1"
 
 
 def test_the_card_loads_the_adapter_as_it_says(finished_run):

@@ -135,4 +135,4 @@ def test_a_broken_file_of_an_evaluation_stops_its_test_and_is_named(tmp_path: Pa
         (first / "eval/math" / name).write_text(content)
         report = compare_runs([first, second])
         assert [table.title for table in report.tables] == ["Runs", "Settings"]
-        assert any(re.search(rf"{name}:1 is broken|has no problems|no grades for 40", note) for note in report.notes)
+        assert any(re.search(rf"{name}:1 is broken|has no grades for", note) for note in report.notes)

@@ -44,13 +44,11 @@ TOKENS, LOSSES = numpy.array([2, 1]), numpy.ones(3, numpy.float32)
 @pytest.mark.parametrize(
     "tensors",
     [
-        {},
         {"tokens": TOKENS},
         {"tokens": TOKENS.astype(numpy.float32), "losses": LOSSES},
         {"tokens": TOKENS, "losses": LOSSES.astype(numpy.float64)},
         {"tokens": TOKENS, "losses": LOSSES[:2]},
         {"tokens": numpy.array([4, -1]), "losses": LOSSES},
-        {"tokens": TOKENS, "losses": LOSSES[None]},
     ],
 )
 def test_a_broken_file_of_losses_is_named(tmp_path: Path, tensors: dict) -> None:

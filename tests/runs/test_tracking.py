@@ -42,21 +42,21 @@ class Recording(GeneralTracker):
 
 
 def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(tiny_config, monkeypatch, capsys):
-    trackers = {"trackio": Recording(), "swanlab": Recording(fails_at=2)}
-    monkeypatch.setattr(tracking, "build_tracker", lambda kind, **_: trackers[kind])
-    result = train(tiny_config("tracker=[trackio,swanlab]"))
+    trackers = {"trackio": Recording(), "wandb": Recording(fails_at=2)}
+    monkeypatch.setattr(tracking, "build_tracker", lambda kind, *_: trackers[kind])
+    result = train(tiny_config("tracker=[trackio,wandb]"))
     lines = [json.loads(line) for line in Path(result["folder"], "metrics.jsonl").read_text().splitlines()]
     mirrored = [(line["update"], {key: line[key] for key in line if "/" in key}) for line in lines]
     assert trackers["trackio"].calls == ["start", *mirrored, "finish"]
     assert trackers["trackio"].config["adapter.r"] == 4
-    assert trackers["swanlab"].calls == ["start", *mirrored[:2]]
+    assert trackers["wandb"].calls == ["start", *mirrored[:2]]
     (error,) = capsys.readouterr().err.splitlines()
-    assert "swanlab failed and is left out (the server is gone)" in error
+    assert "wandb failed and is left out (the server is gone)" in error
 
 
-@pytest.mark.parametrize("name", ["trackio", "mlflow", "comet", "swanlab"])
+@pytest.mark.parametrize("name", ["trackio", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, {"comet": "comet_ml"}.get(name, name), None)
+    monkeypatch.setitem(sys.modules, name, None)
     tracker = tracking.start_tracker(compose(f"tracker={name}").tracker, {}, "run", tmp_path, 0)
     tracker.log({"train/loss": 1.0}, 1)
     tracker.finish()
@@ -64,10 +64,10 @@ def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, mo
 
 
 def test_a_resumed_run_goes_on_under_the_same_id(compose, tmp_path):
-    config = compose("tracker=swanlab", "tracker.kinds.swanlab={workspace: ours}", "tracker.group=grid").tracker
-    first, second = (tracking.build_tracker("swanlab", config, "run", tmp_path, 0).init_kwargs for _ in range(2))
+    config = compose("tracker=wandb", "tracker.kinds.wandb={entity: ours}", "tracker.group=grid").tracker
+    first, second = (tracking.build_tracker("wandb", config, "run", tmp_path, 0).init_kwargs for _ in range(2))
     assert first == second
-    assert (first["name"], first["group"], first["workspace"], first["resume"]) == ("run", "grid", "ours", "allow")
+    assert (first["name"], first["group"], first["entity"], first["resume"]) == ("run", "grid", "ours", "allow")
 
 
 def test_a_tracker_that_there_is_not_is_named(compose):
@@ -110,24 +110,16 @@ def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tm
 
 
 def test_secrets_of_the_environment_are_blotted_out(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_abcdefghijk")
+    for name in ("HF_TOKEN", "OPENAI_APIKEY", "AWS_SECRET_ACCESS_KEY", "API_KEYS", "PGPASSWORD"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "hf_abcdefghijk")
+            assert redact("token=hf_abcdefghijk short") == "token=*** short", name
+    # A path in one of these may be model.path, which cera-eval reads from the run's config.
+    for name in ("TOKENIZER_PATH", "KEYSTORE_DIR", "MONKEY_HOME"):
+        monkeypatch.setenv(name, "outputs/tiny")
     monkeypatch.setenv("MY_API_KEY", "short")
-    assert redact("token=hf_abcdefghijk short") == "token=*** short"
-    assert redact("https://hf_abc@host/x") == "https://***@host/x"
+    assert redact("path: outputs/tiny, short") == "path: outputs/tiny, short"
     assert redact("see https://user:pass@host/x and https://host/y") == "see https://***@host/x and https://host/y"
-
-
-@pytest.mark.parametrize("name", ["HF_TOKEN", "OPENAI_APIKEY", "AWS_SECRET_ACCESS_KEY", "API_KEYS", "PGPASSWORD"])
-def test_a_secret_is_known_by_the_words_of_its_name(monkeypatch, name):
-    monkeypatch.setenv(name, "outputs/tiny")
-    assert redact("path: outputs/tiny") == "path: ***"
-
-
-@pytest.mark.parametrize("name", ["TOKENIZER_PATH", "KEYSTORE_DIR", "MONKEY_HOME"])
-def test_a_name_that_begins_or_ends_like_a_secrets_is_none(monkeypatch, name):
-    """A path in it may be model.path, which cera-eval reads from the run's config."""
-    monkeypatch.setenv(name, "outputs/tiny")
-    assert redact("path: outputs/tiny") == "path: outputs/tiny"
 
 
 def test_no_secret_reaches_the_folder_or_the_terminal(tiny_config, monkeypatch, capfd):

@@ -1,31 +1,28 @@
-"""A sweep's folder: how its jobs are named, what it refuses to hold, and which job is the best."""
+"""A sweep's folder: how its jobs are named, which settings they share, and which job is the best."""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-from made_sweeps import FIXED, TINY, cera_sweep, cera_train, content_of, make_job, record_sweep, states
-
-from cera_train.settings.run import Config
+from made_sweeps import FIXED, TINY, cera_sweep, cera_train, content_of, states
 
 
 def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, monkeypatch, counted):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
     command = ["-m", "adapter.r=4,8", *FIXED, "name=mine"]
     assert cera_train(monkeypatch, tmp_path, *command) == 0
-    assert counted == ["adapter.r=4", "adapter.r=8"]
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
-    assert len(counted) == 2
+    assert [config.name for config in counted] == ["adapter.r=4", "adapter.r=8"]
     # The same, of which one dimension is fixed this time; and with one dimension more.
     assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4", *FIXED, "name=mine") == 0
     assert len(counted) == 2
     assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4", "train.seed=1,2", *FIXED, "name=mine") == 0
-    assert counted[2:] == ["adapter.r=4,train.seed=1", "adapter.r=4,train.seed=2"]
+    assert [config.name for config in counted[2:]] == ["adapter.r=4,train.seed=1", "adapter.r=4,train.seed=2"]
     assert set(states(tmp_path / "outputs" / "mine").values()) == {"finished"}
+    (tmp_path / "rows.jsonl").unlink()  # finished jobs need it no more
+    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert len(counted) == 4
 
 
 def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, monkeypatch, counted, capfd):
@@ -43,94 +40,39 @@ def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, monkeypat
         assert shown in line
     assert content_of(tmp_path) == before
     # Where and how a run computes is free.
-    assert (
-        cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4,8", "optimizer.lr=0.001", "train.keep=1", "name=mine") == 0
-    )
+    free = ["optimizer.lr=0.001", "train.keep=1", "name=mine"]
+    assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4,8", *free) == 0
     assert len(counted) == 2
 
 
-def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        "cera_train.training.train.launch", lambda config: seen.append(config) or {"eval/perplexity": 1.5}
-    )
+def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, monkeypatch, counted):
     arguments = ["-m", "+recipe=math_r64,math_dora_r64", "name=main", "train.micro_batch_tokens=2048"]
-    assert cera_train(monkeypatch, sweep_here, *arguments) == 1  # nothing is finished
-    assert [(config.output_dir, config.name) for config in seen] == [
+    assert cera_train(monkeypatch, sweep_here, *arguments) == 0
+    assert [(config.output_dir, config.name) for config in counted] == [
         ("outputs/main", "recipe=math_r64"),
         ("outputs/main", "recipe=math_dora_r64"),
     ]
-    assert [bool(config.published) for config in seen] == [True, True]  # they are as published
-    assert [config.tracker.group for config in seen] == ["main", "main"]
-    assert not (sweep_here / "outputs" / "math_r64").exists()
+    assert [bool(config.published) for config in counted] == [True, True]  # they are as published
+    assert [config.tracker.group for config in counted] == ["main", "main"]
 
 
-def test_a_sweep_is_extended_as_a_whole(sweep_here, monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(
-        "cera_train.training.train.launch", lambda config: seen.append(config.train) or {"eval/perplexity": 1.5}
-    )
-    jobs = ["adapter.r=4,8", "adapter=cera", "adapter.activation=silu"]
-    assert cera_train(monkeypatch, sweep_here, *TINY, *jobs, "train.max_updates=6") == 1  # nothing is finished
-    longer = [*TINY, *jobs, "train.max_updates=12"]
+def test_a_sweep_is_extended_as_a_whole(sweep_here, monkeypatch, capsys, counted):
+    jobs = [*TINY, "adapter.r=4,8", "adapter=cera", "adapter.activation=silu"]
+    assert cera_train(monkeypatch, sweep_here, *jobs, "train.max_updates=6") == 0
+    longer = [*jobs, "train.max_updates=12"]
     assert cera_train(monkeypatch, sweep_here, *longer) == 2
     assert "holds a sweep with other fixed settings" in capsys.readouterr().err
-    assert cera_train(monkeypatch, sweep_here, *longer, "train.extend=true") == 1
-    assert [(train.max_updates, train.extend) for train in seen] == [(6, False)] * 2 + [(12, True)] * 2
-    assert cera_train(monkeypatch, sweep_here, *longer) == 1  # the record has the new length
-
-
-def test_finished_jobs_need_their_files_no_more(tmp_path, monkeypatch, counted):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
-    command = ["-m", "adapter.r=4,8", *FIXED, "name=mine"]
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
-    (tmp_path / "rows.jsonl").unlink()
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
-    assert len(counted) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["+sweep=rank_lr"], r"\+sweep=rank_lr is a grid of runs: add -m"),
-        (["-m", "+sweep=rank_l"], "there is no such file. Did you mean rank_lr"),
-        (["-m", "sweep=rank_lr"], r"a sweep is added with a plus sign: write -m \+sweep=rank_lr"),
-        (["-m", "adapter.r=2,4", "name=r${adapter.r}"], "name=... is the folder of all jobs"),
-        (["-m", "name=a,b"], "name=a,b is another for each job"),
-        (["-m", "output_dir=a,b"], "output_dir=a,b is another for each job"),
-        (["-m", "adapter.r=2,4", "name=run"], "outputs/run is the folder of a run: choose another name"),
-        (["name=swept"], "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m"),
-    ],
-)
-def test_a_sweep_and_a_run_share_no_folder(tmp_path, monkeypatch, capfd, arguments, message):
-    (tmp_path / "outputs" / "run").mkdir(parents=True)
-    (tmp_path / "outputs" / "run" / "config.yaml").write_text("adapter: {}\n")
-    record_sweep(tmp_path / "outputs" / "swept")
-    assert cera_train(monkeypatch, tmp_path, *arguments) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert re.search(message, line), line
-    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"run", "swept"}
-
-
-@pytest.fixture
-def answered(monkeypatch):
-    """Runs that train nothing and finish: the higher the rank, the lower the perplexity, and the accuracy too."""
-
-    def launch(config: Config) -> dict:
-        folder, rank = Path(config.output_dir) / config.name, config.adapter.r
-        result = {"updates": 20, "eval/perplexity": 1 + 1 / rank, "gsm8k/exact": 1 / rank, "seconds": 60.0 * rank}
-        path = make_job(folder.parent, folder.name, 1.5) / "result.json"
-        path.write_text(json.dumps(result))
-        return result
-
-    monkeypatch.setattr("cera_train.training.train.launch", launch)
+    assert cera_train(monkeypatch, sweep_here, *longer, "train.extend=true") == 0
+    lengths = [(config.train.max_updates, config.train.extend) for config in counted]
+    assert lengths == [(6, False)] * 2 + [(12, True)] * 2
+    assert cera_train(monkeypatch, sweep_here, *longer) == 0  # the record has the new length
 
 
 @pytest.mark.parametrize(
     ("metric", "best", "shown"),
     [("eval/perplexity", 8, "1.125"), ("gsm8k/exact", 2, "50.0%"), ("seconds", 2, "120.000")],
 )
-def test_the_metric_decides_which_job_is_best(tmp_path, monkeypatch, capfd, answered, metric, best, shown):
+def test_the_metric_decides_which_job_is_best(tmp_path, monkeypatch, capfd, counted, metric, best, shown):
     command = ["-m", "adapter.r=4,2,8", "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
     assert cera_train(monkeypatch, tmp_path, *command) == 0
     label, output = metric.removeprefix("eval/"), capfd.readouterr().out
@@ -142,7 +84,7 @@ def test_the_metric_decides_which_job_is_best(tmp_path, monkeypatch, capfd, answ
 
 
 @pytest.mark.parametrize(("metric", "best"), [("eval/perplexity", 1.125), ("gsm8k/exact", 0.5)])
-def test_optuna_gets_the_metric_and_its_direction(tmp_path, monkeypatch, answered, metric, best):
+def test_optuna_gets_the_metric_and_its_direction(tmp_path, monkeypatch, counted, metric, best):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
     command = ["-m", *sampler, "adapter.r=4,2,8", "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]

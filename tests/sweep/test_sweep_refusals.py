@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from made_runs import make_run
-from made_sweeps import FIXED, TINY, cera_train
+from made_sweeps import FIXED, TINY, cera_train, record_sweep
 
 
 @pytest.mark.parametrize(
@@ -12,27 +12,16 @@ from made_sweeps import FIXED, TINY, cera_train
     [
         (["adapter.r=4,abc"], "adapter.r=abc: "),
         (["adapter=cera,lorra"], "adapter=lorra: there is no such file. Did you mean lora?"),
-        (["adapter.r=4,8", "adapter.kind=cera,lorra"], "adapter.kind=lorra: "),
         (["adapter.r=4,8", "train.batch_size=16,0"], "train.batch_size=0 must be positive"),
         (["+sweep=rank_lr", "optimizer.lrr=1,2"], "unknown setting optimizer.lrr. Did you mean optimizer.lr?"),
-        (["adapter.r=4,8", f"name={'x' * 300}"], "300 bytes are too long for a folder"),
+        (["+sweep=rank_l"], "there is no such file. Did you mean rank_lr"),
+        (["sweep=rank_lr"], "a sweep is added with a plus sign: write -m +sweep=rank_lr"),
         (["optimizer.lr=interval(1,2)"], "needs a sweeper that draws: hydra/sweeper=optuna"),
         (["adapter.r=4,8", "sweep.metric=gsm8k/exact"], "no job has this figure: add train.tasks=[gsm8k]."),
-        (["adapter.r=4,8", "sweep.metric=gsm8k/rank", "train.tasks=[gsm8k]"], "gsm8k/rank: no job has this figure"),
-        (
-            [
-                "adapter.r=4,8",
-                "sweep.metric=jsonl/verified",
-                "train.tasks=[jsonl]",
-                "train.task_settings={jsonl: {files: [q.jsonl], grader: text}}",
-            ],
-            "jsonl/verified: no job has this figure: choose one of",
-        ),
         (["adapter.r=4,8", "sweep.metric=best_update"], "choose one of eval/perplexity, best_perplexity, seconds,"),
-        (["adapter.r=4,8", "train.tasks=[gsm9k]"], "train.tasks=[gsm9k]: there is no such task"),
         (["adapter.r=4,8", "launch.detach=true"], "launch.detach=true is for jobs that run elsewhere"),
-        (["adapter.r=4,8", "hub.push=me/mine"], "every job of a sweep would replace the one before"),
-        (["adapter.r=4,8", "hydra/launcher=slrum"], "hydra/launcher=slrum: there is no such file"),
+        (["adapter.r=2,4", "name=r${adapter.r}"], "name=... is the folder of all jobs"),
+        (["output_dir=a,b"], "output_dir=a,b is another for each job"),
     ],
 )
 def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, capfd, counted, arguments, message):
@@ -46,9 +35,7 @@ def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data.train_files=[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file: No such file or directory"),
         (["data.train_files=[rows.jsonl],[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file"),
-        (["data.train_files=[rows.xlsx]"], "data.train_files=rows.xlsx: unknown kind of file: expected .jsonl"),
         (["data.eval_files=[no.jsonl]"], "data.eval_files=no.jsonl: cannot read the file"),
         (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
         # Every value is tried in many jobs, and none of them is possible.
@@ -56,23 +43,39 @@ def test_a_sweep_with_an_impossible_value_leaves_nothing(tmp_path, monkeypatch, 
     ],
 )
 def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, monkeypatch, capfd, counted, arguments, message):
-    for name in ("rows.jsonl", "rows.xlsx"):
-        (tmp_path / name).write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
     given = {argument.partition("=")[0]: argument for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]}
     assert cera_train(monkeypatch, tmp_path, "-m", *given.values(), "name=mine") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert message in line
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "rows.xlsx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
     assert not counted
 
 
-def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, monkeypatch, capsys):
-    texts = {"data.prompt": "{question}", "data.completion": "{answer}"}
-    first = make_run(sweep_here / "first", **texts)  # r=64
+def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, monkeypatch, capsys, counted):
+    first = make_run(sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"})  # r=64
     (first / "adapter").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (first / "adapter" / name).write_text('{"peft_type": "CERA"}')
-    monkeypatch.setattr("cera_train.training.train.launch", lambda config: pytest.fail("a job began"))
     arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
     assert cera_train(monkeypatch, sweep_here, *TINY, *arguments) == 2
     assert "adapter.start_from=first: adapter.r is 64 there, 4 here" in capsys.readouterr().err
+    assert not counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "adapter.r=2,4", "name=run"], "outputs/run is the folder of a run: choose another name"),
+        (["name=swept"], "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m"),
+        (["+sweep=rank_lr"], "+sweep=rank_lr is a grid of runs: add -m"),
+    ],
+)
+def test_a_sweep_and_a_run_share_no_folder(tmp_path, monkeypatch, capfd, arguments, message):
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    (tmp_path / "outputs" / "run" / "config.yaml").write_text("adapter: {}\n")
+    record_sweep(tmp_path / "outputs" / "swept")
+    assert cera_train(monkeypatch, tmp_path, *arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"run", "swept"}

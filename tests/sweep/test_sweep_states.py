@@ -43,8 +43,7 @@ def test_a_job_is_running_while_its_lock_is_held_and_cut_after_its_process_was_k
         [sys.executable, "-c", hold, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert holder.stdout.readline() == "held\n"
-    for _ in range(3):
-        assert states(tmp_path) == {"adapter.r=2": "running"}
+    assert states(tmp_path) == {"adapter.r=2": "running"}
     with pytest.raises(Exception, match="could not be acquired"):
         FileLock(folder / ".lock").acquire(timeout=0)  # the holder still has it
     record_job(tmp_path, "adapter.r=2", None)
@@ -78,24 +77,19 @@ def test_jobs_that_no_file_lists_come_as_they_were_started(tmp_path):
 def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
     names = ["data=a,adapter.r=2", "data=a,adapter.r=4", "data=a,adapter.r=8", "data=b,adapter.r=2"]
     record_sweep(tmp_path, *names)
-    make_job(tmp_path, names[0], 2.5, path="a")
-    make_job(tmp_path, names[1], 2.4, path="a")
-    make_job(tmp_path, names[2], path="a")
-    make_job(tmp_path, names[3], 3.5, path="b")
+    for name, perplexity in zip(names, (2.5, 2.4, None, 3.5), strict=True):
+        make_job(tmp_path, name, perplexity, path=name[5])
     assert [job.name for job in best_jobs(read_sweep(tmp_path))] == [names[1], names[3]]
 
 
 def test_by_accuracy_the_highest_is_best_whatever_the_rows_and_one_without_it_is_not(tmp_path):
     names = ["data=a,adapter.r=2", "data=a,adapter.r=4", "data=b,adapter.r=2", "data=b,adapter.r=4"]
-    record_sweep(tmp_path, *names)
-    record = json.loads((tmp_path / RECORD).read_text())
-    metric = {"key": "gsm8k/exact", "higher_is_better": True}
-    (tmp_path / RECORD).write_text(json.dumps(record | {"metric": metric}))
+    record_sweep(tmp_path, *names, metric={"key": "gsm8k/exact", "higher_is_better": True})
     for name, figures in zip(names, ({"gsm8k/exact": 0.25}, {"gsm8k/exact": 0.5}, {}, None), strict=True):
         folder = make_job(tmp_path, name, path=name[5])
         if figures is None:
-            with (folder / "metrics.jsonl").open("w") as file:
-                file.write('{"update": 4, "eval/perplexity": 9, "gsm8k/exact": 0.75}\n{"update": 5, "train/loss": 1}\n')
+            lines = '{"update": 4, "eval/perplexity": 9, "gsm8k/exact": 0.75}\n{"update": 5, "train/loss": 1}\n'
+            (folder / "metrics.jsonl").write_text(lines)
         else:
             (folder / "result.json").write_text(json.dumps({"updates": 20, "eval/perplexity": 2.0} | figures))
     jobs = read_sweep(tmp_path)
@@ -127,7 +121,6 @@ def test_the_table_is_aligned_and_names_what_differs(tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "nothing is not a folder: expected one that cera-train -m left"),
         (["."], r"\. holds no sweep: expected one that cera-train -m left \(with sweep.json\)"),
         (["run"], "run is the folder of a run, not of a sweep: cera-report run shows it"),
         ([], "the following arguments are required: DIR .see cera-sweep --help"),

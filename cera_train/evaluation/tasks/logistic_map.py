@@ -33,14 +33,14 @@ class LogisticMap(AnswerTask):
             trained = growth in settings.growths if parts else None
             details = {"growth": growth, "x0": x0, "decimals": settings.decimals, "trained": trained}
             prompt = row["prompt"]
-            yield Problem(question_id(prompt), prompt, prompt, row["completion"].strip(), details)
+            yield Problem(question_id(prompt), prompt, prompt, row["completion"].strip(), **details)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
         values = extract(generation.text, steps=problem.gold.count(",") + 1)
         details = {"values": values} | compare(values, problem.gold, decimals)
         answer = ", ".join(f"{value:.{decimals}f}" for value in values) or None
-        return Grade(generation.problem, generation.sample, answer, all(details["matches"]), details=details)
+        return Grade(generation.problem, generation.sample, answer, all(details["matches"]), **details)
 
     def is_collapsed(self, grade: Grade) -> bool:
         return grade.details["collapsed"]

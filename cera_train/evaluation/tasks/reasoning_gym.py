@@ -40,7 +40,7 @@ class ReasoningGym(AnswerTask):
         for draw in generated.draws(self._generators(config, data), generated.Split.test, config.limit, "task.limit"):
             prompt = computed_row(draw.question, draw.answer)["prompt"]
             details = {key: value for key, value in asdict(draw).items() if key not in ("question", "answer")}
-            yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, details)
+            yield Problem(question_id(draw.question), draw.question, prompt, draw.answer, **details)
 
     def _generators(self, config: TaskConfig, data: DataConfig | None) -> ReasoningGymConfig:
         """Those that the run was trained on, with what the task sets otherwise."""
@@ -66,7 +66,7 @@ class ReasoningGym(AnswerTask):
             failure = f"crash: {type(error).__name__}: {error}"
         details = {"credit": credit, "generator": problem.details["generator"]}
         is_right = credit > 1 - 1e-9
-        return Grade(generation.problem, generation.sample, answer or None, is_right, failure=failure, details=details)
+        return Grade(generation.problem, generation.sample, answer or None, is_right, failure=failure, **details)
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         by_generator: dict[str, list[Grade]] = {}

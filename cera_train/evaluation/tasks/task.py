@@ -12,7 +12,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import cera_train.evaluation.tasks
@@ -160,7 +160,7 @@ class QuestionTask(AnswerTask):
                 prompt = config.prompt.format_map({name: self.cell(row, name) for name in columns})
                 gold = self.gold(row)
             details = {name: row[name] for name in DETAILS if row.get(name) is not None}
-            yield Problem(question_id(question), question, prompt, gold, details)
+            yield Problem(question_id(question), question, prompt, gold, **details)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         answer, exact, failure = None, False, None
@@ -268,7 +268,7 @@ def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     for problem in task_of(config).problems(config, data):
         seen[problem.id] += 1
         count = seen[problem.id]
-        problems.append(problem if count == 1 else replace(problem, id=f"{problem.id}-{count}"))
+        problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
     return problems
 
 

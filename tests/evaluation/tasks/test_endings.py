@@ -7,7 +7,7 @@ import pytest
 from cera_train.evaluation.grading import LONGEST_SEGMENT, ending_of, is_loop
 from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.runs.results import EndingShares
+from cera_train.runs.results import AccuracyResult, ending_shares
 
 SENTENCE = "She has 3 apples left. "
 LONG = "".join(f"{n} and then " for n in range(80))
@@ -49,7 +49,7 @@ def test_a_megabyte_is_searched_for_loops():
 
 
 def ending(task, gold: str, text: str, truncated: bool = False, **details) -> str:
-    problem, answer = Problem("a", "?", "?", gold, details), Generation("a", 0, text, 9, truncated)
+    problem, answer = Problem("a", "?", "?", gold, **details), Generation("a", 0, text, 9, truncated)
     return ending_of(task, problem, answer, task.grade(problem, answer))
 
 
@@ -91,11 +91,10 @@ def test_an_answer_that_repeats_itself_as_the_truth_does_is_no_loop():
 
 
 def test_shares_are_of_all_answers_and_unknown_where_one_is():
-    shares = EndingShares.of(["right", "loop", "loop", "wrong"])
-    assert shares.to_json() == {
+    shares = ending_shares(["right", "loop", "loop", "wrong"])
+    assert shares == {
         **{"ending/right": 0.25, "ending/wrong": 0.25, "ending/loop": 0.5},
         **{"ending/truncated": 0.0, "ending/collapsed": 0.0},
     }
-    assert sum(shares.by_name.values()) == 1
-    assert EndingShares.of(["right", None]) == EndingShares.of([]) == EndingShares()
-    assert EndingShares(right=1.0).by_name == {}
+    assert sum(AccuracyResult(**shares).endings.values()) == 1
+    assert ending_shares([]) == AccuracyResult(**{"ending/right": 1.0}).endings == {}

@@ -90,9 +90,9 @@ def test_a_model_that_no_generator_trained_needs_one():
 
 def test_a_problem_of_another_version_or_of_a_grader_that_runs_answers_is_refused():
     [problem] = problems(1, generator="gcd")
-    other = Problem(problem.id, "Find 2 + 2.", problem.prompt, problem.gold, problem.details)
+    other = Problem(problem.id, "Find 2 + 2.", problem.prompt, problem.gold, **problem.details)
     with pytest.raises(UserError, match="gcd now has another question"):
         credits([other], ["2"])
-    hostile = Problem(problem.id, "x", "x", "x", problem.details | {"generator": "spiral_matrix"})
+    hostile = Problem(problem.id, "x", "x", "x", **problem.details | {"generator": "spiral_matrix"})
     with pytest.raises(UserError, match="generator=spiral_matrix is no generator"):
         credits([hostile], ["__import__('os').getcwd()"])
