@@ -186,15 +186,18 @@ class RunFolder:
         makes it longer and nothing else."""
         different, checkpoints = self._differences(self.path), self.checkpoints()
         is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
-        if different and is_longer and self.config["train"]["extend"]:
+        if not different:
+            return
+        if is_longer and self.config["train"]["extend"]:
             self.check_extension(checkpoints[-1])
-        elif different:
-            longer = f"train.resume={checkpoints[-1]} name=NEW" if checkpoints else "another name"
-            extend = "add train.extend=true once it is finished, or " if is_longer else ""
-            mend = "Choose another name=..., or set these back to go on with it."
-            if different.keys() & set(LENGTH):
-                mend += f" To train longer, {extend}go on from its checkpoint in a new folder: {longer}."
-            raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
+            return
+        mend = "Choose another name=..., or set these back to go on with it."
+        if is_longer:
+            mend += (
+                " To train longer, add train.extend=true once it is finished, or go on from its checkpoint in a new "
+                f"folder: train.resume={checkpoints[-1]} name=NEW."
+            )
+        raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
 
     def check_extension(self, checkpoint: Path) -> None:
         """Raises UserError where `train.extend` has nothing to extend. `checkpoint` is the last."""

@@ -29,7 +29,7 @@ def submitted(monkeypatch):
     return jobs
 
 
-def test_finished_jobs_are_not_submitted(tmp_path, monkeypatch, capsys, submitted):
+def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(tmp_path, monkeypatch, capsys, submitted):
     grid = tmp_path / "outputs" / "grid"
     make_job(grid, "adapter=cera,adapter.r=2", 1.5)
     make_job(grid, "adapter=cera,adapter.r=4")  # cut
@@ -44,10 +44,6 @@ def test_finished_jobs_are_not_submitted(tmp_path, monkeypatch, capsys, submitte
     submitted.clear()
     assert cera_train(monkeypatch, tmp_path, *GRID) == 0
     assert submitted == []
-
-
-def test_finished_jobs_that_are_to_train_longer_are_submitted(tmp_path, monkeypatch, submitted):
-    make_job(tmp_path / "outputs" / "grid", "adapter=cera,adapter.r=2", 1.5)
     cera_train(monkeypatch, tmp_path, *GRID, "train.extend=true")
     assert len(submitted) == 4
 

@@ -109,9 +109,7 @@ def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monke
 
 def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, monkeypatch, counted):
     assert cera_train(monkeypatch, sweep_here, *TINY) == 1
-    jobs = states(sweep_here / "outputs" / "tiny")
-    assert list(jobs.values()) == ["failed", "finished", "finished", "finished"]
-    assert jobs["adapter=lora,adapter.activation=relu"] == "failed"
+    assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished", "finished", "finished"]
 
 
 def test_the_peak_memory_of_a_job_is_its_own():
@@ -126,7 +124,7 @@ def test_the_peak_memory_of_a_job_is_its_own():
 
 
 @pytest.mark.slow
-def test_optuna_minimises_the_perplexity_and_counts_a_failure(sweep_here):
+def test_optuna_minimises_the_perplexity(sweep_here):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     command = [
@@ -145,11 +143,11 @@ def test_optuna_minimises_the_perplexity_and_counts_a_failure(sweep_here):
     assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
     assert f"best       outputs/tiny/{best.name}: perplexity" in output
 
-    # One of two trials is impossible: the study continues.
+
+def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, monkeypatch, counted, capfd):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
-    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.dropout=1.5,0.0", "name=failing"]
-    process = start(*command[:4], *sampler, *arguments, cwd=sweep_here)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 1, errors
-    assert sorted(states(sweep_here / "outputs" / "failing").values()) == [State.failed, State.finished]
-    assert "Error executing job" not in errors
+    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.dropout=1.5,0.0"]
+    assert cera_train(monkeypatch, sweep_here, *TINY, *sampler, *arguments) == 1
+    assert sorted(states(sweep_here / "outputs" / "tiny").values()) == [State.failed, State.finished]
+    assert "Error executing job" not in capfd.readouterr().err
