@@ -146,7 +146,7 @@ def mean_spectrum(modules: dict[str, ModuleSpectrumRecord]) -> list[float]:
 
 
 def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None:
-    tree = {name: module.to_json() for name, module in modules.items()}
+    tree = {name: module.model_dump(exclude_none=True) for name, module in modules.items()}
     write_text(path, json.dumps(tree, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What a run prints at its start and its end. Progress between them is a line of `runs.lines`."""
+"""What a run prints at its start and its end. Progress between them is a line of `runs.results`."""
 
 from __future__ import annotations
 

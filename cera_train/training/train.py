@@ -223,7 +223,8 @@ def evaluate(session: Session) -> None:
     session.log(metrics)
     if session.team.is_main and spectra:
         records = spectrum_records(spectra)
-        modules = {name: module.replace(singular_values=None).to_json() for name, module in records.items()}
+        kept = {"exclude": {"singular_values"}, "exclude_none": True}
+        modules = {name: module.model_dump(**kept) for name, module in records.items()}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
