@@ -30,7 +30,7 @@ from benchmarks.fake_gpu import fake_gpu
 from cera_train.common.files import config_dir
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_table
-from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, in_memory
+from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
 from cera_train.model import weights
 from cera_train.planning.count import quantised_linears, read_config
 from cera_train.planning.devices import GB
@@ -113,7 +113,7 @@ def rows_of(plan: RunPlan) -> TokenizedRows:
     length = min(largest.tokens, train.micro_batch_tokens) // at_once
     supervised = max(1, min(length - 1, round(length * largest.supervised)))
     example = Example([0] * length, [False] * (length - supervised) + [True] * supervised)
-    return in_memory([example] * (UPDATES * train.batch_size))
+    return TokenizedRows(table_of([example] * (UPDATES * train.batch_size)))
 
 
 # --- what a machine without weights, rows and a GPU lacks -------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ OUT_OF_MEMORY = (
 class UserError(ValueError):
     """A mistake in settings, files or the environment. The message is one line: the place (file:line, row of a file, or
     key=value), what is wrong, the mend."""
+
+
+@contextlib.contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Puts a place, unless it is empty, before the UserErrors of what is done there."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}" if place else str(error)) from error
 
 
 def words_of(error: BaseException) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,7 +19,6 @@ from filelock import FileLock, Timeout
 
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.settings import map_values
-from cera_train.common.trust import PlainLoader, check_links
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
 OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
@@ -59,7 +57,7 @@ def read_json(path: Path, mend: str = "Restore it.") -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a config as plain values, nothing in it resolved or run; raises UserError for anything else."""
-    return _read(path, lambda content: yaml.load(content, PlainLoader), "Restore it.")
+    return _read(path, yaml.safe_load, "Restore it.")
 
 
 def _read(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any]:
@@ -144,33 +142,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(path: Path, writer: str, root: Path | None = None, seconds: float = LOOK_SECONDS) -> FileLock:
-    """Makes a folder if needed, and locks it by a file `.lock` in it. The holder unlinks that file before it releases
-    the lock: the next writer then opens a new file.
+def lock_folder(path: Path, writer: str) -> FileLock:
+    """Makes a folder if needed, and locks it by a file `.lock` in it; raises UserError where another holds it.
+
+    The holder unlinks that file before it releases the lock: the next writer then opens a new file.
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
-        root: no link may lead out of this folder. None: `path`.
-        seconds: how long to wait for another writer.
     """
-    root = root or path
-    on_the_way = [folder for folder in (path, *path.parents) if folder != root and folder.is_relative_to(root)]
-    check_links(root, itertools.chain(on_the_way, _inside(path)))
+    lock = FileLock(path / ".lock")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOOK_SECONDS)
+    except Timeout:
+        raise taken(path, writer) from None
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
         ) from error
-    return _lock(path, writer, seconds)
-
-
-def _lock(path: Path, writer: str, seconds: float) -> FileLock:
-    lock = FileLock(path / ".lock")
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        raise taken(path, writer) from None
     return lock
 
 
@@ -181,8 +170,8 @@ def taken(path: Path, writer: str) -> UserError:
 
 @contextlib.contextmanager
 def locked(path: Path, writer: str) -> Iterator[None]:
-    """Locks a folder that is there, while others write to the folders in it."""
-    lock = _lock(path, writer, LOOK_SECONDS)
+    """Locks a folder, while others write to the folders in it."""
+    lock = lock_folder(path, writer)
     try:
         yield
     finally:
@@ -201,15 +190,6 @@ def is_locked(path: Path) -> bool:
     except OSError:  # held, or another user's
         return True
     return False
-
-
-def _inside(path: Path) -> Iterator[Path]:
-    """Every file and folder below a folder. Left out is what W&B recorded in wandb/PART/: it links its log to the
-    user's cache, and writes to a new folder each time."""
-    for folder, folders, names in os.walk(path):
-        yield from (Path(folder, name) for name in itertools.chain(folders, names))
-        if Path(folder) == path / "wandb":
-            folders.clear()
 
 
 def config_dir(name: str) -> Path:

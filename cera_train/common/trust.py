@@ -1,11 +1,11 @@
-"""What protects against files from strangers: a config or an adapter runs no code, a link leads no writing out of a
-run's folder, a text steers no terminal. Also what keeps secrets out of all that a run writes or prints."""
+"""What protects against files from strangers: a config or an adapter runs no code, a text steers no terminal. Also what
+keeps secrets out of all that a run writes or prints."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +57,9 @@ def check_remote_code(flags: dict[str, Any], overrides: Sequence[str]) -> None:
             )
 
 
-class PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: configs of runs have none, and a few lines of them expand to more than any memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it has an alias (*name), and configs of runs have none")
-        return super().compose_node(parent, index)
-
-
 def escape_interpolations(tree: Any) -> Any:
     """A config on record with `${` as text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
     return map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), tree, str)
-
-
-def check_links(root: Path, paths: Iterable[Path]) -> None:
-    """Refuses a link among `paths`, such as eval -> ~/.ssh, that leads out of the folder `root`."""
-    home = root.resolve()
-    for link in filter(Path.is_symlink, paths):
-        target = Path(os.path.realpath(link))  # also of a link that leads nowhere yet, or in a circle
-        if not target.is_relative_to(home):
-            raise UserError(
-                f"{link} is a link that leads out of {root}, to {target}: nothing is written through it. Remove it, or "
-                "put what it leads to in its place."
-            )
 
 
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.

@@ -24,7 +24,8 @@ def rows_of_parts(available: Sequence[int], weights: Weights, total: int | None)
     """
     if None in weights:
         weights, total = available, min(total or sum(available), sum(available))
-    shares = shares_of(weights)
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 counts as seven tenths
+    shares = [weight / sum(exact) for weight in exact]
     if total is None:
         total = min(int(rows / share) for rows, share in zip(available, shares, strict=True) if share)
     quotas = [share * total for share in shares]
@@ -33,12 +34,6 @@ def rows_of_parts(available: Sequence[int], weights: Weights, total: int | None)
     for part in by_remainder[: total - sum(rows)]:
         rows[part] += 1
     return rows
-
-
-def shares_of(weights: Sequence[float]) -> list[Fraction]:
-    """Weights scaled to add up to 1, exactly: 0.7 counts as seven tenths."""
-    exact = [Fraction(str(weight)) for weight in weights]
-    return [weight / sum(exact) for weight in exact]
 
 
 def drawn_rows(available: int, count: int, seed: str) -> list[int]:
@@ -60,7 +55,6 @@ class PartRows:
     """What a part gives to a mix."""
 
     title: str
-    weight: float | None
     available: int
     """Rows that it has to train on."""
     rows: int
@@ -71,17 +65,10 @@ class PartRows:
 
 
 def describe_parts(parts: Sequence[PartRows]) -> list[str]:
-    """A line for each part: its rows and tokens, and the share of rows that it has and that its weight gives it."""
+    """A line for each part: its rows and tokens, and their shares of an epoch."""
     rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
-    weights = [part.weight for part in parts]
-    shares = [None] * len(parts) if None in weights else shares_of(weights)
-    lines = []
-    for part, share in zip(parts, shares, strict=True):
-        repeated = f" rows, {part.available:,} repeated {part.rows / part.available:.2f} times"
-        count = f"{part.rows:,}" + (repeated if part.rows > part.available else f" of {part.available:,} rows")
-        by_weight = "" if share is None else f" (weight {float(share):.2%})"
-        lines.append(
-            f"{part.title}: {count}, {part.tokens:,.0f} tokens: {part.rows / rows:.2%} of the "
-            f"rows{by_weight}, {part.tokens / tokens:.2%} of the tokens; {part.eval_rows:,} rows evaluate"
-        )
-    return lines
+    return [
+        f"{part.title}: {part.rows:,} rows an epoch, of {part.available:,} ({part.rows / rows:.2%}), "
+        f"{part.tokens:,.0f} tokens ({part.tokens / tokens:.2%}); {part.eval_rows:,} rows evaluate"
+        for part in parts
+    ]

@@ -1,8 +1,7 @@
-"""A row of a data set: its place, the text in its cells, and the segments it becomes. Nothing here imports torch."""
+"""A row of a data set: its place and the text in its cells. Nothing here imports torch."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -49,32 +48,20 @@ class Source:
     def read(self) -> Iterator[Row]:
         return (row for _, row in self.located())
 
-    def head(self, count: int | None) -> Source:
-        """The first `count` rows; None: all."""
-        return self if count is None else self.between(0, count)
-
     def between(self, start: int, stop: int | None) -> Source:
         """The rows from number `start` to the one before `stop`; None: to the last."""
+        if (start, stop) == (0, None):
+            return self
         fingerprint = f"{self.fingerprint} [{start}:{stop}]"
         return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), start, stop))
 
 
-@contextlib.contextmanager
-def at(place: str) -> Iterator[None]:
-    """Puts a place before the UserErrors of what is done there."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from error
-
-
-def text_of(row: Row, name: str, setting: str = "", mend: str = "") -> str:
-    """A cell as text; null is empty. Where the column is missing, the message names the setting that wants it and the
-    mend."""
-    cell = f"column {name!r}" + (f" (named in {setting})" if setting else "")
+def text_of(row: Row, name: str, setting: str | None = None) -> str:
+    """The text of a column that a setting names; null is empty."""
     if name not in row:
-        raise UserError(f"{cell} is missing; its columns are {', '.join(row) or 'none'}. {mend}".rstrip())
-    return as_text(row[name], cell)
+        mend = f" Name another in {setting}." if setting else ""
+        raise UserError(f"column {name!r} is missing; its columns are {', '.join(row) or 'none'}.{mend}")
+    return as_text(row[name], f"column {name!r}")
 
 
 def as_text(value: Any, cell: str) -> str:
@@ -86,11 +73,8 @@ def as_text(value: Any, cell: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):  # some programs write NaN where a value is missing
         raise UserError(f"{cell} holds {value}: expected text, or null where there is none.")
     text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can hold half a surrogate pair, and no tokenizer takes it
-        reason = f"half of a surrogate pair ({error.reason}): write the whole character."
-        raise UserError(f"{cell} holds {text[error.start]!r}, {reason}") from None
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes it
+        raise UserError(f"{cell} holds half of a surrogate pair: write the whole character.")
     return text
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import jinja2
 
-from cera_train.common.errors import UserError
-from cera_train.data.rows import Row, as_text, at, kind_of, text_of
+from cera_train.common.errors import UserError, errors_at
+from cera_train.data.rows import PlacedRow, Row, as_text, kind_of, text_of
 from cera_train.settings.data import DataConfig, Layout, Turns
 
 SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
@@ -25,6 +25,11 @@ TURNS = {
 }
 """The keys of a turn by layout, and the values of the first."""
 
+LAYOUTS = (
+    "Choose data.layout: text has the columns of data.prompt and data.completion, messages has turns with role and "
+    "content, conversations has turns with from and value"
+)
+
 
 @dataclass
 class Segment:
@@ -33,18 +38,15 @@ class Segment:
     text: str
     supervised: bool
 
-    def __post_init__(self) -> None:
-        as_text(self.text, "the text")  # a chat template can show more of a message than its role and content
-
 
 Segmenter = Callable[[Row], list[Segment]]
 """Makes the segments of a row. An empty list means that the row has no answer."""
 
 
-def segments_of(rows: Iterable[tuple[str, Row]], to_segments: Segmenter) -> Iterator[list[Segment]]:
-    """The segments of each row, given after its place; an error starts with the place."""
+def segments_of(rows: Iterable[PlacedRow], to_segments: Segmenter) -> Iterator[list[Segment]]:
+    """The segments of each row; an error starts with the place."""
     for place, row in rows:
-        with at(place):
+        with errors_at(place):
             segments = to_segments(row)
         yield segments
 
@@ -57,24 +59,26 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
         return templates("{prompt}", "{completion}")
     if config.layout == Layout.conversations:
         return first_turns if config.turns == Turns.first else all_turns
-    if tokenizer is None:
-        return bare_turns
-    if not tokenizer.chat_template:
+    if tokenizer is not None and not tokenizer.chat_template:
         reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
         raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
     return partial(chat_turns, tokenizer=tokenizer)
 
 
+# --- layout text -----------------------------------------------------------------------------------------------------
+
+
 def templates(prompt: str, completion: str) -> Segmenter:
-    """Layout `text`: columns in templates."""
+    """Columns in templates."""
     asked, answers = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
-    setting_of = dict.fromkeys([*asked, *answers], "data.completion") | dict.fromkeys(asked, "data.prompt")
+    setting_of = {name: "data.prompt" if name in asked else "data.completion" for name in [*asked, *answers]}
     if not answers:
         raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
 
     def segments(row: Row) -> list[Segment]:
-        mend = layout_of(row) or "Set data.prompt and data.completion."
-        values = {name: text_of(row, name, setting, mend) for name, setting in setting_of.items()}
+        if any(name not in row for name in setting_of) and not TURNS.keys().isdisjoint(row):
+            raise UserError(f"a row of turns, and data.layout=text. {LAYOUTS}.")
+        values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
         if not any(values[name].strip() for name in answers):
             return []
         return [Segment(prompt.format_map(values), False), Segment(completion.format_map(values), True)]
@@ -95,45 +99,29 @@ def columns_of(template: str, setting: str = "template") -> list[str]:
     return [name for _, name, _, _ in fields]
 
 
-def layout_of(row: Row) -> str | None:
-    """The mend for rows of turns that stand under another layout; None where a row has no turns."""
-    for name in TURNS:
-        match row.get(name):
-            case [{"from": _}, *_]:
-                layout = "conversations"
-            case [{"role": _}, *_]:
-                layout = "messages"
-            case _:
-                continue
-        rename = "" if layout == name else f"Rename column {name!r} to {layout!r} and set"
-        return f"{rename or 'Set'} data.layout={layout}."
-    return None
+# --- rows of turns ---------------------------------------------------------------------------------------------------
 
 
 def turns_of(row: Row, layout: str) -> list[Row]:
-    """The turns of a row, each an object with a known speaker."""
+    """The turns of a row, each an object with a known speaker and a text."""
     speaker, text, known = TURNS[layout]
-    other = layout_of(row)
     if layout not in row:
-        mend = other or "Set data.layout=text with data.prompt and data.completion, or rename the column."
-        columns = ", ".join(row) or "none"
-        raise UserError(f"column {layout!r} is missing (data.layout={layout}); its columns are {columns}. {mend}")
+        raise UserError(f"column {layout!r} is missing; its columns are {', '.join(row) or 'none'}. {LAYOUTS}.")
     turns = [] if row[layout] is None else row[layout]
     if not isinstance(turns, list):
-        mend = " Write the list itself, not a JSON text of it." if isinstance(turns, str) else ""
-        raise UserError(f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.{mend}")
+        raise UserError(f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.")
     for number, turn in enumerate(turns):
-        place = f"{layout}[{number}]"
-        if not isinstance(turn, dict):
-            raise UserError(f"{place} is {kind_of(turn)}: expected an object with {speaker} and {text}.")
-        if speaker not in turn:
-            mend = other if other and f"data.layout={layout}" not in other else "Write it, or remove the turn."
-            columns = ", ".join(turn) or "nothing"
-            raise UserError(f"{place} has no {speaker!r}: expected {speaker} and {text}, got {columns}. {mend}")
-        if turn[speaker] not in known:
-            choices = f"expected one of {', '.join(known)}"
-            raise UserError(f"{place} has {speaker} {turn[speaker]!r}: {choices}. Rename it, or remove the turn.")
+        is_turn = isinstance(turn, dict) and turn.get(speaker) in known and (text in turn or turn.get("tool_calls"))
+        if not is_turn:
+            expected = f"expected an object with {speaker} (one of {', '.join(known)}) and {text}"
+            raise UserError(f"{layout}[{number}] is {str(turn)[:60]!r}: {expected}. Mend it, or remove the turn.")
     return turns
+
+
+def speeches(row: Row) -> list[tuple[str, str]]:
+    """Speaker and text of every turn of layout `conversations`."""
+    turns = enumerate(turns_of(row, "conversations"))
+    return [(turn["from"], as_text(turn.get("value"), f"conversations[{number}] 'value'")) for number, turn in turns]
 
 
 def first_turns(row: Row) -> list[Segment]:
@@ -158,23 +146,12 @@ def all_turns(row: Row) -> list[Segment]:
     return segments
 
 
-def speeches(row: Row) -> Iterable[tuple[str, str]]:
-    """Speaker and text of every turn."""
-    for number, turn in enumerate(turns_of(row, "conversations")):
-        if "value" not in turn:
-            raise UserError(f"conversations[{number}] has no 'value': write its text, or remove the turn.")
-        yield turn["from"], as_text(turn["value"], f"conversations[{number}] 'value'")
-
-
-def bare_turns(row: Row) -> list[Segment]:
-    """Layout `messages` without the marks that a chat template adds, for a look at rows without a tokenizer."""
-    return [Segment(str(message["content"]), message["role"] == "assistant") for message in messages_of(row)]
-
-
 def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
     """Layout `messages`: the tokenizer's chat template. What an assistant turn adds to the rendered conversation so far
     is supervised, so no marker has to be searched for. Tool calls are part of the turn."""
     messages, tools = messages_of(row), _tools_of(row)
+    if tokenizer is None:
+        return [Segment(message["content"], message["role"] == "assistant") for message in messages]
     segments, rendered = [], ""
 
     def render(count: int, add_generation_prompt: bool) -> str:
@@ -187,8 +164,8 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
 
     for index, message in enumerate(messages):
         # An assistant's opening line answers nothing: like an empty turn it is context.
-        calls = message.get("tool_calls") or []
-        if message["role"] != "assistant" or index == 0 or not (str(message["content"]).strip() or calls):
+        calls = message.get("tool_calls", [])
+        if message["role"] != "assistant" or index == 0 or not (message["content"].strip() or calls):
             continue
         before, after = render(index, True), render(index + 1, False)
         if not (before.startswith(rendered) and after.startswith(before)):
@@ -198,62 +175,40 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
             )
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
         answer = after.removeprefix(before).rstrip()
-        if any(_function_name(call) not in answer for call in calls):
-            reason = f"messages[{index}] has tool_calls, which this model's chat template leaves out"
-            raise UserError(f"{reason}: use a model whose template renders them, or write them into the content.")
+        _check_is_rendered(index, message, [call["function"]["name"] for call in calls], answer)
         segments += [Segment(before.removeprefix(rendered), False), Segment(answer, True)]
         rendered = before + answer
-    if any(message["role"] in ("tool", "developer") for message in messages):
-        _check_all_are_rendered(messages, render(len(messages), False))
+    for index, message in enumerate(messages):
+        if message["role"] in ("tool", "developer"):
+            _check_is_rendered(index, message, [message["content"].strip()], render(len(messages), False))
     return segments
 
 
-def _check_all_are_rendered(messages: list[Row], text: str) -> None:
-    """Refuses messages that the chat template leaves out: many know neither tools nor a developer."""
-    for number, message in enumerate(messages):
-        content = str(message["content"]).strip()
-        is_shown = content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text
-        if message["role"] in ("tool", "developer") and not is_shown:
-            reason = f"messages[{number}] has role {message['role']!r}, which this model's chat template leaves out"
-            raise UserError(f"{reason}: use a model whose template renders it, or rename the role.")
+def _check_is_rendered(index: int, message: Row, texts: list[str], rendered: str) -> None:
+    """Refuses a message that the chat template leaves out: many know no tools and no developer."""
+    if not all(text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered for text in texts):
+        reason = f"messages[{index}], of role {message['role']!r}, is left out by this model's chat template"
+        raise UserError(f"{reason}: use a model whose template renders it, or write it into another turn.")
 
 
 def messages_of(row: Row) -> list[Row]:
-    """The messages of a row as a chat template takes them: no nulls, which it would print as None and a table's rows
-    hold for every key that other rows have; and the arguments of tool calls as objects, which it writes as JSON."""
+    """The messages of a row as a chat template takes them: texts, no nulls, which it would print as None and a table's
+    rows hold for every key that other rows have, and the arguments of tool calls as objects."""
     messages = []
-    for number, message in enumerate(turns_of(row, "messages")):
-        role, calls, content = message["role"], message.get("tool_calls"), message.get("content")
-        place = f"messages[{number}] ({role})"
-        if calls is not None and not (isinstance(calls, list) and all(map(_function_name, calls))):
-            raise UserError(f"{place} has tool_calls of another shape: expected a list of objects with function.name.")
-        if calls and role != "assistant":
-            raise UserError(f"{place} has tool_calls: only an assistant calls tools.")
-        if "content" not in message and not calls:
-            raise UserError(f"{place} has no 'content': expected role and content, got {', '.join(message)}.")
-        if content is None and role != "assistant":
-            raise UserError(f'{place} has null content: write its text, or "" if it is empty.')
-        as_text(content, f"{place} 'content'")
-        message = {key: value for key, value in message.items() if value is not None}
-        message.setdefault("content", "")
-        if calls:
-            message["tool_calls"] = _without_nulls(calls)
-        for call in message.get("tool_calls", ()):
-            function = call.get("function", call)
-            with contextlib.suppress(TypeError, ValueError):  # they are an object already, or no JSON
-                function["arguments"] = json.loads(function.get("arguments"))
+    for number, turn in enumerate(turns_of(row, "messages")):
+        message = _without_nulls(turn)
+        message["content"] = as_text(message.get("content"), f"messages[{number}] 'content'")
+        calls = message.get("tool_calls", [])
+        for call in calls if isinstance(calls, list) else [calls]:
+            match call:
+                case {"function": {"name": str()} as function}:
+                    with contextlib.suppress(TypeError, ValueError):  # they are an object already, or no JSON
+                        function["arguments"] = json.loads(function.get("arguments"))
+                case _:
+                    shape = "expected a list of objects with function.name"
+                    raise UserError(f"messages[{number}] has tool_calls of another shape: {shape}.")
         messages.append(message)
     return messages
-
-
-def _function_name(call: Any) -> str | None:
-    """The name of the function that a tool call calls; None where it has none."""
-    match call:
-        case {"function": {"name": str(name)}}:
-            return name
-        case {"name": str(name)} if "function" not in call:
-            return name
-    return None
 
 
 def _tools_of(row: Row) -> list[Any] | None:
@@ -270,6 +225,7 @@ def _tools_of(row: Row) -> list[Any] | None:
 
 
 def _without_nulls(value: Any) -> Any:
+    """A copy of nested dicts and lists without the keys that hold null."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     return [_without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Where a run's rows come from: the Hub, files, or a generator. Nothing here imports torch."""
+"""Where a run's rows come from: files, the Hub, or a generator. Nothing here imports torch."""
 
 import collections
 import itertools
@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
+from cera_train.common.hub import hub_or_cache, why_not_reached
 from cera_train.data import logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of, suffix_of
-from cera_train.data.hub import from_hub
-from cera_train.data.rows import PlacedRow, Source, at
+from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import segmenter
-from cera_train.settings.data import DataConfig, Layout, at_part
+from cera_train.settings.data import DataConfig, Layout
 
 LOOKED_AT = 200
 """Rows of each file that `check_data` reads."""
@@ -26,27 +26,17 @@ WHOLE_BYTES = 10_000_000
 def check_data(config: DataConfig) -> None:
     """Looks at the first rows of a config's files, before anything heavy is imported: most mistakes show there. The
     tokenizer's chat template is not needed for that."""
-    config.check_evaluates()
     for place, part in config.parts():
-        with at_part(place):
-            to_segments = segmenter(part, None)
-            for path in data_files(part):
-                if "://" not in path and (suffix_of(path) in READ_BY_LINES or os.path.getsize(path) < WHOLE_BYTES):
-                    for where, row in itertools.islice(rows_of([path]), LOOKED_AT):
-                        with at(where):
-                            to_segments(row)
-
-
-def data_files(config: DataConfig) -> list[str]:
-    """The files of a data set, or of all parts of a mix. Opens none, and computes no rows."""
-    paths = []
-    for place, part in config.parts():
-        with at_part(place):
+        with errors_at(place):
             if part.layout == Layout.reasoning_gym:
                 reasoning_gym.check(part.reasoning_gym)
-            paths += check_files(part.train_files, "data.train_files")
-            paths += check_files(part.eval_files, "data.eval_files")
-    return paths
+            to_segments = segmenter(part, None)
+            paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
+            for path in paths:
+                if "://" not in path and (suffix_of(path) in READ_BY_LINES or os.path.getsize(path) < WHOLE_BYTES):
+                    for where, row in itertools.islice(rows_of([path]), LOOKED_AT):
+                        with errors_at(where):
+                            to_segments(row)
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
@@ -70,23 +60,18 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             from_hub(config.path, config.subset, config.revision, split, setting, config.streaming)
             for setting, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split))
         )
-    return train.head(config.train_rows), evaluation.head(config.eval_rows)
+    return train.between(0, config.train_rows), evaluation.between(0, config.eval_rows)
 
 
 def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
     """The last `eval_rows` rows evaluate, the others train."""
 
     def training() -> Iterator[PlacedRow]:
-        rows, trains = iter(source.located()), False
-        last = collections.deque(itertools.islice(rows, eval_rows))
-        for row in rows:
-            trains = True
+        last = collections.deque()
+        for row in source.located():
             last.append(row)
-            yield last.popleft()
-        if last and not trains:
-            mend = f"rows. Lower it to at most {len(last) - 1}." if len(last) > 1 else "row. Add rows."
-            reason = f"data.eval_rows={eval_rows} leaves nothing to train on"
-            raise UserError(f"{reason}: {source.name} has {len(last)} {mend}")
+            if len(last) > eval_rows:
+                yield last.popleft()
 
     def evaluation() -> Iterable[PlacedRow]:
         return collections.deque(source.located(), maxlen=eval_rows)
@@ -95,3 +80,40 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
         replace(source, fingerprint=f"{source.fingerprint} [:-{eval_rows}]", located=training),
         replace(source, fingerprint=f"{source.fingerprint} [-{eval_rows}:]", located=evaluation),
     )
+
+
+def from_hub(
+    path: str, subset: str | None, revision: str | None, split: str, setting: str, streaming: bool = False
+) -> Source:
+    """One split of a data set on the Hub, or of a folder in the same form.
+
+    Args:
+        setting: the key of the split, for messages, such as data.train_split.
+        streaming: downloads rows as they are read.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    section = setting.partition(".")[0]
+    place = f"{section}.path={path}"
+    try:
+        with hub_or_cache(needs_hub=not os.path.isdir(path)):
+            if streaming:
+                builder = datasets.load_dataset_builder(path, subset, revision=revision)
+                dataset, fingerprint = builder.as_streaming_dataset(split), builder.cache_dir  # which names the commit
+            else:
+                dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
+                fingerprint = dataset._fingerprint
+    # ValueError: no such split or subset; OSError: the Hub's errors; RuntimeError: a data set that is a Python script.
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        reason = " ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip(".")
+        if "offline" in reason.lower():
+            reason = f"{why_not_reached()}, and the cache lacks it"
+        mend = f"Check {setting}={split} and {section}.subset={subset}, log in with `hf auth login` if it is gated"
+        files = "data.train_files" if section == "data" else f"{section}.files"
+        raise UserError(f"{place}: cannot load it: {reason}. {mend}, or set {files} to local files.") from error
+    return Source.numbered(f"{path} {split} {fingerprint}", dataset, f"{place}, split {split}")

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
-from cera_train.data.rows import at
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.distributed.accelerator import Team
@@ -128,7 +128,7 @@ class Exams:
         self.every, self.tokenizer, self.loss, self.team = config.train.tasks_every, tokenizer, loss, team
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
-            with at(f"train.tasks=[{name}]"):
+            with errors_at(f"train.tasks=[{name}]"):
                 self.tasks.append(task_exam(name, config, tokenizer))
                 check_room(self.tasks[-1].requests, self.tasks[-1].max_new_tokens, loss.causal_lm)
         count = config.train.samples

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import fmean
 
-from cera_train.common.errors import UserError
-from cera_train.data.rows import at
+from cera_train.common.errors import UserError, errors_at
 from cera_train.evaluation.tasks.task import load_problems, named_task
 from cera_train.planning.data_size import CHARACTERS_PER_TOKEN, DataSize, facts_at
 from cera_train.planning.devices import Device
@@ -75,7 +74,7 @@ def size_of_task(name: str, config: Config, data: DataSize) -> AnswerSize:
     """
     settings, place = named_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
     if settings.files or settings.path is None:
-        with at(place):
+        with errors_at(place):
             problems = load_problems(settings, config.data)
         tokens = fmean(len(problem.prompt) for problem in problems) / CHARACTERS_PER_TOKEN
         return AnswerSize(name, len(problems), len(problems), tokens, settings.max_new_tokens, "by their characters")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.mix import PartRows, rows_of_parts
-from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn, at_part
+from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 
 CHARACTERS_PER_TOKEN = 3.5
 """Estimate for local rows, which are not tokenised here. With SmolLM2's tokenizer a token has 2.8 characters on GSM8K,
@@ -108,12 +108,12 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
 def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
     sizes = []
     for place, part in config.parts():
-        with at_part(place):
+        with errors_at(place):
             sizes.append((part.title, data_size(part, tokens_per_row)))
     counts = rows_of_parts([size.train_rows for _, size in sizes], config.weights, config.train_rows)
     parts = tuple(
-        PartRows(title, weight, size.train_rows, count, count * size.tokens_per_row, size.eval_rows)
-        for (title, size), weight, count in zip(sizes, config.weights, counts, strict=True)
+        PartRows(title, size.train_rows, count, count * size.tokens_per_row, size.eval_rows)
+        for (title, size), count in zip(sizes, counts, strict=True)
     )
     tokens = sum(part.tokens for part in parts)
     return DataSize(
@@ -154,7 +154,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)
     lengths, tokens, supervised = [], 0.0, 0.0
-    for segments in segments_of(train.head(SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
+    for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
         counts = [(estimate_tokens(segment.text, config.is_computed), segment.supervised) for segment in segments]
         if counts:
             length, answers = sum(count for count, _ in counts), sum(count for count, counted in counts if counted)
@@ -162,7 +162,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
             lengths.append(length)
             tokens, supervised = tokens + kept, supervised + max(0.0, kept - (length - answers))
     if not tokens:
-        raise UserError(f"{train.name}: no row has an answer. Check the columns and templates.")
+        raise UserError(f"{train.name}: no row to train on has an answer. Check columns, templates, data.eval_rows.")
     size = DataSize(
         config.train_rows if is_generated else sum(1 for _ in train.located()),
         config.eval_rows if is_generated else sum(1 for _ in evaluation.located()),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cera_train.adapters.family import family, title
 from cera_train.common.files import write_text
-from cera_train.common.trust import check_links, clean
+from cera_train.common.trust import clean
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, figure, read_evaluation_result
 from cera_train.runs.subject import digest_of
@@ -50,7 +50,6 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 def write_card(run: Path, result: RunResult) -> None:
     """Writes adapter/README.md from the config, the result and the evaluations of a run."""
-    check_links(run, [run / "adapter"])
     config = load_config(run / "config.yaml")
     evaluations = []
     for path in sorted(run.glob("eval/*/result.json")):

@@ -92,8 +92,7 @@ class EvaluationFolder:
     def __enter__(self) -> EvaluationFolder:
         if self.is_main:
             self._is_new = not self.path.exists()
-            run = self.path.parent.parent if self.path.parent.name == "eval" else None
-            self._lock = lock_folder(self.path, "evaluation", root=run)
+            self._lock = lock_folder(self.path, "evaluation")
         return self
 
     def __exit__(self, *_: object) -> None:

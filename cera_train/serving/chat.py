@@ -13,12 +13,12 @@ import torch
 from transformers import TextStreamer
 
 from cera_train.cera import for_inference
-from cera_train.common.errors import UserError, words_of
+from cera_train.common.errors import UserError, errors_at, words_of
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.files import READERS, from_files
 from cera_train.data.prepare import encode
-from cera_train.data.rows import PROMPT, Row, at
+from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import columns_of, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Likeliest, Request, SeededSampling, only_the_chosen, prepare_generation
@@ -223,7 +223,7 @@ def answer_file(answerers: list[Answerer], file: str) -> None:
     for questions in zip(*(read_prompts(file, answerer.prompts) for answerer in answerers), strict=True):
         place = questions[0][0]
         print(f"--- {place}", flush=True)
-        with at(place):
+        with errors_at(place):
             answer_rows(answerers, [row for _, row in questions])
     if place is None:
         raise UserError(f"prompts={file} has no questions: write one on each line.")

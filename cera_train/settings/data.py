@@ -1,16 +1,14 @@
 """Settings of the rows, and how they become tokens."""
 
-import contextlib
-import difflib
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import MISSING, Changes, leaves, require, require_positive, section, setting
 
 Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map", "reasoning_gym"])
@@ -40,13 +38,19 @@ def several(value: Any) -> list[Any]:
 
 
 def check_growths(key: str, growths: Any) -> None:
-    """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt cannot show."""
-    numbers = several(growths)
-    is_growth = [type(growth) in (int, float) and 0 < growth <= 4 for growth in numbers]
-    require(bool(numbers) and all(is_growth), f"{key}={growths} must be numbers above 0 and up to 4.")
-    if any(float(f"{growth:g}") != growth for growth in numbers):
-        raise UserError(f"{key}={growths} has more than the six digits that a prompt shows: round it.")
-    require(len(set(numbers)) == len(numbers), f"{key}={growths} names one twice: leave it out.")
+    """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt shows rounded."""
+    numbers = [growth for growth in several(growths) if type(growth) in (int, float) and 0 < growth <= 4]
+    are_shown = all(float(f"{growth:g}") == growth for growth in numbers)
+    is_allowed = bool(numbers) and numbers == several(growths) and are_shown
+    require(is_allowed, f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.")
+
+
+def check_generators(key: str, generators: Any) -> None:
+    """Raises UserError for a name that is not in `GENERATORS`."""
+    known = [name for names in GENERATORS.values() for name in names]
+    is_known = bool(generators) and {*several(generators)} <= {*known}
+    mend = f"expected generators that are tested here. Choose from {', '.join(known)}."
+    require(is_known, f"{key}={generators}: {mend}")
 
 
 @dataclass
@@ -92,18 +96,6 @@ class ReasoningGymConfig:
         return several(self.generator)
 
 
-def check_generators(key: str, generators: Any) -> None:
-    """Raises UserError for a name that is not in `GENERATORS`."""
-    known = [name for names in GENERATORS.values() for name in names]
-    names = several(generators)
-    require(bool(names), f"{key}=[] names none: choose from {', '.join(known)}.")
-    for name in names:
-        near = difflib.get_close_matches(str(name), known, n=2)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose from {', '.join(known)}."
-        require(name in known, f"{key}={name} is no generator of reasoning-gym that is tested here. {hint}")
-        require(names.count(name) == 1, f"{key} names {name} twice: keep one.")
-
-
 @dataclass
 class DataFacts:
     """Size of a data set: with it cera-plan needs neither the rows nor a tokenizer."""
@@ -120,10 +112,6 @@ class DataFacts:
     estimated: bool = setting(False, "nothing")
     """Whether tokens_per_row and supervised are estimates; a comment in the file gives their basis."""
 
-    def __post_init__(self) -> None:
-        require_positive("data.facts", self, "train_rows", "eval_rows", "tokens_per_row", "supervised")
-        require(self.supervised <= 1, f"data.facts.supervised={self.supervised} is a share: it must be at most 1.")
-
 
 @dataclass
 class MixPart:
@@ -136,11 +124,9 @@ class MixPart:
     revision: str | None = setting(None, "result")
     train_split: str | None = setting(None, "result", splits="training")
     eval_split: str | None = setting(None, "result")
-    files: list[str] | None = setting(None, "result")
-    """Local files to train on. Without eval_files, their last eval_rows rows are held out."""
+    train_files: list[str] | None = setting(None, "result")
     eval_files: list[str] | None = setting(None, "result")
-    rows: int | None = setting(None, "result", splits="training")
-    """Takes only this many training rows, from the start."""
+    train_rows: int | None = setting(None, "result", splits="training")
     eval_rows: int | None = setting(None, "result")
     """0: this part evaluates nothing."""
     layout: Layout | None = setting(None, "tokens")
@@ -202,21 +188,18 @@ class DataConfig:
             require(self.mix is None, "data.streaming=true reads one data set: leave out data.mix.")
             require(not self.is_computed, f"data.layout={self.layout} computes its rows: leave out data.streaming.")
             require(bool(self.eval_files or self.eval_rows), "data.streaming=true needs data.eval_rows, such as 1000.")
-        if self.mix is None:
-            self._check_rows()
-        else:
+        if self.mix is not None:
             self._check_mix()
+        elif self.is_computed:
+            self._check_computed()
+        else:
+            self._check_sources()
 
-    def _check_rows(self) -> None:
+    def _check_sources(self) -> None:
         if self.layout == Layout.text and not (self.prompt and self.completion):
             example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
             raise UserError(f"data.layout=text needs data.prompt and data.completion, such as {example}.")
-        if self.is_computed:
-            require(self.eval_rows is not None, f"data.layout={self.layout} needs data.eval_rows, such as 20.")
-            is_endless = self.layout == Layout.reasoning_gym
-            mend = f"data.layout={self.layout} needs data.train_rows, such as 1000."
-            require(not is_endless or self.train_rows is not None, mend)
-        elif not (self.path or self.train_files):
+        if not (self.path or self.train_files):
             mend = "set data.train_files to local files or data.path to a Hub data set"
             raise UserError(f"there is no training data: {mend}.")
         if self.train_files and not self.eval_files and self.eval_rows is None:
@@ -225,41 +208,35 @@ class DataConfig:
         if self.eval_files and not self.train_files:
             raise UserError("data.eval_files without data.train_files: name the training files too.")
 
-    def _check_mix(self) -> None:
-        require(bool(self.mix), "data.mix=[] has no parts: name some, such as [{files:[a.jsonl],weight:1}], or null.")
-        for name in ("path", "train_files", "eval_files"):
-            value = getattr(self, name)
-            require(not value, f"data.{name}={value} beside data.mix: name it in a part, or leave out one of the two.")
-        weights = [part.weight for part in self.mix]
-        for number, part in enumerate(self.mix):
-            place, weight, is_named = f"data.mix.{number}", part.weight, bool(part.path or part.files)
-            if weight is None:
-                mend = "give every part a weight, or none"
-                require(set(weights) == {None}, f"{place}.weight is missing, and other parts have weights: {mend}.")
-            else:
-                is_weight = math.isfinite(weight) and weight >= 0
-                require(is_weight, f"{place}.weight={weight} must be a number of at least 0.")
-            if not is_named and part.layout not in COMPUTED:
-                raise UserError(f"{place} has neither path nor files: name local files or a Hub data set.")
-            if is_named and (layout := part.layout or self.layout) in COMPUTED:
-                mend = f"choose another data=NAME, such as data=jsonl, or set {place}.layout"
-                raise UserError(f"{place} names rows, but data.layout={layout} computes them: {mend}.")
-        require(None in weights or sum(weights) > 0, "data.mix: the weights add up to 0. Raise one.")
-        self.check_evaluates()
+    def _check_computed(self) -> None:
+        mend = "choose another data=NAME, such as data=jsonl, or another layout"
+        is_named = self.path or self.train_files
+        require(not is_named, f"data.layout={self.layout} computes its rows, and others are named: {mend}.")
+        require(self.eval_rows is not None, f"data.layout={self.layout} needs data.eval_rows, such as 20.")
+        is_endless = self.layout == Layout.reasoning_gym
+        mend = f"data.layout={self.layout} needs data.train_rows, such as 1000."
+        require(not is_endless or self.train_rows is not None, mend)
 
-    def check_evaluates(self) -> None:
-        """Raises UserError where no rows are left to evaluate on."""
-        keys = [f"{place}.eval_rows=0" for place, part in self.parts() if part.eval_rows == 0]
-        require(len(keys) < len(self.mix or [self]), f"{', '.join(keys)}: no rows to evaluate on. Raise one.")
+    def _check_mix(self) -> None:
+        example = "[{train_files:[a.jsonl],weight:1}]"
+        require(bool(self.mix), f"data.mix=[] has no parts: name some, such as {example}, or null.")
+        is_named = self.path or self.train_files or self.eval_files
+        require(not is_named, "data.path or files beside data.mix: name them in a part, or leave out one of the two.")
+        weights = [part.weight for part in self.mix if part.weight is not None]
+        is_complete = not weights or len(weights) == len(self.mix)
+        are_shares = all(0 <= weight < math.inf for weight in weights) and (sum(weights) > 0 or not weights)
+        mend = "give all parts weights of at least 0, and one above 0, or none"
+        require(is_complete and are_shares, f"data.mix has weights {self.weights}: {mend}.")
+        evaluates = any([part.eval_rows != 0 for _, part in self.parts()])  # a list: every part is checked
+        require(evaluates, "data.mix evaluates on no rows: raise an eval_rows.")
 
     def parts(self) -> Iterator[tuple[str, "DataConfig"]]:
-        """The data sets of a mix, each after its key; without a mix, these settings themselves after `data`."""
+        """The data sets of a mix, each after its key; without a mix, these settings themselves after an empty one."""
         if self.mix is None:
-            yield "data", self
+            yield "", self
         for number, part in enumerate(self.mix or ()):
-            values = {field.name: getattr(part, field.name) for field in fields(part) if field.name != "weight"}
-            values = {ALONE.get(name, name): value for name, value in values.items() if value is not None}
-            with at_part(f"data.mix.{number}"):
+            values = {name: value for name, value in vars(part).items() if value is not None and name != "weight"}
+            with errors_at(f"data.mix.{number}"):
                 config = replace(self, mix=None, **{"train_rows": None} | values)
             yield f"data.mix.{number}", config
 
@@ -283,53 +260,30 @@ class DataConfig:
         return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
 
 
-ALONE = {"files": "train_files", "rows": "train_rows"}
-"""Settings of a part that `data` calls otherwise."""
-
-
-@contextlib.contextmanager
-def at_part(place: str) -> Iterator[None]:
-    """Lets UserErrors name settings as they stand in a part: data.mix.0.files for data.train_files."""
-    try:
-        yield
-    except UserError as error:
-        if place == "data":
-            raise
-        names = {ALONE.get(field.name, field.name): field.name for field in fields(MixPart)}
-        pattern = rf"\bdata\.({'|'.join(names)})\b"
-        raise UserError(re.sub(pattern, lambda key: f"{place}.{names[key[1]]}", str(error))) from error
-
-
-def evaluation_rows(settings: dict[str, Any], prefix: str = "data.") -> tuple:
+def evaluation_rows(settings: dict[str, Any]) -> tuple:
     """The settings that choose the evaluation tokens of a perplexity. Runs are comparable where these are equal.
 
     Args:
-        settings: flat settings of a run or an evaluation, in which data's start with `prefix`. A null counts like a
-            missing key, since another version may not have it.
+        settings: flat settings of a run or an evaluation. A null counts like a missing key.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
-    parts = {part[0] for key in settings if (part := re.match(rf"{re.escape(prefix)}mix\.\d+\.", key))}
-    evaluating = [part for part in parts if settings.get(f"{part}eval_rows") != 0]
-    if len(evaluating) == 1:  # the rows of a run on this part alone
-        fields_of_part = {field.name: evaluating[0] + field.name for field in fields(MixPart) if field.name != "weight"}
-        of_part = {
-            f"{prefix}{ALONE.get(name, name)}": settings[key] for name, key in fields_of_part.items() if key in settings
-        }
-        settings = {key: value for key, value in settings.items() if not key.startswith(f"{prefix}mix.")} | of_part
-    skipped = _training_keys(DataConfig, "train_files", prefix, settings)
-    for part in parts:
-        skipped |= _training_keys(MixPart, "files", part, settings)
-    return tuple(sorted((key, repr(value)) for key, value in settings.items() if key not in skipped))
-
-
-def _training_keys(schema: type, files: str, prefix: str, settings: dict[str, Any]) -> set[str]:
-    """The keys of a data set that do not choose its evaluation rows. `files` names the training files."""
-    marked = [(leaf.key, leaf.field.metadata["splits"], leaf.changes) for leaf in leaves(schema)]
-    skipped = [key for key, splits, changes in marked if splits == "training" or changes == Changes.nothing]
-    if settings.get(prefix + files):  # nothing comes from the Hub
-        skipped += ["path", "subset", "revision", "eval_split"]
-    if settings.get(f"{prefix}eval_files"):
-        skipped += [files]
-    if schema is MixPart and settings.get(f"{prefix}eval_rows") == 0:
-        skipped = [key for key, *_ in marked]
-    return {prefix + key for key in skipped}
+    parts = {match[0] for key in settings if (match := re.match(r"data\.mix\.\d+\.", key))}
+    silent = {part for part in parts if settings.get(f"{part}eval_rows") == 0}
+    if len(parts - silent) == 1:  # compares with a run on this part alone
+        [part] = parts - silent
+        names = [key.removeprefix(part) for key in settings if key.startswith(part)]
+        settings |= {f"data.{name}": settings[part + name] for name in names}
+        silent = {"data.mix."}
+    marked = [leaf for schema in (DataConfig, MixPart) for leaf in leaves(schema)]
+    training = {leaf.key for leaf in marked if leaf.field.metadata["splits"] == "training"}
+    training |= {leaf.key for leaf in marked if leaf.changes == Changes.nothing}
+    skipped = set()
+    for prefix in ("data.", *parts):
+        names = {*training}
+        if settings.get(f"{prefix}train_files"):  # nothing comes from the Hub
+            names |= {"path", "subset", "revision", "eval_split"}
+        if settings.get(f"{prefix}eval_files"):
+            names.add("train_files")
+        skipped |= {prefix + name for name in names}
+    kept = [key for key in sorted(settings) if key not in skipped and not key.startswith((*silent,))]
+    return tuple((key, repr(settings[key])) for key in kept)

@@ -6,7 +6,7 @@ import copy
 
 from transformers import PreTrainedTokenizerFast
 
-from cera_train.data.prepare import Example, encode
+from cera_train.data.prepare import Example, TokenizedRows, encode
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig
 
@@ -57,3 +57,8 @@ def supervised_text(example: Example, tokenizer) -> str:
 
 def ids_of(text: str, tokenizer) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def texts_of(rows: TokenizedRows, tokenizer) -> list[str]:
+    texts = [tokenizer.decode(rows.tokens("input_ids", row).to_pylist()) for row in range(len(rows))]
+    return [text.removeprefix("<s>").removesuffix("</s>") for text in texts]

@@ -11,8 +11,7 @@ from examples import CHAT, CONVERSATION, data_config, example_of, ids_of, superv
 from tokenizers.processors import TemplateProcessing
 
 from cera_train.data.prepare import encode
-from cera_train.data.segments import all_turns, columns_of, segmenter, templates
-from cera_train.data.sources import open_sources
+from cera_train.data.segments import all_turns, segmenter, templates
 
 # --- layout text -----------------------------------------------------------------------------------------------------
 
@@ -21,8 +20,8 @@ from cera_train.data.sources import open_sources
     ("name", "row", "prompt", "completion"),
     [
         ("math", {"problem": "1+1?", "solution": r"\boxed{2}"}, "Problem: 1+1?\nSolution:", r" \boxed{2}"),
-        ("mathinstruct", {"source": "x", "instruction": "Add.", "output": "2"}, "Question: Add.\nAnswer:", " 2"),
-        ("metamathqa", {"query": "What is {x}?", "response": "x is 2"}, "Question: What is {x}?\nAnswer:", " x is 2"),
+        ("mathinstruct", {"instruction": "Add {x}.", "output": "2"}, "Question: Add {x}.\nAnswer:", " 2"),
+        ("metamathqa", {"query": "What is x?", "response": "x is 2"}, "Question: What is x?\nAnswer:", " x is 2"),
         ("gsm8k", {"question": "How many?", "answer": "2\n#### 2"}, "Question: How many?\nAnswer:", " 2\n#### 2"),
         ("jsonl", {"prompt": "hello ", "completion": "there"}, "hello ", "there"),
     ],
@@ -47,14 +46,11 @@ def test_the_boundary_is_what_inference_tokenises_also_where_prompt_and_completi
     assert supervised_text(example, tokenizer) == "lo</s>"
 
 
-@pytest.mark.parametrize("loss_on", ["completion", "all"])
-def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(tokenizer, loss_on):
+def test_the_end_token_is_always_supervised_though_it_pads_and_the_answer_ends_in_a_special_token(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    example = example_of({"question": "a", "answer": "see <|im_start|>"}, tokenizer, loss_on=loss_on)
+    example = example_of({"question": "a", "answer": "see <|im_start|>"}, tokenizer, loss_on="all")
     assert tokenizer.decode(example.input_ids).endswith(" see <|im_start|></s>")
-    assert example.loss_mask[-1]
-    if loss_on == "all":
-        assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
+    assert example.loss_mask == [False] + [True] * (len(example.input_ids) - 1)
 
 
 def test_without_a_start_token_none_is_added_and_the_first_token_is_not_supervised(tokenizer):
@@ -76,28 +72,18 @@ def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(
     assert [segment.text for segment in segments] == [r"{\frac{1}{2} {a.__class__}} x:", r" \frac{1}{2} {a.__class__}"]
 
 
-@pytest.mark.parametrize("template", ["{a.__class__}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{0}", "{a", "a}", "{a{b}}"])
+@pytest.mark.parametrize("template", ["{a.__class__}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{a", "a}"])
 def test_a_template_that_does_more_than_name_columns_is_refused(tokenizer, template):
-    with pytest.raises(ValueError, match="brace twice"):
-        columns_of(template)
     for settings in ({"prompt": template}, {"completion": template}):
         with pytest.raises(ValueError, match="brace twice"):
             segmenter(data_config(**settings), tokenizer)
 
 
-@pytest.mark.parametrize("answer", [None, " \n\t", "\u00a0"])
+@pytest.mark.parametrize("answer", [None, " \n\u00a0"])
 def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
     assert segmenter(data_config(), tokenizer)({"question": "a", "answer": answer}) == []
     segments = segmenter(data_config(completion=" {answer} {reason}"), tokenizer)
     assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
-
-
-def test_logistic_map_supervises_the_iterates(compose, tokenizer):
-    config = compose("data=logistic_map").data
-    [row] = [row for row in open_sources(config)[0].read() if "x = 0.40," in row["prompt"]]
-    [example] = encode([segmenter(config, tokenizer)(row)], config, tokenizer)
-    # By hand: 0.84, 0.4704, 0.87193..., 0.39082..., 0.83328..., 0.48619...
-    assert supervised_text(example, tokenizer) == " 0.84, 0.47, 0.87, 0.39, 0.83, 0.49</s>"
 
 
 def test_a_truncated_row_has_no_end_token_and_one_that_just_fits_has(tokenizer):
@@ -237,26 +223,19 @@ def test_tool_calls_are_supervised_as_the_template_writes_them(tokenizer, argume
     assert "None" not in tokenizer.decode(example.input_ids)
 
 
-@pytest.mark.parametrize("as_text", [False, True])
-def test_tools_of_a_row_are_shown_to_the_model(tokenizer, as_text):
+def test_tools_of_a_row_are_shown_to_the_model(tokenizer):
     tools = [{"type": "function", "function": {"name": "weather"}}]
-    row = {"messages": [USER, ANSWER], "tools": json.dumps(tools) if as_text else tools}
-    example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
-    assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
+    for column in (tools, json.dumps(tools)):
+        row = {"messages": [USER, ANSWER], "tools": column}
+        example = example_of(row, with_changes(tokenizer, chat_template=TOOL_TEMPLATE), layout="messages")
+        assert tokenizer.decode(example.input_ids).startswith(f"<|im_start|>system\n{json.dumps(tools)}<|im_end|>")
 
 
-@pytest.mark.parametrize(("tools", "line"), [("[", "'tools' holds broken JSON"), ({"a": 1}, "'tools' holds a dict: e")])
-def test_tools_that_are_no_list_are_refused(tokenizer, tools, line):
-    with pytest.raises(ValueError, match=line):
-        example_of({"messages": [USER, ANSWER], "tools": tools}, tokenizer, layout="messages")
-
-
-@pytest.mark.parametrize("role", ["tool", "developer"])
-def test_a_role_that_the_template_leaves_out_is_refused(tokenizer, role):
+def test_a_role_that_the_template_leaves_out_is_refused(tokenizer):
     template = CHAT_TEMPLATE.replace("messages %}", "messages if message.role in ('user', 'assistant') %}")
-    row = {"messages": [{"role": role, "content": "be brief"}, USER, ANSWER]}
+    row = {"messages": [{"role": "tool", "content": "be brief"}, USER, ANSWER]}
     assert supervised_text(example_of(row, tokenizer, layout="messages"), tokenizer) == "b<|im_end|>"
-    with pytest.raises(ValueError, match=rf"messages\[0\] has role '{role}', which this model's chat template leaves"):
+    with pytest.raises(ValueError, match=r"messages\[0\], of role 'tool', is left out by this model's chat"):
         example_of(row, with_changes(tokenizer, chat_template=template), layout="messages")
 
 

@@ -10,40 +10,18 @@ from pathlib import Path
 import pyarrow
 import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
-from examples import EVALUATION, TRAIN
+from examples import EVALUATION, TRAIN, texts_of
 
+from cera_train.common.errors import UserError
 from cera_train.data import sources
-from cera_train.data.prepare import Example, encode, prepare_data
-from cera_train.data.segments import segmenter
-from cera_train.settings.data import DataConfig, LossOn
+from cera_train.data.prepare import Example, prepare_data, prepare_windows
+from cera_train.settings.data import LossOn
 
 pytest_plugins = ["row_fixtures"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def refusal(config: DataConfig, tokenizer) -> str:
-    with pytest.raises(ValueError) as error:  # noqa: PT011  the caller compares the reason
-        prepare_data(config, tokenizer)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 # --- rows and counts -------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_the_examples_in_order_with_their_lengths_and_counts(config_of, tokenizer):
-    config = config_of()
-    data = prepare_data(config, tokenizer)
-    for split, rows in ((data.train, TRAIN), (data.evaluation, EVALUATION)):
-        examples = encode([segmenter(config, tokenizer)(row) for row in rows], config, tokenizer)
-        assert split.column("input_ids") == [example.input_ids for example in examples]
-        assert split.column("loss_mask") == [example.loss_mask for example in examples]
-        assert split.column("length") == [len(example.input_ids) for example in examples]
-        assert split.column("supervised") == [sum(example.loss_mask) for example in examples]
-        assert split.counts.read == split.counts.kept == len(split) == len(rows)
-        assert split.counts.tokens == sum(split.column("length"))
-        assert split.counts.supervised_tokens == sum(split.column("supervised"))
-    assert data.shared_prompts == 0
 
 
 def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache):
@@ -72,7 +50,7 @@ def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_an
     silent = [{"question": "a", "answer": answer} for answer in ("", None)]
     config = config_of([*rows[:5], *silent, *rows[5:]], max_length=30, allow_overlap=True)
     train = prepare_data(config, tokenizer).train
-    assert (train.counts.read, train.counts.empty, train.counts.kept) == (52, 2, 50)
+    assert (len(train), train.dropped) == (50, (2, 0))
     for number, row in enumerate(rows):
         prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
         answer = [*tokenizer(f" {row['answer']}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -93,22 +71,23 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
         {"question": "a", "answer": " \n"},
     ]
     train = prepare_data(config_of(rows, max_length=fits), tokenizer).train
-    counts = train.counts
-    assert (counts.read, counts.kept, counts.truncated, counts.answer_truncated, counts.empty) == (4, 2, 1, 1, 1)
+    assert train.describe() == (
+        f"2 rows, {2 * fits} tokens, {(fits - prompt) / fits:.0%} supervised; 2 dropped (1 empty, 1 beyond "
+        "max_length), 1 truncated"
+    )
     whole, cut = train.column("input_ids")
     assert whole[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in cut
     assert train.column("length") == [fits, fits]
     assert train.column("supervised") == [fits - prompt, fits - prompt]
-    assert (counts.tokens, counts.supervised_tokens) == (2 * fits, 2 * (fits - prompt))
 
 
 def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_counts(config_of, tokenizer):
     long = {"question": "what is the next value? " * 40, "answer": "0.84"}
     config = config_of([*TRAIN, long], EVALUATION)
     config.loss_on, config.max_length = LossOn.all, 60
-    counts = prepare_data(config, tokenizer).train.counts
-    assert (counts.kept, counts.answer_truncated) == (len(TRAIN), 1)
+    train = prepare_data(config, tokenizer).train
+    assert (len(train), train.dropped) == (len(TRAIN), (0, 1))
 
 
 # --- overlap ---------------------------------------------------------------------------------------------------------
@@ -118,10 +97,8 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     same_prompts = [{"question": row["question"], "answer": "another"} for row in TRAIN[:2]]
     dropped = {"question": TRAIN[3]["question"], "answer": ""}
     evaluation = [*EVALUATION, *same_prompts, dropped]
-    message = refusal(config_of(evaluation=evaluation), tokenizer)
-    assert message.startswith("data.eval_files=[")
-    assert "2 of 5 evaluation prompts are also training prompts" in message
-    assert "data.allow_overlap=true" in message
+    with pytest.raises(UserError, match="train.jsonl: 2 of 5 evaluation prompts are also training .*overlap=true"):
+        prepare_data(config_of(evaluation=evaluation), tokenizer)
     assert prepare_data(config_of(evaluation=evaluation, allow_overlap=True), tokenizer).shared_prompts == 2
     nearly = [{"question": row["question"] + " ", "answer": row["answer"]} for row in TRAIN]
     assert prepare_data(config_of(evaluation=nearly), tokenizer).shared_prompts == 0
@@ -132,29 +109,22 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_call_reads_no_rows_imports_no_datasets_and_gives_the_same(config_of, tokenizer, reads, monkeypatch):
-    first = prepare_data(config_of(), tokenizer)
-    reads.clear()
-    monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails
-    again = prepare_data(config_of(), copy.deepcopy(tokenizer))
-    assert reads == []
-    for one, other in ((first.train, again.train), (first.evaluation, again.evaluation)):
-        assert (one.digest, one.counts) == (other.digest, other.counts)
-        assert one.table.to_pylist() == other.table.to_pylist()
-
-
-def test_the_same_rows_in_another_place_come_from_the_cache(config_of, tokenizer, reads, tmp_path):
+def test_the_same_rows_come_from_the_cache_also_from_another_place(config_of, tokenizer, reads, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # its import fails: it takes half a second
     config = config_of(evaluation=[], eval_rows=2)
-    rows = prepare_data(config, tokenizer).train.column("input_ids")
-    reads.clear()
-    moved = Path(config.train_files[0]).rename(tmp_path / "moved.jsonl")
-    config.train_files, config.allow_overlap = [str(moved)], True
-    prepare_data(config, copy.deepcopy(tokenizer))
-    assert reads == []
+    first = prepare_data(config, tokenizer)
+    assert len(reads) == 2  # once for each split
+    config.train_files = [str(Path(config.train_files[0]).rename(tmp_path / "moved.jsonl"))]
+    config.allow_overlap = True
     padding = copy.deepcopy(tokenizer)  # pads and truncates by itself
     padding.backend_tokenizer.enable_padding(length=64)
     padding.backend_tokenizer.enable_truncation(max_length=5)
-    assert prepare_data(config, padding).train.column("input_ids") == rows
+    again = prepare_data(config, copy.deepcopy(tokenizer))
+    assert len(reads) == 2
+    for one, other in ((first.train, again.train), (first.evaluation, again.evaluation)):
+        assert one.digest == other.digest
+        assert one.table.to_pylist() == other.table.to_pylist()
+    assert prepare_data(config, padding).train.table.to_pylist() == first.train.table.to_pylist()
 
 
 @pytest.mark.parametrize(
@@ -193,7 +163,7 @@ def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
     assert [each == rows[0] for each in rows] == [True, False, False, True, False]
 
 
-def test_what_a_cut_write_leaves_is_not_taken_for_rows(config_of, tokenizer, cache, reads, monkeypatch):
+def test_what_a_cut_write_leaves_is_not_taken_for_rows(config_of, tokenizer, monkeypatch):
     with monkeypatch.context() as patched:
 
         def columns(example: Example) -> dict:
@@ -202,12 +172,16 @@ def test_what_a_cut_write_leaves_is_not_taken_for_rows(config_of, tokenizer, cac
         patched.setattr(Example, "columns", columns)
         with pytest.raises(OSError, match="No space left on device"):
             prepare_data(config_of(), tokenizer)
-    digest = prepare_data(config_of(), tokenizer).train.digest
-    [info] = (cache / digest).rglob("dataset_info.json")
-    info.parent.rename(f"{info.parent}.incomplete")  # as a killed process leaves it
-    reads.clear()
     assert len(prepare_data(config_of(), tokenizer).train) == len(TRAIN)
-    assert reads == ["train.jsonl"]
+
+
+def test_a_text_is_cut_into_windows_that_predict_every_token_but_their_first(tokenizer):
+    text = "what is the next value? it is 0.84"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    rows = prepare_windows(text, tokenizer, window=4, limit=None)
+    assert rows.column("input_ids") == [[0, *ids[first : first + 3]] for first in range(0, len(ids), 3)]
+    assert all(mask == [False] + [True] * (len(mask) - 1) for mask in rows.column("loss_mask"))
+    assert len(prepare_windows(text, tokenizer, window=4, limit=2)) == 2
 
 
 # --- real rows, real tokenizer ---------------------------------------------------------------------------------------
@@ -237,6 +211,6 @@ def test_gsm8k_is_supervised_on_its_answers(compose):
     for split, source in zip((data.train, data.evaluation), sources.open_sources(config), strict=True):
         rows = list(source.read())
         assert supervised_texts(split, smollm2) == [f" {row['answer']}<|im_end|>" for row in rows]
-        assert [smollm2.decode(ids) for ids in split.column("input_ids")] == [
+        assert texts_of(split, smollm2) == [
             f"Question: {row['question']}\nAnswer: {row['answer']}<|im_end|>" for row in rows
         ]

@@ -55,7 +55,6 @@ def test_rows_are_read_once_in_shuffled_blocks_and_the_first_evaluate(order):
 def test_an_update_follows_from_its_number(order):
     updates = order(range(7), eval_rows=5)
     assert order([3, 3, 4, 6, 0], eval_rows=5) == [updates[update] for update in (3, 3, 4, 6, 0)]
-    assert order([0], eval_rows=5, shuffle_buffer=1)[0] == [5, 6, *range(9, 13)]
 
 
 def test_rows_whose_prompt_evaluates_do_not_train(order, write_jsonl):

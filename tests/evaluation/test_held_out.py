@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from cera_train.cera import CeraConfig
-from cera_train.data.prepare import Example, TokenizedRows, in_memory
+from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import SupervisedLoss, perplexity
 
@@ -25,7 +25,7 @@ def rows() -> TokenizedRows:
         ids = [numbers.randrange(512) for _ in range(numbers.randint(3, 20))]
         mask = [False] + [numbers.random() < 0.6 for _ in ids[2:]] + [True]
         examples.append(Example(ids, mask, "key"))
-    return in_memory(examples)
+    return TokenizedRows(table_of(examples))
 
 
 def make_loss(model, **changes) -> SupervisedLoss:

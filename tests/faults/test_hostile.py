@@ -1,5 +1,4 @@
-"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret, steers no terminal and has
-nothing written outside its folder.
+"""A run, adapter, model, config or data file from a stranger runs no code, reads no secret and steers no terminal.
 
 The attacks are real: what could run at once creates a file, `marker`.
 """
@@ -29,10 +28,9 @@ from cera_train.common.terminal import print_line
 from cera_train.data.sources import from_hub
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
-from cera_train.runs.evaluation_folder import EvaluationFolder
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import AccuracyResult, RunResult
+from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.model import ModelConfig
@@ -289,8 +287,8 @@ def test_a_data_sets_code_and_pickles_are_not_read(tmp_path, marker, monkeypatch
     folder.mkdir()
     payload = f"open({str(marker)!r}, 'w')".encode() if name.endswith(".py") else pickle.dumps(Payload(marker))
     (folder / name).write_bytes(payload)
-    with pytest.raises(ValueError, match="cannot load this folder"):
-        from_hub(str(folder), None, None, "train")
+    with pytest.raises(ValueError, match="cannot load it"):
+        from_hub(str(folder), None, None, "train", "data.train_split")
     assert not marker.exists()
 
 
@@ -327,59 +325,11 @@ def test_a_card_shows_hostile_text_as_text(tmp_path, config):
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def elsewhere(tmp_path) -> Path:
-    """A folder that nothing may be written to, with a file that nothing may be written over."""
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "precious").write_text("precious")
-    return folder
-
-
-def assert_untouched(elsewhere: Path) -> None:
-    assert [path.name for path in elsewhere.iterdir()] == ["precious"]
-    assert (elsewhere / "precious").read_text() == "precious"
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", ".lock", "checkpoints", "best", "wandb", "adapter", "grades"])
-@pytest.mark.parametrize("target", ["precious", "new", "../elsewhere"])
-def test_a_run_writes_through_no_link_that_leads_out(tmp_path, elsewhere, name, target):
-    """To a file, to nothing yet, and relative to a folder."""
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).symlink_to(elsewhere / target if "/" not in target else target)
-    with pytest.raises(ValueError, match=rf"run/{re.escape(name)} is a link that leads out of .*run, to .*elsewhere"):
-        RunFolder(tmp_path / "run", {}).__enter__()
-    assert_untouched(elsewhere)
-
-
-@pytest.mark.parametrize("name", ["eval", "eval/gsm8k", "eval/gsm8k/generations.jsonl", "eval/gsm8k/.lock"])
-def test_an_evaluation_writes_through_no_link_that_leads_out(tmp_path, elsewhere, name):
-    run = tmp_path / "run"
-    (run / name).parent.mkdir(parents=True)
-    is_file = name.endswith((".jsonl", ".lock"))
-    (run / name).symlink_to(elsewhere / "precious" if is_file else elsewhere)
-    with pytest.raises(ValueError, match=rf"run/{re.escape(name)} is a link that leads out of .*run, to .*elsewhere"):
-        EvaluationFolder(run / "eval" / "gsm8k").__enter__()
-    assert_untouched(elsewhere)
-
-
-def test_a_file_is_written_in_the_place_of_a_link_not_through_it(tmp_path, elsewhere):
+def test_a_file_is_written_in_the_place_of_a_link_not_through_it(tmp_path):
+    (tmp_path / "precious").write_text("precious")
     for name in ("result.json", f".writing-{os.getpid()}-result.json"):
-        (tmp_path / name).symlink_to(elsewhere / "precious")
+        (tmp_path / name).symlink_to(tmp_path / "precious")
     write_text(tmp_path / "result.json", "{}")
     assert (tmp_path / "result.json").read_text() == "{}"
     assert not (tmp_path / "result.json").is_symlink()
-    assert_untouched(elsewhere)
-
-
-def test_links_within_a_run_and_to_a_run_are_fine(tmp_path):
-    run = tmp_path / "disk" / "run"
-    (run / "wandb" / "run-1").mkdir(parents=True)
-    (run / "wandb" / "latest-run").symlink_to("run-1")
-    (run / "wandb" / "run-1" / "debug-core.log").symlink_to(tmp_path)  # W&B's, to a log in the user's cache
-    (tmp_path / "outputs").symlink_to(tmp_path / "disk")
-    with RunFolder(tmp_path / "outputs" / "run", {}) as folder:
-        folder.append_metrics({"update": 1})
-    with EvaluationFolder(tmp_path / "outputs" / "run" / "eval" / "gsm8k") as opened:
-        opened.write_result(AccuracyResult())
-    assert (run / "metrics.jsonl").exists()
+    assert (tmp_path / "precious").read_text() == "precious"

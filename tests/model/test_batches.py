@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cera_train.data.order import RowOrder
-from cera_train.data.prepare import Example, TokenizedRows, in_memory
+from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.model.batches import (
     OVERHEAD_TOKENS,
     MicroBatches,
@@ -141,10 +141,11 @@ def test_padded_batch_of_one_length_needs_no_mask():
 
 def split_of(lengths: list[int]) -> TokenizedRows:
     """Rows whose tokens are 1000 times their number."""
-    return in_memory(
+    examples = [
         Example([1000 * row + place for place in range(length)], [place > 0 for place in range(length)])
         for row, length in enumerate(lengths)
-    )
+    ]
+    return TokenizedRows(table_of(examples))
 
 
 @pytest.mark.parametrize("is_flat", [True, False])

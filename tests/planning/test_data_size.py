@@ -53,10 +53,10 @@ def test_local_rows_are_counted_and_their_characters_too(size, write_jsonl):
     assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (40, 10, 40)
     assert counted.supervised == pytest.approx(0.75)
     assert "estimate" in counted.source
-    with pytest.raises(ValueError, match="data.eval_rows=50 leaves nothing to train on"):
+    with pytest.raises(ValueError, match="no row to train on has an answer. Check .* data.eval_rows"):
         size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=50")
     empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
-    with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl.: no row has an answer"):
+    with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl.: no row to train on has"):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
 
 
@@ -85,10 +85,10 @@ def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
 def test_a_part_of_unknown_size_is_named(plan):
     unknown = ["+recipe=math_r64", "data=gsm8k_slimorca", "data.mix.1.path=org/rows", "data.mix.1.train_split=train"]
     with pytest.raises(
-        ValueError, match="data.mix.1.path=org/rows: its size is unknown. Set data.mix.1.rows, data.mix"
+        ValueError, match="data.mix.1: data.path=org/rows: its size is unknown. Set data.train_rows, data."
     ):
         plan(*unknown)
-    known = ["data.mix.1.rows=640", "data.mix.1.eval_rows=10", "plan.tokens_per_row=100"]
+    known = ["data.mix.1.train_rows=640", "data.mix.1.eval_rows=10", "plan.tokens_per_row=100"]
     assert plan(*unknown, *known).data.train_rows == 640 * 4
 
 
@@ -113,9 +113,9 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
     from cera_train.model.weights import load_tokenizer
 
     config = compose("data=gsm8k", f"data.train_files=[{SHARED_DATA}/gsm8k_test.jsonl]", "data.eval_rows=1000")
-    counts = prepare_evaluation(config.data, load_tokenizer(config.model)).counts
-    assert config.data.facts.tokens_per_row == pytest.approx(counts.tokens / counts.kept, rel=0.06)
-    assert config.data.facts.supervised == pytest.approx(counts.supervised_tokens / counts.tokens, abs=0.02)
+    rows = prepare_evaluation(config.data, load_tokenizer(config.model))
+    assert config.data.facts.tokens_per_row == pytest.approx(sum(rows.lengths) / len(rows), rel=0.06)
+    assert config.data.facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
 
 
 def test_generated_rows_are_as_many_as_the_settings_say(size):

@@ -18,7 +18,7 @@ def mixed(tiny_config, write_jsonl):
     folder = write_jsonl("c.jsonl", []).parent
 
     def mixed(*overrides: str):
-        files = f"data.mix=[{{files:[{folder}/a.jsonl],weight:2}},{{files:[{folder}/b.jsonl],weight:1}}]"
+        files = f"data.mix=[{{train_files:[{folder}/a.jsonl],weight:2}},{{train_files:[{folder}/b.jsonl],weight:1}}]"
         return tiny_config("data=jsonl", files, "data.eval_rows=2", "data.train_rows=27", *overrides)
 
     return mixed
@@ -28,9 +28,8 @@ def test_the_first_lines_count_the_parts_and_a_plan_finds_the_same(mixed, capsys
     config = mixed("train.max_updates=1")
     train(config)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "part a.jsonl: 18 of 30 rows, " in printed
-    assert "tokens: 66.67% of the rows (weight 66.67%), " in printed
-    assert "part b.jsonl: 9 rows, 6 repeated 1.50 times, " in printed
+    assert "part a.jsonl: 18 rows an epoch, of 30 (66.67%), " in printed
+    assert "part b.jsonl: 9 rows an epoch, of 6 (33.33%), " in printed
     parts = data_size(config.data).parts
     assert [(part.available, part.rows, part.eval_rows) for part in parts] == [(30, 18, 2), (6, 9, 2)]
 

@@ -102,7 +102,7 @@ def gold(row: Row, config: TaskConfig) -> str:
     if config.grader == Grader.choice and row.get(CHOICES) is not None and f"{{{CHOICES}}}" not in config.prompt:
         raise UserError(f"task.prompt does not show column {CHOICES!r}: write {{{CHOICES}}} where they belong.")
     column, rule = config.answer or "answer", RULES[config.grader]
-    answer = text_of(row, column, "task.answer", "Name another by task.answer.")
+    answer = text_of(row, column, "task.answer")
     reference = rule.gold(answer, row)
     if reference is None:
         reason = f"column {column!r} holds {answer[-60:]!r}, and task.grader={config.grader} needs {rule.expected}"

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cera_train.common.errors import errors_at
 from cera_train.data.rows import normalized
 from cera_train.data.sources import open_sources
 from cera_train.evaluation.tasks.task import load_problems, named_task
-from cera_train.settings.data import DataConfig, at_part
+from cera_train.settings.data import DataConfig
 
 ROWS_AT_ONCE = 1000
 """Rows that are searched as one text."""
@@ -37,7 +38,7 @@ def _training_rows(data: DataConfig) -> Iterator[Any]:
     for place, part in data.parts():
         if part.streaming:  # too many to read before a run
             continue
-        with at_part(place):
+        with errors_at(place):
             yield from open_sources(part)[0].read()
 
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import cera_train.evaluation.tasks
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import require
 from cera_train.data.files import from_files
-from cera_train.data.hub import from_hub
-from cera_train.data.rows import Row, Source, at, text_of
+from cera_train.data.rows import Row, Source, text_of
 from cera_train.data.segments import columns_of
+from cera_train.data.sources import from_hub
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import ModelConfig
@@ -149,7 +149,7 @@ class QuestionTask(AnswerTask):
     def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
         columns = columns_of(config.prompt)
         for place, row in source.located():
-            with at(place):
+            with errors_at(place):
                 if not self.takes(row, config):
                     continue
                 if absent := next((name for name in columns if name not in row), None):
@@ -287,7 +287,7 @@ def named_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
     file = _file(name)
     if not isinstance(find_task(file["kind"]), AnswerTask):
         raise UserError(f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training.")
-    with at(f"train.task_settings.{name}"):
+    with errors_at(f"train.task_settings.{name}"):
         try:
             config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), file, dict(changes)))
         except OmegaConfBaseException as error:
@@ -302,7 +302,7 @@ def check_tasks(names: Iterable[str], changes_of: Callable[[str], dict[str, Any]
     for name in names:
         settings = named_task(name, changes_of(name))
         if settings.files:
-            with at(f"train.tasks=[{name}]"):
+            with errors_at(f"train.tasks=[{name}]"):
                 load_problems(settings, data)
 
 

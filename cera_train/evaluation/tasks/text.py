@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
-from cera_train.data.rows import at, text_of
+from cera_train.data.rows import text_of
 from cera_train.evaluation.tasks.task import RowTask, open_rows, require_rows
 from cera_train.settings.data import DataConfig
 from cera_train.settings.model import ModelConfig
@@ -27,9 +28,9 @@ class RunningText(RowTask):
         check_length(model, config.window, "task.window")
         source, texts = open_rows(config), []
         for place, row in source.located():
-            with at(place):
+            with errors_at(place):
                 texts.append(text_of(row, "text"))
-        with at(source.name):
+        with errors_at(source.name):
             return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
 
 

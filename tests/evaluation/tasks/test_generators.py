@@ -78,7 +78,7 @@ def test_problems_are_of_the_generators_and_the_level_that_the_run_was_trained_o
         prompt="{a}",
         completion="{b}",
         reasoning_gym=data.reasoning_gym,
-        mix=[MixPart(path="a/b"), MixPart(layout="reasoning_gym", rows=5, eval_rows=2)],
+        mix=[MixPart(path="a/b"), MixPart(layout="reasoning_gym", train_rows=5, eval_rows=2)],
     )
     assert problems(2, mixed) == problems(2, data)
 
@@ -94,5 +94,5 @@ def test_a_problem_of_another_version_or_of_a_grader_that_runs_answers_is_refuse
     with pytest.raises(UserError, match="gcd now has another question"):
         credits([other], ["2"])
     hostile = Problem(problem.id, "x", "x", "x", **problem.details | {"generator": "spiral_matrix"})
-    with pytest.raises(UserError, match="generator=spiral_matrix is no generator"):
+    with pytest.raises(UserError, match="generator=spiral_matrix: expected generators"):
         credits([hostile], ["__import__('os').getcwd()"])

@@ -108,7 +108,7 @@ LETTER = {"question": "?", "answer": "A"}
             FINE,
             {"question": "?"},
             "text",
-            "2: column 'answer' (named in task.answer) is missing; its columns are quest",
+            "2: column 'answer' is missing; its columns are question",
         ),
         (FINE, FINE | {"answer": None}, "math", "2: column 'answer' holds '', and task.grader=math needs an answer in"),
         (

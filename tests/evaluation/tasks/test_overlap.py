@@ -43,8 +43,8 @@ def test_a_part_of_a_question_is_not_one(found):
 def test_every_part_of_a_mix_is_searched(found, write_jsonl):
     other = str(write_jsonl("other.jsonl", [PROBLEMS[2]] * 3))
     parts = [
-        MixPart(files=[str(write_jsonl("first.jsonl", [{"question": "x", "answer": "y"}] * 3))]),
-        MixPart(files=[other]),
+        MixPart(train_files=[str(write_jsonl("first.jsonl", [{"question": "x", "answer": "y"}] * 3))]),
+        MixPart(train_files=[other]),
     ]
     assert found([], train_files=[], mix=parts) == ["How many apples has Cem?"]
 

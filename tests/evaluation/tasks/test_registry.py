@@ -97,7 +97,7 @@ def test_names_for_people():
         ({"kind": "gsm8k", "grader": "text"}, "task.grader=text is for jsonl's tasks: leave it out"),
         (
             {"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"},
-            "task.generator=chain_sums.*Did you mean chain_sum",
+            "task.generator=chain_sums: expected generators",
         ),
         ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
         ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "takes neither task.prompt nor task.files"),
