@@ -10,13 +10,12 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cera_train.cli.composition import to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
 from cera_train.common.settings import require
 from cera_train.settings.run import PlanRun
-from cera_train.study.design import study_of
 from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
 
 PLAN = "cera-plan"
@@ -91,10 +90,6 @@ class PlannedStudy(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         with errors_in_one_line(PLAN):
-            from cera_train.study.plan import known_variances, plan_cells, print_cells, print_power
+            from cera_train.study.plan import plan_study
 
-            study, settings = study_of(self.config), OmegaConf.to_object(self.config.plan)
-            variances = known_variances(study, settings)  # a mistake is answered before
-            cells = plan_cells(self.config, job_composer(self.config, check_job))
-            print_cells(cells, study)
-            print_power(study, cells, variances, settings.variances or "plan.spread")
+            plan_study(self.config, job_composer(self.config, check_job))

@@ -39,13 +39,15 @@ def report() -> None:
     output = output or Path("report")
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
-    from cera_train.study.cells import holds_study, read_study
+    from cera_train.study.cells import find_study
 
-    if len(folders) == 1 and folders[0].is_dir() and holds_study(folders[0]):
-        from cera_train.study.page import print_study, write_study
+    if len(folders) == 1 and (study := find_study(folders[0])) is not None:
+        from cera_train.study.page import write_study
 
-        print_study(write_study(read_study(folders[0]), output), output)
+        page = write_study(study, output)
     else:
-        from cera_train.report.page import print_report, write_report
+        from cera_train.report.page import compare_runs
 
-        print_report(write_report(folders, output), output)
+        page = compare_runs(folders)
+        page.write(output)
+    page.print(output)

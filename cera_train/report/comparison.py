@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -12,9 +11,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
 from cera_train.evaluation.tasks.task import display_name
-from cera_train.report.runs import Evaluation, Run, Settings
-from cera_train.runs.results import PerplexityResult
-from cera_train.settings.data import evaluation_rows
+from cera_train.report.runs import Evaluation, Run, Settings, group_by
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
 
@@ -40,8 +37,6 @@ class PairedTest:
     """After Holm's correction over the pairs of a task, in a report: decides at 5 %."""
     mcnemar: McNemar | None
     """Decides where each run has one answer to a problem, right or wrong. None: a sign-flip permutation test does."""
-    other_settings: tuple[str, ...] = ()
-    """Settings of the evaluation in which the two differ."""
 
     @property
     def verdict(self) -> str:
@@ -121,7 +116,6 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
         difference=paired_bootstrap(*scores),
         p_value=test.p_value if test else sign_flip(*scores),
         mcnemar=test,
-        other_settings=differing_in_evaluation(*(evaluation.settings for evaluation in evaluations)),
     )
 
 
@@ -130,30 +124,19 @@ def scores_by_problem(evaluation: Evaluation, grader: str) -> dict[str, float]:
     return evaluation.answers.scores(lambda grade: evaluation.task.paired_value(grade, grader))
 
 
-# --- settings that differ --------------------------------------------------------------------------------------------
+# --- what to know before comparing -----------------------------------------------------------------------------------
 
 
-def differing_keys(settings: Sequence[Settings]) -> list[str]:
-    keys = dict.fromkeys(itertools.chain.from_iterable(settings))
-    return [key for key in keys if any(other.get(key) != settings[0].get(key) for other in settings)]
-
-
-def differing_settings(settings: Sequence[Settings]) -> dict[str, list[str]]:
-    """The settings in which training runs differ: key -> a text for each run."""
-    keys = [key for key in differing_keys(settings) if changes_of(Config, key) != Changes.nothing]
-    # A setting that means nothing to a method stays auto.
-    keys = [key for key in keys if len({repr(each.get(key)) for each in settings} - {"'auto'"}) > 1]
-    return {key: [shown(each.get(key)) for each in settings] for key in keys}
-
-
-def differing_in_evaluation(first: Settings, second: Settings) -> tuple[str, ...]:
-    """The settings in which two evaluations of a task differ, beside what is compared: their models and adapters."""
-    compared = ("adapter_digest", "task.name", "model.")
-    return tuple(
-        f"{key} {shown(first.get(key))} and {shown(second.get(key))}"
-        for key in sorted(differing_keys([first, second]))
-        if not key.startswith(compared) and changes_of(EvalConfig, key) not in (Changes.cost, Changes.nothing)
-    )
+def differing_settings(settings: Mapping[str, Settings], schema: type = Config) -> list[dict[str, str]]:
+    """A row for each setting in which runs or their evaluations differ: the setting, then its text by name."""
+    keys = dict.fromkeys(itertools.chain.from_iterable(settings.values()))
+    rows = []
+    for key in keys:
+        texts = {name: shown(each.get(key)) for name, each in settings.items()}
+        # A setting that means nothing to a method stays auto.
+        if len({*texts.values()} - {"auto"}) > 1 and changes_of(schema, key) != Changes.nothing:
+            rows.append({"setting": key, **texts})
+    return rows
 
 
 def shown(value: Any) -> str:
@@ -165,85 +148,48 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- what to know before comparing -----------------------------------------------------------------------------------
-
-
-def cautions(runs: Sequence[Run], tests: Sequence[PairedTest]) -> list[str]:
+def cautions(runs: Sequence[Run]) -> list[str]:
     """What makes figures of these runs not comparable, or less than they seem."""
     notes: list[str] = []
 
-    def check(text: str, key: Callable[[Run], Any], runs: Sequence[Run], with_keys: bool = False) -> None:
-        """Adds the text where the runs fall into several groups by a key."""
-        groups = {key: ", ".join(run.name for run in same) for key, same in group_by(runs, key).items()}
+    def check(text: str, key: Callable[[Run], Any], runs: Sequence[Run]) -> None:
+        """Adds the text where the runs differ in a key."""
+        groups = group_by(runs, key)
         if len(groups) > 1:
-            texts = "; ".join(f"{names}: {key}" for key, names in groups.items())
-            notes.append(f"{text}: {texts if with_keys else ' | '.join(groups.values())}.")
+            names = (f"{', '.join(run.name for run in same)}: {value}" for value, same in groups.items())
+            notes.append(f"{text}: {'; '.join(names)}.")
 
     trained = [run for run in runs if run.figures.perplexity is not None]
-    keys = ", ".join(differing_keys([dict(run.evaluation_rows) for run in trained]))
-    check(f"Perplexities and spectra are on different evaluation rows or tokens ({keys}), and cannot be ranked",
-          lambda run: run.evaluation_rows, trained)  # fmt: skip
-    check("The runs are on different base models", lambda run: run.base, trained, True)
-    check("Speed, time and peak memory are of different machines", lambda run: run.files.environment.machine,
-          [run for run in trained if run.files.environment.machine], True)  # fmt: skip
-    check("Spectra are taken on probes of different size", lambda run: run.settings.get("train.probe_tokens"), trained)
+    rows = differing_settings({run.name: dict(run.evaluation_rows) for run in trained})
+    if rows:
+        keys = ", ".join(row["setting"] for row in rows)
+        notes.append(f"Perplexities and spectra are on different evaluation rows or tokens ({keys}): do not rank them.")
+    check("The runs are on different base models", lambda run: run.base, trained)
+    measured = [run for run in trained if run.files.environment.machine]
+    check("Speed, time and peak memory are of different machines", lambda run: run.files.environment.machine, measured)
     for task in task_names(runs):
-        name, evaluations = display_name(task), {run.name: run.evaluations.get(task) for run in runs}
-        check(f"Accuracies on {name} are of different problems",
-              lambda run, by_name=evaluations: _problem_ids(by_name[run.name]), graded(runs, task))  # fmt: skip
-        measured = [
-            run for run in runs if (each := evaluations[run.name]) and isinstance(each.result, PerplexityResult)
-        ]
-        check(f"The perplexities of task {name} are on different rows or base models, and cannot be ranked",
-              lambda run, by_name=evaluations: _perplexity_rows(run, by_name[run.name]), measured)  # fmt: skip
-    for task, settings in dict.fromkeys((test.task, test.other_settings) for test in tests if test.other_settings):
-        notes.append(f"Evaluations on {display_name(task)} differ in their settings: {'; '.join(settings)}.")
+        settings = {run.name: run.evaluations[task].settings for run in runs if task in run.evaluations}
+        for row in differing_settings(settings, EvalConfig):
+            key = row.pop("setting")
+            # Models and adapters are what is compared.
+            if not key.startswith(("adapter_digest", "model.")) and changes_of(EvalConfig, key) != Changes.cost:
+                texts = "; ".join(f"{name}: {text}" for name, text in row.items())
+                notes.append(f"Evaluations on {display_name(task)} differ in {key}: {texts}.")
     return notes
-
-
-def _problem_ids(evaluation: Evaluation) -> frozenset[str]:
-    try:
-        return frozenset(evaluation.answers.problems)
-    except UserError:  # the paired tests name what is wrong with the file
-        return frozenset()
-
-
-def _perplexity_rows(run: Run, evaluation: Evaluation) -> tuple:
-    """Equal for evaluations of perplexity on the same tokens."""
-    settings = {key: value for key, value in evaluation.settings.items() if key.startswith(("task.", "data"))}
-    is_own_data = evaluation.known.task_kind != "text" and not any(key.startswith("data.") for key in settings)
-    return run.base, evaluation_rows(settings), run.evaluation_rows if is_own_data else ()
 
 
 def missing_pieces(runs: Sequence[Run]) -> list[str]:
     """What is not there, by name."""
     lines, tasks = [], task_names(runs)
     for run in runs:
-        perplexity, name = run.figures.perplexity, run.name
         if run.is_unfinished:
-            lines.append(f"{name} is unfinished (update {run.files.metrics.last_update:,}).")
-        if perplexity is not None and not math.isfinite(perplexity):
-            lines.append(f"{name} has diverged (perplexity {perplexity}).")
-        unreadable = {path.parent.name for path in run.folder.glob("eval/*/result.json")} - run.evaluations.keys()
-        lines += [f"{name} has no config.yaml in eval/{task}, which is left out." for task in sorted(unreadable)]
+            lines.append(f"{run.name} is unfinished (update {run.files.metrics.last_update:,}).")
         for task in tasks:
             evaluation = run.evaluations.get(task)
             if evaluation is None or evaluation.result is None:
-                lines.append(f"{name} has no finished evaluation on {display_name(task)}.")
+                lines.append(f"{run.name} has no finished evaluation on {display_name(task)}.")
             elif evaluation.is_graded and evaluation.result.missing:
-                lines.append(f"{name} lacks {evaluation.result.missing:,} answers on {display_name(task)}.")
+                lines.append(f"{run.name} lacks {evaluation.result.missing:,} answers on {display_name(task)}.")
     if not tasks:
         lines.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
     return lines
-
-
-def comparable(run: Run) -> tuple:
-    """Equal for runs whose perplexities can be ranked."""
-    return run.evaluation_rows, run.base
-
-
-def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
-    groups: dict[Any, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return groups

@@ -1,24 +1,20 @@
-"""The report of runs side by side: tables, pictures and notes in report.html, report.md and the terminal."""
+"""The page of runs side by side: a row for each run and a column for each figure, the paper's beside ours where a
+recipe names one; paired tests; settings that differ; pictures and notes."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from cera_train.common.drawing import Picture, render
-from cera_train.common.errors import UserError
-from cera_train.common.files import write_bytes, write_text
-from cera_train.common.pages import Table, print_rows, template
-from cera_train.common.terminal import print_line, terminal_width
-from cera_train.common.trust import clean
+from cera_train.common.pages import Page, Table, without_empty_columns
+from cera_train.common.terminal import duration, gigabytes
+from cera_train.evaluation.tasks.task import Metric, display_name
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
-from cera_train.report.runs import Run, read_runs
-from cera_train.report.table import run_rows
-from cera_train.runs.card import escape
+from cera_train.report.runs import Run, accuracy_metric, read_runs
+from cera_train.runs.results import ENDINGS, AccuracyResult, PerplexityResult, RunResult, is_task_figure
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "
@@ -31,65 +27,120 @@ TESTS = (
 )
 
 
-@dataclass(frozen=True)
-class Report:
-    """A comparison of runs."""
-
-    runs: list[Run]
-    tables: list[Table]
-    """The runs, the paired tests and the settings in which the runs differ."""
-    notes: list[str]
-    """What stands in the way of a comparison, and what is missing."""
-    pictures: list[Picture]
-
-    @property
-    def trained(self) -> list[Run]:
-        return [run for run in self.runs if run.is_training]
-
-    @property
-    def title(self) -> str:
-        return self.runs[0].name if len(self.runs) == 1 else f"Comparison of {len(self.runs)} runs"
-
-
-def compare_runs(folders: Sequence[Path]) -> Report:
+def compare_runs(folders: Sequence[Path]) -> Page:
+    """The page of some runs: tables of the runs, of paired tests and of settings in which they differ."""
     runs = read_runs(folders)
     tests, notes = paired_tests(runs)
     trained = [run for run in runs if run.is_training]
-    settings = differing_settings([run.settings for run in trained])
-    names = [run.name for run in trained]
+    settings = differing_settings({run.name: run.settings for run in trained})
     tables = [
         Table("Runs", run_rows(runs), CAPTION),
         Table("Paired tests", [test.row for test in tests], TESTS),
-        Table("Settings", [{"setting": key, **dict(zip(names, texts, strict=True))} for key, texts in settings.items()],
-              "In which the training runs differ."),
-    ]  # fmt: skip
-    notes = [*cautions(runs, tests), *notes, *missing_pieces(runs)]
-    return Report(runs, [table for table in tables if table.rows], notes, plan_pictures(runs))
+        Table("Settings", settings, "In which the training runs differ.", in_terminal=False),
+    ]
+    title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
+    commands = {run.name: run.files.environment.command_line or "not on record" for run in trained}
+    return Page(title, tables, plan_pictures(runs), commands, [*cautions(runs), *notes, *missing_pieces(runs)])
 
 
-def write_report(folders: Sequence[Path], output: Path) -> Report:
-    """Compares runs in report.md with its pictures, and in report.html, which needs nothing beside it. Files of an
-    earlier report in `output` are replaced."""
-    report = compare_runs(folders)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output={output} is a file: expected a folder for report.md and report.html.")
-    output.mkdir(parents=True, exist_ok=True)
-    for picture in report.pictures:
-        write_bytes(output / f"{picture.name}.png", render(picture, "png"))
-    for name in ("report.md", "report.html"):
-        write_text(output / name, page_template(name).render(report=report))
-    return report
+# --- the table of runs -----------------------------------------------------------------------------------------------
 
 
-def page_template(name: str) -> Any:
-    return template("cera_train.report", name, md=escape)
+def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """The columns for which a run has a figure, or its recipe the paper's."""
+    metrics = _task_metrics(runs)
+    return without_empty_columns([_row(run, metrics) for run in runs])
 
 
-def print_report(report: Report, output: Path) -> None:
-    wrap = textwrap.TextWrapper(terminal_width(), initial_indent="  - ", subsequent_indent="    ")
-    for table in report.tables:
-        if table.title != "Settings":
-            print_rows(table.rows)
-    for note in report.notes:
-        print(wrap.fill(clean(note)))
-    print_line("report", f" {output / 'report.html'}, {output / 'report.md'}")
+def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:
+    figures, tasks = run.figures, dict.fromkeys(task for task, _ in metrics)
+    share, updates = cell(figures.trainable_share, "{:.2%} of the model"), cell(figures.updates, "{:,} updates")
+    return {
+        "run": run.name,
+        "method": run.method,
+        "r": cell(run.rank, "{:,}"),
+        "parameters": cell(figures.trainable_parameters, "{:,}", share),
+        "perplexity": _perplexity(run),
+        **{f"{display_name(task)} {metric.label}": _of_task(run, task, metric) for task, metric in metrics},
+        **{f"{display_name(task)} answers, {' / '.join(ENDINGS)}": _endings(run, task) for task in tasks},
+        "effective rank, mean / max": _mean_and_max(run, "effective_rank"),
+        "manifold dimension, mean / max": _mean_and_max(run, "manifold_dimension"),
+        "linear share, mean": cell(figures.spectrum.linear_share_mean, "{:.1%}"),
+        "tokens/s": cell(figures.tokens_per_s, "{:,.0f}"),
+        "peak memory": cell(figures.peak_memory_bytes, gigabytes),
+        "time": cell(figures.seconds, duration, updates),
+    }
+
+
+def cell(value: float | None, form: str | Callable[[float], str], *notes: str) -> str:
+    """A figure and the notes below it; empty without both."""
+    if value is None:
+        text = ""
+    elif not math.isfinite(value):  # a form of whole numbers refuses it
+        text = str(value)
+    else:
+        text = form(value) if callable(form) else form.format(value)
+    notes = list(filter(None, notes))
+    return "\n".join([text or "–", *notes]) if notes else text
+
+
+def _perplexity(run: Run) -> str:
+    figures, notes = run.figures, []
+    value, best = figures.perplexity, figures.best_perplexity
+    if run.is_unfinished and value is not None:
+        notes.append(f"unfinished, at update {run.files.metrics.evaluations[-1].update:,}")
+    if None not in (value, best, figures.best_update) and best < value:
+        notes.append(f"best {best:.3f} at update {figures.best_update:,}")
+    return cell(value, "{:.3f}", *notes, *_paper(run, RunResult.key_of("perplexity"), value))
+
+
+def _mean_and_max(run: Run, quantity: str) -> str:
+    """Over the adapted modules of a run."""
+    values = [getattr(run.figures.spectrum, f"{quantity}_{end}") for end in ("mean", "max")]
+    texts = [cell(value, "{:,}" if isinstance(value, int) else "{:,.1f}") or "–" for value in values]
+    return "" if values == [None, None] else " / ".join(texts)
+
+
+def _task_metrics(runs: Sequence[Run]) -> list[tuple[str, Metric]]:
+    """The metrics of each task that get a column: those of the evaluations, then the paper's accuracies."""
+    metrics: dict[str, dict[str, Metric]] = defaultdict(dict)
+    for run in runs:
+        for task, evaluation in run.evaluations.items():
+            metrics[task] |= {metric.key: metric for metric in evaluation.metrics}
+    for key in (key for run in runs for key in run.published if is_task_figure(key)):
+        task, _, name = key.partition("/")
+        metrics[task].setdefault(name, accuracy_metric(name))
+    return [(task, metric) for task in sorted(metrics) for metric in metrics[task].values()]
+
+
+def _of_task(run: Run, task: str, metric: Metric) -> str:
+    key, form = f"{task}/{metric.key}", "{:.1%}" if metric.is_share else "{:.3f}"
+    if (evaluation := run.evaluations.get(task)) is None:
+        return cell(None, form, *_paper(run, key, None, metric.is_share))
+    (value, interval), result, notes = evaluation.figure(metric), evaluation.result, []
+    if interval:
+        notes.append(f"{100 * interval[0]:.1f} to {interval[1]:.1%}")
+    if isinstance(result, PerplexityResult) and result.perplexity_base is not None:
+        notes.append(f"{result.perplexity_base:.3f} without adapter")
+    notes += _paper(run, key, value, metric.is_share)
+    if (limit := evaluation.settings.get("task.limit")) is not None and key in run.published:
+        notes.append(f"ours of the first {limit:,} problems")
+    return cell(value, form, *notes)
+
+
+def _endings(run: Run, task: str) -> str:
+    """The shares of the answers by how they ended."""
+    result = run.evaluations[task].result if task in run.evaluations else None
+    shares = result.endings if isinstance(result, AccuracyResult) else {}
+    return " / ".join(f"{100 * share:.1f}" for share in shares.values()) + " %" if shares else ""
+
+
+def _paper(run: Run, key: str, value: float | None, is_share: bool = False) -> list[str]:
+    """The published figure and ours minus it: in percentage points for a share, else as it is."""
+    if (published := run.published.get(key)) is None:
+        return []
+    paper = f"paper {published:.2%}" if is_share else f"paper {published:.2f}"
+    if value is None:
+        return [f"{paper}, not measured here"]
+    difference = f"{100 * (value - published):+.2f} points" if is_share else f"{value - published:+.2f}"
+    return [paper, f"difference {difference}"]

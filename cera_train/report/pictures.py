@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cera_train.common.drawing import COLORS, Picture, shortened, styles_of
+from cera_train.common.drawing import Picture, shortened, styles_of
 from cera_train.evaluation.tasks.task import display_name
-from cera_train.report.comparison import comparable, graded, group_by, task_names
-from cera_train.report.runs import Run, accuracy_metric
+from cera_train.report.comparison import graded, task_names
+from cera_train.report.runs import Run, accuracy_metric, group_by
 from cera_train.runs.results import mean_spectrum
 
 if TYPE_CHECKING:
@@ -19,14 +19,35 @@ if TYPE_CHECKING:
 Line = list[tuple[float, float | None]]
 
 MOST_POINTS = 400
-"""Points of one curve; longer ones are averaged over stretches."""
+"""Points of one curve, to keep the page small."""
 
 
 def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
     """The pictures that these runs have figures for."""
     planned = [
-        *(_against_rank(runs, quantity) for quantity in ("perplexity", "effective_rank_mean")),
-        *_curves(runs),
+        _against_rank(runs, "perplexity", lambda run: run.figures.perplexity),
+        _against_rank(runs, "effective rank", lambda run: run.figures.spectrum.effective_rank_mean),
+        _curves(
+            *(runs, "spectra", "Spectra", "direction", "share of the singular values"),
+            lambda run: list(enumerate(mean_spectrum(run.files.spectrum), start=1)),
+            "Singular values of the branch's centred output over their sum, in the mean over modules.",
+        ),
+        _curves(
+            *(runs, "training-curves", "Training loss", "update", "training loss"),
+            lambda run: [(line.update, line.loss) for line in run.files.metrics.updates],
+            "In nats per supervised token.",
+        ),
+        _curves(
+            *(runs, "evaluation-curves", "Perplexity during training", "update", "perplexity"),
+            lambda run: [(line.update, line.perplexity) for line in run.files.metrics.evaluations],
+            "On the evaluation rows; update 0 is before training.",
+        ),
+        _curves(
+            *(runs, "linear-share", "Linear share during training", "update", "linear share"),
+            lambda run: [(line.update, line.spectrum.linear_share_mean) for line in run.files.metrics.evaluations],
+            "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
+            "is 1.",
+        ),
         *(_accuracy(runs, task) for task in task_names(runs)),
     ]
     return [picture for picture in planned if picture is not None]
@@ -36,24 +57,14 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-# --- against the rank ------------------------------------------------------------------------------------------------
-
-
-def _against_rank(runs: Sequence[Run], quantity: str) -> Picture | None:
-    """Perplexity or effective rank of the finished runs that compare, by rank."""
-    is_perplexity = quantity == "perplexity"
-
-    def value(run: Run) -> float | None:
-        return run.figures.perplexity if is_perplexity else run.figures.spectrum.effective_rank_mean
-
+def _against_rank(runs: Sequence[Run], label: str, value: Callable[[Run], float | None]) -> Picture | None:
+    """A figure of the finished runs on the same evaluation rows and base model, by rank: of the largest such group."""
     runs = [run for run in runs if run.files.result and run.rank and _is_finite(value(run))]
-    if is_perplexity:
-        runs = max(group_by(runs, comparable).values(), key=len, default=[])
+    runs = max(group_by(runs, lambda run: (run.evaluation_rows, run.base)).values(), key=len, default=[])
     if len(runs) < 2:
         return None
     ranks, methods = sorted({run.rank for run in runs}), group_by(runs, lambda run: run.method)
     styles = styles_of({method: same[0].kind for method, same in methods.items()})
-    label = "perplexity" if is_perplexity else "effective rank"
 
     def draw(axes: Axes) -> None:
         if len(ranks) > 1:
@@ -66,57 +77,27 @@ def _against_rank(runs: Sequence[Run], quantity: str) -> Picture | None:
             points = sorted((run.rank, value(run)) for run in same)
             dash = {"linestyle": "-" if len({rank for rank, _ in points}) == len(points) else "none"}
             axes.plot(*zip(*points, strict=True), **styles[method] | dash, label=method)
-        if not is_perplexity:
-            top = axes.get_ylim()[1]
-            axes.plot(ranks, ranks, color=COLORS["base"], linestyle="--", zorder=1, label="r, at most")
-            axes.set_ylim(0, min(max(top, 1.05 * ranks[-1]), 2 * top))
 
     title = f"{label.capitalize()} against rank"
-    caption = "Runs on the same evaluation rows and model." if is_perplexity else "Mean over modules."
     numbers = "; ".join(f"{run.method} r = {run.rank}: {value(run):.4g}" for run in runs)
+    caption = "Runs on the same evaluation rows and model."
     return Picture(f"{label.replace(' ', '-')}-by-rank", title, f"{title}. {numbers}.", caption, draw)
 
 
-# --- spectra and curves ----------------------------------------------------------------------------------------------
-
-
-def _curves(runs: Sequence[Run]) -> list[Picture | None]:
-    def of_metrics(kind: str, value: Callable) -> dict[str, Line]:
-        return {run.name: [(line.update, value(line)) for line in getattr(run.files.metrics, kind)] for run in runs}
-
-    spectra = {run.name: list(enumerate(mean_spectrum(run.files.spectrum), start=1)) for run in runs}
-    return [
-        _curve(
-            *(runs, "spectra", "Spectra", ("direction", "share of the singular values"), spectra),
-            "Singular values of the branch's centred output over their sum, in the mean over modules.",
-        ),
-        _curve(
-            *(runs, "training-curves", "Training loss", ("update", "training loss")),
-            of_metrics("updates", lambda line: line.loss),
-            f"In nats per supervised token; long runs are averaged to at most {MOST_POINTS} points.",
-        ),
-        _curve(
-            *(runs, "evaluation-curves", "Perplexity during training", ("update", "perplexity")),
-            of_metrics("evaluations", lambda line: line.perplexity),
-            "On the evaluation rows; update 0 is before training.",
-        ),
-        _curve(
-            *(runs, "linear-share", "Linear share during training", ("update", "linear share")),
-            of_metrics("evaluations", lambda line: line.spectrum.linear_share_mean),
-            "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
-            "is 1.",
-        ),
-    ]
-
-
-def _curve(
-    runs: Sequence[Run], name: str, title: str, labels: tuple[str, str], lines: dict[str, Line], caption: str
+def _curves(
+    runs: Sequence[Run],
+    name: str,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    line_of: Callable[[Run], Line],
+    caption: str,
 ) -> Picture | None:
     """One line for each run."""
-    lines = {run: points for run, line in lines.items() if (points := thinned(line))}
+    lines = {run.name: line for run in runs if (line := thinned(line_of(run)))}
     if not lines:
         return None
-    styles, (xlabel, ylabel) = styles_of({run.name: run.kind for run in runs}), labels
+    styles = styles_of({run.name: run.kind for run in runs})
 
     def draw(axes: Axes) -> None:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -138,14 +119,10 @@ def _curve(
 
 
 def thinned(line: Line) -> Line:
-    """At most MOST_POINTS points, each the mean of a stretch; without values that are not finite."""
+    """At most MOST_POINTS points with finite values, evenly spaced, and the last one."""
     line = [(x, y) for x, y in line if _is_finite(y)]
     step = max(1, math.ceil(len(line) / MOST_POINTS))
-    stretches = [line[start : start + step] for start in range(0, len(line), step)]
-    return [tuple(sum(values) / len(values) for values in zip(*stretch, strict=True)) for stretch in stretches]
-
-
-# --- accuracy --------------------------------------------------------------------------------------------------------
+    return line[::-step][::-1]
 
 
 def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:

@@ -1,26 +1,26 @@
-"""Reads the runs of a report. Nothing is made up: what is not on disk is None, or empty."""
+"""Reads the runs of a report. What is not on disk is None, or empty."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cera_train.adapters.family import family
+from cera_train.adapters.family import title
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, read_yaml
-from cera_train.common.settings import flatten
+from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import GradedAnswers
-from cera_train.runs.records import RESTORE, Record, fits, key
+from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
 from cera_train.runs.subject import run_of
-from cera_train.settings.adapters import AdapterKind
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import evaluation_rows
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
@@ -31,35 +31,18 @@ Settings = dict[str, Any]
 """A config.yaml with dotted keys."""
 
 
-class KnownSettings(Record):
-    """The settings that the report reads by name, of a run or of an evaluation."""
-
-    kind: str | None = key("adapter.kind")
-    label: str | None = key("adapter.label")
-    peft_method: str | None = key("adapter.method")
-    r: int | None = key("adapter.r")
-    alpha: float | None = key("adapter.alpha")
-    activation: str | None = key("adapter.activation")
-    init: str | None = key("adapter.init")
-    dropout_on: str | None = key("adapter.dropout_on")
-    mix: str | None = key("adapter.mix")
-    task_kind: str | None = key("task.kind")
-    task_limit: int | None = key("task.limit")
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """RUN/eval/NAME."""
 
     folder: Path
     settings: Settings
-    known: KnownSettings
     result: AccuracyResult | PerplexityResult | None
     """None: it is unfinished."""
 
     @property
     def task(self) -> Task:
-        return task_of((self.result and self.result.kind) or self.known.task_kind or "")
+        return task_of((self.result and self.result.kind) or self.settings.get("task.kind", ""))
 
     @property
     def is_graded(self) -> bool:
@@ -93,7 +76,7 @@ def accuracy_metric(name: str) -> Metric:
 
 
 def task_of(kind: str) -> Task:
-    """The benchmark of this kind; one that shows nothing of its own for a kind of another version."""
+    """The benchmark of this kind; one that shows nothing of its own for an unknown kind."""
     return all_tasks().get(kind, Task(name=kind))
 
 
@@ -105,7 +88,8 @@ class Run:
     name: str
     settings: Settings
     """config.yaml; without training, what is known of it."""
-    known: KnownSettings
+    adapter: AdapterConfig | None
+    """None: the untouched base model."""
     evaluations: dict[str, Evaluation]
     """By the name of their task."""
     is_training: bool = False
@@ -124,20 +108,19 @@ class Run:
 
     @property
     def kind(self) -> str:
-        return self.known.kind or "base"
+        return self.adapter.kind if self.adapter else "base"
 
     @property
     def rank(self) -> int | None:
-        return self.known.r
+        return self.adapter.r if self.adapter else None
 
     @property
     def method(self) -> str:
         """The method, with what sets a variant of it apart: CeRA (relu), LoRA (alpha 32)."""
-        known, name = self.known, family(self.kind).name if self.kind in list(AdapterKind) else self.kind
-        name = known.label or ("untouched base" if self.kind == "base" else known.peft_method or name)
-        variant = family("cera").variants(known) if self.kind == "cera" else []
-        variant += [f"alpha {known.alpha:g}"] if known.alpha not in (None, self.rank) else []
-        return f"{name} ({', '.join(variant)})" if variant else name
+        if self.adapter is None:
+            return "untouched base"
+        is_scaled = self.adapter.alpha not in (None, self.rank)
+        return title(self.adapter) + (f" (alpha {self.adapter.alpha:g})" if is_scaled else "")
 
     @property
     def evaluation_rows(self) -> tuple:
@@ -147,20 +130,25 @@ class Run:
     @property
     def base(self) -> str:
         """The base model, with what its weights are kept in: that too changes a perplexity."""
-        path, revision, *kept = (
-            self.settings.get(f"model.{key}") for key in ("path", "revision", "dtype", "quantization")
-        )
-        name = f"{path or 'a model not on record'}" + (f" at {revision}" if revision else "")
-        return ", ".join([name, *(str(value) for value in kept if value not in (None, "none"))])
+        names = (self.settings.get(f"model.{key}") for key in ("path", "revision", "dtype", "quantization"))
+        return ", ".join(str(name) for name in names if name not in (None, "none")) or "not on record"
+
+
+def group_by(runs: Sequence[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    groups: dict[Any, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """The runs in some folders, each once, in the order given; those of a sweep by name. A folder is that of a run, of
     an adapter or a base model with evaluations, or holds such folders."""
-    if not folders:
-        raise UserError("there is nothing to compare: name the folder of a run, such as outputs/math_r64.")
     by_folder: dict[Path, Run] = {}
-    for run in (run for folder in folders for run in _runs_in(Path(folder))):
+    for run in (run for folder in folders for run in _runs_in(folder)):
         by_folder.setdefault(run.folder.resolve(), run)
     runs, depth = list(by_folder.values()), 1
     while repeated := {name for name, count in Counter(run.name for run in runs).items() if count > 1}:
@@ -191,21 +179,14 @@ def _by_number(path: Path) -> list[str | float]:
 def _read_run(folder: Path) -> Run | None:
     """The run or the evaluations in a folder; None where there is neither."""
     path = folder / "config.yaml"
-    tree = read_yaml(path) if path.is_file() else {}
     evaluations = {
         file.parent.name: _read_evaluation(file.parent) for file in sorted(folder.glob("eval/*/config.yaml"))
     }
-    if "adapter" not in tree:  # an evaluation's config.yaml has none
+    if not path.is_file() or "adapter" not in read_yaml(path):  # an evaluation's config.yaml has none
         return _without_training(folder, evaluations) if evaluations else None
-    published = tree.pop("published", None) or {}
-    if not fits(published, dict[str, float]):
-        raise UserError(f"{path} is broken: its published is {str(published)[:40]!r}. {RESTORE}")
-    settings = flatten(tree)
-    known = KnownSettings.from_json(settings, path)
-    if known.kind is None:
-        raise UserError(f"{path} is broken: it has no {known.key_of('kind')}. {RESTORE}")
-    name = clean(str(tree.get("name") or folder.resolve().name))  # no picture can show half of a surrogate pair
-    return Run(folder, name, settings, known, evaluations, True, RunFiles.read(folder), published)
+    config = load_config(path)
+    settings, name = flatten(to_plain(config)), clean(config.name)  # no picture can show half of a surrogate pair
+    return Run(folder, name, settings, config.adapter, evaluations, True, RunFiles.read(folder), config.published)
 
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
@@ -214,20 +195,20 @@ def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
     if not path.is_file():
-        return Run(folder, place.name, settings, KnownSettings(), evaluations)
-    if (run := run_of(place)) is not None:
-        path = run / "config.yaml"
-        settings = flatten(read_yaml(path))
-    else:
-        adapter = read_json(path)
-        kind = next((kind for kind in ("dora", "rslora") if adapter.get(f"use_{kind}")), None)
-        kind = kind or str(adapter.get("peft_type", "")).lower()
-        settings |= {"adapter.kind": kind, "adapter.r": adapter.get("r"), "adapter.alpha": adapter.get("lora_alpha")}
+        return Run(folder, place.name, settings, None, evaluations)
     name = f"{place.parent.name}/{place.name}"
-    return Run(folder, name, settings, KnownSettings.from_json(settings, path), evaluations)
+    if (run := run_of(place)) is not None:
+        config = load_config(run / "config.yaml")
+        return Run(folder, name, flatten(to_plain(config)), config.adapter, evaluations)
+    saved = read_json(path)
+    method = str(saved.get("peft_type", ""))
+    kind = next((kind for kind in ("dora", "rslora") if saved.get(f"use_{kind}")), method.lower())
+    known = {"kind": kind} if kind in list(AdapterKind) else {"kind": AdapterKind.peft, "method": method}
+    adapter = AdapterConfig(**known, r=saved.get("r"), alpha=saved.get("lora_alpha"))
+    return Run(folder, name, settings, adapter, evaluations)
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
-    path, file = folder / "config.yaml", folder / "result.json"
-    settings, result = flatten(read_yaml(path)), read_evaluation_result(file) if file.is_file() else None
-    return Evaluation(folder, settings, KnownSettings.from_json(settings, path), result)
+    file = folder / "result.json"
+    result = read_evaluation_result(file) if file.is_file() else None
+    return Evaluation(folder, flatten(read_yaml(folder / "config.yaml")), result)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cera_train.adapters.family import family, title
 from cera_train.common.files import write_text
-from cera_train.common.trust import clean
+from cera_train.common.pages import escape
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, figure, read_evaluation_result
 from cera_train.runs.subject import digest_of
@@ -141,11 +141,3 @@ def _measurements(
 
 def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {escape(name)} | {escape(value)} |" for name, value in rows.items())])
-
-
-def escape(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    text = clean(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
-    for mark in "\\`*_[]|#$~":
-        text = text.replace(mark, f"\\{mark}")
-    return text

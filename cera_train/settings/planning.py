@@ -65,18 +65,11 @@ class PlanConfig:
     """rank: at the same rank; budget: at the rank that comes closest to the same number of parameters."""
     tokens_per_row: float | None = setting(None, "nothing")
     """null: from data.facts or the data files."""
-    variances: str | None = setting(None, "nothing")
-    """Folder of a finished study whose outcomes vary as those of the planned one will: for the smallest difference
-    that it detects."""
     spread: SpreadConfig = section(SpreadConfig)
-    """Instead of variances."""
+    """For the smallest difference that a study detects."""
 
     def __post_init__(self) -> None:
         require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
-        require(
-            self.variances is None or not self.spread.by_outcome,
-            f"plan.variances={self.variances} and plan.spread: a study's variances are measured or given. Keep one.",
-        )
         require(self.mfu is None or self.mfu <= 1, f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.")
 
     @property

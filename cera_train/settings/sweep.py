@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from cera_train.common.settings import require, setting
+from cera_train.common.settings import require, require_positive, setting
 from cera_train.common.trust import may_run_code
 
 LOSS, SCORE = "loss", "score"
 
-Equal = StrEnum("Equal", ["parameters", "rank", "time", "none"])
+Equal = StrEnum("Equal", ["parameters", "none"])
 
 
 @dataclass
@@ -46,7 +46,7 @@ class StudyConfig:
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """What decides, the first of all: loss, score (of the run's first train.tasks), or a name of train.tasks."""
     equal: Equal = setting(Equal.parameters, "nothing")
-    """What arms have the same of under a condition: parameters and rank by their settings, time as measured."""
+    """What arms have the same of under a condition."""
     matters: float = setting(0.01, "nothing")
     """The smallest difference in the first outcome that would matter: nats of a token, or a share of the score."""
     arm: str | None = setting(None, "nothing")
@@ -57,56 +57,48 @@ class StudyConfig:
     def __post_init__(self) -> None:
         names = ", ".join(self.arms) or "none"
         require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
-        require(
-            self.baseline is not None,
-            f"study.baseline=null: a study needs the arm that others are compared with: choose one of {names}.",
-        )
         require(self.baseline in self.arms, f"study.baseline={self.baseline}: no such arm: choose one of {names}.")
+        compared: dict[frozenset[str], str] = {}
         for asked, pair in self.contrasts.items():
             place = f"study.contrasts.{asked}={pair}"
-            require(len(pair) == 2 and len(set(pair)) == 2, f"{place}: expected two arms, [first, second].")
-            for arm in pair:
-                require(arm in self.arms, f"{place}: no arm {arm}: choose from {names}.")
-            others = [other for other, arms in self.contrasts.items() if other != asked and set(arms) == set(pair)]
-            require(not others, f"{place}: study.contrasts.{others and others[0]} compares the same two. Keep one.")
+            arms = frozenset(pair)
+            require(len(pair) == len(arms) == 2 and arms <= self.arms.keys(), f"{place}: expected two arms of {names}.")
+            require(
+                arms not in compared, f"{place}: study.contrasts.{compared.get(arms)} compares the same two. Keep one."
+            )
+            compared[arms] = asked
             require(
                 pair[1] != self.baseline,
                 f"{place}: the difference is the second minus the first: write [{self.baseline}, {pair[0]}].",
             )
         require(bool(self.tune), "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].")
-        for place, values in [*_named("conditions", self.conditions), *_named("tune", self.tune)]:
-            require(bool(values), f"{place}=[]: give a value.")
-            require(place.rpartition(".")[2] != "seed", f"{place}: every arm has study.seeds=N seeds. Leave it out.")
-        fixed = {
-            word.partition("=")[0].lstrip("+")
-            for words in [*self.arms.values(), *self.tasks.values()]
-            for word in words
-        }
-        for key in [*fixed, *self.conditions, *self.tune]:
-            require(
-                not may_run_code(key), f"study: {key} can run code: put it on the command line, for all arms alike."
-            )
-        for group, key, others, where in (
-            *(("conditions", key, self.tune, "study.tune") for key in self.conditions),
-            *(("conditions", key, fixed, "an arm or a task") for key in self.conditions),
-            *(("tune", key, fixed, "an arm or a task") for key in self.tune),
-        ):
-            require(key not in others, f"study.{group}.{key}: {where} sets it too. Keep one.")
-        require(self.seeds >= 1, f"study.seeds={self.seeds} must be 1 or more.")
+        require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
+        self._check_keys()
+        require_positive("study", self, "seeds", "matters")
         require(
             self.tune_seeds is None or 1 <= self.tune_seeds <= self.seeds,
             f"study.tune_seeds={self.tune_seeds}: the seeds that choose are the first of study.seeds={self.seeds}: "
             f"give 1 to {self.seeds}, or null.",
         )
-        require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
-        require(self.matters > 0, f"study.matters={self.matters} must be above 0: the difference that would matter.")
+
+    def _check_keys(self) -> None:
+        """Raises UserError where a setting is set in two places, has no value, or can run code."""
+        words = [word for words in [*self.arms.values(), *self.tasks.values()] for word in words]
+        places = dict.fromkeys((word.partition("=")[0].lstrip("+") for word in words), "an arm or a task")
+        for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):
+            for key, values in values_by_key.items():
+                place = f"study.{group}.{key}"
+                require(bool(values), f"{place}=[]: give a value.")
+                require(key != "train.seed", f"{place}: every arm has study.seeds=N seeds. Leave it out.")
+                require(key not in places, f"{place}: {places.get(key)} sets it too. Keep one.")
+                places[key] = f"study.{group}"
+        for key in places:
+            require(
+                not may_run_code(key), f"study: {key} can run code: put it on the command line, for all arms alike."
+            )
 
     @property
     def pairs(self) -> dict[tuple[str, str], str]:
         """Every comparison: (first, second) -> what it asks."""
         pairs = {(self.baseline, arm): f"{arm} or {self.baseline}" for arm in self.arms if arm != self.baseline}
         return pairs | {(first, second): asked for asked, (first, second) in self.contrasts.items()}
-
-
-def _named(group: str, values: dict[str, list[Any]]) -> list[tuple[str, list[Any]]]:
-    return [(f"study.{group}.{key}", choices) for key, choices in values.items()]

@@ -1,5 +1,5 @@
-"""The cells of a study: each arm on each task under each condition, which runs it has, and which of them judge it.
-Imports no torch.
+"""The cells of a study: each arm on each task under each condition, its runs, and which of them judge it. Imports no
+torch.
 
 Every seed runs every tuned value to its end. A seed is judged at the values that the other seeds choose, by their mean
 held-out loss: no run judges a choice that it made. `study.tune_seeds=k` lets the first k seeds choose for all.
@@ -16,7 +16,6 @@ from statistics import fmean
 
 from omegaconf import OmegaConf
 
-from cera_train.common.errors import UserError
 from cera_train.runs.results import RunResult
 from cera_train.settings.sweep import StudyConfig
 from cera_train.sweep.folder import job_name, key_of
@@ -68,7 +67,7 @@ class Cell:
     @property
     def condition(self) -> str:
         """Such as `sums, adapter.r=16`; empty where a study has one task and one condition."""
-        return ", ".join([*filter(None, [self.task]), *(f"{key}={value}" for key, value in self.choices.items())])
+        return ", ".join(filter(None, [self.task, *(f"{key}={value}" for key, value in self.choices.items())]))
 
     @property
     def name(self) -> str:
@@ -80,28 +79,36 @@ class Cell:
         return range(self.tune_seeds or self.seeds)
 
     @cached_property
+    def losses(self) -> list[list[float | None]]:
+        """[candidates, tuning seeds]"""
+        return [[candidate.loss(seed) for seed in self.tuning] for candidate in self.candidates]
+
+    @cached_property
     def chosen(self) -> dict[int, Candidate]:
         """Seed -> the values that judge it. Empty: a run that chooses has not ended, or every value diverged."""
-        losses = [[candidate.loss(seed) for seed in self.tuning] for candidate in self.candidates]
-        if any(None in row for row in losses):
-            return {}
         # Values that diverged with one seed are no choice for any.
-        rows = [(row, candidate) for row, candidate in zip(losses, self.candidates, strict=True) if math.inf not in row]
+        rows = [(row, each) for row, each in zip(self.losses, self.candidates, strict=True) if math.inf not in row]
+        if not rows or any(None in row for row in self.losses):
+            return {}
 
-        def best_without(seed: int) -> Candidate:
+        def best_for(seed: int) -> Candidate:
             others = [other for other in self.tuning if other != seed or self.tune_seeds or self.seeds == 1]
             return min(rows, key=lambda pair: fmean(pair[0][other] for other in others))[1]
 
-        return {seed: best_without(seed) for seed in range(self.seeds)} if rows else {}
+        return {seed: best_for(seed) for seed in range(self.seeds)}
 
     @property
     def runs(self) -> dict[int, Path]:
         """Seed -> the folder of the run that judges it, there or not."""
         return {seed: candidate.run(seed) for seed, candidate in self.chosen.items()}
 
-    @property
-    def is_finished(self) -> bool:
-        return bool(self.chosen) and not self.missing()
+    def is_edge(self, key: str, value: str) -> bool:
+        """Whether a tuned number is the least or the largest of its grid: a better one may lie beyond it."""
+        try:
+            numbers = {float(candidate.values[key]) for candidate in self.candidates}
+        except ValueError:
+            return False
+        return len(numbers) > 1 and float(value) in (min(numbers), max(numbers))
 
     def missing(self) -> list[str]:
         """The runs that have not ended, each with why."""
@@ -124,15 +131,23 @@ class Study:
     folder: Path
     config: StudyConfig
     cells: list[Cell]
+    """In the order of its grid."""
+
+    @property
+    def by_condition(self) -> dict[str, dict[str, Cell]]:
+        """Condition -> arm -> cell."""
+        conditions: dict[str, dict[str, Cell]] = {}
+        for cell in self.cells:
+            conditions.setdefault(cell.condition, {})[cell.arm] = cell
+        return conditions
 
     def contrasts(self) -> list[tuple[str, Cell, Cell]]:
         """Every comparison: what it asks, and its two cells; the difference is the second minus the first."""
-        places = {(cell.condition, cell.arm): cell for cell in self.cells}
         return [
-            (asked, places[condition, first], places[condition, second])
-            for condition in dict.fromkeys(cell.condition for cell in self.cells)
+            (asked, arms[first], arms[second])
+            for arms in self.by_condition.values()
             for (first, second), asked in self.config.pairs.items()
-            if {(condition, first), (condition, second)} <= places.keys()
+            if {first, second} <= arms.keys()
         ]
 
     def missing(self) -> list[str]:
@@ -140,35 +155,24 @@ class Study:
         return [text for cell in self.cells for text in cell.missing()]
 
 
-def holds_study(folder: Path) -> bool:
-    """Whether a folder is that of a study."""
+def find_study(folder: Path) -> Study | None:
+    """The study in a folder; None where there is none."""
     record = SweepRecord.find(folder / RECORD)
-    return record is not None and record.study is not None
+    return None if record is None or record.study is None else study_on_record(folder, record)
 
 
-def read_study(folder: Path) -> Study:
-    """Raises UserError where a folder holds none."""
-    if not holds_study(folder):
-        raise UserError(f"{folder} holds no study: expected a folder that cera-train -m +study=NAME left.")
-    record = SweepRecord.read(folder / RECORD)
-    return Study(folder, config_of(record), read_cells(folder, record))
-
-
-def config_of(record: SweepRecord) -> StudyConfig:
-    """The section of a study on record."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record.study))
-
-
-def read_cells(folder: Path, record: SweepRecord) -> list[Cell]:
-    """The cells of a study's jobs, in the order of its grid."""
-    config, candidates = config_of(record), dict[tuple, list[Candidate]]()
+def study_on_record(folder: Path, record: SweepRecord) -> Study:
+    """The study of a folder that has, or will have, this record."""
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record.study))
+    candidates: dict[tuple, list[Candidate]] = {}
     for overrides in record.jobs.values():
         words = dict(word.partition("=")[::2] for word in overrides)
         if words[SEED] == "0":
             place = words[ARM], words.get(TASK, ""), *(words[key] for key in config.conditions)
             values = {key: words[key] for key in config.tune}
             candidates.setdefault(place, []).append(Candidate(values, overrides, folder, record.swept))
-    return [
+    cells = [
         Cell(arm, task, dict(zip(config.conditions, choices, strict=True)), values, config.seeds, config.tune_seeds)
         for (arm, task, *choices), values in candidates.items()
     ]
+    return Study(folder, config, cells)

@@ -13,15 +13,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.common.errors import UserError
 from cera_train.common.files import locked
 from cera_train.common.imports import heavy_imports
-from cera_train.common.settings import flatten, require, to_plain
+from cera_train.common.settings import require
 from cera_train.distributed.processes import is_main_process
-from cera_train.runs.recorded_config import changes_result
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, SCORE, Equal, StudyConfig
-from cera_train.study.cells import ARM, SEED, TASK, Cell, read_cells, read_study
+from cera_train.study.cells import ARM, SEED, TASK, Cell, Study, study_on_record
 from cera_train.sweep.folder import WRITER, ComposeJob, begin, grid, jobs_by_name, key_of, record_of
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import job_status
@@ -50,8 +48,8 @@ def study_record(config: DictConfig) -> SweepRecord:
     dimensions |= {ARM: list(study.arms), **study.conditions, **study.tune}
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
     params = {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
-    overrides = {f"{key}={name}": words for key, section in ((ARM, study.arms), (TASK, study.tasks))
-                 for name, words in section.items()}  # fmt: skip
+    overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
+    overrides |= {f"{TASK}={name}": words for name, words in study.tasks.items()}
     jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in grid(config, params)]
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
@@ -68,83 +66,60 @@ def _word(value: Any) -> str:
 # --- what makes arms comparable --------------------------------------------------------------------------------------
 
 
-def check_cells(config: DictConfig, record: SweepRecord, compose: ComposeJob[Config]) -> list[tuple[Cell, Config]]:
+def check_cells(config: DictConfig, study: Study, compose: ComposeJob[Config]) -> list[tuple[Cell, Config]]:
     """The cells of a study and a run of each.
 
     Raises:
-        UserError: for a seed beside the study's own, and for what `check_arms` refuses.
+        UserError: train.seed is set beside the study's own seeds, or arms do not compare.
     """
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
     require(not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out.")
-    conditions: dict[str, dict[str, Config]] = {}
-    cells = read_cells(Path(config.hydra.sweep.dir), record)
-    runs = [compose(cell.candidates[0].overrides) for cell in cells]
-    for cell, run in zip(cells, runs, strict=True):
-        conditions.setdefault(cell.condition, {})[cell.arm] = run
-    for condition, arms in conditions.items():
-        check_arms(condition, arms)
-    return list(zip(cells, runs, strict=True))
+    pairs = []
+    for condition, cells in study.by_condition.items():
+        runs = {arm: compose(cell.candidates[0].overrides) for arm, cell in cells.items()}
+        check_arms(study.config, f" ({condition})" if condition else "", runs)
+        pairs += zip(cells.values(), runs.values(), strict=True)
+    return pairs
 
 
-def check_arms(condition: str, arms: dict[str, Config]) -> None:
-    """Raises UserError for arms that differ in more than they name, or have unequal budgets under a claim of equal
-    ones, or lack an outcome.
+def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
+    """Raises UserError for arms that differ in a setting of every adapter that neither names, that break the claim of
+    equal budgets, or that lack an outcome.
 
     Args:
-        condition: in words, for the message.
-        arms: the config of each arm under it.
+        place: the condition, for messages.
+        runs: arm -> its config under it.
     """
-    study = next(iter(arms.values())).study
-    reference = study.baseline if study.baseline in arms else next(iter(arms))  # a part of the arms may run elsewhere
-    place = f" ({condition})" if condition else ""
-    for name, arm in arms.items():
-        for key in unnamed_differences(arm, arms[reference]):
-            values = [flatten(to_plain(run)).get(key) for run in (arm, arms[reference])]
-            raise UserError(
-                f"study.arms.{name}{place}: {key} is {values[0]}, and {values[1]} in {reference}, which the arm does "
-                f"not name: write {key}=... into one of the two."
+    reference = study.baseline if study.baseline in runs else next(iter(runs))  # a part of the arms may run elsewhere
+    for arm, run in runs.items():
+        names = {key_of(word) for word in [*study.arms[arm], *study.arms[reference], *study.tune]}
+        for field in OF_EVERY_METHOD:
+            key, value, other = f"adapter.{field}", *(getattr(each.adapter, field) for each in (run, runs[reference]))
+            require(
+                value == other or key in names,
+                f"study.arms.{arm}{place}: {key} is {value}, and {other} in {reference}, which the arm does not name: "
+                f"write {key}=... into one of the two.",
             )
-    check_budgets(place, arms)
-    tasks = arms[reference].train.tasks
+    if study.equal == Equal.parameters:
+        check_budgets(place, runs)
+    tasks = runs[reference].train.tasks
     for outcome in study.outcomes:
         mend = f"name a task in train.tasks{place}" if outcome == SCORE else f"add it to train.tasks{place}"
         is_there = outcome in (LOSS, *tasks) or (outcome == SCORE and bool(tasks))
         require(is_there, f"study.outcomes: no run has {outcome}: {mend}.")
 
 
-def unnamed_differences(arm: Config, reference: Config) -> list[str]:
-    """Settings that change results, differ between two arms, and stand in the overrides of neither."""
-    study = arm.study
-    names = {key_of(word) for run in (arm, reference) for word in study.arms[run.study.arm]}
-    settings, others = flatten(to_plain(arm)), flatten(to_plain(reference))
+def check_budgets(place: str, runs: dict[str, Config]) -> None:
+    """Raises UserError where arms have unequal numbers of trainable parameters."""
+    with heavy_imports():
+        from cera_train.planning.count import trainable_parameters
 
-    def is_named(key: str) -> bool:
-        if any(key == name or (key.startswith(f"{name}.") and name != "adapter") for name in names):
-            return True
-        return "adapter" in names and key.startswith("adapter.") and key.split(".")[1] not in OF_EVERY_METHOD
-
-    differ = [key for key, value in settings.items() if value != others.get(key) and changes_result(key)]
-    return [key for key in differ if key not in study.tune and not is_named(key)]
-
-
-def check_budgets(place: str, arms: dict[str, Config]) -> None:
-    """Raises UserError where arms have unequal ranks or parameters, and the study claims equal ones."""
-    equal = next(iter(arms.values())).study.equal
-    if equal == Equal.rank:
-        what, tolerance, counts = "ranks", 0.0, {name: arm.adapter.r or 0 for name, arm in arms.items()}
-    elif equal == Equal.parameters:
-        with heavy_imports():
-            from cera_train.planning.count import trainable_parameters
-
-        what, tolerance = "trainable parameters", PARAMETERS
-        counts = {name: trainable_parameters(arm) for name, arm in arms.items()}
-    else:
-        return
+    counts = {arm: trainable_parameters(run) for arm, run in runs.items()}
     least, most = min(counts, key=counts.get), max(counts, key=counts.get)
     require(
-        counts[most] <= counts[least] * (1 + tolerance),
-        f"study.equal={equal}{place}: {most} has {counts[most]:,} {what}, and {least} {counts[least]:,}. Change an "
-        "arm, or the claim: study.equal=none.",
+        counts[most] <= counts[least] * (1 + PARAMETERS),
+        f"study.equal=parameters{place}: {most} has {counts[most]:,} trainable parameters, and {least} "
+        f"{counts[least]:,}. Change an arm, or the claim: study.equal=none.",
     )
 
 
@@ -153,17 +128,15 @@ def check_problems(runs: Iterable[Config]) -> None:
     with heavy_imports():
         from cera_train.evaluation.tasks.overlap import trained_on
 
-    checks = ((task, run.train.changes_of_task(task), run.data) for run in runs for task in run.train.tasks)
-    checked = []
-    for task, changes, data in checks:
-        if (task, changes, data) in checked:
-            continue
-        checked.append((task, changes, data))
-        if shared := trained_on(task, changes, data):
-            raise UserError(
-                f"train.tasks=[{task}]: {len(shared):,} of its problems are among the training rows, such as "
-                f"{shared[0][:60]!r}. Choose other rows or problems."
-            )
+    # The arms of a condition share rows and tasks, and reading them takes long.
+    pairs = {repr((task, run.train.task_settings, run.data)): (task, run) for run in runs for task in run.train.tasks}
+    for task, run in pairs.values():
+        shared = trained_on(task, run.train.changes_of_task(task), run.data)
+        require(
+            not shared,
+            f"train.tasks=[{task}]: {len(shared):,} of its problems are among the training rows, such as "
+            f"{''.join(shared[:1])[:60]!r}. Choose other rows or problems.",
+        )
 
 
 # --- running it ------------------------------------------------------------------------------------------------------
@@ -182,10 +155,9 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
         f"launch.detach=true with study.tune_seeds={study.tune_seeds}: the other seeds wait for what these choose. "
         "Leave one out.",
     )
-
     record = study_record(config)
-    pairs = check_cells(config, record, compose)
-    check_problems(run for cell, run in pairs if not cell.is_finished)  # a finished cell reads its rows no more
+    pairs = check_cells(config, study_on_record(Path(config.hydra.sweep.dir), record), compose)
+    check_problems(run for cell, run in pairs if cell.missing())  # a finished cell reads its rows no more
     begin(config, compose, record)
 
 
@@ -208,9 +180,9 @@ class StudySweeper(Sweeper):
             if self.config.study.tune_seeds:
                 chosen = [
                     candidate.overrides_of(seed)
-                    for cell in read_study(self.folder).cells
+                    for cell in study_on_record(self.folder, record).cells
                     for seed, candidate in cell.chosen.items()
-                    if seed >= cell.tune_seeds
+                    if seed not in cell.tuning
                 ]
                 jobs = jobs_by_name(chosen, record.swept)
                 record.replace(jobs=record.jobs | jobs).write(self.folder / RECORD)

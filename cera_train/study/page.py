@@ -6,17 +6,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
-from cera_train.common.drawing import BACKGROUND, COLORS, TEXT, Picture, render, styles_of
-from cera_train.common.files import finite, write_bytes, write_text
-from cera_train.common.pages import Table, print_rows, template, without_empty_columns
+from cera_train.common.drawing import BACKGROUND, COLORS, TEXT, Picture, styles_of
+from cera_train.common.files import finite, write_text
+from cera_train.common.pages import Page, Table, without_empty_columns
 from cera_train.common.settings import map_values
-from cera_train.common.terminal import duration, print_line
-from cera_train.runs.card import escape
+from cera_train.common.terminal import duration
 from cera_train.runs.results import Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Study
@@ -28,149 +26,128 @@ if TYPE_CHECKING:
 
 RESULTS = "study_results.json"
 
-
-@dataclass(frozen=True)
-class StudyReport:
-    """What a study found."""
-
-    study: Study
-    results: list[CellResult]
-    comparisons: list[Comparison]
-    slopes: list[Slope]
-    command: str
-    """Runs the study, and goes on with it."""
-
-    @property
-    def title(self) -> str:
-        return self.study.config.question or f"Study {self.study.folder.resolve().name}"
-
-    @property
-    def tables(self) -> list[Table]:
-        outcomes, matters = self.study.config.outcomes, self.study.config.matters
-        tables = [
-            Table(
-                "Verdicts",
-                [_verdict(each, matters if each.outcome == outcomes[0] else None) for each in self.comparisons],
-                "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named "
-                "arm. The interval holds for other seeds and problems. Holm corrects p over the contrasts of an "
-                "outcome. Detectable: the smallest difference shown with power 80 %. Too small: the interval lies "
-                f"within ±{matters:g}.",
-            ),
-            Table(
-                "Cells",
-                without_empty_columns([_cell(result, outcomes) for result in self.results]),
-                "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last "
-                "value of the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a "
-                "branch's variance.",
-            ),
-            Table(
-                "Slopes",
-                [_slope(slope, outcomes[0]) for slope in self.slopes],
-                "Change of the outcome with every doubling of the rank. The interval holds for other seeds.",
-            ),
-        ]
-        return [table for table in tables if table.rows]
-
-    @property
-    def picture(self) -> Picture:
-        outcome = self.study.config.outcomes[0]
-        primary = [comparison for comparison in self.comparisons if comparison.outcome == outcome]
-        return _differences(outcome, self.study.config.matters, primary)
-
-    def to_json(self) -> dict[str, Any]:
-        """study_results.json: numbers to commit as evidence."""
-        environments = [each for result in self.results for each in result.environments.values()]
-        return {
-            "study": self.study.folder.resolve().name,
-            "command": self.command,
-            "config": dataclasses.asdict(self.study.config),
-            "contrasts": list(map(dataclasses.asdict, self.comparisons)),
-            "cells": list(map(_cell_json, self.results)),
-            "slopes": list(map(dataclasses.asdict, self.slopes)),
-            "machines": sorted({f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}),
-            "versions": {name: version for each in environments for name, version in (each.packages or {}).items()},
-        }
+FIGURES = {
+    "trainable_parameters": ("parameters", "{:,.0f}".format),
+    "seconds": ("time of a run", duration),
+    "effective_rank_mean": ("effective rank", "{:.1f}".format),
+    "manifold_dimension_mean": ("manifold dimension", "{:.1f}".format),
+    "linear_share_mean": ("linear share", "{:.1%}".format),
+    "gamma": ("gamma", "{:.2f}".format),
+}
+"""Figures of result.json -> the column of a cell's mean over seeds, and its form."""
 
 
-def write_study(study: Study, output: Path) -> StudyReport:
-    """Writes report.html, which needs nothing beside it, report.md with its picture, and study_results.json.
+def write_study(study: Study, output: Path) -> Page:
+    """Writes the page of a finished study, and study_results.json: numbers to commit as evidence.
 
     Raises:
         UserError: what `read_results` and `compare_cells` refuse.
     """
-    results = read_results(study)
-    command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line or ""
-    report = StudyReport(study, results, compare_cells(study, results), slopes(study, results), command)
-    output.mkdir(parents=True, exist_ok=True)
-    write_bytes(output / f"{report.picture.name}.png", render(report.picture, "png"))
-    for name in ("report.md", "report.html"):
-        write_text(output / name, template("cera_train.study", name, md=escape).render(report=report))
-    rounded = map_values(lambda number: float(f"{number:.6g}"), finite(report.to_json()), float)
-    write_text(output / RESULTS, json.dumps(rounded, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return report
-
-
-def print_study(report: StudyReport, output: Path) -> None:
-    print(f"{report.title}\n")
-    for table in report.tables:
-        print_rows(table.rows)
-    print_line("report", f" {output / 'report.html'}, {output / 'report.md'}, {output / RESULTS}")
-
-
-def _cell_json(result: CellResult) -> dict[str, Any]:
-    cell = result.cell
-    figures = ("trainable_parameters", "seconds", "effective_rank_mean", "manifold_dimension_mean",
-               "linear_share_mean", "gamma")  # fmt: skip
-    return {
-        "arm": cell.arm,
-        "condition": cell.condition,
-        "chosen": result.chosen,
-        "losses": [each.values | {"loss": [each.loss(seed) for seed in cell.tuning]} for each in cell.candidates],
-        "outcomes": {outcome: values.means for outcome, values in result.values.items()},
-        **{name: result.figure(name) for name in figures},
-        "endings": result.endings,
+    results, outcomes, matters = read_results(study), study.config.outcomes, study.config.matters
+    comparisons, trends = compare_cells(study, results), slopes(study, results)
+    name = study.folder.resolve().name
+    command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line or "not on record"
+    tables = [
+        Table(
+            "Verdicts",
+            [_verdict_row(each, matters if each.outcome == outcomes[0] else None) for each in comparisons],
+            "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. "
+            "The interval holds for other seeds and problems. Holm corrects p over the contrasts of an outcome. "
+            "Detectable: the smallest difference shown with power 80 %. Too small: the interval lies within "
+            f"±{matters:g}.",
+        ),
+        Table(
+            "Cells",
+            without_empty_columns([_cell_row(result, outcomes) for result in results]),
+            "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last value "
+            "of the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a branch's "
+            "variance.",
+        ),
+        Table(
+            "Slopes",
+            [_slope_row(slope, outcomes[0]) for slope in trends],
+            "Change of the outcome with every doubling of the rank. The interval holds for other seeds.",
+        ),
+    ]
+    picture = _picture(outcomes[0], matters, [each for each in comparisons if each.outcome == outcomes[0]])
+    page = Page(study.config.question or f"Study {name}", tables, [picture], {name: command})
+    page.write(output)
+    environments = [run.environment for result in results for run in result.runs]
+    numbers = {
+        "study": name,
+        "command": command,
+        "config": dataclasses.asdict(study.config),
+        "contrasts": list(map(dataclasses.asdict, comparisons)),
+        "cells": [_cell_json(result, outcomes) for result in results],
+        "slopes": list(map(dataclasses.asdict, trends)),
+        "machines": sorted({f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}),
+        "versions": {package: version for each in environments for package, version in (each.packages or {}).items()},
     }
+    numbers = map_values(lambda number: float(f"{number:.6g}"), finite(numbers), float)
+    write_text(output / RESULTS, json.dumps(numbers, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return page
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- contrasts and cells ---------------------------------------------------------------------------------------------
 
 
-def _verdict(comparison: Comparison, matters: float | None) -> dict[str, str]:
+def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str]:
     outcome = comparison.outcome
     return {
         "contrast": f"{comparison.second} - {comparison.first}",
         "of": ", ".join(filter(None, [comparison.condition, outcome])),
         "verdict": comparison.verdict,
         "difference": _number(outcome, comparison.difference, "+"),
-        "95 % interval": _interval(outcome, (comparison.lower, comparison.upper)),
+        "95 % interval": _interval(outcome, comparison.lower, comparison.upper),
         "p after Holm": f"{comparison.p_holm:.2g}",
         "detectable": _number(outcome, comparison.detectable),
         "too small": "" if matters is None else "yes" if comparison.is_within(matters) else "no",
     }
 
 
-def _cell(result: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
-    forms = {
-        "parameters": ("trainable_parameters", "{:,.0f}".format),
-        "time of a run": ("seconds", duration),
-        "effective rank": ("effective_rank_mean", "{:.1f}".format),
-        "linear share": ("linear_share_mean", "{:.1%}".format),
-        "gamma": ("gamma", "{:.2f}".format),
-    }
-    row = {"cell": result.cell.name, "tuned": "; ".join(result.chosen)}
+def _cell_row(result: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
+    row = {"cell": result.cell.name, "tuned": "; ".join(_chosen(result))}
     for outcome in outcomes:
-        means = result.values[outcome].means
+        means = result.means(outcome)
         row[outcome] = f"{fmean(means):.4f}" if outcome == LOSS else f"{fmean(means):.1%}"
         row[outcome] += f" ± {_number(outcome, stdev(means))}" if len(means) > 1 else ""
-    figures = {label: (result.figure(name), form) for label, (name, form) in forms.items()}
-    return row | {label: "" if value is None else form(value) for label, (value, form) in figures.items()}
+    for name, (label, form) in FIGURES.items():
+        value = result.figure(name)
+        row[label] = "" if value is None else form(value)
+    return row
 
 
-def _slope(slope: Slope, outcome: str) -> dict[str, str]:
+def _cell_json(result: CellResult, outcomes: Sequence[str]) -> dict[str, Any]:
+    cell = result.cell
+    return {
+        "arm": cell.arm,
+        "condition": cell.condition,
+        "chosen": _chosen(result),
+        "losses": [each.values | {"loss": row} for each, row in zip(cell.candidates, cell.losses, strict=True)],
+        "outcomes": {outcome: result.means(outcome) for outcome in outcomes},
+        **{name: result.figure(name) for name in FIGURES},
+        "endings": {outcome: endings for outcome in outcomes if (endings := result.endings(outcome))},
+    }
+
+
+def _chosen(result: CellResult) -> list[str]:
+    """The tuned values, such as `optimizer.lr=0.001 (edge)`, with the seeds that each judges where they differ."""
+    seeds: dict[str, list[str]] = {}
+    for seed, candidate in result.cell.chosen.items():
+        words = [
+            f"{key}={value}{' (edge)' * result.cell.is_edge(key, value)}" for key, value in candidate.values.items()
+        ]
+        seeds.setdefault(" ".join(words), []).append(str(seed))
+    if len(seeds) == 1:
+        return list(seeds)
+    return [f"{text} for seeds {', '.join(numbers)}" for text, numbers in seeds.items()]
+
+
+def _slope_row(slope: Slope, outcome: str) -> dict[str, str]:
     return {
         "arm": slope.name,
         f"{outcome} per doubling": _number(outcome, slope.value, "+"),
-        "95 % interval": _interval(outcome, slope.interval),
+        "95 % interval": _interval(outcome, *slope.interval),
     }
 
 
@@ -181,14 +158,14 @@ def _number(outcome: str, value: float, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if outcome == LOSS else f"{100 * value:{sign}.1f}"
 
 
-def _interval(outcome: str, ends: tuple[float, float]) -> str:
-    return "" if math.isinf(ends[0]) else " to ".join(_number(outcome, end, "+") for end in ends)
+def _interval(outcome: str, lower: float, upper: float) -> str:
+    return "" if math.isinf(lower) else f"{_number(outcome, lower, '+')} to {_number(outcome, upper, '+')}"
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------
 
 
-def _differences(outcome: str, matters: float, comparisons: Sequence[Comparison]) -> Picture:
+def _picture(outcome: str, matters: float, comparisons: Sequence[Comparison]) -> Picture:
     """A row for every contrast of the primary outcome, with the band of differences that do not matter."""
     scale, unit = (1, "nats") if outcome == LOSS else (100, "points")
     styles = styles_of({each.second: each.second for each in comparisons})
@@ -199,8 +176,8 @@ def _differences(outcome: str, matters: float, comparisons: Sequence[Comparison]
         for row, each in enumerate(comparisons):
             style = styles[each.second] | {"linestyle": "none", "markersize": 7}
             fill = BACKGROUND if each.verdict == "not shown" else style["color"]
-            ends = [scale * each.lower, scale * each.upper]
-            if math.isfinite(ends[0]):
+            if math.isfinite(each.lower):
+                ends = [scale * each.lower, scale * each.upper]
                 axes.plot(ends, [row, row], color=style["color"], linewidth=1.8)
             seeds = [scale * value for value in each.by_seed]
             axes.plot(seeds, [row + 0.2] * len(seeds), linestyle="none", marker="|", color=style["color"])

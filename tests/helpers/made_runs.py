@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from cera_train.evaluation.statistics import bootstrap_interval
+from cera_train.report.page import run_rows
 from cera_train.report.runs import read_runs
-from cera_train.report.table import run_rows
 
 PROBLEMS = 40
 
-HOSTILE = "<script>alert(1)</script>|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $\\frac$ & {{ 7 * 7 }}"
+HOSTILE = "<script>alert(1)|`*_[x](javascript:alert(2))\nnew \"line\" 'x' $x^2$ & {{ 7 * 7 }}"
 """A text that would be a script, a link, a table or a formula."""
 
 
@@ -25,7 +25,8 @@ def settings_of(name: str, **changes: Any) -> dict[str, Any]:
         "model": {"path": "meta-llama/Llama-3.1-8B", "revision": None, "dtype": "bfloat16", "quantization": "none"},
         "adapter": {"kind": "cera", "r": 64, "alpha": None, "dropout": 0.1, "activation": "silu"},
         "data": {"layout": "text", "path": "TIGER-Lab/MathInstruct", "train_split": "train[:100000]",
-                 "eval_split": "train[100000:102000]", "loss_on": "all", "max_length": 512},
+                 "eval_split": "train[100000:102000]", "loss_on": "all", "max_length": 512,
+                 "prompt": "{q}", "completion": "{a}"},
         "optimizer": {"kind": "adamw", "lr": 3e-4},
         "train": {"batch_size": 64, "seed": 0},
         "tracker": {"kinds": {}},

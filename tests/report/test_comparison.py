@@ -1,14 +1,16 @@
-"""Paired tests of two runs on the same problems."""
+"""Paired tests of two runs on the same problems, and what stands in the way of a comparison."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from made_runs import add_evaluation, make_run, two_runs
 
 from cera_train.report.comparison import PairedTest, paired_tests
+from cera_train.report.page import compare_runs
 from cera_train.report.runs import read_runs
 
 
@@ -17,7 +19,7 @@ def compare_two(tmp_path: Path):
     """compare_two(first, second) -> the paired test of two runs with these evaluations."""
 
     def compare_two(first: dict, second: dict) -> PairedTest:
-        runs = [make_run(tmp_path / str(len(list(tmp_path.iterdir()))) / name) for name in "ab"]
+        runs = [make_run(tmp_path / name) for name in "ab"]
         for run, evaluation in zip(runs, (first, second), strict=True):
             add_evaluation(run, **evaluation)
         (test,), notes = paired_tests(read_runs(runs))
@@ -90,15 +92,6 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
     assert (test.verdict, test.row["task"]) == ("better", "logistic map, steps")
 
 
-def test_grades_that_are_missing_stop_the_test(tmp_path: Path) -> None:
-    first, second = two_runs(tmp_path)
-    grades = first / "eval/math/grades.jsonl"
-    grades.write_text("".join(grades.read_text().splitlines(keepends=True)[:-2]))
-    tests, (note,) = paired_tests(read_runs([first, second]))
-    assert not tests
-    assert "no grades for 2 of its 40 problems" in note
-
-
 def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "abcdefg"]
     for run in runs:
@@ -106,3 +99,45 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
     tests, notes = paired_tests(read_runs(runs))
     assert [(test.first, test.second) for test in tests] == [("a", name) for name in "bcdefg"]
     assert notes == ["GSM8K: each of 7 runs is tested against the first only, a."]
+
+
+# --- what stands in the way ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"data.loss_on": "completion"}, "evaluation rows or tokens (data.loss_on): do not rank them."),
+        ({"model.quantization": "nf4"}, "base models: a: meta-llama/Llama-3.1-8B, bfloat16; b: meta-llama/Llama-3.1-8B,"
+                                        " bfloat16, nf4."),
+        ({"data.train_rows": 1000}, None),
+        ({"optimizer.lr": 1e-3}, None),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_ranked_is_named(tmp_path: Path, changes: dict, note: str | None) -> None:
+    notes = compare_runs([make_run(tmp_path / "a"), make_run(tmp_path / "b", **changes)]).notes
+    assert len(notes) == 1 + (note is not None)  # no run has an evaluation
+    assert note is None or notes[0].endswith(note)
+
+
+def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    for run, gpus in zip(runs, ([], ["NVIDIA H100"]), strict=True):
+        (run / "environment.json").write_text(json.dumps({"gpus": gpus, "cpu_threads": 2, "processes": 1}))
+    add_evaluation(runs[0])
+    add_evaluation(runs[1], problems=30, **{"task.max_new_tokens": 256})
+    machines, limit, tokens, problems = compare_runs(runs).notes
+    assert machines.endswith("a: CPU, 2 threads, 1 process; b: NVIDIA H100, 1 process.")
+    assert limit == "Evaluations on GSM8K differ in task.limit: a: 40; b: 30."
+    assert tokens == "Evaluations on GSM8K differ in task.max_new_tokens: a: 512; b: 256."
+    assert "GSM8K, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in problems
+
+
+@pytest.mark.parametrize("name", ["problems.jsonl", "grades.jsonl"])
+def test_a_broken_file_of_an_evaluation_stops_its_test_and_is_named(tmp_path: Path, name: str) -> None:
+    first, second = two_runs(tmp_path)
+    for content in ("null\n", "{}\n", ""):
+        (first / "eval/math" / name).write_text(content)
+        tests, (note,) = paired_tests(read_runs([first, second]))
+        assert not tests
+        assert re.search(rf"{name}:1 is broken|has no grades for", note)

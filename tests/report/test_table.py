@@ -33,9 +33,8 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
 
 
 def test_a_published_figure_that_was_not_measured_is_named(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", published={"math/exact/pass@1": 0.1636, "spectrum/effective_rank/max": 330.0})
+    run = make_run(tmp_path / "a", published={"math/exact/pass@1": 0.1636})
     assert cells(run)["MATH exact"] == ["–\npaper 16.36%, not measured here"]
-    assert cells(run)["effective rank, mean / max"][0].startswith("25.6 / 38.4\nmax: paper 330.00\nmax: difference -2")
 
 
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
@@ -122,19 +121,13 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
 def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
     add_evaluation(first, "gsm8k", finished=False)
-    (second / "eval/math/config.yaml").unlink()
     (first / "result.json").write_text(json.dumps(result_of("cera", 64, float("inf"))))
     notes = compare_runs([first, second]).notes
-    assert "cera_64 has diverged (perplexity inf)." in notes
-    assert "cera_64 has no finished evaluation on GSM8K." in notes
-    assert "lora_512 has no finished evaluation on MATH." in notes
-    assert "lora_512 has no config.yaml in eval/math, which is left out." in notes
+    assert notes == [f"{name} has no finished evaluation on GSM8K." for name in ("cera_64", "lora_512")]
+    assert cells(first, second)["perplexity"][0].startswith("inf")
 
 
 def test_no_figure_is_needed(tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
-    path = first / "result.json"
-    result = json.loads(path.read_text())
-    for key in result:
-        path.write_text(json.dumps({name: value for name, value in result.items() if name != key}))
-        assert [run.name for run in compare_runs([first, second]).runs] == ["cera_64", "lora_512"]
+    (first / "result.json").write_text("{}")
+    compare_runs([first, second]).write(tmp_path / "report")

@@ -18,7 +18,7 @@ from cera_train.cli.report import main as main_report
 from cera_train.cli.train import main as main_train
 from cera_train.runs.outcomes import LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
 from cera_train.runs.results import DIVERGED
-from cera_train.study.cells import Study, read_study
+from cera_train.study.cells import Study, find_study
 from cera_train.sweep.folder import job_name
 from cera_train.sweep.record import JOBS, RECORD, SweepRecord
 
@@ -170,6 +170,6 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
             "study": settings,
         }
         (folder / RECORD).write_text(json.dumps(record))
-        return read_study(folder)
+        return find_study(folder)
 
     return make_study

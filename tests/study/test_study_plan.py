@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import sys
 
 import pytest
 
 from cera_train.cli.plan import main
-from cera_train.settings.planning import PlanConfig
-from cera_train.study import plan as plan_module
 from cera_train.study.verdict import Variances, detectable
 
 STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}"]
@@ -50,9 +47,8 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
 
     smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=3, problems=20, comparisons=3)
     assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in out
-    assert "by plan.spread: 0.01 between seeds, 0 between rows, 0.02 beyond both\n" in out
     assert "study.matters=0.02 is not detected\n" in out
-    assert out.endswith("logistic_map: set plan.spread.seed={logistic_map: ...}, or plan.variances to a study\n")
+    assert out.endswith("logistic_map: set plan.spread.seed={logistic_map: ...}\n")
 
 
 def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
@@ -60,32 +56,12 @@ def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
     assert runs == f"{3 * (3 + 2)}"
 
 
-def test_variances_are_read_from_a_finished_study(make_study):
-    losses = {"lora": [1.0, 1.2, 1.1, 0.9], "cera": [1.3, 1.0, 1.1, 1.4]}
-    study = make_study(lambda values: losses[values["study.arm"]][int(values["train.seed"])], seeds=4)
-    variances = plan_module.known_variances(study.config, PlanConfig(variances=str(study.folder)))
-    gaps = [b - a for a, b in zip(*losses.values(), strict=True)]
-    assert variances["loss"].seed == pytest.approx(statistics.variance(gaps), rel=0.05)
-    (study.cells[0].runs[1] / "result.json").unlink()
-    with pytest.raises(
-        ValueError, match=r"unfinished study.*: lora, adapter.r=4, optimizer.lr=0.001, train.seed=1 \(cut\)"
-    ):
-        plan_module.variances_measured(study.folder)
-
-
-def test_one_seed_has_no_variances(make_study):
-    with pytest.raises(ValueError, match="has one seed an arm, which tells nothing of others"):
-        plan_module.variances_measured(make_study(seeds=1).folder)
-
-
 @pytest.mark.parametrize(
-    ("arguments", "mistake"),
+    ("setting", "mistake"),
     [
-        ([*STUDY, "plan.spread.seed={math:0.01}"], "plan.spread: math is no outcome of this study: choose from loss."),
-        ([*STUDY, "plan.variances=outputs/no"], "outputs/no holds no study"),
-        ([*STUDY, "plan.compare=[dora]"], "plan.compare=['dora'] sets other adapters beside one plan; with -m, sweep"),
+        ("plan.spread.seed={math:0.01}", "plan.spread: math is no outcome of this study: choose from loss."),
+        ("plan.compare=[dora]", "plan.compare=['dora'] sets other adapters beside one plan; with -m, sweep"),
     ],
-    ids=str,
 )
-def test_what_cannot_run_is_not_planned(plan_command, arguments, mistake):
-    assert mistake in plan_command(*arguments)
+def test_what_cannot_run_is_not_planned(plan_command, setting, mistake):
+    assert mistake in plan_command(*STUDY, setting)

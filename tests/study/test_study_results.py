@@ -11,7 +11,6 @@ import pytest
 import scipy.stats
 
 from cera_train.common.errors import UserError
-from cera_train.study.page import write_study
 from cera_train.study.results import compare_cells, read_results, slopes
 
 
@@ -48,7 +47,7 @@ def test_higher_scores_are_better(make_study):
         ("loss", "not shown"),
         ("score", "better"),
     ]
-    endings = read_results(study)[0].endings["gsm8k"]
+    endings = read_results(study)[0].endings("gsm8k")
     assert endings["right"] + endings["loop"] == pytest.approx(1)
 
 
@@ -62,7 +61,7 @@ def test_slopes_are_those_of_the_seeds_by_doubling(make_study):
     study = make_study(loss_by_rank, **RANKS)
     results = read_results(study)
     lora, cera, gap = slopes(study, results)
-    by_rank = [own.values["loss"].means for own in results if own.cell.arm == "cera"]
+    by_rank = [own.means("loss") for own in results if own.cell.arm == "cera"]
     assert cera.by_seed == pytest.approx([(b - a) / 2 for a, b in zip(*by_rank, strict=True)])
     assert gap.by_seed == pytest.approx(np.array(cera.by_seed) - lora.by_seed)
     interval = scipy.stats.ttest_1samp(gap.by_seed, 0).confidence_interval()
@@ -85,14 +84,6 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_report, tmp
     assert results["command"] == "cera-train -m +study=which"
 
 
-def test_a_name_can_hurt_no_page(make_study, tmp_path):
-    hostile = "<script>alert(1)</script>|`*_[x](javascript:alert(2))"
-    study = make_study(question=hostile)
-    write_study(study, tmp_path / "report")
-    assert "<script>" not in (tmp_path / "report" / "report.html").read_text()
-    assert "[x](" not in (tmp_path / "report" / "report.md").read_text()
-
-
 def change_rows(run: Path, split: str) -> None:
     path = run / "environment.json"
     tree = json.loads(path.read_text())
@@ -105,15 +96,6 @@ def test_rows_that_were_edited_between_two_runs_are_noticed(make_study, split):
     study = make_study()
     change_rows(study.cells[1].runs[1], split)
     with pytest.raises(UserError, match=f"had different {split.replace('_', '-')} rows, and cannot be compared: "):
-        read_results(study)
-
-
-def test_unequal_times_are_refused_where_the_study_claims_equal_ones(make_study):
-    study = make_study(equal="time")
-    for run in study.cells[0].runs.values():
-        path = run / "result.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 90.0}))
-    with pytest.raises(UserError, match="claims study.equal=time, and the runs took lora 90 s, cera 60 s"):
         read_results(study)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cera_train.settings.run import Config
 from cera_train.settings.sweep import StudyConfig
-from cera_train.study.cells import read_study
+from cera_train.study.cells import find_study
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, read_sweep
 
@@ -22,14 +21,14 @@ GRID = [job(arm, lr, seed) for arm in ARMS for lr in (0.001, 0.01) for seed in (
 
 def rates(launcher) -> dict[str, list[str]]:
     """Arm -> the rate that judges each seed."""
-    cells = read_study(launcher.sweep).cells
+    cells = find_study(launcher.sweep).cells
     return {cell.arm: [candidate.values["optimizer.lr"] for candidate in cell.chosen.values()] for cell in cells}
 
 
 def test_every_seed_runs_every_value(launcher, run_study):
     assert run_study() == 0
     assert launcher.began == GRID
-    study = read_study(launcher.sweep)
+    study = find_study(launcher.sweep)
     assert not study.missing()
     assert rates(launcher) == {"lora": ["0.001"] * 2, "cera": ["0.01"] * 2, "relu": ["0.001"] * 2}
     assert study.cells[1].runs == {seed: launcher.sweep / job("cera", 0.01, seed) for seed in range(2)}
@@ -53,7 +52,7 @@ def test_with_tune_seeds_the_first_seeds_choose_for_all(launcher, run_study):
     assert run_study("study.tune_seeds=2", "study.seeds=3") == 0
     assert launcher.began == [*GRID, *(job(arm, 0.01, 2) for arm in ARMS)]
     assert rates(launcher) == dict.fromkeys(ARMS, ["0.01"] * 3)
-    assert not read_study(launcher.sweep).missing()
+    assert not find_study(launcher.sweep).missing()
 
 
 def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, run_study):
@@ -68,7 +67,7 @@ def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, r
 def test_a_killed_study_goes_on_where_it_was(launcher, run_study):
     launcher.killed = {job("cera", 0.001, 0)}
     assert run_study() == 130
-    missing = read_study(launcher.sweep).missing()
+    missing = find_study(launcher.sweep).missing()
     assert missing[0] == "cera, adapter.r=4, optimizer.lr=0.001, train.seed=0 (waiting)"
     assert len(missing) == 8
     launcher.killed = set()
@@ -111,20 +110,6 @@ def test_an_arm_that_diverges_at_every_value_gets_no_verdict(launcher, run_study
     assert "cera, adapter.r=4 diverged at every value of study.tune" in capfd.readouterr().err
 
 
-def test_its_jobs_are_what_their_arms_name(run_study, monkeypatch):
-    """By Hydra's launcher, which composes every job."""
-    kinds = []
-
-    def launch(config: Config) -> dict:
-        kinds.append((config.study.arm, config.adapter.kind, config.adapter.activation, config.optimizer.lr))
-        return {}
-
-    monkeypatch.setattr("cera_train.training.train.launch", launch)
-    run_study("study.arm=lora,relu", study={"seeds": 1})
-    arms = [("lora", "lora", "silu"), ("relu", "cera", "relu")]
-    assert kinds == [(*arm, lr) for arm in arms for lr in (0.001, 0.01)]
-
-
 @pytest.mark.slow
 def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, capfd):
     rows, questions = tmp_path / "rows.jsonl", tmp_path / "questions.jsonl"
@@ -149,7 +134,7 @@ def test_tasks_are_a_dimension_of_overrides(launcher, run_study):
     assert run_study(study={"tasks": tasks, "tune": {"optimizer.lr": [1e-3]}, "seeds": 1}) == 0
     overrides = SweepRecord.read(launcher.sweep / RECORD).jobs
     assert all(tasks["wild" if "wild" in name else "tame"][0] in words for name, words in overrides.items())
-    study = read_study(launcher.sweep)
+    study = find_study(launcher.sweep)
     assert [cell.condition for cell in study.cells] == ["tame, adapter.r=4"] * 3 + ["wild, adapter.r=4"] * 3
     assert len(study.contrasts()) == 6
 

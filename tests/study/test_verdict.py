@@ -14,10 +14,7 @@ import scipy.stats
 
 from benchmarks.verdicts import (
     DESIGNS,
-    DOMINATED,
     Design,
-    by_bootstrap,
-    by_satterthwaite,
     by_verdict,
     error_of,
     family_error,
@@ -88,14 +85,6 @@ def test_seeds_that_collapse_err_as_often_as_documented(seeds, documented):
 def test_after_holm_at_most_5_percent_of_studies_have_any_wrong_verdict():
     design = Design(seeds=3, problems=50, seed=(0.3, 0.3), problem=0.3)
     assert family_error(design, arms=10, studies=300) <= at_most(0.05, 300)
-
-
-def test_what_is_not_used_errs_more_often():
-    """The hierarchical bootstrap and one t quantile, at 3 seeds: why a verdict has its interval."""
-    assert error_of(DOMINATED, by_bootstrap, 500) > 0.15
-    unequal = Design(seed=(1, 0.01), seeds=2, problems=50, problem=2, residual=0.01)
-    assert error_of(unequal, by_satterthwaite, STUDIES) > at_most(0.05, STUDIES)
-    assert error_of(unequal, by_verdict, STUDIES) <= at_most(0.05, STUDIES)
 
 
 @pytest.mark.parametrize("comparisons", [1, 10])
