@@ -24,7 +24,7 @@ EVAL = "cera-eval"
 
 
 def main() -> None:
-    start_hydra(EVAL, "eval", evaluate)
+    start_hydra(EVAL, evaluate)
 
 
 def evaluate(composed: DictConfig) -> bool:

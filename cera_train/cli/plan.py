@@ -22,7 +22,7 @@ PLAN = "cera-plan"
 
 
 def main() -> None:
-    start_hydra(PLAN, "plan", plan, plugins={"StudySweeper": PlannedStudy})
+    start_hydra(PLAN, plan, plugins={"StudySweeper": PlannedStudy})
 
 
 def plan(composed: DictConfig) -> Any:

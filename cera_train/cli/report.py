@@ -1,4 +1,4 @@
-"""`cera-report`: a comparison of runs, the page of a study, or the problems on which two runs disagree."""
+"""`cera-report` and `cera-sweep`: what lies in the folders of runs, studies and sweeps."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from cera_train.cli.start import start
 from cera_train.common.settings import require
 
 
+def parser_of(program: str, description: str, **texts: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=description, **texts)
+    parser.error = refuse_arguments(program)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
 def main() -> None:
     start("cera-report", report)
 
 
 def report() -> None:
-    parser = argparse.ArgumentParser(
-        prog="cera-report",
-        description="Compares runs: one table, paired tests on the same problems, pictures. Of a study: its verdict.",
+    parser = parser_of(
+        "cera-report",
+        "Compares runs: one table, paired tests on the same problems, pictures. Of a study: its verdict.",
         epilog="cera-report disagree A B [--task TASK] shows the problems that one run solves and the other does not.",
     )
-    parser.error = refuse_arguments("cera-report")
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
-    parser.add_argument("--output", type=Path, help="where report.md and report.html go (default: report)")
+    parser.add_argument("--output", type=Path, default="report", help="where the page goes (default: report)")
     parser.add_argument("--task", help="the evaluation to look at (only with disagree)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
-    folders, output, task = arguments.folders, arguments.output, arguments.task
+    folders, output = arguments.folders, arguments.output
 
     if folders[0] == Path("disagree"):
         from cera_train.report.disagree import disagree
 
         require(len(folders) == 3, f"disagree takes two runs, got {len(folders) - 1}: cera-report disagree A B.")
-        require(output is None, f"--output={output}: disagree writes no files: leave it out.")
-        disagree(*folders[1:], task)
+        disagree(*folders[1:], arguments.task)
         return
-    require(task is None, f"--task={task} is for cera-report disagree A B: a report shows every task. Leave it out.")
-    output = output or Path("report")
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
     from cera_train.study.cells import find_study
@@ -51,3 +53,17 @@ def report() -> None:
         page = compare_runs(folders)
         page.write(output)
     page.print(output)
+
+
+def sweep_main() -> None:
+    start("cera-sweep", sweep)
+
+
+def sweep() -> None:
+    from cera_train.sweep.table import print_sweep
+
+    parser = parser_of(
+        "cera-sweep", "Shows every job of a sweep, its state and `sweep.metric`, and the best, also while it runs."
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="the sweep's folder, such as outputs/rank_lr")
+    print_sweep(parser.parse_args().folder)

@@ -27,17 +27,23 @@ from cera_train.common.files import config_dir
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
 
+PROGRAMS = {
+    **{"cera-train": "train:main", "cera-eval": "evaluate:main", "cera-plan": "plan:main"},
+    **{"cera-chat": "serving:chat_main", "cera-export": "serving:export_main"},
+    **{"cera-report": "report:main", "cera-sweep": "report:sweep_main"},
+}
+"""Command -> the file of cli/ and its function."""
+
 
 def main() -> None:
     """The command by whose name this process was started. --help imports the settings and nothing else of a command."""
     name = Path(sys.argv[0]).stem
-    program = name if name.startswith("cera-") else "cera-train"  # `python -m cera_train`
-    command = program.removeprefix("cera-")
+    program = name if name in PROGRAMS else "cera-train"  # `python -m cera_train`
     if program in SCHEMAS and {"--help", "-h"} & set(sys.argv):
-        start_hydra(program, {"train": "config"}.get(command, command), lambda _: None)
+        start_hydra(program, lambda _: None)
     else:
-        module = {"eval": "evaluate"}.get(command, command)
-        importlib.import_module(f"cera_train.cli.{module}").main()
+        module, _, function = PROGRAMS[program].partition(":")
+        getattr(importlib.import_module(f"cera_train.cli.{module}"), function)()
 
 
 def start(program: str, command: Callable[[], Any]) -> None:
@@ -64,7 +70,6 @@ def start(program: str, command: Callable[[], Any]) -> None:
 
 def start_hydra(
     program: str,
-    config_name: str,
     command: Callable[[DictConfig], Any],
     keeps_sweeps: bool = False,
     plugins: Mapping[str, type[Plugin]] | None = None,
@@ -76,6 +81,8 @@ def start_hydra(
         keeps_sweeps: whether a sweep has a folder. Without one, the multirun.yaml that Hydra writes is thrown away.
         plugins: sweepers and launchers of ours, see `register_plugins`.
     """
+
+    config_name = "config" if program == "cera-train" else program.removeprefix("cera-")
 
     def compose_and_run() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
@@ -122,7 +129,7 @@ def errors_in_one_line(program: str) -> Iterator[None]:
 
 def print_error(program: str, error: Exception) -> str | None:
     """Prints one line for an error that the user can mend and returns it; for any other prints the traceback."""
-    message = explain(error) or explain_composition(error, program, sys.argv[1:])
+    message = explain(error) or explain_composition(error, program)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         message = f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cera_train.cli.sweep import main as main_sweep
+from cera_train.cli.report import sweep_main
 from cera_train.cli.train import main as main_train
 from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.table import State, read_sweep
@@ -55,7 +55,7 @@ def states(sweep: Path) -> dict[str, State]:
 
 def cera_sweep(monkeypatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["cera-sweep", *map(str, arguments)])
-    main_sweep()
+    sweep_main()
 
 
 def cera_train(monkeypatch, cwd: Path, *arguments: str) -> int:

@@ -181,7 +181,7 @@ def test_a_conversation_that_has_grown_too_long_can_begin_anew(monkeypatch, caps
 @pytest.mark.slow
 def test_a_conversation_in_a_terminal(tiny_folder):
     """Streams answers, keeps the turns, begins anew, and ends at Ctrl-D with status 0."""
-    code = "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.chat import main; main()"
+    code = "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.start import main; main()"
     master, slave = pty.openpty()
     command = [sys.executable, "-c", code, "run=base", *base_settings(tiny_folder), "max_new_tokens=4"]
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cera_train.cli.export import EXPORT
+from cera_train.cli.serving import EXPORT
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
