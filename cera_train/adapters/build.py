@@ -1,19 +1,14 @@
-"""An adapter on its base model: built, counted, saved, loaded. What differs between methods stands in families/."""
+"""An adapter on its base model: built, counted, grouped for the optimizer. What differs by kind is in families/."""
 
 from __future__ import annotations
 
-import textwrap
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from cera_train.adapters.family import Family, check_settings, families, family, family_that_wrote
+from cera_train.adapters.family import check_settings, family
 from cera_train.adapters.targets import check_targets
 from cera_train.cera import CeraLayer
 from cera_train.cera.coverage import bypassed_projections, idle_projections
@@ -25,14 +20,13 @@ EXPERTS_COMPILE = torch.__version__ >= (2, 13)
 
 
 def check(config: AdapterConfig, is_compiled: bool = False) -> None:
-    """Raises UserError for settings that do not fit each other, PEFT or torch.compile. Needs no model."""
+    """Raises UserError for settings that contradict each other, PEFT or torch.compile. Needs no model."""
     check_settings(config)
     if is_compiled and config.adapted_experts and not EXPERTS_COMPILE:
         raise UserError(
             f"train.compile=true: torch {torch.__version__} compiles no adapted experts: leave it out, or use 2.13."
         )
-    # PEFT takes no layers beside all-linear; `build` names the modules of these layers instead.
-    adapter_config(replace(config, layers=None) if config.target_modules == "all-linear" else config)
+    family(config.kind).peft_config(config)
 
 
 def build(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> nn.Module:
@@ -55,11 +49,6 @@ def left_out(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = Fa
     return bypassed_projections(base) + (idle_projections(base) if has_weights else [])
 
 
-def adapter_config(config: AdapterConfig) -> peft.PeftConfig | None:
-    """The PEFT config of an adapter; full has none."""
-    return family(config.kind).peft_config(config)
-
-
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters. A 4-bit weight counts as the numbers it stands for."""
     trainable, total = 0, 0
@@ -69,68 +58,6 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total
-
-
-def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """Writes trained weights, whole and by parameter name, into a folder: an adapter in PEFT's format, a fully
-    fine-tuned model in transformers'."""
-    _family_of(model).save(model, weights, folder)
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none."""
-    try:
-        return family_that_wrote(folder).read(folder)
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged or no adapter: {error}") from error
-
-
-def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
-    kind = _family_of(model)
-    wanted, shapes = kind.saved_shapes(model), {name: tensor.shape for name, tensor in weights.items()}
-    if wrong := sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)):
-        name = wrong[0]
-        there, here = (list(those[name]) if name in those else "missing" for those in (shapes, wanted))
-        raise UserError(
-            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {name}, {there} in the file "
-            f"and {here} in the model."
-        )
-    try:
-        kind.load(model, weights)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
-
-
-def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
-    """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
-    Raises UserError where the folder is damaged, holds no adapter, or belongs to another base model."""
-    weights, kind = read(folder), family_that_wrote(folder)
-    try:
-        model = kind.attach(base, folder)
-        load(model, weights)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged or no adapter: {error}") from error
-    except ValueError as error:
-        misfit = f"{folder} does not fit {base.name_or_path}"
-        reason = textwrap.shorten(str(error), 240, placeholder="...")
-        wanted = kind.description(folder).get("base_model_name_or_path")
-        if wanted in (None, base.name_or_path):
-            raise UserError(f"{misfit}: {reason}") from error
-        raise UserError(
-            f"{misfit}: it belongs to another base model, {wanted}. Leave out model=, or name that one. ({reason})"
-        ) from error
-    return model
-
-
-def keeps_base(model: nn.Module) -> bool:
-    """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of W0 into the adapter,
-    and full fine-tuning has no adapter."""
-    return _family_of(model).keeps_base(model)
-
-
-def _family_of(model: nn.Module) -> Family:
-    return next(kind for kind in families() if kind.made(model))
 
 
 def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, Any]]:
@@ -144,5 +71,7 @@ def parameter_groups(model: nn.Module, config: AdapterConfig) -> list[dict[str, 
     return [{"params": parameters, "lr_ratio": ratio} for ratio, parameters in groups.items()]
 
 
-def cera_layers(model: nn.Module) -> list[CeraLayer]:
-    return [layer for layer in model.modules() if isinstance(layer, CeraLayer)]
+def cera_layers(model: nn.Module) -> dict[str, CeraLayer]:
+    """Every CeRA layer, by its name in the base model."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, CeraLayer)}
+    return {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from cera_train.adapters.family import Branch, families
+from cera_train.adapters.families.base import Branch
+from cera_train.adapters.family import FAMILIES
 
 
 @dataclass
@@ -107,18 +108,17 @@ class _Moments:
 
 def find_branches(model: nn.Module) -> dict[str, Branch]:
     """Module name (as in the base model) -> the adapter's branch there, for every module that has hidden units."""
-    all_branches = {}
-    for name, module in model.named_modules():
-        branches = next(filter(None, (family.branches(module) for family in families())), {})
-        all_branches |= {name.removeprefix("base_model.model.") + end: branch for end, branch in branches.items()}
-    return all_branches
+    return {
+        name.removeprefix("base_model.model.") + suffix: branch
+        for name, module in model.named_modules()
+        for kind in FAMILIES.values()
+        for suffix, branch in kind.branches(module).items()
+    }
 
 
 def why_no_spectrum(model: nn.Module) -> str | None:
-    """The reason why a model's spectrum cannot be taken; None where it can."""
-    if find_branches(model):
-        return None
-    return next(family for family in families() if family.made(model)).why_no_spectrum(model)
+    """The reason why a model has no spectrum; None where it has one."""
+    return None if find_branches(model) else "this method adds no B h with hidden units h beside a projection"
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from cera_train.adapters.build import attach, keeps_base
+from cera_train.adapters.saved import attach, keeps_base
 from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json

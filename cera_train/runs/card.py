@@ -67,7 +67,7 @@ def write_card(run: Path, result: RunResult) -> None:
         data=data.to_yaml(),
         name=escape(config.name),
         what=escape(f"The base model after {method}" if is_full else f"A {method} adapter"),
-        branch=f" Its branch, `{kind.formula(config.adapter)}`, stays beside W0." if is_cera else "",
+        branch=" Its branch, `s B gate(A x)`, stays beside W0." if is_cera else "",
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",

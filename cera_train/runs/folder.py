@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import nn
 from torch.amp import GradScaler
 
-from cera_train.adapters.build import load, read, save
+from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
 from cera_train.common.settings import leaves

@@ -7,8 +7,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cera_train.adapters.family import family_that_wrote, is_saved_in
-from cera_train.adapters.start import check_start
+from cera_train.adapters.saved import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
 from cera_train.runs.recorded_config import load_config
 from cera_train.settings.adapters import AdapterConfig
@@ -81,15 +80,15 @@ def find_adapter(folder: Path, setting: str = "run") -> tuple[Path | None, Path]
         raise UserError(f"{folder} is unfinished: let the same cera-train command finish it{best}.")
     elif not is_saved_in(adapter):
         raise UserError(f"{folder} lacks its adapter, {adapter}: restore it, or train under another name.")
-    check_adapter(adapter)
+    check_saved(adapter)
     return root, adapter
 
 
 def find_start(config: AdapterConfig) -> Path:
     """The folder of the adapter that `adapter.start_from` names. Raises UserError where there is none, or one that does
     not fit the settings."""
-    root, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
-    check_start(config, adapter, load_config(root / "config.yaml").adapter if root is not None else None)
+    _, adapter = find_adapter(Path(config.start_from), "adapter.start_from")
+    check_start(config, adapter)
     return adapter
 
 
@@ -101,20 +100,15 @@ def run_of(adapter: Path) -> Path | None:
     return root if is_in_run and (root / "config.yaml").is_file() else None
 
 
-def check_adapter(adapter: Path) -> None:
-    """Raises UserError where an adapter is a pickle, of another type, or asks for more than to load weights."""
-    family_that_wrote(adapter).check_saved(adapter)
-
-
 def digest_of(adapter: Path) -> str:
     """Digest of an adapter's weights: the files in a folder can change."""
-    with family_that_wrote(adapter).weights_file(adapter).open("rb") as file:
+    with weights_file(adapter).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def base_of(adapter: Path, trust_remote_code: bool = False) -> ModelConfig:
     """The base model that an adapter names; a UserError where its adapter_config.json is broken or names none."""
-    path = family_that_wrote(adapter).description(adapter).get("base_model_name_or_path")
+    path = check_saved(adapter).get("base_model_name_or_path")
     if not (path and isinstance(path, str)):
         raise UserError(f"{adapter} does not name its base model: set model=....")
     return ModelConfig(path=path, trust_remote_code=trust_remote_code)

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import torch
 
-from cera_train.adapters.family import ADAPTER
+from cera_train.adapters.families.base import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import print_fields, print_line

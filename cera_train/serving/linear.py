@@ -15,7 +15,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from cera_train.adapters.family import ADAPTER
+from cera_train.adapters.families.base import ADAPTER
 from cera_train.cera import CeraLayer
 
 

@@ -1,20 +1,22 @@
-"""Settings of the adapter. Each kind checks its own (`adapters.family.check_settings`)."""
+"""Settings of the adapter. What a kind makes of them: `adapters.family`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from cera_train.common.settings import require, require_positive, setting
 
-FAMILIES = Path(__file__).parents[1] / "adapters" / "families"
-AdapterKind = StrEnum(
-    "AdapterKind", {file.stem: file.stem for file in sorted(FAMILIES.glob("[!_]*.py"))}, module=__name__
-)
-"""One member for each file of families/."""
+
+class AdapterKind(StrEnum):
+    cera = "cera"
+    dora = "dora"
+    full = "full"
+    lora = "lora"
+    peft = "peft"
+    rslora = "rslora"
 
 
 class Activation(StrEnum):
@@ -87,28 +89,18 @@ class AdapterConfig:
         require(self.kind in list(AdapterKind), f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.")
         require_positive("adapter", self, "r", "alpha", "b_lr_ratio", "expert_r")
         require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
-        require(
-            self.target_parameters != [], "adapter.target_parameters=[] adapts nothing: name some, or leave it null."
-        )
-        require(self.layers != [], "adapter.layers=[] adapts nothing: name layers, or leave it null for all.")
+        for name in ("layers", "target_parameters"):
+            require(getattr(self, name) != [], f"adapter.{name}=[] adapts nothing: name some, or leave it null.")
         self.settings = {} if self.settings is None else self.settings  # a null takes 'adapter.settings={...}'
-        is_dict = isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings)
         require(
-            is_dict, f"adapter.settings={self.settings!r}: expected names and values, such as {{init_weights: bat}}."
+            isinstance(self.settings, dict) and all(isinstance(key, str) for key in self.settings),
+            f"adapter.settings={self.settings!r}: expected names and values, such as {{init_weights: bat}}.",
         )
-        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            self._check_expression()
-
-    def _check_expression(self) -> None:
-        try:
-            re.compile(self.target_modules)
-        except re.error as error:
-            require(False, f"adapter.target_modules={self.target_modules!r} is not a regular expression: {error}.")
-        require(
-            self.layers is None,
-            f"adapter.layers={self.layers} cannot be combined with a regular expression in adapter.target_modules: "
-            "name the layers in the expression.",
-        )
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                require(False, f"adapter.target_modules={self.target_modules!r} is not a regular expression: {error}.")
 
     @property
     def adapted_experts(self) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cera_train.adapters import build as adapters
+from cera_train.adapters.saved import load, read
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar
@@ -75,7 +76,7 @@ def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -
             f"({load_config(run / 'config.yaml').model.path}), or start from another adapter."
         )
     try:
-        adapters.load(model, adapters.read(folder))
+        load(model, read(folder))
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
 

@@ -11,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from cera_train.adapters.build import attach
+from cera_train.adapters.saved import attach
 from cera_train.cera import CeraConfig
 
 pytestmark = pytest.mark.filterwarnings(

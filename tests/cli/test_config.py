@@ -165,10 +165,6 @@ def test_yaml_files_name_only_keys_of_the_schema():
         ("adapter.target_modules=[1]", "adapter.target_modules=[1] must be a list"),
         ("adapter.target_modules='(q'", "not a regular expression"),
         ("adapter=lora adapter.activation=relu", "adapter.activation=relu: adapter.kind=lora does not use it"),
-        (
-            "adapter.layers=[0] adapter.target_modules='.*q_proj'",
-            "adapter.layers=[0] cannot be combined with a regular",
-        ),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must not be negative"),
         ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1"),
         ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cera_train.adapters.build import build
+from cera_train.adapters.saved import check_saved
 from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import clean
@@ -28,7 +29,7 @@ from cera_train.evaluation.tasks import math as math_task
 from cera_train.runs.card import escape
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.subject import base_of, check_adapter
+from cera_train.runs.subject import base_of
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
 from cera_train.settings.run import Config
@@ -283,7 +284,7 @@ def test_an_adapter_is_checked_whatever_its_config_says(tmp_path, data):
     (tmp_path / "adapter_model.safetensors").touch()
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(data.draw(changed(valid))))
-    result_or_value_error(check_adapter, tmp_path)
+    result_or_value_error(check_saved, tmp_path)
     result_or_value_error(base_of, tmp_path)
 
 

@@ -16,6 +16,7 @@ from architectures import ARCHITECTURES, STATES, Architecture
 from torch import nn
 
 from cera_train.adapters import build as adapters
+from cera_train.adapters import saved
 from cera_train.adapters.targets import linear_names
 from cera_train.cera.coverage import check_coverage
 from cera_train.cera.model import keep_scale
@@ -207,9 +208,9 @@ def test_saves_and_loads(family: Architecture, cell, tmp_path):
     model = randomise(adapted(family.model(), "all-linear"))
     expected = logits(model)
     weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    adapters.save(model, weights, tmp_path)
+    saved.save(model, weights, tmp_path)
     assert torch.equal(logits(peft.PeftModel.from_pretrained(family.model(), str(tmp_path))), expected)
-    assert torch.equal(logits(adapters.attach(family.model(), tmp_path)), expected)
+    assert torch.equal(logits(saved.attach(family.model(), tmp_path)), expected)
     cell("yes")
 
 
@@ -242,7 +243,3 @@ def test_trains_over_4_bits(family: Architecture, cell, tmp_path, tokenizer):
     losses = losses_of(supervised)
     assert losses[-1] < losses[0]
     cell("yes")
-
-
-def test_the_fast_families_are_families():
-    assert set(QUICK) <= set(ARCHITECTURES)

@@ -56,10 +56,10 @@ def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_h
     first = make_run(sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"})  # r=64
     (first / "adapter").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (first / "adapter" / name).write_text('{"peft_type": "CERA"}')
+        (first / "adapter" / name).write_text('{"peft_type": "CERA", "r": 64}')
     arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
     assert cera_train(monkeypatch, sweep_here, *TINY, *arguments) == 2
-    assert "adapter.start_from=first: adapter.r is 64 there, 4 here" in capsys.readouterr().err
+    assert "adapter.start_from=first: r is 64 there, 4 here" in capsys.readouterr().err
     assert not counted
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from cera_train.adapters.families.base import ADAPTER, Branch
 from cera_train.adapters.families.peft import RankedPeft
-from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.common.settings import require
 from cera_train.settings.adapters import AdapterConfig
 
@@ -18,31 +17,21 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from cera_train.cera.experts import CeraExperts, ExpertMatrices
+    from cera_train.cera.experts import ExpertMatrices
+
+GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix"})
 
 
 class Cera(RankedPeft):
     name = "CeRA"
-    gate_settings = frozenset({"activation", "init", "dropout_on", "mix"})
-    uses = RankedPeft.uses | gate_settings | {"target_parameters", "experts", "expert_r"}
+    uses = RankedPeft.uses | GATE_SETTINGS | {"target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
     def check(self, config: AdapterConfig) -> None:
         super().check(config)
         require(
-            not (config.mix == "learned" and config.activation == "identity"),
-            "adapter.mix=learned mixes the gate with the identity, and adapter.activation=identity is none: set "
-            "another, or adapter.mix=none.",
-        )
-        adapts_experts = config.experts or config.target_parameters
-        require(
             not (config.experts and config.target_parameters),
             "adapter.experts=true adapts all experts: leave out adapter.target_parameters.",
-        )
-        require(
-            config.expert_r is None or adapts_experts,
-            f"adapter.expert_r={config.expert_r} is the rank of an expert, and none is adapted: set "
-            "adapter.experts=true or adapter.target_parameters=[...].",
         )
 
     def title(self, config: AdapterConfig) -> str:
@@ -50,21 +39,24 @@ class Cera(RankedPeft):
         return f"{self.name} ({', '.join(variants)})" if variants else self.name
 
     def variants(self, settings: Any) -> list[str]:
-        """What sets these settings apart from the paper's. A run of an earlier version lacks some: None."""
-        return [
-            *[str(settings.activation)] * (settings.activation not in (None, "silu")),
-            *[f"init {settings.init}"] * (settings.init not in (None, "kaiming_normal")),
-            *["dropout on input"] * (settings.dropout_on == "input"),
-            *["learned mix"] * (settings.mix == "learned"),
-        ]
+        """What sets these settings, some of which a record may lack (None), apart from the paper's."""
+        differs = {
+            str(settings.activation): settings.activation not in (None, "silu"),
+            f"init {settings.init}": settings.init not in (None, "kaiming_normal"),
+            "dropout on input": settings.dropout_on == "input",
+            "learned mix": settings.mix == "learned",
+        }
+        return [name for name, is_other in differs.items() if is_other]
 
-    def formula(self, config: AdapterConfig) -> str:
-        """The branch in a line, for a reader."""
-        gate, on_input = config.activation, config.dropout_on == "input"
-        z = "A dropout(x)" if on_input else "A x"
-        if config.mix != "learned":
-            return f"y = W0 x + s B {f'{gate}({z})' if on_input else f'dropout({gate}({z}))'}"
-        return f"y = W0 x + s B {'' if on_input else 'dropout '}(z + gamma ({gate}(z) - z)), z = {z}"
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
+        from cera_train.cera import CeraConfig
+
+        shared = {field.name for field in fields(config)} & {field.name for field in fields(CeraConfig)}
+        values = {name: getattr(config, name) for name in shared - {"target_modules"}}
+        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in values.items()}
+        if config.experts:  # without names until `build` knows the model's
+            values["expert_r"] = None
+        return self.make(CeraConfig, config, values)
 
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         from cera_train.adapters.targets import expert_names
@@ -73,56 +65,45 @@ class Cera(RankedPeft):
             config = replace(config, experts=False, target_parameters=expert_names(base))
         return super().build(base, config, left_out)
 
-    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
-        from cera_train.cera import CeraConfig
-
-        shared = {field.name for field in fields(config)} & {field.name for field in fields(CeraConfig)}
-        values = {name: getattr(config, name) for name in shared - {"target_modules"}}
-        values = {name: str(value) if isinstance(value, StrEnum) else value for name, value in values.items()}
-        if not config.target_parameters:  # `build` knows all experts' names
-            values["expert_r"] = None
-        return self.make(CeraConfig, config, values)
-
-    def branch(self, module: nn.Module) -> Branch | None:
+    def branches(self, module: nn.Module) -> dict[str, Branch]:
         from cera_train.cera import CeraExperts, CeraLayer
 
-        if not isinstance(module, CeraLayer) or isinstance(module, CeraExperts) or ADAPTER not in module.r:
-            return None
-        A, B, gate = (part[ADAPTER] for part in (module.cera_A, module.cera_B, module.cera_gate))
-        computed = branch_fields(gate, module.scaling[ADAPTER], lambda: B.weight)
-        return Branch(module, A, r=module.r[ADAPTER], out_features=module.out_features, **computed)
-
-    def branches(self, module: nn.Module) -> dict[str, Branch]:
-        from cera_train.cera import CeraExperts
-
-        if not isinstance(module, CeraExperts) or ADAPTER not in module.r:
-            return super().branches(module)
+        if not isinstance(module, CeraLayer) or ADAPTER not in module.r:
+            return {}
+        parts = (module.cera_A, module.cera_B, module.cera_gate, module.r, module.scaling)
+        A, B, gate, r, scaling = (part[ADAPTER] for part in parts)
+        if not isinstance(module, CeraExperts):
+            return {"": make_branch(Branch, module, A, B, gate, r, scaling, module.out_features)}
         return {
-            f".{name}.{expert}": self._expert_branch(module, name, expert)
-            for name, matrices in module.cera_A[ADAPTER].items()
-            for expert in range(len(matrices.weight))
+            f".{name}.{expert}": make_branch(
+                *(ExpertBranch, A[name], ExpertMatrix(A[name], expert), ExpertMatrix(B[name], expert)),
+                *(gate[name], r[name], scaling[name], B[name].weight.shape[1]),
+            )
+            for name in A
+            for expert in range(len(A[name].weight))
         }
 
-    def _expert_branch(self, module: CeraExperts, name: str, expert: int) -> Branch:
-        A, B, gate = (part[ADAPTER][name] for part in (module.cera_A, module.cera_B, module.cera_gate))
-        computed = branch_fields(gate, module.scaling[ADAPTER][name], lambda: B.weight[expert])
-        r, d_out = module.r[ADAPTER][name], B.weight.shape[1]
-        return ExpertBranch(A, ExpertMatrix(A, expert), r=r, out_features=d_out, **computed)
 
+def make_branch(
+    kind: type[Branch], layer: nn.Module, A: Any, B: Any, gate: nn.Module, r: int, scaling: float, out_features: int
+) -> Branch:
+    """A branch of these matrices.
 
-def branch_fields(gate: nn.Module, scaling: float, B: Callable[[], torch.Tensor]) -> dict[str, Any]:
-    """The fields of `Branch` that follow from the gate and from B."""
+    Args:
+        A, B: have a weight, [r, d_in] and [d_out, r].
+    """
     from torch import nn
 
     from cera_train.cera.branch import LearnedGate
 
-    mixes, is_identity = isinstance(gate, LearnedGate), isinstance(gate, nn.Identity)
-    return {
-        "gate": None if is_identity else gate,
-        "gram": lambda: scaling**2 * B().double().T @ B().double(),
-        "closes": not (mixes or is_identity),
-        "gamma": (lambda: gate.gamma.item()) if mixes else None,
-    }
+    def gram() -> torch.Tensor:
+        weight = B.weight.double()
+        return scaling**2 * weight.T @ weight
+
+    gate = None if isinstance(gate, nn.Identity) else gate
+    is_mixed = isinstance(gate, LearnedGate)
+    gamma = (lambda: gate.gamma.item()) if is_mixed else None
+    return kind(layer, A, gate, r, out_features, gram, closes=gate is not None and not is_mixed, gamma=gamma)
 
 
 @dataclass
@@ -144,6 +125,3 @@ class ExpertBranch(Branch):
         x, routing = inputs
         pairs = routing.pairs_of[self.A.expert]
         return x[pairs] if is_token is None else x[pairs][is_token[routing.tokens[pairs]]]
-
-
-FAMILY = Cera()

@@ -1,11 +1,15 @@
-"""LoRA: y = W0 x + s B A dropout(x), PEFT's. PiSSA and others are settings of it."""
+"""LoRA: y = W0 x + s B A dropout(x), PEFT's, with s = alpha / r. PiSSA and others are settings of it.
+
+rsLoRA: s = alpha / sqrt(r). DoRA: the rows of W0 + s B A rescaled to a learned magnitude m.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import math
+from typing import TYPE_CHECKING
 
+from cera_train.adapters.families.base import ADAPTER, Branch
 from cera_train.adapters.families.peft import RankedPeft
-from cera_train.adapters.family import ADAPTER, Branch
 from cera_train.settings.adapters import AdapterConfig
 
 if TYPE_CHECKING:
@@ -15,52 +19,56 @@ if TYPE_CHECKING:
 
 
 class Lora(RankedPeft):
-    name = "LoRA"
     b_matrix = "lora_B"
-    alpha_field = "lora_alpha"
 
-    variant: str | None = None
-    """The name of PEFT's class that replaces LoRA's forward."""
-
-    def default_alpha(self, r: int) -> float:
-        return r
-
-    def lora_fields(self, config: AdapterConfig) -> dict[str, Any]:
-        """What makes this kind of LoRA, as fields of PEFT's config."""
-        alpha = config.alpha if config.alpha is not None else self.default_alpha(config.r)
-        return {"lora_alpha": alpha, "use_rslora": False, "use_dora": False}
+    def __init__(self, name: str, use_rslora: bool = False, use_dora: bool = False) -> None:
+        self.name, self.use_rslora, self.use_dora = name, use_rslora, use_dora
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         import peft
 
-        fields = {"r": config.r, "lora_dropout": config.dropout} | self.lora_fields(config)
+        scale_one = math.sqrt(config.r) if self.use_rslora else config.r
+        fields = {
+            "r": config.r,
+            "lora_alpha": scale_one if config.alpha is None else config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+        }
         return self.make(peft.LoraConfig, config, fields)
 
-    def branch(self, module: nn.Module) -> Branch | None:
+    def branches(self, module: nn.Module) -> dict[str, Branch]:
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import ParamWrapper
         from torch import nn
 
-        if isinstance(module, ParamWrapper):  # adds to the experts' weights: there are no hidden units
-            return None
-        if not isinstance(module, LoraLayer) or ADAPTER not in module.lora_A:
-            return None
-        variant = type(module.lora_variant[ADAPTER]).__name__ if ADAPTER in module.lora_variant else None
+        # PEFT's wrapper of experts adds to their weights: it has no hidden units.
+        if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper) or ADAPTER not in module.lora_A:
+            return {}
         A = module.lora_A[ADAPTER]
-        if variant != self.variant or not isinstance(A, nn.Linear):
-            return None
-        return Branch(
-            module,
-            A,
-            gate=None,
-            r=module.r[ADAPTER],
-            out_features=module.out_features,
-            gram=lambda: module.scaling[ADAPTER] ** 2 * (B := self.B(module)).T @ B,
-        )
+        variant = module.lora_variant.get(ADAPTER)
+        matrix = {"NoneType": plain_B, "DoraLinearVariant": dora_B}.get(type(variant).__name__)
+        if matrix is None or not isinstance(A, nn.Linear):
+            return {}
 
-    def B(self, layer: nn.Module) -> torch.Tensor:
-        """B as the layer multiplies by it, [d_out, R], float64."""
-        return layer.lora_B[ADAPTER].weight.double()
+        def gram() -> torch.Tensor:
+            B = matrix(module)
+            return module.scaling[ADAPTER] ** 2 * B.T @ B
+
+        return {"": Branch(module, A, None, module.r[ADAPTER], module.out_features, gram)}
 
 
-FAMILY = Lora()
+def plain_B(layer: nn.Module) -> torch.Tensor:
+    return layer.lora_B[ADAPTER].weight.double()
+
+
+def dora_B(layer: nn.Module) -> torch.Tensor:
+    """m / |W0 + s B A| B, by which DoRA multiplies A x. The rescaled W0 x is left out: it is of full rank whatever the
+    adapter learns, and would drown the branch."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    magnitude = layer.lora_magnitude_vector[ADAPTER]
+    update = layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight
+    weight = dequantize_module_weight(layer.get_base_layer()).to(update.dtype)
+    scale = (magnitude.weight / magnitude.get_weight_norm(weight, update, layer.scaling[ADAPTER])).double()
+    return scale[:, None] * plain_B(layer)

@@ -1,0 +1,88 @@
+"""What a kind of adapter has: settings to check, a model to build, branches whose spectra are taken.
+
+Commands check settings before they load anything: the files of this folder import torch and peft inside functions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cera_train.settings.adapters import AdapterConfig
+
+if TYPE_CHECKING:
+    import peft
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ADAPTER = "default"
+"""The name under which PEFT keeps the adapter."""
+
+
+@dataclass
+class Branch:
+    """s B gate(A x) beside one projection: r hidden units, whose spectrum can be taken."""
+
+    layer: nn.Module
+    A: nn.Module
+    """Has the weight, [r, d_in]."""
+    gate: nn.Module | None
+    """None for the identity."""
+    r: int
+    out_features: int
+    gram: Callable[[], torch.Tensor]
+    """s^2 B^T B, [r, r], float64. Called inside the model's forward, where sharded weights are whole."""
+    closes: bool = False
+    """Whether a hidden unit is off where the gate gives nothing above 0."""
+    gamma: Callable[[], float] | None = None
+    """The learned share of the gate, called inside the forward too; None where it is not learned."""
+
+    def rows(self, inputs: tuple, is_token: torch.Tensor | None) -> torch.Tensor:
+        """The rows that A gets from the layer's inputs, [N, d_in].
+
+        Args:
+            is_token: marks the positions of the flattened batch that are no padding; None for a batch without padding.
+        """
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        # a head gets [N, d_in], without padding
+        return x if is_token is None or inputs[0].ndim == 2 else x[is_token]
+
+
+class Family(ABC):
+    """One kind of adapter."""
+
+    name: str
+    """For tables and pictures."""
+    uses: frozenset[str]
+    """The settings that it reads, beside kind and label. Any other that is set is refused."""
+    needs_targets: bool = True
+    """Whether target_modules must be given."""
+    trains_base: bool = False
+    """Whether the base's weights are trained, and so loaded in float32."""
+    b_matrix: str | None = None
+    """The module that holds B, for `adapter.b_lr_ratio`."""
+
+    def title(self, config: AdapterConfig) -> str:
+        return self.name
+
+    def check(self, config: AdapterConfig) -> None:  # noqa: B027 - most have nothing to add
+        """Raises UserError where settings contradict each other. Imports no torch."""
+
+    def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
+        """The config of PEFT; None without an adapter. Raises UserError for settings that PEFT refuses."""
+        return None
+
+    @abstractmethod
+    def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
+        """The base with a fresh adapter. Its trainable parameters require gradients, no others do.
+
+        Args:
+            left_out: names of projections that all-linear does not take.
+        """
+
+    def branches(self, module: nn.Module) -> dict[str, Branch]:
+        """The branches of one module, by the suffix of its name; empty for a module of another kind."""
+        return {}

@@ -1,0 +1,183 @@
+"""What a run trains, on the disk: an adapter in PEFT's format, or a fully fine-tuned model in transformers'.
+
+A full model has `full_model.json` beside it: an adapter_config.json would send transformers looking for an adapter.
+Imports torch and peft inside functions, so that a mistake is answered before they are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cera_train.adapters.families.base import ADAPTER
+from cera_train.adapters.families.peft import replaces_base, usable_methods
+from cera_train.adapters.family import family
+from cera_train.common.errors import UserError
+from cera_train.common.files import read_json
+from cera_train.common.trust import check_adapter_settings, weights_of
+from cera_train.settings.adapters import AdapterConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ADAPTER_CONFIG, FULL_MODEL = "adapter_config.json", "full_model.json"
+
+
+def is_saved_in(folder: Path) -> bool:
+    """Whether a folder holds what `save` wrote, or a library that saves alike."""
+    return (folder / ADAPTER_CONFIG).is_file() or (folder / FULL_MODEL).is_file()
+
+
+def description_file(folder: Path) -> Path:
+    """The JSON file that names the base model. Raises UserError where there is none."""
+    if not is_saved_in(folder):
+        raise UserError(f"{folder} holds no adapter: expected a folder with {ADAPTER_CONFIG}.")
+    return folder / (ADAPTER_CONFIG if (folder / ADAPTER_CONFIG).is_file() else FULL_MODEL)
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file with the weights. Raises UserError where there is none."""
+    if description_file(folder).name == ADAPTER_CONFIG:
+        return weights_of(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} lacks its weights, model.safetensors: restore the file.")
+    return folder / "model.safetensors"
+
+
+def check_saved(folder: Path) -> dict[str, Any]:
+    """Raises UserError where a folder holds no weights or a pickle, or asks for more than to put weights in place.
+    Returns its description."""
+    weights_file(folder)
+    description = read_json(description_file(folder))
+    if description_file(folder).name == ADAPTER_CONFIG:
+        kind = description.get("peft_type")
+        if kind not in ("CERA", "LORA") and kind not in (methods := usable_methods()):  # imports PEFT, which is slow
+            raise UserError(f"{folder} is an adapter of type {kind!r}: expected one of {', '.join(methods)}.")
+        check_adapter_settings(folder, description)
+    return description
+
+
+START_FIELDS = (
+    *("peft_type", "use_rslora", "use_dora", "r", "alpha", "lora_alpha", "activation", "mix", "layers_to_transform"),
+    *("rank_pattern", "alpha_pattern"),
+)
+"""Fields of PEFT's config that weights to start from must share. Their names and shapes show the targets."""
+
+
+def check_start(config: AdapterConfig, folder: Path) -> None:
+    """Raises UserError where the adapter in a folder would compute something else under these settings
+    (`adapter.start_from`)."""
+    theirs, ours = check_saved(folder), family(config.kind).peft_config(config).to_dict()
+    if replaces_base(start := theirs.get("init_lora_weights")):
+        raise UserError(
+            f"adapter.start_from={config.start_from}: {start} moved a part of W0 into these weights, and they belong "
+            "to what was left of it. Start from an adapter with another init."
+        )
+    shared = [name for name in START_FIELDS if name in ours and name in theirs]
+    different = [
+        f"{name} is {json.dumps(theirs[name])} there, {json.dumps(ours[name])} here"
+        for name in shared
+        if theirs[name] != ours[name]
+    ]
+    if different:
+        raise UserError(
+            f"adapter.start_from={config.start_from}: {'; '.join(different)}. Set what is here to what is there, or "
+            "start from another adapter."
+        )
+
+
+def is_adapter(model: nn.Module) -> bool:
+    import peft
+
+    return isinstance(model, peft.PeftModel)
+
+
+def keeps_base(model: nn.Module) -> bool:
+    """Whether `model.disable_adapter()` gives the untouched base model back. PiSSA moves a part of W0 into the adapter,
+    and full fine-tuning has no adapter."""
+    return is_adapter(model) and not replaces_base(getattr(model.peft_config[ADAPTER], "init_lora_weights", None))
+
+
+def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes trained weights, whole and by parameter name, into a folder."""
+    if not is_adapter(model):
+        model.save_pretrained(str(folder), state_dict=dict(weights), max_shard_size="1TB")  # one file
+        marker = {"kind": "full", "base_model_name_or_path": model.name_or_path}
+        (folder / FULL_MODEL).write_text(json.dumps(marker, indent=2) + "\n")
+        return
+    # PEFT chooses from trained weights, one that modules share under each of its names, and from buffers: some methods
+    # hold random projections there. Not from state_dict(): of a sharded model that is a collective.
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    shared = {
+        alias: weights[names[id(parameter)]]
+        for alias, parameter in model.named_parameters(remove_duplicate=False)
+        if names[id(parameter)] in weights
+    }
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=buffers | shared)
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        check_saved(folder)  # also that they are no pickle
+        return load_file(weights_file(folder))
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged or no adapter: {error}") from error
+
+
+def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Puts weights that `read` returned into a model. Raises UserError for a tensor too many, missing or misshapen."""
+    import peft
+
+    tensors = dict(model.named_parameters())
+    if is_adapter(model):
+        tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted, shapes = ({name: tensor.shape for name, tensor in each.items()} for each in (tensors, weights))
+    if wrong := sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name)):
+        there, here = (list(each[wrong[0]]) if wrong[0] in each else "missing" for each in (shapes, wanted))
+        raise UserError(
+            f"the checkpoint does not fit this model: {len(wrong)} tensors differ, first {wrong[0]}, {there} in the "
+            f"file and {here} in the model."
+        )
+    if not is_adapter(model):
+        model.load_state_dict(weights, strict=False)
+        return
+    try:
+        peft.set_peft_model_state_dict(model, weights)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the checkpoint does not fit this model: {' '.join(str(error).split())}") from error
+
+
+def attach(base: PreTrainedModel, folder: Path) -> nn.Module:
+    """The base with what a folder holds: an adapter, or the weights of a full fine-tuning in place of the base's.
+    Raises UserError where the folder is damaged, holds no adapter, or belongs to another base model."""
+    import peft
+
+    weights, model = read(folder), base
+    try:
+        if description_file(folder).name == ADAPTER_CONFIG:
+            config = peft.PeftConfig.from_pretrained(str(folder))
+            config.base_model_name_or_path = None  # PEFT puts the base's name there, and warns of any other
+            config.task_type, config.auto_mapping = (
+                peft.TaskType.CAUSAL_LM,
+                None,
+            )  # another trainer may have left it out
+            model = peft.get_peft_model(base, config)
+        load(model, weights)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged or no adapter: {error}") from error
+    except ValueError as error:
+        reason = textwrap.shorten(str(error), 240, placeholder="...")
+        wanted = read_json(description_file(folder)).get("base_model_name_or_path")
+        if wanted not in (None, base.name_or_path):
+            reason = f"it belongs to another base model, {wanted}. Leave out model=, or name that one. ({reason})"
+        raise UserError(f"{folder} does not fit {base.name_or_path}: {reason}") from error
+    return model
