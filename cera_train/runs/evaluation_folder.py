@@ -128,7 +128,7 @@ class EvaluationFolder:
         if path.exists() and self.has_begun and (different := differences(path, plain, EvalConfig)):
             raise UserError(
                 f"{self.path} holds an evaluation with other settings: {'; '.join(different.values())}. Set name=... "
-                "(of cera-export: task.name=...) for another folder, or set these back to resume it."
+                "for another folder, or set these back to resume it."
             )
         write_text(path, yaml.safe_dump(plain, sort_keys=False))
 

@@ -40,17 +40,17 @@ TURNS = {
 
 
 def chat(config: ChatConfig) -> None:
-    """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a terminal.
-
-    Raises:
-        UserError: a run, the file or a question cannot be used.
-    """
+    """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a terminal. Raises
+    UserError for a run, a file or a question that cannot be used."""
     quiet_libraries()
     answerers = [Answerer(config, place) for place in (config.run, config.compare) if place is not None]
     if config.prompts is not None:
         answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
-        answer(answerers, [config.prompt if config.prompt is not None else sys.stdin.read().strip()])
+        question = config.prompt if config.prompt is not None else sys.stdin.read().strip()
+        if not question:
+            raise UserError("stdin is empty: write a question to it, or set prompt=....")
+        answer(answerers, [answerer.prompts.row([question]) for answerer in answerers])
     else:
         converse(answerers)
 
@@ -59,13 +59,10 @@ def chat(config: ChatConfig) -> None:
 
 
 def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: Any) -> DataConfig:
-    """The rows as which questions are written.
+    """The rows as which questions are written. Raises UserError where the template is unavailable.
 
     Args:
         trained_on: the rows of the run; None where that is unknown.
-
-    Raises:
-        UserError: the template is unavailable.
     """
     if template == Template.run and trained_on is None:
         raise UserError("template=run: run= is no run's folder, so its template is unknown. Set template=chat or none.")
@@ -94,11 +91,8 @@ class Prompts:
         )
 
     def row(self, turns: Sequence[str]) -> Row:
-        """The row of a conversation: question, answer, question, ..., ending in a question.
-
-        Raises:
-            UserError: the template has more columns than one text can fill.
-        """
+        """The row of a conversation: question, answer, question, ..., ending in a question. Raises UserError where the
+        template has more columns than one text can fill."""
         question, layout = turns[-1], self.data.layout
         if self.data.is_computed:
             return {"prompt": PROMPT.format(question=question)}
@@ -115,11 +109,7 @@ class Prompts:
         return {str(layout): [{speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)]}
 
     def ids(self, row: Row) -> list[int]:
-        """The token ids of a row's prompt.
-
-        Raises:
-            UserError: the row lacks a column, or is not one of this layout.
-        """
+        """The token ids of a row's prompt. Raises UserError where the row lacks a column or has another layout."""
         layout = self.data.layout
         if layout == Layout.text:
             answered = row | dict.fromkeys(columns_of(self.data.completion), ANSWER)
@@ -133,11 +123,7 @@ class Prompts:
 
 
 def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
-    """The questions of a file, each after its place: rows of a data set, or lines of text.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """The questions of a file, each after its place: rows of a data set, or lines of text."""
     if Path(file).suffix.lower() in READERS.keys() - {".txt"}:
         yield from from_files([file], "prompts").located()
         return
@@ -187,28 +173,17 @@ class Answerer:
 
 
 class CleanStreamer(TextStreamer):
-    """Prints words as they come, without what steers a terminal, and without the space before the first."""
-
-    has_begun = False
+    """Prints words as they come, without what steers a terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        shown = clean(text) if self.has_begun else clean(text).lstrip()
-        self.has_begun = self.has_begun or bool(shown)
-        print(shown, end="\n" if stream_end else "", flush=True)
+        super().on_finalized_text(clean(text), stream_end)
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def answer(answerers: list[Answerer], turns: list[str]) -> list[str]:
-    """One question, answered by each model; named where there are two."""
-    if not turns[-1].strip():
-        raise UserError("stdin is empty: write a question to it, or set prompt=....")
-    return answer_rows(answerers, [answerer.prompts.row(turns) for answerer in answerers])
-
-
-def answer_rows(answerers: list[Answerer], rows: list[Row]) -> list[str]:
-    """One row for each model."""
+def answer(answerers: list[Answerer], rows: list[Row]) -> list[str]:
+    """The answer of each model to its row, under the model's name where there are two."""
     answers = []
     for answerer, row in zip(answerers, rows, strict=True):
         if len(answerers) > 1:
@@ -224,7 +199,7 @@ def answer_file(answerers: list[Answerer], file: str) -> None:
         place = questions[0][0]
         print(f"--- {place}", flush=True)
         with errors_at(place):
-            answer_rows(answerers, [row for _, row in questions])
+            answer(answerers, [row for _, row in questions])
     if place is None:
         raise UserError(f"prompts={file} has no questions: write one on each line.")
 
@@ -237,23 +212,20 @@ def converse(answerers: list[Answerer]) -> None:
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
     print_line("chat", f"each question {memory}; {NEW} begins anew, {END} or Ctrl-D ends")
     turns: list[str] = []
-    while (line := read_line()) is not None:
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == END:
+            return
         if line == NEW:
             turns = []
         elif line:
             try:
-                answers = answer(answerers, [*turns, line])
+                answers = answer(answerers, [answerer.prompts.row([*turns, line]) for answerer in answerers])
             except UserError as error:
                 print_line("note", f"{error} {NEW} begins anew." if turns else str(error))
                 continue
             turns = [*turns, line, answers[0]] if keeps_turns else []
-
-
-def read_line() -> str | None:
-    """What the person writes; None at the end."""
-    try:
-        line = input("> ").strip()
-    except EOFError:
-        print()
-        return None
-    return None if line == END else line

@@ -1,35 +1,75 @@
-"""Turns a CeRA adapter into a LoRA or a plain model, and certifies what that loses."""
+"""Turns a CeRA adapter into a LoRA or a plain model, and certifies on held-out rows what that loses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import peft
 import torch
+from torch.nn.functional import kl_div, log_softmax
 
+from cera_train.adapters.build import cera_layers
 from cera_train.adapters.families.base import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import print_fields, print_line
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.evaluate import evaluate
-from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
-from cera_train.serving.certificate import Certificate, card, compare, print_certificate, scores
-from cera_train.serving.linear import AffineGate, branches, explained, fit_all, gates_of, replace_gates, write_lora
+from cera_train.runs.card import card_data
+from cera_train.runs.records import Record
+from cera_train.serving.linear import fit_all, write_lora
 from cera_train.serving.loading import Loaded, load
-from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.model import ModelConfig
 from cera_train.settings.serving import ExportConfig, ExportFormat
 
 CERTIFICATE = "certificate.json"
 REFUSED = "refused.json"
 """Ends the name of the certificate of an export that loses too much. It lies beside the folder, in which an earlier
 export may be."""
+
+
+class Certificate(Record):
+    """The content of certificate.json."""
+
+    format: str
+    calibration_tokens: int
+    rows: int
+    """Held-out sequences."""
+    tokens: int
+    """Their supervised tokens."""
+    loss_adapter: float
+    """Mean loss of a supervised token in nats."""
+    loss_export: float
+    loss_change: float
+    loss_change_lower: float
+    """95 % interval of the change, by a paired bootstrap over sequences."""
+    loss_change_upper: float
+    kl: float
+    """Mean of KL(adapter || export) over the supervised tokens, in nats."""
+    same_tokens: float
+    """Share of supervised positions where both find the same token likeliest."""
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.loss_change_upper <= self.tolerance
+
+    def shown(self) -> dict[str, str]:
+        """Labels and values."""
+        return {
+            "fitted": f"to {self.calibration_tokens:,} training tokens",
+            "judged on": f"{self.rows:,} held-out rows, {self.tokens:,} supervised tokens",
+            "loss": f"{self.loss_adapter:.4f} to {self.loss_export:.4f} nats a token",
+            "change": f"{self.loss_change:+.5f}, 95 % interval {self.loss_change_lower:+.5f} to "
+            f"{self.loss_change_upper:+.5f} (tolerance {self.tolerance:g})",
+            "KL": f"{self.kl:.5f} nats a token",
+            "same token": f"{self.same_tokens:.2%} of the likeliest",
+        }
 
 
 def export(config: ExportConfig) -> Certificate:
@@ -41,118 +81,74 @@ def export(config: ExportConfig) -> Certificate:
     """
     quiet_libraries()
     loaded = load(config, config.run)
-    check(config, loaded)
     folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
-    check_place(folder)
-    refused = folder.with_name(f"{folder.name}.{REFUSED}")
+    check(config, loaded, folder)
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
-    calibration = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
-    mask = calibration.attention_mask
-    tokens = calibration.input_ids.numel() if mask is None else int(mask.sum())
-    fit, gates = best_fit(loaded, calibration, config.bias)
-    certificates: list[Certificate] = []
-
-    def write_texts(folder: Path, certificate: Certificate) -> None:
-        certificate.write(folder / CERTIFICATE)
-        write_text(folder / "README.md", card(certificate, loaded.subject.adapter, loaded.subject.model))
+    calibration, tokens = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
+    maps = fit_maps(loaded, calibration)
+    refused = folder.with_name(f"{folder.name}.{REFUSED}")
 
     def write(part: Path) -> None:
-        write_lora(loaded.model, gates, config.bias, loaded.base.name_or_path, part)
+        write_lora(loaded.model, maps, loaded.base.name_or_path, part)
         exported = load_export(config, loaded, part)
-        figures = certify(config, loaded, exported, gates, data.evaluation)
-        certificate = Certificate(str(config.format), fit, config.bias, tokens, **figures)
-        print_certificate(certificate)
+        rows = held_out_rows(data.evaluation, config.rows, loaded.base.device)
+        figures = compare(logits_of(loaded.model, loaded), logits_of(exported, loaded), rows)
+        settings = {"format": str(config.format), "calibration_tokens": tokens, "tolerance": config.tolerance}
+        certificate = Certificate(**settings, **figures)
+        print_fields(certificate.shown())
         if not certificate.holds:
             certificate.write(refused)
-            takes_bias = config.format == ExportFormat.lora and not config.bias
             raise UserError(
                 f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, "
-                f"so nothing is exported but {refused}. Raise tolerance=, {'set bias=true, ' * takes_bias}or serve the "
-                "adapter."
+                f"so nothing is exported but {refused}. Raise tolerance=, or serve the adapter."
             )
-        write_texts(part, certificate)
-        certificates.append(certificate)
+        certificate.write(part / CERTIFICATE)
+        write_text(part / "README.md", card(certificate, loaded.subject.adapter, loaded.subject.model))
 
     write_folder(folder, write)
     refused.unlink(missing_ok=True)
     print_fields({"folder": str(folder)})
-    (certificate,) = certificates
-    if config.task is not None:
-        certificate = replace(certificate, accuracy=accuracies(config, loaded, folder))
-        print_fields(scores(certificate))
-        write_texts(folder, certificate)
-    return certificate
+    return Certificate.read(folder / CERTIFICATE)
 
 
-def check(config: ExportConfig, loaded: Loaded) -> None:
-    """Raises UserError for a run that cannot be exported."""
-    subject, run = loaded.subject, config.run
-    config.check_model(subject.model)
-    if not any(True for _ in branches(loaded.model)):
+def check(config: ExportConfig, loaded: Loaded, folder: Path) -> None:
+    """Raises UserError for a run that cannot be exported, or a folder that holds anything but an earlier export: it
+    would be replaced."""
+    run, layers = config.run, cera_layers(loaded.model)
+    config.check_model(loaded.subject.model)
+    if not layers:
         raise UserError(f"run={run} holds no CeRA adapter: what is linear already needs no export.")
     peft_config = loaded.model.peft_config[ADAPTER]
     for name in ("modules_to_save", "target_parameters", "trainable_token_indices", "bias"):
-        if getattr(peft_config, name, None) not in (None, [], {}, "none"):
-            raise UserError(
-                f"run={run} has {name}={getattr(peft_config, name)}: a LoRA of this export has no place for it."
-            )
-    head = loaded.base.get_output_embeddings()
-    if any(layer is head for _, layer in branches(loaded.model)):
+        if (value := getattr(peft_config, name)) not in (None, [], {}, "none"):
+            raise UserError(f"run={run} has {name}={value}: a LoRA of this export has no place for it.")
+    if loaded.base.get_output_embeddings() in layers.values():
         raise UserError(f"run={run} adapts the head, which is not exported: train without it.")
-    if config.task is not None and isinstance(find_task(config.task.kind), AnswerTask):
-        load_problems(config.task, subject.run.data if subject.run else None)  # before anything takes its time
-    if config.data is None and subject.run is None:
+    if config.data is None and loaded.subject.run is None:
         raise UserError(f"run={run} is an adapter without its run: name rows to fit and to judge on by data=....")
-
-
-def check_place(folder: Path) -> None:
-    """Raises UserError for a folder that holds anything but an earlier export: it would be replaced."""
     if not folder.name:
         raise UserError(f"output={folder} needs a name: choose a new folder.")
     if folder.exists() and not (folder / CERTIFICATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"output: {folder} holds files that are no export, and would be replaced: choose a new folder.")
 
 
-def calibration_batch(rows: TokenizedRows, max_tokens: int, device: torch.device) -> Batch:
-    """The first training rows, of at most `max_tokens` tokens together, as one batch."""
+def calibration_batch(rows: TokenizedRows, max_tokens: int, device: torch.device) -> tuple[Batch, int]:
+    """The first training rows as one batch of at most `max_tokens` tokens, and the number of tokens."""
     batches = MicroBatches(rows, False, max_tokens, device)
-    return batches.load(batches.first(max_tokens))
+    batch = batches.load(batches.first(max_tokens))
+    return batch, batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
 
 
-def best_fit(loaded: Loaded, calibration: Batch, has_bias: bool) -> tuple[str, dict[str, AffineGate]]:
-    """The affine maps, fitted layer by layer or at once: those with the lower loss on the calibration rows."""
-    mask = calibration.attention_mask
-    is_kept = None if mask is None else mask.flatten().bool()
-    decoder, forward = loaded.base.get_decoder(), logits_of(loaded.model, loaded)
+def fit_maps(loaded: Loaded, calibration: Batch) -> dict[str, torch.Tensor]:
+    """The linear map of every branch, fitted to the calibration rows."""
+    mask, decoder = calibration.attention_mask, loaded.base.get_decoder()
 
-    def run() -> None:
+    def forward() -> None:
         with loaded.autocast:
             decoder(**calibration.inputs, use_cache=False)
 
-    def loss() -> float:
-        logits = forward(calibration.input_ids, attention_mask=mask)[:, :-1][calibration.loss_mask[:, 1:]]
-        wanted = calibration.input_ids[:, 1:][calibration.loss_mask[:, 1:]]
-        return torch.nn.functional.cross_entropy(logits.float(), wanted).item()
-
-    before = gates_of(loaded.model)
-    fits = {}
-    for fit, layer_by_layer in (("layer by layer", True), ("at once", False)):
-        gates = fit_all(loaded.model, run, layer_by_layer, has_bias, is_kept)
-        replace_gates(loaded.model, gates)
-        fits[fit] = loss(), gates
-        replace_gates(loaded.model, before)
-    fit = min(fits, key=lambda name: fits[name][0])
-    return fit, fits[fit][1]
-
-
-def logits_of(model: Any, loaded: Loaded) -> Callable[..., torch.Tensor]:
-    @torch.no_grad()
-    def logits(ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-        with loaded.autocast:
-            return model(input_ids=ids, use_cache=False, **inputs).logits
-
-    return logits
+    return fit_all(loaded.model, forward, None if mask is None else mask.flatten().bool())
 
 
 def load_export(config: ExportConfig, loaded: Loaded, folder: Path) -> Any:
@@ -168,33 +164,85 @@ def load_export(config: ExportConfig, loaded: Loaded, folder: Path) -> Any:
     return model
 
 
-def certify(
-    config: ExportConfig, loaded: Loaded, exported: Any, gates: dict[str, AffineGate], held_out: TokenizedRows
+def held_out_rows(
+    rows: TokenizedRows, count: int | None, device: torch.device
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Ids and loss mask of each of the first rows, [T] both."""
+    batches = MicroBatches(rows, False, 1, device)
+    loaded = (batches.load([number]) for number in range(len(batches.lengths))[:count])
+    return [(batch.input_ids[0], batch.loss_mask[0]) for batch in loaded]
+
+
+def logits_of(model: Any, loaded: Loaded) -> Callable[[torch.Tensor], torch.Tensor]:
+    """ids [1, T] -> logits [1, T, V], in the precision of the run."""
+
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        with loaded.autocast:
+            return model(input_ids=ids, use_cache=False).logits
+
+    return logits
+
+
+@torch.no_grad()
+def compare(
+    before: Callable[[torch.Tensor], torch.Tensor],
+    after: Callable[[torch.Tensor], torch.Tensor],
+    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
 ) -> dict[str, Any]:
-    """What the export loses on the held-out rows, and how much of each branch its map explains there."""
-    batches = MicroBatches(held_out, False, 1, loaded.base.device)
-    numbers = range(min(config.rows or len(batches.lengths), len(batches.lengths)))
-    rows = [(batch.input_ids[0], batch.loss_mask[0]) for batch in (batches.load([number]) for number in numbers)]
-    before = logits_of(loaded.model, loaded)
-    with explained(loaded.model, gates) as shares:
-        figures = compare(before, logits_of(exported, loaded), rows)
-    return figures | {"tolerance": config.tolerance, "explained": shares()}
+    """Compares two models, sequence by sequence: no padding, and one sequence's logits in memory.
 
+    Args:
+        before, after: ids [1, T] -> logits [1, T, V].
+        rows: ids and loss mask of each sequence, [T] both.
 
-def accuracies(config: ExportConfig, loaded: Loaded, folder: Path) -> dict[str, Any]:
-    """The scores of the adapter and of its export on `task`."""
-    takes_data = config.task.kind == "perplexity"
-    settings = {
-        "task": config.task,
-        "data": (config.data or loaded.subject.run.data) if takes_data else None,
-        "generation": config.generation,
-        "trust_remote_code": config.trust_remote_code,
+    Returns:
+        The fields of a `Certificate` that come of it.
+    """
+    sums = []
+    for ids, mask in rows:
+        counts, wanted = mask[1:], ids[1:][mask[1:]]
+        log_p, log_q = (log_softmax(model(ids[None])[0, :-1][counts].float(), -1) for model in (before, after))
+        losses = [-each.gather(1, wanted[:, None]).sum() for each in (log_p, log_q)]
+        kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
+        same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+        sums.append(torch.stack([*losses, kl, same.to(kl), counts.sum().to(kl)]).double().cpu())
+    table = torch.stack(sums).numpy()
+    loss_before, loss_after, kl, same, tokens = table.sum(0)
+    lower, upper = interval_of_ratio(table[:, 1] - table[:, 0], table[:, 4])
+    return {
+        "rows": len(table),
+        "tokens": int(tokens),
+        "loss_adapter": loss_before / tokens,
+        "loss_export": loss_after / tokens,
+        "loss_change": (loss_after - loss_before) / tokens,
+        "loss_change_lower": lower,
+        "loss_change_upper": upper,
+        "kl": kl / tokens,
+        "same_tokens": same / tokens,
     }
-    before = EvalConfig(run=config.run, model=config.model, **settings)
-    model = loaded.subject.model  # in the precision of the run, which a LoRA does not record
-    if config.format == ExportFormat.merged:
-        model = replace(model, path=str(folder))
-        after = EvalConfig(run="base", model=model, output_dir=str(folder), **settings)
-    else:
-        after = EvalConfig(run=str(folder), model=model, **settings)
-    return {config.task.name: {"adapter": evaluate(before), "export": evaluate(after)}}
+
+
+def interval_of_ratio(values: numpy.ndarray, weights: numpy.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of sum(values) / sum(weights), resampled over the rows."""
+    from scipy.stats import bootstrap
+
+    if len(values) == 1:  # scipy takes two rows or more
+        return (float(values[0] / weights[0]),) * 2
+    interval = bootstrap(
+        (values, weights),
+        lambda values, weights, axis: values.sum(axis) / weights.sum(axis),
+        **{"paired": True, "method": "percentile", "n_resamples": 10_000, "batch": 100, "rng": 0},
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def card(certificate: Certificate, adapter: Path, model: ModelConfig) -> str:
+    """The README of an export."""
+    what, library, tag = "A plain model", "transformers", "cera"
+    if certificate.format == ExportFormat.lora:
+        what, library, tag = "A LoRA in PEFT's format", "peft", "lora"
+    rows = "\n".join(f"| {label} | {value} |" for label, value in certificate.shown().items())
+    return (
+        f"---\n{card_data(model, library, tag).to_yaml()}\n---\n\n{what}: the linear part of a CeRA adapter "
+        f"({adapter}), whose gate was replaced by its best linear map.\n\n| | |\n|---|---|\n{rows}\n"
+    )

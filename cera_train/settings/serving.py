@@ -9,7 +9,6 @@ from cera_train.common.settings import require, require_positive, section, setti
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig, Quantization
-from cera_train.settings.tasks import TaskConfig
 
 
 class Template(StrEnum):
@@ -71,17 +70,12 @@ class ExportConfig:
     """A new folder, or an earlier export, which is replaced. null: RUN/export_FORMAT."""
     tolerance: float = setting(0.01, "nothing")
     """Nats a token: nothing is exported where the 95 % interval of the change of the loss reaches above this."""
-    bias: bool = setting(False, "result")
-    """Whether the LoRA has a bias (PEFT's `lora_bias`). It fits better; vLLM, llama.cpp and a merge do not take it."""
     calibration_tokens: int = setting(4096, "result")
-    """Training rows that the affine maps are fitted to, up to so many tokens."""
+    """Training rows that the linear maps are fitted to, up to so many tokens."""
     rows: int | None = setting(None, "result")
     """Held-out rows to judge on. null: all."""
     data: DataConfig | None = section(None)
     """null: the run's rows."""
-    task: TaskConfig | None = section(None)
-    """A benchmark whose accuracy the certificate gives, before and after."""
-    generation: GenerationConfig = section()
     model: ModelConfig | None = section(None)
     """null: the run's."""
     output_dir: str = setting("outputs", "nothing")
@@ -92,10 +86,6 @@ class ExportConfig:
         require_positive("", self, "calibration_tokens", "rows")
         require(self.tolerance >= 0, f"tolerance={self.tolerance} must not be negative.")
         require(self.run not in (None, "base"), "run=... is missing: the folder of a finished run with a CeRA adapter.")
-        require(
-            not (self.bias and self.format == ExportFormat.merged),
-            "bias=true with format=merged: most models have no bias to merge it into. Leave bias out.",
-        )
 
     def check_model(self, model: ModelConfig) -> None:
         """Raises UserError for a base that weights cannot be merged into."""

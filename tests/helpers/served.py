@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -47,3 +51,48 @@ def greedy(model) -> list[tuple[list[int], list[float]]]:
         scores = [score[0].log_softmax(-1)[token].item() for score, token in zip(output.scores, tokens, strict=True)]
         answers.append((tokens, scores))
     return answers
+
+
+ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+folder, adapters, settings, prompts, tokens = map(json.loads, sys.argv[1:])
+if __name__ == "__main__":
+    engine = LLM(
+        folder, dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=128, enforce_eager=True,
+        gpu_memory_utilization=0.1, **settings,
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    answers = {"has plugin": "cera_train" in sys.modules}
+    for number, (name, path) in enumerate(adapters.items(), start=1):
+        request = LoRARequest(name, number, path) if path else None
+        try:
+            if request:
+                engine.llm_engine.add_lora(request)
+        except Exception as error:
+            answers[name] = str(error)
+            continue
+        outputs = engine.generate(prompts, sampling, lora_request=request)
+        answers[name] = [list(output.outputs[0].token_ids) for output in outputs]
+    print("ANSWERS", json.dumps(answers))
+"""
+
+
+def run_engine(script: Path, folder: Path, adapters: dict[str, str], plugins: bool = True, **settings) -> dict:
+    """The tokens that a vLLM of its own answers to PROMPTS by each adapter (an empty path for the base), or its error.
+
+    Args:
+        script: where to write the program.
+    """
+    script.write_text(ENGINE)
+    arguments = map(json.dumps, (str(folder / BASE), adapters, settings, PROMPTS, TOKENS))
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=500,
+        env=os.environ | SETTINGS | ({} if plugins else {"VLLM_PLUGINS": ""}),
+    )  # fmt: skip
+    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
+    assert line, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(line.removeprefix("ANSWERS "))

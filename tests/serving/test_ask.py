@@ -18,8 +18,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
 from cera_train.data.segments import segmenter
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.serving import chat as asking
-from cera_train.serving.chat import Prompts, chat, choose_rows, read_prompts
+from cera_train.serving.chat import Prompts, chat, choose_rows, converse, read_prompts
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.settings.serving import Template
 
@@ -162,17 +161,17 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
 
 def test_a_conversation_that_has_grown_too_long_can_begin_anew(monkeypatch, capsys):
     """A first question that is too long by itself cannot."""
-    lines, lengths = iter(["long", "a", "b", None]), []
+    lines, lengths = iter(["long", "a", "b", "/end"]), []
 
-    def answer(answerers: list, turns: list[str]) -> list[str]:
+    def answer(turns: list[str]) -> str:
         lengths.append(len(turns))
         if turns[-1] == "long" or len(turns) > 1:
             raise UserError("It is too long.")
-        return ["an answer"]
+        return "an answer"
 
-    monkeypatch.setattr(asking, "read_line", lambda: next(lines))
-    monkeypatch.setattr(asking, "answer", answer)
-    asking.converse([SimpleNamespace(loaded=SimpleNamespace(name="it"), prompts=SimpleNamespace(keeps_turns=True))])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    prompts = SimpleNamespace(keeps_turns=True, row=lambda turns: turns)
+    converse([SimpleNamespace(loaded=SimpleNamespace(name="it"), prompts=prompts, answer=answer)])
     notes = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert notes == ["It is too long.", "It is too long. /new begins anew."]
     assert lengths == [1, 1, 3]

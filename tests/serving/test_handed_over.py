@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.serving
 
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from served import BASE, PROMPTS, SETTINGS, TOKENS, greedy, save_base  # noqa: E402
+from served import BASE, greedy, run_engine, save_base  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from cera_train.serving.export import export  # noqa: E402
@@ -45,42 +43,13 @@ def exported(compose, folder) -> Path:
     return run / "export_lora"
 
 
-WITHOUT_PLUGIN = """
-import json, sys
-from vllm import LLM, SamplingParams
-from vllm.lora.peft_helper import PEFTHelper
-from vllm.lora.request import LoRARequest
-
-base, lora, prompts, tokens = sys.argv[1:]
-if __name__ == "__main__":
-    engine = LLM(
-        base, dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=128, enforce_eager=True,
-        gpu_memory_utilization=0.1,
-    )
-    assert "cera_train" not in sys.modules
-    assert not hasattr(PEFTHelper.from_local_dir, "replaces")
-    sampling = SamplingParams(temperature=0, max_tokens=int(tokens), ignore_eos=True)
-    prompts = [{"prompt_token_ids": prompt} for prompt in json.loads(prompts)]
-    for request in (None, LoRARequest("lora", 1, lora)):
-        outputs = engine.generate(prompts, sampling, lora_request=request)
-        print("ANSWERS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
-"""
-
-
 def test_vllm_serves_the_export_without_the_plugin(folder, exported, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32).eval()
-    wanted = [[tokens for tokens, _ in greedy(base)]]
-    wanted.append([tokens for tokens, _ in greedy(PeftModel.from_pretrained(base, exported).eval())])
-    script = tmp_path / "without_plugin.py"
-    script.write_text(WITHOUT_PLUGIN)
-    done = subprocess.run(
-        [sys.executable, script, folder / BASE, exported, json.dumps(PROMPTS), str(TOKENS)],
-        capture_output=True, text=True, check=False, timeout=500, env=os.environ | SETTINGS | {"VLLM_PLUGINS": ""},
-    )  # fmt: skip
-    lines = [line.removeprefix("ANSWERS ") for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
-    assert len(lines) == 2, done.stdout[-2000:] + done.stderr[-4000:]
-    assert [json.loads(line) for line in lines] == wanted
-    assert wanted[0] != wanted[1]
+    wanted = {"has plugin": False, "base": [tokens for tokens, _ in greedy(base)]}
+    wanted["lora"] = [tokens for tokens, _ in greedy(PeftModel.from_pretrained(base, exported).eval())]
+    answers = run_engine(tmp_path / "engine.py", folder, {"base": "", "lora": str(exported)}, plugins=False)
+    assert answers == wanted
+    assert wanted["base"] != wanted["lora"]
 
 
 @pytest.mark.skipif(not LLAMA_CPP.is_dir(), reason=f"llama.cpp's converter is not at {LLAMA_CPP}: make test-serving")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.serving
 import httpx  # noqa: E402
 import openai  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
-from served import BASE, PROMPTS, SETTINGS, TOKENS, greedy, save_base  # noqa: E402
+from served import BASE, PROMPTS, SETTINGS, TOKENS, greedy, run_engine, save_base  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from cera_train.cera import CeraConfig  # noqa: E402
@@ -129,12 +129,8 @@ def assert_equal(answer, wanted) -> None:
     assert answer[1] == pytest.approx(wanted[1], abs=1e-3)
 
 
-def test_the_adapters_answer_differently(wanted):
-    answers = [str([tokens for tokens, _ in answer]) for answer in wanted.values()]
-    assert len(set(answers)) == len(answers)
-
-
 def test_200_requests_of_8_clients_over_7_adapters_and_the_base_each_get_their_own_answer(server, wanted):
+    assert len({str([tokens for tokens, _ in answer]) for answer in wanted.values()}) == len(wanted)
     asked = [(name, place) for name in wanted for place in range(len(PROMPTS))]
     requests = [asked[number * 11 % len(asked)] for number in range(200)]
     with ThreadPoolExecutor(8) as clients:
@@ -201,50 +197,16 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, w
     assert_equal(ask(server, "silu", PROMPTS[3]), wanted["silu"][3])
 
 
-TWO_PROCESSES = """
-import json, sys
-from vllm import LLM, SamplingParams
-from vllm.lora.request import LoRARequest
-
-folder, sharded, names = sys.argv[1], sys.argv[2] == "sharded", sys.argv[3].split(",")
-if __name__ == "__main__":
-    engine = LLM(
-        f"{folder}/base", dtype="float32", tensor_parallel_size=2, enable_lora=True, max_lora_rank=8, max_loras=2,
-        max_cpu_loras=8, max_model_len=128, enforce_eager=True, gpu_memory_utilization=0.1,
-        fully_sharded_loras=sharded,
-    )
-    answers = {}
-    for number, name in enumerate(names, start=1):
-        request = LoRARequest(name, number, f"{folder}/{name}")
-        try:
-            engine.llm_engine.add_lora(request)
-        except Exception as error:
-            answers[name] = str(error)
-            continue
-        prompts = [{"prompt_token_ids": prompt} for prompt in json.loads(sys.argv[4])]
-        sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[5]), ignore_eos=True)
-        outputs = engine.generate(prompts, sampling, lora_request=request)
-        answers[name] = [list(output.outputs[0].token_ids) for output in outputs]
-    print("ANSWERS", json.dumps(answers))
-"""
-
-
-@pytest.mark.parametrize("sharded", ["sharded", "not"])
+@pytest.mark.parametrize("sharded", [True, False])
 def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, sharded):
     """A projection whose input is split has a part of x A^T in each process: the gate needs the sum."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES)
     # The refused one comes last: of a call that fails in two processes, vLLM leaves one answer for the next call.
-    names = "silu,gelu,mix,lora,silu_all" if sharded == "sharded" else "silu,lora,silu_all"
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), sharded, names, json.dumps(PROMPTS), str(TOKENS)],
-        capture_output=True, text=True, check=False, timeout=500, env=os.environ | SETTINGS,
-    )  # fmt: skip
-    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
-    assert line, done.stdout[-2000:] + done.stderr[-4000:]
-    answers = json.loads(line.removeprefix("ANSWERS "))
-    for name in names.split(","):
-        if sharded == "not" and name == "silu_all":
+    names = ["silu", "gelu", "mix", "lora", "silu_all"] if sharded else ["silu", "lora", "silu_all"]
+    adapters = {name: str(folder / name) for name in names}
+    sizes = {"tensor_parallel_size": 2, "max_loras": 2, "max_cpu_loras": 8}
+    answers = run_engine(tmp_path / "two.py", folder, adapters, fully_sharded_loras=sharded, **sizes)
+    for name in names:
+        if not sharded and name == "silu_all":
             assert "start vLLM with --fully-sharded-loras" in answers[name]
         else:
             assert answers[name] == [tokens for tokens, _ in wanted[name]], name
