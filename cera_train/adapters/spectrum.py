@@ -8,8 +8,7 @@ method with hidden units. What A, the gate and B are stands in families/.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,28 +170,12 @@ def measure_spectra(
 
 
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
-    """Named numbers for the log: mean and max over modules, then every module; mean and max over a layer's experts in
-    place of every one. None of them for no spectra."""
-    summary, modules = {}, {}
+    """Mean and maximum over the modules, by the names of the log; empty without spectra."""
+    metrics = {}
     for kind in ("effective_rank", "manifold_dimension", "dead_units", "linear_share"):
-        values = {name: getattr(spectrum, kind) for name, spectrum in spectra.items()}
-        values = {name: value for name, value in values.items() if value is not None}
-        if values:
-            summary |= mean_and_max(f"spectrum/{kind}", values.values())
-        experts = defaultdict(list)
-        for name, value in values.items():
-            stem, _, expert = name.rpartition(".")
-            if expert.isdigit():
-                experts[stem].append(value)
-            else:
-                modules[f"spectrum/{kind}/{name}"] = value
-        for name, numbers in experts.items():
-            modules |= mean_and_max(f"spectrum/{kind}/{name}", numbers)
-    gammas = [spectrum.gamma for spectrum in spectra.values() if spectrum.gamma is not None]
-    if gammas:
-        summary["adapter/gamma"] = sum(gammas) / len(gammas)
-    return summary | modules
-
-
-def mean_and_max(name: str, values: Collection[float]) -> dict[str, float]:
-    return {f"{name}/mean": sum(values) / len(values), f"{name}/max": max(values)}
+        values = [getattr(spectrum, kind) for spectrum in spectra.values()]
+        if values := [value for value in values if value is not None]:
+            metrics |= {f"spectrum/{kind}/mean": sum(values) / len(values), f"spectrum/{kind}/max": max(values)}
+    if gammas := [spectrum.gamma for spectrum in spectra.values() if spectrum.gamma is not None]:
+        metrics["adapter/gamma"] = sum(gammas) / len(gammas)
+    return metrics

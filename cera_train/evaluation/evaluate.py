@@ -277,9 +277,7 @@ def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
             with model.disable_adapter():
                 result.perplexity_base = perplexity(held_out.token_losses().mean)
         if task.has_spectra:
-            metrics = spectrum_metrics(held_out.spectra())
-            shown = {name: value for name, value in metrics.items() if name.endswith(("/mean", "/max"))}
-            result = result.replace(**{name: value for name, value in shown.items() if value is not None})
+            result = result.replace(**spectrum_metrics(held_out.spectra()))
     seconds = time.perf_counter() - started
     return result.replace(seconds=seconds, peak_memory_bytes=peak_memory(accelerator.device))
 

@@ -94,8 +94,7 @@ def export(config: ExportConfig) -> Certificate:
         exported = load_export(config, loaded, part)
         rows = held_out_rows(data.evaluation, config.rows, loaded.base.device)
         figures = compare(logits_of(loaded.model, loaded), logits_of(exported, loaded), rows)
-        settings = {"format": str(config.format), "calibration_tokens": tokens, "tolerance": config.tolerance}
-        certificate = Certificate(**settings, **figures)
+        certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
         print_fields(certificate.shown())
         if not certificate.holds:
             certificate.write(refused)

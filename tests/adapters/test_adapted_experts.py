@@ -12,7 +12,7 @@ from torch import nn
 
 from cera_train.adapters import build
 from cera_train.adapters.family import check_settings
-from cera_train.adapters.spectrum import measure_spectra, spectrum_metrics
+from cera_train.adapters.spectrum import measure_spectra
 from cera_train.cera import CeraExperts, CeraLayer
 from cera_train.cera.layer import CeraLinear
 from cera_train.common.errors import UserError
@@ -153,21 +153,3 @@ def expert_outputs(model) -> dict[str, torch.Tensor]:
     for row in ROWS:
         model(input_ids=torch.tensor([row]))
     return {name: torch.stack(rows) for name, rows in found.items()}
-
-
-def test_metrics_have_mean_and_max_over_a_layers_experts():
-    model = built(experts=True)
-    for layer in experts_of(model):
-        for B in layer.cera_B["default"].values():
-            nn.init.normal_(B.weight)
-    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
-    metrics = spectrum_metrics(spectra)
-    name = "model.layers.1.mlp.experts.gate_up_proj"
-    ranks = [spectrum.effective_rank for key, spectrum in spectra.items() if key.startswith(f"{name}.")]
-    assert len(ranks) == 4
-    assert metrics[f"spectrum/effective_rank/{name}/mean"] == pytest.approx(sum(ranks) / 4)
-    assert metrics[f"spectrum/effective_rank/{name}/max"] == max(ranks)
-    assert 1 < max(ranks) <= 4
-    assert f"spectrum/dead_units/{name}/mean" in metrics
-    assert "spectrum/effective_rank/model.layers.1.self_attn.q_proj" in metrics
-    assert not any(key.rpartition(".")[2].isdigit() for key in metrics)
