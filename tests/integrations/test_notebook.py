@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -21,15 +20,6 @@ def shown(notebook: dict) -> list[tuple[str, int]]:
     drawn = [sum("image/png" in output.get("data", {}) for output in outputs) for outputs in cells]
     texts = ["".join("".join(text) for text in texts) for texts in printed]
     return [(re.sub(r"\d+(\.\d+)?", "#", text), pictures) for text, pictures in zip(texts, drawn, strict=True)]
-
-
-def test_the_notebook_holds_little():
-    text = NOTEBOOK.read_text()
-    assert len(text) < 100_000
-    assert not re.search(r'"stderr"|/home/|/tmp/', text)
-    outputs = shown(json.loads(text))
-    assert all(printed for printed, _ in outputs)
-    assert sum(pictures for _, pictures in outputs) == 1
 
 
 @pytest.mark.slow

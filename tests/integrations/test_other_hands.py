@@ -109,11 +109,6 @@ def test_a_transformers_pipeline_generates_with_the_adapter(finished_run, tiny_f
     assert generated(adapted) != generated(AutoModelForCausalLM.from_pretrained(tiny_folder))
 
 
-def test_a_pipeline_takes_the_adapters_folder_by_its_path(finished_run, tiny_folder):
-    generator = pipeline("text-generation", model=str(finished_run / "adapter"), tokenizer=str(tiny_folder))
-    assert any("cera_A" in name for name, _ in generator.model.named_parameters())
-
-
 # --- the model card --------------------------------------------------------------------------------------------------
 
 
