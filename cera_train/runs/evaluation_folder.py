@@ -240,7 +240,6 @@ class GradedAnswers:
 
     @cached_property
     def texts(self) -> dict[Key, str]:
-        """The generated texts."""
         lines = read_lines(self.folder / "generations.jsonl", Generation)
         return {(line.problem, line.sample): line.text for line in lines}
 

@@ -132,7 +132,6 @@ class RunFolder:
     # --- resuming ----------------------------------------------------------------------------------------------------
 
     def result(self) -> RunResult | None:
-        """The result of a finished run."""
         return RunResult.find(self.path / "result.json")
 
     def standing_result(self) -> RunResult | None:
@@ -244,15 +243,12 @@ class RunFolder:
         environment.write(self.path / "environment.json")
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl: an update or an evaluation."""
         self._append("metrics.jsonl", line)
 
     def append_spectra(self, line: dict[str, Any]) -> None:
-        """Adds a line to spectra.jsonl: the spectrum of every module at an evaluation."""
         self._append("spectra.jsonl", line)
 
     def append_sample(self, sample: Sample) -> None:
-        """Adds a line to samples.jsonl: an answer at an evaluation."""
         self._append("samples.jsonl", sample.to_json())
 
     def _append(self, log: str, line: dict[str, Any]) -> None:

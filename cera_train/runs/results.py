@@ -102,7 +102,8 @@ class Environment(Record, extra="allow"):
             return None
         first, *others = map(str, self.command)
         program = Path(first).name
-        return shlex.join([*(["python", "-m", "cera_train"] if program == "__main__.py" else [program]), *others])
+        start = ["python", "-m", "cera_train"] if program == "__main__.py" else [program]
+        return shlex.join([*start, *others])
 
     @property
     def machine(self) -> str | None:
@@ -214,15 +215,11 @@ def read_metrics(path: Path) -> Metrics:
     """The metrics of a run, which may still be running; empty where there are none."""
     metrics = Metrics()
     for place, tree in read_trees(path, may_break_off=True) if path.is_file() else ():
-        line = metrics_line(tree, place)
-        (metrics.evaluations if isinstance(line, EvaluationMetrics) else metrics.updates).append(line)
+        if isinstance(tree, dict) and any(name.startswith("eval/") for name in tree):
+            metrics.evaluations.append(EvaluationMetrics.from_json(tree, place))
+        else:
+            metrics.updates.append(UpdateMetrics.from_json(tree, place))
     return metrics
-
-
-def metrics_line(tree: Any, where: Path | str) -> UpdateMetrics | EvaluationMetrics:
-    """A line of either kind."""
-    is_evaluation = isinstance(tree, dict) and any(name.startswith("eval/") for name in tree)
-    return (EvaluationMetrics if is_evaluation else UpdateMetrics).from_json(tree, where)
 
 
 @dataclass
@@ -236,7 +233,6 @@ class RunFiles:
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Reads the files that are there."""
         return cls(
             RunResult.find(folder / "result.json"),
             read_metrics(folder / "metrics.jsonl"),
@@ -304,7 +300,6 @@ class AccuracyResult(Record, extra="allow"):
 
     @property
     def accuracies(self) -> list[Accuracy]:
-        """Every accuracy, in the order of the file."""
         accuracies = []
         for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
             if not match[3]:
