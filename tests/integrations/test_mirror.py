@@ -100,32 +100,25 @@ def test_a_removed_checkpoint_never_looks_whole(tmp_path, monkeypatch):
     assert (copy / "metrics.jsonl").read_text() == "10\n20\n"
 
 
-def test_an_empty_disk_takes_what_the_bucket_has_and_a_used_one_keeps_its_files(tmp_path):
+def test_a_restore_that_is_cut_leaves_no_part_and_the_next_one_completes_it(tmp_path, monkeypatch):
     run, copy = tmp_path / "outputs", tmp_path / "copy"
     write_checkpoint(copy, 10)
     run.mkdir()
-    (run / "metrics.jsonl").write_text("10\n11\n")
-    mirror.Mirror(run, copy).update()
-    assert (run / "checkpoints" / "10" / "optimizer.pt").read_text() == "optimizer.pt 10"
-    assert (run / "metrics.jsonl").read_text() == (copy / "metrics.jsonl").read_text() == "10\n11\n"
-
-
-def test_a_cut_restore_leaves_no_part_that_would_replace_the_bucket_s(tmp_path, monkeypatch):
-    run, copy, copyfile = tmp_path / "outputs", tmp_path / "copy", shutil.copyfile
-    write_checkpoint(copy, 10)
+    (run / "metrics.jsonl").write_text("10\n11\n")  # newer than the bucket's
 
     def copy_a_part(source, target):
         Path(target).write_text(Path(source).read_text()[:1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shutil, "copyfile", copy_a_part)
-    with pytest.raises(KeyboardInterrupt):
-        mirror.Mirror(run, copy)
-    monkeypatch.setattr(shutil, "copyfile", copyfile)
-    before = {path: path.read_bytes() for path in copy.rglob("*.*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copy_a_part)
+        with pytest.raises(KeyboardInterrupt):
+            mirror.Mirror(run, copy)
+    before = {path: path.read_bytes() for path in copy.glob("checkpoints/10/*")}
     mirror.Mirror(run, copy).update()
-    assert {path: path.read_bytes() for path in copy.rglob("*.*")} == before
+    assert {path: path.read_bytes() for path in copy.glob("checkpoints/10/*")} == before
     assert all((run / path.relative_to(copy)).read_bytes() == content for path, content in before.items())
+    assert (run / "metrics.jsonl").read_text() == (copy / "metrics.jsonl").read_text() == "10\n11\n"
 
 
 def run_mirror(folder: Path, bucket: Path, script: str) -> subprocess.Popen:
