@@ -148,19 +148,6 @@ def split_of(lengths: list[int]) -> TokenizedRows:
     return TokenizedRows(table_of(examples))
 
 
-@pytest.mark.parametrize("is_flat", [True, False])
-def test_micro_batches_load_every_supervised_token_of_the_rows_once(is_flat):
-    lengths = random_lengths(0, 30, longest=50)
-    batches = MicroBatches(split_of(lengths), is_flat, 120, torch.device("cpu"))
-    rows = list(range(3, 28))
-    loaded = [batches.load(group) for group in batches.groups(rows)]
-    supervised = [token for batch in loaded for token in batch.input_ids[batch.loss_mask].tolist()]
-    assert sorted(supervised) == [1000 * row + place for row in rows for place in range(1, lengths[row])]
-    assert sum(batches.supervised[row] for row in rows) == len(supervised)
-    assert all(batch.input_ids.numel() <= 120 for batch in loaded)
-    assert len(loaded) > 1
-
-
 @pytest.mark.parametrize(("is_flat", "make"), [(True, flat_batch), (False, padded_batch)])
 def test_a_loaded_micro_batch_is_what_its_rows_as_lists_make(is_flat, make):
     split = split_of([3, 1, 9, 9, 2])

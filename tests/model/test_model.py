@@ -25,19 +25,13 @@ from cera_train.settings.model import ModelConfig, Quantization
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_base_weights_have_the_dtype_and_are_frozen(tiny_folder, dtype):
-    model = load_model(ModelConfig(path=str(tiny_folder), dtype=dtype), CPU)
+@pytest.mark.parametrize(("dtype", "attention", "recomputes"), [("float32", "sdpa", False), ("float16", "eager", True)])
+def test_base_weights_are_frozen_and_loaded_as_the_config_asks(tiny_folder, dtype, attention, recomputes):
+    settings = {"dtype": dtype, "attn_implementation": attention, "gradient_checkpointing": recomputes}
+    model = load_model(ModelConfig(path=str(tiny_folder), **settings), CPU)
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_attention_implementation_and_gradient_checkpointing_are_passed_on(tiny_folder):
-    config = ModelConfig(path=str(tiny_folder), attn_implementation="eager", gradient_checkpointing=True)
-    model = load_model(config, CPU)
-    assert model.config._attn_implementation == "eager"
-    assert model.is_gradient_checkpointing
+    assert (model.config._attn_implementation, model.is_gradient_checkpointing) == (attention, recomputes)
 
 
 @pytest.mark.parametrize("says_it_has_sdpa", [True, False])
@@ -108,11 +102,6 @@ def test_the_others_are_pefts_own():
         config = family(kind).peft_config(AdapterConfig(kind=AdapterKind(kind), r=4, dropout=0.2))
         assert type(config) is peft.LoraConfig
         assert (config.use_dora, config.use_rslora, config.lora_dropout) == (kind == "dora", kind == "rslora", 0.2)
-
-
-def test_adapters_are_float32_over_a_16_bit_base(tiny_folder):
-    model = build(load_model(ModelConfig(path=str(tiny_folder)), CPU), AdapterConfig(r=4))
-    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
 
 
 def test_linear_names_of_a_model_with_conv1d():

@@ -92,24 +92,20 @@ def test_other_weights_than_a_run_was_begun_with_are_refused(first, tiny_config,
         train(later)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"initializer_range": 0.1}, "was trained on other base weights than these: set model.path to its base"),
-        ({"hidden_size": 64}, r": the checkpoint does not fit .* \[4, 32\] in the file and \[4, 64\] in the model"),
-    ],
-)
-def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tokenizer, changes, reason):
-    base = make_tiny_llama(vocab_size=len(tokenizer), **changes)
-    torch.nn.init.constant_(base.model.norm.weight, changes.get("initializer_range", 1.0))
-    base.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    folder = first
-    if "hidden_size" in changes:  # an adapter without its run
-        folder = shutil.copytree(first / "adapter", tmp_path / "copy")
-    config = tiny_config(f"model.path={tmp_path / 'other'}", "name=later", f"adapter.start_from={folder}")
-    with pytest.raises(UserError, match=rf"\Aadapter.start_from={folder} ?{reason}"):
-        train(config)
+def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tokenizer):
+    def refused(folder: Path, reason: str, **changes) -> None:
+        base = make_tiny_llama(vocab_size=len(tokenizer), **changes)
+        torch.nn.init.constant_(base.model.norm.weight, 0.1)
+        base.save_pretrained(tmp_path / "other")
+        tokenizer.save_pretrained(tmp_path / "other")
+        config = tiny_config(f"model.path={tmp_path / 'other'}", "name=later", f"adapter.start_from={folder}")
+        with pytest.raises(UserError, match=rf"\Aadapter.start_from={folder} ?{reason}"):
+            train(config)
+
+    refused(first, "was trained on other base weights than these: set model.path to its base")
+    without_its_run = Path(shutil.copytree(first / "adapter", tmp_path / "copy"))
+    misfit = r": the checkpoint does not fit .* \[4, 32\] in the file and \[4, 64\] in the model"
+    refused(without_its_run, misfit, hidden_size=64)
 
 
 DIFFERENT = [

@@ -79,7 +79,6 @@ def test_metrics_have_the_promised_names(finished):
         *("eval/loss", "eval/perplexity", "spectrum/effective_rank/mean", "spectrum/effective_rank/max"),
         *("spectrum/manifold_dimension/mean", "spectrum/dead_units/mean"),
     } <= evaluation.keys()
-    assert not [name for name in evaluation if "layers" in name]
     spectra = [json.loads(line) for line in (folder_of(config) / "spectra.jsonl").read_text().splitlines()]
     assert [line["update"] for line in spectra] == [0, 4, 8, 12]
     module = spectra[-1]["modules"]["model.layers.0.self_attn.q_proj"]
@@ -157,8 +156,7 @@ def test_compiling_without_a_compiler_is_refused(tiny_config, monkeypatch):
 
 
 def test_gradients_are_clipped_to_the_norm(tiny_config):
-    config = tiny_config("optimizer.max_grad_norm=1e-9", "optimizer.weight_decay=0", "optimizer.eps=1")
-    result = train(config)
+    result = train(tiny_config("optimizer.max_grad_norm=1e-9", "optimizer.weight_decay=0", "optimizer.eps=1"))
     assert result["eval/perplexity"] == pytest.approx(result["perplexity_before"], rel=1e-5)
 
 
@@ -219,11 +217,14 @@ def test_a_gradient_that_no_scale_makes_finite_stops_the_run(tiny_config, monkey
     assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3]
 
 
-def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config):
+def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config, tiny_config_in, tmp_path):
     config = tiny_config("adapter.target_modules=[no_such_module]")
     with pytest.raises(ValueError, match="no_such_module"):
         train(config)
     assert not folder_of(config).exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot make the run's folder .*Set output_dir"):
+        train(tiny_config_in(tmp_path / "file"))
 
 
 @pytest.mark.parametrize(
@@ -248,12 +249,6 @@ def test_gradient_checkpointing_changes_nothing(trained_config, tiny_config):
     plain, recomputed = trained_config(), tiny_config("model.gradient_checkpointing=true")
     train(recomputed)
     assert adapter_bytes(plain) == adapter_bytes(recomputed)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tiny_config_in, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot make the run's folder .*Set output_dir"):
-        train(tiny_config_in(tmp_path / "file"))
 
 
 def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
