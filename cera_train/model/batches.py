@@ -109,7 +109,7 @@ def padded_batch(input_ids: Sequence[Sequence[int]], loss_masks: Sequence[Sequen
 
 
 class MicroBatches:
-    """Cuts rows of a tokenised split into micro-batches of at most `max_tokens`, padding included, and loads them."""
+    """Micro-batches of at most `max_tokens` tokens, padding included, of the rows of a tokenised split."""
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
         self.rows, self.is_flat, self.max_tokens, self.device = rows, is_flat, max_tokens, device
@@ -138,9 +138,11 @@ class MicroBatches:
         return (flat_batch if self.is_flat else padded_batch)(ids, masks).to(self.device)
 
     def passes(self, rows: Sequence[int], processes: int, process: int, in_step: bool) -> list[tuple[list[int], bool]]:
-        """The micro-batches that a process runs for its share of these rows, and whether each counts in the loss. There
-        is at least one, since the other processes wait for this one's gradient. `in_step`, all processes run the same
-        number, as sharded weights need: one that has run out of micro-batches runs one that does not count."""
+        """The micro-batches that a process runs for its share of these rows, and whether each counts in the loss.
+
+        A process without rows runs one that does not count, since the others wait for its gradient. `in_step`, all
+        processes run the same number, since sharded weights are gathered by all at once.
+        """
         process_rows = shares(rows, self.lengths, processes)
         groups = self.groups(process_rows[process])
         count = max(len(self.groups(share)) for share in process_rows) if in_step else max(1, len(groups))

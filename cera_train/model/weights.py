@@ -56,15 +56,15 @@ def check_length(config: ModelConfig, length: int, setting: str) -> None:
 
 
 def positions_of(config: transformers.PretrainedConfig) -> int | None:
-    """How many tokens a model has places for; None where its kind sets no limit."""
+    """The most tokens of a sequence; None where the architecture sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool = False) -> PreTrainedModel:
     """The frozen base model on `device`.
 
-    A model that will be sharded stays in the machine's memory, since the whole may not fit the device. A quantised one
-    goes to the device all the same: quantising needs it.
+    A model that will be sharded stays in the machine's memory, since the whole may not fit the device; a quantised one
+    does not, since quantising needs the device.
 
     Raises:
         UserError: the model cannot be found, reached or used.
@@ -99,18 +99,18 @@ def load_model(config: ModelConfig, device: torch.device, will_be_sharded: bool 
 
 
 def attention_for(config: transformers.PretrainedConfig, wanted: str) -> str:
-    """`model.attn_implementation` as this architecture takes it: eager in place of sdpa where it has no other, since it
-    attends in another way (Bloom, gpt-oss), or not at all (Mamba)."""
+    """`model.attn_implementation` for this architecture: eager in place of sdpa where it has no sdpa (Bloom, gpt-oss,
+    Mamba) or caps its scores, which sdpa leaves out."""
     if wanted != "sdpa" or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return wanted
-    # sdpa leaves soft caps out; transformers below 5.22 says all the same that Gemma 2 has it
+    # transformers below 5.22 claims sdpa for Gemma 2
     is_capped = getattr(config, "attn_logit_softcapping", None) is not None
     return "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa and not is_capped else "eager"
 
 
 def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
-    """The modules that bitsandbytes leaves alone, for a model that reads weights past their modules: packed ones are of
-    no use to it. None for any other: transformers' choice, the head."""
+    """Modules to leave in 16 bits: projections whose weights a model reads without calling them (Mamba), and the head.
+    None lets transformers choose, which is the head."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     with torch.device("meta"):
@@ -122,9 +122,8 @@ def left_unquantised(config: transformers.PretrainedConfig) -> list[str] | None:
 
 
 def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: ModelConfig) -> bool:
-    """Whether the weights were quantised before they were saved: by bitsandbytes, or by another library, which
-    transformers dequantises or refuses. Raises UserError where `model.quantization`, by which a run decides what it may
-    do, is not bitsandbytes' kind."""
+    """Whether the files hold quantised weights. Raises UserError where `model.quantization` differs from their kind;
+    weights of another library than bitsandbytes count as `none`: transformers dequantises or refuses them."""
     settings = getattr(architecture, "quantization_config", None)
     if settings is None:
         return False
@@ -137,8 +136,8 @@ def _is_stored_quantised(architecture: transformers.PretrainedConfig, config: Mo
 
 
 def mixes_sequences(model: nn.Module) -> bool:
-    """Whether sequences that share a row are likely to see each other, by what the layers are made of: a state or a
-    convolution goes from token to token. Only `SupervisedLoss.probe` verifies this."""
+    """Whether sequences that share a row are likely to see each other, since layers carry a state or a convolution from
+    token to token. Only `SupervisedLoss.probe` verifies this."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
     is_convolved = any(isinstance(module, nn.Conv1d) for module in model.modules())
     attends = any(hasattr(module, "is_causal") for module in model.modules())
@@ -146,8 +145,8 @@ def mixes_sequences(model: nn.Module) -> bool:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of the weights that no quantisation touches, such as norms: it tells base models of one shape apart, and
-    is the same in every precision."""
+    """A digest of the one-dimensional weights, such as norms: the same in every precision and quantisation, different
+    for base models of one shape."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:

@@ -116,7 +116,6 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
 
 def read_config(model: ModelConfig) -> PretrainedConfig:
     """The config of `model.path`. Raises UserError where this disk has none, or transformers does not know its type."""
-    facts = model.facts
     try:
         if not model.path.startswith("pypi:"):  # trust_remote_code: a plan runs no code that comes with a model
             settings = {"revision": model.revision, "local_files_only": True, "trust_remote_code": False}
@@ -126,8 +125,8 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
         if is_local or not isinstance(error, OSError):
             place = f"{model.path}/config.json" if is_local else f"model.path={model.path}"
             raise UserError(f"{place} cannot be used: {_first_line(error)}") from error
-    if facts is not None and facts.of == model.path and facts.config is not None:
-        return AutoConfig.for_model(**json.loads((config_dir("conf") / "model" / facts.config).read_text()))
+    if model.facts is not None and model.facts.config is not None:
+        return AutoConfig.for_model(**json.loads((config_dir("conf") / "model" / model.facts.config).read_text()))
     raise UserError(
         f"model.path={model.path}: its config.json is not on this disk. Get it with `hf download {model.path} "
         "config.json`, or set model.path to a local folder that has one."

@@ -86,7 +86,7 @@ def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str
     return ModelCardData(
         base_model=model.hub_id,
         library_name=library,
-        license=model.known_facts.license if model.known_facts else None,
+        license=model.facts.license if model.facts else None,
         datasets=list(datasets) or None,
         tags=[tag],
         pipeline_tag="text-generation",

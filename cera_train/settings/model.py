@@ -27,7 +27,7 @@ class ModelFacts:
     """Facts of a model that stand in conf/model."""
 
     of: str = setting(MISSING, "nothing")
-    """The `model.path` that these are facts of."""
+    """The `model.path` that these are facts of: under another path they are dropped."""
     license: str | None = setting(None, "nothing")
     """Licence of the weights, for an adapter's model card: an identifier of the Hub, such as apache-2.0."""
     hub_id: str | None = setting(None, "nothing")
@@ -61,6 +61,8 @@ class ModelConfig:
     """For cera-plan and the model card."""
 
     def __post_init__(self) -> None:
+        if self.facts is not None and self.facts.of != self.path:
+            self.facts = None
         require(
             not (self.quantization == Quantization.nf4 and self.dtype == Dtype.float16),
             "model.quantization=nf4 does not compute in float16: set model.dtype=bfloat16 or float32.",
@@ -72,15 +74,10 @@ class ModelConfig:
         )
 
     @property
-    def known_facts(self) -> ModelFacts | None:
-        """The facts, where they are those of this path."""
-        return self.facts if self.facts is not None and self.facts.of == self.path else None
-
-    @property
     def hub_id(self) -> str | None:
         """The id by which a model card names the base; None for a folder without one."""
-        if self.known_facts is not None and self.known_facts.hub_id is not None:
-            return self.known_facts.hub_id
+        if self.facts is not None and self.facts.hub_id is not None:
+            return self.facts.hub_id
         return None if self.path.startswith("pypi:") or Path(self.path).exists() else self.path
 
     def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:

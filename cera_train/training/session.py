@@ -149,7 +149,7 @@ class Session:
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=team.is_main)
         self.interruption = Interruption()
-        self._spectra: tuple[int, dict[str, ModuleSpectrum]] | None = None  # the update, and what was measured after it
+        self._spectra: tuple[int, dict[str, ModuleSpectrum]] | None = None  # an update, and the spectra after it
 
     def __enter__(self) -> Session:
         return self
