@@ -12,32 +12,30 @@ from cera_train.runs.results import read_metrics
 
 def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
     """Writes run.png from metrics.jsonl and the mean normalised singular values, which may be missing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     metrics = read_metrics(folder / "metrics.jsonl")
     tasks = [(line.update, line.tasks) for line in metrics.evaluations if line.tasks]
     count = 1 + bool(spectrum) + bool(tasks)
-    size = (max(10, 5 * count), 3.6)
-    figure, [panels] = pyplot.subplots(1, count, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(max(10, 5 * count), 3.6), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for label, lines, style in (
-        ("training", metrics.updates, {"color": COLORS["cera"], "linewidth": 1}),
-        ("evaluation", metrics.evaluations, {"color": COLORS["lora"], "marker": "o", "markersize": 4}),
-    ):
-        panels[0].plot([line.update for line in lines], [line.loss for line in lines], label=label, **style)
+    [panels] = figure.subplots(1, count, squeeze=False)
+    updates, evaluations = (
+        ([line.update for line in lines], [line.loss for line in lines])
+        for lines in (metrics.updates, metrics.evaluations)
+    )
+    panels[0].plot(*updates, color=COLORS["cera"], linewidth=1, label="training")
+    panels[0].plot(*evaluations, color=COLORS["lora"], marker="o", markersize=4, label="evaluation")
     panels[0].set(xlabel="update", ylabel="loss (nats per supervised token)")
     if spectrum:
         directions = range(1, len(spectrum) + 1)
         panels[1].plot(directions, spectrum, color=COLORS["cera"], marker=".", label="mean over modules")
         panels[1].axhline(1 / len(spectrum), color=GRID, linewidth=1, linestyle=":", label="all directions alike")
         panels[1].set(xlabel="direction", ylabel="share of the singular values")
-    for key in dict.fromkeys(key for _, found in tasks for key in found):
-        points = [(update, found[key]) for update, found in tasks if key in found]
-        panels[-1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=key)
     if tasks:
+        for key in tasks[-1][1]:
+            points = [(update, figures.get(key)) for update, figures in tasks]
+            panels[-1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=key)
         panels[-1].set(xlabel="update", ylabel="share")
     for axes in panels:
         axes.set_ylim(0, None)
@@ -45,6 +43,5 @@ def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format="png")
-    pyplot.close(figure)
     write_bytes(folder / "run.png", picture.getvalue())
     return folder / "run.png"

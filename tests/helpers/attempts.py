@@ -28,7 +28,7 @@ FORKING.set_forkserver_preload(
         "cera_train.cli.train",
         "cera_train.training.train",
         "transformers.models.llama.modeling_llama",
-        "matplotlib.pyplot",
+        "matplotlib.figure",
     ]
 )
 
