@@ -140,12 +140,7 @@ LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written un
 
 
 def require_folder_name(name: str) -> None:
-    require(
-        name not in ("", ".", "..") and not set(name) & set("/\\\0"),
-        f"name={name!r}: expected the name of one folder, without a slash.",
-    )
-    size = len(name.encode(errors="replace"))
-    require(
-        size <= LONGEST_NAME,
-        f"name={name[:24]}...: {size} bytes are too long for a folder: use at most {LONGEST_NAME}.",
-    )
+    is_short = len(name.encode(errors="replace")) <= LONGEST_NAME
+    is_name = is_short and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+    expected = f"expected the name of one folder, without a slash and of at most {LONGEST_NAME} bytes"
+    require(is_name, f"name={name[:80]!r}: {expected}.")

@@ -1,8 +1,8 @@
 """Rows of files on this machine, or wherever fsspec reaches: s3://..., hf://..., https://.... A row knows the file and
 line it stands in. Nothing here imports torch.
 
-The readers of `datasets` give other rows than a file holds: of a column with 42 and 0.5 they make 42.0, of 2026-01-01 a
-date, of a missing column null. The tokens of a row would depend on the rows around it.
+The readers of `datasets` change rows: 42 beside 0.5 becomes 42.0, 2026-01-01 a date, a missing column null. The tokens
+of a row would depend on the rows around it.
 """
 
 import csv
@@ -22,7 +22,7 @@ from cera_train.data.rows import PlacedRow, Source, kind_of
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
 STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
-"""Where files are read from. fsspec knows more, such as one that renders templates of a stranger's."""
+"""Where files are read from. fsspec has more, such as one that renders a stranger's template."""
 
 
 def from_files(names: Sequence[str], setting: str = "files") -> Source:
@@ -51,8 +51,8 @@ def suffix_of(path: str) -> str:
 
 
 def check_files(names: Sequence[str], setting: str) -> list[str]:
-    """The files of these names; a name with a * stands for all files that match. Opens none of this machine: a pipe
-    would wait for a writer, and a device may never end."""
+    """The files of these names; a name with a * stands for all files that match. Opens no local file: a pipe would wait
+    for a writer, and a device may never end."""
     paths = []
     for name in names:
         with errors_at(f"{setting}={name}"):
@@ -85,7 +85,7 @@ def _matching_files(name: str) -> list[str]:
 
 
 def _content_digest(path: str) -> str:
-    """Changes when the content does. A storage elsewhere knows the size and the version of its files."""
+    """Changes when the content does. Of a file elsewhere, its size and version as its storage reports them."""
     if "://" in path:
         import fsspec
 

@@ -16,8 +16,7 @@ import pyarrow.compute
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, to_plain
-from cera_train.data.mix import PartRows, drawn_rows, interleaved, rows_of_parts
-from cera_train.data.order import RowOrder, StreamedRows
+from cera_train.data.order import PartRows, RowOrder, StreamedRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import Segment, segmenter, segments_of
 from cera_train.data.sources import open_sources

@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from types import ModuleType
 from typing import Any
 
 from cera_train.common.errors import UserError
@@ -93,7 +92,11 @@ def opened(name: str, level: int | None, seed: int) -> Any:
     """A generator as reasoning-gym makes it, whose element i is question i."""
     # A stranger's problems.jsonl may name one whose grader runs an answer as Python.
     check_generators("generator", name)
-    factory = _package().factory
+    try:
+        from reasoning_gym import factory
+    except ImportError:
+        reason = "data.layout=reasoning_gym needs the package reasoning-gym"
+        raise UserError(f"{reason}: pip install -e '.[tasks]' in the clone of cera-train.") from None
     settings = {"seed": seed, "size": DRAWS}
     if level is not None:
         curriculum = factory.create_curriculum(name)
@@ -105,15 +108,6 @@ def opened(name: str, level: int | None, seed: int) -> Any:
         return factory.create_dataset(name, **settings)
     except AssertionError as error:  # how reasoning-gym checks settings, also those of its own levels
         raise UserError(f"level={level} of {name}: reasoning-gym refuses it, {error}. Choose another.") from error
-
-
-def _package() -> ModuleType:
-    try:
-        import reasoning_gym
-    except ImportError:
-        reason = "data.layout=reasoning_gym needs the package reasoning-gym"
-        raise UserError(f"{reason}: pip install -e '.[tasks]' in the clone of cera-train.") from None
-    return reasoning_gym
 
 
 def _questions(name: str, level: int | None, seed: int, split: Split) -> Iterator[Draw]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.hub import hub_or_cache, why_not_reached
 from cera_train.data import logistic_map, reasoning_gym
-from cera_train.data.files import check_files, from_files, rows_of, suffix_of
+from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig, Layout
@@ -18,14 +18,10 @@ from cera_train.settings.data import DataConfig, Layout
 LOOKED_AT = 200
 """Rows of each file that `check_data` reads."""
 
-READ_BY_LINES = (".jsonl", ".ndjson", ".csv", ".tsv")
-WHOLE_BYTES = 10_000_000
-"""Size up to which it reads files that are read as a whole."""
-
 
 def check_data(config: DataConfig) -> None:
-    """Looks at the first rows of a config's files, before anything heavy is imported: most mistakes show there. The
-    tokenizer's chat template is not needed for that."""
+    """Reads the first rows of a config's files, before anything heavy is imported: most mistakes show there. Needs no
+    chat template."""
     for place, part in config.parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
@@ -33,7 +29,7 @@ def check_data(config: DataConfig) -> None:
             to_segments = segmenter(part, None)
             paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
             for path in paths:
-                if "://" not in path and (suffix_of(path) in READ_BY_LINES or os.path.getsize(path) < WHOLE_BYTES):
+                if "://" not in path:
                     for where, row in itertools.islice(rows_of([path]), LOOKED_AT):
                         with errors_at(where):
                             to_segments(row)
@@ -51,7 +47,7 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
         train = from_files(config.train_files, "data.train_files")
         if config.eval_files:
             evaluation = from_files(config.eval_files, "data.eval_files")
-        elif config.streaming:  # nobody knows which rows are the last
+        elif config.streaming:  # the last rows are unknown
             train, evaluation = train.between(config.eval_rows, None), train
         else:
             train, evaluation = _held_out(train, config.eval_rows)
@@ -103,7 +99,7 @@ def from_hub(
         with hub_or_cache(needs_hub=not os.path.isdir(path)):
             if streaming:
                 builder = datasets.load_dataset_builder(path, subset, revision=revision)
-                dataset, fingerprint = builder.as_streaming_dataset(split), builder.cache_dir  # which names the commit
+                dataset, fingerprint = builder.as_streaming_dataset(split), builder.cache_dir  # its name has the commit
             else:
                 dataset = datasets.load_dataset(path, subset, split=split, revision=revision)
                 fingerprint = dataset._fingerprint

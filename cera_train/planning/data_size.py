@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.mix import PartRows, rows_of_parts
+from cera_train.data.order import PartRows, rows_of_parts
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 
 CHARACTERS_PER_TOKEN = 3.5

@@ -8,7 +8,7 @@ from pathlib import Path
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table, targets
 from cera_train.common.trust import clean
-from cera_train.data.mix import describe_parts
+from cera_train.data.order import describe_parts
 from cera_train.planning.devices import GB, USABLE
 from cera_train.planning.measured import Figure, compare_with_measured
 from cera_train.planning.plan import RunPlan

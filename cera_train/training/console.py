@@ -17,7 +17,7 @@ from cera_train.adapters.spectrum import why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
-from cera_train.data.mix import describe_parts
+from cera_train.data.order import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss

@@ -86,16 +86,6 @@ def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
     assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
 
 
-def test_a_truncated_row_has_no_end_token_and_one_that_just_fits_has(tokenizer):
-    row = {"question": "a", "answer": "it is 0.84"}
-    whole = example_of(row, tokenizer)
-    length = len(whole.input_ids)
-    assert example_of(row, tokenizer, max_length=length) == whole
-    cut = example_of(row, tokenizer, max_length=length - 1)
-    assert (cut.input_ids, cut.loss_mask, cut.truncated) == (whole.input_ids[:-1], whole.loss_mask[:-1], True)
-    assert tokenizer.eos_token_id not in cut.input_ids
-
-
 def test_rows_do_not_depend_on_those_encoded_with_them_and_equal_prompts_have_equal_keys(tokenizer):
     config = data_config()
     rows = [{"question": "a" * size, "answer": "b" * (6 - size)} for size in (*range(7), 3)]

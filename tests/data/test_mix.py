@@ -10,7 +10,7 @@ from examples import CONVERSATION, texts_of
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import flatten, to_plain
-from cera_train.data.mix import PartRows, describe_parts, drawn_rows, interleaved, rows_of_parts
+from cera_train.data.order import PartRows, describe_parts, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.sources import check_data
 from cera_train.settings.data import DataConfig, MixPart, evaluation_rows

@@ -117,23 +117,6 @@ def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
     assert read(*open_sources(config)) == [[{"a": 1}, {"a": 2}], [{"a": 1}]]
 
 
-def test_fingerprints_follow_the_content_not_the_name(write_jsonl):
-    def fingerprints(rows: list, name: str = "t.jsonl", **settings) -> tuple[str, str]:
-        path = write_jsonl(name, rows)
-        train, evaluation = open_sources(data_config([path], **({"eval_rows": 1} | settings)))
-        return train.fingerprint, evaluation.fingerprint
-
-    rows = number_rows(5)
-    first = fingerprints(rows)
-    assert fingerprints(rows, name="other.jsonl") == first
-    changed = fingerprints([*rows[:-1], rows[-1] | {"answer": "a9"}])
-    others = [changed, fingerprints(rows[::-1]), fingerprints(rows, eval_rows=2)]
-    assert len({fingerprint for pair in (first, *others) for fingerprint in pair}) == 8
-    cut = fingerprints(rows, train_rows=2)
-    assert cut[0] != first[0]
-    assert cut[1] == first[1]
-
-
 # --- data sets of the Hub, and of folders ----------------------------------------------------------------------------
 
 
