@@ -19,7 +19,6 @@ from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import GradedAnswers
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
-from cera_train.runs.subject import run_of
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import evaluation_rows
 
@@ -190,22 +189,18 @@ def _read_run(folder: Path) -> Run | None:
 
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:
-    """An adapter's folder, known by the run above it or by PEFT's file; or a base model, known by its evaluations."""
+    """The folder of an adapter from elsewhere, known by PEFT's file, or of a base model, known by its evaluations."""
     place, path = folder.resolve(), folder / "adapter_config.json"
     evaluation = next(iter(evaluations.values()))
     settings = {key: value for key, value in evaluation.settings.items() if key.startswith("model.")}
     if not path.is_file():
         return Run(folder, place.name, settings, None, evaluations)
-    name = f"{place.parent.name}/{place.name}"
-    if (run := run_of(place)) is not None:
-        config = load_config(run / "config.yaml")
-        return Run(folder, name, flatten(to_plain(config)), config.adapter, evaluations)
     saved = read_json(path)
     method = str(saved.get("peft_type", ""))
     kind = next((kind for kind in ("dora", "rslora") if saved.get(f"use_{kind}")), method.lower())
     known = {"kind": kind} if kind in list(AdapterKind) else {"kind": AdapterKind.peft, "method": method}
     adapter = AdapterConfig(**known, r=saved.get("r"), alpha=saved.get("lora_alpha"))
-    return Run(folder, name, settings, adapter, evaluations)
+    return Run(folder, place.name, settings, adapter, evaluations)
 
 
 def _read_evaluation(folder: Path) -> Evaluation:

@@ -9,7 +9,7 @@ from typing import Any
 from cera_train.common.settings import require, require_positive, setting
 from cera_train.common.trust import may_run_code
 
-LOSS, SCORE = "loss", "score"
+LOSS = "loss"
 
 Equal = StrEnum("Equal", ["parameters", "none"])
 
@@ -33,8 +33,6 @@ class StudyConfig:
     """The arm that every other one is compared with."""
     contrasts: dict[str, list[str]] = setting(dict, "nothing")
     """More comparisons: what one asks, and two arms; the difference is the second minus the first."""
-    tasks: dict[str, list[str]] = setting(dict, "nothing")
-    """What the arms learn and are judged on: a name, and the overrides that choose its rows."""
     conditions: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
     tune: dict[str, list[Any]] = setting(dict, "nothing")
@@ -44,15 +42,13 @@ class StudyConfig:
     tune_seeds: int | None = setting(None, "nothing")
     """To save runs: the first so many seeds run every tuned value and choose for all, and the others run that one."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
-    """What decides, the first of all: loss, score (of the run's first train.tasks), or a name of train.tasks."""
+    """What decides, the first of all: loss, or a name of train.tasks, whose score counts."""
     equal: Equal = setting(Equal.parameters, "nothing")
     """What arms have the same of under a condition."""
     matters: float = setting(0.01, "nothing")
     """The smallest difference in the first outcome that would matter: nats of a token, or a share of the score."""
     arm: str | None = setting(None, "nothing")
     """The arm of a job; a study sets it."""
-    task: str | None = setting(None, "nothing")
-    """The task of a job; a study sets it."""
 
     def __post_init__(self) -> None:
         names = ", ".join(self.arms) or "none"
@@ -83,8 +79,8 @@ class StudyConfig:
 
     def _check_keys(self) -> None:
         """Raises UserError where a setting is set in two places, has no value, or can run code."""
-        words = [word for words in [*self.arms.values(), *self.tasks.values()] for word in words]
-        places = dict.fromkeys((word.partition("=")[0].lstrip("+") for word in words), "an arm or a task")
+        words = [word for words in self.arms.values() for word in words]
+        places = dict.fromkeys((word.partition("=")[0].lstrip("+") for word in words), "an arm")
         for group, values_by_key in (("tune", self.tune), ("conditions", self.conditions)):
             for key, values in values_by_key.items():
                 place = f"study.{group}.{key}"

@@ -1,4 +1,4 @@
-"""The cells of a study: each arm on each task under each condition, its runs, and which of them judge it. Imports no
+"""The cells of a study: each arm under each condition, its runs, and which of them judge it. Imports no
 torch.
 
 Every seed runs every tuned value to its end. A seed is judged at the values that the other seeds choose, by their mean
@@ -22,7 +22,7 @@ from cera_train.sweep.folder import job_name, key_of
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, job_status
 
-ARM, TASK, SEED = "study.arm", "study.task", "train.seed"
+ARM, SEED = "study.arm", "train.seed"
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,9 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Cell:
-    """An arm on a task under a condition."""
+    """An arm under a condition."""
 
     arm: str
-    task: str
-    """Empty where the study names no tasks."""
     choices: dict[str, str]
     """The condition, such as {"adapter.r": "16"}."""
     candidates: list[Candidate]
@@ -66,8 +64,8 @@ class Cell:
 
     @property
     def condition(self) -> str:
-        """Such as `sums, adapter.r=16`; empty where a study has one task and one condition."""
-        return ", ".join(filter(None, [self.task, *(f"{key}={value}" for key, value in self.choices.items())]))
+        """Such as `adapter.r=16`; empty where a study has none."""
+        return ", ".join(f"{key}={value}" for key, value in self.choices.items())
 
     @property
     def name(self) -> str:
@@ -168,11 +166,11 @@ def study_on_record(folder: Path, record: SweepRecord) -> Study:
     for overrides in record.jobs.values():
         words = dict(word.partition("=")[::2] for word in overrides)
         if words[SEED] == "0":
-            place = words[ARM], words.get(TASK, ""), *(words[key] for key in config.conditions)
+            place = words[ARM], *(words[key] for key in config.conditions)
             values = {key: words[key] for key in config.tune}
             candidates.setdefault(place, []).append(Candidate(values, overrides, folder, record.swept))
     cells = [
-        Cell(arm, task, dict(zip(config.conditions, choices, strict=True)), values, config.seeds, config.tune_seeds)
-        for (arm, task, *choices), values in candidates.items()
+        Cell(arm, dict(zip(config.conditions, choices, strict=True)), values, config.seeds, config.tune_seeds)
+        for (arm, *choices), values in candidates.items()
     ]
     return Study(folder, config, cells)

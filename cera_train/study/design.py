@@ -18,8 +18,8 @@ from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import require
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.run import Config
-from cera_train.settings.sweep import LOSS, SCORE, Equal, StudyConfig
-from cera_train.study.cells import ARM, SEED, TASK, Cell, Study, study_on_record
+from cera_train.settings.sweep import LOSS, Equal, StudyConfig
+from cera_train.study.cells import ARM, SEED, Cell, Study, study_on_record
 from cera_train.sweep.folder import WRITER, ComposeJob, begin, grid, jobs_by_name, key_of, record_of
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import job_status
@@ -42,14 +42,12 @@ def study_of(config: DictConfig) -> StudyConfig:
 
 
 def study_record(config: DictConfig) -> SweepRecord:
-    """The content of sweep.json: every arm, task, condition, tuned value and seed that tunes."""
+    """The content of sweep.json: every arm, condition, tuned value and seed that tunes."""
     study = config.study
-    dimensions: dict[str, Sequence[Any]] = {TASK: list(study.tasks)} if study.tasks else {}
-    dimensions |= {ARM: list(study.arms), **study.conditions, **study.tune}
+    dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms), **study.conditions, **study.tune}
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
     params = {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
-    overrides |= {f"{TASK}={name}": words for name, words in study.tasks.items()}
     jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in grid(config, params)]
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
@@ -102,11 +100,9 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
             )
     if study.equal == Equal.parameters:
         check_budgets(place, runs)
-    tasks = runs[reference].train.tasks
     for outcome in study.outcomes:
-        mend = f"name a task in train.tasks{place}" if outcome == SCORE else f"add it to train.tasks{place}"
-        is_there = outcome in (LOSS, *tasks) or (outcome == SCORE and bool(tasks))
-        require(is_there, f"study.outcomes: no run has {outcome}: {mend}.")
+        is_there = outcome in (LOSS, *runs[reference].train.tasks)
+        require(is_there, f"study.outcomes: no run has {outcome}: add it to train.tasks{place}.")
 
 
 def check_budgets(place: str, runs: dict[str, Config]) -> None:

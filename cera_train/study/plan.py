@@ -12,7 +12,7 @@ from cera_train.common.terminal import counted, print_line, print_table
 from cera_train.planning.plan import RunPlan, make_plan
 from cera_train.planning.table import JOB_HEADS, describe_data, job_cells, model_of, print_device, print_missing_price
 from cera_train.settings.run import PlanRun
-from cera_train.settings.sweep import LOSS, SCORE
+from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study, study_on_record
 from cera_train.study.design import check_cells, study_of, study_record
 from cera_train.study.verdict import POWER, Variances, detectable
@@ -48,8 +48,7 @@ def print_cells(cells: Sequence[tuple[Cell, list[RunPlan]]]) -> None:
         cells: each with the plans of its runs, the dearest last.
     """
     lines = [("model", model_of(runs[-1])) for _, runs in cells]
-    for cell, runs in cells:
-        lines += [(label, f"{cell.task}: {text}" if cell.task else text) for label, text in describe_data(runs[-1])]
+    lines += [line for _, runs in cells for line in describe_data(runs[-1])]
     for line in dict.fromkeys(lines):
         print_line(*line)
     first = cells[0][1][-1]
@@ -99,4 +98,4 @@ def _problems(outcome: str, plan: RunPlan) -> int:
     """Rows of a loss, or problems of a task."""
     if outcome == LOSS:
         return plan.data.eval_rows
-    return next(size.problems for size in plan.tasks if outcome in (SCORE, size.name))
+    return next(size.problems for size in plan.tasks if size.name == outcome)

@@ -11,12 +11,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import read_yaml
 from cera_train.common.settings import require
 from cera_train.evaluation.statistics import ERROR_RATE, holm
 from cera_train.runs.outcomes import read_grades, read_losses
 from cera_train.runs.results import ENDINGS, Environment, RunResult
-from cera_train.settings.sweep import LOSS, SCORE
+from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
 from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
 
@@ -137,8 +136,7 @@ def _read_outcome(name: str, run: Path) -> Outcome:
         counts = losses.tokens > 0
         tokens = losses.tokens[counts]
         return Outcome(losses.tokens.tolist(), losses.sums()[counts] / tokens, tokens)
-    task = read_yaml(run / "config.yaml")["train"]["tasks"][0] if name == SCORE else name
-    problems = sorted(read_grades(run, task), key=lambda problem: problem.problem)
+    problems = sorted(read_grades(run, name), key=lambda problem: problem.problem)
     endings = Counter(ending for problem in problems for ending in problem.endings)
     scores = [fmean(problem.scores) for problem in problems]
     return Outcome([problem.problem for problem in problems], scores, endings=endings)

@@ -10,7 +10,6 @@ import yaml
 
 from cera_train.common.files import config_dir
 from cera_train.common.settings import flatten, leaves, to_plain
-from cera_train.common.settings import keys_of as config_keys
 from cera_train.settings.adapters import Activation, AdapterKind, DropoutOn, Init, Mix
 from cera_train.settings.data import LossOn
 from cera_train.settings.evaluation import EvalConfig
@@ -146,15 +145,6 @@ def test_a_recipe_yields_to_the_command_line(compose):
     config = compose("+recipe=math_r64", "model=llama3_2_1b", "adapter=lora", "adapter.r=512")
     assert (config.model.path, config.adapter.kind, config.adapter.r) == ("meta-llama/Llama-3.2-1B", "lora", 512)
     assert config.data.path == "TIGER-Lab/MathInstruct"
-
-
-def test_yaml_files_name_only_keys_of_the_schema():
-    keys = {*config_keys(Config), *config_keys(EvalConfig)}
-    for path in (config_dir("conf") / group / f"{name}.yaml" for group, name in CHOICES):
-        content = yaml.safe_load(path.read_text())
-        assert content, path
-        names = {re.sub(r"\.\d+\..*", "", f"{path.parent.name}.{key}") for key in flatten(content)}
-        assert {name for name in names if not name.startswith(("adapter.settings.", "tracker.kinds."))} <= keys, path
 
 
 @pytest.mark.parametrize(

@@ -77,13 +77,11 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
 
 
 def test_the_base_model_and_an_adapter_take_part_with_their_evaluations(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "a", **{"adapter.kind": "dora"})
-    for folder in (tmp_path / "base-Llama", run / "best"):
-        folder.mkdir()
-        add_evaluation(folder, "math", solved={1, 2})
-    (run / "best" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True, "r": 64}))
-    table = cells(tmp_path / "base-Llama", run / "best")
-    assert (table["run"], table["method"]) == (["base-Llama", "a/best"], ["untouched base", "DoRA"])
+    for name in ("base-Llama", "dora"):
+        (tmp_path / name).mkdir()
+        add_evaluation(tmp_path / name, "math", solved={1, 2})
+    (tmp_path / "dora" / "adapter_config.json").write_text('{"peft_type": "LORA", "use_dora": true, "r": 64}')
+    assert cells(tmp_path)["method"] == ["untouched base", "DoRA"]
 
 
 @pytest.mark.parametrize("content", ["nothing", "an evaluation", "no folder"])

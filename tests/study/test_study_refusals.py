@@ -24,7 +24,7 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
         (dict(arms={"lora": [], "b": ["+hydra.job.env_set.X=1"]}), "hydra.job.env_set.X can run code"),
         (dict(tune={}), "study.tune={}: name what each arm may choose"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
-        (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm or a task sets it"),
+        (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm sets it"),
         (dict(tune_seeds=0), "study.tune_seeds=0: the seeds that choose are the first of study.seeds=2: give 1 to 2"),
     ],
     ids=str,
@@ -39,7 +39,6 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
     [
         (dict(), ["study.baseline=dora"], "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
         (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
-        (dict(outcomes=["score"]), [], "study.outcomes: no run has score: name a task in train.tasks"),
         (dict(arms=TWO | {"b": ["adapter=rslora"]}), [],
          r"study.arms.b \(adapter.r=4\): adapter.alpha is 16.0, and None in lora, which the arm does not name"),
         (dict(arms=TWO | {"b": ["adapter=rslora", "adapter.alpha=32"]}), [], None),

@@ -38,15 +38,11 @@ def test_higher_scores_are_better(make_study):
     study = make_study(
         lambda values: 1.0,
         lambda values: 0.9 if values["study.arm"] == "cera" else 0.2,
-        outcomes=["gsm8k", "loss", "score"],
+        outcomes=["gsm8k", "loss"],
         seeds=3,
     )
     comparisons = compare_cells(study, read_results(study))
-    assert [(own.outcome, own.verdict) for own in comparisons] == [
-        ("gsm8k", "better"),
-        ("loss", "not shown"),
-        ("score", "better"),
-    ]
+    assert [(own.outcome, own.verdict) for own in comparisons] == [("gsm8k", "better"), ("loss", "not shown")]
     endings = read_results(study)[0].endings("gsm8k")
     assert endings["right"] + endings["loop"] == pytest.approx(1)
 

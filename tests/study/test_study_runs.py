@@ -6,7 +6,6 @@ import pytest
 
 from cera_train.settings.sweep import StudyConfig
 from cera_train.study.cells import find_study
-from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, read_sweep
 
 ARMS = ("lora", "cera", "relu")
@@ -127,16 +126,6 @@ def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, 
 def test_a_part_of_the_arms_can_run_elsewhere(launcher, run_study):
     assert run_study("study.arm=cera", "adapter.r=4") == 0
     assert launcher.began == [name for name in GRID if "cera" in name]
-
-
-def test_tasks_are_a_dimension_of_overrides(launcher, run_study):
-    tasks = {"tame": ["data.logistic_map.growth=3.2"], "wild": ["data.logistic_map.growth=3.9"]}
-    assert run_study(study={"tasks": tasks, "tune": {"optimizer.lr": [1e-3]}, "seeds": 1}) == 0
-    overrides = SweepRecord.read(launcher.sweep / RECORD).jobs
-    assert all(tasks["wild" if "wild" in name else "tame"][0] in words for name, words in overrides.items())
-    study = find_study(launcher.sweep)
-    assert [cell.condition for cell in study.cells] == ["tame, adapter.r=4"] * 3 + ["wild, adapter.r=4"] * 3
-    assert len(study.contrasts()) == 6
 
 
 def test_every_study_of_ours_can_be_composed(compose):

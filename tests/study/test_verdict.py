@@ -176,14 +176,6 @@ def test_one_seed_or_one_problem_shows_nothing():
         assert (result.lower, result.upper, result.p_value, result.variances) == (-numpy.inf, numpy.inf, 1, None)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "weights", "match"),
-    [
-        (values(3, 4), values(3, 5), None, "same seeds and problems"),
-        (values(1, 3), [[1, 2, numpy.nan]], None, "not a number"),
-        (values(3, 2), values(3, 2), [0, 0], "no problem counts"),
-    ],
-)
-def test_what_cannot_be_compared_is_refused(first, second, weights, match):
-    with pytest.raises(ValueError, match=match):
-        contrast(first, second, weights)
+def test_a_value_that_is_no_number_is_refused():
+    with pytest.raises(ValueError, match="not a number"):
+        contrast(values(1, 3), [[1, 2, numpy.nan]])
