@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from cera_train.cli.composition import check_trust, to_config
 from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
 from cera_train.common.imports import heavy_imports
+from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
 from cera_train.model.folder import check_model
@@ -45,15 +46,14 @@ def evaluate(composed: DictConfig) -> bool:
 def run(composed: DictConfig) -> None:
     config = to_config(composed, EvalConfig)
     check_trust(composed, HydraConfig.get().overrides.task)
-    if config.run is not None:  # torch takes seconds to import: a mistake is answered before
-        subject = find_subject(config)
-        check_model(subject.model.path)
-        if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
-            load_problems(config.task, subject.run.data if subject.run else None)
+    subject = find_subject(config)  # torch takes seconds to import: a mistake is answered before
+    check_model(subject.model.path)
+    if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
+        load_problems(config.task, subject.run.data if subject.run else None)
     with heavy_imports():
-        from cera_train.evaluation.evaluate import launch
+        from cera_train.evaluation.evaluate import evaluate as measure
 
-    launch(config)
+    in_processes(measure, config)
 
 
 class Several(Callback):

@@ -10,14 +10,13 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
-from cera_train.data.segments import Segment, segmenter, segments_of
+from cera_train.data.segments import segmenter, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.distributed.accelerator import Team
 from cera_train.evaluation.generate import (
@@ -32,7 +31,7 @@ from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.tasks.task import AnswerTask, load_problems, named_task, question_id, task_of
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
-from cera_train.runs.evaluation_folder import Generation, Grade, Problem
+from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.runs.outcomes import GradedProblem
 from cera_train.runs.results import Sample, describe_tasks
 from cera_train.settings.data import DataConfig
@@ -56,26 +55,6 @@ class Exam:
     def __str__(self) -> str:
         return f"{len(self.problems):,} problems of {self.name}"
 
-    def first(self, count: int) -> Exam:
-        return replace(self, problems=self.problems[:count], requests=self.requests[:count])
-
-    def figures(self, answers: list[Generation], grades: list[Grade]) -> dict[str, float]:
-        """The scores of all answers, by their keys in metrics.jsonl."""
-        scores = score(self.task, self.problems, answers, grades).to_json()
-        values = {key: scores.get(key, scores.get(f"{key}/pass@1")) for key in self.task.figures}
-        return {f"{self.name}/{key}": value for key, value in values.items() if value is not None}
-
-    def graded(self, grades: list[Grade]) -> list[GradedProblem]:
-        """How the answer to each problem came out."""
-        return [
-            GradedProblem(grade.problem, [self.task.paired_value(grade, grade.grader)], [grade.ending])
-            for grade in grades
-        ]
-
-    def sample(self, update: int, problem: Problem, answer: Generation) -> Sample:
-        exact = self.task.grade(problem, answer).exact if self.task else None
-        return Sample(update, self.name, problem.prompt, answer.text, problem.gold, exact)
-
 
 def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
     """The first problems of a task."""
@@ -86,26 +65,24 @@ def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
 
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
-    """The prompts of the first evaluation rows, each up to its first answer, which is the reference."""
+    """The prompts of the first evaluation rows that have one, each up to its first answer, which is the reference."""
     problems, requests, room = [], [], SAMPLE_ROOM
-    for number, (prompt, answer) in enumerate(itertools.islice(first_turns(config, tokenizer), count)):
-        [asked, reference] = encode([prompt, [answer]], replace(config, max_length=sys.maxsize), tokenizer)
+    whole = replace(config, max_length=sys.maxsize)
+    for segments in segments_of(open_sources(config)[1].located(), segmenter(config, tokenizer)):
+        prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
         text = "".join(segment.text for segment in prompt)
-        problems.append(Problem(f"{question_id(text)}-{number}", text, text, answer.text.strip()))
+        if len(problems) == count:
+            break
+        if not text or len(prompt) == len(segments):
+            continue
+        answer = segments[len(prompt)]
+        [asked, reference] = encode([prompt, [answer]], whole, tokenizer)
+        problems.append(Problem(f"{question_id(text)}-{len(problems)}", text, text, answer.text.strip()))
         requests.append(Request(problems[-1].id, 0, tuple(asked.input_ids)))
         room = max(room, len(reference.input_ids))
     if positions is not None:
         room = min(room, positions - max((len(request.prompt_ids) for request in requests), default=0))
     return Exam(None, None, problems, requests, room, [])
-
-
-def first_turns(config: DataConfig, tokenizer: Any) -> Iterator[tuple[list[Segment], Segment]]:
-    """Each evaluation row up to its first answer, and that answer. A row without a prompt is left out."""
-    rows = open_sources(config)[1].located()
-    for segments in segments_of(rows, segmenter(config, tokenizer)):
-        prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
-        if any(segment.text for segment in prompt) and len(prompt) < len(segments):
-            yield prompt, segments[len(prompt)]
 
 
 @dataclass
@@ -132,7 +109,11 @@ class Exams:
                 self.tasks.append(task_exam(name, config, tokenizer))
                 check_room(self.tasks[-1].requests, self.tasks[-1].max_new_tokens, loss.causal_lm)
         count = config.train.samples
-        self.sampled = [exam.first(count) for exam in self.tasks if count]
+        self.sampled = [
+            replace(exam, problems=exam.problems[:count], requests=exam.requests[:count])
+            for exam in self.tasks
+            if count
+        ]
         if count and not self.tasks:
             self.sampled = [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
 
@@ -155,17 +136,15 @@ class Exams:
         for exam in self.tasks if is_due else []:
             started, answers = time.perf_counter(), self.answer(exam)
             if self.team.is_main:
-                problems = {problem.id: problem for problem in exam.problems}
-                grades = grade_all(exam.task, problems, answers, EvalConfig.grading_seconds)
-                figures = exam.figures(answers, grades)
+                figures, results.graded[exam.name] = graded(exam, answers)
                 results.figures |= figures
-                results.graded[exam.name] = exam.graded(grades)
                 seconds = time.perf_counter() - started
                 results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
         started = time.perf_counter()
         for exam in self.sampled:
-            pairs = zip(exam.problems, self.answer(exam), strict=True)
-            results.samples += [exam.sample(update, problem, answer) for problem, answer in pairs]
+            for problem, answer in zip(exam.problems, self.answer(exam), strict=True):
+                exact = exam.task.grade(problem, answer).exact if exam.task else None
+                results.samples.append(Sample(update, exam.name, problem.prompt, answer.text, problem.gold, exact))
         if results.samples:
             seconds = time.perf_counter() - started
             results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
@@ -186,3 +165,15 @@ class Exams:
             ]
         answers = {answer.problem: answer for answer in self.team.gather(list(itertools.chain(*mine)))}
         return [answers[problem.id] for problem in exam.problems]
+
+
+def graded(exam: Exam, answers: list[Generation]) -> tuple[dict[str, float], list[GradedProblem]]:
+    """The scores of all answers, by their keys in metrics.jsonl, and how the answer to each problem came out."""
+    task = exam.task
+    grades = grade_all(task, exam.problems, answers, EvalConfig.grading_seconds)
+    scores = score(task, exam.problems, answers, grades).to_json()
+    figures = {f"{exam.name}/{key}": scores.get(key, scores.get(f"{key}/pass@1")) for key in task.figures}
+    problems = [
+        GradedProblem(grade.problem, [task.paired_value(grade, grade.grader)], [grade.ending]) for grade in grades
+    ]
+    return figures, problems

@@ -14,7 +14,7 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ import pebble
 
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks import math
-from cera_train.evaluation.tasks.task import AnswerTask
+from cera_train.evaluation.tasks.task import AnswerTask, mean
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.results import (
     COLLAPSED,
@@ -44,17 +44,36 @@ PERCENT = re.compile(r"%[\s$.]*$")
 
 
 def grade_all(
-    task: AnswerTask, problems: Mapping[str, Problem], answers: Sequence[Generation], seconds: float
+    task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], seconds: float
 ) -> list[Grade]:
-    """The grades of some answers by every grader that the task has, and how each answer ended. `problems` are by their
-    ids."""
-    grades = [task.grade(problems[answer.problem], answer) for answer in answers]
+    """The grade of each answer by every grader that the task has, and how the answer ended. math-verify has `seconds`
+    for each."""
+    by_id = {problem.id: problem for problem in problems}
+    problems = [by_id[answer.problem] for answer in answers]
+    grades = list(map(task.grade, problems, answers))
     if task.is_verified:
         grades = verify(problems, answers, grades, seconds)
     return [
-        grade.replace(ending=ending_of(task, problems[grade.problem], answer, grade))
-        for answer, grade in zip(answers, grades, strict=True)
+        grade.replace(ending=ending_of(task, problem, answer, grade))
+        for problem, answer, grade in zip(problems, answers, grades, strict=True)
     ]
+
+
+def verify(
+    problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade], seconds: float
+) -> list[Grade]:
+    """Fills in `verified`: true for an exact answer, else what math-verify finds. Each answer has its problem."""
+    candidates = [
+        Candidate(problem.gold, grade.answer, answer.text)
+        for problem, answer, grade in zip(problems, answers, grades, strict=True)
+        if not grade.exact
+    ]
+    verdicts = iter(judge(candidates, seconds))
+    verified = []
+    for grade in grades:
+        verdict = Verdict(True) if grade.exact else next(verdicts)
+        verified.append(grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure))
+    return verified
 
 
 def ending_of(task: AnswerTask, problem: Problem, answer: Generation, grade: Grade) -> str:
@@ -82,29 +101,12 @@ def is_loop(text: str) -> bool:
     return False
 
 
-def verify(
-    problems: Mapping[str, Problem], answers: Sequence[Generation], grades: Sequence[Grade], seconds: float
-) -> list[Grade]:
-    """Fills in `verified`: true for an exact answer, else what math-verify finds within `seconds`."""
-    candidates = [
-        Candidate(problems[grade.problem].gold, grade.answer, answer.text)
-        for answer, grade in zip(answers, grades, strict=True)
-        if not grade.exact
-    ]
-    verdicts = iter(judge(candidates, seconds))
-    verified = []
-    for grade in grades:
-        verdict = Verdict(True) if grade.exact else next(verdicts)
-        verified.append(grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure))
-    return verified
-
-
 def score(
     task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
 ) -> AccuracyResult:
     """The scores of an evaluation, each accuracy with its 95 % interval."""
     figures = task.scores(problems, grades)
-    for grader in ("exact", "verified") if task.is_verified else ("exact",):
+    for grader in task.graders:
         for accuracy in _accuracies(grades, grader):
             figures |= accuracy.figures
     return AccuracyResult(
@@ -121,9 +123,9 @@ def _accuracies(grades: Sequence[Grade], grader: str) -> Iterator[Accuracy]:
     correct: dict[str, list[bool]] = {}
     for grade in grades:
         correct.setdefault(grade.problem, []).append(getattr(grade, grader))
-    for k in range(1, min(map(len, correct.values()), default=0) + 1):
+    for k in range(1, min(map(len, correct.values())) + 1):
         values = [pass_at_k(len(samples), sum(samples), k) for samples in correct.values()]
-        yield Accuracy(grader, k, sum(values) / len(values), accuracy_interval(values))
+        yield Accuracy(grader, k, mean(values), accuracy_interval(values))
 
 
 # --- math-verify -----------------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cera_train.common.errors import UserError
-
 ERROR_RATE = 0.05
 """The share of verdicts where there is no difference, and of intervals that miss it."""
 
@@ -31,7 +29,6 @@ def bootstrap_interval(
     import numpy
     from scipy.stats import bootstrap
 
-    _require_problems(values)
     if len({*values}) == 1:  # scipy takes two problems or more
         return float(values[0]), float(values[0])
     batch = max(1, BLOCK // len(values))
@@ -49,7 +46,7 @@ def accuracy_interval(values: Sequence[float], level: float = 0.95) -> tuple[flo
     """
     from scipy.stats import binomtest
 
-    if len(values) and (max(values) == 0 or min(values) == 1):
+    if max(values) == 0 or min(values) == 1:
         interval = binomtest(int(sum(values)), len(values)).proportion_ci(level, method="exact")
         return float(interval.low), float(interval.high)
     return bootstrap_interval(values, level)
@@ -70,9 +67,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     """Compares two runs on the same problems, in the same order (McNemar 1947, exact binomial form)."""
     from scipy.stats import binomtest
 
-    pairs = _paired(first, second)
-    only_first = sum(a and not b for a, b in pairs)
-    only_second = sum(b and not a for a, b in pairs)
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     differ = only_first + only_second
     return McNemar(only_first, only_second, float(binomtest(only_first, differ).pvalue) if differ else 1.0)
 
@@ -84,7 +80,7 @@ def sign_flip(first: Sequence[float], second: Sequence[float], resamples: int = 
     keeps its error rate at any number of them (Phipson & Smyth 2010)."""
     from scipy.stats import permutation_test
 
-    differences = [float(b) - float(a) for a, b in _paired(first, second) if a != b]
+    differences = [float(b) - float(a) for a, b in zip(first, second, strict=True) if a != b]
     if len(differences) < 2:  # scipy takes two or more
         return 1.0
     return float(
@@ -111,7 +107,7 @@ class Difference:
 
 def paired_bootstrap(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Resamples problems with both runs' values together, so that what makes a problem hard for both cancels."""
-    differences = [float(b) - float(a) for a, b in _paired(first, second)]
+    differences = [float(b) - float(a) for a, b in zip(first, second, strict=True)]
     return Difference(sum(differences) / len(differences), *bootstrap_interval(differences))
 
 
@@ -123,15 +119,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
-
-
-def _paired(first: Sequence[float], second: Sequence[float]) -> list[tuple[float, float]]:
-    if len(first) != len(second):
-        raise UserError(f"a paired test needs the same problems of both runs, got {len(first)} and {len(second)}.")
-    _require_problems(first)
-    return list(zip(first, second, strict=True))
-
-
-def _require_problems(values: Sequence[float]) -> None:
-    if not len(values):
-        raise UserError("expected the values of at least one problem, got none.")

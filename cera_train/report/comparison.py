@@ -10,7 +10,6 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
-from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.runs import Evaluation, Run, Settings, group_by
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
@@ -52,7 +51,7 @@ class PairedTest:
         counts = self.mcnemar and f"{self.mcnemar.only_first:,} and {self.mcnemar.only_second:,}"
         return {
             "runs": f"{self.second} - {self.first}",
-            "task": f"{display_name(self.task)}, {self.grader}",
+            "task": f"{self.task}, {self.grader}",
             "verdict": self.verdict,
             "difference, points": points,
             "95 % interval": f"{lower} to {upper}",
@@ -67,17 +66,17 @@ def paired_tests(runs: Sequence[Run]) -> tuple[list[PairedTest], list[str]]:
     notes, such as why a test was not made."""
     tests, notes = [], []
     for task in task_names(runs):
-        name, ready = display_name(task), graded(runs, task)
+        ready = graded(runs, task)
         pairs = list(itertools.combinations(ready, 2))
         if len(ready) > MOST_RUNS_IN_ALL_PAIRS:
             pairs = pairs[: len(ready) - 1]
-            notes.append(f"{name}: each of {len(ready)} runs is tested against the first only, {ready[0].name}.")
+            notes.append(f"{task}: each of {len(ready)} runs is tested against the first only, {ready[0].name}.")
         comparisons = []
         for first, second in pairs:
             try:
                 comparisons.append(compare(first, second, task))
             except UserError as error:
-                notes.append(f"{name}, {first.name} and {second.name}: {error}")
+                notes.append(f"{task}, {first.name} and {second.name}: {error}")
         adjusted = holm([test.p_value for test in comparisons])
         tests += [replace(test, p_value=p_value) for test, p_value in zip(comparisons, adjusted, strict=True)]
     return tests, notes
@@ -174,7 +173,7 @@ def cautions(runs: Sequence[Run]) -> list[str]:
             # Models and adapters are what is compared.
             if not key.startswith(("adapter_digest", "model.")) and changes_of(EvalConfig, key) != Changes.cost:
                 texts = "; ".join(f"{name}: {text}" for name, text in row.items())
-                notes.append(f"Evaluations on {display_name(task)} differ in {key}: {texts}.")
+                notes.append(f"Evaluations on {task} differ in {key}: {texts}.")
     return notes
 
 
@@ -187,9 +186,7 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
         for task in tasks:
             evaluation = run.evaluations.get(task)
             if evaluation is None or evaluation.result is None:
-                lines.append(f"{run.name} has no finished evaluation on {display_name(task)}.")
-            elif evaluation.is_graded and evaluation.result.missing:
-                lines.append(f"{run.name} lacks {evaluation.result.missing:,} answers on {display_name(task)}.")
+                lines.append(f"{run.name} has no finished evaluation on {task}.")
     if not tasks:
         lines.append("No run has an evaluation: cera-eval run=DIR task=TASK adds accuracies.")
     return lines

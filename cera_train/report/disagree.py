@@ -9,7 +9,6 @@ from pathlib import Path
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import print_line, terminal_width
 from cera_train.common.trust import clean
-from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.comparison import compare, graded, scores_by_problem
 from cera_train.report.runs import Run, read_runs
 
@@ -31,7 +30,7 @@ def disagree(first: Path, second: Path, task: str | None = None) -> None:
     first_scores, second_scores = (scores_by_problem(evaluation, test.grader) for evaluation in evaluations)
     different = [name for name, score in first_scores.items() if score != second_scores[name]]
 
-    print_line("task", f" {display_name(task)}, {test.problems:,} problems, grader: {test.grader}")
+    print_line("task", f" {task}, {test.problems:,} problems, grader: {test.grader}")
     for letter, run, mean in zip("AB", runs, test.means, strict=True):
         print_line(letter, f" {run.name}: {run.method}{f' r={run.rank}' * bool(run.rank)}, {mean:.1%} right")
     if test.mcnemar is not None:

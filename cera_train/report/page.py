@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cera_train.common.pages import Page, Table, without_empty_columns
 from cera_train.common.terminal import duration, gigabytes
-from cera_train.evaluation.tasks.task import Metric, display_name
+from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, accuracy_metric, read_runs
@@ -61,8 +61,8 @@ def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:
         "r": cell(run.rank, "{:,}"),
         "parameters": cell(figures.trainable_parameters, "{:,}", share),
         "perplexity": _perplexity(run),
-        **{f"{display_name(task)} {metric.label}": _of_task(run, task, metric) for task, metric in metrics},
-        **{f"{display_name(task)} answers, {' / '.join(ENDINGS)}": _endings(run, task) for task in tasks},
+        **{f"{task} {metric.label}": _of_task(run, task, metric) for task, metric in metrics},
+        **{f"{task} answers, {' / '.join(ENDINGS)}": _endings(run, task) for task in tasks},
         "effective rank, mean / max": _mean_and_max(run, "effective_rank"),
         "manifold dimension, mean / max": _mean_and_max(run, "manifold_dimension"),
         "linear share, mean": cell(figures.spectrum.linear_share_mean, "{:.1%}"),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cera_train.common.drawing import Picture, shortened, styles_of
-from cera_train.evaluation.tasks.task import display_name
 from cera_train.report.comparison import graded, task_names
 from cera_train.report.runs import Run, accuracy_metric, group_by
 from cera_train.runs.results import mean_spectrum
@@ -156,7 +155,7 @@ def _accuracy(runs: Sequence[Run], task: str) -> Picture | None:
         axes.set_xticks([], minor=True)
         axes.set(xlabel="trainable parameters", ylabel=f"{metric.label}, %", ylim=(0, max(1.0, axes.get_ylim()[1])))
 
-    title = f"Accuracy on {display_name(task)} against parameters"
+    title = f"Accuracy on {task} against parameters"
     numbers = "; ".join(f"{name}: {value:.1%}" for name, (value, _) in figures.items())
     caption = f"{metric.label.capitalize()}. Bars: 95 % intervals over problems. Dashed: the untouched base model."
     return Picture(f"accuracy-{task}", title, f"{title}. {numbers}.", caption, draw)

@@ -76,7 +76,7 @@ def accuracy_metric(name: str) -> Metric:
 
 def task_of(kind: str) -> Task:
     """The benchmark of this kind; one that shows nothing of its own for an unknown kind."""
-    return all_tasks().get(kind, Task(name=kind))
+    return all_tasks().get(kind, Task())
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import ClassVar, TextIO
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import lock_folder, read_yaml, write_text
+from cera_train.common.files import lock_folder, write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
-from cera_train.runs.recorded_config import differences, load_config
+from cera_train.runs.recorded_config import differences
 from cera_train.runs.records import Record, read_lines, to_lines
 from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
 from cera_train.settings.evaluation import EvalConfig
@@ -113,15 +113,6 @@ class EvaluationFolder:
 
     # --- settings and result -----------------------------------------------------------------------------------------
 
-    def config(self) -> EvalConfig:
-        """The recorded settings; without any, a UserError: this is not the folder of an evaluation."""
-        path = self.path / "config.yaml"
-        if not path.is_file() or "task" not in read_yaml(path):  # a run's folder has one too
-            inside = sorted(str(path.parent) for path in self.path.glob("**/eval/*/config.yaml"))
-            hint = f" Evaluations in it: {', '.join(inside)}." if inside else ""
-            raise UserError(f"{self.path} is not the folder of an evaluation, such as outputs/RUN/eval/TASK.{hint}")
-        return load_config(path, EvalConfig)
-
     def write_config(self, config: EvalConfig) -> None:
         """Records the settings; a UserError where answers belong to others."""
         path, plain = self.path / "config.yaml", redact_tree(to_plain(config))
@@ -137,25 +128,10 @@ class EvaluationFolder:
         path = self.path / "result.json"
         return read_evaluation_result(path) if path.exists() else None
 
-    def is_finished(self) -> bool:
-        """Whether there is a result, and every answer that it counts."""
-        result = self.result()
-        if not isinstance(result, AccuracyResult) or result.samples is None:
-            return result is not None
-        answers, broken = self.answers()
-        return not broken and len(answers) == len(self.problems()) * result.samples
-
     def write_result(self, result: AccuracyResult | PerplexityResult) -> None:
         result.write(self.path / "result.json")
 
     # --- problems, answers, grades -----------------------------------------------------------------------------------
-
-    def problems(self) -> list[Problem]:
-        """The recorded problems; a UserError where the file is broken, or not there: the evaluation was cut before."""
-        path = self.path / "problems.jsonl"
-        if not path.is_file():
-            raise UserError(f"{path} is missing: the evaluation did not begin. Run it again with run= and task=.")
-        return read_lines(path, Problem)
 
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Records the problems; a UserError where the folder has answers to others."""
@@ -234,7 +210,7 @@ class GradedAnswers:
         if ungraded or not grades:
             raise UserError(
                 f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
-                f"grade the answers again with cera-eval grade={self.folder}."
+                "evaluate the run again, which grades the answers that are there."
             )
         return grades
 

@@ -290,13 +290,10 @@ class AccuracyResult(Record, extra="allow"):
     kind: str | None = None  # the kind of task, such as gsm8k
     problems: int | None = None
     samples: int | None = None  # answers to each problem
-    missing: int | None = None  # answers that are not there yet
     truncated: int | None = None  # answers cut by max_new_tokens, loops among them
     no_answer: int | None = None
     grader_failures: int | None = None
     tokens: int | None = None  # tokens generated
-    tokens_per_s: float | None = None
-    peak_memory_bytes: float | None = None
 
     @property
     def accuracies(self) -> list[Accuracy]:
@@ -333,8 +330,6 @@ class PerplexityResult(MeasuredAdapter):
     rows: int | None = None
     tokens: int | None = None  # tokens predicted
     perplexity_base: float | None = None  # without the adapter; None where there is no adapter
-    seconds: float | None = None
-    peak_memory_bytes: float | None = None
 
 
 def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:

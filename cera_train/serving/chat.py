@@ -21,7 +21,7 @@ from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import columns_of, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.generate import Likeliest, Request, SeededSampling, only_the_chosen, prepare_generation
+from cera_train.evaluation.generate import Request, TokenChoice, prepare_generation
 from cera_train.model.weights import positions_of
 from cera_train.serving.loading import load
 from cera_train.settings.data import DataConfig, Layout, Turns
@@ -160,13 +160,12 @@ class Answerer:
             )
         request = Request("chat", self.asked, tuple(ids))  # every question draws other random numbers
         self.asked += 1
-        choose = SeededSampling([request], room, generation) if generation.temperature else Likeliest()
         model, tokenizer = self.loaded.model, self.loaded.tokenizer
         with self.loaded.autocast, for_inference(model):
             output = model.generate(
                 input_ids=torch.tensor([ids], device=model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
-                logits_processor=[only_the_chosen(choose)],
+                logits_processor=[TokenChoice([request], room, generation)],
                 streamer=CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()

@@ -1,14 +1,64 @@
-"""Settings of an evaluation: what `cera-eval` does."""
+"""Settings of an evaluation, and of the benchmark that it measures: what `cera-eval` does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
-from cera_train.common.settings import require, require_folder_name, require_positive, section, setting
+from cera_train.common.files import config_dir
+from cera_train.common.settings import MISSING, require, require_folder_name, require_positive, section, setting
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import ProcessesConfig
 from cera_train.settings.model import ModelConfig
-from cera_train.settings.tasks import TaskConfig
+
+Grader = StrEnum("Grader", ["text", "number", "math", "choice"])
+
+
+def known_tasks() -> list[str]:
+    """The names of the files in conf/task."""
+    return sorted(path.stem for path in (config_dir("conf") / "task").glob("*.yaml"))
+
+
+@dataclass
+class TaskConfig:
+    kind: str = setting(MISSING, "answers")
+    """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map, reasoning_gym, jsonl:
+    problems to answer; perplexity: rows as in training, or windows of running text."""
+    name: str = setting(MISSING, "answers")
+    """Results go to RUN/eval/name."""
+    path: str | None = setting(None, "answers")
+    """A data set's id on the Hub. Not needed with files."""
+    subset: str | None = setting(None, "answers")
+    revision: str | None = setting(None, "answers")
+    split: str = setting("test", "answers")
+    files: list[str] = setting(list, "answers")
+    """jsonl, json, csv or parquet files with the same columns; for running text also .txt."""
+    limit: int | None = setting(None, "answers")
+    """Takes only the first problems, rows or windows. null: all."""
+    prompt: str | None = setting(None, "answers")
+    """Template with {column} for a row's columns."""
+    level: int | None = setting(None, "answers")
+    """Takes only the problems of this level, for math; the generator's level, for reasoning_gym. null: all; the level
+    that the run was trained on."""
+    growths: list[float] = setting(list, "answers")
+    """Values of r in x' = r x (1 - x), for logistic_map."""
+    generator: Any = setting(None, "answers")
+    """A generator of reasoning-gym, or a list of them, for reasoning_gym. null: those that the run was trained on."""
+    question: str | None = setting(None, "answers")
+    """The column with the question, for jsonl."""
+    answer: str | None = setting(None, "answers")
+    """The column with the gold answer, for jsonl."""
+    grader: Grader | None = setting(None, "answers")
+    """The rule that compares an answer with the gold answer, for jsonl."""
+    max_new_tokens: int = setting(1024, "answers")
+    window: int | None = setting(None, "answers")
+    """Tokens in a window of running text, for perplexity: every token but a window's first is predicted. null: rows."""
+    stop: list[str] = setting(list, "answers")
+    """Texts that end an answer, beside the end token, for models that do not stop."""
+
+    def __post_init__(self) -> None:
+        require_positive("task", self, "limit", "max_new_tokens", "window")
 
 
 @dataclass
@@ -31,16 +81,11 @@ class GenerationConfig:
         require_positive("generation", self, "samples", "batch_tokens")
         require(self.temperature >= 0, f"generation.temperature={self.temperature} must not be negative.")
         require(0 < self.top_p <= 1, f"generation.top_p={self.top_p} must be above 0 and at most 1.")
-        if self.temperature == 0:
-            require(
-                self.samples == 1,
-                f"generation.samples={self.samples} greedy answers would all be the same: choose generation=sample, or "
-                "set generation.temperature.",
-            )
-            require(
-                self.top_p == 1,
-                f"generation.top_p={self.top_p} has no meaning for greedy answers: set generation.temperature too.",
-            )
+        require(
+            self.temperature > 0 or (self.samples == 1 and self.top_p == 1),
+            f"generation.samples={self.samples} and generation.top_p={self.top_p} change nothing for greedy answers: "
+            "choose generation=sample, or set generation.temperature.",
+        )
 
 
 @dataclass
@@ -48,8 +93,6 @@ class EvalConfig:
     run: str | None = setting(None, "nothing")
     """A run's folder, an adapter's folder, or `base` for the untouched model."""
     task: TaskConfig | None = section(None)
-    grade: str | None = setting(None, "nothing")
-    """Instead of run and task: the folder of an evaluation. Its answers are graded again, without a model."""
     generation: GenerationConfig = section()
     model: ModelConfig | None = section(None)
     """null: the run's."""
@@ -69,12 +112,6 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require_positive("", self, "grading_seconds")
-        if self.grade is not None:
-            require(
-                self.run is None and self.task is None,
-                "grade=... takes neither run= nor task=: the folder records both.",
-            )
-            return
         is_base = self.run == "base"
         require(
             self.run is not None,
@@ -83,7 +120,7 @@ class EvalConfig:
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require(self.model is not None or not is_base, "run=base needs model=..., such as model=smollm2_135m_pypi.")
         require_folder_name(self.folder_name)
-        if self.task.kind == "perplexity":
+        if self.task.kind == "perplexity" and self.task.window is None:
             require(
                 self.data is not None or not is_base,
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",

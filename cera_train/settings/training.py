@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cera_train.common.settings import require, require_positive, setting
 from cera_train.settings.data import BatchLayout
-from cera_train.settings.tasks import known_tasks
+from cera_train.settings.evaluation import known_tasks
 
 
 class Optimizer(NamedTuple):

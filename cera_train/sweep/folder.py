@@ -34,8 +34,8 @@ from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import LENGTH, changes_result
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
+from cera_train.settings.evaluation import known_tasks
 from cera_train.settings.run import Config
-from cera_train.settings.tasks import known_tasks
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord, sweep_metric
 
 WRITER = "sweep"

@@ -10,7 +10,7 @@ from cera_train.common.errors import UserError
 from cera_train.evaluation.tasks.task import task_figures
 from cera_train.runs.records import Record
 from cera_train.runs.results import is_task_figure
-from cera_train.settings.tasks import known_tasks
+from cera_train.settings.evaluation import known_tasks
 
 RECORD = "sweep.json"
 JOBS = ".jobs"

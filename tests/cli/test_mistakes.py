@@ -7,12 +7,12 @@ import sys
 
 import pytest
 from commands import WITHOUT_TORCH, command
+from omegaconf import DictConfig
 
 from cera_train.cli.mistakes import SCHEMAS, USUAL_NAMES, did_you_mean, for_hydra
 from cera_train.cli.start import main
 from cera_train.common.errors import UserError
 from cera_train.common.settings import keys_of
-from cera_train.settings.evaluation import EvalConfig
 
 MISTAKES = [
     # a name that does not exist: spelled otherwise, or as other programs have it
@@ -118,9 +118,9 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("arguments", "status", "evaluated"),
     [
-        (["-m", "grade=broken,b"], 1, ["broken", "b"]),
-        (["-m", "grade=a,b"], 0, ["a", "b"]),
-        (["grade=broken"], 2, ["broken"]),
+        (["-m", "run=broken,b"], 1, ["broken", "b"]),
+        (["-m", "run=a,b"], 0, ["a", "b"]),
+        (["run=broken"], 2, ["broken"]),
     ],
 )
 def test_an_evaluation_that_fails_lets_the_others_run(
@@ -128,16 +128,16 @@ def test_an_evaluation_that_fails_lets_the_others_run(
 ):
     begun = []
 
-    def launch(config: EvalConfig) -> None:
-        begun.append(config.grade)
-        if config.grade == "broken":
-            raise UserError("broken is no evaluation.")
+    def run(composed: DictConfig) -> None:
+        begun.append(composed.run)
+        if composed.run == "broken":
+            raise UserError("broken is no run.")
 
-    monkeypatch.setattr("cera_train.evaluation.evaluate.launch", launch)
+    monkeypatch.setattr("cera_train.cli.evaluate.run", run)
     with contextlib.nullcontext() if status == 0 else pytest.raises(SystemExit, match=f"^{status}$"):
         run_here("cera-eval", *arguments)
     assert begun == evaluated
-    assert capfd.readouterr().err == ("cera-eval: broken is no evaluation.\n" if status else "")
+    assert capfd.readouterr().err == ("cera-eval: broken is no run.\n" if status else "")
     assert not list(tmp_path.iterdir())
 
 

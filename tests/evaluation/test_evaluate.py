@@ -1,4 +1,4 @@
-"""Answers and grades: what an evaluation leaves, and that cutting it changes nothing."""
+"""Answers and grades: what an evaluation leaves, that cutting it changes nothing, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,24 @@ import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.tasks import gsm8k
-from cera_train.runs.evaluation_folder import Generation
+from cera_train.runs.evaluation_folder import EvaluationFolder, Generation
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import ENDINGS, read_evaluation_result
 
 pytest_plugins = ("evaluated_runs",)
+
+
+@pytest.fixture
+def write_answers(monkeypatch):
+    """write_answers(text_of) -> evaluations get the answer text_of(request) instead of the model's."""
+
+    def write_answers(text_of) -> None:
+        def generate(model, base, tokenizer, batch, config):
+            return [Generation(each.problem, each.sample, text_of(each), 1, False) for each in batch]
+
+        monkeypatch.setattr(evaluate_module, "generate", generate)
+
+    return write_answers
 
 
 def test_an_evaluation_leaves_what_it_did(eval_config, run):
@@ -32,16 +45,13 @@ def test_an_evaluation_leaves_what_it_did(eval_config, run):
     assert [(row["problem"], row["sample"]) for row in answers] == [(name, 0) for name in ids]
     assert [row["problem"] for row in grades] == ids
     assert json.loads((folder / "result.json").read_text()) == result
-    assert (result["problems"], result["samples"], result["missing"]) == (8, 1, 0)
-    assert result["truncated"] == sum(row["truncated"] for row in answers)
-    assert result["no_answer"] == sum(row["answer"] is None for row in grades)
+    assert (result["problems"], result["samples"]) == (8, 1)
     for ending in ENDINGS:
         assert result[f"ending/{ending}"] == sum(row["ending"] == ending for row in grades) / 8
     assert read_evaluation_result(folder / "result.json").to_json() == result
     assert result["tokens"] == sum(row["tokens"] for row in answers)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["task"]["max_new_tokens"] == 8
-    assert config["model"]["path"] == tiny_path(run)
+    assert (config["task"]["max_new_tokens"], config["model"]["path"]) == (8, tiny_path(run))
 
 
 class Cut(Exception):
@@ -76,91 +86,48 @@ def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_pat
     capsys.readouterr()
     result = evaluate(eval_config(*sampled))
     assert contents(run / "eval" / "gsm8k") == expected
-    differs = {"tokens_per_s", "peak_memory_bytes"}
-    assert {k: v for k, v in result.items() if k not in differs} == {k: v for k, v in whole.items() if k not in differs}
-    answers_in_all = 8 * whole["samples"]
-    assert sum(again) == answers_in_all - sum(generated) + (generated[-1] if broken_line else 0)
+    assert result == whole
+    assert sum(again) == 8 * whole["samples"] - sum(generated) + (generated[-1] if broken_line else 0)
     assert (f"generations.jsonl:{sum(generated)} is broken" in capsys.readouterr().out) == broken_line
 
 
-def test_samples_give_pass_at_k_for_every_k(eval_config, run, monkeypatch):
-    """Answers made by hand: problem i has i right ones of 3."""
-    golds = [row["answer"].split()[-1] for row in QUESTIONS[:4]]
-
-    def by_hand(model, base, tokenizer, batch, config):
-        texts = [
-            f"#### {golds[index] if request.sample < index else 'none'}"
-            for request in batch
-            for index in [int(position[request.problem])]
-        ]
-        return [
-            Generation(request.problem, request.sample, text, 1, False)
-            for request, text in zip(batch, texts, strict=True)
-        ]
-
+def test_samples_give_pass_at_k_for_every_k(eval_config, write_answers):
+    """Problem i has i right answers of 3."""
     problems = evaluate_module.load_problems(eval_config("task.limit=4").task, None)
-    position = {problem.id: index for index, problem in enumerate(problems)}
-    monkeypatch.setattr(evaluate_module, "generate", by_hand)
+    right = {(problem.id, sample): problem.gold for index, problem in enumerate(problems) for sample in range(index)}
+    write_answers(lambda request: f"#### {right.get((request.problem, request.sample), 'none')}")
     result = evaluate(eval_config("task.limit=4", "generation=sample", "generation.samples=3"))
     assert result["exact/pass@1"] == pytest.approx((0 + 1 / 3 + 2 / 3 + 1) / 4)
     assert result["exact/pass@2"] == pytest.approx((0 + 2 / 3 + 1 + 1) / 4)
-    assert result["exact/pass@3"] == pytest.approx(3 / 4)
-    assert result["verified/pass@3"] == pytest.approx(3 / 4)
+    assert result["exact/pass@3"] == result["verified/pass@3"] == pytest.approx(3 / 4)
     lower, upper = result["exact/pass@3/interval"]
     assert 0 <= lower < 3 / 4 < upper <= 1
     assert result["no_answer"] == 6
 
 
-def test_grading_again_needs_no_model(eval_config, compose, run, monkeypatch):
+def test_figures_that_are_the_same_for_every_problem_are_printed_without_interval(eval_config, write_answers, capsys):
+    """Half of the answers to each problem are right: resampling gives a point."""
+    problems = evaluate_module.load_problems(eval_config("task.limit=2").task, None)
+    gold = {problem.id: problem.gold for problem in problems}
+    write_answers(lambda request: f"#### {gold[request.problem]}" if request.sample else "none")
+    evaluate(eval_config("task.limit=2", "generation=sample", "generation.samples=2"))
+    lines = capsys.readouterr().out.splitlines()
+    assert {"problems         2, 2 answers each", "exact pass@1     50.0%"} <= {*lines}
+    assert "exact pass@2     100.0%  (95 % interval 15.8% to 100.0%)" in lines
+    assert "answers          right 50.0%, wrong 50.0%, loop 0.0%, truncated 0.0%, collapsed 0.0%" in lines
+
+
+def test_answers_that_are_there_are_graded_again_without_a_model(eval_config, run, monkeypatch):
     before = evaluate(eval_config())
     folder = run / "eval" / "gsm8k"
     rows = read(folder / "generations.jsonl")
     rows[0]["text"] = " It is #### 3"
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(evaluate_module, "load_model", None)
-    monkeypatch.setattr(evaluate_module, "load_tokenizer", None)
-    shutil.rmtree(run / "adapter")
-    result = evaluate(compose(f"grade={folder}", command="eval"))
+    result = evaluate(eval_config("grading_seconds=9"))
     assert result["exact/pass@1"] == before["exact/pass@1"] + 1 / 8
-    assert result["tokens_per_s"] == before["tokens_per_s"]
     assert json.loads((folder / "result.json").read_text()) == result
     assert read(folder / "grades.jsonl")[0]["exact"]
-
-
-def test_grading_a_cut_file_names_the_broken_line_and_grades_the_rest(eval_config, compose, run, capsys):
-    evaluate(eval_config())
-    folder = run / "eval" / "gsm8k"
-    kept = (folder / "result.json").read_bytes()
-    path = folder / "generations.jsonl"
-    path.write_bytes(path.read_bytes()[:-5])
-    grades = (folder / "grades.jsonl").read_bytes()
-    result = evaluate(compose(f"grade={folder}", command="eval"))
-    out = capsys.readouterr().out
-    assert "generations.jsonl:8 is broken" in out
-    assert "1 answers are missing" in out
-    assert result["missing"] == 1
-    assert (folder / "result.json").read_bytes() == kept
-    assert (folder / "grades.jsonl").read_bytes() == grades
-    evaluate(eval_config())  # the evaluation's command redoes the line of a finished evaluation too
-    assert "generations.jsonl:8 is broken: its problem is answered again" in capsys.readouterr().out
-    assert len(read(path)) == 8
-    assert json.loads((folder / "result.json").read_text())["missing"] == 0
-
-
-def test_a_task_of_ones_own_is_graded_by_the_grader_it_names(eval_config, compose, write_jsonl, run, monkeypatch):
-    rows = write_jsonl("halves.jsonl", [{"question": f"half of {n}", "answer": n / 2} for n in (1, 2)])
-
-    def by_hand(model, base, tokenizer, batch, config):
-        return [Generation(request.problem, 0, " It is 1/2", 5, False) for request in batch]
-
-    monkeypatch.setattr(evaluate_module, "generate", by_hand)
-    scores = {}
-    for grader in ("number", "text"):
-        settings = [f"task.files=[{rows}]", f"task.grader={grader}", f"task.name={grader}"]
-        result = evaluate(eval_config(*settings, task="jsonl"))
-        scores[grader] = {key: value for key, value in result.items() if key.endswith("pass@1")}
-        assert evaluate(compose(f"grade={run}/eval/{grader}", command="eval")) == result
-    assert scores == {"number": {"exact/pass@1": 0, "verified/pass@1": 0.5}, "text": {"exact/pass@1": 0}}
 
 
 def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, monkeypatch):
@@ -173,47 +140,56 @@ def test_a_grader_that_crashes_counts_as_wrong_and_is_kept(eval_config, run, mon
     assert read(run / "eval" / "gsm8k" / "grades.jsonl")[0]["failure"] == "crash: RecursionError: too deep"
 
 
-def test_logistic_map_reports_steps_errors_and_collapse(eval_config, run, monkeypatch, capsys):
-    """Answers by hand: right at r = 3.5, one value repeated at r = 3.8, nothing at r = 3.2."""
-
-    def by_hand(model, base, tokenizer, batch, config):
-        def text(problem):
-            repeated = ", ".join([problem.gold.split(",")[0]] * 6)
-            return {3.5: f" {problem.gold}", 3.8: f" {repeated}", 3.2: " I do not know."}[problem.details["growth"]]
-
-        return [
-            Generation(request.problem, request.sample, text(by_id[request.problem]), 9, False) for request in batch
-        ]
-
-    config = eval_config("task.max_new_tokens=32", task="logistic_map")
-    run_data = load_config(run / "config.yaml").data
-    by_id = {problem.id: problem for problem in evaluate_module.load_problems(config.task, run_data)}
-    assert len(by_id) == 3 * 20
-    monkeypatch.setattr(evaluate_module, "generate", by_hand)
-    result = evaluate(config)
-    assert result["exact/pass@1"] == pytest.approx(1 / 3)
-    own = result["by_growth"]
-    assert (own["3.5"]["step_accuracy/mean"], own["3.5"]["absolute_error/mean"]) == (1.0, 0.0)
-    assert own["3.8"]["state_collapse"] == 1.0
-    assert own["3.2"] == {
-        "trained": False,
-        "step_accuracy/mean": 0.0,
-        "absolute_error/mean": None,
-        "steps_given": 0.0,
-        "state_collapse": 0.0,
-    }
-    assert (result["problems"], result["steps_given"]) == (60, pytest.approx(2 / 3))
-    assert result["state_collapse"] == pytest.approx(1 / 3)
-    assert result["no_answer"] == 20
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "r = 3.2 steps right 0.0%, absolute error none given, state collapse 0.0%, not trained on" in printed
-    assert "state collapse 0.0% r = 3.8 steps right" in printed  # the run was trained on 3.5
-
-
-def test_logistic_map_asks_from_the_starting_points_that_were_held_out(eval_config, run):
-    config = load_config(run / "config.yaml")
-    problems = evaluate_module.load_problems(eval_config(task="logistic_map").task, config.data)
-    _, held_out = logistic_map_rows.problems(config.data.logistic_map, config.data.eval_rows)
-    asked = {problem.prompt for problem in problems if problem.details["growth"] == 3.5}
+def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_config, run, write_answers, capsys):
+    """Right at r = 3.5, on which the run was trained; one value repeated at r = 3.8; nothing at r = 3.2."""
+    config, data = eval_config("task.max_new_tokens=32", task="logistic_map"), load_config(run / "config.yaml").data
+    problems = {problem.id: problem for problem in evaluate_module.load_problems(config.task, data)}
+    assert len(problems) == 3 * 20
+    _, held_out = logistic_map_rows.problems(data.logistic_map, data.eval_rows)
+    asked = {problem.prompt for problem in problems.values() if problem.details["growth"] == 3.5}
     assert asked == {row["prompt"] for row in held_out}
-    assert {problem.details["growth"] for problem in problems} == {3.2, 3.5, 3.8}
+
+    def text_of(request):
+        problem = problems[request.problem]
+        repeated = ", ".join([problem.gold.split(",")[0]] * 6)
+        return {3.5: f" {problem.gold}", 3.8: f" {repeated}", 3.2: " I do not know."}[problem.details["growth"]]
+
+    write_answers(text_of)
+    result = evaluate(config)
+    assert result["exact/pass@1"] == result["state_collapse"] == pytest.approx(1 / 3)
+    assert result["by_growth"]["3.5"] == {
+        **{"trained": True, "step_accuracy": [1.0] * 6, "step_accuracy/mean": 1.0, "state_collapse": 0.0},
+    }
+    assert result["by_growth"]["3.8"]["state_collapse"] == 1.0
+    assert (result["by_growth"]["3.2"]["step_accuracy/mean"], result["no_answer"]) == (0.0, 20)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "r = 3.2 steps right 0.0%, state collapse 0.0%, not trained on r = 3.5 steps right 100.0%" in printed
+    assert "state collapse 0.0% r = 3.8 steps right" in printed
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, write_jsonl, run):
+    """Nor does it bind the folder to its settings."""
+    rows = write_jsonl("other.jsonl", [{"problem": "1 + 1"}])
+    with pytest.raises(ValueError, match="is missing"):
+        evaluate(eval_config(f"task.files=[{rows}]"))
+    with pytest.raises(ValueError, match="beyond the 256 positions.*lower task.max_new_tokens"):
+        evaluate(eval_config("task.max_new_tokens=250"))
+    assert not (run / "eval").exists()
+    assert evaluate(eval_config("task.limit=2"))["problems"] == 2
+
+
+def test_other_settings_and_other_problems_are_refused_and_named(eval_config, questions):
+    evaluate(eval_config("task.limit=2"))
+    with pytest.raises(ValueError, match=r"task.limit was 2, is 3.*Set name="):
+        evaluate(eval_config("task.limit=3"))
+    questions.write_text(questions.read_text().replace("1 apples", "one apple"))
+    with pytest.raises(ValueError, match="a data file changed"):
+        evaluate(eval_config("task.limit=2"))
+
+
+def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
+    with EvaluationFolder(run / "eval" / "gsm8k"), pytest.raises(ValueError, match="another evaluation is writing"):
+        evaluate(eval_config())

@@ -30,6 +30,8 @@ def test_perplexity_and_spectra_of_a_saved_run_are_those_logged_in_training(tiny
 
 
 def test_perplexity_on_other_rows(eval_config, questions):
+    with pytest.raises(ValueError, match="task.files: this run computed its rows.*data=jsonl"):
+        evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
     result = evaluate(
         eval_config(
             *("data=jsonl", f"task.files=[{questions}]", "data.train_files=[unused.jsonl]", "data.eval_rows=1"),
@@ -42,19 +44,7 @@ def test_perplexity_on_other_rows(eval_config, questions):
 
 @pytest.mark.parametrize(("limit", "rows"), [(7, 7), (60, 20)])
 def test_a_limit_takes_the_first_held_out_rows_and_never_a_training_row(eval_config, run, limit, rows):
-    result = evaluate(eval_config(f"task.limit={limit}", task="perplexity"))
-    assert result["rows"] == rows
-
-
-def test_a_window_beyond_the_models_positions_is_refused(eval_config, tmp_path):
-    (tmp_path / "text.txt").write_text("hello there")
-    with pytest.raises(ValueError, match="task.window=1024 is beyond the 256 positions"):
-        evaluate(eval_config(f"task.files=[{tmp_path / 'text.txt'}]", task="forgetting"))
-
-
-def test_files_of_a_run_whose_rows_are_computed_need_a_layout(eval_config, questions):
-    with pytest.raises(ValueError, match="task.files: this run computed its rows.*data=jsonl"):
-        evaluate(eval_config(f"task.files=[{questions}]", task="perplexity"))
+    assert evaluate(eval_config(f"task.limit={limit}", task="perplexity"))["rows"] == rows
 
 
 def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenizer, tmp_path):
@@ -81,13 +71,14 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("rows", "window", "message"),
     [
-        ([{"text": ""}], r"^task.files=\[.*text.jsonl\]: the text has no token to predict"),
-        ([{"text": "hello"}, {"question": "?"}], r"^\S+text.jsonl(:|, row )2: column 'text' is missing"),
+        ([{"text": ""}], 8, r"^task.files=\[.*text.jsonl\]: the text has no token to predict"),
+        ([{"text": "hello"}, {"question": "?"}], 8, r"^\S+text.jsonl(:|, row )2: column 'text' is missing"),
+        ([{"text": "hello"}], 1024, "task.window=1024 is beyond the 256 positions"),
     ],
 )
-def test_files_without_text_are_refused_and_named(eval_config, write_jsonl, rows, message):
+def test_text_that_cannot_be_predicted_is_refused(eval_config, write_jsonl, rows, window, message):
     path = write_jsonl("text.jsonl", rows)
     with pytest.raises(UserError, match=message):
-        evaluate(eval_config(f"task.files=[{path}]", "task.window=8", task="forgetting"))
+        evaluate(eval_config(f"task.files=[{path}]", f"task.window={window}", task="forgetting"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +12,15 @@ from conftest import make_tiny_llama
 from generated import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
-from cera_train.evaluation.decode import GrowingLayer, can_decode
-from cera_train.evaluation.generate import Request, SeededSampling, cut_batches, generate, prepare_generation
+from cera_train.evaluation.generate import (
+    GrowingLayer,
+    Request,
+    TokenChoice,
+    can_decode,
+    cut_batches,
+    generate,
+    prepare_generation,
+)
 from cera_train.settings.evaluation import GenerationConfig
 
 SAMPLED = GenerationConfig(samples=2, temperature=0.8, top_p=0.95)
@@ -32,10 +41,6 @@ def requests(tokenizer) -> list[Request]:
         for number, text in enumerate(texts)
         for sample in range(2)
     ]
-
-
-def test_greedy_answers_are_those_of_the_library_alone_and_unpadded(model, tokenizer, requests):
-    assert assert_greedy_answers_are_the_librarys(model, model, tokenizer, requests) == [12] * len(requests)
 
 
 @pytest.mark.parametrize("block", [1, 128])
@@ -87,12 +92,12 @@ def test_answers_do_not_depend_on_batch_and_order(model, tokenizer, requests, co
     alone = answers_of(model, tokenizer, [[request] for request in reversed(requests)], config)
     cut = answers_of(model, tokenizer, cut_batches(requests, 12, 60), config)
     assert together == alone == cut
+    assert max(answer.tokens for answer in together.values()) == 12  # cut
 
 
 def test_samples_differ_from_each_other_and_by_seed(model, tokenizer, requests):
     answers = answers_of(model, tokenizer, [requests], SAMPLED)
-    other = answers_of(model, tokenizer, [requests], GenerationConfig(samples=2, temperature=0.8, top_p=0.95, seed=1))
-    assert answers == answers_of(model, tokenizer, [requests], SAMPLED)
+    other = answers_of(model, tokenizer, [requests], replace(SAMPLED, seed=1))
     assert sum(answers[key].text == other[key].text for key in answers) <= 1
     problems = {problem for problem, _ in answers}
     assert sum(answers[problem, 0].text == answers[problem, 1].text for problem in problems) <= 1
@@ -107,8 +112,8 @@ def test_sampling_follows_temperature_and_top_p():
     assert probabilities[0] < top_p < probabilities[:2].sum()
     expected = kept / kept.sum()
     batch = [Request(str(number), 0, (0,)) for number in range(20_000)]
-    sampling = SeededSampling(batch, 1, GenerationConfig(temperature=temperature, top_p=top_p))
-    chosen = sampling(logits.expand(len(batch), -1))
+    choice = TokenChoice(batch, 1, GenerationConfig(temperature=temperature, top_p=top_p))
+    chosen = choice.tokens(logits.expand(len(batch), -1))
     frequency = torch.bincount(chosen, minlength=5) / len(batch)
     assert torch.allclose(frequency, expected, atol=0.01)
     assert frequency[2:].sum() == 0
@@ -141,9 +146,7 @@ def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(model, tokenizer, requ
     assert answer.tokens < whole.tokens
 
 
-def test_settings_that_came_with_the_model_do_not_count(tokenizer, requests):
-    model = make_tiny_llama(vocab_size=len(tokenizer))
-    prepare_generation(model, tokenizer, 12, [])
+def test_settings_that_came_with_the_model_do_not_count(model, tokenizer, requests):
     expected = generate(model, model, tokenizer, requests, GREEDY)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.do_sample = True
@@ -162,12 +165,8 @@ def test_batches_hold_every_request_once_sorted_and_bounded(requests):
     assert cut_batches(requests, 12, 1) == [[request] for batch in batches for request in batch]  # one always goes
 
 
-def test_a_tokenizer_without_an_end_is_refused(tokenizer):
+def test_a_tokenizer_without_an_end_is_refused():
     model = make_tiny_llama(eos_token_id=None)
     model.generation_config.eos_token_id = None
-
-    class Endless:
-        eos_token_id = None
-
     with pytest.raises(ValueError, match="no end-of-text token"):
-        prepare_generation(model, Endless(), 12, [])
+        prepare_generation(model, SimpleNamespace(eos_token_id=None), 12, [])

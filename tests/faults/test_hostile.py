@@ -32,10 +32,9 @@ from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.recorded_config import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
-from cera_train.settings.evaluation import EvalConfig, GenerationConfig
+from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
-from cera_train.settings.tasks import TaskConfig
 from cera_train.training.console import render_example
 
 ADAPTER_CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

@@ -6,8 +6,7 @@ import pytest
 from conftest import make_tiny_llama
 from generated import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
 
-from cera_train.evaluation.decode import can_decode
-from cera_train.evaluation.generate import Request, prepare_generation
+from cera_train.evaluation.generate import Request, can_decode, prepare_generation
 
 pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu

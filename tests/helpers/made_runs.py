@@ -161,7 +161,7 @@ def add_evaluation(
         for (n, sample), answer in zip(keys, answers, strict=True)
     ]  # fmt: skip
     write_lines(folder / "grades.jsonl", grades)
-    result = {"task": task, "kind": kind, "problems": problems, "samples": samples, "missing": 0}
+    result = {"task": task, "kind": kind, "problems": problems, "samples": samples}
     for grader in ("exact",) if is_verified is False else ("exact", "verified"):
         result |= pass_rates(grader, grades, samples)
     result |= {"truncated": 0, "no_answer": 0, "grader_failures": 0, "tokens": 99, "seconds": 1.0}

@@ -89,7 +89,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
         (folder / "grades.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades))
     (test,), _ = paired_tests(read_runs(runs))
     assert (test.problems, test.means, test.mcnemar) == (40, (0.0, 0.25), None)
-    assert (test.verdict, test.row["task"]) == ("better", "logistic map, steps")
+    assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
 
 
 def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
         add_evaluation(run, solved={1})
     tests, notes = paired_tests(read_runs(runs))
     assert [(test.first, test.second) for test in tests] == [("a", name) for name in "bcdefg"]
-    assert notes == ["GSM8K: each of 7 runs is tested against the first only, a."]
+    assert notes == ["gsm8k: each of 7 runs is tested against the first only, a."]
 
 
 # --- what stands in the way ------------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_machines_and_settings_of_evaluations_that_differ_are_named(tmp_path: Pa
     add_evaluation(runs[1], problems=30, **{"task.max_new_tokens": 256})
     machines, limit, tokens, problems = compare_runs(runs).notes
     assert machines.endswith("a: CPU, 2 threads, 1 process; b: NVIDIA H100, 1 process.")
-    assert limit == "Evaluations on GSM8K differ in task.limit: a: 40; b: 30."
-    assert tokens == "Evaluations on GSM8K differ in task.max_new_tokens: a: 512; b: 256."
-    assert "GSM8K, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in problems
+    assert limit == "Evaluations on gsm8k differ in task.limit: a: 40; b: 30."
+    assert tokens == "Evaluations on gsm8k differ in task.max_new_tokens: a: 512; b: 256."
+    assert "gsm8k, a and b: evaluated on different problems (40 and 30, 30 of them shared)" in problems
 
 
 @pytest.mark.parametrize("name", ["problems.jsonl", "grades.jsonl"])

@@ -107,7 +107,7 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     compare_runs(runs).print(tmp_path / "report")
     shown = capsys.readouterr().out
     assert re.search(r"cera_64 +CeRA +64 +27,262,976 +1\.850 +55\.0%", shown)
-    assert re.search(r"lora_512 - cera_64 +MATH, verified +not shown +-7\.5 +-\d+\.\d to \+\d+\.\d +0\.66", shown)
+    assert re.search(r"lora_512 - cera_64 +math, verified +not shown +-7\.5 +-\d+\.\d to \+\d+\.\d +0\.66", shown)
     assert "unfinished is unfinished (update 50)." in shown
     assert f"report      {tmp_path}/report/report.html" in shown
     assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 100

@@ -27,14 +27,14 @@ def test_every_column_has_the_figures_of_the_files(tmp_path: Path) -> None:
     assert table["time"][0] == "1:02:05\n100 updates"
     result = json.loads((tmp_path / "lora_512/eval/math/result.json").read_text())
     lower, upper = result["exact/pass@1/interval"]
-    assert table["MATH exact"][1] == f"47.5%\n{100 * lower:.1f} to {upper:.1%}"
+    assert table["math exact"][1] == f"47.5%\n{100 * lower:.1f} to {upper:.1%}"
     paper = "paper 16.36%\ndifference +38.64 points\nours of the first 40 problems"
-    assert table["MATH exact"][0].endswith(paper)
+    assert table["math exact"][0].endswith(paper)
 
 
 def test_a_published_figure_that_was_not_measured_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", published={"math/exact/pass@1": 0.1636})
-    assert cells(run)["MATH exact"] == ["–\npaper 16.36%, not measured here"]
+    assert cells(run)["math exact"] == ["–\npaper 16.36%, not measured here"]
 
 
 def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -> None:
@@ -43,13 +43,13 @@ def test_logistic_map_and_forgetting_have_columns_of_their_own(tmp_path: Path) -
     path.write_text(json.dumps(json.loads(path.read_text()) | {"step_accuracy/mean": 0.625, "state_collapse": 0.25}))
     forgetting = run / "eval/forgetting"
     forgetting.mkdir()
-    (forgetting / "config.yaml").write_text("task: {kind: text, name: forgetting}\n")
+    (forgetting / "config.yaml").write_text("task: {kind: perplexity, name: forgetting, window: 1024}\n")
     result = {"task": "forgetting", "kind": "perplexity", "perplexity": 12.345, "perplexity_base": 12.0}
     (forgetting / "result.json").write_text(json.dumps(result))
     table = cells(run)
-    assert table["logistic map steps right"] == ["62.5%"]
-    assert table["logistic map state collapse"] == ["25.0%"]
-    assert "logistic map verified" not in table
+    assert table["logistic_map steps right"] == ["62.5%"]
+    assert table["logistic_map state collapse"] == ["25.0%"]
+    assert "logistic_map verified" not in table
     assert table["forgetting perplexity"] == ["12.345\n12.000 without adapter"]
 
 
@@ -121,7 +121,7 @@ def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
     add_evaluation(first, "gsm8k", finished=False)
     (first / "result.json").write_text(json.dumps(result_of("cera", 64, float("inf"))))
     notes = compare_runs([first, second]).notes
-    assert notes == [f"{name} has no finished evaluation on GSM8K." for name in ("cera_64", "lora_512")]
+    assert notes == [f"{name} has no finished evaluation on gsm8k." for name in ("cera_64", "lora_512")]
     assert cells(first, second)["perplexity"][0].startswith("inf")
 
 

@@ -57,7 +57,8 @@ def test_the_quickstart_learns_and_its_adapter_loads_in_plain_peft(compose, tmp_
     measured = evaluate(compose(f"run={folder}", "task=logistic_map", "task.limit=6", command="eval"))
     assert measured["no_answer"] == 0
     assert measured["truncated"] == 0  # it has learned to stop
-    assert measured["steps_given"] > 0.5
+    grades = (folder / "eval" / "logistic_map" / "grades.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["answer"].count(",") + 1 for line in grades) > len(grades) * 3  # of 6 steps
     saved = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     base = AutoModelForCausalLM.from_pretrained(saved["base_model_name_or_path"], dtype=torch.bfloat16)
     ids = torch.arange(100, 140)[None]

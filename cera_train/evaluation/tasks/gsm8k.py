@@ -46,4 +46,4 @@ def is_exact(answer: str, gold: str) -> bool:
         return answer == gold
 
 
-TASK = QuestionTask(name="GSM8K", question="question", gold=gold, extract=extract, is_exact=is_exact)
+TASK = QuestionTask(question="question", gold=gold, extract=extract, is_exact=is_exact)

@@ -10,17 +10,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from string import ascii_uppercase
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.data.rows import Row, as_text, kind_of, text_of
+from cera_train.data.rows import Row, text_of
 from cera_train.evaluation.tasks import gsm8k, math
 from cera_train.evaluation.tasks.task import QuestionTask
-from cera_train.settings.tasks import Grader, TaskConfig
-
-CHOICES = "choices"
-"""The column with the texts to choose from; in a prompt, {choices} is a line for each after its letter."""
+from cera_train.settings.evaluation import Grader, TaskConfig
 
 STATED = re.compile(r"(?i:answer)\b(?i:\s+is)?[\s:*(\[]*([A-Z])\b(?!')")
 """The answer is (B). Answer: B"""
@@ -29,44 +25,8 @@ FIRST = re.compile(r"\W*([A-Z])(?:[).:,\]*]|\s*(?:\n|\Z))")
 """B. (B) Paris. B, alone on the first line; not the A of `A dog`."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a grader finds the gold answer in its cell, finds an answer in a text, and compares the two."""
-
-    gold: Callable[[str, Row], str | None]
-    """None where the cell, or the row's choices, hold no answer of this kind."""
-    expected: str
-    """What the cell should hold, for messages."""
-    extract: Callable[[str], str | None]
-    is_exact: Callable[[str, str], bool] = lambda answer, gold: answer == gold
-    is_verified: bool = False
-
-
 def single_spaced(text: str) -> str | None:
     return " ".join(text.split()) or None
-
-
-def letter_of(answer: str, row: Row) -> str | None:
-    """The letter of the right choice: written so, by the choice's text, or by its number from 0."""
-    texts, answer = choices_of(row), answer.strip()
-    letters = ascii_uppercase[: len(texts)] if texts else ascii_uppercase
-    if len(answer) == 1 and answer in letters:
-        return answer
-    if answer in texts:
-        return letters[texts.index(answer)]
-    is_number = texts and re.fullmatch(r"\d{1,2}", answer) and int(answer) < len(texts)
-    return letters[int(answer)] if is_number else None
-
-
-def choices_of(row: Row) -> list[str]:
-    """The texts to choose from; empty where the row has none, since its question may hold them."""
-    choices = row.get(CHOICES)
-    if choices is None:
-        return []
-    if not isinstance(choices, list) or not 1 < len(choices) <= len(ascii_uppercase):
-        what = f"{len(choices)} texts" if isinstance(choices, list) else kind_of(choices)
-        raise UserError(f"column {CHOICES!r} holds {what}: expected a list of 2 to 26 texts.")
-    return [as_text(choice, f"{CHOICES}[{number}]").strip() for number, choice in enumerate(choices)]
 
 
 def chosen(text: str) -> str | None:
@@ -76,63 +36,64 @@ def chosen(text: str) -> str | None:
     return match[1] if match else None
 
 
-def cell(row: Row, name: str) -> str:
-    """A column's text in the prompt; of the choices, a line for each."""
-    if name == CHOICES and (texts := choices_of(row)):
-        return "\n".join(f"{letter}. {text}" for letter, text in zip(ascii_uppercase, texts, strict=False))
-    return text_of(row, name)
+@dataclass(frozen=True)
+class Rule:
+    """How a grader finds the gold answer in its cell, finds an answer in a text, and compares the two."""
+
+    expected: str
+    """What the cell should hold, for messages."""
+    gold: Callable[[str], str | None]
+    """None where the cell holds no answer of this kind."""
+    extract: Callable[[str], str | None]
+    is_exact: Callable[[str, str], bool] = lambda answer, gold: answer == gold
+    is_verified: bool = False
 
 
 RULES = {
-    Grader.text: Rule(lambda answer, row: single_spaced(answer), "a text", single_spaced),
-    Grader.number: Rule(lambda answer, row: gsm8k.extract(answer), "a number", gsm8k.extract, gsm8k.is_exact, True),
+    Grader.text: Rule("a text", single_spaced, single_spaced),
+    Grader.number: Rule("a number", gsm8k.extract, gsm8k.extract, gsm8k.is_exact, is_verified=True),
     Grader.math: Rule(
-        gold=lambda answer, row: math.extract(answer) or answer.strip() or None,
-        expected=r"an answer in LaTeX, alone or in \boxed{}",
-        extract=math.extract,
-        is_exact=math.is_exact,
+        r"an answer in LaTeX, alone or in \boxed{}",
+        lambda cell: math.extract(cell) or cell.strip() or None,
+        math.extract,
+        math.is_exact,
         is_verified=True,
     ),
-    Grader.choice: Rule(letter_of, f"a letter, or the text or the number from 0 of one in {CHOICES!r}", chosen),
+    Grader.choice: Rule("a letter", lambda cell: cell.strip() if re.fullmatch("[A-Z]", cell.strip()) else None, chosen),
 }
 
 
-def gold(row: Row, config: TaskConfig) -> str:
+def gold(row: Row, column: str, grader: Grader) -> str:
     """The gold answer of a row."""
-    if config.grader == Grader.choice and row.get(CHOICES) is not None and f"{{{CHOICES}}}" not in config.prompt:
-        raise UserError(f"task.prompt does not show column {CHOICES!r}: write {{{CHOICES}}} where they belong.")
-    column, rule = config.answer or "answer", RULES[config.grader]
-    answer = text_of(row, column, "task.answer")
-    reference = rule.gold(answer, row)
-    if reference is None:
-        reason = f"column {column!r} holds {answer[-60:]!r}, and task.grader={config.grader} needs {rule.expected}"
+    cell = text_of(row, column, "task.answer")
+    answer = RULES[grader].gold(cell)
+    if answer is None:
+        reason = f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} needs {RULES[grader].expected}"
         raise UserError(f"{reason}: mend the row, or choose another grader.")
-    return reference
+    return answer
 
 
 class JsonlTask(QuestionTask):
+    def check(self, config: TaskConfig) -> None:
+        require(config.grader is not None, f"task.grader is missing: choose one of {', '.join(Grader)}.")
+        super().check(config)
+
     def configured(self, config: TaskConfig) -> JsonlTask:
         rule = RULES[config.grader]
         return replace(
             self,
             question=config.question or self.question,
-            gold=partial(gold, config=config),
+            gold=partial(gold, column=config.answer or "answer", grader=config.grader),
             extract=rule.extract,
             is_exact=rule.is_exact,
             is_verified=rule.is_verified,
         )
 
-    def check(self, config: TaskConfig) -> None:
-        require(config.grader is not None, f"task.grader is missing: choose one of {', '.join(Grader)}.")
-        super().check(config)
-
 
 TASK = JsonlTask(
-    name="jsonl",
     settings=("question", "answer", "grader"),
     question="question",
-    cell=cell,
-    gold=lambda row: text_of(row, "answer"),  # `configured` puts the rule of task.grader in place of these
+    gold=partial(gold, column="answer", grader=Grader.text),  # `configured` puts the rule of task.grader in place
     extract=single_spaced,
-    is_exact=lambda answer, gold: answer == gold,
+    is_exact=RULES[Grader.text].is_exact,
 )

@@ -11,7 +11,7 @@ from cera_train.data import logistic_map as training_rows
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id, refuse_rows
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, check_growths
-from cera_train.settings.tasks import TaskConfig
+from cera_train.settings.evaluation import TaskConfig
 
 EVAL_ROWS = 20
 """Starting points for a model that was not trained on this task: those of conf/data/logistic_map.yaml."""
@@ -37,21 +37,21 @@ class LogisticMap(AnswerTask):
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         decimals = problem.details["decimals"]
-        values = extract(generation.text, steps=problem.gold.count(",") + 1)
-        details = {"values": values} | compare(values, problem.gold, decimals)
-        answer = ", ".join(f"{value:.{decimals}f}" for value in values) or None
-        return Grade(generation.problem, generation.sample, answer, all(details["matches"]), **details)
+        truth = problem.gold.split(", ")
+        values = [f"{value:.{decimals}f}" for value in extract(generation.text, steps=len(truth))]
+        matches = [value == true for value, true in itertools.zip_longest(values, truth)]
+        details = {"matches": matches, "collapsed": is_collapsed(values, truth)}
+        return Grade(generation.problem, generation.sample, ", ".join(values) or None, all(matches), **details)
 
     def is_collapsed(self, grade: Grade) -> bool:
         return grade.details["collapsed"]
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        growths = {problem.id: (problem.details["growth"], problem.details["trained"]) for problem in problems}
         by_growth = {}
-        for growth, trained in dict.fromkeys(growths.values()):
-            if same := [grade for grade in grades if growths[grade.problem] == (growth, trained)]:
-                means = {key: value for key, value in step_scores(same).items() if not isinstance(value, list)}
-                by_growth[f"{growth:g}"] = {"trained": trained} | means
+        for growth, trained in dict.fromkeys((each.details["growth"], each.details["trained"]) for each in problems):
+            ids = {problem.id for problem in problems if problem.details["growth"] == growth}
+            same = [grade for grade in grades if grade.problem in ids]
+            by_growth[f"{growth:g}"] = {"trained": trained} | step_scores(same)
         return step_scores(grades) | {"by_growth": by_growth}
 
     def paired_value(self, grade: Grade, grader: str) -> float:
@@ -60,17 +60,14 @@ class LogisticMap(AnswerTask):
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         lines = {"by step": "  ".join(f"{share:.0%}" for share in result["step_accuracy"])}
         for growth, scores in result["by_growth"].items():
-            error = scores["absolute_error/mean"]
             lines[f"r = {growth}"] = (
-                f"steps right {scores['step_accuracy/mean']:.1%}, "
-                f"absolute error {'none given' if error is None else f'{error:.4f}'}, "
-                f"state collapse {scores['state_collapse']:.1%}{', not trained on' * (scores['trained'] is False)}"
+                f"steps right {scores['step_accuracy/mean']:.1%}, state collapse {scores['state_collapse']:.1%}"
+                f"{', not trained on' * (scores['trained'] is False)}"
             )
         return lines
 
 
 TASK = LogisticMap(
-    name="logistic map",
     settings=("growths",),
     shown=(
         Metric("step_accuracy/mean", "steps right", in_picture=True),
@@ -92,23 +89,6 @@ def extract(text: str, steps: int) -> list[float]:
     return [value for value in map(float, numbers) if math.isfinite(value)][:steps]
 
 
-def compare(values: Sequence[float], gold: str, decimals: int) -> dict[str, Any]:
-    """Compares what `extract` found with the true iterates, which a completion separates by commas.
-
-    Returns:
-        `matches`: whether each step agrees in every decimal; a missing one does not. `errors`: the absolute error of
-        each step; None where it is missing. `collapsed`: see `is_collapsed`.
-    """
-    truth = [number.strip() for number in gold.split(",")]
-    shown = [f"{value:.{decimals}f}" for value in values]
-    pairs = itertools.zip_longest(values, truth)
-    return {
-        "matches": [value == true for value, true in itertools.zip_longest(shown, truth)],
-        "errors": [None if value is None else abs(value - float(true)) for value, true in pairs],
-        "collapsed": is_collapsed(shown, truth),
-    }
-
-
 def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
     """State collapse: from some step on the answer repeats one value to its end, where the truth moves."""
     repeated = len(list(itertools.takewhile(lambda value: value == answer[-1], reversed(answer))))
@@ -116,15 +96,10 @@ def is_collapsed(answer: Sequence[str], truth: Sequence[str]) -> bool:
 
 
 def step_scores(grades: Sequence[Grade]) -> dict[str, Any]:
-    """Accuracy and error of each step and in the mean, and the shares of steps given and of collapsed answers."""
+    """The accuracy of each step and of all, and the share of collapsed answers."""
     accuracy = [mean(step) for step in zip(*(grade.details["matches"] for grade in grades), strict=True)]
-    all_errors = [grade.details["errors"] for grade in grades]
-    error = [mean([value for value in step if value is not None]) for step in zip(*all_errors, strict=True)]
     return {
         "step_accuracy": accuracy,
         "step_accuracy/mean": mean(accuracy),
-        "absolute_error": error,
-        "absolute_error/mean": mean([value for value in error if value is not None]),
-        "steps_given": mean([value is not None for errors in all_errors for value in errors]),
         "state_collapse": mean([grade.details["collapsed"] for grade in grades]),
     }

@@ -10,7 +10,6 @@ import re
 from cera_train.common.errors import UserError
 from cera_train.data.rows import Row, text_of
 from cera_train.evaluation.tasks.task import QuestionTask
-from cera_train.settings.tasks import TaskConfig
 
 BOXES = (re.compile(r"\\boxed(?![a-zA-Z])\s*"), re.compile(r"\\fbox(?![a-zA-Z])\s*"))
 
@@ -86,18 +85,4 @@ def is_exact(answer: str, gold: str) -> bool:
     return answer == gold
 
 
-def is_of_level(row: Row, config: TaskConfig) -> bool:
-    """Whether a row has the level that `task.level` asks for. MATH writes "Level 5", MATH-500 writes 5."""
-    return config.level is None or re.findall(r"\d+", text_of(row, "level"))[:1] == [str(config.level)]
-
-
-TASK = QuestionTask(
-    name="MATH",
-    variants={"math500": "MATH-500", "math_hard": "MATH level 5"},
-    settings=("level",),
-    question="problem",
-    gold=gold,
-    extract=extract,
-    is_exact=is_exact,
-    takes=is_of_level,
-)
+TASK = QuestionTask(settings=("level",), question="problem", gold=gold, extract=extract, is_exact=is_exact)

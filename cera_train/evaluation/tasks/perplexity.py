@@ -1,27 +1,42 @@
-"""Perplexity on rows as in training, with the adapter's spectra."""
+"""Perplexity on rows as in training, or on running text, window by window: what fine-tuning made a model forget."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
-from cera_train.evaluation.tasks.task import RowTask
+from cera_train.data.rows import text_of
+from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
 from cera_train.settings.data import COMPUTED, DataConfig
+from cera_train.settings.evaluation import TaskConfig
 from cera_train.settings.model import ModelConfig
-from cera_train.settings.tasks import TaskConfig
 
 if TYPE_CHECKING:
     from cera_train.data.prepare import TokenizedRows
 
 
-class Perplexity(RowTask):
-    def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
-        from cera_train.data.prepare import prepare_evaluation
+class Perplexity(Task):
+    def check(self, config: TaskConfig) -> None:
+        if config.window is not None:
+            require_rows(config)
+            require(config.window > 1, "task.window=1 must be at least 2: a window's first token is not predicted.")
 
-        if data is None:
-            raise UserError("data=... is missing: the training data of this adapter is not on record. Choose the rows.")
+    def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
+        """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
+        from cera_train.data.prepare import prepare_evaluation, prepare_windows
+        from cera_train.model.weights import check_length
+
+        if config.window is not None:
+            check_length(model, config.window, "task.window")
+            source, texts = open_rows(config), []
+            for place, row in source.located():
+                with errors_at(place):
+                    texts.append(text_of(row, "text"))
+            with errors_at(source.name):
+                return prepare_windows("\n\n".join(texts), tokenizer, config.window, config.limit)
+        require(data is not None, "data=... is missing: this adapter's training data is unknown. Choose the rows.")
         if config.files:
             mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
             require(data.layout not in COMPUTED, f"task.files: {mend}")
@@ -29,4 +44,4 @@ class Perplexity(RowTask):
         return prepare_evaluation(data, tokenizer, config.limit)
 
 
-TASK = Perplexity(name="perplexity", has_spectra=True)
+TASK = Perplexity(settings=("window",))

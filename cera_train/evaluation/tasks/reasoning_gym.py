@@ -4,7 +4,7 @@ data/reasoning_gym.py draws them."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from cera_train.data.rows import computed_row
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id, refuse_rows
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
-from cera_train.settings.tasks import TaskConfig
+from cera_train.settings.evaluation import TaskConfig
 
 
 @functools.lru_cache(maxsize=1000)
@@ -64,35 +64,14 @@ class ReasoningGym(AnswerTask):
             raise
         except Exception as error:  # whatever a model may write must not end an evaluation of hours
             failure = f"crash: {type(error).__name__}: {error}"
-        details = {"credit": credit, "generator": problem.details["generator"]}
         is_right = credit > 1 - 1e-9
-        return Grade(generation.problem, generation.sample, answer or None, is_right, failure=failure, **details)
+        return Grade(generation.problem, generation.sample, answer or None, is_right, failure=failure, credit=credit)
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        by_generator: dict[str, list[Grade]] = {}
-        for grade in grades:
-            by_generator.setdefault(grade.details["generator"], []).append(grade)
-        return {
-            "credit": mean([grade.details["credit"] for grade in grades]),
-            "by_generator": {
-                name: {
-                    "exact": mean([grade.exact for grade in group]),
-                    "credit": mean([grade.details["credit"] for grade in group]),
-                    "answers": len(group),
-                }
-                for name, group in by_generator.items()
-            },
-        }
-
-    def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
-        return {
-            name: f"exact {scores['exact']:.1%}, credit {scores['credit']:.1%}, {scores['answers']:,} answers"
-            for name, scores in result["by_generator"].items()
-        }
+        return {"credit": mean([grade.details["credit"] for grade in grades])}
 
 
 TASK = ReasoningGym(
-    name="reasoning-gym",
     settings=("generator", "level"),
     # Graders give a part of the credit to an answer that merely holds the right digits, so runs are compared by exact.
     shown=(Metric("credit", "credit"),),

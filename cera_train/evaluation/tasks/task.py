@@ -1,7 +1,7 @@
 """What a benchmark defines, and how it is found. A module of this folder that sets `TASK` is a `task.kind`.
 
-A `QuestionTask` compares an answer with a gold answer; an `AnswerTask` brings its problems and its grading; a `RowTask`
-measures perplexity. Nothing here imports torch."""
+A `QuestionTask` compares an answer with a gold answer; an `AnswerTask` brings its problems and its grading; any other
+`Task` measures perplexity. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -9,27 +9,24 @@ import hashlib
 import importlib
 import itertools
 import pkgutil
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.common.settings import require
 from cera_train.data.files import from_files
-from cera_train.data.rows import Row, Source, text_of
+from cera_train.data.rows import Row, Source, normalized, text_of
 from cera_train.data.segments import columns_of
-from cera_train.data.sources import from_hub
+from cera_train.data.sources import from_hub, open_sources
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig
-from cera_train.settings.model import ModelConfig
-from cera_train.settings.tasks import TaskConfig
-
-if TYPE_CHECKING:
-    from cera_train.data.prepare import TokenizedRows
+from cera_train.settings.evaluation import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -50,12 +47,8 @@ class Metric:
 class Task:
     """A benchmark."""
 
-    name: str
-    """Its name for people, such as GSM8K."""
-    variants: Mapping[str, str] = field(default_factory=dict)
-    """Names for people of further files in conf/task/ with this kind, by the name of the file."""
     settings: tuple[str, ...] = ()
-    """Settings of `TaskConfig` that only some tasks have, and this one has."""
+    """The settings among `SOME_TASKS` that this task has."""
     score_name: str = ""
     """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
     shown: tuple[Metric, ...] = ()
@@ -81,6 +74,16 @@ class AnswerTask(Task, ABC):
     is_verified: bool = True
     """Whether math-verify grades the answers too."""
 
+    @property
+    def graders(self) -> tuple[str, ...]:
+        return ("exact", "verified") if self.is_verified else ("exact",)
+
+    @property
+    def figures(self) -> dict[str, bool]:
+        """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of
+        its grader, and those of `shown`."""
+        return dict.fromkeys(self.graders, True) | {metric.key: not metric.lower_is_better for metric in self.shown}
+
     @abstractmethod
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """The problems, in order, at most `config.limit`. `data` holds the rows that the run was trained on."""
@@ -93,25 +96,13 @@ class AnswerTask(Task, ABC):
         """Whether the answer stands still where the truth moves."""
         return False
 
-    @property
-    def figures(self) -> dict[str, bool]:
-        """The shares that a run records while it trains, and whether a higher one is better: pass@1 under the name of
-        its grader, and those of `shown`."""
-        graders = ("exact", "verified") if self.is_verified else ("exact",)
-        shares = {metric.key: not metric.lower_is_better for metric in self.shown if metric.is_share}
-        return dict.fromkeys(graders, True) | shares
-
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
-        """What result.json holds beside pass@k. Some grades may be missing."""
+        """What result.json holds beside pass@k."""
         return {}
 
     def lines(self, result: Mapping[str, Any]) -> dict[str, str]:
         """Labels and texts to print of what `scores` returned."""
         return {}
-
-
-DETAILS = ("level", "type", "subject")
-"""Columns of a row that problems.jsonl keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,41 +117,33 @@ class QuestionTask(AnswerTask):
     """Finds the answer in a generated text; None where there is none."""
     is_exact: Callable[[str, str], bool]
     """Whether an answer equals the gold answer by the published rule."""
-    takes: Callable[[Row, TaskConfig], bool] = lambda row, config: True
-    """Whether a row is one of the problems."""
-    cell: Callable[[Row, str], str] = text_of
-    """The text of a column in the prompt."""
 
     def check(self, config: TaskConfig) -> None:
-        example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
-        require(bool(config.prompt), f"task.prompt is empty: set a template, such as {example}.")
-        if not columns_of(config.prompt, "task.prompt"):
-            raise UserError(f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.")
         require_rows(config)
+        example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
+        require(
+            bool(config.prompt and columns_of(config.prompt, "task.prompt")),
+            f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.",
+        )
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
         source = open_rows(config)
         problems = list(itertools.islice(self._read(source, config), config.limit))
-        if not problems and config.level is not None:
-            raise UserError(f"task.level={config.level}: {source.name} has no problems of that level. Choose another.")
-        require(bool(problems), f"{source.name} has no rows: name a file with a problem on each row.")
+        level = "" if config.level is None else f" of task.level={config.level}"
+        require(bool(problems), f"{source.name} has no rows{level}: name a file with a problem on each row.")
         return problems
 
     def _read(self, source: Source, config: TaskConfig) -> Iterator[Problem]:
-        columns = columns_of(config.prompt)
+        columns, setting = columns_of(config.prompt), "task.question" if "question" in self.settings else None
         for place, row in source.located():
             with errors_at(place):
-                if not self.takes(row, config):
+                # MATH writes "Level 5", MATH-500 writes 5.
+                if config.level is not None and re.findall(r"\d+", text_of(row, "level"))[:1] != [str(config.level)]:
                     continue
-                if absent := next((name for name in columns if name not in row), None):
-                    rename = f"Rename the one with the question to {self.question}, or choose another task."
-                    mend = rename if absent == self.question else "Name one of these."
-                    raise UserError(f"column {absent!r} of task.prompt is missing among {', '.join(row)}. {mend}")
-                question = text_of(row, self.question)
-                prompt = config.prompt.format_map({name: self.cell(row, name) for name in columns})
+                question = text_of(row, self.question, setting)
+                prompt = config.prompt.format_map({name: text_of(row, name, "task.prompt") for name in columns})
                 gold = self.gold(row)
-            details = {name: row[name] for name in DETAILS if row.get(name) is not None}
-            yield Problem(question_id(question), question, prompt, gold, **details)
+            yield Problem(question_id(question), question, prompt, gold)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:
         answer, exact, failure = None, False, None
@@ -170,18 +153,6 @@ class QuestionTask(AnswerTask):
         except Exception as error:  # whatever a model may write must not end an evaluation of hours
             failure = f"crash: {type(error).__name__}: {error}"
         return Grade(generation.problem, generation.sample, answer, exact, failure=failure)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTask(Task, ABC):
-    """A benchmark of rows whose tokens are predicted: it measures perplexity."""
-
-    has_spectra: bool = False
-    """Whether the adapter's spectra are measured too."""
-
-    @abstractmethod
-    def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
-        """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
 
 
 # --- what benchmarks share -------------------------------------------------------------------------------------------
@@ -199,9 +170,8 @@ def require_rows(config: TaskConfig) -> None:
 
 def refuse_rows(config: TaskConfig) -> None:
     """Raises UserError where a task that computes its problems is given rows."""
-    if config.prompt or config.files:
-        reason = f"task={config.kind} writes its problems as in training"
-        raise UserError(f"{reason}: it takes neither task.prompt nor task.files.")
+    reason = f"task={config.kind} writes its problems as in training"
+    require(not (config.prompt or config.files), f"{reason}: it takes neither task.prompt nor task.files.")
 
 
 def open_rows(config: TaskConfig) -> Source:
@@ -211,8 +181,8 @@ def open_rows(config: TaskConfig) -> Source:
     return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
 
 
-def mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 # --- finding a task --------------------------------------------------------------------------------------------------
@@ -229,8 +199,7 @@ def all_tasks() -> dict[str, Task]:
 def find_task(kind: str) -> Task:
     """The `Task` of a `task.kind`."""
     tasks = all_tasks()  # a kind may stand in a stranger's config.yaml: nothing is imported that is not in this folder
-    if kind not in tasks:
-        raise UserError(f"task.kind={kind} is unknown: choose one of {', '.join(tasks)}.")
+    require(kind in tasks, f"task.kind={kind} is unknown: choose one of {', '.join(tasks)}.")
     return tasks[kind]
 
 
@@ -239,15 +208,7 @@ def task_of(config: TaskConfig) -> Task:
     return find_task(config.kind).configured(config)
 
 
-def display_name(task: str) -> str:
-    """How people write the name of a task of conf/task/, such as MATH-500; other names stay as they are."""
-    names: dict[str, str] = {}
-    for kind, benchmark in all_tasks().items():
-        names |= {kind: benchmark.name, **benchmark.variants}
-    return names.get(task, task)
-
-
-SOME_TASKS = ("level", "growths", "generator", "question", "answer", "grader")
+SOME_TASKS = ("level", "growths", "generator", "question", "answer", "grader", "window")
 """Settings that a task has only where it lists them in `Task.settings`."""
 
 
@@ -256,9 +217,8 @@ def check_task(config: TaskConfig) -> None:
     task = find_task(config.kind)
     for name in SOME_TASKS:
         value = getattr(config, name)
-        if value not in (None, []) and name not in task.settings:
-            owners = " and ".join(f"{other.name}'s" for other in all_tasks().values() if name in other.settings)
-            raise UserError(f"task.{name}={value} is for {owners} tasks: leave it out.")
+        is_unused = value not in (None, []) and name not in task.settings
+        require(not is_unused, f"task.{name}={value} has no meaning for a task of kind {config.kind}: leave it out.")
     task.check(config)
 
 
@@ -316,3 +276,24 @@ def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[st
 
 def _file(name: str) -> dict[str, Any]:
     return read_yaml(config_dir("conf") / "task" / f"{name}.yaml")
+
+
+def trained_on(config: TaskConfig, data: DataConfig) -> list[str]:
+    """The questions of a task that stand in a text of a training row, whatever their case and spaces. Streamed rows are
+    too many to read."""
+    questions = {f" {normalized(problem.question)} ": problem.question for problem in load_problems(config, data)}
+    shared = set()
+    for _, part in data.parts():
+        for row in [] if part.streaming else open_sources(part)[0].read():
+            text = "\n".join(f" {normalized(text)} " for text in _texts(row))
+            shared |= {question for question in questions if question in text}
+    return [question for words, question in questions.items() if words in shared and question.strip()]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row, also those in lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)

@@ -1,0 +1,162 @@
+"""A benchmark is one file: its settings, its problems and their ids, and the line that a file gets that has none."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import cera_train.evaluation.tasks
+from cera_train.common.errors import UserError
+from cera_train.evaluation.grading import score
+from cera_train.evaluation.tasks.task import (
+    check_task,
+    find_task,
+    load_problems,
+    named_task,
+    trained_on,
+)
+from cera_train.runs.evaluation_folder import Generation
+from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart
+from cera_train.settings.evaluation import TaskConfig
+
+GSM8K = {"question": "1 + 1", "answer": "It is 2.\n#### 2"}
+MATH = {"problem": "1 + 1", "solution": r"\boxed{2}"}
+ARITHMETIC = """
+from cera_train.data.rows import text_of
+from cera_train.evaluation.tasks.task import QuestionTask
+
+TASK = QuestionTask(
+    question="sum",
+    gold=lambda row: text_of(row, "result"),
+    extract=lambda text: next(iter(text.split()), None),
+    is_exact=lambda answer, gold: answer == gold,
+    is_verified=False,
+)
+"""
+
+
+@pytest.fixture
+def config_of(write_jsonl):
+    """config_of(rows, "gsm8k", ...) -> the settings of a task on a file of these rows."""
+
+    def config_of(rows, kind="gsm8k", **settings):
+        prompt = {"gsm8k": "Question: {question}", "math": "Problem: {problem}", "arithmetic": "{sum} ="}[kind]
+        settings = {"kind": kind, "name": kind, "prompt": prompt} | settings
+        return TaskConfig(files=[str(write_jsonl("rows.jsonl", rows))], **settings)
+
+    return config_of
+
+
+def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
+    (tmp_path / "arithmetic.py").write_text(ARITHMETIC)
+    monkeypatch.setattr(cera_train.evaluation.tasks, "__path__", [*cera_train.evaluation.tasks.__path__, str(tmp_path)])
+    monkeypatch.setitem(sys.modules, "cera_train.evaluation.tasks.arithmetic", None)
+    del sys.modules["cera_train.evaluation.tasks.arithmetic"]  # restored, that is removed, after the test
+    config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
+    task, problems = find_task("arithmetic"), load_problems(config, None)
+    assert [(problem.prompt, problem.gold) for problem in problems] == [("1 + 1 =", "2"), ("1 + 2 =", "3")]
+    answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
+    scores = score(task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)])
+    assert scores.accuracy("exact").value == 0.5
+    assert scores.accuracy("verified") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "task"}, r"^task.kind=task is unknown: choose one of gsm8k, jsonl, logistic_map, math"),
+        ({"kind": "gsm8k", "path": "a/b"}, "task.prompt=None names no column: write one in braces, such as"),
+        ({"kind": "math", "path": "a/b", "prompt": "Problem:"}, "task.prompt='Problem:' names no column"),
+        ({"kind": "gsm8k", "path": "a/b", "prompt": "{question"}, r"task.prompt.*'{question' is malformed"),
+        ({"kind": "gsm8k", "prompt": "{question}"}, "task.files is empty: name local files, or a Hub data set"),
+        ({"kind": "gsm8k", "level": 5}, "task.level=5 has no meaning for a task of kind gsm8k: leave it out"),
+        ({"kind": "perplexity", "window": 9}, "task.files is empty"),
+        ({"kind": "jsonl"}, "task.grader is missing: choose one of text, num"),
+        ({"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"}, "generator=chain_sums: expected generators"),
+        ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
+        ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "takes neither task.prompt nor task.files"),
+        ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
+    ],
+)
+def test_a_task_checks_its_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        check_task(TaskConfig(name="x", **settings))
+
+
+def test_tasks_and_grading_import_neither_torch_nor_transformers():
+    """A mistake is answered before they are loaded, and processes that verify answers have a memory limit."""
+    code = "import sys; sys.argv[0] = 'cera-train'\nimport cera_train.evaluation.grading, math_verify\n"
+    code += "from cera_train.evaluation.tasks.task import all_tasks; all_tasks()\n"
+    code += "print({'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'pyarrow', 'numpy'} & set(sys.modules))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "set()"
+
+
+# --- problems --------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_question_twice_is_two_problems(config_of):
+    first, second, third = (problem.id for problem in load_problems(config_of([GSM8K] * 3), None))
+    assert (second, third) == (f"{first}-2", f"{first}-3")
+
+
+def test_problems_of_one_level(config_of):
+    rows = [MATH | {"problem": f"p{n}", "level": level} for n, level in enumerate(["Level 5", "Level 1", 5, "Level ?"])]
+    for limit, questions in ((None, ["p0", "p2"]), (1, ["p0"])):
+        problems = load_problems(config_of(rows, "math", level=5, limit=limit), None)
+        assert [problem.question for problem in problems] == questions
+
+
+def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
+    assert len(load_problems(config_of([GSM8K, GSM8K, {"question": "broken"}], limit=2), None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([GSM8K, MATH], {}, r"2: column 'question' is missing; its columns are problem, solution.$"),
+        ([GSM8K], {"prompt": "{hint} {question}"}, r"1: column 'hint' is missing; .* Name another in task.prompt"),
+        ([GSM8K | {"question": ["a"]}], {}, r"1: column 'question' holds a list: expected text"),
+        ([GSM8K, {"question": "?", "answer": "18"}], {}, r"2: column 'answer' should end in ####"),
+        ([], {}, r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$"),
+        ([MATH | {"level": 1}], {"kind": "math", "level": 5}, r"rows.jsonl\] has no rows of task.level=5"),
+        ([MATH], {"kind": "math", "level": 5}, r"1: column 'level' is missing"),
+        ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
+    ],
+)
+def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(config_of, rows, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_problems(config_of(rows, **settings), None)
+    assert "rows.jsonl" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- problems that the training rows hold ----------------------------------------------------------------------------
+
+
+def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(config_of, write_jsonl):
+    questions = [f"How many apples has {name}?" for name in ("Ann", "Bob", "Cem", "Dan", "Eve")]
+    task = config_of([GSM8K | {"question": question} for question in questions])
+    rows = [
+        {"question": "HOW many\n apples  has bob? ", "answer": "3"},
+        {"question": "x", "messages": [{"role": "user", "content": "Tell me. How many apples has Cem? Quick."}]},
+        {"question": "How many apples has Ann?s sister", "answer": "How many apples"},
+        {"question": "has Ann?", "answer": None},
+        {"question": "How many apples has Dan?", "answer": "held out"},
+    ]
+    parts = [
+        MixPart(train_files=[str(write_jsonl("first.jsonl", rows))]),
+        MixPart(train_files=[str(write_jsonl("second.jsonl", [{"question": questions[-1], "answer": "y"}] * 3))]),
+    ]
+    data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
+    assert trained_on(task, data) == [questions[1], questions[2], questions[4]]
+
+
+def test_computed_rows_hold_none_of_their_problems():
+    data = DataConfig(layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8]))
+    assert trained_on(named_task("logistic_map", {}), data) == []
+    pytest.importorskip("reasoning_gym")
+    data = DataConfig(layout="reasoning_gym", train_rows=500, eval_rows=5)
+    assert trained_on(named_task("reasoning_gym", {"limit": 20}), data) == []
