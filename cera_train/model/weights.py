@@ -158,24 +158,20 @@ def fingerprint(model: nn.Module) -> str:
 def quantization_config(
     quantization: Quantization, dtype: torch.dtype, will_be_sharded: bool = False, skip: list[str] | None = None
 ) -> BitsAndBytesConfig | None:
-    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8().
-
-    Args:
-        skip: the modules that stay as they are; None: the head.
-    """
-    if quantization == Quantization.int8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    if quantization == Quantization.nf4:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            # The bits are the same; FSDP shards floats only.
-            bnb_4bit_quant_storage=dtype if will_be_sharded else torch.uint8,
-            llm_int8_skip_modules=skip,
-        )
-    return None
+    """bitsandbytes' settings: NF4 with double quantisation, computing in `dtype`, or LLM.int8(). `skip` names the
+    modules that stay as they are; None: the head."""
+    if quantization == Quantization.none:
+        return None
+    return BitsAndBytesConfig(
+        load_in_8bit=quantization == Quantization.int8,
+        load_in_4bit=quantization == Quantization.nf4,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        # The bits are the same; FSDP shards floats only.
+        bnb_4bit_quant_storage=dtype if will_be_sharded else torch.uint8,
+        llm_int8_skip_modules=skip,
+    )
 
 
 def _keep_4bit_weights_differentiable(model: nn.Module) -> None:

@@ -30,7 +30,6 @@ from cera_train.runs.results import (
     EvaluationMetrics,
     ModuleSpectrumRecord,
     RunResult,
-    SpectrumSummary,
     UpdateMetrics,
     describe_evaluation,
     describe_update,
@@ -219,12 +218,12 @@ def evaluate(session: Session) -> None:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
                 losses.write(folder.path / name)
-    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **summary(spectra) | tasks)
+    figures = spectrum_metrics(spectra) | tasks
+    metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
     session.log(metrics)
     if session.team.is_main and spectra:
-        records = spectrum_records(spectra)
-        kept = {"exclude": {"singular_values"}, "exclude_none": True}
-        modules = {name: module.model_dump(**kept) for name, module in records.items()}
+        records = spectrum_records(spectra).items()
+        modules = {name: record.model_dump(exclude={"singular_values"}, exclude_none=True) for name, record in records}
         folder.append_spectra({"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
@@ -246,11 +245,6 @@ def answer_tasks(session: Session) -> dict[str, float]:
         session.bar.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
     progress.tasks = results.figures or progress.tasks
     return results.figures
-
-
-def summary(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
-    """The spectra in eight numbers, by the keys of result.json."""
-    return SpectrumSummary.from_json(spectrum_metrics(spectra), "spectra").model_dump(exclude_none=True)
 
 
 def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpectrumRecord]:
@@ -308,7 +302,7 @@ def finish(session: Session) -> dict[str, Any]:
         seconds=progress.seconds,
         peak_memory_bytes=peak_memory(session.team.device),
         folder=str(folder.path),
-        **summary(spectra) | progress.tasks,
+        **spectrum_metrics(spectra) | progress.tasks,
     )
     folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
