@@ -10,8 +10,8 @@ from cera_train.cli.start import start
 from cera_train.common.settings import require
 
 
-def parser_of(program: str, description: str, **texts: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program, description=description, **texts)
+def parser_of(program: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.error = refuse_arguments(program)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -25,20 +25,11 @@ def report() -> None:
     parser = parser_of(
         "cera-report",
         "Compares runs: one table, paired tests on the same problems, pictures. Of a study: its verdict.",
-        epilog="cera-report disagree A B [--task TASK] shows the problems that one run solves and the other does not.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
     parser.add_argument("--output", type=Path, default="report", help="where the page goes (default: report)")
-    parser.add_argument("--task", help="the evaluation to look at (only with disagree)")
     arguments = parser.parse_args()
     folders, output = arguments.folders, arguments.output
-
-    if folders[0] == Path("disagree"):
-        from cera_train.report.disagree import disagree
-
-        require(len(folders) == 3, f"disagree takes two runs, got {len(folders) - 1}: cera-report disagree A B.")
-        disagree(*folders[1:], arguments.task)
-        return
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
     from cera_train.study.cells import find_study

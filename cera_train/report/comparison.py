@@ -29,7 +29,6 @@ class PairedTest:
     """exact, verified, or the name of the task's score."""
     first: str
     second: str
-    means: tuple[float, float]
     problems: int
     difference: Difference
     p_value: float
@@ -103,14 +102,13 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
         )
     score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
-    one, other = (scores_by_problem(evaluation, grader) for evaluation in evaluations)
+    one, other = (_scores(evaluation, grader) for evaluation in evaluations)
     scores = [list(one.values()), [other[name] for name in one]]  # the two may have the problems in another order
     problems, test = len(one), None
     if a.samples == b.samples == 1 and not score:
         test = mcnemar(*([score == 1 for score in values] for values in scores))
     return PairedTest(
         *(task, grader, first.name, second.name),
-        means=(sum(scores[0]) / problems, sum(scores[1]) / problems),
         problems=problems,
         difference=paired_bootstrap(*scores),
         p_value=test.p_value if test else sign_flip(*scores),
@@ -118,7 +116,7 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
     )
 
 
-def scores_by_problem(evaluation: Evaluation, grader: str) -> dict[str, float]:
+def _scores(evaluation: Evaluation, grader: str) -> dict[str, float]:
     """The share of each problem that is right: of its answers, or by the task's score."""
     return evaluation.answers.scores(lambda grade: evaluation.task.paired_value(grade, grader))
 

@@ -88,7 +88,7 @@ def test_trajectories_are_tested_by_their_steps(tmp_path: Path) -> None:
             grade["matches"] = [step < right for step in range(4)]
         (folder / "grades.jsonl").write_text("".join(json.dumps(grade) + "\n" for grade in grades))
     (test,), _ = paired_tests(read_runs(runs))
-    assert (test.problems, test.means, test.mcnemar) == (40, (0.0, 0.25), None)
+    assert (test.problems, test.difference.difference, test.mcnemar) == (40, 0.25, None)
     assert (test.verdict, test.row["task"]) == ("better", "logistic_map, steps")
 
 
