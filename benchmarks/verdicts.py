@@ -149,9 +149,7 @@ def family_error(design: Design, arms: int, studies: int, seed: int = 0) -> floa
 
 
 def with_detectable_difference(design: Design, comparisons: int = 1) -> Design:
-    return replace(
-        design, difference=detectable(design.variances, design.seeds, design.problems, comparisons, power=0.8)
-    )
+    return replace(design, difference=detectable(design.variances, design.seeds, design.problems, comparisons))
 
 
 DOMINATED = Design("losses; seeds dominate", seed=(1, 1))

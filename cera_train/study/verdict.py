@@ -184,10 +184,8 @@ def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spre
 # --- power -----------------------------------------------------------------------------------------------------------
 
 
-def detectable(
-    variances: Variances | None, seeds: int, problems: int, comparisons: int = 1, power: float = POWER
-) -> float:
-    """The smallest difference that gets its verdict with this probability; inf with one seed or one problem."""
+def detectable(variances: Variances | None, seeds: int, problems: int, comparisons: int = 1) -> float:
+    """The smallest difference that gets its verdict with probability POWER; inf with one seed or one problem."""
     from scipy.optimize import brentq
 
     if variances is None or min(seeds, problems) < 2:
@@ -197,7 +195,7 @@ def detectable(
         return 0.0
 
     def excess(difference: float) -> float:
-        return power_of(variances, difference, seeds, problems, comparisons) - power
+        return power_of(variances, difference, seeds, problems, comparisons) - POWER
 
     upper = scale
     while excess(upper) < 0:

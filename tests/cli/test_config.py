@@ -86,23 +86,6 @@ def test_recipes_hold_the_published_settings(compose):
     assert (nf4.model.quantization, nf4.optimizer.kind) == ("nf4", OptimizerKind.paged_adamw_8bit)
 
 
-def test_recipes_of_other_protocols_hold_their_settings(compose):
-    aligned = compose("+recipe=metamath_r64_aligned")
-    assert (aligned.adapter.init, aligned.adapter.dropout_on, aligned.adapter.r) == ("kaiming_uniform", "input", 64)
-    assert (aligned.adapter.target_modules, aligned.data.loss_on) == ("all-linear", LossOn.completion)
-    assert (aligned.optimizer.lr, aligned.optimizer.schedule, aligned.optimizer.warmup_ratio) == (1e-4, "cosine", 0.03)
-
-    cera, lora = compose("+recipe=peft_comparison_cera"), compose("+recipe=peft_comparison_lora")
-    assert (cera.adapter.kind, lora.adapter.kind) == ("cera", "lora")
-    assert (lora.adapter.r, lora.adapter.alpha, lora.adapter.dropout) == (32, 64, 0)
-    for config in (cera, lora):
-        assert config.model.path == "meta-llama/Llama-3.2-3B"
-        assert (config.train.batch_size, config.train.max_updates, config.optimizer.lr) == (4, 5000, 1e-4)
-        assert (config.optimizer.weight_decay, config.optimizer.warmup_ratio) == (0.1, 0.1)
-        assert config.data.prompt == "Question: {query} Think step by step.\nAnswer:"
-        assert (config.data.loss_on, config.data.max_length) == (LossOn.all, 768)
-
-
 def test_the_defaults_are_those_of_the_settings_and_no_recipe_restates_them(compose):
     config = compose()
     assert (config.adapter.r, config.optimizer.lr, config.train.batch_size, config.train.epochs) == (64, 3e-4, 64, 3)
