@@ -2,8 +2,8 @@
 
 Every file and folder in it appears whole or not at all, but for metrics.jsonl, spectra.jsonl and samples.jsonl: they
 grow by lines, and resuming cuts them back to the checkpoint. A checkpoint is adapter, optimizer and progress, which is
-all that resuming needs; where its checksums reveal damage, the run goes on from the one before. One process writes,
-locked. `train.extend` moves the end of a finished run to ends/UPDATE, which is a run's folder without checkpoints.
+all that resuming needs; where its checksums reveal damage, the run resumes from the one before. One process
+writes, locked. `train.extend` moves the end of a finished run to ends/UPDATE, a run's folder without checkpoints.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config
 
 STAYS = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
-"""Files of which ends/UPDATE gets copies: the run goes on with them."""
+"""Files of which ends/UPDATE gets copies, since the run adds to them."""
 
 ENDS_RUN = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png", "result.json")
 """Files that move to ends/UPDATE. While result.json, the last, is there, the move is not over."""
@@ -154,7 +154,7 @@ class RunFolder:
                 damaged.append(f"{checkpoint} ({damage})")
                 continue
             if damaged and self.is_main:
-                print_line("damaged", f"{'; '.join(damaged)}. Going on from {checkpoint}.")
+                print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
             return checkpoint
         if damaged:
             raise UserError(
@@ -190,12 +190,9 @@ class RunFolder:
         if is_longer and self.config["train"]["extend"]:
             self.check_extension(checkpoints[-1])
             return
-        mend = "Choose another name=..., or set these back to go on with it."
+        mend = "Set these back, or choose another name=..."
         if is_longer:
-            mend += (
-                " To train longer, add train.extend=true once it is finished, or go on from its checkpoint in a new "
-                f"folder: train.resume={checkpoints[-1]} name=NEW."
-            )
+            mend += f" To train longer, add train.extend=true, or train.resume={checkpoints[-1]} name=NEW."
         raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
 
     def check_extension(self, checkpoint: Path) -> None:
@@ -209,7 +206,7 @@ class RunFolder:
         if progress.is_file() and Progress.read(progress).out_of_patience(train["patience"]):
             raise UserError(
                 f"train.extend=true: {self.path} stopped by train.patience={train['patience']}, and so would a longer "
-                "run. Go on in a new folder, with train.resume=CHECKPOINT name=NEW and another patience."
+                "run. Train on in a new folder, with train.resume=CHECKPOINT name=NEW and another patience."
             )
         end = RunResult.read(finished / "result.json", needs=["updates", "epochs"])
         updates = train["max_updates"] or train["epochs"] * round(end.updates / end.epochs)
@@ -228,7 +225,7 @@ class RunFolder:
         binding = {leaf.key for leaf in leaves(Config) if leaf.field.metadata["binds_checkpoint"]}
         if different := [text for key, text in self._differences(checkpoint).items() if key in binding]:
             raise UserError(
-                f"{checkpoint} was made with another config: {'; '.join(different)}. Set these back to go on from it."
+                f"{checkpoint} was made with another config: {'; '.join(different)}. Set these back to resume from it."
             )
 
     def _differences(self, folder: Path) -> dict[str, str]:

@@ -61,7 +61,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, start, unin
     output = finish(start()).output
     (line,) = [line for line in output.splitlines() if line.startswith("damaged ")]
     assert f"{newest.relative_to(run.parents[1])} ({name}: {said}" in line
-    assert line.endswith(f"Going on from {second.relative_to(run.parents[1])}.")
+    assert line.endswith(f"Resuming from {second.relative_to(run.parents[1])}.")
     assert content(run) == uninterrupted
 
 

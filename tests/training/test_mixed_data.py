@@ -56,7 +56,7 @@ def test_a_run_on_a_mix_resumes_to_the_bit(mixed, monkeypatch):
 
 def test_another_mix_is_another_run(mixed, tmp_path, monkeypatch):
     train_and_die_after(mixed(), 6, monkeypatch)
-    with pytest.raises(ValueError, match=r"data.mix.1.weight was 1.0, is 3.0. Choose another name"):
+    with pytest.raises(ValueError, match=r"data.mix.1.weight was 1.0, is 3.0. Set these back"):
         train(mixed("data.mix.1.weight=3"))
     checkpoint = tmp_path / "outputs" / "run" / "checkpoints" / "4"
     with pytest.raises(ValueError, match="the training rows are not those of"):
