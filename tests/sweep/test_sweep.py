@@ -8,13 +8,12 @@ import subprocess
 
 import pytest
 import torch
-import yaml
 from made_sweeps import TINY, cera_sweep, cera_train, content_of, start, states
 from tiny_runs import metrics_of, wait_until
 
 from cera_train.settings.run import Config
 from cera_train.sweep.record import JOBS, RECORD
-from cera_train.sweep.table import State, best_jobs, read_sweep
+from cera_train.sweep.table import State
 
 
 @pytest.mark.slow
@@ -121,27 +120,6 @@ def test_the_peak_memory_of_a_job_is_its_own():
     del large
     forget_earlier_runs()
     assert peak_memory(torch.device("cpu")) < before - 250_000_000
-
-
-@pytest.mark.slow
-def test_optuna_minimises_the_perplexity(sweep_here):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
-    sampler = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
-    command = [
-        *("--config-dir", "conf", "-m", "+sweep=tiny", *sampler, "hydra.sweeper.sampler.seed=1"),
-        *("adapter=cera", "adapter.activation=silu", "optimizer.lr=tag(log,interval(1e-3,1e-1))"),
-    ]
-    process = start(*command, cwd=sweep_here)
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    sweep = sweep_here / "outputs" / "tiny"
-    jobs = read_sweep(sweep)
-    assert [job.state for job in jobs] == ["finished"] * 3
-    (best,) = best_jobs(jobs)
-    results = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
-    assert results["best_value"] == best.value == min(job.value for job in jobs)
-    assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
-    assert f"best       outputs/tiny/{best.name}: perplexity" in output
 
 
 def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, monkeypatch, counted, capfd):
