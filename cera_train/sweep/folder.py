@@ -1,7 +1,7 @@
 """A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies.
 
 A sweep has no state beside what its jobs left. Started again, each job finds its folder: the finished are skipped, the
-cut resume, the missing run. Imports no torch.
+cut resume, the missing run. `config` is what Hydra composed for the sweep, with Hydra's section. Imports no torch.
 """
 
 from __future__ import annotations
@@ -107,12 +107,8 @@ def _arguments(hydra_config: DictConfig) -> list[str]:
 
 
 def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
-    """The overrides of every job that Hydra's basic sweeper runs, in its order.
-
-    Args:
-        config: what Hydra composed for the sweep, with its own section.
-        params: the dimensions of the file, key -> values. None: those of `hydra.sweeper.params`.
-    """
+    """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the dimensions, key ->
+    values, in the place of `hydra.sweeper.params`."""
     dimensions = _dimensions(config, params)
     for override in dimensions:
         if override.is_sweep_override() and not override.is_discrete_sweep():
@@ -125,12 +121,7 @@ def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[li
 
 
 def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> ComposeJob[Run]:
-    """compose(overrides) -> the checked config of a job, each composed once.
-
-    Args:
-        config: what Hydra composed for the sweep, with its own section.
-        check: the checked config from what Hydra composed for a job.
-    """
+    """compose(overrides) -> the checked config of a job, each composed once and passed through `check`."""
     loader = GlobalHydra.instance().config_loader()
 
     @functools.cache
@@ -141,12 +132,8 @@ def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> Comp
 
 
 def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config]) -> None:
-    """Composes jobs until every value has been in a possible one. A value that is impossible beside some others fails
-    in its jobs, and the rest of the sweep runs.
-
-    Args:
-        sweep: the sweep's folder.
-        jobs: name -> overrides.
+    """Composes jobs, name -> overrides, until every value has been in a possible one. A value that is impossible beside
+    some others fails in its jobs, and the rest of the sweep runs.
 
     Raises:
         Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all others, or chooses
@@ -190,10 +177,8 @@ def record_of(
     """The content of sweep.json: which jobs there will be, as far as the sweeper knows them now.
 
     Args:
-        config: what Hydra composed for the sweep, with its own section.
-        jobs: the overrides of each. None: the grid's, where the sweeper runs one.
-        params: dimensions that name the jobs, whether they have one value or many. None: those of
-            `hydra.sweeper.params`, which do with many.
+        jobs: the overrides of each, in the place of the grid's.
+        params: dimensions that name the jobs even where they have one value, in the place of `hydra.sweeper.params`.
 
     Raises:
         UserError: the folder differs from job to job, or is that of a run or of a sweep with other fixed settings.
@@ -274,7 +259,7 @@ class Job:
 
     @classmethod
     def current(cls, hydra_config: DictConfig) -> Job | None:
-        """The job that Hydra has just started, from `HydraConfig.get()`. None: this is a single run."""
+        """The job that Hydra has just started, from `HydraConfig.get()`; None in a single run."""
         if hydra_config.mode != RunMode.MULTIRUN:
             return None
         sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
@@ -298,7 +283,7 @@ class Job:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether it has, which is a result. Another name, or its folder removed, lets it train again."""
+        """A result: it trains again under another name, or once its folder is removed."""
         return (self.sweep / self.name / DIVERGED).exists()
 
     def start(self) -> None:
@@ -313,7 +298,7 @@ class Job:
                 self._write(None)
 
     def fail(self, error: str) -> None:
-        """Keeps a job's error for the table; of several processes that fail, the first one's."""
+        """Writes a job's error for the table; of several processes that fail, the first one's."""
         if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
             self._write(error)
 

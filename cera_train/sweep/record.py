@@ -50,11 +50,8 @@ PERPLEXITY = SweepMetric()
 
 
 def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
-    """The metric of `sweep.metric`. Raises UserError where no run of the sweep records it.
-
-    Args:
-        tasks: `train.tasks` and what changes each; None: whatever the changes are.
-    """
+    """The metric of `sweep.metric`; raises UserError where no run of the sweep records it. `tasks` has the changes of
+    each of `train.tasks`, None where they are not known yet."""
     known = dict(HIGHER_IS_BETTER)
     for task, changes in tasks.items():
         known |= task_figures(task, changes)
