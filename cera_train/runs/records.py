@@ -31,7 +31,8 @@ class Record(BaseModel):
 
     def __init__(self, *values: Any, **others: Any) -> None:
         """Takes values in the order of the fields, and by name, as a dataclass does."""
-        super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **others)
+        names = list(type(self).model_fields)[: len(values)]
+        super().__init__(**dict(zip(names, values, strict=True)), **others)
 
     @property
     def details(self) -> dict[str, Any]:

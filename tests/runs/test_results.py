@@ -62,7 +62,7 @@ def test_the_result_of_an_evaluation_keeps_what_its_task_adds(tmp_path: Path) ->
     accuracies = [Accuracy("exact", 1, 0.5, (0.25, 0.75)), Accuracy("verified", 4, 0.75, None)]
     added = {"step_accuracy": [0.5, None], "step_accuracy/mean": 0.5, "by_growth": {"3.2": {}}}
     details = added | accuracies[0].figures | accuracies[1].figures
-    result = AccuracyResult("logistic_map", "logistic_map", 40, 4, 0, truncated=1, **details)
+    result = AccuracyResult("logistic_map", "logistic_map", 40, 4, truncated=1, **details)
     result.write(path := tmp_path / "result.json")
     tree = json.loads(path.read_text())
     assert (tree["exact/pass@1"], tree["exact/pass@1/interval"], tree["verified/pass@4"]) == (0.5, [0.25, 0.75], 0.75)

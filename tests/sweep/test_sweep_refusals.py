@@ -10,12 +10,12 @@ from made_sweeps import FIXED, TINY, cera_train, record_sweep
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["adapter.r=4,abc"], "adapter.r=abc: "),
+        (["adapter.r=4,abc"], "adapter.r: Value 'abc'"),
         (["adapter=cera,lorra"], "adapter=lorra: there is no such file. Did you mean lora?"),
         (["adapter.r=4,8", "train.batch_size=16,0"], "train.batch_size=0 must be positive"),
         (["+sweep=rank_lr", "optimizer.lrr=1,2"], "unknown setting optimizer.lrr. Did you mean optimizer.lr?"),
         (["+sweep=rank_l"], "there is no such file. Did you mean rank_lr"),
-        (["sweep=rank_lr"], "a sweep is added with a plus sign: write -m +sweep=rank_lr"),
+        (["sweep=rank_lr"], "a sweep is added with a plus sign: write +sweep=rank_lr"),
         (["optimizer.lr=interval(1,2)"], "needs a sweeper that draws: hydra/sweeper=optuna"),
         (["adapter.r=4,8", "sweep.metric=gsm8k/exact"], "no job has this figure: add train.tasks=[gsm8k]."),
         (["adapter.r=4,8", "sweep.metric=best_update"], "choose one of eval/perplexity, best_perplexity, seconds,"),
