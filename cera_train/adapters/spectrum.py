@@ -88,7 +88,9 @@ class _Moments:
         scatter = self.second - torch.outer(self.sum, self.sum) / self.count  # N Cov of the rows
         eigenvalues = torch.linalg.eigvalsh(self.root_gram @ scatter[:r, :r] @ self.root_gram)
         singular_values = eigenvalues.clamp(min=0).sqrt().flip(0)
-        dead_units = 1 - (self.open > 0).double().mean().item() if self.branch.closes else None
+        # A learned mix passes on a part of z, so no unit of it is off.
+        closes = self.branch.gate is not None and self.branch.gamma is None
+        dead_units = 1 - (self.open > 0).double().mean().item() if closes else None
         # h B^T has at most d_out directions: with r above that, the rest is rounding.
         return ModuleSpectrum(
             singular_values[: self.branch.out_features].cpu(), dead_units, self._linear_share(scatter), self.gamma

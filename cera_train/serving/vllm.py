@@ -186,7 +186,6 @@ def activate(original: Callable, manager: Any, lora_id: int) -> bool:
         adapter = manager._registered_adapters[lora_id]
         for wrapper in manager.punica_wrapper_mapping.values():
             wrapper.slot_codes[slot] = getattr(adapter, "cera_gate", LORA)
-            wrapper.slot_is_mixed[slot] = getattr(adapter, "cera_is_mixed", False)
         for name, module in manager.modules.items():
             if _is_projection(module):
                 module.lora_b_stacked[0].cera_gammas[slot] = torch.tensor(adapter.cera_gammas.get(name, 1.0))
@@ -218,7 +217,6 @@ def add_gates(wrapper: Any, lora_config: Any) -> None:
     """Makes a wrapper's codes, written in place only because a captured graph reads them."""
     wrapper.slot_codes = torch.full((lora_config.max_loras + 1,), LORA, device=wrapper.device)
     wrapper.slot_codes[-1] = NO_ADAPTER  # where slot -1 points
-    wrapper.slot_is_mixed = torch.zeros_like(wrapper.slot_codes, dtype=torch.bool)
     wrapper.token_slots = torch.zeros_like(wrapper._token_lora_indices)
     wrapper.token_codes = torch.full_like(wrapper.token_slots[:, None], LORA)
     wrapper.is_cpu = wrapper.token_codes.is_cpu
@@ -233,8 +231,8 @@ def computes(wrapper: Any, code: int) -> bool:
     """Whether a slot with this code computes h B^T, on random tensors. Overwrites tokens' slots."""
     from vllm.lora.layers import LoRAMapping
 
-    held, gamma = (wrapper.slot_codes[0].item(), wrapper.slot_is_mixed[0].item()), 0.75
-    wrapper.slot_codes[0], wrapper.slot_is_mixed[0] = code, True
+    held, gamma = wrapper.slot_codes[0].item(), 0.75
+    wrapper.slot_codes[0] = code
     (stacked_A,), (stacked_B,) = wrapper.drawn
     slots, _, rank, width = stacked_A.shape
     random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(code))
@@ -245,7 +243,7 @@ def computes(wrapper: Any, code: int) -> bool:
     wrapper.update_metadata(mapping, [1] + [None] * (slots - 1), slots + 1, width)
     y = torch.zeros_like(x)
     wrapper.add_lora_linear(y, x, *wrapper.drawn, 1.0, (width,))
-    wrapper.slot_codes[0], wrapper.slot_is_mixed[0] = held
+    wrapper.slot_codes[0] = held
     A, B, x = stacked_A[0, 0].float(), stacked_B[0, 0].float(), x.float()
     z = x @ A.T
     wanted = (z + gamma * (formula(GATES[code])(z) - z)) @ B.T
@@ -269,7 +267,6 @@ def with_gates(kind: type) -> type:
             self.token_codes[: len(slots), 0] = codes
             if self.is_cpu:  # a GPU would have to wait
                 self.batch_codes = tuple(sorted(set(codes.tolist())))
-                self.batch_is_mixed = self.slot_is_mixed[slots].any().item()
 
         def add_expand(self, y: torch.Tensor, x: Any, lora_b_stacked: Any, *arguments: Any, **settings: Any) -> Any:
             """y += gate(x) B^T. By now x is whole: gathered, or summed over the processes of tensor parallelism.
@@ -277,19 +274,17 @@ def with_gates(kind: type) -> type:
             Args:
                 x: [slices, tokens, r], or one [tokens, r] a slice.
             """
-            among, is_mixed = ALL_CODES, True
-            if self.is_cpu and not torch.compiler.is_compiling():
-                among, is_mixed = self.batch_codes, self.batch_is_mixed
+            among = self.batch_codes if self.is_cpu and not torch.compiler.is_compiling() else ALL_CODES
             if among == (NO_ADAPTER,):
                 return None  # nothing to add
             if among != (LORA,):
                 tokens = x[0].shape[0]
                 codes, slots = self.token_codes[:tokens], self.token_slots[:tokens]
-                gammas = lora_b_stacked[0].cera_gammas[slots].T[..., None] if is_mixed else None
+                gammas = lora_b_stacked[0].cera_gammas[slots].T[..., None]
                 if isinstance(x, torch.Tensor):
                     x = gate(x, codes, gammas, among)
                 else:
-                    x = tuple(gate(z, codes, gammas[index] if is_mixed else None, among) for index, z in enumerate(x))
+                    x = tuple(gate(z, codes, gamma, among) for z, gamma in zip(x, gammas, strict=True))
             return super().add_expand(y, x, lora_b_stacked, *arguments, **settings)
 
     Gated.__qualname__ = Gated.__name__ = f"Gated{kind.__name__}"
@@ -300,21 +295,20 @@ def formula(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return getattr(functional, name) if name != "identity" else torch.positive
 
 
-def gate(z: torch.Tensor, codes: torch.Tensor, gammas: torch.Tensor | None, among: tuple[int, ...]) -> torch.Tensor:
+def gate(z: torch.Tensor, codes: torch.Tensor, gammas: torch.Tensor, among: tuple[int, ...]) -> torch.Tensor:
     """z + gamma (gate(z) - z) with the gate of each token's code; zero for tokens without an adapter.
 
     Args:
         z: [..., tokens, r].
         codes: [tokens, 1].
-        gammas: [..., tokens, 1]; None: 1.
+        gammas: [..., tokens, 1].
         among: the codes there are, ascending.
     """
     first, *others = [code for code in among if code != NO_ADAPTER]
     h = formula(GATES[first])(z)
     for code in others:
         h = torch.where(codes == code, formula(GATES[code])(z), h)
-    if gammas is not None:
-        h = torch.lerp(z, h, gammas.to(z.dtype))
+    h = torch.lerp(z, h, gammas.to(z.dtype))  # h to the last bit where gamma is 1
     return h.masked_fill(codes == NO_ADAPTER, 0) if NO_ADAPTER in among else h
 
 

