@@ -28,9 +28,6 @@ from cera_train.settings.model import ModelConfig
 from cera_train.settings.serving import ExportConfig, ExportFormat
 
 CERTIFICATE = "certificate.json"
-REFUSED = "refused.json"
-"""Ends the name of the certificate of an export that loses too much. It lies beside the folder, in which an earlier
-export may be."""
 
 
 class Certificate(Record):
@@ -73,12 +70,8 @@ class Certificate(Record):
 
 
 def export(config: ExportConfig) -> Certificate:
-    """Writes the export of a run's adapter, and its certificate.
-
-    Raises:
-        UserError: the run cannot be exported, or loses more than `tolerance`: then only the certificate is written,
-            beside the folder.
-    """
+    """Writes the export of a run's adapter, and its certificate. Raises UserError where the run cannot be exported or
+    may lose more than `tolerance`; an earlier export then stays as it is."""
     quiet_libraries()
     loaded = load(config, config.run)
     folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
@@ -87,7 +80,6 @@ def export(config: ExportConfig) -> Certificate:
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     calibration, tokens = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
     maps = fit_maps(loaded, calibration)
-    refused = folder.with_name(f"{folder.name}.{REFUSED}")
 
     def write(part: Path) -> None:
         write_lora(loaded.model, maps, loaded.base.name_or_path, part)
@@ -97,16 +89,14 @@ def export(config: ExportConfig) -> Certificate:
         certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
         print_fields(certificate.shown())
         if not certificate.holds:
-            certificate.write(refused)
             raise UserError(
                 f"tolerance={config.tolerance}: the loss may rise by {certificate.loss_change_upper:.4f} nats a token, "
-                f"so nothing is exported but {refused}. Raise tolerance=, or serve the adapter."
+                "so nothing is exported. Raise tolerance=, or serve the adapter."
             )
         certificate.write(part / CERTIFICATE)
         write_text(part / "README.md", card(certificate, loaded.subject.adapter, loaded.subject.model))
 
     write_folder(folder, write)
-    refused.unlink(missing_ok=True)
     print_fields({"folder": str(folder)})
     return Certificate.read(folder / CERTIFICATE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -96,24 +95,19 @@ def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
 
 def test_what_loses_too_much_is_not_exported(compose, trained):
     folder = trained(name="steep")
-    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights, output = folder / "adapter" / "adapter_model.safetensors", folder / "export_lora"
     save_file({name: tensor * (20 if "_B." in name else 3) for name, tensor in load_file(weights).items()}, weights)
-    with pytest.raises(UserError, match=r"tolerance=0.0: the loss may rise by .* nothing is exported but") as caught:
+    with pytest.raises(UserError, match=r"tolerance=0.0: the loss may rise by .* nothing is exported"):
         export(compose(f"run={folder}", "tolerance=0", command="export"))
-    refused, output = folder / "export_lora.refused.json", folder / "export_lora"
-    assert str(refused) in str(caught.value)
-    assert f"{json.loads(refused.read_text())['loss_change_upper']:.4f}" in str(caught.value)
     assert not output.exists()
     assert export(compose(f"run={folder}", "tolerance=100", command="export")).holds
-    assert not refused.exists()
 
     # The next refusal leaves that export and its certificate as they are.
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     assert "adapter_model.safetensors" in before
-    with pytest.raises(UserError, match="nothing is exported but"):
+    with pytest.raises(UserError, match="nothing is exported"):
         export(compose(f"run={folder}", "tolerance=0", "calibration_tokens=300", command="export"))
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
-    assert json.loads(refused.read_text())["calibration_tokens"] <= 300
     assert not list(folder.glob(".writing-*"))
 
 

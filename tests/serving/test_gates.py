@@ -49,14 +49,6 @@ def test_the_gates_of_a_batch_are_those_of_every_batch():
                 assert plugin.gate(z, codes, gammas, among).equal(every)
 
 
-def test_one_graph_serves_every_batch():
-    compiled = torch.compile(plugin.gate, fullgraph=True, backend="eager")
-    z = torch.randn(4, 3)
-    for codes in (torch.zeros(4, dtype=torch.int64), torch.tensor([1, 2, 3, plugin.NO_ADAPTER])):
-        batch = z, codes[:, None], torch.rand(4, 1), plugin.ALL_CODES
-        torch.testing.assert_close(compiled(*batch), plugin.gate(*batch))
-
-
 def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):
     monkeypatch.setattr(plugin, "REPLACED", {"json:no_such_function": (None, ()), "json:dumps": (None, ("no_such",))})
     with caplog.at_level(logging.WARNING, "vllm.cera_train"):
