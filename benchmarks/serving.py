@@ -3,9 +3,6 @@
 The bare base, one and four LoRAs, one and four CeRAs, at 1, 4 and 16 requests at once: tokens a second and the time to
 the first token. With the plugin, a batch of LoRA goes through the gates too, so a second engine without it serves LoRA:
 that is what CeRA is held to. Round by round in turn, so that what else the machine does falls on all alike.
-
-With `--tenants`, how memory and tokens a second go with the number of CeRAs loaded, each number in an engine by itself,
-since vLLM sets its slots aside at the start; on a CPU, without compilation.
 """
 
 from __future__ import annotations
@@ -14,8 +11,6 @@ import argparse
 import itertools
 import multiprocessing
 import os
-import re
-import shutil
 import statistics
 import tempfile
 import time
@@ -24,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 AT_ONCE = (1, 4, 16)
-TENANTS = (0, 1, 4, 16, 64)
 PROMPT, TOKENS = 64, 32
 R = 16
 PLAIN = ", no plugin"
@@ -41,16 +35,12 @@ def main() -> None:
     parser.add_argument("--targets", default="q_proj,v_proj")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tenants", type=int, nargs="*", help="numbers of adapters loaded; 0: an engine without LoRA")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with tempfile.TemporaryDirectory() as folder:
         make_adapters(arguments.model, arguments.targets.split(","), Path(folder))
-        if arguments.tenants is None:
-            measure(arguments, Path(folder))
-        else:
-            measure_tenants(arguments, Path(folder))
+        measure(arguments, Path(folder))
 
 
 def make_adapters(base: str, targets: list[str], folder: Path) -> None:
@@ -161,52 +151,6 @@ def begin(arguments: argparse.Namespace, folder: Path, plugins: str | None) -> N
 def answer_seconds(kind: str | None, adapters: int, count: int, tokens: int) -> float:
     """Seconds in which this process's engine answers so many requests at once, over its adapters of a kind."""
     return generate_seconds(engine, [requests[kind, at % adapters] if kind else None for at in range(count)], tokens)
-
-
-# --- many adapters ---------------------------------------------------------------------------------------------------
-
-
-def measure_tenants(arguments: argparse.Namespace, folder: Path) -> None:
-    """Prints memory and speed by the number of adapters, and the memory that cera-plan predicts."""
-    from cera_train.planning.count import count_parameters
-    from cera_train.planning.serving import slot_bytes
-    from cera_train.settings.adapters import AdapterConfig
-    from cera_train.settings.model import ModelConfig
-
-    targets, number = arguments.targets.split(","), 4 if arguments.dtype == "float32" else 2
-    model = ModelConfig(path=arguments.model, dtype=arguments.dtype)
-    counts = count_parameters(model, AdapterConfig(r=R, target_modules=targets))
-    each = slot_bytes(counts.sides, R, number, counts.sides) + number * counts.trainable
-    print(f"{arguments.targets}, r = {R}, {arguments.dtype}; {AT_ONCE[-1]} requests at once over the adapters")
-    print(f"{'adapters':<10}{'memory':>10}{'above base':>13}{'planned':>10}{'tokens/s':>11}{'of base':>10}", flush=True)
-    base = None
-    for count in arguments.tenants or TENANTS:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            memory, speed = pool.submit(run_tenants, arguments, folder, count).result()
-        base = (memory, speed) if count == 0 else base
-        beside = "" if base is None else f"{(memory - base[0]) / 1e9:>10.2f} GB{each * count / 1e9:>7.2f} GB"
-        share = "" if base is None else f"{speed / base[1]:>10.2f}"
-        print(f"{count:<10}{memory / 1e9:>7.2f} GB{beside:>23}{speed:>11.0f}{share}", flush=True)
-
-
-def run_tenants(arguments: argparse.Namespace, folder: Path, count: int) -> tuple[int, float]:
-    """Resident bytes of an engine with so many adapters loaded, in this process, and its tokens a second."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm.lora.request import LoRARequest
-
-    lora = {"enable_lora": True, "max_lora_rank": R, "max_loras": count, "max_cpu_loras": count} if count else {}
-    engine = start_engine(arguments, enforce_eager=True, **lora)  # a compiler would leave its own memory behind
-    requests: list[Any] = []
-    for tenant in range(count):
-        place = shutil.copytree(folder / "cera0", folder / f"{count}-{tenant}")
-        requests.append(LoRARequest(place.name, 1 + tenant, str(place)))
-        engine.llm_engine.add_lora(requests[-1])
-    at_once = AT_ONCE[-1]
-    order = itertools.cycle(requests or [None])  # the next ones, round by round, until all were in turn
-    generate_seconds(engine, [next(order) for _ in range(at_once)], 2)
-    seconds = [generate_seconds(engine, [next(order) for _ in range(at_once)], TOKENS) for _ in range(arguments.rounds)]
-    resident = re.search(r"Pss: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text())
-    return 1024 * int(resident[1]), at_once * TOKENS / statistics.median(seconds)
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def track_by_layers(recipe: str, *overrides: str) -> Tracked:
     """The same for all layers of the base, by what the third adds to the first two."""
     two, three = (track(recipe, layers, *overrides) for layers in (2, 3))
     plan = make_plan(composed(f"+recipe={recipe}", *overrides, command="plan"))
-    size = two.bytes + (plan.parameters.layers - 2) * (three.bytes - two.bytes)
+    layers = read_config(plan.config.model).num_hidden_layers
+    size = two.bytes + (layers - 2) * (three.bytes - two.bytes)
     return replace(two, plan=plan, bytes=size)
 
 
@@ -142,7 +143,8 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         config, precision = settle(config, path)
         folder = stack.enter_context(RunFolder(path, to_plain(config)))
         session = stack.enter_context(Session(config, precision, folder, resume_from=None))
-        session.start()
+        session.begin()
+        session.start_clock()
         yield session
 
 

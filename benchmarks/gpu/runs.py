@@ -9,6 +9,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.composed import composed
 from benchmarks.gpu.place import Place
@@ -70,8 +71,6 @@ def _run(
 ) -> Found:
     """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it is `compared` with,
     fits only so."""
-    from cera_train.planning.measured import compare_with_measured
-    from cera_train.settings.planning import PlanConfig
     from cera_train.training.train import train
 
     folder = place.folder / "runs" / name
@@ -83,33 +82,29 @@ def _run(
     ]
     room = _room(place)
     for checkpointing in ([], [CHECKPOINTED]):
-        needs = max(_planned_peak(place, [*common, *each, *checkpointing]) for each in (overrides, *compared))
+        needs = max(_plan(place, [*common, *each, *checkpointing]).peak for each in (overrides, *compared))
         if needs <= room:
             break
     else:
         needed = f"{needs / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
         return Found(SKIPPED, f"needs {needed}, and this GPU has {room / 1e9:.0f}")
     result = train(composed(*common, *overrides, *checkpointing))
-    measured = compare_with_measured(folder, PlanConfig())
+    planned = _plan(place, [*common, *overrides, *checkpointing])
     return Found(
         reason="with gradient checkpointing: else the plan does not fit" if checkpointing else "",
         figures={
             **_speed(folder / "metrics.jsonl", place.size.warm_up),
-            "tokens_per_row": measured.plan.data.tokens_per_row,
             "peak_memory_bytes": result["peak_memory_bytes"],
-            "planned_memory_bytes": measured.peak_memory.predicted,
-            # The share of the peak that cera-plan assumes is a guess, and unknown GPUs have no speed.
-            "planned_update_seconds": measured.update_seconds.predicted,
+            "planned_memory_bytes": planned.peak,
         },
     )
 
 
-def _planned_peak(place: Place, settings: Sequence[str]) -> float:
-    """Bytes, by cera-plan."""
+def _plan(place: Place, settings: Sequence[str]) -> Any:
     from cera_train.planning.plan import make_plan
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return make_plan(composed(*settings, f"plan.gpu={device}", command="plan")).peak
+    return make_plan(composed(*settings, f"plan.gpu={device}", command="plan"))
 
 
 def _room(place: Place) -> float:

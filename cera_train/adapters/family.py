@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from cera_train.adapters.families.base import Family
-from cera_train.adapters.families.cera import GATE_SETTINGS, Cera
+from cera_train.adapters.families.cera import Cera
 from cera_train.adapters.families.full import Full
 from cera_train.adapters.families.lora import Lora
 from cera_train.adapters.families.peft import Peft
@@ -39,12 +39,6 @@ def title(config: AdapterConfig) -> str:
 def unset(name: str) -> Any:
     """The value of a setting that a kind does not use."""
     return UNSET[name] if name in UNSET else getattr(AdapterConfig, name)
-
-
-def with_kind(config: AdapterConfig, kind: str) -> AdapterConfig:
-    """The settings with another kind, without those of CeRA's gate where it has none."""
-    ignored = GATE_SETTINGS - family(kind).uses
-    return replace(config, kind=AdapterKind(kind), **{name: unset(name) for name in ignored})
 
 
 def check_settings(config: AdapterConfig) -> None:

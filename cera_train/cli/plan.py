@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from cera_train.cli.composition import to_config, without_hydra
 from cera_train.cli.start import errors_in_one_line, start_hydra
-from cera_train.common.settings import require
 from cera_train.settings.run import PlanRun
 from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
 
@@ -31,29 +30,12 @@ def plan(composed: DictConfig) -> Any:
         refuse_grid_of_one(HydraConfig.get())
         config = to_config(composed, PlanRun)
         from cera_train.planning.plan import make_plan
-        from cera_train.planning.table import print_measured, print_plan
+        from cera_train.planning.table import print_plan
 
-        if config.run is not None:
-            print_measured(Path(config.run), config.plan)
-        elif HydraConfig.get().mode == RunMode.MULTIRUN:
-            return make_plan(refuse_compared(config))
-        else:
-            print_plan(make_plan(config))
-
-
-def refuse_compared(config: PlanRun) -> PlanRun:
-    """Raises UserError where a job of a sweep has adapters beside it."""
-    require(
-        not config.plan.compare,
-        f"plan.compare={[str(kind) for kind in config.plan.compare]} sets other adapters beside one plan; with -m, "
-        "sweep them: adapter=cera,lora,dora.",
-    )
-    return config
-
-
-def check_job(composed: DictConfig) -> PlanRun:
-    """The checked config of a job, from all that Hydra composed for it."""
-    return refuse_compared(without_hydra(composed, PlanRun))
+        run_plan = make_plan(config)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_plan
+        print_plan(run_plan)
 
 
 class Sum(Callback):
@@ -92,4 +74,4 @@ class PlannedStudy(Sweeper):
         with errors_in_one_line(PLAN):
             from cera_train.study.plan import plan_study
 
-            plan_study(self.config, job_composer(self.config, check_job))
+            plan_study(self.config, job_composer(self.config, functools.partial(without_hydra, schema=PlanRun)))

@@ -1,4 +1,4 @@
-"""The base and the adapter of a run on the meta device, which has shapes and no memory, and their parameters.
+"""The base of a run on the meta device, which has shapes and no memory.
 
 config.json comes from the model's folder, the Hub's cache on this disk, or conf/model, never from a network.
 """
@@ -7,27 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.adapters.build import build
+from cera_train.adapters.build import build, parameter_counts
 from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import config_dir
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import attention_for, mixes_sequences, positions_of
-from cera_train.settings.adapters import AdapterConfig
+from cera_train.model.weights import attention_for
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.run import Config
 
@@ -35,62 +30,9 @@ NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight: 4, an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those (double quantisation)."""
 
 
-@dataclass(frozen=True)
-class Parameters:
-    frozen: dict[str, int]
-    """Parameters of the base by kind of module."""
-    adapter: dict[str, int]
-    """Trainable parameters by the last name of the module that they adapt, or that they are in."""
-    sides: dict[str, int]
-    """in + out of the base's matrices by the last name of their module: the parameters of a LoRA of rank 1."""
-    weight_bytes: float
-    """Bytes of the base's weights as they are stored."""
-    positions: int | None
-    """Tokens that the model has positions for. None: no limit."""
-    layers: int
-    mixes_sequences: bool
-    """Rows are padded: the model carries a state from token to token."""
-
-    @property
-    def trainable(self) -> int:
-        return sum(self.adapter.values())
-
-    @property
-    def share(self) -> float:
-        return self.trainable / (self.trainable + sum(self.frozen.values()))
-
-
-def count_parameters(model: ModelConfig, adapter: AdapterConfig) -> Parameters:
-    """Builds the base and the adapter and counts their parameters."""
-    return build_counted(build_base(model), model, adapter)[1]
-
-
-def build_counted(base: PreTrainedModel, model: ModelConfig, adapter: AdapterConfig) -> tuple[nn.Module, Parameters]:
-    """The base with its adapter, and their parameters."""
-    frozen, sides, weight_bytes = (
-        by_kind(base),
-        sides_by_name(base),
-        sum(stored_sizes(base, model.quantization).values()),
-    )
-    is_mixing = mixes_sequences(base)
-    with torch.device("meta"):
-        adapted = build(base, adapter).train()
-    return adapted, Parameters(
-        frozen=frozen,
-        adapter=trainable_by_target(adapted),
-        sides=sides,
-        weight_bytes=weight_bytes,
-        positions=positions_of(base.config),
-        layers=base.config.get_text_config().num_hidden_layers,
-        mixes_sequences=is_mixing,
-    )
-
-
 def trainable_parameters(config: Config) -> int:
-    return count_parameters(config.model, config.adapter).trainable
-
-
-# --- building --------------------------------------------------------------------------------------------------------
+    with torch.device("meta"):
+        return parameter_counts(build(build_base(config.model), config.adapter))[0]
 
 
 def build_base(model: ModelConfig) -> PreTrainedModel:
@@ -104,8 +46,8 @@ def build_base(model: ModelConfig) -> PreTrainedModel:
         )
     # Flash kernels may need a package or a GPU that this machine lacks; they keep what sdpa keeps.
     attention = attention_for(config, "eager" if model.attn_implementation == "eager" else "sdpa")
-    with failing_in_one_line(model, config.model_type), torch.device("meta"):
-        dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
+    dtype = getattr(torch, choose_precision(model.dtype, cuda=False).dtype)
+    with errors_in_one_line(model, config.model_type), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     base.requires_grad_(False)
     keep_less(base)
@@ -134,18 +76,13 @@ def read_config(model: ModelConfig) -> PretrainedConfig:
 
 
 @contextlib.contextmanager
-def failing_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
+def errors_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
     """Turns whatever the code of an architecture raises without weights into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        if "attention implementation" in str(error):
-            raise UserError(
-                f"model.attn_implementation={model.attn_implementation}: a model of type {model_type} does not support "
-                "it. Set model.attn_implementation=eager."
-            ) from error
         raise UserError(
             f"model.path={model.path}: cera-plan cannot run a model of type {model_type} without its weights "
             f"({type(error).__name__}: {_first_line(error)})."
@@ -154,52 +91,6 @@ def failing_in_one_line(model: ModelConfig, model_type: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split("\n")[0].split())
-
-
-# --- counting --------------------------------------------------------------------------------------------------------
-
-
-def by_kind(base: PreTrainedModel) -> dict[str, int]:
-    """The base's parameters by kind of module. A tied head has none: they count as the embeddings'."""
-    counts: Counter[str] = Counter()
-    for name, weight in base.named_parameters():
-        place = name.rpartition(".")[0]
-        module = base.get_submodule(place)
-        counts["head" if module is base.get_output_embeddings() else _kind(place, module)] += weight.numel()
-    return dict(counts) | {"head": counts["head"]}
-
-
-def _kind(name: str, module: nn.Module) -> str:
-    """A module's row in the table: a name that is common to all architectures where there is one, else its last."""
-    *path, last = name.split(".")
-    if isinstance(module, nn.Embedding):
-        return "embeddings"
-    if "norm" in type(module).__name__.lower():
-        return "norms"
-    if {"mlp", "experts", "feed_forward"} & {*path, last}:
-        return "MLP"
-    return f"attention {last}" if any("attn" in part or "attention" in part for part in path) else last
-
-
-def trainable_by_target(adapted: nn.Module) -> dict[str, int]:
-    """Trainable parameters by the last name of the module that they adapt, or that they are in."""
-    targets = {name for name, module in adapted.named_modules() if isinstance(module, BaseTunerLayer)}
-    counts: Counter[str] = Counter()
-    for name, weight in adapted.named_parameters():
-        if weight.requires_grad:
-            owners = [target for target in targets if name.startswith(f"{target}.")]
-            owner = max(owners, key=len, default=name.rpartition(".")[0])
-            counts[owner.rpartition(".")[2]] += weight.numel()
-    return dict(counts)
-
-
-def sides_by_name(base: PreTrainedModel) -> dict[str, int]:
-    """in + out of every matrix, those of experts and a tied head too, by the last name of its module."""
-    counts: Counter[str] = Counter()
-    for name, weight in base.named_parameters(remove_duplicate=False):
-        if weight.ndim > 1:
-            counts[name.split(".")[-2]] += math.prod(weight.shape[:-2]) * sum(weight.shape[-2:])
-    return dict(counts)
 
 
 def stored_sizes(base: PreTrainedModel, quantization: Quantization) -> dict[nn.Parameter, float]:

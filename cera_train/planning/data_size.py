@@ -1,14 +1,18 @@
-"""How many rows and tokens a run has: from data.facts, by computing the rows, or by counting local files."""
+"""How much there is to train on and to answer: by data.facts, by computing the rows, or by counting local files."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.data.order import PartRows, rows_of_parts
+from cera_train.data.order import rows_of_parts
+from cera_train.evaluation.tasks.task import load_problems, named_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
+from cera_train.settings.run import Config
 
 CHARACTERS_PER_TOKEN = 3.5
 """Estimate for local rows, which are not tokenised here. With SmolLM2's tokenizer a token has 2.8 characters on GSM8K,
@@ -37,40 +41,26 @@ class DataSize:
     """Where the number of tokens comes from, for people."""
     is_even: bool = False
     """All rows have the same length."""
-    parts: tuple[PartRows, ...] = ()
-    """The parts of a mix."""
-    eval_tokens: float | None = None
-    """Tokens of all evaluation rows. None: they are as long as the training rows."""
-
-    @property
-    def tokens_per_eval_row(self) -> float:
-        return self.tokens_per_row if self.eval_tokens is None else self.eval_tokens / self.eval_rows
 
 
-def is_known(config: DataConfig) -> bool:
-    """Whether the number of rows is known: from facts, local files, or because rows are computed."""
-    return facts_of(config) is not None or bool(config.train_files) or config.is_computed
+@dataclass(frozen=True)
+class TaskSize:
+    """The problems of one of `train.tasks`."""
 
-
-def facts_of(config: DataConfig) -> DataFacts | None:
-    """The facts of a data set of the Hub: its own, or those in a file of conf/data."""
-    if config.facts is not None and config.facts.of == config.path:
-        return config.facts
-    return None if config.path is None else facts_at(config.path)
-
-
-def facts_at(path: str) -> DataFacts | None:
-    """The facts of a data set of the Hub that a file of conf/data has."""
-    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
-    matching = (file["facts"] for file in files if file.get("facts", {}).get("of") == path)
-    return next((DataFacts(**facts) for facts in matching), None)
+    name: str
+    problems: int
+    prompt_tokens: float
+    new_tokens: int
+    """Tokens of an answer, at most."""
+    source: str
+    """Where the numbers come from, for people."""
 
 
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
-    """The rows and tokens of a data set, by its facts, or by counting local files.
+    """The rows and tokens of a data set.
 
     Args:
-        tokens_per_row: overrides what is found.
+        tokens_per_row: overrides what is known.
 
     Raises:
         UserError: nothing is known about `data.path`, or local files cannot be read.
@@ -79,7 +69,7 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
         return _size_of_mix(config, tokens_per_row)
     if config.is_computed or config.train_files:
         size = _size_of_rows(config)
-    elif (facts := facts_of(config)) is not None:
+    elif (facts := facts_of(config.path, config.facts)) is not None:
         size = DataSize(
             _sliced(config.train_split, facts.train_rows),
             _sliced(config.eval_split, facts.eval_rows),
@@ -105,44 +95,45 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     )
 
 
+def facts_of(path: str, facts: DataFacts | None = None) -> DataFacts | None:
+    """The facts of a data set of the Hub: those given, where they are about it, or those of a file of conf/data."""
+    if facts is not None and facts.of == path:
+        return facts
+    files = map(read_yaml, sorted((config_dir("conf") / "data").glob("*.yaml")))
+    return next((DataFacts(**file["facts"]) for file in files if file.get("facts", {}).get("of") == path), None)
+
+
 def _size_of_mix(config: DataConfig, tokens_per_row: float | None) -> DataSize:
-    sizes = []
+    sizes: list[DataSize] = []
     for place, part in config.parts():
         with errors_at(place):
-            sizes.append((part.title, data_size(part, tokens_per_row)))
-    counts = rows_of_parts([size.train_rows for _, size in sizes], config.weights, config.train_rows)
-    parts = tuple(
-        PartRows(title, size.train_rows, count, count * size.tokens_per_row, size.eval_rows)
-        for (title, size), count in zip(sizes, counts, strict=True)
-    )
-    tokens = sum(part.tokens for part in parts)
+            sizes.append(data_size(part, tokens_per_row))
+    counts = rows_of_parts([size.train_rows for size in sizes], config.weights, config.train_rows)
+    tokens = [count * size.tokens_per_row for count, size in zip(counts, sizes, strict=True)]
     return DataSize(
-        sum(counts),
-        sum(part.eval_rows for part in parts),
-        tokens / sum(counts),
-        sum(part.tokens * size.supervised for part, (_, size) in zip(parts, sizes, strict=True)) / tokens,
-        "; ".join(dict.fromkeys(size.source for _, size in sizes)),
-        parts=parts,
-        eval_tokens=sum(size.eval_rows * size.tokens_per_row for _, size in sizes),
+        train_rows=sum(counts),
+        eval_rows=sum(size.eval_rows for size in sizes),
+        tokens_per_row=sum(tokens) / sum(counts),
+        supervised=sum(count * size.supervised for count, size in zip(tokens, sizes, strict=True)) / sum(tokens),
+        source="; ".join(dict.fromkeys(size.source for size in sizes)),
     )
 
 
 def _sliced(split: str, rows: int) -> int:
-    """Rows of a split in the notation of `datasets`, such as train[:100000] or test[:10%].
+    """Rows of a slice such as train[:100000] or test[:10%].
 
     Raises:
-        UserError: it is more than one slice of one split.
+        UserError: the split is none, or one of several parts.
     """
-    match = re.fullmatch(r"\w+(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", split)
-    if match is None:
+    from datasets import ReadInstruction
+
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({re.match(r"\w*", split)[0]: rows})
+    except (ValueError, AssertionError) as error:
         raise UserError(
             f"data split {split!r}: cera-plan reads splits such as train or train[:1000]. Use one of that form."
-        )
-    start, end = (
-        None if bound is None else round(rows * int(bound[:-1]) / 100) if bound.endswith("%") else int(bound)
-        for bound in match.groups()
-    )
-    return len(range(rows)[start:end])
+        ) from error
+    return sum(part.to - part.from_ for part in parts)
 
 
 def _size_of_rows(config: DataConfig) -> DataSize:
@@ -153,30 +144,57 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     is_generated = config.layout == Layout.reasoning_gym  # as many as the settings say, and slow to make
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)
-    lengths, tokens, supervised = [], 0.0, 0.0
+    lengths, answers = [], 0.0
     for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
-        counts = [(estimate_tokens(segment.text, config.is_computed), segment.supervised) for segment in segments]
-        if counts:
-            length, answers = sum(count for count, _ in counts), sum(count for count, counted in counts if counted)
-            kept = min(length, config.max_length)
-            lengths.append(length)
-            tokens, supervised = tokens + kept, supervised + max(0.0, kept - (length - answers))
-    if not tokens:
+        if segments:
+            counts = [estimate_tokens(segment.text, config.is_computed) for segment in segments]
+            prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
+            lengths.append(min(sum(counts), config.max_length))
+            answers += max(0.0, lengths[-1] - prompt)
+    if not sum(lengths):
         raise UserError(f"{train.name}: no row to train on has an answer. Check columns, templates, data.eval_rows.")
     size = DataSize(
         config.train_rows if is_generated else sum(1 for _ in train.located()),
         config.eval_rows if is_generated else sum(1 for _ in evaluation.located()),
-        tokens / len(lengths),
-        supervised / tokens,
+        fmean(lengths),
+        answers / sum(lengths),
         "an estimate" + (": a token for each word, digit and sign" if config.is_computed else " by characters"),
         is_even=len(set(lengths)) == 1,
     )
     if config.facts is not None and config.logistic_map == LogisticMapConfig():
-        return replace(
-            size, tokens_per_row=config.facts.tokens_per_row, supervised=config.facts.supervised, source=COUNTED
-        )
+        tokens, supervised = config.facts.tokens_per_row, config.facts.supervised
+        return replace(size, tokens_per_row=tokens, supervised=supervised, source=COUNTED)
     return size
 
 
 def estimate_tokens(text: str, is_computed: bool) -> float:
     return len(PIECES.findall(text)) if is_computed else len(text) / CHARACTERS_PER_TOKEN
+
+
+def task_sizes(config: Config, data: DataSize) -> Sequence[TaskSize]:
+    """The problems of `train.tasks`. Those of local files are read, computed ones computed. A task of the Hub has the
+    facts of its rows; without facts, its prompts are taken to be as long as those that the run trains on.
+
+    Raises:
+        UserError: the number of problems is neither known nor limited.
+    """
+    return [_task_size(name, config, data) for name in config.train.tasks]
+
+
+def _task_size(name: str, config: Config, data: DataSize) -> TaskSize:
+    settings, place = named_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
+    if settings.files or settings.path is None:
+        with errors_at(place):
+            problems = load_problems(settings, config.data)
+        tokens = fmean(len(problem.prompt) for problem in problems) / CHARACTERS_PER_TOKEN
+        return TaskSize(name, len(problems), tokens, settings.max_new_tokens, "by their characters")
+    facts = facts_of(settings.path)
+    known = [count for count in (settings.limit, facts and facts.eval_rows) if count is not None]
+    if not known:
+        raise UserError(
+            f"{place}: the number of its problems is unknown: set train.task_settings.{name}.limit, or task files."
+        )
+    tokens, source = data.tokens_per_row * (1 - data.supervised), "a guess by the training rows"
+    if facts is not None:
+        tokens, source = facts.tokens_per_row * (1 - facts.supervised), "an estimate" if facts.estimated else "by facts"
+    return TaskSize(name, min(known), tokens, settings.max_new_tokens, source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -16,9 +15,6 @@ GPU_MFU, CPU_MFU = 0.4, 0.45
 """Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M reached with CeRA
 (with LoRA 0.38: its dropout runs over the whole input of a projection)."""
 
-CPU_BANDWIDTH = 25e9
-"""Bytes that a CPU reads from memory in a second: on two cores, SmolLM2-135M answers with 42 tokens a second."""
-
 USABLE = 0.95
 """Usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest."""
 
@@ -27,26 +23,27 @@ USABLE = 0.95
 class Device:
     name: str
     memory: float
-    """Bytes. NaN where unknown."""
+    """Bytes."""
     flops: float
-    """Peak operations a second. NaN where unknown."""
-    bandwidth: float = math.nan
+    """Peak operations a second."""
+    bandwidth: float
     """Bytes of memory that it reads in a second."""
-    cuda_name: str = ""
-    """The name that CUDA reports. Slower cards have similar ones, such as the H100 PCIe."""
 
 
 GPUS = {
-    GpuKind.h100: Device("H100", 80 * GB, 989e12, 3.35e12, "NVIDIA H100 80GB HBM3"),
-    GpuKind.a100: Device("A100", 80 * GB, 312e12, 2.04e12, "NVIDIA A100-SXM4-80GB"),
-    GpuKind.l40s: Device("L40S", 48 * GB, 362e12, 0.86e12, "NVIDIA L40S"),
-    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, 1.01e12, "NVIDIA GeForce RTX 4090"),
+    GpuKind.h100: Device("H100", 80 * GB, 989e12, 3.35e12),
+    GpuKind.a100: Device("A100", 80 * GB, 312e12, 2.04e12),
+    GpuKind.l40s: Device("L40S", 48 * GB, 362e12, 0.86e12),
+    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, 1.01e12),
 }
 """Memory, dense bf16 speed and bandwidth by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
 
+CPU_BANDWIDTH = 25e9
+"""On two cores, SmolLM2-135M answers with 42 tokens a second."""
+
 
 @functools.cache
-def this_cpu(is_16bit: bool, threads: int | None) -> Device:
+def this_cpu(is_16bit: bool) -> Device:
     """This machine: its memory, and its peak speed at matrix products.
 
     One thread is measured for half a second, at its best, and multiplied by the threads: several at once would wait for
@@ -54,7 +51,7 @@ def this_cpu(is_16bit: bool, threads: int | None) -> Device:
     """
     import torch
 
-    usual = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
     best, start = 0.0, time.perf_counter()
@@ -62,6 +59,6 @@ def this_cpu(is_16bit: bool, threads: int | None) -> Device:
         began = time.perf_counter()
         matrix @ matrix
         best = max(best, 2 * 512**3 / (time.perf_counter() - began))
-    torch.set_num_threads(usual)
+    torch.set_num_threads(threads)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this CPU", memory, best * (threads or usual), CPU_BANDWIDTH)
+    return Device("this CPU", memory, best * threads, CPU_BANDWIDTH)

@@ -1,9 +1,9 @@
 """An update of the run itself on fake tensors, which have shapes, dtypes and storages and no memory.
 
-Base, adapter, loss, layout and optimizer are those of training, so what a run does is what is counted: the bytes of all
-living storages, and floating-point operations by torch's formulas. The tensors lie on the CPU, where torch takes fake
-ones without a GPU; `choices_of_a_gpu` holds what a GPU does in another way. A few layers run: every number is linear in
-the count of layers of a kind.
+Base, adapter, loss, layout and optimizer are those of training. Counted are the bytes of all living storages, and
+floating-point operations by torch's formulas. The tensors lie on the CPU, where torch takes fake ones without a GPU;
+`choices_of_a_gpu` holds what a GPU does differently. A few layers run: every number is linear in the count of layers of
+a kind.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 
-from cera_train.adapters.build import parameter_groups
+from cera_train.adapters.build import build, parameter_counts, parameter_groups
 from cera_train.model import attention
 from cera_train.model import loss as losses
 from cera_train.model.batches import Batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
-from cera_train.planning.count import build_base, build_counted, failing_in_one_line, quantised_linears, stored_sizes
+from cera_train.model.weights import mixes_sequences
+from cera_train.planning.count import build_base, errors_in_one_line, quantised_linears, stored_sizes
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization, chunk_tokens
 from cera_train.settings.run import PlanRun
@@ -88,19 +89,24 @@ class DryRun:
     """
 
     def __init__(self, config: PlanRun) -> None:
-        self.config, on_gpu = config, config.plan.on_gpu
+        self.config, on_gpu, quantization = config, config.plan.on_gpu, config.model.quantization
         self.base = build_base(config.model)
-        quantization = config.model.quantization
         sizes, quantised = stored_sizes(self.base, quantization), quantised_linears(self.base, quantization)
-        self.model, self.parameters = build_counted(self.base, config.model, config.adapter)
+        mixes = mixes_sequences(self.base)
+        with torch.device("meta"):
+            self.model = build(self.base, config.adapter).train()
+        self.trainable, self.total = parameter_counts(self.model)
+        self.layers = Layers(self.base)
+        inside = sum(sizes.get(weight, 0) for layer in self.layers.all for weight in layer.parameters())
+        self.gathered = sum(sizes.values()) - inside + 2 * inside / max(1, len(self.layers.all))
+        """Bytes of the weights that FSDP gathers while they compute: what is outside the layers, and two layers."""
         self.fake_mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
         self._make_fake(sizes)
         if quantization == Quantization.int8:
             for linear in quantised:
                 linear.register_forward_hook(keep_input)
-        self.layers = Layers(self.base)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        held, adapter = self.meter.alive, sum(map(allocated, (weight.nbytes for weight in self.trained)))
+        held, adapter = self.meter.alive, sum(allocated(weight.nbytes) for weight in self.trained)
         # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
         kind = config.optimizer.kind.removeprefix("paged_")
         groups = parameter_groups(self.model, config.adapter)
@@ -114,7 +120,7 @@ class DryRun:
             self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
         )
         layout = config.train.batch_layout
-        if self.parameters.mixes_sequences and layout == BatchLayout.auto:
+        if mixes and layout == BatchLayout.auto:
             layout = BatchLayout.padded
         with self.running(), self.layers.only(self.layers.one_of_each):
             choose_layout(layout, self.loss, torch.device("cuda" if on_gpu else "cpu"))
@@ -128,8 +134,6 @@ class DryRun:
         """Puts fake tensors in the place of the meta device's. A tied weight stays one."""
         fakes: dict[torch.Tensor, torch.Tensor] = {}
         for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if tensor in fakes:
-                continue
             fake = FakeTensor(self.fake_mode, tensor.detach(), torch.device("cpu"))
             fakes[tensor] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
             self.meter.hold(fake, None if tensor.requires_grad else sizes.get(tensor))
@@ -139,21 +143,17 @@ class DryRun:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """What runs inside it runs on fake tensors, as on the planned device."""
-        on_device = choices_of_a_gpu(self.model) if self.config.plan.on_gpu else contextlib.nullcontext()
-        # transformers would mask whatever is fake, without a look at the values that the meter makes up.
-        reads_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
-        # Its cache would hand fake tensors to real passes, and real ones here.
-        uncached = patch.object(attention, "sequence_starts", attention.sequence_starts.__wrapped__)
-        kind = self.base.config.model_type
-        with (
-            failing_in_one_line(self.config.model, kind),
-            on_device,
-            reads_values,
-            uncached,
-            self.fake_mode,
-            self.meter,
-        ):
+        """Runs the block on fake tensors, as on the planned device."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(errors_in_one_line(self.config.model, self.base.config.model_type))
+            if self.config.plan.on_gpu:
+                stack.enter_context(choices_of_a_gpu(self.model))
+            # transformers would mask whatever is fake, without a look at the values that the meter makes up.
+            stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
+            # Its cache would hand fake tensors to real passes, and real ones here.
+            stack.enter_context(patch.object(attention, "sequence_starts", attention.sequence_starts.__wrapped__))
+            stack.enter_context(self.fake_mode)
+            stack.enter_context(self.meter)
             yield
 
     def cost(self, batch: MicroBatch, accumulates: bool) -> Cost:
@@ -222,7 +222,7 @@ class Layers:
 
     @contextlib.contextmanager
     def only(self, indices: list[int]) -> Iterator[None]:
-        """The model has these layers alone inside it."""
+        """Leaves only these layers in the model, for the block."""
         if self.all:
             setattr(self.parent, self.name, nn.ModuleList([self.all[index] for index in indices]))
         yield
@@ -354,7 +354,7 @@ if hasattr(MOE, "grouped_mm_fallback_backward"):  # transformers 5.10 has none
     FORMULAS[MOE.grouped_mm_fallback_backward] = lambda a, b, *args, **kwargs: 2 * grouped_flops(a, b)
 
 
-# --- what a GPU does in another way ----------------------------------------------------------------------------------
+# --- what a GPU does differently -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -7,24 +7,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cera_train.adapters.family import check_settings, with_kind
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.model.precision import choose_precision
-from cera_train.planning.answers import AnswerSize, sizes_of_samples, sizes_of_tasks, step_seconds
-from cera_train.planning.data_size import DataSize, data_size
+from cera_train.planning.data_size import DataSize, TaskSize, data_size, task_sizes
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
-from cera_train.settings.adapters import AdapterKind
 from cera_train.settings.distributed import Strategy
+from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype
-from cera_train.settings.planning import CompareAt
 from cera_train.settings.run import Config, PlanRun
 
 if TYPE_CHECKING:
-    from cera_train.planning.count import Parameters
     from cera_train.planning.dry_run import Cost, DryRun, MicroBatch
 
 ROW_SPREAD = 0.4
@@ -40,6 +36,13 @@ CUDA_BUILD_BYTES = 320_000_000
 HEAP_SHARE = 0.4
 """On a CPU, freed blocks below 32 MB stay with the C library's heap, and its gaps add about this share."""
 
+LAYER_SECONDS = 4e-4
+"""Time in which a layer is called for one token: SmolLM2's on a CPU; on a GPU, where kernels wait to be launched, an
+assumption."""
+
+DECODING_SHARE = 0.5
+"""Speed of a decoding step's products, over that of training: SmolLM2's on a CPU with 64 answers at once."""
+
 
 @dataclass(frozen=True)
 class RunTotals:
@@ -54,8 +57,6 @@ class RunTotals:
     """Tokens of all evaluations, and of the probes on which spectra are taken."""
     task_evaluations: int
     """Evaluations at which `train.tasks` are answered."""
-    sample_evaluations: int
-    """Evaluations with `train.samples`."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,13 @@ class RunPlan:
 
     config: PlanRun
     device: Device
+    mfu: float
     data: DataSize
-    tasks: list[AnswerSize]
-    """Answers of an evaluation to `train.tasks`."""
-    samples: list[AnswerSize]
-    parameters: Parameters
+    tasks: Sequence[TaskSize]
     totals: RunTotals
+    frozen: int
+    """Parameters of the base."""
+    trainable: int
     micro_batch: MicroBatch
     """The largest one, which needs the most memory."""
     memory: dict[str, float]
@@ -78,10 +80,8 @@ class RunPlan:
     """Bytes of one process at the peak of an evaluation."""
     flops: dict[str, float]
     """Floating-point operations of the run by part."""
-    token_flops: float
-    """Operations of a token in an evaluation."""
-    mfu: float
-    compared: list[RunPlan] = field(default_factory=list)
+    answer_seconds: float
+    """Time of all answers to `train.tasks`, if each is as long as it may be."""
 
     @property
     def peak(self) -> float:
@@ -92,30 +92,15 @@ class RunPlan:
         return self.peak <= USABLE * self.device.memory
 
     @property
-    def speed(self) -> float:
-        """Operations a second in training."""
-        return self.device.flops * self.mfu * self.config.plan.gpus
-
-    @property
     def seconds(self) -> float:
-        return sum(self.flops.values()) / self.speed + self.answer_seconds
+        speed = self.device.flops * self.mfu * self.config.plan.gpus
+        return sum(self.flops.values()) / speed + self.answer_seconds
 
     @property
     def update_seconds(self) -> float:
         """Seconds of an update, evaluations not counted."""
-        return (self.flops["forward"] + self.flops["backward"]) / self.speed / self.totals.updates
-
-    @property
-    def answer_seconds(self) -> float:
-        """Seconds of all answers and samples, if each is as long as it may be."""
-        step = step_seconds(self.device, self.parameters.layers, self.parameters.weight_bytes)
-        token = self.token_flops / (self.device.flops * self.mfu)
-
-        def seconds(answers: Sequence[AnswerSize]) -> float:
-            return sum(size.seconds(self.config.plan.gpus, step, token) for size in answers)
-
-        totals = self.totals
-        return totals.task_evaluations * seconds(self.tasks) + totals.sample_evaluations * seconds(self.samples)
+        trained = self.flops["forward"] + self.flops["backward"]
+        return trained / self.totals.updates / (self.device.flops * self.mfu * self.config.plan.gpus)
 
     @property
     def gpu_hours(self) -> float:
@@ -128,32 +113,21 @@ class RunPlan:
 
 
 PLANS: dict[str, RunPlan] = {}
-"""Plans of this process by their shape."""
+"""Plans of this process by what they depend on: runs that differ in seed or learning rate have one plan."""
 
 
-def make_plan(config: PlanRun, cpu_threads: int | None = None) -> RunPlan:
-    """Plans a run and the same run with each adapter of `plan.compare`.
-
-    Args:
-        cpu_threads: of a run on a CPU; None: as many as torch takes.
-
-    Raises:
-        UserError: the run cannot be planned.
-    """
-    shape = f"{shape_of(config)} {cpu_threads}"
+def make_plan(config: PlanRun) -> RunPlan:
+    """Plans a run. Raises UserError where it cannot be planned."""
+    train = replace(config.train, seed=0)
+    shape = repr(
+        (config.model, config.adapter, config.data, train, config.optimizer.kind, config.distributed, config.plan)
+    )
     if shape not in PLANS:
-        PLANS[shape] = _plan_alone(config, cpu_threads)
-    compared = [make_plan(_with_adapter(config, kind)) for kind in config.plan.compare]
-    return replace(PLANS[shape], config=replace(config, model=PLANS[shape].config.model), compared=compared)
+        PLANS[shape] = _plan(config)
+    return replace(PLANS[shape], config=replace(config, model=PLANS[shape].config.model))
 
 
-def shape_of(config: PlanRun) -> str:
-    """What a plan depends on: runs that differ in their seed or learning rate have one plan."""
-    train, plan = replace(config.train, seed=0), replace(config.plan, compare=[])
-    return repr((config.model, config.adapter, config.data, train, config.optimizer.kind, config.distributed, plan))
-
-
-def _plan_alone(config: PlanRun, cpu_threads: int | None) -> RunPlan:
+def _plan(config: PlanRun) -> RunPlan:
     on_gpu = config.plan.on_gpu
     if not on_gpu and config.plan.gpus > 1:
         raise UserError(
@@ -164,41 +138,49 @@ def _plan_alone(config: PlanRun, cpu_threads: int | None) -> RunPlan:
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
     data = data_size(config.data, config.plan.tokens_per_row)
-    tasks = sizes_of_tasks(config, data)
+    tasks, totals = task_sizes(config, data), run_totals(config, data)
     with heavy_imports():
+        from cera_train.model.weights import positions_of
         from cera_train.planning.dry_run import DryRun
-    run, totals = DryRun(config), run_totals(config, data)
-    parameters = run.parameters
-    if parameters.positions is not None and config.data.max_length > parameters.positions:
+    run = DryRun(config)
+    positions = positions_of(run.base.config)
+    if positions is not None and config.data.max_length > positions:
         raise UserError(
-            f"data.max_length={config.data.max_length} is beyond the {parameters.positions} positions of "
-            f"{config.model.path}: lower it."
+            f"data.max_length={config.data.max_length} is beyond the {positions} positions of {config.model.path}: "
+            "lower it."
         )
     largest, usual = micro_batches(config, data, run)
     rows = math.ceil(config.train.batch_size / config.plan.gpus)
     highest = run.cost(largest, accumulates=rows * data.tokens_per_row > config.train.micro_batch_tokens)
     # Without a mask a token costs the same in every micro-batch.
-    cost = run.cost(usual, accumulates=False) if usual.has_mask else highest
-    tokens = usual.tokens if usual.has_mask else largest.tokens
-    memory, evaluation = memory_of(config, run, highest)
+    cost, tokens = highest, largest.tokens
+    if usual.has_mask:
+        cost, tokens = run.cost(usual, accumulates=False), usual.tokens
+    memory, evaluation_memory = memory_of(config, run, highest)
+    autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
+    device = GPUS[config.plan.gpu] if on_gpu else this_cpu((autocast or config.model.dtype) != Dtype.float32)
+    mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
+    step = LAYER_SECONDS * len(run.layers.all) + run.memory["weights"] / device.bandwidth
+    token = cost.evaluation / tokens / (device.flops * mfu)
     return RunPlan(
         config=config,
-        device=GPUS[config.plan.gpu] if on_gpu else this_cpu(is_16bit(config), cpu_threads),
+        device=device,
+        mfu=mfu,
         data=data,
         tasks=tasks,
-        samples=sizes_of_samples(config, data, tasks),
-        parameters=parameters,
         totals=totals,
+        frozen=run.total - run.trainable,
+        trainable=run.trainable,
         micro_batch=largest,
         memory=memory,
-        evaluation_memory=evaluation,
+        evaluation_memory=evaluation_memory,
         flops={
             "forward": cost.forward / tokens * totals.tokens,
             "backward": cost.backward / tokens * totals.tokens,
             "evaluations": cost.evaluation / tokens * totals.eval_tokens,
         },
-        token_flops=cost.evaluation / tokens,
-        mfu=config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU),
+        answer_seconds=totals.task_evaluations
+        * sum(answer_seconds(task, config.plan.gpus, step, token) for task in tasks),
     )
 
 
@@ -213,7 +195,7 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
 
     epochs, rest = divmod(updates, updates_per_epoch)
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
-    eval_tokens, evaluations = size.eval_rows * size.tokens_per_eval_row, times(train.eval_every)
+    eval_tokens, evaluations = size.eval_rows * size.tokens_per_row, times(train.eval_every)
     probes = (evaluations + 1) * min(train.probe_tokens, eval_tokens)
     return RunTotals(
         updates=updates,
@@ -222,8 +204,23 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
         evaluations=evaluations,
         eval_tokens=evaluations * eval_tokens + probes,
         task_evaluations=(times(train.tasks_every) if train.tasks_every else 1) if train.tasks else 0,
-        sample_evaluations=evaluations if train.samples else 0,
     )
+
+
+def answer_seconds(task: TaskSize, processes: int, step_seconds: float, token_seconds: float) -> float:
+    """Time of an evaluation's answers to a task.
+
+    Decoding waits for the calls of its layers and for the weights to be read, not for its arithmetic: its time is that
+    of its steps, one for each token of the longest answer of a batch, and of the products of all tokens.
+
+    Args:
+        step_seconds: of a step, before any product.
+        token_seconds: of a token's products, at the speed of training.
+    """
+    count = math.ceil(task.problems / processes)
+    at_once = max(1, int(GenerationConfig.batch_tokens / (task.prompt_tokens + task.new_tokens)))
+    steps = math.ceil(count / at_once) * task.new_tokens
+    return steps * step_seconds + count * token_seconds * (task.prompt_tokens + task.new_tokens / DECODING_SHARE)
 
 
 def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBatch, MicroBatch]:
@@ -246,42 +243,19 @@ def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBa
     return batch(most_tokens, longest), batch(rows * size.tokens_per_row, size.tokens_per_row)
 
 
-def is_16bit(config: PlanRun) -> bool:
-    """Whether products are computed in 16 bits."""
-    autocast = config.model.autocast_dtype(config.train.autocast, config.plan.on_gpu)
-    return (autocast or config.model.dtype) != Dtype.float32
-
-
 def memory_of(config: PlanRun, run: DryRun, cost: Cost) -> tuple[dict[str, float], float]:
     """Bytes of one process by part at the peak of an update, and the peak of an evaluation: on a GPU what torch
     allocates, on a CPU what is resident."""
-    processes, is_sharded = config.plan.gpus, config.distributed.strategy == Strategy.fsdp
-    parts, held = run.memory, sum(run.memory.values())
-    if is_sharded and processes > 1:
-        # What is outside the layers, and two layers, are whole while they compute.
-        frozen, weights = run.parameters.frozen, run.memory["weights"]
-        outside = weights * (frozen.get("embeddings", 0) + frozen["head"]) / sum(frozen.values())
-        whole = outside + 2 * (weights - outside) / run.parameters.layers
-        parts = {name: size / processes for name, size in parts.items()} | {"gathered": whole}
+    processes, held = config.plan.gpus, sum(run.memory.values())
+    parts = dict(run.memory)
+    if processes > 1 and config.distributed.strategy == Strategy.fsdp:
+        parts = {name: size / processes for name, size in parts.items()} | {"gathered": run.gathered}
     elif processes > 1:
-        parts = parts | {"buckets": run.memory["adapter"]}  # gradients a second time, as DDP sends them
+        parts["buckets"] = parts["adapter"]  # gradients a second time, as DDP sends them
     if not config.plan.on_gpu:
         import torch
 
-        libraries = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
-        parts = parts | {"libraries": libraries, "heap's gaps": HEAP_SHARE * (cost.peak - held)}
-    always = sum(parts.values())
-    return parts | {"gradients, activations": cost.peak - held}, always + cost.evaluation_peak - held
-
-
-def _with_adapter(config: PlanRun, kind: AdapterKind) -> PlanRun:
-    """The run with another adapter, at the same rank or the same number of parameters."""
-    adapter = with_kind(config.adapter, kind)
-    check_settings(adapter)
-    if config.plan.compare_at == CompareAt.budget:
-        from cera_train.planning.count import count_parameters
-
-        ranks = (config.adapter, replace(adapter, r=1), replace(adapter, r=2))
-        budget, one, two = (count_parameters(config.model, each).trainable for each in ranks)
-        adapter = replace(adapter, r=max(1, 1 + round((budget - one) / (two - one))))
-    return replace(config, adapter=adapter, plan=replace(config.plan, compare=[]))
+        parts["libraries"] = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
+        parts["heap's gaps"] = HEAP_SHARE * (cost.peak - held)
+    evaluation = sum(parts.values()) + cost.evaluation_peak - held
+    return parts | {"gradients, activations": cost.peak - held}, evaluation

@@ -1,4 +1,4 @@
-"""Settings of cera-plan: the machine to plan a run on, and the adapters to compare it with."""
+"""Settings of cera-plan: the machine to plan a run on, and the variances of a study's outcomes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from enum import StrEnum
 from typing import Any
 
 from cera_train.common.settings import require, require_positive, section, setting
-from cera_train.settings.adapters import AdapterKind
 
 
 class GpuKind(StrEnum):
@@ -16,11 +15,6 @@ class GpuKind(StrEnum):
     l40s = "l40s"
     rtx4090 = "rtx4090"
     cpu = "cpu"
-
-
-class CompareAt(StrEnum):
-    rank = "rank"
-    budget = "budget"
 
 
 @dataclass
@@ -59,10 +53,6 @@ class PlanConfig:
     """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share measured with SmolLM2."""
     price_per_hour: float | None = setting(None, "nothing")
     """Price of one GPU, in any currency."""
-    compare: list[AdapterKind] = setting(list, "nothing")
-    """Other adapters, side by side with this one."""
-    compare_at: CompareAt = setting(CompareAt.rank, "nothing")
-    """rank: at the same rank; budget: at the rank that comes closest to the same number of parameters."""
     tokens_per_row: float | None = setting(None, "nothing")
     """null: from data.facts or the data files."""
     spread: SpreadConfig = section(SpreadConfig)

@@ -71,5 +71,3 @@ class PlanRun(Config):
     """What `cera-plan` does: a run's settings, and what to plan it on."""
 
     plan: PlanConfig = section(PlanConfig)
-    run: str | None = setting(None, "nothing")
-    """The folder of a finished run: print its prediction beside what it measured."""

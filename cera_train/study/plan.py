@@ -56,7 +56,7 @@ def print_cells(cells: Sequence[tuple[Cell, list[RunPlan]]]) -> None:
     print()
     rows = [
         [
-            *(cell.name, f"{runs[-1].parameters.trainable:,}", f"{len(runs)}", *job_cells(runs)),
+            *(cell.name, f"{runs[-1].trainable:,}", f"{len(runs)}", *job_cells(runs)),
             "" if runs[-1].fits else f"does not fit {runs[-1].device.name}",
         ]
         for cell, runs in cells

@@ -124,13 +124,6 @@ def test_patterns_and_scales_of_the_settings_reach_the_layers():
     assert (layer.r, layer.scaling) == ({"default": 2}, {"default": 8 / 2**0.5})
 
 
-@pytest.mark.slow
-def test_a_plan_compares_a_variant_with_kinds_that_have_none(plan):
-    compared = plan("adapter=cera_mix", "plan.compare=[lora,dora]").compared
-    assert [run.config.adapter.kind for run in compared] == ["lora", "dora"]
-    assert {run.config.adapter.mix for run in compared} == {"none"}
-
-
 # --- targets ---------------------------------------------------------------------------------------------------------
 
 

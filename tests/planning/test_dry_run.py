@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from moe_models import MIXTURES, SIZES
-from test_parameters import save_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from cera_train.adapters import build as adapters
+from cera_train.adapters.build import parameter_counts
+from cera_train.cli.composition import options
+from cera_train.common.files import config_dir
+from cera_train.planning.count import build_base, read_config, stored_sizes, trainable_parameters
 from cera_train.planning.dry_run import Cost, DryRun, Meter, MicroBatch
-from cera_train.settings.model import Quantization
+from cera_train.settings.model import ModelConfig, Quantization
+
+SHAPE = {
+    **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0},
+}
+SHAPES = {
+    "llama": SHAPE | {"attention_bias": True, "mlp_bias": True},
+    "qwen2": SHAPE | {"tie_word_embeddings": True},
+    "qwen3": SHAPE | {"head_dim": 8},
+    "gemma3_text": SHAPE | {"head_dim": 8},
+    "mixtral": SHAPE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt2": {"n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 64},
+}
+"""What a config.json says, by the type of its model."""
 
 ROWS, LENGTH = 4, 32
 BATCH = MicroBatch(ROWS, LENGTH, 0.5, has_mask=False)
@@ -27,9 +46,9 @@ def dry_run(compose, tmp_path):
     """dry_run("llama", "adapter.r=4", device="cpu", ...) -> DryRun of a tiny model; settings change its config.json."""
 
     def dry_run(model_type: str, *overrides: str, device: str = "cpu", **settings) -> DryRun:
-        model = save_config(model_type, tmp_path, **settings)
+        AutoConfig.for_model(model_type, **SHAPES.get(model_type, SHAPE) | settings).save_pretrained(tmp_path)
         targets = "c_attn" if model_type == "gpt2" else "q_proj,v_proj"
-        run = [f"model.path={model.path}", "model.dtype=float32", "adapter.r=4", f"adapter.target_modules=[{targets}]"]
+        run = [f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4", f"adapter.target_modules=[{targets}]"]
         return DryRun(compose("+recipe=quickstart", *run, *overrides, f"plan.gpu={device}", command="plan"))
 
     return dry_run
@@ -91,7 +110,6 @@ def real_peak(run: DryRun) -> float:
         ("llama", ["adapter=cera", "adapter.dropout=0", "train.batch_layout=padded"]),
         ("llama", ["adapter=lora", "model.attn_implementation=eager"]),
         ("llama", ["adapter=lora", "adapter.target_modules=[q_proj,lm_head]"]),
-        ("qwen3", []),
         ("gemma3_text", []),
         ("stablelm", []),
         ("gpt2", []),
@@ -171,12 +189,19 @@ def test_a_gpu_keeps_dropouts_masks_in_bytes_and_the_output_of_attention(dry_run
 
 
 def test_quantised_weights_take_what_is_stored_and_8_bits_keep_their_inputs(dry_run):
-    held, peaks = {}, {}
+    held, peaks, settings = {}, {}, {"hidden_size": 64, "attention_bias": False, "mlp_bias": False}
     for kind in Quantization:
-        run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", hidden_size=64)
+        run = dry_run("llama", "model.dtype=bfloat16", f"model.quantization={kind}", **settings)
         held[kind] = run.memory["weights"]
         peaks[kind] = run.cost(BATCH, accumulates=False).forward_peak - sum(run.memory.values())
     assert held["nf4"] < held["int8"] < held["none"]
+    linears, rows = 6 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 48), 6 * (2 * 64 + 2 * 32 + 2 * 48 + 64)
+    rest = 2 * (2 * 128 * 64 + 13 * 64)  # embeddings, head, norms
+    base = build_base(run.config.model)
+    stored = {kind: sum(stored_sizes(base, kind).values()) for kind in Quantization}
+    assert stored["none"] == 2 * linears + rest
+    assert stored["int8"] == linears + 4 * rows + rest
+    assert stored["nf4"] == pytest.approx(linears * 4.127 / 8 + rest, rel=1e-4)
     assert peaks["nf4"] == peaks["none"]
     assert peaks["int8"] - peaks["none"] >= 5 * TOKENS * 2 * (64 + 48)
 
@@ -205,6 +230,54 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     branches = 2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
     assert with_experts.evaluation - without.evaluation == branches
     assert with_experts.backward - without.backward == 2 * branches
+
+
+# --- parameters and config.json --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets"), [*((name, "all-linear") for name in SHAPES), ("llama", "[q_proj,lm_head]")]
+)
+def test_parameters_are_those_of_the_real_model(dry_run, model_type, targets):
+    run = dry_run(model_type, f"adapter.target_modules={targets}", "adapter.dropout=0")
+    real = AutoModelForCausalLM.from_config(read_config(run.config.model)).requires_grad_(False)
+    assert run.total - run.trainable == parameter_counts(real)[1]
+    assert (run.trainable, run.total) == parameter_counts(adapters.build(real, run.config.adapter))
+
+
+def test_the_published_budgets(compose):
+    for recipe, budget in (("math_r64", 27_262_976), ("math_lora_r512", 218_103_808)):
+        assert trainable_parameters(compose(f"+recipe={recipe}")) == budget
+
+
+def test_every_file_of_conf_model_has_the_shape_of_its_config_json(compose):
+    models = [compose(f"model={name}").model for name in options("model")]
+    assert len(models) >= 5
+    for model in models:
+        shape = json.loads((config_dir("conf") / "model" / model.facts.config).read_text())
+        assert (model.facts.of, shape["model_type"]) == (model.path, "llama")
+        assert model.facts.license
+    assert {model.facts.config for model in models} == {path.name for path in config_dir("conf").glob("model/*.json")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "model.path=org/other: its config.json is not on this disk. Get it with `hf download"),
+        ("{", r"config.json cannot be used: .*JSON"),
+        (json.dumps({"model_type": "no_such_type"}), "config.json cannot be used: .*no_such_type"),
+        (json.dumps({"model_type": "t5"}), "is an encoder-decoder .t5., and cera-train trains decoder-only"),
+        (json.dumps({"model_type": "vit"}), "cera-plan cannot run a model of type vit without its weights .ValueError"),
+        (json.dumps({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "new"}), "config.json cannot be used"),
+    ],
+)
+def test_a_model_that_cannot_be_planned_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text or "")
+    (tmp_path / "code.py").write_text("raise SystemExit('code of the model ran')")
+    with pytest.raises(ValueError, match=message) as refused:
+        build_base(ModelConfig(path=str(tmp_path) if text else "org/other", trust_remote_code=True))
+    assert type(refused.value).__name__ == "UserError"
+    assert "\n" not in str(refused.value)
 
 
 def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):

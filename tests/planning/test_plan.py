@@ -1,16 +1,30 @@
-"""Memory, work, time and cost of a run; adapters side by side."""
+"""Memory, work, time and cost of a run."""
 
 from __future__ import annotations
 
-import math
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 from architectures import ARCHITECTURES
+from conftest import needs_smollm2
 
 from cera_train.cli.composition import options
-from cera_train.planning.data_size import data_size
-from cera_train.planning.devices import GPU_MFU, GPUS
-from cera_train.planning.plan import CUDA_BUILD_BYTES, HEAP_SHARE, PROCESS_BYTES, micro_batches, run_totals
+from cera_train.planning.data_size import TaskSize, data_size
+from cera_train.planning.devices import CPU_BANDWIDTH, GPU_MFU, GPUS
+from cera_train.planning.plan import (
+    CUDA_BUILD_BYTES,
+    DECODING_SHARE,
+    HEAP_SHARE,
+    LAYER_SECONDS,
+    PROCESS_BYTES,
+    answer_seconds,
+    micro_batches,
+    run_totals,
+)
 
 MATH, QUICK = "+recipe=math_r64", "+recipe=quickstart"
 
@@ -59,8 +73,8 @@ def test_the_activations_of_llama_by_hand(plan):
 
 def test_what_lowers_memory(tiny_plan):
     def activations(*overrides: str) -> float:
-        plan = tiny_plan("train.batch_size=16", "train.micro_batch_tokens=1152", "adapter.r=1", *overrides)
-        return plan.memory["gradients, activations"]
+        planned = tiny_plan("train.batch_size=16", "train.micro_batch_tokens=1152", "adapter.r=1", *overrides)
+        return planned.memory["gradients, activations"]
 
     whole = activations()
     assert activations("model.gradient_checkpointing=true") < whole
@@ -96,12 +110,30 @@ def test_the_quickstart_needs_what_it_needed_on_two_avx512_cores(plan, variant, 
     assert plan(QUICK, "plan.gpu=cpu", *variant).peak == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.parametrize("kind", ["cera", "lora"])
+def test_the_quickstart_takes_what_was_predicted(plan, tmp_path, kind):
+    """In a process of its own: the peak counts everything a process ever held."""
+    settings = [QUICK, f"adapter={kind}", "train.max_updates=12", "train.eval_every=12"]
+    script = "import sys; from cera_train.cli.train import main; main()"
+    # With all threads, as a user's: a test's one thread holds a tenth less.
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", script, *settings, f"output_dir={tmp_path}", "name=run"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    result, planned = json.loads((tmp_path / "run" / "result.json").read_text()), plan(*settings, "plan.gpu=cpu")
+    assert (planned.trainable, planned.totals.tokens) == (result["trainable_parameters"], result["tokens"])
+    # How far the C heap grows differs by up to 13 % between equal float32 runs of 12 updates.
+    assert planned.peak == pytest.approx(result["peak_memory_bytes"], rel=0.13)
+
+
 def test_processes_share_rows_and_weights(tiny_plan):
     one, two = (tiny_plan("train.batch_size=16", f"plan.gpus={gpus}") for gpus in (1, 2))
     assert two.memory["buckets"] == two.memory["adapter"] == one.memory["adapter"]
     assert two.memory["gradients, activations"] < one.memory["gradients, activations"]
     sharded = tiny_plan("train.batch_size=16", "plan.gpus=2", "distributed.strategy=fsdp").memory
     assert sharded["weights"] == one.memory["weights"] / 2
+    assert sharded["gathered"] == pytest.approx(one.memory["weights"], rel=0.1)  # it has two layers
     assert "buckets" not in sharded
 
 
@@ -129,8 +161,6 @@ def test_a_mask_stands_where_attention_cannot_run_by_sequence(plan, tmp_path, na
 
 
 def test_the_largest_micro_batch_is_that_of_one_of_many_updates(compose):
-    from types import SimpleNamespace
-
     config = compose(MATH, "plan.gpus=8", command="plan")
     loss = SimpleNamespace(is_flat=True, allowed=SimpleNamespace(attention="varlen"))
     run = SimpleNamespace(loss=loss, base=SimpleNamespace(config=SimpleNamespace(_attn_implementation="varlen")))
@@ -147,6 +177,25 @@ def test_time_and_cost_follow_from_the_operations(tiny_plan):
     assert one.update_seconds * one.totals.updates == pytest.approx(one.seconds * trained / operations)
     assert eight.gpu_hours == pytest.approx(one.gpu_hours * 2, rel=0.05)
     assert tiny_plan().cost is None
+    tasks = tiny_plan(*run, "train.tasks=[gsm8k]")
+    assert tasks.answer_seconds > 0
+    assert tasks.seconds - one.seconds == pytest.approx(tasks.answer_seconds)
+
+
+def test_the_time_of_answers_by_hand():
+    math = TaskSize("math", problems=5_000, prompt_tokens=100, new_tokens=924, source="")  # 32 of 1,024 tokens at once
+    assert answer_seconds(math, 1, step_seconds=2, token_seconds=0) == 157 * 924 * 2
+    assert answer_seconds(math, 4, step_seconds=2, token_seconds=0) == 40 * 924 * 2
+    products = 5_000 * 1e-5 * (100 + 924 / DECODING_SHARE)
+    assert answer_seconds(math, 1, step_seconds=0, token_seconds=1e-5) == pytest.approx(products)
+
+
+@pytest.mark.parametrize(("rows", "measured"), [(1, 42), (4, 152), (16, 406), (64, 643)])
+def test_smollm2_answers_as_fast_as_it_did_on_two_avx512_cores(rows, measured):
+    """New tokens a second of docs/performance.md; products at 1.1 TFLOP/s and the share that training reaches."""
+    step, token = 30 * LAYER_SECONDS + 2 * 134_515_008 / CPU_BANDWIDTH, 2 * 134_515_008 / (0.45 * 1.1e12)
+    seconds = answer_seconds(TaskSize("", rows, prompt_tokens=0, new_tokens=100, source=""), 1, step, token)
+    assert rows * 100 / seconds == pytest.approx(measured, rel=0.1)
 
 
 def test_totals_follow_from_epochs_or_updates(compose):
@@ -159,9 +208,8 @@ def test_totals_follow_from_epochs_or_updates(compose):
     assert quick.eval_tokens == 3 * 20 * 72 + 4 * 20 * 72  # and a probe before, after and between
     gsm8k = totals("+recipe=gsm8k_r64", "train.epochs=2", "train.eval_every=null")
     assert (gsm8k.updates, gsm8k.rows, gsm8k.evaluations) == (2 * 117, 2 * 7473, 2)
-    often = totals(QUICK, "train.max_updates=100", "train.eval_every=10", "train.tasks=[gsm8k]", "train.tasks_every=50")
-    assert (often.evaluations, often.task_evaluations, often.sample_evaluations) == (11, 3, 0)
-    assert totals(QUICK, "train.tasks=[gsm8k]", "train.samples=2").task_evaluations == 1
+    often = totals(QUICK, "train.max_updates=100", "train.tasks=[gsm8k]", "train.tasks_every=50")
+    assert (often.task_evaluations, totals(QUICK, "train.tasks=[gsm8k]").task_evaluations) == (3, 1)
 
 
 def test_runs_that_differ_in_their_rate_or_seed_are_planned_once(tiny_plan, monkeypatch):
@@ -177,35 +225,15 @@ def test_every_gpu_plans(tiny_plan, gpu):
     assert tiny_plan(f"plan.gpu={gpu}").device is GPUS[gpu]
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["plan.gpu=cpu", "plan.gpus=2"], "plan.gpus=2 with plan.gpu=cpu: there is one CPU"),
         (["data.max_length=9000", "train.micro_batch_tokens=9000"], "9000 is beyond the 8192 positions"),
         (["adapter.target_modules=[q_proj,w_proj]"], "w_proj' matches no module of this model. Its linear projections"),
-        (["adapter.layers=[30]"], "outside this model's layers 0 to 29"),
-        *([[override], override.split("=")[0]] for override in ("plan.mfu=1.5", "plan.mfu=0", "plan.gpus=0")),
+        (["plan.mfu=0"], "plan.mfu"),
+        (["plan.gpus=0"], "plan.gpus"),
     ],
 )
 def test_what_cannot_run_is_refused(plan, overrides, message):
     with pytest.raises(ValueError, match=message):
         plan(*overrides)
-
-
-# --- other adapters --------------------------------------------------------------------------------------------------
-
-
-def test_adapters_at_the_same_budget(tiny_plan):
-    targets = ["adapter.target_modules=[up_proj]", "adapter.r=16"]
-    own = tiny_plan("plan.compare=[dora,lora]", "plan.compare_at=budget", *targets)
-    dora, lora = own.compared
-    assert (dora.config.adapter.r, lora.config.adapter.r) == (15, 16)
-    assert math.isclose(dora.parameters.trainable, own.parameters.trainable, rel_tol=0.05)
-
-
-def test_a_gate_stays_with_cera(tiny_plan):
-    own = tiny_plan("adapter.activation=relu", "plan.compare=[lora,cera]")
-    assert [other.config.adapter.activation for other in own.compared] == ["silu", "relu"]

@@ -299,46 +299,6 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
             assert answers[name] == [tokens for tokens, _ in wanted[name]], name
 
 
-COUNT_SLOTS = """
-import sys
-import torch
-from vllm import LLM
-from vllm.lora.layers import BaseLayerWithLoRA
-
-engine = LLM(
-    sys.argv[1], dtype="float32", enable_lora=True, max_lora_rank=8, max_loras=3, max_model_len=128, enforce_eager=True,
-    gpu_memory_utilization=0.1, lora_target_modules=sys.argv[2].split(",") if sys.argv[2] else None,
-)
-
-def stacked(model):
-    layers = {module for module in model.modules() if isinstance(module, BaseLayerWithLoRA)}
-    held = [each for layer in layers for each in (layer.lora_a_stacked, layer.lora_b_stacked)]
-    return sum(sum(part.nbytes for part in (each if isinstance(each, tuple) else [each])) for each in held)
-
-print("BYTES", *engine.apply_model(stacked))
-"""
-
-
-@pytest.mark.parametrize("targets", [[], QV])
-def test_slots_take_what_cera_plan_predicts(folder, tmp_path, targets):
-    from cera_train.planning.count import count_parameters
-    from cera_train.planning.serving import slot_bytes
-    from cera_train.settings.adapters import AdapterConfig
-    from cera_train.settings.model import ModelConfig
-
-    script = tmp_path / "count.py"
-    script.write_text(COUNT_SLOTS)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder / BASE), ",".join(targets)],
-        capture_output=True, text=True, check=False, timeout=500,
-        env=os.environ | SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )  # fmt: skip
-    line = next((line for line in done.stdout.splitlines() if line.startswith("BYTES ")), None)
-    assert line, done.stdout[-2000:] + done.stderr[-4000:]
-    sides = count_parameters(ModelConfig(path=str(folder / BASE), dtype="float32"), AdapterConfig(r=8)).sides
-    assert int(line.split()[1]) == 3 * slot_bytes(sides, 8, 4, targets or sides)
-
-
 # --- the LoRA of an export --------------------------------------------------------------------------------------------
 
 

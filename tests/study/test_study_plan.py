@@ -60,7 +60,6 @@ def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
     ("setting", "mistake"),
     [
         ("plan.spread.seed={math:0.01}", "plan.spread: math is no outcome of this study: choose from loss."),
-        ("plan.compare=[dora]", "plan.compare=['dora'] sets other adapters beside one plan; with -m, sweep"),
     ],
 )
 def test_what_cannot_run_is_not_planned(plan_command, setting, mistake):

@@ -30,8 +30,8 @@ def test_the_first_lines_count_the_parts_and_a_plan_finds_the_same(mixed, capsys
     printed = " ".join(capsys.readouterr().out.split())
     assert "part a.jsonl: 18 rows an epoch, of 30 (66.67%), " in printed
     assert "part b.jsonl: 9 rows an epoch, of 6 (33.33%), " in printed
-    parts = data_size(config.data).parts
-    assert [(part.available, part.rows, part.eval_rows) for part in parts] == [(30, 18, 2), (6, 9, 2)]
+    size = data_size(config.data)
+    assert (size.train_rows, size.eval_rows) == (18 + 9, 2 + 2)
 
 
 def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, compose, tmp_path):
