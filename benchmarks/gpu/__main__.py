@@ -1,37 +1,37 @@
 """Acceptance on a CUDA machine: tests, recipes, the race and decoding, in pieces of at most ten minutes.
 
-A piece that has a result is not run again, unless it failed, or the code or the machine is another one: a command that
-was cut goes on where it was. The end is one Markdown block.
+A piece that has a result is not run again unless it failed: a command that was cut goes on where it was. The end is one
+Markdown block. Remove the folder of results after a change of code or machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import importlib.metadata
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import machine
 from benchmarks.gpu.pieces import Piece, all_pieces
-from benchmarks.gpu.place import ROOT, SIZES, Place
-from benchmarks.gpu.report import block
-from benchmarks.gpu.results import FAILED, Found, Result, code_version, read_result
+from benchmarks.gpu.place import ROOT, SIZES, Place, Skipped
 from benchmarks.training import WITHOUT_GPUS
+from cera_train.common.files import write_text
 
-BLOCK_SECONDS = 15
-"""Kept for the block, of the minutes that a command has."""
-
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 PROVABLE = ["-m", "pytest", "-m", "provable", "-p", "no:cacheprovider"]
+PACKAGES = ("torch", "triton", "bitsandbytes", "transformers", "peft", "accelerate", "trl", "flash-attn", "unsloth")
+DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,33 +39,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     options = _parser().parse_args(arguments)
     place = Place(options.device, options.size, options.output.resolve())
-    if options.report:
-        print(block(_results(place.folder, options.piece)))
+    if options.work:
+        work(all_pieces()[options.work], place)
         return 0
-    here = machine.ask()
-    if place.device == "cuda" and not here["gpus"]:
-        return prove_without_a_gpu()
-    deadline = math.inf if options.minutes is None else started + 60 * options.minutes - BLOCK_SECONDS
-    pieces = missing([all_pieces()[name] for name in options.piece], place, here, options.keep)
+    if place.device == "cuda" and not gpus() and not options.report:
+        print(
+            f"no CUDA GPU here: on one, this runs {len(all_pieces())} pieces of at most ten minutes (tests, recipes on "
+            "random weights, the race, decoding). Without one: pytest -m provable.",
+            flush=True,
+        )
+        return subprocess.call([sys.executable, *PROVABLE], cwd=ROOT)
+    deadline = math.inf if options.minutes is None else started + 60 * options.minutes
+    results = {name: read_result(place, name) for name in options.piece}
+    new = [name for name, result in results.items() if result is None]
+    failed = [name for name, result in results.items() if result is not None and result["state"] == FAILED]
     left = []
-    for number, piece in enumerate(pieces, start=1):
-        room = deadline - time.monotonic()
+    for name in [] if options.report else [*new, *failed]:  # one that always fails takes no other's time
+        piece, room = all_pieces()[name], deadline - time.monotonic()
         if piece.expected > room:
-            left.append(piece.name)
+            left.append(name)
             continue
-        print(f"{number}/{len(pieces)} {piece.name}: {piece.shows} ... ", end="", flush=True)
-        result = run(piece, place, identity_of(piece, place, here), min(piece.seconds, room))
-        if result is None:
-            print("cut", flush=True)
-            left.append(piece.name)
-            continue
-        result.write(place.folder)
-        print(f"{result.found.state} in {result.seconds:.0f} s {result.found.reason[:160]}".rstrip(), flush=True)
-    results = _results(place.folder, options.piece)
-    print("\n" + block(results))
+        print(f"{name} ... ", end="", flush=True)
+        results[name] = run(piece, place, min(piece.seconds, room))
+        if (result := results[name]) is None:
+            left.append(name)
+        print(f"{result['state']} {result['reason'][:160]}".rstrip() if result else "cut", flush=True)
+    known = {name: result for name, result in results.items() if result is not None}
+    print("\n" + block(known))
     if left:
         print(f"\n{len(left)} pieces are left: {', '.join(left)}. The same command goes on.")
-    return int(any(result.found.state == FAILED for result in results))
+    return int(any(result["state"] == FAILED for result in known.values()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,93 +77,76 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--piece", nargs="+", default=names, choices=names, metavar="PIECE", help="default: all")
     parser.add_argument("--minutes", type=float, help="end within so many minutes, and leave what does not fit")
     parser.add_argument("--report", action="store_true", help="print the block of what there is, and run nothing")
-    parser.add_argument("--keep", action="store_true", help="run only what failed or is missing, whatever the code")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--size", default="full", choices=SIZES, help="tiny: the same in miniature")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "gpu")
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # a piece's process
     return parser
 
 
-def prove_without_a_gpu() -> int:
-    """What can be proven of a GPU run here."""
-    pieces = all_pieces().values()
-    print(
-        f"no CUDA GPU here: on one, this runs {len(pieces)} pieces of at most ten minutes (tests, recipes on random "
-        "weights, the race, decoding) and prints one Markdown block. Without one: pytest -m provable.",
-        flush=True,
-    )
-    return subprocess.call([sys.executable, *PROVABLE], cwd=ROOT)
+def gpus() -> str:
+    """Names, memory and driver. Asking torch would take memory of the GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    return "; ".join(done.stdout.split("\n")).strip("; ") if done.returncode == 0 else ""
 
 
-def missing(pieces: Sequence[Piece], place: Place, here: dict[str, Any], keep: bool) -> list[Piece]:
-    """The pieces to run: those without a result, then those that failed, so that one which always fails takes no
-    other's time."""
-    new, failed = [], []
-    for piece in pieces:
-        known = read_result(place.folder, piece.name)
-        if known is not None and known.found.state == FAILED:
-            failed.append(piece)
-        elif known is None or not (keep or known.identity == identity_of(piece, place, here)):
-            new.append(piece)
-    return [*new, *failed]
+def result_file(place: Place, name: str) -> Path:
+    return place.folder / f"{name}.json"
 
 
-def identity_of(piece: Piece, place: Place, here: dict[str, Any]) -> dict[str, Any]:
-    """What a result belongs to."""
-    return {"code": code_version(piece.sources), "device": place.device, "size": place.size_name, "machine": here}
+def read_result(place: Place, name: str) -> dict[str, Any] | None:
+    """The state, reason and figures of a piece; None where it has not run."""
+    file = result_file(place, name)
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
-def run(piece: Piece, place: Place, identity: dict[str, Any], seconds: float) -> Result | None:
-    """Runs a piece in a separate process, for at most so many seconds. What it prints lies in logs/PIECE.log.
+def write_result(place: Place, name: str, state: str, reason: str, figures: dict[str, Any]) -> None:
+    result = {"state": state, "reason": reason, "figures": figures}
+    write_text(result_file(place, name), json.dumps(result, indent=2) + "\n")
 
-    Returns:
-        None where it was cut before its own time limit.
-    """
+
+def work(piece: Piece, place: Place) -> None:
+    """A piece's process: does its work and writes its result."""
+    if sys.platform == "linux":  # else a killed command would leave a piece on the GPU
+        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    os.environ["WANDB_MODE"] = "offline"
+    try:
+        write_result(place, piece.name, PASSED, "", piece.work(place))
+    except Skipped as skipped:
+        write_result(place, piece.name, SKIPPED, str(skipped), {})
+
+
+def run(piece: Piece, place: Place, seconds: float) -> dict[str, Any] | None:
+    """Runs a piece in a process that ends within so many seconds. Returns None where they were over before the piece's
+    own time limit."""
     log = place.folder / "logs" / f"{piece.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, log.open("w") as lines:
-        output = Path(scratch) / "found.json"
+    result_file(place, piece.name).unlink(missing_ok=True)
+    options = [f"--device={place.device}", f"--size={place.size_name}", f"--output={place.output}"]
+    environment = os.environ | (WITHOUT_GPUS if place.device == "cpu" else {})
+    if place.device == "cuda" and not piece.takes_all_gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    with log.open("w") as lines:
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "benchmarks.gpu.work"),
-                *(piece.name, place.device, place.size_name, str(place.output), str(output), str(os.getpid())),
-            ],
-            cwd=ROOT, env=_environment(piece, place.device),
-            stdout=lines, stderr=subprocess.STDOUT, start_new_session=True,
+            [sys.executable, "-m", "benchmarks.gpu", "--work", piece.name, *options],
+            cwd=ROOT, env=environment, stdout=lines, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:
-            _end_session(process)
-        if output.is_file() and status == 0:
-            found = Found(**json.loads(output.read_text()))
-        elif status is None and seconds < piece.seconds:
-            return None
-        elif status is None:
-            found = Found(FAILED, f"ended after its time limit of {piece.seconds} s; see {log}")
-        else:
-            found = Found(FAILED, f"{error_in(log)} (status {status}; see {log})")
-    return Result(piece.name, found, time.monotonic() - started, identity)
-
-
-def _environment(piece: Piece, device: str) -> dict[str, str]:
-    """One GPU for a piece that is about one: several would split its work."""
-    if device == "cpu":
-        return os.environ | WITHOUT_GPUS
-    if piece.takes_all_gpus:
-        return dict(os.environ)
-    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return os.environ | {"CUDA_VISIBLE_DEVICES": first}
-
-
-def _end_session(process: subprocess.Popen) -> None:
-    """Ends a piece and what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    status = None
+    try:
+        status = process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # and what it started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if read_result(place, piece.name) is None and (status is not None or seconds == piece.seconds):
+        ended = f"time limit of {seconds:g} s" if status is None else f"{error_in(log)}, status {status}"
+        write_result(place, piece.name, FAILED, f"{ended}; see {log}", {})
+    return read_result(place, piece.name)
 
 
 def error_in(log: Path) -> str:
@@ -170,8 +156,22 @@ def error_in(log: Path) -> str:
     return (errors or lines or ["it printed nothing"])[-1][:300]
 
 
-def _results(folder: Path, names: Sequence[str]) -> list[Result]:
-    return [result for name in names if (result := read_result(folder, name)) is not None]
+def block(results: dict[str, dict[str, Any]]) -> str:
+    """Results as Markdown: the machine, the outcomes, and a table for the pieces that measured the same figures."""
+    installed = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {installed[name]}" for name in PACKAGES if name in installed)
+    states = [result["state"] for result in results.values()]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in (PASSED, FAILED, SKIPPED))
+    lines = [f"Machine: {gpus() or 'no GPU'}; {versions}.", f"Pieces: {counts}."]
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for name, result in results.items():
+        if figures := result["figures"]:
+            cells = [f"{value:,.4g}" if isinstance(value, float) else str(value) for value in figures.values()]
+            tables.setdefault(tuple(figures), []).append(f"| {name} | {' | '.join(cells)} |")
+    for columns, rows in tables.items():
+        lines += ["", f"| piece | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows]
+    reasons = {name: f"{result['state']}: {result['reason']}" for name, result in results.items() if result["reason"]}
+    return "\n".join([*lines, "", *(f"- {name}: {reason}" for name, reason in reasons.items())])
 
 
 if __name__ == "__main__":

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-from benchmarks.gpu import decoding, race, runs, testing
-from benchmarks.gpu.place import Place
-from benchmarks.gpu.results import MEASURED, TESTED, Found
+from benchmarks.gpu import runs
+from benchmarks.gpu.place import ROOT, Place, Skipped
+
+DEVICE = "CERA_TRAIN_GPU_TESTS"
+"""The environment variable that lets the tests of tests/gpu run on another device than CUDA."""
+
+RACERS = {
+    "cera": "ours with CeRA",
+    "cera_compiled": "ours with CeRA, compiled",
+    "lora": "ours with LoRA",
+    "trl": "TRL + LoRA, best",
+    "unsloth": "unsloth + LoRA",
+}
+"""Contestants by what they are called in the names of pieces."""
+
+TESTS = {  # group: seconds that it should take, and its time limit
+    **{"attention": (60, 180), "precision": (150, 300), "training": (150, 480)},
+    **{"answers": (60, 180), "processes": (150, 300)},
+}
 
 
 @dataclass(frozen=True)
@@ -16,102 +38,110 @@ class Piece:
     """A part of the acceptance that runs in a separate process."""
 
     name: str
-    shows: str
-    work: Callable[[Place], Found]
+    work: Callable[[Place], dict[str, Any]]
+    """Returns the figures that it measured. Raises `Skipped`."""
     expected: int
     """Seconds that it should take: it starts where so many are left."""
     seconds: int
-    """Its time limit: a command of ten minutes has time for it and for its own start and end."""
-    sources: tuple[str, ...] = MEASURED
-    """Folders whose change makes it run again."""
+    """Its time limit."""
     takes_all_gpus: bool = False
-    """Else it sees the first one alone, as all that it is compared with does."""
-
-
-def make_weights(place: Place, model: str) -> Found:
-    """Makes the model that other pieces load."""
-    place.model(model)
-    return Found()
-
-
-def tests() -> list[Piece]:
-    groups = {
-        "attention": ("the varlen kernel against SDPA; flat rows against padded ones", 60, 180),
-        "precision": ("NF4 and int8 training and evaluation, paged 8-bit AdamW, the scaler of float16", 150, 300),
-        "training": ("bf16 resume, torch.compile, experts", 150, 480),
-        "answers": ("decoding against generate", 60, 180),
-        "processes": ("DDP and FSDP2 over NCCL, on two GPUs", 150, 300),
-    }
-    return [
-        Piece(
-            f"tests_{group}",
-            shows,
-            functools.partial(testing.run_tests, group=group),
-            expected,
-            seconds,
-            TESTED,
-            takes_all_gpus=group == "processes",
-        )
-        for group, (shows, expected, seconds) in groups.items()
-    ]
-
-
-def of_model(model: str, title: str) -> list[Piece]:
-    """Recipes, race and decoding on one shape."""
-    is_large = model == "llama3_1_8b"
-    pieces = [
-        Piece(
-            f"weights_{model}",
-            f"random weights of {title}",
-            functools.partial(make_weights, model=model),
-            *((150, 540) if is_large else (60, 300)),
-        )
-    ]
-    for recipe in runs.RECIPES:
-        pieces.append(
-            Piece(
-                f"{recipe}_{model}",
-                f"{recipe}, 20 updates on {title}",
-                functools.partial(runs.recipe, recipe=recipe, model=model),
-                *((150, 540) if is_large else (60, 300)),
-            )
-        )
-    for precision in ("bfloat16", "nf4") if is_large else ("bfloat16",):
-        for key, contestant in race.RACERS.items():
-            pieces.append(
-                Piece(
-                    f"race_{key}_{model}_{precision}",
-                    f"{contestant} on {title}, {precision}",
-                    functools.partial(race.lap, contestant=contestant, model=model, precision=precision),
-                    *((120, 420) if is_large else (60, 300)),
-                )
-            )
-    pieces.append(
-        Piece(
-            f"decoding_{model}",
-            f"decoding with CeRA beside merged LoRA on {title}",
-            functools.partial(decoding.decoding, model=model),
-            *((120, 420) if is_large else (60, 240)),
-        )
-    )
-    return pieces
-
-
-def nemo() -> list[Piece]:
-    return [
-        Piece(
-            f"nemo_{kind}",
-            f"{kind} in the public setting of NeMo AutoModel, 4,096 tokens a sequence",
-            functools.partial(runs.nemo, kind=kind),
-            150,
-            540,
-        )
-        for kind in ("lora", "cera")
-    ]
+    """Else it sees the first one only: several would split its work."""
 
 
 @functools.cache
 def all_pieces() -> dict[str, Piece]:
     """By name."""
-    large, small = of_model("llama3_1_8b", "Llama-3.1-8B's shape"), of_model("llama3_2_1b", "Llama-3.2-1B's shape")
-    return {piece.name: piece for piece in (*tests(), *large, *nemo(), *small)}
+    pieces = [
+        Piece(f"tests_{group}", functools.partial(run_tests, group=group), *limits, takes_all_gpus=group == "processes")
+        for group, limits in TESTS.items()
+    ]
+    pieces += of_model("llama3_1_8b", ("bfloat16", "nf4"), (150, 540))
+    pieces += [Piece(f"nemo_{kind}", functools.partial(runs.nemo, kind=kind), 150, 540) for kind in ("lora", "cera")]
+    pieces += of_model("llama3_2_1b", ("bfloat16",), (60, 300))
+    return {piece.name: piece for piece in pieces}
+
+
+def of_model(model: str, precisions: Sequence[str], limits: tuple[int, int]) -> list[Piece]:
+    """Recipes, race and decoding on one shape."""
+    pieces = [Piece(f"weights_{model}", functools.partial(make_weights, model=model), *limits)]
+    pieces += [
+        Piece(f"{recipe}_{model}", functools.partial(runs.recipe, recipe=recipe, model=model), *limits)
+        for recipe in runs.RECIPES
+    ]
+    pieces += [
+        Piece(
+            f"race_{key}_{model}_{precision}",
+            functools.partial(lap, contestant=contestant, model=model, precision=precision),
+            *limits,
+        )
+        for precision in precisions
+        for key, contestant in RACERS.items()
+    ]
+    return [*pieces, Piece(f"decoding_{model}", functools.partial(decoding, model=model), *limits)]
+
+
+def run_tests(place: Place, group: str) -> dict[str, Any]:
+    """Runs tests/gpu/test_gpu_GROUP.py, whose log has what failed and why some were skipped."""
+    tests = [f"tests/gpu/test_gpu_{group}.py", "-m", "gpu", "-v", "-rs", "--showlocals", "-p", "no:cacheprovider"]
+    command, environment, last = [sys.executable, "-m", "pytest", *tests], os.environ | {DEVICE: place.device}, ""
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            last = line.strip("= \n") or last
+    if process.returncode != 0:
+        raise RuntimeError(f"{last} (pytest ended with status {process.returncode})")
+    if " passed" not in last:
+        raise Skipped(last)
+    return {"tests": last}
+
+
+def make_weights(place: Place, model: str) -> dict[str, Any]:
+    """Makes the model that other pieces load."""
+    place.model(model)
+    return {}
+
+
+def lap(place: Place, contestant: str, model: str, precision: str) -> dict[str, Any]:
+    """Updates of one contestant of benchmarks.training, on the rows that all of them get."""
+    from transformers import AutoConfig
+
+    from benchmarks.contestants import CONTESTANTS
+    from benchmarks.training import WORKS, race, useful_flops
+
+    package = CONTESTANTS[contestant].PATCHES
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise Skipped(f"{package} is not installed")
+    size = place.size
+    work = replace(WORKS[f"{model}, {precision}"], device=place.device)
+    if place.size_name == "tiny":
+        work = replace(work, sequences=4)
+    held_out = 1
+    rows = (size.rounds + 1) * work.sequences + held_out
+    file, base = place.rows("race", rows, size.row_tokens, ("question", "answer")), str(place.model(model))
+    config = AutoConfig.from_pretrained(base)
+    flops, tokens, supervised = useful_flops(place.tokenizer, config, file, work.sequences, size.rounds)
+    measured = race([contestant], work, base, file, supervised)
+    seconds = measured["seconds"][contestant]
+
+    def rate(amounts: Sequence[float]) -> float:
+        return statistics.median(amount / taken for amount, taken in zip(amounts, seconds, strict=True))
+
+    return {
+        "tokens/s": rate(tokens),
+        "seconds an update": statistics.median(seconds),
+        "useful TFLOP/s": rate(flops) / 1e12,
+        "peak GB": measured["peak_memory_bytes"][contestant] / 1e9,
+    }
+
+
+def decoding(place: Place, model: str) -> dict[str, Any]:
+    """New tokens a second of the base, or LoRA merged into it, and of CeRA, by the rows of a batch."""
+    from benchmarks import evaluation
+
+    file = evaluation.word_problems(place.folder / "problems.jsonl")
+    _, steps = evaluation.decoding(file, place.size.rounds, path=str(place.model(model)), device=place.device)
+    return {
+        f"{name}, {rows} rows, tokens/s": rows / statistics.median(seconds)
+        for name, taken in steps.items()
+        for rows, seconds in taken.items()
+    }

@@ -16,6 +16,10 @@ WORDS = "the of and to in is that for it as with on by at from this have not are
 """One token each of SmolLM2's tokenizer."""
 
 
+class Skipped(Exception):
+    """A piece cannot run here; the message says why."""
+
+
 @dataclass(frozen=True)
 class Size:
     """How much work the pieces do."""

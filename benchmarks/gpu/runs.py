@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.composed import composed
-from benchmarks.gpu.place import Place
-from benchmarks.gpu.results import SKIPPED, Found
+from benchmarks.gpu.place import Place, Skipped
 
 RECIPES = ("math_r64", "math_lora_r512", "math_r64_nf4")
 EVALUATION_ROWS = 64
@@ -25,23 +24,19 @@ examples/llm_finetune/llama3_1/llama3_1_8b_peft_benchmark.yaml of github.com/NVI
 linears, alpha 32, dropout 0.1, bf16, 32 full sequences of 4,096 tokens an update, two at a time."""
 
 
-def recipe(place: Place, recipe: str, model: str) -> Found:
+def recipe(place: Place, recipe: str, model: str) -> dict[str, Any]:
     """A recipe, on rows that are as long as MathInstruct's."""
     size = place.size
     rows = place.rows(
         "math", size.updates * size.batch_size + EVALUATION_ROWS, size.row_tokens, ("instruction", "output")
     )
-    overrides = [f"+recipe={recipe}", *(["optimizer=adamw_8bit"] if _pages_on_a_cpu(place, recipe) else [])]
-    overrides += [f"data.eval_rows={EVALUATION_ROWS}", f"train.batch_size={size.batch_size}"]
+    overrides = [f"+recipe={recipe}", f"data.eval_rows={EVALUATION_ROWS}", f"train.batch_size={size.batch_size}"]
+    if recipe == "math_r64_nf4" and place.device == "cpu":  # its optimizer pages GPU memory
+        overrides.append("optimizer=adamw_8bit")
     return _run(place, f"{recipe}_{model}", model, rows, size.updates, [*overrides, *size.overrides])
 
 
-def _pages_on_a_cpu(place: Place, recipe: str) -> bool:
-    """Whether the recipe's optimizer pages GPU memory, and there is none."""
-    return recipe == "math_r64_nf4" and place.device == "cpu"
-
-
-def nemo(place: Place, kind: str) -> Found:
+def nemo(place: Place, kind: str) -> dict[str, Any]:
     """NeMo AutoModel's setting with an adapter of ours, all tokens supervised. The sequences go one at a time, as both
     adapters fit; how many go at once changes no gradient."""
     size = place.size
@@ -56,8 +51,9 @@ def nemo(place: Place, kind: str) -> Found:
         ]
         for other, recipe in (("lora", "lora_r512"), ("cera", "r64"))
     }
-    own = overrides.pop(kind)
-    return _run(place, f"nemo_{kind}", "llama3_1_8b", rows, updates, own, *overrides.values())
+    first = overrides.pop(kind)
+    figures = _run(place, f"nemo_{kind}", "llama3_1_8b", rows, updates, first, *overrides.values())
+    return figures | {"tokens/s of NeMo's LoRA, as published": NEMO_TOKENS_PER_S}
 
 
 def _run(
@@ -68,7 +64,7 @@ def _run(
     updates: int,
     overrides: Sequence[str],
     *compared: Sequence[str],
-) -> Found:
+) -> dict[str, Any]:
     """Trains, where the plan fits this GPU; with gradient checkpointing where it, or a run that it is `compared` with,
     fits only so."""
     from cera_train.training.train import train
@@ -82,29 +78,26 @@ def _run(
     ]
     room = _room(place)
     for checkpointing in ([], [CHECKPOINTED]):
-        needs = max(_plan(place, [*common, *each, *checkpointing]).peak for each in (overrides, *compared))
-        if needs <= room:
+        planned = [_planned_peak(place, [*common, *each, *checkpointing]) for each in (overrides, *compared)]
+        if max(planned) <= room:
             break
     else:
-        needed = f"{needs / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}"
-        return Found(SKIPPED, f"needs {needed}, and this GPU has {room / 1e9:.0f}")
+        raise Skipped(f"needs {max(planned) / 1e9:.0f} GB by cera-plan, even with {CHECKPOINTED}")
     result = train(composed(*common, *overrides, *checkpointing))
-    planned = _plan(place, [*common, *overrides, *checkpointing])
-    return Found(
-        reason="with gradient checkpointing: else the plan does not fit" if checkpointing else "",
-        figures={
-            **_speed(folder / "metrics.jsonl", place.size.warm_up),
-            "peak_memory_bytes": result["peak_memory_bytes"],
-            "planned_memory_bytes": planned.peak,
-        },
-    )
+    return {
+        **_speed(folder / "metrics.jsonl", place.size.warm_up),
+        "peak GB": result["peak_memory_bytes"] / 1e9,
+        "planned GB": planned[0] / 1e9,
+        "checkpointing": bool(checkpointing),
+    }
 
 
-def _plan(place: Place, settings: Sequence[str]) -> Any:
+def _planned_peak(place: Place, settings: Sequence[str]) -> float:
+    """Bytes, by cera-plan."""
     from cera_train.planning.plan import make_plan
 
     device = "cpu" if place.device == "cpu" else "h100"  # memory is alike on every GPU
-    return make_plan(composed(*settings, f"plan.gpu={device}", command="plan"))
+    return make_plan(composed(*settings, f"plan.gpu={device}", command="plan")).peak
 
 
 def _room(place: Place) -> float:
@@ -113,7 +106,7 @@ def _room(place: Place) -> float:
         return float("inf")
     import torch
 
-    from cera_train.planning.plan import USABLE
+    from cera_train.planning.devices import USABLE
 
     return USABLE * torch.cuda.get_device_properties(0).total_memory
 
@@ -123,10 +116,11 @@ def _speed(metrics: Path, warm_up: int) -> dict[str, float]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     updates = [line for line in lines if "train/loss" in line]
     totals = [line["train/seconds"] for line in updates]
-    seconds = [after - before for before, after in itertools.pairwise(totals)][warm_up - 1 :]
     return {
-        "update_seconds": statistics.median(seconds),
-        "tokens_per_s": statistics.median(line["train/tokens_per_s"] for line in updates[warm_up:]),
-        "first_loss": updates[0]["train/loss"],
-        "last_loss": updates[-1]["train/loss"],
+        "tokens/s": statistics.median(line["train/tokens_per_s"] for line in updates[warm_up:]),
+        "seconds an update": statistics.median(
+            after - before for before, after in itertools.pairwise(totals[warm_up - 1 :])
+        ),
+        "first loss": updates[0]["train/loss"],
+        "last loss": updates[-1]["train/loss"],
     }

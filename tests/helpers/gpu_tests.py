@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu.testing import DEVICE
+from benchmarks.gpu.pieces import DEVICE
 
 HERE = Path(__file__).parents[1] / "gpu"
 CHOSEN = os.environ.get(DEVICE, "cuda")

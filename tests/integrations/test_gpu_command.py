@@ -15,40 +15,16 @@ import pytest
 from conftest import needs_smollm2
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import machine, runs, testing
+from benchmarks.gpu import pieces, runs
 from benchmarks.gpu.pieces import all_pieces
-from benchmarks.gpu.place import Place
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Found, Result, code_version
+from benchmarks.gpu.place import Place, Skipped
 
 ROOT = Path(command.__file__).parents[2]
-HERE = {"gpus": [], "memory": [], "capability": [], "driver": None, "cuda": None, "python": "3", "packages": {}}
-GPU = HERE | {"gpus": ["NVIDIA H100 80GB HBM3"], "memory": [80e9], "capability": ["9.0"], "driver": "580", "cuda": "13"}
 
 
-@pytest.fixture
-def no_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(machine, "ask", lambda: HERE)
-
-
-@pytest.fixture
-def ran(monkeypatch, no_gpu) -> list[str]:
-    """The pieces that the command runs, without running them."""
-    names = []
-
-    def run(piece, place, identity, seconds):
-        names.append(piece.name)
-        state = FAILED if piece.name == "tests_answers" else PASSED
-        return Result(piece.name, Found(state, "it broke" if state == FAILED else ""), 1.0, identity)
-
-    monkeypatch.setattr(command, "run", run)
-    return names
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(no_gpu, monkeypatch, capsys):
+def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(monkeypatch, capsys):
     called = []
+    monkeypatch.setattr(command, "gpus", lambda: "")
     monkeypatch.setattr(subprocess, "call", lambda arguments, cwd: called.append(arguments) or 5)
     assert command.main([]) == 5
     (line,) = capsys.readouterr().out.splitlines()
@@ -56,88 +32,61 @@ def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(no_gpu, mo
     assert called == [[sys.executable, *command.PROVABLE]]
 
 
-def test_a_piece_with_a_result_is_not_run_again_unless_the_code_is_another(ran, tmp_path, monkeypatch, capsys):
-    arguments = ["--device=cpu", "--size=tiny", f"--output={tmp_path}", "--piece", "tests_attention", "nemo_lora"]
-    assert command.main(arguments) == 0
-    assert command.main(arguments) == 0
-    assert ran == ["tests_attention", "nemo_lora"]
-    monkeypatch.setattr(
-        command, "code_version", lambda folders: "other" if "tests" in folders else code_version(folders)
-    )
-    command.main([*arguments, "--keep"])
-    assert ran == ["tests_attention", "nemo_lora"]
-    command.main(arguments)
-    assert ran == ["tests_attention", "nemo_lora", "tests_attention"]
-    capsys.readouterr()
-    command.main([*arguments, "--report"])
-    assert "Pieces: 2 passed, 0 failed" in capsys.readouterr().out
-    assert len(ran) == 3
+def test_what_failed_stops_nothing_and_is_tried_again_after_all_that_has_no_result(tmp_path, monkeypatch, capsys):
+    ran = []
 
+    def run(piece, place, seconds):
+        ran.append(piece.name)
+        state = command.FAILED if piece.name == "tests_answers" else command.PASSED
+        place.folder.mkdir(parents=True, exist_ok=True)
+        command.write_result(place, piece.name, state, "it broke" if state == command.FAILED else "", {"tokens/s": 7.0})
+        return command.read_result(place, piece.name)
 
-def test_a_failure_stops_no_other_piece_and_is_tried_again_after_them(ran, tmp_path, capsys):
+    monkeypatch.setattr(command, "run", run)
     arguments = ["--device=cpu", f"--output={tmp_path}", "--piece", "tests_answers", "tests_attention"]
     assert command.main(arguments) == 1
     assert ran == ["tests_answers", "tests_attention"]
-    assert "- tests_answers: failed: it broke" in capsys.readouterr().out
     assert command.main([*arguments, "nemo_cera"]) == 1
     assert ran[2:] == ["nemo_cera", "tests_answers"]
+    capsys.readouterr()
+    command.main([*arguments, "--report"])
+    out = capsys.readouterr().out
+    assert "Pieces: 1 passed, 1 failed, 0 skipped." in out
+    assert "\n| tests_attention | 7 |\n" in out
+    assert out.endswith("\n- tests_answers: failed: it broke\n")
+    assert len(ran) == 4
 
 
-def test_every_piece_fits_into_ten_minutes():
-    pieces = all_pieces()
-    assert all(0 < piece.expected < piece.seconds <= 540 for piece in pieces.values())
-    assert {name.removeprefix("tests_") for name in pieces if name.startswith("tests_")} == {
-        path.stem.removeprefix("test_gpu_") for path in (ROOT / "tests" / "gpu").glob("*.py")
-    }
-
-
-# --- a piece's process -----------------------------------------------------------------------------------------------
+def test_every_piece_fits_into_ten_minutes_and_every_file_of_tests_has_one():
+    assert all(0 < piece.expected < piece.seconds <= 540 for piece in all_pieces().values())
+    files = (ROOT / "tests" / "gpu").glob("test_gpu_*.py")
+    assert set(pieces.TESTS) == {file.stem.removeprefix("test_gpu_") for file in files}
 
 
 def test_a_piece_that_takes_too_long_is_ended(tmp_path):
     piece, place = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2), Place("cpu", "tiny", tmp_path)
-    result = command.run(piece, place, {}, 0.2)
-    assert result.found.state == FAILED
-    assert "time limit of 0.2 s" in result.found.reason
-    assert command.run(piece, place, {}, 0.1) is None  # the command had no more time
-
-
-# --- the block -------------------------------------------------------------------------------------------------------
-
-
-# --- tests and the race ----------------------------------------------------------------------------------------------
-
-INTERNAL_ERROR = """
-import pytest
-pytestmark = pytest.mark.gpu
-def test_skips(): pytest.skip("no such thing")
-def test_ends_pytest(): pytest.exit("the GPU fell off the bus", returncode=3)
-"""
+    assert command.run(piece, place, 0.1) is None  # the command had no more time
+    result = command.run(piece, place, 0.2)
+    assert result["state"] == command.FAILED
+    assert "time limit of 0.2 s" in result["reason"]
 
 
 @pytest.mark.parametrize(
-    ("group", "content", "state", "reason"),
+    ("content", "error", "reason"),
     [
-        ("skips", "import pytest; pytest.skip('needs a GPU', allow_module_level=True)", SKIPPED, "needs a GPU"),
-        ("breaks", "import nothing_like_it", FAILED, "test_gpu_breaks.py"),
-        ("is_empty", "def test_without_the_mark(): pass", FAILED, "pytest ended with status 5"),
-        ("ends", INTERNAL_ERROR, FAILED, "pytest ended with status 3"),
+        ("def test_skips(): pytest.skip('no such thing')", Skipped, "1 skipped"),
+        ("import nothing_like_it", RuntimeError, "pytest ended with status 2"),
+        ("def test_ends_pytest(): pytest.exit('the GPU fell off the bus', returncode=3)", RuntimeError, "status 3"),
     ],
 )
-def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, group, content, state, reason):
+def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, content, error, reason):
     (tmp_path / "tests" / "gpu").mkdir(parents=True)
-    (tmp_path / "tests" / "gpu" / f"test_gpu_{group}.py").write_text(content)
+    marked = f"import pytest\npytestmark = pytest.mark.gpu\n{content}\n"
+    (tmp_path / "tests" / "gpu" / "test_gpu_group.py").write_text(marked)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv(testing.DEVICE, "cpu")
-    monkeypatch.setattr(testing, "ROOT", tmp_path)
-    found = testing.run_tests(Place("cpu", "tiny", tmp_path), group)
-    assert (found.state, found.reason) == (state, reason)
-    assert found.figures[SKIPPED] == (group in ("skips", "ends"))
-
-
-# --- runs ------------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(pieces, "ROOT", tmp_path)
+    with pytest.raises(error, match=reason):
+        pieces.run_tests(Place("cpu", "tiny", tmp_path), "group")
 
 
 @pytest.mark.parametrize(("room", "is_checkpointed"), [(90, False), (80, True), (10, None)])
@@ -146,8 +95,7 @@ def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monk
     trained = []
 
     def peak(place, settings):
-        is_lora = "+recipe=math_lora_r512" in settings
-        return (20 if runs.CHECKPOINTED in settings else 66) + 19 * is_lora
+        return (20 if runs.CHECKPOINTED in settings else 66) + 19 * ("+recipe=math_lora_r512" in settings)
 
     def train(config):
         trained.append(config)
@@ -158,11 +106,8 @@ def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monk
     monkeypatch.setattr(Place, "model", lambda place, name: name)
     monkeypatch.setattr("cera_train.training.train.train", train)
     for kind in ("cera", "lora"):
-        if is_checkpointed is None:
-            assert runs.nemo(Place("cuda", "full", tmp_path), kind).state == SKIPPED
-        else:
-            with pytest.raises(StopIteration):
-                runs.nemo(Place("cuda", "full", tmp_path), kind)
+        with pytest.raises(Skipped if is_checkpointed is None else StopIteration):
+            runs.nemo(Place("cuda", "full", tmp_path), kind)
     assert [config.model.gradient_checkpointing for config in trained] == [is_checkpointed] * len(trained)
     if trained:
         cera, lora = trained
@@ -171,29 +116,19 @@ def test_runs_that_are_compared_checkpoint_together_or_not_at_all(tmp_path, monk
         assert cera.train.micro_batch_tokens == cera.data.max_length == 4096  # one sequence at a time
 
 
-# --- contestants -----------------------------------------------------------------------------------------------------
-
-
-# --- in miniature ----------------------------------------------------------------------------------------------------
-
 MINIATURE = [
     *("race_unsloth_llama3_1_8b_bfloat16", "weights_llama3_1_8b", "tests_answers", "math_r64_nf4_llama3_1_8b"),
     *("race_cera_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
 ]
 
 
-def miniature(folder: Path, *more: str) -> list[str]:
-    common = ["--device=cpu", "--size=tiny", f"--output={folder}"]
-    return [sys.executable, "-m", "benchmarks.gpu", *common, *more]
-
-
 @pytest.mark.slow
 @needs_smollm2
 def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
-    arguments = miniature(tmp_path, "--piece", *MINIATURE)
+    command_line = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--size=tiny", f"--output={tmp_path}"]
+    arguments = [*command_line, "--piece", *MINIATURE]
     started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    results = tmp_path / "tiny_cpu"
-    first, second = (results / f"{name}.json" for name in MINIATURE[:2])
+    first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in MINIATURE[:2])
     while not first.exists():
         assert started.poll() is None
         time.sleep(0.1)
@@ -203,10 +138,10 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
     assert not second.exists()
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert first.stat().st_mtime_ns == stamp
-    states = {name: json.loads((results / f"{name}.json").read_text())["found"] for name in MINIATURE}
-    skipped = states.pop("race_unsloth_llama3_1_8b_bfloat16")
-    assert {found["state"] for found in states.values()} == {PASSED}, done.stdout
-    assert (skipped["state"], skipped["reason"]) == (SKIPPED, "unsloth is not installed")
+    results = {name: json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in MINIATURE}
+    skipped = results.pop("race_unsloth_llama3_1_8b_bfloat16")
+    assert (skipped["state"], skipped["reason"]) == ("skipped", "unsloth is not installed")
+    assert {result["state"] for result in results.values()} == {"passed"}, done.stdout
     assert done.returncode == 0
-    for column in ("| tests |", "| run |", "| race |", "| new tokens/s by rows in the batch |"):
+    for column in ("| tests |", "| planned GB |", "| useful TFLOP/s |", "| CeRA, 64 rows, tokens/s |"):
         assert column in done.stdout
