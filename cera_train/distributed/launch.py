@@ -1,6 +1,5 @@
 """From one command to one process a GPU, by torch's elastic launcher. A process that torchrun, `accelerate launch` or
-srun started works as it is. Nothing here imports torch at module level: a signal that comes while a process imports it
-has a handler already."""
+srun started works as it is. No torch at module level: signals have a handler before a process imports it."""
 
 from __future__ import annotations
 
@@ -31,12 +30,9 @@ PEER_SECONDS = 5
 """Pause of a process that lost another before it fails too: the launcher reports the first failure."""
 
 
-class ProcessFailed(RuntimeError):
-    """A process ended with an error that is not the user's to mend; the message holds its traceback."""
-
-
 def in_processes(function: Callable[[Any], Result], config: Any) -> Result:
-    """`function(config)`, in `launch.processes` processes: same result, and same errors, or ProcessFailed.
+    """`function(config)`, in `launch.processes` processes: the same result, and the same UserError. Any other
+    error is a RuntimeError with its traceback.
 
     Args:
         function: one of a module, which every process imports. Only process 0 writes and prints.
@@ -147,8 +143,8 @@ def error_of(rank: int, failure: Any) -> Exception:
         cause = ": the machine may be out of memory" if name == "SIGKILL" else ""
         return UserError(f"process {rank} was killed by {name}{cause}. The same command goes on from what is saved.")
     if isinstance(failure.message, str):  # it ended itself and left no error
-        return ProcessFailed(f"process {rank} ended with status {failure.exitcode} and no error.")
+        return RuntimeError(f"process {rank} ended with status {failure.exitcode} and no error.")
     kind, _, text = failure.message["message"].partition(": ")
     if kind == UserError.__name__:
         return UserError(text)
-    return ProcessFailed(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")
+    return RuntimeError(f"process {rank} failed with {kind}: {text}\n{failure.message['extraInfo']['py_callstack']}")

@@ -18,7 +18,7 @@ from cera_train.common.settings import map_values
 def trainable_weights(model: nn.Module, keep: bool = True) -> dict[str, torch.Tensor | None]:
     """The trainable weights, whole; None in place of each in a process that does not `keep` them. A collective."""
     trainable = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
-    return map_values(functools.partial(_whole, keep), trainable, torch.Tensor)
+    return map_values(lambda tensor: _whole(tensor, keep), trainable, torch.Tensor)
 
 
 def optimizer_state(
@@ -26,15 +26,15 @@ def optimizer_state(
 ) -> dict[str, Any]:
     """An optimizer's state_dict, whole, and its gradient scaler's; None in place of each tensor in a process that does
     not `keep` them. A collective."""
-    state = map_values(functools.partial(_whole, keep), optimizer.state_dict(), torch.Tensor)
+    state = map_values(lambda tensor: _whole(tensor, keep), optimizer.state_dict(), torch.Tensor)
     return state if scaler is None else state | {"scaler": scaler.state_dict()}
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, state: dict[str, Any], scaler: GradScaler | None = None
 ) -> None:
-    """Loads what `optimizer_state` returned, sharded as the weights are. A state without a scaler's is of an earlier
-    version, or of a run in another precision: the scaler begins anew."""
+    """Loads what `optimizer_state` returned, sharded as the weights are. The scaler begins anew where the state is of a
+    run in another precision."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
         sharded = {
@@ -48,7 +48,7 @@ def load_optimizer_state(
         raise UserError(f"the checkpoint does not fit this optimizer: {error!r}.") from error
 
 
-def _whole(keep: bool, tensor: torch.Tensor) -> torch.Tensor | None:
+def _whole(tensor: torch.Tensor, keep: bool) -> torch.Tensor | None:
     if isinstance(tensor, DTensor):
         whole = tensor.full_tensor()
         return whole.cpu() if keep else None  # a GPU has room for one whole tensor, not for all

@@ -7,8 +7,6 @@ from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, setting
 
-MOST_PROCESSES = 256  # more than any machine has GPUs; a process takes half a gigabyte before it holds a model
-
 
 class Strategy(StrEnum):
     ddp = "ddp"
@@ -26,10 +24,6 @@ class ProcessesConfig:
             return
         is_number = self.processes.isascii() and self.processes.isdecimal() and int(self.processes) > 0
         require(is_number, f"launch.processes={self.processes} must be auto or a positive number.")
-        require(
-            int(self.processes) <= MOST_PROCESSES,
-            f"launch.processes={self.processes}: one machine runs at most {MOST_PROCESSES}. Set auto for one a GPU.",
-        )
 
 
 @dataclass

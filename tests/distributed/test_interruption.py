@@ -27,11 +27,11 @@ def listeners():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_remembered_and_told_and_delivered_at_the_end_if_nobody_acted_on_it(listeners, number):
-    told = []
-    with Interruption(pass_on=told.append) as interruption:
+def test_a_signal_is_recorded_passed_on_and_delivered_at_the_end_if_nobody_acted_on_it(listeners, number):
+    passed_on = []
+    with Interruption(pass_on=passed_on.append) as interruption:
         send(number)
-        assert (interruption.signal, told, listeners) == (number, [number], [])
+        assert (interruption.signal, passed_on, listeners) == (number, [number], [])
         assert first_heard(interruption.heard()) == number
     assert listeners == [number]
 

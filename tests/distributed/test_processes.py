@@ -22,7 +22,7 @@ from tiny_runs import all_losses_of, evaluations_of
 from cera_train.common.errors import UserError
 from cera_train.distributed import launch
 from cera_train.distributed.accelerator import start_accelerator
-from cera_train.distributed.launch import ProcessFailed, error_of, processes_to_start
+from cera_train.distributed.launch import error_of, processes_to_start
 from cera_train.distributed.processes import join_slurm_step
 from cera_train.runs.outcomes import read_losses
 from cera_train.settings.distributed import LaunchConfig
@@ -65,33 +65,31 @@ def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_
     other = "train.micro_batch_tokens=700" if processes == 4 else "train.batch_layout=flat"
     checkpoint = f"train.resume={tmp_path / 'outputs' / 'one' / 'checkpoints' / '10'}"
     runs = {
-        "ddp": ["distributed.strategy=ddp"],
-        "fsdp": ["distributed.strategy=fsdp"],
-        "fsdp_other": ["distributed.strategy=fsdp", other],
-        "ddp_other": ["distributed.strategy=ddp", other],
-        "ddp_resumed": ["distributed.strategy=ddp", checkpoint],
-        "fsdp_resumed": ["distributed.strategy=fsdp", checkpoint],
+        f"{strategy}_{case}": [*settings, f"distributed.strategy={strategy}", f"name={strategy}_{case}"]
+        for case, settings in {"as_one": [], "otherwise": [other], "resumed": [checkpoint]}.items()
+        for strategy in ("ddp", "fsdp")
     }
-    overrides = [[*arguments, *own, f"name={name}"] for name, own in runs.items()]
-    out = train_in_processes(overrides, processes, tmp_path)
+    out = train_in_processes([[*arguments, *settings] for settings in runs.values()], processes, tmp_path)
     assert out.count(f"{processes} x cpu, FSDP2") == 3
     outputs = tmp_path / "outputs"
     one = all_losses_of(outputs / "one")
     assert len(one) == 24
-    for name in ("ddp", "fsdp", "fsdp_other", "ddp_other"):
+    for name in runs:
+        if name.endswith("resumed"):
+            assert all_losses_of(outputs / name) == pytest.approx(one[12:], rel=1e-5), name
+            continue
         assert all_losses_of(outputs / name) == pytest.approx(one, rel=1e-5), name
         for evaluation, expected in zip(evaluations_of(outputs / name), evaluations_of(outputs / "one"), strict=True):
             assert evaluation == pytest.approx(expected, rel=1e-4), name
-        for found, expected in zip(read_losses(outputs / name), read_losses(outputs / "one"), strict=True):
-            assert found.tokens.tolist() == expected.tokens.tolist()
-            assert found.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-5), name
-    for name in ("ddp_resumed", "fsdp_resumed"):
-        assert all_losses_of(outputs / name) == pytest.approx(one[12:], rel=1e-5), name
+        for measured, expected in zip(read_losses(outputs / name), read_losses(outputs / "one"), strict=True):
+            assert measured.tokens.tolist() == expected.tokens.tolist()
+            assert measured.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.slow
 def test_sharding_computes_what_whole_models_compute_for_every_kind_of_adapter_and_base(tmp_path, arguments):
     """Losses, spectra, and the adapter as it is saved."""
+    short = [*arguments, "train.max_updates=6", "train.eval_every=3"]
     kinds = {
         "lora": ["adapter=lora", "adapter.r=4"],
         "dora": ["adapter=dora", "adapter.r=4"],
@@ -100,10 +98,9 @@ def test_sharding_computes_what_whole_models_compute_for_every_kind_of_adapter_a
         "checkpointed": ["model.gradient_checkpointing=true", "adapter.target_modules=[q_proj,lm_head]"],
     }
     runs = [
-        [*arguments, "train.max_updates=6", "train.eval_every=3", *own, f"distributed.strategy={strategy}", name]
-        for kind, own in kinds.items()
+        [*short, *settings, f"distributed.strategy={strategy}", f"name={kind}_{strategy}"]
+        for kind, settings in kinds.items()
         for strategy in ("ddp", "fsdp")
-        for name in [f"name={kind}_{strategy}"]
     ]
     train_in_processes(runs, 2, tmp_path)
     outputs = tmp_path / "outputs"
@@ -202,10 +199,10 @@ def test_tasks_of_a_slurm_step_are_recognised():
     bound = {name: value for name, value in step.items() if name.startswith("SLURM")} | {"CUDA_VISIBLE_DEVICES": "1"}
     join_slurm_step(bound)
     assert bound["LOCAL_RANK"] == "0"
-    for alone in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}):
-        before = dict(alone)
-        join_slurm_step(alone)
-        assert alone == before
+    for other in ({}, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {"SLURM_STEP_NUM_TASKS": "2", "RANK": "0"}):
+        before = dict(other)
+        join_slurm_step(other)
+        assert other == before
 
 
 def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
@@ -307,7 +304,7 @@ def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
     ("exitcode", "message", "kind", "words"),
     [
         (1, "UserError: data.prompt: no such column.", UserError, "data.prompt: no such column."),
-        (1, "ValueError: zip() argument 2 is shorter", ProcessFailed, "Traceback ..."),
+        (1, "ValueError: zip() argument 2 is shorter", RuntimeError, "Traceback ..."),
         (-signal.SIGKILL, "", UserError, "process 1 was killed by SIGKILL: the machine may be out of memory"),
     ],
 )
@@ -333,19 +330,16 @@ def test_a_process_that_lost_another_fails_after_it(monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_error_in_the_processes_is_said_once(tmp_path, arguments):
-    run = cera_train(*arguments, "launch.processes=2", "optimizer.lr=1e30", "name=run", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (["optimizer.lr=1e30"], "is not finite"),
+        (["data=jsonl", "data.train_files=[no.jsonl]", "data.eval_rows=1"], "no.jsonl: cannot read the file"),
+    ],
+    ids=["while it trains", "before"],
+)
+def test_a_mistake_is_printed_once(tmp_path, arguments, mistake, message):
+    run = cera_train(*arguments, "launch.processes=2", *mistake, cwd=tmp_path)
     _, err = run.communicate()
     assert run.returncode == 2
-    assert err.count("is not finite") == len(err.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_a_mistake_is_said_once(tmp_path, arguments):
-    run = cera_train(
-        *arguments, "launch.processes=2", "data=jsonl", "data.train_files=[no.jsonl]", "data.eval_rows=1", cwd=tmp_path
-    )
-    out, err = run.communicate()
-    assert (run.returncode, out) == (2, "")
-    assert "data.train_files=no.jsonl: cannot read the file" in err
-    assert not (tmp_path / "outputs" / "default").exists()
+    assert err.count(message) == len(err.splitlines()) == 1

@@ -24,22 +24,19 @@ def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("file", "old")]
 
 
-def assert_full(line: str) -> None:
-    assert line.startswith("cera-train: the disk is full (")
-    assert line.endswith("Free some space and repeat the command: a run goes on from its last checkpoint.")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.5, 2), (0.97, 3)])
+@pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.97, 3)])
 def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
     tmp_path, disk, start, whole, uninterrupted, share, checkpoints
 ):
-    """Full at the first checkpoint, at a later one, and at the very last files."""
+    """Full at the first checkpoint, and at the very last files."""
     blocks = sum(-(-path.stat().st_size // 4096) for path in whole.rglob("*") if path.is_file())
     outputs = disk(tmp_path / "outputs", f"size={int(share * blocks) * 4}k")
     folder = outputs / "run"
     for _ in range(2):  # it is no worse for trying again
-        assert_full(refuse(start()))
+        line = refuse(start())
+        assert line.startswith("cera-train: the disk is full (")
+        assert line.endswith("Free some space and repeat the command: a run goes on from its last checkpoint.")
         assert_readable(folder)
         assert len(newest_first(folder)) == checkpoints
         assert (folder / "adapter").exists() == (share == 0.97)
@@ -80,9 +77,6 @@ def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path,
     assert content(tmp_path / "outputs" / "run") == uninterrupted
 
 
-# --- trackers ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_run_whose_wandb_server_is_away_is_recorded_offline(tmp_path, start, uninterrupted):
     with socket.socket() as port:
@@ -93,22 +87,5 @@ def test_a_run_whose_wandb_server_is_away_is_recorded_offline(tmp_path, start, u
     (line,) = attempt.errors.splitlines()
     assert "W&B cannot be reached, so the run is recorded offline (" in line
     assert list((tmp_path / "outputs" / "run").glob("wandb/offline-run-*/*.wandb"))
-    assert_unharmed(tmp_path / "outputs" / "run", uninterrupted)
-
-
-@pytest.mark.slow
-def test_a_tracker_without_a_folder_to_write_to_is_left_out(tmp_path, disk, start, uninterrupted):
-    folder = disk(tmp_path / "outputs" / "run" / "tensorboard", "ro,size=1m")
-    attempt = start("tracker=tensorboard")
-    assert attempt.wait() == 0, attempt.errors
-    (line,) = attempt.errors.splitlines()
-    assert "tensorboard failed and is left out" in line
-    assert line.endswith("Everything is in the run's folder.")
-    assert not list(folder.iterdir())
-    assert_unharmed(tmp_path / "outputs" / "run", uninterrupted)
-
-
-def assert_unharmed(folder: Path, uninterrupted: dict) -> None:
-    """The numbers of a run that was tracked are those of one that was not."""
     for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "best/adapter_model.safetensors"):
-        assert content(folder)[name] == uninterrupted[name]
+        assert content(tmp_path / "outputs" / "run")[name] == uninterrupted[name]

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import yaml
 from conftest import make_tiny_llama
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cera_train.adapters.build import build
@@ -136,16 +137,9 @@ def read_rows(path: Path, content: bytes) -> list | None:
 
 @pytest.mark.parametrize("suffix", VALID)
 @fuzz
-@given(content=st.binary(max_size=200))
-def test_any_bytes_are_rows_or_a_reason(tmp_path, suffix, content):
-    read_rows(tmp_path / f"x{suffix}", content)
-
-
-@pytest.mark.parametrize("suffix", VALID)
-@fuzz
 @given(data=st.data())
-def test_a_damaged_file_is_rows_or_a_reason(tmp_path, suffix, data):
-    read_rows(tmp_path / f"x{suffix}", data.draw(mutated(VALID[suffix])))
+def test_any_bytes_and_a_damaged_file_are_rows_or_a_reason(tmp_path, suffix, data):
+    read_rows(tmp_path / f"x{suffix}", data.draw(st.binary(max_size=200) | mutated(VALID[suffix])))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
@@ -184,15 +178,15 @@ def test_any_row_is_an_example_or_a_reason(tokenizer, layout, row, max_length):
     segments = result_or_value_error(segmenter(config, tokenizer), row)
     if not segments:
         return
-    (made,) = encode([segments], config, tokenizer)
-    assert len(made.input_ids) == len(made.loss_mask) <= max_length
-    assert all(0 <= token < len(tokenizer) for token in made.input_ids)
-    assert not made.loss_mask[0]
+    (example,) = encode([segments], config, tokenizer)
+    assert len(example.input_ids) == len(example.loss_mask) <= max_length
+    assert all(0 <= token < len(tokenizer) for token in example.input_ids)
+    assert not example.loss_mask[0]
     if config.loss_on == "completion":
-        assert made.has_answer == any(made.loss_mask)
-    if not made.truncated and layout.startswith("text"):
-        assert made.has_answer
-        assert made.input_ids[-1] == tokenizer.eos_token_id
+        assert example.has_answer == any(example.loss_mask)
+    if not example.truncated and layout.startswith("text"):
+        assert example.has_answer
+        assert example.input_ids[-1] == tokenizer.eos_token_id
 
 
 # --- graders ---------------------------------------------------------------------------------------------------------
@@ -254,8 +248,7 @@ def test_what_is_shown_steers_nothing_and_can_be_written(text, number):
 @given(data=st.data())
 def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):
     path = tmp_path / "config.yaml"
-    valid = yaml.safe_dump(to_plain(compose())).encode()
-    path.write_bytes(data.draw(st.binary(max_size=100) | mutated(valid)))
+    path.write_bytes(data.draw(mutated(yaml.safe_dump(to_plain(compose())).encode())))
     config = result_or_value_error(load_config, path)
     assert config is None or isinstance(config, Config)
 
@@ -263,13 +256,13 @@ def test_a_damaged_config_is_a_config_or_a_reason(tmp_path, compose, data):
 @pytest.mark.parametrize("read", [read_json, read_yaml])
 @fuzz
 @given(content=st.binary(max_size=100) | st.text("{}[]:,&*!<>|-? \n'\"%@`#~=019.aeT_", max_size=40).map(str.encode))
-@example(content=b"!!int ''")
-@example(content=b"!!bool x")
-@example(content=b"!!timestamp x")
-@example(content=b"a: 2001-99-99")
-@example(content=b"!!python/object/apply:os.system [id]")
-@example(content=b"a: &a [1]\nb: *a")
-@example(content=b"[" * 100_000)
+@hypothesis.example(content=b"!!int ''")
+@hypothesis.example(content=b"!!bool x")
+@hypothesis.example(content=b"!!timestamp x")
+@hypothesis.example(content=b"a: 2001-99-99")
+@hypothesis.example(content=b"!!python/object/apply:os.system [id]")
+@hypothesis.example(content=b"a: &a [1]\nb: *a")
+@hypothesis.example(content=b"[" * 100_000)
 def test_any_bytes_are_names_and_values_or_a_reason(tmp_path, read, content):
     path = tmp_path / "file"
     path.write_bytes(content)

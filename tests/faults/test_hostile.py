@@ -123,15 +123,15 @@ def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command
     assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
 
 
-def test_what_the_command_line_itself_says_of_hydra_is_the_users(marker, run_command):
+def test_a_callback_on_the_command_line_is_the_users_and_runs(marker, run_command):
     callback = f"+hydra.callbacks.x={{_target_:os.mknod,_args_:['{marker}']}}"
     run_command(cli.main, callback, "model.path=/no/such/model", "name=run")
     assert marker.exists()  # so the callbacks above would have run
 
 
-def test_options_that_lead_to_other_configs_are_refused(tmp_path, run_command):
-    for option in ("--config-path", "--experimental-rerun", "hydra.searchpath"):
-        assert option in run_command(cli.main, f"{option}={tmp_path}")
+@pytest.mark.parametrize("option", ["--config-path", "--experimental-rerun", "hydra.searchpath"])
+def test_options_that_lead_to_other_configs_are_refused(tmp_path, run_command, option):
+    assert option in run_command(cli.main, f"{option}={tmp_path}")
 
 
 def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, run_command):
@@ -184,12 +184,12 @@ def test_a_models_own_code_runs_only_when_asked(model_with_code, marker):
 
 
 def test_a_runs_config_cannot_ask_to_run_its_models_code(tmp_path, config, model_with_code, marker):
-    own = replace(config.model, path=model_with_code, trust_remote_code=True)
-    run = write_run(tmp_path / "run", replace(config, model=own))
+    trusting = replace(config.model, path=model_with_code, trust_remote_code=True)
+    run = write_run(tmp_path / "run", replace(config, model=trusting))
     for folder in (run, run / "adapter"):
         with pytest.raises(ValueError, match="asks to run the Python code .*: trust_remote_code=true"):
             find_subject(evaluation(folder))
-        assert find_subject(evaluation(folder, trust_remote_code=True)).model == own
+        assert find_subject(evaluation(folder, trust_remote_code=True)).model == trusting
     adapter = write_adapter(tmp_path / "download", model_with_code)
     with pytest.raises(ValueError, match="trust the Python code that comes with"):
         load_model(find_subject(evaluation(adapter)).model, "cpu")
@@ -218,12 +218,7 @@ def test_a_runs_yaml_makes_no_objects(tmp_path, marker, text):
     ("changes", "message"),
     [
         ({"peft_type": "XLORA"}, "is an adapter of type 'XLORA': expected one of .*CERA"),
-        ({"peft_type": None}, "is an adapter of type None"),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "sets auto_mapping, which can import"),
-        (
-            {"auto_mapping": {"base_model_class": "X", "parent_library": "transformers.models.x", "more": 1}},
-            "sets auto_mapping",
-        ),
         ({"megatron_config": {"a": 1}, "megatron_core": "megatron.evil"}, "sets megatron_config"),
         ({"corda_config": {"cache_file": "/x"}, "loftq_config": {"bits": 4}}, "sets loftq_config, corda_config"),
     ],
