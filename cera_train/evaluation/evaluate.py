@@ -39,7 +39,7 @@ from cera_train.settings.model import Dtype
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured, on what, by whom."""
+    """A task, its settings, the model, the folder of the results, and the processes."""
 
     task: Task
     config: EvalConfig

@@ -1,7 +1,7 @@
 """Accuracy and samples while a run trains: the tasks of cera-eval on their first problems, and answers to read.
 
-Problems, answers, grades and scores are those of an evaluation, greedy. Nothing of it draws a random number or leaves a
-mark on the model: the run's losses are those of a run without it, to the bit.
+Problems, answers, grades and scores are those of an evaluation, greedy. Answering draws no random number and restores
+the model, so the losses of a run are equal to the bit with and without it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Exam:
     """Problems that the model answers."""
 
     name: str | None
-    """The task's; None: the prompts of evaluation rows."""
+    """The task's. The prompts of evaluation rows have no task."""
     task: AnswerTask | None
     problems: list[Problem]
     requests: list[Request]
@@ -76,10 +76,10 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
         if not text or len(prompt) == len(segments):
             continue
         answer = segments[len(prompt)]
-        [asked, reference] = encode([prompt, [answer]], whole, tokenizer)
+        [encoded_prompt, encoded_answer] = encode([prompt, [answer]], whole, tokenizer)
         problems.append(Problem(f"{question_id(text)}-{len(problems)}", text, text, answer.text.strip()))
-        requests.append(Request(problems[-1].id, 0, tuple(asked.input_ids)))
-        room = max(room, len(reference.input_ids))
+        requests.append(Request(problems[-1].id, 0, tuple(encoded_prompt.input_ids)))
+        room = max(room, len(encoded_answer.input_ids))
     if positions is not None:
         room = min(room, positions - max((len(request.prompt_ids) for request in requests), default=0))
     return Exam(None, None, problems, requests, room, [])
@@ -87,7 +87,7 @@ def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | N
 
 @dataclass
 class ExamResults:
-    """What came of the exams of one evaluation. Only the main process has more than the figures."""
+    """The results of one evaluation's exams. Only the main process has more than the figures."""
 
     figures: dict[str, float] = field(default_factory=dict)
     """By their keys in metrics.jsonl, such as gsm8k/exact."""
@@ -99,7 +99,7 @@ class ExamResults:
 
 
 class Exams:
-    """What the model of a run answers at its evaluations. Processes share the answers out, and the main one grades."""
+    """The exams of a run. Processes divide the answers, and the main process grades them."""
 
     def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team) -> None:
         self.every, self.tokenizer, self.loss, self.team = config.train.tasks_every, tokenizer, loss, team
@@ -119,7 +119,7 @@ class Exams:
 
     @property
     def plan(self) -> str:
-        """What is answered when, in a line; empty where nothing is."""
+        """What is answered and when, in one line; empty without tasks and samples."""
         when = "after the last update"
         if self.every:
             when = f"before the first update, every {self.every:,} updates and {when}"

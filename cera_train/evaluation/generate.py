@@ -43,7 +43,7 @@ class Request:
 
 
 def requests_for(problems: Sequence[Problem], samples: int, tokenizer: Any) -> list[Request]:
-    """The answers to generate: so many for each problem, in order."""
+    """The answers to generate: `samples` for each problem, in order."""
     start = start_ids(tokenizer)
     prompts = ids_of([problem.prompt for problem in problems], tokenizer)
     return [
@@ -223,8 +223,8 @@ def decode(
 
 
 class DecodingBatch:
-    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values. Answers
-    have room for so many tokens."""
+    """The rows that are still being answered, longest prompt first: tokens, masks, positions, keys and values.
+    `room` is the length of the longest answer."""
 
     def __init__(
         self, model: Any, base: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor, room: int
@@ -250,7 +250,7 @@ class DecodingBatch:
         return torch.cat(logits)
 
     def _last_logits(self, rows: slice, first: int, start: int, end: int) -> torch.Tensor:
-        """Runs the tokens of columns start to end; `first` is the first column that is not padding in all rows."""
+        """Runs the tokens of columns start to end; `first` is the first column with a token in any of the rows."""
         self.window.row, self.window.column, self.window.end = rows.start, first, start
         output = self.model(
             input_ids=self.ids_BT[rows, start:end],
@@ -263,8 +263,8 @@ class DecodingBatch:
         return output.logits[:, -1]
 
     def drop(self, has_ended: list[bool]) -> torch.Tensor:
-        """Lets the last rows move to the places of those that ended: only their keys and values are copied. Returns the
-        former place of each row that remains."""
+        """Removes the rows that ended. The last rows take their places, so that few keys and values are copied. Returns
+        the former place of each row that remains."""
         remaining = has_ended.count(False)
         last = [place for place in range(remaining, len(has_ended)) if not has_ended[place]]
         places = [last.pop() if has_ended[place] else place for place in range(remaining)]

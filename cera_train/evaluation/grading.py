@@ -77,9 +77,8 @@ def verify(
 
 
 def ending_of(task: AnswerTask, problem: Problem, answer: Generation, grade: Grade) -> str:
-    """The first of right, collapsed (a state stands still where the truth moves), loop (a text that repeats itself),
-    truncated (by max_new_tokens, without a loop) and wrong that an answer is. Where the gold answer repeats itself too,
-    such as a cycle of a map, the answer is no loop."""
+    """The first that applies of right, collapsed (a state stands still where the truth moves), loop (the text repeats
+    itself, and the gold answer does not), truncated (by max_new_tokens) and wrong."""
     if grade.is_right:
         return RIGHT
     if task.is_collapsed(grade):

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 ERROR_RATE = 0.05
 """The share of verdicts where there is no difference, and of intervals that miss it."""
 
+LEVEL = 1 - ERROR_RATE
+"""The confidence of an interval."""
+
 BLOCK = 1_000_000
 """Numbers that resampling draws at once: 8 MB."""
 
@@ -22,23 +25,21 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return (draws - math.comb(samples - correct, k)) / draws  # of integers, so exact to the last bit
 
 
-def bootstrap_interval(
-    values: Sequence[float], level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same for the same seed."""
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same in every call."""
     import numpy
     from scipy.stats import bootstrap
 
     if len({*values}) == 1:  # scipy takes two problems or more
         return float(values[0]), float(values[0])
     batch = max(1, BLOCK // len(values))
-    interval = bootstrap(
-        (values,), numpy.mean, method="percentile", confidence_level=level, n_resamples=resamples, batch=batch, rng=seed
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    resampled = bootstrap(
+        (values,), numpy.mean, method="percentile", confidence_level=LEVEL, n_resamples=10_000, batch=batch, rng=0
+    )
+    return tuple(map(float, resampled.confidence_interval))
 
 
-def accuracy_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+def accuracy_interval(values: Sequence[float]) -> tuple[float, float]:
     """The bootstrap interval of an accuracy; `values` are the shares of each problem's answers that are right.
 
     Where no problem or every problem is solved, resampling gives a point, so the interval is the exact binomial one
@@ -47,9 +48,8 @@ def accuracy_interval(values: Sequence[float], level: float = 0.95) -> tuple[flo
     from scipy.stats import binomtest
 
     if max(values) == 0 or min(values) == 1:
-        interval = binomtest(int(sum(values)), len(values)).proportion_ci(level, method="exact")
-        return float(interval.low), float(interval.high)
-    return bootstrap_interval(values, level)
+        return tuple(map(float, binomtest(int(sum(values)), len(values)).proportion_ci(LEVEL, method="exact")))
+    return bootstrap_interval(values)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> McNemar:
     return McNemar(only_first, only_second, float(binomtest(only_first, differ).pvalue) if differ else 1.0)
 
 
-def sign_flip(first: Sequence[float], second: Sequence[float], resamples: int = 9_999, seed: int = 0) -> float:
+def sign_flip(first: Sequence[float], second: Sequence[float]) -> float:
     """The two-sided p-value of the paired permutation test of a mean (Fisher 1935): the probability of a difference at
     least as large if a fair coin chose for each problem which run has which of the two values. For right and wrong it
     is McNemar's. Exact where at most 13 problems differ; else of random outcomes, the observed one among them, which
@@ -89,9 +89,9 @@ def sign_flip(first: Sequence[float], second: Sequence[float], resamples: int = 
             lambda values, axis: abs(values.mean(axis=axis)),
             permutation_type="samples",
             alternative="greater",
-            n_resamples=resamples,
+            n_resamples=9_999,
             batch=max(1, BLOCK // len(differences)),
-            rng=seed,
+            rng=0,
         ).pvalue
     )
 

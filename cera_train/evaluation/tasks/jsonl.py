@@ -6,9 +6,9 @@ reads it. choice: the letter of a choice.
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from cera_train.common.errors import UserError
@@ -36,39 +36,28 @@ def chosen(text: str) -> str | None:
     return match[1] if match else None
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a grader finds the gold answer in its cell, finds an answer in a text, and compares the two."""
-
-    expected: str
-    """What the cell should hold, for messages."""
-    gold: Callable[[str], str | None]
-    """None where the cell holds no answer of this kind."""
-    extract: Callable[[str], str | None]
-    is_exact: Callable[[str, str], bool] = lambda answer, gold: answer == gold
-    is_verified: bool = False
-
-
-RULES = {
-    Grader.text: Rule("a text", single_spaced, single_spaced),
-    Grader.number: Rule("a number", gsm8k.extract, gsm8k.extract, gsm8k.is_exact, is_verified=True),
-    Grader.math: Rule(
-        r"an answer in LaTeX, alone or in \boxed{}",
-        lambda cell: math.extract(cell) or cell.strip() or None,
-        math.extract,
-        math.is_exact,
-        is_verified=True,
-    ),
-    Grader.choice: Rule("a letter", lambda cell: cell.strip() if re.fullmatch("[A-Z]", cell.strip()) else None, chosen),
+EXTRACT = {
+    Grader.text: single_spaced,
+    Grader.number: gsm8k.extract,
+    Grader.math: math.extract,
+    Grader.choice: chosen,
 }
+IS_EXACT = {Grader.number: gsm8k.is_exact, Grader.math: math.is_exact}
+"""The graders of mathematics, which math-verify grades too. Other answers are equal or not."""
 
 
 def gold(row: Row, column: str, grader: Grader) -> str:
     """The gold answer of a row."""
     cell = text_of(row, column, "task.answer")
-    answer = RULES[grader].gold(cell)
-    if answer is None:
-        reason = f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} needs {RULES[grader].expected}"
+    match grader:
+        case Grader.math:  # in a box or alone
+            answer = math.extract(cell) or cell.strip()
+        case Grader.choice:
+            answer = "".join(re.findall(r"^[A-Z]$", cell.strip()))
+        case _:
+            answer = EXTRACT[grader](cell)
+    if not answer:
+        reason = f"column {column!r} holds {cell[-60:]!r}, and task.grader={grader} finds no answer in it"
         raise UserError(f"{reason}: mend the row, or choose another grader.")
     return answer
 
@@ -79,14 +68,13 @@ class JsonlTask(QuestionTask):
         super().check(config)
 
     def configured(self, config: TaskConfig) -> JsonlTask:
-        rule = RULES[config.grader]
         return replace(
             self,
             question=config.question or self.question,
             gold=partial(gold, column=config.answer or "answer", grader=config.grader),
-            extract=rule.extract,
-            is_exact=rule.is_exact,
-            is_verified=rule.is_verified,
+            extract=EXTRACT[config.grader],
+            is_exact=IS_EXACT.get(config.grader, operator.eq),
+            is_verified=config.grader in IS_EXACT,
         )
 
 
@@ -95,5 +83,5 @@ TASK = JsonlTask(
     question="question",
     gold=partial(gold, column="answer", grader=Grader.text),  # `configured` puts the rule of task.grader in place
     extract=single_spaced,
-    is_exact=RULES[Grader.text].is_exact,
+    is_exact=operator.eq,
 )

@@ -31,8 +31,7 @@ class LogisticMap(AnswerTask):
         for x0, growth in itertools.islice(itertools.product(starts, config.growths), config.limit):
             row = training_rows.problem(x0, growth, settings)
             trained = growth in settings.growths if parts else None
-            details = {"growth": growth, "x0": x0, "decimals": settings.decimals, "trained": trained}
-            prompt = row["prompt"]
+            prompt, details = row["prompt"], {"growth": growth, "decimals": settings.decimals, "trained": trained}
             yield Problem(question_id(prompt), prompt, prompt, row["completion"].strip(), **details)
 
     def grade(self, problem: Problem, generation: Generation) -> Grade:

@@ -24,7 +24,7 @@ class Perplexity(Task):
             require(config.window > 1, "task.window=1 must be at least 2: a window's first token is not predicted.")
 
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
-        """The rows to predict. `data` is chosen by `data=`, else by the run; None where neither is known."""
+        """The rows to predict. `data` is that of `data=`, else the run's; None if neither is known."""
         from cera_train.data.prepare import prepare_evaluation, prepare_windows
         from cera_train.model.weights import check_length
 

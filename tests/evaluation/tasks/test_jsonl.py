@@ -73,8 +73,8 @@ def test_columns_of_other_names(config_of):
     ("second", "grader", "message"),
     [
         ({}, "text", "column 'answer' is missing; its columns are question. Name another in task.answer."),
-        ({"answer": None}, "math", "column 'answer' holds '', and task.grader=math needs an answer in LaTeX"),
-        ({"answer": "no"}, "choice", "column 'answer' holds 'no', and task.grader=choice needs a letter"),
+        ({"answer": None}, "math", "column 'answer' holds '', and task.grader=math finds no answer in it"),
+        ({"answer": "no"}, "choice", "column 'answer' holds 'no', and task.grader=choice finds no answer in it"),
     ],
 )
 def test_a_row_without_an_answer_of_its_kind_is_refused_by_file_and_line(config_of, second, grader, message):
