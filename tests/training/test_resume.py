@@ -136,12 +136,6 @@ def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config, monke
         train(config)
 
 
-def test_two_runs_on_one_folder_are_refused(tiny_config):
-    config = tiny_config()
-    with RunFolder(folder_of(config), {}), pytest.raises(ValueError, match="another run is writing to"):
-        train(config)
-
-
 def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(tiny_config, monkeypatch):
     config = tiny_config()
     train_and_die_after(config, 6, monkeypatch)
