@@ -1,4 +1,4 @@
-"""How often verdicts are wrong, and right, on simulated studies: `python -m benchmarks.verdicts` (docs/evidence.md)."""
+"""How often verdicts are wrong, and right, on simulated studies: `python -m benchmarks.verdicts`. docs/statistics.md"""
 
 from __future__ import annotations
 
@@ -37,10 +37,6 @@ class Design:
     """Scores of 0 or 1 with this rate where effects, then on the logit scale, are 0. Problems differ by 2."""
     collapse: float = 0.0
     """Share of seeds that solve nothing."""
-    tuned: tuple[int, int] = (1, 1)
-    """Values, all alike, that each arm chooses the best of: the most that tuning can do."""
-    tune_seeds: int = 1
-    """Seeds that choose; more than there are: all."""
     difference: float = 0.0
     """Planted; of losses."""
 
@@ -65,10 +61,7 @@ def draw_arm(design: Design, arm: int, common: numpy.ndarray, generator: numpy.r
     studies, seeds, problems = common.shape
     size = (studies, 1, problems)
     effect = generator.exponential(size=size) - 1 if design.skewed else generator.normal(size=size)
-    deviations = generator.normal(size=(studies, design.tuned[arm], seeds, 1))
-    best = deviations[:, :, : design.tune_seeds].mean(axis=2, keepdims=True).argmax(axis=1, keepdims=True)
-    deviations = numpy.take_along_axis(deviations, best, axis=1)[:, 0]
-    values = common + design.problem * effect + design.seed[arm] * deviations
+    values = common + design.problem * effect + design.seed[arm] * generator.normal(size=(studies, seeds, 1))
     if design.rate is None:
         return values + design.residual * generator.normal(size=values.shape) + arm * design.difference
     chances = expit(numpy.log(design.rate / (1 - design.rate)) + values)
@@ -165,13 +158,6 @@ DESIGNS = (
     Design("losses; seeds dominate, and both arms alike ten times as much", seed=(1, 1), shared=10),
     Design("losses; seeds of one arm dominate, ten times the other's", seed=(1, 0.1)),
     Design("losses; one arm's seeds, and problems a quarter as much", seed=(0.2, 0.002), problem=0.58, residual=0.1),
-    Design("losses; seeds dominate; tuned on the first, one arm has the best of 12", seed=(1, 1), tuned=(1, 12)),
-    Design(
-        "losses; seeds dominate; tuned on all seeds, both arms have the best of 5",
-        seed=(1, 1),
-        tuned=(5, 5),
-        tune_seeds=9,
-    ),
     Design(
         "losses; seeds, problems and noise alike, rows weighted by tokens", seed=(0.1, 0.1), problem=1, weighted=True
     ),
@@ -185,17 +171,13 @@ DESIGNS = (
     ),
     Design("scores; half of the seeds collapse to 0 %", rate=0.5, collapse=0.5),
 )
-UNEQUAL = Design(
-    "losses; seeds dominate; tuned on all seeds, one arm has the best of 12", seed=(1, 1), tuned=(1, 12), tune_seeds=9
-)
-"""Beyond 5 %: no study gives its arms unequal choices."""
 SEEDS = (2, 3, 5)
 
 
 def print_errors(studies: int) -> None:
     print("| what varies, where there is no difference | " + " | ".join(f"{seeds} seeds" for seeds in SEEDS), end=" | ")
     print("3 seeds, one t quantile | 3 seeds, bootstrap |\n|---|" + "---:|" * (len(SEEDS) + 2))
-    for design in (*DESIGNS, UNEQUAL):
+    for design in DESIGNS:
         size = studies * 200 // max(200, design.problems)
         cells = [error_of(replace(design, seeds=seeds), by_verdict, size) for seeds in SEEDS]
         cells += [error_of(design, by_satterthwaite, size), error_of(design, by_bootstrap, size // 5)]
@@ -203,6 +185,80 @@ def print_errors(studies: int) -> None:
     family = replace(DOMINATED, problems=50)
     cells = [family_error(replace(family, seeds=seeds), 10, studies // 5) for seeds in SEEDS]
     print(row("losses; seeds dominate; any verdict on ten arms after Holm", cells) + " | |")
+
+
+# --- the choice of tuned values --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Two arms that are equal at their best rate, which lies anywhere within half a step of the middle of five rates a
+    doubling apart: losses = bend d^2 + skew max(d, 0)^3 + noise, d in doublings."""
+
+    name: str
+    bend: tuple[float, float]
+    noise: float = 0.035
+    """Standard deviation of a run, for each rate and seed."""
+    seed: float = 0.0
+    """Standard deviation between the seeds of an arm, common to its rates."""
+    skew: float = 0.0
+    """Of the second arm."""
+
+    def draw(self, studies: int, seeds: int, generator: numpy.random.Generator) -> numpy.ndarray:
+        """[studies, arms, rates, seeds]"""
+        distance = numpy.arange(-2, 3)[:, None] - generator.uniform(-0.5, 0.5, size=(studies, 2, 1, 1))
+        skew = numpy.array([0, self.skew])[:, None, None] * distance.clip(min=0) ** 3
+        losses = numpy.array(self.bend)[:, None, None] * distance**2 + skew
+        losses = losses + self.seed * generator.normal(size=(studies, 2, 1, seeds))
+        return losses + self.noise * generator.normal(size=(studies, 2, 5, seeds))
+
+
+TUNINGS = (
+    Tuning("bend 0.02, a run's noise 0.035, seeds 0.03", (0.02, 0.02), seed=0.03),
+    Tuning("bend 0.02, noise 0.03", (0.02, 0.02), noise=0.03),
+    Tuning("flat against sharp: bend 0.005 and 0.08", (0.005, 0.08)),
+    Tuning("flatter against sharper: bend 0 and 0.2", (0.0, 0.2)),
+    Tuning("one arm steep beyond its best, 0.1 a doubling cubed", (0.02, 0.02), skew=0.1),
+    Tuning("steep, hardly noisy: bend 0.2, noise 0.01", (0.2, 0.2), noise=0.01, skew=0.1),
+)
+
+
+def wrong_after_tuning(tuning: Tuning, seeds: int, tune_seeds: int, studies: int) -> tuple[float, float, float]:
+    """Shares of wrong verdicts: each seed judged at the rate that the other seeds choose; all at the rate of the lowest
+    mean; the same, widened as a study does. `tune_seeds` choose and do not judge; 0: all do both."""
+    losses = tuning.draw(studies, seeds + tune_seeds, numpy.random.default_rng(0))
+    means = losses[..., : tune_seeds or seeds].mean(-1)
+    best, judging = means.argmin(2), losses[..., tune_seeds:]
+    others = best[..., None] if tune_seeds else (losses.sum(-1, keepdims=True) - losses).argmin(2)
+
+    def at(place: numpy.ndarray) -> numpy.ndarray:
+        return numpy.take_along_axis(means, place[..., None], axis=2)[..., 0]
+
+    def wrong(rates: numpy.ndarray, between: numpy.ndarray | float = 0.0) -> float:
+        values = numpy.take_along_axis(judging, rates[:, :, None], axis=2)[:, :, 0]
+        differences = values[:, 1] - values[:, 0]
+        half = stdtrit(seeds - 1, 1 - ERROR_RATE / 2) * differences.std(1, ddof=1) / numpy.sqrt(seeds)
+        return float((numpy.abs(differences.mean(1)) > half + between).mean())
+
+    inside = best.clip(1, 3)
+    between = ((at(inside - 1) + at(inside + 1)) / 2 - at(inside)).max(1) / 4
+    between[(inside != best).any(1)] = numpy.inf  # a best rate at the end of its grid allows no verdict
+    everywhere = numpy.broadcast_to(best[..., None], (*best.shape, seeds))
+    return wrong(numpy.broadcast_to(others, everywhere.shape)), wrong(everywhere), wrong(everywhere, between)
+
+
+def print_tuning(studies: int) -> None:
+    designs = [(3, 0), (5, 0), (8, 0), (3, 1), (5, 3)]
+    names = [f"{judge} seeds" if not choose else f"{choose} choose, {judge} judge" for judge, choose in designs]
+    print("| equal arms; the others choose / the lowest mean / widened | " + " | ".join(names) + " |")
+    print("|---|" + "---:|" * len(names))
+    for tuning in TUNINGS:
+        cells = [wrong_after_tuning(tuning, judge, choose, studies) for judge, choose in designs]
+        print(
+            f"| {tuning.name} | "
+            + " | ".join(" / ".join(f"{100 * share:.1f}" for share in cell) for cell in cells)
+            + " |"
+        )
 
 
 def print_power(studies: int) -> None:
@@ -228,9 +284,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", type=int, default=20_000, help="simulated for each number of 200 problems")
     studies = parser.parse_args().studies
-    print_errors(studies)
-    print()
-    print_power(studies)
+    for print_table in (print_errors, print_tuning, print_power):
+        print_table(studies)
+        print()
 
 
 if __name__ == "__main__":

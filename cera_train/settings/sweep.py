@@ -23,7 +23,7 @@ class SweepConfig:
 
 @dataclass
 class StudyConfig:
-    """A question about methods, and the runs that answer it. docs/evidence.md"""
+    """A question about methods, and the runs that answer it. docs/studies.md"""
 
     question: str = setting("", "nothing")
     """One sentence with a question mark."""
@@ -38,9 +38,11 @@ class StudyConfig:
     tune: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings that each arm chooses for itself under each condition, and their values."""
     seeds: int = setting(3, "nothing")
-    """Values of train.seed, from 0. Each runs every tuned value, and is judged at the one that the others choose."""
+    """Values of train.seed, from 0. Each runs every tuned value; the one of the lowest mean loss judges the arm."""
     tune_seeds: int | None = setting(None, "nothing")
-    """To save runs: the first so many seeds run every tuned value and choose for all, and the others run that one."""
+    """To save runs: only the first so many seeds run every tuned value and choose, and only the others judge."""
+    extend: bool = setting(False, "nothing")
+    """Add values beyond the end of the grid while an arm is best there, by the ratio of the last two."""
     outcomes: list[str] = setting(lambda: [LOSS], "nothing")
     """What decides, the first of all: loss, or a name of train.tasks, whose score counts."""
     equal: Equal = setting(Equal.parameters, "nothing")
@@ -72,9 +74,9 @@ class StudyConfig:
         self._check_keys()
         require_positive("study", self, "seeds", "matters")
         require(
-            self.tune_seeds is None or 1 <= self.tune_seeds <= self.seeds,
-            f"study.tune_seeds={self.tune_seeds}: the seeds that choose are the first of study.seeds={self.seeds}: "
-            f"give 1 to {self.seeds}, or null.",
+            self.tune_seeds is None or 1 <= self.tune_seeds < self.seeds,
+            f"study.tune_seeds={self.tune_seeds}: the first of study.seeds={self.seeds} choose, and the others judge: "
+            f"give 1 to {self.seeds - 1}, or null.",
         )
 
     def _check_keys(self) -> None:

@@ -1,8 +1,8 @@
 """The cells of a study: each arm under each condition, its runs, and which of them judge it. Imports no
 torch.
 
-Every seed runs every tuned value to its end. A seed is judged at the values that the other seeds choose, by their mean
-held-out loss: no run judges a choice that it made. `study.tune_seeds=k` lets the first k seeds choose for all.
+Every seed runs every tuned value to its end, and the value of the lowest mean held-out loss judges the arm. With
+`study.tune_seeds=k` the first k seeds choose, and the others judge.
 """
 
 from __future__ import annotations
@@ -73,8 +73,12 @@ class Cell:
 
     @property
     def tuning(self) -> range:
-        """The seeds that run every value."""
+        """The seeds that run every value, and choose."""
         return range(self.tune_seeds or self.seeds)
+
+    @property
+    def judging(self) -> range:
+        return range(self.tune_seeds or 0, self.seeds)
 
     @cached_property
     def losses(self) -> list[list[float | None]]:
@@ -82,36 +86,80 @@ class Cell:
         return [[candidate.loss(seed) for seed in self.tuning] for candidate in self.candidates]
 
     @cached_property
-    def chosen(self) -> dict[int, Candidate]:
-        """Seed -> the values that judge it. Empty: a run that chooses has not ended, or every value diverged."""
-        # Values that diverged with one seed are no choice for any.
-        rows = [(row, each) for row, each in zip(self.losses, self.candidates, strict=True) if math.inf not in row]
-        if not rows or any(None in row for row in self.losses):
-            return {}
-
-        def best_for(seed: int) -> Candidate:
-            others = [other for other in self.tuning if other != seed or self.tune_seeds or self.seeds == 1]
-            return min(rows, key=lambda pair: fmean(pair[0][other] for other in others))[1]
-
-        return {seed: best_for(seed) for seed in range(self.seeds)}
+    def chosen(self) -> Candidate | None:
+        """The values of the lowest mean loss. None: a run has not ended, or each value diverged with some seed."""
+        if any(None in row for row in self.losses):
+            return None
+        mean, chosen = min(zip(map(fmean, self.losses), self.candidates, strict=True), key=lambda pair: pair[0])
+        return chosen if math.isfinite(mean) else None
 
     @property
-    def runs(self) -> dict[int, Path]:
-        """Seed -> the folder of the run that judges it, there or not."""
-        return {seed: candidate.run(seed) for seed, candidate in self.chosen.items()}
+    def runs(self) -> list[Path]:
+        """The folders of the runs that judge, there or not; empty where nothing is chosen."""
+        return [self.chosen.run(seed) for seed in self.judging] if self.chosen else []
 
-    def is_edge(self, key: str, value: str) -> bool:
-        """Whether a tuned number is the least or the largest of its grid: a better one may lie beyond it."""
+    def along(self, key: str) -> dict[float, float]:
+        """The grid through the chosen values along one of them: value -> mean loss, by size; empty for words."""
+        others = self.chosen.values | {key: ""}
         try:
-            numbers = {float(candidate.values[key]) for candidate in self.candidates}
+            line = [
+                (float(candidate.values[key]), fmean(row))
+                for row, candidate in zip(self.losses, self.candidates, strict=True)
+                if candidate.values | {key: ""} == others
+            ]
         except ValueError:
-            return False
-        return len(numbers) > 1 and float(value) in (min(numbers), max(numbers))
+            return {}
+        return dict(sorted(line))
+
+    @property
+    def edges(self) -> list[str]:
+        """Tuned values that are best at the end of their grid, such as `cera at the largest optimizer.lr, 0.01`."""
+        return [
+            f"{self.arm} at the {'smallest' if best < neighbour else 'largest'} {key}, {best:g}"
+            for key, (best, neighbour) in self.ends().items()
+        ]
+
+    def ends(self) -> dict[str, tuple[float, float]]:
+        """Tuned setting -> its best value and the neighbour, where the best is at the end of the grid."""
+        ends = {}
+        for key, value in self.chosen.values.items():
+            line = list(self.along(key))
+            for best, neighbour in (line[:2], line[:-3:-1]) if len(line) > 1 else ():
+                if best == float(value):
+                    ends[key] = best, neighbour
+        return ends
+
+    def beyond(self) -> list[list[str]]:
+        """The jobs of every tuning seed one step beyond each edge, by the ratio of the last two values."""
+        steps = {key: f"{best * best / neighbour:g}" for key, (best, neighbour) in self.ends().items()}
+        return [
+            [f"{key}={value}" if key_of(word) == key else word for word in self.chosen.overrides_of(seed)]
+            for key, value in steps.items()
+            for seed in self.tuning
+        ]
+
+    @property
+    def between(self) -> float:
+        """The most by which a value between those of the grid could lower the loss, in nats a token.
+
+        Near its minimum a loss is a parabola. If its neighbours are higher than the best value by b on average, the
+        minimum is at most b / 4 below that value.
+        """
+        most = 0.0
+        for key, value in self.chosen.values.items():
+            if len(line := self.along(key)) > 2:
+                numbers, losses = list(line), list(line.values())
+                place = numbers.index(float(value))
+                # A neighbour that diverged says nothing of the bend.
+                neighbours = [loss for loss in losses[max(place - 1, 0) : place + 2] if math.isfinite(loss)]
+                neighbours.remove(losses[place])
+                most += (fmean(neighbours) - losses[place]) / 4 if neighbours else 0.0
+        return most
 
     def missing(self) -> list[str]:
         """The runs that have not ended, each with why."""
         pairs = [(candidate, seed) for candidate in self.candidates for seed in self.tuning]
-        pairs += [(candidate, seed) for seed, candidate in self.chosen.items() if seed not in self.tuning]
+        pairs += [(self.chosen, seed) for seed in self.judging if self.chosen and seed not in self.tuning]
         texts = []
         for candidate, seed in pairs:
             if candidate.loss(seed) is None:

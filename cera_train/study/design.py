@@ -27,6 +27,9 @@ from cera_train.sweep.table import job_status
 PARAMETERS = 0.01
 """Share by which trainable parameters may differ and count as equal."""
 
+EXTENSIONS = 6
+"""Steps beyond the end of a grid at most."""
+
 OF_EVERY_METHOD = ("r", "alpha", "dropout", "target_modules", "layers", "start_from")
 """Settings of an adapter that an arm has to name where they differ from the baseline's. The rest of conf/adapter/NAME
 is what the method is."""
@@ -146,11 +149,13 @@ def is_study(config: DictConfig) -> bool:
 def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
     """`begin` for a study: first refuses one that could not answer its question."""
     study = study_of(config)
-    require(
-        not (config.launch.detach and study.tune_seeds),
-        f"launch.detach=true with study.tune_seeds={study.tune_seeds}: the other seeds wait for what these choose. "
-        "Leave one out.",
-    )
+    for key in ("tune_seeds", "extend"):
+        value = getattr(study, key)
+        require(
+            not (config.launch.detach and value),
+            f"launch.detach=true with study.{key}={str(value).lower()}: further jobs follow from what the first find. "
+            "Leave one out.",
+        )
     record = study_record(config)
     pairs = check_cells(config, study_on_record(Path(config.hydra.sweep.dir), record), compose)
     check_problems(run for cell, run in pairs if cell.missing())  # a finished cell reads its rows no more
@@ -158,7 +163,8 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
 
 
 class StudySweeper(Sweeper):
-    """Runs the whole grid; with `study.tune_seeds`, then the values that these seeds chose with every other seed."""
+    """Runs the whole grid; with `study.extend`, then values beyond its edges; with `study.tune_seeds`, then what these
+    seeds chose with every other seed."""
 
     def __init__(self, **_: Any) -> None:
         """Hydra passes the settings, of which a study has none here."""
@@ -171,18 +177,23 @@ class StudySweeper(Sweeper):
         """Holds the folder while it runs. Of several processes that run it, the main one holds."""
         self.folder, self.launched = Path(self.config.hydra.sweep.dir), 0
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
+            self.launch(SweepRecord.read(self.folder / RECORD).jobs)
+            for _ in range(EXTENSIONS if self.config.study.extend else 0):
+                self.add([overrides for cell in self.cells if cell.chosen for overrides in cell.beyond()])
+            chosen = [(cell, seed) for cell in self.cells for seed in cell.judging if seed not in cell.tuning]
+            self.add([cell.chosen.overrides_of(seed) for cell, seed in chosen if cell.chosen])
+
+    @property
+    def cells(self) -> list[Cell]:
+        return study_on_record(self.folder, SweepRecord.read(self.folder / RECORD)).cells
+
+    def add(self, jobs: list[list[str]]) -> None:
+        """Adds jobs to the record, and runs them."""
+        if jobs:
             record = SweepRecord.read(self.folder / RECORD)
-            self.launch(record.jobs)
-            if self.config.study.tune_seeds:
-                chosen = [
-                    candidate.overrides_of(seed)
-                    for cell in study_on_record(self.folder, record).cells
-                    for seed, candidate in cell.chosen.items()
-                    if seed not in cell.tuning
-                ]
-                jobs = jobs_by_name(chosen, record.swept)
-                record.replace(jobs=record.jobs | jobs).write(self.folder / RECORD)
-                self.launch(jobs)
+            named = jobs_by_name(jobs, record.swept)
+            record.replace(jobs=record.jobs | named).write(self.folder / RECORD)
+            self.launch(named)
 
     def launch(self, jobs: dict[str, list[str]]) -> None:
         """Runs the jobs that have not ended, and waits for them."""

@@ -17,7 +17,7 @@ from cera_train.common.settings import map_values
 from cera_train.common.terminal import duration
 from cera_train.runs.results import Environment
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Study
+from cera_train.study.cells import Cell, Study
 from cera_train.study.results import CellResult, Comparison, Slope, compare_cells, read_results, slopes
 from cera_train.sweep.record import RECORD, SweepRecord
 
@@ -50,18 +50,20 @@ def write_study(study: Study, output: Path) -> Page:
     tables = [
         Table(
             "Verdicts",
-            [_verdict_row(each, matters if each.outcome == outcomes[0] else None) for each in comparisons],
+            without_empty_columns(
+                [_verdict_row(each, matters if each.outcome == outcomes[0] else None) for each in comparisons]
+            ),
             "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. "
-            "The interval holds for other seeds and problems. Holm corrects p over the contrasts of an outcome. "
-            "Detectable: the smallest difference shown with power 80 %. Too small: the interval lies within "
-            f"±{matters:g}.",
+            "Edge: an arm is best at the end of its grid, which allows no verdict: add values beyond it, by "
+            "study.extend=true. The interval holds for other seeds and problems. Holm corrects p over the contrasts of "
+            "an outcome. Detectable: the smallest difference shown with power 80 %. Too small: the interval lies "
+            f"within ±{matters:g}.",
         ),
         Table(
             "Cells",
             without_empty_columns([_cell_row(result, outcomes) for result in results]),
-            "Means over seeds at the values that the other seeds chose, ± a standard deviation. Edge: the last value "
-            "of the grid, so a better one may lie beyond it. Linear share: what an affine map explains of a branch's "
-            "variance.",
+            "Means over seeds at the values of the lowest mean loss, ± a standard deviation. Linear share: what an "
+            "affine map explains of a branch's variance.",
         ),
         Table(
             "Slopes",
@@ -97,6 +99,7 @@ def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str
         "contrast": f"{comparison.second} - {comparison.first}",
         "of": ", ".join(filter(None, [comparison.condition, outcome])),
         "verdict": comparison.verdict,
+        "edge": "; ".join(comparison.edges),
         "difference": _number(outcome, comparison.difference, "+"),
         "95 % interval": _interval(outcome, comparison.lower, comparison.upper),
         "p after Holm": f"{comparison.p_holm:.2g}",
@@ -106,7 +109,7 @@ def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str
 
 
 def _cell_row(result: CellResult, outcomes: Sequence[str]) -> dict[str, str]:
-    row = {"cell": result.cell.name, "tuned": "; ".join(_chosen(result))}
+    row = {"cell": result.cell.name, "tuned": _chosen(result.cell)}
     for outcome in outcomes:
         means = result.means(outcome)
         row[outcome] = f"{fmean(means):.4f}" if outcome == LOSS else f"{fmean(means):.1%}"
@@ -122,7 +125,8 @@ def _cell_json(result: CellResult, outcomes: Sequence[str]) -> dict[str, Any]:
     return {
         "arm": cell.arm,
         "condition": cell.condition,
-        "chosen": _chosen(result),
+        "chosen": cell.chosen.values,
+        "edges": cell.edges,
         "losses": [each.values | {"loss": row} for each, row in zip(cell.candidates, cell.losses, strict=True)],
         "outcomes": {outcome: result.means(outcome) for outcome in outcomes},
         **{name: result.figure(name) for name in FIGURES},
@@ -130,17 +134,9 @@ def _cell_json(result: CellResult, outcomes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _chosen(result: CellResult) -> list[str]:
-    """The tuned values, such as `optimizer.lr=0.001 (edge)`, with the seeds that each judges where they differ."""
-    seeds: dict[str, list[str]] = {}
-    for seed, candidate in result.cell.chosen.items():
-        words = [
-            f"{key}={value}{' (edge)' * result.cell.is_edge(key, value)}" for key, value in candidate.values.items()
-        ]
-        seeds.setdefault(" ".join(words), []).append(str(seed))
-    if len(seeds) == 1:
-        return list(seeds)
-    return [f"{text} for seeds {', '.join(numbers)}" for text, numbers in seeds.items()]
+def _chosen(cell: Cell) -> str:
+    """The tuned values, such as `optimizer.lr=0.001 (edge)`."""
+    return " ".join(f"{key}={value}" for key, value in cell.chosen.values.items()) + " (edge)" * bool(cell.edges)
 
 
 def _slope_row(slope: Slope, outcome: str) -> dict[str, str]:

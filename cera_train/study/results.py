@@ -116,13 +116,13 @@ def read_results(study: Study) -> list[CellResult]:
 
 
 def _read_cell(study: Study, cell: Cell) -> CellResult:
-    if not cell.chosen or any(math.isinf(candidate.loss(seed)) for seed, candidate in cell.chosen.items()):
+    if not cell.chosen or any(math.isinf(cell.chosen.loss(seed)) for seed in cell.judging):
         raise UserError(
             f"{study.folder}: {cell.name} diverged at every value of study.tune, or with a seed at the value chosen. "
             "Add smaller values, and repeat the command."
         )
     runs = []
-    for folder in cell.runs.values():
+    for folder in cell.runs:
         result = RunResult.read(folder / "result.json")
         environment = Environment.find(folder / "environment.json") or Environment()
         outcomes = {name: _read_outcome(name, folder) for name in study.config.outcomes}
@@ -159,7 +159,9 @@ class Comparison(Contrast):
     p_holm: float
     """After Holm, over the contrasts of the outcome."""
     verdict: Verdict
-    """On the second arm."""
+    """On the second arm; `not shown` where an edge speaks against it."""
+    edges: list[str]
+    """What is best at the end of its grid, such as `cera at the largest optimizer.lr, 0.01`."""
     detectable: float
     """The smallest difference that this design shows with power 80 %."""
 
@@ -177,13 +179,18 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
         )
     comparisons = []
     for outcome in study.config.outcomes:
+        # Tuned values are chosen by the loss, and how scores bend between them is unknown.
+        between = [max(first.cell.between, second.cell.between) * (outcome == LOSS) for _, first, second in pairs]
         differences = [
-            contrast(first.values(outcome), second.values(outcome), first.runs[0].outcomes[outcome].weights)
-            for _, first, second in pairs
+            contrast(first.values(outcome), second.values(outcome), first.runs[0].outcomes[outcome].weights, more)
+            for (_, first, second), more in zip(pairs, between, strict=True)
         ]
         adjusted = holm([difference.p_value for difference in differences])
-        for (asked, first, second), difference, p_holm in zip(pairs, differences, adjusted, strict=True):
+        for (asked, first, second), difference, more, p_holm in zip(pairs, differences, between, adjusted, strict=True):
             means = zip(first.means(outcome), second.means(outcome), strict=True)
+            edges = [*first.cell.edges, *second.cell.edges]
+            verdict = difference.verdict_at(p_holm, higher_is_better=outcome != LOSS)
+            least = detectable(difference.variances, difference.seeds, difference.problems, len(pairs))
             comparisons.append(
                 Comparison(
                     **vars(difference),
@@ -194,8 +201,9 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
                     condition=first.cell.condition,
                     by_seed=[b - a for a, b in means],
                     p_holm=p_holm,
-                    verdict=difference.verdict_at(p_holm, higher_is_better=outcome != LOSS),
-                    detectable=detectable(difference.variances, difference.seeds, difference.problems, len(pairs)),
+                    verdict="not shown" if edges else verdict,
+                    edges=edges,
+                    detectable=least + more,
                 )
             )
     return comparisons

@@ -151,7 +151,8 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
     """make_study(loss, scores=..., **section) -> a finished study of LoRA and CeRA."""
 
     def make_study(loss: Loss = loss_by_rate, scores: Loss = lambda values: None, **section: object) -> Study:
-        settings = STUDY | {"contrasts": {}, "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}} | section
+        settings = STUDY | {"contrasts": {}, "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]}}
+        settings |= {"tune": {"optimizer.lr": [3e-4, 1e-3, 3e-3]}} | section
         folder = tmp_path / "outputs" / "which"
         grid = {"study.arm": settings["arms"], **settings["conditions"], **settings["tune"]}
         grid["train.seed"] = range(settings["seeds"])

@@ -12,12 +12,13 @@ import scipy.stats
 
 from cera_train.common.errors import UserError
 from cera_train.study.results import compare_cells, read_results, slopes
+from cera_train.study.verdict import contrast
 
 
 def loss_by_rank(values: dict[str, str]) -> float:
     """CeRA gains 0.05 nats at r = 64, and LoRA nothing."""
     is_better = values["study.arm"] == "cera" and values["adapter.r"] == "64"
-    rate = 0.5 * (values["optimizer.lr"] == "0.01")
+    rate = 0.02 * (values["optimizer.lr"] != "0.001")
     return 1 - 0.05 * is_better + rate + 0.001 * int(values["train.seed"])
 
 
@@ -36,7 +37,7 @@ def test_verdicts_are_better_worse_or_not_shown(make_study):
 
 def test_higher_scores_are_better(make_study):
     study = make_study(
-        lambda values: 1.0,
+        lambda values: 1 + 0.02 * (values["optimizer.lr"] != "0.001"),
         lambda values: 0.9 if values["study.arm"] == "cera" else 0.2,
         outcomes=["gsm8k", "loss"],
         seeds=3,
@@ -45,6 +46,30 @@ def test_higher_scores_are_better(make_study):
     assert [(own.outcome, own.verdict) for own in comparisons] == [("gsm8k", "better"), ("loss", "not shown")]
     endings = read_results(study)[0].endings("gsm8k")
     assert endings["right"] + endings["loop"] == pytest.approx(1)
+
+
+def test_a_best_value_at_the_end_of_its_grid_allows_no_verdict(make_study):
+    def loss(values: dict[str, str]) -> float:
+        best = "0.003" if values["study.arm"] == "cera" else "0.001"
+        return 1 - 0.5 * (values["study.arm"] == "cera") + 0.02 * (values["optimizer.lr"] != best)
+
+    study = make_study(loss)
+    (comparison,) = compare_cells(study, read_results(study))
+    assert comparison.verdict == "not shown"
+    assert comparison.p_holm < 0.05
+    assert comparison.edges == ["cera at the largest optimizer.lr, 0.003"]
+
+
+def test_what_a_value_between_those_of_the_grid_could_gain_widens_the_interval(make_study):
+    losses = {"0.0003": 0.5, "0.001": 0.1, "0.003": 0.3}  # the neighbours are 0.3 higher on average
+    study = make_study(lambda values: losses[values["optimizer.lr"]] + 0.05 * (values["study.arm"] == "cera"))
+    first, second = results = read_results(study)
+    (comparison,) = compare_cells(study, results)
+    between = max(first.cell.between, second.cell.between)
+    assert between == pytest.approx(0.3 / 4, abs=0.01)
+    plain = contrast(first.values("loss"), second.values("loss"), first.runs[0].outcomes["loss"].weights)
+    assert (comparison.lower, comparison.upper) == pytest.approx((plain.lower - between, plain.upper + between))
+    assert plain.p_value < 0.05 < comparison.p_value
 
 
 def test_one_seed_shows_nothing(make_study):
@@ -71,12 +96,12 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_report, tmp
     printed = capsys.readouterr().out
     assert re.search(r"cera - lora +adapter.r=64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed)
     page = Path("report/report.md").read_text()
-    assert "| optimizer.lr=0.001 (edge) |" in page
+    assert "| optimizer.lr=0.001 |" in page
     assert Path("report/differences.png").exists()
     assert "<svg" in Path("report/report.html").read_text()
     results = json.loads(Path("report/study_results.json").read_text())
     assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
-    assert results["cells"][0]["losses"][1]["loss"] == pytest.approx([1.5, 1.501, 1.502])
+    assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
     assert results["command"] == "cera-train -m +study=which"
 
 

@@ -1,6 +1,8 @@
-"""A study runs its whole grid, each arm with what it names, and judges every seed at what the others choose."""
+"""A study runs its whole grid, each arm with what it names, and judges it at the values of the lowest mean loss."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 
@@ -18,10 +20,9 @@ def job(arm: str, lr: float, seed: int) -> str:
 GRID = [job(arm, lr, seed) for arm in ARMS for lr in (0.001, 0.01) for seed in (0, 1)]
 
 
-def rates(launcher) -> dict[str, list[str]]:
-    """Arm -> the rate that judges each seed."""
-    cells = find_study(launcher.sweep).cells
-    return {cell.arm: [candidate.values["optimizer.lr"] for candidate in cell.chosen.values()] for cell in cells}
+def rates(launcher) -> dict[str, str]:
+    """Arm -> the rate that judges it."""
+    return {cell.arm: cell.chosen.values["optimizer.lr"] for cell in find_study(launcher.sweep).cells}
 
 
 def test_every_seed_runs_every_value(launcher, run_study):
@@ -29,8 +30,8 @@ def test_every_seed_runs_every_value(launcher, run_study):
     assert launcher.began == GRID
     study = find_study(launcher.sweep)
     assert not study.missing()
-    assert rates(launcher) == {"lora": ["0.001"] * 2, "cera": ["0.01"] * 2, "relu": ["0.001"] * 2}
-    assert study.cells[1].runs == {seed: launcher.sweep / job("cera", 0.01, seed) for seed in range(2)}
+    assert rates(launcher) == {"lora": "0.001", "cera": "0.01", "relu": "0.001"}
+    assert study.cells[1].runs == [launcher.sweep / job("cera", 0.01, seed) for seed in range(2)]
     assert [(asked, first.arm, second.arm, second.condition) for asked, first, second in study.contrasts()] == [
         ("cera or lora", "lora", "cera", "adapter.r=4"),
         ("relu or lora", "lora", "relu", "adapter.r=4"),
@@ -38,20 +39,33 @@ def test_every_seed_runs_every_value(launcher, run_study):
     ]
 
 
-def test_a_seed_is_judged_at_the_value_that_the_others_choose(launcher, run_study):
-    losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.4, ("1", "0.001"): 1.3, ("1", "0.01"): 1.2}
+def test_the_lowest_mean_loss_chooses(launcher, run_study):
+    losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.4, ("1", "0.001"): 1.5, ("1", "0.01"): 1.2}
     launcher.loss = lambda values: losses[values["train.seed"], values["optimizer.lr"]]
     assert run_study() == 0
-    assert rates(launcher)["lora"] == ["0.01", "0.001"]
+    assert rates(launcher)["lora"] == "0.001"
 
 
-def test_with_tune_seeds_the_first_seeds_choose_for_all(launcher, run_study):
+def test_with_tune_seeds_the_first_seeds_choose_and_the_others_judge(launcher, run_study):
     losses = {("0", "0.001"): 1.0, ("0", "0.01"): 1.1, ("1", "0.001"): 1.4, ("1", "0.01"): 1.2}
     launcher.loss = lambda values: losses.get((values["train.seed"], values["optimizer.lr"]), 1.0)
     assert run_study("study.tune_seeds=2", "study.seeds=3") == 0
     assert launcher.began == [*GRID, *(job(arm, 0.01, 2) for arm in ARMS)]
-    assert rates(launcher) == dict.fromkeys(ARMS, ["0.01"] * 3)
-    assert not find_study(launcher.sweep).missing()
+    study = find_study(launcher.sweep)
+    assert not study.missing()
+    assert study.cells[0].runs == [launcher.sweep / job("lora", 0.01, 2)]
+
+
+def test_extend_adds_values_until_the_best_lies_inside(launcher, run_study):
+    launcher.loss = lambda values: 1 + abs(math.log10(float(values["optimizer.lr"]) / 0.1))
+    assert run_study("study.extend=true", "study.arm=cera", "adapter.r=4") == 0
+    grid = [name for name in GRID if "cera" in name]
+    assert launcher.began == grid + [job("cera", lr, seed) for lr in (0.1, 1) for seed in (0, 1)]
+    (cell,) = find_study(launcher.sweep).cells
+    assert (cell.chosen.values, cell.edges) == ({"optimizer.lr": "0.1"}, [])
+    launcher.began.clear()
+    assert run_study("study.extend=true", "study.arm=cera", "adapter.r=4") == 0
+    assert not launcher.began
 
 
 def test_more_seeds_run_what_is_missing_and_the_same_command_nothing(launcher, run_study):
@@ -95,7 +109,7 @@ def test_divergence_is_a_result(launcher, run_study, run_report):
     launcher.diverging = {job("cera", 0.01, 1)}
     assert run_study() == 0
     assert {status.name: status.state for status in read_sweep(launcher.sweep)}[job("cera", 0.01, 1)] == State.diverged
-    assert rates(launcher)["cera"] == ["0.001"] * 2
+    assert rates(launcher)["cera"] == "0.001"
     launcher.began.clear()
     assert run_study() == 0
     assert not launcher.began

@@ -14,11 +14,13 @@ import scipy.stats
 
 from benchmarks.verdicts import (
     DESIGNS,
+    TUNINGS,
     Design,
     by_verdict,
     error_of,
     family_error,
     found,
+    wrong_after_tuning,
 )
 from cera_train.evaluation.statistics import holm, mcnemar
 from cera_train.study.verdict import Contrast, Spread, Variances, contrast, detectable
@@ -77,6 +79,13 @@ def test_without_a_difference_at_most_5_percent_get_a_verdict(seeds):
         assert error <= at_most(0.05, studies), design.name
 
 
+@pytest.mark.parametrize(("seeds", "tune_seeds"), [(3, 0), (8, 0), (5, 3)])
+def test_the_choice_of_tuned_values_adds_no_error(seeds, tune_seeds):
+    for tuning in TUNINGS:
+        *_, widened = wrong_after_tuning(tuning, seeds, tune_seeds, STUDIES)
+        assert widened <= at_most(0.03, STUDIES), tuning.name
+
+
 @pytest.mark.parametrize(("seeds", "documented"), [(2, 0.122), (3, 0.030), (5, 0.025)])
 def test_seeds_that_collapse_err_as_often_as_documented(seeds, documented):
     assert error_of(replace(DESIGNS[-1], seeds=seeds), by_verdict, STUDIES) == pytest.approx(documented, abs=0.02)
@@ -97,7 +106,7 @@ def test_a_detectable_difference_is_found_by_80_percent(comparisons):
 @pytest.mark.parametrize(
     ("seeds", "comparisons", "standard_errors"), [(2, 1, 16.3), (3, 1, 5.7), (5, 1, 3.8), (3, 10, 18.0), (5, 10, 7.1)]
 )
-def test_detectable_differences_are_those_of_docs_evidence_where_seeds_dominate(seeds, comparisons, standard_errors):
+def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominate(seeds, comparisons, standard_errors):
     difference = detectable(Variances(1, 0, 0), seeds, 200, comparisons)
     assert difference / math.sqrt(1 / seeds) == pytest.approx(standard_errors, rel=0.015)
 
