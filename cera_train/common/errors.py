@@ -1,4 +1,4 @@
-"""`UserError`, and one line for every error that a user can mend. Everything else is a bug and keeps its traceback."""
+"""`UserError`, and one line for every error that a user can mend. Any other error is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 OUT_OF_MEMORY = (
     "out of memory{where}. Lower train.micro_batch_tokens, set model.gradient_checkpointing=true or "
@@ -30,7 +28,7 @@ def errors_at(place: str) -> Iterator[None]:
 
 
 def words_of(error: BaseException) -> str:
-    """The message of an error: of the system's errors the words alone, without number and path."""
+    """The message of an error; for an error of the system, without its number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -42,21 +40,10 @@ def explain(error: BaseException) -> str | None:
         mend = "Free some space and repeat the command: a run goes on from its last checkpoint."
         return f"the disk is full ({text}). {mend}"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        mend = (
-            "Runs are written to output_dir, tokens and converted weights to $CERA_TRAIN_CACHE: set these to folders "
-            "you may write to."
-            if _is_readable(error.filename)  # so it was to be written
-            else "Give this user access to it, or name another."
-        )
+        mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
         return f"no access to {error.filename}: {error.strerror}. {mend}"
     if type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY.format(where=" on the GPU")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return OUT_OF_MEMORY.format(where="")
     return text if isinstance(error, UserError) else None
-
-
-def _is_readable(name: Any) -> bool:
-    """Whether this user may read a file, or look for it where there is none."""
-    path = Path(str(name))
-    return os.access(path.parent, os.X_OK) and (os.access(path, os.R_OK) or not path.exists())

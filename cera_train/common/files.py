@@ -22,7 +22,7 @@ from cera_train.common.settings import map_values
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
 OLD = f"{WRITING}old-"  # prefix of a folder that is about to be replaced
-LOOK_SECONDS = 0.2  # a writer waits so long for a lock: `is_locked` of another process holds it for an instant
+LOOK_SECONDS = 0.2  # a writer waits this long for a lock, which `is_locked` of another process holds for an instant
 CHECKSUMS = "checksums.json"  # the SHA-256 of every other file of its folder
 
 
@@ -181,9 +181,9 @@ def locked(path: Path, writer: str) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a writer holds a folder. The lock file is there only while it does, or after it was killed."""
+    """Whether a writer holds a folder. The lock file exists while it does, or after it was killed."""
     try:
-        with (path / ".lock").open("rb") as file:  # which makes no file; the shared lock is gone at its end
+        with (path / ".lock").open("rb") as file:  # opening makes no file; closing ends the shared lock
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False

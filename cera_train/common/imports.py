@@ -15,8 +15,8 @@ from typing import Any
 
 @contextlib.contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Turns garbage collection off while modules are imported, and freezes what they made: the collector would traverse
-    it again and again and find nothing."""
+    """Turns garbage collection off while modules are imported, and freezes their objects: the collector would traverse
+    them again and again and free nothing."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns while it is imported
     if "torch" in sys.modules:  # a later job of a sweep: an earlier job's objects must be collected
         yield
@@ -34,7 +34,7 @@ def heavy_imports() -> Iterator[None]:
 
 
 class Postponed(ModuleType):
-    """A package that is imported when something of it is used. Python's LazyLoader imports it when it is looked for."""
+    """A package that is imported on first use. Python's LazyLoader imports it as soon as `find_spec` looks for it."""
 
     def __getattr__(self, name: str) -> Any:
         self.__class__ = ModuleType

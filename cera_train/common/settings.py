@@ -1,5 +1,5 @@
-"""What a setting is: a dataclass field with a default, and a mark that names what the setting changes. Resuming, the
-token cache, sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
+"""A setting is a dataclass field with a default and a mark of what another value changes. Resuming, the token cache,
+sweeps, reports and recipes read the mark; no list of names stands elsewhere."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def section_of(hint: Any) -> type | None:
 
 
 def changes_of(schema: type, key: str) -> Changes:
-    """What a key changes: of a section the most that one of its settings does, of an unknown key `result`. Keys below a
-    free-form setting, such as published.math/exact/pass@1, change what the setting does."""
+    """What a key changes: for a section, the strongest change of its settings; for an unknown key, `result`. A key
+    below a free-form setting, such as published.math/exact/pass@1, changes what the setting does."""
     changes = [
         leaf.changes
         for leaf in leaves(schema)

@@ -1,5 +1,5 @@
-"""What protects against files from strangers: a config or an adapter runs no code, a text steers no terminal. Also what
-keeps secrets out of all that a run writes or prints."""
+"""Protection against files from strangers: a config or an adapter runs no code, a text steers no terminal. Secrets stay
+out of all that a run writes or prints."""
 
 from __future__ import annotations
 

@@ -53,13 +53,9 @@ def check(config: ReasoningGymConfig) -> None:
 
 def rows(config: ReasoningGymConfig, train_rows: int, eval_rows: int) -> tuple[list[Row], list[Row]]:
     """Training and evaluation rows, each of the generators in turn. Training rows may repeat a question."""
-    return tuple(
-        [computed_row(draw.question, draw.answer) for draw in draws(config, split, count, key)]
-        for split, count, key in (
-            (Split.train, train_rows, "data.train_rows"),
-            (Split.held_out, eval_rows, "data.eval_rows"),
-        )
-    )
+    train = draws(config, Split.train, train_rows, "data.train_rows")
+    held_out = draws(config, Split.held_out, eval_rows, "data.eval_rows")
+    return tuple([computed_row(draw.question, draw.answer) for draw in split] for split in (train, held_out))
 
 
 def draws(config: ReasoningGymConfig, split: Split, count: int, key: str) -> list[Draw]:

