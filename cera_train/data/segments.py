@@ -70,16 +70,17 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
 
 def templates(prompt: str, completion: str) -> Segmenter:
     """Columns in templates."""
-    asked, answers = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
-    setting_of = {name: "data.prompt" if name in asked else "data.completion" for name in [*asked, *answers]}
-    if not answers:
+    prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
+    setting_of = dict.fromkeys([*prompt_columns, *answer_columns], "data.completion")
+    setting_of |= dict.fromkeys(prompt_columns, "data.prompt")
+    if not answer_columns:
         raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
 
     def segments(row: Row) -> list[Segment]:
         if any(name not in row for name in setting_of) and not TURNS.keys().isdisjoint(row):
             raise UserError(f"a row of turns, and data.layout=text. {LAYOUTS}.")
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
-        if not any(values[name].strip() for name in answers):
+        if not any(values[name].strip() for name in answer_columns):
             return []
         return [Segment(prompt.format_map(values), False), Segment(completion.format_map(values), True)]
 

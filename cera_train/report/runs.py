@@ -124,7 +124,7 @@ class Run:
     @property
     def evaluation_rows(self) -> tuple:
         """What decides the tokens of the perplexity during training: equal for comparable runs."""
-        return evaluation_rows({key: value for key, value in self.settings.items() if key.startswith("data.")})
+        return evaluation_rows(self.settings)
 
     @property
     def base(self) -> str:

@@ -261,12 +261,9 @@ class DataConfig:
 
 
 def evaluation_rows(settings: dict[str, Any]) -> tuple:
-    """The settings that choose the evaluation tokens of a perplexity. Runs are comparable where these are equal.
-
-    Args:
-        settings: flat settings of a run or an evaluation. A null counts like a missing key.
-    """
-    settings = {key: value for key, value in settings.items() if value is not None}
+    """The settings of a run that choose its evaluation tokens: perplexities are comparable where these are equal. Takes
+    flat settings, in which a null counts like a missing key."""
+    settings = {key: value for key, value in settings.items() if key.startswith("data.") and value is not None}
     parts = {match[0] for key in settings if (match := re.match(r"data\.mix\.\d+\.", key))}
     silent = {part for part in parts if settings.get(f"{part}eval_rows") == 0}
     if len(parts - silent) == 1:  # compares with a run on this part alone

@@ -107,7 +107,7 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: Swee
         state = State.cut if settings else State.waiting
     environment = Environment.find(folder / "environment.json")
     total = settings.get("train.max_updates") or (environment and environment.updates)
-    rows = evaluation_rows({key: value for key, value in settings.items() if key.startswith("data.")})
+    rows = evaluation_rows(settings)
     return JobStatus(name, choices, state, metric, updates, total, value, error, rows)
 
 
