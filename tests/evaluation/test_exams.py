@@ -12,10 +12,9 @@ from evaluated_runs import read
 from several_processes import train_in_processes
 from tiny_runs import folder_of
 
-from cera_train.evaluation import exams
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.evaluation.exams import rows_exam
-from cera_train.evaluation.tasks.task import load_problems
+from cera_train.evaluation.exams import Exams, rows_exam
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import GradedProblem, read_grades
 from cera_train.settings.training import SAMPLE_ROOM
@@ -49,10 +48,10 @@ def learned(config) -> tuple[list, bytes]:
 )
 def test_a_run_learns_to_the_bit_what_it_learns_without_tasks_and_samples(tiny_config, settings):
     """Dropout draws random numbers, and attention runs over flat rows: neither notices the answers in between."""
-    plain, eyed = tiny_config(*settings, "name=plain"), tiny_config(*settings, *TASKS, *SHORT, "name=eyed")
+    plain, examined = tiny_config(*settings, "name=plain"), tiny_config(*settings, *TASKS, *SHORT, "name=examined")
     train(plain)
-    train(eyed)
-    assert learned(eyed) == learned(plain)
+    train(examined)
+    assert learned(examined) == learned(plain)
     assert not (folder_of(plain) / "samples.jsonl").exists()
 
 
@@ -81,20 +80,12 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
 @pytest.fixture
 def half_right(monkeypatch):
     """Every second answer is the gold one."""
-    gold = {}
 
-    def load(settings, data):
-        problems = load_problems(settings, data)
-        gold.update({problem.id: problem.gold for problem in problems[::2]})
-        return problems
+    def answer(self, exam):
+        texts = [problem.gold if index % 2 == 0 else "nothing" for index, problem in enumerate(exam.problems)]
+        return [Generation(problem.id, 0, text, 1, False) for problem, text in zip(exam.problems, texts, strict=True)]
 
-    def generate(model, base, tokenizer, batch, config):
-        made = original(model, base, tokenizer, batch, config)
-        return [answer.replace(text=gold.get(answer.problem, "nothing"), truncated=False) for answer in made]
-
-    original = exams.generate
-    monkeypatch.setattr(exams, "load_problems", load)
-    monkeypatch.setattr(exams, "generate", generate)
+    monkeypatch.setattr(Exams, "answer", answer)
 
 
 def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures):
