@@ -41,6 +41,7 @@ adapter.target_modules     lora_target_modules
 data=NAME                  dataset dataset_name datasets
 data.max_length            max_seq_length sequence_len cutoff_len
 data.train_files           train_file data_files
+hub.push                   push_to_hub hub_model_id
 launch.processes           num_processes nproc_per_node num_gpus
 model.path                 model_name_or_path base_model
 model.dtype                torch_dtype bf16 fp16

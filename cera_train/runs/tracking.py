@@ -119,9 +119,16 @@ def build_tracker(
         resume = "allow" if is_known else "never"
         arguments = {"name": f"{name}-{run_id[:6]}", "group": config.group, "resume": resume}
         return tracking.TrackioTracker(config.project, **arguments | more)
-    group = config.group and config.group[:WANDB_NAME]
-    arguments = {"id": run_id, "resume": "allow", "group": group, "name": name[:WANDB_NAME], "dir": str(folder)}
-    return wandb_tracker(config.project, arguments | more)
+    if kind == TrackerKind.comet:
+        import comet_ml
+
+        arguments = {"experiment_key": run_id, "experiment_config": comet_ml.ExperimentConfig(name=name)}
+        return tracking.CometMLTracker(config.project, **arguments | more)
+    arguments = {"id": run_id, "resume": "allow", "group": config.group, "name": name}
+    if kind == TrackerKind.swanlab:
+        return tracking.SwanLabTracker(config.project, **arguments | {"log_dir": str(folder / kind)} | more)
+    short = {"group": config.group and config.group[:WANDB_NAME], "name": name[:WANDB_NAME], "dir": str(folder)}
+    return wandb_tracker(config.project, arguments | short | more)
 
 
 def wandb_tracker(project: str, arguments: dict[str, Any]) -> GeneralTracker:

@@ -12,7 +12,7 @@ from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Str
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.planning import PlanConfig
 from cera_train.settings.sweep import StudyConfig, SweepConfig
-from cera_train.settings.training import OPTIMIZERS, OptimizerConfig, TrackerConfig, TrainConfig
+from cera_train.settings.training import OPTIMIZERS, HubConfig, OptimizerConfig, TrackerConfig, TrainConfig
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Config:
     optimizer: OptimizerConfig = section()
     train: TrainConfig = section(TrainConfig)
     tracker: TrackerConfig = section()
+    hub: HubConfig = section(HubConfig)
     launch: LaunchConfig = section(LaunchConfig)
     distributed: DistributedConfig = section(DistributedConfig)
     sweep: SweepConfig = section(SweepConfig)

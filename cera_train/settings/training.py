@@ -42,6 +42,8 @@ class TrackerKind(StrEnum):
     trackio = "trackio"
     mlflow = "mlflow"
     tensorboard = "tensorboard"
+    comet = "comet"
+    swanlab = "swanlab"
 
 
 SAMPLE_ROOM = 64
@@ -151,6 +153,15 @@ class TrainConfig:
     def changes_of_task(self, name: str) -> dict[str, Any]:
         """The settings of a task that differ from its file."""
         return {"limit": self.tasks_limit} | (self.task_settings or {}).get(name, {})
+
+
+@dataclass
+class HubConfig:
+    push: str | None = setting(None, "nothing")
+    """A name on the Hugging Face Hub, such as me/my-adapter, to which the final adapter and its card are uploaded after
+    the run; of a finished run, at once. null: nowhere."""
+    private: bool = setting(True, "nothing")
+    """Whether a repository that is not there yet is made private."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from cera_train.runs import results
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
+from cera_train.runs.push import push
 from cera_train.runs.results import (
     EvaluationMetrics,
     ModuleSpectrumRecord,
@@ -43,8 +44,11 @@ from cera_train.training.session import Session, settle
 
 
 def launch(config: Config) -> dict[str, Any]:
-    """Runs `train` in `launch.processes` processes, one a GPU."""
-    return in_processes(train, config)
+    """Runs `train` in `launch.processes` processes, one a GPU, then uploads the adapter to `hub.push`."""
+    result = in_processes(train, config)
+    if is_main_process():
+        push(config)
+    return result
 
 
 def train(config: Config) -> dict[str, Any]:

@@ -54,9 +54,9 @@ def test_several_trackers_at_once_and_one_that_fails_is_left_out_once(tiny_confi
     assert "wandb failed and is left out (the server is gone)" in error
 
 
-@pytest.mark.parametrize("name", ["trackio", "mlflow"])
+@pytest.mark.parametrize("name", ["trackio", "mlflow", "comet", "swanlab"])
 def test_a_tracker_that_is_not_installed_is_left_out(name, compose, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, {"comet": "comet_ml"}.get(name, name), None)
     tracker = tracking.start_tracker(compose(f"tracker={name}").tracker, {}, "run", tmp_path, 0)
     tracker.log({"train/loss": 1.0}, 1)
     tracker.finish()
