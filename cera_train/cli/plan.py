@@ -21,7 +21,7 @@ PLAN = "cera-plan"
 
 
 def main() -> None:
-    start_hydra(PLAN, plan, plugins={"StudySweeper": PlannedStudy})
+    start_hydra(PLAN, plan, {"StudySweeper": PlannedStudy})
 
 
 def plan(composed: DictConfig) -> Any:

@@ -71,17 +71,14 @@ def start(program: str, command: Callable[[], Any]) -> None:
 def start_hydra(
     program: str,
     command: Callable[[DictConfig], Any],
-    keeps_sweeps: bool = False,
     plugins: Mapping[str, type[Plugin]] | None = None,
 ) -> None:
     """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
 
     Args:
         command: explains its errors itself: Hydra prints a report about an error that leaves it.
-        keeps_sweeps: whether a sweep has a folder. Without one, the multirun.yaml that Hydra writes is thrown away.
         plugins: sweepers and launchers of ours, see `register_plugins`.
     """
-
     config_name = "config" if program == "cera-train" else program.removeprefix("cera-")
 
     def compose_and_run() -> None:
@@ -93,7 +90,8 @@ def start_hydra(
             print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
             return
         main = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)(command)
-        with contextlib.nullcontext() if keeps_sweeps else tempfile.TemporaryDirectory() as folder:
+        # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is thrown away.
+        with contextlib.nullcontext() if program == "cera-train" else tempfile.TemporaryDirectory() as folder:
             sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
             main()
 

@@ -41,7 +41,7 @@ def main() -> None:
     from cera_train.cli.launchers import Joblib, SubmititLocal, SubmititSlurm
 
     plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititLocal, SubmititSlurm)}
-    start_hydra(TRAIN, train, keeps_sweeps=True, plugins=plugins)
+    start_hydra(TRAIN, train, plugins)
 
 
 def train(composed: DictConfig) -> float | None:

@@ -32,7 +32,8 @@ class StudyConfig:
     baseline: str | None = setting(None, "nothing")
     """The arm that every other one is compared with."""
     contrasts: dict[str, list[str]] = setting(dict, "nothing")
-    """More comparisons: what one asks, and two arms; the difference is the second minus the first."""
+    """More comparisons, or the direction of one: what it asks, and two arms; the difference is the second minus the
+    first."""
     conditions: dict[str, list[Any]] = setting(dict, "nothing")
     """Settings under which all arms are compared, and their values, such as adapter.r: [16, 64]."""
     tune: dict[str, list[Any]] = setting(dict, "nothing")
@@ -56,19 +57,9 @@ class StudyConfig:
         names = ", ".join(self.arms) or "none"
         require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
         require(self.baseline in self.arms, f"study.baseline={self.baseline}: no such arm: choose one of {names}.")
-        compared: dict[frozenset[str], str] = {}
         for asked, pair in self.contrasts.items():
-            place = f"study.contrasts.{asked}={pair}"
-            arms = frozenset(pair)
-            require(len(pair) == len(arms) == 2 and arms <= self.arms.keys(), f"{place}: expected two arms of {names}.")
-            require(
-                arms not in compared, f"{place}: study.contrasts.{compared.get(arms)} compares the same two. Keep one."
-            )
-            compared[arms] = asked
-            require(
-                pair[1] != self.baseline,
-                f"{place}: the difference is the second minus the first: write [{self.baseline}, {pair[0]}].",
-            )
+            is_pair = len(pair) == len({*pair}) == 2 and {*pair} <= self.arms.keys()
+            require(is_pair, f"study.contrasts.{asked}={pair}: expected two arms of {names}.")
         require(bool(self.tune), "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].")
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()
@@ -97,6 +88,7 @@ class StudyConfig:
 
     @property
     def pairs(self) -> dict[tuple[str, str], str]:
-        """Every comparison: (first, second) -> what it asks."""
-        pairs = {(self.baseline, arm): f"{arm} or {self.baseline}" for arm in self.arms if arm != self.baseline}
-        return pairs | {(first, second): asked for asked, (first, second) in self.contrasts.items()}
+        """Every comparison: (first, second) -> what it asks. First those of `contrasts`, then with the baseline."""
+        named = {(first, second): asked for asked, (first, second) in self.contrasts.items()}
+        others = [(self.baseline, arm) for arm in self.arms if arm != self.baseline]
+        return named | {pair: f"{pair[1]} or {pair[0]}" for pair in others if not {pair, pair[::-1]} & named.keys()}

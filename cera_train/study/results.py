@@ -167,11 +167,9 @@ class Comparison(Contrast):
 
 
 def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Comparison]:
-    """Every contrast in every outcome, the primary outcome first; in each what the study names, then what has the
-    baseline."""
+    """Every contrast in every outcome, the primary outcome first."""
     by_name = {result.cell.name: result for result in results}
     pairs = [(asked, by_name[first.name], by_name[second.name]) for asked, first, second in study.contrasts()]
-    pairs.sort(key=lambda pair: pair[0] not in study.config.contrasts)
     if not pairs:
         raise UserError(
             f"{study.folder} has no two arms to compare, only {results[0].cell.arm}. Run it without study.arm; "

@@ -33,9 +33,9 @@ def test_every_seed_runs_every_value(launcher, run_study):
     assert rates(launcher) == {"lora": "0.001", "cera": "0.01", "relu": "0.001"}
     assert study.cells[1].runs == [launcher.sweep / job("cera", 0.01, seed) for seed in range(2)]
     assert [(asked, first.arm, second.arm, second.condition) for asked, first, second in study.contrasts()] == [
+        ("the gate", "relu", "cera", "adapter.r=4"),
         ("cera or lora", "lora", "cera", "adapter.r=4"),
         ("relu or lora", "lora", "relu", "adapter.r=4"),
-        ("the gate", "relu", "cera", "adapter.r=4"),
     ]
 
 
