@@ -62,10 +62,10 @@ def check_saved(folder: Path) -> dict[str, Any]:
 
 
 START_FIELDS = (
-    *("peft_type", "use_rslora", "use_dora", "r", "alpha", "lora_alpha", "activation", "mix", "layers_to_transform"),
+    *("peft_type", "use_rslora", "use_dora", "r", "alpha", "lora_alpha", "activation", "mix"),
     *("rank_pattern", "alpha_pattern"),
 )
-"""Fields of PEFT's config that weights to start from must share. Their names and shapes show the targets."""
+"""Fields of PEFT's config that weights to start from must share. Their names and shapes show targets and layers."""
 
 
 def check_start(config: AdapterConfig, folder: Path) -> None:

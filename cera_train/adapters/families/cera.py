@@ -38,13 +38,13 @@ class Cera(RankedPeft):
         variants = self.variants(config)
         return f"{self.name} ({', '.join(variants)})" if variants else self.name
 
-    def variants(self, settings: Any) -> list[str]:
-        """What sets these settings, some of which a record may lack (None), apart from the paper's."""
+    def variants(self, config: AdapterConfig) -> list[str]:
+        """What sets these settings apart from the paper's."""
         differs = {
-            str(settings.activation): settings.activation not in (None, "silu"),
-            f"init {settings.init}": settings.init not in (None, "kaiming_normal"),
-            "dropout on input": settings.dropout_on == "input",
-            "learned mix": settings.mix == "learned",
+            str(config.activation): config.activation != "silu",
+            f"init {config.init}": config.init != "kaiming_normal",
+            "dropout on input": config.dropout_on == "input",
+            "learned mix": config.mix == "learned",
         }
         return [name for name, is_other in differs.items() if is_other]
 
