@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 from cera_train.adapters.families.base import Family
 from cera_train.adapters.families.cera import Cera
@@ -36,18 +35,13 @@ def title(config: AdapterConfig) -> str:
     return config.label or family(config.kind).title(config)
 
 
-def unset(name: str) -> Any:
-    """The value of a setting that a kind does not use."""
-    return UNSET[name] if name in UNSET else getattr(AdapterConfig, name)
-
-
 def check_settings(config: AdapterConfig) -> None:
     """Raises UserError where settings contradict each other, or the kind would ignore one."""
     kind = family(config.kind)
     for field in fields(config):
-        value, name = getattr(config, field.name), field.name
-        if name not in {*kind.uses, "kind", "label", "start_digest"} and value != unset(name):
-            mend = "null" if unset(name) is None else str(unset(name)).lower()
+        name, value, unset = field.name, getattr(config, field.name), UNSET.get(field.name, field.default)
+        if name not in {*kind.uses, "kind", "label", "start_digest"} and value != unset:
+            mend = "null" if unset is None else str(unset).lower()
             raise UserError(
                 f"adapter.{name}={value}: adapter.kind={config.kind} does not use it. Set adapter.{name}={mend}."
             )

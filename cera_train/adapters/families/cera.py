@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
     from cera_train.cera.experts import ExpertMatrices
 
-GATE_SETTINGS = frozenset({"activation", "init", "dropout_on", "mix"})
-
 
 class Cera(RankedPeft):
     name = "CeRA"
-    uses = RankedPeft.uses | GATE_SETTINGS | {"target_parameters", "experts", "expert_r"}
+    uses = RankedPeft.uses | {"activation", "init", "dropout_on", "mix", "target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
     def check(self, config: AdapterConfig) -> None:
