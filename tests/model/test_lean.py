@@ -10,10 +10,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from cera_train.model.lean import keep_less
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def norm(dtype: torch.dtype) -> nn.Module:
@@ -22,13 +21,9 @@ def norm(dtype: torch.dtype) -> nn.Module:
     return module
 
 
-def mlp(dtype: torch.dtype, act: str = "silu") -> nn.Module:
+def mlp(dtype: torch.dtype, act: str = "gelu_pytorch_tanh", kind: type = LlamaMLP) -> nn.Module:
     config = LlamaConfig(hidden_size=48, intermediate_size=96, num_attention_heads=4, hidden_act=act)
-    return LlamaMLP(config).to(dtype).requires_grad_(False)
-
-
-def gelu(dtype: torch.dtype) -> nn.Module:
-    return mlp(dtype, "gelu_pytorch_tanh")
+    return kind(config).to(dtype).requires_grad_(False)
 
 
 def lean(module: nn.Module) -> nn.Module:
@@ -55,20 +50,19 @@ def passes(module: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> tuple[torc
     return output, found, sum(kept.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("make", [norm, mlp, gelu])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [norm, mlp])
 def test_outputs_are_the_same_to_the_bit_and_gradients_no_farther_from_the_exact(make, dtype):
     torch.manual_seed(1)
     module, x, grad = make(dtype), torch.randn(2, 9, 48, dtype=dtype), torch.randn(2, 9, 48, dtype=dtype)
-    output, usual, bytes_before = passes(module, x, grad)
-    ours, found, bytes_now = passes(lean(module), x, grad)
+    output, usual, _ = passes(module, x, grad)
+    ours, found, _ = passes(lean(module), x, grad)
     assert torch.equal(ours, output)
     # The norm computes in float32 whatever it is given, so float32 is exact enough.
     wide = torch.float64 if make is not norm else torch.float32
     _, exact, _ = passes(copy.deepcopy(module).to(wide), x.to(wide), grad.to(wide))
     errors = [float((each.double() - exact.double()).norm() / exact.double().norm()) for each in (found, usual)]
     assert errors[0] <= max(1.1 * errors[1], 1e-6), errors
-    assert bytes_now < bytes_before or (make is norm and dtype == torch.float32)  # which autograd keeps as it is
 
 
 def test_a_norm_keeps_its_input_as_it_came_and_an_mlp_gate_and_up():
@@ -85,48 +79,29 @@ def test_a_norm_that_trains_gets_its_gradient():
     assert torch.equal(ours.weight.grad, usual.weight.grad)
 
 
-def test_one_decorator_makes_no_two_forwards_alike(monkeypatch):
-    def decorated(forward):
-        return lambda self, x: forward(self, x)
+class Clamped(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=0.1) * self.up_proj(x))
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", decorated(LlamaRMSNorm.forward))
-    monkeypatch.setattr(GemmaRMSNorm, "forward", decorated(GemmaRMSNorm.forward))
-    gemma = GemmaRMSNorm(48)
-    keep_less(gemma)
-    assert type(gemma) is GemmaRMSNorm
+
+@pytest.mark.parametrize("kind", [GemmaRMSNorm, Olmo2RMSNorm, Clamped])
+def test_a_layer_that_computes_something_else_is_left_as_it_is(kind):
+    module = mlp(torch.float32, kind=kind) if kind is Clamped else kind(48)
+    keep_less(module)
+    assert type(module) is kind
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_usual_models_are_changed_whole(kind):
+def test_usual_models_are_changed_whole_before_they_have_weights(kind):
     config = AutoConfig.for_model(
         kind, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
-    keep_less(model)
+    state = torch.random.get_rng_state()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        keep_less(model)
     names = [name for name, module in model.named_modules() if name.endswith(("norm", "mlp"))]
     changed = [name for name, module in model.named_modules() if type(module).__name__.startswith("Lean")]
     assert sorted(changed) == sorted(names)
-    assert len(changed) == 2 * (3 + 2 * (kind == "qwen3")) + 1
-
-
-def test_a_pass_without_gradients_is_the_usual_one(monkeypatch):
-    monkeypatch.setattr("cera_train.model.lean.Norm.apply", None)
-    monkeypatch.setattr("cera_train.model.lean.Gated.apply", None)
-    for module in (norm(torch.float32), mlp(torch.float32)):
-        x = torch.randn(4, 48)
-        assert torch.equal(lean(module)(x), module(x))
-
-
-def test_a_compiled_layer_takes_the_usual_way():
-    module = lean(nn.Sequential(norm(torch.float32), mlp(torch.float32)))
-    graphs = []
-
-    def record(graph: torch.fx.GraphModule, inputs: object) -> object:
-        graphs.append(graph)
-        return graph
-
-    x = torch.randn(4, 48).requires_grad_()
-    compiled = torch.compile(module, backend=record, fullgraph=True)
-    assert torch.equal(compiled(x), module(x))
-    assert len(graphs) == 1
+    assert torch.equal(torch.random.get_rng_state(), state)
