@@ -259,7 +259,7 @@ def tiny_config_in(compose, tiny_folder: Path):
     tiny = (
         *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
         *("optimizer.lr=1e-2", "train.max_updates=12", "train.batch_size=16"),
-        *("train.eval_every=4", "train.save_every=4"),
+        *("train.eval_every=4", "train.save_every=4", "train.compile=false"),
     )
 
     def tiny_config_in(output: Path, *overrides: str):

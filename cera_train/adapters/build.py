@@ -29,6 +29,11 @@ def check(config: AdapterConfig, is_compiled: bool = False) -> None:
     family(config.kind).peft_config(config)
 
 
+def compiles(config: AdapterConfig) -> bool:
+    """Whether torch.compile takes layers with this adapter: it would compile PEFT's DoRA for every layer anew."""
+    return config.kind != "dora" and (EXPERTS_COMPILE or not config.adapted_experts)
+
+
 def build(base: PreTrainedModel, config: AdapterConfig, is_sharded: bool = False) -> nn.Module:
     """The base with what is trained: a fresh adapter, float32 whatever the base; or, for full, the base itself. Raises
     UserError where the adapter does not go with the model.

@@ -43,6 +43,8 @@ def start_accelerator(
     """Joins the processes of this command; `timeout` is the time limit of a collective."""
     AcceleratorState._reset_state(reset_partial_state=True)  # else a process's first run fixes the precision
     has_gpu = this_device().type == "cuda"
+    if has_gpu and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # micro-batches differ in length
     plugin = None
     if strategy == Strategy.fsdp:
         # Each decoder layer is gathered when it computes, in its stored precision, so the numbers are those of DDP.

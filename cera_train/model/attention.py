@@ -24,11 +24,24 @@ VARLEN = "varlen"
 
 
 class Sequences:
-    """The lengths of the sequences of a flat row. torch.compile guards on the class of such an argument; of a list, on
-    its length too, and every new number of sequences would compile the layers once more."""
+    """The sequences of a flat row, one object for all layers. torch.compile guards on the class of such an argument; of
+    a list of lengths, on its length too, and every new number of sequences would compile the layers once more."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = tuple(lengths)
+        self.lengths = lengths
+        self._starts: Tensor | None = None
+
+    def starts(self, device: torch.device) -> Tensor:
+        """Where each sequence starts, and where the last one ends: [sequences + 1]."""
+        if self._starts is None:
+            self._starts = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32).to(device)
+        return self._starts
+
+    def places(self, device: torch.device) -> dict[str, Tensor]:
+        """By what kernels of states, such as Mamba-2's, keep sequences apart, under transformers' names: the number of
+        each token's sequence, [1, T], and where each sequence starts."""
+        numbers = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
+        return {"seq_idx": numbers[None].to(device), "cu_seq_lens_q": self.starts(device)}
 
 
 @torch.compiler.disable  # sequences of other lengths would be another graph
@@ -58,7 +71,7 @@ def attend_by_sequence(
     """
     _refuse_more(module, attention_mask, sliding_window, settings)
     if in_one_call and not dropout:
-        return _in_one_call(query, key, value, sequences.lengths, scaling, sliding_window), None
+        return _in_one_call(query, key, value, sequences, scaling, sliding_window), None
     blocks = zip(*(heads.split(sequences.lengths, dim=2) for heads in (query, key, value)), strict=True)
     outputs = [_attend(*block, scaling, dropout, sliding_window).transpose(1, 2) for block in blocks]
     return torch.cat(outputs, dim=1), None
@@ -87,15 +100,14 @@ def kernel_may_run(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _in_one_call(
-    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float | None, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scaling: float | None, window: int | None
 ) -> Tensor:
     """All sequences: [1, heads, T, d] -> [1, T, heads, d]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    device, longest = query.device, max(lengths)
-    starts = sequence_starts(lengths, device)
+    starts, longest = sequences.starts(query.device), max(sequences.lengths)
     # The kernel is outside autocast, and norms between projection and attention leave float32.
-    dtype = autocast_dtype(device) or query.dtype
+    dtype = autocast_dtype(query.device) or query.dtype
     output = varlen_attn(
         *(heads.squeeze(0).transpose(0, 1).to(dtype) for heads in (query, key, value)),  # [T, heads, d]
         *(starts, starts, longest, longest),
@@ -104,19 +116,6 @@ def _in_one_call(
         enable_gqa=True,
     )
     return output.unsqueeze(0)
-
-
-def places_of_sequences(lengths: Sequence[int], device: torch.device) -> dict[str, Tensor]:
-    """By what kernels of states, such as Mamba-2's, keep the sequences of a row apart, under transformers' names: the
-    number of each token's sequence, [1, T], and where each sequence starts, [sequences + 1]."""
-    numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
-    return {"seq_idx": numbers[None].to(device), "cu_seq_lens_q": sequence_starts(tuple(lengths), device)}
-
-
-@functools.lru_cache(maxsize=1)  # all layers use those of one micro-batch
-def sequence_starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each sequence starts, and where the last one ends: [sequences + 1]."""
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
 
 
 def _attend(

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from cera_train.common.errors import UserError
-from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_may_run, places_of_sequences
+from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import chunk_tokens
@@ -100,12 +100,14 @@ class SupervisedLoss(nn.Module):
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
-        is_by_sequence = self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN)
-        lengths = {"sequences": Sequences(batch.sequence_lengths or ())} if is_by_sequence else {}
-        is_flat = batch.sequence_lengths is not None
-        if is_flat and self.allowed.takes_places:
-            lengths |= places_of_sequences(batch.sequence_lengths, batch.input_ids.device)
-        return batch.inputs | lengths | {"use_cache": False}
+        inputs = batch.inputs | {"use_cache": False}
+        if batch.sequence_lengths is not None:
+            sequences = Sequences(batch.sequence_lengths)
+            if self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN):
+                inputs["sequences"] = sequences
+            if self.allowed.takes_places:
+                inputs |= sequences.places(batch.input_ids.device)
+        return inputs
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:

@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
-from cera_train.model import attention
 from cera_train.model import loss as losses
 from cera_train.model.batches import Batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
@@ -150,8 +149,6 @@ class DryRun:
                 stack.enter_context(choices_of_a_gpu(self.model))
             # transformers would mask whatever is fake, without a look at the values that the meter makes up.
             stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
-            # Its cache would hand fake tensors to real passes, and real ones here.
-            stack.enter_context(patch.object(attention, "sequence_starts", attention.sequence_starts.__wrapped__))
             stack.enter_context(self.fake_mode)
             stack.enter_context(self.meter)
             yield

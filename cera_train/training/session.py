@@ -48,8 +48,8 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
         precision = Precision(begun.model.dtype, f"as {folder} was begun")
     compiles = begun.train.compile if config.train.compile is None else config.train.compile
     if compiles is None:
-        is_compilable = adapters.EXPERTS_COMPILE or not config.adapter.adapted_experts
-        compiles = this_device().type == "cuda" and is_compilable and can_compile(this_device())
+        device = this_device()
+        compiles = device.type == "cuda" and adapters.compiles(config.adapter) and can_compile(device)
     adapter = config.adapter
     if adapter.start_from is not None:
         # The digest of a resumed run is the recorded one: the weights that it started from may be gone.

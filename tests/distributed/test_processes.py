@@ -281,6 +281,17 @@ def test_no_pass_waits_for_the_buffers_of_process_0():
     assert not accelerator.ddp_handler.broadcast_buffers
 
 
+@pytest.mark.parametrize(("chosen", "used"), [(None, "expandable_segments:True"), ("backend:native", "backend:native")])
+def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monkeypatch, chosen, used):
+    monkeypatch.setattr("cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda"))
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    assert os.environ["PYTORCH_ALLOC_CONF"] == used
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
 def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
     """Precision and kernels were chosen for the CPU."""

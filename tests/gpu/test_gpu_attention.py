@@ -44,7 +44,7 @@ def under_a_mask(query, key, value, window: int | None) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("width", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", [BY_SEQUENCE, VARLEN])
 def test_attention_equals_sdpa_under_a_block_mask(device, bf16, way, dtype, width, window):

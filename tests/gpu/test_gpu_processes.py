@@ -20,7 +20,7 @@ def test_two_gpus_replicated_or_sharded_give_the_losses_of_one(tiny_folder, tmp_
     arguments = [
         *(f"model.path={tiny_folder}", "data.max_length=256", "adapter.r=4", "adapter.dropout=0"),
         *("train.batch_size=13", "train.max_updates=14", "train.eval_every=7", "train.micro_batch_tokens=300"),
-        *("train.save_every=7", "train.keep=9", f"output_dir={tmp_path / 'outputs'}"),
+        *("train.save_every=7", "train.keep=9", f"output_dir={tmp_path / 'outputs'}", "train.compile=false"),
     ]
     one = {"float32": ["model.dtype=float32"], "nf4": ["model.dtype=bfloat16", "model.quantization=nf4"]}
     runs = [

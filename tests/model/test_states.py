@@ -10,7 +10,7 @@ import torch
 from architectures import ARCHITECTURES
 
 from cera_train.adapters.build import build
-from cera_train.model.attention import places_of_sequences
+from cera_train.model.attention import Sequences
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.settings.adapters import AdapterConfig
@@ -115,7 +115,7 @@ def test_a_kernel_that_drops_the_places_is_found_out(with_kernels, monkeypatch):
 
 
 def test_places_name_each_tokens_sequence_and_each_start():
-    places = places_of_sequences([2, 1, 3], torch.device("cpu"))
+    places = Sequences([2, 1, 3]).places(torch.device("cpu"))
     assert places["seq_idx"].tolist() == [[0, 0, 1, 2, 2, 2]]
     assert places["cu_seq_lens_q"].tolist() == [0, 2, 3, 6]
     assert {value.dtype for value in places.values()} == {torch.int32}

@@ -168,8 +168,9 @@ def test_layers_are_compiled_by_default_where_a_gpu_and_a_compiler_are(
     monkeypatch.setattr("cera_train.training.session.this_device", lambda: torch.device(device))
     monkeypatch.setattr("cera_train.training.session.can_compile", lambda device: has_compiler)
     compiles = device == "cuda" and has_compiler
-    assert settle(tiny_config(), tmp_path)[0].train.compile is compiles
-    assert settle(tiny_config("train.compile=false"), tmp_path)[0].train.compile is False
+    assert settle(tiny_config("train.compile=null"), tmp_path)[0].train.compile is compiles
+    assert settle(tiny_config("train.compile=null", "adapter=dora"), tmp_path)[0].train.compile is False
+    assert settle(tiny_config(), tmp_path)[0].train.compile is False
 
 
 def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, monkeypatch, capsys):
