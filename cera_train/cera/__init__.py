@@ -7,7 +7,7 @@ from .config import CeraConfig
 from .coverage import CoverageCallback, check_coverage
 from .experts import CeraExperts
 from .layer import CeraLayer, for_inference
-from .model import CeraModel, create_loraplus_optimizer
+from .model import CeraModel
 
 __all__ = [
     "CeraConfig",
@@ -16,7 +16,6 @@ __all__ = [
     "CeraModel",
     "CoverageCallback",
     "check_coverage",
-    "create_loraplus_optimizer",
     "for_inference",
 ]
 

@@ -14,10 +14,14 @@ from peft.utils.other import get_pattern_key
 ACTIVATIONS = ("silu", "relu", "gelu", "identity")
 """The gates between A and B. `identity` makes the branch linear: LoRA with its dropout moved."""
 
-INITS = ("kaiming_normal", "kaiming_uniform")
-DROPOUT_PLACES = ("hidden", "input")
-MIXES = ("none", "learned")
-BIASES = ("none", "all", "cera_only")
+CHOICES = {
+    "activation": ACTIVATIONS,
+    "init": ("kaiming_normal", "kaiming_uniform"),
+    "dropout_on": ("hidden", "input"),
+    "mix": ("none", "learned"),
+    "bias": ("none", "all", "cera_only"),
+}
+"""The values of a field."""
 
 
 @dataclass
@@ -69,8 +73,10 @@ class CeraConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata={"help": "Start B at zero, so the adapted model starts as the base. False: for tests."}
     )
-    init: str = field(default="kaiming_normal", metadata={"help": f"How A is drawn: {', '.join(INITS)}."})
-    dropout_on: str = field(default="hidden", metadata={"help": f"What drops units: {', '.join(DROPOUT_PLACES)}."})
+    init: str = field(default="kaiming_normal", metadata={"help": f"How A is drawn: {', '.join(CHOICES['init'])}."})
+    dropout_on: str = field(
+        default="hidden", metadata={"help": f"What drops units: {', '.join(CHOICES['dropout_on'])}."}
+    )
     mix: str = field(default="none", metadata={"help": "learned: a trained share gamma of the gate in every module."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale the branch by alpha / sqrt(r)."})
     rank_pattern: dict[str, int] = field(
@@ -79,12 +85,9 @@ class CeraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Name or regular expression of modules -> their alpha."}
     )
-    bias: str = field(default="none", metadata={"help": f"The base's biases to train: {', '.join(BIASES)}."})
+    bias: str = field(default="none", metadata={"help": f"The base's biases to train: {', '.join(CHOICES['bias'])}."})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained, by PEFT's trainable tokens."}
-    )
-    ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Train and save a module of modules_to_save and what is tied to it as one."}
     )
 
     def __post_init__(self) -> None:
@@ -151,15 +154,6 @@ class CeraConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets in a fixed order so that a saved config has the same bytes every time."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
-
-
-CHOICES = {
-    "activation": ACTIVATIONS,
-    "init": INITS,
-    "dropout_on": DROPOUT_PLACES,
-    "mix": MIXES,
-    "bias": BIASES,
-}
 
 
 def _named(field: str, pattern: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -54,11 +54,6 @@ class Routing:
         experts, order = top_k_index.reshape(-1).sort(stable=True)
         return cls(order, order // top_k_index.shape[-1], experts, _ends(experts, num_experts))
 
-    def select(self, pairs: torch.Tensor) -> Routing:
-        """The routing of some pairs alone, given by their ascending places."""
-        experts = self.experts[pairs]
-        return Routing(self.order[pairs], self.tokens[pairs], experts, _ends(experts, len(self.ends)))
-
 
 def _ends(experts: torch.Tensor, num_experts: int) -> torch.Tensor:
     every_expert = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
@@ -197,21 +192,14 @@ class CeraExperts(CeraLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return base_layer.down_proj.device, base_layer.down_proj.dtype
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The experts with their active branches; with `adapter_names`, one adapter for each row of the batch."""
-        if self.disable_adapters:
-            return self.base_layer(hidden_states, *args, **kwargs)
-        if adapter_names is not None:
-            branches = functools.partial(self._add_by_row, adapter_names=adapter_names, tokens=len(hidden_states))
-        elif any(name in self.cera_A for name in self.active_adapters):
-            branches = self._add_active
-        else:
-            return self.base_layer(hidden_states, *args, **kwargs)
-        return self.base_layer(hidden_states, *args, branches=branches, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The experts with their active branches."""
+        is_adapted = any(name in self.cera_A for name in self.active_adapters)
+        if is_adapted and not self.disable_adapters:
+            kwargs["branches"] = self._add_branches
+        return self.base_layer(hidden_states, *args, **kwargs)
 
-    def _add_active(self, name: str, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def _add_branches(self, name: str, result: torch.Tensor, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         for adapter_name in self.active_adapters:
             if adapter_name in self.cera_A and name in self.cera_A[adapter_name]:
                 result = result.add_(self.branch(x, adapter_name, name, routing))
@@ -232,26 +220,6 @@ class CeraExperts(CeraLayer):
             h = gate(A(seeded_dropout(x, p, seed) if drops_input else x, routing))
             h = h if drops_input else seeded_dropout(h, p, seed)
         return B(h * self.scaling[adapter_name][name], routing)
-
-    def _add_by_row(
-        self,
-        name: str,
-        result: torch.Tensor,
-        x: torch.Tensor,
-        routing: Routing,
-        *,
-        adapter_names: list[str],
-        tokens: int,
-    ) -> torch.Tensor:
-        """The branches of a batch whose rows run through different adapters, flattened row after row to `tokens`."""
-        rows = routing.tokens // (tokens // len(adapter_names))
-        for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
-            if name in self.cera_A[adapter_name]:
-                is_row = torch.tensor([row == adapter_name for row in adapter_names], device=rows.device)
-                pairs = is_row[rows].nonzero().squeeze(1)
-                branch = self.branch(x[pairs], adapter_name, name, routing.select(pairs))
-                result = result.index_add(0, pairs, branch.to(result.dtype))
-        return result
 
     def unload_and_optionally_merge_module(self, *args: Any, **kwargs: Any) -> nn.Module:
         """The experts as they were. PEFT calls this, and has refused to merge before."""

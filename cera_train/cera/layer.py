@@ -19,9 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from .branch import GATES, Hidden, LearnedGate, PreparedBranch, add_branch, draw_seed, make_gate, start_branch
 from .config import CeraConfig
 
-BASE_ADAPTER = "__base__"
-"""PEFT's name, in `adapter_names`, for rows that run through the base model alone."""
-
 
 class CeraLayer(nn.Module, BaseTunerLayer):
     """A frozen linear projection with CeRA branches beside it.
@@ -120,18 +117,14 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             x = self._cast_input_dtype(x, A.weight.dtype)
         return self.scaling[adapter_name] * B(dropout(gate(A(dropout_x(x)))))
 
-    def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """The projection with its active branches; with `adapter_names`, one adapter for each row of the batch."""
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The projection with its active branches."""
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             return output
         result = output
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(output)
-        if adapter_names is not None:
-            return self._forward_by_row(x, result, adapter_names)
         is_ours = result is not output  # nothing else needs it, so it may be written into
         for adapter_name in self.active_adapters:
             branch = self.prepared.get(adapter_name) if self.prepared else None
@@ -160,14 +153,6 @@ class CeraLayer(nn.Module, BaseTunerLayer):
             A_T, B_T = (part.weight.detach().to(dtype, copy=True).T for part in (A, B))
             self.prepared[adapter_name] = PreparedBranch(A_T, B_T, scaling, gate, gives_away)
         return add_branch(result, x.to(dtype), A.weight.to(dtype), B.weight.to(dtype), scaling, hidden)
-
-    def _forward_by_row(self, x: torch.Tensor, result: torch.Tensor, adapter_names: list[str]) -> torch.Tensor:
-        check_rows(len(x), adapter_names)
-        result = result.clone()  # its rows are written to
-        for adapter_name in sorted(set(adapter_names) & set(self.cera_A)):
-            rows = [row for row, name in enumerate(adapter_names) if name == adapter_name]
-            result[rows] = (result[rows] + self.branch(x[rows], adapter_name)).to(result.dtype)
-        return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: the branch is not a matrix."""
@@ -210,14 +195,6 @@ def quantization_backend(layer: nn.Module) -> QuantizationBackend | None:
     return None if is_unquantised else resolve_quantization_backend(layer)
 
 
-def check_rows(rows: int, adapter_names: list[str]) -> None:
-    """Raises ValueError where there is not one name for each row."""
-    if len(adapter_names) != rows:
-        raise ValueError(
-            f"adapter_names must name one adapter for each row: expected {rows} names, got {len(adapter_names)}."
-        )
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in; None where it is off, or where the device has none, as the meta device."""
     is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
@@ -234,14 +211,8 @@ def is_plain(module: nn.Module, *classes: type) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether something reads the operations, and could not read into `add_branch`: torch.compile, torch.func,
-    torch.jit.trace, forward-mode derivatives."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    """Whether torch.compile or torch.func reads the operations: neither could read into `add_branch`."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 NO_DROPOUT = nn.Dropout(0.0).eval()

@@ -10,19 +10,15 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
-from peft.optimizers import create_loraplus_optimizer as create_for_lora
-from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper, _get_submodules, get_pattern_key
+from peft.utils.other import _get_submodules, get_pattern_key
 from torch import nn
-from torch.optim import Optimizer
 
 from .config import CeraConfig
 from .coverage import bypassed_projections, exclude_projections
 from .experts import CeraExperts, all_experts, expert_parameters
-from .layer import BASE_ADAPTER, MERGE_REFUSAL, CeraLayer, CeraLinear, check_rows
+from .layer import MERGE_REFUSAL, CeraLayer, CeraLinear
 
 
 class CeraModel(BaseTuner):
@@ -175,78 +171,13 @@ class CeraModel(BaseTuner):
                 if isinstance(layer, CeraLayer):
                     layer.cast_to_base_dtype(adapter_name)
 
-    # --- a different adapter for each row of a batch ------------------------------------------------------------------
+    # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hands `adapter_names` to the layers: a different adapter for each row of a batch, as serving needs it."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("adapter_names works at inference only: call model.eval() first.")
-        unknown = set(adapter_names) - set(self.peft_config) - {BASE_ADAPTER}
-        if unknown:
-            raise ValueError(
-                f"adapter_names has {', '.join(sorted(unknown))}; the adapters of this model are "
-                f"{', '.join(sorted(self.peft_config))}, and {BASE_ADAPTER} for none."
-            )
-        copies = self._copies_of_a_row(kwargs)
-        rows_of: dict[nn.Module, int] = {}  # experts see tokens, the block around them rows
-
-        def remember_rows(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows_of.update(dict.fromkeys(block.children(), len(_first_tensor(args, kwargs))))
-
-        def add_names(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            count = rows_of[layer] if isinstance(layer, CeraExperts) else len(_first_tensor(args, kwargs))
-            # an encoder still runs on the rows themselves
-            repeats = 1 if count == len(adapter_names) else copies
-            names = [name for name in adapter_names for _ in range(repeats)]
-            if isinstance(layer, AuxiliaryTrainingWrapper):  # fails on an adapter that has no module to save here
-                names = [name if name in layer._get_available_adapters() else BASE_ADAPTER for name in names]
-            if isinstance(layer, CeraExperts):
-                check_rows(count, names)
-            return args, kwargs | {"adapter_names": names}
-
-        hooks = [
-            block.register_forward_pre_hook(remember_rows, with_kwargs=True)
-            for block in self.modules()
-            if any(isinstance(child, CeraExperts) for child in block.children())
-        ]
-        hooks += [
-            layer.register_forward_pre_hook(add_names, with_kwargs=True)
-            for layer in self.modules()
-            if isinstance(layer, (CeraLayer, AuxiliaryTrainingWrapper))
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _copies_of_a_row(self, generate_kwargs: dict[str, Any]) -> int:
-        """Copies that generate() makes of every row: one for each beam, or for each sequence it returns."""
-        configs = generate_kwargs.get("generation_config"), getattr(self.model, "generation_config", None)
-
-        def setting(name: str) -> int:
-            given = [generate_kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in given if value is not None), 1)
-
-        return max(setting("num_beams"), setting("num_return_sequences"))
-
-    # --- weights that are tied ----------------------------------------------------------------------------------------
-
-    def _add_modules_to_save_to_tie(self, config: CeraConfig, tied_weight_keys: list[str]) -> None:
-        LoraModel._add_modules_to_save_to_tie(self, config, tied_weight_keys)
-
-    def _add_targets_to_tie(self, config: CeraConfig, tied_weight_keys: list[str]) -> None:
-        raise ValueError(
-            "ensure_weight_tying: an embedding takes no CeRA branch, so none can be tied to the head's. Leave the head "
-            "out of target_modules."
-        )
-
-    # --- what a branch that is not a matrix cannot do -----------------------------------------------------------------
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: all rows of a batch run through the active adapters: call set_adapter.")
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(MERGE_REFUSAL)
@@ -297,21 +228,6 @@ class CeraModel(BaseTuner):
         return state_dict
 
 
-def create_loraplus_optimizer(
-    model: PeftModel, optimizer_cls: type[Optimizer], *, lr: float, loraplus_lr_ratio: float, **kwargs: Any
-) -> Optimizer:
-    """LoRA+ (arXiv 2402.12354): PEFT's function of this name, with CeRA's B, and nothing else of it, in the group that
-    learns at `lr * loraplus_lr_ratio`. PEFT's own would put gamma there and leave B out.
-    """
-    optimizer = create_for_lora(model, optimizer_cls, lr=lr, loraplus_lr_ratio=loraplus_lr_ratio, **kwargs)
-    slow, _, fast, _ = optimizer.param_groups
-    for part, group, other in ((".cera_B.", slow, fast), (".cera_gate.", fast, slow)):
-        moved = {id(parameter) for name, parameter in model.named_parameters() if part in name}
-        other["params"] += [parameter for parameter in group["params"] if id(parameter) in moved]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-    return optimizer
-
-
 def keep_scale(model: nn.Module) -> None:
     """Takes RWKV off the halving of its weights in eval mode: it is for float16, and a branch would not be halved."""
     for module in model.modules():
@@ -321,10 +237,6 @@ def keep_scale(model: nn.Module) -> None:
                 module._rescale_layers()
                 module.training = mode
             module.config.rescale_every = 0
-
-
-def _first_tensor(args: tuple, kwargs: dict) -> torch.Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
 
 
 def _first(keys: list[str]) -> str:

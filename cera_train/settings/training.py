@@ -84,7 +84,7 @@ class TrainConfig:
     model allows it, but on a CPU not under a mask."""
     compile: bool | None = setting(None, "cost")
     """torch.compile of the model's layers: about a minute before the first update, and faster updates. Dropout draws
-    another mask in compiled layers. null: on CUDA, where torch finds its compiler."""
+    another mask in compiled layers. null: on CUDA, except for DoRA, where torch finds its compiler."""
     autocast: bool | None = setting(None, "result")
     """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter is too."""
     epochs: int = setting(3, "result")

@@ -148,7 +148,7 @@ def expert_outputs(model) -> dict[str, torch.Tensor]:
 
     for name, layer in model.named_modules():
         if isinstance(layer, CeraExperts):
-            layer._add_active = hook_of(name.removeprefix("base_model.model."), layer)
+            layer._add_branches = hook_of(name.removeprefix("base_model.model."), layer)
     model.eval()
     for row in ROWS:
         model(input_ids=torch.tensor([row]))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from cera_models import IDS, WARNINGS
 from conftest import make_tiny_llama
-from datasets import Dataset
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -39,9 +38,8 @@ def refusal(model: nn.Module) -> str:
 # --- what is proven --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "identity"])
-def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero(activation):
-    model = adapted(activation=activation, r=1)  # a rank of one: relu may switch off the only unit
+def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero():
+    model = adapted(activation="relu", r=1)  # relu may switch off the only unit
     with check_coverage(model) as coverage:
         passes(model)
     assert len(coverage.layers) == 14
@@ -187,21 +185,3 @@ def test_the_callback_stops_the_trainer_before_its_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"1 of 2 adapted modules would not train\. model\.layers\.1"):
         trainer.train()
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-
-
-def test_the_callback_works_in_trl(tiny_folder, tokenizer, tmp_path):
-    trl = pytest.importorskip("trl")
-    trainer = trl.SFTTrainer(
-        model=str(tiny_folder),
-        args=trl.SFTConfig(
-            **{"output_dir": str(tmp_path), "max_steps": 2, "use_cpu": True, "bf16": False, "report_to": "none"},
-            **{"disable_tqdm": True, "max_length": 64, "save_strategy": "no"},
-        ),
-        train_dataset=Dataset.from_list([{"text": f"Answer: it is 0.{number}"} for number in range(16)]),
-        processing_class=tokenizer,
-        peft_config=CeraConfig(r=4, task_type="CAUSAL_LM"),
-        callbacks=[callback := CoverageCallback()],
-    )
-    trainer.train()
-    assert len(callback.coverage.layers) == 4
-    assert callback.coverage.problem() is None

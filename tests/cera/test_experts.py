@@ -1,4 +1,4 @@
-"""CeRA on the experts of a mixture: against a plain loop and PEFT's LoRA; several adapters, their files, refusals."""
+"""CeRA on the experts of a mixture: against a plain loop; several adapters, their files, refusals."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from moe_models import (
     PARAMETERS,
     adapted_mixture,
     expert_config,
-    expert_loras,
     experts_of,
-    lora_experts,
     make_mixture,
     mixture_with_two,
     plain_experts,
@@ -46,13 +44,10 @@ def test_model_equals_a_plain_loop_in_double_precision(model_type, parameters):
         torch.testing.assert_close(slope, expected[name], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "identity"])
-@pytest.mark.parametrize("variant", [{}, {"mix": "learned"}], ids=str)
-def test_gradients_of_a_layer_equal_the_loops_for_every_gate(activation, variant):
+@pytest.mark.parametrize("settings", [{"activation": "relu"}, {"activation": "gelu", "mix": "learned"}], ids=str)
+def test_gradients_of_a_layer_equal_the_loops(settings):
     """Those at the hidden states and the routing weights too, which the layers below and the router learn by."""
-    if activation == "identity" and "mix" in variant:
-        pytest.skip("refused: there is nothing to mix")
-    layer = experts_of(adapted_mixture("qwen3_moe", double=True, activation=activation, **variant))[0]
+    layer = experts_of(adapted_mixture("qwen3_moe", double=True, **settings))[0]
     x, weights, index = random_routing(layer)
     tensors = [x, weights, *adapter_weights(layer)]
     found = torch.autograd.grad(layer(x, index, weights).sin().sum(), tensors)
@@ -74,7 +69,7 @@ def random_routing(layer: CeraExperts, tokens: int = 9, dtype: torch.dtype = tor
     return x, weights, torch.stack([torch.randperm(experts)[:2] for _ in range(tokens)])
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_type, implementation):
     model = adapted_mixture(model_type)
@@ -89,47 +84,12 @@ def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_typ
         assert torch.equal(logits(model), logits(base))
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
-def test_identity_gate_without_dropout_equals_pefts_lora(model_type):
-    model = adapted_mixture(model_type, activation="identity")
-    lora = lora_experts(model, make_mixture(model_type), r=4)
-    torch.testing.assert_close(logits(model), logits(lora), rtol=1e-4, atol=1e-4)
-    ours, theirs = gradients(model), gradients(lora)
-    assert len(ours) == len(theirs) == 8
-    names = {id(parameter): name for name, parameter in lora.named_parameters()}
-    for layer, (experts, wrappers) in enumerate(zip(experts_of(model), expert_loras(lora), strict=True)):
-        prefix = f"base_model.model.model.layers.{layer}.mlp.experts"
-        for name, wrapper in wrappers.items():
-            grad_A = theirs[names[id(wrapper.lora_A["default"].weight)]]
-            grad_B = theirs[names[id(wrapper.lora_B["default"].weight)]]
-            shape = experts.cera_A["default"][name].weight.shape
-            torch.testing.assert_close(
-                ours[f"{prefix}.cera_A.default.{name}.weight"], grad_A.view(shape), rtol=1e-3, atol=1e-5
-            )
-            torch.testing.assert_close(
-                ours[f"{prefix}.cera_B.default.{name}.weight"],
-                grad_B.unflatten(1, (shape[1], shape[0])).permute(2, 0, 1),
-                rtol=1e-3,
-                atol=1e-5,
-            )
-
-
-def test_an_expert_without_tokens_has_a_zero_gradient():
-    layer = experts_of(adapted_mixture())[0]
-    index = torch.tensor([[0, 2]]).expand(7, 2)
-    layer(torch.randn(7, 32), index, torch.rand(7, 2)).sum().backward()
-    for weight in adapter_weights(layer):
-        assert weight.grad[[0, 2]].flatten(1).any(1).all()
-        assert not weight.grad[[1, 3]].any()
-
-
 # --- start, precision, dropout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_adapter_is_the_base_model(model_type, dtype):
-    base = make_mixture(model_type).to(dtype)
+def test_a_fresh_adapter_is_the_base_model(model_type):
+    base = make_mixture(model_type).bfloat16()
     expected = logits(base)
     model = get_peft_model(base, expert_config(init_weights=True)).eval()
     assert torch.equal(logits(model), expected)
@@ -163,8 +123,7 @@ def test_dropout_drops_units_in_training_alone(place):
 
 
 @pytest.mark.skipif(not EXPERTS_COMPILE, reason="torch 2.12 compiles no experts")
-@pytest.mark.parametrize("place", ["hidden", "input"])
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize(("model_type", "place"), [("mixtral", "hidden"), ("gpt_oss", "input")])
 def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place):
     layer = experts_of(adapted_mixture(model_type, dropout=0.5, dropout_on=place))[0]
     x, weights, index = random_routing(layer, dtype=torch.float32)
@@ -183,9 +142,8 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
 # --- several adapters ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_adapters_switch_add_up_and_turn_off(model_type):
-    base, model = logits(make_mixture(model_type)), mixture_with_two(model_type)
+def test_adapters_switch_add_up_and_turn_off():
+    base, model = logits(make_mixture()), mixture_with_two()
     found = {}
     for names in (["first"], ["second"], ["first", "second"]):
         model.base_model.set_adapter(names)
@@ -215,8 +173,7 @@ def test_unload_gives_the_base_model_back():
 # --- saving and loading ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", MIXTURES)
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("model_type", "low_cpu_mem_usage"), [("qwen2_moe", False), ("gpt_oss", True)])
 def test_plain_peft_loads_what_it_saved(model_type, low_cpu_mem_usage, tmp_path):
     model = adapted_mixture(model_type, expert_r=3, target_modules=["q_proj"])
     model.save_pretrained(tmp_path)
@@ -254,10 +211,7 @@ def adapted_parameters(model: nn.Module) -> list[str]:
     [
         ({}, [0, 1]),
         ({"layers_to_transform": [1]}, [1]),
-        ({"layers_to_transform": 0}, [0]),
-        ({"layers_to_transform": [1], "layers_pattern": "layers"}, [1]),
         ({"exclude_modules": ["layers.1.mlp.experts"]}, [0]),
-        ({"target_parameters": ["layers.1.mlp.experts.down_proj"]}, [1]),
         ({"target_parameters": ["model.layers.1.mlp.experts.down_proj"]}, [1]),
     ],
 )
@@ -273,16 +227,9 @@ def test_a_name_that_matches_nothing_is_refused():
         get_peft_model(make_mixture(), config)
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("mlp.gate.weight", "MixtralTopKRouter does not run through transformers' experts interface"),
-        ("q_proj.weight", "Linear does not run through transformers' experts interface"),
-    ],
-)
-def test_other_parameters_are_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(make_mixture(), expert_config(target_parameters=[name]))
+def test_other_parameters_are_refused():
+    with pytest.raises(ValueError, match="MixtralTopKRouter does not run through transformers' experts interface"):
+        get_peft_model(make_mixture(), expert_config(target_parameters=["mlp.gate.weight"]))
 
 
 def test_experts_as_a_module_are_refused():
@@ -297,16 +244,3 @@ def test_experts_spread_over_processes_are_refused():
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(ValueError, match="MixtralExperts is spread over processes"):
         get_peft_model(model, expert_config())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"expert_r": 0}, "expert_r must be a positive integer"),
-        ({"expert_r": 2, "target_parameters": None}, "expert_r has a meaning only with target_parameters"),
-        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
-    ],
-)
-def test_settings_are_checked(settings, message):
-    with pytest.raises(ValueError, match=message):
-        expert_config(**settings)

@@ -1,4 +1,5 @@
-"""One CeRA layer against its equation, written out by hand, on every kind of base layer that needs no loading."""
+"""One CeRA layer: every variant against its line of mathematics, number formats, dropout, base layers, what code around
+it relies on."""
 
 from __future__ import annotations
 
@@ -8,89 +9,191 @@ import bitsandbytes
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import gelu, relu, silu
 from transformers.pytorch_utils import Conv1D
 
-from cera_train.cera import CeraConfig, CeraLayer
+from cera_train.cera import CeraConfig, CeraLayer, for_inference
+from cera_train.cera.branch import seeded_dropout
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-GATES = {
-    "silu": lambda z: z / (1 + torch.exp(-z)),
-    "relu": lambda z: torch.where(z > 0, z, torch.zeros_like(z)),
-    "gelu": lambda z: z * (1 + torch.erf(z / math.sqrt(2))) / 2,
-    "identity": lambda z: z,
+GATES = {"silu": silu, "relu": relu, "gelu": gelu, "identity": lambda z: z}
+
+VARIANTS = {
+    "as published": {},
+    "relu": {"activation": "relu", "alpha": 1.5},
+    "dropout on x": {"dropout_on": "input", "activation": "identity"},
+    "mix": {"mix": "learned"},
+    "all": {
+        "init": "kaiming_uniform",
+        "dropout_on": "input",
+        "mix": "learned",
+        "activation": "gelu",
+        "use_rslora": True,
+        "alpha": 6,
+    },
 }
+every_variant = pytest.mark.parametrize("settings", VARIANTS.values(), ids=VARIANTS)
 
 
-def make_layer(base: nn.Module | None = None, name: str = "default", **settings) -> CeraLayer:
+def make_layer(base: nn.Module | None = None, **settings) -> CeraLayer:
     """A layer with random A and B over a float64 linear of 6 inputs and 5 outputs."""
     base = nn.Linear(6, 5, dtype=torch.float64) if base is None else base
-    return CeraLayer(base.requires_grad_(False), name, CeraConfig(**{"r": 3, "init_weights": False} | settings))
+    config = CeraConfig(**{"r": 3, "init_weights": False, "dropout": 0.0} | settings)
+    return CeraLayer(base.requires_grad_(False), "default", config)
 
 
-def weights(layer: CeraLayer, name: str = "default") -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.cera_A[name].weight, layer.cera_B[name].weight
+def x_of(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*(shape or (4, 7)), 6, dtype=dtype)
 
 
-def x_of(rows: int = 4, d_in: int = 6, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(rows, 7, d_in, dtype=dtype)
+def leaves(layer: CeraLayer, x: torch.Tensor) -> list[torch.Tensor]:
+    return [x, *(parameter for name, parameter in layer.named_parameters() if "cera_" in name)]
 
 
-# --- the equation ----------------------------------------------------------------------------------------------------
+def by_hand(layer: CeraLayer, x: torch.Tensor, config: CeraConfig, mask_x=1.0, mask_h=1.0) -> torch.Tensor:
+    """W0 x + s B (m_h hidden(A (m_x x))), as CeraConfig's docstring has it."""
+    A, B, gate = layer.cera_A["default"].weight, layer.cera_B["default"].weight, layer.cera_gate["default"]
+    z = (mask_x * x) @ A.T
+    h = GATES[config.activation](z)
+    if config.mix == "learned":
+        h = z + gate.gamma * (h - z)
+    scale = 1.0 if config.alpha is None else config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
+    return layer.base_layer(x) + scale * (mask_h * h) @ B.T
 
 
-@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (12, 4.0), (1.5, 0.5)])
-@pytest.mark.parametrize("activation", GATES)
-def test_output_and_gradients_equal_the_equation(activation, alpha, scale):
-    layer = make_layer(activation=activation, alpha=alpha, dropout=0.0).train()
-    x = x_of().requires_grad_()
-    A, B = weights(layer)
+# --- the mathematics -------------------------------------------------------------------------------------------------
 
-    y = layer(x)
-    expected = (
-        x @ layer.base_layer.weight.T + layer.base_layer.bias + scale * GATES[activation](x @ A.T) @ B.T
-    )  # y = W0 x + s B gate(A x)
 
+@every_variant
+def test_output_and_gradients_equal_the_mathematics(settings):
+    layer, x = make_layer(**settings).train(), x_of(2, 3).requires_grad_()
+    y, expected = layer(x), by_hand(layer, x, CeraConfig(r=3, **settings))
     torch.testing.assert_close(y, expected)
+    assert "AddBranch" in str(y.grad_fn)
     upstream = torch.randn_like(y)
-    gradients = torch.autograd.grad(y, [x, A, B], upstream)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, [x, A, B], upstream))
-    assert all(gradient.abs().max() > 0 for gradient in gradients)
+    got, wanted = (torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected))
+    torch.testing.assert_close(got, wanted)
+    assert all(gradient.abs().max() > 0 for gradient in got)
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
-def test_over_8_bits_and_a_bias_the_output_may_be_a_view_that_autograd_lets_nobody_write_to():
-    base = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
-    base.load_state_dict(nn.Linear(64, 32).state_dict())
-    layer = make_layer(base.to("cpu"), r=4, dropout=0.0).train()
-    x = x_of(d_in=64, dtype=torch.bfloat16).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert base(x)._is_view()
-        y = layer(x)
-        expected = base(x) + layer.branch(x, "default")
-    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
-    upstream, leaves = torch.randn_like(y), [x, *weights(layer)]
-    for one, other in zip(*(torch.autograd.grad(value, leaves, upstream) for value in (y, expected)), strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+@every_variant
+def test_first_and_second_derivatives_equal_finite_differences(settings):
+    layer, x = make_layer(**settings, dropout=0.4).train(), x_of(2).requires_grad_()
+
+    def ours(x: torch.Tensor, *_) -> torch.Tensor:
+        torch.manual_seed(1)  # one mask
+        return layer(x)
+
+    assert torch.autograd.gradcheck(ours, leaves(layer, x))
+    assert torch.autograd.gradgradcheck(ours, leaves(layer, x))
 
 
-@pytest.mark.parametrize("matrix", ["cera_A", "cera_B"])
-def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
-    """As FSDP1, ZeRO-3 and offloading bring it."""
-    layer, x = make_layer(dropout=0.0), x_of()
-    expected = layer(x)
-    linear = getattr(layer, matrix)["default"]
-    weight = linear.weight.detach().clone()
-    nn.init.zeros_(linear.weight)
+@every_variant
+def test_a_compiled_layer_is_one_graph_and_equals_the_layer(settings):
+    layer, x = make_layer(nn.Linear(6, 5), **settings).train(), x_of(dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    upstream = torch.randn(4, 7, 5)
+    got, expected = (torch.autograd.grad(one(x), leaves(layer, x), upstream) for one in (compiled, layer))
+    torch.testing.assert_close(got, expected)
 
-    def bring(module: nn.Linear, _) -> None:
-        module.weight.data.copy_(weight)
 
-    linear.register_forward_pre_hook(bring)
-    torch.testing.assert_close(layer(x), expected)
+def test_it_keeps_x_and_z_and_nothing_as_wide_as_the_output():
+    layer = make_layer(nn.Linear(6, 50, bias=False), dropout=0.2).train()
+    x, kept = torch.randn(7, 6, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    weights = {layer.base_layer.weight.data_ptr(), *(parameter.data_ptr() for parameter in layer.parameters())}
+    assert sorted(tuple(value.shape) for value in kept if value.data_ptr() not in weights) == [(7, 3), (7, 6)]
+
+
+@every_variant
+def test_the_start_is_the_base_layer_and_everything_but_b_waits(settings):
+    layer, x = make_layer(**settings, init_weights=True).train(), x_of()
+    assert torch.equal(layer(x), layer.base_layer(x))
+    layer(x).square().sum().backward()
+    moved = {name for name, value in layer.named_parameters() if value.grad is not None and value.grad.any()}
+    assert moved == {"cera_B.default.weight"}
+
+
+def test_a_learned_mix_starts_linear():
+    layer, x = make_layer(init_weights=True, mix="learned").eval(), x_of()
+    nn.init.normal_(layer.cera_B["default"].weight)
+    A, B = layer.cera_A["default"].weight, layer.cera_B["default"].weight
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ A.T @ B.T)
+
+
+@pytest.mark.parametrize(
+    ("init", "deviation", "fourth_moment"),
+    [("kaiming_normal", math.sqrt(2 / 1024), 3), ("kaiming_uniform", math.sqrt(1 / (3 * 1024)), 1.8)],
+)
+def test_a_is_drawn_as_init_has_it(init, deviation, fourth_moment):
+    layer = make_layer(nn.Linear(1024, 16), r=256, init=init)
+    A = layer.cera_A["default"].weight
+    assert A.std().item() == pytest.approx(deviation, rel=0.01)
+    assert (A.pow(4).mean() / deviation**4).item() == pytest.approx(fourth_moment, rel=0.05)
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_dropout_stands_where_the_variant_puts_it(settings):
+    layer, x = make_layer(**settings, dropout=0.4).train(), x_of()
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    seed = int(torch.randint(2**63 - 1, ()))
+    config = CeraConfig(r=3, **settings)
+    on_input = config.dropout_on == "input"
+    mask = seeded_dropout(torch.ones(28, 6 if on_input else 3, dtype=x.dtype), 0.4, seed).view(4, 7, -1)
+    assert (mask == 0).any()
+    expected = by_hand(layer, x, config, mask_x=mask) if on_input else by_hand(layer, x, config, mask_h=mask)
+    torch.testing.assert_close(y, expected)
+    layer.eval()
+    torch.testing.assert_close(layer(x), by_hand(layer, x, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.999999])
+def test_dropout_drops_its_share_and_keeps_the_mean(p, dtype):
+    rows = seeded_dropout(torch.ones(40_000, 5, dtype=dtype), p, seed=3)
+    share, count = (rows == 0).double().mean().item(), rows.numel()
+    assert share == pytest.approx(p, abs=5 * (p * (1 - p) / count) ** 0.5 + 2e-5)
+    assert rows.double().mean().item() == pytest.approx(1, abs=5 * (p / (1 - p) / count) ** 0.5 + 4e-3)
+
+
+def test_dropout_rounds_what_it_keeps_once_in_16_bits():
+    """1 / 0.9 is 1.1094 in bfloat16: every kept unit would be 0.16 % too small, and its gradient too."""
+    h = torch.randn(100, 5).bfloat16().requires_grad_()
+    exact = h.detach().float().requires_grad_()
+    dropped, expected = (seeded_dropout(x, 0.1, seed=3) for x in (h, exact))
+    assert torch.equal(dropped, expected.bfloat16())
+    weights = torch.randn(100, 5).bfloat16()
+    (dropped * weights).sum().backward()
+    (expected * weights.float()).sum().backward()
+    assert torch.equal(h.grad, exact.grad.bfloat16())
 
 
 # --- number formats --------------------------------------------------------------------------------------------------
+
+
+@every_variant
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, True)]
+)
+def test_16_bits_stay_near_the_plain_formula(settings, dtype, autocast):
+    layer, x = make_layer(nn.Linear(6, 5, dtype=dtype), **settings).train(), x_of(dtype=dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, plain = layer(x), layer.base_layer(x) + layer.branch(x, "default")
+    assert y.dtype == (torch.bfloat16 if autocast else dtype)
+    assert {parameter.dtype for parameter in leaves(layer, x)[1:]} == {torch.float32}
+    upstream = torch.randn_like(y)
+    ours = y, *torch.autograd.grad(y, leaves(layer, x), upstream)
+    theirs = plain, *torch.autograd.grad(plain, leaves(layer, x), upstream.to(plain.dtype))
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.float() - other.float()).norm() <= 4e-2 * other.float().norm()
 
 
 def test_under_autocast_the_branch_takes_and_gives_16_bits():
@@ -107,26 +210,48 @@ def test_under_autocast_the_branch_takes_and_gives_16_bits():
 
 # --- base layers -----------------------------------------------------------------------------------------------------
 
-
-def test_over_conv1d_equals_over_the_linear_of_its_transpose():
-    conv = Conv1D(5, 6)  # outputs first
-    linear = nn.Linear(6, 5)
-    linear.load_state_dict({"weight": conv.weight.T, "bias": torch.randn(5)})
-    conv.load_state_dict({"weight": conv.weight, "bias": linear.bias})
-    over_conv, over_linear = make_layer(conv).eval(), make_layer(linear).eval()
-    assert (over_conv.in_features, over_conv.out_features) == (6, 5)
-    over_linear.load_state_dict(over_linear.state_dict() | dict(cera_tensors(over_conv)))
-    x = x_of(dtype=torch.float32)
-    torch.testing.assert_close(over_conv(x), over_linear(x))
+BASES = {
+    "linear": lambda: nn.Linear(64, 32),
+    "Conv1D": lambda: Conv1D(32, 64),
+    "8 bits": lambda: bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"),
+    "4 bits": lambda: bitsandbytes.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.bfloat16).to("cpu"),
+}
 
 
-def cera_tensors(layer: CeraLayer) -> list[tuple[str, torch.Tensor]]:
-    return [(key, value) for key, value in layer.state_dict().items() if key.startswith("cera_")]
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
+@pytest.mark.parametrize("settings", [{"alpha": 6}, {"mix": "learned"}], ids=str)
+@pytest.mark.parametrize("name", BASES)
+def test_what_a_call_prepares_for_the_next_changes_no_bit(name, settings):
+    layer, x = make_layer(BASES[name](), dropout=0.1, **settings).eval(), torch.randn(2, 3, 64)
+    for dtype, is_on in ((torch.float32, False), (torch.bfloat16, True)):
+        if "bits" not in name:
+            layer.base_layer.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_on):
+            base, expected = layer.base_layer(x.to(dtype)), layer(x.to(dtype))
+            torch.testing.assert_close(expected, base + layer.branch(x.to(dtype), "default"), rtol=4e-2, atol=4e-2)
+            assert not torch.equal(expected, base)
+            with for_inference(layer):
+                assert all(torch.equal(layer(x.to(dtype)), expected) for _ in range(3))
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning")
+def test_over_8_bits_and_a_bias_the_output_may_be_a_view_that_autograd_lets_nobody_write_to():
+    base = bitsandbytes.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    base.load_state_dict(nn.Linear(64, 32).state_dict())
+    layer, x = make_layer(base.to("cpu"), r=4).train(), torch.randn(2, 3, 64).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert base(x)._is_view()
+        y, expected = layer(x), base(x) + layer.branch(x, "default")
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    upstream = torch.randn_like(y)
+    got, wanted = (torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected))
+    torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(
     "base",
-    [nn.Embedding(9, 6), nn.Conv1d(6, 5, 1), nn.Conv2d(6, 5, 1), nn.LayerNorm(6), nn.MultiheadAttention(6, 2)],
+    [nn.Embedding(9, 6), nn.Conv1d(6, 5, 1), nn.LayerNorm(6), nn.MultiheadAttention(6, 2)],
     ids=lambda base: type(base).__name__,
 )
 def test_what_is_no_linear_projection_is_refused_by_name(base):
@@ -135,10 +260,65 @@ def test_what_is_no_linear_projection_is_refused_by_name(base):
 
 
 def test_a_projection_whose_weight_is_read_past_it_is_refused():
-    attention = nn.MultiheadAttention(6, 2)
-    assert isinstance(attention.out_proj, nn.Linear)
     with pytest.raises(TypeError, match="MultiheadAttention reads this weight"):
-        make_layer(attention.out_proj)
+        make_layer(nn.MultiheadAttention(6, 2).out_proj)
 
 
-# --- the rest --------------------------------------------------------------------------------------------------------
+# --- what code around a layer relies on ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("matrix", ["cera_A", "cera_B"])
+def test_a_matrix_that_is_there_only_while_it_is_called_is_called(matrix):
+    """As FSDP1, ZeRO-3 and offloading bring it."""
+    layer, x = make_layer(), x_of()
+    expected = layer(x)
+    linear = getattr(layer, matrix)["default"]
+    weight = linear.weight.detach().clone()
+    nn.init.zeros_(linear.weight)
+
+    def bring(module: nn.Linear, _) -> None:
+        module.weight.data.copy_(weight)
+
+    linear.register_forward_pre_hook(bring)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("in_grad_mode", [True, False])
+def test_a_hook_on_the_base_layer_keeps_the_base_layers_output(in_grad_mode):
+    layer, x, seen = make_layer(), x_of(), []
+    expected = layer.base_layer(x)
+    layer.base_layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.set_grad_enabled(in_grad_mode):
+        y = layer(x)
+    assert torch.equal(seen[0], expected)
+    torch.testing.assert_close(y, expected + layer.branch(x, "default"))
+
+
+class Tanh(nn.Linear):
+    """Needs its output in backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).tanh()
+
+
+def test_a_subclass_of_linear_may_need_its_output_in_backward():
+    layer, x = make_layer(Tanh(6, 5, dtype=torch.float64)), x_of().requires_grad_()
+    expected = layer.base_layer(x) + layer.branch(x, "default")
+    torch.testing.assert_close(layer(x), expected)
+    gradients = (torch.autograd.grad(y.square().sum(), x) for y in (layer(x), expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_torch_func_differentiates_a_layer():
+    layer, x = make_layer(), torch.randn(4, 6, dtype=torch.float64)
+    weights = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, weights, x).square().sum()
+
+    got = torch.func.grad(loss)(weights, x)
+    layer(x).square().sum().backward()
+    for name in ("cera_A.default.weight", "cera_B.default.weight"):
+        torch.testing.assert_close(got[name], layer.get_parameter(name).grad)
+    by_row = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x[:, None])
+    torch.testing.assert_close(by_row["cera_A.default.weight"].sum(0), got["cera_A.default.weight"])

@@ -1,4 +1,4 @@
-"""The start, LoRA as the oracle, and bases in 16, 8 and 4 bits."""
+"""LoRA as the oracle, and bases in 8 and 4 bits."""
 
 from __future__ import annotations
 
@@ -19,26 +19,13 @@ from cera_models import (
     lora_twin,
 )
 from conftest import make_tiny_llama
-from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
-
-from cera_train.cera import CeraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 pytestmark = WARNINGS
 
-# --- the start, and LoRA as the oracle -------------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "identity"])
-def test_step_zero_equals_the_base_model(tiny_llama, activation):
-    expected = logits(tiny_llama)
-    model = adapted(tiny_llama, activation=activation, dropout=0.1, alpha=8, init_weights=True)
-    assert torch.equal(logits(model.eval()), expected)
-    assert torch.equal(logits(model.train()), expected)
-
-
-@pytest.mark.parametrize(("alpha", "lora_alpha"), [(None, 4), (4, 4), (16, 16)])
+@pytest.mark.parametrize(("alpha", "lora_alpha"), [(None, 4), (16, 16)])
 def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_alpha):
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = adapted(activation="identity", alpha=alpha, target_modules=targets)
@@ -50,27 +37,6 @@ def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_a
     torch.testing.assert_close(
         {key.replace("cera_", "lora_"): value for key, value in cera_gradients.items()}, lora_gradients
     )
-
-
-@pytest.mark.parametrize(("r", "expected"), [(64, 27_262_976), (512, 218_103_808)])
-def test_trainable_parameters_of_llama_3_8b_are_the_papers(r, expected):
-    config = LlamaConfig(
-        num_hidden_layers=32,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-    )
-    with torch.device("meta"):
-        model = get_peft_model(AutoModelForCausalLM.from_config(config), CeraConfig(r=r, task_type="CAUSAL_LM"))
-    trainable, total = model.get_nb_trainable_parameters()
-    assert trainable == expected
-    assert total - trainable == 8_030_261_248
-    assert len(cera_layers(model)) == 64
-
-
-# --- base models in 16, 8 and 4 bits ---------------------------------------------------------------------------------
 
 
 QUANTIZED = {
@@ -112,8 +78,6 @@ def quantized_and_dequantized(folder: Path, kind: str) -> tuple[nn.Module, nn.Mo
 def test_over_quantized_weights_equals_over_the_numbers_they_stand_for(tiny_folder, kind, layer_class, tolerance):
     # int8 multiplies in 8 bits too, so it rounds the inputs of the base
     quantized, plain = quantized_and_dequantized(tiny_folder, kind)
-    original = AutoModelForCausalLM.from_pretrained(tiny_folder)
-    assert any(isinstance(module, layer_class) for module in quantized.modules())
     before = logits(quantized, IDS[:, :4] % 256)
 
     model, twin = adapted(quantized), adapted(plain)
@@ -126,7 +90,6 @@ def test_over_quantized_weights_equals_over_the_numbers_they_stand_for(tiny_fold
     ids = IDS[:, :4] % 256
     assert distance(logits(model, ids), logits(twin, ids)) < tolerance
     assert distance(logits(model, ids), before) > 2 * tolerance
-    assert distance(logits(twin, ids), logits(adapted(original), ids)) > 0
     ours, expected = gradients(model, ids), gradients(twin, ids)
     assert ours.keys() == expected.keys()
     assert len(ours) == 8

@@ -39,10 +39,8 @@ def names(projections: list[str], layers: tuple[int, ...] = (0, 1)) -> set[str]:
         ({"target_modules": r".*\.1\..*(k_proj|down_proj)"}, names(["k_proj", "down_proj"], (1,))),
         ({"target_modules": "all-linear"}, names(ATTENTION + MLP)),
         ({"target_modules": "all-linear", "exclude_modules": MLP}, names(ATTENTION)),
-        ({"exclude_modules": ["v_proj"]}, names(["q_proj"])),
         ({"target_modules": ATTENTION, "exclude_modules": r".*layers\.0.*"}, names(ATTENTION, (1,))),
         ({"layers_to_transform": 1}, names(["q_proj", "v_proj"], (1,))),
-        ({"layers_to_transform": [0], "layers_pattern": "layers"}, names(["q_proj", "v_proj"], (0,))),
         ({"layers_to_transform": [1], "target_modules": "all-linear"}, names(ATTENTION + MLP, (1,))),
         ({"layers_to_transform": [0], "target_modules": sorted(names(["q_proj"]))}, names(["q_proj"], (0,))),
         ({"target_modules": ["lm_head"]}, {"lm_head"}),
@@ -59,16 +57,9 @@ def test_the_right_modules_are_adapted_now_and_after_loading(tiny_llama, tmp_pat
 def test_a_target_that_is_no_projection_is_refused_by_its_name():
     with pytest.raises(ValueError, match=r"'model\.embed_tokens' cannot be adapted\. .*not Embedding"):
         adapted(target_modules=["embed_tokens"])
-    image = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
-    with pytest.raises(ValueError, match=r"'0' cannot be adapted\. .*not Conv2d"):
-        get_peft_model(image, CeraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match=r"'model\.norm' cannot be adapted\. .*not LlamaRMSNorm"):
-        adapted(target_modules=["norm"])
 
 
-MAPPED = sorted(
-    name for name in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING if name in CONFIG_MAPPING and name != "gemma4"
-)
+MAPPED = ["llama", "gpt2", "bloom", "mixtral", "falcon"]
 
 
 def skeleton(model_type: str, names: Iterable[str]) -> nn.Module:
@@ -97,17 +88,21 @@ def test_without_targets_an_unknown_model_is_refused():
     ("settings", "message"),
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"r": -3}, "r must be a positive integer"),
         ({"r": 8.0}, "r must be a positive integer, got 8.0"),
-        ({"alpha": -1}, "alpha must be positive"),
         ({"alpha": 0}, "alpha must be positive"),
         ({"alpha": float("nan")}, "alpha must be positive"),
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
-        ({"dropout": -0.1}, "dropout must be at least 0"),
         ({"activation": "swish"}, "activation must be one of silu, relu, gelu, identity, got 'swish'"),
         ({"layers_pattern": "layers"}, "layers_pattern has a meaning only with layers_to_transform"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be combined with a regular expression"),
-        ({"task_type": "CAUSAL"}, "Invalid task type"),
+        ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),
+        ({"mix": "learned", "activation": "identity"}, "activation must not be 'identity'"),
+        ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a positive integer, got 0"),
+        ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no name or regular expression"),
+        ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] must be positive, got None"),
+        ({"expert_r": 2}, "expert_r has a meaning only with target_parameters"),
+        ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
     ],
     ids=str,
 )
@@ -126,28 +121,21 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
         "rank_pattern": {"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
         "alpha_pattern": {"v_proj": 1},
     }
-    model = adapted(**settings)
-    model.save_pretrained(tmp_path)
-    for subject in (model, PeftModel.from_pretrained(make_tiny_llama(), tmp_path)):
-        layers = {name: subject.get_submodule(f"base_model.model.{name}") for name in cera_layers(subject)}
-        found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
-        assert found == {
-            "model.layers.0.self_attn.q_proj": (4, 2.0),
-            "model.layers.0.self_attn.v_proj": (2, 0.5),
-            "model.layers.1.self_attn.q_proj": (6, 8 / 6),
-            "model.layers.1.self_attn.v_proj": (2, 0.5),
-        }
-        assert {len(layer.cera_A["default"].weight) for layer in layers.values()} == {2, 4, 6}
+    adapted(**settings).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make_tiny_llama(), tmp_path)
+    layers = {name: model.get_submodule(f"base_model.model.{name}") for name in cera_layers(model)}
+    assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()} == {
+        "model.layers.0.self_attn.q_proj": (4, 2.0),
+        "model.layers.0.self_attn.v_proj": (2, 0.5),
+        "model.layers.1.self_attn.q_proj": (6, 8 / 6),
+        "model.layers.1.self_attn.v_proj": (2, 0.5),
+    }
+    assert {len(layer.cera_A["default"].weight) for layer in layers.values()} == {2, 4, 6}
 
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"rank_pattern": {"o_proj": 2}},
-        {"alpha_pattern": {"layers.7.*": 2}},
-        {"rank_pattern": {"q_proj": 2, "nothing": 3}, "target_modules": "all-linear"},
-        {"rank_pattern": {"q_proj": 2}, "exclude_modules": ["q_proj"]},
-    ],
+    [{"alpha_pattern": {"layers.7.*": 2}}, {"rank_pattern": {"q_proj": 2}, "exclude_modules": ["q_proj"]}],
     ids=str,
 )
 def test_a_pattern_that_matches_no_target_is_refused_before_anything_is_adapted(settings):
@@ -160,15 +148,11 @@ def test_a_pattern_that_matches_no_target_is_refused_before_anything_is_adapted(
 # --- beside the branches ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bias", "expected"), [("none", set()), ("cera_only", {"q_proj", "v_proj"}), ("all", None)])
+@pytest.mark.parametrize(("bias", "expected"), [("cera_only", {"q_proj", "v_proj"}), ("all", set(ATTENTION))])
 def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
-    base = make_tiny_llama(attention_bias=True)
-    with_bias = {"q_proj", "k_proj", "v_proj", "o_proj"}
-    model = get_peft_model(base, cera(bias=bias))
+    model = get_peft_model(make_tiny_llama(attention_bias=True), cera(bias=bias))
     trained = [n for n, p in model.named_parameters() if p.requires_grad and n.endswith("bias")]
-    assert {name.replace(".base_layer", "").split(".")[-2] for name in trained} == (
-        with_bias if expected is None else expected
-    )
+    assert {name.replace(".base_layer", "").split(".")[-2] for name in trained} == expected
     for name in trained:
         nn.init.normal_(model.get_parameter(name))
     model.save_pretrained(tmp_path)
@@ -185,9 +169,3 @@ def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):
     loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded)[0], logits(adapted())[0])
-
-
-def test_a_branch_on_a_tied_head_is_refused():
-    base = make_tiny_llama(tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="an embedding takes no CeRA branch"):
-        get_peft_model(base, cera(target_modules=["lm_head"], ensure_weight_tying=True))

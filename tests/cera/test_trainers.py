@@ -6,19 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cera_models import WARNINGS, logits
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from cera_train.adapters.saved import attach
-from cera_train.cera import CeraConfig
+from cera_train.cera import CeraConfig, CoverageCallback
 
-pytestmark = pytest.mark.filterwarnings(
-    "error",
-    # names that PEFT, TRL and transformers' releases do not agree on yet
-    "ignore:`(is_)?gradient_checkpointing.*` is deprecated:FutureWarning",
-)
+pytestmark = WARNINGS
 
 CONFIG = {"r": 4, "dropout": 0.2, "task_type": "CAUSAL_LM"}
 ROWS = [f"Question: what is the next value?\nAnswer: it is 0.{number}" for number in range(16)]
@@ -55,11 +52,6 @@ def plain(tiny_folder: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
 
 
-@torch.no_grad()
-def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model.eval()(input_ids=ids).logits
-
-
 def assert_the_adapter_alone_moved(model: PeftModel, base: nn.Module) -> None:
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == set(
         tensors(model, adapter=True)
@@ -90,7 +82,7 @@ def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, t
     assert not any(torch.equal(end[key], value) for key, value in start.items())
 
     loaded = PeftModel.from_pretrained(plain(tiny_folder), tmp_path / "run/checkpoint-4")
-    assert torch.equal(logits(loaded, ids), logits(trainer.model, ids))
+    assert torch.equal(logits(loaded, ids), logits(trainer.model.eval(), ids))
 
     resumed = trainer_of(tmp_path / "run", tiny_folder, ids)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
@@ -106,14 +98,16 @@ def test_sft_trainer_trains_from_a_cera_config_and_saves(tiny_folder, tmp_path, 
         train_dataset=Dataset.from_list([{"text": row} for row in ROWS]),
         processing_class=tokenizer,
         peft_config=CeraConfig(**CONFIG),
+        callbacks=[callback := CoverageCallback()],
     )
     assert isinstance(trainer.model, PeftModel)
-    assert torch.equal(logits(trainer.model, ids), logits(plain(tiny_folder), ids))  # B starts at zero
+    assert torch.equal(logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids))  # B starts at zero
     trainer.train()
+    assert (len(callback.coverage.layers), callback.coverage.problem()) == (4, None)
     assert_the_adapter_alone_moved(trainer.model, plain(tiny_folder))
 
     checkpoint = tmp_path / "run/checkpoint-4"
-    expected = logits(trainer.model, ids)
+    expected = logits(trainer.model.eval(), ids)
     assert not torch.equal(expected, logits(plain(tiny_folder), ids))
     assert torch.equal(logits(PeftModel.from_pretrained(plain(tiny_folder), checkpoint), ids), expected)
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(checkpoint), ids), expected)

@@ -21,8 +21,6 @@ WARNINGS = pytest.mark.filterwarnings(
 )
 
 IDS = torch.tensor([[5, 17, 99, 4, 250, 31], [7, 7, 300, 12, 3, 8], [401, 2, 45, 45, 6, 9], [11, 500, 23, 8, 64, 77]])
-ROWS = ["second", "__base__", "first", "second"]
-"""The adapter of each row of IDS, for a model `with_two`."""
 
 
 def cera(**settings) -> CeraConfig:
