@@ -11,9 +11,8 @@ from conftest import make_tiny_llama
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
-from cera_train.cera import CeraConfig, CeraLayer, CoverageCallback, check_coverage
+from cera_train.cera import CeraConfig, CeraLayer, check_coverage
 from cera_train.cera.coverage import Coverage
 
 pytestmark = WARNINGS
@@ -164,24 +163,3 @@ def test_what_one_process_has_not_seen_another_may_have():
     assert idle.problem() is not None
     idle.sum(lambda seen: seen + torch.cat([busy.called, busy.moves_loss, busy.has_gradient]))
     assert idle.problem() is None
-
-
-# --- trainers --------------------------------------------------------------------------------------------------------
-
-
-def trainer_of(model: nn.Module, tmp_path, **changes) -> Trainer:
-    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)]
-    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True}
-    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "bf16": False}
-    arguments = TrainingArguments(str(tmp_path), **settings | quiet | changes)
-    return Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[CoverageCallback()])
-
-
-def test_the_callback_stops_the_trainer_before_its_first_step(tmp_path):
-    model = adapted(target_modules=["q_proj"])
-    model.base_model.model.config.num_hidden_layers = 1
-    before = {name: weight.clone() for name, weight in model.named_parameters()}
-    trainer = trainer_of(model, tmp_path)
-    with pytest.raises(ValueError, match=r"1 of 2 adapted modules would not train\. model\.layers\.1"):
-        trainer.train()
-    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())

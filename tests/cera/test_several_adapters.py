@@ -1,16 +1,30 @@
-"""Several adapters on one model, and what a branch that is no matrix cannot do."""
+"""Adapters in a model: LoRA as the oracle, several at once, and what a branch that is no matrix cannot do."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cera_models import IDS, WARNINGS, adapted, cera, cera_layers, logits, with_two
+from cera_models import IDS, WARNINGS, adapted, cera, cera_layers, gradients, logits, with_two
 from conftest import make_tiny_llama
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from cera_train.cera import CeraLayer
 
 pytestmark = WARNINGS
+
+
+@pytest.mark.parametrize(("alpha", "lora_alpha"), [(None, 4), (16, 16)])
+def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_alpha):
+    model = adapted(activation="identity", alpha=alpha, target_modules="all-linear")
+    config = LoraConfig(r=4, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = get_peft_model(make_tiny_llama(), config)
+    tensors = {key.replace("cera_", "lora_"): value for key, value in model.state_dict().items() if "cera_" in key}
+    assert not lora.load_state_dict(tensors, strict=False).unexpected_keys
+    torch.testing.assert_close(logits(model), logits(lora.eval()))
+    ours = {key.replace("cera_", "lora_"): value for key, value in gradients(model).items()}
+    assert len(ours) == 2 * 7 * 2  # A and B of seven projections in two layers
+    torch.testing.assert_close(ours, gradients(lora))
+
 
 # --- several adapters ------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -64,11 +65,12 @@ def assert_the_adapter_alone_moved(model: PeftModel, base: nn.Module) -> None:
         assert torch.equal(value, expected[name.removeprefix("base_model.model.").replace(".base_layer", "")]), name
 
 
-def trainer_of(folder: Path, tiny_folder: Path, ids: torch.Tensor) -> Trainer:
+def trainer_of(folder: Path, tiny_folder: Path, ids: torch.Tensor, callbacks: Sequence = ()) -> Trainer:
     torch.manual_seed(1)
     model = get_peft_model(plain(tiny_folder), CeraConfig(**CONFIG))
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    return Trainer(model=model, args=TrainingArguments(**arguments(folder)), train_dataset=rows)
+    settings = TrainingArguments(**arguments(folder), gradient_accumulation_steps=2)
+    return Trainer(model=model, args=settings, train_dataset=rows, callbacks=list(callbacks))
 
 
 def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, tmp_path, ids):
@@ -88,6 +90,15 @@ def test_transformers_trainer_trains_saves_and_resumes_to_the_bit(tiny_folder, t
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert resumed.state.global_step == 4
     assert all(torch.equal(value, end[key]) for key, value in tensors(resumed.model, adapter=True).items())
+
+
+def test_the_coverage_callback_stops_the_trainer_before_its_first_step(tiny_folder, tmp_path, ids):
+    trainer = trainer_of(tmp_path, tiny_folder, ids, [CoverageCallback()])
+    trainer.model.base_model.model.config.num_hidden_layers = 1
+    before = tensors(trainer.model, adapter=True)
+    with pytest.raises(ValueError, match=r"2 of 4 adapted modules would not train\. model\.layers\.1"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in tensors(trainer.model, adapter=True).items())
 
 
 def test_sft_trainer_trains_from_a_cera_config_and_saves(tiny_folder, tmp_path, tokenizer, ids):

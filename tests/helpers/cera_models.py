@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from cera_train.cera import CeraConfig, CeraLayer
@@ -61,18 +61,3 @@ def gradients(model: nn.Module, ids: torch.Tensor = IDS) -> dict[str, torch.Tens
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def lora_twin(model: PeftModel, base: nn.Module, **settings) -> PeftModel:
-    """A LoRA with the same A and B on another copy of the base."""
-    lora = get_peft_model(base, LoraConfig(lora_dropout=0.0, task_type="CAUSAL_LM", **settings))
-    tensors = {key.replace("cera_", "lora_"): value for key, value in model.state_dict().items() if "cera_" in key}
-    unexpected = lora.load_state_dict(tensors, strict=False).unexpected_keys
-    assert tensors
-    assert not unexpected
-    return lora
-
-
-def distance(values: torch.Tensor, expected: torch.Tensor) -> float:
-    """|values - expected| / |expected|"""
-    return ((values.float() - expected.float()).norm() / expected.float().norm()).item()
