@@ -212,12 +212,13 @@ class SupervisedLoss(nn.Module):
         torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
         refused_variants().clear()
         torch.compiler.set_stance("default")
+        compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
         kinds = set(self._no_split_modules or ())
         for layer in causal_lm.modules():
             if kinds.isdisjoint(kind.__name__ for kind in type(layer).__mro__):  # FSDP2 gives layers a class of its own
                 continue
             if getattr(layer, "gradient_checkpointing", False):
-                checkpoint_layer = functools.partial(_checkpoint_compiled, layer._gradient_checkpointing_func, backend)
+                checkpoint_layer = functools.partial(_checkpoint_compiled, layer._gradient_checkpointing_func, compiled)
                 layer._gradient_checkpointing_func = checkpoint_layer
             else:
                 layer.compile(dynamic=True, backend=backend)
@@ -283,10 +284,9 @@ def refused_variants() -> dict[str, int]:
     return counters["unimplemented"]
 
 
-def _checkpoint_compiled(checkpoint: Callable, backend: str | Callable, layer: functools.partial, *args: Any) -> Any:
+def _checkpoint_compiled(checkpoint: Callable, compiled: Callable, layer: functools.partial, *args: Any) -> Any:
     """Checkpoints a compiled layer. torch.compile runs a layer that holds a checkpoint eagerly."""
-    forward = torch.compile(layer.func, dynamic=True, backend=backend)
-    return checkpoint(functools.partial(forward, *layer.args, **layer.keywords), *args)
+    return checkpoint(functools.partial(compiled(layer.func), *layer.args, **layer.keywords), *args)
 
 
 def losses_of(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:
