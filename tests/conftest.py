@@ -24,7 +24,8 @@ import pytest
 import torch
 
 # Asserts of helpers show their values too.
-pytest.register_assert_rewrite(*(file.stem for file in (Path(__file__).parent / "helpers").glob("*.py")))
+HELPERS = [file.stem for file in Path(__file__).parent.glob("*/*.py")]
+pytest.register_assert_rewrite(*(name for name in HELPERS if not name.startswith(("test_", "conftest"))))
 
 # A shell starts commands in the background with SIGINT ignored, and what they start would ignore it too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

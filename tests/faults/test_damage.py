@@ -12,7 +12,7 @@ from attempts import content, finish, newest_first, refuse
 from cera_train.common.files import WRITING, find_damage, write_checksums, write_folder
 from cera_train.runs.folder import RunFolder
 
-pytest_plugins = ("faulty_runs",)
+pytest_plugins = ("attempts",)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from attempts import assert_readable, content, finish, newest_first, refuse
 
 from cera_train.common.files import write_text
 
-pytest_plugins = ("faulty_runs",)
+pytest_plugins = ("attempts",)
 
 
 def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
