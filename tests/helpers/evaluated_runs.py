@@ -63,9 +63,9 @@ def eval_config(compose, run, questions):
     """eval_config("task.limit=3", ...): GSM8K's way with the tiny run, 8 new tokens, several batches."""
 
     def eval_config(*overrides: str, task: str = "gsm8k", run: Path | str = run):
-        own = ["task.max_new_tokens=8", "generation.batch_tokens=150"]
-        if task in ("gsm8k", "math"):
-            own += [f"task.files=[{questions}]"]
-        return compose(f"run={run}", f"task={task}", *own, *overrides, command="eval")
+        settings = ["task.max_new_tokens=8", "generation.batch_tokens=150"]
+        if task == "gsm8k":
+            settings += [f"task.files=[{questions}]"]
+        return compose(f"run={run}", f"task={task}", *settings, *overrides, command="eval")
 
     return eval_config

@@ -6,7 +6,6 @@ reads it. choice: the letter of a choice.
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import replace
 from functools import partial
@@ -73,7 +72,7 @@ class JsonlTask(QuestionTask):
             question=config.question or self.question,
             gold=partial(gold, column=config.answer or "answer", grader=config.grader),
             extract=EXTRACT[config.grader],
-            is_exact=IS_EXACT.get(config.grader, operator.eq),
+            is_exact=IS_EXACT.get(config.grader, self.is_exact),
             is_verified=config.grader in IS_EXACT,
         )
 
@@ -83,5 +82,4 @@ TASK = JsonlTask(
     question="question",
     gold=partial(gold, column="answer", grader=Grader.text),  # `configured` puts the rule of task.grader in place
     extract=single_spaced,
-    is_exact=operator.eq,
 )

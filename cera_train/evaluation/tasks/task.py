@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import itertools
+import operator
 import pkgutil
 import re
 from abc import ABC, abstractmethod
@@ -115,7 +116,7 @@ class QuestionTask(AnswerTask):
     """Finds the gold answer of a row, or raises UserError."""
     extract: Callable[[str], str | None]
     """Finds the answer in a generated text; None where there is none."""
-    is_exact: Callable[[str, str], bool]
+    is_exact: Callable[[str, str], bool] = operator.eq
     """Whether an answer equals the gold answer by the published rule."""
 
     def check(self, config: TaskConfig) -> None:
