@@ -26,6 +26,7 @@ import yaml
 from pydantic import Field
 from torch import nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
@@ -39,7 +40,7 @@ from cera_train.model.precision import Precision
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.recorded_config import LENGTH, differences
 from cera_train.runs.records import Record
-from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, RunResult, Sample
+from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, Perplexity, RunResult, Sample
 from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config
 
@@ -65,13 +66,17 @@ class Progress(Record):
     epoch: int = 0
     seconds: float = 0.0  # time spent in updates
     tokens: int = 0  # tokens seen in updates, padding not counted
-    perplexity_before: float | None = None
-    perplexity: float | None = None  # at the last evaluation
-    best_perplexity: float | None = None
+    perplexity_before: Perplexity = None
+    perplexity: Perplexity = None  # at the last evaluation
+    best_perplexity: Perplexity = None
     best_update: int = 0
     tasks: dict[str, float] = Field(default_factory=dict)  # at the last evaluation that had any
     evaluations_since_best: int = 0
     evaluation_pending: bool = False  # an evaluation of `update` was due when a signal came
+    data_digest: str | None = None  # of the training rows
+
+    def to_json(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)  # null would read as infinite
 
     def updated(self, tokens: int, seconds: float, order: RowOrder) -> None:
         """Counts one more update."""
@@ -280,13 +285,7 @@ class RunFolder:
                 files.write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
 
     def save_checkpoint(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        progress: Progress,
-        data_digest: str,
-        keep: int,
-        scaler: GradScaler | None = None,
+        self, model: nn.Module, optimizer: Optimizer, progress: Progress, keep: int, scaler: GradScaler | None = None
     ) -> None:
         """checkpoints/<update>: adapter, optimizer with its gradient scaler, progress and config; then removes all but
         the last `keep`."""
@@ -297,7 +296,7 @@ class RunFolder:
                 os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(moments, file)
-            (folder / "progress.json").write_text(json.dumps(progress.model_dump() | {"data_digest": data_digest}))
+            progress.write(folder / "progress.json")
             (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
             files.write_checksums(folder)
 
@@ -360,17 +359,16 @@ def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[P
         UserError: the folder is no checkpoint, belongs to another adapter, or was trained on other rows.
     """
     try:
-        saved = files.read_json(folder / "progress.json")
+        progress = Progress.read(folder / "progress.json")
         weights = read(folder)
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types on a file that is not its own
         raise UserError(f"{folder} is damaged or no checkpoint: {error}. Remove it to resume from another.") from error
-    if saved.get("data_digest") != data_digest:
+    if progress.data_digest != data_digest:
         raise UserError(
             f"the training rows are not those of {folder}: its optimizer and order of rows belong to others. "
             "Restore the files, or choose another name=... for a new run."
         )
-    progress = Progress.from_json(saved, folder / "progress.json")
     load(model, weights)
     return progress, state
 

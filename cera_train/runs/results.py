@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BeforeValidator
 
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, write_text
 from cera_train.common.terminal import duration
 from cera_train.runs.records import RESTORE, Record, fits, key, read_trees
+
+Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if value is None else value)]
+"""JSON has no infinity: null reads as infinite, and a missing key as None."""
 
 # --- a run -----------------------------------------------------------------------------------------------------------
 
@@ -55,9 +61,9 @@ class MeasuredAdapter(Record, extra="allow"):
 class RunResult(MeasuredAdapter):
     """result.json of a run, written last: a folder that has it is finished."""
 
-    perplexity: float | None = key("eval/perplexity")  # after the last update
-    perplexity_before: float | None = None  # before the first update: as a rule, that of the untouched base model
-    best_perplexity: float | None = None
+    perplexity: Perplexity = key("eval/perplexity")  # after the last update
+    perplexity_before: Perplexity = None  # before the first update: as a rule, that of the untouched base model
+    best_perplexity: Perplexity = None
     best_update: int | None = None
     adapter_kind: str | None = None
     adapter_r: int | None = None
@@ -176,7 +182,7 @@ class EvaluationMetrics(MeasuredAdapter):
     update: int
     epoch: int | None = None
     loss: float | None = key("eval/loss")
-    perplexity: float | None = key("eval/perplexity")
+    perplexity: Perplexity = key("eval/perplexity")
 
 
 class Sample(Record):
@@ -325,11 +331,11 @@ class PerplexityResult(MeasuredAdapter):
 
     task: str | None = None  # the name of the evaluation's folder
     kind: str | None = None  # `perplexity`, whatever the rows are
-    perplexity: float | None = None
+    perplexity: Perplexity = None
     loss: float | None = None
     rows: int | None = None
     tokens: int | None = None  # tokens predicted
-    perplexity_base: float | None = None  # without the adapter; None where there is no adapter
+    perplexity_base: Perplexity = None  # without the adapter; None where there is no adapter
 
 
 def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
@@ -371,8 +377,7 @@ def describe_tasks(figures: dict[str, float]) -> str:
 
 
 def figure(value: float | None, decimals: int = 3) -> str:
-    """A number with so many decimals, or in powers of ten where that would be long. None stands for infinity, which
-    JSON lacks."""
+    """A number with so many decimals, or in powers of ten where that would be long."""
     if value is None:
-        return "inf"
+        return "–"
     return f"{value:,.{decimals}f}" if abs(value) < 1e9 else f"{value:.3g}"

@@ -108,7 +108,7 @@ class Session:
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
         self.resumes_here = resume_from is not None and folder.holds(resume_from)
-        self.progress, moments = Progress(), None
+        self.progress, moments = Progress(data_digest=self.data.train.digest), None
         if resume_from is not None:
             self.progress, moments = load_checkpoint(resume_from, self.model, self.data.train.digest)
             if not self.resumes_here:

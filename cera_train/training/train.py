@@ -268,8 +268,8 @@ def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpec
 
 def save(session: Session) -> None:
     """A checkpoint of this update."""
-    digest, keep, scaler = session.data.train.digest, session.config.train.keep, session.accelerator.scaler
-    session.folder.save_checkpoint(session.model, session.optimizer, session.progress, digest, keep, scaler)
+    keep, scaler = session.config.train.keep, session.accelerator.scaler
+    session.folder.save_checkpoint(session.model, session.optimizer, session.progress, keep, scaler)
 
 
 def stop(session: Session, signal: int) -> None:

@@ -289,7 +289,7 @@ def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
     with RunFolder(tmp_path_factory.mktemp("run") / "run", {"name": "run"}) as folder:
-        folder.save_checkpoint(model, optimizer, Progress(update=3), "digest", keep=1)
+        folder.save_checkpoint(model, optimizer, Progress(update=3, data_digest="digest"), keep=1)
         (path,) = folder.checkpoints()
         folder.append_metrics({"update": 3})
     return path, model

@@ -261,7 +261,7 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
     model = build(tiny_llama.requires_grad_(False), config.adapter)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     with RunFolder(tmp_path / "run", to_plain(config)) as folder:
-        folder.save_checkpoint(model, optimizer, Progress(update=1), "digest", keep=1)
+        folder.save_checkpoint(model, optimizer, Progress(update=1, data_digest="digest"), keep=1)
         (checkpoint,) = folder.checkpoints()
         load_checkpoint(checkpoint, model, "digest")
         if name == "adapter_model.bin":

@@ -119,7 +119,7 @@ def test_an_unfinished_run_shows_what_it_has_and_is_named(tmp_path: Path) -> Non
 def test_what_a_run_lacks_is_named(tmp_path: Path) -> None:
     first, second = two_runs(tmp_path)
     add_evaluation(first, "gsm8k", finished=False)
-    (first / "result.json").write_text(json.dumps(result_of("cera", 64, float("inf"))))
+    (first / "result.json").write_text(json.dumps(result_of("cera", 64, 1.9) | {"eval/perplexity": None}))
     notes = compare_runs([first, second]).notes
     assert notes == [f"{name} has no finished evaluation on gsm8k." for name in ("cera_64", "lora_512")]
     assert cells(first, second)["perplexity"][0].startswith("inf")
