@@ -14,7 +14,7 @@ from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, accuracy_metric, read_runs
-from cera_train.runs.results import ENDINGS, AccuracyResult, PerplexityResult, RunResult, is_task_figure
+from cera_train.runs.results import ENDINGS, AccuracyResult, PerplexityResult, is_task_figure
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "
@@ -91,7 +91,7 @@ def _perplexity(run: Run) -> str:
         notes.append(f"unfinished, at update {run.files.metrics.evaluations[-1].update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
-    return cell(value, "{:.3f}", *notes, *_paper(run, RunResult.key_of("perplexity"), value))
+    return cell(value, "{:.3f}", *notes, *_paper(run, "eval/perplexity", value))
 
 
 def _mean_and_max(run: Run, quantity: str) -> str:

@@ -214,11 +214,6 @@ class GradedAnswers:
             )
         return grades
 
-    @cached_property
-    def texts(self) -> dict[Key, str]:
-        lines = read_lines(self.folder / "generations.jsonl", Generation)
-        return {(line.problem, line.sample): line.text for line in lines}
-
     @property
     def samples(self) -> int:
         """Answers to a problem."""

@@ -213,7 +213,7 @@ class RunFolder:
                 f"train.extend=true: {self.path} stopped by train.patience={train['patience']}, and so would a longer "
                 "run. Train on in a new folder, with train.resume=CHECKPOINT name=NEW and another patience."
             )
-        end = RunResult.read(finished / "result.json", needs=["updates", "epochs"])
+        end = RunResult.read(finished / "result.json")
         updates = train["max_updates"] or train["epochs"] * round(end.updates / end.epochs)
         if updates <= end.updates:
             raise UserError(
@@ -333,7 +333,7 @@ def ends(run: Path) -> list[Path]:
 def keep_end(run: Path) -> None:
     """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it was interrupted, another
     call completes it."""
-    end = run / "ends" / str(RunResult.read(run / "result.json", needs=["updates"]).updates)
+    end = run / "ends" / str(RunResult.read(run / "result.json").updates)
     end.mkdir(parents=True, exist_ok=True)
     for name in STAYS:
         if (run / name).is_file():

@@ -3,13 +3,12 @@ other module spells a key. None stands for "not measured"."""
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, words_of
 from cera_train.common.files import finite, read_json, write_text
@@ -59,22 +58,14 @@ class Record(BaseModel):
         return self.model_copy(update=changes)
 
     @classmethod
-    def key_of(cls, field: str) -> str:
-        """The key of a field in the file."""
-        return cls.model_fields[field].alias or field
-
-    @classmethod
     def all_keys(cls) -> set[str]:
         """The keys of all fields."""
-        return set(map(cls.key_of, cls.model_fields))
+        return {field.alias or name for name, field in cls.model_fields.items()}
 
     @classmethod
-    def read(cls, path: Path, needs: Sequence[str] = ()) -> Self:
-        """The record in a file; raises UserError where it is missing or broken, or lacks a field of `needs`."""
-        record = cls.from_json(read_json(path, cls.mend), path)
-        if absent := [cls.key_of(name) for name in needs if getattr(record, name) is None]:
-            raise UserError(f"{path} has no {', '.join(absent)}. {cls.mend}")
-        return record
+    def read(cls, path: Path) -> Self:
+        """The record in a file; raises UserError where it is missing or broken."""
+        return cls.from_json(read_json(path, cls.mend), path)
 
     @classmethod
     def find(cls, path: Path) -> Self | None:
@@ -113,17 +104,3 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
         line = f":{number}" * bool(number)
         raise UserError(f"{path}{line} is broken: {words_of(error)}. {mend}") from error
     return trees
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has a type, strictly: neither true nor "1" is a number."""
-    try:
-        _type_adapter(hint).validate_python(value, strict=True)
-    except ValidationError:
-        return False
-    return True
-
-
-@functools.cache
-def _type_adapter(hint: Any) -> TypeAdapter:
-    return TypeAdapter(hint)

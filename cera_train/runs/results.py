@@ -18,7 +18,7 @@ from pydantic import BeforeValidator
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json, write_text
 from cera_train.common.terminal import duration
-from cera_train.runs.records import RESTORE, Record, fits, key, read_trees
+from cera_train.runs.records import RESTORE, Record, key, read_trees
 
 Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if value is None else value)]
 """JSON has no infinity: null reads as infinite, and a missing key as None."""
@@ -323,7 +323,7 @@ class AccuracyResult(Record, extra="allow"):
     def figure(self, name: str) -> float | None:
         """A number by its key, such as one that the task adds."""
         value = self.to_json().get(name)
-        return value if fits(value, float) else None
+        return value if isinstance(value, int | float) else None
 
 
 class PerplexityResult(MeasuredAdapter):

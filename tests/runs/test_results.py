@@ -132,12 +132,6 @@ def test_a_broken_result_is_named_in_one_line(tmp_path: Path, content: str, reas
     assert "\n" not in str(error.value)
 
 
-def test_figures_that_a_command_needs_are_named_by_their_keys(tmp_path: Path) -> None:
-    (path := tmp_path / "result.json").write_text('{"updates": 3}')
-    with pytest.raises(UserError, match=f"{path} has no eval/perplexity, tokens."):
-        RunResult.read(path, needs=("perplexity", "updates", "tokens"))
-
-
 def test_the_files_of_a_run_read_together(tmp_path: Path) -> None:
     whole, cut = (RunFiles.read(make_run(tmp_path / name, finished=name == "a")) for name in "ab")
     assert whole.figures == whole.result
