@@ -58,11 +58,6 @@ class Record(BaseModel):
         return self.model_copy(update=changes)
 
     @classmethod
-    def all_keys(cls) -> set[str]:
-        """The keys of all fields."""
-        return {field.alias or name for name, field in cls.model_fields.items()}
-
-    @classmethod
     def read(cls, path: Path) -> Self:
         """The record in a file; raises UserError where it is missing or broken."""
         return cls.from_json(read_json(path, cls.mend), path)

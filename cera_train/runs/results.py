@@ -80,7 +80,7 @@ class RunResult(MeasuredAdapter):
 
 def is_task_figure(name: str) -> bool:
     """Whether a key of result.json is a figure of a task."""
-    return "/" in name and name not in RunResult.all_keys() | SpectrumSummary.all_keys()
+    return "/" in name and not name.startswith(("eval/", "spectrum/", "adapter/"))
 
 
 DIVERGED = "diverged.txt"
