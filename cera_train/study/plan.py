@@ -25,7 +25,7 @@ def plan_study(config: DictConfig, compose: ComposeJob[PlanRun]) -> None:
     Args:
         config: what Hydra composed for the sweep, with its own section.
     """
-    outcomes, spread = study_of(config).outcomes, OmegaConf.to_object(config.plan).spread.by_outcome
+    outcomes, spread = study_of(config).outcomes, OmegaConf.to_object(config.plan).spread or {}
     for outcome in spread:
         names = ", ".join(outcomes)
         require(outcome in outcomes, f"plan.spread: {outcome} is no outcome of this study: choose from {names}.")
@@ -68,7 +68,7 @@ def print_cells(cells: Sequence[tuple[Cell, list[RunPlan]]]) -> None:
     print_missing_price(first)
 
 
-def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, tuple[float, float, float]]) -> None:
+def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Sequence[float]]) -> None:
     """The smallest difference that a study detects in each outcome, beside the one that matters.
 
     Args:
@@ -78,7 +78,7 @@ def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, tup
     config, contrasts = study.config, len(study.contrasts())
     for outcome in config.outcomes:
         if outcome not in spread:
-            print_line("detects", f"{outcome}: set plan.spread.seed={{{outcome}: ...}}")
+            print_line("detects", f"{outcome}: set plan.spread={{{outcome}: [...]}}")
             continue
         what = "rows" if outcome == LOSS else "problems"
         problems = min(_problems(outcome, plan) for plan in plans)

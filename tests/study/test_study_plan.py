@@ -38,8 +38,8 @@ def row(out: str, name: str) -> list[str]:
 
 
 def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
-    spread = ["plan.spread.seed={loss:0.01}", "plan.spread.residual={loss:0.02}"]
-    out = plan_command(*STUDY, *spread, "study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]")
+    spread = "plan.spread={loss:[0.01,0,0.02]}"
+    out = plan_command(*STUDY, spread, "study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]")
     assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
     runs, _, _, updates, *_ = row(out, "3 cells")
     assert (runs, updates) == ("27", f"{3 * 3 * 3 * 24}")
@@ -48,7 +48,7 @@ def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
     smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=3, problems=20, comparisons=3)
     assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in out
     assert "study.matters=0.02 is not detected\n" in out
-    assert out.endswith("logistic_map: set plan.spread.seed={logistic_map: ...}\n")
+    assert out.endswith("logistic_map: set plan.spread={logistic_map: [...]}\n")
 
 
 def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
@@ -59,7 +59,8 @@ def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
 @pytest.mark.parametrize(
     ("setting", "mistake"),
     [
-        ("plan.spread.seed={math:0.01}", "plan.spread: math is no outcome of this study: choose from loss."),
+        ("plan.spread={loss:[0.01,0.02]}", "plan.spread={'loss': [0.01, 0.02]}: expected three standard deviations"),
+        ("plan.spread={math:[0.01,0,0]}", "plan.spread: math is no outcome of this study: choose from loss."),
     ],
 )
 def test_what_cannot_run_is_not_planned(plan_command, setting, mistake):
