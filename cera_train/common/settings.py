@@ -25,15 +25,14 @@ class Changes(StrEnum):
     nothing = "nothing"  # nothing measured: where a run computes, what it is called, how it is shown
 
 
-def setting(default: Any, changes: str, *, splits: str = "both", binds_checkpoint: bool = False) -> Any:
+def setting(default: Any, changes: str, *, binds_checkpoint: bool = False) -> Any:
     """A field of a settings dataclass. A `default` that can be called makes the value.
 
     Args:
         changes: one of `Changes`.
-        splits: "training" where the setting chooses training rows only.
         binds_checkpoint: another run's checkpoint can only be resumed with the same value.
     """
-    return _field(default, {"changes": Changes(changes), "splits": splits, "binds_checkpoint": binds_checkpoint})
+    return _field(default, {"changes": Changes(changes), "binds_checkpoint": binds_checkpoint})
 
 
 def section(default: Any = MISSING) -> Any:

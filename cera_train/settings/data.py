@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.settings import MISSING, Changes, leaves, require, require_positive, section, setting
+from cera_train.common.settings import MISSING, require, require_positive, section, setting
 
 Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map", "reasoning_gym"])
 Turns = StrEnum("Turns", ["first", "all"])
@@ -117,16 +117,16 @@ class DataFacts:
 class MixPart:
     """One data set of `data.mix`. What it leaves null it takes from `data`."""
 
-    weight: float | None = setting(None, "result", splits="training")
+    weight: float | None = setting(None, "result")
     """Its share of the training rows, relative to the other parts. null in all parts: every row of each part once."""
     path: str | None = setting(None, "result")
     subset: str | None = setting(None, "result")
     revision: str | None = setting(None, "result")
-    train_split: str | None = setting(None, "result", splits="training")
+    train_split: str | None = setting(None, "result")
     eval_split: str | None = setting(None, "result")
     train_files: list[str] | None = setting(None, "result")
     eval_files: list[str] | None = setting(None, "result")
-    train_rows: int | None = setting(None, "result", splits="training")
+    train_rows: int | None = setting(None, "result")
     eval_rows: int | None = setting(None, "result")
     """0: this part evaluates nothing."""
     layout: Layout | None = setting(None, "tokens")
@@ -145,7 +145,7 @@ class DataConfig:
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
     revision: str | None = setting(None, "result")
-    train_split: str = setting("train", "result", splits="training")
+    train_split: str = setting("train", "result")
     eval_split: str = setting("test", "result")
     """Splits in the notation of `datasets`: `train[:100000]`."""
     train_files: list[str] = setting(list, "result")
@@ -164,17 +164,17 @@ class DataConfig:
     streaming: bool = setting(False, "result")
     """Read the training rows once and in order while the run trains, and keep no tokens: for more rows than fit a disk.
     Needs train.max_updates. Without eval_files, the first eval_rows rows of train_files are held out."""
-    shuffle_buffer: int = setting(10_000, "result", splits="training")
+    shuffle_buffer: int = setting(10_000, "result")
     """Rows of a stream that are shuffled at a time."""
-    train_rows: int | None = setting(None, "result", splits="training")
+    train_rows: int | None = setting(None, "result")
     eval_rows: int | None = setting(None, "result")
     """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of an epoch in all, and
     eval_rows those of each part."""
     mix: list[MixPart] | None = setting(None, "result")
     """Trains on several data sets, in place of path and train_files."""
-    mix_seed: int = setting(0, "result", splits="training")
+    mix_seed: int = setting(0, "result")
     """Draws the rows of a part that does not train whole."""
-    allow_overlap: bool = setting(False, "result", splits="training")
+    allow_overlap: bool = setting(False, "result")
     """Accept evaluation rows whose prompt is also a training row's."""
     logistic_map: LogisticMapConfig = section(LogisticMapConfig)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig)
@@ -260,27 +260,28 @@ class DataConfig:
         return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
 
 
+TRAINING_ONLY = ("weight", "train_split", "train_rows", "shuffle_buffer", "mix_seed", "allow_overlap", "facts")
+"""Settings that choose no evaluation rows."""
+
+HUB_ONLY = ("path", "subset", "revision", "eval_split")
+
+
 def evaluation_rows(settings: dict[str, Any]) -> tuple:
     """The settings of a run that choose its evaluation tokens: perplexities are comparable where these are equal. Takes
     flat settings, in which a null counts like a missing key."""
     settings = {key: value for key, value in settings.items() if key.startswith("data.") and value is not None}
     parts = {match[0] for key in settings if (match := re.match(r"data\.mix\.\d+\.", key))}
-    silent = {part for part in parts if settings.get(f"{part}eval_rows") == 0}
-    if len(parts - silent) == 1:  # compares with a run on this part alone
-        [part] = parts - silent
+    skipped = {part for part in parts if settings.get(f"{part}eval_rows") == 0}
+    if len(parts - skipped) == 1:  # compares with a run on this part alone
+        [part] = parts - skipped
         names = [key.removeprefix(part) for key in settings if key.startswith(part)]
         settings |= {f"data.{name}": settings[part + name] for name in names}
-        silent = {"data.mix."}
-    marked = [leaf for schema in (DataConfig, MixPart) for leaf in leaves(schema)]
-    training = {leaf.key for leaf in marked if leaf.field.metadata["splits"] == "training"}
-    training |= {leaf.key for leaf in marked if leaf.changes == Changes.nothing}
-    skipped = set()
-    for prefix in ("data.", *parts):
-        names = {*training}
-        if settings.get(f"{prefix}train_files"):  # nothing comes from the Hub
-            names |= {"path", "subset", "revision", "eval_split"}
-        if settings.get(f"{prefix}eval_files"):
-            names.add("train_files")
-        skipped |= {prefix + name for name in names}
-    kept = [key for key in sorted(settings) if key not in skipped and not key.startswith((*silent,))]
-    return tuple((key, repr(settings[key])) for key in kept)
+        skipped = parts
+    kept = []
+    for key in sorted(settings):
+        prefix, name = re.match(r"(data\.(?:mix\.\d+\.)?)([^.]+)", key).groups()
+        train_files, eval_files = settings.get(f"{prefix}train_files"), settings.get(f"{prefix}eval_files")
+        is_unused = (name in HUB_ONLY and train_files) or (name == "train_files" and eval_files)
+        if not (prefix in skipped or name in TRAINING_ONLY or is_unused):
+            kept.append((key, repr(settings[key])))
+    return tuple(kept)

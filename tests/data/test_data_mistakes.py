@@ -163,6 +163,10 @@ def test_a_bad_row_is_refused_by_its_line_of_its_own_file(refusal, row, reason):
     [
         ({"prompt": "{prompt"}, "data.prompt='{prompt' is malformed: expected '}' before end of string. Write a lite"),
         ({"prompt": "{a.b}"}, "data.prompt='{a.b}': {a.b} is not just the name of a column. Write a literal brace tw"),
+        ({"prompt": "{a[0]}"}, "data.prompt='{a[0]}': {a[0]} is not just the name of a column."),
+        ({"prompt": "{a!r}"}, "data.prompt='{a!r}': {a} is not just the name of a column."),
+        ({"completion": "{a:>9}"}, "data.completion='{a:>9}': {a} is not just the name of a column."),
+        ({"completion": "{}"}, "data.completion='{}': {} is not just the name of a column."),
         ({"completion": "yes"}, "data.completion='yes' names no column: write one in braces, such as {answer}."),
     ],
 )

@@ -72,13 +72,6 @@ def test_numbers_read_as_text_null_as_nothing_and_braces_of_a_value_as_they_are(
     assert [segment.text for segment in segments] == [r"{\frac{1}{2} {a.__class__}} x:", r" \frac{1}{2} {a.__class__}"]
 
 
-@pytest.mark.parametrize("template", ["{a.__class__}", "{a[0]}", "{a!r}", "{a:>9}", "{}", "{a", "a}"])
-def test_a_template_that_does_more_than_name_columns_is_refused(tokenizer, template):
-    for settings in ({"prompt": template}, {"completion": template}):
-        with pytest.raises(ValueError, match="brace twice"):
-            segmenter(data_config(**settings), tokenizer)
-
-
 @pytest.mark.parametrize("answer", [None, " \n\u00a0"])
 def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
     assert segmenter(data_config(), tokenizer)({"question": "a", "answer": answer}) == []
@@ -122,12 +115,11 @@ def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
 
 
 @pytest.mark.parametrize("turns", ["first", "all"])
-@pytest.mark.parametrize("answer", [None, " \n", ...])
-def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns, answer):
+def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
     segments = segmenter(data_config(layout="conversations", turns=turns), tokenizer)
-    answers = [] if answer is ... else [{"from": "gpt", "value": answer}]
-    assert segments({"conversations": [{"from": "human", "value": "a"}, *answers]}) == []
-    assert segments({"conversations": None}) == []
+    question = {"from": "human", "value": "a"}
+    for conversation in (None, [question], [question, {"from": "gpt", "value": " \n"}]):
+        assert segments({"conversations": conversation}) == []
 
 
 # --- layout messages -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from examples import CONVERSATION, texts_of
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import flatten, to_plain
-from cera_train.data.order import PartRows, describe_parts, drawn_rows, interleaved, rows_of_parts
+from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.sources import check_data
 from cera_train.settings.data import DataConfig, MixPart, evaluation_rows
@@ -141,14 +141,6 @@ def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every
     some = texts_of(prepare_evaluation(config, tokenizer, limit=4), tokenizer)
     assert some == texts_of(whole, tokenizer)[:4]
     assert Counter(text[0] for text in some) == {"a": 3, "b": 1}
-
-
-def test_a_part_is_described_with_its_shares():
-    small = PartRows("b.jsonl", 200, 500, 50_000, 0)
-    assert describe_parts([PartRows("a.jsonl", 3000, 1500, 150_000, 1319), small]) == [
-        "a.jsonl: 1,500 rows an epoch, of 3,000 (75.00%), 150,000 tokens (75.00%); 1,319 rows evaluate",
-        "b.jsonl: 500 rows an epoch, of 200 (25.00%), 50,000 tokens (25.00%); 0 rows evaluate",
-    ]
 
 
 # --- what is comparable ----------------------------------------------------------------------------------------------
