@@ -74,15 +74,14 @@ class SupervisedLoss(nn.Module):
         return losses if by_token else losses.sum()
 
     def _token_losses(self, batch: Batch) -> Tensor:
-        causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
         is_supervised = batch.loss_mask[:, 1:]
         targets = batch.input_ids[:, 1:][is_supervised]
         with self.autocast():
             if not self.allowed.chunks_head:
-                logits = causal_lm(**self._inputs(batch)).logits[:, :-1][is_supervised]
+                logits = self.causal_lm(**self._inputs(batch)).logits[:, :-1][is_supervised]
                 return cross_entropy(logits.float(), targets, reduction="none")
 
-            head = causal_lm.get_output_embeddings()
+            head, decoder = self.causal_lm.get_output_embeddings(), self._parts["decoder"]
             hidden_states = _narrow(decoder(**self._inputs(batch)).last_hidden_state[:, :-1][is_supervised], head)
             if torch.is_grad_enabled() and not any(weight.requires_grad for weight in head.parameters()):
                 return FrozenHeadLoss.apply(hidden_states, targets, self._logits)
@@ -95,15 +94,14 @@ class SupervisedLoss(nn.Module):
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
         """[N, d] -> [N, V]."""
-        causal_lm = self._parts["causal_lm"]
-        return finish_logits(causal_lm.get_output_embeddings()(hidden_states), causal_lm.config)
+        return finish_logits(self.causal_lm.get_output_embeddings()(hidden_states), self.causal_lm.config)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
         inputs = batch.inputs | {"use_cache": False}
         if batch.sequence_lengths is not None:
             sequences = Sequences(batch.sequence_lengths)
-            if self._parts["causal_lm"].config._attn_implementation in (BY_SEQUENCE, VARLEN):
+            if self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN):
                 inputs["sequences"] = sequences
             if self.allowed.takes_places:
                 inputs |= sequences.places(batch.input_ids.device)
@@ -113,7 +111,7 @@ class SupervisedLoss(nn.Module):
     def generating(self) -> Iterator[PreTrainedModel]:
         """The transformers model as generation needs it: in eval mode, padded rows, layers that are not compiled. What
         is changed for that, its generation_config too, is put back."""
-        causal_lm, was_training = self._parts["causal_lm"], self.training
+        causal_lm, was_training = self.causal_lm, self.training
         attention, settings = causal_lm.config._attn_implementation, causal_lm.generation_config
         self.eval()
         if attention in (BY_SEQUENCE, VARLEN):
@@ -138,7 +136,7 @@ class SupervisedLoss(nn.Module):
     def probe(self) -> Allowed:
         """Finds out by trying what this architecture allows, and keeps it in `allowed`. Sharded weights have to be
         whole here, as in `forward`: see `register_fsdp_forward_method`."""
-        causal_lm, decoder = self._parts["causal_lm"], self._parts["decoder"]
+        causal_lm, decoder = self.causal_lm, self._parts["decoder"]
         vocabulary = causal_lm.get_input_embeddings().num_embeddings
         first, second, third = ([(7 * i + offset) % vocabulary for i in range(1, 9)] for offset in (0, 3, 5))
         masks = [[False] + [True] * 7] * 2
@@ -167,7 +165,7 @@ class SupervisedLoss(nn.Module):
         """Whether sequences that share a row get the logits they get apart, and by which attention of ours. In `other`
         the first sequence is another one: the second's logits must stay, since a state that crosses over can move them
         less than another mask does in 16 bits."""
-        causal_lm = self._parts["causal_lm"]
+        causal_lm = self.causal_lm
         # 16-bit attention rounds differently under another mask; a leak between sequences is far larger.
         tolerance = 1e-3 if causal_lm.dtype == torch.float32 else 0.05
 
@@ -196,14 +194,14 @@ class SupervisedLoss(nn.Module):
         """Takes flat batches from now on, with the fastest attention by sequence that the model allows."""
         self.is_flat = True
         if self.allowed.attention is not None:
-            self._parts["causal_lm"].set_attn_implementation(self.allowed.attention)
+            self.causal_lm.set_attn_implementation(self.allowed.attention)
 
     # --- compiled layers ---------------------------------------------------------------------------------------------
 
     def compile_layers(self, backend: str | Callable = "inductor") -> None:
         """Compiles the layers: the same graphs for all of them, every length and every number of sequences. Raises
         UserError without a compiler."""
-        causal_lm = self._parts["causal_lm"]
+        causal_lm = self.causal_lm
         if not can_compile(causal_lm.device):
             raise UserError(
                 "train.compile=true needs a C++ compiler on a CPU, such as g++; on CUDA a C compiler, such as gcc, and "
