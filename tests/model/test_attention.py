@@ -40,18 +40,6 @@ def masked(query, key, value, window: int | None = None) -> torch.Tensor:
     return scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 4, 9])
-def test_it_equals_one_row_under_a_block_mask(window):
-    inputs = heads()
-    got, no_weights = attend_by_sequence(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
-    expected = masked(*inputs, window)
-    torch.testing.assert_close(got, expected)
-    assert no_weights is None
-    upstream = torch.randn_like(got)
-    for one, other in zip(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)), strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
     query, key, value = heads(6)
     own = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
@@ -71,16 +59,14 @@ def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
     def own(query, key, value):
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
+    def short(*qkv):
+        return ShortAttention.apply(*qkv, 8**-0.5)
+
     assert ShortAttention.is_faster(rounded[0], rounded[2])
-    expected = gradients(own, exact)
-    for one, other, true in zip(
-        gradients(lambda *qkv: ShortAttention.apply(*qkv, 8**-0.5), rounded),
-        gradients(own, rounded),
-        expected,
-        strict=True,
-    ):
+    found = zip(gradients(short, rounded), gradients(own, rounded), gradients(own, exact), strict=True)
+    for one, other, true in found:
         assert (one - true).norm() < 2 * (other - true).norm()
-    outputs = [ShortAttention.apply(*rounded, 8**-0.5), own(*rounded), own(*exact)]
+    outputs = [short(*rounded), own(*rounded), own(*exact)]
     assert (outputs[0] - outputs[2]).norm() < 2 * (outputs[1] - outputs[2]).norm()
 
 
@@ -103,12 +89,16 @@ def sequence_after_sequence(
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
-def test_one_call_for_all_sequences_equals_one_row_under_a_block_mask(monkeypatch, window):
-    inputs = heads()
+@pytest.mark.parametrize("attend", [attend_by_sequence, attend_varlen])
+def test_it_equals_one_row_under_a_block_mask(monkeypatch, attend, window):
     monkeypatch.setattr(KERNEL, sequence_after_sequence)
-    got, no_weights = attend_varlen(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
-    torch.testing.assert_close(got, masked(*inputs, window))
+    inputs = heads()
+    got, no_weights = attend(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
+    expected = masked(*inputs, window)
+    torch.testing.assert_close(got, expected)
     assert no_weights is None
+    upstream = torch.randn_like(got)
+    torch.testing.assert_close(*(torch.autograd.grad(y, inputs, upstream) for y in (got, expected)))
 
 
 def test_under_autocast_the_kernel_gets_16_bits(monkeypatch):
