@@ -213,7 +213,7 @@ MENDS = {
 }
 """What a message of transformers' contains, and the mend."""
 
-DOWNLOAD = "Download or copy the model again (`git lfs pull` in a clone), or check its name on the Hub."
+DOWNLOAD = "Download or copy the model again (`git lfs pull` in a clone), or check its name and `hf auth login`."
 
 
 def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any) -> Any:

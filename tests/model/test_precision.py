@@ -34,11 +34,9 @@ def cpu(tmp_path, monkeypatch):
     ],
 )
 def test_auto_follows_the_processors_flags(cpu, flags, lines, dtype, reason):
-    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=cpu(flags, lines)) == Precision(Dtype(dtype), reason)
-
-
-def test_a_machine_without_that_report_computes_in_float32(tmp_path):
-    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=tmp_path / "none").dtype == "float32"
+    file = cpu(flags, lines)
+    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file) == Precision(Dtype(dtype), reason)
+    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file / "none").dtype == "float32"
 
 
 @pytest.mark.parametrize(("cap", "dtype"), [("AVX2", "float32"), ("avx512_core_bf16", "bfloat16")])
