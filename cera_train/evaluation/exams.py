@@ -37,7 +37,9 @@ from cera_train.runs.results import Sample, describe_tasks
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.run import Config
-from cera_train.settings.training import SAMPLE_ROOM
+
+SAMPLE_ROOM = 64
+"""Tokens that a sampled answer to an evaluation row may have; more where a reference has more."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from cera_train.common.errors import UserError
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, kernel_may_run
 from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.settings.data import BatchLayout
-from cera_train.settings.model import chunk_tokens
 
 Head = Callable[[Tensor], Tensor]
 """[N, d] hidden states -> [N, V] logits."""
@@ -285,6 +284,11 @@ def refused_variants() -> dict[str, int]:
 def _checkpoint_compiled(checkpoint: Callable, compiled: Callable, layer: functools.partial, *args: Any) -> Any:
     """Checkpoints a compiled layer. torch.compile runs a layer that holds a checkpoint eagerly."""
     return checkpoint(functools.partial(compiled(layer.func), *layer.args, **layer.keywords), *args)
+
+
+def chunk_tokens(on_gpu: bool) -> int:
+    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
+    return 1024 if on_gpu else 128
 
 
 def losses_of(head: Head, hidden_states: Tensor, targets: Tensor) -> Tensor:

@@ -31,11 +31,11 @@ from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_f
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
 from cera_train.model import loss as losses
 from cera_train.model.batches import Batch
-from cera_train.model.loss import SupervisedLoss, choose_layout
+from cera_train.model.loss import SupervisedLoss, choose_layout, chunk_tokens
 from cera_train.model.weights import mixes_sequences
 from cera_train.planning.count import build_base, errors_in_one_line, quantised_linears, stored_sizes
 from cera_train.settings.data import BatchLayout
-from cera_train.settings.model import Quantization, chunk_tokens
+from cera_train.settings.model import Quantization
 from cera_train.settings.run import PlanRun
 from cera_train.training.optimizer import build_optimizer
 

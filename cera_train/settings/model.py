@@ -87,8 +87,3 @@ class ModelConfig:
         if self.dtype == Dtype.float16:
             return Dtype.float16 if on_gpu else None  # it needs a gradient scaler, which CPUs lack
         return Dtype.bfloat16
-
-
-def chunk_tokens(on_gpu: bool) -> int:
-    """Supervised tokens whose logits are in memory at once: enough to keep a GPU busy, few enough for CPU caches."""
-    return 1024 if on_gpu else 128

@@ -46,10 +46,6 @@ class TrackerKind(StrEnum):
     swanlab = "swanlab"
 
 
-SAMPLE_ROOM = 64
-"""Tokens that a sampled answer to an evaluation row may have; more where a reference has more."""
-
-
 @dataclass
 class OptimizerConfig:
     kind: OptimizerKind = setting(OptimizerKind.adamw, "result", binds_checkpoint=True)

@@ -13,11 +13,10 @@ from several_processes import train_in_processes
 from tiny_runs import folder_of
 
 from cera_train.evaluation.evaluate import evaluate
-from cera_train.evaluation.exams import Exams, rows_exam
+from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import GradedProblem, read_grades
-from cera_train.settings.training import SAMPLE_ROOM
 from cera_train.training import train as training
 from cera_train.training.train import train
 
