@@ -97,8 +97,10 @@ class _Moments:
         )
 
     def _linear_share(self, scatter: torch.Tensor) -> float | None:
-        """tr G Cov(h, z) Cov(z)^-1 Cov(z, h) / tr G Cov(h), with G = s^2 B^T B."""
+        """tr G Cov(h, z) Cov(z)^-1 Cov(z, h) / tr G Cov(h), with G = s^2 B^T B; where B is still zero, with G = 1."""
         r, gram = self.branch.r, self.root_gram @ self.root_gram
+        if not gram.any():
+            gram = torch.eye(r, dtype=gram.dtype, device=gram.device)
         variance = (gram * scatter[:r, :r]).sum()
         if self.branch.gate is None or variance == 0:
             return 1.0 if variance else None

@@ -17,7 +17,7 @@ from .config import CeraConfig
 
 # --- the gate --------------------------------------------------------------------------------------------------------
 
-GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "identity": nn.Identity}
+GATES = {"silu": nn.SiLU, "relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "identity": nn.Identity}
 """The module of every name in `config.ACTIVATIONS`."""
 
 
@@ -41,12 +41,14 @@ def make_gate(config: CeraConfig, dtype: torch.dtype) -> nn.Module:
 
 
 def start_branch(A: torch.Tensor, B: torch.Tensor, gate: nn.Module, config: CeraConfig) -> None:
-    """Draws A: [r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform. B and
-    gamma start at zero, so update 0 is the base model."""
+    """Draws A: [r, d_in], with a variance of 2 / d_in for kaiming_normal and 1 / (3 d_in) for kaiming_uniform,
+    times init_scale^2. B and gamma start at zero, so update 0 is the base model."""
     if config.init == "kaiming_normal":
         nn.init.kaiming_normal_(A, nonlinearity="relu")
     else:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    if config.init_scale != 1:
+        A.data.mul_(config.init_scale)
     nn.init.zeros_(B) if config.init_weights else nn.init.kaiming_normal_(B, nonlinearity="linear")
     if isinstance(gate, LearnedGate):
         nn.init.zeros_(gate.gamma) if config.init_weights else nn.init.normal_(gate.gamma)

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 
-ACTIVATIONS = ("silu", "relu", "gelu", "identity")
+ACTIVATIONS = ("silu", "relu", "gelu", "tanh", "identity")
 """The gates between A and B. `identity` makes the branch linear: LoRA with its dropout moved."""
 
 CHOICES = {
@@ -31,7 +31,7 @@ class CeraConfig(PeftConfig):
     The variants, each one line of mathematics; z = A x, and m is the mask of dropout:
 
     - `init`: A ~ N(0, 2 / d_in) for kaiming_normal, the paper's; A ~ U(-1 / sqrt(d_in), 1 / sqrt(d_in)) for
-      kaiming_uniform, PEFT's for LoRA.
+      kaiming_uniform, PEFT's for LoRA; times `init_scale`.
     - `dropout_on`: B (m gate(z)) for hidden, the paper's; B gate(A (m x)) for input, as PEFT's LoRA has it.
     - `mix=learned`: B drop(z + gamma (gate(z) - z)), one trained scalar gamma for a module, 0 at the start.
     - `use_rslora`: s = alpha / sqrt(r).
@@ -74,6 +74,7 @@ class CeraConfig(PeftConfig):
         default=True, metadata={"help": "Start B at zero, so the adapted model starts as the base. False: for tests."}
     )
     init: str = field(default="kaiming_normal", metadata={"help": f"How A is drawn: {', '.join(CHOICES['init'])}."})
+    init_scale: float = field(default=1.0, metadata={"help": "A is drawn so many times as large."})
     dropout_on: str = field(
         default="hidden", metadata={"help": f"What drops units: {', '.join(CHOICES['dropout_on'])}."}
     )
@@ -107,6 +108,8 @@ class CeraConfig(PeftConfig):
         for name, alpha in _named("alpha_pattern", self.alpha_pattern):
             if not (isinstance(alpha, (int, float)) and alpha > 0):
                 raise ValueError(f"{name} must be positive, got {alpha!r}.")
+        if not self.init_scale > 0:
+            raise ValueError(f"init_scale must be positive, got {self.init_scale!r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout!r}.")
         for name, values in CHOICES.items():

@@ -24,7 +24,8 @@ from cera_train.settings.run import Config
 @functools.cache
 def register_configs() -> None:
     """Stores the schemas and every recipe with Hydra; a recipe `name` is then `+recipe=name`. ${options:group} in a
-    help text lists the group's choices."""
+    help text lists the group's choices, and ${half:${adapter.r}} is half of a number."""
+    OmegaConf.register_new_resolver("half", lambda number: number / 2, replace=True)
     OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
     store = ConfigStore.instance()
     for program, schema in SCHEMAS.items():

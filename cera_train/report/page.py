@@ -14,7 +14,7 @@ from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, accuracy_metric, read_runs
-from cera_train.runs.results import ENDINGS, AccuracyResult, PerplexityResult, is_task_figure
+from cera_train.runs.results import ENDINGS, AccuracyResult, PerplexityResult, describe_linear_share, is_task_figure
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "
@@ -65,7 +65,7 @@ def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:
         **{f"{task} answers, {' / '.join(ENDINGS)}": _endings(run, task) for task in tasks},
         "effective rank, mean / max": _mean_and_max(run, "effective_rank"),
         "manifold dimension, mean / max": _mean_and_max(run, "manifold_dimension"),
-        "linear share, mean": cell(figures.spectrum.linear_share_mean, "{:.1%}"),
+        "linear share": describe_linear_share(figures),
         "tokens/s": cell(figures.tokens_per_s, "{:,.0f}"),
         "peak memory": cell(figures.peak_memory_bytes, gigabytes),
         "time": cell(figures.seconds, duration, updates),

@@ -67,6 +67,7 @@ class Progress(Record):
     seconds: float = 0.0  # time spent in updates
     tokens: int = 0  # tokens seen in updates, padding not counted
     perplexity_before: Perplexity = None
+    linear_share_before: float | None = None
     perplexity: Perplexity = None  # at the last evaluation
     best_perplexity: Perplexity = None
     best_update: int = 0
@@ -85,11 +86,11 @@ class Progress(Record):
         self.tokens += tokens
         self.seconds += seconds
 
-    def evaluated(self, perplexity: float) -> bool:
+    def evaluated(self, perplexity: float, linear_share: float | None) -> bool:
         """Counts an evaluation; returns whether it is the best so far."""
         self.perplexity, self.evaluation_pending = perplexity, False
         if self.perplexity_before is None:
-            self.perplexity_before = perplexity
+            self.perplexity_before, self.linear_share_before = perplexity, linear_share
         is_best = self.best_perplexity is None or perplexity < self.best_perplexity
         if is_best:
             self.best_perplexity, self.best_update = perplexity, self.update

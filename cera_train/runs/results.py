@@ -63,6 +63,7 @@ class RunResult(MeasuredAdapter):
 
     perplexity: Perplexity = key("eval/perplexity")  # after the last update
     perplexity_before: Perplexity = None  # before the first update: as a rule, that of the untouched base model
+    linear_share_before: float | None = None
     best_perplexity: Perplexity = None
     best_update: int | None = None
     adapter_kind: str | None = None
@@ -345,6 +346,9 @@ def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
     return kind.from_json(tree, path)
 
 
+NEARLY_LINEAR = 0.99
+"""A branch whose variance is linear in A x to more than this share computes what a LoRA computes."""
+
 # --- figures in a line -----------------------------------------------------------------------------------------------
 
 
@@ -365,6 +369,15 @@ def describe_rank(spectrum: SpectrumSummary) -> str:
     if spectrum.effective_rank_mean is None:
         return ""
     return f"{figure(spectrum.effective_rank_mean, 1)} mean, {figure(spectrum.effective_rank_max, 1)} max"
+
+
+def describe_linear_share(result: RunResult) -> str:
+    """How linear the gates of a run are; empty without gates."""
+    share, before = result.spectrum.linear_share_mean, result.linear_share_before
+    if share in (None, 1.0):
+        return ""
+    text = f"{share:.1%}" if before is None else f"{share:.1%}, {before:.1%} at the start"
+    return f"{text}: a LoRA in effect" if share > NEARLY_LINEAR else text
 
 
 def describe_tasks(figures: dict[str, float]) -> str:

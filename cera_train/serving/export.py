@@ -22,6 +22,7 @@ from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
 from cera_train.runs.records import Record
+from cera_train.runs.results import RunResult, describe_linear_share
 from cera_train.serving.linear import fit_all, write_lora
 from cera_train.serving.loading import Loaded, load
 from cera_train.settings.model import ModelConfig
@@ -76,6 +77,8 @@ def export(config: ExportConfig) -> Certificate:
     loaded = load(config, config.run)
     folder = Path(config.output or loaded.subject.folder / f"export_{config.format}")
     check(config, loaded, folder)
+    if share := describe_linear_share(RunResult.find(loaded.subject.folder / "result.json") or RunResult()):
+        print_line("linear", share)
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     calibration, tokens = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)

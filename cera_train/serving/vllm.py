@@ -26,7 +26,7 @@ from torch.nn import functional
 
 logger = logging.getLogger("vllm.cera_train")
 
-GATES = ("identity", "silu", "relu", "gelu")
+GATES = ("identity", "silu", "relu", "gelu", "tanh")
 """The gates by code."""
 
 GAMMA = ".cera_gate.gamma"

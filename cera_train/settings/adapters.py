@@ -23,6 +23,7 @@ class Activation(StrEnum):
     silu = "silu"
     relu = "relu"
     gelu = "gelu"
+    tanh = "tanh"
     identity = "identity"
 
 
@@ -55,6 +56,8 @@ class AdapterConfig:
     """The gate of cera."""
     init: Init = setting(Init.kaiming_normal, "result", binds_checkpoint=True)
     """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3 d_in), as LoRA."""
+    init_scale: float = setting(1.0, "result", binds_checkpoint=True)
+    """cera draws A so many times as large: the larger A x, the less linear the gate."""
     dropout_on: DropoutOn = setting(DropoutOn.hidden, "result", binds_checkpoint=True)
     """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
     mix: Mix = setting(Mix.none, "result", binds_checkpoint=True)
@@ -87,7 +90,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         require(self.kind in list(AdapterKind), f"adapter.kind={self.kind}: expected one of {', '.join(AdapterKind)}.")
-        require_positive("adapter", self, "r", "alpha", "b_lr_ratio", "expert_r")
+        require_positive("adapter", self, "r", "alpha", "init_scale", "b_lr_ratio", "expert_r")
         require(0 <= self.dropout < 1, f"adapter.dropout={self.dropout} must be at least 0 and less than 1.")
         for name in ("layers", "target_parameters"):
             require(getattr(self, name) != [], f"adapter.{name}=[] adapts nothing: name some, or leave it null.")

@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from cera_train.common.files import locked
 from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import require
+from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process
+from cera_train.settings.adapters import Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
 from cera_train.study.cells import ARM, SEED, Cell, Study, study_on_record
@@ -30,7 +32,7 @@ PARAMETERS = 0.01
 EXTENSIONS = 6
 """Steps beyond the end of a grid at most."""
 
-OF_EVERY_METHOD = ("r", "alpha", "dropout", "target_modules", "layers", "start_from")
+OF_EVERY_METHOD = ("r", "dropout", "target_modules", "layers", "start_from")
 """Settings of an adapter that an arm has to name where they differ from the baseline's. The rest of conf/adapter/NAME
 is what the method is."""
 
@@ -108,6 +110,19 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
         require(is_there, f"study.outcomes: no run has {outcome}: add it to train.tasks{place}.")
 
 
+def without_control(runs: dict[str, Config]) -> list[str]:
+    """The arms with a gate z / 2 + an even term, of which no arm has the linear part alone: a difference may be the
+    gate's or the scale's."""
+    scales = {
+        arm: (run.adapter.activation, 1.0 if run.adapter.alpha is None else run.adapter.alpha / run.adapter.r)
+        for arm, run in runs.items()
+        if run.adapter.kind == AdapterKind.cera and run.adapter.mix == Mix.none
+    }
+    controls = {scale for activation, scale in scales.values() if activation == Activation.identity}
+    with_half = (Activation.silu, Activation.gelu, Activation.relu)
+    return [arm for arm, (gate, scale) in scales.items() if gate in with_half and scale / 2 not in controls]
+
+
 def check_budgets(place: str, runs: dict[str, Config]) -> None:
     """Raises UserError where arms have unequal numbers of trainable parameters."""
     with heavy_imports():
@@ -158,6 +173,15 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
         )
     record = study_record(config)
     pairs = check_cells(config, study_on_record(Path(config.hydra.sweep.dir), record), compose)
+    for condition in dict.fromkeys(cell.condition for cell, _ in pairs):
+        runs = {cell.arm: run for cell, run in pairs if cell.condition == condition}
+        if runs.keys() == study.arms.keys() and (arms := without_control(runs)):
+            place = f" ({condition})" if condition else ""
+            print_line(
+                "control",
+                f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the scale: add the arm "
+                "half: [adapter=cera_identity]",
+            )
     check_problems(run for cell, run in pairs if cell.missing())  # a finished cell reads its rows no more
     begin(config, compose, record)
 

@@ -31,7 +31,8 @@ FIGURES = {
     "seconds": ("time of a run", duration),
     "effective_rank_mean": ("effective rank", "{:.1f}".format),
     "manifold_dimension_mean": ("manifold dimension", "{:.1f}".format),
-    "linear_share_mean": ("linear share", "{:.1%}".format),
+    "linear_share_before": ("linear share, start", "{:.1%}".format),
+    "linear_share_mean": ("end", "{:.1%}".format),
     "gamma": ("gamma", "{:.2f}".format),
 }
 """Figures of result.json -> the column of a cell's mean over seeds, and its form."""
@@ -63,7 +64,7 @@ def write_study(study: Study, output: Path) -> Page:
             "Cells",
             without_empty_columns([_cell_row(result, outcomes) for result in results]),
             "Means over seeds at the values of the lowest mean loss, ± a standard deviation. Linear share: what an "
-            "affine map explains of a branch's variance.",
+            "affine map of A x explains of a branch's variance; above 99 %, it is a LoRA in effect.",
         ),
         Table(
             "Slopes",

@@ -21,7 +21,7 @@ from cera_train.data.order import describe_parts
 from cera_train.data.prepare import TokenizedData
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.results import RunResult, describe_rank, describe_tasks
+from cera_train.runs.results import RunResult, describe_linear_share, describe_rank, describe_tasks
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.model import Quantization
@@ -137,6 +137,7 @@ def print_result(result: RunResult, config: Config) -> None:
         "tasks": describe_tasks(result.tasks),
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": rank and f"{rank} (of {result.adapter_r})",
+        "linear share": describe_linear_share(result),
         "trainable": f"{result.trainable_parameters:,} parameters, {result.trainable_share:.2%} of the model",
         "speed": f"{result.tokens_per_s:,.0f} tokens/s",
         "time": f"{duration(result.seconds)} for {result.updates:,} updates",

@@ -216,13 +216,13 @@ def evaluate(session: Session) -> None:
     progress, folder = session.progress, session.folder
     losses = session.held_out.token_losses()
     loss, spectra = losses.mean, session.spectra()
-    is_best = progress.evaluated(perplexity(loss))
-    tasks = answer_tasks(session)
+    figures = spectrum_metrics(spectra)
+    is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
+    figures |= answer_tasks(session)
     if session.team.is_main:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
                 losses.write(folder.path / name)
-    figures = spectrum_metrics(spectra) | tasks
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
     session.log(metrics)
     if session.team.is_main and spectra:
@@ -293,6 +293,7 @@ def finish(session: Session) -> dict[str, Any]:
     result = RunResult(
         perplexity=progress.perplexity,
         perplexity_before=progress.perplexity_before,
+        linear_share_before=progress.linear_share_before,
         best_perplexity=progress.best_perplexity,
         best_update=progress.best_update,
         adapter_kind=config.adapter.kind.value,

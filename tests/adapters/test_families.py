@@ -28,6 +28,7 @@ CONF = Path(__file__).parents[2] / "conf" / "adapter"
 OVERRIDES = {
     "peft": ["adapter.method=LOHA", "adapter.r=4"],
     "full": ["adapter.r=null"],
+    "dense": ["adapter.r=null"],
     "randlora": ["adapter.r=4", "adapter.alpha=80"],
 }
 TITLES = {
@@ -36,9 +37,11 @@ TITLES = {
     "cera_identity": "CeRA (identity)",
     "cera_mix": "CeRA (learned mix)",
     "hira": "HiRA",
+    "parallel_tanh": "parallel tanh",
+    "peanut": "PEANuT",
     "peft": "LOHA",
 }
-WITHOUT_SPECTRUM = {"full", "hira", "miss", "peft", "randlora"}
+WITHOUT_SPECTRUM = {"dense", "full", "hira", "lily", "miss", "peanut", "peft", "randlora"}
 TAKES_FROM_BASE = {"pissa", "full"}
 IDS = torch.arange(3, 75).view(3, 24)
 

@@ -114,7 +114,7 @@ def test_presets_of_cera_are_what_their_names_say(compose):
 
     assert fields("cera") == (None, 0.1, "silu", "kaiming_normal", "hidden", "none")
     assert fields("cera_aligned") == (None, 0.1, "silu", "kaiming_uniform", "input", "none")
-    assert fields("cera_identity") == (None, 0.1, "identity", "kaiming_normal", "hidden", "none")
+    assert fields("cera_identity") == (32.0, 0.1, "identity", "kaiming_normal", "hidden", "none")
     assert fields("cera_mix") == (None, 0.1, "silu", "kaiming_normal", "hidden", "learned")
 
 

@@ -46,10 +46,14 @@ def test_spectrum_equals_svd(kind):
         torch.testing.assert_close(spectrum.singular_values, expected[:6], rtol=2e-3, atol=1e-4 * expected[0].item())
 
 
-def test_a_fresh_adapter_has_no_spectrum():
-    model = peft.get_peft_model(make_tiny_llama(), CeraConfig(r=6, task_type="CAUSAL_LM"))
-    spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
-    assert {(s.effective_rank, s.manifold_dimension, s.linear_share) for s in spectra.values()} == {(0.0, 0, None)}
+def test_a_fresh_adapter_has_no_spectrum_but_a_gate_whose_linear_share_falls_with_the_scale_of_A():
+    shares = []
+    for scale in (1, 30):
+        model = peft.get_peft_model(make_tiny_llama(), CeraConfig(r=6, init_scale=scale, task_type="CAUSAL_LM"))
+        spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)]).values()
+        assert {(each.effective_rank, each.manifold_dimension) for each in spectra} == {(0.0, 0)}
+        shares.append(max(each.linear_share for each in spectra))
+    assert 1 > shares[0] > shares[1] > 0
 
 
 def test_dead_units_are_those_never_open_on_the_probe():

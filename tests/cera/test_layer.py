@@ -17,13 +17,14 @@ from cera_train.cera.branch import seeded_dropout
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-GATES = {"silu": silu, "relu": relu, "gelu": gelu, "identity": lambda z: z}
+GATES = {"silu": silu, "relu": relu, "gelu": gelu, "tanh": torch.tanh, "identity": lambda z: z}
 
 VARIANTS = {
     "as published": {},
     "relu": {"activation": "relu", "alpha": 1.5},
     "dropout on x": {"dropout_on": "input", "activation": "identity"},
     "mix": {"mix": "learned"},
+    "odd and steep": {"activation": "tanh", "init_scale": 3},
     "all": {
         "init": "kaiming_uniform",
         "dropout_on": "input",

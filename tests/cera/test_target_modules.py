@@ -92,7 +92,7 @@ def test_without_targets_an_unknown_model_is_refused():
         ({"alpha": 0}, "alpha must be positive"),
         ({"alpha": float("nan")}, "alpha must be positive"),
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
-        ({"activation": "swish"}, "activation must be one of silu, relu, gelu, identity, got 'swish'"),
+        ({"activation": "swish"}, "activation must be one of silu, relu, gelu, tanh, identity, got 'swish'"),
         ({"layers_pattern": "layers"}, "layers_pattern has a meaning only with layers_to_transform"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be combined with a regular expression"),
         ({"init": "xavier"}, "init must be one of kaiming_normal, kaiming_uniform, got 'xavier'"),

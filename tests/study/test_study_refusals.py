@@ -40,9 +40,8 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
     [
         (dict(), ["study.baseline=dora"], "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
         (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
-        (dict(arms=TWO | {"b": ["adapter=rslora"]}), [],
-         r"study.arms.b \(adapter.r=4\): adapter.alpha is 16.0, and None in lora, which the arm does not name"),
-        (dict(arms=TWO | {"b": ["adapter=rslora", "adapter.alpha=32"]}), [], None),
+        (dict(arms=TWO | {"b": ["adapter=randlora"]}), [],
+         r"study.arms.b \(adapter.r=4\): adapter.dropout is 0.0, and 0.1 in lora, which the arm does not name"),
         (dict(arms=TWO | {"b": ["adapter=dora"]}), [],
          r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora [\d,]+. Change an arm"),
         (dict(arms=TWO | {"b": ["adapter=dora"]}, equal="none"), [], None),
@@ -75,3 +74,11 @@ def test_a_task_whose_problems_are_trained_on_is_refused(tmp_path, launcher, run
     (line,) = capfd.readouterr().err.splitlines()
     assert "train.tasks=[gsm8k]: 7 of its problems are among the training rows, such as 'What is 0 + 1?'" in line
     assert not launcher.began
+
+
+@pytest.mark.parametrize(("control", "lines"), [([], 1), (["adapter=cera_identity"], 0)])
+def test_a_gate_without_a_control_of_its_scale_is_named_once(launcher, run_study, capfd, control, lines):
+    arms = {"lora": ["adapter=lora"], "cera": ["adapter=cera"]} | ({"half": control} if control else {})
+    assert run_study(study={"arms": arms, "contrasts": {}}) == 0
+    out = capfd.readouterr().out
+    assert out.count("control    cera (adapter.r=4): no arm has the gate's linear part alone") == lines

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 class Cera(RankedPeft):
     name = "CeRA"
-    uses = RankedPeft.uses | {"activation", "init", "dropout_on", "mix", "target_parameters", "experts", "expert_r"}
+    uses = RankedPeft.uses | {"activation", "init", "init_scale", "dropout_on", "mix"}
+    uses |= {"target_parameters", "experts", "expert_r"}
     b_matrix = "cera_B"
 
     def check(self, config: AdapterConfig) -> None:
@@ -41,6 +42,7 @@ class Cera(RankedPeft):
         differs = {
             str(config.activation): config.activation != "silu",
             f"init {config.init}": config.init != "kaiming_normal",
+            f"A x {config.init_scale:g}": config.init_scale != 1.0,
             "dropout on input": config.dropout_on == "input",
             "learned mix": config.mix == "learned",
         }
