@@ -59,9 +59,9 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
     if issubclass(schema, Config):
         check_settings(config.adapter)
     if getattr(config, "task", None) is not None:
-        from cera_train.evaluation.tasks.task import check_task  # --help needs no task
+        from cera_train.evaluation.tasks.task import build_task  # --help needs no task
 
-        check_task(config.task)
+        build_task(config.task)
     return config
 
 

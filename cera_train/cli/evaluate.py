@@ -16,7 +16,7 @@ from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_er
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_one_of_several
-from cera_train.evaluation.tasks.task import AnswerTask, find_task, load_problems
+from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig
@@ -48,7 +48,7 @@ def run(composed: DictConfig) -> None:
     check_trust(composed, HydraConfig.get().overrides.task)
     subject = find_subject(config)  # torch takes seconds to import: a mistake is answered before
     check_model(subject.model.path)
-    if config.task.files and isinstance(find_task(config.task.kind), AnswerTask):
+    if config.task.files and isinstance(build_task(config.task), AnswerTask):
         load_problems(config.task, subject.run.data if subject.run else None)
     with heavy_imports():
         from cera_train.evaluation.evaluate import evaluate as measure

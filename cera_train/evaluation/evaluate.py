@@ -24,7 +24,7 @@ from cera_train.distributed.accelerator import Team, quiet_libraries, start_acce
 from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.tasks.task import AnswerTask, Task, load_problems, task_of
+from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, load_problems
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer
@@ -63,17 +63,21 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
     with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
-        task = task_of(config.task)
+        task = build_task(config.task)
         if is_main:
             folder.write_config(config)
             measured = f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
             print_line("evaluate", measured)
         accelerator.wait_for_everyone()
-        measure = answer_and_grade if isinstance(task, AnswerTask) else measure_perplexity
-        result = measure(Evaluation(task, config, subject, folder, accelerator))
+        evaluation = Evaluation(task, config, subject, folder, accelerator)
+        if isinstance(task, AnswerTask):
+            result = answer_and_grade(evaluation)
+            lines = accuracy_lines(task, result) if is_main else {}
+        else:
+            result = measure_perplexity(evaluation)
+            lines = perplexity_lines(result)
         if is_main:
             write_result(folder, result)
-            lines = accuracy_lines(task, result) if isinstance(task, AnswerTask) else perplexity_lines(result)
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()
@@ -85,13 +89,13 @@ def resolve(config: EvalConfig) -> tuple[EvalConfig, Subject, Path]:
     name = config.folder_name + (subject.part if config.name is None else "")
     digest = digest_of(subject.adapter) if subject.adapter else None
     path = subject.folder / "eval" / name
-    subject = settled(subject, path / "config.yaml")
+    subject = choose_dtype(subject, path / "config.yaml")
     return replace(config, name=name, model=subject.model, adapter_digest=digest), subject, path
 
 
-def settled(subject: Subject, recorded: Path | None = None) -> Subject:
-    """The subject in the precision that `model.dtype=auto` takes: as an evaluation in this folder was begun, else by
-    this machine."""
+def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
+    """The subject with the dtype that `model.dtype=auto` stands for: the one in the recorded config of an evaluation
+    that is resumed, else the one for this hardware."""
     dtype = subject.model.dtype
     if dtype == Dtype.auto and recorded is not None and recorded.is_file():
         begun = load_config(recorded, EvalConfig)

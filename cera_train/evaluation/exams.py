@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
@@ -28,7 +30,7 @@ from cera_train.evaluation.generate import (
     requests_for,
 )
 from cera_train.evaluation.grading import grade_all, score
-from cera_train.evaluation.tasks.task import AnswerTask, load_problems, named_task, question_id, task_of
+from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
 from cera_train.model.loss import SupervisedLoss
 from cera_train.model.weights import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
@@ -58,12 +60,13 @@ class Exam:
         return f"{len(self.problems):,} problems of {self.name}"
 
 
-def task_exam(name: str, config: Config, tokenizer: Any) -> Exam:
-    """The first problems of a task."""
-    settings = named_task(name, config.train.changes_of_task(name))
+def task_exam(name: str, config: Config, tokenizer: Any, model: PreTrainedModel) -> Exam:
+    """The problems of a task. Raises UserError where an answer may need more positions than the model has."""
+    settings = training_task(name, config.train.changes_of_task(name))
     problems = load_problems(settings, config.data)
     requests = requests_for(problems, 1, tokenizer)
-    return Exam(name, task_of(settings), problems, requests, settings.max_new_tokens, settings.stop)
+    check_room(requests, settings.max_new_tokens, model)
+    return Exam(name, build_task(settings), problems, requests, settings.max_new_tokens, settings.stop)
 
 
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
@@ -108,15 +111,14 @@ class Exams:
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
-                self.tasks.append(task_exam(name, config, tokenizer))
-                check_room(self.tasks[-1].requests, self.tasks[-1].max_new_tokens, loss.causal_lm)
+                self.tasks.append(task_exam(name, config, tokenizer, loss.causal_lm))
         count = config.train.samples
-        self.sampled = [
-            replace(exam, problems=exam.problems[:count], requests=exam.requests[:count])
-            for exam in self.tasks
-            if count
-        ]
-        if count and not self.tasks:
+        self.sampled: list[Exam] = []
+        if count and self.tasks:
+            self.sampled = [
+                replace(exam, problems=exam.problems[:count], requests=exam.requests[:count]) for exam in self.tasks
+            ]
+        elif count:
             self.sampled = [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
 
     @property
@@ -138,8 +140,16 @@ class Exams:
         for exam in self.tasks if is_due else []:
             started, answers = time.perf_counter(), self.answer(exam)
             if self.team.is_main:
-                figures, results.graded[exam.name] = graded(exam, answers)
+                grades = grade_all(exam.task, exam.problems, answers, EvalConfig.grading_seconds)
+                scores = score(exam.task, exam.problems, answers, grades).to_json()
+                figures = {
+                    f"{exam.name}/{key}": scores.get(key, scores.get(f"{key}/pass@1")) for key in exam.task.figures
+                }
                 results.figures |= figures
+                results.graded[exam.name] = [
+                    GradedProblem(grade.problem, [exam.task.paired_value(grade, grade.grader)], [grade.ending])
+                    for grade in grades
+                ]
                 seconds = time.perf_counter() - started
                 results.notes.append(f"{describe_tasks(figures)} ({exam} in {seconds:.1f} s)")
         started = time.perf_counter()
@@ -167,15 +177,3 @@ class Exams:
             ]
         answers = {answer.problem: answer for answer in self.team.gather(list(itertools.chain(*mine)))}
         return [answers[problem.id] for problem in exam.problems]
-
-
-def graded(exam: Exam, answers: list[Generation]) -> tuple[dict[str, float], list[GradedProblem]]:
-    """The scores of all answers, by their keys in metrics.jsonl, and how the answer to each problem came out."""
-    task = exam.task
-    grades = grade_all(task, exam.problems, answers, EvalConfig.grading_seconds)
-    scores = score(task, exam.problems, answers, grades).to_json()
-    figures = {f"{exam.name}/{key}": scores.get(key, scores.get(f"{key}/pass@1")) for key in task.figures}
-    problems = [
-        GradedProblem(grade.problem, [task.paired_value(grade, grade.grader)], [grade.ending]) for grade in grades
-    ]
-    return figures, problems

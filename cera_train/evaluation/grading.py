@@ -14,7 +14,7 @@ import os
 import re
 import resource
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,31 +49,20 @@ def grade_all(
     """The grade of each answer by every grader that the task has, and how the answer ended. math-verify has `seconds`
     for each."""
     by_id = {problem.id: problem for problem in problems}
-    problems = [by_id[answer.problem] for answer in answers]
-    grades = list(map(task.grade, problems, answers))
+    graded = [(by_id[answer.problem], answer, task.grade(by_id[answer.problem], answer)) for answer in answers]
+    verdicts = iter(())
     if task.is_verified:
-        grades = verify(problems, answers, grades, seconds)
-    return [
-        grade.replace(ending=ending_of(task, problem, answer, grade))
-        for problem, answer, grade in zip(problems, answers, grades, strict=True)
-    ]
-
-
-def verify(
-    problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade], seconds: float
-) -> list[Grade]:
-    """Fills in `verified`: true for an exact answer, else what math-verify finds. Each answer has its problem."""
-    candidates = [
-        Candidate(problem.gold, grade.answer, answer.text)
-        for problem, answer, grade in zip(problems, answers, grades, strict=True)
-        if not grade.exact
-    ]
-    verdicts = iter(judge(candidates, seconds))
-    verified = []
-    for grade in grades:
-        verdict = Verdict(True) if grade.exact else next(verdicts)
-        verified.append(grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure))
-    return verified
+        candidates = [
+            Candidate(problem.gold, grade.answer, answer.text) for problem, answer, grade in graded if not grade.exact
+        ]
+        verdicts = iter(judge(candidates, seconds))
+    grades = []
+    for problem, answer, grade in graded:
+        if task.is_verified:
+            verdict = Verdict(True) if grade.exact else next(verdicts)  # an exact answer is equal
+            grade = grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure)
+        grades.append(grade.replace(ending=ending_of(task, problem, answer, grade)))
+    return grades
 
 
 def ending_of(task: AnswerTask, problem: Problem, answer: Generation, grade: Grade) -> str:
@@ -103,11 +92,16 @@ def is_loop(text: str) -> bool:
 def score(
     task: AnswerTask, problems: Sequence[Problem], answers: Sequence[Generation], grades: Sequence[Grade]
 ) -> AccuracyResult:
-    """The scores of an evaluation, each accuracy with its 95 % interval."""
+    """The scores of an evaluation: pass@k for every k up to the number of samples, with its 95 % interval, and what the
+    task adds."""
     figures = task.scores(problems, grades)
     for grader in task.graders:
-        for accuracy in _accuracies(grades, grader):
-            figures |= accuracy.figures
+        by_problem: dict[str, list[bool]] = {}
+        for grade in grades:
+            by_problem.setdefault(grade.problem, []).append(getattr(grade, grader))
+        for k in range(1, min(map(len, by_problem.values())) + 1):
+            values = [pass_at_k(len(correct), sum(correct), k) for correct in by_problem.values()]
+            figures |= Accuracy(grader, k, mean(values), accuracy_interval(values)).figures
     return AccuracyResult(
         truncated=sum(answer.truncated for answer in answers),
         no_answer=sum(grade.answer is None for grade in grades),
@@ -115,16 +109,6 @@ def score(
         tokens=sum(answer.tokens for answer in answers),
         **ending_shares([grade.ending for grade in grades]) | figures,
     )
-
-
-def _accuracies(grades: Sequence[Grade], grader: str) -> Iterator[Accuracy]:
-    """pass@k for every k up to the number of samples."""
-    correct: dict[str, list[bool]] = {}
-    for grade in grades:
-        correct.setdefault(grade.problem, []).append(getattr(grade, grader))
-    for k in range(1, min(map(len, correct.values())) + 1):
-        values = [pass_at_k(len(samples), sum(samples), k) for samples in correct.values()]
-        yield Accuracy(grader, k, mean(values), accuracy_interval(values))
 
 
 # --- math-verify -----------------------------------------------------------------------------------------------------

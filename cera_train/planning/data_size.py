@@ -10,7 +10,7 @@ from statistics import fmean
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.order import rows_of_parts
-from cera_train.evaluation.tasks.task import load_problems, named_task
+from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 from cera_train.settings.run import Config
 
@@ -182,7 +182,7 @@ def task_sizes(config: Config, data: DataSize) -> Sequence[TaskSize]:
 
 
 def _task_size(name: str, config: Config, data: DataSize) -> TaskSize:
-    settings, place = named_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
+    settings, place = training_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
     if settings.files or settings.path is None:
         with errors_at(place):
             problems = load_problems(settings, config.data)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from cera_train.distributed.accelerator import this_device
-from cera_train.evaluation.evaluate import load_subject, settled
+from cera_train.evaluation.evaluate import choose_dtype, load_subject
 from cera_train.model.weights import load_tokenizer
 from cera_train.runs.subject import Subject, find_subject
 
@@ -39,7 +39,7 @@ def load(config: Any, place: str) -> Loaded:
     Raises:
         UserError: there is no such folder, or it does not fit its base model.
     """
-    subject = settled(find_subject(replace(config, run=place)))
+    subject = choose_dtype(find_subject(replace(config, run=place)))
     device = this_device()
     model, base = load_subject(subject, device)
     dtype = subject.model.autocast_dtype(subject.train.autocast, on_gpu=device.type == "cuda")

@@ -22,14 +22,14 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from cera_train.common.errors import UserError
+from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import is_locked, taken
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
 from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
-from cera_train.evaluation.tasks.task import check_tasks
+from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import check_model
 from cera_train.runs.recorded_config import LENGTH, changes_result
 from cera_train.runs.results import DIVERGED
@@ -163,7 +163,11 @@ def check_inputs(config: Config, folder: Path) -> None:
     if config.train.extend or not (folder / "result.json").exists():  # a finished run reads them no more
         check_model(config.model.path)
         check_data(config.data)
-        check_tasks(config.train.tasks, config.train.changes_of_task, config.data)
+        for name in config.train.tasks:
+            task = training_task(name, config.train.changes_of_task(name))
+            if task.files:
+                with errors_at(f"train.tasks=[{name}]"):
+                    load_problems(task, config.data)
     if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
         find_start(config.adapter)
 

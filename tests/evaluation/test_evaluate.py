@@ -1,14 +1,18 @@
-"""Answers and grades: what an evaluation leaves, that cutting it changes nothing, and what it refuses."""
+"""Evaluations with answers: what they leave, what can be evaluated, that a cut changes nothing, and what is refused."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
-from evaluated_runs import QUESTIONS, contents, read, tiny_path
+from conftest import make_tiny_llama
+from evaluated_runs import QUESTIONS, base_settings, contents, read, tiny_path
+from safetensors.torch import load_file, save_file
 
 import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
@@ -16,7 +20,7 @@ from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.tasks import gsm8k
 from cera_train.runs.evaluation_folder import EvaluationFolder, Generation
 from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import ENDINGS, read_evaluation_result
+from cera_train.runs.results import ENDINGS
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -34,6 +38,12 @@ def write_answers(monkeypatch):
     return write_answers
 
 
+def multiply_weights(adapter: Path, factor: float) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    tensors = {name: factor * tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, {"format": "pt"})
+
+
 def test_an_evaluation_leaves_what_it_did(eval_config, run):
     result = evaluate(eval_config())
     folder = run / "eval" / "gsm8k"
@@ -48,7 +58,6 @@ def test_an_evaluation_leaves_what_it_did(eval_config, run):
     assert (result["problems"], result["samples"]) == (8, 1)
     for ending in ENDINGS:
         assert result[f"ending/{ending}"] == sum(row["ending"] == ending for row in grades) / 8
-    assert read_evaluation_result(folder / "result.json").to_json() == result
     assert result["tokens"] == sum(row["tokens"] for row in answers)
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert (config["task"]["max_new_tokens"], config["model"]["path"]) == (8, tiny_path(run))
@@ -58,8 +67,9 @@ class Cut(Exception):
     """Stands for the death of the process."""
 
 
-@pytest.mark.parametrize("sampled", [[], ["generation=sample", "generation.samples=3"]], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("broken_line", [False, True])
+@pytest.mark.parametrize(
+    ("sampled", "broken_line"), [([], False), (["generation=sample", "generation.samples=3"], True)]
+)
 def test_interrupted_equals_uninterrupted(eval_config, run, monkeypatch, tmp_path, capsys, sampled, broken_line):
     whole = evaluate(eval_config(*sampled))
     expected = contents(run / "eval" / "gsm8k")
@@ -167,6 +177,49 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_c
     assert "state collapse 0.0% r = 3.8 steps right" in printed
 
 
+# --- what can be evaluated --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_adapter_of_a_run_can_be_evaluated(eval_config, run, tmp_path):
+    """The run's, its best, a checkpoint's, and one that was carried elsewhere. What is measured of best/ and
+    checkpoints/ lies beside them: training replaces these folders."""
+    evaluate(eval_config("task.limit=4"))
+    elsewhere = Path(shutil.copytree(run / "adapter", tmp_path / "elsewhere"))
+    generations = (run / "eval" / "gsm8k" / "generations.jsonl").read_bytes()
+    evaluate(eval_config("task.limit=4", run=run / "checkpoints" / "6"))
+    assert (run / "eval" / "gsm8k-checkpoints-6" / "generations.jsonl").read_bytes() == generations
+    evaluate(eval_config("task.limit=4", *base_settings(run)[:3], run=elsewhere))
+    assert (elsewhere / "eval" / "gsm8k" / "generations.jsonl").read_bytes() == generations
+    assert evaluate(eval_config("task.limit=4", run=run / "best"))["task"] == "gsm8k-best"
+    assert not list(run.glob("*/eval"))
+
+
+def test_the_card_tells_of_its_own_adapter_only(eval_config, run):
+    multiply_weights(run / "best", 2)
+    evaluate(eval_config("task.limit=2", run=run / "best"))
+    assert "gsm8k" not in (run / "adapter" / "README.md").read_text()
+    evaluate(eval_config("task.limit=2"))
+    text = (run / "adapter" / "README.md").read_text()
+    assert text.count("gsm8k, exact pass@1") == 1
+    assert "gsm8k-best" not in text
+
+
+def test_the_untouched_model_has_a_folder_of_its_own(eval_config, run):
+    evaluate(eval_config("task.limit=2", *base_settings(run), run="base"))
+    (folder,) = (run.parent / "outputs").glob("base-*")
+    assert folder.name == f"base-{Path(tiny_path(run)).name}"
+    assert len(read(folder / "eval" / "gsm8k" / "generations.jsonl")) == 2
+
+
+def test_a_name_tells_two_evaluations_of_a_task_apart(eval_config, run):
+    evaluate(eval_config("task.limit=2"))
+    evaluate(eval_config("task.limit=2", r"task.prompt='Q: {question} A:'", "name=short"))
+    first, second = (read(run / "eval" / name / "problems.jsonl") for name in ("gsm8k", "short"))
+    assert [row["id"] for row in first] == [row["id"] for row in second]
+    assert second[0]["prompt"].startswith("Q: 1 apples")
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
@@ -181,10 +234,16 @@ def test_a_mistake_before_the_first_answer_leaves_no_trace(eval_config, write_js
     assert evaluate(eval_config("task.limit=2"))["problems"] == 2
 
 
-def test_other_settings_and_other_problems_are_refused_and_named(eval_config, questions):
+def test_other_settings_problems_and_weights_are_refused_and_named(eval_config, run, questions):
     evaluate(eval_config("task.limit=2"))
     with pytest.raises(ValueError, match=r"task.limit was 2, is 3.*Set name="):
         evaluate(eval_config("task.limit=3"))
+    weights = run / "adapter" / "adapter_model.safetensors"
+    trained = weights.read_bytes()
+    multiply_weights(run / "adapter", 2)
+    with pytest.raises(ValueError, match=r"adapter_digest was .*Set name="):
+        evaluate(eval_config("task.limit=2"))
+    weights.write_bytes(trained)
     questions.write_text(questions.read_text().replace("1 apples", "one apple"))
     with pytest.raises(ValueError, match="a data file changed"):
         evaluate(eval_config("task.limit=2"))
@@ -192,4 +251,45 @@ def test_other_settings_and_other_problems_are_refused_and_named(eval_config, qu
 
 def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
     with EvaluationFolder(run / "eval" / "gsm8k"), pytest.raises(ValueError, match="another evaluation is writing"):
+        evaluate(eval_config())
+
+
+def test_what_is_no_finished_run_with_its_adapter_is_refused(eval_config, run, tmp_path):
+    with pytest.raises(ValueError, match="is not the folder of a run"):
+        evaluate(eval_config(run=tmp_path))
+    (run / "adapter" / "adapter_model.safetensors").unlink()  # not looked for on the Hub
+    with pytest.raises(ValueError, match=r"adapter lacks its weights, adapter_model.safetensors"):
+        evaluate(eval_config())
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(ValueError, match="lacks its adapter"):
+        evaluate(eval_config())
+    (run / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"is unfinished.*same cera-train command.*run=.*best"):
+        evaluate(eval_config())
+    assert not (run / "eval").exists()
+
+
+def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path, tokenizer):
+    settings = ["model=smollm2_135m", f"model.path={tmp_path / 'other'}", "model.dtype=float32"]
+    tokenizer.save_pretrained(tmp_path / "other")
+    other = make_tiny_llama(vocab_size=len(tokenizer))
+    other.model.norm.weight.data += 0.1  # of the same shape
+    for model in (other, make_tiny_llama(vocab_size=len(tokenizer), hidden_size=64)):
+        model.save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match="was trained on other weights"):
+            evaluate(eval_config(*settings))
+    assert not (run / "eval").exists()
+    (run / "environment.json").unlink()  # as an adapter that was carried elsewhere
+    with pytest.raises(ValueError, match="belongs to another base model"):
+        evaluate(eval_config(*settings, "name=again"))
+
+
+def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
+    multiply_weights(run / "adapter", math.nan)
+    for sampled in ([], ["generation=sample", "name=sampled"]):
+        with pytest.raises(ValueError, match="logits are not finite"):
+            evaluate(eval_config("task.limit=2", *sampled))
+    weights = run / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged"):
         evaluate(eval_config())

@@ -62,13 +62,10 @@ def gold(row: Row, column: str, grader: Grader) -> str:
 
 
 class JsonlTask(QuestionTask):
-    def check(self, config: TaskConfig) -> None:
-        require(config.grader is not None, f"task.grader is missing: choose one of {', '.join(Grader)}.")
-        super().check(config)
-
     def configured(self, config: TaskConfig) -> JsonlTask:
+        require(config.grader is not None, f"task.grader is missing: choose one of {', '.join(Grader)}.")
         return replace(
-            self,
+            super().configured(config),
             question=config.question or self.question,
             gold=partial(gold, column=config.answer or "answer", grader=config.grader),
             extract=EXTRACT[config.grader],
@@ -78,7 +75,7 @@ class JsonlTask(QuestionTask):
 
 
 TASK = JsonlTask(
-    settings=("question", "answer", "grader"),
+    settings=("files", "prompt", "question", "answer", "grader"),
     question="question",
     gold=partial(gold, column="answer", grader=Grader.text),  # `configured` puts the rule of task.grader in place
     extract=single_spaced,

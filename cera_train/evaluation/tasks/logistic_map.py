@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cera_train.data import logistic_map as training_rows
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id, refuse_rows
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, check_growths
 from cera_train.settings.evaluation import TaskConfig
@@ -18,9 +18,9 @@ EVAL_ROWS = 20
 
 
 class LogisticMap(AnswerTask):
-    def check(self, config: TaskConfig) -> None:
+    def configured(self, config: TaskConfig) -> Task:
         check_growths("task.growths", config.growths)
-        refuse_rows(config)
+        return self
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         """Every growth from every starting point that the run held out."""

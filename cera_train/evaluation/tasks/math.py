@@ -85,4 +85,6 @@ def is_exact(answer: str, gold: str) -> bool:
     return answer == gold
 
 
-TASK = QuestionTask(settings=("level",), question="problem", gold=gold, extract=extract, is_exact=is_exact)
+TASK = QuestionTask(
+    settings=("files", "prompt", "level"), question="problem", gold=gold, extract=extract, is_exact=is_exact
+)

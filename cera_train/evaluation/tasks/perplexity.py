@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Perplexity(Task):
-    def check(self, config: TaskConfig) -> None:
+    def configured(self, config: TaskConfig) -> Task:
         if config.window is not None:
             require_rows(config)
             require(config.window > 1, "task.window=1 must be at least 2: a window's first token is not predicted.")
+        return self
 
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is that of `data=`, else the run's; None if neither is known."""
@@ -44,4 +45,4 @@ class Perplexity(Task):
         return prepare_evaluation(data, tokenizer, config.limit)
 
 
-TASK = Perplexity(settings=("window",))
+TASK = Perplexity(settings=("files", "window"))

@@ -12,7 +12,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data import reasoning_gym as generated
 from cera_train.data.rows import computed_row
-from cera_train.evaluation.tasks.task import AnswerTask, Metric, mean, question_id, refuse_rows
+from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.evaluation import TaskConfig
@@ -28,13 +28,13 @@ def entry_of(draw: generated.Draw) -> dict[str, Any]:
 
 
 class ReasoningGym(AnswerTask):
-    def check(self, config: TaskConfig) -> None:
+    def configured(self, config: TaskConfig) -> Task:
         if config.generator is not None:
             check_generators("task.generator", config.generator)
         require(
             config.limit is not None, "task.limit=null: a generator has no last problem. Set a number, such as 200."
         )
-        refuse_rows(config)
+        return self
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> Iterable[Problem]:
         for draw in generated.draws(self._generators(config, data), generated.Split.test, config.limit, "task.limit"):

@@ -1,4 +1,5 @@
-"""What a benchmark defines, and how it is found. A module of this folder that sets `TASK` is a `task.kind`.
+"""What a benchmark defines, and how its settings become a task. A module of this folder that sets `TASK` is a
+`task.kind`.
 
 A `QuestionTask` compares an answer with a gold answer; an `AnswerTask` brings its problems and its grading; any other
 `Task` measures perplexity. Nothing here imports torch."""
@@ -49,17 +50,14 @@ class Task:
     """A benchmark."""
 
     settings: tuple[str, ...] = ()
-    """The settings among `SOME_TASKS` that this task has."""
+    """The settings among `OPTIONAL` that this task has."""
     score_name: str = ""
     """What `paired_value` counts, in the plural, such as steps. Empty: whole answers, right or wrong."""
     shown: tuple[Metric, ...] = ()
     """What a report shows beside accuracy or perplexity."""
 
-    def check(self, config: TaskConfig) -> None:
-        """Raises UserError for settings that this task cannot use. Runs before torch is imported."""
-
     def configured(self, config: TaskConfig) -> Task:
-        """This task as its settings make it."""
+        """This task with its settings. Raises UserError for settings that it cannot use. Imports no torch."""
         return self
 
     def paired_value(self, grade: Grade, grader: str) -> float:
@@ -110,6 +108,7 @@ class AnswerTask(Task, ABC):
 class QuestionTask(AnswerTask):
     """A benchmark whose rows hold a question and a gold answer."""
 
+    settings: tuple[str, ...] = ("files", "prompt")
     question: str
     """The column with the question."""
     gold: Callable[[Row], str]
@@ -119,13 +118,14 @@ class QuestionTask(AnswerTask):
     is_exact: Callable[[str, str], bool] = operator.eq
     """Whether an answer equals the gold answer by the published rule."""
 
-    def check(self, config: TaskConfig) -> None:
+    def configured(self, config: TaskConfig) -> Task:
         require_rows(config)
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
         require(
             bool(config.prompt and columns_of(config.prompt, "task.prompt")),
             f"task.prompt={config.prompt!r} names no column: write one in braces, such as {example}.",
         )
+        return self
 
     def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
         source = open_rows(config)
@@ -169,12 +169,6 @@ def require_rows(config: TaskConfig) -> None:
     require(bool(config.path or config.files), "task.files is empty: name local files, or a Hub data set in task.path.")
 
 
-def refuse_rows(config: TaskConfig) -> None:
-    """Raises UserError where a task that computes its problems is given rows."""
-    reason = f"task={config.kind} writes its problems as in training"
-    require(not (config.prompt or config.files), f"{reason}: it takes neither task.prompt nor task.files.")
-
-
 def open_rows(config: TaskConfig) -> Source:
     """The rows of `task.files`, or of the data set on the Hub."""
     if config.files:
@@ -186,7 +180,10 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-# --- finding a task --------------------------------------------------------------------------------------------------
+# --- from settings to a task -----------------------------------------------------------------------------------------
+
+OPTIONAL = ("files", "prompt", "level", "growths", "generator", "question", "answer", "grader", "window")
+"""Settings that a task has only where it lists them in `Task.settings`."""
 
 
 def all_tasks() -> dict[str, Task]:
@@ -197,46 +194,32 @@ def all_tasks() -> dict[str, Task]:
     return {name: module.TASK for name, module in modules.items() if hasattr(module, "TASK")}
 
 
-def find_task(kind: str) -> Task:
-    """The `Task` of a `task.kind`."""
+def build_task(config: TaskConfig) -> Task:
+    """The task of these settings. Raises UserError for a setting that it cannot use."""
     tasks = all_tasks()  # a kind may stand in a stranger's config.yaml: nothing is imported that is not in this folder
-    require(kind in tasks, f"task.kind={kind} is unknown: choose one of {', '.join(tasks)}.")
-    return tasks[kind]
-
-
-def task_of(config: TaskConfig) -> Task:
-    """The task of these settings."""
-    return find_task(config.kind).configured(config)
-
-
-SOME_TASKS = ("level", "growths", "generator", "question", "answer", "grader", "window")
-"""Settings that a task has only where it lists them in `Task.settings`."""
-
-
-def check_task(config: TaskConfig) -> None:
-    """Raises UserError for settings that the task cannot use."""
-    task = find_task(config.kind)
-    for name in SOME_TASKS:
+    require(config.kind in tasks, f"task.kind={config.kind} is unknown: choose one of {', '.join(tasks)}.")
+    task = tasks[config.kind]
+    for name in OPTIONAL:
         value = getattr(config, name)
         is_unused = value not in (None, []) and name not in task.settings
         require(not is_unused, f"task.{name}={value} has no meaning for a task of kind {config.kind}: leave it out.")
-    task.check(config)
+    return task.configured(config)
 
 
 def load_problems(config: TaskConfig, data: DataConfig | None) -> list[Problem]:
     """The problems of a task, in its order. A question that comes again gets -2, -3, ... after its id."""
     seen, problems = Counter(), []
-    for problem in task_of(config).problems(config, data):
+    for problem in build_task(config).problems(config, data):
         seen[problem.id] += 1
         count = seen[problem.id]
         problems.append(problem if count == 1 else problem.replace(id=f"{problem.id}-{count}"))
     return problems
 
 
-# --- tasks by the names of their files, as training takes them -------------------------------------------------------
+# --- tasks by name, as in train.tasks --------------------------------------------------------------------------------
 
 
-def named_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
+def training_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
     """The settings in conf/task/NAME.yaml with some changed.
 
     Raises:
@@ -245,38 +228,31 @@ def named_task(name: str, changes: Mapping[str, Any]) -> TaskConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    file = _file(name)
-    if not isinstance(find_task(file["kind"]), AnswerTask):
-        raise UserError(f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training.")
     with errors_at(f"train.task_settings.{name}"):
         try:
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), file, dict(changes)))
+            schema = OmegaConf.structured(TaskConfig)
+            config = OmegaConf.to_object(OmegaConf.merge(schema, _file(name), dict(changes)))
         except OmegaConfBaseException as error:
             raise UserError(f"{str(error).splitlines()[0]}. See conf/task/{name}.yaml.") from error
-        check_task(config)
+        task = build_task(config)
+    if not isinstance(task, AnswerTask):
+        raise UserError(f"train.tasks=[{name}] has no answers to grade: leave it to cera-eval, after training.")
     return config
-
-
-def check_tasks(names: Iterable[str], changes_of: Callable[[str], dict[str, Any]], data: DataConfig) -> None:
-    """Reads the problems that lie in local files. Raises UserError for a setting, or a row without question or answer,
-    before anything heavy is imported."""
-    for name in names:
-        settings = named_task(name, changes_of(name))
-        if settings.files:
-            with errors_at(f"train.tasks=[{name}]"):
-                load_problems(settings, data)
 
 
 def task_figures(name: str, changes: Mapping[str, Any] | None = None) -> dict[str, bool]:
     """The figures of a task by their keys in a run's result.json, and whether a higher one is better. Without changes,
     all that the task can have."""
-    task = find_task(_file(name)["kind"]) if changes is None else task_of(named_task(name, changes))
+    task = all_tasks()[_file(name)["kind"]] if changes is None else build_task(training_task(name, changes))
     figures = task.figures if isinstance(task, AnswerTask) else {}
     return {f"{name}/{key}": is_higher_better for key, is_higher_better in figures.items()}
 
 
 def _file(name: str) -> dict[str, Any]:
     return read_yaml(config_dir("conf") / "task" / f"{name}.yaml")
+
+
+# --- problems among the training rows --------------------------------------------------------------------------------
 
 
 def trained_on(config: TaskConfig, data: DataConfig) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.tasks.jsonl import chosen
-from cera_train.evaluation.tasks.task import load_problems, task_of
+from cera_train.evaluation.tasks.task import build_task, load_problems
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.settings.evaluation import TaskConfig
 
@@ -41,7 +41,7 @@ def config_of(write_jsonl):
 )
 def test_each_grader_reads_gold_and_answer_by_its_rule(config_of, grader, gold, answer, is_exact):
     config = config_of([{"question": "?", "answer": gold}], grader)
-    [problem], task = load_problems(config, None), task_of(config)
+    [problem], task = load_problems(config, None), build_task(config)
     grade = task.grade(problem, Generation(problem.id, 0, answer, 1, False))
     assert (grade.exact, grade.failure) == (is_exact, None)
     assert task.is_verified == (grader in ("number", "math"))

@@ -10,7 +10,6 @@ from cera_train.evaluation.tasks.math import extract, gold, is_exact, normalize
 # answer, gold, exact?, verified?
 PAIRS = [
     # fractions
-    (r"\frac{1}{2}", r"\frac{1}{2}", True, True),
     (r"\frac12", r"\frac{1}{2}", True, True),
     (r"\frac 1 2", r"\frac{1}{2}", True, True),
     (r"\dfrac{7}{8}", r"\tfrac{7}{8}", True, True),
@@ -20,7 +19,6 @@ PAIRS = [
     (r"\frac{1}{2}", r"-\frac{1}{2}", False, False),
     (r"0.333333", r"\frac{1}{3}", False, True),  # math-verify compares decimals to six places
     (r"0.33", r"\frac{1}{3}", False, False),
-    (r"a/b", r"\frac{a}{b}", False, True),
     # decimals
     (r".5", r"0.5", True, True),
     (r"7.0", r"7", False, True),
@@ -51,26 +49,16 @@ PAIRS = [
     (r"90°", r"90^\circ", True, True),
     (r"\frac{\pi}{4}", r"45^\circ", False, False),  # equal, but math-verify takes 45 degrees for 45
     # negative numbers
-    (r"-3", r"3", False, False),
     (r"- 3", r"-3", True, True),
-    (r"-(-3)", r"3", False, True),
     # surds
     (r"\sqrt3", r"\sqrt{3}", True, True),
-    (r"\sqrt{8}", r"2\sqrt{2}", False, True),
     (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", False, True),
     (r"\frac{\sqrt{3}}2", r"\frac{\sqrt3}{2}", True, True),
-    (r"\sqrt[3]{8}", r"2", False, True),
-    (r"\sqrt{2}+1", r"1+\sqrt{2}", False, True),
     # nested braces
-    (r"\frac{\frac{1}{2}}{3}", r"\frac{1}{6}", False, True),
     (r"\sqrt{1+\sqrt{2}}", r"\sqrt{1+\sqrt2}", True, True),
-    (r"2^{2^{3}}", r"256", False, True),
     # pi, powers, functions
     (r"\pi r^2", r"\pi{r}^2", False, True),
     (r"\pi/2", r"\frac{\pi}{2}", False, True),
-    (r"2^{10}", r"1024", False, True),
-    (r"\binom{5}{2}", r"10", False, True),
-    (r"\log_2 8", r"3", False, True),
     # expressions
     (r"(x+1)^2", r"x^2+2x+1", False, True),
     (r"x ^ 2 + 1", r"x^2+1", True, True),
@@ -79,40 +67,28 @@ PAIRS = [
     (r"x=5", r"5", True, True),
     (r"5", r"x = 5", True, True),
     (r"x=5", r"y=5", True, True),  # as published: the rule drops a short left side
-    (r"y^2+x^2=1", r"x^2+y^2=1", False, True),
     (r"3 \ge x", r"x \le 3", False, True),
     # sets, lists, intervals
-    (r"\{2, 1\}", r"\{1,2\}", False, True),
     (r"\left\{1,2\right\}", r"\{1,2\}", True, True),
     (r"2,1", r"1, 2", False, True),
     (r"3", r"3, 4", False, False),
     (r"12\text{ and }13", r"12,13", False, True),
-    (r"-3, 3", r"\pm 3", False, True),
-    (r"\{\}", r"\emptyset", False, True),
     (r"\varnothing", r"\emptyset", False, False),  # equal, but math-verify takes \varnothing for a variable
     (r"(1,2]", r"(1, 2]", True, True),
     (r"(1,2]", r"(1,2)", False, False),
     (r"[1,2)", r"\left[1,2\right)", True, True),
     (r"(-\infty, 3) \cup (5, \infty)", r"(-\infty,3)\cup(5,\infty)", True, True),
-    (r"[2,3]\cup[0,1]", r"[0,1]\cup[2,3]", False, True),
     (r"(3,\infty)", r"x>3", False, True),
     (r"x>3", r"(3,\infty)", False, False),  # equal, but math-verify takes no inequality for a gold interval
-    (r"x \in [0,1]", r"[0,1]", False, True),
     # tuples, vectors, matrices
     (r"(1,2)", r"(1, 2)", True, True),
     (r"(2,1)", r"(1,2)", False, False),
     (r"\left(\frac12, 3\right)", r"(\frac{1}{2},3)", True, True),
     (r"(0.5, 3)", r"(\frac{1}{2},3)", False, True),
     (r"\{1,2\}", r"(1,2)", False, True),  # not equal, but math-verify takes a set for a pair
-    (
-        r"\begin{pmatrix}1\\2\end{pmatrix}",
-        r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
-        True,
-        True,
-    ),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True, True),
     (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", False, True),
     (r"\begin{pmatrix}0.5&0\\0&1\end{pmatrix}", r"\begin{pmatrix}1/2&0\\0&1\end{pmatrix}", False, True),
-    (r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", False, False),
     (r"(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", False, False),
     # words, choices, times, bases
     (r"even", r"\text{even}", True, True),

@@ -8,14 +8,14 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import grade_all
-from cera_train.evaluation.tasks.task import find_task, load_problems
+from cera_train.evaluation.tasks.task import all_tasks, load_problems
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.data import GENERATORS, DataConfig, MixPart, ReasoningGymConfig
 from cera_train.settings.evaluation import TaskConfig
 
 pytest.importorskip("reasoning_gym")
 
-TASK = find_task("reasoning_gym")
+TASK = all_tasks()["reasoning_gym"]
 EVERY = [(name, level) for names in GENERATORS.values() for name in names for level in (0, None)]
 
 

@@ -11,11 +11,10 @@ import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError
 from cera_train.evaluation.grading import score
 from cera_train.evaluation.tasks.task import (
-    check_task,
-    find_task,
+    build_task,
     load_problems,
-    named_task,
     trained_on,
+    training_task,
 )
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.settings.data import DataConfig, LogisticMapConfig, MixPart
@@ -54,7 +53,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     monkeypatch.setitem(sys.modules, "cera_train.evaluation.tasks.arithmetic", None)
     del sys.modules["cera_train.evaluation.tasks.arithmetic"]  # restored, that is removed, after the test
     config = config_of([{"sum": "1 + 1", "result": 2}, {"sum": "1 + 2", "result": 3}], "arithmetic")
-    task, problems = find_task("arithmetic"), load_problems(config, None)
+    task, problems = build_task(config), load_problems(config, None)
     assert [(problem.prompt, problem.gold) for problem in problems] == [("1 + 1 =", "2"), ("1 + 2 =", "3")]
     answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
     scores = score(task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)])
@@ -75,13 +74,30 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
         ({"kind": "jsonl"}, "task.grader is missing: choose one of text, num"),
         ({"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"}, "generator=chain_sums: expected generators"),
         ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
-        ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "takes neither task.prompt nor task.files"),
+        ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "has no meaning for a task of kind reasoning_gym"),
         ({"kind": "logistic_map"}, r"task.growths=\[\] must be numbers above 0"),
     ],
 )
 def test_a_task_checks_its_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        check_task(TaskConfig(name="x", **settings))
+        build_task(TaskConfig(name="x", **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("forgetting", {}, r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval"),
+        (
+            "gsm8k",
+            {"limits": 3},
+            "train.task_settings.gsm8k: Key 'limits' not in 'TaskConfig'. See conf/task/gsm8k.y",
+        ),
+        ("gsm8k", {"level": 3}, r"train.task_settings.gsm8k: task.level=3 has no meaning"),
+    ],
+)
+def test_a_task_of_training_checks_its_changes(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        training_task(name, changes)
 
 
 def test_tasks_and_grading_import_neither_torch_nor_transformers():
@@ -155,7 +171,7 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
 
 def test_computed_rows_hold_none_of_their_problems():
     data = DataConfig(layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8]))
-    assert trained_on(named_task("logistic_map", {}), data) == []
+    assert trained_on(training_task("logistic_map", {}), data) == []
     pytest.importorskip("reasoning_gym")
     data = DataConfig(layout="reasoning_gym", train_rows=500, eval_rows=5)
-    assert trained_on(named_task("reasoning_gym", {"limit": 20}), data) == []
+    assert trained_on(training_task("reasoning_gym", {"limit": 20}), data) == []
