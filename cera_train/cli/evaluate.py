@@ -49,7 +49,7 @@ def run(composed: DictConfig) -> None:
     subject = find_subject(config)  # torch takes seconds to import: a mistake is answered before
     check_model(subject.model.path)
     if config.task.files and isinstance(build_task(config.task), AnswerTask):
-        load_problems(config.task, subject.run.data if subject.run else None)
+        load_problems(config.task, subject.data)
     with heavy_imports():
         from cera_train.evaluation.evaluate import evaluate as measure
 

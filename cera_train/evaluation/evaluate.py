@@ -21,7 +21,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import Team, quiet_libraries, start_accelerator
-from cera_train.evaluation.generate import check_room, cut_batches, generate, prepare_generation, requests_for
+from cera_train.evaluation.generate import cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, load_problems
@@ -135,7 +135,7 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
     """Generates the missing answers, then grades all of them; the main process alone has the result."""
     task, config, folder, accelerator = evaluation.task, evaluation.config, evaluation.folder, evaluation.accelerator
     is_main = accelerator.is_main_process
-    problems = load_problems(config.task, evaluation.subject.run.data if evaluation.subject.run else None)
+    problems = load_problems(config.task, evaluation.subject.data)
     if is_main:
         folder.write_problems(problems)
     answers, broken = folder.answers()
@@ -176,8 +176,7 @@ def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: 
     model, base = load_subject(evaluation.subject, accelerator.device)
     max_new_tokens = config.task.max_new_tokens
     prepare_generation(base, tokenizer, max_new_tokens, config.task.stop)
-    requests = requests_for(problems, config.generation.samples, tokenizer)
-    check_room(requests, max_new_tokens, base)
+    requests = requests_for(problems, config.generation.samples, tokenizer, max_new_tokens, base)
     batches = cut_batches(requests, max_new_tokens, config.generation.batch_tokens)
     unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
     mine = unfinished[accelerator.process_index :: accelerator.num_processes]
@@ -220,8 +219,8 @@ def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
     config, subject, accelerator = evaluation.config, evaluation.subject, evaluation.accelerator
     if (before := evaluation.folder.result()) is not None:
         return before
-    data = config.data or (subject.run.data if subject.run else None)
-    rows = evaluation.task.rows(config.task, data, subject.model, load_tokenizer(subject.model))
+    tokenizer = load_tokenizer(subject.model)
+    rows = evaluation.task.rows(config.task, config.data or subject.data, subject.model, tokenizer)
     model, base = load_subject(subject, accelerator.device)
     loss = SupervisedLoss(model, base, accelerator.autocast)
     choose_layout(subject.train.batch_layout, loss, accelerator.device)

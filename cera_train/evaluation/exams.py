@@ -23,7 +23,6 @@ from cera_train.data.sources import open_sources
 from cera_train.distributed.accelerator import Team
 from cera_train.evaluation.generate import (
     Request,
-    check_room,
     cut_batches,
     generate,
     prepare_generation,
@@ -64,8 +63,7 @@ def task_exam(name: str, config: Config, tokenizer: Any, model: PreTrainedModel)
     """The problems of a task. Raises UserError where an answer may need more positions than the model has."""
     settings = training_task(name, config.train.changes_of_task(name))
     problems = load_problems(settings, config.data)
-    requests = requests_for(problems, 1, tokenizer)
-    check_room(requests, settings.max_new_tokens, model)
+    requests = requests_for(problems, 1, tokenizer, settings.max_new_tokens, model)
     return Exam(name, build_task(settings), problems, requests, settings.max_new_tokens, settings.stop)
 
 

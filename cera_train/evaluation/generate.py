@@ -42,25 +42,24 @@ class Request:
     prompt_ids: tuple[int, ...]
 
 
-def requests_for(problems: Sequence[Problem], samples: int, tokenizer: Any) -> list[Request]:
-    """The answers to generate: `samples` for each problem, in order."""
+def requests_for(
+    problems: Sequence[Problem], samples: int, tokenizer: Any, max_new_tokens: int, model: PreTrainedModel
+) -> list[Request]:
+    """The answers to generate: `samples` for each problem, in order. Raises UserError where the longest would need more
+    positions than the model has."""
     start = start_ids(tokenizer)
-    prompts = ids_of([problem.prompt for problem in problems], tokenizer)
-    return [
-        Request(problem.id, sample, (*start, *ids))
-        for problem, ids in zip(problems, prompts, strict=True)
-        for sample in range(samples)
-    ]
-
-
-def check_room(requests: Sequence[Request], max_new_tokens: int, model: PreTrainedModel) -> None:
-    """Raises UserError where the longest answer would need more positions than the model has."""
-    longest, positions = max(len(request.prompt_ids) for request in requests), positions_of(model.config)
+    prompts = [(*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)]
+    longest, positions = max(map(len, prompts)), positions_of(model.config)
     if positions is not None and longest + max_new_tokens > positions:
         raise UserError(
             f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
             f"{positions} positions of this model: lower task.max_new_tokens, or shorten task.prompt."
         )
+    return [
+        Request(problem.id, sample, prompt)
+        for problem, prompt in zip(problems, prompts, strict=True)
+        for sample in range(samples)
+    ]
 
 
 def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: int) -> list[list[Request]]:
@@ -76,8 +75,8 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
     """Replaces the generation settings that came with the model, such as a penalty on repetition."""
-    models_ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(models_ends if isinstance(models_ends, list) else [models_ends])} - {None}
+    model_ends = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
     if not ends:
         raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     model.generation_config = transformers.GenerationConfig(
@@ -147,7 +146,7 @@ class TokenChoice:
 
     def tokens(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """[B] tokens. Raises UserError where logits are not finite."""
-        likeliest_B = logits_BV.argmax(-1)  # picks a NaN where there is one
+        likeliest_B = logits_BV.argmax(-1)  # argmax returns the place of a NaN, if there is one
         if not logits_BV.gather(-1, likeliest_B[:, None]).isfinite().all():
             raise UserError("the model's logits are not finite: this adapter, or its training, diverged.")
         if not self.config.temperature:
@@ -312,7 +311,7 @@ class GrowingLayer(DynamicLayer):
         rows = slice(self.window.row, self.window.row + len(key_states))
         start, end = self.window.end, self.window.end + key_states.shape[-2]
         if end > self.keys.shape[-2]:  # one more block, without the rows that have left
-            self.keys, self.values = (pad(held[rows], (0, 0, 0, self.BLOCK)) for held in (self.keys, self.values))
+            self.keys, self.values = (pad(states[rows], (0, 0, 0, self.BLOCK)) for states in (self.keys, self.values))
         self.keys[rows, :, start:end] = key_states
         self.values[rows, :, start:end] = value_states
         return self.keys[rows, :, self.window.column : end], self.values[rows, :, self.window.column : end]

@@ -26,7 +26,6 @@ from cera_train.evaluation.tasks import math
 from cera_train.evaluation.tasks.task import AnswerTask, mean
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.runs.results import (
-    COLLAPSED,
     LOOP,
     RIGHT,
     TRUNCATED,
@@ -61,17 +60,17 @@ def grade_all(
         if task.is_verified:
             verdict = Verdict(True) if grade.exact else next(verdicts)  # an exact answer is equal
             grade = grade.replace(verified=verdict.correct, failure=grade.failure or verdict.failure)
-        grades.append(grade.replace(ending=ending_of(task, problem, answer, grade)))
+        grades.append(grade.replace(ending=ending_of(problem, answer, grade)))
     return grades
 
 
-def ending_of(task: AnswerTask, problem: Problem, answer: Generation, grade: Grade) -> str:
-    """The first that applies of right, collapsed (a state stands still where the truth moves), loop (the text repeats
-    itself, and the gold answer does not), truncated (by max_new_tokens) and wrong."""
+def ending_of(problem: Problem, answer: Generation, grade: Grade) -> str:
+    """The first that applies of right, the task's (collapsed: a state stands still where the truth moves), loop (the
+    text repeats itself, and the gold answer does not), truncated (by max_new_tokens) and wrong."""
     if grade.is_right:
         return RIGHT
-    if task.is_collapsed(grade):
-        return COLLAPSED
+    if grade.ending is not None:
+        return grade.ending
     if is_loop(answer.text) and not is_loop(problem.gold):
         return LOOP
     return TRUNCATED if answer.truncated else WRONG

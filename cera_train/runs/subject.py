@@ -11,6 +11,7 @@ from cera_train.adapters.saved import check_saved, check_start, is_saved_in, wei
 from cera_train.common.errors import UserError
 from cera_train.runs.recorded_config import load_config
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -38,6 +39,11 @@ class Subject:
         if self.run is None or self.adapter.name == "adapter":
             return ""
         return f"-{'-'.join(self.adapter.relative_to(self.folder).parts)}"
+
+    @property
+    def data(self) -> DataConfig | None:
+        """The rows that it was trained on, where they are known."""
+        return self.run.data if self.run else None
 
     @property
     def train(self) -> TrainConfig:

@@ -102,7 +102,7 @@ CYCLE = ", ".join(["0.51", "0.80"] * 8)
 )
 def test_how_an_answer_ends(task, gold, text, truncated, expected):
     problem, given = Problem("a", "?", "?", gold, decimals=2), answer("a", text, truncated=truncated)
-    assert ending_of(task.TASK, problem, given, task.TASK.grade(problem, given)) == expected
+    assert ending_of(problem, given, task.TASK.grade(problem, given)) == expected
 
 
 def test_shares_of_endings_are_unknown_where_one_is():

@@ -10,6 +10,7 @@ from typing import Any
 from cera_train.data import logistic_map as training_rows
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
+from cera_train.runs.results import COLLAPSED
 from cera_train.settings.data import DataConfig, Layout, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
@@ -40,10 +41,9 @@ class LogisticMap(AnswerTask):
         values = [f"{value:.{decimals}f}" for value in extract(generation.text, steps=len(truth))]
         matches = [value == true for value, true in itertools.zip_longest(values, truth)]
         details = {"matches": matches, "collapsed": is_collapsed(values, truth)}
-        return Grade(generation.problem, generation.sample, ", ".join(values) or None, all(matches), **details)
-
-    def is_collapsed(self, grade: Grade) -> bool:
-        return grade.details["collapsed"]
+        ending = COLLAPSED if details["collapsed"] else None
+        answer = ", ".join(values) or None
+        return Grade(generation.problem, generation.sample, answer, all(matches), ending=ending, **details)
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         by_growth = {}

@@ -89,11 +89,7 @@ class AnswerTask(Task, ABC):
 
     @abstractmethod
     def grade(self, problem: Problem, generation: Generation) -> Grade:
-        """Grades one answer by the task's published rule."""
-
-    def is_collapsed(self, grade: Grade) -> bool:
-        """Whether the answer stands still where the truth moves."""
-        return False
+        """Grades one answer by the task's published rule. May name the ending of a wrong answer."""
 
     def scores(self, problems: Sequence[Problem], grades: Sequence[Grade]) -> dict[str, Any]:
         """What result.json holds beside pass@k."""
