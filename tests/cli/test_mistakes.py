@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import transformers
 from commands import WITHOUT_TORCH, command
 from omegaconf import DictConfig
 
@@ -37,6 +42,8 @@ MISTAKES = [
     ("cera-train train.tasks=[gsm9k]", "train.tasks=[gsm9k]: there is no such task", "choose from forgetting, gsm8k"),
     ("cera-train data=jsonl", "there is no training data", "set data.train_files"),
     ("cera-train model.path=./no", "model.path=./no: ", "folder does not exist"),
+    ("cera-train model.path=https://huggingface.co/a/b", "model.path=https://huggingface.co/a/b: ", "does not exist"),
+    ("cera-train model.path=/proc/version", "it is a file", "Set model.path to a folder"),
     ("cera-train output_dir=" + "x" * 300, "xxx...: too long for the name of a file", "Shorten it."),
     ("cera-eval run=x", "task=... is missing", "`cera-eval --help` lists the tasks"),
     ("cera-eval run=nothing task=gsm8k", "run=nothing does not exist", "a folder that cera-train left"),
@@ -75,6 +82,70 @@ def test_a_mistake_gets_one_line_and_status_2(tmp_path, run_here, capfd, line, c
     assert cause in printed
     assert mend in printed
     assert not list(tmp_path.iterdir())
+
+
+def change_config(**changes) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return change
+
+
+def write(name: str, content: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).unlink()
+
+
+def save(kind: type) -> Callable[[Path], object]:
+    small = kind.config_class(vocab_size=64, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+    return lambda folder: kind(small).save_pretrained(folder)
+
+
+def cut_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:50_000])
+
+
+def lose_a_shard(folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+AGAIN = "Download or copy the model again"
+BROKEN_MODELS = [
+    (remove("config.json"), "no config.json", "Set model.path to a folder"),
+    (write("config.json", "{"), "not a valid JSON file", AGAIN),
+    (change_config(model_type="lama"), "`lama`", "Upgrade transformers"),
+    (change_config(num_attention_heads=0), "ZeroDivisionError", AGAIN),
+    (change_config(hidden_size=64), "mismatched", "Copy the config.json that"),
+    (change_config(architectures=None, model_type="vit"), "ViTConfig", "a causal language"),
+    (remove("tokenizer.json"), "tokenizer", AGAIN),
+    (write("tokenizer.json", "{}"), "KeyError: 'added_tokens'", AGAIN),
+    (remove("model.safetensors"), "model.safetensors", "Weights in other"),
+    (cut_weights, "incomplete metadata", AGAIN),
+    (write("model.safetensors", "version https://git-lfs"), "header", "`git lfs pull` in a clone"),
+    (lose_a_shard, "model-00002-of-00", AGAIN),
+    (save(transformers.BertForMaskedLM), "does not predict the next token", "such as Llama"),
+    (save(transformers.LlamaModel), "the weights lack lm_head.weight", "download the model again"),
+]
+
+
+@pytest.mark.parametrize(("damage", "cause", "mend"), BROKEN_MODELS, ids=[cause for _, cause, _ in BROKEN_MODELS])
+def test_a_folder_that_is_no_model_gets_one_line(tiny_folder, run_here, capfd, damage, cause, mend):
+    damage(shutil.copytree(tiny_folder, Path("model")))
+    capfd.readouterr()
+    with pytest.raises(SystemExit, match="^2$"):
+        run_here("cera-train", "model.path=model", "model.dtype=float32", "data.max_length=64", "data.train_rows=4")
+    (printed,) = capfd.readouterr().err.splitlines()
+    assert printed.startswith("cera-train: model.path=model: ")
+    assert cause in printed
+    assert mend in printed
+    assert len(printed) < 600
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def test_shares_partition_the_rows_and_differ_by_at_most_one_sequence(processes,
         assert shares(rows[::-1], lengths, processes) == shared
 
 
+def padded_tokens(group: list[int], lengths: list[int]) -> int:
+    return len(group) * max(lengths[row] for row in group)
+
+
 @pytest.mark.parametrize("cut", [flat_micro_batches, padded_micro_batches])
 @pytest.mark.parametrize("max_tokens", [1, 300, 1000, 10**6])
 @pytest.mark.parametrize("count", [0, 1, 40])
@@ -78,22 +82,14 @@ def test_micro_batches_partition_the_rows_within_the_bound(cut, max_tokens, coun
         assert sorted(chain.from_iterable(groups)) == sorted(rows)
         assert cut(rows[::-1], lengths, max_tokens) == groups
         is_flat = cut == flat_micro_batches
-        tokens = [
-            sum(lengths[row] for row in group) if is_flat else max(lengths[row] for row in group) * len(group)
-            for group in groups
-        ]
+        tokens = [sum(lengths[row] for row in group) if is_flat else padded_tokens(group, lengths) for group in groups]
         assert all(size <= max_tokens or len(group) == 1 for size, group in zip(tokens, groups, strict=True))
         if is_flat:  # no two could be one: best-fit would have put the later's rows into the earlier
             assert all(one + other > max_tokens for one, other in combinations(tokens, 2))
 
 
-def test_micro_batches_are_filled_to_the_last_token():
-    assert flat_micro_batches(range(3), [60, 40, 1], 100) == [[0, 1], [2]]
-    assert padded_micro_batches(range(3), [50, 50, 51], 100) == [[0, 1], [2]]
-
-
 def padded_cost(groups: list[list[int]], lengths: list[int]) -> int:
-    return sum(OVERHEAD_TOKENS + len(group) * max(lengths[row] for row in group) for group in groups)
+    return sum(OVERHEAD_TOKENS + padded_tokens(group, lengths) for group in groups)
 
 
 @pytest.mark.parametrize(("longest", "max_tokens"), [(8, 300), (100, 300), (400, 700), (100, 10**6)])
@@ -105,7 +101,7 @@ def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
         for count in range(9):
             for ends in combinations(range(1, 9), count):
                 groups = [ordered[start:end] for start, end in pairwise([0, *ends, 9])]
-                if all(len(group) == 1 or len(group) * lengths[group[-1]] <= max_tokens for group in groups):
+                if all(len(group) == 1 or padded_tokens(group, lengths) <= max_tokens for group in groups):
                     costs.append(padded_cost(groups, lengths))
         assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(costs)
 
@@ -130,10 +126,7 @@ def test_padded_batch_masks_padding_from_attention_and_loss():
     assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert batch.loss_mask.tolist() == [[False, True, True], [False, False, False], [False, True, False]]
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
-
-
-def test_padded_batch_of_one_length_needs_no_mask():
-    assert set(padded_batch([[1, 2], [3, 4]], [[False, True], [False, True]]).inputs) == {"input_ids"}
+    assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {"input_ids"}  # rows of one length need no mask
 
 
 # --- a tokenised split -----------------------------------------------------------------------------------------------

