@@ -1,13 +1,127 @@
-"""That benchmarks still find what they measure, and what they leave behind in the process that runs several."""
+"""`make gpu` without a GPU, and the whole of it in miniature on a CPU; the other benchmarks find what they measure."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import needs_smollm2
 
 from benchmarks import data, startup
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import pieces
+from benchmarks.gpu.pieces import all_pieces
+from benchmarks.gpu.place import Place, Skipped
+
+ROOT = Path(command.__file__).parents[2]
+
+
+def test_without_a_gpu_it_prints_a_line_and_proves_what_can_be_proven(monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(command, "gpus", lambda: "")
+    monkeypatch.setattr(subprocess, "call", lambda arguments, cwd: called.append(arguments) or 5)
+    assert command.main([]) == 5
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("no CUDA GPU here: on one, this runs ")
+    assert called == [[sys.executable, *command.PROVABLE]]
+
+
+def test_what_failed_stops_nothing_and_is_tried_again_after_all_that_has_no_result(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(piece, place, seconds):
+        ran.append(piece.name)
+        state = command.FAILED if piece.name == "tests_answers" else command.PASSED
+        place.folder.mkdir(parents=True, exist_ok=True)
+        command.write_result(place, piece.name, state, "it broke" if state == command.FAILED else "", {"tokens/s": 7.0})
+        return command.read_result(place, piece.name)
+
+    monkeypatch.setattr(command, "run", run)
+    arguments = ["--device=cpu", f"--output={tmp_path}", "--piece", "tests_answers", "tests_attention"]
+    assert command.main(arguments) == 1
+    assert ran == ["tests_answers", "tests_attention"]
+    assert command.main([*arguments, "nemo_cera"]) == 1
+    assert ran[2:] == ["nemo_cera", "tests_answers"]
+    capsys.readouterr()
+    command.main([*arguments, "--report"])
+    out = capsys.readouterr().out
+    assert "Pieces: 1 passed, 1 failed, 0 skipped." in out
+    assert "\n| tests_attention | 7 |\n" in out
+    assert out.endswith("\n- tests_answers: failed: it broke\n")
+    assert len(ran) == 4
+
+
+def test_every_piece_fits_into_ten_minutes_and_every_file_of_tests_has_one():
+    assert all(0 < piece.expected < piece.seconds <= 540 for piece in all_pieces().values())
+    files = (ROOT / "tests" / "gpu").glob("test_gpu_*.py")
+    assert set(pieces.TESTS) == {file.stem.removeprefix("test_gpu_") for file in files}
+
+
+def test_a_piece_that_takes_too_long_is_ended(tmp_path):
+    piece, place = replace(all_pieces()["weights_llama3_1_8b"], seconds=0.2), Place("cpu", "tiny", tmp_path)
+    assert command.run(piece, place, 0.1) is None  # the command had no more time
+    result = command.run(piece, place, 0.2)
+    assert result["state"] == command.FAILED
+    assert "time limit of 0.2 s" in result["reason"]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "reason"),
+    [
+        ("def test_skips(): pytest.skip('no such thing')", Skipped, "1 skipped"),
+        ("import nothing_like_it", RuntimeError, "pytest ended with status 2"),
+        ("def test_ends_pytest(): pytest.exit('the GPU fell off the bus', returncode=3)", RuntimeError, "status 3"),
+    ],
+)
+def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, content, error, reason):
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    marked = f"import pytest\npytestmark = pytest.mark.gpu\n{content}\n"
+    (tmp_path / "tests" / "gpu" / "test_gpu_group.py").write_text(marked)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    monkeypatch.setattr(pieces, "ROOT", tmp_path)
+    with pytest.raises(error, match=reason):
+        pieces.run_tests(Place("cpu", "tiny", tmp_path), "group")
+
+
+MINIATURE = [
+    *("race_unsloth_llama3_1_8b_bfloat16", "weights_llama3_1_8b", "tests_answers", "math_r64_nf4_llama3_1_8b"),
+    *("race_cera_llama3_1_8b_bfloat16", "decoding_llama3_1_8b", "nemo_cera"),
+]
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
+    command_line = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--size=tiny", f"--output={tmp_path}"]
+    arguments = [*command_line, "--piece", *MINIATURE]
+    started = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first, second = (tmp_path / "tiny_cpu" / f"{name}.json" for name in MINIATURE[:2])
+    while not first.exists():
+        assert started.poll() is None
+        time.sleep(0.1)
+    os.kill(started.pid, signal.SIGKILL)
+    started.communicate()
+    stamp = first.stat().st_mtime_ns
+    assert not second.exists()
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert first.stat().st_mtime_ns == stamp
+    results = {name: json.loads((tmp_path / "tiny_cpu" / f"{name}.json").read_text()) for name in MINIATURE}
+    skipped = results.pop("race_unsloth_llama3_1_8b_bfloat16")
+    assert (skipped["state"], skipped["reason"]) == ("skipped", "unsloth is not installed")
+    assert {result["state"] for result in results.values()} == {"passed"}, done.stdout
+    assert done.returncode == 0
+    for column in ("| tests |", "| planned GB |", "| useful TFLOP/s |", "| CeRA, 64 rows, tokens/s |"):
+        assert column in done.stdout
+
+
+# --- the other benchmarks ---------------------------------------------------------------------------------------------
 
 
 @needs_smollm2

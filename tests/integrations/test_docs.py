@@ -1,20 +1,24 @@
 """README.md, docs/, CONTRIBUTING.md and recipes/README.md hold: their commands compose, their Python runs, what they
-name exists."""
+name exists. The tutorial and the notebook print what they show."""
 
 from __future__ import annotations
 
 import ast
+import itertools
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from conftest import needs_smollm2
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from page_blocks import blocks
 
 from cera_train.cli.mistakes import SCHEMAS
 from cera_train.common.files import config_dir
@@ -28,12 +32,44 @@ TASKS = {  # the pages that the README promises, by task
 }
 OF_FOLDERS = {"cera-report", "cera-sweep"}
 """Commands that take folders, not settings."""
-NOT_RUN = "<!-- not run by the tests"
 MADE_BY_COMMANDS = ("outputs/", "report/")
 """Folders that the pages' commands create."""
 
 
 # --- what a page holds -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block, or an indented one, which has no language."""
+
+    page: Path
+    line: int
+    language: str | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    lines = page.read_text().splitlines()
+    number = 0
+    while number < len(lines):
+        start = number
+        if fence := re.fullmatch(r"```(\w*)", lines[number]):
+            number = lines.index("```", number + 1)
+            yield Block(page, start + 1, fence[1], "\n".join(lines[start + 1 : number]))
+        elif lines[number].startswith("    ") and (start == 0 or not lines[start - 1].strip()):
+            while number + 1 < len(lines) and lines[number + 1].startswith("    "):
+                number += 1
+            yield Block(page, start + 1, None, "\n".join(lines[start : number + 1]))
+        number += 1
+
+
+def is_run(block: Block) -> bool:
+    above = block.page.read_text().splitlines()[block.line - 2]
+    return not above.startswith("<!-- not run by the tests")
 
 
 def prose(page: Path) -> str:
@@ -167,7 +203,7 @@ def test_every_python_block_runs(quickstart, monkeypatch, capsys, page):
     monkeypatch.chdir(quickstart)
     names: dict[str, object] = {"__name__": "__docs__"}
     for block in PYTHON:
-        if block.page == page and not block.comment.startswith(NOT_RUN):
+        if block.page == page and is_run(block):
             exec(compile("\n" * block.line + block.text, str(page), "exec"), names)
     assert capsys.readouterr().out.strip()
 
@@ -228,3 +264,75 @@ def test_the_tree_of_the_readme_is_the_tree():
     named = {*re.findall(r"^  (\w+)/ ", tree, flags=re.MULTILINE)}
     assert named == {path.parent.name for path in (ROOT / "cera_train").glob("*/__init__.py")}
     assert all((ROOT / name).is_dir() for name in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE))
+
+
+# --- the tutorial and the notebook -----------------------------------------------------------------------------------
+
+SHORT = {
+    "cera-train": "train.max_updates=2 train.eval_every=1 data.eval_rows=4",
+    "cera-eval": "task.limit=4 task.max_new_tokens=16",
+    "cera-export": "tolerance=10",
+}
+"""Arguments with which a command takes seconds."""
+
+
+def form(text: str) -> list[str]:
+    """The lines of an output without numbers, names of layers and repetitions. Of a line that depends on the machine,
+    only the first word stays."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        line = re.sub(r"^(precision|device|speed)\b.*", r"\1", " ".join(line.split()))
+        line = re.sub(r"[+-]?\d[\d.,:]*", "#", line).replace("v_proj", "q_proj")
+        lines += [line] * (lines[-1:] != [line])
+    return lines
+
+
+def has_form(printed: str, shown: str) -> bool:
+    """Whether an output has the lines that the page shows, with any others in place of `...`."""
+    patterns = [r"(.*\n)*?" if line == "..." else re.escape(line) + r"\n" for line in form(shown)]
+    return re.fullmatch("".join(patterns), "\n".join(form(printed)) + "\n") is not None
+
+
+@pytest.mark.slow
+@needs_smollm2
+def test_the_tutorial_prints_what_it_shows(tmp_path):
+    page = [block for block in blocks(ROOT / "docs" / "tutorial.md") if block.language != "python"]
+    steps = [pair for pair in itertools.pairwise(page) if [block.language for block in pair] == [None, ""]]
+    assert len(steps) == 6
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for block, shown in steps:
+        command = " ".join(block.text.split()).replace("make quickstart", "cera-train +recipe=quickstart")
+        for name, arguments in SHORT.items():
+            command = re.sub(rf"\b{name}\b", f"{name} {arguments}", command)
+        shell = ["bash", "-e", "-o", "pipefail", "-c", command]
+        done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if "cera-chat" in command:
+            assert len(done.stdout.split()) > 2  # what a model answers after two updates has no form
+        else:
+            assert has_form(done.stdout, shown.text), f"{command} printed\n{done.stdout}"
+
+
+def outputs_of(notebook: dict) -> list[tuple[str, int]]:
+    """The text that each cell printed, without its numbers, and how many pictures it drew."""
+    found = []
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            printed = "".join("".join(each["text"]) for each in cell["outputs"] if each.get("name") == "stdout")
+            pictures = sum("image/png" in each.get("data", {}) for each in cell["outputs"])
+            found.append((re.sub(r"\d+(\.\d+)?", "#", printed), pictures))
+    return found
+
+
+@pytest.mark.slow
+@needs_smollm2
+@pytest.mark.filterwarnings("default")  # Jupyter's, of its event loop
+def test_the_notebook_prints_what_it_shows(tmp_path):
+    """`jupyter execute --inplace docs/notebook.ipynb` writes its outputs again; take the warnings out."""
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
+    expected = outputs_of(notebook)
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
+    assert outputs_of(notebook) == expected
+    assert (tmp_path / "outputs/capitals/adapter_model.safetensors").exists()

@@ -11,25 +11,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
+from tiny_runs import losses_of, wait_until
 
 from cera_train.training.train import train
 
 CLUSTER = Path(__file__).resolve().parents[2] / "cluster"
 
 
-def load_mirror():
-    spec = importlib.util.spec_from_file_location("mirror", CLUSTER / "mirror.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mirror = load_mirror()
+spec = importlib.util.spec_from_file_location("mirror", CLUSTER / "mirror.py")
+mirror = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(mirror)
 
 
 def write_checkpoint(run: Path, update: int) -> None:
@@ -130,23 +125,16 @@ def run_mirror(folder: Path, bucket: Path, script: str) -> subprocess.Popen:
 def test_a_signal_reaches_the_command_and_its_last_files_the_bucket(tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
-    script = (
-        "trap 'echo saved > outputs/log; exit 143' TERM; mkdir -p outputs; touch ready; while :; do sleep 0.02; done"
-    )
-    process = run_mirror(tmp_path, bucket, script)
-    while not (tmp_path / "ready").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
+    trap = "trap 'echo saved > outputs/log; exit 143' TERM"
+    process = run_mirror(tmp_path, bucket, f"{trap}; mkdir -p outputs; touch ready; while :; do sleep 0.02; done")
+    wait_until((tmp_path / "ready").exists)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     assert (bucket / "log").read_text() == "saved\n"
 
 
-def test_a_killed_command_gives_its_signals_status(tmp_path):
+def test_a_killed_command_gives_its_signals_status_and_a_bucket_that_refuses_files_ends_it_at_once(tmp_path):
     assert run_mirror(tmp_path, tmp_path, "kill -KILL $$").wait(timeout=60) == 137
-
-
-def test_a_bucket_that_refuses_files_ends_it_at_once(tmp_path):
     process = run_mirror(tmp_path, tmp_path / "missing", "touch started")
     assert process.wait(timeout=60) == 1
     assert "missing/.probe" in (tmp_path / "err").read_text()
@@ -177,11 +165,7 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
             return subprocess.Popen(["bash", "-c", script], stdout=log, stderr=log, **where)
 
     first = start("first")
-    deadline = time.monotonic() + 240
-    while not list(bucket.glob("run/checkpoints/*/checksums.json")):
-        assert first.poll() is None, (tmp_path / "first.log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: list(bucket.glob("run/checkpoints/*/checksums.json")), seconds=240, every=0.02)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     assert not (bucket / "run" / "result.json").exists()
@@ -192,5 +176,4 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
     for name in ("adapter/adapter_model.safetensors", "best/adapter_model.safetensors", "losses_after.safetensors"):
         assert (there / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert (there / "result.json").exists()
-    updates = [(folder / "metrics.jsonl").read_text().count("train/loss") for folder in (there, uninterrupted)]
-    assert updates == [60, 60]
+    assert len(losses_of(there)) == len(losses_of(uninterrupted)) == 60

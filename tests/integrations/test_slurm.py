@@ -5,30 +5,102 @@ from __future__ import annotations
 import functools
 import json
 import os
+import secrets
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from slurm_cluster import is_installed, slurm
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.cli.cluster import QueueWatcher
 from cera_train.sweep.table import State, read_sweep
 from cera_train.training.train import train
 
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue")
+CAN_START = os.geteuid() == 0 and all(map(shutil.which, PROGRAMS))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not is_installed(), reason="apt-get install slurm-wlm munge, and root's rights, to test it"),
+    pytest.mark.skipif(not CAN_START, reason="apt-get install slurm-wlm munge, and root's rights, to test it"),
 ]
+
+CONFIG = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdParameters=config_overrides
+ReturnToService=2
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
+PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=localhost MaxTime=INFINITE State=UP PriorityTier=10
+"""
 
 CERA_TRAIN = str(Path(sys.executable).parent / "cera-train")
 
 
+wait = functools.partial(wait_until, seconds=240, every=0.3)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    with slurm(tmp_path_factory.mktemp("slurm")) as environment:
+    """Starts Slurm, gives the environment in which its commands find it, and stops it with all its jobs."""
+    folder = tmp_path_factory.mktemp("slurm")
+    for name in ("munge", "state", "spool"):
+        (folder / name).mkdir(mode=0o700)
+    (folder / "munge" / "key").write_bytes(secrets.token_bytes(128))
+    (folder / "munge" / "key").chmod(0o400)
+    munge = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+    options = [f"--{option}={folder / 'munge' / name}" for option, name in munge.items()]
+    host = socket.gethostname().split(".")[0]
+    ports = dict(zip(("controller_port", "node_port"), free_ports(2), strict=True))
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, host=host, **ports))
+    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
+    try:
+        subprocess.run(["munged", "--force", *options], check=True, stderr=subprocess.DEVNULL)
+        for daemon in ("slurmctld", "slurmd"):
+            subprocess.run([daemon], check=True, env=environment)
+        wait(lambda: b"idle" in subprocess.run(["sinfo", "-h"], capture_output=True, env=environment).stdout)
         yield environment | {"OMP_NUM_THREADS": "1"}
+    finally:
+        subprocess.run(["scancel", "--signal=KILL", "--full", "--user=root"], env=environment, check=False)
+        wait(lambda: not subprocess.run(["squeue", "-h"], capture_output=True, env=environment).stdout)
+        for file in (folder / "slurmd.pid", folder / "slurmctld.pid", folder / "munge" / "pid"):
+            if file.exists():
+                pid = int(file.read_text())
+                os.kill(pid, signal.SIGTERM)
+                wait(lambda pid=pid: not Path(f"/proc/{pid}").exists())
+
+
+def free_ports(count: int) -> list[int]:
+    opened = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in opened]
+    for each in opened:
+        each.close()
+    return ports
 
 
 @pytest.fixture
@@ -41,9 +113,6 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
 
 def updates_of(folder: Path) -> int:
     return len(losses_of(folder))
-
-
-wait = functools.partial(wait_until, seconds=240, every=0.3)
 
 
 def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(cluster, arguments, tmp_path, compose):
