@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from several_processes import ONE_THREAD, torchrun, train_in_processes
-from tiny_runs import all_losses_of, evaluations_of
+from tiny_runs import all_losses_of, evaluations_of, losses_of, wait_until
 
 from cera_train.common.errors import UserError
 from cera_train.distributed import launch
@@ -28,8 +28,6 @@ from cera_train.runs.outcomes import read_losses
 from cera_train.settings.distributed import LaunchConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
-
-SCRIPTS = Path(sys.executable).parent
 
 
 @pytest.fixture
@@ -43,15 +41,13 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
     ]
 
 
+def popen(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=ONE_THREAD, **pipes)
+
+
 def cera_train(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(SCRIPTS / "cera-train"), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=cwd,
-        env=ONE_THREAD,
-    )
+    return popen(str(Path(sys.executable).parent / "cera-train"), *arguments, cwd=cwd)
 
 
 # --- the same numbers ------------------------------------------------------------------------------------------------
@@ -162,16 +158,14 @@ def test_processes_of_torchrun_go_through_a_sweep_together(tmp_path, arguments):
 def test_two_nodes_train_together(tmp_path, arguments, compose):
     """Two launchers of two processes each, which find each other on loopback."""
     train(compose(*arguments, "train.max_updates=6", "name=one"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
+    with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d"),
         *(f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=two", "--local_addr=localhost"),
         *("-m", "cera_train", *arguments, "train.max_updates=6", "name=two"),
     ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    nodes = [subprocess.Popen(command, cwd=tmp_path, env=ONE_THREAD, **pipes) for _ in range(2)]
+    nodes = [popen(*command, cwd=tmp_path) for _ in range(2)]
     ends = [node.communicate(timeout=200) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], ends
     assert "".join(out for out, _ in ends).count("4 x cpu") == 1
@@ -212,11 +206,6 @@ def test_a_process_for_each_gpu_unless_the_config_says_otherwise(monkeypatch):
 # --- when one of them does not go on ---------------------------------------------------------------------------------
 
 
-def wait_for_updates(run: subprocess.Popen[str], metrics: Path, updates: int) -> None:
-    while run.poll() is None and not (metrics.exists() and metrics.read_text().count("train/loss") >= updates):
-        time.sleep(0.05)
-
-
 def processes_of(run: subprocess.Popen[str]) -> list[int]:
     """The training processes that a command started, in the order of their ranks."""
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
@@ -225,11 +214,10 @@ def processes_of(run: subprocess.Popen[str]) -> list[int]:
 
 @pytest.fixture
 def endless(arguments, tmp_path):
-    """A run of two processes in its midst, and its metrics."""
+    """A run of two processes in its midst."""
     settings = ["train.max_updates=100000", "train.eval_every=null", "launch.processes=2", "distributed.timeout=15"]
     run = cera_train(*arguments, *settings, "name=run", cwd=tmp_path)
-    metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
-    wait_for_updates(run, metrics, 12)
+    wait_until(lambda: run.poll() is not None or len(losses_of(tmp_path / "outputs" / "run")) >= 12, 240, 0.05)
     yield run
     run.kill()
 
@@ -249,9 +237,7 @@ def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_the_processes_load_ends_the_command(arguments, tmp_path, number):
     run = cera_train(*arguments, "launch.processes=2", "name=run", cwd=tmp_path)
-    while len(processes_of(run)) < 2:
-        assert run.poll() is None
-        time.sleep(0.05)
+    wait_until(lambda: len(processes_of(run)) == 2, every=0.05)
     time.sleep(2)  # they import and load: nobody listens yet
     run.send_signal(number)
     _, err = run.communicate(timeout=60)
@@ -269,20 +255,15 @@ def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp
     assert not (tmp_path / "outputs" / "run" / ".lock").exists()
 
 
-def test_no_pass_waits_for_the_buffers_of_process_0():
-    accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
-    assert not accelerator.ddp_handler.broadcast_buffers
-
-
-@pytest.mark.parametrize(("chosen", "used"), [(None, "expandable_segments:True"), ("backend:native", "backend:native")])
-def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monkeypatch, chosen, used):
+def test_a_gpus_allocator_joins_its_blocks_unless_the_user_chose_otherwise(monkeypatch):
     monkeypatch.setattr("cera_train.distributed.accelerator.this_device", lambda: torch.device("cuda"))
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", chosen or "")
-    if chosen is None:
-        monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
-    assert os.environ["PYTORCH_ALLOC_CONF"] == used
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "backend:native"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
@@ -290,7 +271,8 @@ def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
     """Precision and kernels were chosen for the CPU."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     accelerator = start_accelerator(ModelConfig(path="x", dtype="float32"), None, timedelta(seconds=60))
-    assert accelerator.state._cpu
+    assert accelerator.device == torch.device("cpu")
+    assert not accelerator.ddp_handler.broadcast_buffers  # no pass waits for those of process 0
 
 
 @pytest.mark.slow
@@ -304,20 +286,16 @@ def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("exitcode", "message", "kind", "words"),
-    [
-        (1, "UserError: data.prompt: no such column.", UserError, "data.prompt: no such column."),
-        (1, "ValueError: zip() argument 2 is shorter", RuntimeError, "Traceback ..."),
-        (-signal.SIGKILL, "", UserError, "process 1 was killed by SIGKILL: the machine may be out of memory"),
-    ],
-)
-def test_an_error_of_a_process_keeps_its_kind(exitcode, message, kind, words):
-    """A mistake is one line for its user, a bug a traceback."""
-    report = {"message": message, "extraInfo": {"py_callstack": "Traceback ..."}}
-    error = error_of(1, SimpleNamespace(exitcode=exitcode, message=report))
-    assert type(error) is kind
-    assert words in str(error)
+def test_an_error_of_a_process_keeps_its_kind():
+    """A mistake is one line for its user, a bug a traceback. test_a_process_that_is_killed... has the third kind."""
+    for message, kind, words in (
+        ("UserError: data.prompt: no such column.", UserError, "data.prompt: no such column."),
+        ("ValueError: zip() argument 2 is shorter", RuntimeError, "Traceback ..."),
+    ):
+        report = {"message": message, "extraInfo": {"py_callstack": "Traceback ..."}}
+        error = error_of(1, SimpleNamespace(exitcode=1, message=report))
+        assert type(error) is kind
+        assert words in str(error)
 
 
 def test_a_process_that_lost_another_fails_after_it(monkeypatch):

@@ -39,14 +39,12 @@ def test_each_token_has_the_gate_of_its_code(shape):
 
 
 def test_the_gates_of_a_batch_are_those_of_every_batch():
-    z = torch.randn(3, 6, 4)
-    for count in range(1, len(plugin.ALL_CODES) + 1):
-        for among in itertools.combinations(plugin.ALL_CODES, count):
-            if among != (plugin.NO_ADAPTER,):
-                codes = torch.tensor([among[token % count] for token in range(6)])[:, None]
-                gammas = torch.rand(3, 6, 1)
-                every = plugin.gate(z, codes, gammas, plugin.ALL_CODES)
-                assert plugin.gate(z, codes, gammas, among).equal(every)
+    z, gammas = torch.randn(3, 6, 4), torch.rand(3, 6, 1)
+    for among in itertools.product(plugin.ALL_CODES, repeat=2):
+        if among != (plugin.NO_ADAPTER, plugin.NO_ADAPTER):
+            codes = torch.tensor(among * 3)[:, None]
+            every = plugin.gate(z, codes, gammas, plugin.ALL_CODES)
+            assert plugin.gate(z, codes, gammas, tuple(sorted(set(among)))).equal(every)
 
 
 def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):

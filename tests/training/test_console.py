@@ -36,16 +36,13 @@ def test_the_layout_comes_with_what_kept_a_faster_one_away(tiny_llama, wanted, i
     assert describe_speed(BatchLayout(wanted), loss).endswith("; compiled layers")
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, "on q_proj v_proj"),
-        ({"experts": True, "expert_r": 2, "target_modules": "all-linear"}, "on all-linear and all experts at r=2"),
-        ({"target_modules": [], "target_parameters": ["experts.down_proj"]}, "on experts.down_proj at r=8"),
-    ],
-)
-def test_an_adapter_is_described_with_its_places(settings, expected):
-    assert describe_adapter(AdapterConfig(r=8, **settings)) == f"cera r=8, silu, dropout 0.1, {expected}"
+def test_an_adapter_is_described_with_its_places():
+    def places(**settings) -> str:
+        return describe_adapter(AdapterConfig(r=8, **settings)).removeprefix("cera r=8, silu, dropout 0.1, on ")
+
+    assert places() == "q_proj v_proj"
+    assert places(experts=True, expert_r=2, target_modules="all-linear") == "all-linear and all experts at r=2"
+    assert places(target_modules=[], target_parameters=["experts.down_proj"]) == "experts.down_proj at r=8"
 
 
 @pytest.mark.parametrize(("spectrum", "figures"), [([], {}), ([0.6, 0.3, 0.1], {"gsm8k/exact": 0.5})])

@@ -46,18 +46,14 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, 
     assert "| Data | a.jsonl + b.jsonl |" in card
 
 
-def test_a_run_on_a_mix_resumes_to_the_bit(mixed, monkeypatch):
+def test_a_run_on_a_mix_resumes_to_the_bit_and_another_mix_is_another_run(mixed, tmp_path, monkeypatch):
     whole, cut = mixed("name=whole"), mixed("name=cut")
     train(whole)
     train_and_die_after(cut, 6, monkeypatch)
-    train(cut)
-    assert adapter_bytes(cut) == adapter_bytes(whole)
-
-
-def test_another_mix_is_another_run(mixed, tmp_path, monkeypatch):
-    train_and_die_after(mixed(), 6, monkeypatch)
     with pytest.raises(ValueError, match=r"data.mix.1.weight was 1.0, is 3.0. Set these back"):
-        train(mixed("data.mix.1.weight=3"))
-    checkpoint = tmp_path / "outputs" / "run" / "checkpoints" / "4"
+        train(mixed("data.mix.1.weight=3", "name=cut"))
+    checkpoint = tmp_path / "outputs" / "cut" / "checkpoints" / "4"
     with pytest.raises(ValueError, match="the training rows are not those of"):
         train(mixed("data.mix.1.weight=3", "name=other", f"train.resume={checkpoint}"))
+    train(cut)
+    assert adapter_bytes(cut) == adapter_bytes(whole)

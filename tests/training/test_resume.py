@@ -187,9 +187,3 @@ def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, mon
     train(config)
     assert f"precision  bfloat16: as {folder} was begun" in capsys.readouterr().out
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
-
-
-def test_what_peft_refuses_is_refused_before_anything_is_loaded(tiny_config, monkeypatch):
-    monkeypatch.setattr("cera_train.training.session.load_tokenizer", None)
-    with pytest.raises(UserError, match=r"adapter.settings.minir=2: MissConfig.* unexpected keyword argument"):
-        train(tiny_config("adapter=miss", "+adapter.settings.minir=2"))

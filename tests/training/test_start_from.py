@@ -108,17 +108,14 @@ def test_an_adapter_of_another_base_is_refused(first, tiny_config, tmp_path, tok
     refused(without_its_run, misfit, hidden_size=64)
 
 
-DIFFERENT = [
-    ({"kind": "lora"}, 'peft_type is "CERA" there, "LORA" here'),
-    ({"r": 8, "activation": "gelu"}, 'r is 4 there, 8 here; activation is "silu" there, "gelu" here'),
-    ({"settings": {"rank_pattern": {"v_proj": 2}}}, 'rank_pattern is {} there, {"v_proj": 2} here'),
-]
-
-
 def test_an_adapter_that_computes_something_else_is_refused_before_the_base(first, tiny_config, monkeypatch):
     monkeypatch.setattr("cera_train.training.session.load_model", None)
     config = tiny_config("name=later", f"adapter.start_from={first}")
-    for changes, message in DIFFERENT:
+    for changes, message in (
+        ({"kind": "lora"}, 'peft_type is "CERA" there, "LORA" here'),
+        ({"r": 8, "activation": "gelu"}, 'r is 4 there, 8 here; activation is "silu" there, "gelu" here'),
+        ({"settings": {"rank_pattern": {"v_proj": 2}}}, 'rank_pattern is {} there, {"v_proj": 2} here'),
+    ):
         changed = replace(config, adapter=replace(config.adapter, **changes))
         with pytest.raises(UserError, match=rf"\Aadapter.start_from={first}: {re.escape(message)}[^\n]*\Z"):
             train(changed)

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.settings import to_plain
 from cera_train.data.logistic_map import problems
 from cera_train.distributed.accelerator import check_distribution
-from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
@@ -90,13 +89,6 @@ def test_metrics_have_the_promised_names(finished):
         *(result["perplexity_before"], result["eval/perplexity"]),
     ]
     assert before.tokens.tolist() == after.tokens.tolist()
-
-
-def test_spectra_are_measured_once_at_an_evaluation(tiny_config, monkeypatch):
-    measure, updates = HeldOut.spectra, []
-    monkeypatch.setattr(HeldOut, "spectra", lambda self: updates.append(1) or measure(self))
-    train(tiny_config("train.max_updates=3", "train.eval_every=2"))
-    assert len(updates) == 3  # at updates 0, 2 and 3, and not again for the result
 
 
 def test_the_final_adapter_gives_the_reported_perplexity_through_plain_peft(finished, tiny_folder, tokenizer):
