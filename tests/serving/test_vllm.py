@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +23,7 @@ import httpx  # noqa: E402
 import openai  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
+from tiny_runs import wait_until  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from cera_train.cera import CeraConfig  # noqa: E402
@@ -83,11 +83,8 @@ if __name__ == "__main__":
 
 
 def run_engine(script: Path, folder: Path, adapters: dict[str, str], plugins: bool = True, **settings) -> dict:
-    """The tokens that a vLLM of its own answers to PROMPTS by each adapter (an empty path for the base), or its error.
-
-    Args:
-        script: where to write the program.
-    """
+    """The tokens that a new vLLM answers to PROMPTS by each adapter (an empty path for the base), or its error. Writes
+    its program to `script`."""
     script.write_text(ENGINE)
     arguments = map(json.dumps, (str(folder / BASE), adapters, settings, PROMPTS, TOKENS))
     done = subprocess.run(
@@ -161,9 +158,8 @@ def wanted(folder) -> dict[str, list]:
 @pytest.fixture(scope="module")
 def server(folder, wanted, tmp_path_factory):
     """The address of a vLLM with two slots for seven adapters."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "server.log"
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / BASE),
@@ -178,15 +174,8 @@ def server(folder, wanted, tmp_path_factory):
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
-            assert process.poll() is None, log.read_text()[-4000:]
-            try:
-                httpx.get(f"{url}/health", timeout=1).raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(1)
-        else:
-            pytest.fail(log.read_text()[-4000:])
+        wait_until(lambda: process.poll() is not None or is_healthy(url), seconds=300, every=1)
+        assert process.poll() is None, log.read_text()[-4000:]
         yield url
     finally:
         process.terminate()
@@ -196,6 +185,13 @@ def server(folder, wanted, tmp_path_factory):
             process.kill()
 
 
+def is_healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=1).is_success
+    except httpx.HTTPError:
+        return False
+
+
 def ask(url: str, model: str, prompt: list[int]) -> tuple[list[int], list[float]]:
     """Tokens and log-probabilities, as the OpenAI client gets them."""
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
@@ -203,8 +199,8 @@ def ask(url: str, model: str, prompt: list[int]) -> tuple[list[int], list[float]
         model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, logprobs=1,
         extra_body={"return_tokens_as_token_ids": True, "ignore_eos": True},
     )  # fmt: skip
-    found = completion.choices[0].logprobs
-    return [int(token.removeprefix("token_id:")) for token in found.tokens], found.token_logprobs
+    answer = completion.choices[0].logprobs
+    return [int(token.removeprefix("token_id:")) for token in answer.tokens], answer.token_logprobs
 
 
 def post(url: str, path: str, **body) -> httpx.Response:
@@ -226,7 +222,7 @@ def test_200_requests_of_8_clients_over_7_adapters_and_the_base_each_get_their_o
         assert_equal(answer, wanted[name][place])
 
 
-def test_adapters_come_and_go_while_others_answer(server, folder, wanted):
+def test_adapters_come_go_and_are_replaced_in_place_while_others_answer(server, folder, wanted):
     is_over = threading.Event()
 
     def others() -> int:
@@ -239,9 +235,11 @@ def test_adapters_come_and_go_while_others_answer(server, folder, wanted):
     with ThreadPoolExecutor(1) as pool:
         answered = pool.submit(others)
         try:
-            for _ in range(3):
-                assert post(server, "load_lora_adapter", lora_name="late", lora_path=str(folder / "gelu")).is_success
-                assert_equal(ask(server, "late", PROMPTS[1]), wanted["gelu"][1])
+            for _ in range(2):
+                for name in ("gelu", "lora", "relu"):
+                    late = {"lora_name": "late", "lora_path": str(folder / name), "load_inplace": True}
+                    assert post(server, "load_lora_adapter", **late).is_success
+                    assert_equal(ask(server, "late", PROMPTS[1]), wanted[name][1])
                 assert post(server, "unload_lora_adapter", lora_name="late").is_success
                 with pytest.raises(openai.NotFoundError):
                     ask(server, "late", PROMPTS[1])
@@ -250,22 +248,14 @@ def test_adapters_come_and_go_while_others_answer(server, folder, wanted):
         assert answered.result() > 0
 
 
-def test_an_adapter_is_replaced_in_place_by_one_with_another_gate(server, folder, wanted):
-    for name in ("silu", "lora", "relu"):
-        path = str(folder / name)
-        assert post(server, "load_lora_adapter", lora_name="swapped", lora_path=path, load_inplace=True).is_success
-        assert_equal(ask(server, "swapped", PROMPTS[2]), wanted[name][2])
-    assert post(server, "unload_lora_adapter", lora_name="swapped").is_success
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"activation": "mish"}, "activation=mish is no gate that can be served: identity, silu, relu, gelu."),
+        ({"activation": "mish"}, "activation=mish is no gate that can be served"),
         ({"mix": "learned"}, "mix=learned, and the weights have no gamma of this projection"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters=['experts.down_proj'] is not served"),
         ({"r": 64}, "LoRA rank 64 is greater than max_lora_rank 8"),
-        (None, "adapter_model"),
+        (None, ""),
     ],
     ids=["gate", "mix", "experts", "rank", "truncated"],
 )
@@ -274,7 +264,6 @@ def test_what_cannot_be_served_is_refused_and_the_server_lives(server, folder, w
     if changes is None:
         weights = broken / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-100])
-        message = ""
     else:
         file = broken / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
