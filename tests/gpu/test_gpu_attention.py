@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 from conftest import make_tiny_llama
+from masked_attention import Causal, under_a_mask
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.adapters.build import build
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attend_by_sequence, attend_varlen
@@ -22,25 +22,10 @@ pytestmark = pytest.mark.gpu
 LENGTHS = [130, 1, 257, 64]
 
 
-class Causal(nn.Module):
-    is_causal = True
-
-
 def qkv(device, width: int) -> list[torch.Tensor]:
     """8 heads on 2, in float64, of values that bf16 holds."""
     shapes = ((heads, sum(LENGTHS), width) for heads in (8, 2, 2))
     return [torch.randn(1, *shape, device=device).bfloat16().double().requires_grad_() for shape in shapes]
-
-
-def under_a_mask(query, key, value, window: int | None) -> torch.Tensor:
-    """Attention over one row under a block mask."""
-    mask, start = torch.zeros(sum(LENGTHS), sum(LENGTHS), dtype=torch.bool, device=query.device), 0
-    for length in LENGTHS:
-        ones = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
-        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
-        start += length
-    key, value = (heads.repeat_interleave(4, dim=1) for heads in (key, value))
-    return scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
 
 
 @pytest.mark.parametrize("window", [None, 100])
@@ -54,9 +39,9 @@ def test_attention_equals_sdpa_under_a_block_mask(device, bf16, way, dtype, widt
     exact = qkv(device, width)
     rounded = [x.detach().to(dtype).requires_grad_() for x in exact]
     attend = attend_varlen if way == VARLEN else attend_by_sequence
-    expected = under_a_mask(*exact, window)
+    expected = under_a_mask(*exact, LENGTHS, window)
     got, _ = attend(Causal(), *rounded, None, sequences=Sequences(LENGTHS), sliding_window=window)
-    plain = under_a_mask(*rounded, window)
+    plain = under_a_mask(*rounded, LENGTHS, window)
     upstream = torch.randn_like(got)
     true = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
     ours = [got, *torch.autograd.grad(got, rounded, upstream)]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
-from torch import nn
+from masked_attention import Causal, under_a_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, ShortAttention, attend_by_sequence, attend_varlen
@@ -21,29 +20,15 @@ LENGTHS = [5, 1, 9, 3]
 KERNEL = "torch.nn.attention.varlen.varlen_attn"
 
 
-class Causal(nn.Module):
-    is_causal = True
-
-
 def heads(length: int = sum(LENGTHS), dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
     """Query, key and value: 4 heads on 2."""
     return [torch.randn(1, count, length, 8, dtype=dtype, requires_grad=True) for count in (4, 2, 2)]
 
 
-def masked(query, key, value, window: int | None = None) -> torch.Tensor:
-    total, start = sum(LENGTHS), 0
-    mask = torch.zeros(total, total, dtype=torch.bool)
-    for length in LENGTHS:
-        ones = torch.ones(length, length, dtype=torch.bool).tril()
-        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
-        start += length
-    return scaled_dot_product_attention(query, key, value, mask, enable_gqa=True).transpose(1, 2)
-
-
 def test_short_attention_equals_torchs_own_and_its_backward_finite_differences():
     query, key, value = heads(6)
-    own = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(ShortAttention.apply(query, key, value, 0.3), own)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(ShortAttention.apply(query, key, value, 0.3), expected)
     assert torch.autograd.gradcheck(lambda *qkv: ShortAttention.apply(*qkv, 0.3), (query, key, value))
 
 
@@ -53,21 +38,20 @@ def test_short_attention_is_about_as_near_to_the_exact_values_as_torchs_own():
     exact = [x.detach().double().requires_grad_() for x in rounded]
     upstream = torch.randn(1, 4, 150, 8).bfloat16()
 
-    def gradients(attend, inputs):
-        return torch.autograd.grad(attend(*inputs), inputs, upstream.to(inputs[0].dtype))
-
-    def own(query, key, value):
+    def torchs(query, key, value):
         return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def short(*qkv):
         return ShortAttention.apply(*qkv, 8**-0.5)
 
+    def output_and_gradients(attend, inputs):
+        output = attend(*inputs)
+        return [output, *torch.autograd.grad(output, inputs, upstream.to(output.dtype))]
+
     assert ShortAttention.is_faster(rounded[0], rounded[2])
-    found = zip(gradients(short, rounded), gradients(own, rounded), gradients(own, exact), strict=True)
-    for one, other, true in found:
-        assert (one - true).norm() < 2 * (other - true).norm()
-    outputs = [short(*rounded), own(*rounded), own(*exact)]
-    assert (outputs[0] - outputs[2]).norm() < 2 * (outputs[1] - outputs[2]).norm()
+    compared = (output_and_gradients(*each) for each in ((short, rounded), (torchs, rounded), (torchs, exact)))
+    for ours, theirs, true in zip(*compared, strict=True):
+        assert (ours - true).norm() < 2 * (theirs - true).norm()
 
 
 def sequence_after_sequence(
@@ -94,7 +78,7 @@ def test_it_equals_one_row_under_a_block_mask(monkeypatch, attend, window):
     monkeypatch.setattr(KERNEL, sequence_after_sequence)
     inputs = heads()
     got, no_weights = attend(Causal(), *inputs, None, sequences=Sequences(LENGTHS), sliding_window=window)
-    expected = masked(*inputs, window)
+    expected = under_a_mask(*inputs, LENGTHS, window)
     torch.testing.assert_close(got, expected)
     assert no_weights is None
     upstream = torch.randn_like(got)
@@ -141,37 +125,31 @@ def test_attention_that_is_more_is_refused():
             attend_by_sequence(Causal(), *heads(), None, sequences=Sequences(LENGTHS), **more)
 
 
-@pytest.mark.parametrize(
-    ("kind", "window"), [("chunked_attention", None), ("sliding_attention", None), ("full_attention", 4)]
-)
-def test_what_only_a_mask_would_restrict_is_refused(kind, window):
-    module = Causal()
-    module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
-    settings = {"sequences": Sequences(LENGTHS), "sliding_window": window}
-    with pytest.raises(NotImplementedError, match=kind):
-        attend_by_sequence(module, *heads(), None, **settings)
+def test_what_only_a_mask_would_restrict_is_refused():
+    for kind, window in (("chunked_attention", None), ("sliding_attention", None), ("full_attention", 4)):
+        module = Causal()
+        module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
+        with pytest.raises(NotImplementedError, match=kind):
+            attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), sliding_window=window)
 
 
 def test_a_sequence_sees_nothing_of_its_neighbours():
     model = make_tiny_llama()
     loss = SupervisedLoss(model, model)
-    loss.probe()
-    assert loss.allowed.attention == BY_SEQUENCE
+    assert loss.probe().attention == BY_SEQUENCE
     loss.use_flat_batches()
-    numbers = random.Random(0)
-    rows = [[numbers.randrange(512) for _ in range(length)] for length in LENGTHS]
+    rows = [torch.randint(512, (length,)).tolist() for length in LENGTHS]
     masks = [[False, *[True] * (len(row) - 1)] for row in rows]
     with torch.no_grad():
         together = loss(flat_batch(rows, masks))
-        alone = sum(loss(flat_batch([row], [mask])) for row, mask in zip(rows, masks, strict=True) if len(row) > 1)
-    torch.testing.assert_close(together, alone)
+        apart = sum(loss(flat_batch([row], [mask])) for row, mask in zip(rows, masks, strict=True) if len(row) > 1)
+    torch.testing.assert_close(together, apart)
 
 
 def test_a_sliding_window_is_kept():
     model = ARCHITECTURES["mistral"].model(sliding_window=4)
     loss = SupervisedLoss(model, model)
-    loss.probe()
-    assert loss.allowed.attention == BY_SEQUENCE
+    assert loss.probe().attention == BY_SEQUENCE
     row = [list(range(1, 13))] * 2
     mask = [[False] + [True] * 11] * 2
     with torch.no_grad():
