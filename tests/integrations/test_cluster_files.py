@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_docs import cut, jobs_of, overrides_of
+from test_docs import command_among, jobs_of, overrides_of
 
 from cera_train.distributed.signals import SIGNALS
 
@@ -39,12 +39,12 @@ def container_of(job: dict) -> dict:
     return container
 
 
-def commands() -> dict[str, list[str]]:
+def cera_train_commands() -> dict[str, list[str]]:
     """Every cera-train command of cluster/, by where it stands."""
-    found = {"sky.yaml": ["cera-train", *shlex.split(SKY["envs"]["ARGUMENTS"])]}
+    commands = {"sky.yaml": ["cera-train", *shlex.split(SKY["envs"]["ARGUMENTS"])]}
     header = (CLUSTER / "sky.yaml").read_text()
     for number, arguments in enumerate(re.findall(r"--env ARGUMENTS='(.*?)'", header)):
-        found[f"sky.yaml --env {number}"] = ["cera-train", *shlex.split(arguments)]
+        commands[f"sky.yaml --env {number}"] = ["cera-train", *shlex.split(arguments)]
     for job in jobs_of_kubernetes():
         words = container_of(job)["args"]
         if words[0] == "bash":
@@ -52,22 +52,25 @@ def commands() -> dict[str, list[str]]:
         name = job["metadata"]["name"]
         if job["spec"].get("completionMode") == "Indexed":
             for index, rank in enumerate(ranks_of(job)):
-                found[f"{name} {index}"] = [word.replace("$RANK", rank) for word in words]
+                commands[f"{name} {index}"] = [word.replace("$RANK", rank) for word in words]
         else:
-            found[name] = words
+            commands[name] = words
     for line in (CLUSTER / "Dockerfile").read_text().splitlines():
         if match := re.fullmatch(r"#\s+(cera-train \+.*)", line):
-            found["Dockerfile"] = shlex.split(match[1])
-    return found
+            commands["Dockerfile"] = shlex.split(match[1])
+    return commands
 
 
 def ranks_of(job: dict) -> list[str]:
     return re.search(r"RANKS=\((.*?)\)", container_of(job)["args"][-1])[1].split()
 
 
-@pytest.mark.parametrize(("place", "words"), commands().items(), ids=commands())
+COMMANDS = cera_train_commands()
+
+
+@pytest.mark.parametrize(("place", "words"), COMMANDS.items(), ids=COMMANDS)
 def test_every_command_composes(compose, place, words):
-    name, arguments = cut(words)
+    name, arguments = command_among(words)
     assert name == "cera-train"
     overrides, is_sweep = overrides_of(arguments)
     jobs = jobs_of(overrides) if is_sweep else [overrides]

@@ -97,17 +97,19 @@ def words_of(line: str) -> list[str]:
     return shlex.split(re.sub(r"\$'([^']*)'", unescape, line), comments=True)
 
 
-def cut(words: list[str]) -> tuple[str, list[str]] | None:
+def command_among(words: list[str]) -> tuple[str, list[str]] | None:
     """A command of ours among these words, and its arguments. A launcher may stand before it."""
     for number, word in enumerate(words):
-        if word.startswith("cera-") and word in (*SCHEMAS, *OF_FOLDERS):
-            rest = words[number + 1 :]
-        elif word == "cera_train" and words[number - 1] == "-m":
-            word, rest = "cera-train", words[number + 1 :]
-        else:
-            continue
-        end = next((at for at, other in enumerate(rest) if other in (";", "&&", "|") or other.endswith(";")), None)
-        return word, [*rest[:end], *([rest[end].rstrip(";")] if end is not None and rest[end] != ";" else [])]
+        name = "cera-train" if word == "cera_train" and words[number - 1] == "-m" else word
+        if name in (*SCHEMAS, *OF_FOLDERS):
+            arguments = []
+            for argument in words[number + 1 :]:
+                if argument in (";", "&&", "|"):
+                    break
+                arguments.append(argument.rstrip(";"))
+                if argument.endswith(";"):
+                    break
+            return name, arguments
     return None
 
 
@@ -118,15 +120,16 @@ def commands_of(page: Path) -> Iterator[tuple[str, str, list[str]]]:
             continue
         for line in block.text.replace("\\\n", " ").splitlines():
             line = line.strip().removeprefix("$ ")
-            if re.match(r"(cera-\w+|torchrun|accelerate|srun|for) ", line) and (found := cut(words_of(line))):
-                yield str(block), *found
+            is_command = re.match(r"(cera-\w+|torchrun|accelerate|srun|for) ", line)
+            if is_command and (command := command_among(words_of(line))):
+                yield str(block), *command
     for span in inline_code(page):
-        if re.match(r"cera-\w+ \S", span) and (found := cut(words_of(span))):
-            yield page.name, *found
+        if re.match(r"cera-\w+ \S", span) and (command := command_among(words_of(span))):
+            yield page.name, *command
 
 
 COMMANDS = [command for page in PAGES for command in commands_of(page)]
-CHECKED = list({(name, *arguments): (place, name, arguments) for place, name, arguments in COMMANDS}.values())
+CHECKED = {(name, *arguments): (place, name, arguments) for place, name, arguments in COMMANDS}.values()
 
 
 def values_of(override: Override) -> list[str]:
@@ -315,13 +318,13 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
 
 def outputs_of(notebook: dict) -> list[tuple[str, int]]:
     """The text that each cell printed, without its numbers, and how many pictures it drew."""
-    found = []
+    outputs = []
     for cell in notebook["cells"]:
         if cell["cell_type"] == "code":
             printed = "".join("".join(each["text"]) for each in cell["outputs"] if each.get("name") == "stdout")
             pictures = sum("image/png" in each.get("data", {}) for each in cell["outputs"])
-            found.append((re.sub(r"\d+(\.\d+)?", "#", printed), pictures))
-    return found
+            outputs.append((re.sub(r"\d+(\.\d+)?", "#", printed), pictures))
+    return outputs
 
 
 @pytest.mark.slow

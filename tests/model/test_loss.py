@@ -107,18 +107,18 @@ def test_chunks_of_the_head_change_nothing_also_where_its_logits_are_capped_or_s
     monkeypatch.setattr(loss_module, "chunk_tokens", lambda on_gpu: 5)
     model = ARCHITECTURES[name].model(**changes, initializer_range=0.3)
     rows, masks = make_rows()
-    supervised, found = make_loss(model), {}
+    supervised, results = make_loss(model), {}
     assert supervised.allowed.chunks_head
     for chunks_head in (True, False):
         supervised.allowed = replace(supervised.allowed, chunks_head=chunks_head)
         supervised.zero_grad()
         loss = supervised(padded_batch(rows, masks))
         loss.backward()
-        found[chunks_head] = [loss, *(weight.grad for weight in supervised.parameters() if weight.requires_grad)]
-    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
+        results[chunks_head] = [loss, *(weight.grad for weight in supervised.parameters() if weight.requires_grad)]
+    torch.testing.assert_close(results[True], results[False], rtol=1e-4, atol=1e-5)
     supervised.allowed = replace(supervised.allowed, chunks_head=True)
     with torch.no_grad():
-        torch.testing.assert_close(supervised(padded_batch(rows, masks)), found[False][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(supervised(padded_batch(rows, masks)), results[False][0], rtol=1e-4, atol=1e-5)
 
 
 def test_probe_finds_a_model_that_changes_its_logits_after_the_head(monkeypatch):

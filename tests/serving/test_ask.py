@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pty
 import select
@@ -13,6 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from evaluated_runs import read
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
@@ -34,10 +34,6 @@ MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content":
 
 def base_settings(folder):
     return ["model=smollm2_135m", f"model.path={folder}", "model.dtype=float32"]
-
-
-def read_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +60,8 @@ def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_
 def test_an_answer_is_the_one_that_an_evaluation_gives(compose, run, eval_config, write_jsonl, capsys):
     evaluate(eval_config("task.limit=2"))
     folder = run / "eval" / "gsm8k"
-    prompts = {line["id"]: line["prompt"] for line in read_lines(folder / "problems.jsonl")}
-    answers = {line["problem"]: line["text"] for line in read_lines(folder / "generations.jsonl")}
+    prompts = {line["id"]: line["prompt"] for line in read(folder / "problems.jsonl")}
+    answers = {line["problem"]: line["text"] for line in read(folder / "generations.jsonl")}
     for problem, prompt in prompts.items():
         capsys.readouterr()
         asked = write_jsonl("asked.jsonl", [{"text": prompt}])
@@ -122,7 +118,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
     assert "compare=base needs model=..." in refusal("run=x", "compare=base")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
-    assert refusal(f"run={run}", f"prompts={empty}") == (f"prompts={empty} has no questions: write one on each line.")
+    assert refusal(f"run={run}", f"prompts={empty}") == f"prompts={empty} has no questions: write one on each line."
     assert refusal(f"run={run}", "prompts=nope.txt").startswith("prompts=nope.txt: cannot read it: No such file")
     rows = write_jsonl("rows.jsonl", [{"prompt": "a"}, {"question": "b"}])
     assert refusal(f"run={run}", f"prompts={rows}", "max_new_tokens=2").startswith(f"{rows}:2: column 'prompt'")

@@ -222,8 +222,6 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config, 
 @pytest.mark.parametrize(
     "settings",
     [
-        ["adapter=lora", "adapter.r=4"],
-        ["adapter=dora", "adapter.r=4"],
         ["model.quantization=nf4", "model.dtype=bfloat16"],
         ["model.quantization=int8", "model.dtype=bfloat16"],
         ["model.dtype=bfloat16"],
@@ -232,7 +230,7 @@ def test_a_run_that_fails_before_its_first_update_leaves_no_folder(tiny_config, 
     ],
     ids=lambda settings: settings[0],
 )
-def test_every_kind_of_adapter_and_precision_learns(tiny_config, settings):
+def test_a_run_in_every_precision_learns(tiny_config, settings):
     result = train(tiny_config(*settings))
     assert result["eval/perplexity"] < 0.7 * result["perplexity_before"]
 
