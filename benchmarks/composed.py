@@ -6,14 +6,14 @@ from typing import Any
 
 import hydra
 
-from cera_train.cli.composition import register_configs, to_config
-from cera_train.cli.mistakes import SCHEMAS
+from cera_train.cli.mistakes import SCHEMAS, options
+from cera_train.cli.start import register_configs, to_config
 from cera_train.common.files import config_dir
 
 
 def composed(*overrides: str, command: str = "train") -> Any:
     """The config of a command line: of cera-train, or of another command, as `plan`."""
-    register_configs()
+    register_configs(*options("recipe"))
     name = "config" if command == "train" else command
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         return to_config(hydra.compose(name, list(overrides)), SCHEMAS[f"cera-{command}"])

@@ -105,7 +105,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from cera_train.common.drawing import COLORS, MARKERS
+    from cera_train.common.pages import COLORS, MARKERS
 
     figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row")
     for (name, points), column in zip(found.items(), grid.T, strict=True):

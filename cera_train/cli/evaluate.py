@@ -11,8 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
+from cera_train.cli.start import check_trust, leave_closed_pipe, print_error, start_hydra, to_config
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_one_of_several
@@ -30,17 +29,16 @@ def main() -> None:
 
 def evaluate(composed: DictConfig) -> bool:
     """One evaluation. Returns whether it failed: with -m the others run, without, the process ends."""
-    with errors_in_one_line(EVAL):
-        try:
-            run(composed)
-            return False
-        except BrokenPipeError:
-            leave_closed_pipe()
-        except Exception as error:
-            if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
-                raise
-            print_error(EVAL, error)
-            return True
+    try:
+        run(composed)
+        return False
+    except BrokenPipeError:
+        leave_closed_pipe()
+    except Exception as error:
+        if HydraConfig.get().mode != RunMode.MULTIRUN or is_one_of_several():  # others wait for this process
+            raise
+        print_error(EVAL, error)
+        return True
 
 
 def run(composed: DictConfig) -> None:

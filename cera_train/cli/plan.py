@@ -12,8 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import to_config, without_hydra
-from cera_train.cli.start import errors_in_one_line, start_hydra
+from cera_train.cli.start import errors_in_one_line, start_hydra, to_config, without_hydra
 from cera_train.settings.run import PlanRun
 from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
 
@@ -26,16 +25,15 @@ def main() -> None:
 
 def plan(composed: DictConfig) -> Any:
     """Prints one plan. In a sweep, returns the plan of one job to `Sum`."""
-    with errors_in_one_line(PLAN):
-        refuse_grid_of_one(HydraConfig.get())
-        config = to_config(composed, PlanRun)
-        from cera_train.planning.plan import make_plan
-        from cera_train.planning.table import print_plan
+    refuse_grid_of_one(HydraConfig.get())
+    config = to_config(composed, PlanRun)
+    from cera_train.planning.plan import make_plan
+    from cera_train.planning.table import print_plan
 
-        run_plan = make_plan(config)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return run_plan
-        print_plan(run_plan)
+    run_plan = make_plan(config)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_plan
+    print_plan(run_plan)
 
 
 class Sum(Callback):

@@ -8,44 +8,39 @@ from dataclasses import replace
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import check_trust, to_config
-from cera_train.cli.start import errors_in_one_line, start_hydra
+from cera_train.cli.start import check_trust, start_hydra, to_config
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
 from cera_train.settings.serving import ChatConfig, ExportConfig
 
-CHAT, EXPORT = "cera-chat", "cera-export"
-
 
 def chat_main() -> None:
-    start_hydra(CHAT, chat)
+    start_hydra("cera-chat", chat)
 
 
 def chat(composed: DictConfig) -> None:
-    with errors_in_one_line(CHAT):
-        config = to_config(composed, ChatConfig)
-        check_trust(composed, HydraConfig.get().overrides.task)
-        for place in filter(None, [config.run, config.compare]):
-            check_model(find_subject(replace(config, run=place)).model.path)
-        with heavy_imports():
-            from cera_train.serving.chat import chat
+    config = to_config(composed, ChatConfig)
+    check_trust(composed, HydraConfig.get().overrides.task)
+    for place in filter(None, [config.run, config.compare]):
+        check_model(find_subject(replace(config, run=place)).model.path)
+    with heavy_imports():
+        from cera_train.serving.chat import chat
 
-        chat(config)
+    chat(config)
 
 
 def export_main() -> None:
-    start_hydra(EXPORT, export)
+    start_hydra("cera-export", export)
 
 
 def export(composed: DictConfig) -> None:
-    with errors_in_one_line(EXPORT):
-        config = to_config(composed, ExportConfig)
-        check_trust(composed, HydraConfig.get().overrides.task)
-        subject = find_subject(config)
-        check_model(subject.model.path)
-        config.check_model(subject.model)
-        with heavy_imports():
-            from cera_train.serving.export import export
+    config = to_config(composed, ExportConfig)
+    check_trust(composed, HydraConfig.get().overrides.task)
+    subject = find_subject(config)
+    check_model(subject.model.path)
+    config.check_model(subject.model)
+    with heavy_imports():
+        from cera_train.serving.export import export
 
-        export(config)
+    export(config)

@@ -1,31 +1,38 @@
-"""How every command starts and ends: one line for a mistake, a traceback for a bug. Imports no torch."""
+"""How every command starts and ends: Hydra composes its config, dataclasses check it, a mistake is one line and a bug a
+traceback. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
+import itertools
 import os
 import signal
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.plugins import Plugins
 from hydra.plugins.plugin import Plugin
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from cera_train import __version__
-from cera_train.cli.composition import register_configs, register_plugins
-from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra
-from cera_train.common.errors import explain
+from cera_train.adapters.family import check_settings
+from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, options, unknown_setting
+from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir
-from cera_train.common.trust import clean, redact
+from cera_train.common.settings import MISSING, flatten, keys_of
+from cera_train.common.trust import check_remote_code, clean, redact
 from cera_train.distributed.processes import join_slurm_step
+from cera_train.settings.run import Config
 
 PROGRAMS = {
     **{"cera-train": "train:main", "cera-eval": "evaluate:main", "cera-plan": "plan:main"},
@@ -76,20 +83,24 @@ def start_hydra(
     """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
 
     Args:
-        command: explains its errors itself: Hydra prints a report about an error that leaves it.
         plugins: sweepers and launchers of ours, see `register_plugins`.
     """
     config_name = "config" if program == "cera-train" else program.removeprefix("cera-")
 
+    @functools.wraps(command)
+    def explained(composed: DictConfig) -> Any:
+        with errors_in_one_line(program):  # Hydra prints a report about an error that reaches it
+            return command(composed)
+
     def compose_and_run() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come out whole, to be explained here
-        register_configs()
-        register_plugins(plugins or {})
         sys.argv[1:] = for_hydra(program, sys.argv[1:])
         if "--help" in sys.argv:
             print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
             return
-        main = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)(command)
+        register_configs(*options("recipe"))
+        register_plugins(plugins or {})
+        main = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)(explained)
         # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is thrown away.
         with contextlib.nullcontext() if program == "cera-train" else tempfile.TemporaryDirectory() as folder:
             sys.argv += [f"hydra.sweep.dir={folder}"] if folder else []
@@ -100,6 +111,7 @@ def start_hydra(
 
 def print_help(config_name: str, overrides: list[str]) -> None:
     """Prints a command's `hydra.help.template` with its config. Hydra's own --help reads every file of conf/ first."""
+    register_configs(*(name for name in options("recipe") if f"+recipe={name}" in overrides))
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
         config = hydra.compose(config_name, overrides, return_hydra_config=True)
     template = config.hydra.help.template
@@ -137,3 +149,58 @@ def print_error(program: str, error: Exception) -> str | None:
     message = clean(redact(message))
     print(f"{program}: {message}", file=sys.stderr)
     return message
+
+
+# --- the config of a command -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def register_configs(*recipes: str) -> None:
+    """Stores the schemas and these recipes with Hydra; a recipe `name` is then `+recipe=name`. ${options:group} in a
+    help text lists the group's choices, and ${half:${adapter.r}} is half of a number."""
+    OmegaConf.register_new_resolver("half", lambda number: number / 2, replace=True)
+    OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
+    store = ConfigStore.instance()
+    for program, schema in SCHEMAS.items():
+        store.store(name="schema" if schema is Config else f"{program.removeprefix('cera-')}_schema", node=schema)
+    for name in recipes:
+        node = OmegaConf.load(config_dir("recipes") / f"{name}.yaml")
+        store.store(group="recipe", name=name, node=node, package="_global_")
+
+
+def register_plugins(plugins: Mapping[str, type[Plugin]]) -> None:
+    """Lists sweepers and launchers of ours with Hydra by these names, as hydra_plugins.cera_train.NAME, for the
+    `_target_` of their files in conf/hydra. Hydra builds plugins of that package only, and other Hydra programs would
+    import a module in it."""
+    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in plugins.items()}
+    Plugins.instance().class_name_to_class.update(names)
+
+
+def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
+    """Raises UserError where a file, rather than the command line, asks to run a model's Python code."""
+    keys = ("model.trust_remote_code", "trust_remote_code")
+    check_remote_code({key: OmegaConf.select(composed, key) for key in keys}, overrides)
+
+
+def to_config(composed: DictConfig, schema: type = Config) -> Any:
+    """The checked dataclasses of a composed config. Below this line nothing sees OmegaConf."""
+    tree, known = flatten(OmegaConf.to_container(composed)), keys_of(schema)
+    for key in sorted(tree):  # Hydra lets +key=value add anything
+        names = itertools.accumulate(key.split("."), "{}.{}".format)
+        if tree[key] != MISSING and not any(name in known for name in names):
+            raise UserError(unknown_setting(key, f"+{key}={tree[key]}", schema))
+    config = OmegaConf.to_object(composed)
+    if issubclass(schema, Config):
+        check_settings(config.adapter)
+    if getattr(config, "task", None) is not None:
+        from cera_train.evaluation.tasks.task import build_task  # --help needs no task
+
+        build_task(config.task)
+    return config
+
+
+def without_hydra(composed: DictConfig, schema: type = Config) -> Any:
+    """The checked config of a job, from all that Hydra composed for it."""
+    with read_write(composed), open_dict(composed):
+        del composed["hydra"]
+    return to_config(composed, schema)

@@ -13,8 +13,15 @@ from hydra.core.plugins import Plugins
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from cera_train.cli.composition import check_trust, to_config, without_hydra
-from cera_train.cli.start import errors_in_one_line, leave_closed_pipe, print_error, start_hydra
+from cera_train.cli.start import (
+    check_trust,
+    errors_in_one_line,
+    leave_closed_pipe,
+    print_error,
+    start_hydra,
+    to_config,
+    without_hydra,
+)
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
@@ -49,21 +56,20 @@ def train(composed: DictConfig) -> float | None:
 
     A job that fails returns None rather than raising: the others run, and a sweeper such as Optuna counts a failure.
     """
-    with errors_in_one_line(TRAIN):
-        join_slurm_step(os.environ)  # submitit starts a job without `start`
-        job = Job.current(HydraConfig.get())
-        if job is None:
-            return run(prepare(composed))
-        try:
-            job.start()
-            return None if job.has_diverged else run(prepare(composed, job))
-        except BrokenPipeError:
-            leave_closed_pipe()
-        except Exception as error:
-            job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
-            if is_one_of_several():
-                sys.exit(1)  # others wait for this process
-            return None
+    join_slurm_step(os.environ)  # submitit starts a job without `start`
+    job = Job.current(HydraConfig.get())
+    if job is None:
+        return run(prepare(composed))
+    try:
+        job.start()
+        return None if job.has_diverged else run(prepare(composed, job))
+    except BrokenPipeError:
+        leave_closed_pipe()
+    except Exception as error:
+        job.fail(print_error(TRAIN, error) or f"a bug: {type(error).__name__}: {error}")
+        if is_one_of_several():
+            sys.exit(1)  # others wait for this process
+        return None
 
 
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:

@@ -135,14 +135,25 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     unless the config allows it."""
     if config.streaming:
         return _stream(config, tokenizer)
-    train, evaluation = [], []
+    parts, train, evaluation = [], [], []
     for place, part in config.parts():
         with errors_at(place):
             train_source, eval_source = open_sources(part)
+            parts.append(part)
             train.append(_tokenize(train_source, part, tokenizer))
-            evaluation.append(_evaluation(eval_source, part, tokenizer))
-    held_out = _join_evaluation(config, evaluation)
-    data = TokenizedData(train[0], held_out) if config.mix is None else _mix(config, train, evaluation, held_out)
+            evaluation.append(_tokenize_evaluation(eval_source, part, tokenizer))
+    data = TokenizedData(train[0], _joined_evaluation(config, evaluation))
+    if config.mix is not None:
+        counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
+        drawn = [
+            drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
+            for number, (rows, count) in enumerate(zip(train, counts, strict=True))
+        ]
+        data.train = _join(train, drawn)
+        data.parts = [
+            PartRows(part.title, len(rows), len(taken), sum(rows.lengths[row] for row in taken), len(evaluating))
+            for part, rows, taken, evaluating in zip(parts, train, drawn, evaluation, strict=True)
+        ]
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) - len(train_keys)
     data.shared_prompts = sum(key in train_keys for key in data.evaluation.column("prompt_key"))
@@ -159,21 +170,33 @@ def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = N
     for place, part in config.parts():
         with errors_at(place):
             source = open_sources(part)[1].between(0, limit if config.mix is None else None)
-            splits.append(_evaluation(source, part, tokenizer))
-    return _join_evaluation(config, splits, limit)
+            splits.append(_tokenize_evaluation(source, part, tokenizer))
+    return _joined_evaluation(config, splits, limit)
 
 
-def _evaluation(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRows:
+def _tokenize_evaluation(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRows:
     """The evaluation split of a data set; empty for a part of a mix with eval_rows=0."""
     return TokenizedRows(table_of([])) if config.eval_rows == 0 else _tokenize(source, config, tokenizer)
 
 
-def _join_evaluation(config: DataConfig, splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
+def _joined_evaluation(config: DataConfig, splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
     """The evaluation splits of all parts as one, or its first `limit` rows."""
     rows = splits[0] if config.mix is None else _join(splits, [range(len(rows)) for rows in splits], limit)
     if not rows:
         raise UserError("data.eval_rows=0: no rows to evaluate on. Raise it.")
     return rows
+
+
+def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None) -> TokenizedRows:
+    """The drawn rows of several splits as one, or its first `limit` rows. The tables are not copied."""
+    tables = [split.table for split in splits]
+    starts = itertools.accumulate(map(len, tables), initial=0)
+    placed = [
+        [start + split.numbers[row] for row in rows] for start, split, rows in zip(starts, splits, drawn, strict=False)
+    ]
+    numbers = array("q", interleaved(placed)[:limit])
+    digest = _digest([split.digest for split in splits], hashlib.sha256(numbers).hexdigest())
+    return TokenizedRows(pyarrow.concat_tables(tables), digest, numbers)
 
 
 def _stream(config: DataConfig, tokenizer: Any) -> TokenizedData:
@@ -189,33 +212,6 @@ def _stream(config: DataConfig, tokenizer: Any) -> TokenizedData:
 
     digest = _digest(held_out.digest, train.fingerprint, config.shuffle_buffer)
     return TokenizedData(StreamedRows(train, tokenize, config.shuffle_buffer, digest), held_out)
-
-
-def _mix(
-    config: DataConfig, train: list[TokenizedRows], evaluation: list[TokenizedRows], held_out: TokenizedRows
-) -> TokenizedData:
-    """The parts of a mix as one, and what each gives to it."""
-    counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
-    drawn = [
-        drawn_rows(len(rows), count, f"{config.mix_seed} {number}")
-        for number, (rows, count) in enumerate(zip(train, counts, strict=True))
-    ]
-    parts = [
-        PartRows(part.title, len(rows), len(taken), sum(rows.lengths[row] for row in taken), len(evaluating))
-        for (_, part), rows, taken, evaluating in zip(config.parts(), train, drawn, evaluation, strict=True)
-    ]
-    return TokenizedData(_join(train, drawn), held_out, parts=parts)
-
-
-def _join(parts: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None) -> TokenizedRows:
-    """The drawn rows of several splits as one, or its first `limit` rows. The tables are not copied."""
-    starts = itertools.accumulate((len(part.table) for part in parts), initial=0)
-    placed = [
-        [start + part.numbers[row] for row in rows] for start, part, rows in zip(starts, parts, drawn, strict=False)
-    ]
-    numbers = array("q", interleaved(placed)[:limit])
-    digest = _digest([part.digest for part in parts], hashlib.sha256(numbers).hexdigest())
-    return TokenizedRows(pyarrow.concat_tables([part.table for part in parts]), digest, numbers)
 
 
 # --- rows to tokens --------------------------------------------------------------------------------------------------

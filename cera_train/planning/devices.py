@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from cera_train.settings.planning import GpuKind
+from cera_train.settings.run import GpuKind
 
 GB = 1e9
 

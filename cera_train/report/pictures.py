@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cera_train.common.drawing import Picture, shortened, styles_of
+from cera_train.common.pages import Picture, shortened, styles_of
 from cera_train.report.comparison import graded, task_names
 from cera_train.report.runs import Run, accuracy_metric, group_by
 from cera_train.runs.results import mean_spectrum

@@ -1,16 +1,17 @@
-"""The settings of a whole run, put together from those of each folder. Hydra fills them from conf/ and recipes/; every
-`__post_init__` checks its part. Every builder takes its part; only `train()` sees the whole."""
+"""The settings of a whole run, put together from those of each folder, and of a plan. Hydra fills them from conf/ and
+recipes/; every `__post_init__` checks its part. Every builder takes its part; only `train()` sees the whole."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
-from cera_train.common.settings import require, require_folder_name, section, setting
+from cera_train.common.settings import require, require_folder_name, require_positive, section, setting
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
 from cera_train.settings.model import ModelConfig, Quantization
-from cera_train.settings.planning import PlanConfig
 from cera_train.settings.sweep import StudyConfig, SweepConfig
 from cera_train.settings.training import OPTIMIZERS, HubConfig, OptimizerConfig, TrackerConfig, TrainConfig
 
@@ -65,6 +66,48 @@ class Config:
             "adapter=dora reads the base's weights, and sharded ones of 4 bits cannot be read: "
             f"{mend} model.quantization=none or another adapter.",
         )
+
+
+class GpuKind(StrEnum):
+    h100 = "h100"
+    a100 = "a100"
+    l40s = "l40s"
+    rtx4090 = "rtx4090"
+    cpu = "cpu"
+
+
+def are_deviations(value: Any) -> bool:
+    is_triple = isinstance(value, list) and len(value) == 3
+    return is_triple and all(isinstance(number, int | float) and number >= 0 for number in value)
+
+
+@dataclass
+class PlanConfig:
+    gpu: GpuKind = setting(GpuKind.h100, "nothing")
+    """cpu: this machine's, whose speed is measured for half a second."""
+    gpus: int = setting(1, "nothing")
+    mfu: float | None = setting(None, "nothing")
+    """Share of the peak speed that training reaches. null: 0.4 on a GPU; on a CPU the share measured with SmolLM2."""
+    price_per_hour: float | None = setting(None, "nothing")
+    """Price of one GPU, in any currency."""
+    tokens_per_row: float | None = setting(None, "nothing")
+    """null: from data.facts or the data files."""
+    spread: Any = setting(None, "nothing")
+    """How the difference between two arms of a study varies, by outcome, such as {loss: [0.002, 0.02, 0.02]}: standard
+    deviations between seeds, between problems or rows, and beyond both; in nats a token, or in shares of a score."""
+
+    def __post_init__(self) -> None:
+        require_positive("plan", self, "gpus", "mfu", "price_per_hour", "tokens_per_row")
+        spread = self.spread or {}
+        require(
+            isinstance(spread, dict) and all(map(are_deviations, spread.values())),
+            f"plan.spread={spread}: expected three standard deviations an outcome, as {{loss: [0.002, 0.02, 0.02]}}.",
+        )
+        require(self.mfu is None or self.mfu <= 1, f"plan.mfu={self.mfu} is a share of the peak: it must be at most 1.")
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.gpu != GpuKind.cpu
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from cera_train.common.drawing import COLORS, GRID
 from cera_train.common.files import write_bytes
+from cera_train.common.pages import COLORS, GRID
 from cera_train.runs.results import read_metrics
 
 

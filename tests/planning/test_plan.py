@@ -12,7 +12,7 @@ import pytest
 from architectures import ARCHITECTURES
 from conftest import needs_smollm2
 
-from cera_train.cli.composition import options
+from cera_train.cli.mistakes import options
 from cera_train.planning.data_size import TaskSize, data_size
 from cera_train.planning.devices import CPU_BANDWIDTH, GPU_MFU
 from cera_train.planning.plan import (

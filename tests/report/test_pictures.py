@@ -9,7 +9,7 @@ import pytest
 from made_runs import add_evaluation, make_run, two_runs
 from matplotlib.figure import Figure
 
-from cera_train.common.drawing import Picture
+from cera_train.common.pages import Picture
 from cera_train.report.page import compare_runs
 from cera_train.report.pictures import MOST_POINTS, thinned
 

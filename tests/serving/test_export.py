@@ -15,7 +15,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cera_train.cli.serving import EXPORT
 from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
@@ -185,7 +184,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_earlier_export(compose,
 
     def refused() -> None:
         capsys.readouterr()
-        with pytest.raises(SystemExit, match="^2$"), errors_in_one_line(EXPORT):
+        with pytest.raises(SystemExit, match="^2$"), errors_in_one_line("cera-export"):
             export(compose(*settings, command="export"))
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("cera-export: the disk is full (")

@@ -143,7 +143,7 @@ def test_a_part_of_the_arms_can_run_elsewhere(launcher, run_study):
 
 
 def test_every_study_of_ours_can_be_composed(compose):
-    from cera_train.cli.composition import options
+    from cera_train.cli.mistakes import options
 
     for name in options("study"):
         config = compose(f"+study={name}")

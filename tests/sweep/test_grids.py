@@ -12,8 +12,9 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
-from cera_train.cli.composition import options, register_configs
+from cera_train.cli.mistakes import options
 from cera_train.cli.plan import main as main_plan
+from cera_train.cli.start import register_configs
 from cera_train.common.files import config_dir
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import Config
@@ -25,7 +26,7 @@ SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
 @pytest.fixture(scope="module")
 def jobs_of():
     """jobs_of("+sweep=rank_lr", ...) -> the overrides of every job, as Hydra's sweeper makes them."""
-    register_configs()
+    register_configs(*options("recipe"))
 
     def jobs_of(*arguments: str) -> list[list[str]]:
         with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
