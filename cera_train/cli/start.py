@@ -30,14 +30,18 @@ from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, opt
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, flatten, keys_of
-from cera_train.common.trust import check_remote_code, clean, redact
+from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
 from cera_train.settings.run import Config
 
 PROGRAMS = {
-    **{"cera-train": "train:main", "cera-eval": "evaluate:main", "cera-plan": "plan:main"},
-    **{"cera-chat": "serving:chat_main", "cera-export": "serving:export_main"},
-    **{"cera-report": "report:main", "cera-sweep": "report:sweep_main"},
+    "cera-train": "train:main",
+    "cera-eval": "evaluate:main",
+    "cera-chat": "serving:chat_main",
+    "cera-export": "serving:export_main",
+    "cera-report": "report:main",
+    "cera-sweep": "report:sweep_main",
+    "cera-plan": "plan:main",
 }
 """Command -> the file of cli/ and its function."""
 
@@ -178,8 +182,13 @@ def register_plugins(plugins: Mapping[str, type[Plugin]]) -> None:
 
 def check_trust(composed: DictConfig, overrides: Sequence[str]) -> None:
     """Raises UserError where a file, rather than the command line, asks to run a model's Python code."""
-    keys = ("model.trust_remote_code", "trust_remote_code")
-    check_remote_code({key: OmegaConf.select(composed, key) for key in keys}, overrides)
+    for key in ("model.trust_remote_code", "trust_remote_code"):
+        is_typed = any(word.lstrip("+").startswith(f"{key}=") for word in overrides)
+        if OmegaConf.select(composed, key) and not is_typed:
+            raise UserError(
+                f"{key}=true in a config file runs Python code that comes with the model. If you trust that code, put "
+                f"{key}=true on the command line."
+            )
 
 
 def to_config(composed: DictConfig, schema: type = Config) -> Any:

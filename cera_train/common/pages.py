@@ -179,17 +179,12 @@ def inline_svg(picture: Picture) -> tuple[str, str]:
     return opening[1], content
 
 
-def color_name(kind: str) -> str:
-    """The name of a method's colour, in COLORS and as a CSS variable."""
-    return kind if kind in COLORS else "other"
-
-
 def styles_of(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Arguments for `Axes.plot` that tell lines apart, from the kind of adapter of each line."""
     styles: dict[str, dict[str, Any]] = {}
     used = dict.fromkeys(COLORS, 0)
     for name, kind in kinds.items():
-        color = color_name(kind)
+        color = kind if kind in COLORS else "other"
         markers = [MARKERS[color], *MORE_MARKERS]
         marker, dash = markers[used[color] % len(markers)], DASHES[used[color] % len(DASHES)]
         styles[name] = LINE | {"color": COLORS[color], "marker": marker, "linestyle": dash}

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +44,6 @@ def check_config_folder(folder: str) -> None:
 def may_run_code(key: str) -> bool:
     """Whether an override of this key sets Hydra's section, or trusts the code of a model."""
     return any(word in key for word in ("hydra", "trust_remote_code"))
-
-
-def check_remote_code(flags: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Refuses to run a model's Python code unless the command line itself turns on one of these settings."""
-    for key, value in flags.items():
-        if value and not any(word.lstrip("+").startswith(f"{key}=") for word in overrides):
-            raise UserError(
-                f"{key}={str(value).lower()} in a config file runs Python code that comes with the model. If you trust "
-                f"that code, put {key}=true on the command line."
-            )
 
 
 def escape_interpolations(tree: Any) -> Any:

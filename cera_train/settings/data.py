@@ -1,7 +1,6 @@
 """Settings of the rows, and how they become tokens."""
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -39,10 +38,9 @@ def several(value: Any) -> list[Any]:
 
 def check_growths(key: str, growths: Any) -> None:
     """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt shows rounded."""
-    numbers = [growth for growth in several(growths) if type(growth) in (int, float) and 0 < growth <= 4]
-    are_shown = all(float(f"{growth:g}") == growth for growth in numbers)
-    is_allowed = bool(numbers) and numbers == several(growths) and are_shown
-    require(is_allowed, f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.")
+    for growth in several(growths) or [None]:
+        is_allowed = type(growth) in (int, float) and 0 < growth <= 4 and float(f"{growth:g}") == growth
+        require(is_allowed, f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.")
 
 
 def check_generators(key: str, generators: Any) -> None:
@@ -268,20 +266,23 @@ HUB_ONLY = ("path", "subset", "revision", "eval_split")
 
 def evaluation_rows(settings: dict[str, Any]) -> tuple:
     """The settings of a run that choose its evaluation tokens: perplexities are comparable where these are equal. Takes
-    flat settings, in which a null counts like a missing key."""
-    settings = {key: value for key, value in settings.items() if key.startswith("data.") and value is not None}
-    parts = {match[0] for key in settings if (match := re.match(r"data\.mix\.\d+\.", key))}
-    skipped = {part for part in parts if settings.get(f"{part}eval_rows") == 0}
-    if len(parts - skipped) == 1:  # compares with a run on this part alone
-        [part] = parts - skipped
-        names = [key.removeprefix(part) for key in settings if key.startswith(part)]
-        settings |= {f"data.{name}": settings[part + name] for name in names}
-        skipped = parts
+    flat settings, in which a null counts like a missing key. A mix of which one part evaluates compares with a run on
+    that part."""
+    data, mix = {}, {}
+    for key, value in settings.items():
+        group, _, name = key.partition(".")
+        if group != "data" or value is None:
+            continue
+        if name.startswith("mix."):
+            _, number, name = name.split(".", 2)
+            mix.setdefault(number, {})[name] = value
+        else:
+            data[name] = value
+    parts = [part for part in ([data | part for part in mix.values()] or [data]) if part.get("eval_rows") != 0]
     kept = []
-    for key in sorted(settings):
-        prefix, name = re.match(r"(data\.(?:mix\.\d+\.)?)([^.]+)", key).groups()
-        train_files, eval_files = settings.get(f"{prefix}train_files"), settings.get(f"{prefix}eval_files")
-        is_unused = (name in HUB_ONLY and train_files) or (name == "train_files" and eval_files)
-        if not (prefix in skipped or name in TRAINING_ONLY or is_unused):
-            kept.append((key, repr(settings[key])))
+    for number, part in enumerate(parts):
+        unused = {*TRAINING_ONLY, *(HUB_ONLY if part.get("train_files") else ())}
+        unused |= {"train_files"} if part.get("eval_files") else set()
+        place = "data" if len(parts) == 1 else f"data.mix.{number}"
+        kept += [(f"{place}.{name}", repr(part[name])) for name in sorted(part) if name.partition(".")[0] not in unused]
     return tuple(kept)

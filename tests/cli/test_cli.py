@@ -87,13 +87,9 @@ def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_no
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["adapter.target_modules=[q_porj]"], "'q_porj' matches no module.*q_proj, k_proj"),
         (["model.path=nobody/nothing"], "model.path=nobody/nothing: cannot be loaded.*local folder"),
         (["data=gsm8k", "data.train_files=[broken.jsonl]", "data.eval_rows=1"], "broken.jsonl:2: broken JSON"),
-        (["data.max_length=4"], "no rows are left.*within data.max_length=4"),
-        (["data.max_length=300"], "data.max_length=300 is beyond the 256 positions"),
         (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d or its gradient is not finite"),
-        (["train.resume=no/such/folder"], "expected auto, never or the folder of a checkpoint"),
     ],
 )
 def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny_arguments, arguments, message):

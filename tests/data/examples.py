@@ -1,11 +1,14 @@
-"""Rows in every layout, configs that name them, and what becomes of one."""
+"""Rows in every layout, configs that name them, what becomes of one; and a cache for each test."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
+from cera_train.data import files
 from cera_train.data.prepare import Example, TokenizedRows, encode
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig
@@ -62,3 +65,33 @@ def ids_of(text: str, tokenizer) -> list[int]:
 def texts_of(rows: TokenizedRows, tokenizer) -> list[str]:
     texts = [tokenizer.decode(rows.tokens("input_ids", row).to_pylist()) for row in range(len(rows))]
     return [text.removeprefix("<s>").removesuffix("</s>") for text in texts]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    """The folder of tokenised rows of an empty cache."""
+    monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "tokens"
+
+
+@pytest.fixture
+def config_of(write_jsonl):
+    """config_of(train rows, evaluation rows, **settings) -> DataConfig"""
+
+    def config_of(train: list = TRAIN, evaluation: list = EVALUATION, **settings) -> DataConfig:
+        names = {
+            "train_files": [str(write_jsonl("train.jsonl", train))],
+            "eval_files": [str(write_jsonl("eval.jsonl", evaluation))] if evaluation else [],
+        }
+        return DataConfig(**(QUESTION_AND_ANSWER | names | settings))
+
+    return config_of
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The files whose rows were read, in order."""
+    names: list[str] = []
+    read = files.READERS[".jsonl"]
+    monkeypatch.setitem(files.READERS, ".jsonl", lambda path: names.append(Path(path).name) or read(path))
+    return names

@@ -15,7 +15,7 @@ from cera_train.data.prepare import prepare_data
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig
 
-pytest_plugins = ["row_fixtures"]
+pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 ROWS = [{"prompt": f"p{number}", "completion": f"c{number}"} for number in range(4)]

@@ -36,11 +36,7 @@ def test_text_layouts_of_conf_are_the_papers_templates(compose, tokenizer, name,
     assert not example.truncated
 
 
-def test_the_boundary_is_what_inference_tokenises_also_where_prompt_and_completion_would_merge(tokenizer):
-    example = example_of({"question": "what is the next value?", "answer": "it is 0.84"}, tokenizer)
-    at_inference = tokenizer("Question: what is the next value?\nAnswer:").input_ids
-    assert example.input_ids[: len(at_inference)] == at_inference
-    assert example.loss_mask == [False] * len(at_inference) + [True] * (len(example.loss_mask) - len(at_inference))
+def test_the_boundary_is_what_inference_tokenises_where_prompt_and_completion_would_merge(tokenizer):
     example = example_of({"a": "hel", "b": "lo"}, tokenizer, prompt="{a}", completion="{b}")
     assert len(ids_of("hello", tokenizer)) < len(example.input_ids) - 2
     assert supervised_text(example, tokenizer) == "lo</s>"

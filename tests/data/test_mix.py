@@ -15,7 +15,7 @@ from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.sources import check_data
 from cera_train.settings.data import DataConfig, MixPart, evaluation_rows
 
-pytest_plugins = ["row_fixtures"]
+pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 TEXT = {"prompt": "{question}", "completion": " {answer}"}

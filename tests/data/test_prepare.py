@@ -15,7 +15,7 @@ from cera_train.common.errors import UserError
 from cera_train.data.prepare import Example, prepare_data
 from cera_train.settings.data import LossOn
 
-pytest_plugins = ["row_fixtures"]
+pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 

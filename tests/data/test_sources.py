@@ -122,17 +122,14 @@ def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch, write_jsonl) -> Path:
-    """`ds` has four rows in a split `train`, `two` has subsets."""
+    """`ds` has four rows in a split `train`, `broken` a malformed one."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    for name in ("ds", "two", "empty", "broken"):
+    for name in ("ds", "broken"):
         (tmp_path / name).mkdir()
     write_jsonl("ds/train.jsonl", number_rows(4))
-    write_jsonl("two/t.jsonl", number_rows(4))
-    subsets = "".join(f"- config_name: {name}\n  data_files: t.jsonl\n" for name in ("alpha", "beta"))
-    (tmp_path / "two" / "README.md").write_text(f"---\nconfigs:\n{subsets}---\n")
     (tmp_path / "broken" / "train.jsonl").write_text('{"a": \n')
     return tmp_path
 
@@ -148,26 +145,13 @@ def refusal(path: str, **settings) -> str:
     ("path", "settings", "line"),
     [
         ("./none", {}, ""),
-        ("a b", {}, ""),
-        ("ds/train.jsonl", {}, ""),
-        ("empty", {}, ""),
         ("broken", {}, "JSON parse error: "),
         (
             "ds",
             {},
             "Unknown split \"test\". Should be one of ['train']. Check data.eval_split=test and data.subset=No",
         ),
-        (
-            "ds",
-            {"train_split": "train[:x]"},
-            "Unrecognized instruction format: train[:x]. Check data.train_split=train",
-        ),
-        (
-            "ds",
-            {"subset": "x"},
-            "BuilderConfig 'x' not found. Available: ['default']. Check data.train_split=tr",
-        ),
-        ("two", {}, "Config name is missing. Please pick one among the available configs: ['alpha', 'beta']"),
+        ("ds", {"subset": "x"}, "BuilderConfig 'x' not found. Available: ['default']. Check data.train_split=tr"),
         ("some/set", {}, "HF_HUB_OFFLINE=1 is set, and the cache lacks it."),
     ],
 )

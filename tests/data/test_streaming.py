@@ -12,7 +12,7 @@ from cera_train.model.batches import MicroBatches
 from cera_train.settings.data import DataConfig
 from cera_train.training.train import train
 
-pytest_plugins = ["row_fixtures"]
+pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 TEXT = {"prompt": "{prompt}", "completion": "{completion}"}
