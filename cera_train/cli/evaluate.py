@@ -54,7 +54,7 @@ def run(composed: DictConfig) -> None:
     in_processes(measure, config)
 
 
-class Several(Callback):
+class EvaluationSweep(Callback):
     """Hydra's hooks of several evaluations: exit status 1 unless all are finished. conf/eval.yaml names it."""
 
     def __init__(self) -> None:

@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def plan(composed: DictConfig) -> Any:
-    """Prints one plan. In a sweep, returns the plan of one job to `Sum`."""
+    """Prints one plan. In a sweep, returns the plan of one job to `PlanSweep`."""
     refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed, PlanRun)
     from cera_train.planning.plan import make_plan
@@ -36,7 +36,7 @@ def plan(composed: DictConfig) -> Any:
     print_plan(run_plan)
 
 
-class Sum(Callback):
+class PlanSweep(Callback):
     """Hydra's hooks of a sweep: collects the jobs' plans, which Hydra makes one after the other in this process, and
     prints them with their sum. conf/plan.yaml names it."""
 

@@ -102,7 +102,7 @@ def run(config: Config) -> float | None:
     return launch(config).get(config.sweep.metric)
 
 
-class Sweep(Callback):
+class TrainingSweep(Callback):
     """Hydra's hooks at the start and the end of a sweep. conf/config.yaml names it."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:

@@ -27,7 +27,7 @@ def errors_at(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}" if place else str(error)) from error
 
 
-def words_of(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """The message of an error; for an error of the system, without its number and path."""
     return getattr(error, "strerror", None) or str(error)
 

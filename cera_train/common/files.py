@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from cera_train.common.errors import UserError, words_of
+from cera_train.common.errors import UserError, error_text
 from cera_train.common.settings import map_values
 
 WRITING = ".writing-"  # prefix of files and folders that are still being written
@@ -64,7 +64,7 @@ def _read(path: Path, parse: Callable[[bytes], Any], mend: str) -> dict[str, Any
     try:
         tree = parse(path.read_bytes())
     except Exception as error:  # PyYAML's constructors raise whatever Python raises
-        raise UserError(f"{path} is broken: {' '.join(words_of(error).split())}. {mend}") from error
+        raise UserError(f"{path} is broken: {' '.join(error_text(error).split())}. {mend}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is broken: expected names and values, got {type(tree).__name__}. {mend}")
     return tree
@@ -124,7 +124,7 @@ def find_damage(folder: Path) -> str | None:
             if _sha256(folder / checked) != written:
                 return f"{checked}: checksum differs"
     except (OSError, ValueError) as error:
-        return f"{checked}: {words_of(error)}"
+        return f"{checked}: {error_text(error)}"
     return None
 
 
@@ -155,7 +155,7 @@ def lock_folder(path: Path, writer: str) -> FileLock:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOOK_SECONDS)
     except Timeout:
-        raise taken(path, writer) from None
+        raise folder_in_use(path, writer) from None
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
@@ -163,7 +163,7 @@ def lock_folder(path: Path, writer: str) -> FileLock:
     return lock
 
 
-def taken(path: Path, writer: str) -> UserError:
+def folder_in_use(path: Path, writer: str) -> UserError:
     """The error of a folder that a writer holds."""
     return UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...")
 

@@ -54,7 +54,7 @@ def hub_answers() -> bool:
     return bool(answers)
 
 
-def why_not_reached() -> str:
+def offline_reason() -> str:
     """Why nothing came from the Hub: it was switched off, or it does not answer."""
     import huggingface_hub
 

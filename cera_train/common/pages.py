@@ -42,7 +42,7 @@ class Table:
 class Page:
     title: str
     tables: list[Table]
-    """Those without rows are left out."""
+    """Tables without rows are not shown."""
     pictures: list[Picture]
     commands: dict[str, str]
     """Name -> the command line that made it."""

@@ -91,14 +91,14 @@ def weights_of(adapter: Path) -> Path:
     raise UserError(f"{adapter} lacks its weights, adapter_model.safetensors: restore the file.")
 
 
-STEERS_A_DISPLAY = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, such as the start of a terminal's escape sequence; marks that reorder the letters after them; and
 halves of a surrogate pair, which no file and no terminal takes."""
 
 
 def clean(text: str) -> str:
     """A text of a model, a data file or a stranger's run, as characters that are only shown."""
-    return STEERS_A_DISPLAY.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))
+    return UNSAFE_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", text.expandtabs(4))
 
 
 SECRET_NAME = re.compile(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cera_train.common.errors import UserError, errors_at, words_of
+from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.data.rows import PlacedRow, Source, kind_of
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
@@ -40,7 +40,7 @@ def rows_of(paths: Iterable[str]) -> Iterator[PlacedRow]:
         except UserError:
             raise
         except Exception as error:  # each storage, compression and format raises its own
-            reason = " ".join(words_of(error).split())
+            reason = " ".join(error_text(error).split())
             raise UserError(f"{path}: cannot read it: {reason}. Mend it, or write it again as UTF-8.") from error
 
 
@@ -73,7 +73,7 @@ def _matching_files(name: str) -> list[str]:
             paths = glob.glob(paths[0]) if storage == "file" else map(system.unstrip_protocol, system.glob(name))
         kinds = {path: system.info(path)["type"] for path in sorted(paths)}
     except Exception as error:  # each storage raises its own
-        raise UserError(f"cannot read the file: {words_of(error)}. Name one that is there.") from error
+        raise UserError(f"cannot read the file: {error_text(error)}. Name one that is there.") from error
     if not kinds:
         raise UserError(f"no file matches this pattern (from {Path.cwd()}).")
     for path, kind in kinds.items():

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # --- the rows of an epoch ---------------------------------------------------------------------------------------------
 
 Weights = Sequence[float | None]
-"""One for each part, in any unit; None in all: as many rows as each part has."""
+"""One for each part, in any unit, or None for all: every part then gives the rows that it has."""
 
 
 def rows_of_parts(available: Sequence[int], weights: Weights, total: int | None) -> list[int]:
@@ -36,7 +36,7 @@ def rows_of_parts(available: Sequence[int], weights: Weights, total: int | None)
 
     Args:
         available: rows that each part has.
-        total: rows of the epoch. None: as many as repeat no part.
+        total: rows of the epoch; by default as many as repeat no part.
     """
     if None in weights:
         weights, total = available, min(total or sum(available), sum(available))

@@ -67,8 +67,8 @@ class TokenizedRows:
     Args:
         table: the columns of `SCHEMA` for every row that was read.
         digest: a digest of the rows, the tokenizer and the settings that change tokens.
-        numbers: the rows of the table that count, in order: a mix repeats rows and leaves some out. None: every row
-            with an answer.
+        numbers: the rows of the table that count, in order: a mix repeats rows and leaves some out. By default every
+            row with an answer.
     """
 
     def __init__(self, table: pyarrow.Table, digest: str = "", numbers: Sequence[int] | None = None) -> None:
@@ -200,7 +200,7 @@ def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit
 
 
 def _stream(config: DataConfig, tokenizer: Any) -> TokenizedData:
-    """Training rows that are read as they train. Those with a prompt that evaluates are left out."""
+    """Training rows that are read as they train, without rows whose prompt evaluates."""
     train, evaluation = open_sources(config)
     held_out = _tokenize(evaluation, config, tokenizer)
     left_out = set() if config.allow_overlap else set(held_out.column("prompt_key"))

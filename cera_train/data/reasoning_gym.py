@@ -45,12 +45,6 @@ class Draw:
     answer: str
 
 
-def check(config: ReasoningGymConfig) -> None:
-    """Raises UserError where reasoning-gym is missing or a generator has no such level. Draws nothing."""
-    for name in config.generators:
-        opened(name, config.level, 0)
-
-
 def rows(config: ReasoningGymConfig, train_rows: int, eval_rows: int) -> tuple[list[Row], list[Row]]:
     """Training and evaluation rows, each of the generators in turn. Training rows may repeat a question."""
     train = draws(config, Split.train, train_rows, "data.train_rows")
@@ -84,7 +78,7 @@ def split_of(question: str) -> Split:
 
 
 @functools.lru_cache
-def opened(name: str, level: int | None, seed: int) -> Any:
+def open_generator(name: str, level: int | None, seed: int) -> Any:
     """A generator as reasoning-gym makes it, whose element i is question i."""
     # A stranger's problems.jsonl may name one whose grader runs an answer as Python.
     check_generators("generator", name)
@@ -109,7 +103,7 @@ def opened(name: str, level: int | None, seed: int) -> Any:
 def _questions(name: str, level: int | None, seed: int, split: Split) -> Iterator[Draw]:
     """The questions of a split in the order of their draws. Only training repeats any."""
     seed = (seed * len(Split) + split) * DRAWS
-    generator, seen, last = opened(name, level, seed), set(), 0
+    generator, seen, last = open_generator(name, level, seed), set(), 0
     for index in range(DRAWS):
         entry = generator[index]
         question, answer = entry["question"], entry["answer"]

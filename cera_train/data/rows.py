@@ -49,7 +49,7 @@ class Source:
         return (row for _, row in self.located())
 
     def between(self, start: int, stop: int | None) -> Source:
-        """The rows from number `start` to the one before `stop`; None: to the last."""
+        """The rows from number `start` up to, and without, `stop`, or to the last."""
         if (start, stop) == (0, None):
             return self
         fingerprint = f"{self.fingerprint} [{start}:{stop}]"

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.hub import hub_or_cache, why_not_reached
+from cera_train.common.hub import hub_or_cache, offline_reason
 from cera_train.data import logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import segmenter
 from cera_train.settings.data import DataConfig, Layout
 
-LOOKED_AT = 200
+CHECKED_ROWS = 200
 """Rows of each file that `check_data` reads."""
 
 
@@ -25,12 +25,13 @@ def check_data(config: DataConfig) -> None:
     for place, part in config.parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
-                reasoning_gym.check(part.reasoning_gym)
+                for generator in part.reasoning_gym.generators:
+                    reasoning_gym.open_generator(generator, part.reasoning_gym.level, seed=0)
             to_segments = segmenter(part, None)
             paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
             for path in paths:
                 if "://" not in path:
-                    for where, row in itertools.islice(rows_of([path]), LOOKED_AT):
+                    for where, row in itertools.islice(rows_of([path]), CHECKED_ROWS):
                         with errors_at(where):
                             to_segments(row)
 
@@ -108,7 +109,7 @@ def from_hub(
         is_wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
         reason = " ".join(str(error.__cause__ if is_wrapped else error).split()).rstrip(".")
         if "offline" in reason.lower():
-            reason = f"{why_not_reached()}, and the cache lacks it"
+            reason = f"{offline_reason()}, and the cache lacks it"
         mend = f"Check {setting}={split} and {section}.subset={subset}, log in with `hf auth login` if it is gated"
         files = "data.train_files" if section == "data" else f"{section}.files"
         raise UserError(f"{place}: cannot load it: {reason}. {mend}, or set {files} to local files.") from error

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from cera_train.cera.coverage import bypassed_projections
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
-from cera_train.common.hub import hub_or_cache, why_not_reached
+from cera_train.common.hub import hub_or_cache, offline_reason
 from cera_train.model.folder import PYPI, check_model, place_of_model
 from cera_train.model.lean import keep_less
 from cera_train.model.precision import choose_precision
@@ -230,7 +230,7 @@ def _from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any
             raise
         lines = str(error).strip().splitlines() or [""]
         reason = f"{type(error).__name__}: {' '.join(lines[0].split())[:200].rstrip('.:')}"
-        mend = (mend or DOWNLOAD).format(unreached=why_not_reached())
+        mend = (mend or DOWNLOAD).format(unreached=offline_reason())
         raise UserError(f"{place_of_model(config.path)}: cannot be loaded ({reason}). {mend}") from error
 
 

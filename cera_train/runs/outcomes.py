@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cera_train.common.errors import UserError, words_of
+from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import write_bytes, write_text
 from cera_train.runs.records import RESTORE, Record, read_lines, to_lines
 from cera_train.runs.results import ENDINGS
@@ -62,7 +62,7 @@ class TokenLosses:
                 raise ValueError(f"its losses are not those of its {len(read.tokens)} rows")
             read.sums()  # raises where a number of tokens is negative or no integer
         except Exception as error:  # safetensors and numpy raise many types on a file that is not theirs
-            raise UserError(f"{path} is broken: {words_of(error)}. {RESTORE}") from error
+            raise UserError(f"{path} is broken: {error_text(error)}. {RESTORE}") from error
         return read
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cera_train.common.errors import UserError, words_of
+from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, write_text
 from cera_train.common.trust import redact_tree
 
@@ -97,5 +97,5 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
             trees.append((f"{path}:{number}", json.loads(line)))
     except (OSError, ValueError, RecursionError) as error:
         line = f":{number}" * bool(number)
-        raise UserError(f"{path}{line} is broken: {words_of(error)}. {mend}") from error
+        raise UserError(f"{path}{line} is broken: {error_text(error)}. {mend}") from error
     return trees

@@ -13,7 +13,7 @@ import torch
 from transformers import TextStreamer
 
 from cera_train.cera import for_inference
-from cera_train.common.errors import UserError, errors_at, words_of
+from cera_train.common.errors import UserError, error_text, errors_at
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import clean
 from cera_train.data.files import READERS, from_files
@@ -130,7 +130,7 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
     try:
         lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={file}: cannot read it: {words_of(error)}.") from error
+        raise UserError(f"prompts={file}: cannot read it: {error_text(error)}.") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield f"{file}:{number}", prompts.row([line])

@@ -31,14 +31,14 @@ GENERATORS = {
 Others are left out: some of their graders run it as Python, and isomorphic_strings differs between processes."""
 
 
-def several(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """The values of a setting that takes one or a list."""
     return value if isinstance(value, list) else [value]
 
 
 def check_growths(key: str, growths: Any) -> None:
     """Raises UserError for a growth r at which x' = r x (1 - x) leaves [0, 1], or that a prompt shows rounded."""
-    for growth in several(growths) or [None]:
+    for growth in as_list(growths) or [None]:
         is_allowed = type(growth) in (int, float) and 0 < growth <= 4 and float(f"{growth:g}") == growth
         require(is_allowed, f"{key}={growths} must be numbers above 0 and up to 4, of at most six digits.")
 
@@ -46,7 +46,7 @@ def check_growths(key: str, growths: Any) -> None:
 def check_generators(key: str, generators: Any) -> None:
     """Raises UserError for a name that is not in `GENERATORS`."""
     known = [name for names in GENERATORS.values() for name in names]
-    is_known = bool(generators) and all(name in known for name in several(generators))
+    is_known = bool(generators) and all(name in known for name in as_list(generators))
     mend = f"expected generators that are tested here. Choose from {', '.join(known)}."
     require(is_known, f"{key}={generators}: {mend}")
 
@@ -70,7 +70,7 @@ class LogisticMapConfig:
 
     @property
     def growths(self) -> list[float]:
-        return several(self.growth)
+        return as_list(self.growth)
 
 
 @dataclass
@@ -91,7 +91,7 @@ class ReasoningGymConfig:
 
     @property
     def generators(self) -> list[str]:
-        return several(self.generator)
+        return as_list(self.generator)
 
 
 @dataclass

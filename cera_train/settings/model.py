@@ -81,7 +81,7 @@ class ModelConfig:
         return None if self.path.startswith("pypi:") or Path(self.path).exists() else self.path
 
     def autocast_dtype(self, autocast: bool | None, on_gpu: bool) -> Dtype | None:
-        """The precision in which `train.autocast` lets products be computed; None: autocast is off."""
+        """The precision in which `train.autocast` lets products be computed, or None without autocast."""
         if not (self.dtype != Dtype.float32 if autocast is None else autocast):
             return None
         if self.dtype == Dtype.float16:

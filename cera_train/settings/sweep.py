@@ -57,9 +57,9 @@ class StudyConfig:
         names = ", ".join(self.arms) or "none"
         require(len(self.arms) > 1, f"study.arms has {names}: a study compares two or more.")
         require(self.baseline in self.arms, f"study.baseline={self.baseline}: no such arm: choose one of {names}.")
-        for asked, pair in self.contrasts.items():
+        for question, pair in self.contrasts.items():
             is_pair = len(pair) == len({*pair}) == 2 and {*pair} <= self.arms.keys()
-            require(is_pair, f"study.contrasts.{asked}={pair}: expected two arms of {names}.")
+            require(is_pair, f"study.contrasts.{question}={pair}: expected two arms of {names}.")
         require(bool(self.tune), "study.tune={}: name what each arm may choose, such as optimizer.lr: [1e-3, 3e-3].")
         require(bool(self.outcomes), "study.outcomes=[]: name what decides, such as [loss].")
         self._check_keys()
@@ -89,6 +89,8 @@ class StudyConfig:
     @property
     def pairs(self) -> dict[tuple[str, str], str]:
         """Every comparison: (first, second) -> what it asks. First those of `contrasts`, then with the baseline."""
-        named = {(first, second): asked for asked, (first, second) in self.contrasts.items()}
-        others = [(self.baseline, arm) for arm in self.arms if arm != self.baseline]
-        return named | {pair: f"{pair[1]} or {pair[0]}" for pair in others if not {pair, pair[::-1]} & named.keys()}
+        pairs = {(first, second): question for question, (first, second) in self.contrasts.items()}
+        for arm in self.arms:
+            if arm != self.baseline and not {(self.baseline, arm), (arm, self.baseline)} & pairs.keys():
+                pairs[self.baseline, arm] = f"{arm} or {self.baseline}"
+        return pairs

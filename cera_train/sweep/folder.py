@@ -23,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import is_locked, taken
+from cera_train.common.files import folder_in_use, is_locked
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
@@ -239,7 +239,7 @@ def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) 
     folder = Path(config.hydra.sweep.dir)
     check_jobs(folder, record.jobs, compose)
     if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
-        raise taken(folder, WRITER)
+        raise folder_in_use(folder, WRITER)
 
     if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
         config.hydra.sweeper.direction = "maximize" if record.metric.higher_is_better else "minimize"

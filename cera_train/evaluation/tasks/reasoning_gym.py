@@ -21,7 +21,7 @@ from cera_train.settings.evaluation import TaskConfig
 @functools.lru_cache(maxsize=1000)
 def entry_of(draw: generated.Draw) -> dict[str, Any]:
     """What the generator's grader reads of a question beside its text."""
-    entry = generated.opened(draw.generator, draw.level, draw.seed)[draw.index]
+    entry = generated.open_generator(draw.generator, draw.level, draw.seed)[draw.index]
     mend = "another version of reasoning-gym wrote it. Evaluate the run again."
     require(entry["question"] == draw.question, f"{draw.generator} now has another question {draw.index}: {mend}")
     return entry
@@ -58,7 +58,7 @@ class ReasoningGym(AnswerTask):
         answer, credit, failure = "\n".join(lines).strip(), 0.0, None
         try:
             draw = generated.Draw(**problem.details, question=problem.question, answer=problem.gold)
-            generator = generated.opened(draw.generator, draw.level, draw.seed)
+            generator = generated.open_generator(draw.generator, draw.level, draw.seed)
             credit = float(generator.score_answer(answer, entry=entry_of(draw)))
         except UserError:
             raise
