@@ -198,9 +198,9 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     settings = [*TASKS, *SHORT, "train.max_updates=4", "adapter.dropout=0"]
     config = tiny_config(*settings, "name=one")
     train(config)
-    own = [f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"]
-    own += ["optimizer.lr=1e-2", "train.batch_size=16", "train.eval_every=4", f"output_dir={config.output_dir}"]
-    train_in_processes([[*own, *settings, "name=two"]], 2, tmp_path)
+    settings += [f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"]
+    settings += ["optimizer.lr=1e-2", "train.batch_size=16", "train.eval_every=4", f"output_dir={config.output_dir}"]
+    train_in_processes([[*settings, "name=two"]], 2, tmp_path)
     one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))
     assert two[:3] == one[:3]  # of the untouched model; later ones differ by the rounding of the gradients' sums
     assert [list(line.items())[:3] for line in two] == [list(line.items())[:3] for line in one]

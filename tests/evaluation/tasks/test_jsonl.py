@@ -34,7 +34,6 @@ def config_of(write_jsonl):
         ("number", "step 3\n#### 18", "It is 3", False),
         ("number", 0.5, "1/2", False),
         ("math", r"\frac{1}{2}", r"so \boxed{\dfrac12}", True),
-        ("math", "7", "It is 7", False),
         ("choice", " B\n", "The answer is (B).", True),
         ("choice", "B", " B. Paris", True),
     ],
@@ -73,7 +72,6 @@ def test_columns_of_other_names(config_of):
     ("second", "grader", "message"),
     [
         ({}, "text", "column 'answer' is missing; its columns are question. Name another in task.answer."),
-        ({"answer": None}, "math", "column 'answer' holds '', and task.grader=math finds no answer in it"),
         ({"answer": "no"}, "choice", "column 'answer' holds 'no', and task.grader=choice finds no answer in it"),
     ],
 )

@@ -87,11 +87,7 @@ def test_a_task_checks_its_settings(settings, message):
     ("name", "changes", "message"),
     [
         ("forgetting", {}, r"train.tasks=\[forgetting\] has no answers to grade: leave it to cera-eval"),
-        (
-            "gsm8k",
-            {"limits": 3},
-            "train.task_settings.gsm8k: Key 'limits' not in 'TaskConfig'. See conf/task/gsm8k.y",
-        ),
+        ("gsm8k", {"limits": 3}, "^train.task_settings.gsm8k: Key 'limits' not in .* See conf/task/gsm8k.yaml"),
         ("gsm8k", {"level": 3}, r"train.task_settings.gsm8k: task.level=3 has no meaning"),
     ],
 )
@@ -137,7 +133,6 @@ def test_a_limit_takes_the_first_rows_and_reads_no_further(config_of):
         ([GSM8K, {"question": "?", "answer": "18"}], {}, r"2: column 'answer' should end in ####"),
         ([], {}, r"task.files=\[\S+/rows.jsonl\] has no rows: name a file with a problem on each row\.$"),
         ([MATH | {"level": 1}], {"kind": "math", "level": 5}, r"rows.jsonl\] has no rows of task.level=5"),
-        ([MATH], {"kind": "math", "level": 5}, r"1: column 'level' is missing"),
         ([MATH | {"solution": "2"}], {"kind": "math"}, r"1: column 'solution' has no \\boxed"),
     ],
 )
