@@ -141,7 +141,7 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         path = Path(config.output_dir) / config.name
         config, precision = settle(config, path)
-        folder = stack.enter_context(RunFolder(path, to_plain(config)))
+        folder = stack.enter_context(RunFolder.open(path, to_plain(config)))
         session = stack.enter_context(Session(config, precision, folder, resume_from=None))
         session.begin()
         session.start_clock()

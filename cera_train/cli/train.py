@@ -25,7 +25,7 @@ from cera_train.cli.start import (
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
-from cera_train.runs.recorded_config import changes_result
+from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, begin_study, is_study
 from cera_train.sweep.folder import (

@@ -142,15 +142,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock_folder(path: Path, writer: str) -> FileLock:
+@contextlib.contextmanager
+def locked(path: Path, writer: str, has_content: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Makes a folder if needed, and locks it by a file `.lock` in it; raises UserError where another holds it.
-
-    The holder unlinks that file before it releases the lock: the next writer then opens a new file.
 
     Args:
         writer: the kind of writer, for messages: a run, an evaluation.
+        has_content: whether to keep a folder that was made here. One without content, as after a mistake, is removed.
     """
-    lock = FileLock(path / ".lock")
+    lock, is_new = FileLock(path / ".lock"), not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=LOOK_SECONDS)
@@ -160,24 +160,20 @@ def lock_folder(path: Path, writer: str) -> FileLock:
         raise UserError(
             f"cannot make the {writer}'s folder {path}: {error.strerror}. Set output_dir to another folder."
         ) from error
-    return lock
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the writer is raised
+            if is_new and not has_content():
+                shutil.rmtree(path)
+            else:
+                (path / ".lock").unlink()  # before the release: the next writer makes a new file
+        lock.release()
 
 
 def folder_in_use(path: Path, writer: str) -> UserError:
     """The error of a folder that a writer holds."""
     return UserError(f"another {writer} is writing to {path}: wait for it, or choose another name=...")
-
-
-@contextlib.contextmanager
-def locked(path: Path, writer: str) -> Iterator[None]:
-    """Locks a folder, while others write to the folders in it."""
-    lock = lock_folder(path, writer)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the writer is raised
-            (path / ".lock").unlink()
-        lock.release()
 
 
 def is_locked(path: Path) -> bool:

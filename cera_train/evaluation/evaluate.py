@@ -29,9 +29,16 @@ from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer
 from cera_train.runs.card import write_card
-from cera_train.runs.evaluation_folder import EvaluationFolder, Key, Problem, append_answers
-from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult
+from cera_train.runs.evaluation_folder import (
+    AccuracyResult,
+    EvaluationFolder,
+    Key,
+    PerplexityResult,
+    Problem,
+    append_answers,
+)
+from cera_train.runs.records import load_config
+from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import Dtype
@@ -62,7 +69,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
-    with EvaluationFolder(path, is_main, accelerator.process_index) as folder:
+    with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
         task = build_task(config.task)
         if is_main:
             folder.write_config(config)

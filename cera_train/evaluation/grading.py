@@ -24,14 +24,16 @@ import pebble
 from cera_train.evaluation.statistics import accuracy_interval, pass_at_k
 from cera_train.evaluation.tasks import math
 from cera_train.evaluation.tasks.task import AnswerTask, mean
-from cera_train.runs.evaluation_folder import Generation, Grade, Problem
-from cera_train.runs.results import (
+from cera_train.runs.evaluation_folder import (
     LOOP,
     RIGHT,
     TRUNCATED,
     WRONG,
     Accuracy,
     AccuracyResult,
+    Generation,
+    Grade,
+    Problem,
     ending_shares,
 )
 

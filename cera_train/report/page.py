@@ -14,7 +14,8 @@ from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, accuracy_metric, read_runs
-from cera_train.runs.results import ENDINGS, AccuracyResult, PerplexityResult, describe_linear_share, is_task_figure
+from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, PerplexityResult
+from cera_train.runs.results import describe_linear_share, is_task_figure
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "

@@ -16,9 +16,9 @@ from cera_train.common.files import read_json, read_yaml
 from cera_train.common.settings import flatten, to_plain
 from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
-from cera_train.runs.evaluation_folder import GradedAnswers
-from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import AccuracyResult, PerplexityResult, RunFiles, RunResult, read_evaluation_result
+from cera_train.runs.evaluation_folder import AccuracyResult, GradedAnswers, PerplexityResult, read_evaluation_result
+from cera_train.runs.records import load_config
+from cera_train.runs.results import RunFiles, RunResult
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import evaluation_rows
 

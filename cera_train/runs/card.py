@@ -1,17 +1,24 @@
-"""The model card of a run's adapter, which is written again after every evaluation."""
+"""The model card of an adapter, which is written again after every evaluation, and the upload of both to the Hub."""
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cera_train.adapters.family import family, title
-from cera_train.common.files import write_text
+from cera_train.adapters.saved import description_file
+from cera_train.common.files import read_json, write_text
 from cera_train.common.pages import escape
-from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import AccuracyResult, PerplexityResult, RunResult, figure, read_evaluation_result
+from cera_train.common.terminal import print_line
+from cera_train.runs.evaluation_folder import AccuracyResult, PerplexityResult, read_evaluation_result
+from cera_train.runs.records import load_config
+from cera_train.runs.results import RunResult, figure
 from cera_train.runs.subject import digest_of
+from cera_train.runs.tracking import print_error
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
@@ -141,3 +148,30 @@ def _measurements(
 
 def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {escape(name)} | {escape(value)} |" for name, value in rows.items())])
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def push(config: Config) -> None:
+    """Uploads the adapter of a run, if it is finished. A failure prints the command that repeats the upload: the run's,
+    whose result stands."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    run = Path(config.output_dir) / config.name
+    if config.hub.push is None or not (run / "result.json").is_file():
+        return
+    adapter = run / "adapter"
+    contents = {path: path for path in adapter.rglob("*") if path.is_file()}
+    if config.model.hub_id is not None:  # the file may name a folder of this machine
+        description = read_json(description_file(adapter)) | {"base_model_name_or_path": config.model.hub_id}
+        contents[description_file(adapter)] = json.dumps(description, indent=2).encode()
+    try:
+        api = HfApi()
+        repository = api.create_repo(config.hub.push, private=config.hub.private, exist_ok=True)
+        files = [CommitOperationAdd(str(path.relative_to(adapter)), content) for path, content in contents.items()]
+        api.create_commit(repository.repo_id, files, commit_message=f"Upload {config.name}, trained with cera-train")
+        print_line("hub", str(repository))
+    except Exception as error:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        print_error(f"hub.push={config.hub.push} failed ({error}). The run is finished; to upload it: {command}")

@@ -1,26 +1,31 @@
-"""The folder of one evaluation, RUN/eval/NAME: its config, problems, answers, grades and result. Each process appends
-its answers to a file; at the end these become one. Every other file appears whole or not at all. Imports no torch."""
+"""The folder of one evaluation, RUN/eval/NAME: its config, problems, answers, grades and result.
+
+Each process appends its answers to a file; at the end these become one. Every other file appears whole or not at all.
+Imports no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, TextIO
+from typing import Any, ClassVar, TextIO
 
 import yaml
 
 from cera_train.common.errors import UserError
-from cera_train.common.files import lock_folder, write_text
+from cera_train.common.files import locked, read_json, write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.trust import redact_tree
-from cera_train.runs.recorded_config import differences
-from cera_train.runs.records import Record, read_lines, to_lines
-from cera_train.runs.results import AccuracyResult, PerplexityResult, read_evaluation_result
+from cera_train.runs.records import Record, differences, read_lines, to_lines
+from cera_train.runs.results import MeasuredAdapter, Perplexity
 from cera_train.settings.evaluation import EvalConfig
+
+# --- its records ------------------------------------------------------------------------------------------------------
 
 Key = tuple[str, int]
 """Problem and sample."""
@@ -82,30 +87,121 @@ class Grade(Record, extra="allow"):
         return getattr(self, self.grader)
 
 
+ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = "right", "wrong", "loop", "truncated", "collapsed"
+"""How an answer ended, so that failures are told apart; `ending_of` decides."""
+
+
+def ending_shares(endings: Sequence[str]) -> dict[str, float]:
+    """The share of an evaluation's answers that ended in each way, by the keys of result.json."""
+    counts = Counter(endings)
+    return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of problems that one of k answers solves."""
+
+    grader: str
+    k: int
+    value: float | None
+    interval: tuple[float, float] | None
+    """95 % interval over problems; None where all came out alike, as a quarter of the answers to every problem does."""
+
+    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
+
+    @property
+    def key(self) -> str:
+        return f"{self.grader}/pass@{self.k}"
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The keys of result.json."""
+        interval = {} if self.interval is None else {f"{self.key}/interval": [*self.interval]}
+        return {self.key: self.value} | interval
+
+
+class AccuracyResult(Record, extra="allow"):
+    """result.json of an evaluation with answers and grades. `details` are the accuracies, GRADER/pass@K, the shares of
+    endings, and what the task adds, under its names."""
+
+    task: str | None = None  # the name of the evaluation's folder
+    kind: str | None = None  # the kind of task, such as gsm8k
+    problems: int | None = None
+    samples: int | None = None  # answers to each problem
+    truncated: int | None = None  # answers cut by max_new_tokens, loops among them
+    no_answer: int | None = None
+    grader_failures: int | None = None
+    tokens: int | None = None  # tokens generated
+
+    @property
+    def accuracies(self) -> list[Accuracy]:
+        accuracies = []
+        for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
+            if not match[3]:
+                lower, upper = self.details.get(f"{match[0]}/interval") or (0, 0)
+                interval = (lower, upper) if lower < upper else None
+                accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
+        return accuracies
+
+    def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
+        return next((accuracy for accuracy in self.accuracies if (accuracy.grader, accuracy.k) == (grader, k)), None)
+
+    @property
+    def endings(self) -> dict[str, float]:
+        """The share of the answers that ended in each way; empty where one is not on record."""
+        shares = {name: self.figure(f"ending/{name}") for name in ENDINGS}
+        return {} if None in shares.values() else shares
+
+    def figure(self, name: str) -> float | None:
+        """A number by its key, such as one that the task adds."""
+        value = self.to_json().get(name)
+        return value if isinstance(value, int | float) else None
+
+
+class PerplexityResult(MeasuredAdapter):
+    """result.json of an evaluation of perplexity."""
+
+    task: str | None = None  # the name of the evaluation's folder
+    kind: str | None = None  # `perplexity`, whatever the rows are
+    perplexity: Perplexity = None
+    loss: float | None = None
+    rows: int | None = None
+    tokens: int | None = None  # tokens predicted
+    perplexity_base: Perplexity = None  # without the adapter; None where there is no adapter
+
+
+def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
+    """result.json of an evaluation."""
+    tree = read_json(path)
+    kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
+    return kind.from_json(tree, path)
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
 class EvaluationFolder:
-    """RUN/eval/NAME, locked while it is open."""
+    """RUN/eval/NAME."""
 
     def __init__(self, path: Path, is_main: bool = True, process: int = 0) -> None:
         self.path, self.is_main = path, is_main
         self.process_answers = path / ("generations.jsonl" if is_main else f"generations.{process}.jsonl")
 
-    def __enter__(self) -> EvaluationFolder:
-        if self.is_main:
-            self._is_new = not self.path.exists()
-            self._lock = lock_folder(self.path, "evaluation")
-        return self
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, is_main: bool = True, process: int = 0) -> Iterator[EvaluationFolder]:
+        """The folder, locked by the main process. A mistake before the first answer leaves no trace."""
+        folder = cls(path, is_main, process)
+        if not is_main:
+            yield folder
+            return
+        try:
+            with locked(path, "evaluation", folder.has_begun):
+                yield folder
+        finally:
+            with contextlib.suppress(OSError):  # there are other evaluations
+                path.parent.rmdir()
 
-    def __exit__(self, *_: object) -> None:
-        if self.is_main:
-            if self._is_new and not self.has_begun:  # a mistake before the first answer leaves no trace
-                shutil.rmtree(self.path)
-                if not any(self.path.parent.iterdir()):
-                    self.path.parent.rmdir()
-            else:
-                (self.path / ".lock").unlink()
-            self._lock.release()
-
-    @property
     def has_begun(self) -> bool:
         """Whether there are answers or a result, which bind the folder to its settings."""
         answers = self.path.glob("generations*.jsonl")
@@ -116,7 +212,7 @@ class EvaluationFolder:
     def write_config(self, config: EvalConfig) -> None:
         """Records the settings; a UserError where answers belong to others."""
         path, plain = self.path / "config.yaml", redact_tree(to_plain(config))
-        if path.exists() and self.has_begun and (different := differences(path, plain, EvalConfig)):
+        if path.exists() and self.has_begun() and (different := differences(path, plain, EvalConfig)):
             raise UserError(
                 f"{self.path} holds an evaluation with other settings: {'; '.join(different.values())}. Set name=... "
                 "for another folder, or set these back to resume it."
@@ -136,7 +232,7 @@ class EvaluationFolder:
     def write_problems(self, problems: Sequence[Problem]) -> None:
         """Records the problems; a UserError where the folder has answers to others."""
         path, text = self.path / "problems.jsonl", to_lines(problems)
-        if path.exists() and self.has_begun and path.read_text() != text:
+        if path.exists() and self.has_begun() and path.read_text() != text:
             raise UserError(
                 f"{self.path} has answers to other problems: a data file changed. Restore it, or set "
                 "name=... for another folder."

@@ -15,7 +15,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -38,9 +38,8 @@ from cera_train.data.order import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
 from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
-from cera_train.runs.recorded_config import LENGTH, differences
-from cera_train.runs.records import Record
-from cera_train.runs.results import DIVERGED, LOGS, Environment, EvaluationMetrics, Perplexity, RunResult, Sample
+from cera_train.runs.records import LENGTH, Record, differences
+from cera_train.runs.results import DIVERGED, LOGS, METRICS, Environment, EvaluationMetrics, Perplexity, RunResult
 from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config
 
@@ -107,33 +106,25 @@ class Progress(Record):
 
 
 class RunFolder:
-    """`output_dir/name`, locked while it is open. A folder that holds no run when it is closed is removed again.
-
-    Every process calls what saves; the main one writes.
-    """
+    """`output_dir/name`. Every process calls what saves; the main one writes."""
 
     def __init__(self, path: Path, config: dict[str, Any], is_main: bool = True) -> None:
         self.path = path
         self.config = redact_tree(config)  # no secret reaches the disk or a tracker
         self.is_main = is_main
 
-    def __enter__(self) -> RunFolder:
-        if self.is_main:
-            self._is_new = not self.path.exists()
-            self._lock = files.lock_folder(self.path, "run")
-            for inside in ("", "checkpoints", GRADES):
-                files.clean_folder(self.path / inside)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.is_main:
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path, config: dict[str, Any], is_main: bool = True) -> Iterator[RunFolder]:
+        """The folder, locked by the main process, without what interrupted writes left in it."""
+        folder = cls(path, config, is_main)
+        if not is_main:
+            yield folder
             return
-        with contextlib.suppress(OSError):  # the disk is gone: the error that stopped the run is raised
-            if self._is_new and not (self.path / "metrics.jsonl").exists():
-                shutil.rmtree(self.path)
-            else:
-                (self.path / ".lock").unlink()
-        self._lock.release()
+        with files.locked(path, "run", (path / METRICS).exists):
+            for inside in ("", "checkpoints", GRADES):
+                files.clean_folder(path / inside)
+            yield folder
 
     # --- resuming ----------------------------------------------------------------------------------------------------
 
@@ -245,16 +236,8 @@ class RunFolder:
         files.write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         environment.write(self.path / "environment.json")
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
-        self._append("metrics.jsonl", line)
-
-    def append_spectra(self, line: dict[str, Any]) -> None:
-        self._append("spectra.jsonl", line)
-
-    def append_sample(self, sample: Sample) -> None:
-        self._append("samples.jsonl", sample.to_json())
-
-    def _append(self, log: str, line: dict[str, Any]) -> None:
+    def append(self, log: str, line: dict[str, Any]) -> None:
+        """Adds a line to one of LOGS."""
         with (self.path / log).open("a") as file:
             file.write(json.dumps(files.finite(line), allow_nan=False) + "\n")
 
@@ -293,7 +276,7 @@ class RunFolder:
         moments = optimizer_state(optimizer, scaler, keep=self.is_main)
 
         def write(folder: Path) -> None:
-            with (self.path / "metrics.jsonl").open("ab") as metrics:
+            with (self.path / METRICS).open("ab") as metrics:
                 os.fsync(metrics.fileno())  # no checkpoint is ahead of the metrics, even after a crash
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(moments, file)

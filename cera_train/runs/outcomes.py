@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Self
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import write_bytes, write_text
+from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.records import RESTORE, Record, read_lines, to_lines
-from cera_train.runs.results import ENDINGS
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,8 +1,11 @@
-"""JSON objects of a file as pydantic models: a field has the name of its key, or `key("eval/perplexity")`, so that no
-other module spells a key. None stands for "not measured"."""
+"""How a run's files are read: JSON objects as pydantic models, config.yaml as dataclasses.
+
+A field has the name of its key, or `key("eval/perplexity")`, so that no other module spells a key. None stands for "not
+measured"."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,8 +14,10 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, error_text
-from cera_train.common.files import finite, read_json, write_text
-from cera_train.common.trust import redact_tree
+from cera_train.common.files import finite, read_json, read_yaml, write_text
+from cera_train.common.settings import Changes, changes_of, flatten, to_plain
+from cera_train.common.trust import escape_interpolations, redact_tree
+from cera_train.settings.run import Config
 
 RESTORE = "Restore it, or leave its folder out."
 
@@ -99,3 +104,40 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
         line = f":{number}" * bool(number)
         raise UserError(f"{path}{line} is broken: {error_text(error)}. {mend}") from error
     return trees
+
+
+# --- config.yaml ------------------------------------------------------------------------------------------------------
+
+LENGTH = ("train.epochs", "train.max_updates")
+"""The settings that `train.extend` may change."""
+
+AUTO = "auto"
+"""Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
+
+
+def load_config(path: Path, schema: type = Config) -> Any:
+    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    tree = escape_interpolations(read_yaml(path))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    except OmegaConfBaseException as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}.") from error
+
+
+def differences(path: Path, config: dict[str, Any], schema: type = Config) -> dict[str, str]:
+    """The settings that change results and differ between a file and plain values: key -> both values in words."""
+    before, now = flatten(redact_tree(to_plain(load_config(path, schema)))), flatten(config)
+    return {
+        key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) not in (now.get(key), AUTO) and changes_result(key, schema)
+    }
+
+
+@functools.cache
+def changes_result(key: str, schema: type = Config) -> bool:
+    """Whether a setting changes what is learned or measured, beyond its cost."""
+    return changes_of(schema, key) not in (Changes.cost, Changes.nothing)

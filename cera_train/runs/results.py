@@ -1,17 +1,14 @@
-"""The files that runs and evaluations leave, with a type. Only this module spells their keys. Imports no torch."""
+"""The files that a run leaves, with a type. Only this module spells their keys. Imports no torch."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import re
 import shlex
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator
 
@@ -160,7 +157,7 @@ def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
 
-LOGS = ("metrics.jsonl", "spectra.jsonl", "samples.jsonl")
+LOGS = METRICS, SPECTRA, SAMPLES = "metrics.jsonl", "spectra.jsonl", "samples.jsonl"
 """Files that grow by lines, each with the number of its update."""
 
 
@@ -242,7 +239,7 @@ class RunFiles:
     def read(cls, folder: Path) -> Self:
         return cls(
             RunResult.find(folder / "result.json"),
-            read_metrics(folder / "metrics.jsonl"),
+            read_metrics(folder / METRICS),
             read_spectrum(folder / "spectrum.json"),
             Environment.find(folder / "environment.json") or Environment(),
         )
@@ -253,103 +250,10 @@ class RunFiles:
         return self.result or self.metrics.so_far()
 
 
-# --- an evaluation ---------------------------------------------------------------------------------------------------
-
-
-ENDINGS = RIGHT, WRONG, LOOP, TRUNCATED, COLLAPSED = "right", "wrong", "loop", "truncated", "collapsed"
-"""How an answer ended, so that failures are told apart; `ending_of` decides."""
-
-
-def ending_shares(endings: Sequence[str]) -> dict[str, float]:
-    """The share of an evaluation's answers that ended in each way, by the keys of result.json."""
-    counts = Counter(endings)
-    return {f"ending/{name}": counts[name] / len(endings) for name in ENDINGS} if endings else {}
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """The share of problems that one of k answers solves."""
-
-    grader: str
-    k: int
-    value: float | None
-    interval: tuple[float, float] | None
-    """95 % interval over problems; None where all came out alike, as a quarter of the answers to every problem does."""
-
-    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
-
-    @property
-    def key(self) -> str:
-        return f"{self.grader}/pass@{self.k}"
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """The keys of result.json."""
-        interval = {} if self.interval is None else {f"{self.key}/interval": [*self.interval]}
-        return {self.key: self.value} | interval
-
-
-class AccuracyResult(Record, extra="allow"):
-    """result.json of an evaluation with answers and grades. `details` are the accuracies, GRADER/pass@K, the shares of
-    endings, and what the task adds, under its names."""
-
-    task: str | None = None  # the name of the evaluation's folder
-    kind: str | None = None  # the kind of task, such as gsm8k
-    problems: int | None = None
-    samples: int | None = None  # answers to each problem
-    truncated: int | None = None  # answers cut by max_new_tokens, loops among them
-    no_answer: int | None = None
-    grader_failures: int | None = None
-    tokens: int | None = None  # tokens generated
-
-    @property
-    def accuracies(self) -> list[Accuracy]:
-        accuracies = []
-        for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
-            if not match[3]:
-                lower, upper = self.details.get(f"{match[0]}/interval") or (0, 0)
-                interval = (lower, upper) if lower < upper else None
-                accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
-        return accuracies
-
-    def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
-        return next((accuracy for accuracy in self.accuracies if (accuracy.grader, accuracy.k) == (grader, k)), None)
-
-    @property
-    def endings(self) -> dict[str, float]:
-        """The share of the answers that ended in each way; empty where one is not on record."""
-        shares = {name: self.figure(f"ending/{name}") for name in ENDINGS}
-        return {} if None in shares.values() else shares
-
-    def figure(self, name: str) -> float | None:
-        """A number by its key, such as one that the task adds."""
-        value = self.to_json().get(name)
-        return value if isinstance(value, int | float) else None
-
-
-class PerplexityResult(MeasuredAdapter):
-    """result.json of an evaluation of perplexity."""
-
-    task: str | None = None  # the name of the evaluation's folder
-    kind: str | None = None  # `perplexity`, whatever the rows are
-    perplexity: Perplexity = None
-    loss: float | None = None
-    rows: int | None = None
-    tokens: int | None = None  # tokens predicted
-    perplexity_base: Perplexity = None  # without the adapter; None where there is no adapter
-
-
-def read_evaluation_result(path: Path) -> AccuracyResult | PerplexityResult:
-    """result.json of an evaluation."""
-    tree = read_json(path)
-    kind = PerplexityResult if tree.get("kind") == "perplexity" else AccuracyResult
-    return kind.from_json(tree, path)
-
+# --- figures in a line -----------------------------------------------------------------------------------------------
 
 NEARLY_LINEAR = 0.99
 """A branch whose variance is linear in A x to more than this share computes what a LoRA computes."""
-
-# --- figures in a line -----------------------------------------------------------------------------------------------
 
 
 def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cera_train.adapters.saved import check_saved, check_start, is_saved_in, weights_file
 from cera_train.common.errors import UserError
-from cera_train.runs.recorded_config import load_config
+from cera_train.runs.records import load_config
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.evaluation.statistics import ERROR_RATE, holm
+from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.outcomes import read_grades, read_losses
-from cera_train.runs.results import ENDINGS, Environment, RunResult
+from cera_train.runs.results import Environment, RunResult
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
 from cera_train.study.verdict import Contrast, Verdict, contrast, detectable

@@ -31,7 +31,7 @@ from cera_train.data.sources import check_data
 from cera_train.distributed.processes import is_main_process
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.model.folder import check_model
-from cera_train.runs.recorded_config import LENGTH, changes_result
+from cera_train.runs.records import LENGTH, changes_result
 from cera_train.runs.results import DIVERGED
 from cera_train.runs.subject import find_start
 from cera_train.settings.evaluation import known_tasks

@@ -28,8 +28,8 @@ from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
 from cera_train.runs.folder import Progress, RunFolder, environment, keep_end, load_checkpoint
-from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import Environment, EvaluationMetrics, UpdateMetrics
+from cera_train.runs.records import load_config
+from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import AdapterConfig
@@ -203,5 +203,5 @@ class Session:
         """Writes a line of metrics.jsonl, and its mirror."""
         if self.team.is_main:
             line = metrics.to_json()
-            self.folder.append_metrics(line)
+            self.folder.append(METRICS, line)
             self.tracker.log({name: line[name] for name in line if "/" in name}, metrics.update)

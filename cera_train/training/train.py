@@ -23,11 +23,12 @@ from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
 from cera_train.model.loss import perplexity
 from cera_train.runs import results
-from cera_train.runs.card import write_card
+from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
-from cera_train.runs.push import push
 from cera_train.runs.results import (
+    SAMPLES,
+    SPECTRA,
     EvaluationMetrics,
     ModuleSpectrumRecord,
     RunResult,
@@ -65,7 +66,7 @@ def train(config: Config) -> dict[str, Any]:
     forget_earlier_runs()
     path = Path(config.output_dir) / config.name
     config, precision = settle(config, path)
-    with RunFolder(path, to_plain(config), is_main_process()) as folder:
+    with RunFolder.open(path, to_plain(config), is_main_process()) as folder:
         if folder.is_main:
             folder.check_may_run(config.train.resume)
         if (result := folder.standing_result()) is not None:
@@ -228,7 +229,7 @@ def evaluate(session: Session) -> None:
     if session.team.is_main and spectra:
         records = spectrum_records(spectra).items()
         modules = {name: record.model_dump(exclude={"singular_values"}, exclude_none=True) for name, record in records}
-        folder.append_spectra({"update": progress.update, "modules": modules})
+        folder.append(SPECTRA, {"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
     session.bar.note(describe_evaluation(metrics))
@@ -242,7 +243,7 @@ def answer_tasks(session: Session) -> dict[str, float]:
         for name, problems in results.graded.items() if session.is_done else ():
             write_grades(folder.path, name, problems)
         for sample in results.samples:
-            folder.append_sample(sample)
+            folder.append(SAMPLES, sample.to_json())
         if results.samples:
             session.tracker.table("samples", [sample.to_json() for sample in results.samples], progress.update)
     if results.notes:

@@ -18,9 +18,8 @@ import cera_train.evaluation.evaluate as evaluate_module
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.tasks import gsm8k
-from cera_train.runs.evaluation_folder import EvaluationFolder, Generation
-from cera_train.runs.recorded_config import load_config
-from cera_train.runs.results import ENDINGS
+from cera_train.runs.evaluation_folder import ENDINGS, EvaluationFolder, Generation
+from cera_train.runs.records import load_config
 
 pytest_plugins = ("evaluated_runs",)
 
@@ -250,7 +249,10 @@ def test_other_settings_problems_and_weights_are_refused_and_named(eval_config, 
 
 
 def test_two_evaluations_do_not_write_to_one_folder(eval_config, run):
-    with EvaluationFolder(run / "eval" / "gsm8k"), pytest.raises(ValueError, match="another evaluation is writing"):
+    with (
+        EvaluationFolder.open(run / "eval" / "gsm8k"),
+        pytest.raises(ValueError, match="another evaluation is writing"),
+    ):
         evaluate(eval_config())
 
 

@@ -17,6 +17,7 @@ from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import GradedProblem, read_grades
+from cera_train.runs.results import SAMPLES
 from cera_train.training import train as training
 from cera_train.training.train import train
 
@@ -109,15 +110,15 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
 def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right, monkeypatch):
     whole, cut = (tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}") for name in ("whole", "cut"))
     result = train(whole)
-    log = RunFolder.append_sample
+    append = RunFolder.append
 
-    def die(self, sample):
-        log(self, sample)
-        if sample.update == 8:
+    def die(self, log, line):
+        append(self, log, line)
+        if log == SAMPLES and line["update"] == 8:
             raise ConnectionError
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append_sample", die)
+        patch.setattr(RunFolder, "append", die)
         with pytest.raises(ConnectionError):
             train(cut)
     assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8

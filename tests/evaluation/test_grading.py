@@ -19,8 +19,7 @@ from cera_train.evaluation.grading import (
     score,
 )
 from cera_train.evaluation.tasks import gsm8k, logistic_map, math
-from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.runs.results import ENDINGS, AccuracyResult, ending_shares
+from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, Generation, Problem, ending_shares
 
 pytest_plugins = ("evaluated_runs",)
 

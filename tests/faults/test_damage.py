@@ -91,6 +91,6 @@ def test_a_folder_between_two_renames_is_put_back(tmp_path):
     write_folder(tmp_path / "best", lambda folder: (folder / "weights").write_text("old"))
     (tmp_path / "best").rename(tmp_path / f"{WRITING}old-best")
     (tmp_path / f"{WRITING}best").mkdir()
-    with RunFolder(tmp_path, {}):
+    with RunFolder.open(tmp_path, {}):
         assert (tmp_path / "best" / "weights").read_text() == "old"
         assert not list(tmp_path.glob(f"{WRITING}*"))

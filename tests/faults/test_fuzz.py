@@ -29,7 +29,8 @@ from cera_train.evaluation.tasks import gsm8k, logistic_map
 from cera_train.evaluation.tasks import math as math_task
 from cera_train.runs.card import escape
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
-from cera_train.runs.recorded_config import load_config
+from cera_train.runs.records import load_config
+from cera_train.runs.results import METRICS
 from cera_train.runs.subject import base_of
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
@@ -288,10 +289,10 @@ def checkpoint(tmp_path_factory) -> tuple[Path, torch.nn.Module]:
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     model(input_ids=torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     optimizer.step()
-    with RunFolder(tmp_path_factory.mktemp("run") / "run", {"name": "run"}) as folder:
+    with RunFolder.open(tmp_path_factory.mktemp("run") / "run", {"name": "run"}) as folder:
         folder.save_checkpoint(model, optimizer, Progress(update=3, data_digest="digest"), keep=1)
         (path,) = folder.checkpoints()
-        folder.append_metrics({"update": 3})
+        folder.append(METRICS, {"update": 3})
     return path, model
 
 

@@ -29,7 +29,7 @@ from cera_train.data.sources import from_hub
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
-from cera_train.runs.recorded_config import load_config
+from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskConfig
@@ -260,7 +260,7 @@ def test_a_checkpoints_pickle_is_not_read(tmp_path, config, tiny_llama, marker, 
 
     model = build(tiny_llama.requires_grad_(False), config.adapter)
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    with RunFolder(tmp_path / "run", to_plain(config)) as folder:
+    with RunFolder.open(tmp_path / "run", to_plain(config)) as folder:
         folder.save_checkpoint(model, optimizer, Progress(update=1, data_digest="digest"), keep=1)
         (checkpoint,) = folder.checkpoints()
         load_checkpoint(checkpoint, model, "digest")

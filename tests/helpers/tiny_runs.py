@@ -78,15 +78,15 @@ class Cut(Exception):
 
 def train_and_die_after(config, update: int, monkeypatch) -> None:
     """Runs until the metrics of that update are logged, then stops between two statements."""
-    log = RunFolder.append_metrics
+    original = RunFolder.append
 
-    def append(self, metrics):
-        log(self, metrics)
-        if "train/loss" in metrics and metrics["update"] == update:
+    def append(self, log, line):
+        original(self, log, line)
+        if "train/loss" in line and line["update"] == update:
             raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append_metrics", append)
+        patch.setattr(RunFolder, "append", append)
         with pytest.raises(Cut):
             train(config)
 

@@ -10,23 +10,26 @@ import pytest
 from made_runs import add_evaluation, make_run, result_of
 
 from cera_train.common.errors import UserError
-from cera_train.runs.evaluation_folder import Grade, GradedAnswers
-from cera_train.runs.folder import Progress
-from cera_train.runs.results import (
+from cera_train.runs.evaluation_folder import (
     Accuracy,
     AccuracyResult,
+    Grade,
+    GradedAnswers,
+    PerplexityResult,
+    read_evaluation_result,
+)
+from cera_train.runs.folder import Progress
+from cera_train.runs.results import (
     Environment,
     EvaluationMetrics,
     Metrics,
     ModuleSpectrumRecord,
-    PerplexityResult,
     RunFiles,
     RunResult,
     SpectrumSummary,
     UpdateMetrics,
     figure,
     mean_spectrum,
-    read_evaluation_result,
     read_metrics,
     read_spectrum,
     write_spectrum,

@@ -36,8 +36,8 @@ def test_a_job_is_running_while_its_lock_is_held_and_cut_after_its_process_was_k
     record_sweep(tmp_path, "adapter.r=2")
     folder = make_job(tmp_path, "adapter.r=2", error="of the last time")
     hold = (
-        "import sys, time; from pathlib import Path; from cera_train.common.files import lock_folder\n"
-        "lock = lock_folder(Path(sys.argv[1]), 'run'); print('held', flush=True); sys.stdin.read()\n"
+        "import sys, time; from pathlib import Path; from cera_train.common.files import locked\n"
+        "with locked(Path(sys.argv[1]), 'run'): print('held', flush=True); sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -16,6 +16,7 @@ from cera_train.common.errors import UserError
 from cera_train.model.precision import Precision
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, read_losses
+from cera_train.runs.results import METRICS
 from cera_train.settings.model import Dtype
 from cera_train.training.session import settle
 from cera_train.training.train import train
@@ -96,16 +97,16 @@ def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
     trained_config, tiny_config, monkeypatch, number, status, heard, saved
 ):
     whole, config = trained_config(), tiny_config()
-    log = RunFolder.append_metrics
+    original = RunFolder.append
 
-    def append(self, metrics):
-        log(self, metrics)
-        if metrics["update"] == heard:
+    def append(self, log, line):
+        original(self, log, line)
+        if log == METRICS and line["update"] == heard:
             assert threading.current_thread() is threading.main_thread()
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append_metrics", append)
+        patch.setattr(RunFolder, "append", append)
         with pytest.raises(SystemExit) as exit_info:
             train(config)
     assert exit_info.value.code == status

@@ -23,7 +23,7 @@ from cera_train.distributed.accelerator import check_distribution
 from cera_train.model.loss import perplexity
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import read_losses
-from cera_train.runs.results import DIVERGED
+from cera_train.runs.results import DIVERGED, METRICS
 from cera_train.settings.distributed import Strategy
 from cera_train.training.session import settle
 from cera_train.training.train import train
@@ -242,8 +242,8 @@ def test_gradient_checkpointing_changes_nothing(trained_config, tiny_config):
 
 
 def test_metrics_are_strict_json_also_when_perplexity_overflows(tmp_path):
-    with RunFolder(tmp_path / "run", {}) as folder:
-        folder.append_metrics({"update": 1, "eval/perplexity": float("inf")})
+    with RunFolder.open(tmp_path / "run", {}) as folder:
+        folder.append(METRICS, {"update": 1, "eval/perplexity": float("inf")})
         line = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {"update": 1, "eval/perplexity": None}
 

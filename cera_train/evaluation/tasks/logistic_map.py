@@ -9,8 +9,7 @@ from typing import Any
 
 from cera_train.data import logistic_map as training_rows
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
-from cera_train.runs.evaluation_folder import Generation, Grade, Problem
-from cera_train.runs.results import COLLAPSED
+from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
