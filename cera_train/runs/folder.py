@@ -43,11 +43,11 @@ from cera_train.runs.results import DIVERGED, LOGS, METRICS, Environment, Evalua
 from cera_train.runs.tracking import IDS
 from cera_train.settings.run import Config
 
-STAYS = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
-"""Files of which ends/UPDATE gets copies, since the run adds to them."""
+COPIED_TO_END = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
+"""Copied to ends/UPDATE, since a longer run adds to them."""
 
-ENDS_RUN = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png", "result.json")
-"""Files that move to ends/UPDATE. While result.json, the last, is there, the move is not over."""
+MOVED_TO_END = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png", "result.json")
+"""Moved to ends/UPDATE. While result.json, the last, is there, the move is not over."""
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
 """Their versions stand in environment.json."""
@@ -161,7 +161,7 @@ class RunFolder:
         return None
 
     def holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this folder's."""
+        """Whether a checkpoint lies in this folder."""
         return checkpoint.resolve().parent == self.path.resolve() / "checkpoints"
 
     def check_may_run(self, resume: str) -> None:
@@ -242,7 +242,7 @@ class RunFolder:
             file.write(json.dumps(files.finite(line), allow_nan=False) + "\n")
 
     def mark_diverged(self, message: str) -> None:
-        """Keeps that the run has diverged, which for a sweep is a result; a run that resumes clears it."""
+        """Records divergence, which a sweep counts as a result. Resuming removes the record."""
         if self.is_main:
             files.write_text(self.path / DIVERGED, message + "\n")
 
@@ -319,10 +319,10 @@ def keep_end(run: Path) -> None:
     call completes it."""
     end = run / "ends" / str(RunResult.read(run / "result.json").updates)
     end.mkdir(parents=True, exist_ok=True)
-    for name in STAYS:
+    for name in COPIED_TO_END:
         if (run / name).is_file():
             files.write_bytes(end / name, (run / name).read_bytes())
-    for name in ENDS_RUN:
+    for name in MOVED_TO_END:
         if (run / name).exists():
             (run / name).rename(end / name)
     files.sync(end)

@@ -39,8 +39,7 @@ from cera_train.settings.run import Config
 from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord, sweep_metric
 
 WRITER = "sweep"
-"""Holds the sweep's folder while it decides between jobs: a job that fails because another command trains it would lose
-its place."""
+"""Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by earlier results."""
 
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
@@ -69,7 +68,7 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text with nothing in it that does not belong in the name of a folder."""
+    """The text with every other character than those of plain file names replaced by a dash."""
     plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
     return text if plain == text else plain.strip("-")
 
@@ -94,7 +93,7 @@ def _is_choice(key: str) -> bool:
 
 
 def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Override]:
-    """What a sweep is over: the file's dimensions and the arguments, of which a later one replaces an earlier."""
+    """The dimensions of a sweep: those of its file, then the arguments, which replace those of the same key."""
     params = (config.hydra.sweeper.get("params") or {}) if params is None else params
     arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
     parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
@@ -102,7 +101,7 @@ def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Ov
 
 
 def _arguments(hydra_config: DictConfig) -> list[str]:
-    """As they were typed: ${...} in them is for each job to resolve."""
+    """The overrides as typed: each job resolves the ${...} in them."""
     return OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
 
 
@@ -201,32 +200,30 @@ def record_of(
     jobs = (grid(config) if is_grid else []) if jobs is None else jobs
     tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
     metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-    swept, fixed = _swept_and_fixed(config, params, folder)
-    return SweepRecord(swept, jobs_by_name(jobs, swept), fixed, sys.argv, metric)
 
-
-def _swept_and_fixed(config: DictConfig, params: Mapping[str, str] | None, folder: Path) -> tuple[list[str], list[str]]:
-    """The keys that name the jobs, and the settings that all share."""
-    dimensions, earlier = _dimensions(config, params), SweepRecord.find(folder / RECORD)
-    keys = {dimension.key_or_group for dimension in dimensions}
-    swept = {dimension.key_or_group for dimension in dimensions if dimension.is_sweep_override()}.union(params or ())
+    earlier = SweepRecord.find(folder / RECORD)
     # A dimension of an earlier command still names the jobs where this one fixes it.
-    swept |= keys.intersection(earlier.swept if earlier else ())
-    single = [
-        f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}"
-        for dimension in dimensions
-        if dimension.key_or_group not in swept
-    ]
-    recipes = [word.lstrip("+") for word in single if key_of(word) in ("recipe", "study")]
-    fixed = redact_tree(sorted([*choices_of(single), *recipes]))
-    may_differ = {*swept, *(LENGTH if config.train.extend else ())}
-    before = fixed if earlier is None else earlier.fixed
+    names_jobs = {*map(key_of, params or ()), *(earlier.swept if earlier else ())}
+    swept, fixed = set[str](), []
+    for dimension in _dimensions(config, params):
+        if dimension.is_sweep_override() or dimension.key_or_group in names_jobs:
+            swept.add(dimension.key_or_group)
+        else:
+            fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
+    fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
+    if earlier is not None:
+        may_differ = {*swept, *(LENGTH if config.train.extend else ())}
+        check_fixed(folder, earlier.fixed, fixed, may_differ)
+    return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
+
+
+def check_fixed(folder: Path, before: list[str], fixed: list[str], may_differ: Collection[str]) -> None:
+    """Raises UserError where a folder's jobs share other settings, by which they are not named."""
     if any(key_of(choice) not in may_differ for choice in {*before} ^ {*fixed}):
         raise UserError(
             f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(before) or 'none'}; here "
             f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."
         )
-    return sorted(swept), fixed
 
 
 def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
@@ -278,7 +275,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What it prints, where several run at once."""
+        """The job's output, where several run at once."""
         return self.sweep / JOBS / f"{self.name}.log"
 
     @property
@@ -287,11 +284,11 @@ class Job:
 
     @property
     def has_diverged(self) -> bool:
-        """A result: it trains again under another name, or once its folder is removed."""
+        """Whether an earlier start diverged: a result, which stands until the folder is removed."""
         return (self.sweep / self.name / DIVERGED).exists()
 
     def start(self) -> None:
-        """Prints which job this is and clears the error of an earlier start."""
+        """Prints the job's title and clears the error of an earlier start."""
         if is_main_process():
             (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
             print()
@@ -302,7 +299,7 @@ class Job:
                 self._write(None)
 
     def fail(self, error: str) -> None:
-        """Writes a job's error for the table; of several processes that fail, the first one's."""
+        """Writes the job's error for the table. Where several processes fail, the first error stays."""
         if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
             self._write(error)
 
@@ -312,7 +309,7 @@ class Job:
 
 
 def refuse_grid_of_one(hydra_config: DictConfig) -> None:
-    """Raises UserError where a sweep's file was chosen for a single run."""
+    """Raises UserError where a sweep's or study's file was chosen without -m."""
     for group in ("sweep", "study"):
         if hydra_config.mode != RunMode.MULTIRUN and (chosen := hydra_config.runtime.choices.get(group)) is not None:
             raise UserError(f"+{group}={chosen} is a grid of runs: add -m to take them all.")

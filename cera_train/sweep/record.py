@@ -1,4 +1,4 @@
-"""What a sweep has on record: its jobs, what they share and how they compare in sweep.json, and how each of them began.
+"""The records of a sweep: sweep.json with its jobs, fixed settings and metric, and a file for each started job.
 Imports no torch."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cera_train.settings.evaluation import known_tasks
 
 RECORD = "sweep.json"
 JOBS = ".jobs"
-"""In the sweep's folder: NAME.json for every job that was ever started. The job writes it, wherever it runs."""
+"""Folder in the sweep's: NAME.json for every job that was started, written by the job itself."""
 
 START_AGAIN = "Remove it, and start the sweep again."
 
@@ -29,7 +29,7 @@ HIGHER_IS_BETTER = {
 
 
 class SweepMetric(Record):
-    """What the best job has the most or the least of."""
+    """The figure by which jobs compare."""
 
     key: str = PERPLEXITIES[0]
     higher_is_better: bool = False

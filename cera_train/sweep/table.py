@@ -48,7 +48,7 @@ class JobStatus:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has a result: the same command does not start it again."""
+        """Whether the job has a result: the same command does not start it again."""
         return self.state in (State.finished, State.diverged)
 
     @property
@@ -58,7 +58,7 @@ class JobStatus:
 
     @property
     def outcome(self) -> str:
-        """What came of it, after its state: its error, its figure, or how far it came."""
+        """A few words on the job beside its state: its figure, its error, or its progress."""
         if self.state == State.finished and self.value is not None:
             return f"{self.metric.label} {self.metric.shown(self.value)}"
         return self.error or f"{self.progress or 'no'} updates"

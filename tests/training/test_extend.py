@@ -12,7 +12,7 @@ from tiny_runs import Cut, adapter_bytes, folder_of, metrics_of, timeless_metric
 
 from cera_train.common.errors import UserError
 from cera_train.report.runs import read_runs
-from cera_train.runs.folder import ENDS_RUN, STAYS, ends
+from cera_train.runs.folder import COPIED_TO_END, MOVED_TO_END, ends
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.subject import find_adapter
 from cera_train.training.train import train
@@ -90,7 +90,7 @@ def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypa
             train(config)
     train(config)
     assert adapter_bytes(config) == adapter_bytes(whole)
-    expected = {*STAYS, *ENDS_RUN} - {"samples.jsonl", "grades"}  # this run has none
+    expected = {*COPIED_TO_END, *MOVED_TO_END} - {"samples.jsonl", "grades"}  # this run has none
     assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == expected
 
 
