@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 from collections.abc import Callable
@@ -36,11 +35,8 @@ from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
 from cera_train.settings.run import Config
 
-EXAMPLES = 200
-"""Inputs of each test."""
-
 fuzz = settings(
-    max_examples=EXAMPLES,
+    max_examples=200,
     derandomize=True,
     deadline=None,
     database=None,
@@ -50,9 +46,10 @@ fuzz = settings(
 
 def result_or_value_error(function: Callable, *arguments: Any) -> Any:
     """The result, or None where there is an error that the user can mend."""
-    with contextlib.suppress(ValueError):
+    try:
         return function(*arguments)
-    return None
+    except ValueError:
+        return None
 
 
 texts = st.text(st.characters(exclude_categories=[]), max_size=30)
@@ -71,38 +68,27 @@ json_values = st.recursive(
 
 @st.composite
 def mutated(draw: Any, valid: bytes) -> bytes:
-    """A valid file with bytes changed, left out, put in or cut off."""
+    """A valid file with bytes changed, left out, put in, repeated or cut off."""
     content = bytearray(valid)
     for _ in range(draw(st.integers(1, 4))):
-        place = draw(st.integers(0, max(0, len(content) - 1)))
-        change = draw(st.sampled_from(["set", "insert", "leave out", "cut", "repeat"]))
-        if change == "set" and content:
-            content[place] = draw(st.integers(0, 255))
-        elif change == "insert":
-            content[place:place] = draw(st.binary(max_size=8))
-        elif change == "leave out":
-            del content[place : place + draw(st.integers(1, 16))]
-        elif change == "repeat":
-            content[place:place] = content[place : place + 16]
-        elif draw(st.booleans()):
-            del content[place:]
+        start = draw(st.integers(0, len(content)))
+        end = draw(st.sampled_from([start, start + 1, start + 16, len(content)]))
+        content[start:end] = draw(st.binary(max_size=8) | st.just(bytes(content[start : start + 16])))
     return bytes(content)
 
 
 @st.composite
 def changed(draw: Any, tree: Any) -> Any:
     """A tree of JSON with some value replaced by any other, or some key left out or added."""
-    if not isinstance(tree, dict | list) or not tree or draw(st.integers(0, 3)) == 0:
+    if not isinstance(tree, dict) or not tree or draw(st.booleans()):
         return draw(json_values)
-    if isinstance(tree, list):
-        place = draw(st.integers(0, len(tree) - 1))
-        return [*tree[:place], draw(changed(tree[place])), *tree[place + 1 :]]
     key = draw(st.sampled_from(sorted(tree)))
     others = {name: value for name, value in tree.items() if name != key}
-    change = draw(st.sampled_from(["value", "value", "value", "leave out", "add"]))
-    if change == "leave out":
-        return others
-    return others | {draw(texts) if change == "add" else key: draw(changed(tree[key]))}
+    return draw(
+        st.just(others)
+        | st.builds(lambda value: others | {key: value}, changed(tree[key]))
+        | st.builds(lambda name, value: tree | {name: value}, texts, json_values)
+    )
 
 
 # --- files of rows ---------------------------------------------------------------------------------------------------

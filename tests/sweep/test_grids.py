@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 
 import hydra
 import pytest
@@ -13,7 +12,6 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from cera_train.cli.mistakes import options
-from cera_train.cli.plan import main as main_plan
 from cera_train.cli.start import register_configs
 from cera_train.common.files import config_dir
 from cera_train.planning.plan import RunPlan
@@ -115,14 +113,3 @@ def test_an_argument_replaces_a_dimension_of_the_file(jobs_of):
     assert all({"model=llama3_2_1b", "optimizer.lr=0.0003"} <= set(job) for job in jobs)
     wider = jobs_of("+sweep=rank_lr", "adapter=cera", "adapter.r=64", "train.seed=range(3)")
     assert len(wider) == 4 * 3
-
-
-@pytest.mark.slow
-def test_cera_plan_adds_up_a_sweeps_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["cera-plan", "-m", "+sweep=rank_scaling", "adapter=cera"])
-    main_plan()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("adapter.r=16 ")
-    assert lines[-1].startswith("4 jobs ")
-    assert not list(tmp_path.iterdir())

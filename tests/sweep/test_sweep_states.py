@@ -119,21 +119,20 @@ def test_the_table_is_aligned_and_names_what_differs(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("folder", "message"),
     [
-        (["."], r"\. holds no sweep: expected one that cera-train -m left \(with sweep.json\)"),
-        (["run"], "run is the folder of a run, not of a sweep: cera-report run shows it"),
-        ([], "the following arguments are required: DIR .see cera-sweep --help"),
-        (["broken"], "sweep.json is broken: .* Remove it, and start the sweep again"),
+        (".", r"\. holds no sweep: expected one that cera-train -m left \(with sweep.json\)"),
+        ("run", "run is the folder of a run, not of a sweep: cera-report run shows it"),
+        ("broken", "sweep.json is broken: .* Remove it, and start the sweep again"),
     ],
 )
-def test_a_folder_that_is_no_sweep_gets_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_folder_that_is_no_sweep_gets_one_line(tmp_path, monkeypatch, capsys, folder, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken").mkdir()
     make_job(tmp_path, "run", 1.5)
     (tmp_path / "broken" / RECORD).write_text('{"jobs": [')
     with pytest.raises(SystemExit) as exit_info:
-        cera_sweep(monkeypatch, *arguments)
+        cera_sweep(monkeypatch, folder)
     assert exit_info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(f"cera-sweep: .*{message}", line), line
