@@ -141,22 +141,22 @@ class RunFolder:
         folders = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
         return sorted(folders, key=lambda path: int(path.name))
 
-    def last_sound_checkpoint(self) -> Path | None:
-        """The newest undamaged checkpoint; prints which are damaged, and raises UserError where all are. None where
-        there is no checkpoint."""
+    def checkpoint_for(self, resume: str) -> Path | None:
+        """The checkpoint that `train.resume` means: for auto, the newest undamaged one. None for a new run. Prints
+        which damaged ones it skips; raises UserError where there is no other."""
+        candidates = {"never": [], "auto": self.checkpoints()[::-1]}.get(resume, [Path(resume)])
         damaged: list[str] = []
-        for checkpoint in reversed(self.checkpoints()):
+        for checkpoint in candidates:
             damage = files.find_damage(checkpoint)
-            if damage is not None:
-                damaged.append(f"{checkpoint} ({damage})")
-                continue
-            if damaged and self.is_main:
-                print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
-            return checkpoint
+            if damage is None:
+                if damaged:
+                    print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
+                return checkpoint
+            damaged.append(f"{checkpoint} ({damage})")
         if damaged:
             raise UserError(
-                f"every checkpoint is damaged: {'; '.join(damaged)}. Restore one of them, or start anew with "
-                "train.resume=never."
+                f"train.resume={resume} finds only damaged checkpoints: {'; '.join(damaged)}. Restore one of them, or "
+                "start anew with train.resume=never."
             )
         return None
 

@@ -14,7 +14,6 @@ import torch
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
-from cera_train.common.files import find_damage
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
@@ -73,20 +72,9 @@ def train(config: Config) -> dict[str, Any]:
             if folder.is_main:
                 print_line("finished", f"{path}: perplexity {figure(result.perplexity, 2)}. Its result stands.")
             return result.to_json()
-        checkpoint = find_checkpoint(folder, config.train.resume) if folder.is_main else None
+        checkpoint = folder.checkpoint_for(config.train.resume) if folder.is_main else None
         with Session(config, precision, folder, checkpoint) as session, session.interruption:
             return run(session)
-
-
-def find_checkpoint(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint that `train.resume` means; None for a new run. Raises UserError where it is damaged."""
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return folder.last_sound_checkpoint()
-    if (damage := find_damage(Path(resume))) is not None:
-        raise UserError(f"train.resume={resume} is damaged ({damage}). Restore it, or resume from another checkpoint.")
-    return Path(resume)
 
 
 def run(session: Session) -> dict[str, Any]:
