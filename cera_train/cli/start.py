@@ -4,7 +4,6 @@ traceback. Imports no torch."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import importlib
 import itertools
@@ -144,14 +143,11 @@ def errors_in_one_line(program: str) -> Iterator[None]:
 def print_error(program: str, error: Exception) -> str | None:
     """Prints one line for an error that the user can mend and returns it; for any other prints the traceback."""
     message = explain(error) or explain_composition(error, program)
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        message = f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
         print(clean(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
-    if message is None:
-        return None
-    message = clean(redact(message))
-    print(f"{program}: {message}", file=sys.stderr)
+    if message is not None:
+        message = clean(redact(message))
+        print(f"{program}: {message}", file=sys.stderr)
     return message
 
 

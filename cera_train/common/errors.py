@@ -42,6 +42,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
         return f"no access to {error.filename}: {error.strerror}. {mend}"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:40]}...: too long for the name of a file or folder. Shorten it."
     if type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY.format(where=" on the GPU")
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:

@@ -107,14 +107,6 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny
 
 
 @pytest.mark.slow
-def test_debug_shows_the_traceback(tmp_path):
-    done = command("cera-train", "adapter.r=-1", "--debug", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Traceback" in done.stderr
-    assert "adapter.r=-1 must be positive" in done.stderr.strip().splitlines()[-1]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_real_run_with_its_status_and_the_same_command_finishes_it(
     tmp_path, tiny_arguments, number, status

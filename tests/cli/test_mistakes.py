@@ -148,6 +148,15 @@ def test_a_folder_that_is_no_model_gets_one_line(tiny_folder, run_here, capfd, d
     assert len(printed) < 600
 
 
+def test_debug_shows_the_traceback(run_here, monkeypatch, capfd):
+    monkeypatch.setenv("CERA_TRAIN_DEBUG", "")  # restored afterwards
+    with pytest.raises(SystemExit, match="^2$"):
+        run_here("cera-train", "adapter.r=-1", "--debug")
+    first, *_, last = capfd.readouterr().err.strip().splitlines()
+    assert first.startswith("Traceback")
+    assert "adapter.r=-1 must be positive" in last
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
