@@ -155,12 +155,12 @@ def test_generates(family: Architecture, cell):
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
     settings |= {"use_cache": has_cache, "attention_mask": torch.ones_like(IDS)}
     tokens = model.generate(input_ids=IDS, **settings)
-    wanted = IDS
+    expected = IDS
     with torch.no_grad():
         for _ in range(6):
-            next_tokens = model(input_ids=wanted, use_cache=False).logits[:, -1].argmax(-1)
-            wanted = torch.cat([wanted, next_tokens[:, None]], dim=1)
-    assert tokens.tolist() == wanted.tolist()
+            next_tokens = model(input_ids=expected, use_cache=False).logits[:, -1].argmax(-1)
+            expected = torch.cat([expected, next_tokens[:, None]], dim=1)
+    assert tokens.tolist() == expected.tolist()
     assert tokens.tolist() != family.model().generate(input_ids=IDS, **settings).tolist()
     cell("yes" if has_cache else "without a cache")
 

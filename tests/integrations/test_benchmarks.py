@@ -126,16 +126,16 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
 @needs_smollm2
 def test_the_benchmark_of_data_leaves_the_environment_as_it_was():
     before = dict(os.environ)
-    _, found = data.measure(rows=200)
-    assert found["rows"] == 200
+    _, figures = data.measure(rows=200)
+    assert figures["rows"] == 200
     assert dict(os.environ) == before
 
 
 @needs_smollm2
 @pytest.mark.slow
 def test_the_benchmark_of_the_start_up_finds_every_line_it_waits_for():
-    targets, found = startup.measure(rounds=1)
+    targets, figures = startup.measure(rounds=1)
     assert [target.name for target in targets] == list(startup.AT_MOST)
-    seconds = {name: taken for name, (taken,) in found["seconds"].items()}
+    seconds = {name: taken for name, (taken,) in figures["seconds"].items()}
     assert seconds["imports"] > seconds["a config error"]  # torch's are among them
     assert seconds["the first update"] > seconds["imports"] + seconds["model load"]

@@ -68,14 +68,15 @@ def test_lm_evaluation_harness_scores_the_adapter(finished_run, tiny_folder, tmp
     def direct(model) -> list[float]:
         tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
         prompt = tokenizer(rows[0]["prompt"]).input_ids
-        found = []
+        log_likelihoods = []
         for choice in rows[0]["choices"]:
             ids = tokenizer(f"{rows[0]['prompt']} {choice}").input_ids
             assert ids[: len(prompt)] == prompt
             with torch.no_grad():
                 log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            found.append(sum(log_p[place - 1, ids[place]].item() for place in range(len(prompt), len(ids))))
-        return found
+            tokens = range(len(prompt), len(ids))
+            log_likelihoods.append(sum(log_p[token - 1, ids[token]].item() for token in tokens))
+        return log_likelihoods
 
     base = AutoModelForCausalLM.from_pretrained(tiny_folder)
     adapted = scores(f"{base_args},peft={finished_run}/adapter")

@@ -17,6 +17,7 @@ import pytest
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.cli.cluster import QueueWatcher
+from cera_train.settings.run import Config
 from cera_train.sweep.table import State, read_sweep
 from cera_train.training.train import train
 
@@ -60,8 +61,6 @@ PartitionName=urgent Nodes=localhost MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 CERA_TRAIN = str(Path(sys.executable).parent / "cera-train")
-
-
 wait = functools.partial(wait_until, seconds=240, every=0.3)
 
 
@@ -111,15 +110,22 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
     ]
 
 
+def sweep_command(arguments: list[str], *settings: str) -> list[str]:
+    return [CERA_TRAIN, "-m", *arguments, "name=sweep", "hydra/launcher=slurm_cpu", *settings]
+
+
 def updates_of(folder: Path) -> int:
     return len(losses_of(folder))
 
 
+def assert_equals_an_uncut_run(job: Path, config: Config) -> None:
+    train(config)
+    assert adapter_bytes(job) == adapter_bytes(config)
+
+
 def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not(cluster, arguments, tmp_path, compose):
-    sweep = [
-        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "optimizer.lr=0.001,0.01", "name=sweep"),
-        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=1"),
-    ]
+    grid = ["adapter.r=2,4", "optimizer.lr=0.001,0.01"]
+    sweep = sweep_command(arguments, *grid, "hydra.launcher.cpus_per_task=1")
 
     def run(*command: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
@@ -149,17 +155,12 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     assert "jobs       4 finished" in out
     assert len(set((folder / ".submitit").glob("[0-9]*")) - submitted) == 1
     assert results == {job: (job / "result.json").stat().st_mtime_ns for job in results}
-    for number, own in {1: ["adapter.r=2", "optimizer.lr=0.01"], 2: ["adapter.r=4", "optimizer.lr=0.001"]}.items():
-        alone = compose(*arguments, *own, f"name=alone{number}")
-        train(alone)
-        assert adapter_bytes(jobs[number]) == adapter_bytes(tmp_path / alone.name)
+    assert_equals_an_uncut_run(jobs[1], compose(*arguments, "adapter.r=2", "optimizer.lr=0.01", "name=first"))
+    assert_equals_an_uncut_run(jobs[2], compose(*arguments, "adapter.r=4", "optimizer.lr=0.001", "name=second"))
 
 
 def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_accounts(cluster, arguments, tmp_path):
-    sweep = [
-        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "name=sweep"),
-        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=2"),
-    ]
+    sweep = sweep_command(arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2")
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(sweep, env=cluster, cwd=tmp_path, **pipes)
     folder = tmp_path / "sweep"
@@ -175,11 +176,11 @@ def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_account
 def test_the_queue_knows_a_job_that_waits_one_that_is_cancelled_and_none_that_it_has_forgotten(cluster, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
     hold = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"]
-    alone, array = (
+    single, array = (
         subprocess.run([*hold, *more], check=True, capture_output=True, text=True).stdout.strip()
         for more in ([], ["--array=0-1"])
     )
-    watcher, jobs = QueueWatcher(), [alone, f"{array}_0", f"{array}_1", "999999_0"]
+    watcher, jobs = QueueWatcher(), [single, f"{array}_0", f"{array}_1", "999999_0"]
     for job in jobs:
         watcher.register_job(job)
     assert [watcher.is_done(job, "force") for job in jobs] == [False, False, False, True]
@@ -192,10 +193,8 @@ def test_the_queue_knows_a_job_that_waits_one_that_is_cancelled_and_none_that_it
 
 def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):
     """Slurm itself sends SIGTERM and requeues them: they use the grace to save."""
-    sweep = [
-        *(CERA_TRAIN, "-m", *arguments, "adapter.r=2,4", "name=sweep", "train.save_every=null"),
-        *("hydra/launcher=slurm_cpu", "hydra.launcher.cpus_per_task=2", "launch.detach=true"),
-    ]
+    arguments = [*arguments, "train.save_every=null"]
+    sweep = sweep_command(arguments, "adapter.r=2,4", "hydra.launcher.cpus_per_task=2", "launch.detach=true")
     subprocess.run(sweep, check=True, capture_output=True, env=cluster, cwd=tmp_path)
     folder = tmp_path / "sweep"
     jobs = [folder / job.name for job in read_sweep(folder)]
@@ -205,9 +204,7 @@ def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arg
     wait(lambda: all((job / "checkpoints").is_dir() for job in jobs))
     wait(lambda: all(job.state == State.finished for job in read_sweep(folder)))
     for job, rank in zip(jobs, (2, 4), strict=True):
-        alone = compose(*arguments, f"adapter.r={rank}", f"name=alone{rank}", "train.save_every=null")
-        train(alone)
-        assert adapter_bytes(job) == adapter_bytes(tmp_path / alone.name)
+        assert_equals_an_uncut_run(job, compose(*arguments, f"adapter.r={rank}", f"name=rank{rank}"))
 
 
 def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
@@ -215,13 +212,12 @@ def test_tasks_of_a_step_train_together(cluster, arguments, tmp_path, compose):
     short = [*arguments, "adapter.dropout=0", "train.max_updates=20"]
     train(compose(*short, "adapter.r=4", "name=one"))
     by_srun = ["srun", "--ntasks=2", sys.executable, "-m", "cera_train", *short, "adapter.r=4", "name=srun"]
-    launcher = ["hydra/launcher=slurm_cpu", "hydra.launcher.tasks_per_node=2"]
-    by_submitit = [CERA_TRAIN, "-m", *short, "adapter.r=4,2", *launcher, "name=submitit"]
+    by_submitit = sweep_command(short, "adapter.r=4,2", "hydra.launcher.tasks_per_node=2")
     for command in (by_srun, by_submitit):
         done = subprocess.run(command, capture_output=True, text=True, env=cluster, cwd=tmp_path, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "2 x cpu" in done.stdout or command is by_submitit
-    (job,) = (tmp_path / "submitit").glob("*adapter.r=4*")
+    (job,) = (tmp_path / "sweep").glob("*adapter.r=4*")
     one, *others = (losses_of(folder) for folder in (tmp_path / "one", tmp_path / "srun", job))
     for other in others:
         assert other == pytest.approx(one, rel=1e-5)

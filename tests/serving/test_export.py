@@ -74,14 +74,14 @@ def test_the_certificate_compares_token_by_token():
     second = torch.tensor([4, 0]), torch.tensor([True, True])
     table = torch.randn(2, 5, 5, dtype=torch.float64)
     before, after = (lambda ids, each=each: each[ids] for each in table)
-    found = compare(before, after, [first, second])
-    p, q = table.log_softmax(-1)
-    asked, wanted = [1, 2, 4], [2, 3, 0]
-    assert found["tokens"] == 3
-    assert found["loss_adapter"] == pytest.approx(-p[asked, wanted].mean().item(), rel=1e-5)
-    assert found["loss_export"] == pytest.approx(-q[asked, wanted].mean().item(), rel=1e-5)
-    assert found["kl"] == pytest.approx((p[asked].exp() * (p[asked] - q[asked])).sum(-1).mean().item(), rel=1e-5)
-    assert found["same_tokens"] == (p[asked].argmax(-1) == q[asked].argmax(-1)).double().mean().item()
+    figures = compare(before, after, [first, second])
+    inputs, targets = [1, 2, 4], [2, 3, 0]
+    p, q = table.log_softmax(-1)[:, inputs]
+    assert figures["tokens"] == 3
+    assert figures["loss_adapter"] == pytest.approx(-p[range(3), targets].mean().item(), rel=1e-5)
+    assert figures["loss_export"] == pytest.approx(-q[range(3), targets].mean().item(), rel=1e-5)
+    assert figures["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-5)
+    assert figures["same_tokens"] == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
 
 
 def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
@@ -174,8 +174,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
     assert "papers holds files that are no export" in refusal(f"run={trained()}", f"output={tmp_path / 'papers'}")
     assert (tmp_path / "papers" / "thesis").is_dir()
     assert "output=. needs a name" in refusal(f"run={trained()}", "output=.")
-    alone = shutil.copytree(trained() / "adapter", tmp_path / "handed_on")
-    assert "is an adapter without its run" in refusal(f"run={alone}")
+    shutil.copytree(trained() / "adapter", tmp_path / "handed_on")
+    assert "is an adapter without its run" in refusal(f"run={tmp_path / 'handed_on'}")
 
 
 def test_a_full_disk_leaves_nothing_half_written_and_the_earlier_export(compose, trained, disk, tmp_path, capsys):
