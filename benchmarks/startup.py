@@ -24,7 +24,7 @@ ONE_UPDATE = [
 ]
 ANSWERED_AT_ONCE = {
     "--help": (["--help"], "cera-train fine-tunes"),
-    "a config error": (["adapter.rank=3"], "cera-train: adapter.rank=3"),
+    "a config error": (["adapter.rank=3"], "cera-train: adapter.rank: "),
 }
 """Arguments, and how the line starts that answers them."""
 
