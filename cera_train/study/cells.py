@@ -130,8 +130,9 @@ class Cell:
         return ends
 
     def beyond(self) -> list[list[str]]:
-        """The jobs of every tuning seed one step beyond each edge, by the ratio of the last two values."""
-        steps = {key: f"{best * best / neighbour:g}" for key, (best, neighbour) in self.ends().items()}
+        """The jobs of every tuning seed one step beyond each edge, by the ratio of the last two values; 0 has none."""
+        ends = {key: end for key, end in self.ends().items() if min(end) > 0}
+        steps = {key: f"{best * best / neighbour:g}" for key, (best, neighbour) in ends.items()}
         return [
             [f"{key}={value}" if key_of(word) == key else word for word in self.chosen.overrides_of(seed)]
             for key, value in steps.items()

@@ -150,3 +150,9 @@ def test_every_study_of_ours_can_be_composed(compose):
         assert isinstance(config.study, StudyConfig)
         assert config.study.question.endswith("?")
         assert config.name == name
+
+
+def test_nothing_lies_beyond_zero(launcher, run_study):
+    launcher.loss = lambda values: 1 - float(values["optimizer.weight_decay"])
+    assert run_study("study.extend=true", study={"tune": {"optimizer.weight_decay": [0.0, 0.1]}, "seeds": 1}) == 0
+    assert len(launcher.began) == 6
