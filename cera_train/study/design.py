@@ -203,7 +203,10 @@ class StudySweeper(Sweeper):
         with locked(self.folder, WRITER) if is_main_process() else contextlib.nullcontext():
             self.launch(SweepRecord.read(self.folder / RECORD).jobs)
             for _ in range(EXTENSIONS if self.config.study.extend else 0):
-                self.add([overrides for cell in self.cells if cell.chosen for overrides in cell.beyond()])
+                beyond = [overrides for cell in self.cells if cell.chosen for overrides in cell.beyond()]
+                if not beyond:
+                    break
+                self.add(beyond)
             chosen = [(cell, seed) for cell in self.cells for seed in cell.judging if seed not in cell.tuning]
             self.add([cell.chosen.overrides_of(seed) for cell, seed in chosen if cell.chosen])
 

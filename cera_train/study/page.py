@@ -40,7 +40,7 @@ FIGURES = {
     "effective_rank_mean": ("effective rank", "{:.1f}".format),
     "manifold_dimension_mean": ("manifold dimension", "{:.1f}".format),
     "linear_share_before": ("linear share, start", "{:.1%}".format),
-    "linear_share_mean": ("end", "{:.1%}".format),
+    "linear_share_mean": ("linear share, end", "{:.1%}".format),
     "gamma": ("gamma", "{:.2f}".format),
 }
 """Figures of result.json -> the column of a cell's mean over seeds, and its form."""
