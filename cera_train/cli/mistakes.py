@@ -98,6 +98,9 @@ FLAGS = [("--help", "-h"), ("--multirun", "-m"), ("--shell-completion", "-sc"), 
 FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd")]
 """The flags of the commands: Hydra has more."""
 
+OF_GRIDS = ("sweep=", "study=", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
+"""How settings begin that mean nothing in a single run."""
+
 
 def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra should read them, flags first; a UserError where one is a mistake."""
@@ -118,12 +121,15 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         check_config_folder(flags["--config-dir"])
     if program == "cera-train" and not settings and not flags:
         settings = ["+recipe=quickstart"]
+    is_single = not flags.keys() - {"--config-dir"}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key.lstrip("+") == "hydra.searchpath":
             raise UserError(f"{setting}: name the folder by --config-dir, where its files are checked.")
         if key in ("recipe", "sweep", "study"):
             raise UserError(f"{setting}: a {key} is added with a plus sign: write +{setting}.")
+        if is_single and setting.lstrip("+").replace("hydra/", "hydra.").startswith(OF_GRIDS):
+            raise UserError(f"{setting} is for a grid of runs: add -m to take them all.")
         if not (value or key.startswith("~") or "--shell-completion" in flags):
             raise UserError(
                 f"{setting}: expected key=value, without spaces, such as adapter.r=16, +recipe=NAME, run=FOLDER or, "
@@ -158,7 +164,7 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case yaml.MarkedYAMLError() if error.problem_mark is not None:
             return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
         case AssertionError() if "Unexpected type for root: NoneType" in str(error):  # by OmegaConf
-            return "a value is set in a section that is null here: choose a file for it, such as task=NAME."
+            return "a value is set in a section that is null here: choose a file for it: task=NAME, or -m +study=NAME."
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     is_hydras = isinstance(error, HydraException | OmegaConfBaseException)
     is_hydras |= frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))  # it raises others too

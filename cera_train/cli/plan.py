@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from cera_train.cli.start import errors_in_one_line, start_hydra, to_config, without_hydra
 from cera_train.settings.run import PlanRun
-from cera_train.sweep.folder import grid, job_composer, refuse_grid_of_one
+from cera_train.sweep.folder import grid, job_composer
 
 PLAN = "cera-plan"
 
@@ -25,7 +25,6 @@ def main() -> None:
 
 def plan(composed: DictConfig) -> Any:
     """Prints one plan. In a sweep, returns the plan of one job to `PlanSweep`."""
-    refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed, PlanRun)
     from cera_train.planning.plan import make_plan
     from cera_train.planning.table import print_plan

@@ -28,9 +28,10 @@ from cera_train.adapters.family import check_settings
 from cera_train.cli.mistakes import SCHEMAS, explain_composition, for_hydra, options, unknown_setting
 from cera_train.common.errors import UserError, explain
 from cera_train.common.files import config_dir
-from cera_train.common.settings import MISSING, flatten, keys_of
+from cera_train.common.settings import MISSING, flatten, keys_of, require
 from cera_train.common.trust import clean, redact
 from cera_train.distributed.processes import join_slurm_step
+from cera_train.settings.data import as_list
 from cera_train.settings.run import Config
 
 PROGRAMS = {
@@ -194,6 +195,7 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
         names = itertools.accumulate(key.split("."), "{}.{}".format)
         if tree[key] != MISSING and not any(name in known for name in names):
             raise UserError(unknown_setting(key, f"+{key}={tree[key]}", schema))
+        check_line_breaks(key, tree[key])
     config = OmegaConf.to_object(composed)
     if issubclass(schema, Config):
         check_settings(config.adapter)
@@ -202,6 +204,20 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
 
         build_task(config.task)
     return config
+
+
+def check_line_breaks(key: str, value: Any) -> None:
+    """Raises UserError for a template with a backslash and an n: neither a shell's plain quotes nor Hydra's make a line
+    break of them."""
+    section, _, name = key.rpartition(".")
+    if section and name in ("prompt", "completion", "stop"):
+        for text in as_list(value):
+            quoted = f'["{text}"]' if isinstance(value, list) else f'"{text}"'
+            require(
+                "\\n" not in str(text),
+                f"{key}: {text} has a backslash and an n in place of a line break: write $'{key}={quoted}' in the "
+                "shell, and double quotes in a YAML file.",
+            )
 
 
 def without_hydra(composed: DictConfig, schema: type = Config) -> Any:

@@ -35,7 +35,6 @@ from cera_train.sweep.folder import (
     job_composer,
     key_of,
     record_of,
-    refuse_grid_of_one,
     refuse_sweeps_folder,
 )
 from cera_train.sweep.table import is_finished, print_sweep
@@ -74,7 +73,6 @@ def train(composed: DictConfig) -> float | None:
 
 def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     """The checked config of a run as composed; of a job of a sweep, in its folder there."""
-    refuse_grid_of_one(HydraConfig.get())
     config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
     check_trust(composed, overrides)

@@ -81,7 +81,9 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    mode = part.stat().st_mode & 0o666  # as the umask has it: safetensors lets the owner alone read
     for file in filter(Path.is_file, part.rglob("*")):
+        file.chmod(mode)
         sync(file)
     sync(part)
     if path.exists():

@@ -4,7 +4,9 @@ jobs that have not ended by any launcher. Imports no torch."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,11 @@ def study_record(config: DictConfig) -> SweepRecord:
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
     params = {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
-    jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in grid(config, params)]
+    choices = grid(config, params)
+    arms = {choice for job in choices for choice in job if key_of(choice) == ARM}
+    unknown = ", ".join(sorted(arms - overrides.keys()))
+    require(not unknown, f"{unknown}: no such arm: choose from {', '.join(study.arms)}.")
+    jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in choices]
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
@@ -86,8 +92,8 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob[Config]) -
 
 
 def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
-    """Raises UserError for arms that differ in a setting of every adapter that neither names, that break the claim of
-    equal budgets, or that lack an outcome.
+    """Raises UserError for arms that differ in a setting of every adapter that neither names, that are alike,
+    that break the claim of equal budgets, or that lack an outcome.
 
     Args:
         place: the condition, for messages.
@@ -103,6 +109,11 @@ def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
                 f"study.arms.{arm}{place}: {key} is {value}, and {other} in {reference}, which the arm does not name: "
                 f"write {key}=... into one of the two.",
             )
+    for arm, other in itertools.combinations(runs, 2):
+        require(
+            replace(runs[arm], study=None) != replace(runs[other], study=None),
+            f"study.arms.{other}{place}: the same run as {arm}. Change one, or leave it out.",
+        )
     if study.equal == Equal.parameters:
         check_budgets(place, runs)
     for outcome in study.outcomes:

@@ -308,13 +308,6 @@ class Job:
         JobRecord(self.number, self.overrides, error).write(self.record)
 
 
-def refuse_grid_of_one(hydra_config: DictConfig) -> None:
-    """Raises UserError where a sweep's or study's file was chosen without -m."""
-    for group in ("sweep", "study"):
-        if hydra_config.mode != RunMode.MULTIRUN and (chosen := hydra_config.runtime.choices.get(group)) is not None:
-            raise UserError(f"+{group}={chosen} is a grid of runs: add -m to take them all.")
-
-
 def refuse_sweeps_folder(folder: Path) -> None:
     """Raises UserError where a run would write among the jobs of a sweep."""
     if (folder / RECORD).exists():

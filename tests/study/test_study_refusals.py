@@ -42,6 +42,8 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
         (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
         (dict(arms=TWO | {"b": ["adapter=randlora"]}), [],
          r"study.arms.b \(adapter.r=4\): adapter.dropout is 0.0, and 0.1 in lora, which the arm does not name"),
+        (dict(arms=TWO | {"b": ["adapter=lora"]}), [],
+         r"study.arms.b \(adapter.r=4\): the same run as lora. Change one"),
         (dict(arms=TWO | {"b": ["adapter=dora"]}), [],
          r"study.equal=parameters \(adapter.r=4\): b has [\d,]+ trainable parameters, and lora [\d,]+. Change an arm"),
         (dict(arms=TWO | {"b": ["adapter=dora"]}, equal="none"), [], None),

@@ -64,7 +64,6 @@ def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_h
     [
         (["-m", "adapter.r=2,4", "name=run"], "outputs/run is the folder of a run: choose another name"),
         (["name=swept"], "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m"),
-        (["+sweep=rank_lr"], "+sweep=rank_lr is a grid of runs: add -m"),
     ],
 )
 def test_a_sweep_and_a_run_share_no_folder(tmp_path, monkeypatch, capfd, arguments, message):
