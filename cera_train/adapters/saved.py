@@ -16,6 +16,7 @@ from cera_train.adapters.families.peft import replaces_base, usable_methods
 from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
+from cera_train.common.settings import require
 from cera_train.common.trust import check_adapter_settings, weights_of
 from cera_train.settings.adapters import AdapterConfig
 
@@ -122,15 +123,23 @@ def save(model: nn.Module, weights: dict[str, torch.Tensor], folder: Path) -> No
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none."""
+    """The weights in a folder that `save` wrote, on the CPU, for `load`. Raises UserError where there are none, or
+    some are not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         check_saved(folder)  # also that they are no pickle
-        return load_file(weights_file(folder))
+        weights = load_file(weights_file(folder))
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is damaged or no adapter: {error}") from error
+    for name, tensor in weights.items():
+        require(
+            bool(tensor.float().isfinite().all()),
+            f"{folder}: {name} is not finite: its training diverged. Restore the file, or train again with a lower "
+            "optimizer.lr.",
+        )
+    return weights
 
 
 def load(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -12,6 +12,13 @@ OUT_OF_MEMORY = (
     "model.quantization=nf4, or lower adapter.r or data.max_length; for cera-eval, lower generation.batch_tokens."
 )
 
+LIMITS = {
+    errno.ENOSPC: ("the disk is full", "Free some space"),
+    errno.EDQUOT: ("the disk is full", "Free some space"),
+    errno.EFBIG: ("a file may grow no further", "Raise `ulimit -f`"),
+}
+"""Number of an error of the system -> what is wrong, and the mend."""
+
 
 class UserError(ValueError):
     """A mistake in settings, files or the environment. The message is one line: the place (file:line, row of a file, or
@@ -35,11 +42,10 @@ def error_text(error: BaseException) -> str:
 def explain(error: BaseException) -> str | None:
     """One line for an error that the user can mend; None for any other."""
     text = " ".join(str(error).split())
-    # safetensors wraps the system's error in one of its own
-    if any(os.strerror(full) in text for full in (errno.ENOSPC, errno.EDQUOT)):
-        mend = "Free some space and repeat the command: a run goes on from its last checkpoint."
-        return f"the disk is full ({text}). {mend}"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+    for number, (what, mend) in LIMITS.items():
+        if os.strerror(number) in text:  # safetensors wraps the system's error in one of its own
+            return f"{what} ({text}). {mend} and repeat the command: a run goes on from its last checkpoint."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ELOOP):
         mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
         return f"no access to {error.filename}: {error.strerror}. {mend}"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

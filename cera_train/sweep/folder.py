@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import folder_in_use, is_locked
+from cera_train.common.imports import heavy_imports
 from cera_train.common.settings import require_folder_name
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact, redact_tree
@@ -168,7 +169,8 @@ def check_inputs(config: Config, folder: Path) -> None:
                 with errors_at(f"train.tasks=[{name}]"):
                     load_problems(task, config.data)
     if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
-        find_start(config.adapter)
+        with heavy_imports():  # of PEFT
+            find_start(config.adapter)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

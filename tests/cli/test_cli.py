@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from cera_train.cli.mistakes import SCHEMAS, options
 from cera_train.cli.start import PROGRAMS, main
 from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
+from cera_train.common.files import cached_folder, write_text
 
 
 @pytest.fixture
@@ -188,10 +190,26 @@ def test_out_of_memory_names_the_settings_to_lower():
             assert setting in message
 
 
-def test_a_file_without_access_is_named_with_the_settings_of_the_folders():
-    refused = PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
+def test_what_the_system_refuses_is_named_with_the_mend(tmp_path, monkeypatch):
     mend = "Name another file, or set output_dir and $CERA_TRAIN_CACHE to folders you may write to."
+    refused = PermissionError(errno.EACCES, "Permission denied", "rows.jsonl")
     assert explain(refused) == f"no access to rows.jsonl: Permission denied. {mend}"
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    for name, reason in (("file", "Not a directory"), ("loop", "Too many levels of symbolic links")):
+        monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / name))
+        with pytest.raises(OSError, match=reason) as refused:
+            cached_folder("tokens/1", Path.mkdir)
+        assert explain(refused.value) == f"no access to {tmp_path}/{name}/tokens: {reason}. {mend}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as refused:
+            write_text(tmp_path / "file", "long" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "a file may grow no further" in explain(refused.value)
+    assert "Raise `ulimit -f` and repeat the command" in explain(refused.value)
 
 
 def test_a_bug_of_ours_keeps_its_traceback():

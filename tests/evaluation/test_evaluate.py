@@ -15,6 +15,7 @@ from evaluated_runs import QUESTIONS, base_settings, contents, read, tiny_path
 from safetensors.torch import load_file, save_file
 
 import cera_train.evaluation.evaluate as evaluate_module
+from cera_train.common.errors import UserError
 from cera_train.data import logistic_map as logistic_map_rows
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.tasks import gsm8k
@@ -287,10 +288,13 @@ def test_an_adapter_of_another_base_model_is_refused(eval_config, run, tmp_path,
 
 
 def test_an_adapter_that_diverged_or_is_damaged_is_refused(eval_config, run):
-    multiply_weights(run / "adapter", math.nan)
+    multiply_weights(run / "adapter", 1e38)
     for sampled in ([], ["generation=sample", "name=sampled"]):
         with pytest.raises(ValueError, match="logits are not finite"):
             evaluate(eval_config("task.limit=2", *sampled))
+    multiply_weights(run / "adapter", math.nan)
+    with pytest.raises(UserError, match=r"adapter: \S+ is not finite: its training diverged. Restore the file"):
+        evaluate(eval_config())
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):

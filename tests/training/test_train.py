@@ -47,6 +47,8 @@ def test_perplexity_falls_and_the_folder_holds_everything(tiny_config, pictures)
         *("metrics.jsonl", "result.json", "run.png", "spectra.jsonl", "spectrum.json"),
     ]
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["12", "8"]
+    modes = {path.stat().st_mode for path in folder.rglob("*") if path.is_file()}
+    assert modes == {(folder / "config.yaml").stat().st_mode}  # who may read one may read all
     assert yaml.safe_load((folder / "config.yaml").read_text()) == to_plain(settle(config, folder)[0])
     assert json.loads((folder / "result.json").read_text()) == result
     assert (folder / "run.png").read_bytes().startswith(b"\x89PNG")
