@@ -121,6 +121,9 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         check_config_folder(flags["--config-dir"])
     if program == "cera-train" and not settings and not flags:
         settings = ["+recipe=quickstart"]
+    keys = {setting.partition("=")[0] for setting in settings}
+    if "model.path" in keys and "model" not in keys and program in ("cera-eval", "cera-chat", "cera-export"):
+        settings = ["model=smollm2_135m", *settings]  # any file, where the section is null: the path replaces its facts
     is_single = not flags.keys() - {"--config-dir"}
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -164,7 +167,8 @@ def explain_composition(error: Exception, program: str) -> str | None:
         case yaml.MarkedYAMLError() if error.problem_mark is not None:
             return f"{error.problem_mark.name}:{error.problem_mark.line + 1}: broken YAML: {error.problem}."
         case AssertionError() if "Unexpected type for root: NoneType" in str(error):  # by OmegaConf
-            return "a value is set in a section that is null here: choose a file for it: task=NAME, or -m +study=NAME."
+            sections = "task=NAME, data=NAME, model=NAME, or -m +study=NAME"
+            return f"a value is set in a section that is null here: choose a file for it: {sections}."
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     is_hydras = isinstance(error, HydraException | OmegaConfBaseException)
     is_hydras |= frame.f_globals["__name__"].startswith(("hydra.", "omegaconf."))  # it raises others too

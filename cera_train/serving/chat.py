@@ -209,7 +209,7 @@ def converse(answerers: list[Answerer]) -> None:
         print_line("model", answerer.loaded.name)
     keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
-    print_line("chat", f"each question {memory}; {NEW} begins anew, {END} or Ctrl-D ends")
+    print_line("chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, {END} or Ctrl-D the chat")
     turns: list[str] = []
     while True:
         try:
@@ -226,5 +226,9 @@ def converse(answerers: list[Answerer]) -> None:
                 answers = answer(answerers, [answerer.prompts.row([*turns, line]) for answerer in answerers])
             except UserError as error:
                 print_line("note", f"{error} {NEW} begins anew." if turns else str(error))
+                continue
+            except KeyboardInterrupt:
+                print()
+                print_line("note", "the answer is cut, and this question forgotten.")
                 continue
             turns = [*turns, line, answers[0]] if keeps_turns else []

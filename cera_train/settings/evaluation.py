@@ -115,10 +115,11 @@ class EvalConfig:
         is_base = self.run == "base"
         require(
             self.run is not None,
-            "run=... is missing: the folder of a run, the folder of an adapter, or base (with model=...).",
+            "run=... is missing: the folder of a run or of an adapter, or base (with model.path=FOLDER or model=NAME).",
         )
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
-        require(self.model is not None or not is_base, "run=base needs model=..., such as model=smollm2_135m_pypi.")
+        mend = "model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi"
+        require(self.model is not None or not is_base, f"run=base needs {mend}.")
         require_folder_name(self.folder_name)
         if self.task.kind == "perplexity" and self.task.window is None:
             require(

@@ -46,7 +46,7 @@ class ChatConfig:
         for key, place in (("run", self.run), ("compare", self.compare)):
             require(
                 place != "base" or self.model is not None,
-                f"{key}=base needs model=..., such as model=smollm2_135m_pypi.",
+                f"{key}=base needs model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi.",
             )
         require(
             self.prompt is None or self.prompts is None,

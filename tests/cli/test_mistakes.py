@@ -42,6 +42,8 @@ MISTAKES = [
     ("cera-train train.tasks=[gsm9k]", "train.tasks=[gsm9k]: there is no such task", "choose from forgetting, gsm8k"),
     ("cera-train data=jsonl", "there is no training data", "set data.train_files"),
     ("cera-train model.path=./no", "model.path=./no: ", "folder does not exist"),
+    ("cera-chat run=base model.path=./no prompt=a", "model.path=./no: ", "folder does not exist"),
+    ("cera-eval run=base task=gsm8k", "run=base needs model.path=FOLDER, or model=NAME", "model=smollm2_135m_pypi"),
     ("cera-train model.path=https://huggingface.co/a/b", "model.path=https://huggingface.co/a/b: ", "does not exist"),
     ("cera-train model.path=/proc/version", "it is a file", "Set model.path to a folder"),
     ("cera-train output_dir=" + "x" * 300, "xxx...: too long for the name of a file", "Shorten it."),

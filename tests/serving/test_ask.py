@@ -115,7 +115,7 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
         return str(caught.value)
 
     assert "run=nope does not exist" in refusal("run=nope", "prompt=a")
-    assert "compare=base needs model=..." in refusal("run=x", "compare=base")
+    assert "compare=base needs model.path=FOLDER, or model=NAME" in refusal("run=x", "compare=base")
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     assert refusal(f"run={run}", f"prompts={empty}") == f"prompts={empty} has no questions: write one on each line."
@@ -131,12 +131,14 @@ def test_what_cannot_be_asked_is_refused_in_one_line(compose, run, tmp_path, tok
         two.row([ONE])
 
 
-def test_a_conversation_that_has_grown_too_long_can_begin_anew(monkeypatch, capsys):
+def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_long(monkeypatch, capsys):
     """A first question that is too long by itself cannot."""
-    lines, lengths = iter(["long", "a", "b", "/end"]), []
+    lines, lengths = iter(["cut", "long", "a", "b", "/end"]), []
 
     def answer(turns: list[str]) -> str:
         lengths.append(len(turns))
+        if turns[-1] == "cut":
+            raise KeyboardInterrupt
         if turns[-1] == "long" or len(turns) > 1:
             raise UserError("It is too long.")
         return "an answer"
@@ -145,8 +147,10 @@ def test_a_conversation_that_has_grown_too_long_can_begin_anew(monkeypatch, caps
     prompts = SimpleNamespace(keeps_turns=True, row=lambda turns: turns)
     converse([SimpleNamespace(loaded=SimpleNamespace(name="it"), prompts=prompts, answer=answer)])
     notes = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
-    assert notes == ["It is too long.", "It is too long. /new begins anew."]
-    assert lengths == [1, 1, 3]
+    assert notes == [
+        *("the answer is cut, and this question forgotten.", "It is too long.", "It is too long. /new begins anew.")
+    ]
+    assert lengths == [1, 1, 1, 3]
 
 
 @pytest.mark.slow
@@ -154,7 +158,8 @@ def test_a_conversation_in_a_terminal(tiny_folder):
     """Streams answers, keeps the turns, begins anew, and ends at Ctrl-D with status 0."""
     code = "import sys; sys.argv[0] = 'cera-chat'\nfrom cera_train.cli.start import main; main()"
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", code, "run=base", *base_settings(tiny_folder), "max_new_tokens=4"]
+    model = [f"model.path={tiny_folder}", "model.dtype=float32"]
+    command = [sys.executable, "-c", code, "run=base", *model, "max_new_tokens=4"]
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
 
