@@ -29,6 +29,11 @@ def check(config: AdapterConfig, is_compiled: bool = False) -> None:
     family(config.kind).peft_config(config)
 
 
+def rank(config: AdapterConfig) -> int | None:
+    """`adapter.r`, or the default of PEFT's method; None for a method without one."""
+    return config.r or getattr(family(config.kind).peft_config(config), "r", None) or None
+
+
 def compiles(config: AdapterConfig) -> bool:
     """Whether torch.compile takes layers with this adapter: it would compile PEFT's DoRA for every layer anew."""
     return config.kind != "dora" and (EXPERTS_COMPILE or not config.adapted_experts)

@@ -124,6 +124,15 @@ def why_no_spectrum(model: nn.Module) -> str | None:
     return None if find_branches(model) else "this method adds no B h with hidden units h beside a projection"
 
 
+def describe_excess_rank(model: nn.Module) -> str | None:
+    """What a rank above the width of every projection brings to branches without a gate; None where that is not so."""
+    branches = find_branches(model).values()
+    widths = [min(branch.A.weight.shape[1], branch.out_features) for branch in branches]
+    if not widths or any(branch.gate is not None or branch.r <= max(widths) for branch in branches):
+        return None
+    return f"r={max(widths)} is enough: a branch without a gate has no more directions than its projection's width"
+
+
 @torch.no_grad()
 def measure_spectra(
     model: nn.Module,

@@ -9,6 +9,9 @@ from cera_train.cli.mistakes import refuse_arguments
 from cera_train.cli.start import start
 from cera_train.common.settings import require
 
+LONGEST_NAME = 100
+"""Characters. A file system takes 255."""
+
 
 def parser_of(program: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=description)
@@ -27,9 +30,10 @@ def report() -> None:
         "Compares runs: one table, paired tests on the same problems, pictures. Of a study: its verdict.",
     )
     parser.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, a folder of runs, or a study")
-    parser.add_argument("--output", type=Path, default="report", help="where the page goes (default: report)")
+    parser.add_argument("--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)")
     arguments = parser.parse_args()
-    folders, output = arguments.folders, arguments.output
+    folders = arguments.folders
+    output = arguments.output or Path("report") / name_of([folder.resolve().name for folder in folders])
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
     from cera_train.study.cells import find_study
@@ -44,6 +48,12 @@ def report() -> None:
         page = compare_runs(folders)
         page.write(output)
     page.print(output)
+
+
+def name_of(names: list[str]) -> str:
+    """The name of a page about these folders, such as run_and_run_lora."""
+    name = "_and_".join(names)
+    return name if len(name) <= LONGEST_NAME else f"{names[0][:LONGEST_NAME]}_and_{len(names) - 1}_more"
 
 
 def sweep_main() -> None:

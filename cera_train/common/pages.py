@@ -76,7 +76,7 @@ class Page:
                 print_rows(table.rows)
         for note in self.notes:
             print(wrap.fill(clean(note)))
-        print_line("report", f" {folder / 'report.html'}, {folder / 'report.md'}")
+        print_line("report", f" {folder / 'report.html'}, report.md")
 
 
 def escape(text: str) -> str:

@@ -15,11 +15,11 @@ from cera_train.report.comparison import cautions, differing_settings, missing_p
 from cera_train.report.pictures import plan_pictures
 from cera_train.report.runs import Run, accuracy_metric, read_runs
 from cera_train.runs.evaluation_folder import ENDINGS, AccuracyResult, PerplexityResult
-from cera_train.runs.results import describe_linear_share, is_task_figure
+from cera_train.runs.results import SPECTRUM_TERMS, describe_linear_share, is_task_figure
 
 CAPTION = (
     "Exact is the task's published rule, verified mathematical equality by math-verify or exact. Below an accuracy: "
-    "its 95 % interval over problems. Difference: ours minus the paper's. A branch's effective rank is at most r."
+    f"its 95 % interval over problems. Difference: ours minus the paper's. {SPECTRUM_TERMS}"
 )
 TESTS = (
     "On the same problems; the verdict is on the first-named run. p is McNemar's, or of a sign-flip permutation test "

@@ -255,6 +255,12 @@ class RunFiles:
 NEARLY_LINEAR = 0.99
 """A branch whose variance is linear in A x to more than this share computes what a LoRA computes."""
 
+SPECTRUM_TERMS = (
+    "Effective rank: how many directions a branch's output has, at most r. Manifold dimension: how many have 90 % of "
+    "its variance. Linear share: how much of that an affine map of A x explains; above 99 %, it is a LoRA in effect."
+)
+"""For captions."""
+
 
 def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
     return (
@@ -280,7 +286,7 @@ def describe_linear_share(result: RunResult) -> str:
     share, before = result.spectrum.linear_share_mean, result.linear_share_before
     if share in (None, 1.0):
         return ""
-    text = f"{share:.1%}" if before is None else f"{share:.1%}, {before:.1%} at the start"
+    text = f"{share:.1%} of the branch" + ("" if before is None else f", {before:.1%} at the start")
     return f"{text}: a LoRA in effect" if share > NEARLY_LINEAR else text
 
 

@@ -23,7 +23,7 @@ from cera_train.common.pages import (
 )
 from cera_train.common.settings import map_values
 from cera_train.common.terminal import duration
-from cera_train.runs.results import Environment
+from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
 from cera_train.study.results import CellResult, Comparison, Slope, compare_cells, read_results, slopes
@@ -71,8 +71,7 @@ def write_study(study: Study, output: Path) -> Page:
         Table(
             "Cells",
             without_empty_columns([_cell_row(result, outcomes) for result in results]),
-            "Means over seeds at the values of the lowest mean loss, ± a standard deviation. Linear share: what an "
-            "affine map of A x explains of a branch's variance; above 99 %, it is a LoRA in effect.",
+            f"Means over seeds at the values of the lowest mean loss, ± a standard deviation. {SPECTRUM_TERMS}",
         ),
         Table(
             "Slopes",

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from cera_train.adapters.build import rank
 from cera_train.adapters.family import family
-from cera_train.adapters.spectrum import why_no_spectrum
+from cera_train.adapters.spectrum import describe_excess_rank, why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
 from cera_train.common.trust import redact
@@ -71,6 +72,8 @@ def print_adapter(session: Session) -> None:
         print_line("start", f"{weights}; the optimizer starts anew")
     if (reason := why_no_spectrum(model)) is not None:
         print_line("spectrum", f"none: {reason}")
+    if (excess := describe_excess_rank(model)) is not None:
+        print_line("rank", excess)
     is_all = adapter.target_modules == "all-linear"
     for line in filter(None, [describe_targets(model), describe_left_out(model) if is_all else ""]):
         print_line("coverage", line)
@@ -81,8 +84,8 @@ def print_adapter(session: Session) -> None:
 
 def describe_adapter(adapter: AdapterConfig) -> str:
     parts = [adapter.method or str(adapter.kind)]
-    if adapter.r is not None:
-        parts[0] += f" r={adapter.r}"
+    if (r := rank(adapter)) is not None:
+        parts[0] += f" r={r}"
     kind = family(adapter.kind)
     if "activation" in kind.uses:
         others = [variant for variant in kind.variants(adapter) if variant != adapter.activation]

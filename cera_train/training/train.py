@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cera_train.adapters.build import rank
 from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
@@ -286,7 +287,7 @@ def finish(session: Session) -> dict[str, Any]:
         best_perplexity=progress.best_perplexity,
         best_update=progress.best_update,
         adapter_kind=config.adapter.kind.value,
-        adapter_r=config.adapter.r,
+        adapter_r=rank(config.adapter),
         trainable_parameters=session.trainable_count,
         trainable_share=session.trainable_count / session.total_count,
         updates=progress.update,

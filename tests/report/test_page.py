@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from made_runs import HOSTILE, add_evaluation, make_run, two_runs
 
+from cera_train.cli.report import main
 from cera_train.report.page import compare_runs
 
 STEERING = "\x1b[31m\x9b\u202e\ud800"
@@ -114,7 +116,7 @@ def test_the_terminal_shows_table_tests_and_notes_as_plain_text(tmp_path: Path, 
     assert "\x1b" not in shown
 
 
-def test_a_report_of_real_runs(tiny_config, tmp_path: Path) -> None:
+def test_a_report_of_real_runs_is_named_after_them(tiny_config, tmp_path: Path, monkeypatch) -> None:
     from cera_train.training.train import train
 
     for kind in ("cera", "lora"):
@@ -125,3 +127,7 @@ def test_a_report_of_real_runs(tiny_config, tmp_path: Path) -> None:
         assert row["perplexity"].startswith(f"{result['eval/perplexity']:.3f}")
         assert row["parameters"].startswith(f"{result['trainable_parameters']:,}")
     assert settings == [{"setting": "adapter.kind", "cera": "cera", "lora": "lora"}]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["cera-report", "outputs/cera", "outputs/lora"])
+    main()
+    assert Path("report/cera_and_lora/report.html").is_file()

@@ -31,7 +31,7 @@ def test_a_study_is_run_gets_its_page_and_notices_edited_rows(
     jsonl += ["data.completion=' {answer}'"]
     assert run_study(*jsonl, "hydra/launcher=joblib", **settings) == 0
     assert run_report("outputs/which") == 0
-    results = json.loads(Path("report/study_results.json").read_text())
+    results = json.loads(Path("report/which/study_results.json").read_text())
     assert [own["condition"] for own in results["contrasts"]] == ["adapter.r=2", "adapter.r=4"]
     assert len(results["slopes"]) == 3
 

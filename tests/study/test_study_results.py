@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 
 from cera_train.common.errors import UserError
+from cera_train.study.page import write_study
 from cera_train.study.results import compare_cells, read_results, slopes
 from cera_train.study.verdict import contrast
 
@@ -95,14 +96,23 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_report, tmp
     assert run_report("outputs/which") == 0
     printed = capsys.readouterr().out
     assert re.search(r"cera - lora +adapter.r=64, loss +better +-0\.05\d\d +-0\.0\d+ to -0\.0\d+", printed)
-    page = Path("report/report.md").read_text()
+    page = Path("report/which/report.md").read_text()
     assert "| optimizer.lr=0.001 |" in page
-    assert Path("report/differences.png").exists()
-    assert "<svg" in Path("report/report.html").read_text()
-    results = json.loads(Path("report/study_results.json").read_text())
+    assert Path("report/which/differences.png").exists()
+    assert "<svg" in Path("report/which/report.html").read_text()
+    results = json.loads(Path("report/which/study_results.json").read_text())
     assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
     assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
     assert results["command"] == "cera-train -m +study=which"
+
+
+def test_the_page_of_a_study_at_the_edge_of_its_grids_is_no_wider_than_a_window(make_study, tmp_path, browser):
+    write_study(make_study(tune={"optimizer.lr": [1e-3, 1e-2], "adapter.init_scale": [1, 3]}), tmp_path / "page")
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto((tmp_path / "page" / "report.html").as_uri())
+    widths = "[...document.querySelectorAll('.scroll')].map(each => [each.scrollWidth, each.clientWidth])"
+    assert all(width <= visible for width, visible in page.evaluate(widths))
+    page.close()
 
 
 def change_rows(run: Path, split: str) -> None:
