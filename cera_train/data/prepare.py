@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
-from cera_train.common.settings import Changes, leaves, to_plain
+from cera_train.common.settings import Changes, leaves, require, to_plain
 from cera_train.data.order import PartRows, RowOrder, StreamedRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import Segment, segmenter, segments_of
@@ -27,6 +27,10 @@ CACHE_VERSION = 4
 
 ROWS_AT_ONCE = 1000
 """Rows in memory at a time, which the tokenizer shares out to its threads."""
+
+MOST_REPEATED = 0.05
+"""Share of the evaluation rows that may be training rows too, where `data.allow_overlap` is set: a published split
+repeats some, and one file for both is a mistake."""
 
 SCHEMA = pyarrow.schema(
     {
@@ -161,7 +165,25 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         count = f"{data.shared_prompts} of {len(data.evaluation)} evaluation prompts are also training prompts"
         mend = "Remove them from one side, or set data.allow_overlap=true."
         raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {mend}")
+    if data.shared_prompts > MOST_REPEATED * len(data.evaluation):
+        check_repeated_rows(config.title, data)
     return data
+
+
+def check_repeated_rows(title: str, data: TokenizedData) -> None:
+    """Raises UserError where more evaluation rows than `MOST_REPEATED` are also training rows, prompt and answer."""
+
+    def ids(rows: TokenizedRows, row: int) -> tuple[int, ...]:
+        return tuple(rows.tokens("input_ids", row).to_pylist())
+
+    keys, count = {*data.evaluation.column("prompt_key")}, len(data.evaluation)
+    trained = {ids(data.train, row) for row, key in enumerate(data.train.column("prompt_key")) if key in keys}
+    repeated = sum(ids(data.evaluation, row) in trained for row in range(count))
+    require(
+        repeated <= MOST_REPEATED * count,
+        f"{title}: {repeated} of {count} evaluation rows are also training rows, and data.allow_overlap=true allows "
+        f"{MOST_REPEATED:.0%}: name other rows for one of the two.",
+    )
 
 
 def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
