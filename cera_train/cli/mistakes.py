@@ -106,7 +106,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     """The arguments as Hydra should read them, flags first; a UserError where one is a mistake."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = refuse_arguments(program)
-    for names in FLAGS:
+    for names in [*FLAGS, *([("--look",)] if program == "cera-train" else [])]:
         parser.add_argument(*names, dest=names[0], action="store_true")
     for names in FLAGS_WITH_VALUE:
         parser.add_argument(*names, dest=names[0])
@@ -117,6 +117,8 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     flags = vars(parsed)
     settings = flags.pop("settings", [])
     flags.pop("--debug", None)
+    if flags.pop("--look", False) and "--multirun" in flags:
+        raise UserError("--look: it shows the rows of one run: leave out -m.")
     if "--config-dir" in flags:
         check_config_folder(flags["--config-dir"])
     if program == "cera-train" and not settings and not flags:
@@ -124,6 +126,9 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
     keys = {setting.partition("=")[0] for setting in settings}
     if "model.path" in keys and "model" not in keys and program in ("cera-eval", "cera-chat", "cera-export"):
         settings = ["model=smollm2_135m", *settings]  # any file, where the section is null: the path replaces its facts
+    is_own = "data.train_files" in keys and keys.isdisjoint({"data", "+recipe", "+sweep", "+study"})
+    if is_own and program in ("cera-train", "cera-plan"):
+        settings = ["data=jsonl", *settings]
     is_single = not flags.keys() - {"--config-dir"}
     for setting in settings:
         key, _, value = setting.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ from cera_train.cli.start import (
 )
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
+from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact
+from cera_train.data.sources import decide_layouts
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
@@ -47,7 +51,19 @@ def main() -> None:
     from cera_train.cli.launchers import Joblib, SubmititLocal, SubmititSlurm
 
     plugins = {plugin.__name__: plugin for plugin in (StudySweeper, Joblib, SubmititLocal, SubmititSlurm)}
-    start_hydra(TRAIN, train, plugins)
+    start_hydra(TRAIN, look if "--look" in sys.argv else train, plugins)
+
+
+def look(composed: DictConfig) -> None:
+    """Prints the rows as the run would train on them. Their tokens are cached, and the run takes them from there."""
+    config = prepare(composed)
+    with heavy_imports():
+        from cera_train.data.look import look
+        from cera_train.data.prepare import prepare_data, stop_ids
+        from cera_train.model.weights import load_tokenizer, model_ends
+    data, tokenizer = decide_layouts(config.data), load_tokenizer(config.model)
+    look(data, prepare_data(data, tokenizer), tokenizer, stop_ids(tokenizer, model_ends(config.model)))
+    print_line("train it", redact(shlex.join([TRAIN, *HydraConfig.get().overrides.task])))
 
 
 def train(composed: DictConfig) -> float | None:

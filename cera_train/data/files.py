@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,20 @@ STORAGES = ("file", "s3", "gs", "az", "hf", "https", "http")
 """Where files are read from. fsspec has more, such as one that renders a stranger's template."""
 
 
-def from_files(names: Sequence[str], setting: str = "files") -> Source:
-    """The rows of files, one file after the other. Messages name `setting`, the key that names the files."""
+def from_files(names: Sequence[str], setting: str = "files", whole_text: bool = False) -> Source:
+    """The rows of files, one file after the other. Messages name `setting`, the key that names the files. `whole_text`
+    reads a .txt file as one row."""
     paths = check_files(names, setting)
     title = f"{setting}=[{','.join(names[:3])}{',...' if len(names) > 3 else ''}]"
-    return Source(" ".join(map(_content_digest, paths)), lambda: rows_of(paths), title)
+    return Source(" ".join(map(_content_digest, paths)), lambda: rows_of(paths, whole_text), title)
 
 
-def rows_of(paths: Iterable[str]) -> Iterator[PlacedRow]:
+def rows_of(paths: Iterable[str], whole_text: bool = False) -> Iterator[PlacedRow]:
     """The rows of files, one file after the other."""
+    readers = READERS | {".txt": _read_text} if whole_text else READERS
     for path in paths:
         try:
-            yield from READERS[suffix_of(path)](path)
+            yield from readers[suffix_of(path)](path)
         except UserError:
             raise
         except Exception as error:  # each storage, compression and format raises its own
@@ -162,12 +165,25 @@ def _read_text(path: str) -> Iterator[PlacedRow]:
         yield path, {"text": file.read().decode("utf-8-sig")}
 
 
+def _read_documents(path: str) -> Iterator[PlacedRow]:
+    """Rows of one column, `text`. Blank lines separate them; in a file without blank lines every line is a row."""
+    [(_, row)] = _read_text(path)
+    has_blank_lines = re.search(r"\n\s*\n", row["text"].strip()) is not None
+    lines = ((number, line.rstrip("\r")) for number, line in enumerate(row["text"].split("\n"), start=1))
+    # False for a blank line, which is in no document
+    groups = itertools.groupby(lines, lambda line: line[1].strip() != "" and (has_blank_lines or line[0]))
+    for is_document, group in groups:
+        if is_document:
+            numbers, texts = zip(*group, strict=True)
+            yield f"{path}:{numbers[0]}", {"text": "\n".join(texts)}
+
+
 READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {
     **dict.fromkeys((".jsonl", ".ndjson"), _read_jsonl),
     ".json": _read_json,
     **dict.fromkeys((".csv", ".tsv"), _read_csv),
     ".parquet": _read_parquet,
-    ".txt": _read_text,
+    ".txt": _read_documents,
 }
 
 

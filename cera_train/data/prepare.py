@@ -18,7 +18,7 @@ from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, require, to_plain
 from cera_train.data.order import PartRows, RowOrder, StreamedRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import PlacedRow, Source
-from cera_train.data.segments import Segment, segmenter, segments_of
+from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
@@ -82,6 +82,7 @@ class TokenizedRows:
         self.numbers = array("q", numbers)
         self.lengths: list[int] = self.column("length")
         self.supervised: list[int] = self.column("supervised")
+        self.truncated: list[bool] = self.column("truncated")
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -110,7 +111,7 @@ class TokenizedRows:
         return (
             f"{len(self):,} rows, {tokens:,} tokens, {sum(self.supervised) / tokens:.0%} supervised; "
             f"{empty + beyond:,} dropped ({empty:,} empty, {beyond:,} beyond max_length), "
-            f"{sum(self.column('truncated')):,} truncated"
+            f"{sum(self.truncated):,} truncated"
         )
 
 
@@ -286,7 +287,7 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
         input_ids, loss_mask = list(start), [False] * len(start)
         for segment in segments:
             ids = next(segment_ids)
-            if segment.supervised and not (is_chat and ids and ids[-1] in special):  # a template may write it
+            if segment.is_answer and not (is_chat and ids and ids[-1] in special):  # a template may write it
                 ids = [*ids, end]
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)
@@ -294,7 +295,7 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
         if config.loss_on == LossOn.all:
             loss_mask = [True] * len(input_ids)
         loss_mask[0] = False
-        prompt_key = hashlib.blake2b(segments[0].text.encode(), digest_size=16).hexdigest()
+        prompt_key = hashlib.blake2b(prompt_of(segments).encode(), digest_size=16).hexdigest()
         kept, is_cut = slice(config.max_length), len(input_ids) > config.max_length
         examples.append(Example(input_ids[kept], loss_mask[kept], prompt_key, has_answer, is_cut))
     return examples
@@ -314,6 +315,11 @@ def prepare_windows(text: str, tokenizer: Any, window: int, limit: int | None) -
 def start_ids(tokenizer: Any) -> list[int]:
     """The start token, where the tokenizer writes one before a text; else nothing."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id in tokenizer("").input_ids else []
+
+
+def stop_ids(tokenizer: Any, model_ends: int | list[int] | None) -> set[int]:
+    """The tokens at which generation stops: the tokenizer's end token, and those of a model's generation settings."""
+    return {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
 
 
 def ids_of(texts: str | list[str], tokenizer: Any) -> list:

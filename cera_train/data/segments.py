@@ -1,7 +1,9 @@
-"""A row -> segments of text, some of them supervised: by templates (layout `text`), by ShareGPT's from and value
-(`conversations`), or by the tokenizer's chat template (`messages`). Nothing here imports torch."""
+"""A row -> segments of text, some of them supervised: by templates (layout `text`), by Alpaca's columns
+(`instruction`), by ShareGPT's from and value (`conversations`), or by the tokenizer's chat template (`messages`).
+Nothing here imports torch."""
 
 import contextlib
+import itertools
 import json
 import re
 import string
@@ -13,8 +15,8 @@ from typing import Any
 import jinja2
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.data.rows import PlacedRow, Row, as_text, kind_of, text_of
-from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, kind_of, text_of
+from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns
 
 SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
 """The speakers of layout `conversations`, and how they are written."""
@@ -25,6 +27,9 @@ TURNS = {
 }
 """The keys of a turn by layout, and the values of the first."""
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what a model thinks before it answers."""
+
 LAYOUTS = (
     "Choose data.layout: text has the columns of data.prompt and data.completion, messages has turns with role and "
     "content, conversations has turns with from and value"
@@ -33,14 +38,25 @@ LAYOUTS = (
 
 @dataclass
 class Segment:
-    """A stretch of text. A supervised one ends with the end token."""
+    """A stretch of text. An answer ends with the end token; one that is not supervised is context."""
 
     text: str
-    supervised: bool
+    is_answer: bool = False
+    supervised: bool = False
 
 
 Segmenter = Callable[[Row], list[Segment]]
 """Makes the segments of a row. An empty list means that the row has no answer."""
+
+
+def answered(prompt: str, answer: str, supervised: bool = True) -> list[Segment]:
+    return [Segment(prompt), Segment(answer, True, supervised)]
+
+
+def prompt_of(segments: list[Segment]) -> str:
+    """The text before the first supervised answer; of a document, which has none before, its own."""
+    before = itertools.takewhile(lambda segment: not segment.supervised, segments)
+    return "".join(segment.text for segment in before) or segments[0].text
 
 
 def segments_of(rows: Iterable[PlacedRow], to_segments: Segmenter) -> Iterator[list[Segment]]:
@@ -53,23 +69,29 @@ def segments_of(rows: Iterable[PlacedRow], to_segments: Segmenter) -> Iterator[l
 
 def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
     """The function from a row to its segments. Without a tokenizer, chats lack the marks of a chat template."""
-    if config.layout == Layout.text:
-        return templates(config.prompt, config.completion)
-    if config.is_computed:
-        return templates("{prompt}", "{completion}")
-    if config.layout == Layout.conversations:
-        return first_turns if config.turns == Turns.first else all_turns
-    if tokenizer is not None and not tokenizer.chat_template:
-        reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
-        raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
-    return partial(chat_turns, tokenizer=tokenizer)
+    match config.layout:
+        case Layout.instruction:
+            return instruction
+        case Layout.conversations:
+            return first_turns if config.turns == Turns.first else partial(all_turns, wanted=config.turns)
+        case Layout.messages:
+            if tokenizer is not None and not tokenizer.chat_template:
+                reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
+                raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
+            return partial(chat_turns, wanted=config.turns, tokenizer=tokenizer)
+    return templates(*templates_of(config))
 
 
-# --- layout text -----------------------------------------------------------------------------------------------------
+def templates_of(config: DataConfig) -> tuple[str, str]:
+    """The templates of layout text, and of computed rows."""
+    return COLUMN_TEMPLATES if config.is_computed else (config.prompt, config.completion)
+
+
+# --- columns of text -------------------------------------------------------------------------------------------------
 
 
 def templates(prompt: str, completion: str) -> Segmenter:
-    """Columns in templates."""
+    """Layout `text`: columns in templates. Without a prompt a row is a document."""
     prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
     setting_of = dict.fromkeys([*prompt_columns, *answer_columns], "data.completion")
     setting_of |= dict.fromkeys(prompt_columns, "data.prompt")
@@ -82,9 +104,26 @@ def templates(prompt: str, completion: str) -> Segmenter:
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
         if not any(values[name].strip() for name in answer_columns):
             return []
-        return [Segment(prompt.format_map(values), False), Segment(completion.format_map(values), True)]
+        both = answered(prompt.format_map(values), completion.format_map(values))
+        return both if prompt else both[1:]
 
     return segments
+
+
+def instruction(row: Row) -> list[Segment]:
+    """Layout `instruction`: Alpaca's columns, of which `input` may be empty or missing."""
+    asked, context = text_of(row, "instruction"), as_text(row.get("input"), "column 'input'")
+    answer = text_of(row, "output")
+    question = f"{asked}\n{context}" if context else asked
+    return answered(PROMPT.format(question=question), f" {answer}") if answer.strip() else []
+
+
+def columns_read(config: DataConfig) -> tuple[list[str], list[str]]:
+    """The columns of a question and those of an answer, of a layout without turns."""
+    if config.layout == Layout.instruction:
+        return ["instruction"], ["output"]
+    prompt, completion = templates_of(config)
+    return list(dict.fromkeys(columns_of(prompt, "data.prompt"))), columns_of(completion, "data.completion")
 
 
 def columns_of(template: str, setting: str = "template") -> list[str]:
@@ -119,6 +158,19 @@ def turns_of(row: Row, layout: str) -> list[Row]:
     return turns
 
 
+def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout: str) -> list[int]:
+    """The numbers of the answers that are supervised. A turn with `train: false` or `weight: 0` is not."""
+    trained = []
+    for number in answers:
+        flag = turns[number].get("train", turns[number].get("weight"))
+        if flag not in (None, 0, 1):
+            expected = "expected train: true or false, or weight: 1 or 0"
+            raise UserError(f"{layout}[{number}] has the flag {str(flag)[:60]!r}: {expected}.")
+        if flag != 0:
+            trained.append(number)
+    return {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
+
+
 def speeches(row: Row) -> list[tuple[str, str]]:
     """Speaker and text of every turn of layout `conversations`."""
     turns = enumerate(turns_of(row, "conversations"))
@@ -132,27 +184,38 @@ def first_turns(row: Row) -> list[Segment]:
         texts.setdefault(speaker, text)
     if not texts.get("gpt", "").strip():
         return []
-    return [Segment(f"User: {texts.get('human', '')}\nAssistant:", False), Segment(f" {texts['gpt']}", True)]
+    return answered(f"User: {texts.get('human', '')}\nAssistant:", f" {texts['gpt']}")
 
 
-def all_turns(row: Row) -> list[Segment]:
-    """Layout `conversations` whole: the system prompt and every turn, every answer supervised."""
+def all_turns(row: Row, wanted: Turns = Turns.all) -> list[Segment]:
+    """Layout `conversations` with the system prompt and every turn, up to the last that is supervised."""
+    turns = speeches(row)
+    answers = [number for number, (speaker, text) in enumerate(turns) if speaker == "gpt" and text.strip()]
+    supervised = supervised_turns(row["conversations"], answers, wanted, "conversations") if answers else []
     segments, context = [], ""
-    for speaker, text in speeches(row):
-        if speaker == "gpt" and text.strip():
-            segments += [Segment(f"{context}Assistant:", False), Segment(f" {text}", True)]
+    for number, (speaker, text) in enumerate(turns[: max(supervised, default=-1) + 1]):
+        if number in answers:
+            segments += answered(f"{context}Assistant:", f" {text}", number in supervised)
             context = "\n"
         else:
             context += f"{SPEAKERS[speaker]}: {text}\n"
     return segments
 
 
-def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
-    """Layout `messages`: the tokenizer's chat template. What an assistant turn adds to the rendered conversation so far
-    is supervised, so no marker has to be searched for. Tool calls are part of the turn."""
+def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
+    """Layout `messages`: the tokenizer's chat template. What a supervised turn adds to the rendered conversation so far
+    is its answer, so no marker has to be searched for. Tool calls and reasoning are part of the turn."""
     messages, tools = messages_of(row), _tools_of(row)
+    # An assistant's opening line answers nothing: like an empty turn it is context.
+    answers = [
+        number
+        for number, message in enumerate(messages)
+        if message["role"] == "assistant" and number and (message["content"].strip() or message.get("tool_calls"))
+    ]
+    supervised = supervised_turns(messages, answers, wanted, "messages")
     if tokenizer is None:
-        return [Segment(message["content"], message["role"] == "assistant") for message in messages]
+        turns = enumerate(messages[: max(supervised, default=-1) + 1])
+        return [Segment(message["content"], number in answers, number in supervised) for number, message in turns]
     segments, rendered = [], ""
 
     def render(count: int, add_generation_prompt: bool) -> str:
@@ -163,32 +226,31 @@ def chat_turns(row: Row, tokenizer: Any) -> list[Segment]:
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
-    for index, message in enumerate(messages):
-        # An assistant's opening line answers nothing: like an empty turn it is context.
-        calls = message.get("tool_calls", [])
-        if message["role"] != "assistant" or index == 0 or not (message["content"].strip() or calls):
-            continue
-        before, after = render(index, True), render(index + 1, False)
+    for number in supervised:
+        before, after = render(number, True), render(number + 1, False)
         if not (before.startswith(rendered) and after.startswith(before)):
             raise UserError(
                 "the chat template renders earlier turns differently once an answer follows, so answers cannot be "
-                "told apart. Keep one assistant turn a row, or use data.layout=text."
+                "told apart. Set data.turns=last, or use data.layout=text."
             )
         # A template may write a line break after its end token: nobody generates that, it belongs to the next prompt.
         answer = after.removeprefix(before).rstrip()
-        _check_is_rendered(index, message, [call["function"]["name"] for call in calls], answer)
-        segments += [Segment(before.removeprefix(rendered), False), Segment(answer, True)]
+        message = messages[number]
+        parts = [call["function"]["name"] for call in message.get("tool_calls", [])]
+        parts += [as_text(message[key], f"messages[{number}] {key!r}").strip() for key in REASONING if key in message]
+        _check_is_rendered(number, message, parts, answer)
+        segments += answered(before.removeprefix(rendered), answer)
         rendered = before + answer
-    for index, message in enumerate(messages):
+    for number, message in enumerate(messages):
         if message["role"] in ("tool", "developer"):
-            _check_is_rendered(index, message, [message["content"].strip()], render(len(messages), False))
+            _check_is_rendered(number, message, [message["content"].strip()], render(len(messages), False))
     return segments
 
 
-def _check_is_rendered(index: int, message: Row, texts: list[str], rendered: str) -> None:
-    """Refuses a message that the chat template leaves out: many know no tools and no developer."""
+def _check_is_rendered(number: int, message: Row, texts: list[str], rendered: str) -> None:
+    """Refuses a message that the chat template leaves out: many know no tools, no developer and no reasoning."""
     if not all(text in rendered or json.dumps(text, ensure_ascii=False)[1:-1] in rendered for text in texts):
-        reason = f"messages[{index}], of role {message['role']!r}, is left out by this model's chat template"
+        reason = f"messages[{number}], of role {message['role']!r}, is left out by this model's chat template"
         raise UserError(f"{reason}: use a model whose template renders it, or write it into another turn.")
 
 

@@ -1,28 +1,88 @@
 """Where a run's rows come from: files, the Hub, or a generator. Nothing here imports torch."""
 
 import collections
+import functools
+import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.hub import hub_or_cache, offline_reason
+from cera_train.common.terminal import counted
 from cera_train.data import logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of
-from cera_train.data.rows import PlacedRow, Source
-from cera_train.data.segments import segmenter
+from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
+from cera_train.data.segments import Segmenter, prompt_of, segmenter, segments_of
 from cera_train.settings.data import DataConfig, Layout
 
 CHECKED_ROWS = 200
-"""Rows of each file that `check_data` reads."""
+"""Rows of each file that `check_data` reads, and of the files whose columns decide a layout."""
+
+AUTO: dict[tuple[str, ...], dict[str, Any]] = {
+    ("messages",): {"layout": Layout.messages},
+    ("conversations",): {"layout": Layout.conversations},
+    ("instruction", "output"): {"layout": Layout.instruction},
+    ("prompt", "completion"): {"layout": Layout.text, "prompt": "{prompt}", "completion": "{completion}"},
+    ("question", "answer"): {"layout": Layout.text, "prompt": PROMPT, "completion": " {answer}"},
+    ("text",): {"layout": Layout.text, "prompt": "", "completion": "{text}"},
+}
+"""Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like Alpaca's have both."""
+
+
+def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataConfig:
+    """A config without `data.layout=auto`: it becomes a layout with its templates, of a mix part by part.
+
+    Args:
+        begun: the recorded settings of the same run. Their layouts stand: the files of a finished run may be gone.
+
+    Raises:
+        UserError: the columns of the first rows fit no layout, or several.
+    """
+    recorded = {place: part for place, part in begun.parts() if part.layout != Layout.auto} if begun else {}
+    decided = []
+    for place, part in config.parts():
+        known = recorded.get(place)
+        if part.layout != Layout.auto:
+            decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
+        elif known is not None and known.train_files == part.train_files:
+            decided.append({"layout": known.layout, "prompt": known.prompt, "completion": known.completion})
+        else:
+            with errors_at(place):
+                decided.append(_layout_of(part.train_files))
+    if config.mix is None:
+        return replace(config, **decided[0])
+    return replace(config, mix=[replace(part, **layout) for part, layout in zip(config.mix, decided, strict=True)])
+
+
+def _layout_of(names: Sequence[str]) -> dict[str, Any]:
+    """The settings by which the rows of these files are read."""
+    paths = check_files(names, "data.train_files")
+    rows = itertools.islice(rows_of(paths), CHECKED_ROWS)
+    columns = list(dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None))
+    fitting = {needed: layout for needed, layout in AUTO.items() if {*needed} <= {*columns}}
+    if len(fitting) > 1:
+        fitting.pop(("text",), None)
+    if len(fitting) == 1:
+        return next(iter(fitting.values()))
+    place = f"{paths[0]}: data.layout=auto"
+    if fitting:
+        one, other, *_ = (f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items())
+        mend = "set data.layout, for text data.prompt and data.completion"
+        raise UserError(f"{place} finds the columns of both {one} and {other}: {mend}.")
+    known = "; ".join(map(", ".join, AUTO))
+    mend = f"rename them ({known}), or set data.prompt and data.completion"
+    raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {mend}.")
 
 
 def check_data(config: DataConfig) -> None:
     """Reads the first rows of a config's files, before anything heavy is imported: most mistakes show there. Needs no
     chat template."""
-    for place, part in config.parts():
+    for place, part in decide_layouts(config).parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
                 for generator in part.reasoning_gym.generators:
@@ -50,6 +110,8 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             evaluation = from_files(config.eval_files, "data.eval_files")
         elif config.streaming:  # the last rows are unknown
             train, evaluation = train.between(config.eval_rows, None), train
+        elif config.holds_out_by_prompt:
+            train, evaluation = _held_out_by_prompt(train, segmenter(config, None))
         else:
             train, evaluation = _held_out(train, config.eval_rows)
     else:
@@ -77,6 +139,48 @@ def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
         replace(source, fingerprint=f"{source.fingerprint} [:-{eval_rows}]", located=training),
         replace(source, fingerprint=f"{source.fingerprint} [-{eval_rows}:]", located=evaluation),
     )
+
+
+HELD_OUT, MOST_HELD_OUT = 0.05, 500
+"""Share of the rows that evaluate by default, and the most of them."""
+
+
+def _held_out_by_prompt(source: Source, to_segments: Segmenter) -> tuple[Source, Source]:
+    """All rows of some prompts evaluate, the others train."""
+
+    def key(placed: PlacedRow) -> bytes | None:
+        [segments] = segments_of([placed], to_segments)
+        return hashlib.blake2b(normalized(prompt_of(segments)).encode()).digest() if segments else None
+
+    @functools.cache
+    def evaluating() -> set[bytes | None]:
+        return held_out_prompts(collections.Counter(map(key, source.located())), source.name)
+
+    def rows(evaluates: bool) -> Iterator[PlacedRow]:
+        return (placed for placed in source.located() if (key(placed) in evaluating()) == evaluates)
+
+    train, evaluation = (
+        replace(source, fingerprint=f"{source.fingerprint} {HELD_OUT} by prompt {side}", located=partial(rows, side))
+        for side in (False, True)
+    )
+    return train, evaluation
+
+
+def held_out_prompts(rows: collections.Counter[bytes | None], name: str) -> set[bytes | None]:
+    """The prompts that evaluate, by their digests: as many as have `HELD_OUT` of the rows, and one at least. `rows`
+    counts those of each prompt; None has rows without an answer, which stay with the training rows, to be dropped."""
+    counts = {prompt: rows[prompt] for prompt in sorted(filter(None, rows))}
+    room = min(max(1, int(HELD_OUT * sum(counts.values()))), MOST_HELD_OUT)
+    room = max(room, min(counts.values(), default=0))
+    prompts = set[bytes | None]()
+    for prompt, count in counts.items():
+        if count <= room:
+            prompts.add(prompt)
+            room -= count
+    if len(prompts) == len(counts):
+        reason = f"{counted(len(counts), 'different prompt')} with an answer, and training and evaluation need one each"
+        raise UserError(f"{name}: {reason}. Add rows, or name data.eval_files.")
+    return prompts
 
 
 def from_hub(

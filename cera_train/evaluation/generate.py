@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import ids_of, start_ids
+from cera_train.data.prepare import ids_of, start_ids, stop_ids
 from cera_train.model.weights import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
@@ -75,8 +75,7 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
     """Replaces the generation settings that came with the model, such as a penalty on repetition."""
-    model_ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])} - {None}
+    ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
     if not ends:
         raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
     model.generation_config = transformers.GenerationConfig(

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cera_train.cera.coverage import bypassed_projections
@@ -46,6 +53,14 @@ def load_config(config: ModelConfig) -> transformers.PretrainedConfig:
             "model is needed, such as Llama, Qwen or SmolLM2."
         )
     return loaded
+
+
+def model_ends(config: ModelConfig) -> int | list[int] | None:
+    """The tokens at which the model stops, by its generation_config.json, else its config.json."""
+    try:
+        return _from_hub_or_folder(GenerationConfig.from_pretrained, config).eos_token_id
+    except UserError:
+        return load_config(config).eos_token_id
 
 
 def check_length(config: ModelConfig, length: int, setting: str) -> None:

@@ -10,6 +10,8 @@ from statistics import fmean
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.order import rows_of_parts
+from cera_train.data.segments import segmenter, segments_of
+from cera_train.data.sources import decide_layouts, open_sources
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 from cera_train.settings.run import Config
@@ -65,6 +67,7 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     Raises:
         UserError: nothing is known about `data.path`, or local files cannot be read.
     """
+    config = decide_layouts(config)
     if config.mix is not None:
         return _size_of_mix(config, tokens_per_row)
     if config.is_computed or config.train_files:
@@ -138,9 +141,6 @@ def _sliced(split: str, rows: int) -> int:
 
 def _size_of_rows(config: DataConfig) -> DataSize:
     """Counts computed rows or those of local files, and estimates the tokens of the first ones."""
-    from cera_train.data.segments import segmenter, segments_of
-    from cera_train.data.sources import open_sources
-
     is_generated = config.layout == Layout.reasoning_gym  # as many as the settings say, and slow to make
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)

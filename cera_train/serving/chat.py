@@ -19,7 +19,7 @@ from cera_train.common.trust import clean
 from cera_train.data.files import READERS, from_files
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, Row
-from cera_train.data.segments import columns_of, segmenter, turns_of
+from cera_train.data.segments import columns_read, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Request, TokenChoice, prepare_generation
 from cera_train.model.weights import positions_of
@@ -37,6 +37,9 @@ TURNS = {
     Layout.messages: ("role", "content", "user", "assistant"),
 }
 """The names of a turn's speaker and text, and of the two speakers."""
+
+PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
+"""A text as it is: also the question to a model that was trained on documents."""
 
 
 def chat(config: ChatConfig) -> None:
@@ -70,54 +73,49 @@ def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: An
         raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=run or none.")
     if template in (Template.auto, Template.run) and trained_on is not None:
         _, first = next(trained_on.parts())
-        return first
+        return PLAIN if first.prompt == "" else first
     if template != Template.none and tokenizer.chat_template:
         return DataConfig(layout=Layout.messages, path="a chat")
-    return DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
+    return PLAIN
 
 
 class Prompts:
     """Writes questions as the rows of a data set."""
 
     def __init__(self, data: DataConfig, tokenizer: Any) -> None:
-        self.data, self.tokenizer = replace(data, max_length=sys.maxsize), tokenizer
-        self._segments = segmenter(data, tokenizer)
+        turns = Turns.all if (data.layout, data.turns) == (Layout.messages, Turns.first) else data.turns
+        self.data, self.tokenizer = replace(data, max_length=sys.maxsize, turns=turns), tokenizer
+        self._segments = segmenter(self.data, tokenizer)
 
     @property
     def keeps_turns(self) -> bool:
         """Whether a question is read together with the turns before it."""
-        return self.data.layout == Layout.messages or (
-            self.data.layout == Layout.conversations and self.data.turns == Turns.all
-        )
+        return self.data.layout in TURNS and self.data.turns != Turns.first
 
     def row(self, turns: Sequence[str]) -> Row:
         """The row of a conversation: question, answer, question, ..., ending in a question. Raises UserError where the
         template has more columns than one text can fill."""
         question, layout = turns[-1], self.data.layout
-        if self.data.is_computed:
-            return {"prompt": PROMPT.format(question=question)}
-        if layout == Layout.text:
-            columns = list(dict.fromkeys(columns_of(self.data.prompt, "data.prompt")))
-            if len(columns) != 1:
-                raise UserError(
-                    f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a text fills one: "
-                    "write prompts=FILE.jsonl with these columns, or set template=none."
-                )
-            return {columns[0]: question}
-        speaker, text, *speakers = TURNS[layout]
-        turns = turns if self.keeps_turns else [question]
-        return {str(layout): [{speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)]}
+        if layout in TURNS:
+            speaker, text, *speakers = TURNS[layout]
+            turns = turns if self.keeps_turns else [question]
+            return {str(layout): [{speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)]}
+        columns, _ = columns_read(self.data)
+        if len(columns) != 1:
+            raise UserError(
+                f"data.prompt={self.data.prompt!r} of this run has {len(columns)} columns, and a text fills one: "
+                "write prompts=FILE.jsonl with these columns, or set template=none."
+            )
+        return {columns[0]: PROMPT.format(question=question) if self.data.is_computed else question}
 
     def ids(self, row: Row) -> list[int]:
         """The token ids of a row's prompt. Raises UserError where the row lacks a column or has another layout."""
         layout = self.data.layout
-        if layout == Layout.text:
-            answered = row | dict.fromkeys(columns_of(self.data.completion), ANSWER)
-        elif self.data.is_computed:
-            answered = row | {"completion": ANSWER}
-        else:
+        if layout in TURNS:
             speaker, text, _, model = TURNS[layout]
             answered = row | {str(layout): [*turns_of(row, str(layout)), {speaker: model, text: ANSWER}]}
+        else:
+            answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)
         *prompt, _ = self._segments(answered)
         return encode([prompt], self.data, self.tokenizer)[0].input_ids
 

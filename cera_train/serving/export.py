@@ -17,6 +17,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import print_fields, print_line
 from cera_train.data.prepare import TokenizedRows, prepare_data
+from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
@@ -80,7 +81,7 @@ def export(config: ExportConfig) -> Certificate:
     if share := describe_linear_share(RunResult.find(loaded.subject.folder / "result.json") or RunResult()):
         print_line("linear", share)
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
-    data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
+    data = prepare_data(decide_layouts(config.data or loaded.subject.run.data), loaded.tokenizer)
     calibration, tokens = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
     maps = fit_maps(loaded, calibration)
 

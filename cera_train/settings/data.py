@@ -10,13 +10,18 @@ from typing import Any
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import MISSING, require, require_positive, section, setting
 
-Layout = StrEnum("Layout", ["text", "conversations", "messages", "logistic_map", "reasoning_gym"])
-Turns = StrEnum("Turns", ["first", "all"])
+Layout = StrEnum(
+    "Layout", ["auto", "text", "instruction", "conversations", "messages", "logistic_map", "reasoning_gym"]
+)
+Turns = StrEnum("Turns", ["first", "last", "all"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
 BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 
 COMPUTED = (Layout.logistic_map, Layout.reasoning_gym)
 """Layouts whose rows are computed. A row holds `prompt` and `completion`."""
+
+COLUMN_TEMPLATES = ("{prompt}", "{completion}")
+"""Templates of rows with these two columns, as computed ones are."""
 
 GENERATORS = {
     "algebra": ("simple_equations", "complex_arithmetic"),
@@ -137,8 +142,10 @@ class MixPart:
 @dataclass
 class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
-    """How a row reads. text: columns by template; conversations: ShareGPT's from/value; messages: chat template;
-    logistic_map and reasoning_gym compute their rows."""
+    """How a row reads. text: columns by template; instruction: Alpaca's instruction, input and output; conversations:
+    ShareGPT's from/value; messages: chat template; auto: text where data.prompt or data.completion are other templates
+    than {prompt} and {completion}, else one of these by the columns of the first rows of train_files. logistic_map and
+    reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
@@ -148,14 +155,14 @@ class DataConfig:
     """Splits in the notation of `datasets`: `train[:100000]`."""
     train_files: list[str] = setting(list, "result")
     eval_files: list[str] = setting(list, "result")
-    """jsonl, json, csv or parquet files, here or elsewhere (s3://...). Without eval_files, the last eval_rows rows
-    of train_files are held out."""
+    """jsonl, json, csv, parquet or txt files, here or elsewhere (s3://...). Without eval_files, the last eval_rows rows
+    of train_files are held out; without eval_rows too, 5 % of the rows, at most 500, by their prompts."""
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
     """Templates of layout text, with {column} for a row's columns. The completion starts where the prompt ends."""
-    turns: Turns = setting(Turns.first, "tokens")
-    """Turns of layout conversations. first: the first question and answer, as published; all: every turn and the system
-    prompt."""
+    turns: Turns | None = setting(None, "tokens")
+    """Answers of a chat that are supervised: the first (of layout conversations without the system prompt, as
+    published), the last, or all. null: the first of conversations, all of messages."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(512, "tokens")
     """Tokens; longer rows are truncated."""
@@ -181,6 +188,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_positive("data", self, "max_length", "train_rows", "shuffle_buffer")
+        if self.mix is None:
+            has_templates = (self.prompt, self.completion) not in ((None, None), COLUMN_TEMPLATES)
+            if self.layout == Layout.auto and (has_templates or not self.train_files):
+                self.layout = Layout.text
+            if self.layout != Layout.auto and self.turns is None:
+                self.turns = usual_turns(self.layout)
         require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
         if self.streaming:
             require(self.mix is None, "data.streaming=true reads one data set: leave out data.mix.")
@@ -194,15 +207,12 @@ class DataConfig:
             self._check_sources()
 
     def _check_sources(self) -> None:
-        if self.layout == Layout.text and not (self.prompt and self.completion):
+        if self.layout == Layout.text and (self.prompt is None or not self.completion):
             example = "$'data.prompt=\"Question: {question}\\nAnswer:\"' $'data.completion=\" {answer}\"'"
             raise UserError(f"data.layout=text needs data.prompt and data.completion, such as {example}.")
         if not (self.path or self.train_files):
             mend = "set data.train_files to local files or data.path to a Hub data set"
             raise UserError(f"there is no training data: {mend}.")
-        if self.train_files and not self.eval_files and self.eval_rows is None:
-            mend = "name evaluation files, or set data.eval_rows to hold out the last rows of the training files"
-            raise UserError(f"data.train_files without data.eval_files: {mend}.")
         if self.eval_files and not self.train_files:
             raise UserError("data.eval_files without data.train_files: name the training files too.")
 
@@ -249,6 +259,11 @@ class DataConfig:
         return self.mix is None and self.layout in COMPUTED
 
     @property
+    def holds_out_by_prompt(self) -> bool:
+        """Whether the evaluation rows are a share of the training files'."""
+        return bool(self.train_files) and not self.eval_files and self.eval_rows is None
+
+    @property
     def title(self) -> str:
         """Where the rows come from, for people."""
         if self.mix is not None:
@@ -256,6 +271,11 @@ class DataConfig:
         if self.layout == Layout.reasoning_gym:
             return f"reasoning_gym ({', '.join(self.reasoning_gym.generators)})"
         return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
+
+
+def usual_turns(layout: str) -> Turns:
+    """`data.turns` where it is null."""
+    return Turns.all if layout == Layout.messages else Turns.first
 
 
 TRAINING_ONLY = ("weight", "train_split", "train_rows", "shuffle_buffer", "mix_seed", "allow_overlap", "facts")
@@ -284,5 +304,6 @@ def evaluation_rows(settings: dict[str, Any]) -> tuple:
         unused = {*TRAINING_ONLY, *(HUB_ONLY if part.get("train_files") else ())}
         unused |= {"train_files"} if part.get("eval_files") else set()
         place = "data" if len(parts) == 1 else f"data.mix.{number}"
+        part = {"turns": usual_turns(part.get("layout", "text")).value} | part
         kept += [(f"{place}.{name}", repr(part[name])) for name in sorted(part) if name.partition(".")[0] not in unused]
     return tuple(kept)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
 import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from cera_train.adapters.build import rank
 from cera_train.adapters.family import family
 from cera_train.adapters.spectrum import describe_excess_rank, why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
-from cera_train.common.terminal import console, duration, highlighted, print_fields, print_line, targets
+from cera_train.common.terminal import duration, print_fields, print_line, targets
 from cera_train.common.trust import redact
-from cera_train.data.order import describe_parts
-from cera_train.data.prepare import TokenizedData
+from cera_train.data.look import describe_stop, ends_of, print_example, print_rows
+from cera_train.data.prepare import stop_ids
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.results import RunResult, describe_linear_share, describe_rank, describe_tasks
@@ -58,7 +55,12 @@ def print_start(session: Session) -> None:
     tokens = config.train.micro_batch_tokens
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
     print_line("speed", describe_speed(config.train.batch_layout, loss))
-    print_data(session.data, session.tokenizer)
+    print_rows(config.data, session.data)
+    rows, tokenizer = session.data.sample, session.tokenizer
+    ends, stops = ends_of(rows), stop_ids(tokenizer, loss.causal_lm.generation_config.eos_token_id)
+    if not ends or not ends <= stops:
+        print_line("stop", describe_stop(ends, stops, tokenizer))
+    print_example(rows, 0, tokenizer)
     if session.exams.plan:
         print_line("answers", session.exams.plan)
 
@@ -112,24 +114,6 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss) -> str:
     else:
         batches = "padding (costs less here than a mask over one long row)"
     return f"{batches}; {'compiled layers' if loss.is_compiled else 'not compiled (train.compile=false)'}"
-
-
-def print_data(data: TokenizedData, tokenizer: Any) -> None:
-    """Rows kept, dropped and truncated, the supervised share, shared prompts, and one rendered example."""
-    for label, split in (("train", data.train), ("eval", data.evaluation)):
-        print_line(label, split.describe())
-    for line in describe_parts(data.parts):
-        print_line("part", line)
-    repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
-    print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
-    ids, mask = (data.sample.tokens(name, 0).to_pylist() for name in ("input_ids", "loss_mask"))
-    console().print(f"{'example':<11}", render_example(ids, mask, tokenizer), sep="")
-
-
-def render_example(input_ids: list[int], loss_mask: list[bool], tokenizer: Any) -> Text:
-    """A row's text with its supervised parts marked."""
-    runs = itertools.groupby(zip(input_ids, loss_mask, strict=True), key=lambda token: token[1])
-    return highlighted(((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs), 11)
 
 
 def print_result(result: RunResult, config: Config) -> None:

@@ -18,6 +18,7 @@ from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.prepare import prepare_data
+from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import Team, start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
@@ -56,7 +57,8 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
         recorded = begun.adapter.start_digest if adapter.start_from == begun.adapter.start_from else None
         adapter = replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
-    return replace(config, model=model, adapter=adapter, train=training), precision
+    data = decide_layouts(config.data, begun.data)
+    return replace(config, model=model, adapter=adapter, data=data, train=training), precision
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:

@@ -141,7 +141,7 @@ def test_a_recipe_yields_to_the_command_line(compose):
         ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1"),
         ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),
         ("train.micro_batch_tokens=10", "train.micro_batch_tokens=10 is less than data.max_length=128"),
-        ("data=jsonl data.train_files=[a.jsonl]", "data.train_files without data.eval_files"),
+        ("data=jsonl data.eval_files=[a.jsonl] data.path=x/y", "data.eval_files without data.train_files"),
         ("data=gsm8k data.completion=''", "data.layout=text needs data.prompt and data.completion"),
         ("data.eval_rows=null", "data.layout=logistic_map needs data.eval_rows"),
         ("model.quantization=nf4 model.dtype=float16", "model.quantization=nf4 does not compute in float16"),

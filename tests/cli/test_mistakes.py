@@ -61,6 +61,8 @@ MISTAKES = [
     ("cera-train hydra/launcher=joblib", "hydra/launcher=joblib is for a grid", "add -m"),
     ("cera-train +sweep=rank_lr", "+sweep=rank_lr is for a grid", "add -m"),
     ("cera-plan +study=first_look", "+study=first_look is for a grid", "add -m"),
+    ("cera-train -m --look adapter.r=4,8", "--look: it shows the rows of one run", "leave out -m"),
+    ("cera-plan --look", "--look: unknown option", "see cera-plan --help"),
     ("cera-plan -m optimizer.lr=interval(1,2)", "a grid takes single values", "hydra/sweeper=optuna"),
     ("cera-report nothing", "nothing is not a folder", "expected"),
     ("cera-report", "arguments are required: DIR", "see cera-report --help"),

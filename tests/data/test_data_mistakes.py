@@ -202,6 +202,11 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, token
             {"messages": [CALLING | {"tool_calls": [{}]}]},
             "messages[0] has tool_calls of another shape: ",
         ),
+        (
+            "messages",
+            {"messages": [USER, ANSWER | {"train": "no"}]},
+            "messages[1] has the flag 'no': expected train",
+        ),
         ("messages", {"messages": [USER, CALLING]}, "messages[1], of role 'assistant', is left out by this model's ch"),
         ("messages", {"messages": [USER], "tools": "["}, "column 'tools' holds broken JSON"),
         ("messages", {"messages": [USER], "tools": {"a": 1}}, "column 'tools' holds a dict: expected a list of tools."),

@@ -23,7 +23,6 @@ from cera_train.data.segments import all_turns, segmenter, templates
         ("mathinstruct", {"instruction": "Add {x}.", "output": "2"}, "Question: Add {x}.\nAnswer:", " 2"),
         ("metamathqa", {"query": "What is x?", "response": "x is 2"}, "Question: What is x?\nAnswer:", " x is 2"),
         ("gsm8k", {"question": "How many?", "answer": "2\n#### 2"}, "Question: How many?\nAnswer:", " 2\n#### 2"),
-        ("jsonl", {"prompt": "hello ", "completion": "there"}, "hello ", "there"),
     ],
 )
 def test_text_layouts_of_conf_are_the_papers_templates(compose, tokenizer, name, row, prompt, completion):
@@ -118,6 +117,21 @@ def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
         assert segments({"conversations": conversation}) == []
 
 
+def test_flags_and_turns_choose_what_is_supervised_and_change_no_token(tokenizer):
+    turns = CONVERSATION["conversations"]
+    for key, no in (("train", False), ("weight", 0.0)):
+        row = {"conversations": [*turns[:2], turns[2] | {key: no}, *turns[3:]]}
+        flagged = example_of(row, tokenizer, layout="conversations", turns="all")
+        last = example_of(CONVERSATION, tokenizer, layout="conversations", turns="last")
+        assert supervised_text(flagged, tokenizer) == supervised_text(last, tokenizer) == " 0.84</s>"
+        every = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
+        assert flagged.input_ids == last.input_ids == every.input_ids
+        assert flagged.prompt_key == last.prompt_key != every.prompt_key
+        row = {"conversations": [*turns[:4], turns[4] | {key: no}]}
+        cut = example_of(row, tokenizer, layout="conversations", turns="all")
+        assert tokenizer.decode(cut.input_ids).endswith("Assistant: hello there</s>")
+
+
 # --- layout messages -------------------------------------------------------------------------------------------------
 
 
@@ -149,6 +163,30 @@ def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     unlisted = with_changes(tokenizer, extra_special_tokens=[])  # an end-of-turn token that the tokenizer does not list
     example = example_of(CHAT, unlisted, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
+
+
+def test_flags_and_turns_choose_the_supervised_messages(tokenizer):
+    def supervised(messages: list, **settings) -> str:
+        return supervised_text(example_of({"messages": messages}, tokenizer, layout="messages", **settings), tokenizer)
+
+    first, last, messages = "hello there<|im_end|>", "0.84<|im_end|>", CHAT["messages"]
+    assert [supervised(messages, turns=turns) for turns in ("first", "last", "all")] == [first, last, f"{first}|{last}"]
+    assert supervised([*messages[:2], messages[2] | {"train": False}, *messages[3:]]) == last
+    assert supervised([*messages[:4], messages[4] | {"weight": 0}], turns="last") == first
+
+
+def test_the_last_answer_is_supervised_where_a_template_shortens_earlier_ones(tokenizer):
+    thinking = "{% if message.thinking and loop.last %}<think>{{ message.thinking }}</think>{% endif %}"
+    template = CHAT_TEMPLATE.replace("{{ message['content'] }}", thinking + "{{ message['content'] }}")
+    chat = with_changes(tokenizer, chat_template=template)
+    first, last = (message | {"thinking": "hm"} for message in CHAT["messages"][2::2])
+    row = {"messages": [*CHAT["messages"][:2], first, CHAT["messages"][3], last]}
+    example = example_of(row, chat, layout="messages", turns="last")
+    assert supervised_text(example, chat) == "<think>hm</think>0.84<|im_end|>"
+    with pytest.raises(ValueError, match=r"renders earlier turns differently.*data\.turns=last"):
+        example_of(row, chat, layout="messages")
+    with pytest.raises(ValueError, match=r"messages\[4\], of role 'assistant', is left out by this model's chat"):
+        example_of(row, tokenizer, layout="messages", turns="last")
 
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -25,6 +25,8 @@ from cera_train.cli import train as cli
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
+from cera_train.data.look import print_example
+from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.data.sources import from_hub
 from cera_train.model.weights import check_length, load_model, load_tokenizer
 from cera_train.runs.card import write_card
@@ -35,7 +37,6 @@ from cera_train.runs.subject import find_subject
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig, TaskConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
-from cera_train.training.console import render_example
 
 ADAPTER_CONFIG = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
@@ -295,7 +296,7 @@ STEERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud80
 def test_no_line_steers_the_terminal(capsys, tokenizer):
     print_line("run", f"a{STEERING}b")
     ids = tokenizer(f"x{STEERING[:-1]}y", add_special_tokens=False).input_ids
-    print(render_example(ids, [True] * len(ids), tokenizer))
+    print_example(TokenizedRows(table_of([Example(ids, [True] * len(ids))])), 0, tokenizer)
     assert not STEERS.search(capsys.readouterr().out)
 
 

@@ -168,7 +168,7 @@ def require_rows(config: TaskConfig) -> None:
 def open_rows(config: TaskConfig) -> Source:
     """The rows of `task.files`, or of the data set on the Hub."""
     if config.files:
-        return from_files(config.files, "task.files")
+        return from_files(config.files, "task.files", whole_text=True)
     return from_hub(config.path, config.subset, config.revision, config.split, "task.split")
 
 

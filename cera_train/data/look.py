@@ -1,0 +1,108 @@
+"""What a run prints about its rows, so that a person can see what the model will learn. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+from cera_train.common.terminal import console, highlighted, print_line
+from cera_train.data.order import describe_parts
+from cera_train.data.prepare import TokenizedData, TokenizedRows
+from cera_train.data.segments import columns_read
+from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
+from cera_train.settings.data import DataConfig, Layout, Turns
+
+LOOKED_AT = 1000
+"""Rows whose tokens are looked at one by one."""
+
+BARS, BAR_WIDTH = 8, 40
+"""Lines of a histogram, and the characters of its longest."""
+
+
+def print_rows(config: DataConfig, data: TokenizedData) -> None:
+    """Layout, rows kept, dropped and truncated, the supervised share, shared prompts."""
+    for line in dict.fromkeys(describe_layouts(config)):
+        print_line("layout", line)
+    for label, split in (("train", data.train), ("eval", data.evaluation)):
+        print_line(label, split.describe())
+    for line in describe_parts(data.parts):
+        print_line("part", line)
+    repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
+    print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
+
+
+def describe_layouts(config: DataConfig) -> Iterator[str]:
+    """How rows become text, and how some were held out: a line for each part of a mix whose rows are read."""
+    for _, part in config.parts():
+        if part.is_computed:
+            continue
+        is_chat = part.layout in (Layout.messages, Layout.conversations)
+        columns = [str(part.layout)] if is_chat else list(dict.fromkeys(itertools.chain(*columns_read(part))))
+        line = f"{part.layout}, by the column{'s' * (len(columns) > 1)} {' and '.join(f'`{name}`' for name in columns)}"
+        if is_chat:
+            line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"
+        if part.holds_out_by_prompt:
+            line += f"; {HELD_OUT:.0%} of the rows, at most {MOST_HELD_OUT}, are held out by prompt"
+        yield line
+
+
+def ends_of(rows: TokenizedRows) -> set[int]:
+    """The tokens that end the last answers of rows that are not truncated."""
+    last = [tokens_of(rows, row) for row in range(min(len(rows), LOOKED_AT)) if not rows.truncated[row]]
+    return {input_ids[-1] for input_ids, loss_mask in last if loss_mask[-1]}
+
+
+def describe_stop(ends: set[int], stops: set[int], tokenizer: Any) -> str:
+    """Whether generation stops at what ends an answer."""
+
+    def names(tokens: set[int]) -> str:
+        return " and ".join(tokenizer.decode(token) for token in sorted(tokens))
+
+    if not ends:
+        return "all rows are truncated, so the model learns no end of an answer: raise data.max_length"
+    if ends <= stops:
+        return f"{names(ends)} is supervised at the end of answers, and generation stops there"
+    mend = f"set eos_token in the model's tokenizer_config.json to {names(ends - stops)}"
+    return f"{names(ends)} ends answers, but generation stops at {names(stops)} only: {mend}"
+
+
+def print_lengths(rows: TokenizedRows) -> None:
+    """Answers and tokens of the rows: percentiles, and a small histogram."""
+    answers = [
+        sum(is_supervised for is_supervised, _ in itertools.groupby(tokens_of(rows, row)[1]))
+        for row in range(min(len(rows), LOOKED_AT))
+    ]
+    print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
+    lengths = sorted(rows.lengths)
+    low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
+    print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
+    width = math.ceil(lengths[-1] / BARS)
+    counts = Counter((length - 1) // width for length in lengths)
+    for bar in range(BARS):
+        bounds = f"{bar * width + 1:>6,} to {(bar + 1) * width:>6,}"
+        print_line("", f"{bounds}  {'#' * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))} {counts[bar]:,}")
+
+
+def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
+    """The token ids of a row, and which of them are supervised."""
+    return rows.tokens("input_ids", row).to_pylist(), rows.tokens("loss_mask", row).to_pylist()
+
+
+def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
+    """A row's text with its supervised parts marked."""
+    runs = itertools.groupby(zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1])
+    parts = ((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs)
+    console().print(f"{'example':<11}", highlighted(parts, 11), sep="")
+
+
+def look(config: DataConfig, data: TokenizedData, tokenizer: Any, stops: set[int]) -> None:
+    """Prints what a run would train on."""
+    print_rows(config, data)
+    print_lengths(data.sample)
+    print_line("stop", describe_stop(ends_of(data.sample), stops, tokenizer))
+    for row in sorted({0, len(data.sample) // 2}):
+        print_example(data.sample, row, tokenizer)

@@ -1,0 +1,192 @@
+"""A person's own files: how their rows are read, and which of them evaluate, without a setting."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from examples import CHAT, CONVERSATION
+
+from cera_train.cli.start import main
+from cera_train.common.errors import UserError
+from cera_train.data.files import rows_of
+from cera_train.data.look import describe_layouts
+from cera_train.data.prepare import prepare_data, prepare_evaluation
+from cera_train.data.segments import segmenter
+from cera_train.data.sources import decide_layouts, held_out_prompts
+from cera_train.runs.records import load_config
+from cera_train.settings.data import DataConfig, MixPart
+from cera_train.training.train import train
+
+pytest_plugins = ["examples"]
+pytestmark = pytest.mark.usefixtures("cache")
+
+SHAREGPT = CONVERSATION["conversations"]
+
+
+@pytest.fixture
+def own(compose, write_jsonl):
+    """own(rows, *overrides) -> the rows' DataConfig as the command line composes it from `data.train_files` alone"""
+
+    def own(rows: list[dict], *overrides: str) -> DataConfig:
+        return compose("data=jsonl", f"data.train_files=[{write_jsonl('rows.jsonl', rows)}]", *overrides).data
+
+    return own
+
+
+@pytest.mark.parametrize(
+    ("row", "layout", "texts"),
+    [
+        (CHAT, "messages, by the column `messages`, all answers", [message["content"] for message in CHAT["messages"]]),
+        (
+            CONVERSATION,
+            "conversations, by the column `conversations`, all answers",
+            ["System: Be brief.\nUser: hello\nAssistant:", " hello there", "\nUser: next?\nAssistant:", " 0.84"],
+        ),
+        (
+            {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Add. 1, 2: 3"},
+            "instruction, by the columns `instruction` and `output`",
+            ["Question: Add.\n1, 2\nAnswer:", " 3"],
+        ),
+        (
+            {"instruction": "Say yes.", "input": "", "output": "yes"},
+            "instruction, by the columns `instruction` and `output`",
+            ["Question: Say yes.\nAnswer:", " yes"],
+        ),
+        ({"prompt": "1+", "completion": "1"}, "text, by the columns `prompt` and `completion`", ["1+", "1"]),
+        (
+            {"question": "1+1?", "answer": "2", "messages": None},
+            "text, by the columns `question` and `answer`",
+            ["Question: 1+1?\nAnswer:", " 2"],
+        ),
+        ({"text": "Once upon a time."}, "text, by the column `text`", ["Once upon a time."]),
+    ],
+    ids=lambda value: value.partition(",")[0] if isinstance(value, str) else "",
+)
+def test_the_columns_of_the_first_rows_choose_the_layout(own, row, layout, texts):
+    config = decide_layouts(own([row, row]))
+    assert [*describe_layouts(config)] == [f"{layout}; 5% of the rows, at most 500, are held out by prompt"]
+    assert [segment.text for segment in segmenter(config, None)(row)] == texts
+    assert decide_layouts(config) == config
+
+
+def test_templates_that_are_set_choose_text_and_each_part_of_a_mix_is_read_by_its_own_columns(own, write_jsonl):
+    alpaca = {"instruction": "a", "output": "b"}
+    assert own([alpaca], "data.prompt='{instruction}:'", "data.completion='{output}'").layout == "text"
+    chats, rows = write_jsonl("chats.jsonl", [CHAT]), write_jsonl("alpaca.jsonl", [alpaca])
+    parts = [MixPart(train_files=[str(chats)]), MixPart(train_files=[str(rows)]), MixPart(path="a/b", layout="text")]
+    mixed = decide_layouts(replace(own([alpaca]), train_files=[], mix=parts))
+    assert [part.layout for part in mixed.mix] == ["messages", "instruction", "text"]
+    assert [part.turns for _, part in mixed.parts()] == ["all"] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ([CHAT | {"question": "a", "answer": "b"}], "finds the columns of both messages (messages) and text (question"),
+        ([{"prompt": "a", "completion": "b"}, CONVERSATION], "finds the columns of both conversations (conversations)"),
+        ([{"q": "a", "a": "b"}], "does not know these columns, q, a: rename them (messages; conversations; instr"),
+        ([], "does not know these columns, none: "),
+    ],
+)
+def test_columns_of_no_layout_or_of_two_are_refused(own, rows, line):
+    config = own(rows)
+    with pytest.raises(UserError, match=f"^{config.train_files[0]}: data.layout=auto {re.escape(line)}"):
+        decide_layouts(config)
+
+
+def test_a_text_file_has_a_document_a_line_or_between_blank_lines(tmp_path, tokenizer):
+    path = tmp_path / "t.txt"
+
+    def documents(text: str) -> list:
+        path.write_bytes(text.encode())
+        return [(int(place.removeprefix(f"{path}:")), row["text"]) for place, row in rows_of([str(path)])]
+
+    assert documents("\none\r\ntwo\n\n") == [(2, "one"), (3, "two")]
+    assert documents("one\nmore\n \n\ntwo\n") == [(1, "one\nmore"), (5, "two")]
+    assert documents("") == []
+    documents("\n".join(f"line {number}" for number in range(6)))
+    data = prepare_data(decide_layouts(DataConfig(layout="auto", train_files=[str(path)])), tokenizer)
+    assert (len(data.train), len(data.evaluation)) == (5, 1)
+    mask = data.train.tokens("loss_mask", 0).to_pylist()
+    assert mask == [False, *[True] * (len(mask) - 1)]
+
+
+# --- which rows evaluate ---------------------------------------------------------------------------------------------
+
+
+def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
+    rows = [{"prompt": f"{number % 20} is ", "completion": f"{number}"} for number in range(100)]
+    rows += [{"prompt": "none", "completion": ""}, {"prompt": "3  IS", "completion": "x"}]
+    config = decide_layouts(own(rows, "data.max_length=64"))
+    data = prepare_data(config, tokenizer)
+    assert (len(data.train), len(data.evaluation), data.shared_prompts) == (96, 5, 0)
+    assert data.train.dropped == (1, 0)
+    assert prepare_evaluation(config, tokenizer).digest == data.evaluation.digest
+
+
+@pytest.mark.parametrize(
+    ("counts", "rows"),
+    [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)],
+)
+def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows):
+    prompts = Counter({bytes([*divmod(number, 256)]): count for number, count in enumerate(counts)}) + Counter(
+        {None: 9}
+    )
+    assert sum(prompts[prompt] for prompt in held_out_prompts(prompts, "x")) == rows
+
+
+def test_a_single_prompt_cannot_be_on_both_sides(own, tokenizer):
+    config = decide_layouts(own([{"prompt": "a", "completion": "b"}] * 9))
+    with pytest.raises(UserError, match=r"1 different prompt with an answer.*name data\.eval_files"):
+        prepare_data(config, tokenizer)
+
+
+# --- a look ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
+    tiny_folder, write_jsonl, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    question, answer = CHAT["messages"][1:3]
+    turns = [[question | {"content": f"next to {number}?"}, answer] for number in range(40)]
+    write_jsonl("rows.jsonl", [{"messages": turn * (1 + number // 30)} for number, turn in enumerate(turns)])
+    settings = [f"model.path={tiny_folder}", "data.train_files=[rows.jsonl]", "data.max_length=128"]
+    monkeypatch.setattr(sys, "argv", ["cera-train", *settings, "--look"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    labels = [line[:11].strip() for line in lines]
+    values = dict(zip(labels, (line[11:] for line in lines), strict=True))
+    assert values["layout"].startswith("messages, by the column `messages`, all answers; 5% of the rows")
+    assert values["train"].startswith("38 rows, ")
+    assert values["answers"] in ("1.2 a row, 2 at most", "1.3 a row, 2 at most")
+    assert values["stop"].startswith("<|im_end|> ends answers, but generation stops at </s> only: set eos_token in")
+    assert sum(int(line.split()[-1].replace(",", "")) for line in lines if "# " in line) == 38
+    assert "[[hello there<|im_end|>]]" in "\n".join(lines)
+    assert labels.count("example") == 2
+    assert values["train it"] == shlex.join(["cera-train", "data=jsonl", *settings])
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["rows.jsonl"]
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_finished(
+    tiny_config, write_jsonl, capsys
+):
+    path = write_jsonl("rows.jsonl", [{"question": f"{number}?", "answer": f"{number}"} for number in range(40)])
+    config = tiny_config("data=jsonl", f"data.train_files=[{path}]", "train.max_updates=1")
+    result = train(config)
+    assert re.search(
+        r"^layout +text, by the columns `question` and `answer`; 5% ", capsys.readouterr().out, re.MULTILINE
+    )
+    recorded = load_config(Path(result["folder"]) / "config.yaml").data
+    assert recorded == decide_layouts(config.data)
+    path.unlink()
+    assert train(config) == result
