@@ -24,7 +24,7 @@ from cera_train.distributed.accelerator import Team, quiet_libraries, start_acce
 from cera_train.evaluation.generate import cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
-from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, load_problems
+from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, describe_trained_on, load_problems
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model, load_tokenizer
@@ -40,6 +40,7 @@ from cera_train.runs.evaluation_folder import (
 from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult
 from cera_train.runs.subject import Subject, digest_of, find_subject
+from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import Dtype
 
@@ -145,6 +146,7 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
     problems = load_problems(config.task, evaluation.subject.data)
     if is_main:
         folder.write_problems(problems)
+        print_shared(problems, evaluation.subject.data)
     answers, broken = folder.answers()
     for line in broken if is_main else []:
         print_line("note", f"{line}: its problem is answered again.")
@@ -173,6 +175,16 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
         problems=len(problems),
         samples=config.generation.samples,
     )
+
+
+def print_shared(problems: Sequence[Problem], trained_on: DataConfig | None) -> None:
+    """Prints how many problems are among the rows that the run was trained on, where these can still be read."""
+    try:
+        shared = describe_trained_on(problems, trained_on) if trained_on else ""
+    except UserError as error:
+        shared = f"unknown, since the training rows cannot be read: {error}"
+    if shared:
+        print_line("shared", shared)
 
 
 def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key], file: TextIO) -> None:

@@ -151,17 +151,14 @@ def check_budgets(place: str, runs: dict[str, Config]) -> None:
 def check_problems(runs: Iterable[Config]) -> None:
     """Raises UserError for a task whose problems are among the rows that a run trains on."""
     with heavy_imports():
-        from cera_train.evaluation.tasks.task import trained_on, training_task
+        from cera_train.evaluation.tasks.task import describe_trained_on, load_problems, training_task
 
     # The arms of a condition share rows and tasks, and reading them takes long.
     pairs = {repr((task, run.train.task_settings, run.data)): (task, run) for run in runs for task in run.train.tasks}
     for task, run in pairs.values():
-        shared = trained_on(training_task(task, run.train.changes_of_task(task)), run.data)
-        require(
-            not shared,
-            f"train.tasks=[{task}]: {len(shared):,} of its problems are among the training rows, such as "
-            f"{''.join(shared[:1])[:60]!r}. Choose other rows or problems.",
-        )
+        problems = load_problems(training_task(task, run.train.changes_of_task(task)), run.data)
+        shared = describe_trained_on(problems, run.data)
+        require(not shared, f"train.tasks=[{task}]: {shared}. Choose other rows or problems.")
 
 
 # --- running it ------------------------------------------------------------------------------------------------------

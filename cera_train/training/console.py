@@ -17,6 +17,7 @@ from cera_train.common.terminal import duration, print_fields, print_line, targe
 from cera_train.common.trust import redact
 from cera_train.data.look import describe_stop, ends_of, print_example, print_rows
 from cera_train.data.prepare import stop_ids
+from cera_train.evaluation.tasks.task import describe_trained_on
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.results import RunResult, describe_linear_share, describe_rank, describe_tasks
@@ -63,6 +64,9 @@ def print_start(session: Session) -> None:
     print_example(rows, 0, tokenizer)
     if session.exams.plan:
         print_line("answers", session.exams.plan)
+    for exam in session.exams.tasks:
+        if shared := describe_trained_on(exam.problems, config.data):
+            print_line("shared", f"{exam.name}: {shared}")
 
 
 def print_adapter(session: Session) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from evaluated_runs import read
+from evaluated_runs import QUESTIONS, read
 from several_processes import train_in_processes
 from tiny_runs import folder_of
 
@@ -20,6 +20,8 @@ from cera_train.runs.outcomes import GradedProblem, read_grades
 from cera_train.runs.results import SAMPLES
 from cera_train.training import train as training
 from cera_train.training.train import train
+
+pytest_plugins = ("evaluated_runs",)
 
 FIGURES = ["logistic_map/exact", "logistic_map/step_accuracy/mean", "logistic_map/state_collapse"]
 TASKS = ["train.tasks=[logistic_map]", "train.tasks_every=8", "train.tasks_limit=4", "train.samples=3"]
@@ -157,6 +159,25 @@ def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_refe
     assert {(line["task"], line["exact"]) for line in samples} == {(None, None)}
     assert samples[0]["prompt"].startswith("Question: x' = 3.5 x (1 - x). Starting from x = 0.24")
     assert samples[0]["gold"] == "0.64, 0.81, 0.54, 0.87, 0.40, 0.84"
+
+
+def test_problems_that_are_trained_on_are_named_in_training_and_in_an_evaluation(
+    tiny_config, compose, write_jsonl, one_verifier, capsys
+):
+    rows, questions = (write_jsonl(f"{name}.jsonl", QUESTIONS) for name in ("rows", "questions"))
+    config = tiny_config(
+        *("data=gsm8k", "data.path=null", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.max_updates=1"),
+        *("train.tasks=[gsm8k]", f"train.task_settings={{gsm8k: {{files: [{questions}], max_new_tokens: 8}}}}"),
+    )
+    shared = "6 of its problems are among the training rows, such as '1 apples and 2 more, how many?'\n"
+    train(config)
+    assert f"\nshared     gsm8k: {shared}" in capsys.readouterr().out
+    settings = [f"run={folder_of(config)}", "task=gsm8k", f"task.files=[{questions}]", "task.max_new_tokens=8"]
+    evaluate(compose(*settings, command="eval"))
+    assert f"\nshared     {shared}" in capsys.readouterr().out
+    rows.unlink()
+    evaluate(compose(*settings, command="eval"))
+    assert "\nshared     unknown, since the training rows cannot be read: data.train_files=" in capsys.readouterr().out
 
 
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]

@@ -251,16 +251,31 @@ def _file(name: str) -> dict[str, Any]:
 # --- problems among the training rows --------------------------------------------------------------------------------
 
 
-def trained_on(config: TaskConfig, data: DataConfig) -> list[str]:
-    """The questions of a task that stand in a text of a training row, whatever their case and spaces. Streamed rows are
-    too many to read."""
-    questions = {f" {normalized(problem.question)} ": problem.question for problem in load_problems(config, data)}
-    shared = set()
+START = 4
+"""Words of a question by which a text is searched for it."""
+
+
+def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
+    """The questions of problems that stand in a text of a training row, whatever their case and spaces. Streamed rows
+    are too many to read."""
+    questions = {normalized(problem.question): problem.question for problem in problems if problem.question.strip()}
+    by_start: dict[tuple[str, ...], list[str]] = {}
+    for words in questions:
+        by_start.setdefault(tuple(words.split()[:START]), []).append(words)
+    lengths, shared = {len(start) for start in by_start}, set()
     for _, part in data.parts():
-        for row in [] if part.streaming else open_sources(part)[0].read():
-            text = "\n".join(f" {normalized(text)} " for text in _texts(row))
-            shared |= {question for question in questions if question in text}
-    return [question for words, question in questions.items() if words in shared and question.strip()]
+        rows = [] if part.streaming else open_sources(part)[0].read()
+        for words in (normalized(text).split() for row in rows for text in _texts(row)):
+            starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
+            text = f" {' '.join(words)} "
+            shared |= {each for start in starts & by_start.keys() for each in by_start[start] if f" {each} " in text}
+    return [question for words, question in questions.items() if words in shared]
+
+
+def describe_trained_on(problems: Iterable[Problem], data: DataConfig) -> str:
+    """How many problems are among the training rows; empty where none is."""
+    shared = trained_on(problems, data)
+    return f"{len(shared):,} of its problems are among the training rows, such as {shared[0][:60]!r}" if shared else ""
 
 
 def _texts(value: Any) -> Iterator[str]:

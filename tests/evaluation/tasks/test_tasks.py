@@ -161,12 +161,12 @@ def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and
         MixPart(train_files=[str(write_jsonl("second.jsonl", [{"question": questions[-1], "answer": "y"}] * 3))]),
     ]
     data = DataConfig(prompt="{question}", completion="{answer}", eval_rows=1, mix=parts)
-    assert trained_on(task, data) == [questions[1], questions[2], questions[4]]
+    assert trained_on(load_problems(task, data), data) == [questions[1], questions[2], questions[4]]
 
 
 def test_computed_rows_hold_none_of_their_problems():
     data = DataConfig(layout="logistic_map", eval_rows=20, logistic_map=LogisticMapConfig(growth=[3.5, 3.8]))
-    assert trained_on(training_task("logistic_map", {}), data) == []
+    assert trained_on(load_problems(training_task("logistic_map", {}), data), data) == []
     pytest.importorskip("reasoning_gym")
     data = DataConfig(layout="reasoning_gym", train_rows=500, eval_rows=5)
-    assert trained_on(training_task("reasoning_gym", {"limit": 20}), data) == []
+    assert trained_on(load_problems(training_task("reasoning_gym", {"limit": 20}), data), data) == []
