@@ -6,7 +6,7 @@ from typing import Any
 
 import hydra
 
-from cera_train.cli.mistakes import SCHEMAS, options
+from cera_train.cli.mistakes import SCHEMAS, options, with_implied_files
 from cera_train.cli.start import register_configs, to_config
 from cera_train.common.files import config_dir
 
@@ -16,4 +16,5 @@ def composed(*overrides: str, command: str = "train") -> Any:
     register_configs(*options("recipe"))
     name = "config" if command == "train" else command
     with hydra.initialize_config_dir(str(config_dir("conf")), version_base="1.3"):
-        return to_config(hydra.compose(name, list(overrides)), SCHEMAS[f"cera-{command}"])
+        settings = with_implied_files(f"cera-{command}", overrides)
+        return to_config(hydra.compose(name, settings), SCHEMAS[f"cera-{command}"])

@@ -123,12 +123,7 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
         check_config_folder(flags["--config-dir"])
     if program == "cera-train" and not settings and not flags:
         settings = ["+recipe=quickstart"]
-    keys = {setting.partition("=")[0] for setting in settings}
-    if "model.path" in keys and "model" not in keys and program in ("cera-eval", "cera-chat", "cera-export"):
-        settings = ["model=smollm2_135m", *settings]  # any file, where the section is null: the path replaces its facts
-    is_own = "data.train_files" in keys and keys.isdisjoint({"data", "+recipe", "+sweep", "+study"})
-    if is_own and program in ("cera-train", "cera-plan"):
-        settings = ["data=jsonl", *settings]
+    settings = with_implied_files(program, settings)
     is_single = not flags.keys() - {"--config-dir"}
     for setting in settings:
         key, _, value = setting.partition("=")
@@ -145,6 +140,17 @@ def for_hydra(program: str, arguments: Sequence[str]) -> list[str]:
             )
     words = [name if value is True else f"{name}={value}" for name, value in flags.items()]
     return [*words, *map(with_folder_quoted, settings)]
+
+
+def with_implied_files(program: str, settings: Sequence[str]) -> list[str]:
+    """The settings after the files of conf/ that they imply."""
+    keys, files = {setting.partition("=")[0] for setting in settings}, []
+    if "model.path" in keys and "model" not in keys and program in ("cera-eval", "cera-chat", "cera-export"):
+        files.append("model=smollm2_135m")  # any file, where the section is null: the path replaces its facts
+    is_own = "data.train_files" in keys and keys.isdisjoint({"data", "+recipe", "+sweep", "+study"})
+    if is_own and program in ("cera-train", "cera-plan"):
+        files.append("data=jsonl")
+    return [*files, *settings]
 
 
 def with_folder_quoted(argument: str) -> str:
