@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -68,6 +69,22 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     assert result["perplexity"] != pytest.approx(result["perplexity_base"], rel=1e-3)
     untouched = evaluate(eval_config(*settings, *base_settings(run), task="forgetting", run="base"))
     assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
+
+
+def test_finewiki_measures_each_article_as_pefts_comparison_does(eval_config, run, tokenizer, tmp_path):
+    """Against the loss of the cut articles as PEFT's run.py takes it, the mean over all tokens; streamed."""
+    articles = [f"hello there {number}, what is the next value? " * 4 for number in range(102)]
+    folder = tmp_path / "finewiki"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in articles))
+    result = evaluate(eval_config("data=finewiki", f"data.path={folder}", "data.max_length=16", task="perplexity"))
+
+    model = AutoModelForCausalLM.from_pretrained(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
+    ids = tokenizer(articles[:100], truncation=True, max_length=16, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss.item()
+    assert (result["rows"], result["tokens"]) == (100, 1500)
+    assert result["perplexity_base"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
 @pytest.mark.parametrize(
