@@ -12,9 +12,9 @@ from typing import Any
 from cera_train.common.terminal import console, highlighted, print_line
 from cera_train.data.order import describe_parts
 from cera_train.data.prepare import TokenizedData, TokenizedRows
-from cera_train.data.segments import columns_read
+from cera_train.data.segments import TURNS, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
-from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.settings.data import DataConfig, Turns
 
 LOOKED_AT = 1000
 """Rows whose tokens are looked at one by one."""
@@ -40,7 +40,7 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
     for _, part in config.parts():
         if part.is_computed:
             continue
-        is_chat = part.layout in (Layout.messages, Layout.conversations)
+        is_chat = part.layout in TURNS
         columns = [str(part.layout)] if is_chat else list(dict.fromkeys(itertools.chain(*columns_read(part))))
         line = f"{part.layout}, by the column{'s' * (len(columns) > 1)} {' and '.join(f'`{name}`' for name in columns)}"
         if is_chat:

@@ -22,10 +22,10 @@ SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
 """The speakers of layout `conversations`, and how they are written."""
 
 TURNS = {
-    "messages": ("role", "content", ("system", "user", "assistant", "tool", "developer")),
-    "conversations": ("from", "value", tuple(SPEAKERS)),
+    Layout.messages: ("role", "content", ("user", "assistant", "system", "tool", "developer")),
+    Layout.conversations: ("from", "value", ("human", "gpt", "system")),
 }
-"""The keys of a turn by layout, and the values of the first."""
+"""The keys of a turn by layout, and the speakers: who asks, who answers, others."""
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what a model thinks before it answers."""
@@ -73,7 +73,7 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
         case Layout.instruction:
             return instruction
         case Layout.conversations:
-            return first_turns if config.turns == Turns.first else partial(all_turns, wanted=config.turns)
+            return partial(conversation, wanted=config.turns)
         case Layout.messages:
             if tokenizer is not None and not tokenizer.chat_template:
                 reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
@@ -177,21 +177,16 @@ def speeches(row: Row) -> list[tuple[str, str]]:
     return [(turn["from"], as_text(turn.get("value"), f"conversations[{number}] 'value'")) for number, turn in turns]
 
 
-def first_turns(row: Row) -> list[Segment]:
-    """Layout `conversations` as published: the first question and the first answer, without the system prompt."""
-    texts: dict[str, str] = {}
-    for speaker, text in speeches(row):
-        texts.setdefault(speaker, text)
-    if not texts.get("gpt", "").strip():
-        return []
-    return answered(f"User: {texts.get('human', '')}\nAssistant:", f" {texts['gpt']}")
-
-
-def all_turns(row: Row, wanted: Turns = Turns.all) -> list[Segment]:
-    """Layout `conversations` with the system prompt and every turn, up to the last that is supervised."""
+def conversation(row: Row, wanted: Turns) -> list[Segment]:
+    """Layout `conversations`, up to the last answer that is supervised."""
     turns = speeches(row)
+    if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
+        firsts = dict(reversed(turns))
+        turns = [(speaker, firsts.get(speaker, "")) for speaker in ("human", "gpt")]
     answers = [number for number, (speaker, text) in enumerate(turns) if speaker == "gpt" and text.strip()]
-    supervised = supervised_turns(row["conversations"], answers, wanted, "conversations") if answers else []
+    supervised = answers
+    if wanted != Turns.first:
+        supervised = supervised_turns(row["conversations"], answers, wanted, "conversations")
     segments, context = [], ""
     for number, (speaker, text) in enumerate(turns[: max(supervised, default=-1) + 1]):
         if number in answers:

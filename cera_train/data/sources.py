@@ -150,7 +150,7 @@ def _held_out_by_prompt(source: Source, to_segments: Segmenter) -> tuple[Source,
 
     def key(placed: PlacedRow) -> bytes | None:
         [segments] = segments_of([placed], to_segments)
-        return hashlib.blake2b(normalized(prompt_of(segments)).encode()).digest() if segments else None
+        return hashlib.blake2b(normalized(prompt_of(segments)).encode(), digest_size=16).digest() if segments else None
 
     @functools.cache
     def evaluating() -> set[bytes | None]:

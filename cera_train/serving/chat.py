@@ -19,7 +19,7 @@ from cera_train.common.trust import clean
 from cera_train.data.files import READERS, from_files
 from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, Row
-from cera_train.data.segments import columns_read, segmenter, turns_of
+from cera_train.data.segments import TURNS, columns_read, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Request, TokenChoice, prepare_generation
 from cera_train.model.weights import positions_of
@@ -31,12 +31,6 @@ NEW, END = "/new", "/end"
 
 ANSWER = "?"
 """Stands for the answer in a row. Its segment is cut off, so its text changes nothing."""
-
-TURNS = {
-    Layout.conversations: ("from", "value", "human", "gpt"),
-    Layout.messages: ("role", "content", "user", "assistant"),
-}
-"""The names of a turn's speaker and text, and of the two speakers."""
 
 PLAIN = DataConfig(layout=Layout.text, path="a text", prompt="{text}", completion="{answer}")
 """A text as it is: also the question to a model that was trained on documents."""
@@ -97,7 +91,7 @@ class Prompts:
         template has more columns than one text can fill."""
         question, layout = turns[-1], self.data.layout
         if layout in TURNS:
-            speaker, text, *speakers = TURNS[layout]
+            speaker, text, speakers = TURNS[layout]
             turns = turns if self.keeps_turns else [question]
             return {str(layout): [{speaker: speakers[index % 2], text: turn} for index, turn in enumerate(turns)]}
         columns, _ = columns_read(self.data)
@@ -112,7 +106,7 @@ class Prompts:
         """The token ids of a row's prompt. Raises UserError where the row lacks a column or has another layout."""
         layout = self.data.layout
         if layout in TURNS:
-            speaker, text, _, model = TURNS[layout]
+            speaker, text, (_, model, *_) = TURNS[layout]
             answered = row | {str(layout): [*turns_of(row, str(layout)), {speaker: model, text: ANSWER}]}
         else:
             answered = row | dict.fromkeys(columns_read(self.data)[1], ANSWER)

@@ -192,7 +192,7 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, token
     [
         ("messages", {"conversations": [HUMAN]}, "column 'messages' is missing; its columns are conversations. Choose"),
         ("messages", {"messages": "a"}, "column 'messages' holds a str: expected a list of turns."),
-        ("messages", {"messages": ["a"]}, "messages[0] is 'a': expected an object with role (one of system, user, as"),
+        ("messages", {"messages": ["a"]}, "messages[0] is 'a': expected an object with role (one of user, assistant"),
         ("messages", {"messages": [USER, {"role": "bot", "content": "b"}]}, "messages[1] is \"{'role': 'bot'"),
         ("messages", {"messages": [{"role": "user"}]}, "messages[0] is \"{'role': 'user'}\": expected"),
         ("messages", {"messages": [HUMAN]}, "messages[0] is \"{'from': 'human'"),

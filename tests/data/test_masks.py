@@ -11,7 +11,7 @@ from examples import CHAT, CONVERSATION, data_config, example_of, ids_of, superv
 from tokenizers.processors import TemplateProcessing
 
 from cera_train.data.prepare import encode
-from cera_train.data.segments import all_turns, segmenter, templates
+from cera_train.data.segments import segmenter, templates
 
 # --- layout text -----------------------------------------------------------------------------------------------------
 
@@ -105,7 +105,8 @@ def test_all_turns_have_the_system_prompt_and_supervise_every_answer(tokenizer):
     )
     assert supervised_text(example, tokenizer) == " hello there</s>| 0.84</s>"
     turns = [("human", "a"), ("gpt", " "), ("human", "b"), ("gpt", "c")]  # an empty answer between others is context
-    segments = all_turns({"conversations": [{"from": role, "value": text} for role, text in turns]})
+    every = segmenter(data_config(layout="conversations", turns="all"), tokenizer)
+    segments = every({"conversations": [{"from": role, "value": text} for role, text in turns]})
     assert [segment.text for segment in segments] == ["User: a\nAssistant:  \nUser: b\nAssistant:", " c"]
 
 
