@@ -24,7 +24,8 @@ from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation
-from cera_train.model.weights import load_model, load_tokenizer
+from cera_train.model.folder import load_tokenizer
+from cera_train.model.weights import load_model
 from cera_train.runs.evaluation_folder import Generation
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.evaluation import GenerationConfig

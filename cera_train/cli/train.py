@@ -60,7 +60,7 @@ def look(composed: DictConfig) -> None:
     with heavy_imports():
         from cera_train.data.look import look
         from cera_train.data.prepare import prepare_data, stop_ids
-        from cera_train.model.weights import load_tokenizer, model_ends
+        from cera_train.model.folder import load_tokenizer, model_ends
     data, tokenizer = decide_layouts(config.data), load_tokenizer(config.model)
     look(data, prepare_data(data, tokenizer), tokenizer, stop_ids(tokenizer, model_ends(config.model)))
     print_line("train it", redact(shlex.join([TRAIN, *HydraConfig.get().overrides.task])))

@@ -25,9 +25,10 @@ from cera_train.evaluation.generate import cut_batches, generate, prepare_genera
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, describe_trained_on, load_problems
+from cera_train.model.folder import load_tokenizer
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
-from cera_train.model.weights import fingerprint, load_model, load_tokenizer
+from cera_train.model.weights import fingerprint, load_model
 from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,

@@ -30,8 +30,8 @@ from cera_train.evaluation.generate import (
 )
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
+from cera_train.model.folder import positions_of
 from cera_train.model.loss import SupervisedLoss
-from cera_train.model.weights import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.runs.outcomes import GradedProblem
 from cera_train.runs.results import Sample, describe_tasks

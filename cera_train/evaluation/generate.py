@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.model.weights import positions_of
+from cera_train.model.folder import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
 

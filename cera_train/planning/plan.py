@@ -140,7 +140,7 @@ def _plan(config: PlanRun) -> RunPlan:
     data = data_size(config.data, config.plan.tokens_per_row)
     tasks, totals = task_sizes(config, data), run_totals(config, data)
     with heavy_imports():
-        from cera_train.model.weights import positions_of
+        from cera_train.model.folder import positions_of
         from cera_train.planning.dry_run import DryRun
     run = DryRun(config)
     positions = positions_of(run.base.config)

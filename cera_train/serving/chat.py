@@ -22,7 +22,7 @@ from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import TURNS, columns_read, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.generate import Request, TokenChoice, prepare_generation
-from cera_train.model.weights import positions_of
+from cera_train.model.folder import positions_of
 from cera_train.serving.loading import load
 from cera_train.settings.data import DataConfig, Layout, Turns
 from cera_train.settings.serving import ChatConfig, Template

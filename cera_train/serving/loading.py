@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.evaluate import choose_dtype, load_subject
-from cera_train.model.weights import load_tokenizer
+from cera_train.model.folder import load_tokenizer
 from cera_train.runs.subject import Subject, find_subject
 
 

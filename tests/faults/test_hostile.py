@@ -28,7 +28,8 @@ from cera_train.common.terminal import print_line
 from cera_train.data.look import print_example
 from cera_train.data.prepare import Example, TokenizedRows, table_of
 from cera_train.data.sources import from_hub
-from cera_train.model.weights import check_length, load_model, load_tokenizer
+from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.weights import load_model
 from cera_train.runs.card import write_card
 from cera_train.runs.folder import Progress, RunFolder, load_checkpoint
 from cera_train.runs.records import load_config

@@ -20,7 +20,8 @@ from cera_train.adapters.build import build, parameter_counts
 from cera_train.adapters.targets import linear_names
 from cera_train.common import hub
 from cera_train.common.errors import UserError
-from cera_train.model.weights import attention_for, check_length, load_model, load_tokenizer
+from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.weights import attention_for, load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.model import ModelConfig, Quantization
 

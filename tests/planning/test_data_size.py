@@ -108,7 +108,7 @@ def test_a_data_set_of_conf_is_known_by_its_path(size):
 @needs_smollm2
 def test_the_facts_of_gsm8k_are_its_rows(compose):
     from cera_train.data.prepare import prepare_evaluation
-    from cera_train.model.weights import load_tokenizer
+    from cera_train.model.folder import load_tokenizer
 
     config = compose("data=gsm8k", f"data.train_files=[{SHARED_DATA}/gsm8k_test.jsonl]", "data.eval_rows=1000")
     rows = prepare_evaluation(config.data, load_tokenizer(config.model))

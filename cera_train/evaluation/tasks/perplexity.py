@@ -28,7 +28,7 @@ class Perplexity(Task):
     def rows(self, config: TaskConfig, data: DataConfig | None, model: ModelConfig, tokenizer: Any) -> TokenizedRows:
         """The rows to predict. `data` is that of `data=`, else the run's; None if neither is known."""
         from cera_train.data.prepare import prepare_evaluation, prepare_windows
-        from cera_train.model.weights import check_length
+        from cera_train.model.folder import check_length
 
         if config.window is not None:
             check_length(model, config.window, "task.window")
