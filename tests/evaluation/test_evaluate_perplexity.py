@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -71,9 +72,10 @@ def test_forgetting_is_the_perplexity_of_every_window(eval_config, run, tokenize
     assert untouched["perplexity"] == pytest.approx(result["perplexity_base"], rel=1e-6)
 
 
-def test_finewiki_measures_each_article_as_pefts_comparison_does(eval_config, run, tokenizer, tmp_path):
+def test_finewiki_measures_each_article_as_pefts_comparison_does(eval_config, run, tokenizer, tmp_path, monkeypatch):
     """Against the loss of the cut articles as PEFT's run.py takes it, the mean over all tokens; streamed."""
     articles = [f"hello there {number}, what is the next value? " * 4 for number in range(102)]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "finewiki"
     folder.mkdir()
     (folder / "train.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in articles))
