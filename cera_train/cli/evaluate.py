@@ -11,7 +11,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from cera_train.cli.start import check_trust, leave_closed_pipe, print_error, start_hydra, to_config
+from cera_train.cli.start import announce_imports, check_trust, leave_closed_pipe, print_error, start_hydra, to_config
 from cera_train.common.imports import heavy_imports
 from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_one_of_several
@@ -48,6 +48,7 @@ def run(composed: DictConfig) -> None:
     check_model(subject.model.path)
     if config.task.files and isinstance(build_task(config.task), AnswerTask):
         load_problems(config.task, subject.data)
+    announce_imports()
     with heavy_imports():
         from cera_train.evaluation.evaluate import evaluate as measure
 

@@ -12,7 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
 
-from cera_train.cli.start import errors_in_one_line, start_hydra, to_config, without_hydra
+from cera_train.cli.start import announce_imports, errors_in_one_line, start_hydra, to_config, without_hydra
 from cera_train.settings.run import PlanRun
 from cera_train.sweep.folder import grid, job_composer
 
@@ -26,6 +26,7 @@ def main() -> None:
 def plan(composed: DictConfig) -> Any:
     """Prints one plan. In a sweep, returns the plan of one job to `PlanSweep`."""
     config = to_config(composed, PlanRun)
+    announce_imports()
     from cera_train.planning.plan import make_plan
     from cera_train.planning.table import print_plan
 
@@ -71,4 +72,5 @@ class PlannedStudy(Sweeper):
         with errors_in_one_line(PLAN):
             from cera_train.study.plan import plan_study
 
+            announce_imports()
             plan_study(self.config, job_composer(self.config, functools.partial(without_hydra, schema=PlanRun)))

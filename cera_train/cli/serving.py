@@ -8,7 +8,7 @@ from dataclasses import replace
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cera_train.cli.start import check_trust, start_hydra, to_config
+from cera_train.cli.start import announce_imports, check_trust, start_hydra, to_config
 from cera_train.common.imports import heavy_imports
 from cera_train.model.folder import check_model
 from cera_train.runs.subject import find_subject
@@ -24,6 +24,7 @@ def chat(composed: DictConfig) -> None:
     check_trust(composed, HydraConfig.get().overrides.task)
     for place in filter(None, [config.run, config.compare]):
         check_model(find_subject(replace(config, run=place)).model.path)
+    announce_imports()
     with heavy_imports():
         from cera_train.serving.chat import chat
 
@@ -40,6 +41,7 @@ def export(composed: DictConfig) -> None:
     subject = find_subject(config)
     check_model(subject.model.path)
     config.check_model(subject.model)
+    announce_imports()
     with heavy_imports():
         from cera_train.serving.export import export
 

@@ -15,6 +15,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from cera_train.cli.start import (
+    announce_imports,
     check_trust,
     errors_in_one_line,
     leave_closed_pipe,
@@ -110,6 +111,7 @@ def is_as_published(overrides: list[str]) -> bool:
 
 def run(config: Config) -> float | None:
     """Trains; returns the run's `sweep.metric`."""
+    announce_imports()
     with heavy_imports():
         from cera_train.training.train import launch
 
@@ -135,6 +137,7 @@ class TrainingSweep(Callback):
                 raise UserError("+study=NAME has a sweeper: leave hydra/sweeper=... out.")
             compose = job_composer(config, without_hydra)
             if is_study(config):
+                announce_imports()  # to count parameters
                 begin_study(config, compose)
             else:
                 begin(config, compose, record_of(config))

@@ -38,6 +38,11 @@ def print_line(label: str, text: str) -> None:
     print(labelled(label, text), flush=True)
 
 
+def announce(label: str, text: str) -> None:
+    """Prints one labelled line about what takes seconds, to stderr: stdout has results."""
+    print(labelled(label, text), file=sys.stderr, flush=True)
+
+
 def print_fields(fields: Mapping[str, str]) -> None:
     """A label and a value on each line, values aligned."""
     width = max([16, *(len(label) + 2 for label in fields)])

@@ -15,7 +15,7 @@ from cera_train.adapters.build import cera_layers
 from cera_train.adapters.families.base import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
-from cera_train.common.terminal import print_fields, print_line
+from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import TokenizedRows, prepare_data
 from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import quiet_libraries
@@ -83,12 +83,14 @@ def export(config: ExportConfig) -> Certificate:
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     data = prepare_data(decide_layouts(config.data or loaded.subject.run.data), loaded.tokenizer)
     calibration, tokens = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
+    announce("fitting", f"linear maps to {tokens:,} training tokens")
     maps = fit_maps(loaded, calibration)
 
     def write(part: Path) -> None:
         write_lora(loaded.model, maps, loaded.base.name_or_path, part)
         exported = load_export(config, loaded, part)
         rows = held_out_rows(data.evaluation, config.rows, loaded.base.device)
+        announce("judging", f"the export on {len(rows):,} held-out rows")
         figures = compare(logits_of(loaded.model, loaded), logits_of(exported, loaded), rows)
         certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
         print_fields(certificate.shown())
