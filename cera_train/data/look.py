@@ -80,11 +80,13 @@ def print_lengths(rows: TokenizedRows) -> None:
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
     print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
-    width = math.ceil(lengths[-1] / BARS)
-    counts = Counter((length - 1) // width for length in lengths)
-    for bar in range(BARS):
-        bounds = f"{bar * width + 1:>6,} to {(bar + 1) * width:>6,}"
-        print_line("", f"{bounds}  {'#' * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))} {counts[bar]:,}")
+    shortest = lengths[0]
+    width = math.ceil((lengths[-1] - shortest + 1) / BARS)
+    counts = Counter((length - shortest) // width for length in lengths)
+    for bar in range(max(counts) + 1):
+        first = shortest + bar * width
+        hashes = "#" * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))
+        print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
 
 
 def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:

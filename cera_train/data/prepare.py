@@ -267,7 +267,7 @@ def _tokenize(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRo
 
 
 def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer: Any) -> list[Example]:
-    """Token ids and loss masks of many rows at once."""
+    """Token ids and loss masks of many rows at once; of a document longer than max_length, in several examples."""
     end = tokenizer.eos_token_id
     if end is None:
         reason = "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
@@ -279,25 +279,27 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
     texts = [segment.text for segments in rows_segments for segment in segments]
     segment_ids = iter(ids_of(texts, tokenizer) if texts else [])
 
-    examples = []
+    examples, step = [], config.max_length - len(start)
     for segments in rows_segments:
         if not segments:
             examples.append(Example([], [], has_answer=False))
             continue
-        input_ids, loss_mask = list(start), [False] * len(start)
+        input_ids, loss_mask = [], []
         for segment in segments:
             ids = next(segment_ids)
             if segment.is_answer and not (is_chat and ids and ids[-1] in special):  # a template may write it
                 ids = [*ids, end]
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)
-        has_answer = any(loss_mask[1 : config.max_length])
-        if config.loss_on == LossOn.all:
-            loss_mask = [True] * len(input_ids)
-        loss_mask[0] = False
         prompt_key = hashlib.blake2b(prompt_of(segments).encode(), digest_size=16).hexdigest()
-        kept, is_cut = slice(config.max_length), len(input_ids) > config.max_length
-        examples.append(Example(input_ids[kept], loss_mask[kept], prompt_key, has_answer, is_cut))
+        is_cut = len(input_ids) > step and not config.is_document
+        for first in range(0, len(input_ids), step) if config.is_document else (0,):
+            kept = slice(first, first + step)
+            ids, mask = start + input_ids[kept], [False] * len(start) + loss_mask[kept]
+            has_answer = any(mask[1:])
+            mask = [config.loss_on == LossOn.all or supervised for supervised in mask]
+            mask[0] = False
+            examples.append(Example(ids, mask, f"{prompt_key}{first or ''}", has_answer, is_cut))
     return examples
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -144,18 +145,22 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     is_generated = config.layout == Layout.reasoning_gym  # as many as the settings say, and slow to make
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)
-    lengths, answers = [], 0.0
+    lengths, answers, sampled = [], 0.0, 0
     for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
         if segments:
             counts = [estimate_tokens(segment.text, config.is_computed) for segment in segments]
             prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
-            lengths.append(min(sum(counts), config.max_length))
-            answers += max(0.0, lengths[-1] - prompt)
+            windows = math.ceil(sum(counts) / config.max_length) if config.is_document else 1
+            length = min(sum(counts), windows * config.max_length)
+            lengths += [length / windows] * windows
+            answers += max(0.0, length - prompt)
+            sampled += 1
     if not sum(lengths):
         raise UserError(f"{train.name}: no row to train on has an answer. Check columns, templates, data.eval_rows.")
+    windows = len(lengths) / sampled
     size = DataSize(
-        config.train_rows if is_generated else sum(1 for _ in train.located()),
-        config.eval_rows if is_generated else sum(1 for _ in evaluation.located()),
+        config.train_rows if is_generated else round(windows * sum(1 for _ in train.located())),
+        config.eval_rows if is_generated else round(windows * sum(1 for _ in evaluation.located())),
         fmean(lengths),
         answers / sum(lengths),
         "an estimate" + (": a token for each word, digit and sign" if config.is_computed else " by characters"),

@@ -165,7 +165,7 @@ class DataConfig:
     published), the last, or all. null: the first of conversations, all of messages."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
     max_length: int = setting(512, "tokens")
-    """Tokens; longer rows are truncated."""
+    """Tokens; longer rows are truncated, longer documents become several rows."""
     streaming: bool = setting(False, "result")
     """Read the training rows once and in order while the run trains, and keep no tokens: for more rows than fit a disk.
     Needs train.max_updates. Without eval_files, the first eval_rows rows of train_files are held out."""
@@ -257,6 +257,11 @@ class DataConfig:
     def is_computed(self) -> bool:
         """Whether the rows are computed, not read."""
         return self.mix is None and self.layout in COMPUTED
+
+    @property
+    def is_document(self) -> bool:
+        """Whether a row is a document, without a prompt."""
+        return self.layout == Layout.text and self.prompt == ""
 
     @property
     def holds_out_by_prompt(self) -> bool:

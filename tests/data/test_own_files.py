@@ -16,9 +16,10 @@ from cera_train.cli.start import main
 from cera_train.common.errors import UserError
 from cera_train.data.files import rows_of
 from cera_train.data.look import describe_layouts
-from cera_train.data.prepare import prepare_data, prepare_evaluation
+from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
 from cera_train.data.segments import segmenter
 from cera_train.data.sources import decide_layouts, held_out_prompts
+from cera_train.planning.data_size import data_size
 from cera_train.runs.records import load_config
 from cera_train.settings.data import DataConfig, MixPart
 from cera_train.training.train import train
@@ -115,6 +116,23 @@ def test_a_text_file_has_a_document_a_line_or_between_blank_lines(tmp_path, toke
     assert (len(data.train), len(data.evaluation)) == (5, 1)
     mask = data.train.tokens("loss_mask", 0).to_pylist()
     assert mask == [False, *[True] * (len(mask) - 1)]
+
+
+def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_document(write_jsonl, tokenizer):
+    def documents(rows: TokenizedRows) -> list[str]:
+        ids = [rows.tokens("input_ids", row).to_pylist() for row in range(len(rows))]
+        assert all(row[0] == tokenizer.bos_token_id and len(row) <= 8 for row in ids)
+        return "".join(tokenizer.decode(row[1:]) for row in ids).removesuffix("</s>").split("</s>")
+
+    texts = [f"it is {number} next to the value" for number in range(8)]
+    path = write_jsonl("rows.jsonl", [{"text": text} for text in [*texts, texts[0]]])
+    config = DataConfig(layout="auto", train_files=[str(path)], max_length=8)
+    data = prepare_data(decide_layouts(config), tokenizer)
+    assert sorted([*documents(data.train), *documents(data.evaluation)]) == sorted([*texts, texts[0]])
+    assert data.repeated_prompts == len(data.train) / len(documents(data.train))  # the rows of one document
+    assert data.train.describe().endswith(" 0 truncated")
+    size = data_size(replace(config, max_length=3))
+    assert (size.train_rows, size.eval_rows) == (8 * 3, 3)  # of 7 estimated tokens
 
 
 # --- which rows evaluate ---------------------------------------------------------------------------------------------

@@ -40,12 +40,13 @@ def base_settings(folder):
     ("data", "turns", "trained_row"),
     [
         (TEXT, [ONE], {"question": ONE, "answer": "Six."}),
+        ({"layout": "instruction", "path": "x"}, [ONE], {"instruction": ONE, "output": "Six."}),
         (COMPUTED, ["How?"], {"prompt": "Question: How?\nAnswer:", "completion": "Six."}),
         ({"layout": "conversations", "path": "x"}, [ONE], {"conversations": TURNS[:2]}),
         (ALL_TURNS, [ONE, "Six.", TWO], {"conversations": [*TURNS, TURNS[1]]}),
         ({"layout": "messages", "path": "x"}, [ONE, "Six.", TWO], {"messages": [*MESSAGES, MESSAGES[1]]}),
     ],
-    ids=["text", "logistic_map", "conversations", "all turns", "messages"],
+    ids=["text", "instruction", "logistic_map", "conversations", "all turns", "messages"],
 )
 def test_a_prompt_is_the_trained_row_up_to_its_last_answer(data, turns, trained_row, tokenizer):
     config = DataConfig(**data)
@@ -103,6 +104,8 @@ def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenize
     assert choose_rows(Template.none, None, tokenizer).layout == "text"
     assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer).prompt == TEXT["prompt"]
     assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer).layout == "messages"
+    documents = DataConfig(**TEXT | {"prompt": "", "completion": "{text}"})
+    assert choose_rows(Template.auto, documents, tokenizer) == choose_rows(Template.none, None, tokenizer)
     parts = [MixPart(path="a/b", prompt="Q: {question}", eval_rows=0), MixPart(path="c/d")]
     rows = choose_rows(Template.auto, DataConfig(**TEXT | {"path": None, "mix": parts}), tokenizer)
     assert (rows.prompt, rows.completion) == ("Q: {question}", TEXT["completion"])
