@@ -16,7 +16,7 @@ from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line, print_table
 from cera_train.runs.results import DIVERGED, Environment, RunResult
 from cera_train.settings.data import evaluation_rows
-from cera_train.sweep.folder import choices_of
+from cera_train.sweep.folder import choices_of, key_of
 from cera_train.sweep.record import JOBS, PERPLEXITIES, PERPLEXITY, RECORD, JobRecord, SweepMetric, SweepRecord
 
 SHORT_ERROR = 72
@@ -28,7 +28,7 @@ class State(StrEnum):
     diverged = "diverged"  # which is a result: the same command leaves it
     failed = "failed"  # by its environment or its settings: the same command tries it again
     running = "running"
-    cut = "cut"  # it began and did not end: the same command resumes it
+    interrupted = "interrupted"  # it began and did not end: the same command resumes it
     waiting = "waiting"
 
 
@@ -78,9 +78,13 @@ def read_sweep(folder: Path) -> list[JobStatus]:
     started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
     for name in sorted(started.keys() - overrides.keys(), key=lambda name: (started[name].number, name)):
         overrides[name] = started[name].overrides
-    return [
-        job_status(folder, name, choices_of(words, record.swept), record.metric) for name, words in overrides.items()
-    ]
+    # The name of a study's arm stands for its overrides.
+    of_arms = {key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm}
+    choices = {
+        name: [choice for choice in choices_of(words, record.swept) if key_of(choice) not in of_arms]
+        for name, words in overrides.items()
+    }
+    return [job_status(folder, name, choices[name], record.metric) for name in overrides]
 
 
 def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY) -> JobStatus:
@@ -104,7 +108,7 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: Swee
     elif result is not None:
         state = State.finished
     else:
-        state = State.cut if settings else State.waiting
+        state = State.interrupted if settings else State.waiting
     environment = Environment.find(folder / "environment.json")
     total = settings.get("train.max_updates") or (environment and environment.updates)
     rows = evaluation_rows(settings)

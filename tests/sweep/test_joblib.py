@@ -61,7 +61,7 @@ def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, num
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (status, "")
-    assert list(states(sweep).values()) == ["cut", "cut", "waiting"]
+    assert list(states(sweep).values()) == ["interrupted", "interrupted", "waiting"]
     for job in (first, second):
         updates = len(losses_of(job))
         assert (job / "checkpoints" / str(updates)).is_dir()
