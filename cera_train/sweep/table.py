@@ -28,7 +28,7 @@ class State(StrEnum):
     diverged = "diverged"  # which is a result: the same command leaves it
     failed = "failed"  # by its environment or its settings: the same command tries it again
     running = "running"
-    interrupted = "interrupted"  # it began and did not end: the same command resumes it
+    stopped = "stopped"  # it began and did not end: the same command resumes it
     waiting = "waiting"
 
 
@@ -108,7 +108,7 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: Swee
     elif result is not None:
         state = State.finished
     else:
-        state = State.interrupted if settings else State.waiting
+        state = State.stopped if settings else State.waiting
     environment = Environment.find(folder / "environment.json")
     total = settings.get("train.max_updates") or (environment and environment.updates)
     rows = evaluation_rows(settings)

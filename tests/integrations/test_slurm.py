@@ -144,7 +144,7 @@ def test_a_sweep_whose_jobs_are_cancelled_and_preempted_ends_as_if_they_were_not
     run("scancel", "--signal=USR2", f"{array}_2")  # as before a time limit: it saves, and submitit requeues it
     wait(lambda: [job.state for job in read_sweep(folder)].count(State.finished) == 3)
     standing = read_sweep(folder)
-    assert standing[1].state == State.interrupted
+    assert standing[1].state == State.stopped
     assert (jobs[1] / "checkpoints" / str(standing[1].done)).is_dir()
     assert "Requeued job" in (folder / ".submitit" / f"{array}_2" / f"{array}_2_0_log.out").read_text()
 
@@ -170,7 +170,7 @@ def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_account
     out = process.communicate(timeout=240)[0]
     assert process.returncode == 1, out
     assert f"lost       job {array}_1; its output is in " in out
-    assert "jobs       1 finished, 1 interrupted" in out
+    assert "jobs       1 finished, 1 stopped" in out
 
 
 def test_the_queue_knows_a_job_that_waits_one_that_is_cancelled_and_none_that_it_has_forgotten(cluster, monkeypatch):

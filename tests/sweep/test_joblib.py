@@ -61,11 +61,11 @@ def test_a_signal_lets_every_job_save_and_begins_no_other(sweep_here, sweep, num
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (status, "")
-    assert list(states(sweep).values()) == ["interrupted", "interrupted", "waiting"]
+    assert list(states(sweep).values()) == ["stopped", "stopped", "waiting"]
     for job in (first, second):
         updates = len(losses_of(job))
         assert (job / "checkpoints" / str(updates)).is_dir()
-        assert f"cut        {job.name}: {updates:,}/100,000 updates\n" in output
+        assert f"stopped    {job.name}: {updates:,}/100,000 updates\n" in output
     assert third.name not in output
     wait_until(lambda: not any(worker.is_running() for worker in workers), seconds=30, every=0.1)
 

@@ -31,7 +31,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert process.returncode == 143
     assert "The same command goes on" in output
     assert list(states(sweep)) == [failing, finished, cut, missing]
-    assert list(states(sweep).values()) == ["failed", "finished", "interrupted", "waiting"]
+    assert list(states(sweep).values()) == ["failed", "finished", "stopped", "waiting"]
     (checkpoint,) = (sweep / cut / "checkpoints").iterdir()
     assert 0 < int(checkpoint.name) < 100
 
@@ -71,8 +71,8 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 1, errors
     assert "lost       job " in output
-    assert states(sweep) == {finished.name: State.finished, cut.name: State.interrupted}
-    assert "jobs       1 finished, 1 interrupted" in output
+    assert states(sweep) == {finished.name: State.finished, cut.name: State.stopped}
+    assert "jobs       1 finished, 1 stopped" in output
 
 
 @pytest.mark.slow

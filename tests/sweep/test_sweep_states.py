@@ -25,7 +25,7 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     record_job(tmp_path, "adapter.r=16", "impossible")
     jobs = {job.name: job for job in read_sweep(tmp_path)}
     assert list(jobs) == names  # in the order of the grid
-    assert [job.state for job in jobs.values()] == ["finished", "interrupted", "failed", "failed", "waiting"]
+    assert [job.state for job in jobs.values()] == ["finished", "stopped", "failed", "failed", "waiting"]
     assert [(job.done, job.total) for job in jobs.values()] == [(20, 20), (5, 20), (5, 20), (None, None), (None, None)]
     assert [job.value for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
     assert jobs["adapter.r=8"].error == "the loss is not finite"
@@ -50,7 +50,7 @@ def test_a_job_is_running_while_its_lock_is_held_and_cut_after_its_process_was_k
     holder.kill()
     holder.communicate()
     assert (folder / ".lock").exists()
-    assert states(tmp_path) == {"adapter.r=2": "interrupted"}
+    assert states(tmp_path) == {"adapter.r=2": "stopped"}
     with FileLock(folder / ".lock").acquire(timeout=0):  # looking took nothing
         assert states(tmp_path) == {"adapter.r=2": "running"}
 
