@@ -56,9 +56,11 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
 
-evidence: $(VENV)/.installed  ## run the smallest study, two jobs at once, and write its page
-	$(BIN)/cera-train -m +study=first_look hydra/launcher=joblib
-	$(BIN)/cera-report outputs/first_look --output=outputs/first_look/report
+evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none where there is none: 15 minutes on two cores
+	$(BIN)/python -m benchmarks.one_projection --ranks 64 --teachers linear 'even, 3 A' --students 'identity, half scale' CeRA
+	$(BIN)/python -m benchmarks.ground_truth
+	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
+	$(BIN)/cera-report outputs/controls
 
 docs: $(VENV)/.installed-test  ## build the site, site/index.html, from these pages; its search needs a server
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

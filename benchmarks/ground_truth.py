@@ -1,0 +1,206 @@
+"""Rows that a known change of a base wrote: `python -m benchmarks.ground_truth`, then `cera-train -m +study=teachers`.
+
+The program trains a tiny Llama of its own on sentences of word problems. A teacher is this base with a branch of known
+form beside one projection, and writes sentences. CeRA must win on those of the even teacher, whose branch no linear map
+can follow, and must not on those of the linear one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import reasoning_gym
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from benchmarks.one_projection import Data, even
+
+FOLDER = Path("outputs/ground_truth")
+SIZES = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+PROBLEMS = 10_000
+"""Word problems whose sentences the base learns."""
+WRITTEN = 6_000
+"""Sentences that a teacher begins. Those that do not end in time are left out."""
+LENGTH = 80
+"""Letters of a sentence at most."""
+LAYER = 2
+"""The layer of a teacher's branch, beside v_proj."""
+HELD_OUT = 500
+SEED = 0
+
+Row = tuple[str, str]
+"""Prompt and completion."""
+
+
+# --- the base --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def sentences() -> list[Row]:
+    """Different sentences of word problems: the first word, and the rest."""
+    rows = {}
+    for problem in reasoning_gym.create_dataset("gsm_symbolic", size=PROBLEMS, seed=SEED):
+        for sentence in re.split(r"(?<=[.?]) ", problem["question"]):
+            if 20 <= len(sentence) <= LENGTH and sentence.isascii():
+                first, rest = sentence.split(" ", 1)
+                rows[first, f" {rest}"] = None
+    return list(rows)
+
+
+def write(path: Path, rows: list[Row]) -> list[Row]:
+    """Writes the rows in random order, and returns them in it."""
+    rows = list(rows)
+    random.Random(SEED).shuffle(rows)
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": rest}) + "\n" for prompt, rest in rows))
+    return rows
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each byte, and one for the end."""
+    alphabet = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    letters = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", pad_token="</s>")
+
+
+def make_base(folder: Path, updates: int) -> None:
+    """Trains every weight of a tiny Llama, from random ones, by this program."""
+    tokenizer = make_tokenizer()
+    torch.manual_seed(SEED)
+    config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES)
+    LlamaForCausalLM(config).save_pretrained(folder / "random")
+    tokenizer.save_pretrained(folder / "random")
+    write(folder / "base.jsonl", sentences())
+    words = f"""
+        adapter=full model.path={folder}/random model.dtype=float32 output_dir={folder} name=base
+        data=jsonl data.train_files=[{folder}/base.jsonl] data.eval_rows={HELD_OUT} data.allow_overlap=true
+        train.batch_size=64 train.max_updates={updates} train.eval_every=null train.save_every=null
+        optimizer.lr=4e-3 optimizer.schedule=cosine optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1
+    """
+    subprocess.run([sys.executable, "-m", "cera_train", *words.split()], check=True)
+
+
+# --- teachers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """A branch B (gate(A x) - mean)."""
+
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    width: int
+    std: float
+    """Of A x."""
+    gain: float
+    """Root mean square of the branch, relative to that of the projection's output."""
+
+
+TEACHERS = {"even": Form(even, width=2, std=3, gain=2), "linear": Form(lambda z: z, width=4, std=1, gain=2)}
+
+
+class Teacher:
+    """The base with a branch beside one projection.
+
+    A's rows are orthogonal to the mean of x: A x is around zero, where an even gate has no linear part.
+    """
+
+    def __init__(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, form: Form) -> None:
+        self.base, self.tokenizer, self.gate = base, tokenizer, form.gate
+        self.projection = base.model.layers[LAYER].self_attn.v_proj
+        x, output = self.record(sentences()[:HELD_OUT])
+        generator, mean = torch.Generator().manual_seed(SEED), x.mean(0)
+        A = torch.randn(form.width, x.shape[1], generator=generator)
+        A -= torch.outer(A @ mean, mean) / mean.square().sum()
+        self.A = A * (form.std / (x @ A.T).std(0))[:, None]
+        self.mean = self.gate(x @ self.A.T).mean(0)
+        self.B = torch.randn(form.width, output.shape[1], generator=generator)
+        self.B *= form.gain * (output.square().mean() / self.branch(x).square().mean()).sqrt()
+        data = Data.of(x, self.branch(x))
+        self.r2_of_affine = data.r2(data.best_affine())
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.gate(x @ self.A.T) - self.mean) @ self.B
+
+    def attach(self) -> RemovableHandle:
+        """Adds the branch to the base's projection, until it is removed."""
+        return self.projection.register_forward_hook(lambda _, args, output: output + self.branch(args[0]))
+
+    @torch.no_grad()
+    def record(self, rows: Iterable[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and outputs of the projection: [N, d_in] and [N, d_out]."""
+        seen = []
+        hook = self.projection.register_forward_hook(lambda _, args, output: seen.append((args[0][0], output[0])))
+        for prompt, rest in rows:
+            self.base(self.tokenizer(prompt + rest, return_tensors="pt").input_ids)
+        hook.remove()
+        return tuple(map(torch.cat, zip(*seen, strict=True)))
+
+    @torch.no_grad()
+    def writes(self) -> list[Row]:
+        """Sentences drawn from the teacher at temperature 1, each after the first word of one of the base's."""
+        first = random.Random(SEED).choices([prompt for prompt, _ in sentences()], k=WRITTEN)
+        torch.manual_seed(SEED)
+        rows, hook = [], self.attach()
+        for _, prompts in itertools.groupby(sorted(first, key=len), key=len):
+            tokens = self.tokenizer(list(prompts), return_tensors="pt").input_ids
+            mask, length = torch.ones_like(tokens), tokens.shape[1]
+            written = self.base.generate(
+                tokens, attention_mask=mask, do_sample=True, top_k=0, max_length=LENGTH, eos_token_id=0
+            )
+            ended = written[(written[:, length + 1 :] == 0).any(1) & (written[:, length] != 0)]
+            prompts, texts = (
+                self.tokenizer.batch_decode(part, skip_special_tokens=True) for part in ended.tensor_split([length], 1)
+            )
+            rows += [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if text.isascii()]
+        hook.remove()
+        return rows
+
+    @torch.no_grad()
+    def loss(self, rows: list[Row]) -> float:
+        """Mean over the completions' tokens, the end included."""
+        losses = []
+        for prompt, rest in rows:
+            tokens = torch.tensor([[*self.tokenizer(prompt + rest).input_ids, 0]])
+            logits = self.base(tokens).logits[0, len(prompt) - 1 : -1]
+            losses.append(nn.functional.cross_entropy(logits, tokens[0, len(prompt) :], reduction="none"))
+        return torch.cat(losses).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--updates", type=int, default=1_500, help="of the base's training")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    make_base(options.folder, options.updates)
+    base = LlamaForCausalLM.from_pretrained(options.folder / "base" / "adapter").eval()
+    tokenizer = make_tokenizer()
+    for name, form in TEACHERS.items():
+        teacher = Teacher(base, tokenizer, form)
+        rows = write(options.folder / f"{name}.jsonl", teacher.writes())
+        held_out = rows[-HELD_OUT:]  # as the study holds out
+        loss_of_base, hook = teacher.loss(held_out), teacher.attach()
+        print(
+            f"{name:11}{len(rows):,} sentences; an affine map of x explains {teacher.r2_of_affine:.0%} of the branch; "
+            f"loss {teacher.loss(held_out):.3f}, of the base {loss_of_base:.3f}",
+            flush=True,
+        )
+        hook.remove()
+
+
+if __name__ == "__main__":
+    main()
