@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from cera_train.common.terminal import counted
 from cera_train.data import logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
-from cera_train.data.segments import Segmenter, prompt_of, segmenter, segments_of
+from cera_train.data.segments import prompt_of, segmenter, segments_of
 from cera_train.settings.data import DataConfig, Layout
 
 CHECKED_ROWS = 200
@@ -105,15 +105,17 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             splits = reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
         train, evaluation = (Source.numbered(json.dumps(rows), rows, f"data.layout={config.layout}") for rows in splits)
     elif config.train_files:
-        train = from_files(config.train_files, "data.train_files")
+        rows = from_files(config.train_files, "data.train_files")
         if config.eval_files:
-            evaluation = from_files(config.eval_files, "data.eval_files")
+            train, evaluation = rows, from_files(config.eval_files, "data.eval_files")
         elif config.streaming:  # the last rows are unknown
-            train, evaluation = train.between(config.eval_rows, None), train
+            train, evaluation = rows.between(config.eval_rows, None), rows
         elif config.holds_out_by_prompt:
-            train, evaluation = _held_out_by_prompt(train, segmenter(config, None))
+            share = f"{HELD_OUT} by prompt"
+            train, evaluation = _split(rows, partial(rows_by_prompt, config, rows), f"without {share}", share)
         else:
-            train, evaluation = _held_out(train, config.eval_rows)
+            count = config.eval_rows
+            train, evaluation = _split(rows, partial(last_rows, count, rows), f"[:-{count}]", f"[-{count}:]")
     else:
         train, evaluation = (
             from_hub(config.path, config.subset, config.revision, split, setting, config.streaming)
@@ -122,65 +124,52 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
     return train.between(0, config.train_rows), evaluation.between(0, config.eval_rows)
 
 
-def _held_out(source: Source, eval_rows: int) -> tuple[Source, Source]:
-    """The last `eval_rows` rows evaluate, the others train."""
+def _split(source: Source, held_out: Callable[[], Container[int]], *names: str) -> tuple[Source, Source]:
+    """The rows that train, and those whose numbers `held_out` gives; `names` tell the two apart in fingerprints."""
+    numbers = functools.cache(held_out)
 
-    def training() -> Iterator[PlacedRow]:
-        last = collections.deque()
-        for row in source.located():
-            last.append(row)
-            if len(last) > eval_rows:
-                yield last.popleft()
+    def rows(evaluate: bool) -> Iterator[PlacedRow]:
+        return (row for number, row in enumerate(source.located()) if (number in numbers()) == evaluate)
 
-    def evaluation() -> Iterable[PlacedRow]:
-        return collections.deque(source.located(), maxlen=eval_rows)
-
-    return (
-        replace(source, fingerprint=f"{source.fingerprint} [:-{eval_rows}]", located=training),
-        replace(source, fingerprint=f"{source.fingerprint} [-{eval_rows}:]", located=evaluation),
+    train, evaluation = (
+        replace(source, fingerprint=f"{source.fingerprint} {name}", located=partial(rows, evaluate))
+        for evaluate, name in zip((False, True), names, strict=True)
     )
+    return train, evaluation
+
+
+def last_rows(count: int, source: Source) -> range:
+    """The numbers of the last rows."""
+    total = sum(1 for _ in source.located())
+    return range(total - count, total)
 
 
 HELD_OUT, MOST_HELD_OUT = 0.05, 500
 """Share of the rows that evaluate by default, and the most of them."""
 
 
-def _held_out_by_prompt(source: Source, to_segments: Segmenter) -> tuple[Source, Source]:
-    """All rows of some prompts evaluate, the others train."""
+def rows_by_prompt(config: DataConfig, source: Source) -> set[int]:
+    """The numbers of the rows that evaluate by default: all rows of some prompts, chosen by their digests, with
+    `HELD_OUT` of the rows or one prompt at least. A row without an answer stays with those that train, to be dropped.
 
-    def key(placed: PlacedRow) -> bytes | None:
-        [segments] = segments_of([placed], to_segments)
-        return hashlib.blake2b(normalized(prompt_of(segments)).encode(), digest_size=16).digest() if segments else None
-
-    @functools.cache
-    def evaluating() -> set[bytes | None]:
-        return held_out_prompts(collections.Counter(map(key, source.located())), source.name)
-
-    def rows(evaluates: bool) -> Iterator[PlacedRow]:
-        return (placed for placed in source.located() if (key(placed) in evaluating()) == evaluates)
-
-    train, evaluation = (
-        replace(source, fingerprint=f"{source.fingerprint} {HELD_OUT} by prompt {side}", located=partial(rows, side))
-        for side in (False, True)
-    )
-    return train, evaluation
-
-
-def held_out_prompts(rows: collections.Counter[bytes | None], name: str) -> set[bytes | None]:
-    """The prompts that evaluate, by their digests: as many as have `HELD_OUT` of the rows, and one at least. `rows`
-    counts those of each prompt; None has rows without an answer, which stay with the training rows, to be dropped."""
-    counts = {prompt: rows[prompt] for prompt in sorted(filter(None, rows))}
-    room = min(max(1, int(HELD_OUT * sum(counts.values()))), MOST_HELD_OUT)
-    room = max(room, min(counts.values(), default=0))
-    prompts = set[bytes | None]()
-    for prompt, count in counts.items():
-        if count <= room:
-            prompts.add(prompt)
-            room -= count
-    if len(prompts) == len(counts):
-        reason = f"{counted(len(counts), 'different prompt')} with an answer, and training and evaluation need one each"
-        raise UserError(f"{name}: {reason}. Add rows, or name data.eval_files.")
-    return prompts
+    Raises:
+        UserError: no prompt would be left to train on.
+    """
+    numbers = collections.defaultdict[bytes, list[int]](list)
+    for number, segments in enumerate(segments_of(source.located(), segmenter(config, None))):
+        if segments:
+            prompt = normalized(prompt_of(segments))
+            numbers[hashlib.blake2b(prompt.encode(), digest_size=16).digest()].append(number)
+    sizes = [len(rows) for rows in numbers.values()]
+    room = max(min(max(1, int(HELD_OUT * sum(sizes))), MOST_HELD_OUT), min(sizes, default=0))
+    held_out = set[int]()
+    for _, rows in sorted(numbers.items()):
+        if len(rows) <= room - len(held_out):
+            held_out.update(rows)
+    if len(held_out) == sum(sizes):
+        reason = f"{counted(len(sizes), 'different prompt')} with an answer, and training and evaluation need one each"
+        raise UserError(f"{source.name}: {reason}. Add rows, or name data.eval_files.")
+    return held_out
 
 
 def from_hub(

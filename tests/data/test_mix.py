@@ -130,7 +130,7 @@ def test_two_mixes_share_no_digest_and_a_part_shares_the_cache_with_a_run_on_it_
     configs = [mix(a, b), other_weight, other_seed, mix(b, a), mix(a, b, train_rows=7), mix(a)]
     mixes = [prepare_data(config, tokenizer).train.digest for config in configs]
     assert len({alone.train.digest, *mixes}) == 7
-    assert reads == ["a.jsonl", "a.jsonl", "b.jsonl", "b.jsonl"]  # once for each split
+    assert reads == ["a.jsonl"] * 3 + ["b.jsonl"] * 3  # to count the rows, and once for each split
     assert prepare_data(mix(a, b), tokenizer).train.digest == mixes[0]
 
 

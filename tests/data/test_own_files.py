@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from cera_train.common.errors import UserError
 from cera_train.data.files import rows_of
 from cera_train.data.look import describe_layouts
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
+from cera_train.data.rows import Source
 from cera_train.data.segments import segmenter
-from cera_train.data.sources import decide_layouts, held_out_prompts
+from cera_train.data.sources import decide_layouts, rows_by_prompt
 from cera_train.planning.data_size import data_size
 from cera_train.runs.records import load_config
 from cera_train.settings.data import DataConfig, MixPart
@@ -153,10 +153,15 @@ def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
     [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)],
 )
 def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows):
-    prompts = Counter({bytes([*divmod(number, 256)]): count for number, count in enumerate(counts)}) + Counter(
-        {None: 9}
-    )
-    assert sum(prompts[prompt] for prompt in held_out_prompts(prompts, "x")) == rows
+    row = {"prompt": "", "completion": "x"}
+    prompts = [row | {"prompt": str(number)} for number, count in enumerate(counts) for _ in range(count)]
+    source = Source.numbered("", [*prompts, *[row | {"completion": ""}] * 9], "x")
+    config = DataConfig(prompt="{prompt}", completion="{completion}", train_files=["x.jsonl"])
+    held_out = rows_by_prompt(config, source)
+    assert len(held_out) == rows
+    assert not {prompts[number]["prompt"] for number in held_out} & {
+        row["prompt"] for number, row in enumerate(prompts) if number not in held_out
+    }
 
 
 def test_a_single_prompt_cannot_be_on_both_sides(own, tokenizer):
