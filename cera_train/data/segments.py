@@ -171,15 +171,12 @@ def supervised_turns(turns: list[Row], answers: list[int], wanted: Turns, layout
     return {Turns.first: trained[:1], Turns.last: trained[-1:], Turns.all: trained}[wanted]
 
 
-def speeches(row: Row) -> list[tuple[str, str]]:
-    """Speaker and text of every turn of layout `conversations`."""
-    turns = enumerate(turns_of(row, "conversations"))
-    return [(turn["from"], as_text(turn.get("value"), f"conversations[{number}] 'value'")) for number, turn in turns]
-
-
 def conversation(row: Row, wanted: Turns) -> list[Segment]:
     """Layout `conversations`, up to the last answer that is supervised."""
-    turns = speeches(row)
+    turns = [
+        (turn["from"], as_text(turn.get("value"), f"conversations[{number}] 'value'"))
+        for number, turn in enumerate(turns_of(row, "conversations"))
+    ]
     if wanted == Turns.first:  # as published: the first question and answer, without the system prompt
         firsts = dict(reversed(turns))
         turns = [(speaker, firsts.get(speaker, "")) for speaker in ("human", "gpt")]

@@ -23,7 +23,7 @@ from cera_train.settings.data import DataConfig, Layout
 CHECKED_ROWS = 200
 """Rows of each file that `check_data` reads, and of the files whose columns decide a layout."""
 
-AUTO: dict[tuple[str, ...], dict[str, Any]] = {
+BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("messages",): {"layout": Layout.messages},
     ("conversations",): {"layout": Layout.conversations},
     ("instruction", "output"): {"layout": Layout.instruction},
@@ -64,7 +64,7 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     paths = check_files(names, "data.train_files")
     rows = itertools.islice(rows_of(paths), CHECKED_ROWS)
     columns = list(dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None))
-    fitting = {needed: layout for needed, layout in AUTO.items() if {*needed} <= {*columns}}
+    fitting = {needed: layout for needed, layout in BY_COLUMNS.items() if {*needed} <= {*columns}}
     if len(fitting) > 1:
         fitting.pop(("text",), None)
     if len(fitting) == 1:
@@ -74,7 +74,7 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
         one, other, *_ = (f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items())
         mend = "set data.layout, for text data.prompt and data.completion"
         raise UserError(f"{place} finds the columns of both {one} and {other}: {mend}.")
-    known = "; ".join(map(", ".join, AUTO))
+    known = "; ".join(map(", ".join, BY_COLUMNS))
     mend = f"rename them ({known}), or set data.prompt and data.completion"
     raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {mend}.")
 
