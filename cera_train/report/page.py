@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cera_train.common.pages import Page, Table, without_empty_columns
-from cera_train.common.terminal import duration, gigabytes
+from cera_train.common.terminal import announce, counted, duration, gigabytes
 from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
 from cera_train.report.pictures import plan_pictures
@@ -31,6 +31,7 @@ TESTS = (
 def compare_runs(folders: Sequence[Path]) -> Page:
     """The page of some runs: tables of the runs, of paired tests and of settings in which they differ."""
     runs = read_runs(folders)
+    announce("comparing", counted(len(runs), "run"))
     tests, notes = paired_tests(runs)
     trained = [run for run in runs if run.is_training]
     settings = differing_settings({run.name: run.settings for run in trained})

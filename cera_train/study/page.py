@@ -22,7 +22,7 @@ from cera_train.common.pages import (
     without_empty_columns,
 )
 from cera_train.common.settings import map_values
-from cera_train.common.terminal import duration
+from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
@@ -53,6 +53,7 @@ def write_study(study: Study, output: Path) -> Page:
         UserError: what `read_results` and `compare_cells` refuse.
     """
     results, outcomes, matters = read_results(study), study.config.outcomes, study.config.matters
+    announce("comparing", counted(len(results), "cell"))
     comparisons, trends = compare_cells(study, results), slopes(study, results)
     name = study.folder.resolve().name
     command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line or "not on record"
