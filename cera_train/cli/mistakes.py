@@ -168,7 +168,10 @@ def explain_composition(error: Exception, program: str) -> str | None:
     match error:
         case OverrideParseException():
             key, _, value = error.override.partition("=")
-            return f"{error.override}: cannot read the value: a text needs quotes in the shell's: '{key}=\"{value}\"'."
+            mend = f"a text needs quotes in the shell's: '{key}=\"{value}\"'"
+            if value.startswith(("{", "[")) and "=" in value:
+                mend = "a text in a list needs quotes in the shell's: 'KEY=[\"a=b\"]'"
+            return f"{error.override}: cannot read the value: {mend}."
         case MissingConfigException():
             group, _, name = error.missing_cfg_file.rpartition("/")
             choices = sorted(error.options or options(group))
@@ -197,6 +200,8 @@ def _describe(error: Exception, program: str) -> str:
     # No attribute of Hydra's exception holds the file in which a key or value stands.
     file = re.search(r"In '([\w./-]+)': \w+ raised while composing", message)
     place = f"{file[1]}.yaml: {key}" if file else key
+    if not_overridden and key in keys_of(SCHEMAS[program]):
+        return f"{place}: the value has a new key: write ++{key}=... to add it."
     if not_overridden or isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return unknown_setting(key, place, SCHEMAS[program])
     return f"{place}: {str(cause).splitlines()[0].rstrip('.')}."

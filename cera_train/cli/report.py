@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from cera_train.cli.mistakes import refuse_arguments
@@ -33,7 +34,9 @@ def report() -> None:
     parser.add_argument("--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)")
     arguments = parser.parse_args()
     folders = arguments.folders
-    output = arguments.output or Path("report") / name_of([folder.resolve().name for folder in folders])
+    output = arguments.output or Path("report") / name_of(
+        [os.path.basename(os.path.abspath(folder)) for folder in folders]
+    )
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
     from cera_train.study.cells import find_study

@@ -148,7 +148,7 @@ def print_error(program: str, error: Exception) -> str | None:
     if message is None or os.environ.get("CERA_TRAIN_DEBUG"):
         print(clean(redact("".join(traceback.format_exception(error)))), file=sys.stderr)
     if message is not None:
-        message = clean(redact(message))
+        message = clean(redact(message)).replace("\n", "\\n")
         print(f"{program}: {message}", file=sys.stderr)
     return message
 

@@ -54,6 +54,8 @@ MISTAKES = [
     ("cera-train -m +study=first_look study.arm=nope", "study.arm=nope: no such arm", "from lora, identity, cera"),
     # an argument of a wrong form
     ("cera-train adapter.r=[", "adapter.r=[: cannot read the value", """'adapter.r="["'"""),
+    ("cera-train study.arms={a:[adapter=lora]}", "cannot read the value", """'KEY=["a=b"]'"""),
+    ("cera-train -m +study=first_look study.tune={a.b:[3]}", "study.tune: the value has a new key", "++study.tune="),
     ("cera-train adapter.r 4", "adapter.r: expected key=value", "without spaces"),
     ("cera-train math_r64", "math_r64: expected key=value", "+recipe=NAME"),
     ("cera-train --adapter.r 4", "--adapter.r: unknown option", "settings take no dashes"),
