@@ -14,7 +14,7 @@ from cera_train.data.order import describe_parts
 from cera_train.data.prepare import TokenizedData, TokenizedRows
 from cera_train.data.segments import TURNS, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
-from cera_train.settings.data import DataConfig, Turns
+from cera_train.settings.data import DataConfig, Layout, Turns
 
 LOOKED_AT = 1000
 """Rows whose tokens are looked at one by one."""
@@ -42,6 +42,8 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
             continue
         is_chat = part.layout in TURNS
         columns = [str(part.layout)] if is_chat else list(dict.fromkeys(itertools.chain(*columns_read(part))))
+        if part.layout == Layout.instruction:
+            columns.insert(1, "input")
         line = f"{part.layout}, by the column{'s' * (len(columns) > 1)} {' and '.join(f'`{name}`' for name in columns)}"
         if is_chat:
             line += ", all answers" if part.turns == Turns.all else f", the {part.turns} answer"

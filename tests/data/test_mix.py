@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from examples import CONVERSATION, texts_of
@@ -162,6 +163,10 @@ def test_a_mix_that_evaluates_one_part_compares_with_a_run_on_it_alone(part):
     alone = DataConfig(**TEXT, train_files=part("a", 12).train_files, eval_rows=2)
     replay = mix(part("a", 12, weight=9), part("b", 7, weight=1, eval_rows=0))
     assert rows_that_evaluate(replay) == rows_that_evaluate(alone)
+    assert rows_that_evaluate(replace(alone, turns="all")) == rows_that_evaluate(alone)  # layout text has no turns
+    chat = replace(alone, layout="messages", turns=None)
+    assert rows_that_evaluate(replace(chat, prompt=None)) == rows_that_evaluate(chat)
+    assert rows_that_evaluate(replace(chat, turns="last")) != rows_that_evaluate(chat)
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

@@ -51,12 +51,12 @@ def own(compose, write_jsonl):
         ),
         (
             {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Add. 1, 2: 3"},
-            "instruction, by the columns `instruction` and `output`",
+            "instruction, by the columns `instruction` and `input` and `output`",
             ["Question: Add.\n1, 2\nAnswer:", " 3"],
         ),
         (
             {"instruction": "Say yes.", "input": "", "output": "yes"},
-            "instruction, by the columns `instruction` and `output`",
+            "instruction, by the columns `instruction` and `input` and `output`",
             ["Question: Say yes.\nAnswer:", " yes"],
         ),
         ({"prompt": "1+", "completion": "1"}, "text, by the columns `prompt` and `completion`", ["1+", "1"]),
