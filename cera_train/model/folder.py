@@ -35,7 +35,8 @@ def check_model(path: str) -> None:
     if os.path.isdir(path):
         if "config.json" not in os.listdir(path):
             reason = "the folder has no config.json. Adapters, runs and GGUF files are not trained on"
-            raise UserError(f"{place_of_model(path)}: {reason}. {MEND}")
+            mend = f"Set model.path={path}/adapter." if os.path.exists(f"{path}/adapter/config.json") else MEND
+            raise UserError(f"{place_of_model(path)}: {reason}. {mend}")
     elif os.path.exists(path):
         raise UserError(f"{place_of_model(path)}: it is a file. {MEND}")
     elif not looks_like_id:

@@ -46,7 +46,8 @@ def print_start(session: Session) -> None:
     print_line("run", f"{folder}, {updates:,} updates of {config.train.batch_size} sequences{already}")
     quantization = "" if config.model.quantization == Quantization.none else f", {config.model.quantization}"
     frozen = session.total_count - session.trainable_count
-    print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {frozen:,} parameters")
+    weights = frozen or session.total_count  # full fine-tuning freezes none
+    print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {weights:,} parameters")
     print_line("precision", f"{session.precision.dtype}: {session.precision.reason}")
     print_adapter(session)
     device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded

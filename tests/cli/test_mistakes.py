@@ -117,6 +117,11 @@ def save(kind: type) -> Callable[[Path], object]:
     return lambda folder: kind(small).save_pretrained(folder)
 
 
+def make_it_a_runs(folder: Path) -> None:
+    shutil.copytree(folder, folder / "adapter")
+    (folder / "config.json").unlink()
+
+
 def cut_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:50_000])
 
@@ -131,6 +136,7 @@ def lose_a_shard(folder: Path) -> None:
 AGAIN = "Download or copy the model again"
 BROKEN_MODELS = [
     (remove("config.json"), "no config.json", "Set model.path to a folder"),
+    (make_it_a_runs, "Adapters, runs", "Set model.path=model/adapter."),
     (write("config.json", "{"), "not a valid JSON file", AGAIN),
     (change_config(model_type="lama"), "`lama`", "Upgrade transformers"),
     (change_config(num_attention_heads=0), "ZeroDivisionError", AGAIN),
