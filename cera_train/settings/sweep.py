@@ -79,7 +79,8 @@ class StudyConfig:
                 place = f"study.{group}.{key}"
                 require(bool(values), f"{place}=[]: give a value.")
                 require(key != "train.seed", f"{place}: every arm has study.seeds=N seeds. Leave it out.")
-                require(key not in places, f"{place}: {places.get(key)} sets it too. Keep one.")
+                is_free = key not in places or (places[key], group) == ("an arm", "conditions")
+                require(is_free, f"{place}: {places.get(key)} sets it too. Keep one.")
                 places[key] = f"study.{group}"
         for key in places:
             require(

@@ -57,7 +57,7 @@ class Cell:
 
     arm: str
     choices: dict[str, str]
-    """The condition, such as {"adapter.r": "16"}."""
+    """The condition, such as {"adapter.r": "16"}, without the settings that the arm has itself."""
     candidates: list[Candidate]
     seeds: int
     tune_seeds: int | None
@@ -182,20 +182,23 @@ class Study:
 
     @property
     def by_condition(self) -> dict[str, dict[str, Cell]]:
-        """Condition -> arm -> cell."""
-        conditions: dict[str, dict[str, Cell]] = {}
-        for cell in self.cells:
-            conditions.setdefault(cell.condition, {})[cell.arm] = cell
-        return conditions
+        """Condition -> arm -> cell. An arm that has a condition's setting itself stands under all of its values."""
+        most = max((len(cell.choices) for cell in self.cells), default=0)
+        conditions = {cell.condition: cell.choices.items() for cell in self.cells if len(cell.choices) == most}
+        return {
+            condition: {cell.arm: cell for cell in self.cells if cell.choices.items() <= choices}
+            for condition, choices in conditions.items()
+        }
 
     def contrasts(self) -> list[tuple[str, Cell, Cell]]:
         """Every comparison: what it asks, and its two cells; the difference is the second minus the first."""
-        return [
-            (asked, arms[first], arms[second])
+        pairs = {
+            (arms[first].name, arms[second].name): (asked, arms[first], arms[second])
             for arms in self.by_condition.values()
             for (first, second), asked in self.config.pairs.items()
             if {first, second} <= arms.keys()
-        ]
+        }
+        return list(pairs.values())
 
     def missing(self) -> list[str]:
         """The runs that have not ended, each with why."""
@@ -215,11 +218,12 @@ def study_on_record(folder: Path, record: SweepRecord) -> Study:
     for overrides in record.jobs.values():
         words = dict(word.partition("=")[::2] for word in overrides)
         if words[SEED] == "0":
-            place = words[ARM], *(words[key] for key in config.conditions)
+            own = {key_of(word) for word in config.arms[words[ARM]]}
+            place = words[ARM], *((key, words[key]) for key in config.conditions if key not in own)
             values = {key: words[key] for key in config.tune}
             candidates.setdefault(place, []).append(Candidate(values, overrides, folder, record.swept))
     cells = [
-        Cell(arm, dict(zip(config.conditions, choices, strict=True)), values, config.seeds, config.tune_seeds)
+        Cell(arm, dict(choices), values, config.seeds, config.tune_seeds)
         for (arm, *choices), values in candidates.items()
     ]
     return Study(folder, config, cells)

@@ -49,17 +49,18 @@ def study_of(config: DictConfig) -> StudyConfig:
 
 
 def study_record(config: DictConfig) -> SweepRecord:
-    """The content of sweep.json: every arm, condition, tuned value and seed that tunes."""
+    """The content of sweep.json: every arm, condition, tuned value and seed that tunes. What an arm sets itself stands
+    in the place of a condition."""
     study = config.study
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms), **study.conditions, **study.tune}
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
     params = {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
-    choices = grid(config, params)
-    arms = {choice for job in choices for choice in job if key_of(choice) == ARM}
-    unknown = ", ".join(sorted(arms - overrides.keys()))
-    require(not unknown, f"{unknown}: no such arm: choose from {', '.join(study.arms)}.")
-    jobs = [[word for choice in job for word in (choice, *overrides.get(choice, ()))] for job in choices]
+    jobs = []
+    for arm, *choices in grid(config, params):
+        require(arm in overrides, f"{arm}: no such arm: choose from {', '.join(study.arms)}.")
+        own = {key_of(word) for word in overrides[arm]}
+        jobs.append([arm, *overrides[arm], *(choice for choice in choices if key_of(choice) not in own)])
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
@@ -83,12 +84,10 @@ def check_cells(config: DictConfig, study: Study, compose: ComposeJob[Config]) -
     """
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
     require(not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out.")
-    pairs = []
     for condition, cells in study.by_condition.items():
         runs = {arm: compose(cell.candidates[0].overrides) for arm, cell in cells.items()}
         check_arms(study.config, f" ({condition})" if condition else "", runs)
-        pairs += zip(cells.values(), runs.values(), strict=True)
-    return pairs
+    return [(cell, compose(cell.candidates[0].overrides)) for cell in study.cells]
 
 
 def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
@@ -180,9 +179,10 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
             "Leave one out.",
         )
     record = study_record(config)
-    pairs = check_cells(config, study_on_record(Path(config.hydra.sweep.dir), record), compose)
-    for condition in dict.fromkeys(cell.condition for cell, _ in pairs):
-        runs = {cell.arm: run for cell, run in pairs if cell.condition == condition}
+    planned = study_on_record(Path(config.hydra.sweep.dir), record)
+    pairs = check_cells(config, planned, compose)
+    for condition, cells in planned.by_condition.items():
+        runs = {cell.arm: run for cell, run in pairs if cells.get(cell.arm) is cell}
         if runs.keys() == study.arms.keys() and (arms := without_control(runs)):
             place = f" ({condition})" if condition else ""
             print_line(

@@ -104,8 +104,8 @@ def read_results(study: Study) -> list[CellResult]:
             f"{f'; and {len(missing) - 5:,} more' * (len(missing) > 5)}."
         )
     results = [_read_cell(study, cell) for cell in study.cells]
-    for condition in study.by_condition:
-        first, *others = [run for result in results if result.cell.condition == condition for run in result.runs]
+    for cells in study.by_condition.values():
+        first, *others = [run for result in results if result.cell in cells.values() for run in result.runs]
         for run in others:
             what = next((what for what, rows in run.rows.items() if rows != first.rows.get(what)), None)
             require(
@@ -197,7 +197,7 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
                     asked=asked,
                     first=first.cell.arm,
                     second=second.cell.arm,
-                    condition=first.cell.condition,
+                    condition=max(first.cell.condition, second.cell.condition, key=len),
                     by_seed=[b - a for a, b in means],
                     p_holm=p_holm,
                     verdict="not shown" if edges else verdict,
