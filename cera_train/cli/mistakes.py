@@ -98,7 +98,7 @@ FLAGS = [("--help", "-h"), ("--multirun", "-m"), ("--shell-completion", "-sc"), 
 FLAGS_WITH_VALUE = [("--cfg", "-c"), ("--package", "-p"), ("--config-dir", "-cd")]
 """The flags of the commands: Hydra has more."""
 
-OF_GRIDS = ("sweep=", "study=", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
+OF_GRIDS = ("sweep=", "study=", "sweep.", "hydra.launcher", "hydra.sweeper", "launch.detach=true")
 """How settings begin that mean nothing in a single run."""
 
 

@@ -16,6 +16,7 @@ import pyarrow.compute
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, leaves, require, to_plain
+from cera_train.common.terminal import announce
 from cera_train.data.order import PartRows, RowOrder, StreamedRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import PlacedRow, Source
 from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
@@ -251,7 +252,9 @@ def _tokenize(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRo
     def write(folder: Path) -> None:
         rows, to_segments = iter(source.located()), segmenter(config, tokenizer)
         with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), SCHEMA) as writer:
-            while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            for number, chunk in enumerate(iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])):
+                if number == 1:
+                    announce("tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows")
                 writer.write_table(table_of(encode(segments_of(chunk, to_segments), config, tokenizer)))
 
     file = cached_folder(f"tokens/{digest}", write) / "rows.arrow"

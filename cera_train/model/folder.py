@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.errors import UserError
 from cera_train.common.files import cached_folder
 from cera_train.common.hub import hub_or_cache, offline_reason
+from cera_train.common.terminal import announce
 from cera_train.settings.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    print(f"cera-train: converting {gguf.name} to safetensors, once", flush=True)
+    announce("converting", f"{gguf.name} to safetensors, once")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar

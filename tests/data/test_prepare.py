@@ -22,10 +22,11 @@ pytestmark = pytest.mark.usefixtures("cache")
 # --- rows and counts -------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache):
+def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache, capsys):
     rows = [{"question": f"what is {number}?", "answer": "it is so " * 20} for number in range(3000)]
     config = config_of(rows)
     prepare_data(config, tokenizer)
+    assert capsys.readouterr().err.count(", once: it has more than 1,000 rows\n") == 1
     before = pyarrow.total_allocated_bytes()
     train = prepare_data(config, tokenizer).train
     assert pyarrow.total_allocated_bytes() - before < train.table.nbytes / 100
