@@ -275,7 +275,7 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
     if end is None:
         reason = "the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
         raise UserError(f"model.path={tokenizer.name_or_path}: {reason}")
-    is_chat = config.layout == Layout.messages
+    is_chat, is_document = config.layout == Layout.messages, config.layout == Layout.documents
     start = [] if is_chat else start_ids(tokenizer)  # a chat template writes the start token
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     rows_segments = list(rows_segments)
@@ -295,8 +295,8 @@ def encode(rows_segments: Iterable[list[Segment]], config: DataConfig, tokenizer
             input_ids += ids
             loss_mask += [segment.supervised] * len(ids)
         prompt_key = hashlib.blake2b(prompt_of(segments).encode(), digest_size=16).hexdigest()
-        is_cut = len(input_ids) > step and not config.is_document
-        for first in range(0, len(input_ids), step) if config.is_document else (0,):
+        is_cut = len(input_ids) > step and not is_document
+        for first in range(0, len(input_ids), step) if is_document else (0,):
             kept = slice(first, first + step)
             ids, mask = start + input_ids[kept], [False] * len(start) + loss_mask[kept]
             has_answer = any(mask[1:])

@@ -83,7 +83,9 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
 
 
 def templates_of(config: DataConfig) -> tuple[str, str]:
-    """The templates of layout text, and of computed rows."""
+    """The templates of layout text, of documents, and of computed rows."""
+    if config.layout == Layout.documents:
+        return "", "{text}"
     return COLUMN_TEMPLATES if config.is_computed else (config.prompt, config.completion)
 
 

@@ -29,7 +29,7 @@ BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("instruction", "output"): {"layout": Layout.instruction},
     ("prompt", "completion"): {"layout": Layout.text, "prompt": "{prompt}", "completion": "{completion}"},
     ("question", "answer"): {"layout": Layout.text, "prompt": PROMPT, "completion": " {answer}"},
-    ("text",): {"layout": Layout.text, "prompt": "", "completion": "{text}"},
+    ("text",): {"layout": Layout.documents},
 }
 """Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like Alpaca's have both."""
 

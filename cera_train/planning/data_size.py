@@ -150,7 +150,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
         if segments:
             counts = [estimate_tokens(segment.text, config.is_computed) for segment in segments]
             prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
-            windows = math.ceil(sum(counts) / config.max_length) if config.is_document else 1
+            windows = math.ceil(sum(counts) / config.max_length) if config.layout == Layout.documents else 1
             length = min(sum(counts), windows * config.max_length)
             lengths += [length / windows] * windows
             answers += max(0.0, length - prompt)

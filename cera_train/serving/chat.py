@@ -67,7 +67,7 @@ def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: An
         raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=run or none.")
     if template in (Template.auto, Template.run) and trained_on is not None:
         _, first = next(trained_on.parts())
-        return PLAIN if first.prompt == "" else first
+        return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
     if template != Template.none and tokenizer.chat_template:
         return DataConfig(layout=Layout.messages, path="a chat")
     return PLAIN

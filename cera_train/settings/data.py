@@ -11,7 +11,8 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import MISSING, require, require_positive, section, setting
 
 Layout = StrEnum(
-    "Layout", ["auto", "text", "instruction", "conversations", "messages", "logistic_map", "reasoning_gym"]
+    "Layout",
+    ["auto", "text", "documents", "instruction", "conversations", "messages", "logistic_map", "reasoning_gym"],
 )
 Turns = StrEnum("Turns", ["first", "last", "all"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
@@ -142,10 +143,10 @@ class MixPart:
 @dataclass
 class DataConfig:
     layout: Layout = setting(Layout.text, "tokens")
-    """How a row reads. text: columns by template; instruction: Alpaca's instruction, input and output; conversations:
-    ShareGPT's from/value; messages: chat template; auto: text where data.prompt or data.completion are other templates
-    than {prompt} and {completion}, else one of these by the columns of the first rows of train_files. logistic_map and
-    reasoning_gym compute their rows."""
+    """How a row reads. text: columns by template; documents: the column text, all of it supervised; instruction:
+    Alpaca's instruction, input and output; conversations: ShareGPT's from/value; messages: chat template; auto: text
+    where data.prompt or data.completion are other templates than {prompt} and {completion}, else one of these by the
+    columns of the first rows of train_files. logistic_map and reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")
@@ -257,11 +258,6 @@ class DataConfig:
     def is_computed(self) -> bool:
         """Whether the rows are computed, not read."""
         return self.mix is None and self.layout in COMPUTED
-
-    @property
-    def is_document(self) -> bool:
-        """Whether a row is a document, without a prompt."""
-        return self.layout == Layout.text and self.prompt == ""
 
     @property
     def holds_out_by_prompt(self) -> bool:

@@ -65,7 +65,7 @@ def own(compose, write_jsonl):
             "text, by the columns `question` and `answer`",
             ["Question: 1+1?\nAnswer:", " 2"],
         ),
-        ({"text": "Once upon a time."}, "text, by the column `text`", ["Once upon a time."]),
+        ({"text": "Once upon a time."}, "documents, by the column `text`", ["Once upon a time."]),
     ],
     ids=lambda value: value.partition(",")[0] if isinstance(value, str) else "",
 )

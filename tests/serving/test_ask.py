@@ -104,7 +104,7 @@ def test_a_question_is_written_as_the_run_reads_or_as_the_template_asks(tokenize
     assert choose_rows(Template.none, None, tokenizer).layout == "text"
     assert choose_rows(Template.auto, DataConfig(**TEXT), tokenizer).prompt == TEXT["prompt"]
     assert choose_rows(Template.chat, DataConfig(**TEXT), tokenizer).layout == "messages"
-    documents = DataConfig(**TEXT | {"prompt": "", "completion": "{text}"})
+    documents = DataConfig(layout="documents", path="x")
     assert choose_rows(Template.auto, documents, tokenizer) == choose_rows(Template.none, None, tokenizer)
     parts = [MixPart(path="a/b", prompt="Q: {question}", eval_rows=0), MixPart(path="c/d")]
     rows = choose_rows(Template.auto, DataConfig(**TEXT | {"path": None, "mix": parts}), tokenizer)
