@@ -185,7 +185,7 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
             for (_, first, second), more in zip(pairs, between, strict=True)
         ]
         adjusted = holm([difference.p_value for difference in differences])
-        for (asked, first, second), difference, more, p_holm in zip(pairs, differences, between, adjusted, strict=True):
+        for (asked, first, second), difference, p_holm in zip(pairs, differences, adjusted, strict=True):
             means = zip(first.means(outcome), second.means(outcome), strict=True)
             edges = [*first.cell.edges, *second.cell.edges]
             verdict = difference.verdict_at(p_holm, higher_is_better=outcome != LOSS)
@@ -202,7 +202,7 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
                     p_holm=p_holm,
                     verdict="not shown" if edges else verdict,
                     edges=edges,
-                    detectable=least + more,
+                    detectable=least + difference.between,
                 )
             )
     return comparisons

@@ -103,6 +103,8 @@ class Contrast:
     """None with one seed or one problem."""
     seeds: int
     problems: int
+    between: float
+    """What a tuned value between those of the grid could still change: the bounds, the p-value, have it."""
 
     def verdict_at(self, adjusted_p: float, higher_is_better: bool) -> Verdict:
         """Whether the second arm is better than the first, by a p-value that `holm` adjusted."""
@@ -139,9 +141,8 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
         raise UserError("a value is not a number. Leave out a run that diverged.")
     seeds, problems = differences.shape
     if min(seeds, problems) < 2:
-        return Contrast(
-            float((differences @ weights / weights.sum()).mean()), -math.inf, math.inf, 1.0, None, seeds, problems
-        )
+        mean = float((differences @ weights / weights.sum()).mean())
+        return Contrast(mean, -math.inf, math.inf, 1.0, None, seeds, problems, between)
     estimate, spread, variances = estimate_mean(differences, weights)
     difference, half = float(estimate), float(spread.half_width())
     lower, upper = difference - half, difference + half
@@ -153,7 +154,7 @@ def contrast(first: ArrayLike, second: ArrayLike, weights: ArrayLike | None = No
         lower, upper = sorted((difference * (ERROR_RATE / 2) ** (1 / problems), difference))
         p_value = float(binomtest(problems, problems).pvalue) if size else 1.0
     plain = Variances(float(variances.seed), float(variances.problem), float(variances.residual))
-    return Contrast(difference, lower - between, upper + between, p_value, plain, seeds, problems)
+    return Contrast(difference, lower - between, upper + between, p_value, plain, seeds, problems, between)
 
 
 def estimate_mean(differences: ndarray, weights: ndarray) -> tuple[ndarray, Spread, Variances]:

@@ -54,15 +54,17 @@ def test_the_evidence_gets_the_verdicts_that_it_has(path):
             residual = variances.residual / (seeds * problems)
             by_seeds = float(numpy.var(own["by_seed"], ddof=1)) / seeds
             spread = Spread(by_seeds, seeds - 1, residual, variances.problem / problems, problems - 1)
-            difference, half = own["difference"], float(spread.half_width())
+            difference, between = own["difference"], own.get("between", 0.0)
+            half = float(spread.half_width()) + between
             # The weights of rows, which the page does not keep, take degrees of freedom from the problems' part.
             assert [difference - half, difference + half] == pytest.approx(
                 own.get("interval") or [own["lower"], own["upper"]], abs=0.02 * half
             )
-            p_value = float(spread.p_value(difference))
-            again.append(Contrast(difference, -half, half, p_value, variances, seeds, problems))
+            p_value = float(spread.p_value(max(abs(difference) - between, 0.0)))
+            again.append(Contrast(difference, -half, half, p_value, variances, seeds, problems, between))
             comparisons = len(same)
-            assert detectable(variances, seeds, problems, comparisons) == pytest.approx(own["detectable"], rel=0.01)
+            least = detectable(variances, seeds, problems, comparisons)
+            assert least + between == pytest.approx(own["detectable"], rel=0.01)
         for own, result, p_value in zip(same, again, holm([each.p_value for each in again]), strict=True):
             assert result.verdict_at(p_value, higher_is_better=outcome != "loss") == own["verdict"]
             assert p_value == pytest.approx(own["p_holm"], rel=0.02)
