@@ -50,6 +50,12 @@ def cera_train(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return popen(str(Path(sys.executable).parent / "cera-train"), *arguments, cwd=cwd)
 
 
+def printed_by(run: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a command prints until it ends; to stderr, without the line about its start."""
+    out, err = run.communicate(timeout=120)
+    return out, err.removeprefix("loading    PyTorch and transformers\n")
+
+
 # --- the same numbers ------------------------------------------------------------------------------------------------
 
 
@@ -125,7 +131,7 @@ def test_what_cannot_be_sharded_is_refused(compose):
 def test_one_command_starts_the_processes_and_speaks_once(tmp_path, arguments):
     for processes in (1, 2):
         run = cera_train(*arguments, f"launch.processes={processes}", f"name={processes}", cwd=tmp_path)
-        out, err = run.communicate()
+        out, err = printed_by(run)
         assert (run.returncode, err) == (0, "")
         assert out.count("folder          ") == out.count("perplexity      ") == 1
     assert "2 x cpu" in out
@@ -226,7 +232,7 @@ def endless(arguments, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_command_saves_in_the_processes_and_stops(endless, tmp_path, number):
     endless.send_signal(number)
-    out, err = endless.communicate()
+    out, err = printed_by(endless)
     assert (endless.returncode, err) == (128 + number, "")
     updates = len(all_losses_of(tmp_path / "outputs" / "run")) - 1  # one evaluation came before
     assert (tmp_path / "outputs" / "run" / "checkpoints" / str(updates)).is_dir()
@@ -240,7 +246,7 @@ def test_a_signal_while_the_processes_load_ends_the_command(arguments, tmp_path,
     wait_until(lambda: len(processes_of(run)) == 2, every=0.05)
     time.sleep(2)  # they import and load: nobody listens yet
     run.send_signal(number)
-    _, err = run.communicate(timeout=60)
+    _, err = printed_by(run)
     assert (run.returncode, err) == (128 + number, "")
 
 
@@ -248,7 +254,7 @@ def test_a_signal_while_the_processes_load_ends_the_command(arguments, tmp_path,
 def test_a_process_that_is_killed_ends_the_others_and_is_named_once(endless, tmp_path):
     _, other = processes_of(endless)
     os.kill(other, signal.SIGKILL)
-    _, err = endless.communicate()
+    _, err = printed_by(endless)
     assert endless.returncode == 2
     assert err.startswith("cera-train: process 1 was killed by SIGKILL: the machine may be out of memory")
     assert len(err.splitlines()) == 1
@@ -280,7 +286,7 @@ def test_an_accelerator_other_than_cuda_is_left_alone(monkeypatch):
 def test_a_process_that_hangs_ends_the_run_when_its_time_is_out(endless, rank):
     """It stands still in the midst of its work; the others notice."""
     os.kill(processes_of(endless)[rank], signal.SIGSTOP)
-    _, err = endless.communicate(timeout=120)
+    _, err = printed_by(endless)
     assert endless.returncode == 2
     assert err.startswith(f"cera-train: process {1 - rank} (counted from 0) waited for another that hangs")
     assert len(err.splitlines()) == 1
@@ -322,6 +328,6 @@ def test_a_process_that_lost_another_fails_after_it(monkeypatch):
 )
 def test_a_mistake_is_printed_once(tmp_path, arguments, mistake, message):
     run = cera_train(*arguments, "launch.processes=2", *mistake, cwd=tmp_path)
-    _, err = run.communicate()
+    _, err = printed_by(run)
     assert run.returncode == 2
     assert err.count(message) == len(err.splitlines()) == 1
