@@ -56,7 +56,7 @@ growth: $(VENV)/.installed-test  ## draw how time and memory of an update grow
 architectures: $(VENV)/.installed-test  ## test every family of models and write docs/architectures.md
 	$(BIN)/python -m benchmarks.architectures
 
-evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none where there is none: 15 minutes on two cores
+evidence: $(VENV)/.installed-test  ## find a gate where there is one, and none where there is none
 	$(BIN)/python -m benchmarks.one_projection --ranks 64 --teachers linear 'even, 3 A' --students 'identity, half scale' CeRA
 	$(BIN)/python -m benchmarks.ground_truth
 	$(BIN)/cera-train -m +study=controls hydra/launcher=joblib
