@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 from transformers import LlamaForCausalLM
 
-from benchmarks import ground_truth, one_projection
+from benchmarks import ground_truth
 from benchmarks.ground_truth import TEACHERS, Teacher, make_base, make_tokenizer, write
 
 
 @pytest.mark.slow
 def test_a_teacher_writes_what_its_branch_makes_likely(tmp_path, monkeypatch):
     monkeypatch.setattr(ground_truth, "WRITTEN", 300)
-    monkeypatch.setattr(one_projection, "HELD_OUT", 4_000)
     make_base(tmp_path, updates=80)
     base, tokenizer = LlamaForCausalLM.from_pretrained(tmp_path / "base" / "adapter").eval(), make_tokenizer()
     affine = {}
