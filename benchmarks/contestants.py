@@ -295,7 +295,7 @@ def our_session(
         model=ModelConfig(path=setting.base, dtype=dtype, quantization=setting.quantization),
         adapter=AdapterConfig(AdapterKind(kind), rank, dropout=DROPOUT),
         data=DataConfig(
-            train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=True
+            train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=1
         ),
         optimizer=OptimizerConfig(lr=LEARNING_RATE),
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),

@@ -87,7 +87,7 @@ def make_base(folder: Path, updates: int) -> None:
     write(folder / "base.jsonl", sentences())
     words = f"""
         adapter=full model.path={folder}/random model.dtype=float32 output_dir={folder} name=base
-        data=jsonl data.train_files=[{folder}/base.jsonl] data.eval_rows={HELD_OUT} data.allow_overlap=true
+        data=jsonl data.train_files=[{folder}/base.jsonl] data.eval_rows={HELD_OUT} data.allow_overlap=0.05
         train.batch_size=64 train.max_updates={updates} train.eval_every=null train.save_every=null
         optimizer.lr=4e-3 optimizer.schedule=cosine optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1
     """

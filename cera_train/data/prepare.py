@@ -29,10 +29,6 @@ CACHE_VERSION = 4
 ROWS_AT_ONCE = 1000
 """Rows in memory at a time, which the tokenizer shares out to its threads."""
 
-MOST_REPEATED = 0.05
-"""Share of the evaluation rows that may be training rows too, where `data.allow_overlap` is set: a published split
-repeats some, and one file for both is a mistake."""
-
 SCHEMA = pyarrow.schema(
     {
         "input_ids": pyarrow.list_(pyarrow.int32()),
@@ -165,15 +161,15 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     data.shared_prompts = sum(key in train_keys for key in data.evaluation.column("prompt_key"))
     if data.shared_prompts and not config.allow_overlap:
         count = f"{data.shared_prompts} of {len(data.evaluation)} evaluation prompts are also training prompts"
-        mend = "Remove them from one side, or set data.allow_overlap=true."
+        mend = "Remove them from one side, or set data.allow_overlap=0.05."
         raise UserError(f"{config.title}: {count}, so the perplexity would measure memory. {mend}")
-    if data.shared_prompts > MOST_REPEATED * len(data.evaluation):
-        check_repeated_rows(config.title, data)
+    if data.shared_prompts > config.allow_overlap * len(data.evaluation):
+        check_repeated_rows(config, data)
     return data
 
 
-def check_repeated_rows(title: str, data: TokenizedData) -> None:
-    """Raises UserError where more evaluation rows than `MOST_REPEATED` are also training rows, prompt and answer."""
+def check_repeated_rows(config: DataConfig, data: TokenizedData) -> None:
+    """Raises UserError where more evaluation rows than allowed are also training rows, prompt and answer."""
 
     def ids(rows: TokenizedRows, row: int) -> tuple[int, ...]:
         return tuple(rows.tokens("input_ids", row).to_pylist())
@@ -182,9 +178,9 @@ def check_repeated_rows(title: str, data: TokenizedData) -> None:
     trained = {ids(data.train, row) for row, key in enumerate(data.train.column("prompt_key")) if key in keys}
     repeated = sum(ids(data.evaluation, row) in trained for row in range(count))
     require(
-        repeated <= MOST_REPEATED * count,
-        f"{title}: {repeated} of {count} evaluation rows are also training rows, and data.allow_overlap=true allows "
-        f"{MOST_REPEATED:.0%}: name other rows for one of the two.",
+        repeated <= config.allow_overlap * count,
+        f"{config.title}: {repeated} of {count} evaluation rows are also training rows, more than "
+        f"data.allow_overlap={config.allow_overlap} of them: name other rows for one of the two.",
     )
 
 

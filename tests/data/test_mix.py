@@ -210,5 +210,5 @@ def test_a_prompt_that_one_part_evaluates_and_another_trains_is_refused(part, to
     line = "^b.jsonl [+] a.jsonl: 9 of 11 evaluation prompts are also training prompts, so the perplexity would measure"
     with pytest.raises(UserError, match=line):
         prepare_data(mix(part("b", 7), both), tokenizer)
-    with pytest.raises(UserError, match="9 of 11 evaluation rows are also training rows, and .*=true allows 5%: name"):
-        prepare_data(mix(part("b", 7), both, allow_overlap=True), tokenizer)
+    with pytest.raises(UserError, match="9 of 11 evaluation rows are also .* rows, more than .*=0.05 of them: "):
+        prepare_data(mix(part("b", 7), both, allow_overlap=0.05), tokenizer)

@@ -61,7 +61,7 @@ def test_rows_whose_prompt_evaluates_do_not_train(order, write_jsonl):
     evaluation = [str(write_jsonl("eval.jsonl", [{"prompt": f"{row} is", "completion": " x"} for row in (0, 33)]))]
     rows = [row for update in order(range(7), eval_files=evaluation) for row in update]
     assert not {0, 33} & {*rows}
-    rows = [row for update in order(range(7), eval_files=evaluation, allow_overlap=True) for row in update]
+    rows = [row for update in order(range(7), eval_files=evaluation, allow_overlap=0.05) for row in update]
     assert {0, 33} <= {*rows}
 
 
