@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from conftest import make_tiny_llama
 
 from cera_train.adapters import build
@@ -152,10 +151,3 @@ def test_layers_of_all_linear_are_kept():
     assert all(".layers.1." in name for name in names)
     with refuses(r"adapter.layers: \[2\] is outside this model's layers 0 to 1"):
         build.build(make_tiny_llama(), AdapterConfig(r=4, layers=[2]))
-
-
-def test_building_works_on_the_meta_device():
-    with torch.device("meta"):
-        model = build.build(make_tiny_llama(), AdapterConfig(r=4))
-        logits = model(input_ids=torch.zeros(1, 5, dtype=torch.long)).logits
-    assert logits.device.type == "meta"

@@ -1,4 +1,4 @@
-"""Spectra against an SVD of the branch's outputs, on padded rows; test_families.py has every method on flat ones."""
+"""Figures of a spectrum by hand; test_families.py has the spectrum of every method against an SVD."""
 
 from __future__ import annotations
 
@@ -7,43 +7,19 @@ import math
 import peft
 import pytest
 import torch
-from branches import MASKS, ROWS, branch_outputs, forward_of
+from branches import MASKS, ROWS, forward_of
 from conftest import make_tiny_llama
 
 from cera_train.adapters.spectrum import ModuleSpectrum, describe_excess_rank, measure_spectra, spectrum_metrics
 from cera_train.cera import CeraConfig
-from cera_train.model.batches import flat_batch, padded_batch
+from cera_train.model.batches import flat_batch
 from cera_train.runs.results import mean_spectrum
 from cera_train.training.train import spectrum_records
 
-CONFIGS = {
-    "cera": CeraConfig(r=6, alpha=12, dropout=0.5, init_weights=False, task_type="CAUSAL_LM"),
-    "cera_mix": CeraConfig(r=6, mix="learned", init_weights=False, task_type="CAUSAL_LM"),
-    "cera_on_input": CeraConfig(r=6, alpha=2, dropout=0.5, dropout_on="input", init_weights=False),
-    "dora": peft.LoraConfig(
-        r=6, lora_alpha=3, use_dora=True, init_lora_weights=False, target_modules=["q_proj", "v_proj"]
-    ),
-}
 
-
-def adapted(kind: str):
-    model = peft.get_peft_model(make_tiny_llama(), CONFIGS[kind])
-    model.train()
-    return model
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_spectrum_equals_svd(kind):
-    model = adapted(kind)
-    probe = [(padded_batch(ROWS[:2], MASKS[:2]), True), (padded_batch(ROWS[2:], MASKS[2:]), True)]
-    spectra = measure_spectra(model, forward_of(model), probe)
-    assert len(spectra) == 4
-    for name, spectrum in spectra.items():
-        outputs = branch_outputs(model, name)
-        expected = torch.linalg.svdvals(outputs - outputs.mean(0))
-        assert len(spectrum.singular_values) == 6
-        assert expected[6:].max() < 1e-4 * expected[0]
-        torch.testing.assert_close(spectrum.singular_values, expected[:6], rtol=2e-3, atol=1e-4 * expected[0].item())
+def adapted(**settings):
+    config = {"r": 6, "alpha": 12, "dropout": 0.5, "init_weights": False, "task_type": "CAUSAL_LM"} | settings
+    return peft.get_peft_model(make_tiny_llama(), CeraConfig(**config)).train()
 
 
 def test_a_fresh_adapter_has_no_spectrum_but_a_gate_whose_linear_share_falls_with_the_scale_of_A():
@@ -57,7 +33,7 @@ def test_a_fresh_adapter_has_no_spectrum_but_a_gate_whose_linear_share_falls_wit
 
 
 def test_dead_units_are_those_never_open_on_the_probe():
-    model = adapted("cera")
+    model = adapted()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     inputs = []
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
@@ -75,7 +51,7 @@ def test_dead_units_are_those_never_open_on_the_probe():
 
 
 def test_the_linear_share_is_what_a_regression_on_z_explains():
-    model = adapted("cera")
+    model = adapted()
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     inputs = []
     layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
@@ -92,14 +68,14 @@ def test_the_linear_share_is_what_a_regression_on_z_explains():
 
 
 def test_gamma_is_the_mean_over_modules_and_each_modules():
-    model = adapted("cera_mix")
+    model = adapted(mix="learned")
     gates = {n: m.cera_gate["default"] for n, m in model.named_modules() if type(m).__name__ == "CeraLinear"}
     for k, gate in enumerate(gates.values()):
         torch.nn.init.constant_(gate.gamma, 0.25 * k)
     spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     assert spectrum_metrics(spectra)["adapter/gamma"] == pytest.approx(0.375)
     assert [spectrum.gamma for spectrum in spectra.values()] == pytest.approx([0, 0.25, 0.5, 0.75])
-    published = adapted("cera")
+    published = adapted()
     spectra = measure_spectra(published, forward_of(published), [(flat_batch(ROWS, MASKS), True)])
     assert "adapter/gamma" not in spectrum_metrics(spectra)
 
@@ -130,7 +106,7 @@ def test_a_rank_above_every_width_is_named_for_branches_without_a_gate(tiny_llam
 
 
 def test_metrics_have_mean_and_max():
-    model = adapted("cera")
+    model = adapted()
     spectra = measure_spectra(model, forward_of(model), [(flat_batch(ROWS, MASKS), True)])
     metrics = spectrum_metrics(spectra)
     ranks = [spectrum.effective_rank for spectrum in spectra.values()]

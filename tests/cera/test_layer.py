@@ -118,13 +118,6 @@ def test_the_start_is_the_base_layer_and_everything_but_b_waits(settings):
     assert moved == {"cera_B.default.weight"}
 
 
-def test_a_learned_mix_starts_linear():
-    layer, x = make_layer(init_weights=True, mix="learned").eval(), x_of()
-    nn.init.normal_(layer.cera_B["default"].weight)
-    A, B = layer.cera_A["default"].weight, layer.cera_B["default"].weight
-    torch.testing.assert_close(layer(x) - layer.base_layer(x), x @ A.T @ B.T)
-
-
 @pytest.mark.parametrize(
     ("init", "deviation", "fourth_moment"),
     [("kaiming_normal", math.sqrt(2 / 1024), 3), ("kaiming_uniform", math.sqrt(1 / (3 * 1024)), 1.8)],
@@ -248,16 +241,6 @@ def test_over_8_bits_and_a_bias_the_output_may_be_a_view_that_autograd_lets_nobo
     upstream = torch.randn_like(y)
     got, wanted = (torch.autograd.grad(value, leaves(layer, x), upstream) for value in (y, expected))
     torch.testing.assert_close(got, wanted, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize(
-    "base",
-    [nn.Embedding(9, 6), nn.Conv1d(6, 5, 1), nn.LayerNorm(6), nn.MultiheadAttention(6, 2)],
-    ids=lambda base: type(base).__name__,
-)
-def test_what_is_no_linear_projection_is_refused_by_name(base):
-    with pytest.raises(TypeError, match=rf"linear projections .*not {type(base).__name__}\."):
-        make_layer(base)
 
 
 def test_a_projection_whose_weight_is_read_past_it_is_refused():

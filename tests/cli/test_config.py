@@ -36,7 +36,7 @@ NEEDED = {
 def test_the_globs_found_the_files():
     assert len(CHOICES) >= 29
     assert {group for group, _ in CHOICES} == {
-        *("model", "adapter", "data", "optimizer", "tracker", "task", "generation"),
+        *("model", "adapter", "data", "optimizer", "tracker", "task", "generation")
     }
     assert {path.stem for path in RECIPES} == {
         *("quickstart", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),

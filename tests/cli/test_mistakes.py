@@ -179,11 +179,7 @@ def test_debug_shows_the_traceback(run_here, monkeypatch, capfd):
     ("name", "arguments", "message"),
     [
         ("cera-train", ["-m", "adapter.r=range(1,40)", "train.seed=range(1,40)", "model.path=./no"], "model.path=./no"),
-        (
-            "cera-train",
-            ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"],
-            "rows.jsonl:2: ",
-        ),
+        ("cera-train", ["train.tasks=[gsm8k]", "train.task_settings={gsm8k: {files: [rows.jsonl]}}"], "rows.jsonl:2: "),
         ("cera-eval", ["run=nothing", "task=gsm8k"], "run=nothing does not exist"),
     ],
 )
@@ -213,11 +209,7 @@ def test_a_mistake_in_a_file_names_the_file(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("arguments", "status", "evaluated"),
-    [
-        (["-m", "run=broken,b"], 1, ["broken", "b"]),
-        (["-m", "run=a,b"], 0, ["a", "b"]),
-        (["run=broken"], 2, ["broken"]),
-    ],
+    [(["-m", "run=broken,b"], 1, ["broken", "b"]), (["-m", "run=a,b"], 0, ["a", "b"]), (["run=broken"], 2, ["broken"])],
 )
 def test_an_evaluation_that_fails_lets_the_others_run(
     tmp_path, run_here, monkeypatch, capfd, arguments, status, evaluated

@@ -134,10 +134,7 @@ def test_gym_sources_are_prompts_and_completions_of_this_size():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"generator": "chain_sums"},
-            "generator=chain_sums: expected generators that are tested here. Choose from s",
-        ),
+        ({"generator": "chain_sums"}, "generator=chain_sums: expected generators that are tested here. Choose from s"),
         ({"generator": []}, r"generator=\[\]: expected"),
         ({"level": -1}, "level=-1 must not be negative"),
         ({"seed": 1000}, "seed=1000 must be between 0 and 999"),

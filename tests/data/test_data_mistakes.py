@@ -78,20 +78,12 @@ CUT = gzip.compress(LINES.encode(), mtime=0)[:-9]  # without the time: processes
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        (
-            "x.jsonl",
-            LINES + '{"a": \n',
-            "x.jsonl:5: broken JSON: Expecting value: line 1 column 6 (char 5). One row",
-        ),
+        ("x.jsonl", LINES + '{"a": \n', "x.jsonl:5: broken JSON: Expecting value: line 1 column 6 (char 5). One row"),
         ("x.jsonl", '[{"a": 1}]\n', "x.jsonl:1: expected a row's columns, got a list. A row is a JSON object; a list"),
         ("x.json", '{"rows": [{"a": 1}]}', "x.json: expected a JSON list of objects. One row a line is .jsonl: rename"),
         ("x.json", '[{"a": 1}, "b"]', "x.json: expected a JSON list of objects."),
         ("x.json", LINES, "x.json:2: broken JSON: Extra data"),
-        (
-            "x.jsonl",
-            LINES.encode() + b'{"a": "\xe4"}\n',
-            "x.jsonl:5: broken JSON: 'utf-8' codec can't decode byte",
-        ),
+        ("x.jsonl", LINES.encode() + b'{"a": "\xe4"}\n', "x.jsonl:5: broken JSON: 'utf-8' codec can't decode byte"),
         ("x.txt", b"a\nb\xff", "x.txt: cannot read it: 'utf-8' codec can't decode byte 0xff in position 3"),
         ("x.jsonl", b'{"a": ' + b"[" * 100_000 + b"\n", "x.jsonl:1: broken JSON: maximum recursion depth exceeded"),
         ("x.jsonl.gz", CUT, "x.jsonl.gz: cannot read it: Compressed file ended before"),
@@ -197,31 +189,15 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, token
         ("messages", {"messages": [{"role": "user"}]}, "messages[0] is \"{'role': 'user'}\": expected"),
         ("messages", {"messages": [HUMAN]}, "messages[0] is \"{'from': 'human'"),
         ("messages", {"messages": [USER | {"content": [1]}]}, "messages[0] 'content' holds a list: expected text."),
-        (
-            "messages",
-            {"messages": [CALLING | {"tool_calls": [{}]}]},
-            "messages[0] has tool_calls of another shape: ",
-        ),
-        (
-            "messages",
-            {"messages": [USER, ANSWER | {"train": "no"}]},
-            "messages[1] has the flag 'no': expected train",
-        ),
+        ("messages", {"messages": [CALLING | {"tool_calls": [{}]}]}, "messages[0] has tool_calls of another shape: "),
+        ("messages", {"messages": [USER, ANSWER | {"train": "no"}]}, "messages[1] has the flag 'no': expected train"),
         ("messages", {"messages": [USER, CALLING]}, "messages[1], of role 'assistant', is left out by this model's ch"),
         ("messages", {"messages": [USER], "tools": "["}, "column 'tools' holds broken JSON"),
         ("messages", {"messages": [USER], "tools": {"a": 1}}, "column 'tools' holds a dict: expected a list of tools."),
         ("conversations", {"a": 1}, "column 'conversations' is missing; its columns are a. Choose data.layout: "),
-        (
-            "conversations",
-            {"conversations": [{"from": "user"}]},
-            "conversations[0] is \"{'from': 'user'}\": expected",
-        ),
+        ("conversations", {"conversations": [{"from": "user"}]}, "conversations[0] is \"{'from': 'user'}\": expected"),
         ("conversations", {"conversations": [{"from": "human"}]}, "conversations[0] is"),
-        (
-            "conversations",
-            {"conversations": [GPT | {"value": ["a"]}]},
-            "conversations[0] 'value' holds a list: exp",
-        ),
+        ("conversations", {"conversations": [GPT | {"value": ["a"]}]}, "conversations[0] 'value' holds a list: exp"),
     ],
 )
 def test_a_malformed_turn_is_refused_by_its_number(tokenizer, layout, row, line):

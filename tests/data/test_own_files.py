@@ -149,8 +149,7 @@ def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("counts", "rows"),
-    [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)],
+    ("counts", "rows"), [([1] * 100, 5), ([1] * 3, 1), ([1] * 20_000, 500), ([30, 40, 50], 30), ([96, 2, 2], 4)]
 )
 def test_a_twentieth_of_the_rows_is_held_out_but_at_least_a_prompt(counts, rows):
     row = {"prompt": "", "completion": "x"}

@@ -146,11 +146,7 @@ def refusal(path: str, **settings) -> str:
     [
         ("./none", {}, ""),
         ("broken", {}, "JSON parse error: "),
-        (
-            "ds",
-            {},
-            "Unknown split \"test\". Should be one of ['train']. Check data.eval_split=test and data.subset=No",
-        ),
+        ("ds", {}, "Unknown split \"test\". Should be one of ['train']. Check data.eval_split=test and data.subset=No"),
         ("ds", {"subset": "x"}, "BuilderConfig 'x' not found. Available: ['default']. Check data.train_split=tr"),
         ("some/set", {}, "HF_HUB_OFFLINE=1 is set, and the cache lacks it."),
     ],

@@ -186,7 +186,7 @@ def test_tasks_of_a_slurm_step_are_recognised():
     }
     join_slurm_step(step)
     assert {name: step[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")} == {
-        **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu003"},
+        **{"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "MASTER_ADDR": "gpu003"}
     }
     assert step["MASTER_PORT"] == "23456"
     bound = {name: value for name, value in step.items() if name.startswith("SLURM")} | {"CUDA_VISIBLE_DEVICES": "1"}

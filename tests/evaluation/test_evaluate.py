@@ -168,7 +168,7 @@ def test_logistic_map_asks_held_out_starts_and_reports_steps_and_collapse(eval_c
     result = evaluate(config)
     assert result["exact/pass@1"] == result["state_collapse"] == pytest.approx(1 / 3)
     assert result["by_growth"]["3.5"] == {
-        **{"trained": True, "step_accuracy": [1.0] * 6, "step_accuracy/mean": 1.0, "state_collapse": 0.0},
+        **{"trained": True, "step_accuracy": [1.0] * 6, "step_accuracy/mean": 1.0, "state_collapse": 0.0}
     }
     assert result["by_growth"]["3.8"]["state_collapse"] == 1.0
     assert (result["by_growth"]["3.2"]["step_accuracy/mean"], result["no_answer"]) == (0.0, 20)

@@ -75,7 +75,7 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
         for line in graded
     ]
     assert [result[name] for name in FIGURES] == [
-        *(evaluated["exact/pass@1"], evaluated["step_accuracy/mean"], evaluated["state_collapse"]),
+        *(evaluated["exact/pass@1"], evaluated["step_accuracy/mean"], evaluated["state_collapse"])
     ]
 
 

@@ -48,10 +48,7 @@ def test_damage_to_any_file_of_a_folder_is_found(tmp_path, damage):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
-    [
-        ("optimizer.pt", flip_a_bit, "checksum differs"),
-        ("progress.json", Path.unlink, "No such file"),
-    ],
+    [("optimizer.pt", flip_a_bit, "checksum differs"), ("progress.json", Path.unlink, "No such file")],
 )
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, start, uninterrupted, name, damage, reason):
     newest, second, _ = newest_first(run)

@@ -114,9 +114,7 @@ STATES = [
     Architecture("qwen3_5_text", DELTA, ("q_proj", "v_proj", "in_proj_qkv", "out_proj")),
     Architecture("olmo_hybrid", DELTA, ("q_proj", "v_proj", "g_proj")),
     Architecture(
-        "minimax",
-        EXPERTS | {"layer_types": ["linear_attention", "full_attention"]},
-        ("q_proj", "v_proj", "qkv_proj"),
+        "minimax", EXPERTS | {"layer_types": ["linear_attention", "full_attention"]}, ("q_proj", "v_proj", "qkv_proj")
     ),
     Architecture("lfm2", {"layer_types": ["conv", "full_attention"]}, ("q_proj", "v_proj", "in_proj")),
     Architecture("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}, ("q_proj", "v_proj", "linear_x")),

@@ -7,39 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from cera_train.cera import CeraConfig, CeraExperts
 
-SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MIXTURES = {
-    "mixtral": {"intermediate_size": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 3, "decoder_sparse_step": 1},
-    "olmoe": {"intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 4},
-    "gpt_oss": {"intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "moe_intermediate_size": 24,
-        "shared_expert_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-    },
-}
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "gpt_oss", "qwen2_moe")
 """gpt_oss keeps its weights transposed, gate and up interleaved, with biases and a clamp; qwen2_moe has a shared
 expert."""
 
@@ -47,14 +22,8 @@ PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def make_mixture(model_type: str = "mixtral", **changes) -> nn.Module:
-    """A random two-layer mixture, in eval mode."""
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[model_type](**(SIZES | MIXTURES[model_type] | changes))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("_bias"):
-            nn.init.normal_(parameter)  # transformers starts them at zero
-    return model
+    """A random two-layer mixture, frozen and in eval mode."""
+    return ARCHITECTURES[model_type].model(attn_implementation="eager", **changes)
 
 
 def adapted_mixture(model_type: str = "mixtral", name: str = "default", double: bool = False, **settings) -> PeftModel:

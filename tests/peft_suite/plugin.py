@@ -21,13 +21,7 @@ import pytest
 
 from cera_train.cera import CeraConfig
 
-VARIED = {
-    "init": "kaiming_uniform",
-    "dropout_on": "input",
-    "mix": "learned",
-    "alpha": 16,
-    "use_rslora": True,
-}
+VARIED = {"init": "kaiming_uniform", "dropout_on": "input", "mix": "learned", "alpha": 16, "use_rslora": True}
 ROWS = {
     ("config_cls", "config_kwargs"): {
         "cera": {"r": 8, "dropout": 0.05},

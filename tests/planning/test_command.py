@@ -96,7 +96,7 @@ def test_a_sweep_adds_up_its_jobs(plan, capsys):
     print_sweep_plans(jobs)
     _, *lines, total = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [
-        *(["adapter.r=4", "230,400"], ["adapter.r=8", "460,800"], ["adapter.r=16", "921,600"]),
+        *(["adapter.r=4", "230,400"], ["adapter.r=8", "460,800"], ["adapter.r=16", "921,600"])
     ]
     assert total.split()[:2] == ["3", "jobs"]
     assert f"{sum(job.gpu_hours for job in jobs):,.2f}" in total

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from moe_models import MIXTURES, SIZES
+from architectures import ARCHITECTURES
+from moe_models import MIXTURES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
@@ -218,7 +219,8 @@ def test_every_optimizer_has_its_states(dry_run, kind):
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
     """Each token passes k experts, whose branches cost what other branches do."""
-    settings = SIZES | MIXTURES[model_type] | {"vocab_size": 128}
+    family = ARCHITECTURES[model_type]
+    settings = family.usual | family.changes | {"vocab_size": 128}
     changes = {"model.dtype": dtype, "model.attn_implementation": "eager" if model_type == "gpt_oss" else "sdpa"}
     costs: list[Cost] = []
     for experts in (["adapter.experts=false"], ["adapter.experts=true", "adapter.expert_r=8"]):
@@ -226,7 +228,7 @@ def test_operations_of_experts_by_hand(dry_run, model_type, dtype):
         run = dry_run(model_type, *overrides, "adapter.dropout=0", *experts, **settings)
         costs.append(run.cost(masked(run), accumulates=False))
     without, with_experts = costs
-    width = MIXTURES[model_type].get("moe_intermediate_size", MIXTURES[model_type].get("intermediate_size"))
+    width = settings["moe_intermediate_size" if "qwen" in model_type else "intermediate_size"]
     branches = 2 * 2 * 8 * ((32 + 2 * width) + (width + 32)) * settings["num_experts_per_tok"] * TOKENS
     assert with_experts.evaluation - without.evaluation == branches
     assert with_experts.backward - without.backward == 2 * branches

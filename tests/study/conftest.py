@@ -24,11 +24,7 @@ from cera_train.sweep.record import JOBS, RECORD, SweepRecord
 
 STUDY = {
     "question": "Which is better?",
-    "arms": {
-        "lora": ["adapter=lora"],
-        "cera": ["adapter=cera"],
-        "relu": ["adapter=cera", "adapter.activation=relu"],
-    },
+    "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"], "relu": ["adapter=cera", "adapter.activation=relu"]},
     "baseline": "lora",
     "contrasts": {"the gate": ["relu", "cera"]},
     "conditions": {"adapter.r": [4]},

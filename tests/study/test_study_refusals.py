@@ -23,10 +23,7 @@ TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
         (dict(tune={}), "study.tune={}: name what each arm may choose"),
         (dict(tune={"adapter.r": [4]}), "study.conditions.adapter.r: study.tune sets it too"),
         (dict(tune={"adapter.activation": ["silu"]}), "study.tune.adapter.activation: an arm sets it"),
-        (
-            dict(tune_seeds=0),
-            "study.tune_seeds=0: the first of study.seeds=2 choose, and the others judge: give 1",
-        ),
+        (dict(tune_seeds=0), "study.tune_seeds=0: the first of study.seeds=2 choose, and the others judge: give 1"),
     ],
     ids=str,
 )

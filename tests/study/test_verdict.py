@@ -12,16 +12,7 @@ import numpy
 import pytest
 import scipy.stats
 
-from benchmarks.verdicts import (
-    DESIGNS,
-    TUNINGS,
-    Design,
-    by_verdict,
-    error_of,
-    family_error,
-    found,
-    wrong_after_tuning,
-)
+from benchmarks.verdicts import DESIGNS, TUNINGS, Design, by_verdict, error_of, family_error, found, wrong_after_tuning
 from cera_train.evaluation.statistics import holm, mcnemar
 from cera_train.study.verdict import Contrast, Spread, Variances, contrast, detectable
 

@@ -16,7 +16,7 @@ EXPERTS = ["adapter.experts=true", "adapter.expert_r=2", "adapter.target_modules
 
 @pytest.fixture
 def mixture(tmp_path, tokenizer):
-    make_mixture("mixtral", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "base")
+    make_mixture("mixtral", vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     return f"model.path={tmp_path / 'base'}"
 
@@ -33,7 +33,7 @@ def test_experts_are_trained_measured_and_resumed(tiny_config, mixture, monkeypa
     assert 1 < result["spectrum/effective_rank/mean"] <= result["spectrum/effective_rank/max"] <= 4
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     B = tensors["base_model.model.model.layers.0.mlp.experts.cera_B.gate_up_proj.weight"]
-    assert B.shape == (4, 48, 2)
+    assert B.shape == (4, 128, 2)
     assert all(matrix.any() for matrix in B)
     expected = adapter_bytes(config)
 

@@ -88,7 +88,7 @@ def test_metrics_have_the_promised_names(finished):
     assert 1 < result["spectrum/effective_rank/max"] <= 4
     before, after = read_losses(folder_of(config))
     assert [perplexity(losses.mean) for losses in (before, after)] == [
-        *(result["perplexity_before"], result["eval/perplexity"]),
+        *(result["perplexity_before"], result["eval/perplexity"])
     ]
     assert before.tokens.tolist() == after.tokens.tolist()
 

@@ -53,7 +53,7 @@ def test_problems_are_of_the_generators_and_the_level_that_the_run_was_trained_o
     settings = ReasoningGymConfig(generator=["gcd", "lcm"], level=1)
     data = DataConfig(layout="reasoning_gym", train_rows=9, eval_rows=3, reasoning_gym=settings)
     assert [(problem.details["generator"], problem.details["level"]) for problem in problems(2, data)] == [
-        *(("gcd", 1), ("lcm", 1)),
+        *(("gcd", 1), ("lcm", 1))
     ]
     [harder] = problems(1, data, generator="chain_sum", level=3)
     assert (harder.details["generator"], harder.details["level"]) == ("chain_sum", 3)

@@ -1,0 +1,232 @@
+"""CeRA in a PEFT model: LoRA as the oracle, several adapters at once, saved and loaded ones, and what a branch that is
+no matrix cannot do."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from cera_models import WARNINGS, adapted, cera, cera_dtypes, cera_layers, gradients, logits, with_two
+from conftest import make_tiny_llama
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import cera_train.cera
+from cera_train.cera import CeraConfig, CeraLayer
+
+pytestmark = WARNINGS
+
+
+@pytest.mark.parametrize(("alpha", "lora_alpha"), [(None, 4), (16, 16)])
+def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_alpha):
+    model = adapted(activation="identity", alpha=alpha, target_modules="all-linear")
+    config = LoraConfig(r=4, lora_alpha=lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = get_peft_model(make_tiny_llama(), config)
+    tensors = {key.replace("cera_", "lora_"): value for key, value in model.state_dict().items() if "cera_" in key}
+    assert not lora.load_state_dict(tensors, strict=False).unexpected_keys
+    torch.testing.assert_close(logits(model), logits(lora.eval()))
+    ours = {key.replace("cera_", "lora_"): value for key, value in gradients(model).items()}
+    assert len(ours) == 2 * 7 * 2  # A and B of seven projections in two layers
+    torch.testing.assert_close(ours, gradients(lora))
+
+
+# --- several adapters ------------------------------------------------------------------------------------------------
+
+
+def test_adapters_switch_add_up_and_turn_off():
+    base = logits(make_tiny_llama())
+    model = with_two()
+    first = logits(model)
+    model.set_adapter("second")
+    second = logits(model)
+    model.base_model.set_adapter(["first", "second"])
+    both = logits(model)
+    for one, other in [(first, base), (second, base), (first, second), (both, first), (both, second)]:
+        assert not torch.allclose(one, other, atol=1e-3)
+
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), both)
+    model.set_adapter("first")
+    assert torch.equal(logits(model), first)
+
+
+def test_an_adapter_over_a_model_in_eval_mode_answers_the_same_every_time():
+    model = get_peft_model(make_tiny_llama().eval(), cera(dropout=0.9))
+    assert torch.equal(logits(model), logits(model))
+    model.add_adapter("second", cera(dropout=0.9, target_modules=["k_proj"]))
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(model))
+    assert not torch.equal(logits(model.train()), logits(model))
+
+
+def test_all_linear_means_the_same_for_every_adapter():
+    model = adapted(name="first", target_modules=["q_proj"])
+    model.add_adapter("second", cera(target_modules="all-linear"))
+    model.add_adapter("third", cera(target_modules="all-linear"))
+    expected = set(cera_layers(adapted(target_modules="all-linear")))
+    for name in ("second", "third"):
+        found = {key for key, layer in model.named_modules() if isinstance(layer, CeraLayer) and name in layer.cera_A}
+        assert {key.removeprefix("base_model.model.") for key in found} == expected, name
+        model.set_adapter(name)
+        changed = logits(model)
+        with model.disable_adapter():
+            assert not torch.allclose(changed, logits(model))
+
+
+# --- what a branch that is no matrix cannot do -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", [lambda model: model.merge_and_unload(), lambda model: model.merge_adapter()])
+def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
+    model = adapted(modules_to_save=["embed_tokens"])
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="CeRA cannot be merged: its branch is non-linear in x"):
+        merge(model)
+    assert torch.equal(logits(model), before)
+    assert [name for name, _ in model.named_modules()] == modules
+
+
+def test_mixing_adapters_is_refused_with_a_reason():
+    model = with_two()
+    with pytest.raises(ValueError, match="cannot be combined into one"):
+        model.add_weighted_adapter(["first", "second"], [0.5, 0.5], "third")
+    with pytest.raises(ValueError, match="all rows of a batch run through the active adapters"):
+        logits(model, adapter_names=["first", "second", "first", "first"])
+
+
+def test_unload_gives_the_base_model_back():
+    expected, weights = logits(make_tiny_llama()), make_tiny_llama().state_dict()
+    base = with_two(modules_to_save=["lm_head"]).unload()
+    assert type(base) is type(make_tiny_llama())
+    assert not cera_layers(base)
+    assert torch.equal(logits(base), expected)
+    assert base.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[key]) for key, value in base.state_dict().items())
+
+
+# --- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_folder, tmp_path_factory) -> Path:
+    """The folder of a saved adapter over the tiny model's folder."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = adapted(AutoModelForCausalLM.from_pretrained(tiny_folder), alpha=8, target_modules="all-linear")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_saved_adapter_is_safetensors_and_json_and_says_what_it_is(saved):
+    assert {path.name for path in saved.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert [config[key] for key in ("peft_type", "r", "alpha", "activation")] == ["CERA", 4, 8, "silu"]
+    tensors = load_file(saved / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 7 * 2
+    assert "base_model.model.model.layers.1.mlp.up_proj.cera_A.weight" in tensors
+    assert isinstance(PeftConfig.from_pretrained(str(saved)), CeraConfig)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_loading_over_a_16_bit_base_does_not_round_the_adapter(tmp_path, low_cpu_mem_usage):
+    model = adapted(make_tiny_llama().bfloat16())
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    loaded = PeftModel.from_pretrained(make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert cera_dtypes(loaded) == {torch.float32}
+    assert torch.equal(logits(loaded), expected)
+    in_16_bits = PeftModel.from_pretrained(
+        make_tiny_llama().bfloat16(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=False
+    )
+    assert cera_dtypes(in_16_bits) == {torch.bfloat16}
+
+
+def test_a_module_of_the_base_may_be_named_like_a_part_of_the_adapter():
+    base = nn.ModuleDict({"q": nn.Linear(5, 5), "cera_A": nn.Linear(5, 5)})
+    model = get_peft_model(base, CeraConfig(r=2, target_modules=["q"]))
+    assert not any(parameter.requires_grad for parameter in base["cera_A"].parameters())
+    assert get_peft_model_state_dict(model).keys() == {f"base_model.model.q.cera_{part}.weight" for part in "AB"}
+
+
+def test_a_checkpoint_without_gamma_is_refused(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    config = CeraConfig(r=4, mix="learned", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="4 tensors missing .*cera_gate.default.gamma"):
+        PeftModel.from_pretrained(make_tiny_llama(), tmp_path, config=config)
+
+
+def test_modules_saved_with_the_adapter_come_back_with_it(tmp_path):
+    model = adapted(modules_to_save=["lm_head"])
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.normal_()
+    assert "base_model.model.lm_head.modules_to_save.default.weight" in gradients(model)
+    model.eval().save_pretrained(tmp_path)
+    assert "base_model.model.lm_head.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(logits(PeftModel.from_pretrained(make_tiny_llama(), tmp_path)), logits(model))
+
+
+# --- checkpoints that do not fit -------------------------------------------------------------------------------------
+
+
+FIRST = "base_model.model.model.layers.0.mlp.down_proj.cera_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(FIRST), r"1 tensors missing \(first: .*down_proj\.cera_A"),
+        (lambda tensors: tensors.update(junk=torch.ones(1)), r"0 tensors missing, 1 without a place .*\(first: junk\)"),
+        (lambda tensors: tensors.update({FIRST: tensors[FIRST][:2].clone()}), "size mismatch for .*down_proj.cera_A"),
+    ],
+    ids=["missing", "extra", "misshapen"],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused(saved, tiny_folder, tmp_path, change, message):
+    (tmp_path / "adapter_config.json").write_bytes((saved / "adapter_config.json").read_bytes())
+    tensors = load_file(saved / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path)
+
+
+# --- the registration and copies -------------------------------------------------------------------------------------
+
+
+def test_registering_twice_is_harmless():
+    before, count = PeftType.CERA, len(PeftType)
+    importlib.reload(cera_train)
+    importlib.reload(cera_train.cera)
+    assert PeftType.CERA is before is PeftType("CERA") is PeftType["CERA"]
+    assert len(PeftType) == count
+    assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.CERA] is CeraConfig is cera_train.cera.CeraConfig
+
+
+def test_the_new_member_behaves_like_a_member():
+    member = PeftType.CERA
+    assert isinstance(member, PeftType)
+    assert (member, member.name, member.value) == ("CERA", "CERA", "CERA")
+    assert member in PeftType
+    assert copy.deepcopy(member) is pickle.loads(pickle.dumps(member)) is member
+    assert json.dumps(member) == '"CERA"'
+    assert list(PeftType)[-1] is member
+    assert vars(member).keys() == vars(PeftType.LORA).keys()
+    if sys.version_info >= (3, 12):
+        assert "CERA" in PeftType
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_gives_the_same_and_goes_its_own_way(copied):
+    model = with_two()
+    expected, twin = logits(model), copied(model)
+    assert torch.equal(logits(twin), expected)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert torch.equal(logits(model), expected)
