@@ -14,10 +14,10 @@ from typing import Any
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.hub import hub_or_cache, offline_reason
 from cera_train.common.terminal import counted
-from cera_train.data import logistic_map, reasoning_gym
+from cera_train.data import dates, logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
-from cera_train.data.segments import prompt_of, segmenter, segments_of
+from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
 from cera_train.settings.data import DataConfig, Layout
 
 CHECKED_ROWS = 200
@@ -99,10 +99,13 @@ def check_data(config: DataConfig) -> None:
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the evaluation rows of a config, cut to `train_rows` and `eval_rows`."""
     if config.is_computed:
-        if config.layout == Layout.logistic_map:
-            splits = logistic_map.problems(config.logistic_map, config.eval_rows)
-        else:
-            splits = reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
+        match config.layout:
+            case Layout.logistic_map:
+                splits = logistic_map.problems(config.logistic_map, config.eval_rows)
+            case Layout.dates:
+                splits = dates.rows(config.train_rows, config.eval_rows)
+            case Layout.reasoning_gym:
+                splits = reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
         train, evaluation = (Source.numbered(json.dumps(rows), rows, f"data.layout={config.layout}") for rows in splits)
     elif config.train_files:
         rows = from_files(config.train_files, "data.train_files")
@@ -122,6 +125,16 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
             for setting, split in (("data.train_split", config.train_split), ("data.eval_split", config.eval_split))
         )
     return train.between(0, config.train_rows), evaluation.between(0, config.eval_rows)
+
+
+def answered_rows(config: DataConfig, tokenizer: Any) -> Iterator[tuple[DataConfig, list[Segment], Segment]]:
+    """The evaluation rows that ask something: the part of the mix, the segments before the first supervised answer, and
+    that answer. Without a tokenizer, chats lack the marks of a chat template."""
+    for _, part in config.parts():
+        for segments in segments_of(open_sources(part)[1].located(), segmenter(part, tokenizer)):
+            prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
+            if any(segment.text for segment in prompt) and len(prompt) < len(segments):
+                yield part, prompt, segments[len(prompt)]
 
 
 def _split(source: Source, held_out: Callable[[], Container[int]], *names: str) -> tuple[Source, Source]:

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
-from cera_train.data.segments import segmenter, segments_of
-from cera_train.data.sources import open_sources
+from cera_train.data.sources import answered_rows
 from cera_train.distributed.accelerator import Team
 from cera_train.evaluation.generate import (
     Request,
@@ -70,15 +69,9 @@ def task_exam(name: str, config: Config, tokenizer: Any, model: PreTrainedModel)
 def rows_exam(config: DataConfig, count: int, tokenizer: Any, positions: int | None) -> Exam:
     """The prompts of the first evaluation rows that have one, each up to its first answer, which is the reference."""
     problems, requests, room = [], [], SAMPLE_ROOM
-    whole = replace(config, max_length=sys.maxsize)
-    for segments in segments_of(open_sources(config)[1].located(), segmenter(config, tokenizer)):
-        prompt = list(itertools.takewhile(lambda segment: not segment.supervised, segments))
+    for part, prompt, answer in itertools.islice(answered_rows(config, tokenizer), count):
         text = "".join(segment.text for segment in prompt)
-        if len(problems) == count:
-            break
-        if not text or len(prompt) == len(segments):
-            continue
-        answer = segments[len(prompt)]
+        whole = replace(part, max_length=sys.maxsize)
         [encoded_prompt, encoded_answer] = encode([prompt, [answer]], whole, tokenizer)
         problems.append(Problem(f"{question_id(text)}-{len(problems)}", text, text, answer.text.strip()))
         requests.append(Request(problems[-1].id, 0, tuple(encoded_prompt.input_ids)))
@@ -122,13 +115,13 @@ class Exams:
     @property
     def plan(self) -> str:
         """What is answered and when, in one line; empty without tasks and samples."""
-        when = "after the last update"
+        when = "at the end"
         if self.every:
-            when = f"before the first update, every {self.every:,} updates and {when}"
+            when = f"at the start, every {self.every:,} updates and {when}"
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
-            count, longest = sum(len(exam.problems) for exam in self.sampled), self.sampled[0].max_new_tokens
-            parts.append(f"{counted(count, 'sample')} of up to {longest:,} tokens at each evaluation")
+            count = sum(len(exam.problems) for exam in self.sampled)
+            parts.append(f"{counted(count, 'sample')} at each evaluation")
         return "; ".join(parts)
 
     def take(self, update: int, is_last: bool) -> ExamResults:

@@ -12,13 +12,13 @@ from cera_train.common.settings import MISSING, require, require_positive, secti
 
 Layout = StrEnum(
     "Layout",
-    ["auto", "text", "documents", "instruction", "conversations", "messages", "logistic_map", "reasoning_gym"],
+    ["auto", "text", "documents", "instruction", "conversations", "messages", "logistic_map", "dates", "reasoning_gym"],
 )
 Turns = StrEnum("Turns", ["first", "last", "all"])
 LossOn = StrEnum("LossOn", ["completion", "all"])
 BatchLayout = StrEnum("BatchLayout", ["auto", "flat", "padded"])
 
-COMPUTED = (Layout.logistic_map, Layout.reasoning_gym)
+COMPUTED = (Layout.logistic_map, Layout.dates, Layout.reasoning_gym)
 """Layouts whose rows are computed. A row holds `prompt` and `completion`."""
 
 COLUMN_TEMPLATES = ("{prompt}", "{completion}")
@@ -146,7 +146,7 @@ class DataConfig:
     """How a row reads. text: columns by template; documents: the column text, all of it supervised; instruction:
     Alpaca's instruction, input and output; conversations: ShareGPT's from/value; messages: chat template; auto: text
     where data.prompt or data.completion are other templates than {prompt} and {completion}, else one of these by the
-    columns of the first rows of train_files. logistic_map and reasoning_gym compute their rows."""
+    columns of the first rows of train_files. logistic_map, dates and reasoning_gym compute their rows."""
     path: str | None = setting(None, "result")
     """A data set's id on the Hub. Not needed with train_files."""
     subset: str | None = setting(None, "result")

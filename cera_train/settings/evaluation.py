@@ -23,8 +23,8 @@ def known_tasks() -> list[str]:
 @dataclass
 class TaskConfig:
     kind: str = setting(MISSING, "answers")
-    """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map, reasoning_gym, jsonl:
-    problems to answer; perplexity: rows as in training, or windows of running text."""
+    """The file of cera_train/evaluation/tasks/ that defines the task. math, gsm8k, logistic_map, reasoning_gym, jsonl,
+    held_out: problems to answer; perplexity: rows as in training, or windows of running text."""
     name: str = setting(MISSING, "answers")
     """Results go to RUN/eval/name."""
     path: str | None = setting(None, "answers")

@@ -1,4 +1,4 @@
-"""Rows that are computed: the logistic map's against the paper's numbers, reasoning-gym's in three splits."""
+"""Rows that are computed: the logistic map's against the paper's numbers, dates, reasoning-gym's in three splits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from decimal import Decimal
+from datetime import date
 
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data.logistic_map import problem, problems, trajectory
+from cera_train.data import dates
+from cera_train.data.logistic_map import problem, problems
 from cera_train.data.reasoning_gym import DRAWS, Split, draws, rows, split_of
 from cera_train.data.sources import check_data, open_sources
 from cera_train.settings.data import GENERATORS, DataConfig, LogisticMapConfig, ReasoningGymConfig
@@ -30,14 +31,6 @@ def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
     rounded = problem(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
     assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"  # from the rounded 0.8 the next would be 0.6
-
-
-def test_trajectory_equals_exact_arithmetic():
-    exact, iterates = Decimal("0.37"), []
-    for _ in range(6):
-        exact = Decimal("3.5") * exact * (1 - exact)
-        iterates.append(float(exact))
-    assert trajectory(0.37, 3.5, 6) == pytest.approx(iterates, abs=1e-13)
 
 
 def test_starts_are_split_by_the_seed_and_together_all():
@@ -60,6 +53,38 @@ def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_
 def test_a_growth_that_is_none_is_refused(growth):
     with pytest.raises(UserError, match="growth=.* must be numbers above 0 and up to 4, of at most six digits"):
         LogisticMapConfig(growth=growth)
+
+
+# --- dates -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("day", "texts"),
+    [
+        (date(1988, 3, 1), ["the first of March 1988", "1 March 1988", "March 1, 1988", "1.3.88", "February 29, 1988"]),
+        (
+            date(1900, 12, 31),
+            ["thirty-first of D", "31 December 1900", "December 31, 1900", "31.12.00", "after December 30, 19"],
+        ),
+        (
+            date(1999, 5, 23),
+            ["twenty-third of", "23 May 1999", "May 23, 1999", "23.5.99", "the day after May 22, 1999"],
+        ),
+    ],
+)
+def test_a_date_is_asked_in_every_way(day, texts):
+    for way, text in zip(dates.WAYS, texts, strict=True):
+        row = dates.row(day, way)
+        assert text in row["prompt"]
+        assert row["completion"] == f" {day}"
+
+
+def test_every_day_of_the_century_is_one_answer_and_evaluation_rows_stay_the_same():
+    train, evaluation = dates.rows(None, 50)
+    days = sorted(row["completion"].strip() for row in (*train, *evaluation))
+    assert (days[0], days[-1], len(days), len(set(days))) == ("1900-01-01", "1999-12-31", 36_524, 36_524)
+    assert dates.rows(640, 50) == (train[:640], evaluation)
+    assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
 
 
 # --- reasoning-gym ---------------------------------------------------------------------------------------------------

@@ -34,14 +34,15 @@ def test_an_estimate_is_called_one(size):
 
 
 def test_computed_rows_are_counted(size):
-    quickstart = size("+recipe=quickstart")
-    assert (quickstart.train_rows, quickstart.eval_rows, quickstart.tokens_per_row) == (79, 20, 72)
-    assert quickstart.is_even
-    longer = size("+recipe=quickstart", "data.logistic_map.steps=12")
+    rows = size("+recipe=logistic_map")
+    assert (rows.train_rows, rows.eval_rows, rows.tokens_per_row) == (79, 20, 72)
+    assert rows.is_even
+    longer = size("+recipe=logistic_map", "data.logistic_map.steps=12")
     assert longer.tokens_per_row > 72
     assert longer.source == "an estimate: a token for each word, digit and sign"
     several = size("data=logistic_map", "data.logistic_map.growth=[3.5,3.75,3.9]")
     assert (several.train_rows, several.eval_rows, several.is_even) == (3 * 92, 20, False)
+    assert (size("data=dates").train_rows, size("data=dates", "data.train_rows=null").train_rows) == (640, 36_474)
 
 
 def test_generated_rows_are_as_many_as_the_settings_say(size):
@@ -121,10 +122,10 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
 
 @pytest.fixture(scope="module")
 def task(compose):
-    """task("gsm8k", ...) -> its TaskSize in the quickstart"""
+    """task("gsm8k", ...) -> its TaskSize in the recipe of the logistic map"""
 
     def task(name: str, *overrides: str):
-        config = compose("+recipe=quickstart", f"train.tasks=[{name}]", *overrides, command="plan")
+        config = compose("+recipe=logistic_map", f"train.tasks=[{name}]", *overrides, command="plan")
         return task_sizes(config, data_size(config.data))[0]
 
     return task

@@ -115,7 +115,8 @@ class QuestionTask(AnswerTask):
     """Whether an answer equals the gold answer by the published rule."""
 
     def configured(self, config: TaskConfig) -> Task:
-        require_rows(config)
+        if "files" in self.settings:
+            require_rows(config)
         example = f"$'task.prompt=\"Question: {{{self.question}}}\\nAnswer:\"'"
         require(
             bool(config.prompt and columns_of(config.prompt, "task.prompt")),
@@ -123,8 +124,12 @@ class QuestionTask(AnswerTask):
         )
         return self
 
+    def source(self, config: TaskConfig, data: DataConfig | None) -> Source:
+        """The rows to read: by default those of the task's files, or of its data set on the Hub."""
+        return open_rows(config)
+
     def problems(self, config: TaskConfig, data: DataConfig | None) -> list[Problem]:
-        source = open_rows(config)
+        source = self.source(config, data)
         problems = list(itertools.islice(self._read(source, config), config.limit))
         level = "" if config.level is None else f" of task.level={config.level}"
         require(bool(problems), f"{source.name} has no rows{level}: name a file with a problem on each row.")

@@ -59,7 +59,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kind": "task"}, r"^task.kind=task is unknown: choose one of gsm8k, jsonl, logistic_map, math"),
+        ({"kind": "task"}, r"^task.kind=task is unknown: choose one of gsm8k, held_out, jsonl, log"),
         ({"kind": "gsm8k", "path": "a/b"}, "task.prompt=None names no column: write one in braces, such as"),
         ({"kind": "math", "path": "a/b", "prompt": "Problem:"}, "task.prompt='Problem:' names no column"),
         ({"kind": "gsm8k", "path": "a/b", "prompt": "{question"}, r"task.prompt.*'{question' is malformed"),
@@ -67,6 +67,8 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
         ({"kind": "gsm8k", "level": 5}, "task.level=5 has no meaning for a task of kind gsm8k: leave it out"),
         ({"kind": "perplexity", "window": 9}, "task.files is empty"),
         ({"kind": "jsonl"}, "task.grader is missing: choose one of text, num"),
+        ({"kind": "held_out", "prompt": "{question}"}, "task.grader is missing: choose one of text, num"),
+        ({"kind": "held_out", "files": ["x"]}, "has no meaning for a task of kind held_out"),
         ({"kind": "reasoning_gym", "limit": 9, "generator": "chain_sums"}, "generator=chain_sums: expected generators"),
         ({"kind": "reasoning_gym"}, "task.limit=null: a generator has no last problem"),
         ({"kind": "reasoning_gym", "limit": 9, "files": ["x"]}, "has no meaning for a task of kind reasoning_gym"),
@@ -136,6 +138,41 @@ def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(config_
         load_problems(config_of(rows, **settings), None)
     assert "rows.jsonl" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# --- a run's evaluation rows -----------------------------------------------------------------------------------------
+
+TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4."}]
+
+
+def held_out_problems(data: DataConfig | None, **changes) -> list[tuple[str, str]]:
+    problems = load_problems(training_task("held_out", changes), data)
+    return [(problem.prompt, problem.gold) for problem in problems]
+
+
+def test_the_questions_of_held_out_are_the_evaluation_rows_of_every_part(write_jsonl):
+    qa = write_jsonl("qa.jsonl", [{"q": f"1 + {n}?", "a": f"It is {n + 1}"} for n in range(4)] + [{"q": "?", "a": ""}])
+    talk = write_jsonl("talk.jsonl", [{"conversations": TALK}] * 2)
+    parts = [
+        MixPart(train_files=[str(qa)], prompt="{q} ", completion="{a}", eval_rows=3),
+        MixPart(train_files=[str(talk)], layout="conversations"),
+        MixPart(layout="dates", train_rows=1, eval_rows=0),
+    ]
+    data = DataConfig(prompt="x", completion="{y}", eval_rows=1, mix=parts)
+    sums = [("1 + 2? ", "It is 3"), ("1 + 3? ", "It is 4")]
+    assert held_out_problems(data) == [*sums, ("User: 2 + 2?\nAssistant:", "It is 4.")]
+    assert held_out_problems(data, grader="number", limit=2) == [(prompt, gold[-1]) for prompt, gold in sums]
+
+
+def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+    file = str(write_jsonl("chat.jsonl", [{"messages": chat}] * 2))
+    with pytest.raises(
+        UserError, match="task=held_out knows neither chat templates nor answers before the asked one, and"
+    ):
+        held_out_problems(DataConfig(layout="messages", train_files=[file], eval_rows=1))
+    with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on are unknown: write"):
+        held_out_problems(None)
 
 
 # --- problems that the training rows hold ----------------------------------------------------------------------------
