@@ -13,16 +13,27 @@ from cera_train.adapters.build import rank
 from cera_train.adapters.family import family
 from cera_train.adapters.spectrum import describe_excess_rank, why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
-from cera_train.common.terminal import duration, print_fields, print_line, targets
+from cera_train.common.terminal import TEXT_WIDTH, duration, print_fields, print_line, targets
 from cera_train.common.trust import redact
 from cera_train.data.look import describe_stop, ends_of, print_example, print_rows
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.results import RunResult, describe_linear_share, describe_rank, describe_tasks
+from cera_train.runs.records import read_trees
+from cera_train.runs.results import (
+    METRICS,
+    SAMPLES,
+    RunResult,
+    Sample,
+    describe_linear_share,
+    describe_rank,
+    describe_tasks,
+    read_metrics,
+)
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import BatchLayout
+from cera_train.settings.evaluation import known_tasks
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import learning_rate
@@ -123,10 +134,12 @@ def describe_speed(wanted: BatchLayout, loss: SupervisedLoss) -> str:
 
 def print_result(result: RunResult, config: Config) -> None:
     """The figures at the end, and what to do with the run's folder next."""
-    rank = describe_rank(result.spectrum)
+    rank, folder = describe_rank(result.spectrum), Path(result.folder)
+    first = read_metrics(folder / METRICS).evaluations[0]
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
-        "tasks": describe_tasks(result.tasks),
+        "tasks": describe_tasks(result.tasks, first.tasks if first.update == 0 else {}),
+        **describe_sample(folder / SAMPLES),
         "best": f"{result.best_perplexity:.2f} at update {result.best_update}",
         "effective rank": rank and f"{rank} (of {result.adapter_r})",
         "linear share": describe_linear_share(result),
@@ -142,9 +155,22 @@ def print_result(result: RunResult, config: Config) -> None:
         print_fields(next_commands(config, result.folder))
 
 
+def describe_sample(path: Path) -> dict[str, str]:
+    """The first question of samples.jsonl, with its first and its last answer; empty without such a file."""
+    trees = read_trees(path) if path.is_file() else ()
+    samples = [Sample.from_json(tree, place) for place, tree in trees]
+    same = [sample for sample in samples if (sample.task, sample.prompt) == (samples[0].task, samples[0].prompt)]
+    if not same:
+        return {}
+    texts = {"asked": same[0].prompt, "before": same[0].answer, "after": same[-1].answer, "right": same[0].gold}
+    lines = {label: " ".join(text.split()) for label, text in texts.items()}
+    return {label: line if len(line) < TEXT_WIDTH else f"{line[:TEXT_WIDTH]}..." for label, line in lines.items()}
+
+
 def next_commands(config: Config, folder: str) -> dict[str, str]:
     """Commands that ask the model, grade it, and compare it with another adapter."""
-    task = str(config.data.layout) if config.data.is_computed else "perplexity"
+    tasks = [*config.train.tasks, str(config.data.layout), "held_out" if config.data.is_computed else "perplexity"]
+    task = next(name for name in tasks if name in known_tasks())
     other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
     dropped = ("adapter", "name", "adapter.start_from", "train.extend")
     kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in dropped]

@@ -61,7 +61,7 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     config = tiny_config(*TASKS, "train.samples=4", "train.max_updates=4", "train.tasks_every=null")
     result = train(config)
     printed = capsys.readouterr().out
-    assert "4 problems of logistic_map, up to 64 tokens each, after the last update; 4 samples of up to 64" in printed
+    assert "4 problems of logistic_map, up to 64 tokens each, at the end; 4 samples at each evaluation\n" in printed
     assert (printed.count("(4 problems of logistic_map in "), printed.count("4 samples in ")) == (1, 2)
     evaluated = evaluate(compose(f"run={folder_of(config)}", "task=logistic_map", "task.limit=4", command="eval"))
     folder = folder_of(config) / "eval" / "logistic_map"
@@ -90,7 +90,7 @@ def half_right(monkeypatch):
     monkeypatch.setattr(Exams, "answer", answer)
 
 
-def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures):
+def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_right, pictures, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = tiny_config(*TASKS, *SHORT, "tracker=tensorboard")
@@ -107,6 +107,16 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     assert [(line["update"], line["exact"]) for line in samples] == [
         (update, exact) for update in (0, 4, 8, 12) for exact in (True, False, True)
     ]
+    printed = capsys.readouterr().out
+    assert (
+        "\ntasks           logistic_map exact 50.0% before, 50.0% after, step_accuracy/mean 50.0% before, 50."
+        in printed
+    )
+    asked, truth = " ".join(samples[0]["prompt"].split()), samples[0]["gold"]
+    assert (
+        f"\nasked           {asked}\nbefore          {truth}\nafter           {truth}\nright           {truth}"
+        in printed
+    )
 
 
 def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right, monkeypatch):
