@@ -19,7 +19,7 @@ AT_MOST = {"--help": 2.0, "a config error": 2.0, "the first update": 8.0, "impor
 
 COMMAND = ["-m", "cera_train"]
 ONE_UPDATE = [
-    *("+recipe=quickstart", "train.max_updates=1", "train.batch_size=1"),
+    *("+recipe=logistic_map", "train.max_updates=1", "train.batch_size=1"),
     *("data.eval_rows=1", "train.probe_tokens=8"),  # evaluations as small as they get
 ]
 ANSWERED_AT_ONCE = {

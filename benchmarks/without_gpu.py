@@ -87,6 +87,7 @@ def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:
         # Coverage is proven by gradients that are not zero, and a fake one has no numbers.
         settings = [f"+recipe={recipe}", *overrides, f"model.path={folder}", "train.check_coverage=false"]
         settings.append("train.compile=false")  # no compiler takes a fake device
+        settings += ["train.tasks=[]", "train.tasks_every=null", "train.task_settings=null", "train.samples=0"]
         plan = make_plan(composed(*settings, command="plan"))
         config, rows = composed(*settings, f"output_dir={folder}/outputs"), rows_of(plan)
         with fake_gpu() as gpu, session_of(config, rows) as session:

@@ -220,7 +220,7 @@ def test_plans(family: Architecture, cell, compose, tmp_path):
     """cera-plan counts it from its config.json alone."""
     family.config().save_pretrained(tmp_path)
     targets = f"adapter.target_modules=[{','.join(family.targets)}]"
-    base = ["+recipe=quickstart", f"model.path={tmp_path}", "adapter.r=4", "plan.gpu=h100"]
+    base = ["+recipe=logistic_map", f"model.path={tmp_path}", "adapter.r=4", "plan.gpu=h100"]
     small = ["data.max_length=16", "train.micro_batch_tokens=32", "train.batch_size=2"]
     plan = make_plan(compose(*base, targets, *small, command="plan"))
     trainable, total = adapters.parameter_counts(adapted(family.model(), list(family.targets)))

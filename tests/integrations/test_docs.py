@@ -187,12 +187,12 @@ def test_every_command_composes_to_a_checked_config(compose, place, name, argume
 
 @pytest.fixture(scope="module")
 def quickstart(compose, tmp_path_factory) -> Path:
-    """A folder in which the quickstart has run, cut to two updates."""
+    """A folder with outputs/quickstart, a run of two updates."""
     from cera_train.training.train import train
 
     folder = tmp_path_factory.mktemp("docs")
     changes = ("train.max_updates=2", "train.eval_every=null", f"output_dir={folder / 'outputs'}")
-    train(compose("+recipe=quickstart", *changes))
+    train(compose("+recipe=logistic_map", "name=quickstart", *changes))
     shutil.copytree(folder / "outputs" / "quickstart", folder / "outputs" / "by_token")  # a run of docs/train.md
     return folder
 
@@ -280,11 +280,11 @@ SHORT = {
 
 
 def form(text: str) -> list[str]:
-    """The lines of an output without numbers, names of layers and repetitions. Of a line that depends on the machine,
-    only the first word stays."""
+    """The lines of an output without numbers, names of layers and repetitions. Of a line that depends on the machine or
+    is a model's answer, only the first word stays."""
     lines: list[str] = []
     for line in text.splitlines():
-        line = re.sub(r"^(precision|device|speed)\b.*", r"\1", " ".join(line.split()))
+        line = re.sub(r"^(precision|device|speed|before|after)\b.*", r"\1", " ".join(line.split()))
         line = re.sub(r"[+-]?\d[\d.,:]*", "#", line).replace("v_proj", "q_proj")
         lines += [line] * (lines[-1:] != [line])
     return lines
@@ -311,7 +311,7 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
         done = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         if "cera-chat" in command:
-            assert len(done.stdout.split()) > 2  # what a model answers after two updates has no form
+            assert done.stdout.strip()  # what a model answers after two updates has no form
         else:
             assert has_form(done.stdout, shown.text), f"{command} printed\n{done.stdout}"
 

@@ -11,7 +11,7 @@ import pytest
 
 from cera_train.planning.table import print_plan, print_sweep_plans
 
-MATH, QUICK = "+recipe=math_r64", "+recipe=quickstart"
+MATH, QUICK = "+recipe=math_r64", "+recipe=logistic_map"
 COMMAND = Path(sys.executable).parent / "cera-plan"
 
 WITHOUT_TORCH = """

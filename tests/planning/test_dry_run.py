@@ -50,7 +50,7 @@ def dry_run(compose, tmp_path):
         AutoConfig.for_model(model_type, **SHAPES.get(model_type, SHAPE) | settings).save_pretrained(tmp_path)
         targets = "c_attn" if model_type == "gpt2" else "q_proj,v_proj"
         run = [f"model.path={tmp_path}", "model.dtype=float32", "adapter.r=4", f"adapter.target_modules=[{targets}]"]
-        return DryRun(compose("+recipe=quickstart", *run, *overrides, f"plan.gpu={device}", command="plan"))
+        return DryRun(compose("+recipe=logistic_map", *run, *overrides, f"plan.gpu={device}", command="plan"))
 
     return dry_run
 
@@ -288,5 +288,5 @@ def test_a_model_that_needs_values_is_refused_in_one_line(compose, tmp_path):
     AutoConfig.for_model("jetmoe", **sizes, intermediate_size=48, pad_token_id=0).save_pretrained(tmp_path)
     overrides = [f"model.path={tmp_path}", "adapter.target_modules=[kv_proj]", "adapter.r=4"]
     with pytest.raises(ValueError, match="cannot run a model of type jetmoe without its weights .Runtime") as refused:
-        DryRun(compose("+recipe=quickstart", "model.dtype=float32", *overrides, command="plan"))
+        DryRun(compose("+recipe=logistic_map", "model.dtype=float32", *overrides, command="plan"))
     assert "\n" not in str(refused.value)

@@ -19,6 +19,8 @@ from cera_train.settings.run import Config
 from cera_train.sweep.folder import grid, job_name
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
+MEASURED = {"quickstart", "logistic_map"}
+"""Recipes whose cost was measured."""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_every_job_of_a_sweep_composes_and_its_header_has_what_cera_plan_predict
     assert header.startswith("# @package _global_\n")
     assert f"command   cera-train -m +sweep={path.stem}\n" in header
     assert "expected  " in header
-    if path.stem == "quickstart_grid":  # it was measured
+    if path.stem == "logistic_map_grid":  # it was measured
         assert f"cost      {len(plans)} jobs, " in header
     else:
         hours = f"{sum(plan.gpu_hours for plan in plans):,.2f}"
@@ -76,7 +78,7 @@ def test_every_job_of_a_sweep_composes_and_its_header_has_what_cera_plan_predict
 
 @pytest.mark.slow
 def test_the_costs_of_recipes_are_what_cera_plan_predicts(plans_of):
-    for name in set(options("recipe")) - {"quickstart"}:  # it was measured
+    for name in set(options("recipe")) - MEASURED:
         gpu, called = ("rtx4090", "RTX 4090") if name == "math_r64_nf4" else ("h100", "H100")
         (plan,) = plans_of(f"+recipe={name}", f"plan.gpu={gpu}")
         header = (config_dir("recipes") / f"{name}.yaml").read_text()
@@ -103,8 +105,8 @@ def test_the_table_of_the_papers_results_says_what_cera_plan_predicts(plans_of):
         assert all(plan.fits for plan in plans), command
         seen |= set(re.findall(r"\b(?:\w+_)*\w+\b", command))
     assert len(SWEEPS) == 8
-    assert {path.stem for path in SWEEPS} - {"quickstart_grid"} <= seen
-    assert set(options("recipe")) - {"quickstart", "math_r64_nf4"} <= seen
+    assert {path.stem for path in SWEEPS} - {"logistic_map_grid"} <= seen
+    assert set(options("recipe")) - MEASURED - {"math_r64_nf4"} <= seen
 
 
 def test_an_argument_replaces_a_dimension_of_the_file(jobs_of):
