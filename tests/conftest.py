@@ -236,6 +236,24 @@ def write_jsonl(tmp_path: Path):
     return write
 
 
+@pytest.fixture
+def run_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """run_command("cera-train", "adapter.r=4", ...) -> the exit status of a command in this process and tmp_path."""
+    from cera_train.cli.start import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", [*map(str, words)])
+        try:
+            main()
+        except SystemExit as error:
+            return error.code
+        return 0
+
+    return run_command
+
+
 @pytest.fixture(scope="session")
 def compose():
     """compose("adapter.r=4", ...) -> Config, the way the command line does it; so too the config of another command."""

@@ -11,7 +11,6 @@ from peft import get_peft_model
 from torch import nn
 
 from cera_train.adapters import build
-from cera_train.adapters.family import check_settings
 from cera_train.adapters.spectrum import measure_spectra
 from cera_train.cera import CeraExperts, CeraLayer
 from cera_train.cera.layer import CeraLinear
@@ -30,9 +29,6 @@ def refuses(message: str):
 def built(model_type: str = "mixtral", **settings):
     config = AdapterConfig(**({"r": 4, "dropout": 0.0} | settings))
     return build.build(make_mixture(model_type).requires_grad_(False), config)
-
-
-# --- what is adapted -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -79,22 +75,6 @@ def test_pefts_lora_takes_experts_by_its_own_settings():
         built(dropout=0.1, **settings)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kind": "lora", "experts": True}, "adapter.experts=True: adapter.kind=lora does not use it"),
-        ({"experts": True, "target_parameters": DOWN}, "adapter.experts=true adapts all experts: leave out"),
-        ({"target_modules": []}, r"adapter.target_modules=\[\] must be a list"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings, message):
-    with refuses(message):
-        check_settings(AdapterConfig(**settings))
-
-
 def test_experts_that_a_model_lacks_are_refused():
     with refuses("adapter.experts=True: this model has no experts, it is dense. Set adapter.experts=false."):
         build.build(make_tiny_llama(), AdapterConfig(r=4, experts=True))
@@ -108,9 +88,6 @@ def test_quantised_experts_are_refused_by_name():
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.uint8), requires_grad=False)
     with refuses(r"adapter.kind=cera: .*layers.1.mlp.experts.*down_proj of MixtralExperts is quantised .torch.uint8"):
         build.build(model, AdapterConfig(r=4, experts=True))
-
-
-# --- spectra ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

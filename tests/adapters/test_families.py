@@ -4,8 +4,6 @@ none."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -87,20 +85,6 @@ def trained(config):
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
-
-
-def test_settings_are_checked_without_torch():
-    """Every command makes these settings before it loads anything, and a table shows their names."""
-    script = """
-import sys
-sys.argv[0] = "cera-train"
-from cera_train.adapters.family import title
-from cera_train.settings.adapters import AdapterConfig
-print(*(title(AdapterConfig(kind)) for kind in ("cera", "lora", "rslora", "dora", "full")))
-print([name for name in ("torch", "peft", "transformers") if name in sys.modules])
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["CeRA LoRA rsLoRA DoRA full fine-tuning", "[]"]
 
 
 @every_file
@@ -188,9 +172,6 @@ def test_the_base_comes_back_where_the_adapter_is_beside_it(name, adapter_of):
     with model.disable_adapter():
         is_base = torch.allclose(logits(model), logits(make_tiny_llama()), rtol=1e-4, atol=1e-4)
     assert is_base == saved.keeps_base(model)
-
-
-# --- full fine-tuning ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])

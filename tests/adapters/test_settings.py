@@ -6,7 +6,6 @@ import pytest
 from conftest import make_tiny_llama
 
 from cera_train.adapters import build
-from cera_train.adapters.family import family
 from cera_train.common.errors import UserError
 from cera_train.settings.adapters import AdapterConfig
 
@@ -14,9 +13,6 @@ from cera_train.settings.adapters import AdapterConfig
 def refuses(message: str):
     """One line, whose start is the place."""
     return pytest.raises(UserError, match=rf"\A{message}[^\n]*\Z")
-
-
-# --- settings among themselves ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -28,6 +24,9 @@ def refuses(message: str):
         ("adapter=cera adapter.target_modules=null", "adapter.target_modules=None must be a list"),
         ("adapter=peft", "adapter.method=null: name a method of PEFT"),
         ("adapter.layers=[]", r"adapter.layers=\[\] adapts nothing"),
+        ("adapter.target_modules=[]", r"adapter.target_modules=\[\] must be a list"),
+        ("adapter=lora adapter.experts=true", "adapter.experts=True: adapter.kind=lora does not use it"),
+        ("adapter.experts=true adapter.target_parameters=[x]", "adapter.experts=true adapts all experts: leave out"),
     ],
 )
 def test_a_setting_that_this_kind_would_ignore_is_refused(compose, overrides, message):
@@ -40,9 +39,6 @@ def test_an_unknown_kind_is_refused():
         AdapterConfig("pissa")
 
 
-# --- settings that PEFT understands ----------------------------------------------------------------------------------
-
-
 def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
     return AdapterConfig("peft", rank, dropout=0.0, method=method, settings=settings)
 
@@ -51,7 +47,6 @@ def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
     ("config", "message"),
     [
         (peft_of("MIST"), "adapter.method=MIST is no method of PEFT .* There are: BEFT, "),
-        (peft_of("ADALORA"), "adapter.method=ADALORA is no method of PEFT that a forward and a backward pass train"),
         (peft_of("IA3", 4), "adapter.method=IA3: .*unexpected keyword argument 'r'"),
         (peft_of("MISS", 4, minir=2), "adapter.method=MISS adapter.settings.minir=2: .*unexpected keyword argument"),
         (peft_of("MISS", 4, r=3), "adapter.method=MISS adapter.settings.r=3: .*multiple values for keyword"),
@@ -104,26 +99,10 @@ def test_what_peft_refuses_on_this_model_is_a_line_that_names_the_settings(confi
         build.build(make_tiny_llama(), config)
 
 
-def test_presets_of_cera_are_what_their_names_say(compose):
-    variants = ("alpha", "dropout", "activation", "init", "dropout_on", "mix")
-
-    def fields(name: str) -> tuple:
-        config = family("cera").peft_config(compose(f"adapter={name}").adapter)
-        return tuple(getattr(config, variant) for variant in variants)
-
-    assert fields("cera") == (None, 0.1, "silu", "kaiming_normal", "hidden", "none")
-    assert fields("cera_aligned") == (None, 0.1, "silu", "kaiming_uniform", "input", "none")
-    assert fields("cera_identity") == (32.0, 0.1, "identity", "kaiming_normal", "hidden", "none")
-    assert fields("cera_mix") == (None, 0.1, "silu", "kaiming_normal", "hidden", "learned")
-
-
 def test_patterns_and_scales_of_the_settings_reach_the_layers():
     config = AdapterConfig(r=4, settings={"rank_pattern": {"q_proj": 2}, "use_rslora": True}, alpha=8)
     layer = build.build(make_tiny_llama(), config).get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
     assert (layer.r, layer.scaling) == ({"default": 2}, {"default": 8 / 2**0.5})
-
-
-# --- targets ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import pytest
 import torch
 from cera_models import IDS, WARNINGS
 from conftest import make_tiny_llama
+from moe_models import adapted_mixture
 from peft import get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from cera_train.cera import CeraConfig, CeraLayer, check_coverage
@@ -32,9 +30,6 @@ def refusal(model: nn.Module) -> str:
         passes(model)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-# --- what is proven --------------------------------------------------------------------------------------------------
 
 
 def test_a_fresh_adapter_is_proven_though_the_gradient_of_A_is_zero():
@@ -66,9 +61,6 @@ def test_only_the_trainable_adapter_of_several_counts():
     with check_coverage(model) as coverage:
         passes(model)
     assert {name.rpartition(".")[2] for name in coverage.layers} == {"v_proj"}
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -106,9 +98,6 @@ def test_a_matrix_without_gradient_is_refused():
     assert "model.layers.0.self_attn.q_proj: no gradient reaches cera_A.default.weight" in refusal(model)
 
 
-# --- experts ---------------------------------------------------------------------------------------------------------
-
-
 class Experts(nn.Module):
     """Experts as modules, of which the first `running` run."""
 
@@ -134,25 +123,11 @@ def test_experts_without_a_token_are_exempt_and_counted(running):
         assert "10 of 10 adapted modules would not train" in coverage.problem()
 
 
-class Grouped(nn.Module, BaseTunerLayer):
-    """Five experts in two parameters, of which the first two get tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.A, self.B = nn.Parameter(torch.randn(5, 2, 4)), nn.Parameter(torch.zeros(5, 4, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + (x @ self.A[:2].mT @ self.B[:2].mT).sum(0)
-
-
 def test_a_layer_that_holds_all_experts_counts_those_without_a_token():
-    model = nn.Sequential(OrderedDict(experts=Grouped()))
+    model = adapted_mixture().train()
     with check_coverage(model) as coverage:
-        model(torch.randn(3, 4)).square().sum().backward()
-    assert coverage.idle_experts == 3
-
-
-# --- several processes -----------------------------------------------------------------------------------------------
+        model(input_ids=IDS[:1, :2], labels=IDS[:1, :2]).loss.backward()
+    assert coverage.idle_experts == 2 * 2  # the token that has a loss goes to two of four, in two layers
 
 
 def test_what_one_process_has_not_seen_another_may_have():

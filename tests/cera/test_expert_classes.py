@@ -3,7 +3,6 @@ which changes the weights and lets the class itself compute."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import inspect
@@ -13,7 +12,6 @@ import pytest
 import torch
 import transformers
 from cera_models import WARNINGS
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from moe_models import experts_of, lora_experts
 from peft import get_peft_model
 from torch import nn
@@ -25,8 +23,16 @@ pytestmark = [WARNINGS, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 MODELS = Path(transformers.__file__).parent / "models"
 FILES = sorted(file for file in MODELS.glob("*/modeling_*.py") if "\n@use_experts_implementation" in file.read_text())
-WIDTHS = ("hidden_size", "moe_hidden_size", "moe_intermediate_size", "intermediate_size", "expert_dim")
-COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+FIELDS = {
+    **dict.fromkeys(("hidden_size", "moe_hidden_size", "moe_intermediate_size", "intermediate_size", "expert_dim"), 32),
+    **dict.fromkeys(
+        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4
+    ),
+    **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu"),
+    **{"moe_latent_size": None, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "mlp_gate_softcap": 10.0},
+    "post_norm_eps": 1e-6,
+}
+"""What experts of all models read of a config."""
 
 
 class Layer(nn.Module):
@@ -49,32 +55,15 @@ def classes_of(file: Path) -> list[type[nn.Module]]:
     return [value for value in classes if "Experts" in value.__name__ and hasattr(value.forward, "__wrapped__")]
 
 
-def make_experts(experts_class: type[nn.Module], file: Path) -> nn.Module:
-    """Random experts of this class, by the first config of its model that has the fields they read."""
-    name = f"transformers.models.{file.parent.name}.{file.stem.replace('modeling', 'configuration')}"
-    configs = [value for value in vars(importlib.import_module(name)).values() if inspect.isclass(value)]
-    sizes = {"moe_latent_size": None} | dict.fromkeys(WIDTHS, 32) | dict.fromkeys(COUNTS, 4)
-    errors = []
-    for config_class in configs:
-        if not (issubclass(config_class, transformers.PreTrainedConfig) and config_class.__module__ == name):
-            continue
-        config = config_class()
-        config.allow_global_per_layer_attribute_access = True  # dots3_note has a config for each layer
-        for field, value in sizes.items():
-            with contextlib.suppress(StrictDataclassFieldValidationError):  # such as a list of widths
-                if hasattr(config, field):
-                    setattr(config, field, value)
-        takes_width = "intermediate_size" in inspect.signature(experts_class.__init__).parameters
-        try:
-            experts = experts_class(config, **{"intermediate_size": 32} if takes_width else {})
-        except (AttributeError, TypeError) as error:
-            errors.append(error)
-            continue
-        config._experts_implementation = "eager"
-        for weight in experts.parameters():
-            nn.init.normal_(weight, std=0.3)
-        return experts
-    raise AssertionError(errors)
+def make_experts(experts_class: type[nn.Module]) -> nn.Module:
+    """Random experts of this class."""
+    takes_width = "intermediate_size" in inspect.signature(experts_class.__init__).parameters
+    config = transformers.PreTrainedConfig(**FIELDS)
+    config._experts_implementation = "eager"
+    experts = experts_class(config, **{"intermediate_size": 32} if takes_width else {})
+    for weight in experts.parameters():
+        nn.init.normal_(weight, std=0.3)
+    return experts
 
 
 def test_the_glob_found_them():
@@ -86,7 +75,7 @@ def test_identity_gate_equals_pefts_lora(file):
     classes = classes_of(file)
     assert classes
     for experts_class in classes:
-        experts = make_experts(experts_class, file)
+        experts = make_experts(experts_class)
         names = [f"mlp.experts.{name}" for name in expert_parameters(experts)]
         assert len(names) == 2
         settings = {"activation": "identity", "dropout": 0.0, "init_weights": False, "target_parameters": names}

@@ -17,8 +17,6 @@ from cera_train.cera import CeraConfig
 
 pytestmark = WARNINGS
 
-# --- which modules ---------------------------------------------------------------------------------------------------
-
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 
@@ -35,7 +33,6 @@ def names(projections: list[str], layers: tuple[int, ...] = (0, 1)) -> set[str]:
     ("settings", "expected"),
     [
         ({}, names(["q_proj", "v_proj"])),
-        ({"target_modules": {"o_proj", "up_proj"}}, names(["o_proj", "up_proj"])),
         ({"target_modules": r".*\.1\..*(k_proj|down_proj)"}, names(["k_proj", "down_proj"], (1,))),
         ({"target_modules": "all-linear"}, names(ATTENTION + MLP)),
         ({"target_modules": "all-linear", "exclude_modules": MLP}, names(ATTENTION)),
@@ -88,7 +85,6 @@ def test_without_targets_an_unknown_model_is_refused():
     ("settings", "message"),
     [
         ({"r": 0}, "r must be a positive integer, got 0"),
-        ({"r": 8.0}, "r must be a positive integer, got 8.0"),
         ({"alpha": 0}, "alpha must be positive"),
         ({"alpha": float("nan")}, "alpha must be positive"),
         ({"dropout": 1}, "dropout must be at least 0 and less than 1, got 1"),
@@ -100,7 +96,6 @@ def test_without_targets_an_unknown_model_is_refused():
         ({"use_rslora": True}, "use_rslora divides alpha by sqrt"),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] must be a positive integer, got 0"),
         ({"rank_pattern": {"(": 2}}, r"rank_pattern\['\('\] is no name or regular expression"),
-        ({"alpha_pattern": {"q_proj": None}}, r"alpha_pattern\['q_proj'\] must be positive, got None"),
         ({"expert_r": 2}, "expert_r has a meaning only with target_parameters"),
         ({"target_parameters": "experts.down_proj"}, "target_parameters must be a list of names"),
     ],
@@ -109,9 +104,6 @@ def test_without_targets_an_unknown_model_is_refused():
 def test_a_bad_field_is_refused_with_a_reason(settings, message):
     with pytest.raises(ValueError, match=message):
         CeraConfig(**settings)
-
-
-# --- rank, scale and modules by pattern ------------------------------------------------------------------------------
 
 
 def test_patterns_give_modules_their_rank_and_scale(tmp_path):
@@ -133,9 +125,6 @@ def test_patterns_give_modules_their_rank_and_scale(tmp_path):
     assert {len(layer.cera_A["default"].weight) for layer in layers.values()} == {2, 4, 6}
 
 
-# --- beside the branches ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bias", "expected"), [("cera_only", {"q_proj", "v_proj"}), ("all", set(ATTENTION))])
 def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
     model = get_peft_model(make_tiny_llama(attention_bias=True), cera(bias=bias))
@@ -146,14 +135,3 @@ def test_biases_of_the_base_are_trained_and_saved(bias, expected, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make_tiny_llama(attention_bias=True), tmp_path)
     assert torch.equal(logits(loaded.eval()), logits(model.eval()))
-
-
-def test_embeddings_of_some_tokens_are_trained_and_saved(tmp_path):
-    model = adapted(trainable_token_indices=[5, 17])
-    (name,) = [n for n, p in model.named_parameters() if p.requires_grad and "cera_" not in n]
-    assert model.get_parameter(name).shape == (2, 32)
-    nn.init.normal_(model.get_parameter(name))
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(make_tiny_llama(), tmp_path).eval()
-    assert torch.equal(logits(loaded), logits(model))
-    assert not torch.equal(logits(loaded)[0], logits(adapted())[0])

@@ -12,12 +12,16 @@ WITHOUT_TORCH = {"PYTHONPATH": f"{Path(__file__).parent / 'without_torch'}:{os.e
 
 
 def command(name: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(Path(sys.executable).parent / name), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | environment,
-        check=False,
-        timeout=300,
+    program = str(Path(sys.executable).parent / name)
+    settings = {"capture_output": True, "text": True, "check": False, "timeout": 300}
+    return subprocess.run([program, *arguments], cwd=cwd, env=os.environ | environment, **settings)
+
+
+def python(*arguments: object, cwd: Path | None = None, **environment: str) -> str:
+    """What Python prints with these arguments; it must end well."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=300
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

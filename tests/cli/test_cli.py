@@ -1,44 +1,33 @@
-"""The command line as its users meet it: real processes, one clear line for every mistake, nothing half-written."""
+"""The command line as its users meet it: help, completion, an installed wheel, what the system refuses; and what has to
+answer at once imports nothing heavy."""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import json
-import os
+import importlib
+import pkgutil
 import re
 import resource
-import signal
-import subprocess
-import sys
-import time
+import typing
 from pathlib import Path
 
 import pytest
-from commands import WITHOUT_TORCH, command
+from commands import WITHOUT_TORCH, command, python
 
+import cera_train
 from cera_train import __version__
 from cera_train.cli.mistakes import SCHEMAS, options
-from cera_train.cli.start import PROGRAMS, main
+from cera_train.cli.start import PROGRAMS
 from cera_train.cli.train import is_as_published
 from cera_train.common.errors import explain
 from cera_train.common.files import cached_folder, write_text
-
-LOADING = "loading    PyTorch and transformers\n"
-"""The first sign of life, within a second."""
-
-
-@pytest.fixture
-def tiny_arguments(tiny_folder) -> list[str]:
-    return [
-        f"model.path={tiny_folder}",
-        *("model.dtype=float32", "data.max_length=256", "adapter.r=4", "train.max_updates=4", "name=run"),
-    ]
+from cera_train.common.settings import Changes, section_of
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_command_has_the_version_of_the_package(monkeypatch, capfd, program):
-    monkeypatch.setattr(sys, "argv", [program, "--version"])
-    main()
+def test_every_command_has_the_version_of_the_package(run_command, capfd, program):
+    assert run_command(program, "--version") == 0
     assert capfd.readouterr().out == f"cera-train {__version__}\n"
 
 
@@ -60,19 +49,10 @@ def test_a_shell_completes_settings_and_choices(tmp_path):
 
 
 IMPORTS = """
-import gc, sys
+import sys
 sys.argv[0] = "cera-train"
-from cera_train.common.imports import heavy_imports
-
-with heavy_imports():
-    import torch
-    assert not gc.isenabled()
-frozen = gc.get_freeze_count()
-assert gc.isenabled() and frozen > 10_000
-with heavy_imports():
-    assert gc.isenabled()
-assert gc.get_freeze_count() == frozen
 from cera_train.training.train import launch
+import torch
 from cera_train.cera import CeraConfig
 from cera_train.cera.layer import CeraLayer
 CeraLayer(torch.nn.Linear(8, 8), "default", CeraConfig(r=2))
@@ -84,100 +64,21 @@ print(CeraLayer(quantised, "default", CeraConfig(r=2)).quantization_backend.back
 
 
 @pytest.mark.slow
-def test_heavy_imports_keep_the_garbage_collector_out_once_and_leave_out_what_not_every_run_needs():
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (0, "[]\nbnb 8bit\n"), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["model.path=nobody/nothing"], "model.path=nobody/nothing: cannot be loaded.*local folder"),
-        (["data=gsm8k", "data.train_files=[broken.jsonl]", "data.eval_rows=1"], "broken.jsonl:2: broken JSON"),
-        (["optimizer.lr=1e30", "optimizer.weight_decay=0"], r"loss of update \d or its gradient is not finite"),
-    ],
-)
-def test_bad_input_gets_one_line_and_status_2(tmp_path, monkeypatch, capfd, tiny_arguments, arguments, message):
-    """In this process, which has imported torch."""
-    (tmp_path / "broken.jsonl").write_text('{"question": "1?", "answer": "1"}\n{"question": \n')
-    monkeypatch.chdir(tmp_path)
-    merged = {argument.partition("=")[0]: argument for argument in [*tiny_arguments, *arguments]}
-    monkeypatch.setattr(sys, "argv", ["cera-train", *merged.values()])
-    with pytest.raises(SystemExit, match="^2$"):
-        main()
-    (line,) = capfd.readouterr().err.strip().splitlines()
-    assert re.search(message, line), line
-    # A run that had begun leaves in its folder how far it came.
-    assert (tmp_path / "outputs" / "run").exists() == ("finite" in message)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_real_run_with_its_status_and_the_same_command_finishes_it(
-    tmp_path, tiny_arguments, number, status
-):
-    arguments = [*tiny_arguments, "train.max_updates=100000", "train.eval_every=null"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cera_train", *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    metrics = tmp_path / "outputs" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert b"The same command goes on" in output
-    assert errors == LOADING.encode()
-    (checkpoint,) = (tmp_path / "outputs" / "run" / "checkpoints").iterdir()
-    assert json.loads(metrics.read_text().splitlines()[-1])["update"] == int(checkpoint.name)
-
-
-@pytest.mark.slow
-def test_the_output_is_calm_and_aligned(tmp_path, tiny_arguments):
-    done = command("cera-train", *tiny_arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == LOADING
-    for label in ("run", "model", "adapter", "device", "train", "eval", "shared", "example"):
-        assert re.search(rf"^{label:<11}\S", done.stdout, re.MULTILINE), label
-    assert re.search(r"\[\[.*</s>\]\]", done.stdout)
-    for label in ("perplexity", "effective rank", "trainable", "speed", "time", "folder"):
-        assert re.search(rf"^{label:<16}\S", done.stdout, re.MULTILINE), label
-    again = command("cera-train", *tiny_arguments, cwd=tmp_path)
-    assert "finished" in again.stdout
+def test_a_run_imports_nothing_that_not_every_run_needs():
+    assert python("-c", IMPORTS) == "[]\nbnb 8bit\n"
 
 
 @pytest.mark.slow
 def test_a_wheel_installed_elsewhere_has_conf_and_recipes(tmp_path):
     root = Path(__file__).resolve().parents[2]
-    built = subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", root],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
+    python("-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", root)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    installed = tmp_path / "site"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", installed, wheel],
-        check=True,
-    )
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "cera_train", "--cfg", "job", "+recipe=math_r64"],
-        capture_output=True,
-        text=True,
-        cwd=elsewhere,
-        env=os.environ | {"PYTHONPATH": str(installed)},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "path: meta-llama/Llama-3.1-8B" in done.stdout
-    assert "r: 64" in done.stdout
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
+    (tmp_path / "elsewhere").mkdir()
+    command = ["-P", "-m", "cera_train", "--cfg", "job", "+recipe=math_r64"]
+    printed = python(*command, cwd=tmp_path / "elsewhere", PYTHONPATH=str(tmp_path / "site"))
+    assert "path: meta-llama/Llama-3.1-8B" in printed
+    assert "r: 64" in printed
 
 
 def test_out_of_memory_names_the_settings_to_lower():
@@ -230,3 +131,53 @@ def test_a_bug_of_ours_keeps_its_traceback():
 )
 def test_the_papers_figures_hold_only_for_what_the_paper_ran(overrides, kept):
     assert is_as_published(overrides) == kept
+
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
+FOLDERS = ("cli", "sweep", "report", "settings", "common")
+LIGHT = ("cera_train.adapters.family", "cera_train.evaluation.grading", "cera_train.evaluation.tasks.")
+"""Settings are checked by the first; processes that verify answers have a memory limit."""
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(cera_train.__path__, "cera_train.")
+    if module.name.split(".")[1] in FOLDERS or module.name.startswith(LIGHT)
+)
+
+IMPORT_ALL = """
+import importlib, sys
+sys.argv[0] = "cera-train"
+for name in {modules}:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        assert error.name == "submitit" and name == "cera_train.cli.cluster", error
+    print(name, *sorted(set({heavy}) & sys.modules.keys()))
+"""
+
+
+def test_what_answers_at_once_imports_nothing_heavy():
+    assert {"cera_train.settings.run", "cera_train.cli.train", "cera_train.report.page"} <= {*MODULES}
+    assert python("-c", IMPORT_ALL.format(modules=MODULES, heavy=HEAVY)).split("\n")[:-1] == MODULES
+
+
+@pytest.mark.slow
+def test_importing_the_package_registers_cera_with_peft_whichever_comes_first():
+    for first, second in (("cera_train", "peft"), ("peft", "cera_train")):
+        script = f"import {first}, {second}\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known\n"
+        script += "import sys; print('CERA' in [kind.value for kind in known])\n"
+        script += "print([type(finder) for finder in sys.meta_path if 'cera' in str(type(finder)).lower()])"
+        assert python("-c", script) == "True\n[]\n"
+
+
+def test_every_setting_carries_the_mark_of_what_it_changes():
+    """Resuming, the token cache, sweeps and reports go by it: a field without one would be forgotten by all."""
+    modules = [importlib.import_module(name) for name in MODULES if name.startswith("cera_train.settings.")]
+    kinds = {kind for module in modules for kind in vars(module).values() if dataclasses.is_dataclass(kind)}
+    assert len(kinds) >= 15
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            if section_of(typing.get_type_hints(kind)[field.name]) is None:
+                assert field.metadata.get("changes") in set(Changes), f"{kind.__name__}.{field.name}: use setting(...)"
+            else:
+                assert not field.metadata, f"{kind.__name__}.{field.name}: use section(...)"

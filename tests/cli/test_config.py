@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 
 import pytest
 import yaml
@@ -152,14 +151,6 @@ def test_a_recipe_yields_to_the_command_line(compose):
 def test_a_value_out_of_range_is_refused_by_name(compose, override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         compose(*override.split(" "))
-
-
-def test_to_plain_is_yaml_and_composes_the_same_config(compose):
-    config = compose("+recipe=math_r64_nf4")
-    plain = yaml.safe_load(yaml.safe_dump(to_plain(config)))
-    assert plain["adapter"]["kind"] == "cera"
-    assert plain == to_plain(config)
-    assert set(plain) == {field.name for field in fields(Config)}
 
 
 def test_both_names_for_the_choices_of_cera_agree():

@@ -18,8 +18,6 @@ from cera_train.data.reasoning_gym import DRAWS, Split, draws, rows, split_of
 from cera_train.data.sources import check_data, open_sources
 from cera_train.settings.data import GENERATORS, DataConfig, LogisticMapConfig, ReasoningGymConfig
 
-# --- the logistic map ------------------------------------------------------------------------------------------------
-
 
 def starts_of(rows: list[dict[str, str]]) -> list[str]:
     return [re.search(r"Starting from x = (\S+),", row["prompt"])[1] for row in rows]
@@ -55,9 +53,6 @@ def test_a_growth_that_is_none_is_refused(growth):
         LogisticMapConfig(growth=growth)
 
 
-# --- dates -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("day", "texts"),
     [
@@ -86,8 +81,6 @@ def test_every_day_of_the_century_is_one_answer_and_evaluation_rows_stay_the_sam
     assert dates.rows(640, 50) == (train[:640], evaluation)
     assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
 
-
-# --- reasoning-gym ---------------------------------------------------------------------------------------------------
 
 NAMES = [name for names in GENERATORS.values() for name in names]
 SMALL = ReasoningGymConfig(generator="chain_sum", level=0)
@@ -147,13 +140,6 @@ def test_gym_rows_are_the_same_in_every_process():
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     here = [rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in NAMES]
     assert json.loads(printed) == [list(both) for both in here]
-
-
-def test_gym_sources_are_prompts_and_completions_of_this_size():
-    train, evaluation = (list(source.read()) for source in open_sources(gym_config()))
-    assert (len(train), len(evaluation)) == (6, 3)
-    assert all(row["prompt"].startswith("Question: ") and row["prompt"].endswith("\nAnswer:") for row in train)
-    assert all(row["completion"].startswith(" ") for row in train)
 
 
 @pytest.mark.parametrize(

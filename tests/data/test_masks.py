@@ -74,18 +74,6 @@ def test_a_row_without_an_answer_has_no_segments(tokenizer, answer):
     assert segments({"question": "a", "answer": answer, "reason": "because"}) != []
 
 
-def test_rows_do_not_depend_on_those_encoded_with_them_and_equal_prompts_have_equal_keys(tokenizer):
-    config = data_config()
-    rows = [{"question": "a" * size, "answer": "b" * (6 - size)} for size in (*range(7), 3)]
-    segments = [segmenter(config, tokenizer)(row) for row in rows]
-    examples = encode(segments, config, tokenizer)
-    assert examples == [encode([each], config, tokenizer)[0] for each in segments]
-    keys = [example.prompt_key for example in examples]
-    assert keys[3] == keys[7]
-    assert len({*keys}) == 7
-    assert encode([], config, tokenizer) == []
-
-
 # --- layout conversations --------------------------------------------------------------------------------------------
 
 

@@ -181,7 +181,6 @@ A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
         ([A], {"path": "org/rows"}, "data.path or files beside data.mix: name them in a part, or leave out one"),
         ([A, MixPart(train_files=["b.jsonl"], eval_rows=1)], {}, "data.mix has weights [1.0, None]: give all parts we"),
         ([MixPart(path="org/rows", weight=-0.5)], {}, "data.mix has weights [-0.5]: give all parts weights of at le"),
-        ([MixPart(path="org/rows", weight=0.0)], {}, "data.mix has weights [0.0]: give all parts weights of at leas"),
         ([A, MixPart(weight=1.0)], {}, "data.mix.1: there is no training data: set data.train_files"),
         ([A], {"prompt": None}, "data.mix.0: data.layout=text needs data.prompt and data.completion, such as"),
         ([A], {"layout": "logistic_map"}, "data.mix.0: data.layout=logistic_map computes its rows, and others are na"),

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from examples import CHAT, CONVERSATION
 
-from cera_train.cli.start import main
 from cera_train.common.errors import UserError
 from cera_train.data.files import rows_of
-from cera_train.data.look import describe_layouts
 from cera_train.data.prepare import TokenizedRows, prepare_data, prepare_evaluation
 from cera_train.data.rows import Source
 from cera_train.data.segments import segmenter
@@ -26,8 +23,6 @@ from cera_train.training.train import train
 
 pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
-
-SHAREGPT = CONVERSATION["conversations"]
 
 
 @pytest.fixture
@@ -43,35 +38,23 @@ def own(compose, write_jsonl):
 @pytest.mark.parametrize(
     ("row", "layout", "texts"),
     [
-        (CHAT, "messages, by the column `messages`, all answers", [message["content"] for message in CHAT["messages"]]),
+        (CHAT, "messages", [message["content"] for message in CHAT["messages"]]),
         (
             CONVERSATION,
-            "conversations, by the column `conversations`, all answers",
+            "conversations",
             ["System: Be brief.\nUser: hello\nAssistant:", " hello there", "\nUser: next?\nAssistant:", " 0.84"],
         ),
-        (
-            {"instruction": "Add.", "input": "1, 2", "output": "3", "text": "Add. 1, 2: 3"},
-            "instruction, by the columns `instruction` and `input` and `output`",
-            ["Question: Add.\n1, 2\nAnswer:", " 3"],
-        ),
-        (
-            {"instruction": "Say yes.", "input": "", "output": "yes"},
-            "instruction, by the columns `instruction` and `input` and `output`",
-            ["Question: Say yes.\nAnswer:", " yes"],
-        ),
-        ({"prompt": "1+", "completion": "1"}, "text, by the columns `prompt` and `completion`", ["1+", "1"]),
-        (
-            {"question": "1+1?", "answer": "2", "messages": None},
-            "text, by the columns `question` and `answer`",
-            ["Question: 1+1?\nAnswer:", " 2"],
-        ),
-        ({"text": "Once upon a time."}, "documents, by the column `text`", ["Once upon a time."]),
+        ({"instruction": "Add.", "input": "1", "output": "2"}, "instruction", ["Question: Add.\n1\nAnswer:", " 2"]),
+        ({"instruction": "Yes?", "input": "", "output": "no"}, "instruction", ["Question: Yes?\nAnswer:", " no"]),
+        ({"prompt": "1+", "completion": "1"}, "text", ["1+", "1"]),
+        ({"question": "1+1?", "answer": "2", "messages": None}, "text", ["Question: 1+1?\nAnswer:", " 2"]),
+        ({"text": "Once upon a time."}, "documents", ["Once upon a time."]),
     ],
-    ids=lambda value: value.partition(",")[0] if isinstance(value, str) else "",
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_columns_of_the_first_rows_choose_the_layout(own, row, layout, texts):
     config = decide_layouts(own([row, row]))
-    assert [*describe_layouts(config)] == [f"{layout}; 5% of the rows, at most 500, are held out by prompt"]
+    assert config.layout == layout
     assert [segment.text for segment in segmenter(config, None)(row)] == texts
     assert decide_layouts(config) == config
 
@@ -173,15 +156,13 @@ def test_a_single_prompt_cannot_be_on_both_sides(own, tokenizer):
 
 
 def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
-    tiny_folder, write_jsonl, tmp_path, monkeypatch, capsys
+    tiny_folder, write_jsonl, tmp_path, run_command, capsys
 ):
-    monkeypatch.chdir(tmp_path)
     question, answer = CHAT["messages"][1:3]
     turns = [[question | {"content": f"next to {number}?"}, answer] for number in range(40)]
     write_jsonl("rows.jsonl", [{"messages": turn * (1 + number // 30)} for number, turn in enumerate(turns)])
     settings = [f"model.path={tiny_folder}", "data.train_files=[rows.jsonl]", "data.max_length=128"]
-    monkeypatch.setattr(sys, "argv", ["cera-train", *settings, "--look"])
-    main()
+    assert run_command("cera-train", *settings, "--look") == 0
     lines = capsys.readouterr().out.splitlines()
     labels = [line[:11].strip() for line in lines]
     values = dict(zip(labels, (line[11:] for line in lines), strict=True))

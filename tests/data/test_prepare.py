@@ -19,9 +19,6 @@ pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# --- rows and counts -------------------------------------------------------------------------------------------------
-
-
 def test_rows_are_read_from_the_disk_when_they_are_used(config_of, tokenizer, cache, capsys):
     rows = [{"question": f"what is {number}?", "answer": "it is so " * 20} for number in range(3000)]
     config = config_of(rows)
@@ -87,9 +84,6 @@ def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_c
     assert (len(train), train.dropped) == (len(TRAIN), (0, 1))
 
 
-# --- overlap ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer):
     same_prompts = [{"question": row["question"], "answer": "another"} for row in TRAIN[:2]]
     dropped = {"question": TRAIN[3]["question"], "answer": ""}
@@ -101,9 +95,6 @@ def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer
     assert prepare_data(config_of(evaluation=nearly), tokenizer).shared_prompts == 0
     again = [{"question": TRAIN[0]["question"], "answer": answer} for answer in ("one", "two")]
     assert prepare_data(config_of([*TRAIN, *again]), tokenizer).repeated_prompts == 2
-
-
-# --- the cache -------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_rows_come_from_the_cache_also_from_another_place(config_of, tokenizer, reads, tmp_path, monkeypatch):

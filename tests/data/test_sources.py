@@ -39,9 +39,6 @@ def number_rows(count: int) -> list[dict]:
     return [{"question": f"q{number}", "answer": f"a{number}"} for number in range(count)]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def test_every_kind_of_file_gives_the_rows_as_they_stand_in_it(tmp_path, write_jsonl):
     import pyarrow
     import pyarrow.parquet
@@ -100,9 +97,6 @@ def test_files_are_read_in_the_order_they_are_named_and_those_of_a_pattern_by_na
     assert read(open_sources(data_config([pattern], [first]))[0]) == [[number_rows(3)[2], *number_rows(2)]]
 
 
-# --- which rows train, which evaluate --------------------------------------------------------------------------------
-
-
 def test_without_evaluation_files_the_last_rows_are_held_out(write_jsonl):
     path, rows = write_jsonl("t.jsonl", number_rows(10)), number_rows(10)
     assert read(*open_sources(data_config([path], eval_rows=3))) == [rows[:7], rows[7:]]
@@ -115,9 +109,6 @@ def test_train_rows_and_eval_rows_take_the_first_and_read_no_more(tmp_path):
     path.write_text('{"a": 1}\n{"a": 2}\nbroken')
     config = data_config([path], [path], train_rows=2, eval_rows=1)
     assert read(*open_sources(config)) == [[{"a": 1}, {"a": 2}], [{"a": 1}]]
-
-
-# --- data sets of the Hub, and of folders ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -176,9 +167,6 @@ def test_split_notation_and_row_limits_reach_the_rows(folders):
     assert read(train, evaluation) == [number_rows(2), number_rows(4)[3:]]
     assert [source.fingerprint for source in open_sources(config)] == [train.fingerprint, evaluation.fingerprint]
     assert train.fingerprint != evaluation.fingerprint
-
-
-# --- the quick look --------------------------------------------------------------------------------------------------
 
 
 def test_the_first_rows_are_looked_at_without_a_model_and_the_hub_is_not_asked(write_jsonl):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from several_processes import ONE_THREAD, torchrun, train_in_processes
+from several_processes import popen, torchrun, train_in_processes
 from tiny_runs import all_losses_of, evaluations_of, losses_of, wait_until
 
 from cera_train.common.errors import UserError
@@ -41,13 +41,8 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
     ]
 
 
-def popen(*command: str, cwd: Path) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=ONE_THREAD, **pipes)
-
-
 def cera_train(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    return popen(str(Path(sys.executable).parent / "cera-train"), *arguments, cwd=cwd)
+    return popen(Path(sys.executable).parent / "cera-train", *arguments, cwd=cwd)
 
 
 def printed_by(run: subprocess.Popen[str]) -> tuple[str, str]:
@@ -146,7 +141,7 @@ def test_the_process_of_accelerate_launch_starts_no_others(tmp_path, arguments):
     """On GPUs it starts several by torchrun, on CPUs one."""
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1", "-m"]
     run = [sys.executable, *launcher, "cera_train", *arguments, "launch.processes=3", "train.max_updates=2"]
-    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, env=ONE_THREAD, check=False)
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 x cpu" in done.stdout
     assert done.stdout.count("folder          ") == 1

@@ -4,15 +4,14 @@ end, for all."""
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from evaluated_runs import contents, read
+from several_processes import popen
 
 from cera_train.evaluation.evaluate import evaluate
 
@@ -22,13 +21,8 @@ CERA_EVAL = str(Path(sys.executable).parent / "cera-eval")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--no-python"]
 
 
-def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
-
-
 def output(*command: str, cwd: Path) -> str:
-    process = start(*command, cwd=cwd)
+    process = popen(*command, cwd=cwd)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out
@@ -76,7 +70,7 @@ def test_perplexity_and_spectra_are_those_of_one_process(eval_config, run, tmp_p
 def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, questions, tmp_path):
     rows = [{"question": f"{n} and {n}?" + "?" * n, "answer": f"#### {2 * n}"} for n in range(40)]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    process = start(*answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path)
+    process = popen(*answering(run, questions, "launch.processes=2", "name=cut", tokens=64), cwd=tmp_path)
     answers = run / "eval" / "cut" / "generations.1.jsonl"
     while not (answers.exists() and answers.read_text().count("\n") > 1):
         assert process.poll() is None, process.communicate()

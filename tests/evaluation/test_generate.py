@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
-from generated import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from oracles import GREEDY, adapted, answers_of, assert_greedy_answers_are_the_librarys, let_answers_end
 
 from cera_train.evaluation.generate import (
     GrowingLayer,
@@ -65,20 +65,10 @@ def test_answers_of_an_adapter(model, tokenizer, requests, kind):
     assert answers_of(answering, tokenizer, [requests], GREEDY, model) != untouched
 
 
-TINY = {"vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2, "bos_token_id": 0}
-OTHERS = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2)),
-    "sliding window": lambda: MistralForCausalLM(
-        MistralConfig(**TINY, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, sliding_window=4)
-    ),
-    "recurrent state": lambda: MambaForCausalLM(MambaConfig(**TINY, state_size=8)),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_answers_of_other_architectures(tokenizer, requests, name):
+@pytest.mark.parametrize(("name", "changes"), [("gpt2", {}), ("mistral", {"sliding_window": 4}), ("mamba", {})])
+def test_answers_of_other_architectures(tokenizer, requests, name, changes):
     """Those whose memory is not the keys and values of every token answer through `model.generate`."""
-    model = OTHERS[name]().eval()
+    model = ARCHITECTURES[name].model(vocab_size=len(tokenizer), **changes)
     prepare_generation(model, tokenizer, 12, [])
     assert can_decode(model, model) == (name == "gpt2")
     let_answers_end(model, model, tokenizer, requests)

@@ -30,9 +30,6 @@ def answer(problem: str, text: str, sample: int = 0, truncated: bool = False) ->
     return Generation(problem, sample, text, len(text), truncated)
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
-
-
 def test_both_graders_count_side_by_side(one_verifier):
     problems = [Problem(name, "?", "?", r"\frac{1}{2}") for name in "abcde"]
     answers = [
@@ -55,8 +52,6 @@ def test_both_graders_count_side_by_side(one_verifier):
     assert lower < 3 / 5 < upper
 
 
-# --- how an answer ends ----------------------------------------------------------------------------------------------
-
 SENTENCE = "She has 3 apples left. "
 LONG = "".join(f"{n} and then " for n in range(80))
 """Over 900 characters, no part of which repeats."""
@@ -67,11 +62,8 @@ LONG = "".join(f"{n} and then " for n in range(80))
     [
         (SENTENCE * 3, True),
         (f"{SENTENCE * 5}She has 3 ap", True),  # cut in the middle of the segment
-        ("0" * 50, True),
         (LONG * 3, True),
-        ("ab" * 500_000, True),
         ("ab" * 500_000 + "c", False),
-        ("", False),
         (LONG, False),
         (f"{SENTENCE * 5}So the answer is 18.", False),  # it got out of it
         ("0.84, 0.84, 0.84, 0.84, 0.84, 0.84", False),  # too short
@@ -108,9 +100,6 @@ def test_shares_of_endings_are_unknown_where_one_is():
     shares = {"right": 0.25, "wrong": 0.25, "loop": 0.5, "truncated": 0.0, "collapsed": 0.0}
     assert AccuracyResult(**ending_shares(["right", "loop", "loop", "wrong"])).endings == shares
     assert ending_shares([]) == AccuracyResult(**{"ending/right": 1.0}).endings == {}
-
-
-# --- math-verify -----------------------------------------------------------------------------------------------------
 
 
 class Deadly(Candidate):

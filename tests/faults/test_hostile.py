@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,6 @@ import pytest
 import torch
 import yaml
 
-from cera_train.cli import evaluate as cli_evaluate
-from cera_train.cli import train as cli
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
@@ -82,19 +79,15 @@ def marker(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run_command(monkeypatch, capfd, tmp_path) -> Callable:
-    """run_command(cli.main, *arguments) -> the line of its error, with status 2."""
-    monkeypatch.chdir(tmp_path)
+def refusal(run_command, capfd) -> Callable[..., str]:
+    """refusal("cera-train", *arguments) -> the line of its error, with status 2."""
 
-    def run_command(command: Callable, *arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["cera-train", *arguments])
-        with pytest.raises(SystemExit) as exit_info:
-            command()
-        assert exit_info.value.code == 2
+    def refusal(*words: str) -> str:
+        assert run_command(*words) == 2
         (line,) = capfd.readouterr().err.strip().splitlines()
         return line
 
-    return run_command
+    return refusal
 
 
 CREATE = "_target_: os.mknod\n    _args_: [MARKER]\n"
@@ -115,35 +108,33 @@ CALLBACKS = {
 
 
 @pytest.mark.parametrize("way", CALLBACKS)
-def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, run_command, way):
+def test_a_config_file_from_elsewhere_runs_no_code(tmp_path, marker, refusal, way):
     folder = tmp_path / "stranger"
     (folder / "model").mkdir(parents=True)
     (folder / "model" / "mine.yaml").write_text(CALLBACKS[way].replace("MARKER", str(marker)))
     (folder / "payload.yaml").write_text(CREATE.replace("    ", "").replace("MARKER", str(marker)))
-    line = run_command(cli.main, "--config-dir", str(folder), "model=mine", "name=run")
+    line = refusal("cera-train", "--config-dir", str(folder), "model=mine", "name=run")
     assert not marker.exists()
     assert re.search(r"stranger/.*\.yaml sets `hydra`.*write what you need of it on the command line", line)
 
 
-def test_a_callback_on_the_command_line_is_the_users_and_runs(marker, run_command):
+def test_a_callback_on_the_command_line_is_the_users_and_runs(marker, refusal):
     callback = f"+hydra.callbacks.x={{_target_:os.mknod,_args_:['{marker}']}}"
-    run_command(cli.main, callback, "model.path=/no/such/model", "name=run")
+    refusal("cera-train", callback, "model.path=/no/such/model", "name=run")
     assert marker.exists()  # so the callbacks above would have run
 
 
 @pytest.mark.parametrize("option", ["--config-path", "--experimental-rerun", "hydra.searchpath"])
-def test_options_that_lead_to_other_configs_are_refused(tmp_path, run_command, option):
-    assert option in run_command(cli.main, f"{option}={tmp_path}")
+def test_options_that_lead_to_other_configs_are_refused(tmp_path, refusal, option):
+    assert option in refusal("cera-train", f"{option}={tmp_path}")
 
 
-def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, run_command):
+def test_a_config_file_cannot_ask_to_run_a_models_code(tmp_path, refusal):
     (tmp_path / "stranger" / "model").mkdir(parents=True)
     (tmp_path / "stranger" / "model" / "mine.yaml").write_text("path: a/b\ntrust_remote_code: true\n")
-    line = run_command(cli.main, "--config-dir", "stranger", "model=mine", "name=run")
+    line = refusal("cera-train", "--config-dir", "stranger", "model=mine", "name=run")
     assert "model.trust_remote_code=true in a config file runs" in line
-    line = run_command(
-        cli_evaluate.main, "--config-dir", "stranger", "model=mine", "run=base", "task=gsm8k", "model.revision=x"
-    )
+    line = refusal("cera-eval", "--config-dir", "stranger", "model=mine", "run=base", "task=gsm8k", "model.revision=x")
     assert "put model.trust_remote_code=true on the command line" in line
 
 

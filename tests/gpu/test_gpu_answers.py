@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import make_tiny_llama
-from generated import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
+from oracles import adapted, assert_greedy_answers_are_the_librarys, let_answers_end
 
 from cera_train.evaluation.generate import Request, can_decode, prepare_generation
 

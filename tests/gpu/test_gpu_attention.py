@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from conftest import make_tiny_llama
-from masked_attention import Causal, under_a_mask
+from oracles import Causal, under_a_mask
 from torch import nn
 
 from cera_train.adapters.build import build

@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 from accelerate.state import AcceleratorState
 from conftest import make_tiny_llama
-from quantised import assert_nf4_gradients_are_right
+from oracles import assert_nf4_gradients_are_right
 from tiny_runs import adapter_bytes, folder_of, losses_of, train_and_die_after
 
 from cera_train.training.train import train

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cera_train.evaluation.statistics import bootstrap_interval
+from cera_train.evaluation.grading import score
+from cera_train.evaluation.tasks import gsm8k
 from cera_train.report.page import run_rows
 from cera_train.report.runs import read_runs
+from cera_train.runs.evaluation_folder import Grade, Problem
+from cera_train.runs.records import to_lines
 
 PROBLEMS = 40
 
@@ -112,20 +117,14 @@ def add_evaluation(
     run: Path,
     task: str = "gsm8k",
     solved: Any = frozenset(),
-    verified: Any = None,
+    verified: bool = True,
     problems: int = PROBLEMS,
     samples: int = 1,
     finished: bool = True,
-    question: str = "What is {n} + 1?",
-    text: str = "It is {n}.\n#### {n}",
     **changes: Any,
 ) -> Path:
-    """Answers to a task.
-
-    Args:
-        solved: the problems answered right, or a function of problem and sample.
-        verified: the same for the second grader; None: as solved; False: it did not look.
-    """
+    """Graded answers to a task. `solved` are the problems answered right, or a function of problem and sample; without
+    `verified`, the second grader did not look."""
     folder = run / "eval" / task
     folder.mkdir(parents=True)
     kind = task if task in ("math", "gsm8k", "logistic_map") else "math"
@@ -137,49 +136,18 @@ def add_evaluation(
         section, last = key.split(".")
         settings[section][last] = value
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    is_right = solved if callable(solved) else lambda n, sample: n in solved
-    if verified is None:
-        verified = solved
-    is_verified = verified if callable(verified) or verified is False else lambda n, sample: n in verified
-    rows = [
-        {"id": f"id{n:03}", "question": question.format(n=n), "prompt": "Q", "gold": str(n + 1)}
-        for n in range(problems)
-    ]
-    write_lines(folder / "problems.jsonl", rows)
-    keys = [(n, sample) for n in range(problems) for sample in range(samples)]
+    asked = [Problem(f"id{n:03}", f"What is {n} + 1?", "Q", str(n + 1)) for n in range(problems)]
+    (folder / "problems.jsonl").write_text(to_lines(asked))
     if not finished:
         return folder
-    answers = [str(n + 1) if is_right(n, sample) else "7" for n, sample in keys]
-    write_lines(
-        folder / "generations.jsonl",
-        [{"problem": f"id{n:03}", "sample": sample, "text": text.format(n=answer), "tokens": 9, "truncated": False}
-         for (n, sample), answer in zip(keys, answers, strict=True)],
-    )  # fmt: skip
-    grades = [
-        {"problem": f"id{n:03}", "sample": sample, "answer": answer, "exact": is_right(n, sample),
-         "verified": None if is_verified is False else is_verified(n, sample), "failure": None}
-        for (n, sample), answer in zip(keys, answers, strict=True)
-    ]  # fmt: skip
-    write_lines(folder / "grades.jsonl", grades)
-    result = {"task": task, "kind": kind, "problems": problems, "samples": samples}
-    for grader in ("exact",) if is_verified is False else ("exact", "verified"):
-        result |= pass_rates(grader, grades, samples)
-    result |= {"truncated": 0, "no_answer": 0, "grader_failures": 0, "tokens": 99, "seconds": 1.0}
-    (folder / "result.json").write_text(json.dumps(result))
+    grades = []
+    for n, sample in itertools.product(range(problems), range(samples)):
+        is_right = solved(n, sample) if callable(solved) else n in solved
+        grades.append(Grade(asked[n].id, sample, "7", is_right, is_right if verified else None))
+    (folder / "grades.jsonl").write_text(to_lines(grades))
+    result = score(replace(gsm8k.TASK, is_verified=verified), asked, [], grades)
+    result.replace(task=task, kind=kind, problems=problems, samples=samples).write(folder / "result.json")
     return folder
-
-
-def pass_rates(grader: str, grades: list[dict[str, Any]], samples: int) -> dict[str, Any]:
-    """pass@1 and, of several samples, pass@k, with their intervals; `grades` problem by problem."""
-    shares = [sum(row[grader] for row in grades[n : n + samples]) / samples for n in range(0, len(grades), samples)]
-    rates = {
-        f"{grader}/pass@1": sum(shares) / len(shares),
-        f"{grader}/pass@1/interval": list(bootstrap_interval(shares)),
-    }
-    if samples > 1:
-        rates[f"{grader}/pass@{samples}"] = sum(share > 0 for share in shares) / len(shares)
-        rates[f"{grader}/pass@{samples}/interval"] = [0.0, 1.0]
-    return rates
 
 
 def two_runs(folder: Path) -> tuple[Path, Path]:

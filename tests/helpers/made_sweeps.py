@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from several_processes import popen
 
-from cera_train.cli.report import sweep_main
-from cera_train.cli.train import main as main_train
 from cera_train.sweep.record import JOBS, RECORD
 from cera_train.sweep.table import State, read_sweep
 
@@ -53,26 +52,9 @@ def states(sweep: Path) -> dict[str, State]:
     return {job.name: job.state for job in read_sweep(sweep)}
 
 
-def cera_sweep(monkeypatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["cera-sweep", *map(str, arguments)])
-    sweep_main()
-
-
-def cera_train(monkeypatch, cwd: Path, *arguments: str) -> int:
-    """cera-train in this process, where torch is imported already; returns its exit status."""
-    monkeypatch.chdir(cwd)
-    monkeypatch.setattr(sys, "argv", ["cera-train", *arguments])
-    try:
-        main_train()
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
 def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     """cera-train in a process."""
-    command = [sys.executable, "-m", "cera_train", *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return popen(sys.executable, "-m", "cera_train", *arguments, cwd=cwd)
 
 
 def content_of(folder: Path) -> dict[str, tuple[int, bytes]]:

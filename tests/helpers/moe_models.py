@@ -51,9 +51,6 @@ def experts_of(model: nn.Module) -> list[CeraExperts]:
     return [module for module in model.modules() if isinstance(module, CeraExperts)]
 
 
-# --- the oracle ------------------------------------------------------------------------------------------------------
-
-
 def plain_forward(layer: CeraExperts, hidden_states, top_k_index, top_k_weights) -> torch.Tensor:
     """What a layer of experts computes with its active adapters: one token and one expert at a time."""
     rows = []

@@ -4,17 +4,19 @@ other, so that each process pays its imports once."""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+def popen(*command: object, cwd: Path) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, command)], cwd=cwd, **pipes)
 
 
 def torchrun(*arguments: str, cwd: Path) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ONE_THREAD, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -120,9 +120,6 @@ def test_the_whole_command_in_miniature_resumes_after_a_kill(tmp_path):
         assert column in done.stdout
 
 
-# --- the other benchmarks ---------------------------------------------------------------------------------------------
-
-
 @needs_smollm2
 def test_the_benchmark_of_data_leaves_the_environment_as_it_was():
     before = dict(os.environ)

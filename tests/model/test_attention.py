@@ -9,11 +9,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 from conftest import make_tiny_llama
-from masked_attention import Causal, under_a_mask
+from oracles import Causal, under_a_mask
 from torch.nn.functional import scaled_dot_product_attention
 
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, ShortAttention, attend_by_sequence, attend_varlen
-from cera_train.model.batches import flat_batch
 from cera_train.model.loss import SupervisedLoss
 
 LENGTHS = [5, 1, 9, 3]
@@ -131,31 +130,6 @@ def test_what_only_a_mask_would_restrict_is_refused():
         module.config, module.layer_idx = SimpleNamespace(layer_types=["full_attention", kind]), 1
         with pytest.raises(NotImplementedError, match=kind):
             attend_by_sequence(module, *heads(), None, sequences=Sequences(LENGTHS), sliding_window=window)
-
-
-def test_a_sequence_sees_nothing_of_its_neighbours():
-    model = make_tiny_llama()
-    loss = SupervisedLoss(model, model)
-    assert loss.probe().attention == BY_SEQUENCE
-    loss.use_flat_batches()
-    rows = [torch.randint(512, (length,)).tolist() for length in LENGTHS]
-    masks = [[False, *[True] * (len(row) - 1)] for row in rows]
-    with torch.no_grad():
-        together = loss(flat_batch(rows, masks))
-        apart = sum(loss(flat_batch([row], [mask])) for row, mask in zip(rows, masks, strict=True) if len(row) > 1)
-    torch.testing.assert_close(together, apart)
-
-
-def test_a_sliding_window_is_kept():
-    model = ARCHITECTURES["mistral"].model(sliding_window=4)
-    loss = SupervisedLoss(model, model)
-    assert loss.probe().attention == BY_SEQUENCE
-    row = [list(range(1, 13))] * 2
-    mask = [[False] + [True] * 11] * 2
-    with torch.no_grad():
-        dense = loss(flat_batch(row, mask))
-        loss.use_flat_batches()
-        torch.testing.assert_close(loss(flat_batch(row, mask)), dense)
 
 
 def test_what_the_user_chose_is_left_alone():

@@ -26,9 +26,6 @@ def random_lengths(seed: int, count: int, longest: int = 300) -> list[int]:
     return random.Random(seed).choices(range(1, longest + 1), k=count)
 
 
-# --- epochs and updates ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("rows", "batch_size"), [(10, 3), (9, 3), (1, 4), (7, 1)])
 def test_an_epoch_has_every_row_exactly_once(rows, batch_size):
     order = RowOrder(rows, batch_size, seed=0)
@@ -49,9 +46,6 @@ def test_an_update_is_a_slice_of_the_epochs_permutation_whatever_was_drawn_befor
         permutation = torch.randperm(23, generator=generator).tolist()
         assert order.sequences(update) == permutation[update % 6 * 4 : update % 6 * 4 + 4]
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# --- shares and micro-batches ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 3, 5])
@@ -106,8 +100,6 @@ def test_padded_cut_costs_what_the_best_of_all_cuts_costs(longest, max_tokens):
         assert padded_cost(padded_micro_batches(range(9), lengths, max_tokens), lengths) == min(costs)
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
 IDS = [[7, 8, 9], [5], [3, 4]]
 MASKS = [[False, True, True], [False], [False, True]]
 
@@ -127,9 +119,6 @@ def test_padded_batch_masks_padding_from_attention_and_loss():
     assert batch.loss_mask.tolist() == [[False, True, True], [False, False, False], [False, True, False]]
     assert set(batch.inputs) == {"input_ids", "attention_mask"}
     assert set(padded_batch(IDS[:1], MASKS[:1]).inputs) == {"input_ids"}  # rows of one length need no mask
-
-
-# --- a tokenised split -----------------------------------------------------------------------------------------------
 
 
 def split_of(lengths: list[int]) -> TokenizedRows:

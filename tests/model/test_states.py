@@ -10,7 +10,6 @@ import torch
 from architectures import ARCHITECTURES
 
 from cera_train.adapters.build import build
-from cera_train.model.attention import Sequences
 from cera_train.model.batches import flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss, choose_layout
 from cera_train.settings.adapters import AdapterConfig
@@ -112,10 +111,3 @@ def test_a_kernel_that_drops_the_places_is_found_out(with_kernels, monkeypatch):
     dropping = lambda *args, seq_idx=None, **kwargs: convolve(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(modeling_bamba, "causal_conv1d_fn", dropping)
     assert not SupervisedLoss(base, base).probe().flattens
-
-
-def test_places_name_each_tokens_sequence_and_each_start():
-    places = Sequences([2, 1, 3]).places(torch.device("cpu"))
-    assert places["seq_idx"].tolist() == [[0, 0, 1, 2, 2, 2]]
-    assert places["cu_seq_lens_q"].tolist() == [0, 2, 3, 6]
-    assert {value.dtype for value in places.values()} == {torch.int32}

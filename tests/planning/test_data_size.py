@@ -69,27 +69,12 @@ def test_local_rows_are_counted_and_their_characters_too(size, write_jsonl):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
 
 
-def test_local_chats_are_counted(size, write_jsonl):
-    chat = [{"role": "user", "content": "u" * 35}, {"role": "assistant", "content": "a" * 35}]
-    rows = write_jsonl("rows.jsonl", [{"messages": chat}] * 4)
-    counted = size("data=jsonl", "data.layout=messages", f"data.train_files=[{rows}]", f"data.eval_files=[{rows}]")
-    assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (4, 4, 20)
-    assert counted.supervised == pytest.approx(0.5)
-
-
 def test_a_mix_is_the_sum_of_its_parts_by_their_weights(size):
     mixed, gsm8k, orca = size("data=gsm8k_slimorca"), size("data=gsm8k"), size("data=slimorca")
     assert (mixed.train_rows, mixed.eval_rows) == (7473 + 2491, 1319 + 2000)
     tokens = [7473 * gsm8k.tokens_per_row, 2491 * orca.tokens_per_row]
     assert mixed.tokens_per_row * 9964 == pytest.approx(sum(tokens))
     assert size("data=gsm8k_slimorca", "data.train_rows=20000", "data.mix.0.weight=4").train_rows == 20_000
-
-
-def test_a_part_of_unknown_size_is_named(compose):
-    config = compose("data=gsm8k_slimorca", "data.mix.1.path=org/rows", "data.mix.1.train_split=train")
-    mend = "data.mix.1: data.path=org/rows: its size is unknown. Set data.train_rows, data."
-    with pytest.raises(ValueError, match=mend):
-        data_size(config.data)
 
 
 def test_rows_of_unknown_number_are_asked_for(compose):
@@ -115,9 +100,6 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
     rows = prepare_evaluation(config.data, load_tokenizer(config.model))
     assert config.data.facts.tokens_per_row == pytest.approx(sum(rows.lengths) / len(rows), rel=0.06)
     assert config.data.facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
-
-
-# --- problems of tasks -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -101,9 +101,6 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
     assert notes == ["gsm8k: each of 7 runs is tested against the first only, a."]
 
 
-# --- what stands in the way ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("changes", "note"),
     [

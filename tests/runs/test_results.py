@@ -1,79 +1,29 @@
-"""Typed files: what is written reads back, the keys are those that scripts rely on, and a broken file is named."""
+"""Records of a run: what is written reads back, and a broken file is named."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy
 import pytest
-from made_runs import add_evaluation, make_run, result_of
+from safetensors.numpy import save_file
 
 from cera_train.common.errors import UserError
-from cera_train.runs.evaluation_folder import (
-    Accuracy,
-    AccuracyResult,
-    Grade,
-    GradedAnswers,
-    PerplexityResult,
-    read_evaluation_result,
-)
+from cera_train.runs.evaluation_folder import PerplexityResult
 from cera_train.runs.folder import Progress
-from cera_train.runs.results import (
-    Environment,
-    EvaluationMetrics,
-    Metrics,
-    ModuleSpectrumRecord,
-    RunFiles,
-    RunResult,
-    SpectrumSummary,
-    UpdateMetrics,
-    figure,
-    mean_spectrum,
-    read_metrics,
-    read_spectrum,
-    write_spectrum,
+from cera_train.runs.outcomes import (
+    LOSSES_AFTER,
+    LOSSES_BEFORE,
+    GradedProblem,
+    TokenLosses,
+    read_grades,
+    read_losses,
+    write_grades,
 )
-
-
-def test_a_result_keeps_the_keys_of_the_file(tmp_path: Path) -> None:
-    tree = result_of("cera", 64, 1.9)
-    path = tmp_path / "result.json"
-    path.write_text(json.dumps(tree))
-    result = RunResult.read(path)
-    assert (result.perplexity, result.spectrum.effective_rank_max) == (1.9, 38.4)
-    result.write(path)
-    assert json.loads(path.read_text()) == tree
-
-
-def test_the_keys_of_metrics_are_as_scripts_know_them() -> None:
-    spectrum = SpectrumSummary(1.0, dead_units_max=0.2).to_json()
-    metrics = EvaluationMetrics(0, 0, 1.0, 2.7, **spectrum, **{"gsm8k/exact": 0.5})
-    assert list(metrics.to_json()) == [
-        *("update", "epoch", "eval/loss", "eval/perplexity"),
-        *("spectrum/effective_rank/mean", "spectrum/dead_units/max", "gsm8k/exact"),
-    ]
-    assert (metrics.spectrum.dead_units_max, metrics.tasks) == (0.2, {"gsm8k/exact": 0.5})
-    assert list(UpdateMetrics(1, 0, 1.0, 2.7, 0.5, 1e-4, 100.0, 3.0).to_json()) == [
-        "update", "epoch", "train/loss", "train/perplexity", "train/grad_norm", "train/lr", "train/tokens_per_s",
-        "train/seconds",
-    ]  # fmt: skip
-
-
-def test_the_result_of_an_evaluation_keeps_what_its_task_adds(tmp_path: Path) -> None:
-    accuracies = [Accuracy("exact", 1, 0.5, (0.25, 0.75)), Accuracy("verified", 4, 0.75, None)]
-    added = {"step_accuracy": [0.5, None], "step_accuracy/mean": 0.5, "by_growth": {"3.2": {}}}
-    details = added | accuracies[0].figures | accuracies[1].figures
-    result = AccuracyResult("logistic_map", "logistic_map", 40, 4, truncated=1, **details)
-    result.write(path := tmp_path / "result.json")
-    tree = json.loads(path.read_text())
-    assert (tree["exact/pass@1"], tree["exact/pass@1/interval"], tree["verified/pass@4"]) == (0.5, [0.25, 0.75], 0.75)
-    assert "verified/pass@4/interval" not in tree
-    assert read_evaluation_result(path) == result
-    assert result.accuracies == accuracies
-    assert result.accuracy("verified", 4).value == 0.75
-    assert result.accuracy("verified") is None
-    assert result.figure("step_accuracy/mean") == 0.5
+from cera_train.runs.results import RunResult, figure
 
 
 def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
@@ -85,35 +35,6 @@ def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: 
         assert type(result).read(path) == result
     assert RunResult().perplexity is None
     assert [figure(value) for value in (math.inf, None, 1234.5678, 1e12)] == ["inf", "–", "1,234.568", "1e+12"]
-
-
-def test_metrics_are_updates_and_evaluations_and_half_a_line_is_left_out(tmp_path: Path) -> None:
-    lines = [EvaluationMetrics(0, 0, 1.25, 3.5), UpdateMetrics(1, 0, 1.1, seconds=2.0), UpdateMetrics(2, 0, 1.0)]
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line.to_json()) + "\n" for line in lines) + '{"update": 3, "train/lo')
-    metrics = read_metrics(path)
-    assert metrics == Metrics(updates=lines[1:], evaluations=lines[:1])
-    assert metrics.last_update == 2
-    assert metrics.so_far() == RunResult(perplexity=3.5)
-    path.write_text('{"update": 1, "train/lo\n{"update": 2}\n')
-    with pytest.raises(UserError, match=rf"{path}.* is broken"):
-        read_metrics(path)
-
-
-def test_spectra_read_back_with_their_nulls(tmp_path: Path) -> None:
-    modules = {
-        "q_proj": ModuleSpectrumRecord(2.0, 1, None, [3.0, 1.0]),
-        "v_proj": ModuleSpectrumRecord(1.0, 1, 0.5, [2.0]),
-    }
-    write_spectrum(path := tmp_path / "spectrum.json", modules)
-    assert read_spectrum(path) == modules
-    assert mean_spectrum(modules) == [(0.75 + 1) / 2, 0.25 / 2]
-
-
-def test_no_secret_reaches_an_environment_file(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
-    Environment(command=["cera-train", "key=0123456789abcdef"]).write(path := tmp_path / "environment.json")
-    assert Environment.read(path).command_line == "cera-train 'key=***'"
 
 
 @pytest.mark.parametrize(
@@ -135,20 +56,55 @@ def test_a_broken_result_is_named_in_one_line(tmp_path: Path, content: str, reas
     assert "\n" not in str(error.value)
 
 
-def test_the_files_of_a_run_read_together(tmp_path: Path) -> None:
-    whole, cut = (RunFiles.read(make_run(tmp_path / name, finished=name == "a")) for name in "ab")
-    assert whole.figures == whole.result
-    assert len(whole.spectrum) == 2
-    assert (cut.result, cut.spectrum, cut.figures.seconds) == (None, {}, 300.0)
-    assert RunFiles.read(tmp_path) == RunFiles()
+def losses_of(*rows: list[float]) -> TokenLosses:
+    tokens = numpy.array([len(row) for row in rows], numpy.int64)
+    return TokenLosses(tokens, numpy.array([loss for row in rows for loss in row], numpy.float32))
 
 
-def test_grades_read_back_with_what_their_task_adds(tmp_path: Path) -> None:
-    grade = Grade("id1", 0, None, False, matches=[True])
-    assert grade.to_json() == {"problem": "id1", "sample": 0, "answer": None, "exact": False, "matches": [True]}
-    assert Grade.from_json(grade.to_json(), "grades.jsonl") == grade
-    folder = add_evaluation(make_run(tmp_path / "a"), solved={0, 1}, problems=4)
-    answers = GradedAnswers(folder)
-    assert list(answers.scores(lambda grade: grade.exact).values()) == [1, 1, 0, 0]
-    with pytest.raises(UserError, match=f"{folder}/grades.jsonl is broken: KeyError"):
-        answers.scores(lambda grade: grade.details["matches"])
+TOKENS, LOSSES = numpy.array([2, 1]), numpy.ones(3, numpy.float32)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"tokens": TOKENS},
+        {"tokens": TOKENS.astype(numpy.float32), "losses": LOSSES},
+        {"tokens": TOKENS, "losses": LOSSES.astype(numpy.float64)},
+        {"tokens": TOKENS, "losses": LOSSES[:2]},
+        {"tokens": numpy.array([4, -1]), "losses": LOSSES},
+    ],
+)
+def test_a_broken_file_of_losses_is_named(tmp_path: Path, tensors: dict) -> None:
+    save_file(tensors, path := tmp_path / LOSSES_AFTER)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: .* Restore it"):
+        read_losses(tmp_path)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: "):
+        read_losses(tmp_path)
+
+
+def test_an_unfinished_run_has_no_outcomes_yet(tmp_path: Path) -> None:
+    losses_of([1.0]).write(tmp_path / LOSSES_BEFORE)
+    with pytest.raises(
+        UserError, match="losses_after.safetensors is missing: let the command that began the run finish"
+    ):
+        read_losses(tmp_path)
+    with pytest.raises(UserError, match=r"grades/gsm8k.jsonl is missing: train with train.tasks=\[gsm8k\]"):
+        read_grades(tmp_path, "gsm8k")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"problem": "a", "scores": [1.0], "endings": []}',
+        '{"problem": "a", "scores": [1.0], "endings": ["no such"]}',
+        '{"problem": "a", "scores": ["1"], "endings": ["right"]}',
+        '{"problem": "a"',
+    ],
+)
+def test_a_broken_line_of_grades_is_named(tmp_path: Path, line: str) -> None:
+    write_grades(tmp_path, "gsm8k", [GradedProblem("b", [1.0], ["right"])])
+    path = tmp_path / "grades" / "gsm8k.jsonl"
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2 is broken"):
+        read_grades(tmp_path, "gsm8k")

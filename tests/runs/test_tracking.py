@@ -75,18 +75,6 @@ def test_a_tracker_that_there_is_not_is_named(compose):
         compose("tracker.kinds={nobody: {}}")
 
 
-def test_tensorboard_has_the_metrics(tiny_config):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result = train(tiny_config("tracker=tensorboard"))
-    events = EventAccumulator(f"{result['folder']}/tensorboard")
-    events.Reload()
-    scalars = events.Tags()["scalars"]
-    assert {"train/loss", "eval/perplexity", "spectrum/effective_rank/mean"} <= set(scalars)
-    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
-    assert events.Scalars("eval/perplexity")[-1].value == pytest.approx(result["eval/perplexity"], rel=1e-6)
-
-
 @pytest.mark.slow
 def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tmp_path):
     """In a process of its own: W&B starts a service that outlives a test."""

@@ -12,7 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from evaluated_runs import read
+from evaluated_runs import base_settings, read
 
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import encode
@@ -30,10 +30,6 @@ ALL_TURNS = {"layout": "conversations", "path": "x", "turns": "all"}
 ONE, TWO = "How many?", "And now?"
 TURNS = [{"from": "human", "value": ONE}, {"from": "gpt", "value": "Six."}, {"from": "human", "value": TWO}]
 MESSAGES = [{"role": "user" if t["from"] == "human" else "assistant", "content": t["value"]} for t in TURNS]
-
-
-def base_settings(folder):
-    return ["model=smollm2_135m", f"model.path={folder}", "model.dtype=float32"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +77,7 @@ def test_stdin_is_a_question_a_seed_an_answer_and_two_models_answer_one_below_th
         answer("prompt=How many?", "generation=sample", f"generation.seed={seed}") for seed in (1, 1, 2)
     )
     assert first == again != other
-    both = answer("compare=base", *base_settings(tiny_folder), "prompt=a").splitlines()
+    both = answer("compare=base", *base_settings(run)[:3], "prompt=a").splitlines()
     names = [line for line in both if line.startswith("[")]
     assert names == [f"[{run}/adapter, {tiny_folder}]", f"[the untouched model, {tiny_folder}]"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n"))

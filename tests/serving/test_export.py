@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cera_train.cli.start import errors_in_one_line
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.serving.export import compare, export, interval_of_ratio
@@ -47,9 +45,6 @@ def logits(model) -> torch.Tensor:
         return model.eval()(input_ids=IDS).logits
 
 
-# --- the fit ---------------------------------------------------------------------------------------------------------
-
-
 def test_the_map_is_the_least_squares_solution():
     z = torch.randn(200, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 0.5
     h = torch.nn.functional.silu(z)
@@ -65,9 +60,6 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(compose, traine
     assert 0 < certificate.calibration_tokens <= 200
     assert certificate.loss_export == pytest.approx(certificate.loss_adapter, abs=1e-5 if loses_nothing else 0.3)
     assert (certificate.same_tokens == 1 and certificate.loss_change_upper < 1e-5) == loses_nothing
-
-
-# --- what it loses ---------------------------------------------------------------------------------------------------
 
 
 def test_the_certificate_compares_token_by_token():
@@ -108,9 +100,6 @@ def test_what_loses_too_much_is_not_exported(compose, trained):
         export(compose(f"run={folder}", "tolerance=0", "calibration_tokens=300", command="export"))
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
     assert not list(folder.glob(".writing-*"))
-
-
-# --- what takes it ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -157,9 +146,6 @@ def test_merged_is_a_plain_model_that_computes_what_its_lora_does(compose, train
     assert not list((folder / "export_merged").glob("adapter*"))
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_path):
     def refusal(*settings: str) -> str:
@@ -177,26 +163,3 @@ def test_what_cannot_be_exported_is_refused_in_one_line(compose, trained, tmp_pa
     assert "output=. needs a name" in refusal(f"run={trained()}", "output=.")
     shutil.copytree(trained() / "adapter", tmp_path / "handed_on")
     assert "is an adapter without its run" in refusal(f"run={tmp_path / 'handed_on'}")
-
-
-def test_a_full_disk_leaves_nothing_half_written_and_the_earlier_export(compose, trained, disk, tmp_path, capsys):
-    output = disk(tmp_path / "small", "size=4k") / "export"
-    settings = [f"run={trained()}", f"output={output}", "format=merged", "tolerance=100"]
-
-    def refused() -> None:
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="^2$"), errors_in_one_line("cera-export"):
-            export(compose(*settings, command="export"))
-        first, *_, line = capsys.readouterr().err.splitlines()
-        assert re.match(r"fitting +linear maps to [\d,]+ training tokens", first)
-        assert line.startswith("cera-export: the disk is full (")
-
-    refused()  # at the weights of the adapter
-    assert list(output.parent.iterdir()) == []
-    disk(output.parent, "remount,size=4m")
-    assert export(compose(*settings, command="export")).holds
-    before = {file.name: file.read_bytes() for file in output.iterdir()}
-    disk(output.parent, f"remount,size={sum(-(-len(content) // 4096) for content in before.values()) * 4 + 24}k")
-    refused()
-    assert list(output.parent.iterdir()) == [output]
-    assert {file.name: file.read_bytes() for file in output.iterdir()} == before

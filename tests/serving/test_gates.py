@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 
 import pytest
@@ -36,15 +35,6 @@ def test_each_token_has_the_gate_of_its_code(shape):
         else:
             wanted = z_token + gamma * (plugin.formula(plugin.GATES[code])(z_token) - z_token)
             torch.testing.assert_close(h[..., token, :], wanted)
-
-
-def test_the_gates_of_a_batch_are_those_of_every_batch():
-    z, gammas = torch.randn(3, 6, 4), torch.rand(3, 6, 1)
-    for among in itertools.product(plugin.ALL_CODES, repeat=2):
-        if among != (plugin.NO_ADAPTER, plugin.NO_ADAPTER):
-            codes = torch.tensor(among * 3)[:, None]
-            every = plugin.gate(z, codes, gammas, plugin.ALL_CODES)
-            assert plugin.gate(z, codes, gammas, tuple(sorted(set(among)))).equal(every)
 
 
 def test_where_vllm_lacks_a_name_nothing_is_replaced(monkeypatch, caplog):

@@ -288,9 +288,6 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
             assert answers[name] == [tokens for tokens, _ in wanted[name]], name
 
 
-# --- the LoRA of an export --------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def exported(compose, folder) -> Path:
     """The LoRA of a short run, whose branches were made to matter."""

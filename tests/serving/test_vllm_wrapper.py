@@ -46,9 +46,6 @@ SLOTS, R, WIDTH, SLICES, TOKENS = 3, 16, 32, (48, 16, 16), 6
 CERA = (3, 2, 1, 0, 2, 3)
 """The adapter of each token, 0 for none: the first has no gate, the second silu, the third relu."""
 
-LORA, SILU = ("identity",) * SLOTS, ("silu",) * SLOTS
-"""Gates of the slots."""
-
 
 def wrapper_of(kind: type):
     config = SimpleNamespace(max_loras=SLOTS, max_lora_rank=R, lora_dtype=DTYPE, specialize_active_lora=False)
@@ -117,7 +114,7 @@ def test_the_kernels_of_gpus_pass_the_tests_below():
         capture_output=True, text=True, check=False, timeout=500, env=os.environ | {"TRITON_INTERPRET": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "5 passed, 6 skipped" in done.stdout
+    assert "5 passed, 1 skipped" in done.stdout
 
 
 @pytest.mark.parametrize("is_prefill", [True, False])
@@ -137,7 +134,7 @@ def test_a_graph_traced_on_a_batch_of_lora_serves_cera(wrapper):
     projection = Projection(wrapper)
     compiled = torch.compile(projection.add, fullgraph=True, backend=counter)
     use(wrapper, (1,) * TOKENS, is_prefill=False)
-    assert_close(projection.computed(compiled), projection.wanted((1,) * TOKENS, LORA, None))
+    assert_close(projection.computed(compiled), projection.wanted((1,) * TOKENS, ("identity",) * SLOTS, None))
 
     gates, gammas = ("identity", "silu", "relu"), torch.rand(SLOTS, len(SLICES))
     projection.load(gates, gammas)
@@ -145,28 +142,6 @@ def test_a_graph_traced_on_a_batch_of_lora_serves_cera(wrapper):
     with torch.compiler.set_stance("fail_on_recompile"):
         assert_close(projection.computed(compiled), projection.wanted(CERA, gates, gammas))
     assert counter.frame_count == 1
-
-
-@pytest.mark.skipif(INTERPRETED, reason="a step on a GPU has every gate")
-@pytest.mark.parametrize(
-    ("adapters", "gates", "computed"),
-    [
-        ((1, 2, 3, 1, 2, 3), LORA, []),
-        ((0, 0, 0, 0, 0, 0), SILU, []),
-        ((3, 3, 3, 3, 3, 3), ("silu", "silu", "gelu"), ["gelu"]),
-        ((1, 0, 2, 0, 1, 0), LORA, ["identity"]),
-        ((1, 2, 1, 2, 1, 2), ("silu", "identity", "relu"), ["identity", "silu"]),
-    ],
-    ids=["lora", "base", "one gate of several", "lora and base", "two gates"],
-)
-def test_a_step_on_a_cpu_computes_the_gates_of_its_batch(wrapper, monkeypatch, adapters, gates, computed):
-    projection, formula, names = Projection(wrapper), plugin.formula, []
-    projection.load(gates)
-    use(wrapper, adapters)
-    wanted = projection.wanted(adapters, gates, None)
-    monkeypatch.setattr(plugin, "formula", lambda name: names.append(name) or formula(name))
-    assert_close(projection.computed(projection.add), wanted)
-    assert names == computed * len(SLICES)
 
 
 def test_the_canary_finds_every_gate_and_leaves_the_slots_as_they_were(wrapper):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,6 @@ import pytest
 import yaml
 from hydra.core.plugins import Plugins
 
-from cera_train.cli.report import main as main_report
-from cera_train.cli.train import main as main_train
 from cera_train.runs.outcomes import LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
 from cera_train.runs.results import DIVERGED
 from cera_train.study.cells import Study, find_study
@@ -109,20 +106,10 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
     return launcher
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["cera-train", *map(str, arguments)])
-    try:
-        main()
-    except SystemExit as error:
-        return error.code
-    return 0
-
-
 @pytest.fixture
-def run_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run_study(tmp_path: Path, run_command: Callable[..., int]) -> Callable[..., int]:
     """run_study(*arguments, study={...}, **file) -> the exit status of cera-train -m +study=which."""
     defaults = {"model": "smollm2_135m_pypi", "data": "logistic_map", "hydra/sweeper": "study"}
-    monkeypatch.chdir(tmp_path)
 
     def run_study(*arguments: str, study: dict | None = None, **file: dict) -> int:
         content = {"defaults": [{f"override /{group}": name} for group, name in defaults.items()], "name": "which"}
@@ -131,14 +118,9 @@ def run_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("# @package _global_\n" + yaml.safe_dump(content, sort_keys=False))
         words = ["-m", "+study=which", "--config-dir", str(tmp_path / "conf"), *arguments]
-        return run_command(monkeypatch, main_train, *words)
+        return run_command("cera-train", *words)
 
     return run_study
-
-
-@pytest.fixture
-def run_report(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    return lambda *arguments: run_command(monkeypatch, main_report, *arguments)
 
 
 @pytest.fixture

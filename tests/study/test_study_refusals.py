@@ -1,4 +1,4 @@
-"""Studies that could not answer their question."""
+"""Studies that could not answer their question, and plans of those that can: every run, and what the study can find."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from cera_train.common.errors import UserError
 from cera_train.settings.sweep import StudyConfig
+from cera_train.study.verdict import Variances, detectable
 
 TWO = {"lora": ["adapter=lora"], "b": ["adapter=cera"]}
 
@@ -35,7 +36,6 @@ def test_a_section_that_could_not_answer_is_refused(study_section, changes, mess
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
-        (dict(), ["study.baseline=dora"], "study.baseline=dora: no such arm: choose one of lora, cera, relu"),
         (dict(outcomes=["gsm8k"]), [], "study.outcomes: no run has gsm8k: add it to train.tasks"),
         (dict(arms=TWO | {"b": ["adapter=randlora"]}), [],
          r"study.arms.b \(adapter.r=4\): adapter.dropout is 0.0, and 0.1 in lora, which the arm does not name"),
@@ -81,3 +81,56 @@ def test_a_gate_without_a_control_of_its_scale_is_named_once(launcher, run_study
     assert run_study(study={"arms": arms, "contrasts": {}}) == 0
     out = capfd.readouterr().out
     assert out.count("control    cera (adapter.r=4): no arm has the gate's linear part alone") == lines
+
+
+STUDY = ["-m", "+study=first_look", "study.tune={optimizer.lr: [1e-3, 3e-3, 1e-2]}"]
+"""3 arms, 3 seeds, 24 updates."""
+
+
+@pytest.fixture
+def plan_command(tmp_path, tiny_folder, run_command, capfd):
+    """plan_command("-m", ...) -> what cera-plan prints of it, for the tiny model on an H100, or a mistake."""
+
+    def plan_command(*arguments: str) -> str:
+        run_command("cera-plan", *arguments, f"model.path={tiny_folder}", "plan.gpu=h100")
+        assert not list(tmp_path.iterdir())
+        printed = capfd.readouterr()
+        return printed.err or printed.out
+
+    return plan_command
+
+
+def row(out: str, name: str) -> list[str]:
+    """The cells of a table's row, after its name."""
+    (line,) = (line for line in out.splitlines() if line.startswith(f"{name}  "))
+    return line.removeprefix(name).split()
+
+
+def test_a_study_is_planned_and_has_the_power_of_its_verdicts(plan_command):
+    spread = "plan.spread={loss:[0.01,0,0.02]}"
+    out = plan_command(*STUDY, spread, "study.outcomes=[loss,logistic_map]", "train.tasks=[logistic_map]")
+    assert out.startswith("study      Does CeRA reach a lower loss than LoRA on the logistic map")
+    runs, _, _, updates, *_ = row(out, "3 cells")
+    assert (runs, updates) == ("27", f"{3 * 3 * 3 * 24}")
+    assert row(out, "cera, adapter.r=16")[:2] == [f"{2 * 16 * (32 + 32 + 32 + 16):,}", "9"]
+
+    smallest = detectable(Variances(0.01**2, 0, 0.02**2), seeds=3, problems=20, comparisons=3)
+    assert f"detects    loss: a difference of {smallest:.2g} with probability 0.8: 3 seeds, 20 rows, Holm's" in out
+    assert "study.matters=0.02 is not detected\n" in out
+    assert out.endswith("logistic_map: set plan.spread={logistic_map: [...]}\n")
+
+
+def test_with_tune_seeds_the_other_seeds_run_one_value(plan_command):
+    runs, *_ = row(plan_command(*STUDY, "study.tune_seeds=1"), "3 cells")
+    assert runs == f"{3 * (3 + 2)}"
+
+
+@pytest.mark.parametrize(
+    ("setting", "mistake"),
+    [
+        ("plan.spread={loss:[0.01,0.02]}", "plan.spread={'loss': [0.01, 0.02]}: expected three standard deviations"),
+        ("plan.spread={math:[0.01,0,0]}", "plan.spread: math is no outcome of this study: choose from loss."),
+    ],
+)
+def test_what_cannot_run_is_not_planned(plan_command, setting, mistake):
+    assert mistake in plan_command(*STUDY, setting)

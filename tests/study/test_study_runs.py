@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -103,10 +105,10 @@ def test_an_arm_with_a_rank_of_its_own_runs_once_and_stands_beside_every_rank(la
 
 
 @pytest.mark.slow
-def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, run_study, run_report, capfd):
+def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, run_study, run_command, capfd):
     launcher.failing = {job("cera", 0.01, 1)}
     assert run_study() == 1
-    assert run_report("outputs/which") == 2
+    assert run_command("cera-report", "outputs/which") == 2
     error = capfd.readouterr().err
     assert (
         "unfinished study, whose command goes on. Missing: cera, adapter.r=4, optimizer.lr=0.01, train.seed=1 " in error
@@ -116,10 +118,10 @@ def test_an_error_of_the_environment_is_no_result_and_is_tried_again(launcher, r
     launcher.began.clear()
     assert run_study() == 0
     assert launcher.began == [job("cera", 0.01, 1)]
-    assert run_report("outputs/which") == 0
+    assert run_command("cera-report", "outputs/which") == 0
 
 
-def test_divergence_is_a_result(launcher, run_study, run_report):
+def test_divergence_is_a_result(launcher, run_study, run_command):
     launcher.diverging = {job("cera", 0.01, 1)}
     assert run_study() == 0
     assert {status.name: status.state for status in read_sweep(launcher.sweep)}[job("cera", 0.01, 1)] == State.diverged
@@ -127,13 +129,13 @@ def test_divergence_is_a_result(launcher, run_study, run_report):
     launcher.began.clear()
     assert run_study() == 0
     assert not launcher.began
-    assert run_report("outputs/which") == 0
+    assert run_command("cera-report", "outputs/which") == 0
 
 
-def test_an_arm_that_diverges_at_every_value_gets_no_verdict(launcher, run_study, run_report, capfd):
+def test_an_arm_that_diverges_at_every_value_gets_no_verdict(launcher, run_study, run_command, capfd):
     launcher.diverging = {job("cera", lr, 1) for lr in (0.001, 0.01)}
     run_study()
-    assert run_report("outputs/which") == 2
+    assert run_command("cera-report", "outputs/which") == 2
     assert "cera, adapter.r=4 diverged at every value of study.tune" in capfd.readouterr().err
 
 
@@ -151,11 +153,6 @@ def test_a_finished_study_needs_its_rows_no_more(launcher, run_study, tmp_path, 
     assert f"data.train_files={rows}: cannot read the file" in capfd.readouterr().err
 
 
-def test_a_part_of_the_arms_can_run_elsewhere(launcher, run_study):
-    assert run_study("study.arm=cera", "adapter.r=4") == 0
-    assert launcher.began == [name for name in GRID if "cera" in name]
-
-
 def test_every_study_of_ours_can_be_composed(compose):
     from cera_train.cli.mistakes import options
 
@@ -170,3 +167,38 @@ def test_nothing_lies_beyond_zero(launcher, run_study):
     launcher.loss = lambda values: 1 - float(values["optimizer.weight_decay"])
     assert run_study("study.extend=true", study={"tune": {"optimizer.weight_decay": [0.0, 0.1]}, "seeds": 1}) == 0
     assert len(launcher.began) == 6
+
+
+STUDY = {
+    "arms": {"lora": ["adapter=lora"], "cera": ["adapter=cera"]},
+    "contrasts": {},
+    "conditions": {"adapter.r": [2, 4]},
+    "tune": {"optimizer.lr": [1e-3, 1e-2]},
+}
+
+
+@pytest.mark.slow
+def test_a_study_is_run_gets_its_page_and_notices_edited_rows(
+    tiny_folder: Path, run_study, run_command, capfd: pytest.CaptureFixture
+) -> None:
+    settings = {
+        "study": STUDY,
+        "model": {"path": str(tiny_folder), "dtype": "float32"},
+        "data": {"max_length": 256},
+        "train": {"batch_size": 8, "max_updates": 4, "eval_every": None, "save_every": None},
+    }
+    rows = [{"question": f"{n} + 1", "answer": f"{n + 1}"} for n in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=8", "data.prompt='{question}'"]
+    jsonl += ["data.completion=' {answer}'"]
+    assert run_study(*jsonl, "hydra/launcher=joblib", **settings) == 0
+    assert run_command("cera-report", "outputs/which") == 0
+    results = json.loads(Path("report/which/study_results.json").read_text())
+    assert [own["condition"] for own in results["contrasts"]] == ["adapter.r=2", "adapter.r=4"]
+    assert len(results["slopes"]) == 3
+
+    rows[0]["answer"] = "7"
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_study(*jsonl, "study.seeds=3", **settings) == 0
+    assert run_command("cera-report", "outputs/which") == 2
+    assert "had different train rows, and cannot be compared" in capfd.readouterr().err

@@ -30,9 +30,6 @@ def values(seeds: int = 3, problems: int = 60, shift: float = 0.0, seed: int = 0
     return numpy.random.default_rng(seed).normal(size=(seeds, problems)) + shift
 
 
-# --- the evidence ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("path", EVIDENCE, ids=lambda path: path.stem)
 def test_the_evidence_gets_the_verdicts_that_it_has(path):
     """From differences by seed and variance components, as rounded there; rows count by their number."""
@@ -59,9 +56,6 @@ def test_the_evidence_gets_the_verdicts_that_it_has(path):
         for own, result, p_value in zip(same, again, holm([each.p_value for each in again]), strict=True):
             assert result.verdict_at(p_value, higher_is_better=outcome != "loss") == own["verdict"]
             assert p_value == pytest.approx(own["p_holm"], rel=0.02)
-
-
-# --- error rates and power -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
@@ -107,9 +101,6 @@ def test_detectable_differences_are_those_of_docs_statistics_where_seeds_dominat
 def test_one_seed_detects_nothing_and_no_variance_anything():
     assert detectable(Variances(1, 1, 1), 1, 200) == math.inf
     assert detectable(Variances(0, 0, 0), 3, 200) == 0
-
-
-# --- equal to known tests --------------------------------------------------------------------------------------------
 
 
 def test_seeds_that_change_nothing_leave_the_paired_t_test_over_problems():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
-from made_sweeps import cera_train, make_job, record_job
+from made_sweeps import make_job, record_job
 
 pytest.importorskip("submitit")
 
@@ -29,22 +29,22 @@ def submitted(monkeypatch):
     return jobs
 
 
-def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(tmp_path, monkeypatch, capsys, submitted):
+def test_finished_jobs_are_not_submitted_unless_they_are_to_train_longer(tmp_path, run_command, capsys, submitted):
     grid = tmp_path / "outputs" / "grid"
     make_job(grid, "adapter=cera,adapter.r=2", 1.5)
     make_job(grid, "adapter=cera,adapter.r=4")  # cut
     make_job(grid, "adapter=lora,adapter.r=2", 1.5)
     record_job(grid, "adapter=lora,adapter.r=2", error=None)
-    assert cera_train(monkeypatch, tmp_path, *GRID) == 1
+    assert run_command("cera-train", *GRID) == 1
     assert submitted == ["adapter=cera,adapter.r=4", "adapter=lora,adapter.r=4"]
     assert "finished   2 of 4 jobs, which are not started again" in capsys.readouterr().out
 
     (grid / submitted[0] / "result.json").write_text('{"updates": 20}')
     make_job(grid, submitted.pop(), 1.5)
     submitted.clear()
-    assert cera_train(monkeypatch, tmp_path, *GRID) == 0
+    assert run_command("cera-train", *GRID) == 0
     assert submitted == []
-    cera_train(monkeypatch, tmp_path, *GRID, "train.extend=true")
+    run_command("cera-train", *GRID, "train.extend=true")
     assert len(submitted) == 4
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from made_sweeps import TINY, cera_train, start, states
+from made_sweeps import TINY, start, states
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.sweep.record import JOBS
@@ -19,8 +19,7 @@ ENDLESS = ["adapter=cera", "adapter.activation=relu,silu,gelu", "train.max_updat
 
 
 @pytest.fixture
-def sweep(sweep_here, monkeypatch) -> Path:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def sweep(sweep_here) -> Path:
     return sweep_here / "outputs" / "tiny"
 
 
@@ -83,7 +82,7 @@ def test_a_job_that_is_killed_ends_the_sweep_in_one_line(sweep_here, sweep):
     assert line.startswith("cera-train: hydra/launcher=joblib: the process of a job was killed, perhaps for lack of")
 
 
-def test_no_jobs_at_once_are_refused_in_one_line(sweep_here, monkeypatch, capfd):
-    assert cera_train(monkeypatch, sweep_here, *JOBLIB, "hydra.launcher.n_jobs=0") == 2
+def test_no_jobs_at_once_are_refused_in_one_line(sweep_here, run_command, capfd):
+    assert run_command("cera-train", *JOBLIB, "hydra.launcher.n_jobs=0") == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "hydra.launcher.n_jobs=0 must be a positive number, or -1 for one job a core." in line

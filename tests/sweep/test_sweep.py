@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import torch
-from made_sweeps import TINY, cera_sweep, cera_train, content_of, start, states
+from made_sweeps import TINY, content_of, start, states
 from tiny_runs import metrics_of, wait_until
 
 from cera_train.settings.run import Config
@@ -17,7 +17,7 @@ from cera_train.sweep.table import State
 
 
 @pytest.mark.slow
-def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_missing(sweep_here, monkeypatch, capsys):
+def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_missing(sweep_here, run_command, capsys):
     sweep = sweep_here / "outputs" / "tiny"
     command = [*TINY, "train.max_updates=100"]
     failing, finished, cut, missing = (
@@ -49,8 +49,7 @@ def test_the_same_command_skips_the_finished_goes_on_with_the_cut_and_runs_the_m
     assert errors.count("adapter.kind=lora does not use it") == 1
     assert output.count("\njobs       3 finished, 1 failed\n") == output.count("\nbest       outputs") == 1
     assert {path.name for path in sweep.iterdir()} == {JOBS, RECORD, finished, cut, missing}
-    monkeypatch.chdir(sweep_here)
-    cera_sweep(monkeypatch, "outputs/tiny")
+    run_command("cera-sweep", "outputs/tiny")
     assert output.endswith("\n" + capsys.readouterr().out)  # cera-sweep shows the same table
 
     # A report reads the sweep's folder as it is.
@@ -77,38 +76,38 @@ def test_a_job_that_is_killed_in_a_process_of_its_own_stops_no_other(sweep_here)
 
 
 @pytest.mark.slow
-def test_a_job_that_diverges_stops_no_other_nor_the_next_batch(sweep_here, monkeypatch, capfd):
+def test_a_job_that_diverges_stops_no_other_nor_the_next_batch(sweep_here, run_command, capfd):
     arguments = ["adapter=cera", "adapter.activation=silu", "optimizer.weight_decay=0"]
     one_by_one = ["optimizer.lr=1e30,1e-3", "hydra.sweeper.max_batch_size=1"]
-    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, *one_by_one) == 0
+    assert run_command("cera-train", *TINY, *arguments, *one_by_one) == 0
     output, errors = capfd.readouterr()
     assert list(states(sweep_here / "outputs" / "tiny").values()) == ["diverged", "finished"]
     assert len(errors.splitlines()) == 1
     assert "or its gradient is not finite" in errors
     assert "job        2 of 2: " in output
     # It is a result: the same command leaves it, and another one shows it.
-    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, *one_by_one) == 0
+    assert run_command("cera-train", *TINY, *arguments, *one_by_one) == 0
     assert "diverged   outputs/tiny/optimizer.lr=1e+30, before this start" in capfd.readouterr().out
-    assert cera_train(monkeypatch, sweep_here, *TINY, *arguments, "optimizer.lr=1e-3") == 0
+    assert run_command("cera-train", *TINY, *arguments, "optimizer.lr=1e-3") == 0
     assert list(states(sweep_here / "outputs" / "tiny").values()) == ["finished", "diverged"]
 
 
-def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, monkeypatch, capfd):
+def test_a_bug_in_a_job_keeps_its_traceback_and_stops_no_other(sweep_here, run_command, monkeypatch, capfd):
     def train(config: Config) -> dict:
         if config.adapter.activation == "relu":
             raise RuntimeError("of ours")
         return {"eval/perplexity": 1.5}
 
     monkeypatch.setattr("cera_train.training.train.launch", train)
-    assert cera_train(monkeypatch, sweep_here, *TINY, "adapter=cera") == 1
+    assert run_command("cera-train", *TINY, "adapter=cera") == 1
     output, errors = capfd.readouterr()
     assert errors.count("Traceback") == 1
     assert "a bug: RuntimeError: of ours" in output
     assert "job        2 of 2: " in output
 
 
-def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, monkeypatch, counted):
-    assert cera_train(monkeypatch, sweep_here, *TINY) == 1
+def test_a_value_that_is_impossible_beside_some_others_fails_in_its_jobs_alone(sweep_here, run_command, counted):
+    assert run_command("cera-train", *TINY) == 1
     assert list(states(sweep_here / "outputs" / "tiny").values()) == ["failed", "finished", "finished", "finished"]
 
 
@@ -123,10 +122,10 @@ def test_the_peak_memory_of_a_job_is_its_own():
     assert peak_memory(torch.device("cpu")) < before - 250_000_000
 
 
-def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, monkeypatch, counted, capfd):
+def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, run_command, counted, capfd):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
     arguments = ["adapter=cera", "adapter.activation=silu", "adapter.dropout=1.5,0.0"]
-    assert cera_train(monkeypatch, sweep_here, *TINY, *sampler, *arguments) == 1
+    assert run_command("cera-train", *TINY, *sampler, *arguments) == 1
     assert sorted(states(sweep_here / "outputs" / "tiny").values()) == [State.failed, State.finished]
     assert "Error executing job" not in capfd.readouterr().err

@@ -1,34 +1,102 @@
-"""A sweep's folder: how its jobs are named, which settings they share, and which job is the best."""
+"""A sweep's folder: how its jobs are named, which settings they share, which job is the best; and sweeps that are
+refused before a job begins."""
 
 from __future__ import annotations
 
 import re
+from itertools import combinations
+from pathlib import Path
 
 import pytest
 import yaml
-from made_sweeps import FIXED, TINY, cera_sweep, cera_train, content_of, states
+from made_runs import make_run
+from made_sweeps import FIXED, TINY, content_of, record_sweep, states
 
+from cera_train.cli.mistakes import with_folder_quoted
+from cera_train.common.settings import leaves
+from cera_train.settings.run import Config
+from cera_train.sweep.folder import LONGEST_NAME, choices_of, job_name
 from cera_train.sweep.table import best_jobs, read_sweep
 
 
-def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, monkeypatch, counted):
+def test_a_job_is_named_by_what_varies_in_any_order():
+    job = ["adapter.r=64", "data=jsonl", "data.completion=' {answer}'", "optimizer.lr=0.0003", "name=mine"]
+    swept = ["optimizer.lr", "adapter.r"]
+    assert job_name(job, swept) == job_name(reversed(job), swept) == "adapter.r=64,optimizer.lr=0.0003"
+    assert job_name(["+recipe=math_r64", "name=main"], swept=["recipe"]) == "recipe=math_r64"
+
+
+def test_a_job_of_a_sweep_in_which_nothing_varies_is_named_by_its_choices():
+    job = ["optimizer.lr=0.0003", "+sweep=rank_lr", "adapter=cera", "++adapter.r=64", "name=rank_lr", "tracker=wandb"]
+    assert job_name(job) == job_name(reversed(job)) == "adapter=cera,adapter.r=64,optimizer.lr=0.0003"
+    assert job_name(["+recipe=quickstart", "name=a"]) == "default"
+    assert choices_of(["adapter.alpha=$\\{adapter.r\\}"]) == ["adapter.alpha=${adapter.r}"]
+
+
+def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept():
+    keys = [leaf.key for leaf in leaves(Config) if leaf.changes in ("cost", "nothing")]
+    assert len(keys) > 20
+    for key in keys:
+        job = ["adapter.r=64", f"{key}=1"]
+        assert job_name(job) == "adapter.r=64"
+        assert job_name(job, swept=["adapter.r", key]) == ",".join(sorted(job))
+
+
+ODD = [
+    ["adapter.target_modules=[q_proj,v_proj]"],
+    ["adapter.target_modules=q_proj-v_proj"],
+    ["data.prompt=../../etc/passwd"],
+    ["data.train_files=[/data/train.jsonl]", "data.eval_rows=5"],
+    ["adapter.alpha=$\\{adapter.r\\}"],
+    ["~train.seed"],
+    [f"data.prompt={'x' * 300}1"],
+    [f"data.prompt={'x' * 300}2"],
+    [f"train.seed={seed}" for seed in range(40)],
+    ["model.path=https://user:hf_abcdefghijkl@host/model"],
+    ["model.path=https://user:other@host/model"],
+]
+
+
+def test_no_two_jobs_share_a_folder_and_every_name_is_plain_and_without_secrets(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hf_abcdefghijkl")
+    names = [job_name(job) for job in ODD]
+    for one, other in combinations(names, 2):
+        assert one != other
+    for name in names:
+        assert re.fullmatch(r"[\w=+][\w.=,+-]*", name, re.ASCII), name
+        assert len(name) <= LONGEST_NAME
+        assert "hf_abc" not in name
+        (tmp_path / name).mkdir()
+    assert names[0].startswith("adapter.target_modules=q_proj-v_proj-")
+
+
+def test_a_folder_with_commas_is_one_argument(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = "outputs/rank_lr/adapter=cera,adapter.r=64"
+    Path(folder).mkdir(parents=True)
+    assert with_folder_quoted(f"run={folder}") == f"run='{folder}'"
+    for argument in (f"run={folder}0", "adapter=cera,lora", "run=outputs/rank_lr", "-m", f"run='{folder}'"):
+        assert with_folder_quoted(argument) == argument
+
+
+def test_a_jobs_folder_is_named_by_what_varies_alone(tmp_path, run_command, counted):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
     command = ["-m", "adapter.r=4,8", *FIXED, "name=mine"]
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert run_command("cera-train", *command) == 0
     assert [config.name for config in counted] == ["adapter.r=4", "adapter.r=8"]
     # The same, of which one dimension is fixed this time; and with one dimension more.
-    assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4", *FIXED, "name=mine") == 0
+    assert run_command("cera-train", "-m", "adapter.r=4", *FIXED, "name=mine") == 0
     assert len(counted) == 2
-    assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4", "train.seed=1,2", *FIXED, "name=mine") == 0
+    assert run_command("cera-train", "-m", "adapter.r=4", "train.seed=1,2", *FIXED, "name=mine") == 0
     assert [config.name for config in counted[2:]] == ["adapter.r=4,train.seed=1", "adapter.r=4,train.seed=2"]
     assert set(states(tmp_path / "outputs" / "mine").values()) == {"finished"}
     (tmp_path / "rows.jsonl").unlink()  # finished jobs need it no more
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert run_command("cera-train", *command) == 0
     assert len(counted) == 4
 
 
-def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, monkeypatch, counted, capfd):
-    assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4,8", "optimizer.lr=1e-3", "name=mine") == 0
+def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, run_command, counted, capfd):
+    assert run_command("cera-train", "-m", "adapter.r=4,8", "optimizer.lr=1e-3", "name=mine") == 0
     before = content_of(tmp_path)
     capfd.readouterr()
     for other, shown in (
@@ -36,20 +104,20 @@ def test_other_fixed_settings_in_the_same_folder_are_refused(tmp_path, monkeypat
         ([], "optimizer.lr=0.001; here none"),
         (["optimizer.lr=0.001", "+recipe=gsm8k_r64"], "here optimizer.lr=0.001 recipe=gsm8k_r64"),
     ):
-        assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4,8", *other, "name=mine") == 2
+        assert run_command("cera-train", "-m", "adapter.r=4,8", *other, "name=mine") == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert "name=mine: outputs/mine holds a sweep with other fixed settings" in line
         assert shown in line
     assert content_of(tmp_path) == before
     # Where and how a run computes is free.
     free = ["optimizer.lr=0.001", "train.keep=1", "name=mine"]
-    assert cera_train(monkeypatch, tmp_path, "-m", "adapter.r=4,8", *free) == 0
+    assert run_command("cera-train", "-m", "adapter.r=4,8", *free) == 0
     assert len(counted) == 2
 
 
-def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, monkeypatch, counted):
+def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, run_command, counted):
     arguments = ["-m", "+recipe=math_r64,math_dora_r64", "name=main", "train.micro_batch_tokens=2048"]
-    assert cera_train(monkeypatch, sweep_here, *arguments) == 0
+    assert run_command("cera-train", *arguments) == 0
     assert [(config.output_dir, config.name) for config in counted] == [
         ("outputs/main", "recipe=math_r64"),
         ("outputs/main", "recipe=math_dora_r64"),
@@ -58,37 +126,37 @@ def test_a_job_gets_the_sweeps_folder_whatever_its_recipe_is_named(sweep_here, m
     assert [config.tracker.group for config in counted] == ["main", "main"]
 
 
-def test_a_sweep_is_extended_as_a_whole(sweep_here, monkeypatch, capsys, counted):
+def test_a_sweep_is_extended_as_a_whole(sweep_here, run_command, capsys, counted):
     jobs = [*TINY, "adapter.r=4,8", "adapter=cera", "adapter.activation=silu"]
-    assert cera_train(monkeypatch, sweep_here, *jobs, "train.max_updates=6") == 0
+    assert run_command("cera-train", *jobs, "train.max_updates=6") == 0
     longer = [*jobs, "train.max_updates=12"]
-    assert cera_train(monkeypatch, sweep_here, *longer) == 2
+    assert run_command("cera-train", *longer) == 2
     assert "holds a sweep with other fixed settings" in capsys.readouterr().err
-    assert cera_train(monkeypatch, sweep_here, *longer, "train.extend=true") == 0
+    assert run_command("cera-train", *longer, "train.extend=true") == 0
     lengths = [(config.train.max_updates, config.train.extend) for config in counted]
     assert lengths == [(6, False)] * 2 + [(12, True)] * 2
-    assert cera_train(monkeypatch, sweep_here, *longer) == 0  # the record has the new length
+    assert run_command("cera-train", *longer) == 0  # the record has the new length
 
 
 @pytest.mark.parametrize(("metric", "best", "shown"), [("gsm8k/exact", 2, "50.0%"), ("seconds", 2, "120.000")])
-def test_the_metric_decides_which_job_is_best(tmp_path, monkeypatch, capfd, counted, metric, best, shown):
+def test_the_metric_decides_which_job_is_best(run_command, capfd, counted, metric, best, shown):
     command = ["-m", "adapter.r=4,2,8", "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert run_command("cera-train", *command) == 0
     output = capfd.readouterr().out
     assert re.search(rf"updates +{metric}\n", output)
     assert re.search(rf"\nadapter.r={best} +finished +20/20 +{shown}  best\n", output)
     assert output.endswith(f"best       outputs/mine/adapter.r={best}: {metric} {shown}\n")
-    cera_sweep(monkeypatch, "outputs/mine")  # it needs no setting
+    run_command("cera-sweep", "outputs/mine")  # it needs no setting
     assert capfd.readouterr().out == output[output.rindex("sweep      outputs") :]
 
 
 @pytest.mark.parametrize("metric", ["eval/perplexity", "gsm8k/exact"])
-def test_optuna_gets_the_metric_and_its_direction(tmp_path, monkeypatch, capfd, counted, metric):
+def test_optuna_gets_the_metric_and_its_direction(tmp_path, run_command, capfd, counted, metric):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     drawn = ["adapter.r=range(1,64)", "optimizer.lr=tag(log,interval(1e-3,1e-1))"]
     command = ["-m", *sampler, *drawn, "train.tasks=[gsm8k]", f"sweep.metric={metric}", "name=mine"]
-    assert cera_train(monkeypatch, tmp_path, *command) == 0
+    assert run_command("cera-train", *command) == 0
     jobs = read_sweep(tmp_path / "outputs" / "mine")
     assert [job.state for job in jobs] == ["finished"] * 3
     (best,) = best_jobs(jobs)
@@ -97,3 +165,50 @@ def test_optuna_gets_the_metric_and_its_direction(tmp_path, monkeypatch, capfd, 
     assert results["best_value"] == best.value
     assert f"optimizer.lr={results['best_params']['optimizer.lr']}" in best.choices
     assert f"best       outputs/mine/{best.name}: {metric.removeprefix('eval/')}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.train_files=[rows.jsonl],[no.jsonl]"], "data.train_files=no.jsonl: cannot read the file"),
+        (["model.path=./no/such"], "model.path=./no/such: folder does not exist"),
+        # Every value is tried in many jobs, and none of them is possible.
+        (["data.train_files=[no.jsonl]", "train.seed=range(1,40)"], "data.train_files=no.jsonl: cannot read the file"),
+    ],
+)
+def test_a_sweep_whose_files_are_missing_is_refused_once(tmp_path, run_command, capfd, counted, arguments, message):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\n' * 4)
+    given = {argument.partition("=")[0]: argument for argument in ["adapter.r=range(1,40)", *FIXED, *arguments]}
+    assert run_command("cera-train", "-m", *given.values(), "name=mine") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+    assert not counted
+
+
+def test_an_adapter_to_start_from_that_fits_no_job_is_refused_before_any(sweep_here, run_command, capsys, counted):
+    first = make_run(sweep_here / "first", **{"data.prompt": "{question}", "data.completion": "{answer}"})  # r=64
+    (first / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (first / "adapter" / name).write_text('{"peft_type": "CERA", "r": 64}')
+    arguments = ["adapter=cera", "adapter.activation=silu", "adapter.start_from=first"]
+    assert run_command("cera-train", *TINY, *arguments) == 2
+    assert "adapter.start_from=first: r is 64 there, 4 here" in capsys.readouterr().err
+    assert not counted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "adapter.r=2,4", "name=run"], "outputs/run is the folder of a run: choose another name"),
+        (["name=swept"], "outputs/swept is the folder of a sweep: choose another name=... for a run, or add -m"),
+    ],
+)
+def test_a_sweep_and_a_run_share_no_folder(tmp_path, run_command, capfd, arguments, message):
+    (tmp_path / "outputs" / "run").mkdir(parents=True)
+    (tmp_path / "outputs" / "run" / "config.yaml").write_text("adapter: {}\n")
+    record_sweep(tmp_path / "outputs" / "swept")
+    assert run_command("cera-train", *arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert {path.name for path in (tmp_path / "outputs").iterdir()} == {"run", "swept"}

@@ -21,8 +21,6 @@ from cera_train.settings.model import Dtype
 from cera_train.training.session import settle
 from cera_train.training.train import train
 
-# --- the same bytes --------------------------------------------------------------------------------------------------
-
 
 # 79 rows in batches of 16 are 5 updates an epoch: 12 updates cross two epoch boundaries.
 @pytest.mark.parametrize(("adapter", "died_after"), [("cera", 4), ("cera", 11), ("dora", 7)])
@@ -117,9 +115,6 @@ def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
     assert [line["update"] for line in metrics_of(config) if "eval/loss" in line] == [0, 4, 8, 12]
 
 
-# --- what a folder holds ---------------------------------------------------------------------------------------------
-
-
 def test_a_finished_run_started_again_returns_its_result(trained_config, capsys, monkeypatch):
     config = trained_config()
     capsys.readouterr()
@@ -148,9 +143,6 @@ def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(t
     assert len(metrics_of(config)) == 8
     train(tiny_config("train.micro_batch_tokens=300", "train.keep=1", "tracker.project=other"))  # change no number
     assert not list(folder_of(config).rglob(".writing-*"))
-
-
-# --- what auto took ---------------------------------------------------------------------------------------------------
 
 
 def on(monkeypatch, dtype: str) -> None:

@@ -11,40 +11,28 @@ from cera_train.evaluation.tasks.math import extract, gold, is_exact, normalize
 PAIRS = [
     # fractions
     (r"\frac12", r"\frac{1}{2}", True, True),
-    (r"\frac 1 2", r"\frac{1}{2}", True, True),
     (r"\dfrac{7}{8}", r"\tfrac{7}{8}", True, True),
     (r"1/2", r"\frac{1}{2}", True, True),
     (r"0.5", r"\frac{1}{2}", False, True),
-    (r"\frac{-1}{2}", r"-\frac{1}{2}", False, True),
     (r"\frac{1}{2}", r"-\frac{1}{2}", False, False),
-    (r"0.333333", r"\frac{1}{3}", False, True),  # math-verify compares decimals to six places
-    (r"0.33", r"\frac{1}{3}", False, False),
     # decimals
     (r".5", r"0.5", True, True),
-    (r"7.0", r"7", False, True),
     (r"5.", r"5", True, True),
-    (r"1.5 \times 10^{3}", r"1500", False, True),
     # mixed numbers
     (r"1\frac{1}{2}", r"\frac{3}{2}", False, True),
     (r"1 1/2", r"1\frac{1}{2}", True, True),
-    (r"-2\frac12", r"-2.5", False, True),
     # thousands separators
     (r"1,000", r"1000", True, True),
     (r"10,\!000", r"10000", True, True),
-    (r"1\,000\,000", r"1000000", True, True),
     (r"1,2,3", r"123", False, False),
     (r"1,234", r"1, 234", False, False),
     # units, currency, percentages, degrees
     (r"5\text{ cm}", r"5", True, True),
-    (r"10 \text{ cm}^2", r"10", True, True),
     (r"4\pi\ \text{square units}", r"4\pi", True, True),
-    (r"5\mbox{ meters}", r"5\text{ m}", True, True),  # both drop units, so cm would equal m
     (r"2\mathrm{i}", r"2", False, True),  # not equal, but math-verify takes i for a unit
     (r"\$5", r"5", True, True),
     (r"50%", r"50\%", True, True),
     (r"0.2", r"20\%", False, True),
-    (r"20\%", r"\frac15", False, True),
-    (r"0.2\%", r"20\%", False, False),
     (r"90^\circ", r"90", True, True),
     (r"90°", r"90^\circ", True, True),
     (r"\frac{\pi}{4}", r"45^\circ", False, False),  # equal, but math-verify takes 45 degrees for 45
@@ -53,21 +41,15 @@ PAIRS = [
     # surds
     (r"\sqrt3", r"\sqrt{3}", True, True),
     (r"\frac{1}{\sqrt{3}}", r"\frac{\sqrt{3}}{3}", False, True),
-    (r"\frac{\sqrt{3}}2", r"\frac{\sqrt3}{2}", True, True),
     # nested braces
     (r"\sqrt{1+\sqrt{2}}", r"\sqrt{1+\sqrt2}", True, True),
-    # pi, powers, functions
-    (r"\pi r^2", r"\pi{r}^2", False, True),
-    (r"\pi/2", r"\frac{\pi}{2}", False, True),
     # expressions
     (r"(x+1)^2", r"x^2+2x+1", False, True),
     (r"x ^ 2 + 1", r"x^2+1", True, True),
-    (r"3y-2", r"3x-2", False, False),
     # equations
     (r"x=5", r"5", True, True),
     (r"5", r"x = 5", True, True),
     (r"x=5", r"y=5", True, True),  # as published: the rule drops a short left side
-    (r"3 \ge x", r"x \le 3", False, True),
     # sets, lists, intervals
     (r"\left\{1,2\right\}", r"\{1,2\}", True, True),
     (r"2,1", r"1, 2", False, True),
@@ -76,46 +58,32 @@ PAIRS = [
     (r"\varnothing", r"\emptyset", False, False),  # equal, but math-verify takes \varnothing for a variable
     (r"(1,2]", r"(1, 2]", True, True),
     (r"(1,2]", r"(1,2)", False, False),
-    (r"[1,2)", r"\left[1,2\right)", True, True),
     (r"(-\infty, 3) \cup (5, \infty)", r"(-\infty,3)\cup(5,\infty)", True, True),
-    (r"(3,\infty)", r"x>3", False, True),
     (r"x>3", r"(3,\infty)", False, False),  # equal, but math-verify takes no inequality for a gold interval
     # tuples, vectors, matrices
     (r"(1,2)", r"(1, 2)", True, True),
     (r"(2,1)", r"(1,2)", False, False),
     (r"\left(\frac12, 3\right)", r"(\frac{1}{2},3)", True, True),
-    (r"(0.5, 3)", r"(\frac{1}{2},3)", False, True),
     (r"\{1,2\}", r"(1,2)", False, True),  # not equal, but math-verify takes a set for a pair
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True, True),
     (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", False, True),
-    (r"\begin{pmatrix}0.5&0\\0&1\end{pmatrix}", r"\begin{pmatrix}1/2&0\\0&1\end{pmatrix}", False, True),
-    (r"(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}", False, False),
     # words, choices, times, bases
     (r"even", r"\text{even}", True, True),
-    (r"\text{Even}", r"\text{even}", False, True),
-    (r"\text{Evelyn}", r"Evelyn", True, True),
-    (r"Even", r"\text{even}", False, True),
     (r"\text{no solution}", r"no solution", True, True),
     (r"\textbf{(C)}", r"(C)", True, True),
-    (r"C", r"\text{(C)}", False, True),
     (r"five", r"5", False, False),
     (r"6:30\text{ p.m.}", r"6:30", True, True),
     (r"0.2", r"6:30", False, True),  # not equal, but math-verify takes a time for a ratio
     (r"11111_2", r"11111_{2}", False, True),
-    (r"31", r"11111_2", False, False),  # equal, but math-verify drops the base
     # unicode
     (r"−3", r"-3", False, True),
-    (r"2π", r"2\pi", False, True),
     (r"½", r"\frac{1}{2}", False, False),  # equal, but neither grader reads it
     (r"三", r"\text{三}", True, True),
     # garbage, empty, very long
     (r"", r"0", False, False),
     (r"\frac{", r"3", False, False),
-    (r"asdf qwer 3", r"3", False, False),
     (r"? !", r"?!", True, True),  # where math-verify cannot read the gold answer, the exact rule decides
     ("9" * 500, "9" * 500, True, True),
-    ("9" * 500, "9" * 499 + "8", False, False),
-    ("x" * 1_000, "3", False, False),
 ]
 
 
@@ -134,13 +102,10 @@ def test_both_graders_on_the_table():
         (r"So the answer is $\boxed{12}$.", "12"),
         (r"\boxed{\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}} and more }", r"\frac{\sqrt{a^{2}+1}}{\frac{1}{2}}"),
         (r"\boxed{\boxed{7}}", "7"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
         (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
         ("\\boxed{\n5\n}", "5"),
         (r"\fbox{6}", "6"),
-        (r"\boxed{1 + \fbox{2}}", r"1 + \fbox{2}"),
         (r"$\boxed 3$ apples", "3"),
-        ("\\boxed 3\nNext question", "3"),
         (r"\boxed\frac12$", r"\frac12"),
         ("we put the box in text: \\boxed{\\text{no}} Question: what is 1 + 1?", r"\text{no}"),
         (r"\boxed{1} and then \boxed{\frac{1}{2", None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -61,11 +60,9 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     [
         ({"kind": "task"}, r"^task.kind=task is unknown: choose one of gsm8k, held_out, jsonl, log"),
         ({"kind": "gsm8k", "path": "a/b"}, "task.prompt=None names no column: write one in braces, such as"),
-        ({"kind": "math", "path": "a/b", "prompt": "Problem:"}, "task.prompt='Problem:' names no column"),
         ({"kind": "gsm8k", "path": "a/b", "prompt": "{question"}, r"task.prompt.*'{question' is malformed"),
         ({"kind": "gsm8k", "prompt": "{question}"}, "task.files is empty: name local files, or a Hub data set"),
         ({"kind": "gsm8k", "level": 5}, "task.level=5 has no meaning for a task of kind gsm8k: leave it out"),
-        ({"kind": "perplexity", "window": 9}, "task.files is empty"),
         ({"kind": "jsonl"}, "task.grader is missing: choose one of text, num"),
         ({"kind": "held_out", "prompt": "{question}"}, "task.grader is missing: choose one of text, num"),
         ({"kind": "held_out", "files": ["x"]}, "has no meaning for a task of kind held_out"),
@@ -91,18 +88,6 @@ def test_a_task_checks_its_settings(settings, message):
 def test_a_task_of_training_checks_its_changes(name, changes, message):
     with pytest.raises(UserError, match=message):
         training_task(name, changes)
-
-
-def test_tasks_and_grading_import_neither_torch_nor_transformers():
-    """A mistake is answered before they are loaded, and processes that verify answers have a memory limit."""
-    code = "import sys; sys.argv[0] = 'cera-train'\nimport cera_train.evaluation.grading, math_verify\n"
-    code += "from cera_train.evaluation.tasks.task import all_tasks; all_tasks()\n"
-    code += "print({'torch', 'transformers', 'peft', 'datasets', 'accelerate', 'pyarrow', 'numpy'} & set(sys.modules))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "set()"
-
-
-# --- problems --------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_question_twice_is_two_problems(config_of):
@@ -140,8 +125,6 @@ def test_a_file_without_what_the_task_needs_gets_one_line_with_its_place(config_
     assert "\n" not in str(error.value)
 
 
-# --- a run's evaluation rows -----------------------------------------------------------------------------------------
-
 TALK = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "It is  4."}]
 
 
@@ -173,9 +156,6 @@ def test_rows_that_held_out_cannot_ask_are_refused(write_jsonl):
         held_out_problems(DataConfig(layout="messages", train_files=[file], eval_rows=1))
     with pytest.raises(UserError, match="task=held_out: the rows that this model was trained on are unknown: write"):
         held_out_problems(None)
-
-
-# --- problems that the training rows hold ----------------------------------------------------------------------------
 
 
 def test_questions_in_the_training_rows_are_found_whatever_their_case_spaces_and_place(config_of, write_jsonl):

@@ -1,0 +1,258 @@
+"""SIGKILL at random moments of a real run, damaged checkpoints, full and read-only disks, two runs in one folder,
+trackers without a server: one clear line, nothing unreadable, and in the end what an uninterrupted run leaves."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+from attempts import Attempt, assert_readable, content, finish, newest_first, refuse
+
+from cera_train.common.files import WRITING, find_damage, write_checksums, write_folder, write_text
+from cera_train.runs.folder import RunFolder
+
+pytest_plugins = ("attempts",)
+
+
+KILLS = 20
+
+
+class Pair:
+    """Two processes of one run, as torchrun starts them. One of them is killed; the other is told to end, as a launcher
+    does, if it does not by itself."""
+
+    def __init__(self, arguments: list[str], folder: Path, dice: random.Random) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        self.dice = dice
+        self.processes = [
+            Attempt(arguments, folder, folder / f"log{rank}", RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            for rank in range(2)
+        ]
+
+    def wait(self, seconds: float = 120) -> int | None:
+        statuses = [process.wait(seconds) for process in self.processes]
+        return None if None in statuses else max(statuses, key=abs)
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.is_running for process in self.processes)
+
+    def kill(self) -> int:
+        victim, other = self.dice.sample(self.processes, 2)
+        status = victim.kill()
+        if other.wait(10) is None:  # they had not found each other yet
+            os.kill(other.pid, signal.SIGTERM)
+            if other.wait(10) is None:
+                other.kill()
+        return status
+
+
+def await_moment(attempt: Attempt | Pair, folder: Path, seconds: float, dice: random.Random) -> None:
+    """Returns at a random moment, every second time while a checkpoint is being written; or when the run is over."""
+    if dice.random() < 0.5:
+        attempt.wait(dice.uniform(0, seconds))
+        return
+    for _ in range(dice.randrange(1, 6)):
+        before = set((folder / "checkpoints").glob(f"{WRITING}*"))
+        while attempt.is_running and not set((folder / "checkpoints").glob(f"{WRITING}*")) - before:
+            time.sleep(0.0005)
+    time.sleep(dice.uniform(0, 0.005))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_killed_at_twenty_random_moments_is_the_uninterrupted_one(tmp_path, tiny_folder, processes):
+    arguments = [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "name=run"),
+        *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2", "optimizer.warmup_ratio=0.1"),
+        *("train.max_updates=16", "train.eval_every=4", "train.save_every=1", "train.batch_size=16"),
+    ]
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")  # shown where the test fails
+    dice, folder = random.Random(seed), tmp_path / "outputs" / "run"
+
+    def start() -> Attempt | Pair:
+        return Attempt(arguments, tmp_path, tmp_path / "log") if processes == 1 else Pair(arguments, tmp_path, dice)
+
+    for _ in range(2):  # the first one also tokenises the rows
+        shutil.rmtree(folder, ignore_errors=True)
+        started = time.monotonic()
+        assert start().wait() == 0
+        seconds = time.monotonic() - started
+    whole = content(folder)
+    shutil.rmtree(folder)
+    kills = 0
+    while kills < KILLS:
+        attempt = start()
+        await_moment(attempt, folder, seconds, dice)
+        if attempt.kill() == 0:  # it was over
+            assert content(folder) == whole
+            shutil.rmtree(folder)
+        else:
+            kills += 1
+            assert_readable(folder)
+    assert start().wait() == 0
+    assert content(folder) == whole
+
+
+@pytest.fixture
+def run(cut, tmp_path) -> Path:
+    """A copy of the folder of the run that was killed."""
+    return Path(shutil.copytree(cut, tmp_path / "outputs" / "run"))
+
+
+def flip_a_bit(path: Path) -> None:
+    damaged = bytearray(path.read_bytes())
+    damaged[random.randrange(len(damaged))] ^= 1 << random.randrange(8)
+    path.write_bytes(damaged)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: random.randrange(path.stat().st_size)])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, Path.unlink])
+def test_damage_to_any_file_of_a_folder_is_found(tmp_path, damage):
+    folder = tmp_path / "folder"
+    for name in ("a", "b", "checksums.json") * 10:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for file in ("a", "b"):
+            (folder / file).write_bytes(random.randbytes(50))
+        write_checksums(folder)
+        assert find_damage(folder) is None
+        damage(folder / name)
+        assert find_damage(folder) or (name == "checksums.json" and damage is Path.unlink)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [("optimizer.pt", flip_a_bit, "checksum differs"), ("progress.json", Path.unlink, "No such file")],
+)
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(run, start, uninterrupted, name, damage, reason):
+    newest, second, _ = newest_first(run)
+    damage(newest / name)
+    output = finish(start()).output
+    (line,) = [line for line in output.splitlines() if line.startswith("damaged ")]
+    assert f"{newest.relative_to(run.parents[1])} ({name}: {reason}" in line
+    assert line.endswith(f"Resuming from {second.relative_to(run.parents[1])}.")
+    assert content(run) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_run_without_a_sound_checkpoint_is_refused_and_named(run, start, uninterrupted):
+    for checkpoint in newest_first(run):
+        truncate(checkpoint / "optimizer.pt")
+    before = content(run)
+    for resume in ("auto", f"outputs/run/checkpoints/{newest_first(run)[0].name}"):
+        line = refuse(start(f"train.resume={resume}"))
+        assert f"train.resume={resume} finds only damaged checkpoints: outputs/run/checkpoints/" in line
+        assert line.endswith("Restore one of them, or start anew with train.resume=never.")
+    assert content(run) == before
+    finish(start("train.resume=never"))
+    assert content(run).keys() == uninterrupted.keys()
+    assert content(run)["adapter/adapter_model.safetensors"] == uninterrupted["adapter/adapter_model.safetensors"]
+
+
+@pytest.mark.slow
+def test_metrics_with_rubbish_after_the_checkpoint_are_cut_back(run, start, uninterrupted):
+    """What a file system may leave at the end of a file when the power goes."""
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"update": 14, "tra' + bytes(300) + b"\n\xff\xfe\n{}\n")
+    finish(start())
+    assert content(run) == uninterrupted
+
+
+def test_a_folder_between_two_renames_is_put_back(tmp_path):
+    """The moment at which the old folder has gone and the new one has not come; found by looking, too short to hit."""
+    write_folder(tmp_path / "best", lambda folder: (folder / "weights").write_text("old"))
+    (tmp_path / "best").rename(tmp_path / f"{WRITING}old-best")
+    (tmp_path / f"{WRITING}best").mkdir()
+    with RunFolder.open(tmp_path, {}):
+        assert (tmp_path / "best" / "weights").read_text() == "old"
+        assert not list(tmp_path.glob(f"{WRITING}*"))
+
+
+def test_a_file_that_does_not_fit_leaves_the_earlier_one_alone(tmp_path, disk):
+    folder = disk(tmp_path / "small", "size=16k")
+    write_text(folder / "file", "old")
+    with pytest.raises(OSError, match="No space left"):
+        write_text(folder / "file", "new" * 10_000)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("share", "checkpoints"), [(0.2, 0), (0.97, 3)])
+def test_a_full_disk_stops_a_run_that_goes_on_when_there_is_space(
+    tmp_path, disk, start, whole, uninterrupted, share, checkpoints
+):
+    """Full at the first checkpoint, and at the very last files."""
+    blocks = sum(-(-path.stat().st_size // 4096) for path in whole.rglob("*") if path.is_file())
+    outputs = disk(tmp_path / "outputs", f"size={int(share * blocks) * 4}k")
+    folder = outputs / "run"
+    for _ in range(2):  # it is no worse for trying again
+        line = refuse(start())
+        assert line.startswith("cera-train: the disk is full (")
+        assert line.endswith("Free some space and repeat the command: a run goes on from its last checkpoint.")
+        assert_readable(folder)
+        assert len(newest_first(folder)) == checkpoints
+        assert (folder / "adapter").exists() == (share == 0.97)
+        assert not (folder / "result.json").exists()
+    disk(outputs, "remount,size=1m")
+    output = finish(start()).output
+    assert (" done" in output) == (checkpoints > 0)
+    assert content(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_named_and_nothing_in_it_harmed(tmp_path, cut, disk, start, uninterrupted):
+    outputs = disk(tmp_path / "outputs", "size=1m")
+    folder = Path(shutil.copytree(cut, outputs / "run"))
+    before = content(folder)
+    disk(outputs, "remount,ro")
+    mend = "Name another file, or set output_dir"
+    for name in ("run", "another"):
+        assert re.search(
+            rf"no access to \S*outputs/{name}\S*: Read-only file system. {mend}", refuse(start(f"name={name}"))
+        )
+    assert content(folder) == before
+    disk(outputs, "remount,rw")
+    finish(start())
+    assert content(folder) == uninterrupted
+    disk(outputs, "remount,ro")
+    assert "outputs/run" in refuse(start())
+    assert content(folder) == uninterrupted
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_one_folder_one_trains_and_the_other_is_refused(tmp_path, start, uninterrupted):
+    attempts = [start(), start()]
+    assert sorted(attempt.wait() for attempt in attempts) == [0, 2]
+    loser = next(attempt for attempt in attempts if attempt.wait() == 2)
+    assert "another run is writing to outputs/run: wait for it, or choose another name=..." in refuse(loser)
+    assert loser.output == ""
+    assert content(tmp_path / "outputs" / "run") == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_run_whose_wandb_server_is_away_is_recorded_offline(tmp_path, start, uninterrupted):
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))  # refuses connections
+        server = {"WANDB_BASE_URL": f"http://127.0.0.1:{port.getsockname()[1]}", "WANDB_API_KEY": "0" * 40}
+        attempt = start("tracker=wandb", WANDB_MODE="online", WANDB_INIT_TIMEOUT="3", **server)
+        assert attempt.wait() == 0, attempt.errors
+    (line,) = attempt.errors.splitlines()
+    assert "W&B cannot be reached, so the run is recorded offline (" in line
+    assert list((tmp_path / "outputs" / "run").glob("wandb/offline-run-*/*.wandb"))
+    for name in ("metrics.jsonl", "adapter/adapter_model.safetensors", "best/adapter_model.safetensors"):
+        assert content(tmp_path / "outputs" / "run")[name] == uninterrupted[name]

@@ -1,0 +1,108 @@
+"""What tests on a CPU and on a GPU hold a result against: attention under a mask, dequantised weights, `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from bitsandbytes import functional
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from cera_train.adapters.build import build
+from cera_train.cera import CeraLayer
+from cera_train.evaluation.generate import generate
+from cera_train.model.weights import load_model
+from cera_train.settings.adapters import AdapterConfig, AdapterKind
+from cera_train.settings.evaluation import GenerationConfig
+from cera_train.settings.model import ModelConfig, Quantization
+
+
+class Causal(nn.Module):
+    """Stands for the attention module of a decoder."""
+
+    is_causal = True
+
+
+def under_a_mask(query, key, value, lengths: list[int], window: int | None = None) -> torch.Tensor:
+    """Query, key and value are (1, heads, tokens, width); the result is (1, tokens, heads, width)."""
+    mask, start = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool, device=query.device), 0
+    for length in lengths:
+        ones = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        mask[start : start + length, start : start + length] = ones.triu(1 - window) if window else ones
+        start += length
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (heads.repeat_interleave(repeats, dim=1) for heads in (key, value))
+    return scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+
+
+def gradients_after_an_evaluation(model, device: torch.device) -> torch.Tensor:
+    adapted = build(model, AdapterConfig(r=4, dropout=0.0))
+    torch.manual_seed(1)
+    for layer in adapted.modules():
+        if isinstance(layer, CeraLayer):
+            torch.nn.init.normal_(layer.cera_A["default"].weight)
+            torch.nn.init.normal_(layer.cera_B["default"].weight)
+    ids = torch.arange(20, device=device)[None]
+    adapted.eval()
+    with torch.no_grad():
+        adapted(input_ids=ids)
+    adapted.train()
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    return torch.cat([value.grad.flatten() for value in adapted.parameters() if value.requires_grad])
+
+
+def assert_nf4_gradients_are_right(folder: Path, device: torch.device) -> None:
+    quantised = load_model(ModelConfig(path=str(folder), quantization=Quantization.nf4), device)
+    dequantised = load_model(ModelConfig(path=str(folder)), device)
+    for name, module in quantised.named_modules():
+        if hasattr(module, "weight") and getattr(module.weight, "quant_state", None) is not None:
+            weight = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            dequantised.get_submodule(name).weight.data = weight.to(dequantised.dtype)
+    got, expected = (gradients_after_an_evaluation(model, device) for model in (quantised, dequantised))
+    cosine = torch.nn.functional.cosine_similarity(got, expected, dim=0)
+    assert cosine > 0.999
+    assert got.norm() == pytest.approx(expected.norm().item(), rel=0.02)
+
+
+GREEDY = GenerationConfig()
+
+
+def adapted(base, kind: str):
+    """The base with an adapter that changes its answers: B starts at zero."""
+    model = build(base, AdapterConfig(AdapterKind(kind), 4)).eval()
+    for name, parameter in model.named_parameters():
+        if "_B." in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def answers_of(model, tokenizer, batches, config, base=None) -> dict:
+    generations = [answer for batch in batches for answer in generate(model, base or model, tokenizer, batch, config)]
+    return {(answer.problem, answer.sample): answer for answer in generations}
+
+
+def assert_greedy_answers_are_the_librarys(model, base, tokenizer, requests) -> list[int]:
+    """Those of `model.generate`, one by one and unpadded. Returns how long each is."""
+    answers = answers_of(model, tokenizer, [requests], GREEDY, base)
+    for request in requests:
+        prompt = torch.tensor([request.prompt_ids], device=base.device)
+        alone = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+        ids = alone[0, len(request.prompt_ids) :].tolist()
+        has_end = ids[-1] in base.generation_config.eos_token_id
+        answer = answers[request.problem, request.sample]
+        assert answer.text == tokenizer.decode(ids[:-1] if has_end else ids, skip_special_tokens=True)
+        assert answer.tokens == len(ids)
+        assert answer.truncated == (not has_end)
+    return [answers[request.problem, request.sample].tokens for request in requests]
+
+
+def let_answers_end(model, base, tokenizer, requests) -> None:
+    """Makes end tokens of the third, the sixth and the ninth token of some answers, so that they leave one by one."""
+    base.generation_config.eos_token_id = [
+        model.generate(input_ids=torch.tensor([request.prompt_ids], device=base.device))[
+            0, len(request.prompt_ids) + step
+        ].item()
+        for request, step in zip(requests[::2], (2, 5, 8), strict=False)
+    ]
