@@ -25,14 +25,9 @@ class Changes(StrEnum):
     nothing = "nothing"  # nothing measured: where a run computes, what it is called, how it is shown
 
 
-def setting(default: Any, changes: str, *, binds_checkpoint: bool = False) -> Any:
-    """A field of a settings dataclass. A `default` that can be called makes the value.
-
-    Args:
-        changes: one of `Changes`.
-        binds_checkpoint: another run's checkpoint can only be resumed with the same value.
-    """
-    return _field(default, {"changes": Changes(changes), "binds_checkpoint": binds_checkpoint})
+def setting(default: Any, changes: str) -> Any:
+    """A field of a settings dataclass. A `default` that can be called makes the value; `changes`: one of `Changes`."""
+    return _field(default, {"changes": Changes(changes)})
 
 
 def section(default: Any = MISSING) -> Any:

@@ -31,7 +31,6 @@ from torch.optim import Optimizer
 from cera_train.adapters.saved import load, read, save
 from cera_train.common import files
 from cera_train.common.errors import UserError
-from cera_train.common.settings import leaves
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact_tree
 from cera_train.data.order import RowOrder
@@ -41,7 +40,7 @@ from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.records import LENGTH, Record, differences
 from cera_train.runs.results import DIVERGED, LOGS, METRICS, Environment, EvaluationMetrics, Perplexity, RunResult
 from cera_train.runs.tracking import IDS
-from cera_train.settings.run import Config
+from cera_train.settings.training import Resume
 
 COPIED_TO_END = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
 """Copied to ends/UPDATE, since a longer run adds to them."""
@@ -96,10 +95,6 @@ class Progress(Record):
         self.evaluations_since_best = 0 if is_best else self.evaluations_since_best + 1
         return is_best
 
-    def forget_best(self) -> None:
-        """Lets the next evaluation be the best so far, and forgets tasks that this run may not have."""
-        self.best_perplexity, self.best_update, self.evaluations_since_best, self.tasks = None, 0, 0, {}
-
     def out_of_patience(self, patience: int | None) -> bool:
         """Whether the last `patience` evaluations brought no lower perplexity."""
         return patience is not None and self.evaluations_since_best >= patience
@@ -133,7 +128,7 @@ class RunFolder:
 
     def standing_result(self) -> RunResult | None:
         """The result of a finished run that `train.extend` does not make longer."""
-        is_extended = self.config["train"]["extend"] and self._differences(self.path)
+        is_extended = self.config["train"]["extend"] and self._differences()
         return None if is_extended else self.result()
 
     def checkpoints(self) -> list[Path]:
@@ -141,12 +136,11 @@ class RunFolder:
         folders = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
         return sorted(folders, key=lambda path: int(path.name))
 
-    def checkpoint_for(self, resume: str) -> Path | None:
-        """The checkpoint that `train.resume` means: for auto, the newest undamaged one. None for a new run. Prints
-        which damaged ones it skips; raises UserError where there is no other."""
-        candidates = {"never": [], "auto": self.checkpoints()[::-1]}.get(resume, [Path(resume)])
+    def newest_checkpoint(self) -> Path | None:
+        """The newest undamaged checkpoint; None where there is none at all. Prints which damaged ones it skips; raises
+        UserError where there is no other."""
         damaged: list[str] = []
-        for checkpoint in candidates:
+        for checkpoint in reversed(self.checkpoints()):
             damage = files.find_damage(checkpoint)
             if damage is None:
                 if damaged:
@@ -155,41 +149,27 @@ class RunFolder:
             damaged.append(f"{checkpoint} ({damage})")
         if damaged:
             raise UserError(
-                f"train.resume={resume} finds only damaged checkpoints: {'; '.join(damaged)}. Restore one of them, or "
-                "start anew with train.resume=never."
+                f"{self.path} has only damaged checkpoints: {'; '.join(damaged)}. Restore one of them, or start anew "
+                "with train.resume=never."
             )
         return None
 
-    def holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint lies in this folder."""
-        return checkpoint.resolve().parent == self.path.resolve() / "checkpoints"
-
-    def check_may_run(self, resume: str) -> None:
-        """Raises UserError where `train.resume` and what the folder holds do not go together."""
-        if resume == "auto":
-            if self.checkpoints() or self.result() is not None:
-                self.check_same_config()
-        elif self.result() is not None or (resume == "never" and ends(self.path)):
-            raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
-        elif resume != "never":
-            checkpoint = Path(resume)
-            if not (checkpoint / "progress.json").is_file():
-                raise UserError(f"train.resume={resume!r}: expected auto, never or the folder of a checkpoint.")
-            self.check_same_config() if self.holds(checkpoint) else self.check_compatible(checkpoint)
-
-    def check_same_config(self) -> None:
-        """Raises UserError where the folder was begun with a config that changes the result, unless `train.extend`
-        makes it longer and nothing else."""
-        different, checkpoints = self._differences(self.path), self.checkpoints()
+    def check_may_run(self, resume: Resume) -> None:
+        """Raises UserError where the folder holds a finished run that may not be replaced, or one that was begun with a
+        config that changes the result, unless `train.extend` makes it longer and nothing else."""
+        checkpoints, is_finished = self.checkpoints(), self.result() is not None
+        if resume == Resume.never:
+            if is_finished or ends(self.path):
+                raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
+            return
+        different = self._differences() if checkpoints or is_finished else {}
         is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
         if not different:
             return
         if is_longer and self.config["train"]["extend"]:
             self.check_extension(checkpoints[-1])
             return
-        mend = "Set these back, or choose another name=..."
-        if is_longer:
-            mend += f" To train longer, add train.extend=true, or train.resume={checkpoints[-1]} name=NEW."
+        mend = "Set these back, or choose another name=..." + " To train longer, add train.extend=true." * is_longer
         raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
 
     def check_extension(self, checkpoint: Path) -> None:
@@ -203,7 +183,7 @@ class RunFolder:
         if progress.is_file() and Progress.read(progress).out_of_patience(train["patience"]):
             raise UserError(
                 f"train.extend=true: {self.path} stopped by train.patience={train['patience']}, and so would a longer "
-                "run. Train on in a new folder, with train.resume=CHECKPOINT name=NEW and another patience."
+                f"run. Train on in a new folder, with adapter.start_from={self.path} name=NEW and another patience."
             )
         end = RunResult.read(finished / "result.json")
         updates = train["max_updates"] or train["epochs"] * round(end.updates / end.epochs)
@@ -213,20 +193,8 @@ class RunFolder:
                 f"train.max_updates={train['max_updates']} is {updates:,}: set more."
             )
 
-    def check_compatible(self, checkpoint: Path) -> None:
-        """Raises UserError where another run's checkpoint has another adapter, or other rows at the same update."""
-        if (start := self.config["adapter"]["start_from"]) is not None:
-            raise UserError(
-                f"adapter.start_from={start} and train.resume={checkpoint} both bring an adapter: leave one out."
-            )
-        binding = {leaf.key for leaf in leaves(Config) if leaf.field.metadata["binds_checkpoint"]}
-        if different := [text for key, text in self._differences(checkpoint).items() if key in binding]:
-            raise UserError(
-                f"{checkpoint} was made with another config: {'; '.join(different)}. Set these back to resume from it."
-            )
-
-    def _differences(self, folder: Path) -> dict[str, str]:
-        path = folder / "config.yaml"
+    def _differences(self) -> dict[str, str]:
+        path = self.path / "config.yaml"
         return differences(path, self.config) if path.exists() else {}
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -271,8 +239,7 @@ class RunFolder:
     def save_checkpoint(
         self, model: nn.Module, optimizer: Optimizer, progress: Progress, keep: int, scaler: GradScaler | None = None
     ) -> None:
-        """checkpoints/<update>: adapter, optimizer with its gradient scaler, progress and config; then removes all but
-        the last `keep`."""
+        """checkpoints/UPDATE: adapter, optimizer with its gradient scaler, progress. Keeps the last `keep` of them."""
         moments = optimizer_state(optimizer, scaler, keep=self.is_main)
 
         def write(folder: Path) -> None:
@@ -281,7 +248,6 @@ class RunFolder:
             with (folder / "optimizer.pt").open("wb") as file:
                 torch.save(moments, file)
             progress.write(folder / "progress.json")
-            (folder / "config.yaml").write_text(yaml.safe_dump(self.config, sort_keys=False))
             files.write_checksums(folder)
 
         self._save(f"checkpoints/{progress.update}", model, write)

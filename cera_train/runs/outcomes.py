@@ -66,12 +66,10 @@ class TokenLosses:
         return read
 
 
-def read_losses(run: Path) -> tuple[TokenLosses | None, TokenLosses]:
-    """The losses before the first update and after the last. The first are None for a run that went on from another
-    run's checkpoint."""
-    before, after = run / LOSSES_BEFORE, run / LOSSES_AFTER
-    _require(after, "let the command that began the run finish it")
-    return TokenLosses.read(before) if before.is_file() else None, TokenLosses.read(after)
+def read_losses(run: Path) -> TokenLosses:
+    """The losses after the last update."""
+    _require(run / LOSSES_AFTER, "let the command that began the run finish it")
+    return TokenLosses.read(run / LOSSES_AFTER)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

@@ -44,39 +44,39 @@ class Mix(StrEnum):
 
 @dataclass
 class AdapterConfig:
-    kind: AdapterKind = setting(AdapterKind.cera, "result", binds_checkpoint=True)
+    kind: AdapterKind = setting(AdapterKind.cera, "result")
     """cera, lora, rslora, dora, peft (any other method of PEFT) or full (every weight, no adapter)."""
-    r: int | None = setting(64, "result", binds_checkpoint=True)
+    r: int | None = setting(64, "result")
     """Rank. null: PEFT's default for `kind=peft`; full has none."""
-    alpha: float | None = setting(None, "result", binds_checkpoint=True)
+    alpha: float | None = setting(None, "result")
     """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)). null: a scale of 1, or PEFT's for `kind=peft`."""
-    dropout: float = setting(0.1, "result", binds_checkpoint=True)
+    dropout: float = setting(0.1, "result")
     """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on the input of A."""
-    activation: Activation = setting(Activation.silu, "result", binds_checkpoint=True)
+    activation: Activation = setting(Activation.silu, "result")
     """The gate of cera."""
-    init: Init = setting(Init.kaiming_normal, "result", binds_checkpoint=True)
+    init: Init = setting(Init.kaiming_normal, "result")
     """How cera draws A. kaiming_normal: variance 2 / d_in, the paper's; kaiming_uniform: 1 / (3 d_in), as LoRA."""
-    init_scale: float = setting(1.0, "result", binds_checkpoint=True)
+    init_scale: float = setting(1.0, "result")
     """cera draws A so many times as large: the larger A x, the less linear the gate."""
-    dropout_on: DropoutOn = setting(DropoutOn.hidden, "result", binds_checkpoint=True)
+    dropout_on: DropoutOn = setting(DropoutOn.hidden, "result")
     """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
-    mix: Mix = setting(Mix.none, "result", binds_checkpoint=True)
+    mix: Mix = setting(Mix.none, "result")
     """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is trained from 0."""
-    target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result", binds_checkpoint=True)
+    target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result")
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
     full trains every module."""
-    target_parameters: list[str] | None = setting(None, "result", binds_checkpoint=True)
+    target_parameters: list[str] | None = setting(None, "result")
     """cera: experts' parameters, such as [mlp.experts.down_proj]: every expert gets a branch. null: none."""
-    experts: bool = setting(False, "result", binds_checkpoint=True)
+    experts: bool = setting(False, "result")
     """cera: adapt all projections of all experts too. false: `all-linear` leaves them out, since a branch for each of
     many experts is most of an adapter (Qwen3-30B-A3B at r=16: 47 times the rest)."""
-    expert_r: int | None = setting(None, "result", binds_checkpoint=True)
+    expert_r: int | None = setting(None, "result")
     """Rank of an expert's branch. null: r."""
-    layers: list[int] | None = setting(None, "result", binds_checkpoint=True)
+    layers: list[int] | None = setting(None, "result")
     """Only these layers. null: every layer."""
-    method: str | None = setting(None, "result", binds_checkpoint=True)
+    method: str | None = setting(None, "result")
     """The PEFT method of `kind=peft`: a name of peft.PeftType, such as MISS."""
-    settings: Any = setting(None, "result", binds_checkpoint=True)
+    settings: Any = setting(None, "result")
     """Further fields of the PEFT config, such as {init_weights: bat}. null: none."""
     start_from: str | None = setting(None, "result")
     """cera, lora, rslora, dora: the folder of a finished run or of an adapter (RUN/best) whose weights a new run starts

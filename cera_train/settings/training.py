@@ -37,6 +37,9 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+Resume = StrEnum("Resume", ["auto", "never"])
+
+
 class TrackerKind(StrEnum):
     wandb = "wandb"
     trackio = "trackio"
@@ -48,7 +51,7 @@ class TrackerKind(StrEnum):
 
 @dataclass
 class OptimizerConfig:
-    kind: OptimizerKind = setting(OptimizerKind.adamw, "result", binds_checkpoint=True)
+    kind: OptimizerKind = setting(OptimizerKind.adamw, "result")
     lr: float = setting(3e-4, "result")
     """Peak learning rate."""
     weight_decay: float = setting(0.01, "result")
@@ -71,7 +74,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainConfig:
-    batch_size: int = setting(64, "result", binds_checkpoint=True)
+    batch_size: int = setting(64, "result")
     """Sequences per update."""
     micro_batch_tokens: int = setting(4096, "cost")
     """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it, dropout's masks do."""
@@ -111,13 +114,13 @@ class TrainConfig:
     samples: int = setting(0, "nothing")
     """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl. Without tasks the
     prompts are those of the first evaluation rows."""
-    seed: int = setting(0, "result", binds_checkpoint=True)
+    seed: int = setting(0, "result")
     extend: bool = setting(False, "nothing")
     """Where the run's folder is finished and epochs or max_updates is larger now, go on to that length;
     RUN/ends/UPDATE keeps the run as it ended."""
-    resume: str = setting("auto", "nothing")
+    resume: Resume = setting(Resume.auto, "nothing")
     """auto: go on from the last sound checkpoint in the run's folder; never: start anew, and refuse to overwrite a
-    finished run; a checkpoint's folder: go on from that."""
+    finished run."""
 
     def __post_init__(self) -> None:
         require_positive(

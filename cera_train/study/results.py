@@ -133,7 +133,7 @@ def _read_cell(study: Study, cell: Cell) -> CellResult:
 
 def _read_outcome(name: str, run: Path) -> Outcome:
     if name == LOSS:
-        _, losses = read_losses(run)
+        losses = read_losses(run)
         counts = losses.tokens > 0
         tokens = losses.tokens[counts]
         return Outcome(losses.tokens.tolist(), losses.sums()[counts] / tokens, tokens)

@@ -110,12 +110,10 @@ class Session:
         self.model = adapters.build(base, config.adapter, team.is_sharded)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
-        self.resumes_here = resume_from is not None and folder.holds(resume_from)
+        self.resumes = resume_from is not None
         self.progress, moments = Progress(data_digest=self.data.train.digest), None
         if resume_from is not None:
             self.progress, moments = load_checkpoint(resume_from, self.model, self.data.train.digest)
-            if not self.resumes_here:
-                self.progress.forget_best()  # that adapter lies in another folder
         elif config.adapter.start_from is not None:
             load_start(self.model, config.adapter, self.base_fingerprint)
 
@@ -143,11 +141,6 @@ class Session:
         self.exams = Exams(config, self.tokenizer, self.local_loss, team)
         self.order = self.data.train.order(config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
-        if resume_from is not None and not self.resumes_here and self.progress.update >= self.updates:
-            raise UserError(
-                f"train.resume={resume_from} leaves nothing to do: this run ends at update {self.updates:,}. Set a "
-                "larger train.max_updates or train.epochs."
-            )
         self.extended_from: int | None = None  # the last update of the run that `train.extend` makes longer
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=team.is_main)
@@ -169,7 +162,7 @@ class Session:
         if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
             self.extended_from = result.updates
             keep_end(folder.path)
-        folder.rewind(done if self.resumes_here else None)
+        folder.rewind(done if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
         folder.write_config(environment(self.team.processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)

@@ -38,6 +38,7 @@ from cera_train.runs.results import (
     figure,
 )
 from cera_train.settings.run import Config
+from cera_train.settings.training import Resume
 from cera_train.training import console
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
@@ -73,7 +74,8 @@ def train(config: Config) -> dict[str, Any]:
             if folder.is_main:
                 print_line("finished", f"{path}: perplexity {figure(result.perplexity, 2)}. Its result stands.")
             return result.to_json()
-        checkpoint = folder.checkpoint_for(config.train.resume) if folder.is_main else None
+        resumes = folder.is_main and config.train.resume == Resume.auto
+        checkpoint = folder.newest_checkpoint() if resumes else None
         with Session(config, precision, folder, checkpoint) as session, session.interruption:
             return run(session)
 
@@ -267,7 +269,7 @@ def stop(session: Session, signal: int) -> None:
     save(session)
     session.bar.close()
     if session.team.is_main:
-        command = "same command" if session.config.train.resume == "auto" else "command with train.resume=auto"
+        command = "same command" if session.config.train.resume == Resume.auto else "command with train.resume=auto"
         print_line("stopped", f"after update {session.progress.update}, saved. The {command} goes on.")
     session.tracker.finish()
     session.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended

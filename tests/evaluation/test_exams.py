@@ -150,10 +150,6 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
         with pytest.raises(ZeroDivisionError):
             train(config)
     assert train(config)["logistic_map/exact"] == 0.5
-    # A run that goes on from its checkpoint without tasks has no figures.
-    checkpoint = folder_of(config) / "checkpoints" / "4"
-    longer = tiny_config(f"train.resume={checkpoint}", "train.max_updates=5", "name=longer")
-    assert FIGURES[0] not in train(longer)
 
 
 # --- samples without a task ------------------------------------------------------------------------------------------

@@ -154,10 +154,9 @@ def test_a_run_without_a_sound_checkpoint_is_refused_and_named(run, start, unint
     for checkpoint in newest_first(run):
         truncate(checkpoint / "optimizer.pt")
     before = content(run)
-    for resume in ("auto", f"outputs/run/checkpoints/{newest_first(run)[0].name}"):
-        line = refuse(start(f"train.resume={resume}"))
-        assert f"train.resume={resume} finds only damaged checkpoints: outputs/run/checkpoints/" in line
-        assert line.endswith("Restore one of them, or start anew with train.resume=never.")
+    line = refuse(start())
+    assert "outputs/run has only damaged checkpoints: outputs/run/checkpoints/" in line
+    assert line.endswith("Restore one of them, or start anew with train.resume=never.")
     assert content(run) == before
     finish(start("train.resume=never"))
     assert content(run).keys() == uninterrupted.keys()

@@ -4,6 +4,7 @@ other, so that each process pays its imports once."""
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,15 @@ def train_in_processes(runs: list[list[str]], processes: int, cwd: Path) -> str:
     """Trains the configs of these overrides; returns what was printed."""
     (cwd / "runs.json").write_text(json.dumps(runs))
     return torchrun(f"--nproc_per_node={processes}", __file__, cwd=cwd)
+
+
+def cut_copy(run: Path, folder: Path, update: int) -> None:
+    """A copy of a finished run, as if it had been cut after a checkpoint."""
+    shutil.copytree(run, folder)
+    (folder / "result.json").unlink()
+    for checkpoint in (folder / "checkpoints").iterdir():
+        if int(checkpoint.name) > update:
+            shutil.rmtree(checkpoint)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from cera_train.runs.evaluation_folder import PerplexityResult
 from cera_train.runs.folder import Progress
 from cera_train.runs.outcomes import (
     LOSSES_AFTER,
-    LOSSES_BEFORE,
     GradedProblem,
     TokenLosses,
     read_grades,
@@ -84,7 +83,6 @@ def test_a_broken_file_of_losses_is_named(tmp_path: Path, tensors: dict) -> None
 
 
 def test_an_unfinished_run_has_no_outcomes_yet(tmp_path: Path) -> None:
-    losses_of([1.0]).write(tmp_path / LOSSES_BEFORE)
     with pytest.raises(
         UserError, match="losses_after.safetensors is missing: let the command that began the run finish"
     ):

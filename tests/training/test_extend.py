@@ -122,7 +122,7 @@ def test_what_cannot_be_extended_is_refused(tiny_config, short):
     folder = folder_of(short)
     refused("is 4: set more", "train.max_updates=4", "train.epochs=1", "train.extend=true")
     refused("optimizer.lr was 0.01, is 0.02", *LONG, "optimizer.lr=0.02", "train.extend=true")
-    refused("another config: train.epochs was 1, is 2. .* To train longer, add train.extend=true, or", *LONG)
+    refused("another config: train.epochs was 1, is 2. .* To train longer, add train.extend=true.", *LONG)
     tree = yaml.safe_load((folder / "config.yaml").read_text())
     tree["train"]["patience"] = 1
     (folder / "config.yaml").write_text(yaml.safe_dump(tree))

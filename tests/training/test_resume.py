@@ -12,10 +12,9 @@ import torch
 import yaml
 from tiny_runs import adapter_bytes, folder_of, metrics_of, scale_gradients, timeless_metrics, train_and_die_after
 
-from cera_train.common.errors import UserError
 from cera_train.model.precision import Precision
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, read_losses
+from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.results import METRICS
 from cera_train.settings.model import Dtype
 from cera_train.training.session import settle
@@ -60,31 +59,6 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
     assert ends[0] == ends[1]
     assert (ends[0]["scale"], ends[0]["_growth_tracker"]) == (16, 2)  # 12 updates are twice 5 and 2
     assert adapter_bytes(cut) == adapter_bytes(whole)
-
-
-def test_resume_from_another_folders_checkpoint_goes_on_from_there(trained_config, tiny_config):
-    whole = trained_config()
-    checkpoint = f"train.resume={folder_of(whole) / 'checkpoints' / '8'}"
-    branch = tiny_config("name=branch", checkpoint)
-    assert train(branch)["best_update"] == 12  # a best of its own
-    assert (folder_of(branch) / "best" / "adapter_model.safetensors").exists()
-    assert adapter_bytes(branch) == adapter_bytes(whole)
-    assert min(line["update"] for line in metrics_of(branch)) == 9
-    before, after = read_losses(folder_of(branch))  # no update came before the first of this folder's
-    assert before is None
-    assert after.losses.tolist() == read_losses(folder_of(whole))[1].losses.tolist()
-
-    def refused(message: str, *overrides: str) -> None:
-        with pytest.raises(UserError, match=message):
-            train(tiny_config("name=other", *overrides))
-        assert not folder_of(tiny_config("name=other")).exists()
-
-    refused("train.batch_size was 16, is 8; train.seed was 0, is 1", checkpoint, "train.batch_size=8", "train.seed=1")
-    refused("leaves nothing to do: this run ends at update 8. Set a larger", checkpoint, "train.max_updates=8")
-    refused("adapter.r was 4, is 8", checkpoint, "adapter.r=8")
-    refused("adapter.kind was 'cera', is 'lora'", checkpoint, "adapter=lora", "adapter.r=4")
-    refused("optimizer.kind was 'adamw', is 'adamw_8bit'", checkpoint, "optimizer=adamw_8bit")
-    refused("expected auto, never or the folder of a checkpoint", f"train.resume={folder_of(whole)}")
 
 
 @pytest.mark.parametrize(

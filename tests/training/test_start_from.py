@@ -131,9 +131,7 @@ def test_what_is_no_adapter_or_took_a_part_of_the_base_is_refused(first, tiny_co
     refused("adapter.start_from=nowhere does not exist: expected a folder", "adapter.start_from=nowhere")
     (first / "result.json").unlink()
     refused(f"take its best adapter so far, adapter.start_from={first}/best", f"adapter.start_from={first}")
-    checkpoint = first / "checkpoints" / "4"
     best = f"adapter.start_from={first}/best"
-    refused("both bring an adapter: leave one out", f"train.resume={checkpoint}", best)
     (tmp_path / "pissa").mkdir()
     description = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}
     (tmp_path / "pissa" / "adapter_config.json").write_text(json.dumps(description))

@@ -21,7 +21,7 @@ from cera_train.common.settings import to_plain
 from cera_train.data.logistic_map import problems
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.model.loss import perplexity
-from cera_train.runs.outcomes import read_losses
+from cera_train.runs.outcomes import LOSSES_BEFORE, TokenLosses, read_losses
 from cera_train.runs.results import DIVERGED
 from cera_train.settings.distributed import Strategy
 from cera_train.training.session import settle
@@ -85,7 +85,7 @@ def test_metrics_have_the_promised_names(finished):
     assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
-    before, after = read_losses(folder_of(config))
+    before, after = TokenLosses.read(folder_of(config) / LOSSES_BEFORE), read_losses(folder_of(config))
     assert [perplexity(losses.mean) for losses in (before, after)] == [
         *(result["perplexity_before"], result["eval/perplexity"])
     ]
@@ -106,7 +106,7 @@ def test_the_final_adapter_gives_the_losses_of_every_held_out_token_through_plai
             log_p = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected += [-log_p[place, token].item() for place, token in enumerate(answer)]
         tokens.append(len(answer))
-    _, losses = read_losses(folder_of(config))
+    losses = read_losses(folder_of(config))
     assert losses.tokens.tolist() == tokens
     assert losses.losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert perplexity(sum(expected) / len(expected)) == pytest.approx(result["eval/perplexity"], rel=1e-4)
@@ -159,7 +159,7 @@ def test_patience_stops_when_perplexity_no_longer_falls(tiny_config):
     result = train(config)
     assert result["updates"] < 100
     assert result["updates"] == result["best_update"] + 4
-    assert perplexity(read_losses(folder_of(config))[1].mean) == result["eval/perplexity"]
+    assert perplexity(read_losses(folder_of(config)).mean) == result["eval/perplexity"]
 
 
 def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):
