@@ -18,6 +18,9 @@ from torch import nn
 from cera_train.adapters.families.base import Branch
 from cera_train.adapters.family import FAMILIES
 
+SUMMARISED = ("effective_rank", "manifold_dimension", "dead_units", "linear_share")
+"""Figures of a module whose mean and maximum a run logs."""
+
 
 @dataclass
 class ModuleSpectrum:
@@ -50,6 +53,11 @@ class ModuleSpectrum:
             return 0
         explained = variance.cumsum(0) / variance.sum()
         return int((explained < 0.9).sum()) + 1
+
+    def figures(self) -> dict[str, float]:
+        """Its figures by name, without those that the method has not."""
+        figures = {name: getattr(self, name) for name in (*SUMMARISED, "gamma")}
+        return {name: value for name, value in figures.items() if value is not None}
 
 
 class _Moments:
@@ -185,7 +193,7 @@ def measure_spectra(
 def spectrum_metrics(spectra: dict[str, ModuleSpectrum]) -> dict[str, float]:
     """Mean and maximum over the modules, by the names of the log; empty without spectra."""
     metrics = {}
-    for kind in ("effective_rank", "manifold_dimension", "dead_units", "linear_share"):
+    for kind in SUMMARISED:
         values = [getattr(spectrum, kind) for spectrum in spectra.values()]
         if values := [value for value in values if value is not None]:
             metrics |= {f"spectrum/{kind}/mean": sum(values) / len(values), f"spectrum/{kind}/max": max(values)}

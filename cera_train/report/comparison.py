@@ -162,8 +162,8 @@ def cautions(runs: Sequence[Run]) -> list[str]:
         keys = ", ".join(row["setting"] for row in rows)
         notes.append(f"Perplexities and spectra are on different evaluation rows or tokens ({keys}): do not rank them.")
     check("The runs are on different base models", lambda run: run.base, trained)
-    measured = [run for run in trained if run.files.environment.machine]
-    check("Speed, time and peak memory are of different machines", lambda run: run.files.environment.machine, measured)
+    measured = [run for run in trained if run.environment.machine]
+    check("Speed, time and peak memory are of different machines", lambda run: run.environment.machine, measured)
     for task in task_names(runs):
         settings = {run.name: run.evaluations[task].settings for run in runs if task in run.evaluations}
         for row in differing_settings(settings, EvalConfig):
@@ -180,7 +180,7 @@ def missing_pieces(runs: Sequence[Run]) -> list[str]:
     lines, tasks = [], task_names(runs)
     for run in runs:
         if run.is_unfinished:
-            lines.append(f"{run.name} is unfinished (update {run.files.metrics.last_update:,}).")
+            lines.append(f"{run.name} is unfinished (update {run.metrics.last_update:,}).")
         for task in tasks:
             evaluation = run.evaluations.get(task)
             if evaluation is None or evaluation.result is None:

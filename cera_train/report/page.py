@@ -41,7 +41,7 @@ def compare_runs(folders: Sequence[Path]) -> Page:
         Table("Settings", settings, "In which the training runs differ.", in_terminal=False),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
-    commands = {run.name: run.files.environment.command_line or "not on record" for run in trained}
+    commands = {run.name: run.environment.command_line or "not on record" for run in trained}
     return Page(title, tables, plan_pictures(runs), commands, [*cautions(runs), *notes, *missing_pieces(runs)])
 
 
@@ -90,7 +90,7 @@ def _perplexity(run: Run) -> str:
     figures, notes = run.figures, []
     value, best = figures.perplexity, figures.best_perplexity
     if run.is_unfinished and value is not None:
-        notes.append(f"unfinished, at update {run.files.metrics.evaluations[-1].update:,}")
+        notes.append(f"unfinished, at update {run.metrics.evaluations[-1].update:,}")
     if None not in (value, best, figures.best_update) and best < value:
         notes.append(f"best {best:.3f} at update {figures.best_update:,}")
     return cell(value, "{:.3f}", *notes, *_paper(run, "eval/perplexity", value))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cera_train.common.pages import Picture, shortened, styles_of
 from cera_train.report.comparison import graded, task_names
 from cera_train.report.runs import Run, accuracy_metric, group_by
-from cera_train.runs.results import mean_spectrum
+from cera_train.runs.results import SPECTRUM, mean_spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,22 +28,22 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
         _against_rank(runs, "effective rank", lambda run: run.figures.spectrum.effective_rank_mean),
         _curves(
             *(runs, "spectra", "Spectra", "direction", "share of the singular values"),
-            lambda run: list(enumerate(mean_spectrum(run.files.spectrum), start=1)),
+            lambda run: list(enumerate(mean_spectrum(run.folder / SPECTRUM), start=1)),
             "Singular values of the branch's centred output over their sum, in the mean over modules.",
         ),
         _curves(
             *(runs, "training-curves", "Training loss", "update", "training loss"),
-            lambda run: [(line.update, line.loss) for line in run.files.metrics.updates],
+            lambda run: [(line.update, line.loss) for line in run.metrics.updates],
             "In nats per supervised token.",
         ),
         _curves(
             *(runs, "evaluation-curves", "Perplexity during training", "update", "perplexity"),
-            lambda run: [(line.update, line.perplexity) for line in run.files.metrics.evaluations],
+            lambda run: [(line.update, line.perplexity) for line in run.metrics.evaluations],
             "On the evaluation rows; update 0 is before training.",
         ),
         _curves(
             *(runs, "linear-share", "Linear share during training", "update", "linear share"),
-            lambda run: [(line.update, line.spectrum.linear_share_mean) for line in run.files.metrics.evaluations],
+            lambda run: [(line.update, line.spectrum.linear_share_mean) for line in run.metrics.evaluations],
             "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
             "is 1.",
         ),
@@ -58,7 +58,7 @@ def _is_finite(value: float | None) -> bool:
 
 def _against_rank(runs: Sequence[Run], label: str, value: Callable[[Run], float | None]) -> Picture | None:
     """A figure of the finished runs on the same evaluation rows and base model, by rank: of the largest such group."""
-    runs = [run for run in runs if run.files.result and run.rank and _is_finite(value(run))]
+    runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
     runs = max(group_by(runs, lambda run: (run.evaluation_rows, run.base)).values(), key=len, default=[])
     if len(runs) < 2:
         return None

@@ -18,7 +18,7 @@ from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import AccuracyResult, GradedAnswers, PerplexityResult, read_evaluation_result
 from cera_train.runs.records import load_config
-from cera_train.runs.results import RunFiles, RunResult
+from cera_train.runs.results import METRICS, Environment, Metrics, RunResult, read_metrics
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import evaluation_rows
 
@@ -93,17 +93,20 @@ class Run:
     """By the name of their task."""
     is_training: bool = False
     """False: there are evaluations only."""
-    files: RunFiles = field(default_factory=RunFiles)
+    result: RunResult | None = None
+    metrics: Metrics = field(default_factory=Metrics)
+    environment: Environment = field(default_factory=Environment)
     published: dict[str, float] = field(default_factory=dict)
     """The paper's figures: a key of result.json, or TASK/METRIC of an evaluation."""
 
     @property
     def figures(self) -> RunResult:
-        return self.files.figures
+        """The result; while the run is unfinished, its latest figures."""
+        return self.result or self.metrics.so_far()
 
     @property
     def is_unfinished(self) -> bool:
-        return self.is_training and self.files.result is None
+        return self.is_training and self.result is None
 
     @property
     def kind(self) -> str:
@@ -185,7 +188,14 @@ def _read_run(folder: Path) -> Run | None:
         return _without_training(folder, evaluations) if evaluations else None
     config = load_config(path)
     settings, name = flatten(to_plain(config)), clean(config.name)  # no picture can show half of a surrogate pair
-    return Run(folder, name, settings, config.adapter, evaluations, True, RunFiles.read(folder), config.published)
+    return Run(
+        *(folder, name, settings, config.adapter, evaluations),
+        is_training=True,
+        result=RunResult.find(folder / "result.json"),
+        metrics=read_metrics(folder / METRICS),
+        environment=Environment.find(folder / "environment.json") or Environment(),
+        published=config.published,
+    )
 
 
 def _without_training(folder: Path, evaluations: dict[str, Evaluation]) -> Run:

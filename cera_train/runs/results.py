@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
-from cera_train.common.errors import UserError
-from cera_train.common.files import read_json, write_text
+from cera_train.common.files import read_json
 from cera_train.common.terminal import duration
-from cera_train.runs.records import RESTORE, Record, key, read_trees
+from cera_train.runs.records import Record, key, read_trees
 
 Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if value is None else value)]
 """JSON has no infinity: null reads as infinite, and a missing key as None."""
@@ -119,40 +117,25 @@ class Environment(Record, extra="allow"):
         return f"{device}, {processes} process{'es' * (processes != 1)}"
 
 
+SPECTRUM = "spectrum.json"
+
+
 class ModuleSpectrumRecord(Record):
-    """One adapted module in spectrum.json."""
+    """One adapted module in spectrum.json, and what else stands there."""
 
-    effective_rank: float
-    manifold_dimension: int
-    dead_units: float | None = None  # None without a gate
-    singular_values: list[float] | None = None  # of the centred branch output, descending
-    linear_share: float | None = None
-    gamma: float | None = None
+    singular_values: list[float] = Field(min_length=1)  # of the centred branch output, descending
 
 
-def read_spectrum(path: Path) -> dict[str, ModuleSpectrumRecord]:
-    """spectrum.json by module name; empty where there is none."""
+def mean_spectrum(path: Path) -> list[float]:
+    """Singular values over their sum, in the mean over the modules of a spectrum.json, as the paper draws them; a
+    module with fewer directions counts as zero further on. Empty without the file."""
     trees = read_json(path) if path.is_file() else {}
-    modules = {name: ModuleSpectrumRecord.from_json(tree, path) for name, tree in trees.items()}
-    for name, module in modules.items():
-        if not module.singular_values:
-            raise UserError(f"{path} is broken: module {name[:60]!r} has no singular values. {RESTORE}")
-    return modules
-
-
-def mean_spectrum(modules: dict[str, ModuleSpectrumRecord]) -> list[float]:
-    """Singular values over their sum, in the mean over modules, as the paper draws them; a module with fewer
-    directions counts as zero further on."""
     normalized = []
-    for module in modules.values():
-        total = sum(module.singular_values)
-        normalized.append([value / total if total > 0 else 0.0 for value in module.singular_values])
+    for name, tree in trees.items():
+        values = ModuleSpectrumRecord.from_json(tree, f"{path}: {name[:60]!r}").singular_values
+        total = sum(values)
+        normalized.append([value / total if total > 0 else 0.0 for value in values])
     return [sum(column) / len(normalized) for column in itertools.zip_longest(*normalized, fillvalue=0.0)]
-
-
-def write_spectrum(path: Path, modules: dict[str, ModuleSpectrumRecord]) -> None:
-    tree = {name: module.model_dump(exclude_none=True) for name, module in modules.items()}
-    write_text(path, json.dumps(tree, indent=2) + "\n")
 
 
 # --- metrics.jsonl ---------------------------------------------------------------------------------------------------
@@ -224,30 +207,6 @@ def read_metrics(path: Path) -> Metrics:
         else:
             metrics.updates.append(UpdateMetrics.from_json(tree, place))
     return metrics
-
-
-@dataclass
-class RunFiles:
-    """What lies in a run's folder."""
-
-    result: RunResult | None = None  # None: the run is unfinished
-    metrics: Metrics = field(default_factory=Metrics)
-    spectrum: dict[str, ModuleSpectrumRecord] = field(default_factory=dict)
-    environment: Environment = field(default_factory=Environment)
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        return cls(
-            RunResult.find(folder / "result.json"),
-            read_metrics(folder / METRICS),
-            read_spectrum(folder / "spectrum.json"),
-            Environment.find(folder / "environment.json") or Environment(),
-        )
-
-    @property
-    def figures(self) -> RunResult:
-        """The result; while a run is unfinished, its latest figures."""
-        return self.result or self.metrics.so_far()
 
 
 # --- figures in a line -----------------------------------------------------------------------------------------------

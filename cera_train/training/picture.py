@@ -7,14 +7,14 @@ from pathlib import Path
 
 from cera_train.common.files import write_bytes
 from cera_train.common.pages import COLORS, GRID
-from cera_train.runs.results import read_metrics
+from cera_train.runs.results import METRICS, SPECTRUM, mean_spectrum, read_metrics
 
 
-def draw_run(folder: Path, spectrum: list[float], title: str) -> Path:
-    """Writes run.png from metrics.jsonl and the mean normalised singular values, which may be missing."""
+def draw_run(folder: Path, title: str) -> Path:
+    """Writes run.png from metrics.jsonl and spectrum.json, which may be missing."""
     from matplotlib.figure import Figure
 
-    metrics = read_metrics(folder / "metrics.jsonl")
+    metrics, spectrum = read_metrics(folder / METRICS), mean_spectrum(folder / SPECTRUM)
     tasks = [(line.update, line.tasks) for line in metrics.evaluations if line.tasks]
     count = 1 + bool(spectrum) + bool(tasks)
     figure = Figure(figsize=(max(10, 5 * count), 3.6), layout="constrained")

@@ -4,6 +4,7 @@ needs."""
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 
 from cera_train.adapters.build import rank
-from cera_train.adapters.spectrum import ModuleSpectrum, spectrum_metrics
+from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
+from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
 from cera_train.common.terminal import print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
@@ -22,15 +24,14 @@ from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
 from cera_train.model.loss import perplexity
-from cera_train.runs import results
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
 from cera_train.runs.results import (
     SAMPLES,
     SPECTRA,
+    SPECTRUM,
     EvaluationMetrics,
-    ModuleSpectrumRecord,
     RunResult,
     UpdateMetrics,
     describe_evaluation,
@@ -218,8 +219,7 @@ def evaluate(session: Session) -> None:
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
     session.log(metrics)
     if session.team.is_main and spectra:
-        records = spectrum_records(spectra).items()
-        modules = {name: record.model_dump(exclude={"singular_values"}, exclude_none=True) for name, record in records}
+        modules = {name: spectrum.figures() for name, spectrum in spectra.items()}
         folder.append(SPECTRA, {"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
@@ -241,21 +241,6 @@ def answer_tasks(session: Session) -> dict[str, float]:
         session.bar.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
     progress.tasks = results.figures or progress.tasks
     return results.figures
-
-
-def spectrum_records(spectra: dict[str, ModuleSpectrum]) -> dict[str, ModuleSpectrumRecord]:
-    """The spectrum of each module, as it is written."""
-    return {
-        name: ModuleSpectrumRecord(
-            effective_rank=module.effective_rank,
-            manifold_dimension=module.manifold_dimension,
-            dead_units=module.dead_units,
-            singular_values=module.singular_values.tolist(),
-            linear_share=module.linear_share,
-            gamma=module.gamma,
-        )
-        for name, module in spectra.items()
-    }
 
 
 def save(session: Session) -> None:
@@ -303,11 +288,14 @@ def finish(session: Session) -> dict[str, Any]:
     )
     folder.save_final(session.model, session.tokenizer)
     if session.team.is_main:
-        modules = spectrum_records(spectra)
-        if modules:  # a method may have no spectrum
-            results.write_spectrum(folder.path / "spectrum.json", modules)
+        if spectra:  # a method may have none
+            modules = {
+                name: spectrum.figures() | {"singular_values": spectrum.singular_values.tolist()}
+                for name, spectrum in spectra.items()
+            }
+            write_text(folder.path / SPECTRUM, json.dumps(modules, indent=2) + "\n")
         write_card(folder.path, result)
-        draw_run(folder.path, results.mean_spectrum(modules), config.name)
+        draw_run(folder.path, config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
         console.print_result(result, config)
     return result.to_json()

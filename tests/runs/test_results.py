@@ -22,7 +22,7 @@ from cera_train.runs.outcomes import (
     read_losses,
     write_grades,
 )
-from cera_train.runs.results import RunResult, figure
+from cera_train.runs.results import RunResult, figure, mean_spectrum
 
 
 def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
@@ -34,6 +34,15 @@ def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: 
         assert type(result).read(path) == result
     assert RunResult().perplexity is None
     assert [figure(value) for value in (math.inf, None, 1234.5678, 1e12)] == ["inf", "–", "1,234.568", "1e+12"]
+
+
+def test_the_mean_spectrum_is_over_modules_of_any_rank(tmp_path: Path) -> None:
+    path = tmp_path / "spectrum.json"
+    path.write_text('{"q_proj": {"singular_values": [3.0, 1.0]}, "v_proj": {"singular_values": [2.0]}}')
+    assert mean_spectrum(path) == [(0.75 + 1) / 2, 0.25 / 2]
+    path.write_text('{"q_proj": {"singular_values": []}}')
+    with pytest.raises(UserError, match="spectrum.json: 'q_proj' is broken: singular_values: List should have"):
+        mean_spectrum(path)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ def test_each_panel_is_drawn_where_it_has_something_to_show(tmp_path, spectrum, 
         {"update": 2, "epoch": 0, "train/loss": None, "train/perplexity": None},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    picture = matplotlib.image.imread(draw_run(tmp_path, spectrum, "run"))
+    modules = {"q_proj": {"singular_values": spectrum}} if spectrum else {}
+    (tmp_path / "spectrum.json").write_text(json.dumps(modules))
+    picture = matplotlib.image.imread(draw_run(tmp_path, "run"))
     assert picture.shape[1] == max(2, 1 + bool(spectrum) + bool(figures)) * 5 * 150
     assert picture.std() > 0
