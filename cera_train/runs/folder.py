@@ -133,8 +133,11 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Oldest first."""
-        folders = [path for path in (self.path / "checkpoints").glob("[0-9]*") if path.name.isdecimal()]
-        return sorted(folders, key=lambda path: int(path.name))
+        return _by_update(self.path / "checkpoints")
+
+    def ends(self) -> list[Path]:
+        """The folders of the earlier ends of a run that `train.extend` made longer, oldest first."""
+        return [path for path in _by_update(self.path / "ends") if (path / "result.json").is_file()]
 
     def newest_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint; None where there is none at all. Prints which damaged ones it skips; raises
@@ -159,39 +162,15 @@ class RunFolder:
         config that changes the result, unless `train.extend` makes it longer and nothing else."""
         checkpoints, is_finished = self.checkpoints(), self.result() is not None
         if resume == Resume.never:
-            if is_finished or ends(self.path):
+            if is_finished or self.ends():
                 raise UserError(f"{self.path} holds a finished run: choose another name=..., or remove the folder.")
             return
         different = self._differences() if checkpoints or is_finished else {}
         is_longer = different.keys() <= set(LENGTH) and bool(checkpoints)
-        if not different:
-            return
-        if is_longer and self.config["train"]["extend"]:
-            self.check_extension(checkpoints[-1])
+        if not different or (is_longer and self.config["train"]["extend"]):
             return
         mend = "Set these back, or choose another name=..." + " To train longer, add train.extend=true." * is_longer
         raise UserError(f"{self.path} holds a run with another config: {'; '.join(different.values())}. {mend}")
-
-    def check_extension(self, checkpoint: Path) -> None:
-        """Raises UserError where `train.extend` has nothing to extend. `checkpoint` is the last."""
-        train, progress = self.config["train"], checkpoint / "progress.json"
-        finished = self.path if (self.path / "result.json").is_file() else next(reversed(ends(self.path)), None)
-        if finished is None:
-            raise UserError(
-                f"train.extend=true is for a finished run: let the command that began {self.path} finish it first."
-            )
-        if progress.is_file() and Progress.read(progress).out_of_patience(train["patience"]):
-            raise UserError(
-                f"train.extend=true: {self.path} stopped by train.patience={train['patience']}, and so would a longer "
-                f"run. Train on in a new folder, with adapter.start_from={self.path} name=NEW and another patience."
-            )
-        end = RunResult.read(finished / "result.json")
-        updates = train["max_updates"] or train["epochs"] * round(end.updates / end.epochs)
-        if updates <= end.updates:
-            raise UserError(
-                f"train.extend=true: {self.path} ended at update {end.updates:,}, and train.epochs={train['epochs']} "
-                f"train.max_updates={train['max_updates']} is {updates:,}: set more."
-            )
 
     def _differences(self) -> dict[str, str]:
         path = self.path / "config.yaml"
@@ -274,10 +253,8 @@ class RunFolder:
         files.write_folder(self.path / name, write)
 
 
-def ends(run: Path) -> list[Path]:
-    """Folders of the earlier ends of a run, oldest first."""
-    folders = [path for path in (run / "ends").glob("[0-9]*") if (path / "result.json").is_file()]
-    return sorted(folders, key=lambda path: int(path.name))
+def _by_update(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
 
 
 def keep_end(run: Path) -> None:

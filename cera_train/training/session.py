@@ -141,6 +141,13 @@ class Session:
         self.exams = Exams(config, self.tokenizer, self.local_loss, team)
         self.order = self.data.train.order(config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
+        if self.is_done and (folder.result() is not None or self.progress.update > self.updates):
+            raise UserError(
+                f"train.extend=true: {folder.path} ended at update {self.progress.update:,}, and with "
+                f"train.epochs={config.train.epochs} train.max_updates={config.train.max_updates} "
+                f"train.patience={config.train.patience} it ends there too: set more, or train on in a new folder, "
+                f"adapter.start_from={folder.path} name=NEW."
+            )
         self.extended_from: int | None = None  # the last update of the run that `train.extend` makes longer
         self.tracker = Tracker()
         self.bar = ProgressBar("update", self.updates, self.progress.update, visible=team.is_main)
