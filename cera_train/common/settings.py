@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -40,27 +40,13 @@ def _field(default: Any, metadata: dict[str, Any]) -> Any:
     return dataclasses.field(**{kind: default}, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One setting of a schema."""
-
-    key: str  # dotted, such as optimizer.lr
-    field: dataclasses.Field
-
-    @property
-    def changes(self) -> Changes:
-        return self.field.metadata["changes"]
-
-
-def leaves(schema: type, prefix: str = "") -> Iterator[Leaf]:
-    """Every setting of a schema, in order."""
-    hints = typing.get_type_hints(schema)
+def fields_of(schema: type, prefix: str = "") -> dict[str, dataclasses.Field]:
+    """The field of every setting of a schema, by its dotted key, such as optimizer.lr."""
+    fields, hints = {}, typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         inner = section_of(hints[field.name])
-        if inner is None:
-            yield Leaf(prefix + field.name, field)
-        else:
-            yield from leaves(inner, f"{prefix}{field.name}.")
+        fields |= {prefix + field.name: field} if inner is None else fields_of(inner, f"{prefix}{field.name}.")
+    return fields
 
 
 def section_of(hint: Any) -> type | None:
@@ -72,9 +58,9 @@ def changes_of(schema: type, key: str) -> Changes:
     """What a key changes: for a section, the strongest change of its settings; for an unknown key, `result`. A key
     below a free-form setting, such as published.math/exact/pass@1, changes what the setting does."""
     changes = [
-        leaf.changes
-        for leaf in leaves(schema)
-        if f"{leaf.key}.".startswith(f"{key}.") or f"{key}.".startswith(f"{leaf.key}.")
+        field.metadata["changes"]
+        for name, field in fields_of(schema).items()
+        if f"{name}.".startswith(f"{key}.") or f"{key}.".startswith(f"{name}.")
     ]
     return min(changes, key=list(Changes).index, default=Changes.result)
 

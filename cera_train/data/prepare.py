@@ -15,7 +15,7 @@ import pyarrow.compute
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
-from cera_train.common.settings import Changes, leaves, require, to_plain
+from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
 from cera_train.data.order import PartRows, RowOrder, StreamedRows, drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import PlacedRow, Source
@@ -239,7 +239,7 @@ def _stream(config: DataConfig, tokenizer: Any) -> TokenizedData:
 
 def _tokenize(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRows:
     """The rows of a source, from the cache or into it."""
-    changing = {leaf.key for leaf in leaves(DataConfig) if leaf.changes == Changes.tokens}
+    changing = {key for key, field in fields_of(DataConfig).items() if field.metadata["changes"] == Changes.tokens}
     settings = {key: value for key, value in to_plain(config).items() if key in changing}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
     template, special = tokenizer.chat_template, tokenizer.special_tokens_map

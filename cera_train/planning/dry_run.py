@@ -143,14 +143,11 @@ class DryRun:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Runs the block on fake tensors, as on the planned device."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(errors_in_one_line(self.config.model, self.base.config.model_type))
-            if self.config.plan.on_gpu:
-                stack.enter_context(choices_of_a_gpu(self.model))
-            # transformers would mask whatever is fake, without a look at the values that the meter makes up.
-            stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda tensor=None: False))
-            stack.enter_context(self.fake_mode)
-            stack.enter_context(self.meter)
+        # transformers would mask whatever is fake, without a look at the values that the meter makes up.
+        sees_values = patch("transformers.masking_utils.is_tracing", lambda tensor=None: False)
+        device = choices_of_a_gpu(self.model) if self.config.plan.on_gpu else contextlib.nullcontext()
+        errors = errors_in_one_line(self.config.model, self.base.config.model_type)
+        with errors, sees_values, device, self.fake_mode, self.meter:
             yield
 
     def cost(self, batch: MicroBatch, accumulates: bool) -> Cost:

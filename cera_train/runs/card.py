@@ -19,7 +19,6 @@ from cera_train.runs.records import load_config
 from cera_train.runs.results import RunResult, figure
 from cera_train.runs.subject import digest_of
 from cera_train.runs.tracking import print_error
-from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
@@ -47,6 +46,8 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 ## How it was trained, and what was measured
 
+| | |
+|---|---|
 {table}
 
 ## Licence
@@ -69,6 +70,7 @@ def write_card(run: Path, result: RunResult) -> None:
     is_cera, is_full = config.adapter.kind == "cera", kind.trains_base
     library = "transformers" if is_full else "peft"
     datasets = [part.path for _, part in config.data.parts() if part.path and not part.train_files]
+    rows = _training(config, result) | _measurements(config, result, evaluations)
     data = card_data(config.model, library, config.adapter.kind.value, datasets)
     text = CARD.format(
         data=data.to_yaml(),
@@ -78,7 +80,7 @@ def write_card(run: Path, result: RunResult) -> None:
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
-        table=_table(_training(config, result) | _measurements(config, result, evaluations)),
+        table="\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in rows.items()),
         terms=f"The base weights are under `{escape(data.license)}`; an adapter of theirs comes under its terms."
         if data.license
         else "The licence of the base weights is not on record here: see where they come from.",
@@ -112,19 +114,10 @@ def _training(config: Config, result: RunResult) -> dict[str, str]:
         "Adapter": f"{title(adapter)}{rank}{where}",
         **start,
         "Trainable parameters": figure(result.trainable_parameters, 0),
-        "Data": " + ".join(_rows(part) for _, part in config.data.parts()),
+        "Data": config.data.title,
         "Training": f"{figure(result.updates, 0)} updates of {train.batch_size} sequences, "
         f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {train.seed}",
     }
-
-
-def _rows(data: DataConfig) -> str:
-    """What an adapter was trained on."""
-    if data.is_computed:
-        return data.layout.value
-    if data.train_files:
-        return ", ".join(Path(name).name for name in data.train_files)
-    return f"{data.path}{f' ({data.subset})' if data.subset else ''}, {data.train_split}"
 
 
 def _measurements(
@@ -144,10 +137,6 @@ def _measurements(
                 text = f"{accuracy.value:.1%} ({bounds}{figure(evaluation.problems, 0)} problems)"
                 rows[f"{evaluation.task}, {accuracy.grader} pass@1"] = text
     return rows
-
-
-def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {escape(name)} | {escape(value)} |" for name, value in rows.items())])
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------

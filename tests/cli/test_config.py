@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cera_train.common.files import config_dir
-from cera_train.common.settings import flatten, leaves, to_plain
+from cera_train.common.settings import fields_of, flatten, to_plain
 from cera_train.settings.adapters import Activation, AdapterKind, DropoutOn, Init, Mix
 from cera_train.settings.data import LossOn
 from cera_train.settings.evaluation import EvalConfig
@@ -89,7 +89,7 @@ def test_recipes_hold_the_published_settings(compose):
 def test_the_defaults_are_those_of_the_settings_and_no_recipe_restates_them(compose):
     config = compose()
     assert (config.adapter.r, config.optimizer.lr, config.train.batch_size, config.train.epochs) == (64, 3e-4, 64, 3)
-    defaults = {leaf.key: leaf.field.default for leaf in leaves(Config)}
+    defaults = {key: field.default for key, field in fields_of(Config).items()}
     files = [*RECIPES, *config_dir("conf").glob("sweep/*.yaml"), *config_dir("conf").glob("optimizer/*.yaml")]
     assert len(files) > 15
     for path in files:

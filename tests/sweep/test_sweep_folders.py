@@ -13,7 +13,7 @@ from made_runs import make_run
 from made_sweeps import FIXED, TINY, content_of, record_sweep, states
 
 from cera_train.cli.mistakes import with_folder_quoted
-from cera_train.common.settings import leaves
+from cera_train.common.settings import fields_of
 from cera_train.settings.run import Config
 from cera_train.sweep.folder import LONGEST_NAME, choices_of, job_name
 from cera_train.sweep.table import best_jobs, read_sweep
@@ -34,7 +34,7 @@ def test_a_job_of_a_sweep_in_which_nothing_varies_is_named_by_its_choices():
 
 
 def test_a_setting_that_changes_no_result_names_a_job_only_where_it_is_swept():
-    keys = [leaf.key for leaf in leaves(Config) if leaf.changes in ("cost", "nothing")]
+    keys = [key for key, field in fields_of(Config).items() if field.metadata["changes"] in ("cost", "nothing")]
     assert len(keys) > 20
     for key in keys:
         job = ["adapter.r=64", f"{key}=1"]
