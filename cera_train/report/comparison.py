@@ -10,7 +10,7 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import Changes, changes_of
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
-from cera_train.report.runs import Evaluation, Run, Settings, group_by
+from cera_train.report.runs import Run, Settings, group_by
 from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.run import Config
 
@@ -25,16 +25,13 @@ class PairedTest:
     """Two runs on the same problems of a task. Differences are second - first."""
 
     task: str
-    grader: str
-    """exact, verified, or the name of the task's score."""
+    grader: str  # exact, verified, or the name of the task's score
     first: str
     second: str
     problems: int
     difference: Difference
-    p_value: float
-    """After Holm's correction over the pairs of a task, in a report: decides at 5 %."""
-    mcnemar: McNemar | None
-    """Decides where each run has one answer to a problem, right or wrong. None: a sign-flip permutation test does."""
+    p_value: float  # after Holm's correction over the pairs of a task, in a report: decides at 5 %
+    mcnemar: McNemar | None  # where each run has one answer to a problem; else a sign-flip permutation test decides
 
     @property
     def verdict(self) -> str:
@@ -102,7 +99,7 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
         )
     score = evaluations[0].task.score_name
     grader = score or ("verified" if a.is_verified and b.is_verified else "exact")
-    one, other = (_scores(evaluation, grader) for evaluation in evaluations)
+    one, other = (answers.scores(lambda grade: evaluations[0].task.paired_value(grade, grader)) for answers in (a, b))
     scores = [list(one.values()), [other[name] for name in one]]  # the two may have the problems in another order
     problems, test = len(one), None
     if a.samples == b.samples == 1 and not score:
@@ -114,11 +111,6 @@ def compare(first: Run, second: Run, task: str) -> PairedTest:
         p_value=test.p_value if test else sign_flip(*scores),
         mcnemar=test,
     )
-
-
-def _scores(evaluation: Evaluation, grader: str) -> dict[str, float]:
-    """The share of each problem that is right: of its answers, or by the task's score."""
-    return evaluation.answers.scores(lambda grade: evaluation.task.paired_value(grade, grader))
 
 
 # --- what to know before comparing -----------------------------------------------------------------------------------

@@ -36,12 +36,13 @@ class Evaluation:
 
     folder: Path
     settings: Settings
-    result: AccuracyResult | PerplexityResult | None
-    """None: it is unfinished."""
+    result: AccuracyResult | PerplexityResult | None  # None while it is unfinished
 
     @property
     def task(self) -> Task:
-        return task_of((self.result and self.result.kind) or self.settings.get("task.kind", ""))
+        """The benchmark; one that shows nothing of its own for an unknown kind."""
+        kind = (self.result and self.result.kind) or self.settings.get("task.kind", "")
+        return all_tasks().get(kind, Task())
 
     @property
     def is_graded(self) -> bool:
@@ -74,30 +75,20 @@ def accuracy_metric(name: str) -> Metric:
     return Metric(name, name.removesuffix("/pass@1").replace("/", " "))
 
 
-def task_of(kind: str) -> Task:
-    """The benchmark of this kind; one that shows nothing of its own for an unknown kind."""
-    return all_tasks().get(kind, Task())
-
-
 @dataclass(frozen=True)
 class Run:
     """A training run, an adapter, or the untouched base model, with its evaluations."""
 
     folder: Path
     name: str
-    settings: Settings
-    """config.yaml; without training, what is known of it."""
-    adapter: AdapterConfig | None
-    """None: the untouched base model."""
-    evaluations: dict[str, Evaluation]
-    """By the name of their task."""
-    is_training: bool = False
-    """False: there are evaluations only."""
+    settings: Settings  # config.yaml; without training, what is known of it
+    adapter: AdapterConfig | None  # None for the untouched base model
+    evaluations: dict[str, Evaluation]  # by the name of their task
+    is_training: bool = False  # else there are evaluations only
     result: RunResult | None = None
     metrics: Metrics = field(default_factory=Metrics)
     environment: Environment = field(default_factory=Environment)
-    published: dict[str, float] = field(default_factory=dict)
-    """The paper's figures: a key of result.json, or TASK/METRIC of an evaluation."""
+    published: dict[str, float] = field(default_factory=dict)  # by a key of result.json, or TASK/METRIC
 
     @property
     def figures(self) -> RunResult:
@@ -163,7 +154,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _runs_in(folder: Path) -> list[Run]:
     if run := _read_run(folder):
         return [run]
-    inside = sorted(filter(Path.is_dir, folder.iterdir()), key=_by_number) if folder.is_dir() else []
+
+    def by_number(path: Path) -> list[str | float]:  # r16 before r128, and lr=0.0005 before lr=0.001
+        return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))]
+
+    inside = sorted(filter(Path.is_dir, folder.iterdir()), key=by_number) if folder.is_dir() else []
     if runs := list(filter(None, map(_read_run, inside))):
         return runs
     what = "holds neither a run nor folders of runs" if folder.is_dir() else "is not a folder"
@@ -171,11 +166,6 @@ def _runs_in(folder: Path) -> list[Run]:
         f"{folder} {what}: expected a folder that cera-train left (with config.yaml), one with evaluations "
         "(eval/TASK), or a folder of these. Check the path: runs lie in outputs/NAME."
     )
-
-
-def _by_number(path: Path) -> list[str | float]:
-    """Sorts r16 before r128, and lr=0.0005 before lr=0.001."""
-    return [float(part) if index % 2 else part for index, part in enumerate(re.split(NUMBER_IN_NAME, path.name))]
 
 
 def _read_run(folder: Path) -> Run | None:

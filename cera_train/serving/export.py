@@ -16,7 +16,7 @@ from cera_train.adapters.families.base import ADAPTER
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import announce, print_fields, print_line
-from cera_train.data.prepare import TokenizedRows, prepare_data
+from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.model.batches import Batch, MicroBatches
@@ -37,21 +37,15 @@ class Certificate(Record):
 
     format: str
     calibration_tokens: int
-    rows: int
-    """Held-out sequences."""
-    tokens: int
-    """Their supervised tokens."""
-    loss_adapter: float
-    """Mean loss of a supervised token in nats."""
+    rows: int  # held-out sequences
+    tokens: int  # their supervised tokens
+    loss_adapter: float  # mean over the supervised tokens, in nats
     loss_export: float
     loss_change: float
-    loss_change_lower: float
-    """95 % interval of the change, by a paired bootstrap over sequences."""
+    loss_change_lower: float  # 95 % interval of the change, by a paired bootstrap over sequences
     loss_change_upper: float
-    kl: float
-    """Mean of KL(adapter || export) over the supervised tokens, in nats."""
-    same_tokens: float
-    """Share of supervised positions where both find the same token likeliest."""
+    kl: float  # mean of KL(adapter || export) over the supervised tokens, in nats
+    same_tokens: float  # share of supervised positions where both find the same token likeliest
     tolerance: float
 
     @property
@@ -81,15 +75,22 @@ def export(config: ExportConfig) -> Certificate:
     if share := describe_linear_share(RunResult.find(loaded.subject.folder / "result.json") or RunResult()):
         print_line("linear", share)
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
+    device = loaded.base.device
     data = prepare_data(decide_layouts(config.data or loaded.subject.run.data), loaded.tokenizer)
-    calibration, tokens = calibration_batch(data.sample, config.calibration_tokens, loaded.base.device)
+    batches = MicroBatches(data.sample, False, config.calibration_tokens, device)
+    calibration = batches.load(batches.first(config.calibration_tokens))
+    mask = torch.ones_like(calibration.input_ids) if calibration.attention_mask is None else calibration.attention_mask
+    tokens = int(mask.sum())
     announce("fitting", f"linear maps to {tokens:,} training tokens")
-    maps = fit_maps(loaded, calibration)
+    with loaded.autocast:
+        decoder = loaded.base.get_decoder()
+        maps = fit_all(loaded.model, lambda: decoder(**calibration.inputs, use_cache=False), mask.flatten().bool())
+    held_out = MicroBatches(data.evaluation, False, 1, device)  # one row a batch
+    rows = [held_out.load([number]) for number in range(len(held_out.lengths))[: config.rows]]
 
     def write(part: Path) -> None:
         write_lora(loaded.model, maps, loaded.base.name_or_path, part)
         exported = load_export(config, loaded, part)
-        rows = held_out_rows(data.evaluation, config.rows, loaded.base.device)
         announce("judging", f"the export on {len(rows):,} held-out rows")
         figures = compare(logits_of(loaded.model, loaded), logits_of(exported, loaded), rows)
         certificate = Certificate(str(config.format), tokens, tolerance=config.tolerance, **figures)
@@ -128,24 +129,6 @@ def check(config: ExportConfig, loaded: Loaded, folder: Path) -> None:
         raise UserError(f"output: {folder} holds files that are no export, and would be replaced: choose a new folder.")
 
 
-def calibration_batch(rows: TokenizedRows, max_tokens: int, device: torch.device) -> tuple[Batch, int]:
-    """The first training rows as one batch of at most `max_tokens` tokens, and the number of tokens."""
-    batches = MicroBatches(rows, False, max_tokens, device)
-    batch = batches.load(batches.first(max_tokens))
-    return batch, batch.input_ids.numel() if batch.attention_mask is None else int(batch.attention_mask.sum())
-
-
-def fit_maps(loaded: Loaded, calibration: Batch) -> dict[str, torch.Tensor]:
-    """The linear map of every branch, fitted to the calibration rows."""
-    mask, decoder = calibration.attention_mask, loaded.base.get_decoder()
-
-    def forward() -> None:
-        with loaded.autocast:
-            decoder(**calibration.inputs, use_cache=False)
-
-    return fit_all(loaded.model, forward, None if mask is None else mask.flatten().bool())
-
-
 def load_export(config: ExportConfig, loaded: Loaded, folder: Path) -> Any:
     """The LoRA in a folder on a fresh base, by PEFT; merged, where that is the format, and then in its place."""
     base = load_model(loaded.subject.model, loaded.base.device)
@@ -157,15 +140,6 @@ def load_export(config: ExportConfig, loaded: Loaded, folder: Path) -> Any:
         model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
     return model
-
-
-def held_out_rows(
-    rows: TokenizedRows, count: int | None, device: torch.device
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and loss mask of each of the first rows, [T] both."""
-    batches = MicroBatches(rows, False, 1, device)
-    loaded = (batches.load([number]) for number in range(len(batches.lengths))[:count])
-    return [(batch.input_ids[0], batch.loss_mask[0]) for batch in loaded]
 
 
 def logits_of(model: Any, loaded: Loaded) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -182,21 +156,22 @@ def logits_of(model: Any, loaded: Loaded) -> Callable[[torch.Tensor], torch.Tens
 def compare(
     before: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[torch.Tensor], torch.Tensor],
-    rows: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    rows: Sequence[Batch],
 ) -> dict[str, Any]:
     """Compares two models, sequence by sequence: no padding, and one sequence's logits in memory.
 
     Args:
         before, after: ids [1, T] -> logits [1, T, V].
-        rows: ids and loss mask of each sequence, [T] both.
+        rows: batches of one sequence.
 
     Returns:
         The fields of a `Certificate` that come of it.
     """
     sums = []
-    for ids, mask in rows:
-        counts, wanted = mask[1:], ids[1:][mask[1:]]
-        log_p, log_q = (log_softmax(model(ids[None])[0, :-1][counts].float(), -1) for model in (before, after))
+    for row in rows:
+        counts = row.loss_mask[0, 1:]
+        wanted = row.input_ids[0, 1:][counts]
+        log_p, log_q = (log_softmax(model(row.input_ids)[0, :-1][counts].float(), -1) for model in (before, after))
         losses = [-each.gather(1, wanted[:, None]).sum() for each in (log_p, log_q)]
         kl = kl_div(log_q, log_p, reduction="sum", log_target=True)
         same = (log_p.argmax(-1) == log_q.argmax(-1)).sum()

@@ -22,12 +22,12 @@ class LinearGate(nn.Module):
     """M z in place of a gate, with the M that fits the first rows that come.
 
     Args:
-        is_token: [N], marks the rows that are no padding; None for all.
+        is_token: [N], marks the rows that are no padding.
     """
 
-    def __init__(self, gate: nn.Module, is_token: torch.Tensor | None) -> None:
+    def __init__(self, gate: nn.Module, is_token: torch.Tensor) -> None:
         super().__init__()
-        self.gate, self.is_token = gate, slice(None) if is_token is None else is_token
+        self.gate, self.is_token = gate, is_token
         self.M: torch.Tensor | None = None
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def fit(z: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def fit_all(model: nn.Module, forward: Callable[[], object], is_token: torch.Tensor) -> dict[str, torch.Tensor]:
     """M of every branch, from one pass over the calibration rows: each is fitted to the inputs that the maps below give
     it. The model is left as it was.
 

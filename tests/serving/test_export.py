@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
+from cera_train.model.batches import Batch
 from cera_train.serving.export import compare, export, interval_of_ratio
 from cera_train.serving.linear import fit
 from cera_train.training.train import train
@@ -63,8 +64,8 @@ def test_an_identity_gate_loses_nothing_and_a_learned_one_little(compose, traine
 
 
 def test_the_certificate_compares_token_by_token():
-    first = torch.tensor([1, 2, 3]), torch.tensor([False, True, True])
-    second = torch.tensor([4, 0]), torch.tensor([True, True])
+    first = Batch(torch.tensor([[1, 2, 3]]), torch.tensor([[False, True, True]]))
+    second = Batch(torch.tensor([[4, 0]]), torch.tensor([[True, True]]))
     table = torch.randn(2, 5, 5, dtype=torch.float64)
     before, after = (lambda ids, each=each: each[ids] for each in table)
     figures = compare(before, after, [first, second])
