@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -38,12 +37,9 @@ class DataSize:
     train_rows: int
     eval_rows: int
     tokens_per_row: float
-    supervised: float
-    """Share of the tokens whose prediction counts in the loss."""
-    source: str
-    """Where the number of tokens comes from, for people."""
-    is_even: bool = False
-    """All rows have the same length."""
+    supervised: float  # share of the tokens whose prediction counts in the loss
+    source: str  # of the number of tokens, for people
+    is_even: bool = False  # whether all rows have the same length
 
 
 @dataclass(frozen=True)
@@ -53,10 +49,8 @@ class TaskSize:
     name: str
     problems: int
     prompt_tokens: float
-    new_tokens: int
-    """Tokens of an answer, at most."""
-    source: str
-    """Where the numbers come from, for people."""
+    new_tokens: int  # of an answer, at most
+    source: str  # of the numbers, for people
 
 
 def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSize:
@@ -148,7 +142,11 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     lengths, answers, sampled = [], 0.0, 0
     for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
         if segments:
-            counts = [estimate_tokens(segment.text, config.is_computed) for segment in segments]
+            texts = [segment.text for segment in segments]
+            if config.is_computed:
+                counts = [len(PIECES.findall(text)) for text in texts]
+            else:
+                counts = [len(text) / CHARACTERS_PER_TOKEN for text in texts]
             prompt = sum(count for count, segment in zip(counts, segments, strict=True) if not segment.supervised)
             windows = math.ceil(sum(counts) / config.max_length) if config.layout == Layout.documents else 1
             length = min(sum(counts), windows * config.max_length)
@@ -172,21 +170,10 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     return size
 
 
-def estimate_tokens(text: str, is_computed: bool) -> float:
-    return len(PIECES.findall(text)) if is_computed else len(text) / CHARACTERS_PER_TOKEN
-
-
-def task_sizes(config: Config, data: DataSize) -> Sequence[TaskSize]:
-    """The problems of `train.tasks`. Those of local files are read, computed ones computed. A task of the Hub has the
-    facts of its rows; without facts, its prompts are taken to be as long as those that the run trains on.
-
-    Raises:
-        UserError: the number of problems is neither known nor limited.
-    """
-    return [_task_size(name, config, data) for name in config.train.tasks]
-
-
-def _task_size(name: str, config: Config, data: DataSize) -> TaskSize:
+def task_size(name: str, config: Config, data: DataSize) -> TaskSize:
+    """The problems of one of `train.tasks`. Those of local files are read, computed ones computed. A task of the Hub
+    has the facts of its rows; without facts, its prompts are taken to be as long as those that the run trains on.
+    Raises UserError where the number of problems is neither known nor limited."""
     settings, place = training_task(name, config.train.changes_of_task(name)), f"train.tasks=[{name}]"
     if settings.files or settings.path is None:
         with errors_at(place):

@@ -22,12 +22,9 @@ USABLE = 0.95
 @dataclass(frozen=True)
 class Device:
     name: str
-    memory: float
-    """Bytes."""
-    flops: float
-    """Peak operations a second."""
-    bandwidth: float
-    """Bytes of memory that it reads in a second."""
+    memory: float  # bytes
+    flops: float  # peak operations a second
+    bandwidth: float  # bytes of memory that it reads in a second
 
 
 GPUS = {

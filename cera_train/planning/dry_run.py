@@ -53,10 +53,8 @@ class MicroBatch:
 
     rows: int
     length: int
-    supervised: float
-    """Share of the tokens whose prediction counts."""
-    has_mask: bool
-    """Attention gets a mask instead of running its causal path."""
+    supervised: float  # share of the tokens whose prediction counts
+    has_mask: bool  # attention gets a mask instead of running its causal path
 
     @property
     def tokens(self) -> int:
@@ -70,8 +68,7 @@ class Cost(NamedTuple):
     backward_peak: float
     step_peak: float
     evaluation_peak: float
-    forward: float
-    """Operations. The loss takes the gradient at a frozen head in its forward pass."""
+    forward: float  # operations; the loss takes the gradient at a frozen head in its forward pass
     backward: float
     evaluation: float
 
@@ -268,10 +265,8 @@ class Meter(TorchDispatchMode):
         self.sizes: dict[int, float] = {}
         self.alive = self.peak = 0.0
         self.operations = 0
-        self.supervised = 1
-        """Tokens that the mask of the loss selects: a fake one has no values."""
-        self.skips_mask = True
-        """Whether a look at a padding mask finds that nothing is masked."""
+        self.supervised = 1  # tokens that the mask of the loss selects: a fake one has no values
+        self.skips_mask = True  # whether a look at a padding mask finds that nothing is masked
 
     def hold(self, tensor: torch.Tensor, size: float | None = None) -> None:
         """Counts a tensor's storage once, until it is freed.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.model.precision import choose_precision
-from cera_train.planning.data_size import DataSize, TaskSize, data_size, task_sizes
+from cera_train.planning.data_size import DataSize, TaskSize, data_size, task_size
 from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.evaluation import GenerationConfig
@@ -49,14 +49,11 @@ class RunTotals:
     """How much of the data a run goes through, without an early stop by `train.patience`."""
 
     updates: int
-    rows: int
-    """Training rows, as often as they are seen."""
+    rows: int  # training rows, as often as they are seen
     tokens: float
     evaluations: int
-    eval_tokens: float
-    """Tokens of all evaluations, and of the probes on which spectra are taken."""
-    task_evaluations: int
-    """Evaluations at which `train.tasks` are answered."""
+    eval_tokens: float  # of all evaluations, and of the probes on which spectra are taken
+    task_evaluations: int  # at which `train.tasks` are answered
 
 
 @dataclass(frozen=True)
@@ -69,19 +66,13 @@ class RunPlan:
     data: DataSize
     tasks: Sequence[TaskSize]
     totals: RunTotals
-    frozen: int
-    """Parameters of the base."""
+    frozen: int  # parameters of the base
     trainable: int
-    micro_batch: MicroBatch
-    """The largest one, which needs the most memory."""
-    memory: dict[str, float]
-    """Bytes of one process by part, at the peak of an update."""
-    evaluation_memory: float
-    """Bytes of one process at the peak of an evaluation."""
-    flops: dict[str, float]
-    """Floating-point operations of the run by part."""
-    answer_seconds: float
-    """Time of all answers to `train.tasks`, if each is as long as it may be."""
+    micro_batch: MicroBatch  # the largest one, which needs the most memory
+    memory: dict[str, float]  # bytes of one process by part, at the peak of an update
+    evaluation_memory: float  # bytes of one process at the peak of an evaluation
+    flops: dict[str, float]  # floating-point operations of the run by part
+    answer_seconds: float  # of all answers to `train.tasks`, if each is as long as it may be
 
     @property
     def peak(self) -> float:
@@ -138,7 +129,7 @@ def _plan(config: PlanRun) -> RunPlan:
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
     data = data_size(config.data, config.plan.tokens_per_row)
-    tasks, totals = task_sizes(config, data), run_totals(config, data)
+    tasks, totals = [task_size(name, config, data) for name in config.train.tasks], run_totals(config, data)
     with heavy_imports():
         from cera_train.model.folder import positions_of
         from cera_train.planning.dry_run import DryRun

@@ -59,8 +59,14 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     choices = choices_of(overrides, swept)
     if swept:
         choices = [choice for choice in choices if key_of(choice) in swept]
+
+    def plain(text: str) -> str:
+        """The text with dashes for what does not stand in plain file names."""
+        dashed = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
+        return text if dashed == text else dashed.strip("-")
+
     exact = ",".join(choices)
-    shown = ",".join("=".join(map(_plain, redact(choice).split("=", 1))) for choice in choices)
+    shown = ",".join("=".join(map(plain, redact(choice).split("=", 1))) for choice in choices)
     if shown == exact and len(exact) <= LONGEST_NAME:
         return exact or "default"  # where nothing is chosen
     # What was replaced or cut may be all that differs between two jobs.
@@ -68,26 +74,19 @@ def job_name(overrides: Iterable[str], swept: Collection[str] = ()) -> str:
     return f"{shown[: LONGEST_NAME - len(digest) - 1]}-{digest}"
 
 
-def _plain(text: str) -> str:
-    """The text with every other character than those of plain file names replaced by a dash."""
-    plain = re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII)
-    return text if plain == text else plain.strip("-")
-
-
 def choices_of(overrides: Iterable[str], swept: Collection[str] = ()) -> list[str]:
     """What a job chooses, sorted by key. A setting that changes no result is no choice unless it is swept."""
-    choices = [override.lstrip("+").replace("$\\{", "${").replace("\\}", "}") for override in overrides]
-    choices = [choice for choice in choices if (key := key_of(choice)) in swept or _is_choice(key)]
+    choices = []
+    for override in overrides:
+        key = key_of(override)
+        is_source = key in ("recipe", "sweep", "study") or key.startswith("hydra")  # a file that choices come from
+        if key in swept or (changes_result(key) and not is_source):
+            choices.append(override.lstrip("+").replace("$\\{", "${").replace("\\}", "}"))
     return sorted(choices, key=lambda choice: (key_of(choice), choice))
 
 
 def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
-
-
-def _is_choice(key: str) -> bool:
-    is_source = key in ("recipe", "sweep", "study") or key.startswith("hydra")  # a file that a job's choices come from
-    return not is_source and changes_result(key)
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
@@ -213,19 +212,14 @@ def record_of(
         else:
             fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
     fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
-    if earlier is not None:
-        may_differ = {*swept, *(LENGTH if config.train.extend else ())}
-        check_fixed(folder, earlier.fixed, fixed, may_differ)
-    return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
-
-
-def check_fixed(folder: Path, before: list[str], fixed: list[str], may_differ: Collection[str]) -> None:
-    """Raises UserError where a folder's jobs share other settings, by which they are not named."""
-    if any(key_of(choice) not in may_differ for choice in {*before} ^ {*fixed}):
+    may_differ = {*swept, *(LENGTH if config.train.extend else ())}
+    if earlier is not None and any(key_of(choice) not in may_differ for choice in {*earlier.fixed} ^ {*fixed}):
         raise UserError(
-            f"name={folder.name}: {folder} holds a sweep with other fixed settings ({' '.join(before) or 'none'}; here "
-            f"{' '.join(fixed) or 'none'}), and its jobs are named by what varies. Choose another name=..."
+            f"name={folder.name}: {folder} holds a sweep with other fixed settings "
+            f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its jobs are named by what "
+            "varies. Choose another name=..."
         )
+    return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
 
 
 def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:

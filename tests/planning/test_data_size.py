@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 
-from cera_train.planning.data_size import data_size, task_sizes
+from cera_train.planning.data_size import data_size, task_size
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def task(compose):
 
     def task(name: str, *overrides: str):
         config = compose("+recipe=logistic_map", f"train.tasks=[{name}]", *overrides, command="plan")
-        return task_sizes(config, data_size(config.data))[0]
+        return task_size(name, config, data_size(config.data))
 
     return task
 
