@@ -40,8 +40,8 @@ from cera_train.sweep.folder import (
     job_composer,
     key_of,
     record_of,
-    refuse_sweeps_folder,
 )
+from cera_train.sweep.record import RECORD
 from cera_train.sweep.table import is_finished, print_sweep
 
 TRAIN = "cera-train"
@@ -93,9 +93,10 @@ def prepare(composed: DictConfig, job: Job | None = None) -> Config:
     config = to_config(composed)
     overrides = HydraConfig.get().overrides.task
     check_trust(composed, overrides)
-    if job is None:
-        refuse_sweeps_folder(Path(config.output_dir) / config.name)
-    else:
+    folder = Path(config.output_dir) / config.name
+    if job is None and (folder / RECORD).exists():
+        raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")
+    if job is not None:
         tracker = replace(config.tracker, group=config.tracker.group or job.sweep.name)
         config = replace(config, output_dir=str(job.sweep), name=job.name, tracker=tracker)
     if not is_as_published(overrides):

@@ -46,11 +46,6 @@ def may_run_code(key: str) -> bool:
     return any(word in key for word in ("hydra", "trust_remote_code"))
 
 
-def escape_interpolations(tree: Any) -> Any:
-    """A config on record with `${` as text: ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
-    return map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), tree, str)
-
-
 # Fields of PEFT's configs that name modules to import, files to open, or layers to add.
 BEYOND_WEIGHTS = (
     *("auto_mapping", "megatron_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config"),
@@ -60,20 +55,17 @@ BEYOND_WEIGHTS = (
 
 def check_adapter_settings(adapter: Path, settings: dict[str, Any]) -> None:
     """Refuses an adapter_config.json that asks for more than to put weights in place."""
-    allowed = {"auto_mapping"} if _names_a_transformers_class(settings.get("auto_mapping")) else set()
+    match settings.get("auto_mapping"):
+        # What PEFT writes where task_type is missing: the base's class and its module.
+        case {"base_model_class": str(), "parent_library": str(module), **others} if not others:
+            allowed = {"auto_mapping"} if module.startswith("transformers.models.") else set()
+        case _:
+            allowed = set()
     if found := [name for name in BEYOND_WEIGHTS if settings.get(name) and name not in allowed]:
         raise UserError(
             f"{adapter}/adapter_config.json sets {', '.join(found)}, which can import or open what its author chose: "
             "set it to null if the adapter does not need it."
         )
-
-
-def _names_a_transformers_class(mapping: Any) -> bool:
-    """Whether an `auto_mapping` is what PEFT writes where task_type is missing: the base's class and its module."""
-    match mapping:
-        case {"base_model_class": str(), "parent_library": str(module), **others}:
-            return not others and module.startswith("transformers.models.")
-    return False
 
 
 def weights_of(adapter: Path) -> Path:

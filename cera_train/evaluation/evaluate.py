@@ -39,7 +39,7 @@ from cera_train.runs.evaluation_folder import (
     append_answers,
 )
 from cera_train.runs.records import load_config
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import RunResult, describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -131,7 +131,7 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
 
 def write_result(folder: EvaluationFolder, result: AccuracyResult | PerplexityResult) -> None:
     """Writes result.json, and the model card of a finished run's adapter, which shows its evaluations."""
-    folder.write_result(result)
+    result.write(folder.path / "result.json")
     run = folder.path.absolute().parent.parent
     if (run / "result.json").is_file() and (run / "adapter").is_dir():
         write_card(run, RunResult.read(run / "result.json"))
@@ -269,8 +269,7 @@ def perplexity_lines(result: PerplexityResult) -> dict[str, str]:
     lines = {"perplexity": f"{result.perplexity:.3f}"}
     if result.perplexity_base is not None:
         lines["without adapter"] = f"{result.perplexity_base:.3f}"
-    if result.spectrum.effective_rank_mean is not None:
-        spectrum = result.spectrum
-        lines["effective rank"] = f"{spectrum.effective_rank_mean:.1f} mean, {spectrum.effective_rank_max:.1f} max"
+    if rank := describe_rank(result.spectrum):
+        lines["effective rank"] = rank
     lines["tokens"] = f"{result.tokens:,} predicted, in {result.rows:,} rows"
     return lines

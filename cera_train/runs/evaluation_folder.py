@@ -39,8 +39,7 @@ class Problem(Record, extra="allow"):
 
     mend: ClassVar[str] = EVALUATE_AGAIN
 
-    id: str
-    """A digest of the question: the same in every evaluation, whatever the prompt."""
+    id: str  # a digest of the question: the same in every evaluation, whatever the prompt
     question: str
     prompt: str
     gold: str
@@ -54,10 +53,8 @@ class Generation(Record):
     problem: str
     sample: int
     text: str
-    tokens: int
-    """Tokens generated, with the end token."""
-    truncated: bool
-    """Whether max_new_tokens cut it."""
+    tokens: int  # generated, with the end token
+    truncated: bool  # whether max_new_tokens cut it
 
 
 class Grade(Record, extra="allow"):
@@ -67,15 +64,11 @@ class Grade(Record, extra="allow"):
 
     problem: str
     sample: int
-    answer: str | None = None
-    """What was extracted from the text; None where nothing was."""
+    answer: str | None = None  # what was extracted from the text
     exact: bool
-    verified: bool | None = None
-    """None where math-verify does not apply."""
-    failure: str | None = None
-    """Why the grader failed: a time-out, a crash."""
-    ending: str | None = None
-    """How the answer ended: one of ENDINGS."""
+    verified: bool | None = None  # None where math-verify does not apply
+    failure: str | None = None  # of the grader: a time-out, a crash
+    ending: str | None = None  # how the answer ended: one of ENDINGS
 
     @property
     def grader(self) -> str:
@@ -104,8 +97,7 @@ class Accuracy:
     grader: str
     k: int
     value: float | None
-    interval: tuple[float, float] | None
-    """95 % interval over problems; None where all came out alike, as a quarter of the answers to every problem does."""
+    interval: tuple[float, float] | None  # 95 % over problems; None where all came out alike
 
     KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
 
@@ -142,9 +134,6 @@ class AccuracyResult(Record, extra="allow"):
                 interval = (lower, upper) if lower < upper else None
                 accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
         return accuracies
-
-    def accuracy(self, grader: str, k: int = 1) -> Accuracy | None:
-        return next((accuracy for accuracy in self.accuracies if (accuracy.grader, accuracy.k) == (grader, k)), None)
 
     @property
     def endings(self) -> dict[str, float]:
@@ -223,9 +212,6 @@ class EvaluationFolder:
         """result.json; None before the evaluation is finished."""
         path = self.path / "result.json"
         return read_evaluation_result(path) if path.exists() else None
-
-    def write_result(self, result: AccuracyResult | PerplexityResult) -> None:
-        result.write(self.path / "result.json")
 
     # --- problems, answers, grades -----------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -15,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, read_yaml, write_text
-from cera_train.common.settings import Changes, changes_of, flatten, to_plain
-from cera_train.common.trust import escape_interpolations, redact_tree
+from cera_train.common.settings import Changes, changes_of, flatten, map_values, to_plain
+from cera_train.common.trust import redact_tree
 from cera_train.settings.run import Config
 
 RESTORE = "Restore it, or leave its folder out."
@@ -116,11 +117,12 @@ AUTO = "auto"
 
 
 def load_config(path: Path, schema: type = Config) -> Any:
-    """A config as it stands in a run's folder, which was resolved when it was written: a `${` in it is text."""
+    """A config as it stands in a run's folder. It was resolved when it was written, so a `${` in it is text:
+    ${oc.env:HF_TOKEN} in somebody's prompt is not looked up."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    tree = escape_interpolations(read_yaml(path))
+    tree = map_values(lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text), read_yaml(path), str)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
     except OmegaConfBaseException as error:

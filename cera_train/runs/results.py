@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from cera_train.common.files import read_json
-from cera_train.common.terminal import duration
 from cera_train.runs.records import Record, key, read_trees
 
 Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if value is None else value)]
@@ -219,19 +218,6 @@ SPECTRUM_TERMS = (
     "its variance. Linear share: how much of that an affine map of A x explains; above 99 %, it is a LoRA in effect."
 )
 """For captions."""
-
-
-def describe_update(metrics: UpdateMetrics, seconds_left: float) -> str:
-    return (
-        f"loss {figure(metrics.loss)}  perplexity {figure(metrics.perplexity, 2)}  "
-        f"{figure(metrics.tokens_per_s, 0)} tokens/s  {duration(seconds_left)} left"
-    )
-
-
-def describe_evaluation(metrics: EvaluationMetrics) -> str:
-    rank = describe_rank(metrics.spectrum)
-    text = f"evaluation at update {metrics.update}: perplexity {figure(metrics.perplexity)}"
-    return f"{text}, effective rank {rank}" if rank else text
 
 
 def describe_rank(spectrum: SpectrumSummary) -> str:

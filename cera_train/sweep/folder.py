@@ -302,9 +302,3 @@ class Job:
     def _write(self, error: str | None) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
         JobRecord(self.number, self.overrides, error).write(self.record)
-
-
-def refuse_sweeps_folder(folder: Path) -> None:
-    """Raises UserError where a run would write among the jobs of a sweep."""
-    if (folder / RECORD).exists():
-        raise UserError(f"{folder} is the folder of a sweep: choose another name=... for a run, or add -m.")

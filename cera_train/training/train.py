@@ -18,7 +18,7 @@ from cera_train.cera.coverage import Coverage
 from cera_train.common.errors import UserError
 from cera_train.common.files import write_text
 from cera_train.common.settings import to_plain
-from cera_train.common.terminal import print_line
+from cera_train.common.terminal import duration, print_line
 from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory, quiet_libraries
 from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_main_process
@@ -34,8 +34,7 @@ from cera_train.runs.results import (
     EvaluationMetrics,
     RunResult,
     UpdateMetrics,
-    describe_evaluation,
-    describe_update,
+    describe_rank,
     figure,
 )
 from cera_train.settings.run import Config
@@ -133,7 +132,9 @@ def update(session: Session) -> int | None:
     session.log(metrics)
     if session.local_loss.stop_compiling():
         session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
-    session.bar.step(describe_update(metrics, session.seconds_left()))
+    numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
+    left = duration(session.seconds_left())
+    session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
     return first_heard(heard)
 
 
@@ -223,7 +224,9 @@ def evaluate(session: Session) -> None:
         folder.append(SPECTRA, {"update": progress.update, "modules": modules})
     if is_best:
         folder.save_best(session.model, EvaluationMetrics(progress.update, perplexity=metrics.perplexity))
-    session.bar.note(describe_evaluation(metrics))
+    rank = describe_rank(metrics.spectrum)
+    numbers = f"perplexity {figure(metrics.perplexity)}" + (f", effective rank {rank}" if rank else "")
+    session.bar.note(f"evaluation at update {progress.update}: {numbers}")
 
 
 def answer_tasks(session: Session) -> dict[str, float]:

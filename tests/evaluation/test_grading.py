@@ -45,10 +45,11 @@ def test_both_graders_count_side_by_side(one_verifier):
     assert [grade.answer for grade in grades] == [r"\frac12", "0.5", "2", None, None]
     assert [grade.ending for grade in grades] == ["right", "right", "wrong", "right", "truncated"]
     scores = score(math.TASK, problems, answers, grades)
-    assert (scores.accuracy("exact").value, scores.accuracy("verified").value) == (1 / 5, 3 / 5)
+    exact, verified = scores.accuracies
+    assert (exact.value, verified.value) == (1 / 5, 3 / 5)
     assert [scores.endings[name] for name in ENDINGS] == [3 / 5, 1 / 5, 0, 1 / 5, 0]
     assert (scores.truncated, scores.no_answer, scores.grader_failures) == (1, 2, 0)
-    lower, upper = scores.accuracy("verified").interval
+    lower, upper = verified.interval
     assert lower < 3 / 5 < upper
 
 

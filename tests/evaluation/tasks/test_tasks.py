@@ -51,8 +51,7 @@ def test_a_new_file_is_a_new_benchmark(tmp_path, monkeypatch, config_of):
     assert [(problem.prompt, problem.gold) for problem in problems] == [("1 + 1 =", "2"), ("1 + 2 =", "3")]
     answers = [Generation(problem.id, 0, " 2", 2, False) for problem in problems]
     scores = score(task, problems, answers, [task.grade(*pair) for pair in zip(problems, answers, strict=True)])
-    assert scores.accuracy("exact").value == 0.5
-    assert scores.accuracy("verified") is None
+    assert [(each.key, each.value) for each in scores.accuracies] == [("exact/pass@1", 0.5)]
 
 
 @pytest.mark.parametrize(
