@@ -12,7 +12,7 @@ from cera_train.common.errors import UserError
 from cera_train.runs.records import load_config
 from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.evaluation import SubjectConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 from cera_train.settings.training import TrainConfig
@@ -51,7 +51,7 @@ class Subject:
         return self.run.train if self.run else TrainConfig()
 
 
-def find_subject(config: EvalConfig) -> Subject:
+def find_subject(config: SubjectConfig) -> Subject:
     """Resolves `run=` and `model=`; a UserError where a folder is missing, unfinished or without an adapter."""
     if config.run == "base":
         name = Path(config.model.path).name.removeprefix("pypi:")

@@ -12,6 +12,7 @@ from cera_train.distributed.accelerator import this_device
 from cera_train.evaluation.evaluate import choose_dtype, load_subject
 from cera_train.model.folder import load_tokenizer
 from cera_train.runs.subject import Subject, find_subject
+from cera_train.settings.evaluation import SubjectConfig
 
 
 @dataclass
@@ -29,16 +30,9 @@ class Loaded:
         return f"{self.subject.name}, {self.subject.model.path}"
 
 
-def load(config: Any, place: str) -> Loaded:
-    """Loads what a folder holds, or the base model.
-
-    Args:
-        config: a `ChatConfig` or `ExportConfig`.
-        place: the folder of a run or an adapter, or `base`.
-
-    Raises:
-        UserError: there is no such folder, or it does not fit its base model.
-    """
+def load(config: SubjectConfig, place: str) -> Loaded:
+    """Loads what a place holds: the folder of a run or an adapter, or `base`. Raises UserError where there is no such
+    folder, or it does not fit its base model."""
     subject = choose_dtype(find_subject(replace(config, run=place)))
     device = this_device()
     model, base = load_subject(subject, device)

@@ -89,13 +89,35 @@ class GenerationConfig:
 
 
 @dataclass
-class EvalConfig:
+class SubjectConfig:
+    """What `cera-eval`, `cera-chat` and `cera-export` load."""
+
     run: str | None = setting(None, "nothing")
     """A run's folder, an adapter's folder, or `base` for the untouched model."""
-    task: TaskConfig | None = section(None)
-    generation: GenerationConfig = section()
     model: ModelConfig | None = section(None)
     """null: the run's."""
+    output_dir: str = setting("outputs", "nothing")
+    """Where run=base leaves its results, in base-MODEL."""
+    trust_remote_code: bool = setting(False, "nothing")
+    """Runs Python code that comes with the model of a run or an adapter."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.run is not None,
+            "run=... is missing: the folder of a run or of an adapter, or base (with model.path=FOLDER or model=NAME).",
+        )
+        self.check_place("run", self.run)
+
+    def check_place(self, key: str, place: str | None) -> None:
+        """Raises UserError for `base` without a model."""
+        mend = "model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi"
+        require(place != "base" or self.model is not None, f"{key}=base needs {mend}.")
+
+
+@dataclass
+class EvalConfig(SubjectConfig):
+    task: TaskConfig | None = section(None)
+    generation: GenerationConfig = section()
     data: DataConfig | None = section(None)
     """The data set whose evaluation rows task=perplexity predicts. null: the run's."""
     launch: ProcessesConfig = section(ProcessesConfig)
@@ -103,27 +125,17 @@ class EvalConfig:
     """Time limit of math-verify for one answer. An answer that takes longer is wrong and counted."""
     name: str | None = setting(None, "nothing")
     """Results go to RUN/eval/name. null: the task's name."""
-    output_dir: str = setting("outputs", "nothing")
-    """Results of run=base go to output_dir/base-MODEL."""
-    trust_remote_code: bool = setting(False, "nothing")
-    """Runs Python code that comes with the model of a run or an adapter."""
     adapter_digest: str | None = setting(None, "answers")
     """Digest of the adapter's weights. cera-eval fills it in."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_positive("", self, "grading_seconds")
-        is_base = self.run == "base"
-        require(
-            self.run is not None,
-            "run=... is missing: the folder of a run or of an adapter, or base (with model.path=FOLDER or model=NAME).",
-        )
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
-        mend = "model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi"
-        require(self.model is not None or not is_base, f"run=base needs {mend}.")
         require_folder_name(self.folder_name)
         if self.task.kind == "perplexity" and self.task.window is None:
             require(
-                self.data is not None or not is_base,
+                self.data is not None or self.run != "base",
                 f"task={self.task.name} with run=base needs data=..., since there is no run whose rows to take.",
             )
         else:

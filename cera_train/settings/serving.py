@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, section, setting
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import GenerationConfig
+from cera_train.settings.evaluation import GenerationConfig, SubjectConfig
 from cera_train.settings.model import ModelConfig, Quantization
 
 
@@ -19,9 +19,7 @@ class Template(StrEnum):
 
 
 @dataclass
-class ChatConfig:
-    run: str | None = setting(None, "nothing")
-    """A run's folder, an adapter's folder, or `base` for the untouched model."""
+class ChatConfig(SubjectConfig):
     compare: str | None = setting(None, "nothing")
     """A second one, which answers the same questions."""
     prompt: str | None = setting(None, "answers")
@@ -34,20 +32,11 @@ class ChatConfig:
     max_new_tokens: int = setting(512, "answers")
     generation: GenerationConfig = section()
     """A question gets one answer, the first of generation.samples."""
-    model: ModelConfig | None = section(None)
-    """null: the run's."""
-    output_dir: str = setting("outputs", "nothing")
-    trust_remote_code: bool = setting(False, "nothing")
-    """Runs Python code that comes with the model of a run or an adapter."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_place("compare", self.compare)
         require_positive("", self, "max_new_tokens")
-        require(self.run is not None, "run=... is missing: the folder of a run or of an adapter, or base.")
-        for key, place in (("run", self.run), ("compare", self.compare)):
-            require(
-                place != "base" or self.model is not None,
-                f"{key}=base needs model.path=FOLDER, or model=NAME, such as model=smollm2_135m_pypi.",
-            )
         require(
             self.prompt is None or self.prompts is None,
             f"prompt={self.prompt!r} and prompts={self.prompts} exclude each other: leave one out.",
@@ -61,9 +50,7 @@ class ExportFormat(StrEnum):
 
 
 @dataclass
-class ExportConfig:
-    run: str | None = setting(None, "nothing")
-    """The folder of a finished run with a CeRA adapter, or of such an adapter."""
+class ExportConfig(SubjectConfig):
     format: ExportFormat = setting(ExportFormat.lora, "result")
     """lora: a LoRA of the same rank, in PEFT's format; merged: that LoRA in the base's weights, a plain model."""
     output: str | None = setting(None, "nothing")
@@ -76,11 +63,6 @@ class ExportConfig:
     """Held-out rows to judge on. null: all."""
     data: DataConfig | None = section(None)
     """null: the run's rows."""
-    model: ModelConfig | None = section(None)
-    """null: the run's."""
-    output_dir: str = setting("outputs", "nothing")
-    trust_remote_code: bool = setting(False, "nothing")
-    """Runs Python code that comes with the model of a run or an adapter."""
 
     def __post_init__(self) -> None:
         require_positive("", self, "calibration_tokens", "rows")
