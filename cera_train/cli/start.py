@@ -37,9 +37,9 @@ from cera_train.settings.run import Config
 
 PROGRAMS = {
     "cera-train": "train:main",
-    "cera-eval": "evaluate:main",
-    "cera-chat": "serving:chat_main",
-    "cera-export": "serving:export_main",
+    "cera-eval": "runs:eval_main",
+    "cera-chat": "runs:chat_main",
+    "cera-export": "runs:export_main",
     "cera-report": "report:main",
     "cera-sweep": "report:sweep_main",
     "cera-plan": "plan:main",

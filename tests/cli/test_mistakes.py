@@ -210,7 +210,7 @@ def test_an_evaluation_that_fails_lets_the_others_run(
         if composed.run == "broken":
             raise UserError("broken is no run.")
 
-    monkeypatch.setattr("cera_train.cli.evaluate.run", run)
+    monkeypatch.setattr("cera_train.cli.runs.measure", run)
     assert run_command("cera-eval", *arguments) == status
     assert begun == evaluated
     assert capfd.readouterr().err == ("cera-eval: broken is no run.\n" if status else "")

@@ -1,8 +1,10 @@
-"""`cera-eval`: one evaluation of a run, or several with -m."""
+"""`cera-eval`, `cera-chat` and `cera-export`: a run after its training. Settings, folders and files are checked before
+torch takes its seconds to import."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -17,20 +19,33 @@ from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems
 from cera_train.model.folder import check_model
-from cera_train.runs.subject import find_subject
+from cera_train.runs.subject import Subject, find_subject
 from cera_train.settings.evaluation import EvalConfig
+from cera_train.settings.serving import ChatConfig, ExportConfig
 
 EVAL = "cera-eval"
 
 
-def main() -> None:
+def checked(composed: DictConfig, schema: type) -> tuple[Any, Subject]:
+    """The config of a command, and what its `run` names."""
+    config = to_config(composed, schema)
+    check_trust(composed, HydraConfig.get().overrides.task)
+    subject = find_subject(config)
+    check_model(subject.model.path)
+    return config, subject
+
+
+# --- cera-eval -------------------------------------------------------------------------------------------------------
+
+
+def eval_main() -> None:
     start_hydra(EVAL, evaluate)
 
 
 def evaluate(composed: DictConfig) -> bool:
     """One evaluation. Returns whether it failed: with -m the others run, without, the process ends."""
     try:
-        run(composed)
+        measure(composed)
         return False
     except BrokenPipeError:
         leave_closed_pipe()
@@ -41,18 +56,15 @@ def evaluate(composed: DictConfig) -> bool:
         return True
 
 
-def run(composed: DictConfig) -> None:
-    config = to_config(composed, EvalConfig)
-    check_trust(composed, HydraConfig.get().overrides.task)
-    subject = find_subject(config)  # torch takes seconds to import: a mistake is answered before
-    check_model(subject.model.path)
+def measure(composed: DictConfig) -> None:
+    config, subject = checked(composed, EvalConfig)
     if config.task.files and isinstance(build_task(config.task), AnswerTask):
         load_problems(config.task, subject.data)
     announce_imports()
     with heavy_imports():
-        from cera_train.evaluation.evaluate import evaluate as measure
+        from cera_train.evaluation.evaluate import evaluate
 
-    in_processes(measure, config)
+    in_processes(evaluate, config)
 
 
 class EvaluationSweep(Callback):
@@ -67,3 +79,35 @@ class EvaluationSweep(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         if self.has_failed:
             sys.exit(1)
+
+
+# --- cera-chat and cera-export ---------------------------------------------------------------------------------------
+
+
+def chat_main() -> None:
+    start_hydra("cera-chat", chat)
+
+
+def chat(composed: DictConfig) -> None:
+    config, _ = checked(composed, ChatConfig)
+    if config.compare is not None:
+        check_model(find_subject(replace(config, run=config.compare)).model.path)
+    announce_imports()
+    with heavy_imports():
+        from cera_train.serving.chat import chat
+
+    chat(config)
+
+
+def export_main() -> None:
+    start_hydra("cera-export", export)
+
+
+def export(composed: DictConfig) -> None:
+    config, subject = checked(composed, ExportConfig)
+    config.check_model(subject.model)
+    announce_imports()
+    with heavy_imports():
+        from cera_train.serving.export import export
+
+    export(config)
