@@ -304,7 +304,7 @@ def our_session(
     path = Path(tempfile.mkdtemp())
     config, precision = settle(config, path)
     session = Session(config, precision, RunFolder(path, to_plain(config)), resume_from=None)
-    assert session.team.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
+    assert session.accelerator.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
     session.loss.train()
     return session
 

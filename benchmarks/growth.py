@@ -83,7 +83,7 @@ def measure(point: Point, updates: int, pipe: Any) -> None:
         session.stepper.step()
         session.stepper.zero_grad()
         taken.append(time.perf_counter() - started)
-    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.team.device)})
+    pipe.send({"seconds": statistics.median(taken[1:]), "memory": peak_memory(session.accelerator.device)})
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -20,7 +19,6 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
-    gather_object,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -91,25 +89,6 @@ def check_distribution(accelerator: Accelerator, strategy: Strategy) -> None:
             "plain processes: choose no engine in `accelerate config`. distributed.strategy=fsdp shards without one."
         )
     accelerator.gradient_accumulation_steps = 1  # a user's config would divide the loss
-
-
-class Team:
-    """The processes that share a run."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.processes, self.process = accelerator.num_processes, accelerator.process_index
-        self.is_main = accelerator.is_main_process
-        self.is_sharded = accelerator.is_fsdp2
-        self.device = accelerator.device
-
-    def reduce(self, tensor: torch.Tensor, reduction: str = "sum") -> torch.Tensor:
-        """The sum or the mean of a tensor over all processes."""
-        return self.accelerator.reduce(tensor, reduction=reduction)
-
-    def gather(self, items: list[Any]) -> list[Any]:
-        """The items of all processes, in the order of the processes."""
-        return gather_object(items)
 
 
 def peak_memory(device: torch.device) -> int:

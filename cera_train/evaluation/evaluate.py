@@ -20,7 +20,7 @@ from cera_train.adapters.spectrum import spectrum_metrics
 from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
-from cera_train.distributed.accelerator import Team, quiet_libraries, start_accelerator
+from cera_train.distributed.accelerator import quiet_libraries, start_accelerator
 from cera_train.evaluation.generate import cut_batches, generate, prepare_generation, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
@@ -245,7 +245,7 @@ def measure_perplexity(evaluation: Evaluation) -> PerplexityResult:
     loss = SupervisedLoss(model, base, accelerator.autocast)
     choose_layout(subject.train.batch_layout, loss, accelerator.device)
     micro_batch_tokens = max(subject.train.micro_batch_tokens, *rows.column("length"))
-    held_out = HeldOut(model, loss, rows, Team(accelerator), micro_batch_tokens, subject.train.probe_tokens)
+    held_out = HeldOut(model, loss, rows, accelerator, micro_batch_tokens, subject.train.probe_tokens)
     loss_per_token = held_out.token_losses().mean
     result = PerplexityResult(
         task=config.folder_name,

@@ -13,13 +13,14 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
 from cera_train.data.sources import answered_rows
-from cera_train.distributed.accelerator import Team
 from cera_train.evaluation.generate import (
     Request,
     cut_batches,
@@ -97,8 +98,8 @@ class ExamResults:
 class Exams:
     """The exams of a run. Processes divide the answers, and the main process grades them."""
 
-    def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, team: Team) -> None:
-        self.every, self.tokenizer, self.loss, self.team = config.train.tasks_every, tokenizer, loss, team
+    def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, accelerator: Accelerator) -> None:
+        self.every, self.tokenizer, self.loss, self.accelerator = config.train.tasks_every, tokenizer, loss, accelerator
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
@@ -130,7 +131,7 @@ class Exams:
         is_due = is_last or (self.every is not None and update % self.every == 0)
         for exam in self.tasks if is_due else []:
             started, answers = time.perf_counter(), self.answer(exam)
-            if self.team.is_main:
+            if self.accelerator.is_main_process:
                 grades = grade_all(exam.task, exam.problems, answers, EvalConfig.grading_seconds)
                 scores = score(exam.task, exam.problems, answers, grades).to_json()
                 figures = {
@@ -151,20 +152,20 @@ class Exams:
         if results.samples:
             seconds = time.perf_counter() - started
             results.notes.append(f"{counted(len(results.samples), 'sample')} in {seconds:.1f} s")
-        [results.figures, *_] = self.team.gather([results.figures])  # the main process's
+        [results.figures, *_] = gather_object([results.figures])  # the main process's
         return results
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
         longest = max((len(request.prompt_ids) for request in exam.requests), default=0)
-        share = math.ceil(len(exam.requests) / self.team.processes) * (longest + exam.max_new_tokens)
+        share = math.ceil(len(exam.requests) / self.accelerator.num_processes) * (longest + exam.max_new_tokens)
         greedy = GenerationConfig()
         with self.loss.generating() as base:
             prepare_generation(base, self.tokenizer, exam.max_new_tokens, exam.stop)
             batches = cut_batches(exam.requests, exam.max_new_tokens, min(greedy.batch_tokens, share))
             mine = [
                 generate(self.loss.model, base, self.tokenizer, batch, greedy)
-                for batch in batches[self.team.process :: self.team.processes]
+                for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]
             ]
-        answers = {answer.problem: answer for answer in self.team.gather(list(itertools.chain(*mine)))}
+        answers = {answer.problem: answer for answer in gather_object(list(itertools.chain(*mine)))}
         return [answers[problem.id] for problem in exam.problems]

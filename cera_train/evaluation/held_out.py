@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy
 import torch
+from accelerate import Accelerator
 
 from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
 from cera_train.data.prepare import TokenizedRows
-from cera_train.distributed.accelerator import Team
 from cera_train.model.batches import MicroBatches
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.outcomes import TokenLosses
 
 
 class HeldOut:
-    """Evaluation rows, shared out over the processes of a team.
+    """Evaluation rows, shared out over the processes of a run.
 
     Args:
         loss: without DDP around it: processes evaluate without waiting for others.
@@ -31,12 +31,12 @@ class HeldOut:
         model: Any,
         loss: SupervisedLoss,
         rows: TokenizedRows,
-        team: Team,
+        accelerator: Accelerator,
         micro_batch_tokens: int,
         probe_tokens: int,
     ) -> None:
-        self.model, self.loss, self.team = model, loss, team
-        self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, team.device)
+        self.model, self.loss, self.accelerator = model, loss, accelerator
+        self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, accelerator.device)
         self.rows, self.probe = range(len(rows)), self.batches.first(probe_tokens)
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class HeldOut:
         """The loss of every supervised token, in eval mode; the same on every process."""
         supervised = self.batches.supervised
         starts = [0, *itertools.accumulate(supervised)]
-        losses = torch.zeros(starts[-1], device=self.team.device)
+        losses = torch.zeros(starts[-1], device=self.accelerator.device)
         was_training = self.loss.training
         self.loss.eval()
         for group, counts in self._mine(self.rows):
@@ -54,13 +54,14 @@ class HeldOut:
                     losses[starts[row] : starts[row + 1]] = row_losses
         self.loss.train(was_training)
         # Zero where another process has the row, so a sum puts them together without rounding.
-        return TokenLosses(numpy.array(supervised, numpy.int64), self.team.reduce(losses).cpu().numpy())
+        return TokenLosses(numpy.array(supervised, numpy.int64), self.accelerator.reduce(losses).cpu().numpy())
 
     def spectra(self) -> dict[str, ModuleSpectrum]:
         """The spectrum of every adapted module on the probe."""
         probe = ((self.batches.load(group), counts) for group, counts in self._mine(self.probe))
-        return measure_spectra(self.model, self.loss.eagerly, probe, self.team.reduce)
+        return measure_spectra(self.model, self.loss.eagerly, probe, self.accelerator.reduce)
 
     def _mine(self, rows: Sequence[int]) -> list[tuple[list[int], bool]]:
         """The rows of this process's micro-batches, and whether each counts."""
-        return self.batches.passes(rows, self.team.processes, self.team.process, in_step=self.team.is_sharded)
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        return self.batches.passes(rows, processes, process, in_step=self.accelerator.is_fsdp2)

@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 
 def print_start(session: Session) -> None:
     """The run in a few lines: folder, model, adapter, device, speed, data."""
-    if not session.team.is_main:
+    if not session.accelerator.is_main_process:
         return
-    config, team, loss = session.config, session.team, session.local_loss
+    config, accelerator, loss = session.config, session.accelerator, session.local_loss
     folder, done, updates = session.folder.path, session.progress.update, session.updates
     if (end := session.extended_from) is not None:
         # A schedule follows from the number of updates, so the rate may jump.
@@ -61,8 +61,8 @@ def print_start(session: Session) -> None:
     print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {weights:,} parameters")
     print_line("precision", f"{session.precision.dtype}: {session.precision.reason}")
     print_adapter(session)
-    device = f"{team.processes} x {team.device.type}" + ", FSDP2" * team.is_sharded
-    mixed = team.accelerator.mixed_precision
+    device = f"{accelerator.num_processes} x {accelerator.device.type}" + ", FSDP2" * accelerator.is_fsdp2
+    mixed = accelerator.mixed_precision
     autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"
     layout = "flat" if loss.is_flat else "padded"
     tokens = config.train.micro_batch_tokens

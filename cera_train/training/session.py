@@ -19,7 +19,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_layouts
-from cera_train.distributed.accelerator import Team, start_accelerator, this_device
+from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.evaluation.exams import Exams
@@ -100,14 +100,14 @@ class Session:
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist
         limit, strategy = config.distributed.timeout, config.distributed.strategy
-        self.accelerator = start_accelerator(config.model, config.train.autocast, timedelta(seconds=limit), strategy)
-        self.team = team = Team(self.accelerator)
+        accelerator = start_accelerator(config.model, config.train.autocast, timedelta(seconds=limit), strategy)
+        self.accelerator = accelerator
         (resume_from,) = broadcast_object_list([resume_from])
 
-        base = load_model(config.model, team.device, team.is_sharded)
+        base = load_model(config.model, accelerator.device, accelerator.is_fsdp2)
         self.base_fingerprint = fingerprint(base)  # before DoRA adds its magnitudes
         torch.manual_seed(config.train.seed)
-        self.model = adapters.build(base, config.adapter, team.is_sharded)
+        self.model = adapters.build(base, config.adapter, accelerator.is_fsdp2)
         self.trainable_count, self.total_count = adapters.parameter_counts(self.model)
 
         self.resumes = resume_from is not None
@@ -118,27 +118,27 @@ class Session:
             load_start(self.model, config.adapter, self.base_fingerprint)
 
         groups = adapters.parameter_groups(self.model, config.adapter)
-        self.optimizer = build_optimizer(groups, config.optimizer, team.device)
-        loss = SupervisedLoss(self.model, base, self.accelerator.autocast)
+        self.optimizer = build_optimizer(groups, config.optimizer, accelerator.device)
+        loss = SupervisedLoss(self.model, base, accelerator.autocast)
         # `loss` under DDP or FSDP, and an optimizer that knows the gradient scaler
-        self.loss, self.stepper = self.accelerator.prepare(loss, self.optimizer)
-        self.local_loss = self.accelerator.unwrap_model(self.loss)
+        self.loss, self.stepper = accelerator.prepare(loss, self.optimizer)
+        self.local_loss = accelerator.unwrap_model(self.loss)
         if moments is not None:
             # After prepare: sharding replaces the parameters.
-            load_optimizer_state(self.optimizer, moments, self.accelerator.scaler)
+            load_optimizer_state(self.optimizer, moments, accelerator.scaler)
         self.weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if team.is_sharded:
+        if accelerator.is_fsdp2:
             register_fsdp_forward_method(self.local_loss, "probe")  # the weights are whole only inside such methods
-        choose_layout(config.train.batch_layout, self.local_loss, team.device)
+        choose_layout(config.train.batch_layout, self.local_loss, accelerator.device)
         if config.train.compile:
             self.local_loss.compile_layers()
 
         tokens = config.train.micro_batch_tokens
-        self.batches = MicroBatches(self.data.train, self.local_loss.is_flat, tokens, team.device)
+        self.batches = MicroBatches(self.data.train, self.local_loss.is_flat, tokens, accelerator.device)
         self.held_out = HeldOut(
-            self.model, self.local_loss, self.data.evaluation, team, tokens, config.train.probe_tokens
+            self.model, self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
         )
-        self.exams = Exams(config, self.tokenizer, self.local_loss, team)
+        self.exams = Exams(config, self.tokenizer, self.local_loss, accelerator)
         self.order = self.data.train.order(config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         if self.is_done and (folder.result() is not None or self.progress.update > self.updates):
@@ -150,7 +150,7 @@ class Session:
             )
         self.extended_from: int | None = None  # the last update of the run that `train.extend` makes longer
         self.tracker = Tracker()
-        self.bar = ProgressBar("update", self.updates, self.progress.update, visible=team.is_main)
+        self.bar = ProgressBar("update", self.updates, self.progress.update, visible=accelerator.is_main_process)
         self.interruption = Interruption()
         self._spectra: tuple[int, dict[str, ModuleSpectrum]] | None = None  # an update, and the spectra after it
 
@@ -164,15 +164,21 @@ class Session:
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""
         folder, done = self.folder, self.progress.update
-        if not self.team.is_main:
+        if not self.accelerator.is_main_process:
             return
         if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
             self.extended_from = result.updates
             keep_end(folder.path)
         folder.rewind(done if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
-        folder.write_config(environment(self.team.processes, self.base_fingerprint, rows, self.updates, self.precision))
+        processes = self.accelerator.num_processes
+        folder.write_config(environment(processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
+
+    def passes(self, rows: list[int]) -> list[tuple[list[int], bool]]:
+        """The micro-batches of these rows that this process runs, and whether each counts in the loss."""
+        processes, process = self.accelerator.num_processes, self.accelerator.process_index
+        return self.batches.passes(rows, processes, process, in_step=self.accelerator.is_fsdp2)
 
     def start_clock(self) -> None:
         self.loss.train()
@@ -200,11 +206,11 @@ class Session:
 
     def seed(self) -> int:
         """Seed of the next update's dropout: a resumed run draws what an uninterrupted one draws."""
-        return (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.team.process
+        return (self.config.train.seed * 1_000_003 + self.progress.update) * 1_009 + self.accelerator.process_index
 
     def log(self, metrics: UpdateMetrics | EvaluationMetrics) -> None:
         """Writes a line of metrics.jsonl, and its mirror."""
-        if self.team.is_main:
+        if self.accelerator.is_main_process:
             line = metrics.to_json()
             self.folder.append(METRICS, line)
             self.tracker.log({name: line[name] for name in line if "/" in name}, metrics.update)

@@ -109,16 +109,16 @@ def update(session: Session) -> int | None:
         The signal that one of the processes received meanwhile: all of them stop after the same update.
     """
     started = time.perf_counter()
-    config, team, progress = session.config.optimizer, session.team, session.progress
+    config, accelerator, progress = session.config.optimizer, session.accelerator, session.progress
     rows = session.order.sequences(progress.update)
     torch.manual_seed(session.seed())
     loss = backward(session, rows)
-    heard = torch.tensor(session.interruption.heard(), device=team.device)
-    loss, *heard = team.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
+    heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
+    loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
 
     lr = learning_rate(config, progress.update, session.updates)
     set_learning_rate(session.optimizer, lr)
-    grad_norm = float(session.accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
+    grad_norm = float(accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
     check_finite(session, rows, loss, grad_norm)
     session.stepper.step()
     session.stepper.zero_grad()
@@ -141,17 +141,17 @@ def update(session: Session) -> int | None:
 def backward(session: Session, rows: list[int]) -> torch.Tensor:
     """Accumulates the gradient of the mean loss over the supervised tokens of these rows; returns this process's part
     of the loss, a scalar."""
-    team, batches = session.team, session.batches
-    supervised = sum(batches.supervised[row] for row in rows)
+    accelerator = session.accelerator
+    supervised = sum(session.batches.supervised[row] for row in rows)
     # A mean over the tokens of all processes, whose gradients are averaged.
-    scale = team.processes / torch.tensor(supervised, device=team.device)
-    total = torch.zeros((), device=team.device)
-    micro_batches = batches.passes(rows, team.processes, team.process, in_step=team.is_sharded)
+    scale = accelerator.num_processes / torch.tensor(supervised, device=accelerator.device)
+    total = torch.zeros((), device=accelerator.device)
+    micro_batches = session.passes(rows)
     for number, (group, counts) in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)  # it reduces the gradients over the processes
-        with contextlib.nullcontext() if is_last else session.accelerator.no_sync(session.loss):
-            loss = counts * scale * session.loss(batches.load(group))
-            session.accelerator.backward(loss)
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(session.loss):
+            loss = counts * scale * session.loss(session.batches.load(group))
+            accelerator.backward(loss)
         total += loss.detach()
     return total
 
@@ -185,21 +185,21 @@ def prove_coverage(session: Session) -> None:
     coverage = Coverage(session.model)
     if not session.config.train.check_coverage or not coverage.layers:  # full fine-tuning has no adapters
         return
-    team, batches = session.team, session.batches
+    accelerator, batches = session.accelerator, session.batches
     rows = session.order.sequences(session.progress.update)
-    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))[: team.processes]  # attention matters in 64
+    rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # attention matters in 64
     session.loss.train()
     with session.local_loss.uncompiled(), coverage.watch():
-        for group, _ in batches.passes(rows, team.processes, team.process, in_step=team.is_sharded):
-            session.accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
+        for group, _ in session.passes(rows[: accelerator.num_processes]):
+            accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
     session.optimizer.zero_grad()
-    coverage.sum(team.reduce)
+    coverage.sum(accelerator.reduce)
     if (problem := coverage.problem()) is not None:
         raise UserError(
             f"adapter.target_modules: {problem} Leave them out, with all-linear by "
             "adapter.settings.exclude_modules=[...], or set train.check_coverage=false."
         )
-    if team.is_main and coverage.idle_experts:
+    if accelerator.is_main_process and coverage.idle_experts:
         print_line("coverage", f"{coverage.idle_experts} experts got no token in the first rows: not proven yet")
 
 
@@ -213,13 +213,13 @@ def evaluate(session: Session) -> None:
     figures = spectrum_metrics(spectra)
     is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
     figures |= answer_tasks(session)
-    if session.team.is_main:
+    if session.accelerator.is_main_process:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
                 losses.write(folder.path / name)
     metrics = EvaluationMetrics(progress.update, progress.epoch, loss, perplexity(loss), **figures)
     session.log(metrics)
-    if session.team.is_main and spectra:
+    if session.accelerator.is_main_process and spectra:
         modules = {name: spectrum.figures() for name, spectrum in spectra.items()}
         folder.append(SPECTRA, {"update": progress.update, "modules": modules})
     if is_best:
@@ -233,7 +233,7 @@ def answer_tasks(session: Session) -> dict[str, float]:
     """Answers the tasks that are due, and the samples; keeps them in the run's folder and the tracker."""
     progress, folder = session.progress, session.folder
     results = session.exams.take(progress.update, is_last=session.is_done)
-    if session.team.is_main:
+    if session.accelerator.is_main_process:
         for name, problems in results.graded.items() if session.is_done else ():
             write_grades(folder.path, name, problems)
         for sample in results.samples:
@@ -256,7 +256,7 @@ def stop(session: Session, signal: int) -> None:
     """Saves and ends the run: always raises Interrupted."""
     save(session)
     session.bar.close()
-    if session.team.is_main:
+    if session.accelerator.is_main_process:
         command = "same command" if session.config.train.resume == Resume.auto else "command with train.resume=auto"
         print_line("stopped", f"after update {session.progress.update}, saved. The {command} goes on.")
     session.tracker.finish()
@@ -285,12 +285,12 @@ def finish(session: Session) -> dict[str, Any]:
         tokens=progress.tokens,
         tokens_per_s=progress.tokens / progress.seconds,
         seconds=progress.seconds,
-        peak_memory_bytes=peak_memory(session.team.device),
+        peak_memory_bytes=peak_memory(session.accelerator.device),
         folder=str(folder.path),
         **spectrum_metrics(spectra) | progress.tasks,
     )
     folder.save_final(session.model, session.tokenizer)
-    if session.team.is_main:
+    if session.accelerator.is_main_process:
         if spectra:  # a method may have none
             modules = {
                 name: spectrum.figures() | {"singular_values": spectrum.singular_values.tolist()}
