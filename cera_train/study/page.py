@@ -11,16 +11,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.files import finite, write_text
-from cera_train.common.pages import (
-    BACKGROUND,
-    COLORS,
-    TEXT,
-    Page,
-    Picture,
-    Table,
-    styles_of,
-    without_empty_columns,
-)
+from cera_train.common.pages import BACKGROUND, COLORS, TEXT, Page, Picture, Table, styles_of, without_empty_columns
 from cera_train.common.settings import map_values
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
