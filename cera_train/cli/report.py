@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from cera_train.cli.mistakes import refuse_arguments
@@ -34,9 +33,8 @@ def report() -> None:
     parser.add_argument("--output", type=Path, help="where the page goes (default: report/NAMES_OF_THE_FOLDERS)")
     arguments = parser.parse_args()
     folders = arguments.folders
-    output = arguments.output or Path("report") / name_of(
-        [os.path.basename(os.path.abspath(folder)) for folder in folders]
-    )
+    names = "_and_".join(folder.absolute().name for folder in folders)
+    output = arguments.output or Path("report") / names[:LONGEST_NAME]
     is_free = output.is_dir() or not output.exists()
     require(is_free, f"--output={output}: it is a file, and a report needs a folder: choose another.")
     from cera_train.study.cells import find_study
@@ -51,12 +49,6 @@ def report() -> None:
         page = compare_runs(folders)
         page.write(output)
     page.print(output)
-
-
-def name_of(names: list[str]) -> str:
-    """The name of a page about these folders, such as run_and_run_lora."""
-    name = "_and_".join(names)
-    return name if len(name) <= LONGEST_NAME else f"{names[0][:LONGEST_NAME]}_and_{len(names) - 1}_more"
 
 
 def sweep_main() -> None:

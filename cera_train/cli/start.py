@@ -88,7 +88,7 @@ def start_hydra(
     """`start` for a command of a composed config. The only place that changes sys.argv, which Hydra reads.
 
     Args:
-        plugins: sweepers and launchers of ours, see `register_plugins`.
+        plugins: sweepers and launchers of ours by name, for the `_target_` of their files in conf/hydra.
     """
     config_name = "config" if program == "cera-train" else program.removeprefix("cera-")
 
@@ -104,7 +104,9 @@ def start_hydra(
             print_help(config_name, [word for word in sys.argv[1:] if not word.startswith("-")])
             return
         register_configs(*options("recipe"))
-        register_plugins(plugins or {})
+        # Hydra builds plugins of the package hydra_plugins only, and other Hydra programs would import a module in it.
+        names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in (plugins or {}).items()}
+        Plugins.instance().class_name_to_class.update(names)
         main = hydra.main(version_base="1.3", config_path=str(config_dir("conf")), config_name=config_name)(explained)
         # Only training's sweeps have a folder: the multirun.yaml that Hydra writes for the others is thrown away.
         with contextlib.nullcontext() if program == "cera-train" else tempfile.TemporaryDirectory() as folder:
@@ -168,14 +170,6 @@ def register_configs(*recipes: str) -> None:
     for name in recipes:
         node = OmegaConf.load(config_dir("recipes") / f"{name}.yaml")
         store.store(group="recipe", name=name, node=node, package="_global_")
-
-
-def register_plugins(plugins: Mapping[str, type[Plugin]]) -> None:
-    """Lists sweepers and launchers of ours with Hydra by these names, as hydra_plugins.cera_train.NAME, for the
-    `_target_` of their files in conf/hydra. Hydra builds plugins of that package only, and other Hydra programs would
-    import a module in it."""
-    names = {f"hydra_plugins.cera_train.{name}": plugin for name, plugin in plugins.items()}
-    Plugins.instance().class_name_to_class.update(names)
 
 
 def announce_imports() -> None:

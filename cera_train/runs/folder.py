@@ -9,7 +9,6 @@ writes, locked. `train.extend` moves the end of a finished run to ends/UPDATE, a
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import platform
@@ -144,12 +143,12 @@ class RunFolder:
         UserError where there is no other."""
         damaged: list[str] = []
         for checkpoint in reversed(self.checkpoints()):
-            damage = files.find_damage(checkpoint)
-            if damage is None:
-                if damaged:
-                    print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
-                return checkpoint
-            damaged.append(f"{checkpoint} ({damage})")
+            if (damage := files.find_damage(checkpoint)) is not None:
+                damaged.append(f"{checkpoint} ({damage})")
+                continue
+            if damaged:
+                print_line("damaged", f"{'; '.join(damaged)}. Resuming from {checkpoint}.")
+            return checkpoint
         if damaged:
             raise UserError(
                 f"{self.path} has only damaged checkpoints: {'; '.join(damaged)}. Restore one of them, or start anew "
@@ -193,6 +192,18 @@ class RunFolder:
         if self.is_main:
             files.write_text(self.path / DIVERGED, message + "\n")
 
+    def keep_end(self, result: RunResult) -> None:
+        """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it was interrupted,
+        another call completes it."""
+        end = self.path / "ends" / str(result.updates)
+        end.mkdir(parents=True, exist_ok=True)
+        for path in filter(Path.is_file, (self.path / name for name in COPIED_TO_END)):
+            files.write_bytes(end / path.name, path.read_bytes())
+        for path in filter(Path.exists, (self.path / name for name in MOVED_TO_END)):
+            path.rename(end / path.name)
+        files.sync(end)
+        files.sync(self.path)
+
     def rewind(self, update: int | None) -> None:
         """Removes what comes after a checkpoint's update, which the resumed run writes again; without one, everything.
 
@@ -209,11 +220,14 @@ class RunFolder:
             for name in (*LOGS, LOSSES_BEFORE, LOSSES_AFTER, IDS):
                 (self.path / name).unlink(missing_ok=True)
             return
-        for path in (self.path / log for log in LOGS):
-            if path.exists():
-                # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
-                lines = itertools.takewhile(_is_whole, path.read_bytes().splitlines(keepends=True))
-                files.write_bytes(path, b"".join(line for line in lines if json.loads(line)["update"] <= update))
+        for path in filter(Path.exists, (self.path / log for log in LOGS)):
+            kept = []
+            # A cut leaves half a line, and a loss of power any bytes, but only after the checkpoint's.
+            with contextlib.suppress(LookupError, TypeError, ValueError):
+                for line in path.read_bytes().splitlines(keepends=True):
+                    if json.loads(line)["update"] <= update:
+                        kept.append(line)
+            files.write_bytes(path, b"".join(kept))
 
     def save_checkpoint(
         self, model: nn.Module, optimizer: Optimizer, progress: Progress, keep: int, scaler: GradScaler | None = None
@@ -255,28 +269,6 @@ class RunFolder:
 
 def _by_update(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("*") if path.name.isdecimal()), key=lambda path: int(path.name))
-
-
-def keep_end(run: Path) -> None:
-    """Moves the end of a finished run to ends/UPDATE, so that the run is unfinished. Where it was interrupted, another
-    call completes it."""
-    end = run / "ends" / str(RunResult.read(run / "result.json").updates)
-    end.mkdir(parents=True, exist_ok=True)
-    for name in COPIED_TO_END:
-        if (run / name).is_file():
-            files.write_bytes(end / name, (run / name).read_bytes())
-    for name in MOVED_TO_END:
-        if (run / name).exists():
-            (run / name).rename(end / name)
-    files.sync(end)
-    files.sync(run)
-
-
-def _is_whole(line: bytes) -> bool:
-    try:
-        return line.endswith(b"\n") and "update" in json.loads(line)
-    except (TypeError, ValueError):
-        return False
 
 
 def load_checkpoint(folder: Path, model: nn.Module, data_digest: str) -> tuple[Progress, dict[str, Any]]:

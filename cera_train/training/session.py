@@ -29,7 +29,7 @@ from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
 from cera_train.model.precision import Precision, choose_precision
 from cera_train.model.weights import fingerprint, load_model
-from cera_train.runs.folder import Progress, RunFolder, environment, keep_end, load_checkpoint
+from cera_train.runs.folder import Progress, RunFolder, environment, load_checkpoint
 from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, UpdateMetrics
 from cera_train.runs.subject import digest_of, find_start, run_of
@@ -168,7 +168,7 @@ class Session:
             return
         if (result := folder.result()) is not None:  # by train.extend: else there would be nothing to begin
             self.extended_from = result.updates
-            keep_end(folder.path)
+            folder.keep_end(result)
         folder.rewind(done if self.resumes else None)
         rows = {"train": self.data.train.digest, "held_out": self.data.evaluation.digest}
         processes = self.accelerator.num_processes
