@@ -21,18 +21,14 @@ Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if v
 
 
 class SpectrumSummary(Record):
-    """The spectra of all adapted modules in eight numbers, and the mean of the learned mix."""
+    """What is read of the spectra of all adapted modules."""
 
     effective_rank_mean: float | None = key("spectrum/effective_rank/mean")
     effective_rank_max: float | None = key("spectrum/effective_rank/max")
     manifold_dimension_mean: float | None = key("spectrum/manifold_dimension/mean")
     manifold_dimension_max: float | None = key("spectrum/manifold_dimension/max")
-    # The share of hidden units that are closed on the whole probe; None without a gate.
-    dead_units_mean: float | None = key("spectrum/dead_units/mean")
-    dead_units_max: float | None = key("spectrum/dead_units/max")
     # The share of a branch's variance that the best affine map of A x explains.
     linear_share_mean: float | None = key("spectrum/linear_share/mean")
-    linear_share_max: float | None = key("spectrum/linear_share/max")
     # The share of the gate in z + gamma (gate(z) - z), the mean over modules; None unless it is learned.
     gamma: float | None = key("adapter/gamma")
 
