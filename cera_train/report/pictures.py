@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from cera_train.common.pages import Picture, shortened, styles_of
 from cera_train.report.comparison import graded, task_names
 from cera_train.report.runs import Run, accuracy_metric, group_by
-from cera_train.runs.results import SPECTRUM, mean_spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +27,7 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
         _against_rank(runs, "effective rank", lambda run: run.figures.spectrum.effective_rank_mean),
         _curves(
             *(runs, "spectra", "Spectra", "direction", "share of the singular values"),
-            lambda run: list(enumerate(mean_spectrum(run.folder / SPECTRUM), start=1)),
+            lambda run: list(enumerate(run.spectrum, start=1)),
             "Singular values of the branch's centred output over their sum, in the mean over modules.",
         ),
         _curves(

@@ -18,7 +18,7 @@ from cera_train.common.trust import clean
 from cera_train.evaluation.tasks.task import Metric, Task, all_tasks
 from cera_train.runs.evaluation_folder import AccuracyResult, GradedAnswers, PerplexityResult, read_evaluation_result
 from cera_train.runs.records import load_config
-from cera_train.runs.results import METRICS, Environment, Metrics, RunResult, read_metrics
+from cera_train.runs.results import METRICS, SPECTRUM, Environment, Metrics, RunResult, mean_spectrum, read_metrics
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
 from cera_train.settings.data import evaluation_rows
 
@@ -88,6 +88,7 @@ class Run:
     result: RunResult | None = None
     metrics: Metrics = field(default_factory=Metrics)
     environment: Environment = field(default_factory=Environment)
+    spectrum: list[float] = field(default_factory=list)  # singular values over their sum, the mean over modules
     published: dict[str, float] = field(default_factory=dict)  # by a key of result.json, or TASK/METRIC
 
     @property
@@ -184,6 +185,7 @@ def _read_run(folder: Path) -> Run | None:
         result=RunResult.find(folder / "result.json"),
         metrics=read_metrics(folder / METRICS),
         environment=Environment.find(folder / "environment.json") or Environment(),
+        spectrum=mean_spectrum(folder / SPECTRUM),
         published=config.published,
     )
 
