@@ -106,7 +106,7 @@ def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
 def look(config: DataConfig, data: TokenizedData, tokenizer: Any, stops: set[int]) -> None:
     """Prints what a run would train on."""
     print_rows(config, data)
-    print_lengths(data.sample)
-    print_line("stop", describe_stop(ends_of(data.sample), stops, tokenizer))
-    for row in sorted({0, len(data.sample) // 2}):
-        print_example(data.sample, row, tokenizer)
+    print_lengths(data.train)
+    print_line("stop", describe_stop(ends_of(data.train), stops, tokenizer))
+    for row in sorted({0, len(data.train) // 2}):
+        print_example(data.train, row, tokenizer)

@@ -17,8 +17,8 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
-from cera_train.data.order import PartRows, RowOrder, StreamedRows, drawn_rows, interleaved, rows_of_parts
-from cera_train.data.rows import PlacedRow, Source
+from cera_train.data.order import PartRows, drawn_rows, interleaved, rows_of_parts
+from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
@@ -98,10 +98,6 @@ class TokenizedRows:
         empty = self.table["length"].to_pylist().count(0)
         return empty, self.table["has_answer"].to_pylist().count(False) - empty
 
-    def order(self, batch_size: int, seed: int) -> RowOrder:
-        """Which rows each update takes."""
-        return RowOrder(len(self), batch_size, seed)
-
     def describe(self) -> str:
         """Rows kept, dropped and truncated, and the supervised share, for people."""
         tokens, (empty, beyond) = sum(self.lengths), self.dropped
@@ -114,7 +110,7 @@ class TokenizedRows:
 
 @dataclass
 class TokenizedData:
-    train: TokenizedRows | StreamedRows
+    train: TokenizedRows
     evaluation: TokenizedRows
     shared_prompts: int = 0
     """Evaluation rows whose prompt is also a training row's."""
@@ -123,11 +119,6 @@ class TokenizedData:
     parts: list[PartRows] = field(default_factory=list)
     """The parts of a mix."""
 
-    @property
-    def sample(self) -> TokenizedRows:
-        """Rows to look at: those that train, of a stream those that evaluate."""
-        return self.evaluation if isinstance(self.train, StreamedRows) else self.train
-
 
 # --- a run's rows ----------------------------------------------------------------------------------------------------
 
@@ -135,8 +126,6 @@ class TokenizedData:
 def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     """Tokenises both splits, or takes them from the cache; those of a mix part by part. A prompt in both is refused
     unless the config allows it."""
-    if config.streaming:
-        return _stream(config, tokenizer)
     parts, train, evaluation = [], [], []
     for place, part in config.parts():
         with errors_at(place):
@@ -217,21 +206,6 @@ def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit
     numbers = array("q", interleaved(placed)[:limit])
     digest = _digest([split.digest for split in splits], hashlib.sha256(numbers).hexdigest())
     return TokenizedRows(pyarrow.concat_tables(tables), digest, numbers)
-
-
-def _stream(config: DataConfig, tokenizer: Any) -> TokenizedData:
-    """Training rows that are read as they train, without rows whose prompt evaluates."""
-    train, evaluation = open_sources(config)
-    held_out = _tokenize(evaluation, config, tokenizer)
-    left_out = set() if config.allow_overlap else set(held_out.column("prompt_key"))
-    to_segments = segmenter(config, tokenizer)
-
-    def tokenize(rows: list[PlacedRow]) -> TokenizedRows:
-        examples = encode(segments_of(rows, to_segments), config, tokenizer)
-        return TokenizedRows(table_of(example for example in examples if example.prompt_key not in left_out))
-
-    digest = _digest(held_out.digest, train.fingerprint, config.shuffle_buffer)
-    return TokenizedData(StreamedRows(train, tokenize, config.shuffle_buffer, digest), held_out)
 
 
 # --- rows to tokens --------------------------------------------------------------------------------------------------

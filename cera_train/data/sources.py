@@ -111,8 +111,6 @@ def open_sources(config: DataConfig) -> tuple[Source, Source]:
         rows = from_files(config.train_files, "data.train_files")
         if config.eval_files:
             train, evaluation = rows, from_files(config.eval_files, "data.eval_files")
-        elif config.streaming:  # the last rows are unknown
-            train, evaluation = rows.between(config.eval_rows, None), rows
         elif config.holds_out_by_prompt:
             share = f"{HELD_OUT} by prompt"
             train, evaluation = _split(rows, partial(rows_by_prompt, config, rows), f"without {share}", share)

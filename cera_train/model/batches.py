@@ -113,16 +113,7 @@ class MicroBatches:
 
     def __init__(self, rows: Any, is_flat: bool, max_tokens: int, device: torch.device) -> None:
         self.rows, self.is_flat, self.max_tokens, self.device = rows, is_flat, max_tokens, device
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each row."""
-        return self.rows.lengths
-
-    @property
-    def supervised(self) -> Sequence[int]:
-        """Tokens of each row whose prediction counts."""
-        return self.rows.supervised
+        self.lengths, self.supervised = rows.lengths, rows.supervised  # tokens of a row, and those predicted
 
     def groups(self, rows: Sequence[int]) -> list[list[int]]:
         """The rows of each micro-batch."""

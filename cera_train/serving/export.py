@@ -77,7 +77,7 @@ def export(config: ExportConfig) -> Certificate:
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     device = loaded.base.device
     data = prepare_data(decide_layouts(config.data or loaded.subject.run.data), loaded.tokenizer)
-    batches = MicroBatches(data.sample, False, config.calibration_tokens, device)
+    batches = MicroBatches(data.train, False, config.calibration_tokens, device)
     calibration = batches.load(batches.first(config.calibration_tokens))
     mask = torch.ones_like(calibration.input_ids) if calibration.attention_mask is None else calibration.attention_mask
     tokens = int(mask.sum())

@@ -168,10 +168,7 @@ class DataConfig:
     max_length: int = setting(512, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""
     streaming: bool = setting(False, "result")
-    """Read the training rows once and in order while the run trains, and keep no tokens: for more rows than fit a disk.
-    Needs train.max_updates. Without eval_files, the first eval_rows rows of train_files are held out."""
-    shuffle_buffer: int = setting(10_000, "result")
-    """Rows of a stream that are shuffled at a time."""
+    """Downloads no more of a data set on the Hub than train_rows and eval_rows need."""
     train_rows: int | None = setting(None, "result")
     eval_rows: int | None = setting(None, "result")
     """Take only this many rows, from the start. null: all. With a mix, train_rows are the rows of an epoch in all, and
@@ -188,7 +185,7 @@ class DataConfig:
     """For cera-plan only."""
 
     def __post_init__(self) -> None:
-        require_positive("data", self, "max_length", "train_rows", "shuffle_buffer")
+        require_positive("data", self, "max_length", "train_rows")
         if self.mix is None:
             has_templates = (self.prompt, self.completion) not in ((None, None), COLUMN_TEMPLATES)
             if self.layout == Layout.auto and (has_templates or not self.train_files):
@@ -198,10 +195,6 @@ class DataConfig:
         require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
         share = self.allow_overlap
         require(0 <= share <= 1, f"data.allow_overlap={share} is a share of the rows: between 0 and 1, such as 0.05.")
-        if self.streaming:
-            require(self.mix is None, "data.streaming=true reads one data set: leave out data.mix.")
-            require(not self.is_computed, f"data.layout={self.layout} computes its rows: leave out data.streaming.")
-            require(bool(self.eval_files or self.eval_rows), "data.streaming=true needs data.eval_rows, such as 1000.")
         if self.mix is not None:
             self._check_mix()
         elif self.is_computed:
@@ -281,7 +274,7 @@ def usual_turns(layout: str) -> Turns:
     return Turns.all if layout == Layout.messages else Turns.first
 
 
-TRAINING_ONLY = ("weight", "train_split", "train_rows", "shuffle_buffer", "mix_seed", "allow_overlap", "facts")
+TRAINING_ONLY = ("weight", "train_split", "train_rows", "mix_seed", "allow_overlap", "facts")
 """Settings that choose no evaluation rows."""
 
 HUB_ONLY = ("path", "subset", "revision", "eval_split")

@@ -46,8 +46,6 @@ class Config:
             f"train.micro_batch_tokens={self.train.micro_batch_tokens} is less than data.max_length="
             f"{self.data.max_length}: a micro-batch must hold at least one sequence.",
         )
-        is_endless = self.data.streaming and self.train.max_updates is None
-        require(not is_endless, "data.streaming=true reads rows once, not in epochs: set train.max_updates.")
         if self.distributed.strategy != Strategy.fsdp:
             return
         quantization, mend = self.model.quantization, "with distributed.strategy=fsdp choose"

@@ -69,7 +69,7 @@ def print_start(session: Session) -> None:
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
     print_line("speed", describe_speed(config.train.batch_layout, loss))
     print_rows(config.data, session.data)
-    rows, tokenizer = session.data.sample, session.tokenizer
+    rows, tokenizer = session.data.train, session.tokenizer
     ends, stops = ends_of(rows), stop_ids(tokenizer, loss.causal_lm.generation_config.eos_token_id)
     if not ends or not ends <= stops:
         print_line("stop", describe_stop(ends, stops, tokenizer))

@@ -17,6 +17,7 @@ from cera_train.adapters.saved import load, read
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
 from cera_train.common.terminal import ProgressBar
+from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import start_accelerator, this_device
@@ -139,7 +140,7 @@ class Session:
             self.model, self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
         )
         self.exams = Exams(config, self.tokenizer, self.local_loss, accelerator)
-        self.order = self.data.train.order(config.train.batch_size, config.train.seed)
+        self.order = RowOrder(len(self.data.train), config.train.batch_size, config.train.seed)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         if self.is_done and (folder.result() is not None or self.progress.update > self.updates):
             raise UserError(

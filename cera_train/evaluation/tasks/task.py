@@ -261,16 +261,14 @@ START = 4
 
 
 def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
-    """The questions of problems that stand in a text of a training row, whatever their case and spaces. Streamed rows
-    are too many to read."""
+    """The questions of problems that stand in a text of a training row, whatever their case and spaces."""
     questions = {normalized(problem.question): problem.question for problem in problems if problem.question.strip()}
     by_start: dict[tuple[str, ...], list[str]] = {}
     for words in questions:
         by_start.setdefault(tuple(words.split()[:START]), []).append(words)
     lengths, shared = {len(start) for start in by_start}, set()
     for _, part in data.parts():
-        rows = [] if part.streaming else open_sources(part)[0].read()
-        for words in (normalized(text).split() for row in rows for text in _texts(row)):
+        for words in (normalized(text).split() for row in open_sources(part)[0].read() for text in _texts(row)):
             starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
             text = f" {' '.join(words)} "
             shared |= {each for start in starts & by_start.keys() for each in by_start[start] if f" {each} " in text}
