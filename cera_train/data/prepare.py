@@ -133,7 +133,7 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             parts.append(part)
             train.append(_tokenize(train_source, part, tokenizer))
             evaluation.append(_tokenize_evaluation(eval_source, part, tokenizer))
-    data = TokenizedData(train[0], _joined_evaluation(config, evaluation))
+    data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
         counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
         drawn = [
@@ -180,7 +180,7 @@ def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = N
         with errors_at(place):
             source = open_sources(part)[1].between(0, limit if config.mix is None else None)
             splits.append(_tokenize_evaluation(source, part, tokenizer))
-    return _joined_evaluation(config, splits, limit)
+    return _joined_evaluation(splits, limit)
 
 
 def _tokenize_evaluation(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRows:
@@ -188,12 +188,14 @@ def _tokenize_evaluation(source: Source, config: DataConfig, tokenizer: Any) -> 
     return TokenizedRows(table_of([])) if config.eval_rows == 0 else _tokenize(source, config, tokenizer)
 
 
-def _joined_evaluation(config: DataConfig, splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
-    """The evaluation splits of all parts as one, or its first `limit` rows."""
-    rows = splits[0] if config.mix is None else _join(splits, [range(len(rows)) for rows in splits], limit)
-    if not rows:
-        raise UserError("data.eval_rows=0: no rows to evaluate on. Raise it.")
-    return rows
+def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
+    """The evaluation splits of all parts as one, or its first `limit` rows. The only one with rows keeps its digest:
+    perplexities compare with those of runs on it alone."""
+    splits = [rows for rows in splits if rows]
+    require(bool(splits), "data.eval_rows=0: no rows to evaluate on. Raise it.")
+    if len(splits) == 1 and limit is None:
+        return splits[0]
+    return _join(splits, [range(len(rows)) for rows in splits], limit)
 
 
 def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit: int | None = None) -> TokenizedRows:

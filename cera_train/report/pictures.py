@@ -58,7 +58,7 @@ def _is_finite(value: float | None) -> bool:
 def _against_rank(runs: Sequence[Run], label: str, value: Callable[[Run], float | None]) -> Picture | None:
     """A figure of the finished runs on the same evaluation rows and base model, by rank: of the largest such group."""
     runs = [run for run in runs if run.result and run.rank and _is_finite(value(run))]
-    runs = max(group_by(runs, lambda run: (run.evaluation_rows, run.base)).values(), key=len, default=[])
+    runs = max(group_by(runs, lambda run: (run.environment.held_out, run.base)).values(), key=len, default=[])
     if len(runs) < 2:
         return None
     ranks, methods = sorted({run.rank for run in runs}), group_by(runs, lambda run: run.method)

@@ -20,7 +20,6 @@ from cera_train.runs.evaluation_folder import AccuracyResult, GradedAnswers, Per
 from cera_train.runs.records import load_config
 from cera_train.runs.results import METRICS, SPECTRUM, Environment, Metrics, RunResult, mean_spectrum, read_metrics
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import evaluation_rows
 
 PERPLEXITY = Metric("perplexity", "perplexity", is_share=False)
 
@@ -115,11 +114,6 @@ class Run:
             return "untouched base"
         is_scaled = self.adapter.alpha not in (None, self.rank)
         return title(self.adapter) + (f" (alpha {self.adapter.alpha:g})" if is_scaled else "")
-
-    @property
-    def evaluation_rows(self) -> tuple:
-        """What decides the tokens of the perplexity during training: equal for comparable runs."""
-        return evaluation_rows(self.settings)
 
     @property
     def base(self) -> str:

@@ -93,6 +93,11 @@ class Environment(Record, extra="allow"):
     updates: int | None = None  # updates of the whole run
 
     @property
+    def held_out(self) -> str | None:
+        """A digest of the evaluation rows and what makes tokens of them: perplexities compare where it is equal."""
+        return (self.rows or {}).get("held_out")
+
+    @property
     def command_line(self) -> str | None:
         """The command as one types it; None where it is not on record."""
         if not self.command:

@@ -272,39 +272,3 @@ class DataConfig:
 def usual_turns(layout: str) -> Turns:
     """`data.turns` where it is null."""
     return Turns.all if layout == Layout.messages else Turns.first
-
-
-TRAINING_ONLY = ("weight", "train_split", "train_rows", "mix_seed", "allow_overlap", "facts")
-"""Settings that choose no evaluation rows."""
-
-HUB_ONLY = ("path", "subset", "revision", "eval_split")
-
-READ_BY_LAYOUT = {"text": {"prompt", "completion"}, "conversations": {"turns"}, "messages": {"turns"}}
-"""Settings that only some layouts read."""
-
-
-def evaluation_rows(settings: dict[str, Any]) -> tuple:
-    """The settings of a run that choose its evaluation tokens: perplexities are comparable where these are equal. Takes
-    flat settings, in which a null counts like a missing key. A mix of which one part evaluates compares with a run on
-    that part."""
-    data, mix = {}, {}
-    for key, value in settings.items():
-        group, _, name = key.partition(".")
-        if group != "data" or value is None:
-            continue
-        if name.startswith("mix."):
-            _, number, name = name.split(".", 2)
-            mix.setdefault(number, {})[name] = value
-        else:
-            data[name] = value
-    parts = [part for part in ([data | part for part in mix.values()] or [data]) if part.get("eval_rows") != 0]
-    kept = []
-    for number, part in enumerate(parts):
-        layout = part.get("layout", "text")
-        unused = {*TRAINING_ONLY, *(HUB_ONLY if part.get("train_files") else ())}
-        unused |= {"prompt", "completion", "turns"} - READ_BY_LAYOUT.get(layout, set())
-        unused |= {"train_files"} if part.get("eval_files") else set()
-        place = "data" if len(parts) == 1 else f"data.mix.{number}"
-        part = {"turns": usual_turns(layout).value} | part
-        kept += [(f"{place}.{name}", repr(part[name])) for name in sorted(part) if name.partition(".")[0] not in unused]
-    return tuple(kept)

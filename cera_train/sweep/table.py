@@ -15,7 +15,6 @@ from cera_train.common.files import is_locked, read_yaml
 from cera_train.common.settings import flatten
 from cera_train.common.terminal import print_line, print_table
 from cera_train.runs.results import DIVERGED, Environment, RunResult
-from cera_train.settings.data import evaluation_rows
 from cera_train.sweep.folder import choices_of, key_of
 from cera_train.sweep.record import JOBS, PERPLEXITIES, PERPLEXITY, RECORD, JobRecord, SweepMetric, SweepRecord
 
@@ -44,7 +43,7 @@ class JobStatus:
     total: int | None = None
     value: float | None = None  # of the sweep's metric; an unfinished run's: that of its last evaluation
     error: str | None = None
-    rows: tuple = ()  # the settings that decide on which rows a perplexity is taken
+    rows: str | None = None  # the digest of the rows on which a perplexity is taken
 
     @property
     def is_over(self) -> bool:
@@ -111,15 +110,15 @@ def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: Swee
         state = State.stopped if settings else State.waiting
     environment = Environment.find(folder / "environment.json")
     total = settings.get("train.max_updates") or (environment and environment.updates)
-    rows = evaluation_rows(settings)
+    rows = environment and environment.held_out
     return JobStatus(name, choices, state, metric, updates, total, value, error, rows)
 
 
 def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
     """The best finished job by the sweep's metric; by a perplexity, one for every choice of evaluation rows."""
-    best: dict[tuple, JobStatus] = {}
+    best: dict[str | None, JobStatus] = {}
     for job in jobs:
-        rows = job.rows if job.metric.key in PERPLEXITIES else ()
+        rows = job.rows if job.metric.key in PERPLEXITIES else None
         if job.state != State.finished or job.value is None:
             continue
         if rows not in best or job.metric.cost(job.value) < job.metric.cost(best[rows].value):

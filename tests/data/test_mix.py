@@ -10,11 +10,10 @@ import pytest
 from examples import CONVERSATION, texts_of
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import flatten, to_plain
 from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.prepare import prepare_data, prepare_evaluation
 from cera_train.data.sources import check_data
-from cera_train.settings.data import DataConfig, MixPart, evaluation_rows
+from cera_train.settings.data import DataConfig, MixPart
 
 pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -147,26 +146,22 @@ def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every
 # --- what is comparable ----------------------------------------------------------------------------------------------
 
 
-def rows_that_evaluate(config: DataConfig) -> tuple:
-    return evaluation_rows(flatten({"data": to_plain(config)}))
+def test_shares_change_no_evaluation_rows(part, tokenizer):
+    def held_out(*parts: MixPart, **settings) -> str:
+        return prepare_evaluation(mix(*parts, **settings), tokenizer).digest
 
-
-def test_shares_change_no_evaluation_rows(part):
     a, b, small = part("a", 12, weight=1), part("b", 7, weight=1), part("c", 7, weight=1)
-    other = mix(part("a", 12, weight=3, train_rows=5), b, train_rows=3, mix_seed=1)
-    assert rows_that_evaluate(mix(a, b)) == rows_that_evaluate(other)
-    assert rows_that_evaluate(mix(a, b)) != rows_that_evaluate(mix(a, small))
-    assert rows_that_evaluate(mix(a, b)) != rows_that_evaluate(mix(a, part("b", 7, weight=1, prompt="{answer}")))
+    other = part("a", 12, weight=3, train_rows=5)
+    assert held_out(a, b) == held_out(other, b, train_rows=3, mix_seed=1)
+    assert held_out(a, b) != held_out(a, small)
+    assert held_out(a, b) != held_out(a, part("b", 7, weight=1, prompt="{answer}"))
 
 
-def test_a_mix_that_evaluates_one_part_compares_with_a_run_on_it_alone(part):
+def test_a_mix_that_evaluates_one_part_compares_with_a_run_on_it_alone(part, tokenizer):
     alone = DataConfig(**TEXT, train_files=part("a", 12).train_files, eval_rows=2)
     replay = mix(part("a", 12, weight=9), part("b", 7, weight=1, eval_rows=0))
-    assert rows_that_evaluate(replay) == rows_that_evaluate(alone)
-    assert rows_that_evaluate(replace(alone, turns="all")) == rows_that_evaluate(alone)  # layout text has no turns
-    chat = replace(alone, layout="messages", turns=None)
-    assert rows_that_evaluate(replace(chat, prompt=None)) == rows_that_evaluate(chat)
-    assert rows_that_evaluate(replace(chat, turns="last")) != rows_that_evaluate(chat)
+    digests = [prepare_evaluation(config, tokenizer).digest for config in (alone, replay, replace(alone, max_length=9))]
+    assert digests[0] == digests[1] != digests[2]
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------

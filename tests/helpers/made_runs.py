@@ -78,13 +78,15 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def make_run(path: Path, perplexity: float = 1.9, finished: bool = True, **changes: Any) -> Path:
-    """The folder of a training run; `changes` are settings with dotted keys."""
-    name = changes.pop("name", path.name)
+    """The folder of a training run; `changes` are settings with dotted keys, and `held_out`, its rows' digest."""
+    name, held_out = changes.pop("name", path.name), changes.pop("held_out", "rows")
     path.mkdir(parents=True)
     settings = settings_of(name, **changes)
     (path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     (path / "environment.json").write_text(
-        json.dumps({"command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"]})
+        json.dumps(
+            {"command": ["/opt/bin/cera-train", "+recipe=math_r64", f"name={name}"], "rows": {"held_out": held_out}}
+        )
     )
     r, kind = settings["adapter"]["r"], settings["adapter"]["kind"]
     lines: list[dict[str, Any]] = []

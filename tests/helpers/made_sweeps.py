@@ -21,11 +21,15 @@ FIXED = ["data=jsonl", "data.train_files=[rows.jsonl]", "data.eval_rows=2", "dat
 """Rows of the working folder."""
 
 
-def make_job(sweep: Path, name: str, perplexity: float | None = None, error: str | None = None, **data: str) -> Path:
-    """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity."""
+def make_job(
+    sweep: Path, name: str, perplexity: float | None = None, error: str | None = None, rows: str = "a"
+) -> Path:
+    """A job's folder as a run leaves it: of 20 updates; unfinished without a perplexity. `rows` is the digest of those
+    that evaluate."""
     folder = sweep / name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}, "data": data}))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}}))
+    (folder / "environment.json").write_text(json.dumps({"rows": {"held_out": rows}}))
     lines = [{"update": 0, "eval/perplexity": 9.0}, {"update": 5, "train/loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr')
     if perplexity is not None:

@@ -104,7 +104,7 @@ def test_more_than_six_runs_are_each_tested_against_the_first(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"data.loss_on": "completion"}, "evaluation rows or tokens (data.loss_on): do not rank them."),
+        ({"held_out": "others"}, "evaluation rows or tokens, so do not rank them, by digest: a: rows; b: others."),
         ({"model.quantization": "nf4"}, "base models: a: meta-llama/Llama-3.1-8B, bfloat16; b: meta-llama/Llama-3.1-8B,"
                                         " bfloat16, nf4."),
         ({"data.train_rows": 1000}, None),

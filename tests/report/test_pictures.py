@@ -46,7 +46,7 @@ def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) ->
 
 def test_runs_on_other_rows_or_that_diverged_are_not_drawn_beside_the_rest(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
-    runs.append(make_run(tmp_path / "c", **{"data.loss_on": "completion"}))
+    runs.append(make_run(tmp_path / "c", held_out="others"))
     runs.append(make_run(tmp_path / "d", perplexity=float("inf")))
     assert pictures_of(*runs)["perplexity-by-rank"].alt.count("CeRA r = 64") == 2
 

@@ -50,7 +50,7 @@ def test_the_best_is_of_finished_jobs_on_the_same_rows(tmp_path):
     names = ["data=a,adapter.r=2", "data=a,adapter.r=4", "data=a,adapter.r=8", "data=b,adapter.r=2"]
     record_sweep(tmp_path, *names)
     for name, perplexity in zip(names, (2.5, 2.4, None, 3.5), strict=True):
-        make_job(tmp_path, name, perplexity, path=name[5])
+        make_job(tmp_path, name, perplexity, rows=name[5])
     assert [job.name for job in best_jobs(read_sweep(tmp_path))] == [names[1], names[3]]
 
 
