@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
 from cera_train.common.terminal import console, highlighted, print_line
-from cera_train.data.order import describe_parts
 from cera_train.data.prepare import TokenizedData, TokenizedRows
 from cera_train.data.segments import TURNS, columns_read
 from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
@@ -19,9 +16,6 @@ from cera_train.settings.data import DataConfig, Layout, Turns
 LOOKED_AT = 1000
 """Rows whose tokens are looked at one by one."""
 
-BARS, BAR_WIDTH = 8, 40
-"""Lines of a histogram, and the characters of its longest."""
-
 
 def print_rows(config: DataConfig, data: TokenizedData) -> None:
     """Layout, rows kept, dropped and truncated, the supervised share, shared prompts."""
@@ -29,7 +23,7 @@ def print_rows(config: DataConfig, data: TokenizedData) -> None:
         print_line("layout", line)
     for label, split in (("train", data.train), ("eval", data.evaluation)):
         print_line(label, split.describe())
-    for line in describe_parts(data.parts):
+    for line in data.parts:
         print_line("part", line)
     repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
     print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
@@ -73,7 +67,7 @@ def describe_stop(ends: set[int], stops: set[int], tokenizer: Any) -> str:
 
 
 def print_lengths(rows: TokenizedRows) -> None:
-    """Answers and tokens of the rows: percentiles, and a small histogram."""
+    """Answers of a row, and percentiles of its tokens."""
     answers = [
         sum(is_supervised for is_supervised, _ in itertools.groupby(tokens_of(rows, row)[1]))
         for row in range(min(len(rows), LOOKED_AT))
@@ -82,13 +76,6 @@ def print_lengths(rows: TokenizedRows) -> None:
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
     print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
-    shortest = lengths[0]
-    width = math.ceil((lengths[-1] - shortest + 1) / BARS)
-    counts = Counter((length - shortest) // width for length in lengths)
-    for bar in range(max(counts) + 1):
-        first = shortest + bar * width
-        hashes = "#" * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))
-        print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
 
 
 def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:

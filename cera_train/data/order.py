@@ -60,30 +60,6 @@ def interleaved(parts: Sequence[Sequence[int]]) -> list[int]:
     return [row for *_, row in sorted(places)]
 
 
-@dataclass(frozen=True)
-class PartRows:
-    """What a part gives to a mix."""
-
-    title: str
-    available: int
-    """Rows that it has to train on."""
-    rows: int
-    """Its rows in an epoch."""
-    tokens: float
-    """Its tokens in an epoch."""
-    eval_rows: int
-
-
-def describe_parts(parts: Sequence[PartRows]) -> list[str]:
-    """A line for each part: its rows and tokens, and their shares of an epoch."""
-    rows, tokens = sum(part.rows for part in parts), sum(part.tokens for part in parts)
-    return [
-        f"{part.title}: {part.rows:,} rows an epoch, of {part.available:,} ({part.rows / rows:.2%}), "
-        f"{part.tokens:,.0f} tokens ({part.tokens / tokens:.2%}); {part.eval_rows:,} rows evaluate"
-        for part in parts
-    ]
-
-
 # --- the rows of an update --------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import cached_folder
 from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
-from cera_train.data.order import PartRows, drawn_rows, interleaved, rows_of_parts
+from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import Source
 from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
 from cera_train.data.sources import open_sources
@@ -116,8 +116,8 @@ class TokenizedData:
     """Evaluation rows whose prompt is also a training row's."""
     repeated_prompts: int = 0
     """Training rows whose prompt is also an earlier one's."""
-    parts: list[PartRows] = field(default_factory=list)
-    """The parts of a mix."""
+    parts: list[str] = field(default_factory=list)
+    """A line for each part of a mix: its rows and tokens, and their shares of an epoch."""
 
 
 # --- a run's rows ----------------------------------------------------------------------------------------------------
@@ -126,11 +126,10 @@ class TokenizedData:
 def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
     """Tokenises both splits, or takes them from the cache; those of a mix part by part. A prompt in both is refused
     unless the config allows it."""
-    parts, train, evaluation = [], [], []
+    train, evaluation = [], []
     for place, part in config.parts():
         with errors_at(place):
             train_source, eval_source = open_sources(part)
-            parts.append(part)
             train.append(_tokenize(train_source, part, tokenizer))
             evaluation.append(_tokenize_evaluation(eval_source, part, tokenizer))
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
@@ -141,9 +140,13 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             for number, (rows, count) in enumerate(zip(train, counts, strict=True))
         ]
         data.train = _join(train, drawn)
+        tokens = [sum(rows.lengths[row] for row in taken) for rows, taken in zip(train, drawn, strict=True)]
         data.parts = [
-            PartRows(part.title, len(rows), len(taken), sum(rows.lengths[row] for row in taken), len(evaluating))
-            for part, rows, taken, evaluating in zip(parts, train, drawn, evaluation, strict=True)
+            f"{part.title}: {len(taken):,} rows an epoch, of {len(rows):,} ({len(taken) / len(data.train):.2%}), "
+            f"{count:,} tokens ({count / sum(tokens):.2%}); {len(evaluating):,} rows evaluate"
+            for (_, part), rows, taken, count, evaluating in zip(
+                config.parts(), train, drawn, tokens, evaluation, strict=True
+            )
         ]
     train_keys = set(data.train.column("prompt_key"))
     data.repeated_prompts = len(data.train) - len(train_keys)

@@ -82,7 +82,6 @@ def test_every_day_of_the_century_is_one_answer_and_evaluation_rows_stay_the_sam
     assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
 
 
-NAMES = [name for names in GENERATORS.values() for name in names]
 SMALL = ReasoningGymConfig(generator="chain_sum", level=0)
 """Sums and differences of two digits: 200 questions."""
 
@@ -136,9 +135,9 @@ def test_gym_generators_take_turns_and_a_level_sets_the_difficulty():
 
 
 def test_gym_rows_are_the_same_in_every_process():
-    command, environment = [sys.executable, "-c", ELSEWHERE, *NAMES], os.environ | {"PYTHONHASHSEED": "1"}
+    command, environment = [sys.executable, "-c", ELSEWHERE, *GENERATORS], os.environ | {"PYTHONHASHSEED": "1"}
     printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    here = [rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in NAMES]
+    here = [rows(ReasoningGymConfig(generator=name, level=0), 3, 1) for name in GENERATORS]
     assert json.loads(printed) == [list(both) for both in here]
 
 

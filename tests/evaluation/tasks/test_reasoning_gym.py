@@ -16,7 +16,7 @@ from cera_train.settings.evaluation import TaskConfig
 pytest.importorskip("reasoning_gym")
 
 TASK = all_tasks()["reasoning_gym"]
-EVERY = [(name, level) for names in GENERATORS.values() for name in names for level in (0, None)]
+EVERY = [(name, level) for name in GENERATORS for level in (0, None)]
 
 
 def problems(limit: int = 4, data: DataConfig | None = None, **settings) -> list[Problem]:
