@@ -59,7 +59,8 @@ class HeldOut:
     def spectra(self) -> dict[str, ModuleSpectrum]:
         """The spectrum of every adapted module on the probe."""
         probe = ((self.batches.load(group), counts) for group, counts in self._mine(self.probe))
-        return measure_spectra(self.model, self.loss.eagerly, probe, self.accelerator.reduce)
+        with self.loss.uncompiled():
+            return measure_spectra(self.model, self.loss, probe, self.accelerator.reduce)
 
     def _mine(self, rows: Sequence[int]) -> list[tuple[list[int], bool]]:
         """The rows of this process's micro-batches, and whether each counts."""

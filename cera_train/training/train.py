@@ -130,8 +130,6 @@ def update(session: Session) -> int | None:
         progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
     )
     session.log(metrics)
-    if session.local_loss.stop_compiling():
-        session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
     numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
     left = duration(session.seconds_left())
     session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
