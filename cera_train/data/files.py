@@ -168,14 +168,11 @@ def _read_text(path: str) -> Iterator[PlacedRow]:
 def _read_documents(path: str) -> Iterator[PlacedRow]:
     """Rows of one column, `text`. Blank lines separate them; in a file without blank lines every line is a row."""
     [(_, row)] = _read_text(path)
-    has_blank_lines = re.search(r"\n\s*\n", row["text"].strip()) is not None
-    lines = ((number, line.rstrip("\r")) for number, line in enumerate(row["text"].split("\n"), start=1))
-    # False for a blank line, which is in no document
-    groups = itertools.groupby(lines, lambda line: line[1].strip() != "" and (has_blank_lines or line[0]))
-    for is_document, group in groups:
-        if is_document:
-            numbers, texts = zip(*group, strict=True)
-            yield f"{path}:{numbers[0]}", {"text": "\n".join(texts)}
+    text = row["text"].replace("\r\n", "\n").strip("\n")
+    blank_lines = re.compile(r"\n\s*\n")
+    documents = blank_lines.split(text) if blank_lines.search(text.strip()) else text.split("\n")
+    for number, document in enumerate(filter(str.strip, documents), start=1):
+        yield f"{path}, row {number}", {"text": document}
 
 
 READERS: dict[str, Callable[[str], Iterator[PlacedRow]]] = {

@@ -56,12 +56,17 @@ class Source:
         return replace(self, fingerprint=fingerprint, located=lambda: itertools.islice(self.located(), start, stop))
 
 
+def cell_of(row: Row, name: str, mend: str) -> Any:
+    """The value of a column. Raises UserError where it is missing."""
+    if name not in row:
+        raise UserError(f"column {name!r} is missing; its columns are {', '.join(row) or 'none'}.{mend}")
+    return row[name]
+
+
 def text_of(row: Row, name: str, setting: str | None = None) -> str:
     """The text of a column that a setting names; null is empty."""
-    if name not in row:
-        mend = f" Name another in {setting}." if setting else ""
-        raise UserError(f"column {name!r} is missing; its columns are {', '.join(row) or 'none'}.{mend}")
-    return as_text(row[name], f"column {name!r}")
+    mend = f" Name another in {setting}." if setting else ""
+    return as_text(cell_of(row, name, mend), f"column {name!r}")
 
 
 def as_text(value: Any, cell: str) -> str:

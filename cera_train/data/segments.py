@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from cera_train.common.errors import UserError, errors_at
-from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, kind_of, text_of
+from cera_train.data.rows import PROMPT, PlacedRow, Row, as_text, cell_of, kind_of, text_of
 from cera_train.settings.data import COLUMN_TEMPLATES, DataConfig, Layout, Turns
 
 SPEAKERS = {"system": "System", "human": "User", "gpt": "Assistant"}
@@ -29,11 +29,6 @@ TURNS = {
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what a model thinks before it answers."""
-
-LAYOUTS = (
-    "Choose data.layout: text has the columns of data.prompt and data.completion, messages has turns with role and "
-    "content, conversations has turns with from and value"
-)
 
 
 @dataclass
@@ -95,14 +90,12 @@ def templates_of(config: DataConfig) -> tuple[str, str]:
 def templates(prompt: str, completion: str) -> Segmenter:
     """Layout `text`: columns in templates. Without a prompt a row is a document."""
     prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
-    setting_of = dict.fromkeys([*prompt_columns, *answer_columns], "data.completion")
-    setting_of |= dict.fromkeys(prompt_columns, "data.prompt")
+    setting_of = dict.fromkeys(prompt_columns, "data.prompt")
+    setting_of |= {name: "data.completion" for name in answer_columns if name not in setting_of}
     if not answer_columns:
         raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
 
     def segments(row: Row) -> list[Segment]:
-        if any(name not in row for name in setting_of) and not TURNS.keys().isdisjoint(row):
-            raise UserError(f"a row of turns, and data.layout=text. {LAYOUTS}.")
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
         if not any(values[name].strip() for name in answer_columns):
             return []
@@ -147,9 +140,7 @@ def columns_of(template: str, setting: str = "template") -> list[str]:
 def turns_of(row: Row, layout: str) -> list[Row]:
     """The turns of a row, each an object with a known speaker and a text."""
     speaker, text, known = TURNS[layout]
-    if layout not in row:
-        raise UserError(f"column {layout!r} is missing; its columns are {', '.join(row) or 'none'}. {LAYOUTS}.")
-    turns = [] if row[layout] is None else row[layout]
+    turns = cell_of(row, layout, " Choose another data.layout.") or []
     if not isinstance(turns, list):
         raise UserError(f"column {layout!r} holds {kind_of(turns)}: expected a list of turns.")
     for number, turn in enumerate(turns):

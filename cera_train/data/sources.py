@@ -43,17 +43,16 @@ def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataC
     Raises:
         UserError: the columns of the first rows fit no layout, or several.
     """
-    recorded = {place: part for place, part in begun.parts() if part.layout != Layout.auto} if begun else {}
-    decided = []
+    recorded, decided = dict(begun.parts()) if begun else {}, []
     for place, part in config.parts():
-        known = recorded.get(place)
-        if part.layout != Layout.auto:
-            decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
-        elif known is not None and known.train_files == part.train_files:
-            decided.append({"layout": known.layout, "prompt": known.prompt, "completion": known.completion})
-        else:
+        known = recorded.get(place, part)
+        if part.layout == Layout.auto and (known.layout == Layout.auto or known.train_files != part.train_files):
             with errors_at(place):
                 decided.append(_layout_of(part.train_files))
+        elif part.layout == Layout.auto:
+            decided.append({"layout": known.layout, "prompt": known.prompt, "completion": known.completion})
+        else:
+            decided.append({"layout": part.layout})
     if config.mix is None:
         return replace(config, **decided[0])
     return replace(config, mix=[replace(part, **layout) for part, layout in zip(config.mix, decided, strict=True)])
