@@ -67,7 +67,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         UserError: the run, the task or its data cannot be used.
     """
     quiet_libraries()
-    config, subject, path = resolve(config)
+    subject = find_subject(config)
+    name = config.folder_name + (subject.part if config.name is None else "")
+    path = subject.folder / "eval" / name
+    subject = choose_dtype(subject, path / "config.yaml")
+    digest = digest_of(subject.adapter) if subject.adapter else None
+    config = replace(config, name=name, model=subject.model, adapter_digest=digest)
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
@@ -86,20 +91,12 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             result = measure_perplexity(evaluation)
             lines = perplexity_lines(result)
         if is_main:
-            write_result(folder, result)
+            result.write(path / "result.json")
+            if (run_result := RunResult.find(subject.folder / "result.json")) and (subject.folder / "adapter").is_dir():
+                write_card(subject.folder, run_result)  # it shows the evaluations
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()
-
-
-def resolve(config: EvalConfig) -> tuple[EvalConfig, Subject, Path]:
-    """The config as config.yaml records it, what is measured, and the evaluation's folder."""
-    subject = find_subject(config)
-    name = config.folder_name + (subject.part if config.name is None else "")
-    digest = digest_of(subject.adapter) if subject.adapter else None
-    path = subject.folder / "eval" / name
-    subject = choose_dtype(subject, path / "config.yaml")
-    return replace(config, name=name, model=subject.model, adapter_digest=digest), subject, path
 
 
 def choose_dtype(subject: Subject, recorded: Path | None = None) -> Subject:
@@ -127,14 +124,6 @@ def load_subject(subject: Subject, device: torch.device) -> tuple[Any, PreTraine
                 f"{subject.run.model.path} as it was then. Leave out model=, or name the model it was trained on."
             )
     return attach(base, subject.adapter).eval(), base
-
-
-def write_result(folder: EvaluationFolder, result: AccuracyResult | PerplexityResult) -> None:
-    """Writes result.json, and the model card of a finished run's adapter, which shows its evaluations."""
-    result.write(folder.path / "result.json")
-    run = folder.path.absolute().parent.parent
-    if (run / "result.json").is_file() and (run / "adapter").is_dir():
-        write_card(run, RunResult.read(run / "result.json"))
 
 
 # --- answers and grades ----------------------------------------------------------------------------------------------
