@@ -67,9 +67,8 @@ Each cell is a test's result, on a CPU without the packages of fused kernels, wi
 
 {meanings}
 
-With mamba-ssm, causal-conv1d or flash-linear-attention installed, state-space models whose kernels accept sequence
-boundaries are packed too. A model that is not listed works if its projections are called as modules: each run tests
-that on its first rows. `adapter.experts` adapts experts that transformers holds as parameters.
+A model that is not listed works if its projections are called as modules: each run tests that on its first rows.
+`adapter.experts` adapts experts that transformers holds as parameters.
 
 | {header} |
 |{"---|" * (len(COLUMNS) + 1)}

@@ -37,12 +37,6 @@ class Sequences:
             self._starts = torch.tensor([0, *self.lengths]).cumsum(0, dtype=torch.int32).to(device)
         return self._starts
 
-    def places(self, device: torch.device) -> dict[str, Tensor]:
-        """By what kernels of states, such as Mamba-2's, keep sequences apart, under transformers' names: the number of
-        each token's sequence, [1, T], and where each sequence starts."""
-        numbers = torch.arange(len(self.lengths), dtype=torch.int32).repeat_interleave(torch.tensor(self.lengths))
-        return {"seq_idx": numbers[None].to(device), "cu_seq_lens_q": self.starts(device)}
-
 
 @torch.compiler.disable  # sequences of other lengths would be another graph
 def attend_by_sequence(

@@ -41,8 +41,6 @@ class Allowed:
     """Sequences can lie end to end in one row: it neither ignores position ids nor carries a state across."""
     attention: str | None = None
     """Name of the fastest attention by sequence that works here, for flat rows."""
-    takes_places: bool = False
-    """Its states start anew at each sequence of a flat row where its kernels are given the sequences' places."""
 
 
 class SupervisedLoss(nn.Module):
@@ -98,12 +96,8 @@ class SupervisedLoss(nn.Module):
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         # transformers sees that a row is flat only where it uses no cache
         inputs = batch.inputs | {"use_cache": False}
-        if batch.sequence_lengths is not None:
-            sequences = Sequences(batch.sequence_lengths)
-            if self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN):
-                inputs["sequences"] = sequences
-            if self.allowed.takes_places:
-                inputs |= sequences.places(batch.input_ids.device)
+        if batch.sequence_lengths is not None and self.causal_lm.config._attn_implementation in (BY_SEQUENCE, VARLEN):
+            inputs["sequences"] = Sequences(batch.sequence_lengths)
         return inputs
 
     @contextlib.contextmanager
@@ -148,16 +142,8 @@ class SupervisedLoss(nn.Module):
             head = causal_lm.get_output_embeddings()
             chunks_head = states is not None and _close(self._logits(_narrow(states, head)), expected, tolerance=1e-3)
             flat = [flat_batch(rows, masks).to(causal_lm.device) for rows in ([first, second], [third, second])]
-            self.allowed = Allowed(chunks_head)
-            flattens, attention = self._probe_flat(*flat, expected)
-            if not flattens:
-                self.allowed = Allowed(chunks_head, takes_places=True)
-                # Without the kernels transformers refuses places; a model without states may take none.
-                with contextlib.suppress(ValueError, TypeError, RuntimeError):
-                    flattens, attention = self._probe_flat(*flat, expected)
+            self.allowed = Allowed(chunks_head, *self._probe_flat(*flat, expected))
         self.train(was_training)
-        takes_places = flattens and self.allowed.takes_places
-        self.allowed = Allowed(chunks_head, flattens, attention, takes_places)
         return self.allowed
 
     def _probe_flat(self, flat: Batch, other: Batch, expected: Tensor) -> tuple[bool, str | None]:
