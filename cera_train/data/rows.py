@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,9 +44,6 @@ class Source:
     def numbered(cls, fingerprint: str, rows: Iterable[Row], name: str) -> Source:
         """Rows whose places are their numbers."""
         return cls(fingerprint, lambda: ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1)), name)
-
-    def read(self) -> Iterator[Row]:
-        return (row for _, row in self.located())
 
     def between(self, start: int, stop: int | None) -> Source:
         """The rows from number `start` up to, and without, `stop`, or to the last."""

@@ -28,7 +28,7 @@ def data_config(train, evaluation=(), **settings) -> DataConfig:
 
 
 def read(*sources) -> list:
-    return [list(source.read()) for source in sources]
+    return [[row for _, row in source.located()] for source in sources]
 
 
 def rows_of(path) -> list[dict]:

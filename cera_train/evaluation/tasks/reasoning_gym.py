@@ -3,7 +3,6 @@ data/reasoning_gym.py draws them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,15 +15,6 @@ from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, que
 from cera_train.runs.evaluation_folder import Generation, Grade, Problem
 from cera_train.settings.data import DataConfig, Layout, ReasoningGymConfig, check_generators
 from cera_train.settings.evaluation import TaskConfig
-
-
-@functools.lru_cache(maxsize=1000)
-def entry_of(draw: generated.Draw) -> dict[str, Any]:
-    """What the generator's grader reads of a question beside its text."""
-    entry = generated.open_generator(draw.generator, draw.level, draw.seed)[draw.index]
-    mend = "another version of reasoning-gym wrote it. Evaluate the run again."
-    require(entry["question"] == draw.question, f"{draw.generator} now has another question {draw.index}: {mend}")
-    return entry
 
 
 class ReasoningGym(AnswerTask):
@@ -59,7 +49,10 @@ class ReasoningGym(AnswerTask):
         try:
             draw = generated.Draw(**problem.details, question=problem.question, answer=problem.gold)
             generator = generated.open_generator(draw.generator, draw.level, draw.seed)
-            credit = float(generator.score_answer(answer, entry=entry_of(draw)))
+            entry = generator[draw.index]  # what the grader reads beside the text
+            mend = "another version of reasoning-gym wrote it. Evaluate the run again."
+            require(entry["question"] == draw.question, f"{draw.generator} now has another question here: {mend}")
+            credit = float(generator.score_answer(answer, entry=entry))
         except UserError:
             raise
         except Exception as error:  # whatever a model may write must not end an evaluation of hours

@@ -268,9 +268,10 @@ def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
         by_start.setdefault(tuple(words.split()[:START]), []).append(words)
     lengths, shared = {len(start) for start in by_start}, set()
     for _, part in data.parts():
-        for words in (normalized(text).split() for row in open_sources(part)[0].read() for text in _texts(row)):
+        for text in (normalized(text) for _, row in open_sources(part)[0].located() for text in _texts(row)):
+            words = text.split()
             starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
-            text = f" {' '.join(words)} "
+            text = f" {text} "
             shared |= {each for start in starts & by_start.keys() for each in by_start[start] if f" {each} " in text}
     return [question for words, question in questions.items() if words in shared]
 
