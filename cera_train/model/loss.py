@@ -84,8 +84,6 @@ class SupervisedLoss(nn.Module):
                 return FrozenHeadLoss.apply(hidden_states, targets, self._logits)
             size = chunk_tokens(hidden_states.is_cuda)
             chunks = zip(hidden_states.split(size), targets.split(size), strict=True)
-            if len(targets) <= size or not torch.is_grad_enabled():
-                return torch.cat([losses_of(self._logits, *chunk) for chunk in chunks])
             # An adapted head: the backward pass makes each chunk's logits again.
             return torch.cat([checkpoint(losses_of, self._logits, *chunk, use_reentrant=False) for chunk in chunks])
 
