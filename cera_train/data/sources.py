@@ -52,7 +52,7 @@ def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataC
         elif part.layout == Layout.auto:
             decided.append({"layout": known.layout, "prompt": known.prompt, "completion": known.completion})
         else:
-            decided.append({"layout": part.layout})
+            decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
     if config.mix is None:
         return replace(config, **decided[0])
     return replace(config, mix=[replace(part, **layout) for part, layout in zip(config.mix, decided, strict=True)])
