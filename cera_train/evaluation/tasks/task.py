@@ -21,7 +21,7 @@ from typing import Any
 import cera_train.evaluation.tasks
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
-from cera_train.common.settings import require
+from cera_train.common.settings import flatten, require
 from cera_train.data.files import from_files
 from cera_train.data.rows import Row, Source, normalized, text_of
 from cera_train.data.segments import columns_of
@@ -268,7 +268,8 @@ def trained_on(problems: Iterable[Problem], data: DataConfig) -> list[str]:
         by_start.setdefault(tuple(words.split()[:START]), []).append(words)
     lengths, shared = {len(start) for start in by_start}, set()
     for _, part in data.parts():
-        for text in (normalized(text) for _, row in open_sources(part)[0].located() for text in _texts(row)):
+        cells = (cell for _, row in open_sources(part)[0].located() for cell in flatten(row).values())
+        for text in (normalized(cell) for cell in cells if isinstance(cell, str)):
             words = text.split()
             starts = {tuple(words[at : at + length]) for length in lengths for at in range(len(words))}
             text = f" {text} "
@@ -280,12 +281,3 @@ def describe_trained_on(problems: Iterable[Problem], data: DataConfig) -> str:
     """How many problems are among the training rows; empty where none is."""
     shared = trained_on(problems, data)
     return f"{len(shared):,} of its problems are among the training rows, such as {shared[0][:60]!r}" if shared else ""
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a row, also those in lists and objects."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
