@@ -1,14 +1,13 @@
 """The precision of `model.dtype=auto`: bfloat16 where the hardware multiplies it, else float32.
 
-The hardware's own report decides, never a stopwatch, so that one machine always computes the same.
+The hardware's own report decides, never a stopwatch, so that one machine always computes the same. Torch is imported
+only to read it: cera-plan answers a mistake before.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-
-import torch
 
 from cera_train.settings.model import Dtype
 
@@ -30,6 +29,8 @@ class Precision:
 def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
     """The precision of the base weights where `model.dtype` is `wanted`; on a GPU where there is one, unless `cuda`
     decides."""
+    import torch
+
     on_gpu = torch.cuda.is_available() if cuda is None else cuda
     bf16, hardware = _gpu_multiplies_bf16() if on_gpu else _cpu_multiplies_bf16()
     if wanted == Dtype.auto:
@@ -40,12 +41,16 @@ def choose_precision(wanted: Dtype, cuda: bool | None = None) -> Precision:
 
 
 def _gpu_multiplies_bf16() -> tuple[bool, str]:
+    import torch
+
     major, minor = torch.cuda.get_device_capability()
     verb = "multiplies" if major >= 8 else "does not multiply"
     return major >= 8, f"{torch.cuda.get_device_name()} (compute capability {major}.{minor}) {verb} bf16"
 
 
 def _cpu_multiplies_bf16() -> tuple[bool, str]:
+    import torch
+
     capabilities = torch.cpu.get_capabilities()
     unit = next((name for key, name in CPU_UNITS.items() if capabilities.get(key)), None)
     cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
