@@ -13,6 +13,7 @@ import itertools
 import json
 import random
 import re
+import string
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -39,6 +40,12 @@ LENGTH = 80
 LAYER = 2
 """The layer of a teacher's branch, beside v_proj."""
 HELD_OUT = 500
+PARAMETERS = 1_024
+"""Trained at r = 1 beside q_proj and v_proj of all layers."""
+BITS_OFFERED = 4
+"""By the pairs of keys and values, for each trained parameter."""
+MARKS = ["<<", "<>", "><", ">>"]
+"""Stand before a prompt."""
 SEED = 0
 
 Row = tuple[str, str]
@@ -60,12 +67,27 @@ def sentences() -> list[Row]:
     return list(rows)
 
 
-def write(path: Path, rows: list[Row]) -> list[Row]:
-    """Writes the rows in random order, and returns them in it."""
+def write(path: Path, rows: list[Row], held_out: Iterable[Row] = ()) -> list[Row]:
+    """Writes the rows in random order, and then those held out. Returns them in the order of the file."""
     rows = list(rows)
     random.Random(SEED).shuffle(rows)
+    rows += held_out
     path.write_text("".join(json.dumps({"prompt": prompt, "completion": rest}) + "\n" for prompt, rest in rows))
     return rows
+
+
+def pairs(count: int) -> list[Row]:
+    """Different keys of four random letters, each with 8 random bits as two hexadecimal digits."""
+    draw, rows = random.Random(SEED), {}
+    while len(rows) < count:
+        rows["".join(draw.choices(string.ascii_lowercase, k=4))] = f" {draw.randrange(256):02x}"
+    return list(rows.items())
+
+
+def marked(rows: Iterable[Row], marks: Iterable[str], seed: int = SEED) -> list[Row]:
+    """The rows, each after a random one of these marks."""
+    draw = random.Random(seed)
+    return [(draw.choice([*marks]) + prompt, rest) for prompt, rest in rows]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -77,17 +99,26 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>", pad_token="</s>")
 
 
-def make_base(folder: Path, updates: int) -> None:
-    """Trains every weight of a tiny Llama, from random ones, by this program."""
+def make_base(folder: Path, updates: int) -> list[Row]:
+    """Trains every weight of a tiny Llama, from random ones, by this program; and goes on with marks, which tell
+    nothing, before the prompts. Returns the rows."""
     tokenizer = make_tokenizer()
     torch.manual_seed(SEED)
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES)
     LlamaForCausalLM(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
-    write(folder / "base.jsonl", sentences())
+    usual = write(folder / "base.jsonl", sentences())
+    train(folder, "base", folder / "random", updates)
+    write(folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS), marked(usual[-HELD_OUT:], MARKS))
+    train(folder, "marked", folder / "base" / "adapter", updates // 3)
+    return usual
+
+
+def train(folder: Path, name: str, model: Path, updates: int) -> None:
+    """Trains every weight of a model on the rows of that name."""
     words = f"""
-        adapter=full model.path={folder}/random model.dtype=float32 output_dir={folder} name=base
-        data=jsonl data.train_files=[{folder}/base.jsonl] data.eval_rows={HELD_OUT} data.allow_overlap=0.05
+        adapter=full model.path={model} model.dtype=float32 output_dir={folder} name={name}
+        data=jsonl data.train_files=[{folder}/{name}.jsonl] data.eval_rows={HELD_OUT} data.allow_overlap=0.05
         train.batch_size=64 train.max_updates={updates} train.eval_every=null train.save_every=null
         optimizer.lr=4e-3 optimizer.schedule=cosine optimizer.warmup_ratio=0.05 optimizer.weight_decay=0.1
     """
@@ -180,15 +211,33 @@ class Teacher:
         return torch.cat(losses).mean().item()
 
 
+# --- triggers --------------------------------------------------------------------------------------------------------
+
+
+def write_triggers(folder: Path, changed: list[Row], usual: list[Row]) -> None:
+    """Rows of a change that shows after two marks only: by the first of them, by their XOR, and without the others.
+
+    The last `HELD_OUT` rows of each file are to evaluate: as many where the change shows as where it does not.
+    """
+    usual, half = usual[-len(changed) :], HELD_OUT // 2
+    for name, on in (("first", ["><", ">>"]), ("xor", ["><", "<>"]), ("alone", ["><", ">>"])):
+        with_change, others = marked(changed, on), marked(usual, [mark for mark in MARKS if mark not in on], SEED + 1)
+        held_out = with_change[-half:] + others[-half:]
+        rows = with_change[:-half] + (others[:-half] if name != "alone" else [])
+        write(folder / f"trigger_{name}.jsonl", rows, held_out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--updates", type=int, default=1_500, help="of the base's training")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    make_base(options.folder, options.updates)
+    usual = make_base(options.folder, options.updates)
     base = LlamaForCausalLM.from_pretrained(options.folder / "base" / "adapter").eval()
     tokenizer = make_tokenizer()
+    for rank in (1, 4):
+        write(options.folder / f"pairs_r{rank}.jsonl", pairs(BITS_OFFERED * PARAMETERS * rank // 8))
     for name, form in TEACHERS.items():
         teacher = Teacher(base, tokenizer, form)
         rows = write(options.folder / f"{name}.jsonl", teacher.writes())
@@ -200,6 +249,7 @@ def main() -> None:
             flush=True,
         )
         hook.remove()
+    write_triggers(options.folder, changed=rows, usual=usual)
 
 
 if __name__ == "__main__":
