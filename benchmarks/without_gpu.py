@@ -70,7 +70,8 @@ class Tracked:
 
 
 def recipes() -> list[str]:
-    return sorted(file.stem for file in config_dir("recipes").glob("*.yaml"))
+    names = {file.stem for file in config_dir("recipes").glob("*.yaml")}
+    return sorted(names - {"dpo"})  # whose update needs values
 
 
 def track(recipe: str, layers: int | None = None, *overrides: str) -> Tracked:

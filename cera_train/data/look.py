@@ -22,7 +22,7 @@ def print_rows(config: DataConfig, data: TokenizedData) -> None:
     for line in dict.fromkeys(describe_layouts(config)):
         print_line("layout", line)
     for label, split in (("train", data.train), ("eval", data.evaluation)):
-        print_line(label, split.describe())
+        print_line(label, split.describe("answers" if config.is_paired else "rows"))
     for line in data.parts:
         print_line("part", line)
     repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""

@@ -65,15 +65,17 @@ def interleaved(parts: Sequence[Sequence[int]]) -> list[int]:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """Which of the `rows` training rows each update takes, in batches of `batch_size` sequences."""
+    """Which of the `rows` training rows each update takes, in batches of `batch_size`."""
 
     rows: int
     batch_size: int
     seed: int
+    together: int = 1
+    """Sequences of a row, which one update takes: two of a preference."""
 
     @property
     def updates_per_epoch(self) -> int:
-        """Updates of an epoch. The last takes the sequences that remain, so an epoch has every row once."""
+        """Updates of an epoch. The last takes the rows that remain, so an epoch has every row once."""
         return math.ceil(self.rows / self.batch_size)
 
     def epoch(self, update: int) -> int:
@@ -82,7 +84,8 @@ class RowOrder:
     def sequences(self, update: int) -> list[int]:
         order = epoch_order(self.rows, self.seed * 1_000_003 + self.epoch(update))
         start = update % self.updates_per_epoch * self.batch_size
-        return order[start : start + self.batch_size].tolist()
+        rows = order[start : start + self.batch_size].tolist()
+        return [row * self.together + number for row in rows for number in range(self.together)]
 
 
 @functools.lru_cache(maxsize=16)  # takes milliseconds where there are many rows, and every update needs it

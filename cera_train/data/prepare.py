@@ -19,7 +19,7 @@ from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
 from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import Source
-from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
+from cera_train.data.segments import Segment, Segmenter, prompt_of, segmenter, segmenters, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
@@ -98,11 +98,11 @@ class TokenizedRows:
         empty = self.table["length"].to_pylist().count(0)
         return empty, self.table["has_answer"].to_pylist().count(False) - empty
 
-    def describe(self) -> str:
+    def describe(self, unit: str = "rows") -> str:
         """Rows kept, dropped and truncated, and the supervised share, for people."""
         tokens, (empty, beyond) = sum(self.lengths), self.dropped
         return (
-            f"{len(self):,} rows, {tokens:,} tokens, {sum(self.supervised) / tokens:.0%} supervised; "
+            f"{len(self):,} {unit}, {tokens:,} tokens, {sum(self.supervised) / tokens:.0%} supervised; "
             f"{empty + beyond:,} dropped ({empty:,} empty, {beyond:,} beyond max_length), "
             f"{sum(self.truncated):,} truncated"
         )
@@ -149,7 +149,7 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
             )
         ]
     train_keys = set(data.train.column("prompt_key"))
-    data.repeated_prompts = len(data.train) - len(train_keys)
+    data.repeated_prompts = len(data.train) // config.sequences - len(train_keys)
     data.shared_prompts = sum(key in train_keys for key in data.evaluation.column("prompt_key"))
     if data.shared_prompts and not config.allow_overlap:
         count = f"{data.shared_prompts} of {len(data.evaluation)} evaluation prompts are also training prompts"
@@ -177,18 +177,18 @@ def check_repeated_rows(config: DataConfig, data: TokenizedData) -> None:
 
 
 def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = None) -> TokenizedRows:
-    """Only the evaluation split of `prepare_data`, or its first `limit` rows."""
+    """Only the evaluation split of `prepare_data`, or its first `limit` rows; of preferences the chosen answers."""
     splits = []
     for place, part in config.parts():
         with errors_at(place):
             source = open_sources(part)[1].between(0, limit if config.mix is None else None)
-            splits.append(_tokenize_evaluation(source, part, tokenizer))
+            splits.append(_tokenize_evaluation(source, part, tokenizer, [segmenter(part, tokenizer)]))
     return _joined_evaluation(splits, limit)
 
 
-def _tokenize_evaluation(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRows:
+def _tokenize_evaluation(source: Source, config: DataConfig, tokenizer: Any, *sides: Any) -> TokenizedRows:
     """The evaluation split of a data set; empty for a part of a mix with eval_rows=0."""
-    return TokenizedRows(table_of([])) if config.eval_rows == 0 else _tokenize(source, config, tokenizer)
+    return TokenizedRows(table_of([])) if config.eval_rows == 0 else _tokenize(source, config, tokenizer, *sides)
 
 
 def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
@@ -216,21 +216,29 @@ def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit
 # --- rows to tokens --------------------------------------------------------------------------------------------------
 
 
-def _tokenize(source: Source, config: DataConfig, tokenizer: Any) -> TokenizedRows:
-    """The rows of a source, from the cache or into it."""
+def _tokenize(
+    source: Source, config: DataConfig, tokenizer: Any, sides: Sequence[Segmenter] | None = None
+) -> TokenizedRows:
+    """The rows of a source, from the cache or into it. `sides` makes the sequences of a row, by default all."""
+    sides = sides or segmenters(config, tokenizer)
     changing = {key for key, field in fields_of(DataConfig).items() if field.metadata["changes"] == Changes.tokens}
-    settings = {key: value for key, value in to_plain(config).items() if key in changing}
+    settings = {key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}}
+    settings |= {"rejected": config.rejected} if len(sides) > 1 else {}
     vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else [*tokenizer.get_vocab().items()]
     template, special = tokenizer.chat_template, tokenizer.special_tokens_map
     digest = _digest(CACHE_VERSION, settings, vocabulary, template, special, source.fingerprint)
 
     def write(folder: Path) -> None:
-        rows, to_segments = iter(source.located()), segmenter(config, tokenizer)
+        rows = iter(source.located())
         with pyarrow.ipc.new_stream(str(folder / "rows.arrow"), SCHEMA) as writer:
             for number, chunk in enumerate(iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])):
                 if number == 1:
                     announce("tokenising", f"{source.name}, once: it has more than {ROWS_AT_ONCE:,} rows")
-                writer.write_table(table_of(encode(segments_of(chunk, to_segments), config, tokenizer)))
+                examples = encode(segments_of(chunk, *sides), config, tokenizer)
+                if len(sides) > 1:  # a preference without one of its answers is dropped whole
+                    for chosen, rejected in zip(examples[::2], examples[1::2], strict=True):
+                        chosen.has_answer = rejected.has_answer = chosen.has_answer and rejected.has_answer
+                writer.write_table(table_of(examples))
 
     file = cached_folder(f"tokens/{digest}", write) / "rows.arrow"
     rows = TokenizedRows(pyarrow.ipc.open_stream(pyarrow.memory_map(str(file))).read_all(), digest)

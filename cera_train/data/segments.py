@@ -54,16 +54,40 @@ def prompt_of(segments: list[Segment]) -> str:
     return "".join(segment.text for segment in before) or segments[0].text
 
 
-def segments_of(rows: Iterable[PlacedRow], to_segments: Segmenter) -> Iterator[list[Segment]]:
-    """The segments of each row; an error starts with the place."""
+def segments_of(rows: Iterable[PlacedRow], *segmenters: Segmenter) -> Iterator[list[Segment]]:
+    """The segments of each row, of a preference those of its two answers; an error starts with the place."""
     for place, row in rows:
         with errors_at(place):
-            segments = to_segments(row)
-        yield segments
+            answers = [to_segments(row) for to_segments in segmenters]
+            if len(answers) > 1:
+                check_preference(*answers)
+        yield from answers
+
+
+def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
+    """Raises UserError where there is nothing to prefer."""
+    for side, segments in (("chosen", chosen), ("rejected", rejected)):
+        if not segments:
+            raise UserError(f"the {side} answer is empty: write one, or remove the row.")
+    if prompt_of(chosen) != prompt_of(rejected):
+        raise UserError("the chosen and the rejected answer follow different prompts: pair answers to one prompt.")
+    if chosen == rejected:
+        raise UserError("the chosen and the rejected answer are equal: remove the row.")
+
+
+def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
+    """The functions from a row to its segments: one, or those for the two answers of a preference."""
+    chosen = segmenter(config, tokenizer)
+    if not config.is_paired:
+        return [chosen]
+    if config.layout == Layout.messages:
+        return [chosen, partial(preferred_turns, side=config.rejected, tokenizer=tokenizer)]
+    return [chosen, templates(config.prompt, config.rejected, "data.rejected")]
 
 
 def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
-    """The function from a row to its segments. Without a tokenizer, chats lack the marks of a chat template."""
+    """The function from a row to its segments, of a preference to the chosen answer's. Without a tokenizer, chats lack
+    the marks of a chat template."""
     match config.layout:
         case Layout.instruction:
             return instruction
@@ -73,6 +97,8 @@ def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
             if tokenizer is not None and not tokenizer.chat_template:
                 reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
                 raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
+            if config.is_paired:
+                return partial(preferred_turns, side="chosen", tokenizer=tokenizer)
             return partial(chat_turns, wanted=config.turns, tokenizer=tokenizer)
     return templates(*templates_of(config))
 
@@ -87,13 +113,13 @@ def templates_of(config: DataConfig) -> tuple[str, str]:
 # --- columns of text -------------------------------------------------------------------------------------------------
 
 
-def templates(prompt: str, completion: str) -> Segmenter:
+def templates(prompt: str, completion: str, setting: str = "data.completion") -> Segmenter:
     """Layout `text`: columns in templates. Without a prompt a row is a document."""
-    prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, "data.completion")
+    prompt_columns, answer_columns = columns_of(prompt, "data.prompt"), columns_of(completion, setting)
     setting_of = dict.fromkeys(prompt_columns, "data.prompt")
-    setting_of |= {name: "data.completion" for name in answer_columns if name not in setting_of}
+    setting_of |= {name: setting for name in answer_columns if name not in setting_of}
     if not answer_columns:
-        raise UserError(f"data.completion={completion!r} names no column: write one in braces, such as {{answer}}.")
+        raise UserError(f"{setting}={completion!r} names no column: write one in braces, such as {{answer}}.")
 
     def segments(row: Row) -> list[Segment]:
         values = {name: text_of(row, name, setting) for name, setting in setting_of.items()}
@@ -230,6 +256,15 @@ def chat_turns(row: Row, wanted: Turns, tokenizer: Any) -> list[Segment]:
         if message["role"] in ("tool", "developer"):
             _check_is_rendered(number, message, [message["content"].strip()], render(len(messages), False))
     return segments
+
+
+def preferred_turns(row: Row, side: str, tokenizer: Any) -> list[Segment]:
+    """One side of a preference in layout `messages`: its last answer, after a list `prompt` where the row has one."""
+    before, turns = row.get("prompt"), row.get(side)
+    if not isinstance(turns, list):
+        raise UserError(f"column {side!r} holds {kind_of(turns)}: expected a list of messages.")
+    messages = [*(before if isinstance(before, list) else ()), *turns]
+    return chat_turns(row | {"messages": messages}, Turns.last, tokenizer)
 
 
 def _check_is_rendered(number: int, message: Row, texts: list[str], rendered: str) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.hub import hub_or_cache, offline_reason
+from cera_train.common.settings import require
 from cera_train.common.terminal import counted
 from cera_train.data import dates, logistic_map, reasoning_gym
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
-from cera_train.data.segments import Segment, prompt_of, segmenter, segments_of
-from cera_train.settings.data import DataConfig, Layout
+from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, segments_of
+from cera_train.settings.data import DataConfig, Layout, Turns
 
 CHECKED_ROWS = 200
 """Rows of each file that `check_data` reads, and of the files whose columns decide a layout."""
@@ -32,6 +33,12 @@ BY_COLUMNS: dict[tuple[str, ...], dict[str, Any]] = {
     ("text",): {"layout": Layout.documents},
 }
 """Columns, and how `data.layout=auto` reads them. `text` counts where no other does: rows like Alpaca's have both."""
+
+PREFERENCES = {
+    str: {"layout": Layout.text, "prompt": "{prompt}", "completion": "{chosen}", "rejected": "{rejected}"},
+    list: {"layout": Layout.messages, "rejected": "rejected", "turns": Turns.last},
+}
+"""How the columns `chosen` and `rejected` are read, whatever others there are: texts, or lists of messages."""
 
 
 def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataConfig:
@@ -50,18 +57,23 @@ def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataC
             with errors_at(place):
                 decided.append(_layout_of(part.train_files))
         elif part.layout == Layout.auto:
-            decided.append({"layout": known.layout, "prompt": known.prompt, "completion": known.completion})
+            keys = ("layout", "prompt", "completion", "turns", "rejected")
+            decided.append({key: getattr(known, key) for key in keys if getattr(known, key) is not None})
         else:
             decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
     if config.mix is None:
         return replace(config, **decided[0])
+    require(not any("rejected" in layout for layout in decided), "data.mix: its parts hold preferences; train on one.")
     return replace(config, mix=[replace(part, **layout) for part, layout in zip(config.mix, decided, strict=True)])
 
 
 def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     """The settings by which the rows of these files are read."""
     paths = check_files(names, "data.train_files")
-    rows = itertools.islice(rows_of(paths), CHECKED_ROWS)
+    rows = list(itertools.islice(rows_of(paths), CHECKED_ROWS))
+    for _, row in rows[:1]:
+        if "rejected" in row and type(row.get("chosen")) in PREFERENCES:
+            return PREFERENCES[type(row["chosen"])]
     columns = list(dict.fromkeys(name for _, row in rows for name, value in row.items() if value is not None))
     fitting = {needed: layout for needed, layout in BY_COLUMNS.items() if {*needed} <= {*columns}}
     if len(fitting) > 1:
@@ -73,7 +85,7 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
         one, other, *_ = (f"{layout['layout']} ({', '.join(needed)})" for needed, layout in fitting.items())
         mend = "set data.layout, for text data.prompt and data.completion"
         raise UserError(f"{place} finds the columns of both {one} and {other}: {mend}.")
-    known = "; ".join(map(", ".join, BY_COLUMNS))
+    known = "; ".join(map(", ".join, [*BY_COLUMNS, ("prompt", "chosen", "rejected")]))
     mend = f"rename them ({known}), or set data.prompt and data.completion"
     raise UserError(f"{place} does not know these columns, {', '.join(columns) or 'none'}: {mend}.")
 
@@ -86,11 +98,11 @@ def check_data(config: DataConfig) -> None:
             if part.layout == Layout.reasoning_gym:
                 for generator in part.reasoning_gym.generators:
                     reasoning_gym.open_generator(generator, part.reasoning_gym.level, seed=0)
-            to_segments = segmenter(part, None)
+            sides = segmenters(part, None)
             paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
             for path in paths:
                 if "://" not in path:
-                    list(segments_of(itertools.islice(rows_of([path]), CHECKED_ROWS), to_segments))
+                    list(segments_of(itertools.islice(rows_of([path]), CHECKED_ROWS), *sides))
 
 
 def open_sources(config: DataConfig) -> tuple[Source, Source]:

@@ -39,30 +39,38 @@ class HeldOut:
         self.batches = MicroBatches(rows, loss.is_flat, micro_batch_tokens, accelerator.device)
         self.rows, self.probe = range(len(rows)), self.batches.first(probe_tokens)
 
-    @torch.no_grad()
     def token_losses(self) -> TokenLosses:
-        """The loss of every supervised token, in eval mode; the same on every process."""
-        supervised = self.batches.supervised
-        starts = [0, *itertools.accumulate(supervised)]
-        losses = torch.zeros(starts[-1], device=self.accelerator.device)
-        was_training = self.loss.training
-        self.loss.eval()
-        for group, counts in self._mine(self.rows):
-            token_losses = self.loss(self.batches.load(group), by_token=True)
-            if counts:
-                for row, row_losses in zip(group, token_losses.split([supervised[row] for row in group]), strict=True):
-                    losses[starts[row] : starts[row + 1]] = row_losses
-        self.loss.train(was_training)
-        # Zero where another process has the row, so a sum puts them together without rounding.
-        return TokenLosses(numpy.array(supervised, numpy.int64), self.accelerator.reduce(losses).cpu().numpy())
+        """The loss of every supervised token."""
+        return token_losses(self.loss, self.batches, self.rows, self.accelerator)
 
     def spectra(self) -> dict[str, ModuleSpectrum]:
         """The spectrum of every adapted module on the probe."""
-        probe = ((self.batches.load(group), counts) for group, counts in self._mine(self.probe))
+        groups = shared_out(self.batches, self.probe, self.accelerator)
+        probe = ((self.batches.load(group), counts) for group, counts in groups)
         with self.loss.uncompiled():
             return measure_spectra(self.model, self.loss, probe, self.accelerator.reduce)
 
-    def _mine(self, rows: Sequence[int]) -> list[tuple[list[int], bool]]:
-        """The rows of this process's micro-batches, and whether each counts."""
-        processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        return self.batches.passes(rows, processes, process, in_step=self.accelerator.is_fsdp2)
+
+@torch.no_grad()
+def token_losses(
+    loss: SupervisedLoss, batches: MicroBatches, rows: Sequence[int], accelerator: Accelerator
+) -> TokenLosses:
+    """The loss of every supervised token of these rows, in eval mode; the same on every process."""
+    supervised = [batches.supervised[row] for row in rows]
+    starts = dict(zip(rows, itertools.accumulate(supervised, initial=0), strict=False))
+    losses = torch.zeros(sum(supervised), device=accelerator.device)
+    was_training = loss.training
+    loss.eval()
+    for group, counts in shared_out(batches, rows, accelerator):
+        of_rows = loss(batches.load(group), by_token=True).split([batches.supervised[row] for row in group])
+        for row, row_losses in zip(group, of_rows, strict=True) if counts else ():
+            losses[starts[row] :][: len(row_losses)] = row_losses
+    loss.train(was_training)
+    # Zero where another process has the row, so a sum puts them together without rounding.
+    return TokenLosses(numpy.array(supervised, numpy.int64), accelerator.reduce(losses).cpu().numpy())
+
+
+def shared_out(batches: MicroBatches, rows: Sequence[int], accelerator: Accelerator) -> list[tuple[list[int], bool]]:
+    """The rows of this process's micro-batches, and whether each counts."""
+    processes, process = accelerator.num_processes, accelerator.process_index
+    return batches.passes(rows, processes, process, in_step=accelerator.is_fsdp2)

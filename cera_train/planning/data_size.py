@@ -10,7 +10,7 @@ from statistics import fmean
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.order import rows_of_parts
-from cera_train.data.segments import segmenter, segments_of
+from cera_train.data.segments import segmenters, segments_of
 from cera_train.data.sources import decide_layouts, open_sources
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
@@ -140,7 +140,7 @@ def _size_of_rows(config: DataConfig) -> DataSize:
     few = replace(config, train_rows=min(FEW_ROWS, config.train_rows), eval_rows=1) if is_generated else config
     train, evaluation = open_sources(few)
     lengths, answers, sampled = [], 0.0, 0
-    for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), segmenter(config, tokenizer=None)):
+    for segments in segments_of(train.between(0, SAMPLE_ROWS).located(), *segmenters(config, tokenizer=None)):
         if segments:
             texts = [segment.text for segment in segments]
             if config.is_computed:

@@ -19,6 +19,7 @@ from cera_train.settings.distributed import Strategy
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config, PlanRun
+from cera_train.settings.training import ObjectiveKind
 
 if TYPE_CHECKING:
     from cera_train.planning.dry_run import Cost, DryRun, MicroBatch
@@ -52,7 +53,7 @@ class RunTotals:
     rows: int  # training rows, as often as they are seen
     tokens: float
     evaluations: int
-    eval_tokens: float  # of all evaluations, and of the probes on which spectra are taken
+    eval_tokens: float  # of all evaluations, of the probes of spectra, and of what else needs no gradient
     task_evaluations: int  # at which `train.tasks` are answered
 
 
@@ -141,7 +142,7 @@ def _plan(config: PlanRun) -> RunPlan:
             "lower it."
         )
     largest, usual = micro_batches(config, data, run)
-    rows = math.ceil(config.train.batch_size / config.plan.gpus)
+    rows = math.ceil(config.data.sequences * config.train.batch_size / config.plan.gpus)
     highest = run.cost(largest, accumulates=rows * data.tokens_per_row > config.train.micro_batch_tokens)
     # Without a mask a token costs the same in every micro-batch.
     cost, tokens = highest, largest.tokens
@@ -186,14 +187,17 @@ def run_totals(config: Config, size: DataSize) -> RunTotals:
 
     epochs, rest = divmod(updates, updates_per_epoch)
     rows = epochs * size.train_rows + min(rest * train.batch_size, size.train_rows)
-    eval_tokens, evaluations = size.eval_rows * size.tokens_per_row, times(train.eval_every)
-    probes = (evaluations + 1) * min(train.probe_tokens, eval_tokens)
+    row_tokens = config.data.sequences * size.tokens_per_row
+    tokens, eval_tokens, evaluations = rows * row_tokens, size.eval_rows * row_tokens, times(train.eval_every)
+    forward_only = evaluations * eval_tokens + (evaluations + 1) * min(train.probe_tokens, eval_tokens)
+    if train.objective == ObjectiveKind.dpo:  # log p of the reference once, and of the model before each update
+        forward_only += size.train_rows * row_tokens + eval_tokens + tokens
     return RunTotals(
         updates=updates,
         rows=rows,
-        tokens=rows * size.tokens_per_row,
+        tokens=tokens,
         evaluations=evaluations,
-        eval_tokens=evaluations * eval_tokens + probes,
+        eval_tokens=forward_only,
         task_evaluations=(times(train.tasks_every) if train.tasks_every else 1) if train.tasks else 0,
     )
 
@@ -221,7 +225,7 @@ def micro_batches(config: PlanRun, size: DataSize, run: DryRun) -> tuple[MicroBa
     train, is_flat = config.train, run.loss.is_flat
     has_mask = run.loss.allowed.attention is None if is_flat else not size.is_even
     has_mask = has_mask or run.base.config._attn_implementation == "eager"
-    rows = math.ceil(train.batch_size / config.plan.gpus)
+    rows = math.ceil(config.data.sequences * train.batch_size / config.plan.gpus)
     spread = 0 if size.is_even else 3 * ROW_SPREAD / math.sqrt(rows)
     most_tokens = rows * min(size.tokens_per_row * (1 + spread), config.data.max_length)
     longest = size.tokens_per_row if is_flat or size.is_even else config.data.max_length

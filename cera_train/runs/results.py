@@ -144,8 +144,8 @@ LOGS = METRICS, SPECTRA, SAMPLES = "metrics.jsonl", "spectra.jsonl", "samples.js
 """Files that grow by lines, each with the number of its update."""
 
 
-class UpdateMetrics(Record):
-    """The line of one update."""
+class UpdateMetrics(Record, extra="allow"):
+    """The line of one update, with the figures of its objective."""
 
     update: int
     epoch: int | None = None

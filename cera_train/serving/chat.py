@@ -66,7 +66,7 @@ def choose_rows(template: Template, trained_on: DataConfig | None, tokenizer: An
     if template == Template.chat and not tokenizer.chat_template:
         raise UserError(f"template=chat: {tokenizer.name_or_path} has no chat template. Set template=run or none.")
     if template in (Template.auto, Template.run) and trained_on is not None:
-        _, first = next(trained_on.parts())
+        _, first = next(replace(trained_on, rejected=None).parts())
         return PLAIN if first.layout == Layout.documents or first.prompt == "" else first
     if template != Template.none and tokenizer.chat_template:
         return DataConfig(layout=Layout.messages, path="a chat")

@@ -157,6 +157,9 @@ class DataConfig:
     prompt: str | None = setting(None, "tokens")
     completion: str | None = setting(None, "tokens")
     """Templates of layout text, with {column} for a row's columns. The completion starts where the prompt ends."""
+    rejected: str | None = setting(None, "tokens")
+    """For preferences: the template of the rejected answer, as `completion` is that of the chosen one. With layout
+    messages the column of the rejected conversation; the other is `chosen`, and a list `prompt` precedes both."""
     turns: Turns | None = setting(None, "tokens")
     """Answers of a chat that are supervised: the first (of layout conversations without the system prompt, as
     published), the last, or all. null: the first of conversations, all of messages."""
@@ -191,6 +194,9 @@ class DataConfig:
         require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
         share = self.allow_overlap
         require(0 <= share <= 1, f"data.allow_overlap={share} is a share of the rows: between 0 and 1, such as 0.05.")
+        require(not (self.is_paired and self.mix), "data.rejected reads one data set: leave out data.mix.")
+        has_sides = self.layout in (Layout.auto, Layout.text, Layout.messages)
+        require(has_sides or not self.is_paired, "data.rejected needs data.layout=text or messages.")
         if self.mix is not None:
             self._check_mix()
         elif self.is_computed:
@@ -244,6 +250,16 @@ class DataConfig:
     def weights(self) -> list[float | None]:
         """The weight of each of `parts`."""
         return [None] if self.mix is None else [part.weight for part in self.mix]
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether a row is a preference: a chosen and a rejected answer."""
+        return self.rejected is not None
+
+    @property
+    def sequences(self) -> int:
+        """Of a row: two of a preference."""
+        return 2 if self.is_paired else 1
 
     @property
     def is_computed(self) -> bool:

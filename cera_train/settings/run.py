@@ -13,7 +13,7 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.sweep import StudyConfig, SweepConfig
-from cera_train.settings.training import OPTIMIZERS, HubConfig, OptimizerConfig, TrackerConfig, TrainConfig
+from cera_train.settings.training import OPTIMIZERS, DpoConfig, HubConfig, OptimizerConfig, TrackerConfig, TrainConfig
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Config:
     data: DataConfig = section()
     optimizer: OptimizerConfig = section()
     train: TrainConfig = section(TrainConfig)
+    dpo: DpoConfig = section(DpoConfig)
     tracker: TrackerConfig = section()
     hub: HubConfig = section(HubConfig)
     launch: LaunchConfig = section(LaunchConfig)

@@ -38,6 +38,9 @@ class Schedule(StrEnum):
 
 
 Resume = StrEnum("Resume", ["auto", "never"])
+ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo"])
+PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
+Reference = StrEnum("Reference", ["start", "base"])
 
 
 class TrackerKind(StrEnum):
@@ -73,9 +76,33 @@ class OptimizerConfig:
 
 
 @dataclass
+class DpoConfig:
+    """Direct preference optimisation, arXiv 2305.18290: `train.objective=dpo`."""
+
+    beta: float = setting(0.1, "result")
+    """How strongly the model is held to the reference."""
+    loss: PreferenceLoss = setting(PreferenceLoss.sigmoid, "result")
+    """sigmoid: DPO's; ipo: (margin a token - 1 / (2 beta))^2, arXiv 2310.12036."""
+    label_smoothing: float = setting(0.0, "result")
+    """The share of pairs that are taken to be labelled the wrong way round; with loss sigmoid."""
+    sft_weight: float = setting(0.0, "result")
+    """Adds so many times the loss of the chosen answers, in nats a token."""
+    reference: Reference = setting(Reference.start, "result")
+    """What the model is held to: the adapter as the run starts (the base without adapter.start_from), or the base."""
+
+    def __post_init__(self) -> None:
+        require_positive("dpo", self, "beta")
+        smoothing, weight = self.label_smoothing, self.sft_weight
+        require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be at least 0 and less than 0.5.")
+        require(weight >= 0, f"dpo.sft_weight={weight} must not be negative.")
+
+
+@dataclass
 class TrainConfig:
+    objective: ObjectiveKind = setting(ObjectiveKind.sft, "result")
+    """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one."""
     batch_size: int = setting(64, "result")
-    """Sequences per update."""
+    """Sequences per update; with dpo, pairs."""
     micro_batch_tokens: int = setting(4096, "cost")
     """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it, dropout's masks do."""
     batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from cera_train.adapters import build as adapters
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
+from cera_train.common.settings import require
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
@@ -36,9 +38,16 @@ from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, Upd
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.data import DataConfig
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
+from cera_train.settings.training import ObjectiveKind
+from cera_train.training.objectives import Objective
+from cera_train.training.objectives.dpo import Dpo
+from cera_train.training.objectives.sft import Sft
 from cera_train.training.optimizer import build_optimizer
+
+OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {ObjectiveKind.sft: Sft, ObjectiveKind.dpo: Dpo}
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
@@ -60,7 +69,19 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
         adapter = replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
     data = decide_layouts(config.data, begun.data)
+    check_objective(config.train.objective, data)
     return replace(config, model=model, adapter=adapter, data=data, train=training), precision
+
+
+def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
+    """Raises UserError where an objective learns from other rows."""
+    is_dpo, place = objective == ObjectiveKind.dpo, f"train.objective={objective}"
+    if is_dpo:
+        mend = "name rows with the columns prompt, chosen and rejected, or set data.rejected"
+        require(data.is_paired, f"{place} learns from preferences, and {data.title} has none: {mend}.")
+    else:
+        mend = "set train.objective=dpo, or for the chosen answers $'data.prompt={prompt}' $'data.completion={chosen}'"
+        require(not data.is_paired, f"{place}: {data.title} holds preferences: {mend}.")
 
 
 def load_start(model: nn.Module, config: AdapterConfig, base_fingerprint: str) -> None:
@@ -139,8 +160,10 @@ class Session:
         self.held_out = HeldOut(
             self.model, self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
         )
+        self.objective = OBJECTIVES[config.train.objective](self)
         self.exams = Exams(config, self.tokenizer, self.local_loss, accelerator)
-        self.order = RowOrder(len(self.data.train), config.train.batch_size, config.train.seed)
+        together = config.data.sequences
+        self.order = RowOrder(len(self.data.train) // together, config.train.batch_size, config.train.seed, together)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
         if self.is_done and (folder.result() is not None or self.progress.update > self.updates):
             raise UserError(
@@ -175,11 +198,6 @@ class Session:
         processes = self.accelerator.num_processes
         folder.write_config(environment(processes, self.base_fingerprint, rows, self.updates, self.precision))
         self.tracker = start_tracker(self.config.tracker, folder.config, self.config.name, folder.path, done)
-
-    def passes(self, rows: list[int]) -> list[tuple[list[int], bool]]:
-        """The micro-batches of these rows that this process runs, and whether each counts in the loss."""
-        processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        return self.batches.passes(rows, processes, process, in_step=self.accelerator.is_fsdp2)
 
     def start_clock(self) -> None:
         self.loss.train()

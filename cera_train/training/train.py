@@ -23,6 +23,7 @@ from cera_train.distributed.accelerator import forget_earlier_runs, peak_memory,
 from cera_train.distributed.launch import in_processes
 from cera_train.distributed.processes import is_main_process
 from cera_train.distributed.signals import Interrupted, first_heard
+from cera_train.evaluation.held_out import shared_out
 from cera_train.model.loss import perplexity
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import RunFolder
@@ -36,6 +37,7 @@ from cera_train.runs.results import (
     UpdateMetrics,
     describe_rank,
     figure,
+    is_task_figure,
 )
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume
@@ -112,7 +114,7 @@ def update(session: Session) -> int | None:
     config, accelerator, progress = session.config.optimizer, session.accelerator, session.progress
     rows = session.order.sequences(progress.update)
     torch.manual_seed(session.seed())
-    loss = backward(session, rows)
+    loss, figures = backward(session, rows)
     heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
     loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
 
@@ -127,7 +129,15 @@ def update(session: Session) -> int | None:
     seconds = time.perf_counter() - started
     progress.updated(tokens, seconds, session.order)
     metrics = UpdateMetrics(
-        progress.update, progress.epoch, loss, perplexity(loss), grad_norm, lr, tokens / seconds, progress.seconds
+        progress.update,
+        progress.epoch,
+        loss,
+        perplexity(loss),
+        grad_norm,
+        lr,
+        tokens / seconds,
+        progress.seconds,
+        **figures,
     )
     session.log(metrics)
     numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
@@ -136,22 +146,20 @@ def update(session: Session) -> int | None:
     return first_heard(heard)
 
 
-def backward(session: Session, rows: list[int]) -> torch.Tensor:
-    """Accumulates the gradient of the mean loss over the supervised tokens of these rows; returns this process's part
-    of the loss, a scalar."""
-    accelerator = session.accelerator
-    supervised = sum(session.batches.supervised[row] for row in rows)
-    # A mean over the tokens of all processes, whose gradients are averaged.
-    scale = accelerator.num_processes / torch.tensor(supervised, device=accelerator.device)
+def backward(session: Session, rows: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Accumulates the gradient of the objective on these rows; returns this process's part of the loss, a scalar, and
+    the objective's figures."""
+    accelerator, objective = session.accelerator, session.objective
+    figures = objective.begin(rows)
     total = torch.zeros((), device=accelerator.device)
-    micro_batches = session.passes(rows)
+    micro_batches = shared_out(session.batches, rows, accelerator)
     for number, (group, counts) in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)  # it reduces the gradients over the processes
         with contextlib.nullcontext() if is_last else accelerator.no_sync(session.loss):
-            loss = counts * scale * session.loss(session.batches.load(group))
+            loss = counts * objective.loss(session.loss(session.batches.load(group), by_token=True), group)
             accelerator.backward(loss)
         total += loss.detach()
-    return total
+    return total, figures
 
 
 def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:
@@ -188,7 +196,7 @@ def prove_coverage(session: Session) -> None:
     rows = sorted(rows, key=lambda row: abs(batches.lengths[row] - 64))  # attention matters in 64
     session.loss.train()
     with session.local_loss.uncompiled(), coverage.watch():
-        for group, _ in session.passes(rows[: accelerator.num_processes]):
+        for group, _ in shared_out(session.batches, rows[: accelerator.num_processes], accelerator):
             accelerator.backward(session.loss(batches.load(group)) / sum(batches.supervised[i] for i in group))
     session.optimizer.zero_grad()
     coverage.sum(accelerator.reduce)
@@ -206,11 +214,12 @@ def evaluate(session: Session) -> None:
     the adapter if it is the best so far. Before the first update and after the last, also writes each token's loss,
     which studies compare."""
     progress, folder = session.progress, session.folder
-    losses = session.held_out.token_losses()
+    losses, judged = session.objective.judge(session.held_out.token_losses())
     loss, spectra = losses.mean, session.spectra()
     figures = spectrum_metrics(spectra)
     is_best = progress.evaluated(perplexity(loss), figures.get("spectrum/linear_share/mean"))
-    figures |= answer_tasks(session)
+    figures |= judged | answer_tasks(session)
+    progress.tasks |= {name: value for name, value in figures.items() if is_task_figure(name)}
     if session.accelerator.is_main_process:
         for name, is_due in ((LOSSES_BEFORE, progress.update == 0), (LOSSES_AFTER, session.is_done)):
             if is_due:
@@ -240,7 +249,6 @@ def answer_tasks(session: Session) -> dict[str, float]:
             session.tracker.table("samples", [sample.to_json() for sample in results.samples], progress.update)
     if results.notes:
         session.bar.note(f"answers at update {progress.update}: {'; '.join(results.notes)}")
-    progress.tasks = results.figures or progress.tasks
     return results.figures
 
 

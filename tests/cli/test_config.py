@@ -39,7 +39,7 @@ def test_the_globs_found_the_files():
     assert {path.stem for path in RECIPES} == {
         *("quickstart", "logistic_map", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
         *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
-        *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora"),
+        *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora", "dpo"),
     }
 
 

@@ -1,0 +1,120 @@
+"""Direct preference optimisation, arXiv 2305.18290, on pairs of a chosen and a rejected answer:
+
+    loss = -log sigmoid(beta margin),    margin = log p / p_ref (chosen) - log p / p_ref (rejected)
+
+The two answers of a pair may lie in different micro-batches and processes. So a pass without gradients first takes
+log p of every answer of an update; the derivative of the loss by it is the weight of that answer's gradient in the
+passes that follow. On the held-out pairs exp of the loss is the perplexity of the choice: 2 for a coin's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.numpy import load_file, save
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from cera_train.common.errors import UserError
+from cera_train.common.files import cache_dir, write_bytes
+from cera_train.common.terminal import announce
+from cera_train.evaluation.held_out import token_losses
+from cera_train.model.batches import MicroBatches
+from cera_train.runs.outcomes import TokenLosses
+from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
+
+if TYPE_CHECKING:
+    from cera_train.training.session import Session
+
+
+def pair_losses(gains: Tensor, tokens: Tensor, config: DpoConfig) -> Tensor:
+    """The loss of each pair, without the term of supervised fine-tuning.
+
+    Args:
+        gains: [pairs, 2] log p - log p_ref of the chosen and the rejected answer.
+        tokens: [pairs, 2] their lengths.
+    """
+    if config.loss == PreferenceLoss.ipo:
+        chosen, rejected = (gains / tokens).T
+        return (chosen - rejected - 1 / (2 * config.beta)) ** 2
+    margins, wrong = config.beta * (gains[:, 0] - gains[:, 1]), config.label_smoothing
+    return -(1 - wrong) * logsigmoid(margins) - wrong * logsigmoid(-margins)
+
+
+def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
+    """The figures of pairs by their usual names."""
+    chosen, rejected = (beta * gains.detach()).T
+    figures = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected}
+    return {f"{prefix}/rewards/{name}": float(values.mean()) for name, values in figures.items()}
+
+
+class Dpo:
+    def __init__(self, session: Session) -> None:
+        self.session, self.config = session, session.config.dpo
+        self.reference = self._reference(session.batches)
+        self.held_out_reference = self._reference(session.held_out.batches)
+
+    def begin(self, rows: Sequence[int]) -> dict[str, float]:
+        session, config = self.session, self.config
+        losses = token_losses(session.local_loss, session.batches, rows, session.accelerator)
+        log_p = _log_p(losses).requires_grad_()
+        gains, tokens = log_p - self.reference[rows].view(-1, 2), torch.tensor(losses.tokens).view(-1, 2)
+        loss = pair_losses(gains, tokens, config).mean()
+        loss = loss - config.sft_weight * log_p[:, 0].sum() / tokens[:, 0].sum()
+        [gradient] = torch.autograd.grad(loss, log_p)
+        self._weights = dict(zip(rows, (-gradient).flatten().tolist(), strict=True))
+        self._value = loss.item() / len(rows)
+        accuracy = (gains[:, 0] > gains[:, 1]).float().mean().item()
+        return {"train/rewards/accuracies": accuracy} | rewards(gains, config.beta, "train")
+
+    def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
+        weights = torch.tensor([self._weights[row] for row in group], device=losses.device)
+        tokens = torch.tensor([self.session.batches.supervised[row] for row in group], device=losses.device)
+        weighted = (weights.repeat_interleave(tokens) * losses).sum()
+        # Its gradient is that of the loss, and its value this group's part of it.
+        return self.session.accelerator.num_processes * (weighted - weighted.detach() + len(group) * self._value)
+
+    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
+        gains = _log_p(losses) - self.held_out_reference.view(-1, 2)
+        of_pairs = pair_losses(gains, torch.tensor(losses.tokens).view(-1, 2), self.config).float().numpy()
+        accuracy = (gains[:, 0] > gains[:, 1]).float().mean().item()
+        judged = TokenLosses(numpy.ones(len(of_pairs), numpy.int64), of_pairs)
+        return judged, {"preferences/accuracy": accuracy} | rewards(gains, self.config.beta, "eval")
+
+    def _reference(self, batches: MicroBatches) -> Tensor:
+        """log p of each row under the reference, [rows]; from the cache where a run has taken it before.
+
+        Raises:
+            UserError: it is that of the run's start, which is over, and the cache has lost it.
+        """
+        session, config = self.session, self.session.config
+        is_base = config.adapter.start_from is not None and config.dpo.reference == Reference.base
+        # An adapter begins as its settings and its seed have it.
+        begin = "base" if is_base else (config.adapter, config.train.seed)
+        parts = [batches.rows.digest, session.base_fingerprint, config.model.dtype, config.model.quantization, begin]
+        file = cache_dir() / "reference" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.safetensors"
+        known = load_file(file)["log_p"] if session.accelerator.is_main_process and file.is_file() else None
+        [known] = broadcast_object_list([known])
+        if known is None:
+            if not is_base and session.progress.update:
+                mend = "restore it, or start anew under another name"
+                raise UserError(f"{file} is gone, which held log p of the run's start: {mend}.")
+            announce("reference", f"log p of {len(batches.lengths):,} answers, once")
+            with session.model.disable_adapter() if is_base else contextlib.nullcontext():
+                losses = token_losses(session.local_loss, batches, range(len(batches.lengths)), session.accelerator)
+            known = _log_p(losses).flatten().numpy()
+            if session.accelerator.is_main_process:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(file, save({"log_p": known}))
+        return torch.from_numpy(known)
+
+
+def _log_p(losses: TokenLosses) -> Tensor:
+    """[pairs, 2] log p of the chosen and the rejected answers, float64."""
+    return -torch.from_numpy(losses.sums()).view(-1, 2)

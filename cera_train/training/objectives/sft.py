@@ -1,0 +1,31 @@
+"""Supervised fine-tuning: the mean next-token loss over the supervised tokens of an update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cera_train.runs.outcomes import TokenLosses
+
+if TYPE_CHECKING:
+    from cera_train.training.session import Session
+
+
+class Sft:
+    def __init__(self, session: Session) -> None:
+        self.batches, self.accelerator = session.batches, session.accelerator
+
+    def begin(self, rows: Sequence[int]) -> dict[str, float]:
+        supervised = sum(self.batches.supervised[row] for row in rows)
+        # A mean over the tokens of all processes, whose gradients are averaged.
+        self.scale = self.accelerator.num_processes / torch.tensor(supervised, device=self.accelerator.device)
+        return {}
+
+    def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
+        return self.scale * losses.sum()
+
+    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
+        return losses, {}

@@ -1,0 +1,230 @@
+"""Direct preference optimisation: TRL's DPOTrainer is the oracle."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from cera_models import WARNINGS
+from datasets import Dataset
+from several_processes import train_in_processes
+from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import to_plain
+from cera_train.data.prepare import prepare_data
+from cera_train.runs.folder import RunFolder
+from cera_train.training.session import Session, settle
+from cera_train.training.train import backward, train
+
+ROWS = [
+    {
+        "prompt": f"Question: what is {n} and {n}?\nAnswer:",
+        "chosen": f" it is {2 * n}",
+        "rejected": f" {n}{' or so' * n}",
+    }
+    for n in range(1, 13)
+]
+
+
+@pytest.fixture
+def dpo(tiny_config, write_jsonl):
+    """dpo("adapter.r=4", ...): the config of a run on `ROWS`."""
+    file = write_jsonl("preferences.jsonl", ROWS)
+    words = ["data=jsonl", f"data.train_files=[{file}]", "data.eval_rows=4", "train.objective=dpo"]
+    return lambda *overrides: tiny_config(*words, "train.batch_size=3", "train.max_updates=4", *overrides)
+
+
+@pytest.fixture
+def session_of(tmp_path):
+    """session_of(config): its session, before the first update."""
+
+    def session_of(config) -> Session:
+        config, precision = settle(config, tmp_path / "run")
+        return Session(config, precision, RunFolder(tmp_path / "run", to_plain(config)), resume_from=None)
+
+    return session_of
+
+
+def move(model: torch.nn.Module) -> None:
+    """Away from the start, where every margin is zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def gradients(session: Session, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+    loss, _ = backward(session, rows)
+    named = session.model.named_parameters()
+    taken = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+    session.optimizer.zero_grad()
+    return float(loss), taken
+
+
+@WARNINGS
+@pytest.mark.parametrize(
+    ("overrides", "arguments"),
+    [
+        (["adapter=cera"], {}),
+        (["adapter=lora", "dpo.beta=0.5"], {"beta": 0.5}),
+        (["adapter=cera", "dpo.loss=ipo"], {"loss_type": "ipo"}),
+        (["adapter=dora", "dpo.sft_weight=2"], {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 2.0]}),
+    ],
+)
+def test_loss_gradients_and_figures_are_trls(dpo, session_of, tokenizer, tmp_path, overrides, arguments):
+    trl = pytest.importorskip("trl")
+    session = session_of(dpo(*overrides, "adapter.r=4", "adapter.dropout=0"))
+    move(session.model)
+    session.loss.train()
+    loss, taken = gradients(session, list(range(6)))
+    figures = session.objective.begin(range(6))
+
+    settings = trl.DPOConfig(
+        str(tmp_path / "trl"), per_device_train_batch_size=3, use_cpu=True, bf16=False, report_to="none", **arguments
+    )
+    rows = Dataset.from_list(ROWS[:3])
+    session.local_loss.causal_lm.set_attn_implementation("sdpa")
+    trainer = trl.DPOTrainer(session.model, args=settings, train_dataset=rows, processing_class=tokenizer)
+    if "ref" in trainer.model.peft_config:  # a copy of this adapter: the base is the reference here
+        trainer.model.delete_adapter("ref")
+    batch = trainer.data_collator([trainer.train_dataset[row] for row in range(3)])
+    expected = trainer.compute_loss(trainer.model, batch)
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for name, gradient in taken.items():
+        wanted = trainer.model.get_parameter(name).grad
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+    for name, values in trainer._metrics["train"].items():
+        if name.startswith("rewards/"):
+            assert figures[f"train/{name}"] == pytest.approx(values[0], rel=1e-4, abs=1e-6), name
+
+
+def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, session_of):
+    session = session_of(dpo("adapter.dropout=0", "dpo.label_smoothing=0.2"))
+    move(session.model)
+    session.loss.train()
+    whole, taken = gradients(session, [0, 1, 4, 5])
+    log_p = session.objective.begin([0, 1, 4, 5])
+    margins = torch.tensor([session.objective.begin(pair)["train/rewards/margins"] for pair in ([0, 1], [4, 5])])
+    expected = -(0.8 * margins.sigmoid().log() + 0.2 * (-margins).sigmoid().log()).mean()
+    assert whole == pytest.approx(expected.item(), rel=1e-5)
+    assert log_p["train/rewards/accuracies"] == (margins > 0).float().mean()
+    session.batches.max_tokens = 30  # the answers of a pair in passes of their own
+    assert len(session.batches.groups([0, 1, 4, 5])) > 2
+    apart, taken_apart = gradients(session, [0, 1, 4, 5])
+    assert apart == pytest.approx(whole, rel=1e-5)
+    for name, gradient in taken.items():
+        assert (gradient - taken_apart[name]).norm() <= 1e-5 * gradient.norm(), name
+
+
+def test_a_run_learns_the_choice_and_goes_on_byte_for_byte(dpo):
+    whole, part = dpo("name=whole", "optimizer.lr=2e-2"), dpo("name=part", "optimizer.lr=2e-2")
+    whole.train.max_updates = 8
+    result = train(whole)
+    assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # a coin's
+    assert result["eval/perplexity"] < 1.9
+    assert result["preferences/accuracy"] == 1
+    train(part)
+    part.train.max_updates, part.train.extend = 8, True
+    train(part)
+    assert adapter_bytes(part) == adapter_bytes(whole)
+    last = metrics_of(whole)[-1]
+    assert math.log(last["eval/perplexity"]) == pytest.approx(last["eval/loss"])
+    assert last["eval/rewards/margins"] == pytest.approx(last["eval/rewards/chosen"] - last["eval/rewards/rejected"])
+
+
+def test_the_reference_is_the_start_or_the_base(dpo):
+    first = dpo("name=first", "optimizer.lr=2e-2")
+    train(first)
+    start = f"adapter.start_from={folder_of(first)}"
+    before = [
+        train(dpo(f"name={reference}", f"dpo.reference={reference}", start))["perplexity_before"]
+        for reference in ("start", "base")
+    ]
+    assert before[0] == pytest.approx(2, rel=1e-6)
+    assert before[1] == pytest.approx(json.loads((folder_of(first) / "result.json").read_text())["eval/perplexity"])
+
+
+@pytest.mark.slow
+def test_two_processes_and_sharded_weights_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose):
+    words = [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "data=jsonl"),
+        *(f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]", "data.eval_rows=4", "train.objective=dpo"),
+        *("adapter.dropout=0", "train.batch_size=3", "train.max_updates=6", "train.micro_batch_tokens=256"),
+        *("optimizer.lr=2e-2", "train.eval_every=3", f"output_dir={tmp_path / 'outputs'}"),
+    ]
+    train(compose(*words, "name=one"))
+    train_in_processes(
+        [[*words, f"distributed.strategy={name}", f"name={name}"] for name in ("ddp", "fsdp")], 2, tmp_path
+    )
+    one = tmp_path / "outputs" / "one"
+    for name in ("ddp", "fsdp"):
+        assert all_losses_of(one.with_name(name)) == pytest.approx(all_losses_of(one), rel=1e-4), name
+        last = metrics_of(one.with_name(name))[-1]["eval/rewards/margins"]
+        assert last == pytest.approx(metrics_of(one)[-1]["eval/rewards/margins"], rel=1e-4), name
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_answers_of_a_pair_are_dropped_together(dpo, tokenizer, write_jsonl):
+    long = {"prompt": "Is it?", "chosen": " yes", "rejected": " no" * 300}
+    file = write_jsonl("rows.jsonl", [{**long, "prompt": "Is it? " * 100}, long, *ROWS])
+    data = prepare_data(settle(dpo(f"data.train_files=[{file}]"), folder_of(dpo()))[0].data, tokenizer).train
+    assert len(data) == 18
+    assert data.truncated[:3] == [False, True, False]
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_messages_are_read_with_and_without_a_prompt_of_their_own(dpo, tokenizer, write_jsonl, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    asked = {"role": "user", "content": "Is it?"}
+    yes, no = ({"role": "assistant", "content": text} for text in ("yes", "no"))
+    rows = [{"prompt": [asked], "chosen": [yes], "rejected": [no]}, {"chosen": [asked, yes], "rejected": [asked, no]}]
+    file = write_jsonl("rows.jsonl", rows * 3)
+    config = settle(dpo(f"data.train_files=[{file}]", "data.allow_overlap=1"), folder_of(dpo()))[0].data
+    data = prepare_data(config, tokenizer).train
+    texts = [tokenizer.decode(data.tokens("input_ids", row).to_pylist()) for row in range(4)]
+    assert texts[:2] == texts[2:]
+    assert [text.split("assistant: ")[1].split("<")[0] for text in texts[:2]] == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("row", "overrides", "message"),
+    [
+        (
+            {"prompt": "a", "chosen": "b"},
+            ["data.rejected='{rejected}'"],
+            "rows.jsonl:2: .*'rejected'",
+        ),
+        ({"prompt": "a", "chosen": "b", "rejected": " "}, [], "rows.jsonl:2: the rejected answer is empty"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "b"},
+            [],
+            "rows.jsonl:2: the chosen and the rejected answer are equal",
+        ),
+    ],
+)
+def test_a_row_without_a_preference_is_named(dpo, write_jsonl, row, overrides, message):
+    file = write_jsonl("rows.jsonl", [ROWS[0], row, *ROWS[1:]])
+    with pytest.raises(UserError, match=message):
+        train(dpo(f"data.train_files=[{file}]", *overrides))
+
+
+def test_objective_and_rows_have_to_fit(dpo, write_jsonl):
+    with pytest.raises(
+        UserError, match="train.objective=sft: preferences.jsonl holds preferences: set train.objective"
+    ):
+        train(dpo("train.objective=sft"))
+    rows = write_jsonl("plain.jsonl", [{"prompt": "a", "completion": "b"}] * 9)
+    with pytest.raises(UserError, match="train.objective=dpo learns from preferences, and plain.jsonl has none: name"):
+        train(dpo(f"data.train_files=[{rows}]"))
