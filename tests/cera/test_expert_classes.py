@@ -25,12 +25,10 @@ MODELS = Path(transformers.__file__).parent / "models"
 FILES = sorted(file for file in MODELS.glob("*/modeling_*.py") if "\n@use_experts_implementation" in file.read_text())
 FIELDS = {
     **dict.fromkeys(("hidden_size", "moe_hidden_size", "moe_intermediate_size", "intermediate_size", "expert_dim"), 32),
-    **dict.fromkeys(
-        ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"), 4
-    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "num_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu"),
-    **{"moe_latent_size": None, "swiglu_limit": 7.0, "swiglu_alpha": 1.702, "mlp_gate_softcap": 10.0},
-    "post_norm_eps": 1e-6,
+    **dict.fromkeys(("swiglu_limit", "mlp_gate_softcap", "mlp_up_softcap"), 7.0),
+    **{"n_routed_experts": 4, "moe_latent_size": None, "swiglu_alpha": 1.702, "post_norm_eps": 1e-6},
 }
 """What experts of all models read of a config."""
 

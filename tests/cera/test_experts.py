@@ -26,8 +26,6 @@ from cera_train.cera import CeraConfig, CeraExperts
 
 pytestmark = WARNINGS
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 @pytest.mark.parametrize(
@@ -77,9 +75,6 @@ def test_every_implementation_of_the_base_gives_the_same_adapted_model(model_typ
     base.set_experts_implementation(implementation)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base))
-
-
-# --- start, precision, dropout ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)
@@ -134,9 +129,6 @@ def test_compiled_experts_are_one_graph_with_the_same_numbers(model_type, place)
     assert not torch.equal(compiled(x, index, weights), compiled(x, index, weights))
 
 
-# --- several adapters ------------------------------------------------------------------------------------------------
-
-
 def test_adapters_switch_add_up_and_turn_off():
     base, model = logits(make_mixture()), mixture_with_two()
     found = {}
@@ -163,9 +155,6 @@ def test_unload_gives_the_base_model_back():
     assert torch.equal(logits(base), logits(expected))
     assert base.model.layers[0].mlp.experts.config is base.config
     assert torch.equal(logits(get_peft_model(base, expert_config(init_weights=True))), logits(expected))
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("model_type", "low_cpu_mem_usage"), [("qwen2_moe", False), ("gpt_oss", True)])

@@ -39,9 +39,6 @@ def test_identity_without_dropout_is_lora_in_outputs_and_gradients(alpha, lora_a
     torch.testing.assert_close(ours, gradients(lora))
 
 
-# --- several adapters ------------------------------------------------------------------------------------------------
-
-
 def test_adapters_switch_add_up_and_turn_off():
     base = logits(make_tiny_llama())
     model = with_two()
@@ -83,9 +80,6 @@ def test_all_linear_means_the_same_for_every_adapter():
             assert not torch.allclose(changed, logits(model))
 
 
-# --- what a branch that is no matrix cannot do -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("merge", [lambda model: model.merge_and_unload(), lambda model: model.merge_adapter()])
 def test_merge_is_refused_with_a_reason_and_changes_nothing(merge):
     model = adapted(modules_to_save=["embed_tokens"])
@@ -112,9 +106,6 @@ def test_unload_gives_the_base_model_back():
     assert torch.equal(logits(base), expected)
     assert base.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in base.state_dict().items())
-
-
-# --- saving and loading ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +164,6 @@ def test_modules_saved_with_the_adapter_come_back_with_it(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(make_tiny_llama(), tmp_path)), logits(model))
 
 
-# --- checkpoints that do not fit -------------------------------------------------------------------------------------
-
-
 FIRST = "base_model.model.model.layers.0.mlp.down_proj.cera_A.weight"
 
 
@@ -195,9 +183,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(saved, tiny_folder, tmp_path,
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises((ValueError, RuntimeError), match=message):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), tmp_path)
-
-
-# --- the registration and copies -------------------------------------------------------------------------------------
 
 
 def test_registering_twice_is_harmless():

@@ -44,9 +44,6 @@ def refusal(tmp_path, monkeypatch, tokenizer):
     return refusal
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -65,9 +62,6 @@ def test_what_is_no_file_of_rows_is_refused_before_any_is_opened(refusal, tmp_pa
     assert refusal({"t.jsonl": LINES}, train_files=[name]).startswith(f"data.train_files={expected}")
     settings = {"train_files": ["t.jsonl"], "eval_files": ["t.jsonl", name]}
     assert refusal({}, **settings).startswith(f"data.eval_files={expected}")
-
-
-# --- content ---------------------------------------------------------------------------------------------------------
 
 
 CUT = gzip.compress(LINES.encode(), mtime=0)[:-9]  # without the time: processes of pytest-xdist compare names
@@ -111,9 +105,6 @@ def test_columns_of_a_parquet_file_that_are_no_text_are_refused(refusal, tmp_pat
     assert refused(broken).startswith("x.parquet: cannot read it: 'utf-8' codec can't decode byte 0xff")
 
 
-# --- which rows ------------------------------------------------------------------------------------------------------
-
-
 def test_a_split_without_rows_names_the_counts_and_the_settings(refusal):
     start, mend = "data.train_files=[x.jsonl]: no rows are left", "hold out fewer by data.eval_rows."
     rows = [{"prompt": "a", "completion": ""}, {"prompt": "a" * 50, "completion": "b"}, *ROWS]
@@ -126,8 +117,6 @@ def test_a_split_without_rows_names_the_counts_and_the_settings(refusal):
     assert refusal({"t.jsonl": ROWS, "x.jsonl": ""}, **settings).startswith("data.eval_files=[x.jsonl]: no rows are")
     assert refusal({"x.jsonl": ROWS}, eval_rows=0) == "data.eval_rows=0: no rows to evaluate on. Raise it."
 
-
-# --- columns ---------------------------------------------------------------------------------------------------------
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
@@ -169,9 +158,6 @@ def test_a_tokenizer_without_an_end_token_is_refused_by_its_model(refusal, token
     assert refusal({"x.jsonl": ROWS}, tokenizer=without) == (
         "model.path=some/model: the tokenizer has no end-of-text token: set eos_token in its tokenizer_config.json."
     )
-
-
-# --- turns -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,6 @@ def row_texts(name: str, numbers) -> list[str]:
     return [f"{name}{row}? {name} is {row}" for row in numbers]
 
 
-# --- how many rows of each part --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("available", "weights", "total", "rows"),
     [
@@ -75,9 +72,6 @@ def test_every_part_is_spread_evenly():
     for end in range(1, 101):
         shares = Counter(row // 100 for row in rows[:end])
         assert all(abs(shares[part] - end * share) <= 1 for part, share in enumerate((0.7, 0.2, 0.1)))
-
-
-# --- the rows --------------------------------------------------------------------------------------------------------
 
 
 def test_a_mix_trains_on_its_shares_and_evaluates_on_all_parts(part, tokenizer):
@@ -143,9 +137,6 @@ def test_the_evaluation_alone_is_that_of_the_run_and_its_first_rows_are_of_every
     assert Counter(text[0] for text in some) == {"a": 3, "b": 1}
 
 
-# --- what is comparable ----------------------------------------------------------------------------------------------
-
-
 def test_shares_change_no_evaluation_rows(part, tokenizer):
     def held_out(*parts: MixPart, **settings) -> str:
         return prepare_evaluation(mix(*parts, **settings), tokenizer).digest
@@ -163,8 +154,6 @@ def test_a_mix_that_evaluates_one_part_compares_with_a_run_on_it_alone(part, tok
     digests = [prepare_evaluation(config, tokenizer).digest for config in (alone, replay, replace(alone, max_length=9))]
     assert digests[0] == digests[1] != digests[2]
 
-
-# --- mistakes --------------------------------------------------------------------------------------------------------
 
 A = MixPart(train_files=["a.jsonl"], weight=1.0, eval_rows=1)
 

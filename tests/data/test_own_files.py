@@ -118,9 +118,6 @@ def test_a_document_longer_than_max_length_becomes_rows_that_together_are_the_do
     assert (size.train_rows, size.eval_rows) == (8 * 3, 3)  # of 7 estimated tokens
 
 
-# --- which rows evaluate ---------------------------------------------------------------------------------------------
-
-
 def test_rows_of_one_prompt_stay_on_one_side(own, tokenizer):
     rows = [{"prompt": f"{number % 20} is ", "completion": f"{number}"} for number in range(100)]
     rows += [{"prompt": "none", "completion": ""}, {"prompt": "3  IS", "completion": "x"}]
@@ -152,9 +149,6 @@ def test_a_single_prompt_cannot_be_on_both_sides(own, tokenizer):
         prepare_data(config, tokenizer)
 
 
-# --- a look ----------------------------------------------------------------------------------------------------------
-
-
 def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     tiny_folder, write_jsonl, tmp_path, run_command, capsys
 ):
@@ -174,9 +168,6 @@ def test_a_look_shows_the_rows_as_the_run_would_read_them_and_trains_nothing(
     assert labels.count("example") == 2
     assert values["train it"] == shlex.join(["cera-train", "data=jsonl", *settings])
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["rows.jsonl"]
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_records_what_it_decided_and_needs_the_files_no_more_once_it_is_finished(

@@ -152,9 +152,6 @@ def test_figures_of_the_last_evaluation_outlive_a_cut_before_the_result(tiny_con
     assert train(config)["logistic_map/exact"] == 0.5
 
 
-# --- samples without a task ------------------------------------------------------------------------------------------
-
-
 def test_without_tasks_the_samples_are_the_first_evaluation_rows_with_their_references(tiny_config):
     config = tiny_config("train.samples=2", "train.max_updates=1")
     result = train(config)
@@ -216,9 +213,6 @@ def test_a_sample_is_a_row_up_to_its_first_answer(tokenizer, compose, write_json
     assert len({request.problem for request in exam.requests}) == 2
     assert exam.max_new_tokens == SAMPLE_ROOM
     assert rows_exam(data, 1, tokenizer, positions=len(ids) + 5).max_new_tokens == 5
-
-
-# --- other processes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -87,9 +87,6 @@ def started(attempts: list[Attempt]) -> Iterator[None]:
             attempt.kill()
 
 
-# --- what is in a run's folder ----------------------------------------------------------------------------------------
-
-
 def content(folder: Path) -> dict[str, Any]:
     """All that two runs of one config must have in common: every file byte for byte, timings left out."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
@@ -151,9 +148,6 @@ def refuse(attempt: Attempt) -> str:
 
 def newest_first(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("[0-9]*"), key=lambda path: -int(path.name))
-
-
-# --- the run that faults happen to ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,6 @@ def tiny_plan(plan, tiny_folder):
     return lambda *overrides: plan(*tiny, *overrides)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_activations_of_llama_by_hand(plan):
     """A token leaves in each layer: q, k, v, the output of attention and a float32 number a head; x and A x of two
     branches; gate and up; the input of two norms, and a float32 root mean square. And a chunk of logits, its float32
@@ -81,9 +78,6 @@ def test_processes_share_rows_and_weights(tiny_plan):
     assert sharded["weights"] == one.memory["weights"] / 2
     assert sharded["gathered"] == pytest.approx(one.memory["weights"], rel=0.1)  # it has two layers
     assert "buckets" not in sharded
-
-
-# --- micro-batches, work, time, cost ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,7 @@ from safetensors.numpy import save_file
 from cera_train.common.errors import UserError
 from cera_train.runs.evaluation_folder import PerplexityResult
 from cera_train.runs.folder import Progress
-from cera_train.runs.outcomes import (
-    LOSSES_AFTER,
-    GradedProblem,
-    TokenLosses,
-    read_grades,
-    read_losses,
-    write_grades,
-)
+from cera_train.runs.outcomes import LOSSES_AFTER, GradedProblem, TokenLosses, read_grades, read_losses, write_grades
 from cera_train.runs.results import RunResult, figure, mean_spectrum
 
 
