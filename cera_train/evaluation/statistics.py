@@ -25,16 +25,23 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return (draws - math.comb(samples - correct, k)) / draws  # of integers, so exact to the last bit
 
 
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same in every call."""
+def bootstrap_interval(values: Sequence[float], counts: Sequence[float] | None = None) -> tuple[float, float]:
+    """The percentile bootstrap interval of a mean over problems (Efron 1979), the same in every call. With the `counts`
+    that the values are sums over, of sum(values) / sum(counts)."""
     import numpy
     from scipy.stats import bootstrap
 
-    if len({*values}) == 1:  # scipy takes two problems or more
-        return float(values[0]), float(values[0])
-    batch = max(1, BLOCK // len(values))
+    if len(values) == 1 or (counts is None and len({*values}) == 1):  # scipy takes two problems or more
+        return (float(values[0] if counts is None else values[0] / counts[0]),) * 2
     resampled = bootstrap(
-        (values,), numpy.mean, method="percentile", confidence_level=LEVEL, n_resamples=10_000, batch=batch, rng=0
+        (values,) if counts is None else (values, counts),
+        numpy.mean if counts is None else lambda values, counts, axis: values.sum(axis) / counts.sum(axis),
+        paired=counts is not None,
+        method="percentile",
+        confidence_level=LEVEL,
+        n_resamples=10_000,
+        batch=max(1, BLOCK // len(values)),
+        rng=0,
     )
     return tuple(map(float, resampled.confidence_interval))
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import peft
 import torch
 from torch.nn.functional import kl_div, log_softmax
@@ -19,6 +18,7 @@ from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import prepare_data
 from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import quiet_libraries
+from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
 from cera_train.model.weights import load_model
 from cera_train.runs.card import card_data
@@ -178,7 +178,7 @@ def compare(
         sums.append(torch.stack([*losses, kl, same.to(kl), counts.sum().to(kl)]).double().cpu())
     table = torch.stack(sums).numpy()
     loss_before, loss_after, kl, same, tokens = table.sum(0)
-    lower, upper = interval_of_ratio(table[:, 1] - table[:, 0], table[:, 4])
+    lower, upper = bootstrap_interval(table[:, 1] - table[:, 0], table[:, 4])
     return {
         "rows": len(table),
         "tokens": int(tokens),
@@ -190,20 +190,6 @@ def compare(
         "kl": kl / tokens,
         "same_tokens": same / tokens,
     }
-
-
-def interval_of_ratio(values: numpy.ndarray, weights: numpy.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of sum(values) / sum(weights), resampled over the rows."""
-    from scipy.stats import bootstrap
-
-    if len(values) == 1:  # scipy takes two rows or more
-        return (float(values[0] / weights[0]),) * 2
-    interval = bootstrap(
-        (values, weights),
-        lambda values, weights, axis: values.sum(axis) / weights.sum(axis),
-        **{"paired": True, "method": "percentile", "n_resamples": 10_000, "batch": 100, "rng": 0},
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
 
 
 def card(certificate: Certificate, adapter: Path, model: ModelConfig) -> str:

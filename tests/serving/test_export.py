@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from cera_train.common.errors import UserError
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch
-from cera_train.serving.export import compare, export, interval_of_ratio
+from cera_train.serving.export import compare, export
 from cera_train.serving.linear import fit
 from cera_train.training.train import train
 
@@ -80,9 +80,9 @@ def test_the_certificate_compares_token_by_token():
 
 def test_the_interval_is_the_bootstraps_and_weighs_sequences_by_their_tokens():
     values = numpy.random.default_rng(1).normal(size=60)
-    assert interval_of_ratio(values, numpy.ones(60)) == pytest.approx(bootstrap_interval(list(values)), abs=0.02)
+    assert bootstrap_interval(values, numpy.ones(60)) == pytest.approx(bootstrap_interval(list(values)), abs=0.02)
     long, short = numpy.array([1.0, 0.0]), numpy.array([99.0, 1.0])
-    assert interval_of_ratio(long, short)[1] <= 1 / 50  # a long sequence does not count as one of two
+    assert bootstrap_interval(long, short)[1] <= 1 / 50  # a long sequence does not count as one of two
 
 
 def test_what_loses_too_much_is_not_exported(compose, trained):
