@@ -35,7 +35,7 @@ from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, begin_study, is_study
 from cera_train.sweep.folder import Job, begin, check_inputs, job_composer, key_of, record_of
 from cera_train.sweep.record import RECORD
-from cera_train.sweep.table import is_finished, print_sweep
+from cera_train.sweep.table import print_sweep
 
 TRAIN = "cera-train"
 
@@ -143,6 +143,5 @@ class TrainingSweep(Callback):
         with errors_in_one_line(TRAIN):
             folder = Path(config.hydra.sweep.dir)
             print()
-            print_sweep(folder)
-            if not (config.launch.detach or is_finished(folder)):
+            if not (print_sweep(folder) or config.launch.detach):
                 sys.exit(1)

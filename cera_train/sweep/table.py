@@ -126,8 +126,9 @@ def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
     return list(best.values())
 
 
-def print_sweep(folder: Path) -> None:
-    """Prints a line for every job, how many are in which state, and the best."""
+def print_sweep(folder: Path) -> bool:
+    """Prints a line for every job, how many are in which state, and the best. Returns whether every job of the last
+    command has ended, whatever earlier ones left."""
     jobs = read_sweep(folder)
     best, label = best_jobs(jobs), jobs[0].metric.label if jobs else PERPLEXITY.label
     shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
@@ -148,6 +149,9 @@ def print_sweep(folder: Path) -> None:
         print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
     if counts[State.failed]:
         print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
+    names = SweepRecord.read(folder / RECORD).jobs
+    # Without names the sweeper decided as it went.
+    return all(job.is_over for job in jobs if job.name in names) if names else not counts[State.failed]
 
 
 def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
@@ -162,11 +166,3 @@ def _last_metrics(path: Path, key: str) -> tuple[int | None, float | None]:
                 if metrics.get(key) is not None:
                     return update, metrics[key]
     return update, None
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether every job of the last command has ended, whatever earlier ones left."""
-    jobs, names = read_sweep(folder), SweepRecord.read(folder / RECORD).jobs
-    if not names:  # the sweeper decided as it went
-        return all(job.state != State.failed for job in jobs)
-    return all(job.is_over for job in jobs if job.name in names)
