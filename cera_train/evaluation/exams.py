@@ -98,21 +98,17 @@ class Exams:
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
                 self.tasks.append(task_exam(name, config, tokenizer, loss.causal_lm))
-        count = config.train.samples
         self.sampled: list[Exam] = []
-        if count and self.tasks:
+        if count := config.train.samples:
+            exams = self.tasks or [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
             self.sampled = [
-                replace(exam, problems=exam.problems[:count], requests=exam.requests[:count]) for exam in self.tasks
+                replace(exam, problems=exam.problems[:count], requests=exam.requests[:count]) for exam in exams
             ]
-        elif count:
-            self.sampled = [rows_exam(config.data, count, tokenizer, positions_of(loss.causal_lm.config))]
 
     @property
     def plan(self) -> str:
         """What is answered and when, in one line; empty without tasks and samples."""
-        when = "at the end"
-        if self.every:
-            when = f"at the start, every {self.every:,} updates and {when}"
+        when = f"at the start, every {self.every:,} updates and at the end" if self.every else "at the end"
         parts = [f"{exam}, up to {exam.max_new_tokens:,} tokens each, {when}" for exam in self.tasks]
         if self.sampled:
             count = sum(len(exam.problems) for exam in self.sampled)
