@@ -87,11 +87,20 @@ def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: i
     )
 
 
-@torch.no_grad()
 def generate(
     model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
 ) -> list[Generation]:
     """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`."""
+    answers = generate_ids(model, base, tokenizer, batch, config)
+    settings = base.generation_config
+    return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: Any, base: PreTrainedModel, tokenizer: Any, batch: Sequence[Request], config: GenerationConfig
+) -> list[list[int]]:
+    """The tokens of the answers of a batch, their end tokens included."""
     settings = base.generation_config
     prompts = [torch.tensor(request.prompt_ids, dtype=torch.long) for request in batch]
     ids_BT = pad_sequence(prompts, True, settings.pad_token_id, "left").to(base.device)
@@ -99,16 +108,16 @@ def generate(
     choice = TokenChoice(batch, settings.max_new_tokens, config)
     with for_inference(model):
         if can_decode(model, base):
-            answers = decode(model, base, ids_BT, mask_BT, choice, tokenizer)
-        else:
-            output = model.generate(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                logits_processor=[choice],
-                tokenizer=tokenizer if settings.stop_strings else None,
-            )
-            answers = output[:, ids_BT.shape[1] :].tolist()
-    return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+            return decode(model, base, ids_BT, mask_BT, choice, tokenizer)
+        output = model.generate(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            logits_processor=[choice],
+            tokenizer=tokenizer if settings.stop_strings else None,
+        )
+        answers = output[:, ids_BT.shape[1] :].tolist()
+    ends = [next((place for place, id in enumerate(ids) if id in settings.eos_token_id), None) for ids in answers]
+    return [ids if end is None else ids[: end + 1] for ids, end in zip(answers, ends, strict=True)]  # it repeats them
 
 
 def _generation(

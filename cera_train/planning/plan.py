@@ -129,6 +129,8 @@ def _plan(config: PlanRun) -> RunPlan:
     if config.model.dtype == Dtype.auto:  # every GPU in devices.py multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
+    if config.train.objective == ObjectiveKind.grpo:
+        raise UserError("train.objective=grpo: cera-plan knows no answers that are sampled. Plan sft on the same rows.")
     data = data_size(config.data, config.plan.tokens_per_row)
     tasks, totals = [task_size(name, config, data) for name in config.train.tasks], run_totals(config, data)
     with heavy_imports():

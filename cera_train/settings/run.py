@@ -13,7 +13,16 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import DistributedConfig, LaunchConfig, Strategy
 from cera_train.settings.model import ModelConfig, Quantization
 from cera_train.settings.sweep import StudyConfig, SweepConfig
-from cera_train.settings.training import OPTIMIZERS, DpoConfig, HubConfig, OptimizerConfig, TrackerConfig, TrainConfig
+from cera_train.settings.training import (
+    OPTIMIZERS,
+    DpoConfig,
+    GrpoConfig,
+    HubConfig,
+    ObjectiveKind,
+    OptimizerConfig,
+    TrackerConfig,
+    TrainConfig,
+)
 
 
 @dataclass
@@ -26,6 +35,7 @@ class Config:
     optimizer: OptimizerConfig = section()
     train: TrainConfig = section(TrainConfig)
     dpo: DpoConfig = section(DpoConfig)
+    grpo: GrpoConfig = section(GrpoConfig)
     tracker: TrackerConfig = section()
     hub: HubConfig = section(HubConfig)
     launch: LaunchConfig = section(LaunchConfig)
@@ -51,8 +61,8 @@ class Config:
             return
         quantization, mend = self.model.quantization, "with distributed.strategy=fsdp choose"
         require(
-            not self.train.tasks and not self.train.samples,
-            "train.tasks and train.samples generate answers, and sharded weights cannot: with "
+            not self.train.tasks and not self.train.samples and self.train.objective != ObjectiveKind.grpo,
+            "train.tasks, train.samples and train.objective=grpo generate answers, and sharded weights cannot: with "
             "distributed.strategy=fsdp leave them out, and run cera-eval afterwards.",
         )
         require(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from cera_train.common.settings import require, require_positive, setting
 from cera_train.settings.data import BatchLayout
-from cera_train.settings.evaluation import known_tasks
+from cera_train.settings.evaluation import Grader, known_tasks
 
 
 class Optimizer(NamedTuple):
@@ -38,7 +38,7 @@ class Schedule(StrEnum):
 
 
 Resume = StrEnum("Resume", ["auto", "never"])
-ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo"])
+ObjectiveKind = StrEnum("ObjectiveKind", ["sft", "dpo", "grpo"])
 PreferenceLoss = StrEnum("PreferenceLoss", ["sigmoid", "ipo"])
 Reference = StrEnum("Reference", ["start", "base"])
 
@@ -98,11 +98,35 @@ class DpoConfig:
 
 
 @dataclass
+class GrpoConfig:
+    """Group relative policy optimisation, arXiv 2402.03300, on the policy itself: `train.objective=grpo`."""
+
+    answers: int = setting(8, "result")
+    """Sampled for each prompt: a group."""
+    max_new_tokens: int = setting(256, "result")
+    grader: Grader | None = setting(Grader.text, "result")
+    """How an answer is compared with the row's, as in task=jsonl: text, number, math or choice. A right one earns 1.
+    null: only `rewards` count."""
+    rewards: list[str] = setting(list, "result")
+    """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number, added to the grade."""
+    scale: bool = setting(True, "result")
+    """Divides an advantage by the standard deviation of its group's rewards."""
+
+    def __post_init__(self) -> None:
+        require_positive("grpo", self, "max_new_tokens")
+        require(
+            self.grader is not None or bool(self.rewards), "grpo.grader=null without grpo.rewards: name a function."
+        )
+        require(self.answers > 1, f"grpo.answers={self.answers} must be at least 2: a group is compared with itself.")
+
+
+@dataclass
 class TrainConfig:
     objective: ObjectiveKind = setting(ObjectiveKind.sft, "result")
-    """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one."""
+    """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one; grpo: answers of its
+    own that are graded better than others to the same prompt."""
     batch_size: int = setting(64, "result")
-    """Sequences per update; with dpo, pairs."""
+    """Sequences per update; with dpo pairs, with grpo prompts."""
     micro_batch_tokens: int = setting(4096, "cost")
     """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it, dropout's masks do."""
     batch_layout: BatchLayout = setting(BatchLayout.auto, "cost")

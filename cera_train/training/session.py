@@ -44,10 +44,15 @@ from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind
 from cera_train.training.objectives import Objective
 from cera_train.training.objectives.dpo import Dpo
+from cera_train.training.objectives.grpo import Grpo
 from cera_train.training.objectives.sft import Sft
 from cera_train.training.optimizer import build_optimizer
 
-OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {ObjectiveKind.sft: Sft, ObjectiveKind.dpo: Dpo}
+OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {
+    ObjectiveKind.sft: Sft,
+    ObjectiveKind.dpo: Dpo,
+    ObjectiveKind.grpo: Grpo,
+}
 
 
 def settle(config: Config, folder: Path) -> tuple[Config, Precision]:

@@ -42,6 +42,7 @@ from cera_train.runs.results import (
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume
 from cera_train.training import console
+from cera_train.training.objectives import Drawn
 from cera_train.training.optimizer import learning_rate, set_learning_rate
 from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, settle
@@ -114,7 +115,7 @@ def update(session: Session) -> int | None:
     config, accelerator, progress = session.config.optimizer, session.accelerator, session.progress
     rows = session.order.sequences(progress.update)
     torch.manual_seed(session.seed())
-    loss, figures = backward(session, rows)
+    loss, drawn = backward(session, rows)
     heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
     loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
 
@@ -125,7 +126,7 @@ def update(session: Session) -> int | None:
     session.stepper.step()
     session.stepper.zero_grad()
 
-    tokens = sum(session.batches.lengths[row] for row in rows)
+    tokens = sum(drawn.batches.lengths[row] for row in drawn.rows)
     seconds = time.perf_counter() - started
     progress.updated(tokens, seconds, session.order)
     metrics = UpdateMetrics(
@@ -137,29 +138,31 @@ def update(session: Session) -> int | None:
         lr,
         tokens / seconds,
         progress.seconds,
-        **figures,
+        **drawn.figures,
     )
     session.log(metrics)
     numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
+    if (reward := drawn.figures.get("train/reward")) is not None:
+        numbers = f"reward {figure(reward)}"
     left = duration(session.seconds_left())
     session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
     return first_heard(heard)
 
 
-def backward(session: Session, rows: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
+def backward(session: Session, rows: list[int]) -> tuple[torch.Tensor, Drawn]:
     """Accumulates the gradient of the objective on these rows; returns this process's part of the loss, a scalar, and
-    the objective's figures."""
+    what ran through the model."""
     accelerator, objective = session.accelerator, session.objective
-    figures = objective.begin(rows)
+    drawn = objective.begin(rows)
     total = torch.zeros((), device=accelerator.device)
-    micro_batches = shared_out(session.batches, rows, accelerator)
+    micro_batches = shared_out(drawn.batches, drawn.rows, accelerator)
     for number, (group, counts) in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)  # it reduces the gradients over the processes
         with contextlib.nullcontext() if is_last else accelerator.no_sync(session.loss):
-            loss = counts * objective.loss(session.loss(session.batches.load(group), by_token=True), group)
+            loss = counts * objective.loss(session.loss(drawn.batches.load(group), by_token=True), group)
             accelerator.backward(loss)
         total += loss.detach()
-    return total, figures
+    return total, drawn
 
 
 def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:

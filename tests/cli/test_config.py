@@ -39,7 +39,8 @@ def test_the_globs_found_the_files():
     assert {path.stem for path in RECIPES} == {
         *("quickstart", "logistic_map", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
         *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
-        *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora", "dpo"),
+        *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora"),
+        *("dpo", "grpo_gsm8k", "grpo_reasoning_gym"),
     }
 
 
@@ -109,7 +110,7 @@ def _number(value: object) -> object:
 
 def test_the_papers_recipes_and_grids_fix_the_precision(compose):
     for path in RECIPES:
-        if path.stem not in ("quickstart", "logistic_map"):
+        if path.stem not in ("quickstart", "logistic_map", "grpo_reasoning_gym"):
             assert yaml.safe_load(path.read_text())["model"]["dtype"] == "bfloat16", path
     for path in config_dir("conf").glob("sweep/*.yaml"):
         if path.stem != "logistic_map_grid":

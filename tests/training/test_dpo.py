@@ -81,7 +81,7 @@ def test_loss_gradients_and_figures_are_trls(dpo, session_of, tokenizer, tmp_pat
     move(session.model)
     session.loss.train()
     loss, taken = gradients(session, list(range(6)))
-    figures = session.objective.begin(range(6))
+    figures = session.objective.begin([*range(6)]).figures
 
     settings = trl.DPOConfig(
         str(tmp_path / "trl"), per_device_train_batch_size=3, use_cpu=True, bf16=False, report_to="none", **arguments
@@ -108,11 +108,13 @@ def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, sess
     move(session.model)
     session.loss.train()
     whole, taken = gradients(session, [0, 1, 4, 5])
-    log_p = session.objective.begin([0, 1, 4, 5])
-    margins = torch.tensor([session.objective.begin(pair)["train/rewards/margins"] for pair in ([0, 1], [4, 5])])
+    figures = session.objective.begin([0, 1, 4, 5]).figures
+    margins = torch.tensor(
+        [session.objective.begin(pair).figures["train/rewards/margins"] for pair in ([0, 1], [4, 5])]
+    )
     expected = -(0.8 * margins.sigmoid().log() + 0.2 * (-margins).sigmoid().log()).mean()
     assert whole == pytest.approx(expected.item(), rel=1e-5)
-    assert log_p["train/rewards/accuracies"] == (margins > 0).float().mean()
+    assert figures["train/rewards/accuracies"] == (margins > 0).float().mean()
     session.batches.max_tokens = 30  # the answers of a pair in passes of their own
     assert len(session.batches.groups([0, 1, 4, 5])) > 2
     apart, taken_apart = gradients(session, [0, 1, 4, 5])

@@ -1,25 +1,50 @@
-"""What a run learns, one file each: the loss of an update's rows, and what the held-out rows tell."""
+"""What a run learns, one file each: the loss of an update, and what the held-out rows tell."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from cera_train.model.batches import MicroBatches
 from cera_train.runs.outcomes import TokenLosses
 
 
+@dataclass
+class Drawn:
+    """What an update runs through the model."""
+
+    batches: MicroBatches
+    rows: list[int]
+    """Sequences of `batches`."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """For metrics.jsonl."""
+
+
 class Objective(Protocol):
-    def begin(self, rows: Sequence[int]) -> dict[str, float]:
-        """Prepares an update on these rows, the same on every process; returns its figures for metrics.jsonl."""
+    def begin(self, rows: list[int]) -> Drawn:
+        """Prepares an update on these training rows, the same on every process."""
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
         """A micro-batch's part of the loss that is minimised, a scalar, whose gradients the processes average.
 
         Args:
-            losses: [N] next-token losses of the supervised tokens of the rows of `group`, one after the other.
+            losses: [N] next-token losses of the supervised tokens of the sequences of `group`, one after the other.
         """
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         """What counts on the held-out rows: losses whose mean is the held-out loss, and further figures."""
+
+
+def weighted(losses: Tensor, tokens: Sequence[int], weights: Sequence[float], value: float) -> Tensor:
+    """A scalar with the gradient of the weighted sum of sequences' losses, and with this value.
+
+    Args:
+        losses: [sum(tokens)] of the tokens of several sequences.
+    """
+    by_token = torch.tensor(weights).repeat_interleave(torch.tensor(tokens)).to(losses.device)
+    total = (by_token * losses).sum()
+    return total - total.detach() + value

@@ -28,6 +28,7 @@ from cera_train.evaluation.held_out import token_losses
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.outcomes import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
+from cera_train.training.objectives import Drawn, weighted
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -60,7 +61,7 @@ class Dpo:
         self.reference = self._reference(session.batches)
         self.held_out_reference = self._reference(session.held_out.batches)
 
-    def begin(self, rows: Sequence[int]) -> dict[str, float]:
+    def begin(self, rows: list[int]) -> Drawn:
         session, config = self.session, self.config
         losses = token_losses(session.local_loss, session.batches, rows, session.accelerator)
         log_p = _log_p(losses).requires_grad_()
@@ -71,14 +72,13 @@ class Dpo:
         self._weights = dict(zip(rows, (-gradient).flatten().tolist(), strict=True))
         self._value = loss.item() / len(rows)
         accuracy = (gains[:, 0] > gains[:, 1]).float().mean().item()
-        return {"train/rewards/accuracies": accuracy} | rewards(gains, config.beta, "train")
+        figures = {"train/rewards/accuracies": accuracy} | rewards(gains, config.beta, "train")
+        return Drawn(session.batches, rows, figures)
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
-        weights = torch.tensor([self._weights[row] for row in group], device=losses.device)
-        tokens = torch.tensor([self.session.batches.supervised[row] for row in group], device=losses.device)
-        weighted = (weights.repeat_interleave(tokens) * losses).sum()
-        # Its gradient is that of the loss, and its value this group's part of it.
-        return self.session.accelerator.num_processes * (weighted - weighted.detach() + len(group) * self._value)
+        weights = [self._weights[row] for row in group]
+        tokens = [self.session.batches.supervised[row] for row in group]
+        return self.session.accelerator.num_processes * weighted(losses, tokens, weights, len(group) * self._value)
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         gains = _log_p(losses) - self.held_out_reference.view(-1, 2)

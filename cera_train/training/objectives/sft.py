@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cera_train.runs.outcomes import TokenLosses
+from cera_train.training.objectives import Drawn
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -18,11 +19,11 @@ class Sft:
     def __init__(self, session: Session) -> None:
         self.batches, self.accelerator = session.batches, session.accelerator
 
-    def begin(self, rows: Sequence[int]) -> dict[str, float]:
+    def begin(self, rows: list[int]) -> Drawn:
         supervised = sum(self.batches.supervised[row] for row in rows)
         # A mean over the tokens of all processes, whose gradients are averaged.
         self.scale = self.accelerator.num_processes / torch.tensor(supervised, device=self.accelerator.device)
-        return {}
+        return Drawn(self.batches, rows)
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
         return self.scale * losses.sum()

@@ -1,0 +1,148 @@
+"""Group relative policy optimisation: TRL's GRPOTrainer is the oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cera_models import WARNINGS
+from datasets import Dataset
+from tiny_runs import adapter_bytes, metrics_of
+
+from cera_train.common.errors import UserError
+from cera_train.common.settings import to_plain
+from cera_train.runs.folder import RunFolder
+from cera_train.training.objectives import grpo as module
+from cera_train.training.objectives.grpo import grade
+from cera_train.training.session import Session, settle
+from cera_train.training.train import backward, train
+
+ROWS = [{"prompt": f"Say {word}:", "completion": f" {word}"} for word in ("one", "two", "six", "ten", "many", "few")]
+
+
+def vowels(prompt: str, answer: str, right: str) -> float:
+    assert (prompt.startswith("Say "), right.strip() in prompt) == (True, True)
+    return sum(letter in "aeiou" for letter in answer)
+
+
+def fails(*_: str) -> float:
+    raise LookupError("no such key")
+
+
+def number(*_: str) -> float:
+    return float("nan")
+
+
+@pytest.fixture
+def grpo(tiny_config, write_jsonl):
+    """grpo("adapter.r=4", ...): the config of a run on `ROWS`, rewarded for vowels."""
+    words = [
+        *("data=jsonl", f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]", "data.eval_rows=2"),
+        *("train.objective=grpo", "grpo.answers=4", "grpo.max_new_tokens=6", f"grpo.rewards=[{__name__}.vowels]"),
+        *("train.batch_size=3", "train.max_updates=4", "train.patience=null"),
+    ]
+    return lambda *overrides: tiny_config(*words, *overrides)
+
+
+@WARNINGS
+@pytest.mark.parametrize("scale", [True, False])
+def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, scale):
+    trl = pytest.importorskip("trl")
+    words = ["adapter.r=4", "adapter.dropout=0", f"grpo.scale={str(scale).lower()}", "train.micro_batch_tokens=256"]
+    config, precision = settle(grpo(*words), tmp_path / "run")
+    session = Session(config, precision, RunFolder(tmp_path / "run", to_plain(config)), resume_from=None)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in session.weights:
+            parameter += 0.1 * torch.randn_like(parameter)
+    session.loss.train()
+    loss, drawn = backward(session, [0, 2, 3])
+    taken = {name: p.grad.clone() for name, p in session.model.named_parameters() if p.grad is not None}
+    session.optimizer.zero_grad()
+
+    prompts = [session.objective._prompt(row)[0] for row in (0, 2, 3)]
+    answers = session.objective._sample(prompts)
+    rewards = torch.tensor([[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in answers]).float()
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale:
+        advantages /= rewards.std(1, keepdim=True) + 1e-4
+    assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
+    assert 0 < len(drawn.rows) <= 12
+    rows = [
+        (torch.tensor(prompt), torch.tensor(ids))
+        for prompt, group in zip(prompts, answers, strict=True)
+        for ids in group
+    ]
+
+    def padded(parts: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        return pad(parts, True, 0, side), pad([torch.ones_like(part) for part in parts], True, 0, side)
+
+    session.local_loss.causal_lm.set_attn_implementation("sdpa")
+    options = {"per_device_train_batch_size": 4, "num_generations": 4, "use_cpu": True, "bf16": False}
+    settings = trl.GRPOConfig(str(tmp_path / "trl"), report_to="none", **options)
+    rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
+    trainer = trl.GRPOTrainer(session.model, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer)
+    (prompt_ids, prompt_mask), (ids, mask) = (
+        padded([row[part] for row in rows], side) for part, side in ((0, "left"), (1, "right"))
+    )
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids, "completion_mask": mask}
+    inputs |= {"advantages": advantages.flatten(), "num_items_in_batch": mask.sum()}
+    trainer.current_gradient_accumulation_steps = 1
+    expected = trainer._compute_loss(trainer.model, inputs)
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
+    for name, gradient in taken.items():
+        wanted = trainer.model.get_parameter(name).grad
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+def test_rewards_rise_and_a_run_goes_on_byte_for_byte(grpo):
+    words = ["optimizer.lr=5e-2", "grpo.answers=8", "adapter.dropout=0"]
+    whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
+    whole.train.max_updates = 16
+    train(whole)
+    rewards = [line["train/reward"] for line in metrics_of(whole) if "train/reward" in line]
+    assert sum(rewards[-4:]) > sum(rewards[:4])
+    train(part)
+    part.train.max_updates, part.train.extend = 16, True
+    train(part)
+    assert adapter_bytes(part) == adapter_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("grader", "answer", "right", "expected"),
+    [
+        ("text", " a  b", "a b", 1),
+        ("text", "a c", "a b", 0),
+        ("text", "", "a", 0),
+        ("number", "so 1,0 is 10.", "#### 10", 1),
+    ],
+)
+def test_an_answer_is_graded_as_by_a_task(grader, answer, right, expected):
+    assert grade("", answer, right, grader) == expected
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        (f"{__name__}.fails", r"^grpo.rewards=\[.*fails\] fails for the answer .*: LookupError: no such"),
+        (f"{__name__}.number", r"^grpo.rewards=\[.*number\] gives nan for the answer .*: return a finite"),
+        ("nowhere.at_all", r"^grpo.rewards=\[nowhere.at_all\]: there is no such function: write module"),
+        ("", "^train.objective=grpo: in 6 groups all answers earned as much, 0 at last, and nothing can be learnt"),
+    ],
+    ids=["fails", "number", "nowhere", "alike"],
+)
+def test_a_reward_that_tells_nothing_is_refused(grpo, monkeypatch, rewards, message):
+    monkeypatch.setattr(module, "PATIENCE", 6)
+    with pytest.raises(UserError, match=message):
+        train(grpo(f"grpo.rewards=[{rewards}]"))
+
+
+def test_a_row_without_an_answer_for_the_grader_is_refused(grpo):
+    with pytest.raises(UserError, match="^grpo.grader=choice: .*finds no answer in it"):
+        train(grpo("grpo.grader=choice"))
+
+
+def test_sharded_weights_are_refused(compose):
+    with pytest.raises(UserError, match="train.objective=grpo generate answers, and sharded weights cannot"):
+        compose("train.objective=grpo", "distributed.strategy=fsdp")
