@@ -1,4 +1,4 @@
-"""CeRA under the two usual trainers, unchanged: transformers' Trainer and TRL's SFTTrainer."""
+"""CeRA under the usual trainers, unchanged: transformers' Trainer and those of TRL."""
 
 from __future__ import annotations
 
@@ -101,15 +101,37 @@ def test_the_coverage_callback_stops_the_trainer_before_its_first_step(tiny_fold
     assert all(torch.equal(value, before[name]) for name, value in tensors(trainer.model, adapter=True).items())
 
 
-def test_sft_trainer_trains_from_a_cera_config_and_saves(tiny_folder, tmp_path, tokenizer, ids):
+TRL_ROWS = {
+    "SFT": [{"text": row} for row in ROWS],
+    "DPO": [{"prompt": row[:-3], "chosen": row[-3:], "rejected": " no"} for row in ROWS],
+    "GRPO": [{"prompt": row[:-3]} for row in ROWS],
+}
+
+
+def count_letters(completions: list[str], **_: object) -> list[float]:
+    """GRPO's reward."""
+    return [float(sum(letter.isalpha() for letter in text)) for text in completions]
+
+
+@pytest.mark.parametrize("name", TRL_ROWS)
+def test_trls_trainers_train_from_a_cera_config_and_save(tiny_folder, tmp_path, tokenizer, ids, name):
     trl = pytest.importorskip("trl")
-    trainer = trl.SFTTrainer(
+    settings = (
+        arguments(tmp_path / "run")
+        | {
+            "GRPO": {"num_generations": 4, "max_completion_length": 4},
+            "SFT": {"max_length": 64},
+            "DPO": {"max_length": 64},
+        }[name]
+    )
+    trainer = getattr(trl, f"{name}Trainer")(
         model=plain(tiny_folder),
-        args=trl.SFTConfig(**arguments(tmp_path / "run"), max_length=64),
-        train_dataset=Dataset.from_list([{"text": row} for row in ROWS]),
+        args=getattr(trl, f"{name}Config")(**settings),
+        train_dataset=Dataset.from_list(TRL_ROWS[name]),
         processing_class=tokenizer,
         peft_config=CeraConfig(**CONFIG),
         callbacks=[callback := CoverageCallback()],
+        **({"reward_funcs": count_letters} if name == "GRPO" else {}),
     )
     assert isinstance(trainer.model, PeftModel)
     assert torch.equal(logits(trainer.model.eval(), ids), logits(plain(tiny_folder), ids))  # B starts at zero
