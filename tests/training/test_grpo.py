@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cera_models import WARNINGS
 from datasets import Dataset
-from tiny_runs import adapter_bytes, metrics_of
+from several_processes import train_in_processes
+from tiny_runs import adapter_bytes, all_losses_of, metrics_of
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
@@ -107,6 +110,27 @@ def test_rewards_rise_and_a_run_goes_on_byte_for_byte(grpo):
     part.train.max_updates, part.train.extend = 16, True
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_sample_and_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose, monkeypatch):
+    reward = "def vowels(prompt, answer, right):\n    return sum(letter in 'aeiou' for letter in answer)\n"
+    (tmp_path / "rewards_of_a_test.py").write_text(reward)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    words = [
+        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "data=jsonl"),
+        *(f"data.train_files=[{write_jsonl('rows.jsonl', ROWS)}]", "data.eval_rows=2", "train.objective=grpo"),
+        *("grpo.answers=4", "grpo.max_new_tokens=6", "grpo.rewards=[rewards_of_a_test.vowels]", "adapter.dropout=0"),
+        *("train.batch_size=3", "train.max_updates=6", "train.micro_batch_tokens=256", "optimizer.lr=2e-2"),
+        *("train.eval_every=3", f"output_dir={tmp_path / 'outputs'}"),
+    ]
+    train(compose(*words, "name=one"))
+    train_in_processes([[*words, "name=two"]], 2, tmp_path)
+    one, two = tmp_path / "outputs" / "one", tmp_path / "outputs" / "two"
+    assert all_losses_of(two) == pytest.approx(all_losses_of(one), rel=1e-4, abs=1e-6)
+    rewards = [[line["train/reward"] for line in metrics_of(run) if "train/reward" in line] for run in (one, two)]
+    assert rewards[0] == rewards[1]
 
 
 @pytest.mark.parametrize(

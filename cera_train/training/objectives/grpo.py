@@ -148,7 +148,11 @@ def grade(prompt: str, answer: str, right: str, grader: Grader) -> float:
 
 def named(path: str) -> Reward:
     """The reward of an import path. An error or a value that is no number raises UserError."""
-    place, function = f"grpo.rewards=[{path}]", pydoc.locate(path)
+    place = f"grpo.rewards=[{path}]"
+    try:
+        function = pydoc.locate(path)
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"{place} cannot be imported: {error.exc.__name__}: {error.value}.") from error
     require(callable(function), f"{place}: there is no such function: write module.function, and mind PYTHONPATH.")
 
     def reward(prompt: str, answer: str, right: str) -> float:
