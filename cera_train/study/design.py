@@ -54,7 +54,7 @@ def study_record(config: DictConfig) -> SweepRecord:
     study = config.study
     dimensions: dict[str, Sequence[Any]] = {ARM: list(study.arms), **study.conditions, **study.tune}
     dimensions |= {SEED: range(study.tune_seeds or study.seeds)}
-    params = {key: ",".join(map(_word, values)) for key, values in dimensions.items()}
+    params = {key: ",".join(map(word_of, values)) for key, values in dimensions.items()}
     overrides = {f"{ARM}={name}": words for name, words in study.arms.items()}
     jobs = []
     for arm, *choices in grid(config, params):
@@ -64,12 +64,12 @@ def study_record(config: DictConfig) -> SweepRecord:
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
-def _word(value: Any) -> str:
+def word_of(value: Any) -> str:
     """A value as one writes it on a command line."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(map(_word, value))}]"
+        return f"[{','.join(map(word_of, value))}]"
     return str(value)
 
 
