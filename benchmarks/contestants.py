@@ -293,9 +293,14 @@ def our_session(
     tokens = micro_batch_tokens or MICRO_BATCH_TOKENS[setting.device.type]
     config = Config(
         model=ModelConfig(path=setting.base, dtype=dtype, quantization=setting.quantization),
-        adapter=AdapterConfig(AdapterKind(kind), rank, dropout=DROPOUT),
+        adapter=AdapterConfig(AdapterKind(kind), rank, alpha=None, dropout=DROPOUT, target_modules=TARGETS),
         data=DataConfig(
-            train_files=[str(setting.file)], eval_rows=1, prompt=PROMPT, completion=COMPLETION, allow_overlap=1
+            train_files=[str(setting.file)],
+            eval_rows=1,
+            max_length=512,
+            prompt=PROMPT,
+            completion=COMPLETION,
+            allow_overlap=1,
         ),
         optimizer=OptimizerConfig(lr=LEARNING_RATE),
         train=TrainConfig(micro_batch_tokens=tokens, compile=compile),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import PROMPT, RANK
+from benchmarks.contestants import PROMPT, RANK, TARGETS
 from benchmarks.targets import Target, ratios
 from benchmarks.training import PACKAGE, lines_of
 from cera_train.adapters.build import build
@@ -50,7 +50,7 @@ class Answering:
         self.base = load_model(config, torch.device(device)).eval()
         self.model: Any = self.base
         if kind is not None:
-            self.model = build(self.base, AdapterConfig(kind, RANK)).eval()
+            self.model = build(self.base, AdapterConfig(kind, RANK, target_modules=TARGETS)).eval()
             for name, parameter in self.model.named_parameters():
                 if "cera_B" in name or "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=B_STD)

@@ -45,6 +45,9 @@ def pytest_collection_finish() -> None:
     atexit.register(gc.unfreeze)  # else libraries report frozen objects as leaks at exit
 
 
+TINY = ("protocol=paper", "model.dtype=float32", "data.max_length=256")
+"""Settings of a run of the tiny model on the logistic map, by the protocol of the paper."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -273,10 +276,10 @@ def plan(compose):
 
 @pytest.fixture(scope="session")
 def tiny_config_in(compose, tiny_folder: Path):
-    """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map in float32."""
+    """tiny_config_in(output, "adapter.r=4", ...): the tiny model on the logistic map."""
 
     tiny = (
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
         *("optimizer.lr=1e-2", "train.max_updates=12", "train.batch_size=16"),
         *("train.eval_every=4", "train.save_every=4", "train.compile=false"),
     )

@@ -22,7 +22,7 @@ FAMILIES: dict[AdapterKind, Family] = {
     AdapterKind.full: Full(),
 }
 
-UNSET = {"r": None, "dropout": 0, "target_modules": None, "settings": {}}
+UNSET = {"r": None, "alpha": None, "dropout": 0, "target_modules": None, "settings": {}}
 """Values that count as unset, where the default does not."""
 
 

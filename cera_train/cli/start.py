@@ -166,7 +166,7 @@ def register_configs(*recipes: str) -> None:
     OmegaConf.register_new_resolver("options", lambda group: " ".join(options(group)), replace=True)
     store = ConfigStore.instance()
     for program, schema in SCHEMAS.items():
-        store.store(name="schema" if schema is Config else f"{program.removeprefix('cera-')}_schema", node=schema)
+        store.store(group="schema", name=program.removeprefix("cera-"), node=schema, package="_global_")
     for name in recipes:
         node = OmegaConf.load(config_dir("recipes") / f"{name}.yaml")
         store.store(group="recipe", name=name, node=node, package="_global_")

@@ -46,11 +46,12 @@ class Mix(StrEnum):
 class AdapterConfig:
     kind: AdapterKind = setting(AdapterKind.cera, "result")
     """cera, lora, rslora, dora, peft (any other method of PEFT) or full (every weight, no adapter)."""
-    r: int | None = setting(64, "result")
+    r: int | None = setting(32, "result")
     """Rank. null: PEFT's default for `kind=peft`; full has none."""
-    alpha: float | None = setting(None, "result")
-    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)). null: a scale of 1, or PEFT's for `kind=peft`."""
-    dropout: float = setting(0.1, "result")
+    alpha: float | None = setting(32.0, "result")
+    """The branch is scaled by alpha / r (rslora: alpha / sqrt(r)): where alpha is fixed, the best learning rate hardly
+    depends on r. null: a scale of 1, or PEFT's for `kind=peft`."""
+    dropout: float = setting(0.0, "result")
     """cera: on the hidden units, after the gate, unless dropout_on=input. The others: PEFT's, on the input of A."""
     activation: Activation = setting(Activation.silu, "result")
     """The gate of cera."""
@@ -62,7 +63,7 @@ class AdapterConfig:
     """Where cera drops. hidden: after the gate, the paper's; input: the input of A, as PEFT's LoRA."""
     mix: Mix = setting(Mix.none, "result")
     """learned: cera's hidden units are z + gamma (gate(z) - z), z = A x; gamma, one a module, is trained from 0."""
-    target_modules: Any = setting(lambda: ["q_proj", "v_proj"], "result")
+    target_modules: Any = setting("all-linear", "result")
     """Module names, one regular expression for the whole name, or `all-linear`. null: PEFT's default for `kind=peft`;
     full trains every module."""
     target_parameters: list[str] | None = setting(None, "result")

@@ -164,7 +164,7 @@ class DataConfig:
     """Answers of a chat that are supervised: the first (of layout conversations without the system prompt, as
     published), the last, or all. null: the first of conversations, all of messages."""
     loss_on: LossOn = setting(LossOn.completion, "tokens")
-    max_length: int = setting(512, "tokens")
+    max_length: int = setting(2048, "tokens")
     """Tokens; longer rows are truncated, longer documents become several rows."""
     streaming: bool = setting(False, "result")
     """Downloads no more of a data set on the Hub than train_rows and eval_rows need."""

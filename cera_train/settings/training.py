@@ -61,8 +61,8 @@ class OptimizerConfig:
     beta1: float = setting(0.9, "result")
     beta2: float = setting(0.999, "result")
     eps: float = setting(1e-8, "result")
-    schedule: Schedule = setting(Schedule.constant, "result")
-    warmup_ratio: float = setting(0.0, "result")
+    schedule: Schedule = setting(Schedule.linear, "result")
+    warmup_ratio: float = setting(0.03, "result")
     """Share of all updates over which the learning rate rises from 0 to its peak."""
     max_grad_norm: float = setting(1.0, "result")
     """Gradients are clipped to this 2-norm."""
@@ -125,7 +125,7 @@ class TrainConfig:
     objective: ObjectiveKind = setting(ObjectiveKind.sft, "result")
     """sft: the next token of the supervised text; dpo: the chosen answer over the rejected one; grpo: answers of its
     own that are graded better than others to the same prompt."""
-    batch_size: int = setting(64, "result")
+    batch_size: int = setting(16, "result")
     """Sequences per update; with dpo pairs, with grpo prompts."""
     micro_batch_tokens: int = setting(4096, "cost")
     """Tokens in one forward and backward pass. Bounds memory; the loss does not depend on it, dropout's masks do."""
@@ -137,7 +137,7 @@ class TrainConfig:
     another mask in compiled layers. null: on CUDA, except for DoRA, where torch finds its compiler."""
     autocast: bool | None = setting(None, "result")
     """Compute in 16 bits over float32 weights. null: where the base is 16-bit, so that its adapter is too."""
-    epochs: int = setting(3, "result")
+    epochs: int = setting(1, "result")
     max_updates: int | None = setting(None, "result")
     """Stop after so many updates, however many epochs that takes. null: after `epochs`."""
     eval_every: int | None = setting(100, "result")
@@ -146,8 +146,8 @@ class TrainConfig:
     """Updates between checkpoints. null: only at the end and when interrupted."""
     keep: int = setting(2, "nothing")
     """Checkpoints kept; the best adapter is kept besides."""
-    patience: int | None = setting(None, "result")
-    """Stop after so many evaluations without a lower perplexity. null: never."""
+    patience: int | None = setting(3, "result")
+    """Stop after so many evaluations without a lower perplexity; with grpo, and for null: never."""
     check_coverage: bool = setting(True, "nothing")
     """Prove on a few rows, before the first update, that every adapter runs and gets a gradient; refuse the run where
     one does not."""

@@ -222,7 +222,10 @@ class Session:
     @property
     def is_done(self) -> bool:
         """Whether the last update is done, or the last evaluations brought no lower perplexity."""
-        return self.progress.update >= self.updates or self.progress.out_of_patience(self.config.train.patience)
+        train = self.config.train
+        # Rewards rise where the perplexity of the rows' answers does not fall.
+        patience = None if train.objective == ObjectiveKind.grpo else train.patience
+        return self.progress.update >= self.updates or self.progress.out_of_patience(patience)
 
     def is_due(self, every: int | None) -> bool:
         """Whether something is due after this update."""

@@ -87,7 +87,7 @@ def test_quantised_experts_are_refused_by_name():
     experts = model.model.layers[1].mlp.experts
     experts.down_proj = nn.Parameter(experts.down_proj.detach().to(torch.uint8), requires_grad=False)
     with refuses(r"adapter.kind=cera: .*layers.1.mlp.experts.*down_proj of MixtralExperts is quantised .torch.uint8"):
-        build.build(model, AdapterConfig(r=4, experts=True))
+        build.build(model, AdapterConfig(r=4, target_modules=["q_proj"], experts=True))
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

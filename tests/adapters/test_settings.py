@@ -40,7 +40,7 @@ def test_an_unknown_kind_is_refused():
 
 
 def peft_of(method: str, rank=None, **settings) -> AdapterConfig:
-    return AdapterConfig("peft", rank, dropout=0.0, method=method, settings=settings)
+    return AdapterConfig("peft", rank, alpha=None, method=method, settings=settings)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_free_form_settings_come_through_the_command_line(compose, overrides, ex
             (AdapterConfig(kind, 4, settings={name: value}), f"adapter.kind={kind} adapter.settings.{name}=")
             for kind in ("cera", "lora")
             for name, value in (
-                ("rank_pattern", {"q_proj": 2, "o_proj": 2}),
+                ("rank_pattern", {"q_proj": 2, "x_proj": 2}),
                 ("exclude_modules", ["x_proj"]),
                 ("rank_pattern", {"(": 2}),
             )
@@ -116,7 +116,7 @@ def test_tied_weights_are_not_untied(target, as_expression):
 @pytest.mark.parametrize("kind", ["cera", "peft"])
 def test_one_mistyped_target_of_two_is_refused(kind):
     method = "MISS" if kind == "peft" else None
-    config = AdapterConfig(kind, 4, dropout=0.0, target_modules=["q_proj", "v_prj"], method=method)
+    config = AdapterConfig(kind, 4, alpha=None, target_modules=["q_proj", "v_prj"], method=method)
     with refuses("adapter.target_modules: 'v_prj' matches no module of this model. Its linear projections are q_proj,"):
         build.build(make_tiny_llama(), config)
 

@@ -28,19 +28,20 @@ NEEDED = {
     ("task", "jsonl"): ["task.files=[rows.jsonl]"],
     ("adapter", "full"): ["adapter.r=null"],
     ("adapter", "peft"): ["adapter.method=LOHA"],
+    ("recipe", "sft"): ["data.train_files=[rows.jsonl]"],
 }
 
 
 def test_the_globs_found_the_files():
     assert len(CHOICES) >= 29
     assert {group for group, _ in CHOICES} == {
-        *("model", "adapter", "data", "optimizer", "tracker", "task", "generation")
+        *("protocol", "model", "adapter", "data", "optimizer", "tracker", "task", "generation")
     }
     assert {path.stem for path in RECIPES} == {
         *("quickstart", "logistic_map", "math_r64", "math_lora_r512", "math_lora_r512_matched", "math_dora_r64"),
         *("slimorca_r64", "slimorca_lora_r512", "gsm8k_r64", "math_r64_nf4"),
         *("metamath_r64_aligned", "peft_comparison_cera", "peft_comparison_lora"),
-        *("dpo", "grpo_gsm8k", "grpo_reasoning_gym"),
+        *("dpo", "grpo_gsm8k", "grpo_reasoning_gym", "sft"),
     }
 
 
@@ -56,7 +57,7 @@ def test_every_choice_composes(compose, group, name):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_composes_and_says_what_it_is_for(compose, path):
-    config = compose(f"+recipe={path.stem}")
+    config = compose(f"+recipe={path.stem}", *NEEDED.get(("recipe", path.stem), []))
     assert config.name == path.stem
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert re.search(rf"command   .*\+recipe={path.stem}\b", "\n".join(header))
@@ -86,17 +87,26 @@ def test_recipes_hold_the_published_settings(compose):
     assert (nf4.model.quantization, nf4.optimizer.kind) == ("nf4", OptimizerKind.paged_adamw_8bit)
 
 
-def test_the_defaults_are_those_of_the_settings_and_no_recipe_restates_them(compose):
-    config = compose()
-    assert (config.adapter.r, config.optimizer.lr, config.train.batch_size, config.train.epochs) == (64, 3e-4, 64, 3)
-    defaults = {key: field.default for key, field in fields_of(Config).items()}
+def test_the_recipe_sft_names_the_defaults(compose):
+    rows = "data.train_files=[rows.jsonl]"
+    config = compose(rows)
+    assert compose("+recipe=sft", rows, "name=default") == config
+    assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (32, 32, "all-linear")
+    assert (config.optimizer.schedule, config.train.epochs) == ("linear", 1)
+
+
+def test_no_recipe_restates_what_the_protocol_of_the_paper_sets(compose):
+    paper = flatten(yaml.safe_load((config_dir("conf") / "protocol" / "paper.yaml").read_text()))
+    defaults = {key: field.default for key, field in fields_of(Config).items()} | paper
     files = [*RECIPES, *config_dir("conf").glob("sweep/*.yaml"), *config_dir("conf").glob("optimizer/*.yaml")]
     assert len(files) > 15
     for path in files:
         content = flatten(yaml.safe_load(path.read_text()))
         if path.parent.name == "optimizer":
             assert list(content) == ["kind"], path
-        restated = {key: value for key, value in content.items() if key in defaults and defaults[key] == _number(value)}
+        restated = {
+            key: value for key, value in content.items() if key in defaults and _number(defaults[key]) == _number(value)
+        }
         assert not restated.keys() - {"name"}, path
 
 
@@ -110,7 +120,7 @@ def _number(value: object) -> object:
 
 def test_the_papers_recipes_and_grids_fix_the_precision(compose):
     for path in RECIPES:
-        if path.stem not in ("quickstart", "logistic_map", "grpo_reasoning_gym"):
+        if path.stem not in ("quickstart", "logistic_map", "grpo_reasoning_gym", "sft"):
             assert yaml.safe_load(path.read_text())["model"]["dtype"] == "bfloat16", path
     for path in config_dir("conf").glob("sweep/*.yaml"):
         if path.stem != "logistic_map_grid":

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TINY
 from several_processes import cut_copy, popen, torchrun, train_in_processes
 from tiny_runs import all_losses_of, evaluations_of, losses_of, wait_until
 
@@ -35,7 +36,7 @@ def arguments(tiny_folder, tmp_path) -> list[str]:
     """The tiny model for 20 updates. 79 rows in batches of 13: uneven shares of several micro-batches, and epochs that
     end in a batch of one row, with nothing for any other process."""
     return [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
         *("adapter.dropout=0", "train.batch_size=13", "train.max_updates=20", "train.eval_every=8"),
         *("train.micro_batch_tokens=300", "train.save_every=10", "train.keep=9", f"output_dir={tmp_path / 'outputs'}"),
     ]

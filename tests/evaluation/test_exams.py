@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
+from conftest import TINY
 from evaluated_runs import QUESTIONS, read
 from several_processes import train_in_processes
 from tiny_runs import folder_of
@@ -220,7 +221,7 @@ def test_two_processes_share_the_answers_out_and_record_what_one_does(tiny_confi
     settings = [*TASKS, *SHORT, "train.max_updates=4", "adapter.dropout=0"]
     config = tiny_config(*settings, "name=one")
     train(config)
-    settings += [f"model.path={config.model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"]
+    settings += [f"model.path={config.model.path}", *TINY, "adapter.r=4"]
     settings += ["optimizer.lr=1e-2", "train.batch_size=16", "train.eval_every=4", f"output_dir={config.output_dir}"]
     train_in_processes([[*settings, "name=two"]], 2, tmp_path)
     one, two = (read(Path(config.output_dir, name, "samples.jsonl")) for name in ("one", "two"))

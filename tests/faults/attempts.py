@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import TINY
 from safetensors.torch import load_file
 from tiny_runs import TIMINGS, metrics_of, wait_until
 
@@ -154,7 +155,7 @@ def newest_first(run: Path) -> list[Path]:
 def arguments(tiny_folder) -> list[str]:
     """A run that writes something after every update, and whose best adapter is not its last."""
     return [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "name=run"),
+        *(f"model.path={tiny_folder}", *TINY, "name=run"),
         *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2"),
         *(f"train.max_updates={UPDATES}", "train.batch_size=16", "train.eval_every=2", "train.save_every=3"),
         "train.keep=3",

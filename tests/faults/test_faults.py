@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from attempts import Attempt, assert_readable, content, finish, newest_first, refuse
+from conftest import TINY
 
 from cera_train.common.files import WRITING, find_damage, write_checksums, write_folder, write_text
 from cera_train.runs.folder import RunFolder
@@ -72,7 +73,7 @@ def await_moment(attempt: Attempt | Pair, folder: Path, seconds: float, dice: ra
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_killed_at_twenty_random_moments_is_the_uninterrupted_one(tmp_path, tiny_folder, processes):
     arguments = [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "name=run"),
+        *(f"model.path={tiny_folder}", *TINY, "name=run"),
         *("adapter.r=4", "adapter.dropout=0.3", "optimizer.lr=0.2", "optimizer.warmup_ratio=0.1"),
         *("train.max_updates=16", "train.eval_every=4", "train.save_every=1", "train.batch_size=16"),
     ]

@@ -38,7 +38,7 @@ def under_a_mask(query, key, value, lengths: list[int], window: int | None = Non
 
 
 def gradients_after_an_evaluation(model, device: torch.device) -> torch.Tensor:
-    adapted = build(model, AdapterConfig(r=4, dropout=0.0))
+    adapted = build(model, AdapterConfig(r=4, alpha=None, target_modules=["q_proj", "v_proj"]))
     torch.manual_seed(1)
     for layer in adapted.modules():
         if isinstance(layer, CeraLayer):
@@ -71,7 +71,7 @@ GREEDY = GenerationConfig()
 
 def adapted(base, kind: str):
     """The base with an adapter that changes its answers: B starts at zero."""
-    model = build(base, AdapterConfig(AdapterKind(kind), 4)).eval()
+    model = build(base, AdapterConfig(AdapterKind(kind), 4, alpha=None, target_modules=["q_proj", "v_proj"])).eval()
     for name, parameter in model.named_parameters():
         if "_B." in name:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -62,7 +62,7 @@ def cell(record_property) -> Callable[[str], None]:
 
 
 def adapted(base: nn.Module, targets: Any, **settings: Any) -> nn.Module:
-    return adapters.build(base, AdapterConfig(r=4, target_modules=targets, **{"dropout": 0.0} | settings))
+    return adapters.build(base, AdapterConfig(r=4, target_modules=targets, **{"alpha": None} | settings))
 
 
 def randomise(model: nn.Module) -> nn.Module:

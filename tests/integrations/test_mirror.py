@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import TINY
 from tiny_runs import losses_of, wait_until
 
 from cera_train.training.train import train
@@ -147,7 +148,7 @@ def test_a_killed_machine_loses_nothing(tiny_folder, tiny_config, compose, tmp_p
     changes = ["train.max_updates=60", "train.eval_every=20", "train.save_every=5"]
     train(tiny_config(*changes))
     arguments = [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
         *("optimizer.lr=1e-2", "train.batch_size=16", "name=run", *changes),
     ]
     bucket = tmp_path / "bucket"

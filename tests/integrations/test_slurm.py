@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.settings.run import Config
@@ -104,7 +105,7 @@ def free_ports(count: int) -> list[int]:
 @pytest.fixture
 def arguments(tiny_folder, tmp_path) -> list[str]:
     return [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "train.batch_size=16"),
+        *(f"model.path={tiny_folder}", *TINY, "train.batch_size=16"),
         *("train.max_updates=400", "train.eval_every=200", "train.save_every=100", f"output_dir={tmp_path}"),
     ]
 

@@ -92,7 +92,7 @@ def test_nf4_gradients_are_right_also_after_an_evaluation(tiny_folder):
 def test_the_branch_has_the_scale_the_config_asks_for(tiny_llama, kind, alpha, scaling):
     model = build(tiny_llama, AdapterConfig(kind=AdapterKind(kind), r=4, alpha=alpha))
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    assert len(layers) == 4
+    assert len(layers) == 14
     assert {layer.scaling["default"] for layer in layers} == {scaling}
     assert kind == "cera" or all(layer.use_dora["default"] == (kind == "dora") for layer in layers)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from accelerate.tracking import GeneralTracker
+from conftest import TINY
 
 from cera_train.common.errors import UserError
 from cera_train.common.trust import redact
@@ -84,7 +85,7 @@ def test_a_tracker_that_there_is_not_is_named(compose):
 def test_wandb_without_a_key_is_offline_with_metrics_and_samples(tiny_config, tmp_path):
     """In a process of its own: W&B starts a service that outlives a test."""
     arguments = [
-        *(f"model.path={tiny_config().model.path}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+        *(f"model.path={tiny_config().model.path}", *TINY, "adapter.r=4"),
         *("train.max_updates=2", "train.samples=2", "tracker=wandb", "name=run", f"output_dir={tmp_path}"),
     ]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}

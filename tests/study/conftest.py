@@ -109,7 +109,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
 @pytest.fixture
 def run_study(tmp_path: Path, run_command: Callable[..., int]) -> Callable[..., int]:
     """run_study(*arguments, study={...}, **file) -> the exit status of cera-train -m +study=which."""
-    defaults = {"model": "smollm2_135m_pypi", "data": "logistic_map", "hydra/sweeper": "study"}
+    defaults = {"protocol": "paper", "model": "smollm2_135m_pypi", "data": "logistic_map", "hydra/sweeper": "study"}
 
     def run_study(*arguments: str, study: dict | None = None, **file: dict) -> int:
         content = {"defaults": [{f"override /{group}": name} for group, name in defaults.items()], "name": "which"}

@@ -17,6 +17,7 @@ def sweep_here(tmp_path, tiny_folder):
     """A working folder with a user's sweep file: two by two jobs, of which one is impossible."""
     (tmp_path / "conf" / "sweep").mkdir(parents=True)
     content = {
+        "defaults": [{"override /protocol": "paper"}],
         "name": "tiny",
         "model": {"path": str(tiny_folder), "dtype": "float32"},
         "adapter": {"r": 4},

@@ -19,7 +19,7 @@ from cera_train.settings.run import Config
 from cera_train.sweep.folder import grid, job_name
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
-MEASURED = {"quickstart", "logistic_map", "grpo_gsm8k", "grpo_reasoning_gym"}
+MEASURED = {"quickstart", "logistic_map", "grpo_gsm8k", "grpo_reasoning_gym", "sft"}
 """Recipes whose cost was measured, or that cera-plan does not know."""
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from architectures import STATES
+from conftest import TINY
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_runs import all_losses_of
 
@@ -44,7 +45,7 @@ def test_an_adapter_that_never_runs_stops_the_run_before_its_first_evaluation(ti
 def test_several_processes_refuse_together(mamba, tmp_path, strategy):
     """In one line with status 2, whether each holds the whole model or a shard."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cera_train"]
-    settings = [mamba, "adapter.target_modules=[in_proj,dt_proj]", "model.dtype=float32", "data.max_length=256"]
+    settings = [mamba, "adapter.target_modules=[in_proj,dt_proj]", *TINY]
     done = subprocess.run(
         [*command, *settings, "adapter.r=4", f"distributed.strategy={strategy}", "train.max_updates=1"],
         **{"capture_output": True, "text": True, "cwd": tmp_path, "check": False, "timeout": 300},

@@ -38,12 +38,13 @@ def test_the_layout_comes_with_what_kept_a_faster_one_away(tiny_llama, wanted, i
 
 def test_an_adapter_is_described_with_its_places():
     def places(**settings) -> str:
-        return describe_adapter(AdapterConfig(r=8, **settings)).removeprefix("cera r=8, silu, dropout 0.1, on ")
+        return describe_adapter(AdapterConfig(r=8, **settings)).removeprefix("cera r=8, silu, dropout 0, on ")
 
-    assert places() == "q_proj v_proj"
-    vera = AdapterConfig(kind="peft", method="VERA", r=None, dropout=0, target_modules=None)
+    assert places() == "all-linear"
+    assert places(target_modules=["q_proj", "v_proj"]) == "q_proj v_proj"
+    vera = AdapterConfig(kind="peft", method="VERA", r=None, alpha=None, target_modules=None)
     assert describe_adapter(vera) == "VERA r=256, dropout 0"  # PEFT's default
-    assert places(experts=True, expert_r=2, target_modules="all-linear") == "all-linear and all experts at r=2"
+    assert places(experts=True, expert_r=2) == "all-linear and all experts at r=2"
     assert places(target_modules=[], target_parameters=["experts.down_proj"]) == "experts.down_proj at r=8"
 
 

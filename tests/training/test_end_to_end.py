@@ -29,6 +29,7 @@ OPENORCA = ["data=slimorca", f"data.train_files=[{SHARED_DATA}/openorca_284_shar
 @pytest.mark.parametrize(("adapter", "data"), [("cera", GSM8K), ("dora", GSM8K), ("lora", OPENORCA)])
 def test_perplexity_falls_on_real_rows_and_is_measured_again(compose, tmp_path, data, adapter, quantization):
     config = compose(
+        "protocol=paper",
         *(*data, "data.train_rows=24", "data.eval_rows=4", "data.max_length=128", f"output_dir={tmp_path}"),
         *(f"adapter={adapter}", "adapter.r=16", "optimizer.lr=2e-3", f"model.quantization={quantization}"),
         *("train.batch_size=4", "train.max_updates=4", "train.eval_every=null", "train.probe_tokens=256"),
