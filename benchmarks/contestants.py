@@ -307,8 +307,8 @@ def our_session(
         tracker=TrackerConfig(),
     )
     path = Path(tempfile.mkdtemp())
-    config, precision = settle(config, path)
-    session = Session(config, precision, RunFolder(path, to_plain(config)), resume_from=None)
+    settled = settle(config, path)
+    session = Session(settled, RunFolder(path, to_plain(settled.config)), resume_from=None)
     assert session.accelerator.device.type == setting.device.type, "benchmarks.training.WITHOUT_GPUS came too late"
     session.loss.train()
     return session

@@ -142,9 +142,9 @@ def session_of(config: Config, rows: TokenizedRows) -> Iterator[Session]:
             stack.enter_context(patch.object(place, name, value))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         path = Path(config.output_dir) / config.name
-        config, precision = settle(config, path)
-        folder = stack.enter_context(RunFolder.open(path, to_plain(config)))
-        session = stack.enter_context(Session(config, precision, folder, resume_from=None))
+        settled = settle(config, path)
+        folder = stack.enter_context(RunFolder.open(path, to_plain(settled.config)))
+        session = stack.enter_context(Session(settled, folder, resume_from=None))
         session.begin()
         session.start_clock()
         yield session

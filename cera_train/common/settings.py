@@ -14,6 +14,9 @@ from cera_train.common.errors import UserError
 
 MISSING: Any = "???"  # OmegaConf's mark for a value that has to be given
 
+AUTO = "auto"
+"""Value of a setting that a run decides and records. A folder with this value agrees with every choice."""
+
 
 class Changes(StrEnum):
     """What another value of a setting changes, the most first."""

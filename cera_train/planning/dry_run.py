@@ -106,7 +106,8 @@ class DryRun:
         # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
         kind = config.optimizer.kind.removeprefix("paged_")
         groups = parameter_groups(self.model, config.adapter)
-        self.optimizer = build_optimizer(groups, replace(config.optimizer, kind=kind), torch.device("cpu"))
+        settings = replace(config.optimizer, kind=kind, lr=1.0)  # any rate: nothing is trained
+        self.optimizer = build_optimizer(groups, settings, torch.device("cpu"))
         if on_gpu and "foreach" in self.optimizer.defaults:
             for group in self.optimizer.param_groups:
                 group["foreach"] = True

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.files import finite, read_json, read_yaml, write_text
-from cera_train.common.settings import Changes, changes_of, flatten, map_values, to_plain
+from cera_train.common.settings import AUTO, Changes, changes_of, flatten, map_values, to_plain
 from cera_train.common.trust import redact_tree
 from cera_train.settings.run import Config
 
@@ -111,9 +111,6 @@ def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> 
 
 LENGTH = ("train.epochs", "train.max_updates")
 """The settings that `train.extend` may change."""
-
-AUTO = "auto"
-"""Value of a setting that the hardware decides. A folder that records it agrees with every choice."""
 
 
 def load_config(path: Path, schema: type = Config) -> Any:

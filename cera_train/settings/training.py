@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from cera_train.common.settings import require, require_positive, setting
+from cera_train.common.settings import AUTO, require, require_positive, setting
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.evaluation import Grader, known_tasks
 
@@ -55,8 +55,9 @@ class TrackerKind(StrEnum):
 @dataclass
 class OptimizerConfig:
     kind: OptimizerKind = setting(OptimizerKind.adamw, "result")
-    lr: float = setting(3e-4, "result")
-    """Peak learning rate."""
+    lr: Any = setting(AUTO, "result")
+    """Peak learning rate. auto: by the size and family of the model and the kind of adapter, see
+    `training.optimizer.auto_rate`. The run's folder records the number."""
     weight_decay: float = setting(0.01, "result")
     beta1: float = setting(0.9, "result")
     beta2: float = setting(0.999, "result")
@@ -68,7 +69,10 @@ class OptimizerConfig:
     """Gradients are clipped to this 2-norm."""
 
     def __post_init__(self) -> None:
-        require_positive("optimizer", self, "lr", "eps", "max_grad_norm")
+        if self.lr != AUTO:
+            is_number = isinstance(self.lr, int | float) and self.lr > 0
+            require(is_number, f"optimizer.lr={self.lr} must be a positive number, or auto.")
+        require_positive("optimizer", self, "eps", "max_grad_norm")
         require(self.weight_decay >= 0, f"optimizer.weight_decay={self.weight_decay} must not be negative.")
         for name in ("beta1", "beta2", "warmup_ratio"):
             value = getattr(self, name)

@@ -61,6 +61,8 @@ def print_start(session: Session) -> None:
     print_line("model", f"{config.model.path}, {config.model.dtype}{quantization}, {weights:,} parameters")
     print_line("precision", f"{session.precision.dtype}: {session.precision.reason}")
     print_adapter(session)
+    if session.rate.reason:
+        print_line("rate", f"{session.rate.value:g}: {session.rate.reason}")
     device = f"{accelerator.num_processes} x {accelerator.device.type}" + ", FSDP2" * accelerator.is_fsdp2
     mixed = accelerator.mixed_precision
     autocast = "no autocast" if mixed == "no" else f"{mixed} autocast"

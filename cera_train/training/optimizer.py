@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from cera_train.adapters.family import family, title
 from cera_train.common.errors import UserError
-from cera_train.settings.training import OPTIMIZERS, OptimizerConfig, Schedule
+from cera_train.model.folder import load_config
+from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.model import ModelConfig
+from cera_train.settings.training import OPTIMIZERS, ObjectiveKind, OptimizerConfig, Schedule
 
 
 def build_optimizer(
@@ -38,6 +42,42 @@ def build_optimizer(
     )
     set_learning_rate(optimizer, config.lr)
     return optimizer
+
+
+class Rate(NamedTuple):
+    """A learning rate, and where it comes from."""
+
+    value: float
+    reason: str
+
+
+def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKind) -> Rate:
+    """The learning rate of `optimizer.lr=auto`, to two digits: 5e-4 (2000 / hidden size)^p for LoRA, times the factors
+    of the adapter and the objective.
+
+    5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, were fitted by Tinker to sweeps with alpha = 32
+    (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). The factors are arguments, not yet
+    measured: 2 for CeRA and its control, whose branches start at half of LoRA's scale; 1/10 for full fine-tuning, by
+    Tinker too, and dense; 1 for LoRA's kin; 1/10 for DPO and GRPO, which start from a model that answers.
+    """
+    config = load_config(model).get_text_config()
+    hidden_size = getattr(config, "hidden_size", None)
+    if hidden_size is None:
+        raise UserError(
+            f"optimizer.lr=auto: the config of {model.path} has no hidden_size: set a number, such as 3e-4."
+        )
+    exponent = 0.0775 if config.model_type.startswith("qwen") else 0.781
+    rate = 5e-4 * (2000 / hidden_size) ** exponent
+    reason = f"optimizer.lr=auto, 5e-4 (2000 / {hidden_size})^{exponent}"
+    if (factor := family(adapter.kind).rate_factor(adapter)) is None:
+        reason += f", LoRA's: no factor is known for {title(adapter)}"
+    else:
+        rate *= factor
+        reason += f", x {factor:g} for {title(adapter)}"
+    if objective != ObjectiveKind.sft:
+        rate *= 0.1
+        reason += f", x 0.1 for {objective}"
+    return Rate(float(f"{rate:.2g}"), reason)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -17,7 +18,7 @@ from cera_train.adapters import build as adapters
 from cera_train.adapters.saved import load, read
 from cera_train.adapters.spectrum import ModuleSpectrum
 from cera_train.common.errors import UserError
-from cera_train.common.settings import require
+from cera_train.common.settings import AUTO, require
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
@@ -46,7 +47,7 @@ from cera_train.training.objectives import Objective
 from cera_train.training.objectives.dpo import Dpo
 from cera_train.training.objectives.grpo import Grpo
 from cera_train.training.objectives.sft import Sft
-from cera_train.training.optimizer import build_optimizer
+from cera_train.training.optimizer import Rate, auto_rate, build_optimizer
 
 OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {
     ObjectiveKind.sft: Sft,
@@ -55,9 +56,17 @@ OBJECTIVES: dict[ObjectiveKind, Callable[[Session], Objective]] = {
 }
 
 
-def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
-    """A config whose `auto` settings are decided: as in the run that this folder holds, else by this machine. Raises
-    UserError where a setting cannot work here."""
+class Settled(NamedTuple):
+    """A config whose `auto` settings are decided, and where two of them come from."""
+
+    config: Config
+    precision: Precision
+    rate: Rate
+
+
+def settle(config: Config, folder: Path) -> Settled:
+    """A config whose `auto` settings are decided: as in the run that this folder holds, else by this machine and the
+    model. Raises UserError where a setting cannot work here."""
     adapters.check(config.adapter, config.train.compile is True)
     begun = load_config(folder / "config.yaml") if (folder / "config.yaml").is_file() else config
     precision = choose_precision(config.model.dtype)
@@ -67,15 +76,21 @@ def settle(config: Config, folder: Path) -> tuple[Config, Precision]:
     if compiles is None:
         device = this_device()
         compiles = device.type == "cuda" and adapters.compiles(config.adapter) and can_compile(device)
+    rate = Rate(config.optimizer.lr, "")
+    if AUTO == config.optimizer.lr != begun.optimizer.lr:
+        rate = Rate(begun.optimizer.lr, f"as {folder} was begun")
+    elif rate.value == AUTO:
+        rate = auto_rate(config.model, config.adapter, config.train.objective)
     adapter = config.adapter
     if adapter.start_from is not None:
         # The digest of a resumed run is the recorded one: the weights that it started from may be gone.
         recorded = begun.adapter.start_digest if adapter.start_from == begun.adapter.start_from else None
         adapter = replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
-    data = decide_layouts(config.data, begun.data)
+    optimizer, data = replace(config.optimizer, lr=rate.value), decide_layouts(config.data, begun.data)
     check_objective(config.train.objective, data)
-    return replace(config, model=model, adapter=adapter, data=data, train=training), precision
+    config = replace(config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training)
+    return Settled(config, precision, rate)
 
 
 def check_objective(objective: ObjectiveKind, data: DataConfig) -> None:
@@ -116,13 +131,13 @@ class Session:
     as a context manager it closes what it opened.
 
     Args:
-        config: settled.
         folder: open.
         resume_from: a checkpoint, as process 0 found it; None for a new run.
     """
 
-    def __init__(self, config: Config, precision: Precision, folder: RunFolder, resume_from: Path | None) -> None:
-        self.config, self.precision, self.folder = config, precision, folder
+    def __init__(self, settled: Settled, folder: RunFolder, resume_from: Path | None) -> None:
+        self.config = config = settled.config
+        self.precision, self.rate, self.folder = settled.precision, settled.rate, folder
         self.tokenizer = load_tokenizer(config.model)
         check_length(config.model, config.data.max_length, "data.max_length")
         self.data = prepare_data(config.data, self.tokenizer)  # before a process group and its time limit exist

@@ -69,7 +69,8 @@ def train(config: Config) -> dict[str, Any]:
     quiet_libraries()
     forget_earlier_runs()
     path = Path(config.output_dir) / config.name
-    config, precision = settle(config, path)
+    settled = settle(config, path)
+    config = settled.config
     with RunFolder.open(path, to_plain(config), is_main_process()) as folder:
         if folder.is_main:
             folder.check_may_run(config.train.resume)
@@ -79,7 +80,7 @@ def train(config: Config) -> dict[str, Any]:
             return result.to_json()
         resumes = folder.is_main and config.train.resume == Resume.auto
         checkpoint = folder.newest_checkpoint() if resumes else None
-        with Session(config, precision, folder, checkpoint) as session, session.interruption:
+        with Session(settled, folder, checkpoint) as session, session.interruption:
             return run(session)
 
 

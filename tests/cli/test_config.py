@@ -92,7 +92,7 @@ def test_the_recipe_sft_names_the_defaults(compose):
     config = compose(rows)
     assert compose("+recipe=sft", rows, "name=default") == config
     assert (config.adapter.r, config.adapter.alpha, config.adapter.target_modules) == (32, 32, "all-linear")
-    assert (config.optimizer.schedule, config.train.epochs) == ("linear", 1)
+    assert (config.optimizer.lr, config.optimizer.schedule, config.train.epochs) == ("auto", "linear", 1)
 
 
 def test_no_recipe_restates_what_the_protocol_of_the_paper_sets(compose):
@@ -147,6 +147,8 @@ def test_a_recipe_yields_to_the_command_line(compose):
         ("adapter.target_modules=[1]", "adapter.target_modules=[1] must be a list"),
         ("adapter.target_modules='(q'", "not a regular expression"),
         ("adapter=lora adapter.activation=relu", "adapter.activation=relu: adapter.kind=lora does not use it"),
+        ("optimizer.lr=0", "optimizer.lr=0 must be a positive number, or auto"),
+        ("optimizer.lr=fast", "optimizer.lr=fast must be a positive number, or auto"),
         ("optimizer.weight_decay=-1", "optimizer.weight_decay=-1.0 must not be negative"),
         ("optimizer.warmup_ratio=1", "optimizer.warmup_ratio=1.0 must be at least 0 and less than 1"),
         ("train.seed=4294967296", "train.seed=4294967296 must be between 0 and 2**32 - 1"),

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cera_models import WARNINGS
+from conftest import TINY
 from datasets import Dataset
 from several_processes import train_in_processes
 from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of
@@ -42,8 +43,8 @@ def session_of(tmp_path):
     """session_of(config): its session, before the first update."""
 
     def session_of(config) -> Session:
-        config, precision = settle(config, tmp_path / "run")
-        return Session(config, precision, RunFolder(tmp_path / "run", to_plain(config)), resume_from=None)
+        settled = settle(config, tmp_path / "run")
+        return Session(settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None)
 
     return session_of
 
@@ -154,7 +155,7 @@ def test_the_reference_is_the_start_or_the_base(dpo):
 @pytest.mark.slow
 def test_two_processes_and_sharded_weights_learn_what_one_does(tiny_folder, tmp_path, write_jsonl, compose):
     words = [
-        *(f"model.path={tiny_folder}", "model.dtype=float32", "data.max_length=256", "adapter.r=4", "data=jsonl"),
+        *(f"model.path={tiny_folder}", *TINY, "adapter.r=4", "data=jsonl"),
         *(f"data.train_files=[{write_jsonl('pairs.jsonl', ROWS)}]", "data.eval_rows=4", "train.objective=dpo"),
         *("adapter.dropout=0", "train.batch_size=3", "train.max_updates=6", "train.micro_batch_tokens=256"),
         *("optimizer.lr=2e-2", "train.eval_every=3", f"output_dir={tmp_path / 'outputs'}"),

@@ -51,8 +51,8 @@ def grpo(tiny_config, write_jsonl):
 def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, scale):
     trl = pytest.importorskip("trl")
     words = ["adapter.r=4", "adapter.dropout=0", f"grpo.scale={str(scale).lower()}", "train.micro_batch_tokens=256"]
-    config, precision = settle(grpo(*words), tmp_path / "run")
-    session = Session(config, precision, RunFolder(tmp_path / "run", to_plain(config)), resume_from=None)
+    settled = settle(grpo(*words), tmp_path / "run")
+    session = Session(settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in session.weights:

@@ -6,11 +6,12 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import make_tiny_llama
+from transformers import Qwen2Config
 
 from cera_train.adapters.build import build, parameter_groups
 from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.training import OptimizerConfig, OptimizerKind, Schedule
-from cera_train.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from cera_train.settings.training import ObjectiveKind, OptimizerConfig, OptimizerKind, Schedule
+from cera_train.training.optimizer import auto_rate, build_optimizer, learning_rate, set_learning_rate
 
 
 def rates(schedule: Schedule, warmup_ratio: float) -> list[float]:
@@ -44,7 +45,7 @@ def test_adamw_is_pytorchs_with_the_settings_of_the_config():
 
 def test_adamw_8bit_keeps_8_bit_moments_and_steps_on_a_cpu():
     weights = parameters()
-    optimizer = build_optimizer(weights, OptimizerConfig(kind=OptimizerKind.adamw_8bit), torch.device("cpu"))
+    optimizer = build_optimizer(weights, OptimizerConfig(OptimizerKind.adamw_8bit, lr=1e-3), torch.device("cpu"))
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
     weights[0].square().sum().backward()
     optimizer.step()
@@ -54,7 +55,7 @@ def test_adamw_8bit_keeps_8_bit_moments_and_steps_on_a_cpu():
 
 def test_paged_adamw_is_refused_where_there_is_no_gpu_memory_to_page():
     with pytest.raises(ValueError, match="use optimizer=adamw_8bit"):
-        build_optimizer(parameters(), OptimizerConfig(kind=OptimizerKind.paged_adamw_8bit), torch.device("cpu"))
+        build_optimizer(parameters(), OptimizerConfig(OptimizerKind.paged_adamw_8bit, lr=1e-3), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", [AdapterKind.dora, AdapterKind.cera])
@@ -70,3 +71,27 @@ def test_b_learns_faster_than_the_rest_by_its_ratio(kind):
     assert (rest["lr"], fast["lr"]) == (1e-3, pytest.approx(16e-3))
     set_learning_rate(optimizer, 5e-4)  # as the schedule does
     assert (rest["lr"], fast["lr"]) == (5e-4, pytest.approx(8e-3))
+
+
+@pytest.mark.parametrize(
+    ("words", "factor"),
+    [
+        *[("adapter=lora", 1), ("adapter=dora", 1), ("adapter=loraplus", 1 / 4)],
+        *[("adapter=cera", 2), ("adapter=cera_identity", 2), ("adapter=cera_mix", 1), ("adapter=parallel_tanh", 1)],
+        *[("adapter=full", 1 / 10), ("adapter=dense", 1 / 10)],
+    ],
+)
+def test_the_automatic_rate_is_tinkers_times_the_factor_of_the_adapter(compose, tiny_folder, words, factor):
+    config = compose(f"model.path={tiny_folder}", words)
+    rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
+    assert rate == pytest.approx(5e-4 * (2000 / 32) ** 0.781 * factor, rel=0.05)
+    assert f"x {factor:g} for " in reason
+    assert auto_rate(config.model, config.adapter, ObjectiveKind.grpo).value == pytest.approx(rate / 10, rel=0.05)
+
+
+def test_the_automatic_rate_of_qwen_and_of_a_method_without_a_factor(compose, tmp_path):
+    Qwen2Config(hidden_size=5120, architectures=["Qwen2ForCausalLM"]).save_pretrained(tmp_path)
+    config = compose(f"model.path={tmp_path}", "adapter=hira")
+    rate, reason = auto_rate(config.model, config.adapter, ObjectiveKind.sft)
+    assert rate == 4.6e-4
+    assert reason.endswith("5e-4 (2000 / 5120)^0.0775, LoRA's: no factor is known for HiRA")

@@ -154,3 +154,16 @@ def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, mon
     train(config)
     assert f"precision  bfloat16: as {folder} was begun" in capsys.readouterr().out
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["dtype"] == "bfloat16"
+
+
+def test_an_automatic_learning_rate_is_printed_recorded_and_kept(tiny_config, monkeypatch, capsys):
+    config = tiny_config("optimizer.lr=auto", "train.max_updates=2")
+    folder = folder_of(config)
+    train_and_die_after(config, 1, monkeypatch)
+    assert "\nrate       0.025: optimizer.lr=auto, 5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in capsys.readouterr().out
+    assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.025
+    monkeypatch.setattr("cera_train.training.session.auto_rate", None)
+    train(config)
+    assert f"\nrate       0.025: as {folder} was begun\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"optimizer\.lr was 0\.025, is 0\.01"):
+        train(tiny_config("train.max_updates=2"))

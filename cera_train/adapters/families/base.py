@@ -69,6 +69,10 @@ class Family(ABC):
     def check(self, config: AdapterConfig) -> None:  # noqa: B027 - most have nothing to add
         """Raises UserError where settings contradict each other. Imports no torch."""
 
+    def rate_factor(self, config: AdapterConfig) -> float | None:
+        """The best learning rate over LoRA's, for `optimizer.lr=auto`, by argument and not measured. None: unknown."""
+        return None
+
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig | None:
         """The config of PEFT; None without an adapter. Raises UserError for settings that PEFT refuses."""
         return None

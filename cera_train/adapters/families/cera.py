@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cera_train.adapters.families.base import ADAPTER, Branch
 from cera_train.adapters.families.peft import RankedPeft
 from cera_train.common.settings import require
-from cera_train.settings.adapters import AdapterConfig
+from cera_train.settings.adapters import Activation, AdapterConfig, Mix
 
 if TYPE_CHECKING:
     import peft
@@ -47,6 +48,12 @@ class Cera(RankedPeft):
             "learned mix": config.mix == "learned",
         }
         return [name for name, is_other in differs.items() if is_other]
+
+    def rate_factor(self, config: AdapterConfig) -> float:
+        """silu, relu and gelu are z/2 + an even term: the branch starts at half of LoRA's scale, and the control,
+        identity, has half the scale too. tanh and the learned mix start like z."""
+        starts_like_lora = config.activation == Activation.tanh or config.mix == Mix.learned
+        return (1 if starts_like_lora else 2) / math.sqrt(config.b_lr_ratio)
 
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         from cera_train.cera import CeraConfig

@@ -19,6 +19,9 @@ class Full(Family):
     needs_targets = False
     trains_base = True
 
+    def rate_factor(self, config: AdapterConfig) -> float:
+        return 0.1
+
     def build(self, base: PreTrainedModel, config: AdapterConfig, left_out: list[str]) -> nn.Module:
         require(
             not getattr(base, "is_quantized", False),

@@ -24,6 +24,10 @@ class Lora(RankedPeft):
     def __init__(self, name: str, use_rslora: bool = False, use_dora: bool = False) -> None:
         self.name, self.use_rslora, self.use_dora = name, use_rslora, use_dora
 
+    def rate_factor(self, config: AdapterConfig) -> float:
+        """With LoRA+, whose rates are those of A and of B, their geometric mean is LoRA's."""
+        return 1 / math.sqrt(config.b_lr_ratio)
+
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         import peft
 

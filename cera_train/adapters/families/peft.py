@@ -42,6 +42,10 @@ class Peft(Family):
     def check(self, config: AdapterConfig) -> None:
         require(config.method is not None, "adapter.method=null: name a method of PEFT, such as adapter.method=MISS.")
 
+    def rate_factor(self, config: AdapterConfig) -> float | None:
+        is_full_rank = (config.method or "").upper() == "LN_TUNING"  # adapter=dense
+        return 0.1 if is_full_rank else None
+
     def peft_config(self, config: AdapterConfig) -> peft.PeftConfig:
         """The PEFT config. r, alpha and dropout go to the fields of these names, MISS's to miss_alpha and miss_dropout;
         null and 0 leave PEFT's defaults."""
