@@ -1,7 +1,5 @@
 """Tiny real objects: a two-layer Llama, a tokenizer trained on a few lines, and rows in every layout."""
 
-from __future__ import annotations
-
 import atexit
 import copy
 import functools

@@ -1,7 +1,5 @@
 """Settings of an adapter on experts, what they build, and the spectra of its branches."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from branches import MASKS, ROWS, forward_of

@@ -1,8 +1,6 @@
 """One table for every file of conf/adapter: each method builds, learns, counts, saves, loads, and has a spectrum or
 none."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

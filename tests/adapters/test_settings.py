@@ -1,7 +1,5 @@
 """Settings of an adapter that contradict each other, PEFT or the model are refused in one line that names the key."""
 
-from __future__ import annotations
-
 import pytest
 from conftest import make_tiny_llama
 

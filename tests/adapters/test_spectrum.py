@@ -1,7 +1,5 @@
 """Figures of a spectrum by hand; test_families.py has the spectrum of every method against an SVD."""
 
-from __future__ import annotations
-
 import math
 
 import peft

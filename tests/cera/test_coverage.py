@@ -1,7 +1,5 @@
 """A first forward and backward pass proves that every adapter runs and learns, or names those that do not."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from cera_models import IDS, WARNINGS

@@ -1,8 +1,6 @@
 """Every class of experts that transformers calls through its interface: CeRA with an identity gate equals PEFT's LoRA,
 which changes the weights and lets the class itself compute."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect

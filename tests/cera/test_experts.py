@@ -1,7 +1,5 @@
 """CeRA on the experts of a mixture: against a plain loop; several adapters, their files, refusals."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

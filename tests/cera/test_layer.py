@@ -1,8 +1,6 @@
 """One CeRA layer: every variant against its line of mathematics, number formats, dropout, base layers, what code around
 it relies on."""
 
-from __future__ import annotations
-
 import math
 
 import bitsandbytes

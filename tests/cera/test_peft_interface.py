@@ -1,8 +1,6 @@
 """CeRA in a PEFT model: LoRA as the oracle, several adapters at once, saved and loaded ones, and what a branch that is
 no matrix cannot do."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json

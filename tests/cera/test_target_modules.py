@@ -1,7 +1,5 @@
 """Which modules get an adapter of which rank, what is trained beside it, and which settings are refused."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pytest

@@ -1,7 +1,5 @@
 """CeRA under the usual trainers, unchanged: transformers' Trainer and those of TRL."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Commands as processes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

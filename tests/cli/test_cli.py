@@ -1,8 +1,6 @@
 """The command line as its users meet it: help, completion, an installed wheel, what the system refuses; and what has to
 answer at once imports nothing heavy."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import importlib

@@ -1,7 +1,5 @@
 """Every file of conf/ and recipes/ composes; the schema refuses what makes no sense."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

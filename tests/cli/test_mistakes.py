@@ -1,7 +1,5 @@
 """Every mistake on a command line gets one line and status 2: the place, what is wrong, the mend."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 published_configs.yaml has them: of its first run every one, of another what differs from the first run or, for an arm,
 from its study's first arm. A run that is not published stands in no line of it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from pathlib import Path

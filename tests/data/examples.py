@@ -1,7 +1,5 @@
 """Rows in every layout, configs that name them, what becomes of one; and a cache for each test."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

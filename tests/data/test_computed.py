@@ -1,7 +1,5 @@
 """Rows that are computed: the logistic map's against the paper's numbers, dates, reasoning-gym's in three splits."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

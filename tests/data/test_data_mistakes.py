@@ -1,7 +1,5 @@
 """Mistakes in a user's data, and the one line that each gets: the place, what is wrong, the mend."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Which tokens of a row are supervised: compared as text on hand-checked rows, the ids with the tokenizer's own."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -1,7 +1,5 @@
 """Several data sets as one: how many rows of each, which, in what order; what they share with runs on one alone."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A person's own files: how their rows are read, and which of them evaluate, without a setting."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rows of both splits: token ids, counts, what is dropped, prompts in both splits, and the cache."""
 
-from __future__ import annotations
-
 import copy
 import random
 import sys

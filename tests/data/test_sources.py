@@ -1,7 +1,5 @@
 """Rows from files and data sets, which of them train and which evaluate, and the quick look at them."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

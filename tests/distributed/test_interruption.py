@@ -1,7 +1,5 @@
 """Signals: remembered, passed on, handed over, and never lost."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

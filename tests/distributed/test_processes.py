@@ -1,8 +1,6 @@
 """Several real processes over gloo compute what one does, whoever starts them; and when one of them fails, hangs or is
 told to stop, the others end with it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

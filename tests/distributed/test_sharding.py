@@ -1,7 +1,5 @@
 """Sharded weights and moments become whole one tensor at a time, and stay in one process only."""
 
-from __future__ import annotations
-
 import weakref
 
 import pytest

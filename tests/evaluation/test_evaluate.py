@@ -1,8 +1,6 @@
 """Evaluations: what those with answers leave, what can be evaluated, that a cut changes nothing, what is refused; and
 that perplexity and spectra are those of training and of the model itself."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,8 +1,6 @@
 """An evaluation in several processes over gloo: the answers and figures of one, whoever starts them; one error, and one
 end, for all."""
 
-from __future__ import annotations
-
 import json
 import signal
 import sys

@@ -1,7 +1,5 @@
 """Accuracy and samples while a run trains: cera-eval's figures, and a training that does not notice."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +9,11 @@ import pytest
 from conftest import TINY
 from evaluated_runs import QUESTIONS, read
 from several_processes import train_in_processes
-from tiny_runs import folder_of
+from tiny_runs import folder_of, train_and_die_after
 
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
-from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import GradedProblem, read_grades
 from cera_train.runs.results import SAMPLES
 from cera_train.training import train as training
@@ -120,20 +117,10 @@ def test_figures_reach_every_place_where_a_run_shows_them(tiny_config, half_righ
     )
 
 
-def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right, monkeypatch):
+def test_a_run_that_was_cut_ends_with_the_figures_and_samples_of_one_that_was_not(tiny_config, half_right):
     whole, cut = (tiny_config(*TASKS, *SHORT, "train.max_updates=8", f"name={name}") for name in ("whole", "cut"))
     result = train(whole)
-    append = RunFolder.append
-
-    def die(self, log, line):
-        append(self, log, line)
-        if log == SAMPLES and line["update"] == 8:
-            raise ConnectionError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", die)
-        with pytest.raises(ConnectionError):
-            train(cut)
+    train_and_die_after(cut, 8, log=SAMPLES)
     assert read(folder_of(cut) / "samples.jsonl")[-1]["update"] == 8
     resumed = train(cut)
     for name in ("samples.jsonl", "grades/logistic_map.jsonl"):

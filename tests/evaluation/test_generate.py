@@ -1,7 +1,5 @@
 """Answers: what the library's own `generate` gives, one by one, whatever the batch, the order and the padding."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace

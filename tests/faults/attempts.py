@@ -1,8 +1,6 @@
 """Real `cera-train` commands that a test may kill. Each is forked from a process that has imported everything, so it
 starts in milliseconds and is as alone as one from a shell: its own arguments, folder, output and exit status."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

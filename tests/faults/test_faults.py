@@ -1,8 +1,6 @@
 """SIGKILL at random moments of a real run, damaged checkpoints, full and read-only disks, two runs in one folder,
 trackers without a server: one clear line, nothing unreadable, and in the end what an uninterrupted run leaves."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """Whatever bytes, rows and texts come in: a reader gives what they hold or says what is wrong, a grader its verdict."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 The attacks are real: what could run at once creates a file, `marker`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

@@ -1,7 +1,5 @@
 """Answers decoded on a GPU are those of transformers' `generate`, with every kind of adapter."""
 
-from __future__ import annotations
-
 import pytest
 from conftest import make_tiny_llama
 from oracles import adapted, assert_greedy_answers_are_the_librarys, let_answers_end

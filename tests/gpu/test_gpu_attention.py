@@ -1,7 +1,5 @@
 """Attention over flat rows: the kernel for sequences of many lengths against SDPA, flat rows against padded ones."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """Bases of 4, 8 and 16 bits and 8-bit optimizers as a GPU computes them: runs learn, answer and resume."""
 
-from __future__ import annotations
-
 import math
 
 import bitsandbytes
@@ -41,21 +39,21 @@ def test_nf4_gradients_are_those_of_the_dequantised_weights(tiny_folder, device,
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8"])
-def test_a_quantised_run_resumes_where_it_was(tiny_config, monkeypatch, device, bf16, base):
+def test_a_quantised_run_resumes_where_it_was(tiny_config, device, bf16, base):
     settings = [f"model.quantization={base}", "model.dtype=bfloat16"]
     whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
     train(whole)
-    train_and_die_after(cut, 7, monkeypatch)
+    train_and_die_after(cut, 7)
     train(cut)
     assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-3)
 
 
-def test_float16_runs_under_a_scaler_and_resumes(tiny_config, monkeypatch, device):
+def test_float16_runs_under_a_scaler_and_resumes(tiny_config, device):
     whole, cut = (tiny_config(f"name={name}", "model.dtype=float16") for name in ("whole", "cut"))
     result = train(whole)
     assert AcceleratorState().mixed_precision == ("fp16" if device.type == "cuda" else "no")
     assert result["eval/perplexity"] < result["perplexity_before"]
-    train_and_die_after(cut, 7, monkeypatch)
+    train_and_die_after(cut, 7)
     train(cut)
     assert losses_of(cut) == pytest.approx(losses_of(whole), rel=1e-3)
 
@@ -78,6 +76,6 @@ def test_paged_moments_are_paged_and_a_run_resumes_with_them(tiny_config, large,
     plain = tiny_config("name=plain", "optimizer=adamw_8bit", *large)
     train(plain)
     assert losses_of(whole) == pytest.approx(losses_of(plain), rel=1e-3)
-    train_and_die_after(cut, 7, monkeypatch)
+    train_and_die_after(cut, 7)
     train(cut)
     assert adapter_bytes(cut) == adapter_bytes(whole)

@@ -1,7 +1,5 @@
 """DDP and FSDP2 over NCCL compute what one GPU computes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from several_processes import cut_copy, train_in_processes

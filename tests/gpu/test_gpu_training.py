@@ -1,7 +1,5 @@
 """Whole runs on a GPU: they resume bit for bit, compile, and adapt experts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from moe_models import adapted_mixture, experts_of, plain_experts
@@ -16,11 +14,11 @@ BF16 = "model.dtype=bfloat16"
 
 
 @pytest.mark.parametrize("died_after", [4, 7])
-def test_a_bf16_run_resumes_bit_for_bit(tiny_config, monkeypatch, device, bf16, died_after):
+def test_a_bf16_run_resumes_bit_for_bit(tiny_config, device, bf16, died_after):
     settings = [BF16, "adapter.dropout=0.3", "train.batch_layout=flat"]
     whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
     train(whole)
-    train_and_die_after(cut, died_after, monkeypatch)
+    train_and_die_after(cut, died_after)
     train(cut)
     assert timeless_metrics(cut) == timeless_metrics(whole)
     assert adapter_bytes(cut) == adapter_bytes(whole)

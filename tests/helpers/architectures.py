@@ -1,7 +1,5 @@
 """A tiny random model of each family of architectures."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

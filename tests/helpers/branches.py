@@ -1,7 +1,5 @@
 """Rows of a probe, and the oracle of its spectra: the outputs of a branch, by calling the layer and its base."""
 
-from __future__ import annotations
-
 import torch
 from peft.tuners.lora import LoraLayer
 

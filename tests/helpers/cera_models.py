@@ -1,7 +1,5 @@
 """Tiny models with CeRA adapters, for the tests of PEFT's interface."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from conftest import make_tiny_llama

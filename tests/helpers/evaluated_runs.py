@@ -1,8 +1,6 @@
 """A pytest plugin with what tests of evaluations share: questions, a tiny finished run, configs to evaluate it, and
 readers of what an evaluation leaves."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,8 +1,6 @@
 """A pytest plugin for tests of a CUDA device. They skip without one; CERA_TRAIN_GPU_TESTS=cpu runs what a CPU has too,
 which is how the tests themselves are tested."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run folders by hand, in the format that training and evaluation leave."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """Folders of sweeps as real ones leave them, without training."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

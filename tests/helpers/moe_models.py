@@ -1,7 +1,5 @@
 """Tiny random mixtures of experts, and what their layers compute, as a plain loop over tokens and experts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

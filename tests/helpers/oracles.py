@@ -1,7 +1,5 @@
 """What tests on a CPU and on a GPU hold a result against: attention under a mask, dequantised weights, `generate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

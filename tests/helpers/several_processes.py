@@ -1,8 +1,6 @@
 """Runs in several processes, as torchrun starts them. As a script it trains the configs of runs.json one after the
 other, so that each process pays its imports once."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -1,11 +1,10 @@
 """What tests of whole runs share: readers of what a run leaves, a clock, and a run that is cut. A run is its folder, or
 its config."""
 
-from __future__ import annotations
-
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 from torch.amp import GradScaler
 
 from cera_train.runs.folder import RunFolder
+from cera_train.runs.results import METRICS
 from cera_train.training import session
 from cera_train.training.train import train
 
@@ -76,19 +76,29 @@ class Cut(Exception):
     """Stands for the death of the process: nothing of the run's own code runs after it."""
 
 
-def train_and_die_after(config, update: int, monkeypatch) -> None:
-    """Runs until the metrics of that update are logged, then stops between two statements."""
-    original = RunFolder.append
+@contextmanager
+def once_logged(update: int, act: Callable[[], None], log: str = METRICS) -> Iterator[None]:
+    """Acts as soon as that update's line is in a log of a run: of metrics, the line of its training."""
+    append = RunFolder.append
 
-    def append(self, log, line):
-        original(self, log, line)
-        if "train/loss" in line and line["update"] == update:
-            raise Cut
+    def append_and_act(self, name, line):
+        append(self, name, line)
+        if name == log and line["update"] == update and (log != METRICS or "train/loss" in line):
+            act()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", append)
-        with pytest.raises(Cut):
-            train(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "append", append_and_act)
+        yield
+
+
+def train_and_die_after(config, update: int, log: str = METRICS) -> None:
+    """Runs until that update is logged, then stops between two statements."""
+
+    def die() -> None:
+        raise Cut
+
+    with once_logged(update, die, log), pytest.raises(Cut):
+        train(config)
 
 
 def scale_gradients(monkeypatch) -> list[GradScaler]:

@@ -4,8 +4,6 @@ trains over 4-bit weights.
 `make architectures` runs these tests and writes docs/architectures.md from what they record.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

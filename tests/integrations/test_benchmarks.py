@@ -1,7 +1,5 @@
 """`make gpu` without a GPU, and the whole of it in miniature on a CPU; the other benchmarks find what they measure."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

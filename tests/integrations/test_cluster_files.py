@@ -1,7 +1,5 @@
 """cluster/ holds: its files are what SkyPilot, Docker and Kubernetes take, and their commands compose."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -2,8 +2,6 @@
 name exists. The tutorial and the notebook print what they show. The site of `make docs`: links lead somewhere (mkdocs'
 own check), nothing loads from elsewhere, pages fit a telephone."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import itertools

@@ -1,8 +1,6 @@
 """cluster/mirror.py keeps a bucket, or any other folder, a copy of outputs/ that resumes: a run that is cut goes on
 elsewhere to the same end."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """The adapter of a run in the tools its users already have, after `import cera_train` and nothing else."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

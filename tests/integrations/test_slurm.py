@@ -1,7 +1,5 @@
 """Runs and sweeps on a real Slurm of one node: tasks that join, a job that is cancelled, one that is preempted."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os

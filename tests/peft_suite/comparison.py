@@ -5,8 +5,6 @@ method_comparison/MetaMathQA. They load the model and the data sets by their ids
 a tiny Llama and a few rows.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

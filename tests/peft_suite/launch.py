@@ -1,7 +1,5 @@
 """Runs the run.py of the working directory with CeRA among PEFT's methods: python launch.py -v experiments/cera/NAME"""
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

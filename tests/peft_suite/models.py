@@ -1,7 +1,5 @@
 """Tiny random models in the layout of the Hub's cache, under the names that PEFT's tests load."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -4,8 +4,6 @@ In every list of configs that has LoRA's, CeRA's take the place of all. `failure
 group with its reason: an unlisted failure fails, and so does a listed test that passes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.machinery
 import importlib.util

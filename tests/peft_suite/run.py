@@ -4,8 +4,6 @@ Downloads the source package of the installed PEFT, saves tiny random models und
 load, and runs pytest with `plugin.py`. Arguments go to pytest.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

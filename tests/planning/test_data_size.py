@@ -1,7 +1,5 @@
 """Rows, tokens and problems: from facts, by computing them, or by counting local files."""
 
-from __future__ import annotations
-
 import pytest
 from conftest import SHARED_DATA, needs_shared_data, needs_smollm2
 

@@ -1,7 +1,5 @@
 """An update on fake tensors holds and computes what a real one does."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Paired tests of two runs on the same problems, and what stands in the way of a comparison."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

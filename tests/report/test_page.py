@@ -1,8 +1,6 @@
 """report.html, report.md, their pictures and the terminal: self-contained, safe, and sound in a real browser at a
 telephone's width."""
 
-from __future__ import annotations
-
 import json
 import re
 from html import unescape

@@ -1,7 +1,5 @@
 """The table's figures against the files they come from, which runs it has, and what is missing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Records of a run: what is written reads back, and a broken file is named."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,8 +1,6 @@
 """Trackers mirror a run, several at once, and none that fails reaches it; no secret leaves. `hub.push` against a Hub on
 this machine."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

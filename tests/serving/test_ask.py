@@ -1,7 +1,5 @@
 """`cera-chat`: what a question becomes, what answers it, and a conversation in a real terminal."""
 
-from __future__ import annotations
-
 import io
 import os
 import pty

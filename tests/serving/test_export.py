@@ -1,7 +1,5 @@
 """`cera-export`: the nearest LoRA, what it loses, and that plain PEFT and transformers take it."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The gates of the vLLM plugin, without vLLM."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,8 +1,6 @@
 """A real vLLM serves CeRA, and the LoRA of `cera-export` without the plugin: every answer is that of transformers and
 PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Studies whose jobs train nothing: each leaves what a run would, with losses drawn around a given one."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

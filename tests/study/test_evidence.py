@@ -1,8 +1,6 @@
 """The benchmarks of `make evidence`: on inputs of known distribution the controls of one_projection.py come out right,
 and the teachers of ground_truth.py write rows that are more likely under the teacher than under its base."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Studies that could not answer their question, and plans of those that can: every run, and what the study can find."""
 
-from __future__ import annotations
-
 import json
 import re
 

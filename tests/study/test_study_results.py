@@ -1,7 +1,5 @@
 """What a study's page says of runs whose losses are known."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

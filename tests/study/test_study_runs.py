@@ -1,7 +1,5 @@
 """A study runs its whole grid, each arm with what it names, and judges it at the values of the lowest mean loss."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

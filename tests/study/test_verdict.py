@@ -1,8 +1,6 @@
 """Verdicts keep their error rate and their power on simulated studies, equal textbook tests where those apply, and are
 those of docs/evidence."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Sweeps that a test starts: a user's file, and jobs that train nothing."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

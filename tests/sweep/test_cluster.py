@@ -1,7 +1,5 @@
 """What goes to a cluster, and how the state of its jobs is known; tests/integrations/test_slurm.py has a real one."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

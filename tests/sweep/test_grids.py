@@ -1,7 +1,5 @@
 """Every file of conf/sweep: its jobs compose, and its header holds what cera-plan predicts."""
 
-from __future__ import annotations
-
 import re
 import shlex
 

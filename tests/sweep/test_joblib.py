@@ -1,7 +1,5 @@
 """hydra/launcher=joblib: several jobs at once, each in its process, which leave what they leave one after the other."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

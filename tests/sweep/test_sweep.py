@@ -1,7 +1,5 @@
 """Real sweeps: cut, failed and started again; in other processes, by other sweepers."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

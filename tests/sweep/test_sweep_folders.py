@@ -1,8 +1,6 @@
 """A sweep's folder: how its jobs are named, which settings they share, the state of every job and the table that shows
 it, which job is the best; and sweeps that are refused before a job begins."""
 
-from __future__ import annotations
-
 import os
 import re
 from itertools import combinations

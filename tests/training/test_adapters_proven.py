@@ -1,7 +1,5 @@
 """A run proves its adapters before it costs anything, and prints what they cover."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,7 +1,5 @@
 """What a run prints before it starts, and the picture that it leaves."""
 
-from __future__ import annotations
-
 import json
 
 import matplotlib.image

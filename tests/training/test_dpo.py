@@ -1,7 +1,5 @@
 """Direct preference optimisation: TRL's DPOTrainer is the oracle."""
 
-from __future__ import annotations
-
 import json
 import math
 
@@ -204,11 +202,7 @@ def test_messages_are_read_with_and_without_a_prompt_of_their_own(dpo, tokenizer
 @pytest.mark.parametrize(
     ("row", "overrides", "message"),
     [
-        (
-            {"prompt": "a", "chosen": "b"},
-            ["data.rejected='{rejected}'"],
-            "rows.jsonl:2: .*'rejected'",
-        ),
+        ({"prompt": "a", "chosen": "b"}, ["data.rejected='{rejected}'"], "rows.jsonl:2: .*'rejected'"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, [], "rows.jsonl:2: the rejected answer is empty"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "b"},

@@ -1,7 +1,5 @@
 """`train.extend`: a finished run trains on as one longer run would have; how it ended before is kept."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -94,9 +92,9 @@ def test_keeping_the_end_can_be_cut_anywhere(tiny_config, short, whole, monkeypa
     assert {path.name for path in (folder_of(config) / "ends" / "5").iterdir()} == expected
 
 
-def test_an_extension_that_was_cut_is_resumed_without_the_flag(tiny_config, short, whole, monkeypatch):
+def test_an_extension_that_was_cut_is_resumed_without_the_flag(tiny_config, short, whole):
     config = tiny_config(*EVERY, *LONG, "train.extend=true")
-    train_and_die_after(config, 7, monkeypatch)
+    train_and_die_after(config, 7)
     assert not (folder_of(config) / "result.json").exists()
     train(tiny_config(*EVERY, *LONG))
     assert adapter_bytes(config) == adapter_bytes(whole)

@@ -1,7 +1,5 @@
 """Group relative policy optimisation: TRL's GRPOTrainer is the oracle."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs on mixtures: of data sets, and of experts."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -50,10 +48,10 @@ def test_a_finished_run_on_a_mix_is_evaluated_and_described_by_its_parts(mixed, 
     assert "| Data | a.jsonl + b.jsonl |" in card
 
 
-def test_a_run_on_a_mix_resumes_to_the_bit_and_another_mix_is_another_run(mixed, tmp_path, monkeypatch):
+def test_a_run_on_a_mix_resumes_to_the_bit_and_another_mix_is_another_run(mixed, tmp_path):
     whole, cut = mixed("name=whole"), mixed("name=cut")
     train(whole)
-    train_and_die_after(cut, 6, monkeypatch)
+    train_and_die_after(cut, 6)
     with pytest.raises(ValueError, match=r"data.mix.1.weight was 1.0, is 3.0. Set these back"):
         train(mixed("data.mix.1.weight=3", "name=cut"))
     rows = tmp_path / "a.jsonl"
@@ -76,7 +74,7 @@ def mixture(tmp_path, tokenizer):
     return f"model.path={tmp_path / 'base'}"
 
 
-def test_experts_are_trained_measured_and_resumed(tiny_config, mixture, monkeypatch, capsys):
+def test_experts_are_trained_measured_and_resumed(tiny_config, mixture, capsys):
     config = tiny_config(mixture, *EXPERTS)
     result = train(config)
     assert result["eval/perplexity"] < 0.8 * result["perplexity_before"]
@@ -93,7 +91,7 @@ def test_experts_are_trained_measured_and_resumed(tiny_config, mixture, monkeypa
     expected = adapter_bytes(config)
 
     again = tiny_config(mixture, *EXPERTS, "name=cut", "train.resume=auto")
-    train_and_die_after(again, 6, monkeypatch)
+    train_and_die_after(again, 6)
     train(again)
     assert adapter_bytes(again) == expected
 

@@ -1,7 +1,5 @@
 """Schedules against their formulas; the optimizers of a config are those it names."""
 
-from __future__ import annotations
-
 import bitsandbytes
 import pytest
 import torch

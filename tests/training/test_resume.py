@@ -1,7 +1,5 @@
 """Runs that are cut, stopped or started again: they end with the bytes of one that was not, or are refused."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -10,12 +8,18 @@ import threading
 import pytest
 import torch
 import yaml
-from tiny_runs import adapter_bytes, folder_of, metrics_of, scale_gradients, timeless_metrics, train_and_die_after
+from tiny_runs import (
+    adapter_bytes,
+    folder_of,
+    metrics_of,
+    once_logged,
+    scale_gradients,
+    timeless_metrics,
+    train_and_die_after,
+)
 
 from cera_train.model.precision import Precision
-from cera_train.runs.folder import RunFolder
 from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
-from cera_train.runs.results import METRICS
 from cera_train.settings.model import Dtype
 from cera_train.training.session import settle
 from cera_train.training.train import train
@@ -23,11 +27,11 @@ from cera_train.training.train import train
 
 # 79 rows in batches of 16 are 5 updates an epoch: 12 updates cross two epoch boundaries.
 @pytest.mark.parametrize(("adapter", "died_after"), [("cera", 4), ("cera", 11), ("dora", 7)])
-def test_resume_is_bit_exact(trained_config, tiny_config, monkeypatch, adapter, died_after):
+def test_resume_is_bit_exact(trained_config, tiny_config, adapter, died_after):
     settings = [f"adapter={adapter}", "adapter.dropout=0.3", "train.batch_layout=flat"]
     settings += ["optimizer.schedule=cosine", "optimizer.warmup_ratio=0.1"]
     whole, cut = trained_config(*settings), tiny_config(*settings)
-    train_and_die_after(cut, died_after, monkeypatch)
+    train_and_die_after(cut, died_after)
     assert not (folder_of(cut) / "result.json").exists()
     train(cut)
     assert adapter_bytes(cut) == adapter_bytes(whole)
@@ -36,12 +40,12 @@ def test_resume_is_bit_exact(trained_config, tiny_config, monkeypatch, adapter, 
     assert timeless_metrics(cut) == timeless_metrics(whole)
 
 
-def test_resume_with_8_bit_moments_is_bit_exact(tiny_config, monkeypatch):
+def test_resume_with_8_bit_moments_is_bit_exact(tiny_config):
     # bitsandbytes keeps 32-bit moments for tensors below 4096 numbers: B of the head is above.
     settings = ["optimizer=adamw_8bit", "optimizer.lr=1e-3", "adapter.r=32", "adapter.target_modules=[lm_head]"]
     whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
     train(whole)
-    train_and_die_after(cut, 7, monkeypatch)
+    train_and_die_after(cut, 7)
     state = torch.load(folder_of(cut) / "checkpoints" / "4" / "optimizer.pt", weights_only=True)
     moments = state["state"][1]["__bnb_optimizer_quant_state__"]
     assert moments["state1"].dtype == torch.uint8
@@ -53,7 +57,7 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
     scalers = scale_gradients(monkeypatch)
     whole, cut = tiny_config("name=whole"), tiny_config("name=cut")
     train(whole)
-    train_and_die_after(cut, 11, monkeypatch)
+    train_and_die_after(cut, 11)
     train(cut)
     ends = [scaler.state_dict() for scaler in (scalers[0], scalers[-1])]
     assert ends[0] == ends[1]
@@ -66,21 +70,16 @@ def test_a_gradient_scaler_goes_on_where_it_was(tiny_config, monkeypatch):
     [(signal.SIGINT, 130, 6, 7), (signal.SIGTERM, 143, 7, 8)],  # an evaluation is due after update 8
 )
 def test_an_interrupted_run_saves_without_an_evaluation_and_goes_on(
-    trained_config, tiny_config, monkeypatch, number, status, heard, saved
+    trained_config, tiny_config, number, status, heard, saved
 ):
     whole, config = trained_config(), tiny_config()
-    original = RunFolder.append
 
-    def append(self, log, line):
-        original(self, log, line)
-        if log == METRICS and line["update"] == heard:
-            assert threading.current_thread() is threading.main_thread()
-            os.kill(os.getpid(), number)
+    def interrupt() -> None:
+        assert threading.current_thread() is threading.main_thread()
+        os.kill(os.getpid(), number)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", append)
-        with pytest.raises(SystemExit) as exit_info:
-            train(config)
+    with once_logged(heard, interrupt), pytest.raises(SystemExit) as exit_info:
+        train(config)
     assert exit_info.value.code == status
     assert metrics_of(config)[-1]["update"] == saved
     assert "eval/loss" not in metrics_of(config)[-1]
@@ -97,18 +96,18 @@ def test_a_finished_run_started_again_returns_its_result(trained_config, capsys,
     assert "finished" in capsys.readouterr().out
 
 
-def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config, monkeypatch):
+def test_resume_never_starts_anew_but_not_over_a_finished_run(tiny_config):
     config = tiny_config("train.resume=never")
-    train_and_die_after(config, 6, monkeypatch)
+    train_and_die_after(config, 6)
     train(config)
     assert [line["update"] for line in metrics_of(config) if "train/loss" in line] == list(range(1, 13))
     with pytest.raises(ValueError, match="holds a finished run"):
         train(config)
 
 
-def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(tiny_config, monkeypatch):
+def test_a_mistake_costs_an_unfinished_run_nothing_and_half_a_write_is_removed(tiny_config):
     config = tiny_config()
-    train_and_die_after(config, 6, monkeypatch)
+    train_and_die_after(config, 6)
     (folder_of(config) / "checkpoints" / ".writing-8").mkdir()
     for settings in (["train.resume=never", "adapter.target_modules=[none]"], ["adapter.r=8"]):
         with pytest.raises(ValueError, match=r"matches no module|adapter.r was 4"):
@@ -144,7 +143,7 @@ def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, mon
     on(monkeypatch, "bfloat16")
     config = tiny_config("model.dtype=auto", "train.max_updates=2", "train.eval_every=1")
     folder = folder_of(config)
-    train_and_die_after(config, 1, monkeypatch)
+    train_and_die_after(config, 1)
     recorded = yaml.safe_load((folder / "config.yaml").read_text())
     assert (recorded["model"]["dtype"], recorded["train"]["compile"]) == ("bfloat16", False)
     environment = json.loads((folder / "environment.json").read_text())
@@ -159,7 +158,7 @@ def test_what_auto_took_is_recorded_and_kept_on_another_machine(tiny_config, mon
 def test_an_automatic_learning_rate_is_printed_recorded_and_kept(tiny_config, monkeypatch, capsys):
     config = tiny_config("optimizer.lr=auto", "train.max_updates=2")
     folder = folder_of(config)
-    train_and_die_after(config, 1, monkeypatch)
+    train_and_die_after(config, 1)
     assert "\nrate       0.025: optimizer.lr=auto, 5e-4 (2000 / 32)^0.781, x 2 for CeRA\n" in capsys.readouterr().out
     assert yaml.safe_load((folder / "config.yaml").read_text())["optimizer"]["lr"] == 0.025
     monkeypatch.setattr("cera_train.training.session.auto_rate", None)

@@ -1,7 +1,5 @@
 """`adapter.start_from`: a new run goes on from another adapter's weights, and from nothing else of it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -73,20 +71,20 @@ def test_any_adapters_folder_is_a_start(first, tiny_config, tmp_path, place):
     assert train(later)["perplexity_before"] == evaluations[update]
 
 
-def test_a_run_that_was_cut_is_resumed_without_its_start(first, tiny_config, monkeypatch):
+def test_a_run_that_was_cut_is_resumed_without_its_start(first, tiny_config):
     settings = [f"adapter.start_from={first}", "train.max_updates=6"]
     whole, cut = tiny_config("name=whole", *settings), tiny_config("name=cut", *settings)
     train(whole)
-    train_and_die_after(cut, 5, monkeypatch)
+    train_and_die_after(cut, 5)
     shutil.rmtree(first)
     train(cut)
     assert adapter_bytes(cut) == adapter_bytes(whole)
     assert train(cut)["updates"] == 6  # its result stands
 
 
-def test_other_weights_than_a_run_was_begun_with_are_refused(first, tiny_config, monkeypatch):
+def test_other_weights_than_a_run_was_begun_with_are_refused(first, tiny_config):
     later = tiny_config("name=later", f"adapter.start_from={first}/adapter")
-    train_and_die_after(later, 2, monkeypatch)  # before its first checkpoint
+    train_and_die_after(later, 2)  # before its first checkpoint
     shutil.copy(first / "checkpoints" / "4" / "adapter_model.safetensors", first / "adapter")
     with pytest.raises(UserError, match=r"\Aadapter.start_from=.*: its weights have the digest .* was begun with"):
         train(later)

@@ -1,7 +1,5 @@
 """Whole runs of the tiny model, in this process: what they learn, print and leave."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil

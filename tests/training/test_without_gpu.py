@@ -1,8 +1,6 @@
 """What can be proven of a run on a GPU without one: whole updates of every recipe on a fake CUDA device, whose tensors
 have shapes, dtypes and devices and no numbers."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """GSM8K's answers: which number of a text is the answer, and when two numbers are equal."""
 
-from __future__ import annotations
-
 import pytest
 
 from cera_train.evaluation.tasks.gsm8k import extract, gold, is_exact

@@ -1,7 +1,5 @@
 """A task of one's own: its gold answers, what counts as an answer under each grader, and the rows that are refused."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Answers to the logistic map: the numbers of a text, compared step by step."""
 
-from __future__ import annotations
-
 import pytest
 
 from cera_train.evaluation.tasks.logistic_map import TASK, extract, is_collapsed

@@ -1,7 +1,5 @@
 r"""MATH's answers: the box, and both graders on one table of pairs, judged by hand."""
 
-from __future__ import annotations
-
 import pytest
 
 from cera_train.evaluation.grading import Candidate, Verdict, judge

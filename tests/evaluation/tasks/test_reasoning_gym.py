@@ -1,7 +1,5 @@
 """Every generator of the list: its gold answers are right, others are not, and the same again from a file."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

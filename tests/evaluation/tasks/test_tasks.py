@@ -1,7 +1,5 @@
 """A benchmark is one file: its settings, its problems and their ids, and the line that a file gets that has none."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest
