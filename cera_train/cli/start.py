@@ -198,6 +198,10 @@ def to_config(composed: DictConfig, schema: type = Config) -> Any:
             raise UserError(unknown_setting(key, f"+{key}={tree[key]}", schema))
         check_line_breaks(key, tree[key])
     config = OmegaConf.to_object(composed)
+    if getattr(config, "data", None) is not None:
+        from cera_train.data.sources import decide_layouts  # --help needs no rows
+
+        config.data = decide_layouts(config.data)
     if issubclass(schema, Config):
         check_settings(config.adapter)
     if getattr(config, "task", None) is not None:

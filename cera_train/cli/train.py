@@ -28,7 +28,6 @@ from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.common.terminal import print_line
 from cera_train.common.trust import redact
-from cera_train.data.sources import decide_layouts
 from cera_train.distributed.processes import is_main_process, is_one_of_several, join_slurm_step
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
@@ -55,8 +54,8 @@ def look(composed: DictConfig) -> None:
         from cera_train.data.look import look
         from cera_train.data.prepare import prepare_data, stop_ids
         from cera_train.model.folder import load_tokenizer, model_ends
-    data, tokenizer = decide_layouts(config.data), load_tokenizer(config.model)
-    look(data, prepare_data(data, tokenizer), tokenizer, stop_ids(tokenizer, model_ends(config.model)))
+    tokenizer = load_tokenizer(config.model)
+    look(config.data, prepare_data(config.data, tokenizer), tokenizer, stop_ids(tokenizer, model_ends(config.model)))
     print_line("train it", redact(shlex.join([TRAIN, *HydraConfig.get().overrides.task])))
 
 

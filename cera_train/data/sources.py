@@ -41,24 +41,18 @@ PREFERENCES = {
 """How the columns `chosen` and `rejected` are read, whatever others there are: texts, or lists of messages."""
 
 
-def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataConfig:
-    """A config without `data.layout=auto`: it becomes a layout with its templates, of a mix part by part.
-
-    Args:
-        begun: the recorded settings of the same run. Their layouts stand: the files of a finished run may be gone.
+def decide_layouts(config: DataConfig) -> DataConfig:
+    """A config without `data.layout=auto`: it becomes a layout with its templates, of a mix part by part. Missing files
+    leave it: whatever opens them says so.
 
     Raises:
         UserError: the columns of the first rows fit no layout, or several.
     """
-    recorded, decided = dict(begun.parts()) if begun else {}, []
+    decided = []
     for place, part in config.parts():
-        known = recorded.get(place, part)
-        if part.layout == Layout.auto and (known.layout == Layout.auto or known.train_files != part.train_files):
+        if part.layout == Layout.auto:
             with errors_at(place):
                 decided.append(_layout_of(part.train_files))
-        elif part.layout == Layout.auto:
-            keys = ("layout", "prompt", "completion", "turns", "rejected")
-            decided.append({key: getattr(known, key) for key in keys if getattr(known, key) is not None})
         else:
             decided.append({"layout": part.layout} if config.layout == Layout.auto else {})
     if config.mix is None:
@@ -69,7 +63,10 @@ def decide_layouts(config: DataConfig, begun: DataConfig | None = None) -> DataC
 
 def _layout_of(names: Sequence[str]) -> dict[str, Any]:
     """The settings by which the rows of these files are read."""
-    paths = check_files(names, "data.train_files")
+    try:
+        paths = check_files(names, "data.train_files")
+    except UserError:
+        return {}
     rows = list(itertools.islice(rows_of(paths), CHECKED_ROWS))
     for _, row in rows[:1]:
         if "rejected" in row and type(row.get("chosen")) in PREFERENCES:
@@ -93,13 +90,13 @@ def _layout_of(names: Sequence[str]) -> dict[str, Any]:
 def check_data(config: DataConfig) -> None:
     """Reads the first rows of a config's files, before anything heavy is imported: most mistakes show there. Needs no
     chat template."""
-    for place, part in decide_layouts(config).parts():
+    for place, part in config.parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
                 for generator in part.reasoning_gym.generators:
                     reasoning_gym.open_generator(generator, part.reasoning_gym.level, seed=0)
-            sides = segmenters(part, None)
             paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
+            sides = segmenters(part, None)
             for path in paths:
                 if "://" not in path:
                     list(segments_of(itertools.islice(rows_of([path]), CHECKED_ROWS), *sides))

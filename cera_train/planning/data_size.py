@@ -11,7 +11,7 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.files import config_dir, read_yaml
 from cera_train.data.order import rows_of_parts
 from cera_train.data.segments import segmenters, segments_of
-from cera_train.data.sources import decide_layouts, open_sources
+from cera_train.data.sources import open_sources
 from cera_train.evaluation.tasks.task import load_problems, training_task
 from cera_train.settings.data import DataConfig, DataFacts, Layout, LogisticMapConfig, LossOn
 from cera_train.settings.run import Config
@@ -62,7 +62,6 @@ def data_size(config: DataConfig, tokens_per_row: float | None = None) -> DataSi
     Raises:
         UserError: nothing is known about `data.path`, or local files cannot be read.
     """
-    config = decide_layouts(config)
     if config.mix is not None:
         return _size_of_mix(config, tokens_per_row)
     if config.is_computed or config.train_files:

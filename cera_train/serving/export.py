@@ -16,7 +16,6 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import write_folder, write_text
 from cera_train.common.terminal import announce, print_fields, print_line
 from cera_train.data.prepare import prepare_data
-from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import quiet_libraries
 from cera_train.evaluation.statistics import bootstrap_interval
 from cera_train.model.batches import Batch, MicroBatches
@@ -76,7 +75,7 @@ def export(config: ExportConfig) -> Certificate:
         print_line("linear", share)
     print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
     device = loaded.base.device
-    data = prepare_data(decide_layouts(config.data or loaded.subject.run.data), loaded.tokenizer)
+    data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     batches = MicroBatches(data.train, False, config.calibration_tokens, device)
     calibration = batches.load(batches.first(config.calibration_tokens))
     mask = torch.ones_like(calibration.input_ids) if calibration.attention_mask is None else calibration.attention_mask

@@ -22,7 +22,6 @@ from cera_train.common.settings import AUTO, require
 from cera_train.common.terminal import ProgressBar
 from cera_train.data.order import RowOrder
 from cera_train.data.prepare import prepare_data
-from cera_train.data.sources import decide_layouts
 from cera_train.distributed.accelerator import start_accelerator, this_device
 from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
@@ -39,7 +38,7 @@ from cera_train.runs.results import METRICS, Environment, EvaluationMetrics, Upd
 from cera_train.runs.subject import digest_of, find_start, run_of
 from cera_train.runs.tracking import Tracker, start_tracker
 from cera_train.settings.adapters import AdapterConfig
-from cera_train.settings.data import DataConfig
+from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.model import Dtype
 from cera_train.settings.run import Config
 from cera_train.settings.training import ObjectiveKind
@@ -87,7 +86,9 @@ def settle(config: Config, folder: Path) -> Settled:
         recorded = begun.adapter.start_digest if adapter.start_from == begun.adapter.start_from else None
         adapter = replace(adapter, start_digest=recorded or digest_of(find_start(adapter)))
     model, training = replace(config.model, dtype=precision.dtype), replace(config.train, compile=compiles)
-    optimizer, data = replace(config.optimizer, lr=rate.value), decide_layouts(config.data, begun.data)
+    optimizer = replace(config.optimizer, lr=rate.value)
+    # Files that are gone, as those of a finished run may be, leave their layout undecided.
+    data = begun.data if any(part.layout == Layout.auto for _, part in config.data.parts()) else config.data
     check_objective(config.train.objective, data)
     config = replace(config, model=model, adapter=adapter, data=data, optimizer=optimizer, train=training)
     return Settled(config, precision, rate)

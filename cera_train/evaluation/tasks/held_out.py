@@ -7,7 +7,7 @@ from dataclasses import replace
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.rows import Source
-from cera_train.data.sources import answered_rows, decide_layouts
+from cera_train.data.sources import answered_rows
 from cera_train.evaluation.tasks import jsonl
 from cera_train.settings.data import DataConfig, Layout
 from cera_train.settings.evaluation import TaskConfig
@@ -18,7 +18,7 @@ class HeldOut(jsonl.JsonlTask):
         mend = "write the questions into a file, for task=jsonl"
         require(data is not None, f"task={config.name}: the rows that this model was trained on are unknown: {mend}.")
         rows = []
-        for part, prompt, answer in answered_rows(decide_layouts(data), tokenizer=None):
+        for part, prompt, answer in answered_rows(data, tokenizer=None):
             if part.layout == Layout.messages or len(prompt) > 1:
                 reason = "knows neither chat templates nor answers before the asked one"
                 raise UserError(f"task={config.name} {reason}, and these rows have them: {mend}.")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from cera_train.common.errors import errors_at
 from cera_train.common.settings import require
 from cera_train.data.rows import text_of
-from cera_train.data.sources import decide_layouts
 from cera_train.evaluation.tasks.task import Task, open_rows, require_rows
 from cera_train.settings.data import COMPUTED, DataConfig
 from cera_train.settings.evaluation import TaskConfig
@@ -43,7 +42,7 @@ class Perplexity(Task):
             mend = "this run computed its rows and has no layout for files. Add one, such as data=jsonl."
             require(data.layout not in COMPUTED, f"task.files: {mend}")
             data = replace(data, mix=None, train_files=config.files, eval_files=config.files, eval_rows=None)
-        return prepare_evaluation(decide_layouts(data), tokenizer, config.limit)
+        return prepare_evaluation(data, tokenizer, config.limit)
 
 
 TASK = Perplexity(settings=("files", "window"))
