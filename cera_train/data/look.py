@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
@@ -15,6 +17,9 @@ from cera_train.settings.data import DataConfig, Layout, Turns
 
 LOOKED_AT = 1000
 """Rows whose tokens are looked at one by one."""
+
+BARS, BAR_WIDTH = 8, 40
+"""Lines of a histogram, and the characters of its longest."""
 
 
 def print_rows(config: DataConfig, data: TokenizedData) -> None:
@@ -67,7 +72,7 @@ def describe_stop(ends: set[int], stops: set[int], tokenizer: Any) -> str:
 
 
 def print_lengths(rows: TokenizedRows) -> None:
-    """Answers of a row, and percentiles of its tokens."""
+    """Answers and tokens of the rows: percentiles, and a small histogram."""
     answers = [
         sum(is_supervised for is_supervised, _ in itertools.groupby(tokens_of(rows, row)[1]))
         for row in range(min(len(rows), LOOKED_AT))
@@ -76,6 +81,12 @@ def print_lengths(rows: TokenizedRows) -> None:
     lengths = sorted(rows.lengths)
     low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
     print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
+    width = math.ceil((lengths[-1] - lengths[0] + 1) / BARS)
+    counts = Counter((length - lengths[0]) // width for length in lengths)
+    for bar in range(max(counts) + 1):
+        first = lengths[0] + bar * width
+        hashes = "#" * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))
+        print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
 
 
 def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:

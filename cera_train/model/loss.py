@@ -191,6 +191,8 @@ class SupervisedLoss(nn.Module):
                 "Triton: install it, or set train.compile=false."
             )
         torch.compiler.reset()  # an earlier run's layers count towards the limit of variants
+        refused_variants().clear()
+        torch.compiler.set_stance("default")
         compiled = functools.cache(functools.partial(torch.compile, dynamic=True, backend=backend))
         kinds = set(self._no_split_modules or ())
         for layer in causal_lm.modules():
@@ -202,6 +204,14 @@ class SupervisedLoss(nn.Module):
             else:
                 layer.compile(dynamic=True, backend=backend)
         self.is_compiled = True
+
+    def stop_compiling(self) -> bool:
+        """Whether torch has just refused one more variant of a layer. Then all layers run eagerly from now on."""
+        if self.is_compiled and any("recompile limit" in reason for reason in refused_variants()):
+            torch.compiler.set_stance("force_eager")
+            self.is_compiled = False
+            return True
+        return False
 
     def uncompiled(self) -> contextlib.AbstractContextManager:
         """Passes inside it do without compiled layers, which call no hooks."""
@@ -241,6 +251,13 @@ def can_compile(device: torch.device) -> bool:
     if device.type == "cuda":
         return has_triton() and any(map(shutil.which, ("gcc", "clang", "cc")))
     return any(map(shutil.which, ("g++", "clang++", "cl")))
+
+
+def refused_variants() -> dict[str, int]:
+    """How often torch.compile has run code as it is written, by the reason."""
+    from torch._dynamo.utils import counters  # takes a second
+
+    return counters["unimplemented"]
 
 
 def _checkpoint_compiled(checkpoint: Callable, compiled: Callable, layer: functools.partial, *args: Any) -> Any:

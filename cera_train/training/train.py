@@ -142,6 +142,8 @@ def update(session: Session) -> int | None:
         **drawn.figures,
     )
     session.log(metrics)
+    if session.local_loss.stop_compiling():
+        session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
     numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
     if (reward := drawn.figures.get("train/reward")) is not None:
         numbers = f"reward {figure(reward)}"

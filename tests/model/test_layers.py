@@ -157,6 +157,7 @@ def graphs():
     yield Graphs()
     logging.disable(logging.NOTSET)
     torch.compiler.reset()
+    torch.compiler.set_stance("default")
 
 
 class Graphs(list):
@@ -193,7 +194,31 @@ def test_layers_stay_compiled_whatever_the_number_of_sequences(
     got, counts = gradients(compiled, graphs)
     assert counts == [counts[0]] * len(counts)
     assert counts[0] >= 2
+    assert not compiled.stop_compiling()
     if not dropout:
         expected, _ = gradients(make_loss(dtype, dropout, checkpointing), graphs)
         for ours, eager in zip(got, expected, strict=True):
             assert (ours - eager).norm() <= 1e-6 * eager.norm()
+
+
+class Widening(nn.Module):
+    """A layer of another width at each call: torch compiles no ninth variant."""
+
+    def forward(self, x: torch.Tensor, width: object) -> torch.Tensor:
+        return x * len(width)
+
+
+def test_layers_run_eagerly_once_torch_refuses_a_variant(graphs):
+    loss = make_loss("float32", 0.0, checkpointing=False)
+    layer = Widening()
+    loss.causal_lm.model.layers.append(layer)
+    loss._no_split_modules = {"Widening"}
+    loss.compile_layers(graphs.add)
+    for width in range(12):
+        assert layer(torch.ones(3), ["x"] * width).sum() == 3 * width
+    assert loss.is_compiled
+    assert loss.stop_compiling()
+    assert not loss.is_compiled
+    count = len(graphs)
+    layer(torch.ones(3), ["x"])
+    assert (len(graphs), loss.stop_compiling()) == (count, False)
