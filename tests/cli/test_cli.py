@@ -49,8 +49,10 @@ def test_a_shell_completes_settings_and_choices(tmp_path):
 IMPORTS = """
 import sys
 sys.argv[0] = "cera-train"
+from cera_train.common.imports import heavy_imports
+with heavy_imports():
+    import torch
 from cera_train.training.train import launch
-import torch
 from cera_train.cera import CeraConfig
 from cera_train.cera.layer import CeraLayer
 CeraLayer(torch.nn.Linear(8, 8), "default", CeraConfig(r=2))

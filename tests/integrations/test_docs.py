@@ -274,7 +274,7 @@ def test_the_tree_of_the_readme_is_the_tree():
 # --- the tutorial and the notebook -----------------------------------------------------------------------------------
 
 SHORT = {
-    "cera-train": "train.max_updates=2 train.eval_every=1 data.eval_rows=4",
+    "cera-train": "train.max_updates=2 train.eval_every=1 train.tasks_limit=4",
     "cera-eval": "task.limit=4 task.max_new_tokens=16",
     "cera-export": "tolerance=10",
 }
