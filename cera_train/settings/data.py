@@ -258,7 +258,7 @@ class DataConfig:
 
     @property
     def sequences(self) -> int:
-        """Of a row: two of a preference."""
+        """Sequences of a row: two of a preference."""
         return 2 if self.is_paired else 1
 
     @property

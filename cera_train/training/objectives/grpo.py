@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cera_train.training.session import Session
 
 Reward = Callable[[str, str, str], float]
-"""Of a prompt, an answer to it, and the row's answer."""
+"""Takes a prompt, an answer to it, and the row's answer."""
 
 PATIENCE = 100
 """Groups that all lack a difference in reward, after which a run is given up."""
@@ -58,8 +58,6 @@ class Grpo:
         deviations, advantages = rewards.std(1), rewards - rewards.mean(1, keepdim=True)
         if config.scale:
             advantages /= deviations[:, None] + 1e-4
-        self._advantages = advantages.flatten().tolist()
-
         examples = [
             Example([*ids, *answer], [False] * len(ids) + [True] * len(answer))
             for (ids, _), group in groups
@@ -67,6 +65,7 @@ class Grpo:
         ]
         sampled = TokenizedRows(table_of(examples))
         self._tokens, lengths = sampled.supervised, torch.tensor(sampled.supervised, dtype=torch.float32)
+        self._weights = (advantages.flatten() / lengths.sum()).tolist()
         figures = {
             "reward": rewards.mean(),
             "reward_std": deviations.mean(),
@@ -76,11 +75,11 @@ class Grpo:
         }
         tokens = session.config.train.micro_batch_tokens
         batches = MicroBatches(sampled, session.local_loss.is_flat, tokens, session.accelerator.device)
-        moving = [number for number, advantage in enumerate(self._advantages) if advantage]
+        moving = [number for number, weight in enumerate(self._weights) if weight]
         return Drawn(batches, moving or [0], {f"train/{name}": value.item() for name, value in figures.items()})
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
-        weights = [self._advantages[number] / sum(self._tokens) for number in group]
+        weights = [self._weights[number] for number in group]
         tokens = [self._tokens[number] for number in group]
         value = -sum(map(operator.mul, weights, tokens))
         return self.session.accelerator.num_processes * weighted(losses, tokens, weights, value)
@@ -123,8 +122,8 @@ class Grpo:
 
     def _reward(self, prompt: Sequence[int], right: str, answer: Sequence[int]) -> float:
         """The sum of the rewards of an answer."""
-        decode = partial(self.session.tokenizer.decode, skip_special_tokens=True)
-        return sum(reward(decode(prompt), decode(answer), right) for reward in self.rewards)
+        asked, said = self.session.tokenizer.batch_decode([prompt, answer], skip_special_tokens=True)
+        return sum(reward(asked, said, right) for reward in self.rewards)
 
     def _check_signal(self, rewards: Tensor) -> None:
         """Raises UserError where no group of the first hundred had answers of different rewards."""
