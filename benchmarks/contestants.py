@@ -328,7 +328,7 @@ class Ours(Contestant):
         from cera_train.training.train import backward
 
         session = self.session
-        backward(session, list(rows))
+        backward(session, session.objective.begin(list(rows)))
         session.accelerator.clip_grad_norm_(session.weights, 1.0)
         session.stepper.step()
         session.stepper.zero_grad()

@@ -44,6 +44,10 @@ PARAMETERS = 1_024
 """Trained at r = 1 beside q_proj and v_proj of all layers."""
 BITS_OFFERED = 4
 """By the pairs of keys and values, for each trained parameter."""
+WORDS = 30_000
+"""Words drawn, of which about half differ."""
+TAUGHT = 1_000
+"""Updates after which the speller writes a third of the words backwards."""
 MARKS = ["<<", "<>", "><", ">>"]
 """Stand before a prompt."""
 SEED = 0
@@ -84,6 +88,18 @@ def pairs(count: int) -> list[Row]:
     return list(rows.items())
 
 
+def spelled() -> tuple[list[Row], list[Row]]:
+    """Different words of 3 to 8 letters: half of them written at random as they are or backwards; the others as they
+    are where they begin with one of a to l, else backwards."""
+    problems = reasoning_gym.create_dataset("spell_backward", size=WORDS, seed=SEED)
+    words = dict.fromkeys(problem["answer"][::-1].lower() for problem in problems)
+    words = [word for word in words if word.isascii() and 3 <= len(word) <= 8]
+    draw, half = random.Random(SEED), len(words) // 2
+    taught = [(f"{word}:", word[:: draw.choice((1, -1))]) for word in words[:half]]
+    asked = [(f"{word}:", word[:: 1 if word < "m" else -1]) for word in words[half:]]
+    return taught, asked
+
+
 def marked(rows: Iterable[Row], marks: Iterable[str], seed: int = SEED) -> list[Row]:
     """The rows, each after a random one of these marks."""
     draw = random.Random(seed)
@@ -101,12 +117,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_base(folder: Path, updates: int) -> list[Row]:
     """Trains every weight of a tiny Llama, from random ones, by this program; and goes on with marks, which tell
-    nothing, before the prompts. Returns the rows."""
+    nothing, before the prompts. Another one, the speller, half learns to write words backwards. Returns the base's
+    rows."""
     tokenizer = make_tokenizer()
     torch.manual_seed(SEED)
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, **SIZES)
     LlamaForCausalLM(config).save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
+    taught, asked = spelled()
+    write(folder / "speller.jsonl", taught)
+    write(folder / "asked.jsonl", asked)
+    train(folder, "speller", folder / "random", TAUGHT)
     usual = write(folder / "base.jsonl", sentences())
     train(folder, "base", folder / "random", updates)
     write(folder / "marked.jsonl", marked(usual[:-HELD_OUT], MARKS), marked(usual[-HELD_OUT:], MARKS))

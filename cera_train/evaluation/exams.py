@@ -7,7 +7,6 @@ the model, so the losses of a run are equal to the bit with and without it.
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
 from cera_train.data.sources import answered_rows
-from cera_train.evaluation.generate import Request, cut_batches, generate, prepare_generation, requests_for
+from cera_train.evaluation.generate import Request, answer_all, requests_for
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
 from cera_train.model.folder import positions_of
@@ -147,15 +146,5 @@ class Exams:
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
-        longest = max((len(request.prompt_ids) for request in exam.requests), default=0)
-        share = math.ceil(len(exam.requests) / self.accelerator.num_processes) * (longest + exam.max_new_tokens)
-        greedy = GenerationConfig()
-        with self.loss.generating() as base:
-            prepare_generation(base, self.tokenizer, exam.max_new_tokens, exam.stop)
-            batches = cut_batches(exam.requests, exam.max_new_tokens, min(greedy.batch_tokens, share))
-            mine = [
-                generate(self.loss.model, base, self.tokenizer, batch, greedy)
-                for batch in batches[self.accelerator.process_index :: self.accelerator.num_processes]
-            ]
-        answers = {answer.problem: answer for answer in gather_object(list(itertools.chain(*mine)))}
-        return [answers[problem.id] for problem in exam.problems]
+        settings = exam.requests, exam.max_new_tokens, exam.stop, GenerationConfig()
+        return [answer for answer, _ in answer_all(self.loss, self.tokenizer, *settings, self.accelerator)]

@@ -103,7 +103,7 @@ class DpoConfig:
 
 @dataclass
 class GrpoConfig:
-    """Group relative policy optimisation, arXiv 2402.03300, on the policy itself: `train.objective=grpo`."""
+    """Group relative policy optimisation, arXiv 2402.03300: `train.objective=grpo`."""
 
     answers: int = setting(8, "result")
     """Sampled for each prompt: a group."""
@@ -115,9 +115,19 @@ class GrpoConfig:
     """Functions by import path, such as my_rewards.brevity: f(prompt, answer, gold) -> number, added to the grade."""
     scale: bool = setting(True, "result")
     """Divides an advantage by the standard deviation of its group's rewards."""
+    epochs: int = setting(1, "result")
+    """Steps of the optimizer on the answers of an update. From the second on, ratios are clipped."""
+    epsilon: float = setting(0.2, "result")
+    """Clips the ratio of a token's probability to the one when it was sampled at 1 - epsilon, where that lowers the
+    objective."""
+    epsilon_high: float | None = setting(None, "result")
+    """Clips it at 1 + epsilon_high. null: epsilon."""
+    beta: float = setting(0.0, "result")
+    """Weight of the KL divergence from the base, the model without its adapter."""
 
     def __post_init__(self) -> None:
-        require_positive("grpo", self, "max_new_tokens")
+        require_positive("grpo", self, "max_new_tokens", "epochs", "epsilon", "epsilon_high")
+        require(self.beta >= 0, f"grpo.beta={self.beta:g} must not be negative.")
         require(
             self.grader is not None or bool(self.rewards), "grpo.grader=null without grpo.rewards: name a function."
         )

@@ -1,8 +1,8 @@
 """The cells of a study: each arm under each condition, its runs, and which of them judge it. Imports no
 torch.
 
-Every seed runs every tuned value to its end, and the value of the lowest mean held-out loss judges the arm. With
-`study.tune_seeds=k` the first k seeds choose, and the others judge.
+Every seed runs every tuned value to its end, and the value that is best on average, by the study's first outcome,
+judges the arm. With `study.tune_seeds=k` the first k seeds choose, and the others judge.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from statistics import fmean
 
 from omegaconf import OmegaConf
 
+from cera_train.runs.outcomes import read_grades
 from cera_train.runs.results import RunResult
-from cera_train.settings.sweep import StudyConfig
+from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.folder import job_name, key_of
 from cera_train.sweep.record import RECORD, SweepRecord
 from cera_train.sweep.table import State, job_status
@@ -35,6 +36,8 @@ class Candidate:
     """The overrides of its run with seed 0."""
     sweep: Path
     swept: Sequence[str]
+    outcome: str
+    """The first of the study."""
 
     def overrides_of(self, seed: int) -> list[str]:
         return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in self.overrides]
@@ -44,9 +47,12 @@ class Candidate:
         return self.sweep / job_name(self.overrides_of(seed), self.swept)
 
     def loss(self, seed: int) -> float | None:
-        """Held-out loss after the last update; infinite for a run that diverged, None for one that has not ended."""
+        """After the last update, the held-out loss, or the part of a task's score that is missed; infinite for a run
+        that diverged, None for one that has not ended."""
         run = self.run(seed)
         if (result := RunResult.find(run / "result.json")) is not None:
+            if self.outcome != LOSS:
+                return 1 - fmean(fmean(problem.scores) for problem in read_grades(run, self.outcome))
             return math.log(result.perplexity) if result.perplexity else math.inf
         return math.inf if job_status(self.sweep, run.name).state == State.diverged else None
 
@@ -141,7 +147,7 @@ class Cell:
 
     @property
     def between(self) -> float:
-        """The most by which a value between those of the grid could lower the loss, in nats a token.
+        """The most by which a value between those of the grid could lower the loss: in nats a token, or of a score.
 
         Near its minimum a loss is a parabola. If its neighbours are higher than the best value by b on average, the
         minimum is at most b / 4 below that value.
@@ -221,7 +227,9 @@ def study_on_record(folder: Path, record: SweepRecord) -> Study:
             own = {key_of(word) for word in config.arms[words[ARM]]}
             place = words[ARM], *((key, words[key]) for key in config.conditions if key not in own)
             values = {key: words[key] for key in config.tune}
-            candidates.setdefault(place, []).append(Candidate(values, overrides, folder, record.swept))
+            candidates.setdefault(place, []).append(
+                Candidate(values, overrides, folder, record.swept, config.outcomes[0])
+            )
     cells = [
         Cell(arm, dict(choices), values, config.seeds, config.tune_seeds)
         for (arm, *choices), values in candidates.items()

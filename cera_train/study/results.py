@@ -178,8 +178,9 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
         )
     comparisons = []
     for outcome in study.config.outcomes:
-        # Tuned values are chosen by the loss, and how scores bend between them is unknown.
-        between = [max(first.cell.between, second.cell.between) * (outcome == LOSS) for _, first, second in pairs]
+        # Tuned values are chosen by the first outcome, and how others bend between them is unknown.
+        is_first = outcome == study.config.outcomes[0]
+        between = [max(first.cell.between, second.cell.between) * is_first for _, first, second in pairs]
         differences = [
             contrast(first.values(outcome), second.values(outcome), first.runs[0].outcomes[outcome].weights, more)
             for (_, first, second), more in zip(pairs, between, strict=True)

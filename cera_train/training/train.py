@@ -107,7 +107,7 @@ def run(session: Session) -> dict[str, Any]:
 
 
 def update(session: Session) -> int | None:
-    """One step of the optimizer on `train.batch_size` sequences.
+    """An update on `train.batch_size` sequences: one step of the optimizer, or more where the objective takes several.
 
     Returns:
         The signal that one of the processes received meanwhile: all of them stop after the same update.
@@ -116,16 +116,17 @@ def update(session: Session) -> int | None:
     config, accelerator, progress = session.config.optimizer, session.accelerator, session.progress
     rows = session.order.sequences(progress.update)
     torch.manual_seed(session.seed())
-    loss, drawn = backward(session, rows)
-    heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
-    loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
-
     lr = learning_rate(config, progress.update, session.updates)
     set_learning_rate(session.optimizer, lr)
-    grad_norm = float(accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
-    check_finite(session, rows, loss, grad_norm)
-    session.stepper.step()
-    session.stepper.zero_grad()
+    drawn = session.objective.begin(rows)
+    for _ in range(drawn.passes):
+        loss = backward(session, drawn)
+        heard = torch.tensor(session.interruption.heard(), device=accelerator.device)
+        loss, *heard = accelerator.reduce(torch.cat([loss[None], heard]), reduction="mean").tolist()
+        grad_norm = float(accelerator.clip_grad_norm_(session.weights, config.max_grad_norm))
+        check_finite(session, rows, loss, grad_norm)
+        session.stepper.step()
+        session.stepper.zero_grad()
 
     tokens = sum(drawn.batches.lengths[row] for row in drawn.rows)
     seconds = time.perf_counter() - started
@@ -140,23 +141,20 @@ def update(session: Session) -> int | None:
         tokens / seconds,
         progress.seconds,
         **drawn.figures,
+        **{name: float(accelerator.reduce(value, reduction="mean")) for name, value in drawn.sums.items()},
     )
     session.log(metrics)
     if session.local_loss.stop_compiling():
         session.bar.note("speed      layers run uncompiled from here: torch compiles no further variant of them")
-    numbers = f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
-    if (reward := drawn.figures.get("train/reward")) is not None:
-        numbers = f"reward {figure(reward)}"
+    numbers = drawn.headline or f"loss {figure(loss)}  perplexity {figure(metrics.perplexity, 2)}"
     left = duration(session.seconds_left())
     session.bar.step(f"{numbers}  {figure(metrics.tokens_per_s, 0)} tokens/s  {left} left")
     return first_heard(heard)
 
 
-def backward(session: Session, rows: list[int]) -> tuple[torch.Tensor, Drawn]:
-    """Accumulates the gradient of the objective on these rows; returns this process's part of the loss, a scalar, and
-    what ran through the model."""
+def backward(session: Session, drawn: Drawn) -> torch.Tensor:
+    """Accumulates the gradient of the objective; returns this process's part of the loss, a scalar."""
     accelerator, objective = session.accelerator, session.objective
-    drawn = objective.begin(rows)
     total = torch.zeros((), device=accelerator.device)
     micro_batches = shared_out(drawn.batches, drawn.rows, accelerator)
     for number, (group, counts) in enumerate(micro_batches, start=1):
@@ -165,7 +163,7 @@ def backward(session: Session, rows: list[int]) -> tuple[torch.Tensor, Drawn]:
             loss = counts * objective.loss(session.loss(drawn.batches.load(group), by_token=True), group)
             accelerator.backward(loss)
         total += loss.detach()
-    return total, drawn
+    return total
 
 
 def check_finite(session: Session, rows: list[int], loss: float, grad_norm: float) -> None:

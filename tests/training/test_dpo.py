@@ -57,7 +57,7 @@ def move(model: torch.nn.Module) -> None:
 
 
 def gradients(session: Session, rows: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
-    loss, _ = backward(session, rows)
+    loss = backward(session, session.objective.begin(rows))
     named = session.model.named_parameters()
     taken = {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
     session.optimizer.zero_grad()

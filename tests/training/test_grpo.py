@@ -45,49 +45,72 @@ def grpo(tiny_config, write_jsonl):
 
 
 @WARNINGS
-@pytest.mark.parametrize("scale", [True, False])
-def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, scale):
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [(["grpo.scale=true"], 1), (["grpo.scale=false"], 1), (["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.beta=0.5"], 2)],
+    ids=["scaled", "unscaled", "clipped, with a reference"],
+)
+def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, passes):
     trl = pytest.importorskip("trl")
-    words = ["adapter.r=4", "adapter.dropout=0", f"grpo.scale={str(scale).lower()}", "train.micro_batch_tokens=256"]
-    settled = settle(grpo(*words), tmp_path / "run")
+    settled = settle(grpo("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words), tmp_path / "run")
+    config = settled.config.grpo
     session = Session(settled, RunFolder(tmp_path / "run", to_plain(settled.config)), resume_from=None)
-    torch.manual_seed(1)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def move() -> None:
         for parameter in session.weights:
             parameter += 0.1 * torch.randn_like(parameter)
-    session.loss.train()
-    loss, drawn = backward(session, [0, 2, 3])
-    taken = {name: p.grad.clone() for name, p in session.model.named_parameters() if p.grad is not None}
-    session.optimizer.zero_grad()
 
+    torch.manual_seed(1)
+    move()
+    session.loss.train()
+    drawn = session.objective.begin([0, 2, 3])
+    assert drawn.passes == passes
+    assert 0 < len(drawn.rows) <= 12
     prompts = [session.objective._prompt(row)[0] for row in (0, 2, 3)]
-    answers = session.objective._sample(prompts)
-    rewards = torch.tensor([[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in answers]).float()
+    groups = [[ids for _, ids in group] for group in session.objective._sample(prompts)]
+    rewards = torch.tensor([[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]).float()
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale:
+    if config.scale:
         advantages /= rewards.std(1, keepdim=True) + 1e-4
     assert drawn.figures["train/reward"] == pytest.approx(rewards.mean().item())
-    assert 0 < len(drawn.rows) <= 12
-    rows = [
-        (torch.tensor(prompt), torch.tensor(ids))
-        for prompt, group in zip(prompts, answers, strict=True)
-        for ids in group
-    ]
 
-    def padded(parts: list[torch.Tensor], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def padded(parts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [torch.tensor(part) for part in parts]
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(parts, True, 0, side), pad([torch.ones_like(part) for part in parts], True, 0, side)
 
+    prompt_ids, prompt_mask = padded([prompt for prompt in prompts for _ in range(4)], "left")
+    ids, mask = padded([answer for group in groups for answer in group], "right")
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids, "completion_mask": mask}
+    inputs |= {"advantages": advantages.flatten(), "num_items_in_batch": mask.sum()}
+
+    def log_p() -> torch.Tensor:
+        attention = session.local_loss.causal_lm.config._attn_implementation
+        session.local_loss.causal_lm.set_attn_implementation("sdpa")
+        whole = torch.cat([prompt_ids, ids], 1), torch.cat([prompt_mask, mask], 1)
+        logits = session.model(*whole).logits[:, prompt_ids.shape[1] - 1 : -1].log_softmax(-1)
+        session.local_loss.causal_lm.set_attn_implementation(attention)
+        return logits.gather(-1, ids[..., None])[..., 0].detach()
+
+    if passes == 2:
+        inputs["old_per_token_logps"] = log_p()
+        with session.model.disable_adapter():
+            inputs["ref_per_token_logps"] = log_p()
+        backward(session, drawn)
+        session.optimizer.zero_grad()
+        move()
+    sums = {name: value.clone() for name, value in drawn.sums.items()}
+    loss = backward(session, drawn)
+    taken = {name: p.grad.clone() for name, p in session.model.named_parameters() if p.grad is not None}
+    session.optimizer.zero_grad()
+
     session.local_loss.causal_lm.set_attn_implementation("sdpa")
     options = {"per_device_train_batch_size": 4, "num_generations": 4, "use_cpu": True, "bf16": False}
+    options |= {"epsilon": config.epsilon, "beta": config.beta}
     settings = trl.GRPOConfig(str(tmp_path / "trl"), report_to="none", **options)
     rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
     trainer = trl.GRPOTrainer(session.model, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer)
-    (prompt_ids, prompt_mask), (ids, mask) = (
-        padded([row[part] for row in rows], side) for part, side in ((0, "left"), (1, "right"))
-    )
-    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask, "completion_ids": ids, "completion_mask": mask}
-    inputs |= {"advantages": advantages.flatten(), "num_items_in_batch": mask.sum()}
     trainer.current_gradient_accumulation_steps = 1
     expected = trainer._compute_loss(trainer.model, inputs)
     expected.backward()
@@ -95,10 +118,14 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, scale):
     for name, gradient in taken.items():
         wanted = trainer.model.get_parameter(name).grad
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm(), name
+    if passes == 2:
+        logged = trainer._metrics["train"]
+        assert logged["clip_ratio/region_mean"][0] > 0
+        assert passes * (drawn.sums["train/kl"] - sums["train/kl"]).item() == pytest.approx(logged["kl"][0], rel=1e-4)
 
 
 def test_rewards_rise_and_a_run_goes_on_byte_for_byte(grpo):
-    words = ["optimizer.lr=5e-2", "grpo.answers=8", "adapter.dropout=0"]
+    words = ["optimizer.lr=5e-2", "adapter.dropout=0", "grpo.answers=8", "grpo.epochs=2", "grpo.beta=0.01"]
     whole, part = (grpo(*words, name) for name in ("name=whole", "name=part"))
     whole.train.max_updates = 16
     train(whole)
@@ -164,6 +191,13 @@ def test_a_reward_that_tells_nothing_is_refused(grpo, monkeypatch, rewards, mess
 def test_a_row_without_an_answer_for_the_grader_is_refused(grpo):
     with pytest.raises(UserError, match="^grpo.grader=choice: .*finds no answer in it"):
         train(grpo("grpo.grader=choice"))
+
+
+def test_a_reference_is_the_base_without_an_adapter(grpo):
+    with pytest.raises(
+        UserError, match="^grpo.beta=0.1 needs the base as the reference, and adapter.kind=full trains it"
+    ):
+        train(grpo("grpo.beta=0.1", "adapter=full", "adapter.r=null", "adapter.dropout=0"))
 
 
 def test_sharded_weights_are_refused(compose):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from cera_train.model.batches import MicroBatches
@@ -22,6 +21,12 @@ class Drawn:
     """Sequences of `batches`."""
     figures: dict[str, float] = field(default_factory=dict)
     """For metrics.jsonl."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Further figures, scalars, which `Objective.loss` adds up in each pass, and the processes average."""
+    passes: int = 1
+    """Steps of the optimizer on these batches."""
+    headline: str | None = None
+    """For the progress line, in place of the loss."""
 
 
 class Objective(Protocol):
@@ -37,14 +42,3 @@ class Objective(Protocol):
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         """What counts on the held-out rows: losses whose mean is the held-out loss, and further figures."""
-
-
-def weighted(losses: Tensor, tokens: Sequence[int], weights: Sequence[float], value: float) -> Tensor:
-    """A scalar with the gradient of the weighted sum of sequences' losses, and with this value.
-
-    Args:
-        losses: [sum(tokens)] of the tokens of several sequences.
-    """
-    by_token = torch.tensor(weights).repeat_interleave(torch.tensor(tokens)).to(losses.device)
-    total = (by_token * losses).sum()
-    return total - total.detach() + value

@@ -28,7 +28,7 @@ from cera_train.evaluation.held_out import token_losses
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.outcomes import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
-from cera_train.training.objectives import Drawn, weighted
+from cera_train.training.objectives import Drawn
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -76,9 +76,11 @@ class Dpo:
         return Drawn(session.batches, rows, figures)
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
-        weights = [self._weights[row] for row in group]
-        tokens = [self.session.batches.supervised[row] for row in group]
-        return self.session.accelerator.num_processes * weighted(losses, tokens, weights, len(group) * self._value)
+        weights = torch.tensor([self._weights[row] for row in group])
+        tokens = torch.tensor([self.session.batches.supervised[row] for row in group])
+        total = (weights.repeat_interleave(tokens).to(losses.device) * losses).sum()
+        # Its gradient is that of the pairs' loss; its value becomes this loss, too.
+        return self.session.accelerator.num_processes * (total - total.detach() + len(group) * self._value)
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         gains = _log_p(losses) - self.held_out_reference.view(-1, 2)

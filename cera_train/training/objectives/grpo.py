@@ -1,10 +1,11 @@
 """Group relative policy optimisation, arXiv 2402.03300: the model answers each prompt several times, and learns from
 how an answer's reward differs from those of its group:
 
-    loss = - sum of A log p over the sampled tokens / their number,    A = (reward - mean) / (deviation + 1e-4)
+    loss = - sum of min(ratio A, clip(ratio) A) - beta ratio KL over the sampled tokens / their number
+    A = (reward - mean) / (deviation + 1e-4),    ratio = p / p when sampled,    KL = e^x - x - 1 with x = log p_base / p
 
-An update trains on answers of the model as it is, so ratios to an older policy are 1, and nothing is clipped. Random
-numbers follow from the seed and the update: a run that was cut samples the same answers again.
+An update trains on answers of the model as it is: a ratio is 1 in the first of its `grpo.epochs` passes. Random numbers
+follow from the seed and the update: a run that was cut samples the same answers again.
 """
 
 from __future__ import annotations
@@ -17,18 +18,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
+from cera_train.adapters.saved import keeps_base
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.data.prepare import Example, TokenizedRows, table_of
-from cera_train.evaluation.generate import Request, cut_batches, generate_ids, prepare_generation
+from cera_train.evaluation.generate import Request, answer_all
+from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
+from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.outcomes import TokenLosses
+from cera_train.runs.results import figure
 from cera_train.settings.evaluation import GenerationConfig, Grader
-from cera_train.training.objectives import Drawn, weighted
+from cera_train.training.objectives import Drawn
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -46,43 +50,70 @@ class Grpo:
         self.rewards: list[Reward] = [*map(named, self.config.rewards)]
         if self.config.grader is not None:
             self.rewards.append(partial(grade, grader=self.config.grader))
+        require(
+            not self.config.beta or keeps_base(session.model),
+            f"grpo.beta={self.config.beta:g} needs the base as the reference, and adapter.kind="
+            f"{session.config.adapter.kind} trains it: set grpo.beta=0.",
+        )
         self._groups_without_signal: float = 0
 
     def begin(self, rows: list[int]) -> Drawn:
         session, config = self.session, self.config
         prompts = [self._prompt(row) for row in rows]
-        answers = self._sample([ids for ids, _ in prompts])
-        groups = list(zip(prompts, answers, strict=True))
-        rewards = torch.tensor([[self._reward(*prompt, answer) for answer in group] for prompt, group in groups])
+        groups = self._sample([ids for ids, _ in prompts])
+        rewards = torch.tensor(
+            [
+                [self._reward(*prompt, answer.text) for answer, _ in group]
+                for prompt, group in zip(prompts, groups, strict=True)
+            ]
+        )
         self._check_signal(rewards)
         deviations, advantages = rewards.std(1), rewards - rewards.mean(1, keepdim=True)
         if config.scale:
             advantages /= deviations[:, None] + 1e-4
-        examples = [
-            Example([*ids, *answer], [False] * len(ids) + [True] * len(answer))
-            for (ids, _), group in groups
-            for answer in group
-        ]
-        sampled = TokenizedRows(table_of(examples))
-        self._tokens, lengths = sampled.supervised, torch.tensor(sampled.supervised, dtype=torch.float32)
-        self._weights = (advantages.flatten() / lengths.sum()).tolist()
+        sampled = TokenizedRows(
+            table_of(
+                [
+                    Example([*asked, *ids], [False] * len(asked) + [True] * len(ids))
+                    for (asked, _), group in zip(prompts, groups, strict=True)
+                    for _, ids in group
+                ]
+            )
+        )
+        self._advantages, self._lengths = advantages.flatten(), torch.tensor(sampled.supervised)
+        device, tokens = session.accelerator.device, session.config.train.micro_batch_tokens
+        batches = MicroBatches(sampled, session.local_loss.is_flat, tokens, device)
+        self._before: dict[tuple[int, ...], Tensor] = {}
+        moving, self._sums = self._advantages.nonzero().flatten().tolist() or [0], {}
+        if config.beta:
+            moving, self._sums = range(len(batches.lengths)), {"train/kl": torch.zeros((), device=device)}
+            with session.model.disable_adapter():
+                reference = token_losses(session.local_loss, batches, moving, session.accelerator)
+            self._reference = torch.from_numpy(reference.losses).split(self._lengths.tolist())
         figures = {
             "reward": rewards.mean(),
             "reward_std": deviations.mean(),
             "frac_reward_zero_std": (deviations == 0).float().mean(),
-            "completions/mean_length": lengths.mean(),
-            "completions/clipped_ratio": (lengths == config.max_new_tokens).float().mean(),
+            "completions/mean_length": self._lengths.float().mean(),
+            "completions/clipped_ratio": (self._lengths == config.max_new_tokens).float().mean(),
         }
-        tokens = session.config.train.micro_batch_tokens
-        batches = MicroBatches(sampled, session.local_loss.is_flat, tokens, session.accelerator.device)
-        moving = [number for number, weight in enumerate(self._weights) if weight]
-        return Drawn(batches, moving or [0], {f"train/{name}": value.item() for name, value in figures.items()})
+        named = {f"train/{name}": value.item() for name, value in figures.items()}
+        return Drawn(batches, [*moving], named, self._sums, config.epochs, f"reward {figure(named['train/reward'])}")
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
-        weights = [self._weights[number] for number in group]
-        tokens = [self._tokens[number] for number in group]
-        value = -sum(map(operator.mul, weights, tokens))
-        return self.session.accelerator.num_processes * weighted(losses, tokens, weights, value)
+        config, device = self.config, losses.device
+        advantages = self._advantages[group].repeat_interleave(self._lengths[group]).to(device)
+        before = self._before.setdefault(tuple(group), losses.detach())  # of the first pass
+        ratios = (before - losses).exp()
+        clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
+        total = -torch.minimum(ratios * advantages, clipped * advantages).sum()
+        share = self.session.accelerator.num_processes / self._lengths.sum().to(device)
+        if config.beta:
+            excess = losses - torch.cat([self._reference[number] for number in group]).to(device)
+            divergence = (ratios * (excess.exp() - excess - 1)).sum()
+            self._sums["train/kl"] += share * divergence.detach() / config.epochs
+            total = total + config.beta * divergence
+        return share * total
 
     def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
         return losses, {}
@@ -94,36 +125,23 @@ class Grpo:
         start = supervised.index(True)
         return tuple(ids[:start]), self.session.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
-    def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[list[int]]]:
-        """The tokens of a group of answers to each prompt, the same on every process."""
+    def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[Generation, list[int]]]]:
+        """A group of answers to each prompt, and their tokens, the same on every process."""
         session, config = self.session, self.config
-        update, accelerator = session.progress.update, session.accelerator
         requests = [
-            Request(f"{update}/{number}", sample, prompt)
+            Request(f"{session.progress.update}/{number}", sample, prompt)
             for number, prompt in enumerate(prompts)
             for sample in range(config.answers)
         ]
         settings = GenerationConfig(temperature=1.0, seed=session.config.train.seed)
-        with session.local_loss.generating() as base:
-            prepare_generation(base, session.tokenizer, config.max_new_tokens, [])
-            batches = cut_batches(requests, config.max_new_tokens, settings.batch_tokens)
-            answers = {
-                (request.problem, request.sample): ids
-                for batch in batches[accelerator.process_index :: accelerator.num_processes]
-                for request, ids in zip(
-                    batch, generate_ids(session.model, base, session.tokenizer, batch, settings), strict=True
-                )
-            }
-        everywhere = {place: ids for process in gather_object([answers]) for place, ids in process.items()}
-        return [
-            [everywhere[f"{update}/{number}", sample] for sample in range(config.answers)]
-            for number in range(len(prompts))
-        ]
+        loss, room = session.local_loss, config.max_new_tokens
+        answers = answer_all(loss, session.tokenizer, requests, room, [], settings, session.accelerator)
+        return [answers[first : first + config.answers] for first in range(0, len(answers), config.answers)]
 
-    def _reward(self, prompt: Sequence[int], right: str, answer: Sequence[int]) -> float:
+    def _reward(self, prompt: Sequence[int], right: str, answer: str) -> float:
         """The sum of the rewards of an answer."""
-        asked, said = self.session.tokenizer.batch_decode([prompt, answer], skip_special_tokens=True)
-        return sum(reward(asked, said, right) for reward in self.rewards)
+        asked = self.session.tokenizer.decode(prompt, skip_special_tokens=True)
+        return sum(reward(asked, answer, right) for reward in self.rewards)
 
     def _check_signal(self, rewards: Tensor) -> None:
         """Raises UserError where no group of the first hundred had answers of different rewards."""
