@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 Line = list[tuple[float, float | None]]
 
+OBJECTIVES = {
+    "train/reward": ("Reward", "In the mean over the answers of an update."),
+    "train/completions/mean_length": ("Length of answers", "In tokens, in the mean over the answers of an update."),
+    "train/rewards/margins": ("Margin", "Of the chosen answer's reward over the rejected one's."),
+}
+"""By key of metrics.jsonl: what only some objectives log, and how."""
+
 MOST_POINTS = 400
 """Points of one curve, to keep the page small."""
 
@@ -45,6 +52,14 @@ def plan_pictures(runs: Sequence[Run]) -> list[Picture]:
             lambda run: [(line.update, line.spectrum.linear_share_mean) for line in run.metrics.evaluations],
             "Share of a branch's variance that the best affine map of A x explains, in the mean over modules. A LoRA's "
             "is 1.",
+        ),
+        *(
+            _curves(
+                *(runs, key.replace("/", "-"), f"{title} during training", "update", title.lower()),
+                lambda run, key=key: [(line.update, line.details.get(key)) for line in run.metrics.updates],
+                caption,
+            )
+            for key, (title, caption) in OBJECTIVES.items()
         ),
         *(_accuracy(runs, task) for task in task_names(runs)),
     ]

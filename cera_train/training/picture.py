@@ -1,4 +1,4 @@
-"""The picture of a run: loss over updates, the spectrum of its adapter, and the figures of its tasks."""
+"""The picture of a run: loss or reward over updates, the spectrum of its adapter, and the figures of its tasks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ def draw_run(folder: Path, title: str) -> Path:
         ([line.update for line in lines], [line.loss for line in lines])
         for lines in (metrics.updates, metrics.evaluations)
     )
-    panels[0].plot(*updates, color=COLORS["cera"], linewidth=1, label="training")
-    panels[0].plot(*evaluations, color=COLORS["lora"], marker="o", markersize=4, label="evaluation")
-    panels[0].set(xlabel="update", ylabel="loss (nats per supervised token)")
+    rewards = [line.details.get("train/reward") for line in metrics.updates]
+    if any(reward is not None for reward in rewards):
+        panels[0].plot(updates[0], rewards, color=COLORS["cera"], linewidth=1, label="training")
+        panels[0].set(xlabel="update", ylabel="reward")
+    else:
+        panels[0].plot(*updates, color=COLORS["cera"], linewidth=1, label="training")
+        panels[0].plot(*evaluations, color=COLORS["lora"], marker="o", markersize=4, label="evaluation")
+        panels[0].set(xlabel="update", ylabel="loss (nats per supervised token)")
     if spectrum:
         directions = range(1, len(spectrum) + 1)
         panels[1].plot(directions, spectrum, color=COLORS["cera"], marker=".", label="mean over modules")

@@ -141,6 +141,19 @@ def test_the_linear_share_is_drawn_by_update(tmp_path: Path) -> None:
     assert list(line.get_ydata()) == pytest.approx([0.98, 0.96, 0.94, 0.92, 0.9])
 
 
+def test_rewards_and_the_length_of_answers_are_drawn_by_update(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    lines = [
+        {"update": update, "epoch": 0, "train/reward": update / 4, "train/completions/mean_length": 9 - update}
+        for update in (1, 2)
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pictures = pictures_of(run)
+    assert pictures["train-reward"].alt == "Reward by update. a: 0.25 to 0.5."
+    assert pictures["train-completions-mean_length"].alt == "Length of answers by update. a: 8 to 7."
+    assert "train-rewards-margins" not in pictures
+
+
 def test_the_accuracy_of_trajectories_is_drawn_by_their_steps(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name) for name in "ab"]
     for run, share in zip(runs, (0.25, 0.5), strict=True):
