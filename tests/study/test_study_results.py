@@ -34,13 +34,14 @@ def test_verdicts_are_better_worse_or_not_shown(make_study):
     assert [own.verdict for own in compare_cells(study, read_results(study))] == ["not shown", "worse"]
 
 
-def test_higher_scores_are_better(make_study):
+def test_higher_scores_are_better_and_the_first_outcome_chooses_the_rate(make_study):
     study = make_study(
-        lambda values: 1 + 0.02 * (values["optimizer.lr"] != "0.001"),
-        lambda values: 0.9 if values["study.arm"] == "cera" else 0.2,
+        lambda values: float(values["optimizer.lr"]),
+        lambda values: (0.9 if values["study.arm"] == "cera" else 0.3) - 0.2 * (values["optimizer.lr"] != "0.001"),
         outcomes=["gsm8k", "loss"],
         seeds=3,
     )
+    assert [cell.chosen.values for cell in study.cells] == [{"optimizer.lr": "0.001"}] * 2
     comparisons = compare_cells(study, read_results(study))
     assert [(own.outcome, own.verdict) for own in comparisons] == [("gsm8k", "better"), ("loss", "not shown")]
     endings = read_results(study)[0].endings("gsm8k")

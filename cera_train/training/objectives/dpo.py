@@ -28,7 +28,7 @@ from cera_train.evaluation.held_out import token_losses
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.outcomes import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
-from cera_train.training.objectives import Drawn
+from cera_train.training.objectives import Drawn, Objective
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -55,7 +55,7 @@ def rewards(gains: Tensor, beta: float, prefix: str) -> dict[str, float]:
     return {f"{prefix}/rewards/{name}": float(values.mean()) for name, values in figures.items()}
 
 
-class Dpo:
+class Dpo(Objective):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.dpo
         self.reference = self._reference(session.batches)

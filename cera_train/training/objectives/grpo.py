@@ -29,10 +29,9 @@ from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
 from cera_train.runs.evaluation_folder import Generation
-from cera_train.runs.outcomes import TokenLosses
 from cera_train.runs.results import figure
 from cera_train.settings.evaluation import GenerationConfig, Grader
-from cera_train.training.objectives import Drawn
+from cera_train.training.objectives import Drawn, Objective
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
@@ -44,7 +43,7 @@ PATIENCE = 100
 """Groups that all lack a difference in reward, after which a run is given up."""
 
 
-class Grpo:
+class Grpo(Objective):
     def __init__(self, session: Session) -> None:
         self.session, self.config = session, session.config.grpo
         self.rewards: list[Reward] = [*map(named, self.config.rewards)]
@@ -114,9 +113,6 @@ class Grpo:
             self._sums["train/kl"] += share * divergence.detach() / config.epochs
             total = total + config.beta * divergence
         return share * total
-
-    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
-        return losses, {}
 
     def _prompt(self, row: int) -> tuple[tuple[int, ...], str]:
         """The tokens before a row's answer, and the answer."""

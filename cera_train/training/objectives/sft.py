@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cera_train.runs.outcomes import TokenLosses
-from cera_train.training.objectives import Drawn
+from cera_train.training.objectives import Drawn, Objective
 
 if TYPE_CHECKING:
     from cera_train.training.session import Session
 
 
-class Sft:
+class Sft(Objective):
     def __init__(self, session: Session) -> None:
         self.batches, self.accelerator = session.batches, session.accelerator
 
@@ -27,6 +26,3 @@ class Sft:
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
         return self.scale * losses.sum()
-
-    def judge(self, losses: TokenLosses) -> tuple[TokenLosses, dict[str, float]]:
-        return losses, {}
