@@ -70,34 +70,36 @@ class Grpo(Objective):
         deviations, advantages = rewards.std(1), rewards - rewards.mean(1, keepdim=True)
         if config.scale:
             advantages /= deviations[:, None] + 1e-4
-        sampled = TokenizedRows(
-            table_of(
-                [
-                    Example([*asked, *ids], [False] * len(asked) + [True] * len(ids))
-                    for (asked, _), group in zip(prompts, groups, strict=True)
-                    for _, ids in group
-                ]
-            )
-        )
+        examples = [
+            Example([*asked, *ids], [False] * len(asked) + [True] * len(ids))
+            for (asked, _), group in zip(prompts, groups, strict=True)
+            for _, ids in group
+        ]
+        sampled, tokens = TokenizedRows(table_of(examples)), session.config.train.micro_batch_tokens
+        batches = MicroBatches(sampled, session.local_loss.is_flat, tokens, session.accelerator.device)
         self._advantages, self._lengths = advantages.flatten(), torch.tensor(sampled.supervised)
-        device, tokens = session.accelerator.device, session.config.train.micro_batch_tokens
-        batches = MicroBatches(sampled, session.local_loss.is_flat, tokens, device)
         self._before: dict[tuple[int, ...], Tensor] = {}
-        moving, self._sums = self._advantages.nonzero().flatten().tolist() or [0], {}
+        reward, lengths = rewards.mean().item(), self._lengths.float()
+        drawn = Drawn(
+            batches,
+            self._advantages.nonzero().flatten().tolist() or [0],
+            {
+                "train/reward": reward,
+                "train/reward_std": deviations.mean().item(),
+                "train/frac_reward_zero_std": (deviations == 0).float().mean().item(),
+                "train/completions/mean_length": lengths.mean().item(),
+                "train/completions/clipped_ratio": (lengths == config.max_new_tokens).float().mean().item(),
+            },
+            passes=config.epochs,
+            headline=f"reward {figure(reward)}",
+        )
         if config.beta:
-            moving, self._sums = range(len(batches.lengths)), {"train/kl": torch.zeros((), device=device)}
+            drawn.rows = [*range(len(examples))]
             with session.model.disable_adapter():
-                reference = token_losses(session.local_loss, batches, moving, session.accelerator)
-            self._reference = torch.from_numpy(reference.losses).split(self._lengths.tolist())
-        figures = {
-            "reward": rewards.mean(),
-            "reward_std": deviations.mean(),
-            "frac_reward_zero_std": (deviations == 0).float().mean(),
-            "completions/mean_length": self._lengths.float().mean(),
-            "completions/clipped_ratio": (self._lengths == config.max_new_tokens).float().mean(),
-        }
-        named = {f"train/{name}": value.item() for name, value in figures.items()}
-        return Drawn(batches, [*moving], named, self._sums, config.epochs, f"reward {figure(named['train/reward'])}")
+                losses = token_losses(session.local_loss, batches, drawn.rows, session.accelerator)
+            self._reference = torch.from_numpy(losses.losses).split(sampled.supervised)
+            self._kl = drawn.sums["train/kl"] = torch.zeros((), device=session.accelerator.device)
+        return drawn
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
         config, device = self.config, losses.device
@@ -110,7 +112,7 @@ class Grpo(Objective):
         if config.beta:
             excess = losses - torch.cat([self._reference[number] for number in group]).to(device)
             divergence = (ratios * (excess.exp() - excess - 1)).sum()
-            self._sums["train/kl"] += share * divergence.detach() / config.epochs
+            self._kl += share * divergence.detach() / config.epochs
             total = total + config.beta * divergence
         return share * total
 
