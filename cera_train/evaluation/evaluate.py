@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +21,19 @@ from cera_train.common.errors import UserError
 from cera_train.common.files import read_json
 from cera_train.common.terminal import ProgressBar, duration, print_fields, print_line
 from cera_train.distributed.accelerator import quiet_libraries, start_accelerator
-from cera_train.evaluation.generate import cut_batches, generate, prepare_generation, requests_for
+from cera_train.evaluation.generate import (
+    Request,
+    cut_batches,
+    generate,
+    generation_settings,
+    prepare_generation,
+    requests_for,
+)
 from cera_train.evaluation.grading import grade_all, score
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.server import Server
 from cera_train.evaluation.tasks.task import AnswerTask, Task, build_task, describe_trained_on, load_problems
-from cera_train.model.folder import load_tokenizer
+from cera_train.model.folder import load_tokenizer, model_ends, positions_of
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model
@@ -33,6 +41,7 @@ from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
+    Generation,
     Key,
     PerplexityResult,
     Problem,
@@ -48,13 +57,15 @@ from cera_train.settings.model import Dtype
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A task, its settings, the model, the folder of the results, and the processes."""
+    """A task, its settings, the model, the folder of the results, the processes, and the server that answers, if one
+    does."""
 
     task: Task
     config: EvalConfig
     subject: Subject
     folder: EvaluationFolder
     accelerator: Accelerator
+    server: Server | None
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -70,20 +81,23 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     subject = find_subject(config)
     name = config.folder_name + (subject.part if config.name is None else "")
     path = subject.folder / "eval" / name
-    subject = choose_dtype(subject, path / "config.yaml")
+    if config.server is None:  # else the server chooses
+        subject = choose_dtype(subject, path / "config.yaml")
     digest = digest_of(subject.adapter) if subject.adapter else None
     config = replace(config, name=name, model=subject.model, adapter_digest=digest)
     # Answers differ in length, so one process may wait hours for another.
     accelerator = start_accelerator(subject.model, subject.train.autocast, timeout=timedelta(days=1))
     is_main = accelerator.is_main_process
-    with EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
+    engine = Server(config.server, subject.model, subject.adapter) if config.server else contextlib.nullcontext()
+    with engine as server, EvaluationFolder.open(path, is_main, accelerator.process_index) as folder:
+        config = replace(config, engine=server and server.engine)
         task = build_task(config.task)
         if is_main:
             folder.write_config(config)
-            measured = f"{subject.name}, {subject.model.path}, on {config.task.name}, {subject.model.dtype}"
-            print_line("evaluate", measured)
+            computes = f"{server.engine} at {server.url}" if server else subject.model.dtype
+            print_line("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}, {computes}")
         accelerator.wait_for_everyone()
-        evaluation = Evaluation(task, config, subject, folder, accelerator)
+        evaluation = Evaluation(task, config, subject, folder, accelerator, server)
         if isinstance(task, AnswerTask):
             result = answer_and_grade(evaluation)
             lines = accuracy_lines(task, result) if is_main else {}
@@ -148,7 +162,7 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
                 generate_missing(evaluation, problems, answers.keys(), file)
             except (KeyboardInterrupt, SystemExit):
                 if is_main:
-                    print_line("stopped", "every whole batch of answers is kept. The same command resumes.")
+                    print_line("stopped", "the answers so far are kept. The same command resumes.")
                 raise
     accelerator.wait_for_everyone()
     if not is_main:
@@ -178,31 +192,57 @@ def print_shared(problems: Sequence[Problem], trained_on: DataConfig | None) -> 
 
 
 def generate_missing(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key], file: TextIO) -> None:
-    """Appends this process's share of the missing answers to a file, batch by batch. A batch that lacks one answer is
-    generated whole, since the rounding of an answer depends on its batch."""
-    config, accelerator, task = evaluation.config, evaluation.accelerator, evaluation.task
-    tokenizer = load_tokenizer(evaluation.subject.model)
-    model, base = load_subject(evaluation.subject, accelerator.device)
-    max_new_tokens = config.task.max_new_tokens
-    prepare_generation(base, tokenizer, max_new_tokens, config.task.stop)
-    requests = requests_for(problems, config.generation.samples, tokenizer, max_new_tokens, base)
-    batches = cut_batches(requests, max_new_tokens, config.generation.batch_tokens)
-    unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
-    mine = unfinished[accelerator.process_index :: accelerator.num_processes]
-
+    """Appends this process's share of the missing answers to a file, as they come."""
+    accelerator, task = evaluation.accelerator, evaluation.task
+    ask = ask_model if evaluation.server is None else ask_server
+    total, batches = ask(evaluation, problems, done)
     by_id = {problem.id: problem for problem in problems}
     answered, correct, started = 0, 0, time.perf_counter()
-    total, others = sum(map(len, mine)), accelerator.num_processes - 1
+    others = accelerator.num_processes - 1
     sharing = f" in this process, {others} more at work" if others else ""
     with contextlib.closing(ProgressBar("answer", total, 0, visible=accelerator.is_main_process)) as progress:
-        for batch in mine:
-            with accelerator.autocast():
-                answers = generate(model, base, tokenizer, batch, config.generation)
+        for answers in batches:
             append_answers(file, [answer for answer in answers if (answer.problem, answer.sample) not in done])
             answered += len(answers)
             correct += sum(task.grade(by_id[answer.problem], answer).exact for answer in answers)
             left = duration((time.perf_counter() - started) / answered * (total - answered))
             progress.step(f"exact {correct / answered:.1%}{sharing}  {left} left", len(answers))
+
+
+Batches = tuple[int, Iterator[list[Generation]]]
+"""How many answers this process gets, and these, batch by batch."""
+
+
+def ask_model(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key]) -> Batches:
+    """A batch that lacks one answer is generated whole, since the rounding of an answer depends on its batch."""
+    config, accelerator = evaluation.config, evaluation.accelerator
+    tokenizer = load_tokenizer(evaluation.subject.model)
+    model, base = load_subject(evaluation.subject, accelerator.device)
+    room = config.task.max_new_tokens
+    prepare_generation(base, tokenizer, room, config.task.stop)
+    requests = requests_for(problems, config.generation.samples, tokenizer, room, positions_of(base.config))
+    batches = cut_batches(requests, room, config.generation.batch_tokens)
+    unfinished = [batch for batch in batches if any((request.problem, request.sample) not in done for request in batch)]
+    mine = unfinished[accelerator.process_index :: accelerator.num_processes]
+
+    def answer(batch: list[Request]) -> list[Generation]:
+        with accelerator.autocast():
+            return generate(model, base, tokenizer, batch, config.generation)
+
+    return sum(map(len, mine)), map(answer, mine)
+
+
+def ask_server(evaluation: Evaluation, problems: Sequence[Problem], done: Container[Key]) -> Batches:
+    """Answers of a server come one by one."""
+    config, accelerator, server = evaluation.config, evaluation.accelerator, evaluation.server
+    tokenizer = load_tokenizer(evaluation.subject.model)
+    room = config.task.max_new_tokens
+    settings = generation_settings(tokenizer, model_ends(evaluation.subject.model), room, config.task.stop)
+    requests = requests_for(problems, config.generation.samples, tokenizer, room, server.positions)
+    missing = [request for request in requests if (request.problem, request.sample) not in done]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    server.load_adapter()
+    return len(mine), ([answer] for answer in server.answers(mine, tokenizer, settings, config.generation))
 
 
 def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:

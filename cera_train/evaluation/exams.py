@@ -56,7 +56,7 @@ def task_exam(name: str, config: Config, tokenizer: Any, model: PreTrainedModel)
     """The problems of a task. Raises UserError where an answer may need more positions than the model has."""
     settings = training_task(name, config.train.changes_of_task(name))
     problems = load_problems(settings, config.data)
-    requests = requests_for(problems, 1, tokenizer, settings.max_new_tokens, model)
+    requests = requests_for(problems, 1, tokenizer, settings.max_new_tokens, positions_of(model.config))
     return Exam(name, build_task(settings), problems, requests, settings.max_new_tokens, settings.stop)
 
 

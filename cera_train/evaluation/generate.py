@@ -29,7 +29,6 @@ from transformers.cache_utils import DynamicLayer
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.model.folder import positions_of
 from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
@@ -47,13 +46,13 @@ class Request:
 
 
 def requests_for(
-    problems: Sequence[Problem], samples: int, tokenizer: Any, max_new_tokens: int, model: PreTrainedModel
+    problems: Sequence[Problem], samples: int, tokenizer: Any, max_new_tokens: int, positions: int | None
 ) -> list[Request]:
     """The answers to generate: `samples` for each problem, in order. Raises UserError where the longest would need more
     positions than the model has."""
     start = start_ids(tokenizer)
     prompts = [(*start, *ids) for ids in ids_of([problem.prompt for problem in problems], tokenizer)]
-    longest, positions = max(map(len, prompts)), positions_of(model.config)
+    longest = max(map(len, prompts))
     if positions is not None and longest + max_new_tokens > positions:
         raise UserError(
             f"task.max_new_tokens={max_new_tokens} after the longest prompt, of {longest} tokens, is beyond the "
@@ -79,10 +78,18 @@ def cut_batches(requests: Sequence[Request], max_new_tokens: int, batch_tokens: 
 
 def prepare_generation(model: PreTrainedModel, tokenizer: Any, max_new_tokens: int, stop: list[str]) -> None:
     """Replaces the generation settings that came with the model, such as a penalty on repetition."""
-    ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
+    ends = model.generation_config.eos_token_id
+    model.generation_config = generation_settings(tokenizer, ends, max_new_tokens, stop)
+
+
+def generation_settings(
+    tokenizer: Any, model_ends: int | list[int] | None, max_new_tokens: int, stop: list[str]
+) -> transformers.GenerationConfig:
+    """When an answer ends. Raises UserError where no token ends one."""
+    ends = stop_ids(tokenizer, model_ends)
     if not ends:
         raise UserError("the tokenizer has no end-of-text token: set one in its tokenizer_config.json.")
-    model.generation_config = transformers.GenerationConfig(
+    return transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
@@ -97,7 +104,7 @@ def generate(
     """Generates the answers of a batch. `base` is the transformers model in `model`, after `prepare_generation`."""
     answers = generate_ids(model, base, tokenizer, batch, config)
     settings = base.generation_config
-    return [_generation(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
+    return [generation_of(request, ids, tokenizer, settings) for request, ids in zip(batch, answers, strict=True)]
 
 
 @torch.no_grad()
@@ -124,9 +131,10 @@ def generate_ids(
     return [ids if end is None else ids[: end + 1] for ids, end in zip(answers, ends, strict=True)]  # it repeats them
 
 
-def _generation(
+def generation_of(
     request: Request, ids: list[int], tokenizer: Any, settings: transformers.GenerationConfig
 ) -> Generation:
+    """The answer that these tokens are, their end token included."""
     end = next((place for place, token in enumerate(ids) if token in settings.eos_token_id), None)
     text = tokenizer.decode(ids[:end], skip_special_tokens=True)
     stops = [text.index(stop) for stop in settings.stop_strings or [] if stop in text]
@@ -159,10 +167,16 @@ def answer_all(
         prepare_generation(base, tokenizer, max_new_tokens, stop)
         for batch in batches[accelerator.process_index :: accelerator.num_processes]:
             for request, ids in zip(batch, generate_ids(loss.model, base, tokenizer, batch, config), strict=True):
-                answer = _generation(request, ids, tokenizer, base.generation_config)
+                answer = generation_of(request, ids, tokenizer, base.generation_config)
                 answers[request.problem, request.sample] = answer, ids
     everywhere = {key: answer for process in gather_object([answers]) for key, answer in process.items()}
     return [everywhere[request.problem, request.sample] for request in requests]
+
+
+def seed_of(request: Request, config: GenerationConfig) -> int:
+    """The seed of an answer's random numbers, 63 bits."""
+    digest = hashlib.sha256(f"{config.seed}/{request.problem}/{request.sample}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 class TokenChoice:
@@ -172,8 +186,7 @@ class TokenChoice:
     def __init__(self, batch: Sequence[Request], max_new_tokens: int, config: GenerationConfig) -> None:
         self.config, self.step, uniform = config, 0, []
         for request in batch if config.temperature else []:
-            digest = hashlib.sha256(f"{config.seed}/{request.problem}/{request.sample}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+            generator = torch.Generator().manual_seed(seed_of(request, config))
             uniform.append(torch.rand(max_new_tokens, generator=generator, dtype=torch.float64))
         self.uniform_BT = torch.stack(uniform) if uniform else torch.empty(len(batch), 0)
 

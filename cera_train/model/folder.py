@@ -122,7 +122,7 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
     """A part of the model, by transformers, whose errors become UserErrors: they meet a wrong value in a file with
     whatever Python raises there."""
     check_model(config.path)
-    path = _pypi_folder(config.path) if config.path.startswith(PYPI) else config.path
+    path = files_of(config.path)
     try:
         with hub_or_cache(needs_hub=not Path(path).is_dir()):
             return from_pretrained(path, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
@@ -137,6 +137,11 @@ def from_hub_or_folder(from_pretrained: Any, config: ModelConfig, **kwargs: Any)
 
 
 # --- models of PyPI --------------------------------------------------------------------------------------------------
+
+
+def files_of(path: str) -> Path | str:
+    """The folder, or the Hub id, that transformers loads a `model.path` from."""
+    return _pypi_folder(path) if path.startswith(PYPI) else path
 
 
 def _pypi_folder(path: str) -> Path:

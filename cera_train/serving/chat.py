@@ -3,6 +3,7 @@ the model was trained to answer, a training row without its last answer; answers
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,8 +22,10 @@ from cera_train.data.prepare import encode
 from cera_train.data.rows import PROMPT, Row
 from cera_train.data.segments import TURNS, columns_read, segmenter, turns_of
 from cera_train.distributed.accelerator import quiet_libraries
-from cera_train.evaluation.generate import Request, TokenChoice, prepare_generation
-from cera_train.model.folder import positions_of
+from cera_train.evaluation.generate import Request, TokenChoice, generation_settings, prepare_generation
+from cera_train.evaluation.server import Server
+from cera_train.model.folder import load_tokenizer, model_ends, positions_of
+from cera_train.runs.subject import find_subject
 from cera_train.serving.loading import load
 from cera_train.settings.data import DataConfig, Layout, Turns
 from cera_train.settings.serving import ChatConfig, Template
@@ -40,7 +43,17 @@ def chat(config: ChatConfig) -> None:
     """Answers the questions of a config: `prompt`, `prompts`, those of stdin, or a person's in a terminal. Raises
     UserError for a run, a file or a question that cannot be used."""
     quiet_libraries()
-    answerers = [Answerer(config, place) for place in (config.run, config.compare) if place is not None]
+    with contextlib.ExitStack() as stack:
+        places = [place for place in (config.run, config.compare) if place is not None]
+        if config.server is None:
+            engines = [LoadedModel(config, place) for place in places]
+        else:
+            engines = [ServedModel(config, place, stack) for place in places]
+        ask([Answerer(config, engine) for engine in engines], config)
+
+
+def ask(answerers: list[Answerer], config: ChatConfig) -> None:
+    """Asks each of the models the questions of a config."""
     if config.prompts is not None:
         answer_file(answerers, config.prompts)
     elif config.prompt is not None or not sys.stdin.isatty():
@@ -128,23 +141,21 @@ def read_prompts(file: str, prompts: Prompts) -> Iterator[tuple[str, Row]]:
             yield f"{file}:{number}", prompts.row([line])
 
 
-# --- one model -------------------------------------------------------------------------------------------------------
+# --- a model that answers --------------------------------------------------------------------------------------------
 
 
 class Answerer:
     """A model that answers, and how it is asked."""
 
-    def __init__(self, config: ChatConfig, place: str) -> None:
-        self.config, self.loaded, self.asked = config, load(config, place), 0
-        run, tokenizer = self.loaded.subject.run, self.loaded.tokenizer
+    def __init__(self, config: ChatConfig, engine: LoadedModel | ServedModel) -> None:
+        self.config, self.engine, self.asked = config, engine, 0
+        self.name = f"{engine.subject.name}, {engine.subject.model.path}"
+        run, tokenizer = engine.subject.run, engine.tokenizer
         self.prompts = Prompts(choose_rows(config.template, run.data if run else None, tokenizer), tokenizer)
-        prepare_generation(self.loaded.base, tokenizer, config.max_new_tokens, stop=[])
 
-    @torch.no_grad()
     def answer(self, row: Row) -> str:
         """Streams the answer to a row's prompt to stdout, and returns it."""
-        ids, room, generation = self.prompts.ids(row), self.config.max_new_tokens, self.config.generation
-        positions = positions_of(self.loaded.base.config)
+        ids, room, positions = self.prompts.ids(row), self.config.max_new_tokens, self.engine.positions
         if positions is not None and len(ids) + room > positions:
             raise UserError(
                 f"max_new_tokens={room} after a prompt of {len(ids)} tokens is beyond the {positions} positions of "
@@ -152,15 +163,55 @@ class Answerer:
             )
         request = Request("chat", self.asked, tuple(ids))  # every question draws other random numbers
         self.asked += 1
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        tokenizer = self.engine.tokenizer
+        streamer = CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return tokenizer.decode(self.engine.answer(request, streamer), skip_special_tokens=True).strip()
+
+
+class LoadedModel:
+    """A model in this process."""
+
+    def __init__(self, config: ChatConfig, place: str) -> None:
+        self.config, self.loaded = config, load(config, place)
+        self.subject, self.tokenizer = self.loaded.subject, self.loaded.tokenizer
+        self.positions = positions_of(self.loaded.base.config)
+        prepare_generation(self.loaded.base, self.tokenizer, config.max_new_tokens, stop=[])
+
+    @torch.no_grad()
+    def answer(self, request: Request, streamer: TextStreamer) -> list[int]:
+        """The tokens of an answer; the streamer gets them as they come."""
+        model, ids = self.loaded.model, request.prompt_ids
         with self.loaded.autocast, for_inference(model):
             output = model.generate(
                 input_ids=torch.tensor([ids], device=model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
-                logits_processor=[TokenChoice([request], room, generation)],
-                streamer=CleanStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                logits_processor=[TokenChoice([request], self.config.max_new_tokens, self.config.generation)],
+                streamer=streamer,
             )
-        return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+        return output[0, len(ids) :].tolist()
+
+
+class ServedModel:
+    """A model on a server."""
+
+    def __init__(self, config: ChatConfig, place: str, stack: contextlib.ExitStack) -> None:
+        self.config, self.subject = config, find_subject(replace(config, run=place))
+        model = self.subject.model
+        self.tokenizer = load_tokenizer(model)
+        self.settings = generation_settings(self.tokenizer, model_ends(model), config.max_new_tokens, stop=[])
+        self.server = stack.enter_context(Server(config.server, model, self.subject.adapter))
+        self.server.load_adapter()
+        self.positions = self.server.positions
+
+    def answer(self, request: Request, streamer: TextStreamer) -> list[int]:
+        """The tokens of an answer; the streamer gets them as they come."""
+        streamer.put(torch.tensor(request.prompt_ids))
+        answer: list[int] = []
+        for tokens in self.server.stream(request, self.settings, self.config.generation):
+            streamer.put(torch.tensor(tokens))
+            answer += tokens
+        streamer.end()
+        return answer
 
 
 class CleanStreamer(TextStreamer):
@@ -178,7 +229,7 @@ def answer(answerers: list[Answerer], rows: list[Row]) -> list[str]:
     answers = []
     for answerer, row in zip(answerers, rows, strict=True):
         if len(answerers) > 1:
-            print(f"[{answerer.loaded.name}]", flush=True)
+            print(f"[{answerer.name}]", flush=True)
         answers.append(answerer.answer(row))
     return answers
 
@@ -198,7 +249,7 @@ def answer_file(answerers: list[Answerer], file: str) -> None:
 def converse(answerers: list[Answerer]) -> None:
     """A conversation in the terminal, until its input ends."""
     for answerer in answerers:
-        print_line("model", answerer.loaded.name)
+        print_line("model", answerer.name)
     keeps_turns = len(answerers) == 1 and answerers[0].prompts.keeps_turns
     memory = "sees the turns before it" if keeps_turns else "stands alone, as in training"
     print_line("chat", f"each question {memory}; {NEW} begins anew, Ctrl-C ends an answer, {END} or Ctrl-D the chat")

@@ -25,10 +25,6 @@ class Loaded:
     tokenizer: Any
     autocast: torch.autocast
 
-    @property
-    def name(self) -> str:
-        return f"{self.subject.name}, {self.subject.model.path}"
-
 
 def load(config: SubjectConfig, place: str) -> Loaded:
     """Loads what a place holds: the folder of a run or an adapter, or `base`. Raises UserError where there is no such

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 from cera_train.common.files import config_dir
 from cera_train.common.settings import MISSING, require, require_folder_name, require_positive, section, setting
@@ -115,7 +116,22 @@ class SubjectConfig:
 
 
 @dataclass
-class EvalConfig(SubjectConfig):
+class AnsweringConfig(SubjectConfig):
+    """What `cera-eval` and `cera-chat` ask."""
+
+    server: str | None = setting(None, "nothing")
+    """Address of a vLLM that answers, such as http://localhost:8000. null: the model in this process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.server is not None:
+            url = urlsplit(self.server)
+            is_address = url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+            require(is_address, f"server={self.server}: expected an address such as http://localhost:8000.")
+
+
+@dataclass
+class EvalConfig(AnsweringConfig):
     task: TaskConfig | None = section(None)
     generation: GenerationConfig = section()
     data: DataConfig | None = section(None)
@@ -127,12 +143,24 @@ class EvalConfig(SubjectConfig):
     """Results go to RUN/eval/name. null: the task's name."""
     adapter_digest: str | None = setting(None, "answers")
     """Digest of the adapter's weights. cera-eval fills it in."""
+    engine: str | None = setting(None, "answers")
+    """What answers, such as vllm 0.32.0. cera-eval fills it in. null: the model in this process."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive("", self, "grading_seconds")
         require(self.task is not None, "task=... is missing: `cera-eval --help` lists the tasks.")
         require_folder_name(self.folder_name)
+        if self.server is not None:
+            require(
+                self.task.kind != "perplexity",
+                f"server={self.server} answers problems, and task={self.task.name} measures losses: leave out server=.",
+            )
+            require(
+                self.launch.processes in ("auto", "1"),
+                f"launch.processes={self.launch.processes}: one process asks a server. Leave one of the two out.",
+            )
+            self.launch = ProcessesConfig("1")
         if self.task.kind == "perplexity" and self.task.window is None:
             require(
                 self.data is not None or self.run != "base",

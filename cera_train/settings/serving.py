@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from cera_train.common.settings import require, require_positive, section, setting
 from cera_train.settings.data import DataConfig
-from cera_train.settings.evaluation import GenerationConfig, SubjectConfig
+from cera_train.settings.evaluation import AnsweringConfig, GenerationConfig, SubjectConfig
 from cera_train.settings.model import ModelConfig, Quantization
 
 
@@ -19,7 +19,7 @@ class Template(StrEnum):
 
 
 @dataclass
-class ChatConfig(SubjectConfig):
+class ChatConfig(AnsweringConfig):
     compare: str | None = setting(None, "nothing")
     """A second one, which answers the same questions."""
     prompt: str | None = setting(None, "answers")

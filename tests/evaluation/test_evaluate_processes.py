@@ -81,7 +81,7 @@ def test_ctrl_c_ends_every_process_and_one_process_resumes(eval_config, run, que
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "loading    PyTorch and transformers\n")
-    assert out.count("stopped    every whole batch of answers is kept") == 1
+    assert out.count("stopped    the answers so far are kept") == 1
     assert not any(path.exists() for path in evaluating)
     kept = [line for path in answers.parent.glob("generations*.jsonl") for line in read(path)]
     assert 1 < len(kept) < 40

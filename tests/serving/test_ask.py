@@ -142,7 +142,7 @@ def test_a_conversation_goes_on_after_ctrl_c_and_can_begin_anew_when_it_is_too_l
 
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     prompts = SimpleNamespace(keeps_turns=True, row=lambda turns: turns)
-    converse([SimpleNamespace(loaded=SimpleNamespace(name="it"), prompts=prompts, answer=answer)])
+    converse([SimpleNamespace(name="it", prompts=prompts, answer=answer)])
     notes = [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note")]
     assert notes == [
         *("the answer is cut, and this question forgotten.", "It is too long.", "It is too long. /new begins anew.")
