@@ -4,11 +4,13 @@ PEFT. llama.cpp's converter takes the LoRA. Run by `make test-serving`."""
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,16 @@ pytestmark = pytest.mark.serving
 
 import httpx  # noqa: E402
 import openai  # noqa: E402
+from evaluated_runs import contents  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_runs import wait_until  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+import cera_train.evaluation.server as server_module  # noqa: E402
 from cera_train.cera import CeraConfig  # noqa: E402
+from cera_train.common.errors import UserError  # noqa: E402
+from cera_train.evaluation.evaluate import evaluate  # noqa: E402
 from cera_train.serving.export import export  # noqa: E402
 from cera_train.training.train import train  # noqa: E402
 
@@ -154,34 +160,44 @@ def wanted(folder) -> dict[str, list]:
     return answers
 
 
-@pytest.fixture(scope="module")
-def server(folder, wanted, tmp_path_factory):
-    """The address of a vLLM with two slots for seven adapters."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.log"
+@contextmanager
+def started(folder: Path, log: Path, *options: object, port: int = 0, **environment: str):
+    """A vLLM of the base: its address and its process, in a session of its own."""
+    if not port:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / BASE),
         *("--served-model-name", BASE, "--dtype", "float32", "--host", "127.0.0.1", "--port", port),
-        *("--enable-lora", "--max-loras", 2, "--max-cpu-loras", 8, "--max-lora-rank", 8, "--max-model-len", 128),
-        *("--enforce-eager", "--gpu-memory-utilization", 0.1, "--max-num-seqs", 32),
-        *("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS)),
+        *("--max-model-len", 128, "--enforce-eager", "--gpu-memory-utilization", 0.1, "--max-num-seqs", 32, *options),
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*map(str, command)], stdout=output, stderr=output, env=os.environ | SETTINGS, start_new_session=True
-        )
+            [*map(str, command)], stdout=output, stderr=output, env=os.environ | SETTINGS | environment,
+            start_new_session=True,
+        )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until(lambda: process.poll() is not None or is_healthy(url), seconds=300, every=1)
         assert process.poll() is None, log.read_text()[-4000:]
-        yield url
+        yield url, process
     finally:
         process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+LORA = ("--enable-lora", "--max-loras", 2, "--max-cpu-loras", 8, "--max-lora-rank", 8)
+
+
+@pytest.fixture(scope="module")
+def server(folder, wanted, tmp_path_factory):
+    """The address of a vLLM with two slots for seven adapters."""
+    modules = ("--lora-modules", *(f"{name}={folder / name}" for name in ADAPTERS))
+    with started(folder, tmp_path_factory.mktemp("log") / "server.log", *LORA, *modules) as (url, _):
+        yield url
 
 
 def is_healthy(url: str) -> bool:
@@ -285,6 +301,68 @@ def test_tensor_parallel_gates_the_sum_or_refuses(folder, wanted, tmp_path, shar
             assert "start vLLM with --fully-sharded-loras" in answers[name]
         else:
             assert answers[name] == [tokens for tokens, _ in wanted[name]], name
+
+
+@pytest.fixture
+def evaluation(compose, folder, wanted, write_jsonl):
+    """evaluation(name, ...): runs 64 short problems, greedy and in float32, and returns what it leaves."""
+    rows = [{"question": f"{a} and {b}", "answer": f"#### {a + b}"} for a in range(8) for b in range(8)]
+    file = write_jsonl("sums.jsonl", rows)
+
+    def evaluation(name: str, *settings: str) -> dict[str, bytes]:
+        base = ("model=smollm2_135m", f"model.path={folder / BASE}", "model.dtype=float32")
+        run = folder / "silu_all"
+        task = ("task=gsm8k", f"task.files=[{file}]", "task.max_new_tokens=48")
+        evaluate(compose(f"run={run}", *base, *task, f"name={name}", *settings, command="eval"))
+        return contents(run / "eval" / name)
+
+    return evaluation
+
+
+def test_an_evaluation_by_vllm_is_that_of_transformers(server, evaluation):
+    assert evaluation("served", f"server={server}") == evaluation("here")
+    evaluation("sampled", f"server={server}", "generation=sample", "generation.samples=2")
+
+
+def test_an_evaluation_resumes_when_a_killed_vllm_is_back(folder, evaluation, tmp_path, monkeypatch):
+    monkeypatch.setattr(server_module, "PAUSES", (0.1, 0.1))
+    answers = folder / "silu_all" / "eval" / "cut" / "generations.jsonl"
+    with started(folder, tmp_path / "log", *LORA) as (url, process), ThreadPoolExecutor(1) as pool:
+
+        def kill() -> None:
+            wait_until(lambda: answers.is_file() and answers.stat().st_size)
+            os.killpg(process.pid, signal.SIGKILL)
+
+        killing = pool.submit(kill)
+        with pytest.raises(UserError, match=r"does not answer .*Once it is back, the same command resumes\.$"):
+            evaluation("cut", f"server={url}")
+        killing.result()
+    kept = answers.read_bytes().splitlines()
+    assert 0 < len(kept) < 64
+    with started(folder, tmp_path / "log", *LORA, port=int(url.rpartition(":")[2])):
+        served = evaluation("cut", f"server={url}")
+    assert served == evaluation("whole")
+    assert {*kept} <= {*served["generations.jsonl"].splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "mend"),
+    [
+        (LORA, {"VLLM_PLUGINS": ""}, "Install cera-train where vLLM runs"),
+        ([], {}, "Start vLLM with --enable-lora."),
+        ([*LORA[:-1], 1], {}, "Start vLLM with a higher --max-lora-rank."),
+        (LORA, {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0"}, "Start vLLM with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+    ],
+    ids=["no plugin", "no LoRA", "rank", "no loading"],
+)
+def test_an_evaluation_by_a_vllm_that_lacks_something_is_refused_with_the_mend(
+    folder, evaluation, tmp_path, options, environment, mend
+):
+    with started(folder, tmp_path / "log", *options, **environment) as (url, _):
+        with pytest.raises(UserError) as caught:
+            evaluation("refused", f"server={url}")
+        print(caught.value)
+    assert mend in str(caught.value)
 
 
 @pytest.fixture(scope="module")
