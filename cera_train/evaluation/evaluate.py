@@ -242,7 +242,7 @@ def ask_server(evaluation: Evaluation, problems: Sequence[Problem], done: Contai
     missing = [request for request in requests if (request.problem, request.sample) not in done]
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     server.load_adapter()
-    return len(mine), ([answer] for answer in server.answers(mine, tokenizer, settings, config.generation))
+    return len(mine), ([answer.generation] for answer in server.answers(mine, tokenizer, settings, config.generation))
 
 
 def accuracy_lines(task: AnswerTask, result: AccuracyResult) -> dict[str, str]:

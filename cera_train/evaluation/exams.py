@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
@@ -20,11 +19,11 @@ from cera_train.common.errors import errors_at
 from cera_train.common.terminal import counted
 from cera_train.data.prepare import encode
 from cera_train.data.sources import answered_rows
-from cera_train.evaluation.generate import Request, answer_all, requests_for
+from cera_train.evaluation.generate import Request, requests_for
 from cera_train.evaluation.grading import grade_all, score
+from cera_train.evaluation.sampler import Sampler
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
 from cera_train.model.folder import positions_of
-from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.runs.outcomes import GradedProblem
 from cera_train.runs.results import Sample, describe_tasks
@@ -91,8 +90,9 @@ class ExamResults:
 class Exams:
     """The exams of a run. Processes divide the answers, and the main process grades them."""
 
-    def __init__(self, config: Config, tokenizer: Any, loss: SupervisedLoss, accelerator: Accelerator) -> None:
-        self.every, self.tokenizer, self.loss, self.accelerator = config.train.tasks_every, tokenizer, loss, accelerator
+    def __init__(self, config: Config, sampler: Sampler) -> None:
+        self.every, self.sampler, self.accelerator = config.train.tasks_every, sampler, sampler.accelerator
+        tokenizer, loss = sampler.tokenizer, sampler.loss
         self.tasks: list[Exam] = []
         for name in config.train.tasks:
             with errors_at(f"train.tasks=[{name}]"):
@@ -146,5 +146,5 @@ class Exams:
 
     def answer(self, exam: Exam) -> list[Generation]:
         """An answer to each problem, in their order."""
-        settings = exam.requests, exam.max_new_tokens, exam.stop, GenerationConfig()
-        return [answer for answer, _ in answer_all(self.loss, self.tokenizer, *settings, self.accelerator)]
+        answers = self.sampler.answer(exam.requests, exam.max_new_tokens, exam.stop, GenerationConfig())
+        return [answer.generation for answer in answers]

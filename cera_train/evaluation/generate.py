@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from peft import LoraConfig
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -29,7 +26,6 @@ from transformers.cache_utils import DynamicLayer
 from cera_train.cera import for_inference
 from cera_train.common.errors import UserError
 from cera_train.data.prepare import ids_of, start_ids, stop_ids
-from cera_train.model.loss import SupervisedLoss
 from cera_train.runs.evaluation_folder import Generation, Problem
 from cera_train.settings.evaluation import GenerationConfig
 
@@ -43,6 +39,14 @@ class Request:
     problem: str
     sample: int
     prompt_ids: tuple[int, ...]
+
+
+class Answer(NamedTuple):
+    generation: Generation
+    ids: list[int]
+    """Its tokens, the end token included."""
+    log_p: list[float] | None = None
+    """Of each token, where a server sampled them."""
 
 
 def requests_for(
@@ -146,31 +150,6 @@ def generation_of(
         tokens=len(ids) if end is None else end + (not stops),
         truncated=end is None and not stops and len(ids) == settings.max_new_tokens,
     )
-
-
-def answer_all(
-    loss: SupervisedLoss,
-    tokenizer: Any,
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    stop: list[str],
-    config: GenerationConfig,
-    accelerator: Accelerator,
-) -> list[tuple[Generation, list[int]]]:
-    """The answers of a model in training, and their tokens, in the order of the requests. Processes divide the batches,
-    and each has all answers."""
-    longest = max((len(request.prompt_ids) for request in requests), default=0)
-    share = math.ceil(len(requests) / accelerator.num_processes) * (longest + max_new_tokens)
-    batches = cut_batches(requests, max_new_tokens, min(config.batch_tokens, share))
-    answers = {}
-    with loss.generating() as base:
-        prepare_generation(base, tokenizer, max_new_tokens, stop)
-        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-            for request, ids in zip(batch, generate_ids(loss.model, base, tokenizer, batch, config), strict=True):
-                answer = generation_of(request, ids, tokenizer, base.generation_config)
-                answers[request.problem, request.sample] = answer, ids
-    everywhere = {key: answer for process in gather_object([answers]) for key, answer in process.items()}
-    return [everywhere[request.problem, request.sample] for request in requests]
 
 
 def seed_of(request: Request, config: GenerationConfig) -> int:

@@ -9,31 +9,30 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.client
-import itertools
 import json
 import os
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import transformers
 
 from cera_train.common.errors import UserError, error_text
 from cera_train.common.terminal import announce
-from cera_train.evaluation.generate import Request, generation_of, seed_of
+from cera_train.evaluation.generate import Answer, Request, generation_of, seed_of
 from cera_train.model.folder import files_of
-from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
 
 T = TypeVar("T")
 
-COMPLETIONS, LOAD = "/v1/completions", "/v1/load_lora_adapter"
+COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
 AT_ONCE = 64  # requests under way, of which vLLM makes a batch
 PAUSES = (0.5, 1, 2, 4, 8, 15, 30)  # seconds between tries, about a minute in all
@@ -108,6 +107,14 @@ class Server:
             if "has already been loaded" not in str(error):
                 raise
 
+    def replace_adapter(self, adapter: Path) -> None:
+        """Loads an adapter in the place of the one before."""
+        before, had_one = self.name, self.adapter is not None
+        self.adapter = adapter
+        self.load_adapter()
+        if had_one and self.name != before:
+            self._patiently(lambda: self._read(UNLOAD, {"lora_name": before}))
+
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def answers(
@@ -116,12 +123,19 @@ class Server:
         tokenizer: Any,
         settings: transformers.GenerationConfig,
         config: GenerationConfig,
-    ) -> Iterator[Generation]:
+        with_log_p: bool = False,
+    ) -> Iterator[Answer]:
         """Answers requests, in the order in which they are done. `settings` define when an answer ends."""
+        more = {"stream_interval": TOKENS_AT_ONCE} | ({"logprobs": 1} if with_log_p else {})
 
-        def answer(request: Request) -> Generation:
-            pieces = self._patiently(lambda: list(self.stream(request, settings, config, TOKENS_AT_ONCE)))
-            return generation_of(request, list(itertools.chain(*pieces)), tokenizer, settings)
+        def answer(request: Request) -> Answer:
+            pieces = self._patiently(lambda: list(self.stream(request, settings, config, more)))
+            ids, log_p = [], [] if with_log_p else None
+            for piece in pieces:
+                ids += piece["token_ids"]
+                if log_p is not None:
+                    log_p += piece["logprobs"]["token_logprobs"]
+            return Answer(generation_of(request, ids, tokenizer, settings), ids, log_p)
 
         for future in as_completed([self.pool.submit(answer, request) for request in requests]):
             yield future.result()
@@ -131,10 +145,14 @@ class Server:
         request: Request,
         settings: transformers.GenerationConfig,
         config: GenerationConfig,
-        tokens_at_once: int = 1,
-    ) -> Iterator[list[int]]:
-        """The tokens of an answer, piece by piece. Raises Unavailable where it breaks off, UserError where it is cut or
-        another model's."""
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Iterator[dict[str, Any]]:
+        """An answer, piece by piece, each with its `token_ids`. Raises Unavailable where it breaks off, UserError where
+        it is cut or another model's.
+
+        Args:
+            more: fields of the request.
+        """
         body = PLAIN | {
             "model": self.name,
             "prompt": request.prompt_ids,
@@ -145,8 +163,8 @@ class Server:
             "stop": settings.stop_strings or [],
             "stop_token_ids": settings.eos_token_id,
             "stream": True,
-            "stream_interval": tokens_at_once,
             "return_token_ids": True,
+            **more,
         }
         length, reason = 0, None
         for message in self._messages(body):
@@ -156,7 +174,7 @@ class Server:
                 raise UserError(f"server={self.url} was asked for {self.name}, and {message['model']} answered.")
             (choice,) = message["choices"]
             reason, length = choice["finish_reason"], length + len(choice["token_ids"])
-            yield choice["token_ids"]
+            yield choice
         if reason not in ("stop", "length"):  # None, or abort where the server is being stopped
             raise Unavailable(f"server={self.url} broke off an answer after {length} tokens")
         if reason == "length" and length < settings.max_new_tokens:

@@ -207,9 +207,9 @@ class ServedModel:
         """The tokens of an answer; the streamer gets them as they come."""
         streamer.put(torch.tensor(request.prompt_ids))
         answer: list[int] = []
-        for tokens in self.server.stream(request, self.settings, self.config.generation):
-            streamer.put(torch.tensor(tokens))
-            answer += tokens
+        for piece in self.server.stream(request, self.settings, self.config.generation):
+            streamer.put(torch.tensor(piece["token_ids"]))
+            answer += piece["token_ids"]
         streamer.end()
         return answer
 

@@ -27,6 +27,7 @@ from cera_train.distributed.sharding import load_optimizer_state
 from cera_train.distributed.signals import Interruption
 from cera_train.evaluation.exams import Exams
 from cera_train.evaluation.held_out import HeldOut
+from cera_train.evaluation.sampler import Sampler
 from cera_train.model.batches import MicroBatches
 from cera_train.model.folder import check_length, load_tokenizer
 from cera_train.model.loss import SupervisedLoss, can_compile, choose_layout
@@ -181,8 +182,9 @@ class Session:
         self.held_out = HeldOut(
             self.model, self.local_loss, self.data.evaluation, accelerator, tokens, config.train.probe_tokens
         )
+        self.sampler = Sampler(config, self.tokenizer, self.local_loss, accelerator, folder.path / "served")
         self.objective = OBJECTIVES[config.train.objective](self)
-        self.exams = Exams(config, self.tokenizer, self.local_loss, accelerator)
+        self.exams = Exams(config, self.sampler)
         together = config.data.sequences
         self.order = RowOrder(len(self.data.train) // together, config.train.batch_size, config.train.seed, together)
         self.updates = config.train.max_updates or config.train.epochs * self.order.updates_per_epoch
@@ -205,6 +207,7 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
         self.tracker.finish()
+        self.sampler.close()
 
     def begin(self) -> None:
         """Writes the config and the machine, and starts the tracker."""

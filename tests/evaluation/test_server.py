@@ -1,132 +1,28 @@
 """Answers through a server: those of the model in this process, whatever fails on the way; and what is refused. The
-server here plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the real one."""
+server plays vLLM's routes and makes its faults; tests/serving/test_vllm.py has the real one."""
 
-import json
-import os
 import shutil
-import signal
-import threading
-import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from evaluated_runs import contents, read
-from tiny_runs import wait_until
+from played_vllm import playing_vllm
 
 import cera_train.evaluation.server as server_module
 from cera_train.common.errors import UserError
-from cera_train.evaluation.evaluate import evaluate, load_subject
-from cera_train.model.folder import load_tokenizer
+from cera_train.evaluation.evaluate import evaluate
 from cera_train.runs.subject import find_subject
 from cera_train.serving.chat import chat
 
 pytest_plugins = ("evaluated_runs",)
 
 
-class PlayedVllm(ThreadingHTTPServer):
-    """Serves a run's base and its adapter by the routes of vLLM 0.32."""
-
-    daemon_threads = True
-
-    def __init__(self, config) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        subject = find_subject(config)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.served = {"id": "base", "root": subject.model.path, "parent": None, "max_model_len": 512}
-        self.model, _ = load_subject(subject, torch.device("cpu"))
-        self.tokenizer = load_tokenizer(subject.model)
-        self.loaded, self.asked, self.lock = set(), [], threading.Lock()
-        self.refusals = {}  # path -> status and body
-        self.faults = []  # of the next completions
-
-    def answer(self, body: dict) -> tuple[list[int], str]:
-        """Greedy tokens and why they ended."""
-        ids = torch.tensor([body["prompt"]])
-        with self.lock:
-            output = self.model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=body["max_tokens"], do_sample=False,
-                eos_token_id=body["stop_token_ids"], pad_token_id=0,
-                stop_strings=body["stop"] or None, tokenizer=self.tokenizer,
-            )  # fmt: skip
-        tokens = output[0, ids.shape[1] :].tolist()
-        return tokens, "length" if len(tokens) == body["max_tokens"] else "stop"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: PlayedVllm
-
-    def log_message(self, *_) -> None:
-        pass
-
-    def respond(self, status: int, tree: dict) -> None:
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(json.dumps(tree).encode())
-
-    def do_GET(self) -> None:
-        routes = {"/version": {"version": "0.32.0"}, "/v1/models": {"data": [self.server.served]}}
-        self.respond(*self.server.refusals.get(self.path, (200, routes[self.path])))
-
-    def do_POST(self) -> None:
-        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path in server.refusals:
-            self.respond(*server.refusals[self.path])
-        elif self.path == "/v1/load_lora_adapter":
-            if body["lora_name"] in server.loaded:
-                return self.respond(400, {"error": {"message": f"'{body['lora_name']}' has already been loaded."}})
-            server.loaded.add(body["lora_name"])
-            self.respond(200, {})
-        else:
-            self.complete(body)
-
-    def complete(self, body: dict) -> None:
-        server = self.server
-        with server.lock:
-            server.asked.append(body)
-            fault = server.faults.pop(0) if server.faults else ""
-        if body["model"] not in server.loaded:
-            return self.respond(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
-        if fault.isdecimal():
-            return self.respond(int(fault), {"error": {"message": "it is overloaded"}})
-        tokens, reason = server.answer(body)
-        self.send_response(200)
-        self.end_headers()
-        name = "base" if fault == "another model" else body["model"]
-        if fault == "interrupt":
-            wait_until(server.may_interrupt)
-            os.kill(os.getpid(), signal.SIGINT)
-            fault = "endless"
-        while fault == "endless":
-            self.send(name, tokens[:1], None)
-            time.sleep(0.01)
-        if fault in ("gone", "aborted", "broken"):
-            self.send(name, tokens[:2], "abort" if fault == "aborted" else None)
-            if fault == "broken":
-                self.wfile.write(b'data: {"error": {"message": "EngineDeadError"}}\n\n')
-            return None
-        if fault == "cut":
-            return self.send(name, tokens[:2], "length")
-        self.send(name, tokens[:1], None)
-        self.send(name, tokens[1:], reason)
-        self.wfile.write(b"data: [DONE]\n\n")
-
-    def send(self, model: str, tokens: list[int], reason: str | None) -> None:
-        choice = {"index": 0, "text": "?", "token_ids": tokens, "finish_reason": reason}
-        self.wfile.write(f"data: {json.dumps({'model': model, 'choices': [choice]})}\n\n".encode())
-
-
 @pytest.fixture
 def vllm(eval_config, monkeypatch):
     monkeypatch.setattr(server_module, "PAUSES", (0, 0, 0))
-    with PlayedVllm(eval_config()) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with playing_vllm(find_subject(eval_config()).model) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -170,7 +66,7 @@ def test_a_server_that_goes_is_one_line_and_the_same_command_resumes(eval_config
         f"server={vllm.url} is busy: 503 it is overloaded. Once it is back, the same command resumes."
     )
     kept = read(run / "eval" / "gsm8k" / "generations.jsonl")
-    vllm.faults, vllm.asked, vllm.loaded = [], [], set()
+    vllm.faults, vllm.asked, vllm.loaded = [], [], {}
     evaluate(served_config())
     assert len(vllm.asked) == 8 - len(kept) > 0
     assert contents(run / "eval" / "gsm8k") == expected

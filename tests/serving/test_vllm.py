@@ -25,7 +25,7 @@ import openai  # noqa: E402
 from evaluated_runs import contents  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_runs import wait_until  # noqa: E402
+from tiny_runs import metrics_of, wait_until  # noqa: E402
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 import cera_train.evaluation.server as server_module  # noqa: E402
@@ -322,6 +322,25 @@ def evaluation(compose, folder, wanted, write_jsonl):
 def test_an_evaluation_by_vllm_is_that_of_transformers(server, evaluation):
     assert evaluation("served", f"server={server}") == evaluation("here")
     evaluation("sampled", f"server={server}", "generation=sample", "generation.samples=2")
+
+
+def test_updates_by_rewards_are_sampled_by_vllm(server, compose, folder, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "rewards_of_a_test.py").write_text("def length(prompt, answer, right):\n    return len(answer)\n")
+    rows = write_jsonl("rows.jsonl", [{"prompt": f"Say {n}:", "completion": f" {n}"} for n in range(8)])
+    config = compose(
+        *(f"model.path={folder / BASE}", "model.dtype=float32", "data.max_length=64", f"train.server={server}"),
+        *("adapter.r=8", "adapter.target_modules=[q_proj,v_proj]", "optimizer.lr=2e-2", f"output_dir={tmp_path}"),
+        *("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=2", "train.batch_size=3", "train.max_updates=2"),
+        *("train.objective=grpo", "grpo.max_new_tokens=16", "grpo.rewards=[rewards_of_a_test.length]"),
+    )
+    train(config)
+    updates = [line for line in metrics_of(config) if "train/reward" in line]
+    assert len(updates) == 2
+    assert all(line["train/grad_norm"] > 0 for line in updates)
+    assert max(line["train/sampling/log_p_difference"] for line in updates) < 1e-3
+    served = {model["id"] for model in httpx.get(f"{server}/v1/models").json()["data"]}
+    assert len(served - {BASE, *ADAPTERS}) == 1  # each adapter took the place of the one before
 
 
 def test_an_evaluation_resumes_when_a_killed_vllm_is_back(folder, evaluation, tmp_path, monkeypatch):

@@ -6,14 +6,16 @@ import pytest
 import torch
 from cera_models import WARNINGS
 from datasets import Dataset
+from played_vllm import playing_vllm
 from several_processes import train_in_processes
-from tiny_runs import adapter_bytes, metrics_of
+from tiny_runs import adapter_bytes, folder_of, metrics_of
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import to_plain
+from cera_train.evaluation.sampler import Sampler
 from cera_train.runs.folder import RunFolder
 from cera_train.training.objectives import grpo as module
-from cera_train.training.objectives.grpo import grade
+from cera_train.training.objectives.grpo import MOST_WEIGHT, grade
 from cera_train.training.session import Session, settle
 from cera_train.training.train import backward, train
 
@@ -46,11 +48,16 @@ def grpo(tiny_config, write_jsonl):
 
 @WARNINGS
 @pytest.mark.parametrize(
-    ("words", "passes"),
-    [(["grpo.scale=true"], 1), (["grpo.scale=false"], 1), (["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.beta=0.5"], 2)],
-    ids=["scaled", "unscaled", "clipped, with a reference"],
+    ("words", "passes", "is_served"),
+    [
+        (["grpo.scale=true"], 1, False),
+        (["grpo.scale=false"], 1, False),
+        (["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.beta=0.5"], 2, False),
+        (["grpo.epochs=2", "grpo.epsilon=0.05", "grpo.beta=0.5"], 2, True),
+    ],
+    ids=["scaled", "unscaled", "clipped, with a reference", "likewise, sampled by a server"],
 )
-def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, passes):
+def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, passes, is_served, monkeypatch):
     trl = pytest.importorskip("trl")
     settled = settle(grpo("adapter.r=4", "adapter.dropout=0", "train.micro_batch_tokens=256", *words), tmp_path / "run")
     config = settled.config.grpo
@@ -64,11 +71,13 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     torch.manual_seed(1)
     move()
     session.loss.train()
+    session.sampler.is_served = is_served
+    monkeypatch.setattr(Sampler, "_served", Sampler._generated)
     drawn = session.objective.begin([0, 2, 3])
     assert drawn.passes == passes
     assert 0 < len(drawn.rows) <= 12
     prompts = [session.objective._prompt(row)[0] for row in (0, 2, 3)]
-    groups = [[ids for _, ids in group] for group in session.objective._sample(prompts)]
+    groups = [[answer.ids for answer in group] for group in session.objective._sample(prompts)]
     rewards = torch.tensor([[vowels("Say ", tokenizer.decode(ids), "") for ids in group] for group in groups]).float()
     advantages = rewards - rewards.mean(1, keepdim=True)
     if config.scale:
@@ -97,6 +106,14 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
         inputs["old_per_token_logps"] = log_p()
         with session.model.disable_adapter():
             inputs["ref_per_token_logps"] = log_p()
+        if is_served:
+            sampled = (inputs["old_per_token_logps"] + torch.randn(mask.shape)) * mask
+            session.objective._sampled = [
+                row[:length].tolist() for row, length in zip(sampled, mask.sum(1), strict=True)
+            ]
+            weights = (inputs["old_per_token_logps"] - sampled).exp()
+            assert (weights[mask > 0] > MOST_WEIGHT).any()
+            inputs["importance_sampling_ratio"] = weights.clamp(max=MOST_WEIGHT)
         backward(session, drawn)
         session.optimizer.zero_grad()
         move()
@@ -112,6 +129,7 @@ def test_loss_gradients_and_figures_are_trls(grpo, tokenizer, tmp_path, words, p
     rows_of = Dataset.from_list([{"prompt": "Say"}] * 4)
     trainer = trl.GRPOTrainer(session.model, vowels, args=settings, train_dataset=rows_of, processing_class=tokenizer)
     trainer.current_gradient_accumulation_steps = 1
+    trainer.use_vllm = is_served
     expected = trainer._compute_loss(trainer.model, inputs)
     expected.backward()
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5, abs=1e-7)
@@ -135,6 +153,22 @@ def test_rewards_rise_and_a_run_goes_on_byte_for_byte(grpo):
     part.train.max_updates, part.train.extend = 16, True
     train(part)
     assert adapter_bytes(part) == adapter_bytes(whole)
+
+
+def test_a_server_answers_by_the_adapter_of_each_update(grpo):
+    tasks = ["train.tasks=[held_out]", "train.task_settings={held_out: {max_new_tokens: 8}}", "train.samples=1"]
+    words = ["adapter.r=4", "adapter.dropout=0", "optimizer.lr=5e-2", "train.max_updates=3", *tasks]
+    with playing_vllm(grpo(*words).model) as vllm:
+        config = grpo(*words, f"train.server={vllm.url}")
+        train(config)
+    asked = [body["model"] for body in vllm.asked]
+    adapters = list(dict.fromkeys(asked))
+    assert len(adapters) == 4  # of three updates, and of the end
+    assert asked == sorted(asked, key=adapters.index)  # none answers after the next was loaded
+    assert [*vllm.loaded] == adapters[3:]
+    updates = [line for line in metrics_of(config) if "train/reward" in line]
+    assert max(line["train/sampling/log_p_difference"] for line in updates) < 1e-4
+    assert not (folder_of(config) / "served").exists()
 
 
 @pytest.mark.slow

@@ -24,11 +24,10 @@ from cera_train.adapters.saved import keeps_base
 from cera_train.common.errors import UserError, errors_at
 from cera_train.common.settings import require
 from cera_train.data.prepare import Example, TokenizedRows, table_of
-from cera_train.evaluation.generate import Request, answer_all
+from cera_train.evaluation.generate import Answer, Request
 from cera_train.evaluation.held_out import token_losses
 from cera_train.evaluation.tasks.jsonl import EXTRACT, IS_EXACT, gold
 from cera_train.model.batches import MicroBatches
-from cera_train.runs.evaluation_folder import Generation
 from cera_train.runs.results import figure
 from cera_train.settings.evaluation import GenerationConfig, Grader
 from cera_train.training.objectives import Drawn, Objective
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
 
 Reward = Callable[[str, str, str], float]
 """Takes a prompt, an answer to it, and the row's answer."""
+
+MOST_WEIGHT = 2.0
+"""Of a token that a server sampled, its probability here over that there: truncated importance sampling, as TRL's."""
 
 PATIENCE = 100
 """Groups that all lack a difference in reward, after which a run is given up."""
@@ -62,7 +64,7 @@ class Grpo(Objective):
         groups = self._sample([ids for ids, _ in prompts])
         rewards = torch.tensor(
             [
-                [self._reward(*prompt, answer.text) for answer, _ in group]
+                [self._reward(*prompt, answer.generation.text) for answer in group]
                 for prompt, group in zip(prompts, groups, strict=True)
             ]
         )
@@ -71,9 +73,9 @@ class Grpo(Objective):
         if config.scale:
             advantages /= deviations[:, None] + 1e-4
         examples = [
-            Example([*asked, *ids], [False] * len(asked) + [True] * len(ids))
+            Example([*asked, *answer.ids], [False] * len(asked) + [True] * len(answer.ids))
             for (asked, _), group in zip(prompts, groups, strict=True)
-            for _, ids in group
+            for answer in group
         ]
         sampled, tokens = TokenizedRows(table_of(examples)), session.config.train.micro_batch_tokens
         batches = MicroBatches(sampled, session.local_loss.is_flat, tokens, session.accelerator.device)
@@ -93,12 +95,16 @@ class Grpo(Objective):
             passes=config.epochs,
             headline=f"reward {figure(reward)}",
         )
+        self._sampled = [answer.log_p for group in groups for answer in group]
+        if session.sampler.is_served:
+            self._mismatch = drawn.sums["train/sampling/log_p_difference"] = torch.zeros((), device=batches.device)
         if config.beta:
             drawn.rows = [*range(len(examples))]
             with session.model.disable_adapter():
                 losses = token_losses(session.local_loss, batches, drawn.rows, session.accelerator)
             self._reference = torch.from_numpy(losses.losses).split(sampled.supervised)
-            self._kl = drawn.sums["train/kl"] = torch.zeros((), device=session.accelerator.device)
+            self._kl = drawn.sums["train/kl"] = torch.zeros((), device=batches.device)
+        self._tokens_run = int(self._lengths[drawn.rows].sum())
         return drawn
 
     def loss(self, losses: Tensor, group: Sequence[int]) -> Tensor:
@@ -107,8 +113,15 @@ class Grpo(Objective):
         before = self._before.setdefault(tuple(group), losses.detach())  # of the first pass
         ratios = (before - losses).exp()
         clipped = ratios.clamp(1 - config.epsilon, 1 + (config.epsilon_high or config.epsilon))
-        total = -torch.minimum(ratios * advantages, clipped * advantages).sum()
-        share = self.session.accelerator.num_processes / self._lengths.sum().to(device)
+        gains = torch.minimum(ratios * advantages, clipped * advantages)
+        processes = self.session.accelerator.num_processes
+        share = processes / self._lengths.sum().to(device)
+        if self.session.sampler.is_served:
+            sampled = torch.cat([torch.tensor(self._sampled[number]) for number in group]).to(device)
+            difference = -before - sampled
+            self._mismatch += processes * difference.abs().sum() / (self._tokens_run * config.epochs)
+            gains = gains * difference.exp().clamp(max=MOST_WEIGHT)
+        total = -gains.sum()
         if config.beta:
             excess = losses - torch.cat([self._reference[number] for number in group]).to(device)
             divergence = (ratios * (excess.exp() - excess - 1)).sum()
@@ -123,8 +136,8 @@ class Grpo(Objective):
         start = supervised.index(True)
         return tuple(ids[:start]), self.session.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
-    def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[Generation, list[int]]]]:
-        """A group of answers to each prompt, and their tokens, the same on every process."""
+    def _sample(self, prompts: Sequence[tuple[int, ...]]) -> list[list[Answer]]:
+        """A group of answers to each prompt, the same on every process."""
         session, config = self.session, self.config
         requests = [
             Request(f"{session.progress.update}/{number}", sample, prompt)
@@ -132,8 +145,7 @@ class Grpo(Objective):
             for sample in range(config.answers)
         ]
         settings = GenerationConfig(temperature=1.0, seed=session.config.train.seed)
-        loss, room = session.local_loss, config.max_new_tokens
-        answers = answer_all(loss, session.tokenizer, requests, room, [], settings, session.accelerator)
+        answers = session.sampler.answer(requests, config.max_new_tokens, [], settings)
         return [answers[first : first + config.answers] for first in range(0, len(answers), config.answers)]
 
     def _reward(self, prompt: Sequence[int], right: str, answer: str) -> float:

@@ -1,0 +1,131 @@
+"""A server that plays the routes of vLLM 0.32, and its faults."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+from tiny_runs import wait_until
+
+from cera_train.adapters.saved import attach
+from cera_train.model.folder import load_tokenizer
+from cera_train.model.weights import load_model
+from cera_train.settings.model import ModelConfig
+
+
+class PlayedVllm(ThreadingHTTPServer):
+    """Serves a base with adapters that it loads."""
+
+    daemon_threads = True
+
+    def __init__(self, base: ModelConfig) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.served = {"id": "base", "root": base.path, "parent": None, "max_model_len": 512}
+        self.base, self.tokenizer = base, load_tokenizer(base)
+        self.loaded, self.asked, self.lock = {}, [], threading.Lock()
+        self.refusals = {}  # path -> status and body
+        self.faults = []  # of the next completions
+
+    def load(self, name: str, adapter: str) -> None:
+        self.loaded[name] = attach(load_model(self.base, torch.device("cpu")), Path(adapter)).eval()
+
+    def answer(self, body: dict) -> tuple[list[int], list[float], str]:
+        """Tokens, their log p, and why they ended."""
+        ids, is_sampled = torch.tensor([body["prompt"]]), body["temperature"] > 0
+        with self.lock:
+            torch.manual_seed(body["seed"])
+            output = self.loaded[body["model"]].generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=body["max_tokens"],
+                do_sample=is_sampled, top_k=0 if is_sampled else None, output_logits=True, return_dict_in_generate=True,
+                eos_token_id=body["stop_token_ids"], pad_token_id=0,
+                stop_strings=body["stop"] or None, tokenizer=self.tokenizer,
+            )  # fmt: skip
+        tokens = output.sequences[0, ids.shape[1] :]
+        log_p = torch.cat(output.logits).float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        return tokens.tolist(), log_p.tolist(), "length" if len(tokens) == body["max_tokens"] else "stop"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: PlayedVllm
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def respond(self, status: int, tree: dict) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(tree).encode())
+
+    def do_GET(self) -> None:
+        routes = {"/version": {"version": "0.32.0"}, "/v1/models": {"data": [self.server.served]}}
+        self.respond(*self.server.refusals.get(self.path, (200, routes[self.path])))
+
+    def do_POST(self) -> None:
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path in server.refusals:
+            self.respond(*server.refusals[self.path])
+        elif self.path == "/v1/load_lora_adapter":
+            if body["lora_name"] in server.loaded:
+                return self.respond(400, {"error": {"message": f"'{body['lora_name']}' has already been loaded."}})
+            server.load(body["lora_name"], body["lora_path"])
+            self.respond(200, {})
+        elif self.path == "/v1/unload_lora_adapter":
+            del server.loaded[body["lora_name"]]
+            self.respond(200, {})
+        else:
+            self.complete(body)
+
+    def complete(self, body: dict) -> None:
+        server = self.server
+        with server.lock:
+            server.asked.append(body)
+            fault = server.faults.pop(0) if server.faults else ""
+        if body["model"] not in server.loaded:
+            return self.respond(404, {"error": {"message": f"The model `{body['model']}` does not exist."}})
+        if fault.isdecimal():
+            return self.respond(int(fault), {"error": {"message": "it is overloaded"}})
+        tokens, log_p, reason = server.answer(body)
+        self.send_response(200)
+        self.end_headers()
+        name = "base" if fault == "another model" else body["model"]
+        if fault == "interrupt":
+            wait_until(server.may_interrupt)
+            os.kill(os.getpid(), signal.SIGINT)
+            fault = "endless"
+        while fault == "endless":
+            self.send(name, tokens[:1], None)
+            time.sleep(0.01)
+        if fault in ("gone", "aborted", "broken"):
+            self.send(name, tokens[:2], "abort" if fault == "aborted" else None)
+            if fault == "broken":
+                self.wfile.write(b'data: {"error": {"message": "EngineDeadError"}}\n\n')
+            return None
+        if fault == "cut":
+            return self.send(name, tokens[:2], "length")
+        self.send(name, tokens[:1], None, log_p[:1])
+        self.send(name, tokens[1:], reason, log_p[1:])
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def send(self, model: str, tokens: list[int], reason: str | None, log_p: list[float] | None = None) -> None:
+        choice = {"index": 0, "text": "?", "token_ids": tokens, "finish_reason": reason}
+        choice["logprobs"] = {"token_logprobs": log_p}
+        self.wfile.write(f"data: {json.dumps({'model': model, 'choices': [choice]})}\n\n".encode())
+
+
+@contextmanager
+def playing_vllm(base: ModelConfig) -> Iterator[PlayedVllm]:
+    with PlayedVllm(base) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
