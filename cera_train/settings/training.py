@@ -179,7 +179,7 @@ class TrainConfig:
     samples: int = setting(0, "nothing")
     """Answers, to the first problems of each task, that every evaluation adds to samples.jsonl. Without tasks the
     prompts are those of the first evaluation rows."""
-    server: str | None = setting(None, "result")
+    server: str | None = setting(None, "cost")
     """A vLLM that answers in place of the model in training, such as http://localhost:8000: tasks, samples and, with
     grpo, prompts. It loads the adapter as it is then, under a name with its digest."""
     seed: int = setting(0, "result")
