@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import transformers
 
@@ -29,8 +29,6 @@ from cera_train.model.folder import files_of
 from cera_train.runs.subject import digest_of
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import ModelConfig
-
-T = TypeVar("T")
 
 COMPLETIONS, LOAD, UNLOAD = "/v1/completions", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 
@@ -78,8 +76,9 @@ class Server:
     def __enter__(self) -> Self:
         """Reads what is served. Raises UserError where that is another base, or no vLLM answers."""
         try:
-            self.engine = f"vllm {self._json('/version')['version']}"
-            served = next(entry for entry in self._json("/v1/models")["data"] if entry["parent"] is None)
+            self.engine = f"vllm {json.loads(self._ask('/version'))['version']}"
+            models = json.loads(self._ask("/v1/models"))["data"]
+            served = next(model for model in models if model["parent"] is None)
             self.name, root, self.positions = served["id"], served["root"], served["max_model_len"]
         except (json.JSONDecodeError, LookupError, TypeError, StopIteration) as error:
             raise UserError(f"server={self.url} is no vLLM: it describes itself in another way ({error!r}).") from error
@@ -102,7 +101,7 @@ class Server:
         folder = self.adapter.resolve()
         self.name = f"{folder.parent.name}-{folder.name}-{digest}"
         try:
-            self._patiently(lambda: self._read(LOAD, {"lora_name": self.name, "lora_path": str(folder)}))
+            self._ask(LOAD, {"lora_name": self.name, "lora_path": str(folder)})
         except UserError as error:
             if "has already been loaded" not in str(error):
                 raise
@@ -113,7 +112,7 @@ class Server:
         self.adapter = adapter
         self.load_adapter()
         if had_one and self.name != before:
-            self._patiently(lambda: self._read(UNLOAD, {"lora_name": before}))
+            self._ask(UNLOAD, {"lora_name": before})
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -185,28 +184,26 @@ class Server:
 
     # --- HTTP --------------------------------------------------------------------------------------------------------
 
-    def _patiently(self, call: Callable[[], T]) -> T:
+    def _patiently(self, call: Callable[[], Any]) -> Any:
         """Calls again while the server is unavailable, with growing pauses."""
-        for pause in PAUSES:
+        for pause in (*PAUSES, None):
             try:
                 return call()
             except Unavailable as error:
+                if pause is None:
+                    raise UserError(f"{error}. Once it is back, the same command resumes.") from error
                 if not self.has_waited:
                     self.has_waited = True
                     announce("waiting", f"{error}; trying again for {sum(PAUSES):.0f} seconds")
                 if self.stopped.wait(pause):
                     raise CancelledError from error
-        try:
-            return call()
-        except Unavailable as error:
-            raise UserError(f"{error}. Once it is back, the same command resumes.") from error
 
-    def _json(self, path: str) -> Any:
-        return json.loads(self._patiently(lambda: self._read(path)))
+    def _ask(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        def read() -> bytes:
+            with self._response(path, body) as response:
+                return response.read()
 
-    def _read(self, path: str, body: dict[str, Any] | None = None) -> bytes:
-        with self._response(path, body) as response:
-            return response.read()
+        return self._patiently(read)
 
     def _messages(self, body: dict[str, Any]) -> Iterator[Any]:
         """The server-sent events of a completion."""
@@ -221,10 +218,9 @@ class Server:
     def _response(self, path: str, body: dict[str, Any] | None = None) -> Iterator[http.client.HTTPResponse]:
         """The response to one request. Raises Unavailable where another try may do, UserError where it is refused."""
         data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, self.headers)
         try:
-            with urllib.request.urlopen(
-                urllib.request.Request(self.url + path, data, self.headers), timeout=SILENCE
-            ) as response:
+            with urllib.request.urlopen(request, timeout=SILENCE) as response:
                 yield response
         except urllib.error.HTTPError as error:
             with error:
@@ -242,9 +238,9 @@ class Server:
 
 def message_of(body: bytes) -> str:
     """What the body of a refusal says, in one line."""
-    try:
-        tree = json.loads(body)
-        text = tree["error"]["message"] if isinstance(tree.get("error"), dict) else tree.get("error") or tree["detail"]
-    except (ValueError, LookupError, AttributeError):
-        text = body.decode(errors="replace")
+    text = body.decode(errors="replace")
+    with contextlib.suppress(ValueError, LookupError, AttributeError):
+        tree = json.loads(text)
+        text = tree.get("error") or tree["detail"]
+        text = text["message"] if isinstance(text, dict) else text
     return " ".join(str(text).split())[:400]
