@@ -95,7 +95,7 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         if is_main:
             folder.write_config(config)
             computes = f"{server.engine} at {server.url}" if server else subject.model.dtype
-            print_line("evaluate", f"{subject.name}, {subject.model.path}, on {config.task.name}, {computes}")
+            print_line("evaluate", f"{subject}, on {config.task.name}, {computes}")
         accelerator.wait_for_everyone()
         evaluation = Evaluation(task, config, subject, folder, accelerator, server)
         if isinstance(task, AnswerTask):

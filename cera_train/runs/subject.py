@@ -29,6 +29,9 @@ class Subject:
     adapter: Path | None = None
     run: Config | None = None  # the config it was trained with, where that is known
 
+    def __str__(self) -> str:
+        return f"{self.name}, {self.model.path}"
+
     @property
     def name(self) -> str:
         return str(self.adapter or "the untouched model")

@@ -149,7 +149,7 @@ class Answerer:
 
     def __init__(self, config: ChatConfig, engine: LoadedModel | ServedModel) -> None:
         self.config, self.engine, self.asked = config, engine, 0
-        self.name = f"{engine.subject.name}, {engine.subject.model.path}"
+        self.name = str(engine.subject)
         run, tokenizer = engine.subject.run, engine.tokenizer
         self.prompts = Prompts(choose_rows(config.template, run.data if run else None, tokenizer), tokenizer)
 

@@ -73,7 +73,7 @@ def export(config: ExportConfig) -> Certificate:
     check(config, loaded, folder)
     if share := describe_linear_share(RunResult.find(loaded.subject.folder / "result.json") or RunResult()):
         print_line("linear", share)
-    print_line("export", f"{loaded.name}, as {config.format}, to {folder}")
+    print_line("export", f"{loaded.subject}, as {config.format}, to {folder}")
     device = loaded.base.device
     data = prepare_data(config.data or loaded.subject.run.data, loaded.tokenizer)
     batches = MicroBatches(data.train, False, config.calibration_tokens, device)
