@@ -56,9 +56,10 @@ def auto_rate(model: ModelConfig, adapter: AdapterConfig, objective: ObjectiveKi
     of the adapter and the objective.
 
     5e-4, and p = 0.0775 for Qwen and 0.781 for Llama and others, were fitted by Tinker to sweeps with alpha = 32
-    (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). The factors are arguments, not yet
-    measured: 2 for CeRA and its control, whose branches start at half of LoRA's scale; 1/10 for full fine-tuning, by
-    Tinker too, and dense; 1 for LoRA's kin; 1/10 for DPO and GRPO, which start from a model that answers.
+    (https://tinker-docs.thinkingmachines.ai/supervised-learning/sl-hyperparams). The factors: 2 for CeRA and its
+    control, whose branches start at half of LoRA's scale, as conf/study/auto_rate.yaml found; by argument 1/10 for full
+    fine-tuning, Tinker's too, and dense, 1 for LoRA's kin, and 1/10 for DPO and GRPO, which start from a model that
+    answers.
     """
     config = load_config(model).get_text_config()
     hidden_size = getattr(config, "hidden_size", None)
