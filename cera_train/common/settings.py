@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
+from urllib.parse import urlsplit
 
 from cera_train.common.errors import UserError
 
@@ -117,6 +118,15 @@ def require_positive(prefix: str, config: Any, *names: str) -> None:
         value = getattr(config, name)
         key = f"{prefix}.{name}" if prefix else name
         require(value is None or value > 0, f"{key}={value} must be positive.")
+
+
+def require_address(key: str, address: str | None) -> None:
+    """Raises UserError for what is no address of a server. None is allowed."""
+    if address is None:
+        return
+    url = urlsplit(address)
+    is_address = url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
+    require(is_address, f"{key}={address}: expected an address such as http://localhost:8000.")
 
 
 LONGEST_NAME = 200  # bytes; a file system takes 255, and a folder is written under a longer name first

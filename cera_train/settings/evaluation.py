@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
-from urllib.parse import urlsplit
 
 from cera_train.common.files import config_dir
-from cera_train.common.settings import MISSING, require, require_folder_name, require_positive, section, setting
+from cera_train.common.settings import (
+    MISSING,
+    require,
+    require_address,
+    require_folder_name,
+    require_positive,
+    section,
+    setting,
+)
 from cera_train.settings.data import DataConfig
 from cera_train.settings.distributed import ProcessesConfig
 from cera_train.settings.model import ModelConfig
@@ -124,10 +131,7 @@ class AnsweringConfig(SubjectConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.server is not None:
-            url = urlsplit(self.server)
-            is_address = url.scheme in ("http", "https") and bool(url.hostname) and not (url.query or url.fragment)
-            require(is_address, f"server={self.server}: expected an address such as http://localhost:8000.")
+        require_address("server", self.server)
 
 
 @dataclass

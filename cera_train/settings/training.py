@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from cera_train.common.settings import AUTO, require, require_positive, setting
+from cera_train.common.settings import AUTO, require, require_address, require_positive, setting
 from cera_train.settings.data import BatchLayout
 from cera_train.settings.evaluation import Grader, known_tasks
 
@@ -197,6 +197,7 @@ class TrainConfig:
             *("batch_size", "micro_batch_tokens", "epochs", "max_updates", "eval_every", "save_every", "keep"),
             *("patience", "probe_tokens", "tasks_every", "tasks_limit"),
         )
+        require_address("train.server", self.server)
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must be between 0 and 2**32 - 1.")
         require(self.samples >= 0, f"train.samples={self.samples} must not be negative.")
         for name in self.tasks:

@@ -44,6 +44,7 @@ MISTAKES = [
     ("cera-eval run=nothing task=gsm8k", "run=nothing does not exist", "a folder that cera-train left"),
     (r'cera-train data.prompt="Q:{q}\nA:"', "data.prompt: Q:{q}\\nA: has", r"""write $'data.prompt="Q:{q}\nA:"'"""),
     ("cera-eval run=x task=gsm8k server=localhost:8000", "server=localhost:8000: ", "such as http://localhost:8000"),
+    ("cera-train train.server=localhost:8000", "train.server=localhost:8000: ", "such as http://localhost:8000"),
     ("cera-eval run=x task=perplexity server=http://a", "task=perplexity measures losses", "leave out server="),
     ("cera-eval run=x task=gsm8k server=http://a launch.processes=2", "launch.processes=2: one", "Leave one of the"),
     (r'cera-eval run=x task=gsm8k task.stop=["\n"]', "in place of a line break", r"""$'task.stop=["\n"]'"""),
