@@ -97,30 +97,6 @@ def configs_parsed_once() -> None:
     ConfigStore.__deepcopy__ = lambda store, memo: store
 
 
-FIRST_PICTURE: list[bytes] = []
-
-
-@pytest.fixture(autouse=True)
-def picture_drawn_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run has the picture of the first one, which saves a sixth of a tiny run; with `pictures`, its picture."""
-    train = sys.modules.get("cera_train.training.train")
-    if train is None or "pictures" in request.fixturenames:
-        return
-    draw = train.draw_run
-
-    def draw_once(folder: Path, *arguments: object) -> None:
-        if not FIRST_PICTURE:
-            FIRST_PICTURE.append(draw(folder, *arguments).read_bytes())
-        (folder / "run.png").write_bytes(FIRST_PICTURE[0])
-
-    monkeypatch.setattr(train, "draw_run", draw_once)
-
-
-@pytest.fixture
-def pictures() -> None:
-    """Lets the runs of a test draw their pictures."""
-
-
 @pytest.fixture
 def disk(tmp_path: Path):
     """disk(folder, "size=64k") mounts a small file system there; disk(folder, "remount,ro") changes it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,7 +45,7 @@ class CeraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_features(self.get_base_layer())
-        self.quantization_backend = quantization_backend(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self._make_containers(adapter_name)
         self.train(base_layer.training)  # a new module is in train mode, and would drop units of a model in eval mode
         self.update_layer(adapter_name, config)
@@ -187,12 +187,6 @@ def for_inference(model: nn.Module) -> Iterator[None]:
 
 class CeraLinear(CeraLayer):
     """A `CeraLayer` under the name by which `all-linear` of a second adapter finds it: PEFT looks for "Linear"."""
-
-
-def quantization_backend(layer: nn.Module) -> QuantizationBackend | None:
-    """PEFT's, for a quantised projection. To look at a plain one, PEFT would import bitsandbytes: 0.6 s."""
-    is_unquantised = type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter
-    return None if is_unquantised else resolve_quantization_backend(layer)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +20,7 @@ from omegaconf import DictConfig
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.common.terminal import labelled, print_line
+from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
 from cera_train.sweep.folder import Job, job_name
@@ -91,9 +90,6 @@ class Joblib(MissingJobs, JoblibLauncher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
         """Passes signals on to the jobs, and stops once they have saved."""
         require(
-            self.joblib["n_jobs"] != 0, "hydra.launcher.n_jobs=0 must be a positive number, or -1 for one job a core."
-        )
-        require(
             not is_one_of_several(),
             "hydra/launcher=joblib: it starts the processes of its jobs itself: start one command, without torchrun.",
         )
@@ -117,48 +113,31 @@ SIGNALLED: list[int] = []
 """The signals that this process of joblib's got. After the first it begins no job."""
 
 
+def end_job(number: int) -> None:
+    SIGNALLED.append(number)
+    sys.exit(128 + number)
+
+
 def run_in_worker(task_function: Callable[[DictConfig], Any], composed: DictConfig) -> Any:
     """A job in a process of joblib's. Its output goes to its log, and one line is printed when it begins and one when
     it ends, so that no lines of several jobs mix."""
     if multiprocessing.parent_process() is None:  # joblib starts none for one job at once
         return task_function(composed)
+    for number in SIGNALS:  # between two jobs: joblib kills all jobs where one of its processes ends
+        signal.signal(number, lambda number, _: SIGNALLED.append(number))
     if SIGNALLED:
         return None
     job = Job.current(HydraConfig.get())
-    write_line("job", job.title)
-    handle_signals(end_job)
+    print_line("job", job.title)
     try:
-        with output_to(job.log):
+        with Interruption(pass_on=end_job), output_to(job.log):
             return task_function(composed)
     except SystemExit:
         if not SIGNALLED:
             raise
     finally:
-        handle_signals(keep_process)
         status = job_status(job.sweep, job.name, metric=SweepRecord.read(job.sweep / RECORD).metric)
-        write_line(status.state, f"{job.name}: {status.outcome}")
-
-
-def write_line(label: str, text: str) -> None:
-    """Prints a line by one write, which no other process interrupts."""
-    sys.stdout.write(labelled(label, text) + "\n")
-    sys.stdout.flush()
-
-
-def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
-    for number in SIGNALS:
-        signal.signal(number, handler)
-
-
-def end_job(number: int, _: FrameType | None) -> None:
-    """Handles a signal while a job starts; training handles its own."""
-    SIGNALLED.append(number)
-    sys.exit(128 + number)
-
-
-def keep_process(number: int, _: FrameType | None) -> None:
-    """Handles a signal between two jobs: joblib kills all jobs where one of its processes ends."""
-    SIGNALLED.append(number)
+        print_line(status.state, f"{job.name}: {status.outcome}")
 
 
 @contextlib.contextmanager

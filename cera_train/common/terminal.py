@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -28,19 +28,14 @@ def console() -> Console:
     return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
 
 
-def labelled(label: str, text: str) -> str:
-    """One labelled line."""
-    return f"{label:<11}{clean(text)}"
-
-
-def print_line(label: str, text: str) -> None:
+def print_line(label: str, text: str, file: TextIO | None = None) -> None:
     """Prints one labelled line."""
-    print(labelled(label, text), flush=True)
+    print(f"{label:<11}{clean(text)}", file=file, flush=True)
 
 
 def announce(label: str, text: str) -> None:
     """Prints one labelled line about what takes seconds, to stderr: stdout has results."""
-    print(labelled(label, text), file=sys.stderr, flush=True)
+    print_line(label, text, sys.stderr)
 
 
 def print_fields(fields: Mapping[str, str]) -> None:

@@ -44,7 +44,7 @@ from cera_train.settings.training import Resume
 COPIED_TO_END = ("config.yaml", "environment.json", LOSSES_BEFORE, *LOGS)
 """Copied to ends/UPDATE, since a longer run adds to them."""
 
-MOVED_TO_END = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "run.png", "result.json")
+MOVED_TO_END = ("adapter", "eval", GRADES, LOSSES_AFTER, "spectrum.json", "result.json")
 """Moved to ends/UPDATE. While result.json, the last, is there, the move is not over."""
 
 PACKAGES = ("cera-train", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")

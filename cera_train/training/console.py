@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
-import sysconfig
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +11,6 @@ from cera_train.adapters.family import family
 from cera_train.adapters.spectrum import describe_excess_rank, why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.common.terminal import TEXT_WIDTH, duration, print_fields, print_line, targets
-from cera_train.common.trust import redact
 from cera_train.data.look import describe_stop, ends_of, print_example, print_rows
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
@@ -31,9 +27,7 @@ from cera_train.runs.results import (
     describe_tasks,
     read_metrics,
 )
-from cera_train.settings.adapters import AdapterConfig, AdapterKind
-from cera_train.settings.data import BatchLayout
-from cera_train.settings.evaluation import known_tasks
+from cera_train.settings.adapters import AdapterConfig
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config
 from cera_train.training.optimizer import learning_rate
@@ -69,7 +63,7 @@ def print_start(session: Session) -> None:
     layout = "flat" if loss.is_flat else "padded"
     tokens = config.train.micro_batch_tokens
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
-    print_line("speed", describe_speed(config.train.batch_layout, loss))
+    print_line("speed", describe_speed(loss))
     print_rows(config.data, session.data)
     rows, tokenizer = session.data.train, session.tokenizer
     ends, stops = ends_of(rows), stop_ids(tokenizer, loss.causal_lm.generation_config.eos_token_id)
@@ -118,27 +112,23 @@ def describe_adapter(adapter: AdapterConfig) -> str:
     return ", ".join(parts)
 
 
-def describe_speed(wanted: BatchLayout, loss: SupervisedLoss) -> str:
-    """Layout of the batches, and why it is not a faster one; compilation."""
+def describe_speed(loss: SupervisedLoss) -> str:
+    """Attention and padding of the micro-batches; compilation."""
+    batches = "padding"
     if loss.is_flat:
         batches = {
             VARLEN: "attention by sequence in one kernel, no padding",
             BY_SEQUENCE: "attention by sequence, no padding",
             None: "no padding, no attention by sequence (this model's attention is not plain causal sdpa)",
         }[loss.allowed.attention]
-    elif not loss.allowed.flattens:
-        batches = "padding (this model mixes sequences that share a row)"
-    elif wanted == BatchLayout.padded:
-        batches = "padding (train.batch_layout=padded)"
-    else:
-        batches = "padding (costs less here than a mask over one long row)"
     return f"{batches}; {'compiled layers' if loss.is_compiled else 'not compiled (train.compile=false)'}"
 
 
 def print_result(result: RunResult, config: Config) -> None:
-    """The figures at the end, and what to do with the run's folder next."""
+    """The figures at the end, and commands for the run's folder."""
     rank, folder = describe_rank(result.spectrum), Path(result.folder)
     first = read_metrics(folder / METRICS).evaluations[0]
+    task = next(iter(config.train.tasks), "held_out" if config.data.is_computed else "perplexity")
     rows = {
         "perplexity": f"{result.perplexity_before:.2f} before, {result.perplexity:.2f} after",
         "tasks": describe_tasks(result.tasks, first.tasks if first.update == 0 else {}),
@@ -150,12 +140,11 @@ def print_result(result: RunResult, config: Config) -> None:
         "speed": f"{result.tokens_per_s:,.0f} tokens/s",
         "time": f"{duration(result.seconds)} for {result.updates:,} updates",
         "folder": result.folder,
+        "ask it": shlex.join(["cera-chat", f"run={result.folder}"]),
+        "grade it": shlex.join(["cera-eval", f"run={result.folder}", f"task={task}"]),
     }
     print()
     print_fields({label: row for label, row in rows.items() if row})
-    if Path(sys.argv[0]).name in ("cera-train", "__main__.py") and not {"-m", "--multirun"} & set(sys.argv):
-        print()
-        print_fields(next_commands(config, result.folder))
 
 
 def describe_sample(path: Path) -> dict[str, str]:
@@ -168,22 +157,3 @@ def describe_sample(path: Path) -> dict[str, str]:
     texts = {"asked": same[0].prompt, "before": same[0].answer, "after": same[-1].answer, "right": same[0].gold}
     lines = {label: " ".join(text.split()) for label, text in texts.items()}
     return {label: line if len(line) < TEXT_WIDTH else f"{line[:TEXT_WIDTH]}..." for label, line in lines.items()}
-
-
-def next_commands(config: Config, folder: str) -> dict[str, str]:
-    """Commands that ask the model, grade it, and compare it with another adapter."""
-    tasks = [*config.train.tasks, str(config.data.layout), "held_out" if config.data.is_computed else "perplexity"]
-    task = next(name for name in tasks if name in known_tasks())
-    other = "lora" if config.adapter.kind == AdapterKind.cera else "cera"
-    dropped = ("adapter", "name", "adapter.start_from", "train.extend")
-    kept = [argument for argument in sys.argv[1:] if argument.split("=")[0] not in dropped]
-    started = Path(sys.argv[0])
-    scripts = started.parent if started.name == "cera-train" else sysconfig.get_path("scripts")
-    bin = "" if shutil.which("cera-train") else f"{scripts}/"  # `make` starts .venv/bin/cera-train
-    commands = {
-        "ask it": [f"{bin}cera-chat", f"run={folder}"],
-        "grade it": [f"{bin}cera-eval", f"run={folder}", f"task={task}"],
-        f"train {other}": [f"{bin}cera-train", *kept, f"adapter={other}", f"name={config.name}_{other}"],
-        "compare": [f"{bin}cera-report", folder, f"{folder}_{other}"],
-    }
-    return {label: redact(shlex.join(command)) for label, command in commands.items()}

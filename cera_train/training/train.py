@@ -44,7 +44,6 @@ from cera_train.settings.training import Resume
 from cera_train.training import console
 from cera_train.training.objectives import Drawn
 from cera_train.training.optimizer import learning_rate, set_learning_rate
-from cera_train.training.picture import draw_run
 from cera_train.training.session import Session, settle
 
 
@@ -275,7 +274,7 @@ def stop(session: Session, signal: int) -> None:
 
 
 def finish(session: Session) -> dict[str, Any]:
-    """The final adapter, its spectrum, card and picture, and result.json, which marks the run as finished."""
+    """The final adapter, its spectrum and card, and result.json, which marks the run as finished."""
     config, folder, progress = session.config, session.folder, session.progress
     session.bar.close()
     save(session)
@@ -308,7 +307,6 @@ def finish(session: Session) -> dict[str, Any]:
             }
             write_text(folder.path / SPECTRUM, json.dumps(modules, indent=2) + "\n")
         write_card(folder.path, result)
-        draw_run(folder.path, config.name)
         result.write(folder.path / "result.json")  # the last file: from here on the run is finished
         console.print_result(result, config)
     return result.to_json()

@@ -46,26 +46,11 @@ def test_a_shell_completes_settings_and_choices(tmp_path):
     assert done.stdout.split() == ["adapter=lora", "adapter=loraplus"], done.stderr
 
 
-IMPORTS = """
-import sys
-sys.argv[0] = "cera-train"
-from cera_train.common.imports import heavy_imports
-with heavy_imports():
-    import torch
-from cera_train.training.train import launch
-from cera_train.cera import CeraConfig
-from cera_train.cera.layer import CeraLayer
-CeraLayer(torch.nn.Linear(8, 8), "default", CeraConfig(r=2))
-print(sorted({"bitsandbytes.nn", "datasets", "pandas", "matplotlib", "wandb"} & sys.modules.keys()))
-import bitsandbytes
-quantised = bitsandbytes.nn.Linear8bitLt(8, 8, has_fp16_weights=False)
-print(CeraLayer(quantised, "default", CeraConfig(r=2)).quantization_backend.backend_name)
-"""
-
-
 @pytest.mark.slow
 def test_a_run_imports_nothing_that_not_every_run_needs():
-    assert python("-c", IMPORTS) == "[]\nbnb 8bit\n"
+    script = "import sys; sys.argv[0] = 'cera-train'; import cera_train.training.train\n"
+    script += "print(sorted({'datasets', 'pandas', 'matplotlib', 'wandb'} & sys.modules.keys()))"
+    assert python("-c", script) == "[]\n"
 
 
 @pytest.mark.slow

@@ -78,9 +78,3 @@ def test_a_job_that_is_killed_ends_the_sweep_in_one_line(sweep_here, sweep):
     assert process.returncode == 2
     (line,) = errors.splitlines()
     assert line.startswith("cera-train: hydra/launcher=joblib: the process of a job was killed, perhaps for lack of")
-
-
-def test_no_jobs_at_once_are_refused_in_one_line(sweep_here, run_command, capfd):
-    assert run_command("cera-train", *JOBLIB, "hydra.launcher.n_jobs=0") == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "hydra.launcher.n_jobs=0 must be a positive number, or -1 for one job a core." in line
