@@ -30,7 +30,7 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
 TASKS = {  # the pages that the README promises, by task
     *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
-    *("computes", "architectures", "evidence", "studies", "statistics", "serving"),
+    *("design", "architectures", "evidence", "studies", "statistics", "serving"),
 }
 OF_FOLDERS = {"cera-report", "cera-sweep"}
 """Commands that take folders, not settings."""
