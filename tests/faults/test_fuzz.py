@@ -34,7 +34,7 @@ from cera_train.settings.data import DataConfig
 from cera_train.settings.run import Config
 
 fuzz = settings(
-    max_examples=200,
+    max_examples=50,
     derandomize=True,
     deadline=None,
     database=None,

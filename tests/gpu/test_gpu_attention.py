@@ -1,18 +1,13 @@
 """Attention over flat rows: the kernel for sequences of many lengths against SDPA, flat rows against padded ones."""
 
-import random
-
 import pytest
 import torch
 from conftest import make_tiny_llama
-from oracles import Causal, under_a_mask
-from torch import nn
+from oracles import Causal, adapted, under_a_mask
 
-from cera_train.adapters.build import build
 from cera_train.model.attention import BY_SEQUENCE, VARLEN, Sequences, attend_by_sequence, attend_varlen
-from cera_train.model.batches import flat_batch, padded_batch
+from cera_train.model.batches import Batch, flat_batch, padded_batch
 from cera_train.model.loss import SupervisedLoss
-from cera_train.settings.adapters import AdapterConfig
 
 pytest_plugins = ["gpu_tests"]
 pytestmark = pytest.mark.gpu
@@ -56,25 +51,20 @@ def test_a_run_here_takes_the_fastest_attention(device, bf16):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_flat_rows_have_the_loss_and_the_gradient_of_padded_ones(device, bf16, dtype, tolerance):
-    numbers = random.Random(0)
-    rows = [[numbers.randrange(512) for _ in range(length)] for length in (40, 3, 77, 12)]
+    rows = [torch.randint(512, (length,)).tolist() for length in (40, 3, 77, 12)]
     masks = [[False, *[True] * (len(row) - 1)] for row in rows]
-    found = []
-    for make, is_flat in ((flat_batch, True), (padded_batch, False)):
-        base = make_tiny_llama().to(device, dtype).requires_grad_(False)
-        model = build(base, AdapterConfig(r=4, alpha=None, target_modules=["q_proj", "v_proj"]))
-        torch.manual_seed(1)
-        for name, weight in model.named_parameters():
-            if weight.requires_grad and "cera_B" in name:
-                nn.init.normal_(weight, std=0.1)
-        loss = SupervisedLoss(model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
-        loss.probe()
-        if is_flat:
-            loss.use_flat_batches()
-        value = loss(make(rows, masks).to(device))
-        value.backward()
-        gradient = torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.requires_grad])
-        found.append((value.item(), gradient))
-    (flat, flat_gradient), (padded, padded_gradient) = found
+    base = make_tiny_llama().to(device, dtype).requires_grad_(False)
+    model = adapted(base, "cera")
+    loss = SupervisedLoss(model, base, lambda: torch.autocast(device.type, dtype, enabled=dtype != torch.float32))
+
+    def value_and_gradient(batch: Batch) -> tuple[float, torch.Tensor]:
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        value = loss(batch.to(device))
+        return value.item(), torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, weights)])
+
+    padded, padded_gradient = value_and_gradient(padded_batch(rows, masks))
+    loss.probe()
+    loss.use_flat_batches()
+    flat, flat_gradient = value_and_gradient(flat_batch(rows, masks))
     assert flat == pytest.approx(padded, rel=tolerance)
     assert (flat_gradient - padded_gradient).norm() < tolerance * padded_gradient.norm()

@@ -68,7 +68,8 @@ def wait_until(condition: Callable[[], Any], seconds: float = 120, every: float 
     """Looks a thousand times a second, unless looking itself takes long."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            raise TimeoutError
         time.sleep(every)
 
 

@@ -70,20 +70,14 @@ def test_a_piece_that_takes_too_long_is_ended(tmp_path):
     assert "time limit of 0.2 s" in result["reason"]
 
 
-@pytest.mark.parametrize(
-    ("content", "error", "reason"),
-    [
-        ("def test_skips(): pytest.skip('no such thing')", Skipped, "1 skipped"),
-        ("def test_ends_pytest(): pytest.exit('the GPU fell off the bus', returncode=3)", RuntimeError, "status 3"),
-    ],
-)
-def test_a_group_passes_only_where_pytest_ended_well(tmp_path, monkeypatch, content, error, reason):
+def test_a_group_of_tests_that_all_skip_has_not_passed(tmp_path, monkeypatch):
     (tmp_path / "tests" / "gpu").mkdir(parents=True)
-    marked = f"import pytest\npytestmark = pytest.mark.gpu\n{content}\n"
-    (tmp_path / "tests" / "gpu" / "test_gpu_group.py").write_text(marked)
+    (tmp_path / "tests" / "gpu" / "test_gpu_group.py").write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\ndef test_skips(): pytest.skip('no such thing')\n"
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
     monkeypatch.setattr(pieces, "ROOT", tmp_path)
-    with pytest.raises(error, match=reason):
+    with pytest.raises(Skipped, match="1 skipped"):
         pieces.run_tests(Place("cpu", "tiny", tmp_path), "group")
 
 
@@ -129,8 +123,5 @@ def test_the_benchmark_of_data_leaves_the_environment_as_it_was():
 @needs_smollm2
 @pytest.mark.slow
 def test_the_benchmark_of_the_start_up_finds_every_line_it_waits_for():
-    targets, figures = startup.measure(rounds=1)
+    targets, _ = startup.measure(rounds=1)
     assert [target.name for target in targets] == list(startup.AT_MOST)
-    seconds = {name: taken for name, (taken,) in figures["seconds"].items()}
-    assert seconds["imports"] > seconds["a config error"]  # torch's are among them
-    assert seconds["the first update"] > seconds["imports"] + seconds["model load"]

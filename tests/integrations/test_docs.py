@@ -1,9 +1,7 @@
 """README.md, docs/, CONTRIBUTING.md and recipes/README.md hold: their commands compose, their Python runs, what they
-name exists. The tutorial and the notebook print what they show. The site of `make docs`: links lead somewhere (mkdocs'
-own check), nothing loads from elsewhere, pages fit a telephone."""
+name exists. The tutorial and the notebook print what they show. `make docs` builds."""
 
 import ast
-import functools
 import itertools
 import os
 import re
@@ -11,10 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -28,10 +24,6 @@ from cera_train.common.files import config_dir
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *DOCS]
-TASKS = {  # the pages that the README promises, by task
-    *("train", "data", "sweep", "evaluate", "compare", "plan", "cluster", "python", "reliability", "performance"),
-    *("design", "architectures", "evidence", "studies", "statistics", "serving"),
-}
 OF_FOLDERS = {"cera-report", "cera-sweep"}
 """Commands that take folders, not settings."""
 MADE_BY_COMMANDS = ("outputs/", "report/")
@@ -260,8 +252,7 @@ def test_every_file_that_is_named_exists(page):
 def test_the_readme_fits_on_150_lines_and_links_every_page():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
-    assert {page.stem for page in DOCS} == TASKS | {"tutorial"}
-    assert all(f"(docs/{name}.md)" in text for name in TASKS)
+    assert all(f"(docs/{page.name})" in text for page in DOCS)
 
 
 def test_the_tree_of_the_readme_is_the_tree():
@@ -343,49 +334,13 @@ def test_the_notebook_prints_what_it_shows(tmp_path):
     assert (tmp_path / "outputs/capitals/adapter_model.safetensors").exists()
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """mkdocs itself refuses a link that leads nowhere."""
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings_handlers.python")
-    folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(
-        build, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=300
-    )
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@pytest.fixture
-def address(site: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
-def test_every_page_is_sound_in_a_browser(site, address, browser, width, scheme):
-    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    problems: list[str] = []
-    page.on("console", lambda message: problems.append(message.text))
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on(
-        "request", lambda request: problems.extend([request.url] * (not request.url.startswith((address, "data:"))))
-    )
-    page.on("response", lambda response: problems.extend([response.url] * (response.status >= 400)))
-    names = {str(path.relative_to(site)) for path in site.rglob("*.html")}
-    assert names >= {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")}
-    for name in sorted(names):
-        page.goto(address + name, timeout=120_000)
-        if page.evaluate("document.documentElement.scrollWidth") > width:
-            problems.append(f"{name} is wider than {width}")
-    page.close()
-    assert problems == []
+    assert {path.stem for path in DOCS} <= {path.stem for path in tmp_path.rglob("*.html")}

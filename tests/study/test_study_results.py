@@ -98,6 +98,7 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
     assert results["command"] == "cera-train -m +study=which"
 
 
+@pytest.mark.slow
 def test_the_page_of_a_study_at_the_edge_of_its_grids_is_no_wider_than_a_window(make_study, tmp_path, browser):
     write_study(make_study(tune={"optimizer.lr": [1e-3, 1e-2], "adapter.init_scale": [1, 3]}), tmp_path / "page")
     page = browser.new_page(viewport={"width": 1280, "height": 800})
