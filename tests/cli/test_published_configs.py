@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from cera_train.cli.mistakes import options
@@ -46,6 +47,7 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {key: value for key, value in flatten(to_plain(config)).items() if key in KNOWN}
 
 
+@pytest.mark.slow
 def test_published_runs_keep_their_settings(compose):
     settings = {FIRST: settings_of(compose(FIRST))}
     differing = dict(settings)

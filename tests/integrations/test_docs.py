@@ -88,7 +88,9 @@ def words_of(line: str) -> list[str]:
     def unescape(quoted: re.Match) -> str:
         return shlex.quote(ast.literal_eval(f"'''{quoted[1]}'''"))
 
-    return shlex.split(re.sub(r"\$'([^']*)'", unescape, line), comments=True)
+    words = shlex.shlex(re.sub(r"\$'([^']*)'", unescape, line), posix=True, punctuation_chars=";&|")
+    words.whitespace_split = True
+    return list(words)
 
 
 def command_among(words: list[str]) -> tuple[str, list[str]] | None:
@@ -96,14 +98,7 @@ def command_among(words: list[str]) -> tuple[str, list[str]] | None:
     for number, word in enumerate(words):
         name = "cera-train" if word == "cera_train" and words[number - 1] == "-m" else word
         if name in (*SCHEMAS, *OF_FOLDERS):
-            arguments = []
-            for argument in words[number + 1 :]:
-                if argument in (";", "&&", "|"):
-                    break
-                arguments.append(argument.rstrip(";"))
-                if argument.endswith(";"):
-                    break
-            return name, arguments
+            return name, list(itertools.takewhile(lambda word: word not in (";", "&&", "|"), words[number + 1 :]))
     return None
 
 

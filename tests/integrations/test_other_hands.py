@@ -16,7 +16,6 @@ def finished_run(trained_config) -> Path:
     return folder_of(trained_config("optimizer.lr=3e-2", "train.max_updates=6", "train.eval_every=null"))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the harness' own
 def test_lm_evaluation_harness_scores_the_adapter(finished_run, tiny_folder):
     """Its log-likelihoods equal those computed directly, with the adapter and without."""

@@ -120,6 +120,7 @@ def test_the_peak_memory_of_a_job_is_its_own():
     assert peak_memory(torch.device("cpu")) < before - 250_000_000
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_impossible_does_not_end_the_search(sweep_here, run_command, counted, capfd):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="pip install hydra-optuna-sweeper")
     sampler = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", "hydra.sweeper.n_jobs=1"]
