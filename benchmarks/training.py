@@ -272,8 +272,8 @@ def lines_of(file: Path) -> list[str]:
 
 
 def logistic_maps() -> list[str]:
-    from cera_train.data.logistic_map import problems
+    from cera_train.data.computed import logistic_map_rows
     from cera_train.settings.data import LogisticMapConfig
 
-    rows, _ = problems(LogisticMapConfig(decimals=3), 1)
+    rows, _ = logistic_map_rows(LogisticMapConfig(decimals=3), 1)
     return [json.dumps({"question": row["prompt"], "answer": row["completion"]}) for row in rows]

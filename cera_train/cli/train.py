@@ -51,11 +51,12 @@ def look(composed: DictConfig) -> None:
     """Prints the rows as the run would train on them. Their tokens are cached, and the run takes them from there."""
     config = prepare(composed)
     with heavy_imports():
-        from cera_train.data.look import look
+        from cera_train.data.look import print_data
         from cera_train.data.prepare import prepare_data, stop_ids
         from cera_train.model.folder import load_tokenizer, model_ends
     tokenizer = load_tokenizer(config.model)
-    look(config.data, prepare_data(config.data, tokenizer), tokenizer, stop_ids(tokenizer, model_ends(config.model)))
+    data, stops = prepare_data(config.data, tokenizer), stop_ids(tokenizer, model_ends(config.model))
+    print_data(config.data, data, tokenizer, stops, at_length=True)
     print_line("train it", redact(shlex.join([TRAIN, *HydraConfig.get().overrides.task])))
 
 

@@ -99,8 +99,6 @@ def _content_digest(path: str) -> str:
 
 def _open(path: str) -> Any:
     """The bytes of a file, decompressed."""
-    if "://" not in path and not path.lower().endswith(COMPRESSED):
-        return open(path, "rb")
     import fsspec
 
     return fsspec.open(path, "rb", compression="infer")
@@ -134,18 +132,14 @@ def _read_csv(path: str) -> Iterator[PlacedRow]:
     """Columns by the first line; every cell is text."""
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-        reader = csv.reader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{path}:1: a column stands twice in {','.join(header)}: rename one.")
+        rows = csv.DictReader(text, delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
         try:
-            for cells in filter(None, reader):
-                place = f"{path}:{reader.line_num}"
-                if len(cells) != len(header):
-                    raise UserError(f"{place}: {len(cells)} cells, and {len(header)} columns: quote cells with commas.")
-                yield place, dict(zip(header, cells, strict=True))
+            for row in rows:
+                if None in row or None in row.values():  # DictReader's marks of a cell too many and of a missing one
+                    raise UserError(f"{path}:{rows.line_num}: more or fewer cells than columns: quote commas.")
+                yield f"{path}:{rows.line_num}", row
         except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}. Write a quote in a quoted cell twice.") from error
+            raise UserError(f"{path}:{rows.reader.line_num}: {error}. Write a quote in a quoted cell twice.") from error
 
 
 def _read_parquet(path: str) -> Iterator[PlacedRow]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections import Counter
 from collections.abc import Iterator
-from statistics import fmean
 from typing import Any
 
 from cera_train.common.terminal import console, highlighted, print_line
@@ -16,22 +13,36 @@ from cera_train.data.sources import HELD_OUT, MOST_HELD_OUT
 from cera_train.settings.data import DataConfig, Layout, Turns
 
 LOOKED_AT = 1000
-"""Rows whose tokens are looked at one by one."""
-
-BARS, BAR_WIDTH = 8, 40
-"""Lines of a histogram, and the characters of its longest."""
+"""Rows whose last tokens are looked at."""
 
 
-def print_rows(config: DataConfig, data: TokenizedData) -> None:
-    """Layout, rows kept, dropped and truncated, the supervised share, shared prompts."""
+def print_data(
+    config: DataConfig, data: TokenizedData, tokenizer: Any, stops: set[int], at_length: bool = False
+) -> None:
+    """Layout, rows kept, dropped and truncated, the supervised share, shared prompts, an example; `at_length` also how
+    long the rows are, and one more example.
+
+    Args:
+        stops: the tokens at which generation stops.
+    """
+    train = data.train
     for line in dict.fromkeys(describe_layouts(config)):
         print_line("layout", line)
-    for label, split in (("train", data.train), ("eval", data.evaluation)):
+    for label, split in (("train", train), ("eval", data.evaluation)):
         print_line(label, split.describe("answers" if config.is_paired else "rows"))
     for line in data.parts:
         print_line("part", line)
     repeated = f"; {data.repeated_prompts:,} training rows repeat a prompt" if data.repeated_prompts else ""
     print_line("shared", f"{data.shared_prompts:,} evaluation prompts are also training prompts{repeated}")
+    if at_length:
+        lengths = sorted(train.lengths)
+        low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
+        print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
+    is_learned, line = describe_stop(train, stops, tokenizer)
+    if at_length or not is_learned:
+        print_line("stop", line)
+    for row in sorted({0, len(train) // 2}) if at_length else range(config.sequences):
+        print_example(train, row, tokenizer)
 
 
 def describe_layouts(config: DataConfig) -> Iterator[str]:
@@ -51,42 +62,20 @@ def describe_layouts(config: DataConfig) -> Iterator[str]:
         yield line
 
 
-def ends_of(rows: TokenizedRows) -> set[int]:
-    """The tokens that end the last answers of rows that are not truncated."""
-    last = [tokens_of(rows, row) for row in range(min(len(rows), LOOKED_AT)) if not rows.truncated[row]]
-    return {input_ids[-1] for input_ids, loss_mask in last if loss_mask[-1]}
-
-
-def describe_stop(ends: set[int], stops: set[int], tokenizer: Any) -> str:
-    """Whether generation stops at what ends an answer."""
+def describe_stop(rows: TokenizedRows, stops: set[int], tokenizer: Any) -> tuple[bool, str]:
+    """Whether the model learns to end its answers where generation stops, and a line about it."""
 
     def names(tokens: set[int]) -> str:
         return " and ".join(tokenizer.decode(token) for token in sorted(tokens))
 
+    last = [tokens_of(rows, row) for row in range(min(len(rows), LOOKED_AT)) if not rows.truncated[row]]
+    ends = {input_ids[-1] for input_ids, loss_mask in last if loss_mask[-1]}
     if not ends:
-        return "all rows are truncated, so the model learns no end of an answer: raise data.max_length"
+        return False, "all rows are truncated, so the model learns no end of an answer: raise data.max_length"
     if ends <= stops:
-        return f"{names(ends)} is supervised at the end of answers, and generation stops there"
+        return True, f"{names(ends)} is supervised at the end of answers, and generation stops there"
     mend = f"set eos_token in the model's tokenizer_config.json to {names(ends - stops)}"
-    return f"{names(ends)} ends answers, but generation stops at {names(stops)} only: {mend}"
-
-
-def print_lengths(rows: TokenizedRows) -> None:
-    """Answers and tokens of the rows: percentiles, and a small histogram."""
-    answers = [
-        sum(is_supervised for is_supervised, _ in itertools.groupby(tokens_of(rows, row)[1]))
-        for row in range(min(len(rows), LOOKED_AT))
-    ]
-    print_line("answers", f"{fmean(answers):.1f} a row, {max(answers)} at most")
-    lengths = sorted(rows.lengths)
-    low, median, high = (lengths[int(share * (len(lengths) - 1))] for share in (0.05, 0.5, 0.95))
-    print_line("tokens", f"{low:,} (5%), {median:,} (median), {high:,} (95%), {lengths[-1]:,} (longest)")
-    width = math.ceil((lengths[-1] - lengths[0] + 1) / BARS)
-    counts = Counter((length - lengths[0]) // width for length in lengths)
-    for bar in range(max(counts) + 1):
-        first = lengths[0] + bar * width
-        hashes = "#" * math.ceil(BAR_WIDTH * counts[bar] / max(counts.values()))
-        print_line("", f"{first:>6,} to {first + width - 1:>6,}  {hashes} {counts[bar]:,}")
+    return False, f"{names(ends)} ends answers, but generation stops at {names(stops)} only: {mend}"
 
 
 def tokens_of(rows: TokenizedRows, row: int) -> tuple[list[int], list[bool]]:
@@ -99,12 +88,3 @@ def print_example(rows: TokenizedRows, row: int, tokenizer: Any) -> None:
     runs = itertools.groupby(zip(*tokens_of(rows, row), strict=True), key=lambda token: token[1])
     parts = ((tokenizer.decode([id for id, _ in run]), is_supervised) for is_supervised, run in runs)
     console().print(f"{'example':<11}", highlighted(parts, 11), sep="")
-
-
-def look(config: DataConfig, data: TokenizedData, tokenizer: Any, stops: set[int]) -> None:
-    """Prints what a run would train on."""
-    print_rows(config, data)
-    print_lengths(data.train)
-    print_line("stop", describe_stop(ends_of(data.train), stops, tokenizer))
-    for row in sorted({0, len(data.train) // 2}):
-        print_example(data.train, row, tokenizer)

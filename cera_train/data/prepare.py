@@ -19,7 +19,7 @@ from cera_train.common.settings import Changes, fields_of, require, to_plain
 from cera_train.common.terminal import announce
 from cera_train.data.order import drawn_rows, interleaved, rows_of_parts
 from cera_train.data.rows import Source
-from cera_train.data.segments import Segment, Segmenter, prompt_of, segmenter, segmenters, segments_of
+from cera_train.data.segments import Segment, prompt_of, segmenters, segments_of
 from cera_train.data.sources import open_sources
 from cera_train.settings.data import DataConfig, Layout, LossOn
 
@@ -131,7 +131,8 @@ def prepare_data(config: DataConfig, tokenizer: Any) -> TokenizedData:
         with errors_at(place):
             train_source, eval_source = open_sources(part)
             train.append(_tokenize(train_source, part, tokenizer))
-            evaluation.append(_tokenize_evaluation(eval_source, part, tokenizer))
+            evaluates = part.eval_rows != 0
+            evaluation.append(_tokenize(eval_source, part, tokenizer) if evaluates else TokenizedRows(table_of([])))
     data = TokenizedData(train[0], _joined_evaluation(evaluation))
     if config.mix is not None:
         counts = rows_of_parts([*map(len, train)], config.weights, config.train_rows)
@@ -180,15 +181,11 @@ def prepare_evaluation(config: DataConfig, tokenizer: Any, limit: int | None = N
     """Only the evaluation split of `prepare_data`, or its first `limit` rows; of preferences the chosen answers."""
     splits = []
     for place, part in config.parts():
-        with errors_at(place):
-            source = open_sources(part)[1].between(0, limit if config.mix is None else None)
-            splits.append(_tokenize_evaluation(source, part, tokenizer, [segmenter(part, tokenizer)]))
+        if part.eval_rows != 0:
+            with errors_at(place):
+                source = open_sources(part)[1].between(0, limit if config.mix is None else None)
+                splits.append(_tokenize(source, part, tokenizer, chosen_only=True))
     return _joined_evaluation(splits, limit)
-
-
-def _tokenize_evaluation(source: Source, config: DataConfig, tokenizer: Any, *sides: Any) -> TokenizedRows:
-    """The evaluation split of a data set; empty for a part of a mix with eval_rows=0."""
-    return TokenizedRows(table_of([])) if config.eval_rows == 0 else _tokenize(source, config, tokenizer, *sides)
 
 
 def _joined_evaluation(splits: list[TokenizedRows], limit: int | None = None) -> TokenizedRows:
@@ -216,11 +213,9 @@ def _join(splits: Sequence[TokenizedRows], drawn: Sequence[Sequence[int]], limit
 # --- rows to tokens --------------------------------------------------------------------------------------------------
 
 
-def _tokenize(
-    source: Source, config: DataConfig, tokenizer: Any, sides: Sequence[Segmenter] | None = None
-) -> TokenizedRows:
-    """The rows of a source, from the cache or into it. `sides` makes the sequences of a row, by default all."""
-    sides = sides or segmenters(config, tokenizer)
+def _tokenize(source: Source, config: DataConfig, tokenizer: Any, chosen_only: bool = False) -> TokenizedRows:
+    """The rows of a source, from the cache or into it; of preferences both answers, or the chosen ones alone."""
+    sides = segmenters(config, tokenizer)[: 1 if chosen_only else None]
     changing = {key for key, field in fields_of(DataConfig).items() if field.metadata["changes"] == Changes.tokens}
     settings = {key: value for key, value in to_plain(config).items() if key in changing - {"rejected"}}
     settings |= {"rejected": config.rejected} if len(sides) > 1 else {}

@@ -18,7 +18,7 @@ from typing import Any
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.data.rows import Row, computed_row, normalized
-from cera_train.settings.data import ReasoningGymConfig, check_generators
+from cera_train.settings.data import ReasoningGymConfig, as_list, check_generators
 
 DRAWS = 1_000_000
 """Draws of a split at most. A generator seeds draw i with seed + i, so seeds that are nearer than this share draws."""
@@ -58,7 +58,7 @@ def draws(config: ReasoningGymConfig, split: Split, count: int, key: str) -> lis
     Raises:
         UserError: a generator has fewer. It names the number by its `key`.
     """
-    questions = {name: _questions(name, config.level, config.seed, split) for name in config.generators}
+    questions = {name: _questions(name, config.level, config.seed, split) for name in as_list(config.generator)}
     drawn = []
     for name in itertools.islice(itertools.cycle(questions), count):
         draw = next(questions[name], None)

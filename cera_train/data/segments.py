@@ -75,32 +75,30 @@ def check_preference(chosen: list[Segment], rejected: list[Segment]) -> None:
         raise UserError("the chosen and the rejected answer are equal: remove the row.")
 
 
-def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
-    """The functions from a row to its segments: one, or those for the two answers of a preference."""
-    chosen = segmenter(config, tokenizer)
-    if not config.is_paired:
-        return [chosen]
-    if config.layout == Layout.messages:
-        return [chosen, partial(preferred_turns, side=config.rejected, tokenizer=tokenizer)]
-    return [chosen, templates(config.prompt, config.rejected, "data.rejected")]
-
-
 def segmenter(config: DataConfig, tokenizer: Any) -> Segmenter:
-    """The function from a row to its segments, of a preference to the chosen answer's. Without a tokenizer, chats lack
-    the marks of a chat template."""
+    """The first of `segmenters`: of preferences that of the chosen answers."""
+    return segmenters(config, tokenizer)[0]
+
+
+def segmenters(config: DataConfig, tokenizer: Any) -> list[Segmenter]:
+    """The function from a row to its segments; of preferences two, for the chosen and the rejected answer. Without a
+    tokenizer, chats lack the marks of a chat template."""
     match config.layout:
         case Layout.instruction:
-            return instruction
+            return [instruction]
         case Layout.conversations:
-            return partial(conversation, wanted=config.turns)
+            return [partial(conversation, wanted=config.turns)]
         case Layout.messages:
             if tokenizer is not None and not tokenizer.chat_template:
                 reason = "data.layout=messages needs a tokenizer with a chat template, and this model's has none"
                 raise UserError(f"{reason}: use an instruction-tuned model, or data.layout=text.")
             if config.is_paired:
-                return partial(preferred_turns, side="chosen", tokenizer=tokenizer)
-            return partial(chat_turns, wanted=config.turns, tokenizer=tokenizer)
-    return templates(*templates_of(config))
+                sides = ("chosen", config.rejected)
+                return [partial(preferred_turns, side=side, tokenizer=tokenizer) for side in sides]
+            return [partial(chat_turns, wanted=config.turns, tokenizer=tokenizer)]
+    prompt, completion = templates_of(config)
+    rejected = [templates(prompt, config.rejected, "data.rejected")] if config.is_paired else []
+    return [templates(prompt, completion), *rejected]
 
 
 def templates_of(config: DataConfig) -> tuple[str, str]:

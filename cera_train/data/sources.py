@@ -15,11 +15,12 @@ from cera_train.common.errors import UserError, errors_at
 from cera_train.common.hub import hub_or_cache, offline_reason
 from cera_train.common.settings import require
 from cera_train.common.terminal import counted
-from cera_train.data import dates, logistic_map, reasoning_gym
+from cera_train.data import reasoning_gym
+from cera_train.data.computed import computed_rows
 from cera_train.data.files import check_files, from_files, rows_of
 from cera_train.data.rows import PROMPT, PlacedRow, Source, normalized
 from cera_train.data.segments import Segment, prompt_of, segmenter, segmenters, segments_of
-from cera_train.settings.data import DataConfig, Layout, Turns
+from cera_train.settings.data import DataConfig, Layout, Turns, as_list
 
 CHECKED_ROWS = 200
 """Rows of each file that `check_data` reads, and of the files whose columns decide a layout."""
@@ -93,7 +94,7 @@ def check_data(config: DataConfig) -> None:
     for place, part in config.parts():
         with errors_at(place):
             if part.layout == Layout.reasoning_gym:
-                for generator in part.reasoning_gym.generators:
+                for generator in as_list(part.reasoning_gym.generator):
                     reasoning_gym.open_generator(generator, part.reasoning_gym.level, seed=0)
             paths = check_files(part.train_files, "data.train_files") + check_files(part.eval_files, "data.eval_files")
             sides = segmenters(part, None)
@@ -105,14 +106,8 @@ def check_data(config: DataConfig) -> None:
 def open_sources(config: DataConfig) -> tuple[Source, Source]:
     """The training and the evaluation rows of a config, cut to `train_rows` and `eval_rows`."""
     if config.is_computed:
-        match config.layout:
-            case Layout.logistic_map:
-                splits = logistic_map.problems(config.logistic_map, config.eval_rows)
-            case Layout.dates:
-                splits = dates.rows(config.train_rows, config.eval_rows)
-            case Layout.reasoning_gym:
-                splits = reasoning_gym.rows(config.reasoning_gym, config.train_rows, config.eval_rows)
-        train, evaluation = (Source.numbered(json.dumps(rows), rows, f"data.layout={config.layout}") for rows in splits)
+        name = f"data.layout={config.layout}"
+        train, evaluation = (Source.numbered(json.dumps(rows), rows, name) for rows in computed_rows(config))
     elif config.train_files:
         rows = from_files(config.train_files, "data.train_files")
         if config.eval_files:
@@ -156,7 +151,6 @@ def _split(source: Source, held_out: Callable[[], Container[int]], *names: str) 
 
 
 def last_rows(count: int, source: Source) -> range:
-    """The numbers of the last rows."""
     total = sum(1 for _ in source.located())
     return range(total - count, total)
 

@@ -37,7 +37,6 @@ from cera_train.model.folder import load_tokenizer, model_ends, positions_of
 from cera_train.model.loss import SupervisedLoss, choose_layout, perplexity
 from cera_train.model.precision import choose_precision
 from cera_train.model.weights import fingerprint, load_model
-from cera_train.runs.card import write_card
 from cera_train.runs.evaluation_folder import (
     AccuracyResult,
     EvaluationFolder,
@@ -48,7 +47,7 @@ from cera_train.runs.evaluation_folder import (
     append_answers,
 )
 from cera_train.runs.records import load_config
-from cera_train.runs.results import RunResult, describe_rank
+from cera_train.runs.results import describe_rank
 from cera_train.runs.subject import Subject, digest_of, find_subject
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig
@@ -106,8 +105,6 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             lines = perplexity_lines(result)
         if is_main:
             result.write(path / "result.json")
-            if (run_result := RunResult.find(subject.folder / "result.json")) and (subject.folder / "adapter").is_dir():
-                write_card(subject.folder, run_result)  # it shows the evaluations
             print()
             print_fields(lines | {"folder": str(path)})
         return result.to_json()
@@ -151,9 +148,7 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
     if is_main:
         folder.write_problems(problems)
         print_shared(problems, evaluation.subject.data)
-    answers, broken = folder.answers()
-    for line in broken if is_main else []:
-        print_line("note", f"{line}: its problem is answered again.")
+    answers = folder.answers()
     accelerator.wait_for_everyone()  # nobody writes while others read
     keys = [(problem.id, sample) for problem in problems for sample in range(config.generation.samples)]
     if any(key not in answers for key in keys):
@@ -168,7 +163,7 @@ def answer_and_grade(evaluation: Evaluation) -> AccuracyResult:
     if not is_main:
         return AccuracyResult()
 
-    recorded, _ = folder.answers()
+    recorded = folder.answers()
     answers = [recorded[key] for key in keys]
     folder.finish_answers(answers)
     grades = grade_all(task, problems, answers, config.grading_seconds)

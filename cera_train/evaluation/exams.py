@@ -25,8 +25,7 @@ from cera_train.evaluation.sampler import Sampler
 from cera_train.evaluation.tasks.task import AnswerTask, build_task, load_problems, question_id, training_task
 from cera_train.model.folder import positions_of
 from cera_train.runs.evaluation_folder import Generation, Problem
-from cera_train.runs.outcomes import GradedProblem
-from cera_train.runs.results import Sample, describe_tasks
+from cera_train.runs.results import GradedProblem, Sample, describe_tasks
 from cera_train.settings.data import DataConfig
 from cera_train.settings.evaluation import EvalConfig, GenerationConfig
 from cera_train.settings.run import Config
@@ -128,7 +127,7 @@ class Exams:
                 }
                 results.figures |= figures
                 results.graded[exam.name] = [
-                    GradedProblem(grade.problem, [exam.task.paired_value(grade, grade.grader)], [grade.ending])
+                    GradedProblem(grade.problem, exam.task.paired_value(grade, grade.grader), grade.ending)
                     for grade in grades
                 ]
                 seconds = time.perf_counter() - started

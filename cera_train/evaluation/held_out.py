@@ -15,7 +15,7 @@ from cera_train.adapters.spectrum import ModuleSpectrum, measure_spectra
 from cera_train.data.prepare import TokenizedRows
 from cera_train.model.batches import MicroBatches
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.outcomes import TokenLosses
+from cera_train.runs.results import TokenLosses
 
 
 class HeldOut:

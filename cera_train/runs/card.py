@@ -1,4 +1,4 @@
-"""The model card of an adapter, which is written again after every evaluation, and the upload of both to the Hub."""
+"""The model card of an adapter, and the upload of both to the Hub."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from cera_train.adapters.saved import description_file
 from cera_train.common.files import read_json, write_text
 from cera_train.common.pages import escape
 from cera_train.common.terminal import print_line
-from cera_train.runs.evaluation_folder import AccuracyResult, PerplexityResult, read_evaluation_result
 from cera_train.runs.records import load_config
-from cera_train.runs.results import RunResult, figure
-from cera_train.runs.subject import digest_of
+from cera_train.runs.results import RunResult, describe_rank, describe_tasks, figure
 from cera_train.runs.tracking import print_error
-from cera_train.settings.evaluation import EvalConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.settings.run import Config
 
@@ -57,20 +54,12 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def write_card(run: Path, result: RunResult) -> None:
-    """Writes adapter/README.md from the config, the result and the evaluations of a run."""
+    """Writes adapter/README.md from the config and the result of a run."""
     config = load_config(run / "config.yaml")
-    evaluations = []
-    for path in sorted(run.glob("eval/*/result.json")):
-        settings = load_config(path.with_name("config.yaml"), EvalConfig)
-        # Not of the run's best adapter, nor over a base in 4 bits.
-        if settings.adapter_digest == digest_of(run / "adapter") and settings.model == config.model:
-            evaluations.append(read_evaluation_result(path))
-
     kind, method = family(config.adapter.kind), title(config.adapter)
     is_cera, is_full = config.adapter.kind == "cera", kind.trains_base
     library = "transformers" if is_full else "peft"
     datasets = [part.path for _, part in config.data.parts() if part.path and not part.train_files]
-    rows = _training(config, result) | _measurements(config, result, evaluations)
     data = card_data(config.model, library, config.adapter.kind.value, datasets)
     text = CARD.format(
         data=data.to_yaml(),
@@ -80,7 +69,7 @@ def write_card(run: Path, result: RunResult) -> None:
         registers="import cera_train  # registers CeRA with PEFT\n" if is_cera else "",
         library=library,
         loader="AutoModelForCausalLM" if is_full else "AutoPeftModelForCausalLM",
-        table="\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in rows.items()),
+        table="\n".join(f"| {escape(name)} | {escape(value)} |" for name, value in _facts(config, result).items()),
         terms=f"The base weights are under `{escape(data.license)}`; an adapter of theirs comes under its terms."
         if data.license
         else "The licence of the base weights is not on record here: see where they come from.",
@@ -102,41 +91,28 @@ def card_data(model: ModelConfig, library: str, tag: str, datasets: Sequence[str
     )
 
 
-def _training(config: Config, result: RunResult) -> dict[str, str]:
-    model, adapter, train = config.model, config.adapter, config.train
+def _facts(config: Config, result: RunResult) -> dict[str, str]:
+    """How an adapter was trained, and what was measured."""
+    model, adapter, train, effective_rank = config.model, config.adapter, config.train, describe_rank(result.spectrum)
     targets = [adapter.target_modules] if isinstance(adapter.target_modules, str) else adapter.target_modules or []
     places = ", ".join(filter(None, [*targets, adapter.adapted_experts]))
     rank, where = "" if adapter.r is None else f" of rank {adapter.r}", f" on {places}" if places else ""
-    start = {"Starts from": f"{adapter.start_from}, digest {adapter.start_digest}"} if adapter.start_from else {}
-    return {
+    before = "before the first update" if adapter.start_from else "untouched base"
+    rows = {
         "Base model": model.path + (f", revision {model.revision}" if model.revision else ""),
         "Base weights": model.dtype.value if model.quantization == "none" else model.quantization.value,
         "Adapter": f"{title(adapter)}{rank}{where}",
-        **start,
+        "Starts from": f"{adapter.start_from}, digest {adapter.start_digest}" if adapter.start_from else "",
         "Trainable parameters": figure(result.trainable_parameters, 0),
         "Data": config.data.title,
         "Training": f"{figure(result.updates, 0)} updates of {train.batch_size} sequences, "
         f"{config.optimizer.kind.value}, learning rate {config.optimizer.lr:g}, seed {train.seed}",
+        f"Perplexity, {before}": figure(result.perplexity_before),
+        "Perplexity": figure(result.perplexity),
+        "Effective rank": effective_rank and f"{effective_rank} (of {adapter.r})",
+        "Tasks": describe_tasks(result.tasks),
     }
-
-
-def _measurements(
-    config: Config, result: RunResult, evaluations: list[AccuracyResult | PerplexityResult]
-) -> dict[str, str]:
-    before = "untouched base" if config.adapter.start_from is None else "before the first update"
-    rows = {f"Perplexity, {before}": figure(result.perplexity_before), "Perplexity": figure(result.perplexity)}
-    if (rank := result.spectrum.effective_rank_mean) is not None:
-        rows["Effective rank, mean over modules"] = f"{rank:.1f} of {config.adapter.r}"
-    for evaluation in evaluations:
-        if isinstance(evaluation, PerplexityResult):
-            rows[f"{evaluation.task}, perplexity"] = figure(evaluation.perplexity)
-            continue
-        for accuracy in evaluation.accuracies:
-            if accuracy.k == 1 and accuracy.value is not None:
-                bounds = "95 % interval {:.1%} to {:.1%}, ".format(*accuracy.interval) if accuracy.interval else ""
-                text = f"{accuracy.value:.1%} ({bounds}{figure(evaluation.problems, 0)} problems)"
-                rows[f"{evaluation.task}, {accuracy.grader} pass@1"] = text
-    return rows
+    return {name: text for name, text in rows.items() if text}
 
 
 # --- the Hub ---------------------------------------------------------------------------------------------------------

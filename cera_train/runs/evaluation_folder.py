@@ -6,7 +6,6 @@ Imports no torch."""
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -48,7 +47,7 @@ class Problem(Record, extra="allow"):
 class Generation(Record):
     """One answer, a line of generations.jsonl."""
 
-    mend: ClassVar[str] = EVALUATE_AGAIN
+    mend: ClassVar[str] = f"Remove the file. {EVALUATE_AGAIN}"
 
     problem: str
     sample: int
@@ -99,7 +98,7 @@ class Accuracy:
     value: float | None
     interval: tuple[float, float] | None  # 95 % over problems; None where all came out alike
 
-    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@([1-9]\d{0,5})(/interval)?")
+    KEY: ClassVar[re.Pattern] = re.compile(r"(\w+)/pass@(\d+)")
 
     @property
     def key(self) -> str:
@@ -129,10 +128,9 @@ class AccuracyResult(Record, extra="allow"):
     def accuracies(self) -> list[Accuracy]:
         accuracies = []
         for match in filter(None, map(Accuracy.KEY.fullmatch, self.details)):
-            if not match[3]:
-                lower, upper = self.details.get(f"{match[0]}/interval") or (0, 0)
-                interval = (lower, upper) if lower < upper else None
-                accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
+            lower, upper = self.details.get(f"{match[0]}/interval") or (0, 0)
+            interval = (lower, upper) if lower < upper else None
+            accuracies.append(Accuracy(match[1], int(match[2]), self.details[match[0]], interval))
         return accuracies
 
     @property
@@ -225,20 +223,18 @@ class EvaluationFolder:
             )
         write_text(path, text)
 
-    def answers(self) -> tuple[dict[Key, Generation], list[str]]:
-        """The answers so far, and a message for each broken line: a process may die while it writes one."""
-        answers, broken = [], []
-        for path in sorted(self.path.glob("generations*.jsonl")):
-            readable, messages = _read_answers(path)
-            answers += readable
-            broken += messages
-        return {(answer.problem, answer.sample): answer for answer in answers}, broken
+    def answers(self) -> dict[Key, Generation]:
+        """The answers so far, without half a line that a process may have been writing when it died."""
+        paths = sorted(self.path.glob("generations*.jsonl"))
+        answers = [answer for path in paths for answer in read_lines(path, Generation, may_break_off=True)]
+        return {(answer.problem, answer.sample): answer for answer in answers}
 
     def append_to_answers(self) -> TextIO:
-        """Opens this process's file of answers for more, without its broken lines."""
-        if self.process_answers.exists():
-            write_text(self.process_answers, to_lines(_read_answers(self.process_answers)[0]))
-        return self.process_answers.open("a")
+        """Opens this process's file of answers for more, without half a line at its end."""
+        path = self.process_answers
+        if path.exists():
+            write_text(path, to_lines(read_lines(path, Generation, may_break_off=True)))
+        return path.open("a")
 
     def finish_answers(self, answers: Iterable[Generation]) -> None:
         """Writes all answers, in order, into one file."""
@@ -256,44 +252,21 @@ def append_answers(file: TextIO, answers: Iterable[Generation]) -> None:
     file.flush()
 
 
-def _read_answers(path: Path) -> tuple[list[Generation], list[str]]:
-    """The answers of a file, and a message for each broken line."""
-    answers, broken = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            answers.append(Generation.from_json(json.loads(line), path))
-        except (ValueError, RecursionError):
-            broken.append(f"{path}:{number} is broken")
-    return answers, broken
-
-
 # --- a finished evaluation -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GradedAnswers:
-    """The answers of an evaluation, read when they are needed; reading raises a UserError that names a broken file."""
+    """The grades of an evaluation, read when they are needed; reading raises a UserError that names a broken file."""
 
     folder: Path
 
     @cached_property
-    def problems(self) -> dict[str, Problem]:
-        """By id, in the task's order."""
-        return {problem.id: problem for problem in read_lines(self.folder / "problems.jsonl", Problem)}
-
-    @cached_property
     def grades(self) -> dict[str, list[Grade]]:
-        """By problem, one for each sample."""
-        grades: dict[str, list[Grade]] = {name: [] for name in self.problems}
+        """By the problem's id, one for each sample."""
+        grades: dict[str, list[Grade]] = {}
         for grade in read_lines(self.folder / "grades.jsonl", Grade):
-            if grade.problem in grades:
-                grades[grade.problem].append(grade)
-        ungraded = sum(not answers for answers in grades.values())
-        if ungraded or not grades:
-            raise UserError(
-                f"{self.folder} has no grades for {ungraded} of its {len(grades)} problems: "
-                "evaluate the run again, which grades the answers that are there."
-            )
+            grades.setdefault(grade.problem, []).append(grade)
         return grades
 
     @property
@@ -308,7 +281,4 @@ class GradedAnswers:
 
     def scores(self, score: Callable[[Grade], float]) -> dict[str, float]:
         """The mean score of the answers to each problem."""
-        try:
-            return {name: sum(map(score, grades)) / len(grades) for name, grades in self.grades.items()}
-        except (LookupError, TypeError, ZeroDivisionError) as error:
-            raise UserError(f"{self.folder / 'grades.jsonl'} is broken: {error!r}. {EVALUATE_AGAIN}") from error
+        return {name: sum(map(score, grades)) / len(grades) for name, grades in self.grades.items()}

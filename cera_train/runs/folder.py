@@ -35,9 +35,19 @@ from cera_train.common.trust import redact_tree
 from cera_train.data.order import RowOrder
 from cera_train.distributed.sharding import optimizer_state, trainable_weights
 from cera_train.model.precision import Precision
-from cera_train.runs.outcomes import GRADES, LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.records import LENGTH, Record, differences
-from cera_train.runs.results import DIVERGED, LOGS, METRICS, Environment, EvaluationMetrics, Perplexity, RunResult
+from cera_train.runs.results import (
+    DIVERGED,
+    GRADES,
+    LOGS,
+    LOSSES_AFTER,
+    LOSSES_BEFORE,
+    METRICS,
+    Environment,
+    EvaluationMetrics,
+    Perplexity,
+    RunResult,
+)
 from cera_train.runs.tracking import IDS
 from cera_train.settings.training import Resume
 

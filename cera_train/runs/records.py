@@ -83,9 +83,9 @@ def to_lines(records: Iterable[Record]) -> str:
     return "".join(json.dumps(finite(record.to_json()), allow_nan=False) + "\n" for record in records)
 
 
-def read_lines(path: Path, kind: type[Record]) -> list[Any]:
-    """The records in a file with one on each line."""
-    return [kind.from_json(tree, place) for place, tree in read_trees(path, kind.mend)]
+def read_lines(path: Path, kind: type[Record], may_break_off: bool = False) -> list[Any]:
+    """The records in a file with one on each line, read as by `read_trees`."""
+    return [kind.from_json(tree, place) for place, tree in read_trees(path, kind.mend, may_break_off)]
 
 
 def read_trees(path: Path, mend: str = RESTORE, may_break_off: bool = False) -> list[tuple[str, Any]]:

@@ -1,18 +1,26 @@
-"""The files that a run leaves, with a type. Only this module spells their keys. Imports no torch."""
+"""The files that a run leaves, with a type. Only this module spells their keys. Imports no torch.
+
+What a study compares is among them, so that nothing has to run again: the loss of every held-out token before the first
+update and after the last, and how each answer to the run's tasks ended."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from pydantic import BeforeValidator, Field
 
-from cera_train.common.files import read_json
-from cera_train.runs.records import Record, key, read_trees
+from cera_train.common.errors import UserError, error_text
+from cera_train.common.files import read_json, write_bytes, write_text
+from cera_train.runs.records import RESTORE, Record, key, read_lines, read_trees, to_lines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Perplexity = Annotated[float | None, BeforeValidator(lambda value: math.inf if value is None else value)]
 """JSON has no infinity: null reads as infinite, and a missing key as None."""
@@ -207,6 +215,71 @@ def read_metrics(path: Path) -> Metrics:
         else:
             metrics.updates.append(UpdateMetrics.from_json(tree, place))
     return metrics
+
+
+# --- losses and grades -----------------------------------------------------------------------------------------------
+
+LOSSES_BEFORE, LOSSES_AFTER = "losses_before.safetensors", "losses_after.safetensors"
+GRADES = "grades"
+"""Folder with a file TASK.jsonl for each task."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLosses:
+    """The loss of every supervised held-out token."""
+
+    tokens: np.ndarray
+    """[rows] supervised tokens of each row, int64."""
+    losses: np.ndarray
+    """[sum(tokens)] nats, float32, row by row."""
+
+    @property
+    def mean(self) -> float:
+        """Nats per supervised token."""
+        return float(self.losses.mean(dtype="float64"))
+
+    def sums(self) -> np.ndarray:
+        """[rows] nats of each row, float64."""
+        import numpy as np
+
+        rows = np.repeat(np.arange(len(self.tokens)), self.tokens)
+        return np.bincount(rows, weights=self.losses, minlength=len(self.tokens))
+
+    def write(self, path: Path) -> None:
+        from safetensors.numpy import save
+
+        write_bytes(path, save({"tokens": self.tokens, "losses": self.losses}))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The losses in a file; raises UserError where it is missing or broken."""
+        from safetensors.numpy import load
+
+        try:
+            return cls(**load(path.read_bytes()))
+        except Exception as error:  # safetensors raises many types on a file that is not its own
+            raise UserError(f"{path} is broken: {error_text(error)}. {RESTORE}") from error
+
+
+class GradedProblem(Record):
+    """The answer to one problem after the last update."""
+
+    mend: ClassVar[str] = "Restore it, or train with this task in train.tasks."
+
+    problem: str  # its id
+    score: float  # 0 to 1
+    ending: str
+
+
+def write_grades(run: Path, task: str, problems: Sequence[GradedProblem]) -> None:
+    path = run / GRADES / f"{task}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    write_text(path, to_lines(problems))
+
+
+def read_grades(run: Path, task: str) -> list[GradedProblem]:
+    """The grades of one of `train.tasks`, in the task's order."""
+    return read_lines(run / GRADES / f"{task}.jsonl", GradedProblem)
 
 
 # --- figures in a line -----------------------------------------------------------------------------------------------

@@ -48,7 +48,6 @@ class Tracker:
         self.trackers: dict[TrackerKind, GeneralTracker] = {}
 
     def log(self, metrics: dict[str, float], update: int) -> None:
-        """Sends numbers of an update."""
         for kind, tracker in [*self.trackers.items()]:
             with self.drop_on_failure(kind):
                 tracker.log(metrics, step=update)
@@ -60,7 +59,6 @@ class Tracker:
                 tracker.log_table(name, [*rows[0]], [[*row.values()] for row in rows], step=update)
 
     def finish(self) -> None:
-        """Ends the mirrors."""
         for kind, tracker in [*self.trackers.items()]:
             with self.drop_on_failure(kind):
                 tracker.finish()

@@ -70,10 +70,6 @@ class LogisticMapConfig:
         check_growths("data.logistic_map.growth", self.growth)
         require(self.decimals <= 4, f"data.logistic_map.decimals={self.decimals} must be at most 4.")
 
-    @property
-    def growths(self) -> list[float]:
-        return as_list(self.growth)
-
 
 @dataclass
 class ReasoningGymConfig:
@@ -90,10 +86,6 @@ class ReasoningGymConfig:
         check_generators("data.reasoning_gym.generator", self.generator)
         require(self.level is None or self.level >= 0, f"data.reasoning_gym.level={self.level} must not be negative.")
         require(0 <= self.seed < 1000, f"data.reasoning_gym.seed={self.seed} must be between 0 and 999.")
-
-    @property
-    def generators(self) -> list[str]:
-        return as_list(self.generator)
 
 
 @dataclass
@@ -190,7 +182,7 @@ class DataConfig:
             if self.layout == Layout.auto and (has_templates or not self.train_files):
                 self.layout = Layout.text
             if self.layout != Layout.auto and self.turns is None:
-                self.turns = usual_turns(self.layout)
+                self.turns = Turns.all if self.layout == Layout.messages else Turns.first
         require(self.eval_rows is None or self.eval_rows >= 0, f"data.eval_rows={self.eval_rows} must not be negative.")
         share = self.allow_overlap
         require(0 <= share <= 1, f"data.allow_overlap={share} is a share of the rows: between 0 and 1, such as 0.05.")
@@ -277,10 +269,5 @@ class DataConfig:
         if self.mix is not None:
             return " + ".join(part.title for _, part in self.parts())
         if self.layout == Layout.reasoning_gym:
-            return f"reasoning_gym ({', '.join(self.reasoning_gym.generators)})"
+            return f"reasoning_gym ({', '.join(as_list(self.reasoning_gym.generator))})"
         return ", ".join(Path(name).name for name in self.train_files) or self.path or str(self.layout)
-
-
-def usual_turns(layout: str) -> Turns:
-    """`data.turns` where it is null."""
-    return Turns.all if layout == Layout.messages else Turns.first

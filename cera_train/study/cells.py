@@ -16,8 +16,7 @@ from statistics import fmean
 
 from omegaconf import OmegaConf
 
-from cera_train.runs.outcomes import read_grades
-from cera_train.runs.results import RunResult
+from cera_train.runs.results import RunResult, read_grades
 from cera_train.settings.sweep import LOSS, StudyConfig
 from cera_train.sweep.folder import job_name, key_of
 from cera_train.sweep.record import RECORD, SweepRecord
@@ -52,7 +51,7 @@ class Candidate:
         run = self.run(seed)
         if (result := RunResult.find(run / "result.json")) is not None:
             if self.outcome != LOSS:
-                return 1 - fmean(fmean(problem.scores) for problem in read_grades(run, self.outcome))
+                return 1 - fmean(problem.score for problem in read_grades(run, self.outcome))
             return math.log(result.perplexity) if result.perplexity else math.inf
         return math.inf if job_status(self.sweep, run.name).state == State.diverged else None
 

@@ -14,8 +14,7 @@ from cera_train.common.errors import UserError
 from cera_train.common.settings import require
 from cera_train.evaluation.statistics import ERROR_RATE, holm
 from cera_train.runs.evaluation_folder import ENDINGS
-from cera_train.runs.outcomes import read_grades, read_losses
-from cera_train.runs.results import Environment, RunResult
+from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
 from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
@@ -133,14 +132,13 @@ def _read_cell(study: Study, cell: Cell) -> CellResult:
 
 def _read_outcome(name: str, run: Path) -> Outcome:
     if name == LOSS:
-        losses = read_losses(run)
+        losses = TokenLosses.read(run / LOSSES_AFTER)
         counts = losses.tokens > 0
         tokens = losses.tokens[counts]
         return Outcome(losses.tokens.tolist(), losses.sums()[counts] / tokens, tokens)
     problems = sorted(read_grades(run, name), key=lambda problem: problem.problem)
-    endings = Counter(ending for problem in problems for ending in problem.endings)
-    scores = [fmean(problem.scores) for problem in problems]
-    return Outcome([problem.problem for problem in problems], scores, endings=endings)
+    endings = Counter(problem.ending for problem in problems)
+    return Outcome([each.problem for each in problems], [each.score for each in problems], endings=endings)
 
 
 # --- contrasts -------------------------------------------------------------------------------------------------------

@@ -11,12 +11,12 @@ from cera_train.adapters.family import family
 from cera_train.adapters.spectrum import describe_excess_rank, why_no_spectrum
 from cera_train.adapters.targets import describe_left_out, describe_targets, layers_without_adapted_experts
 from cera_train.common.terminal import TEXT_WIDTH, duration, print_fields, print_line, targets
-from cera_train.data.look import describe_stop, ends_of, print_example, print_rows
+from cera_train.data.look import print_data
 from cera_train.data.prepare import stop_ids
 from cera_train.evaluation.tasks.task import describe_trained_on
 from cera_train.model.attention import BY_SEQUENCE, VARLEN
 from cera_train.model.loss import SupervisedLoss
-from cera_train.runs.records import read_trees
+from cera_train.runs.records import read_lines
 from cera_train.runs.results import (
     METRICS,
     SAMPLES,
@@ -64,13 +64,8 @@ def print_start(session: Session) -> None:
     tokens = config.train.micro_batch_tokens
     print_line("device", f"{device}, {autocast}, {layout} micro-batches of up to {tokens:,} tokens")
     print_line("speed", describe_speed(loss))
-    print_rows(config.data, session.data)
-    rows, tokenizer = session.data.train, session.tokenizer
-    ends, stops = ends_of(rows), stop_ids(tokenizer, loss.causal_lm.generation_config.eos_token_id)
-    if not ends or not ends <= stops:
-        print_line("stop", describe_stop(ends, stops, tokenizer))
-    for row in range(config.data.sequences):
-        print_example(rows, row, tokenizer)
+    stops = stop_ids(session.tokenizer, loss.causal_lm.generation_config.eos_token_id)
+    print_data(config.data, session.data, session.tokenizer, stops)
     if session.exams.plan:
         print_line("answers", session.exams.plan)
     for exam in session.exams.tasks:
@@ -149,8 +144,7 @@ def print_result(result: RunResult, config: Config) -> None:
 
 def describe_sample(path: Path) -> dict[str, str]:
     """The first question of samples.jsonl, with its first and its last answer; empty without such a file."""
-    trees = read_trees(path) if path.is_file() else ()
-    samples = [Sample.from_json(tree, place) for place, tree in trees]
+    samples = read_lines(path, Sample) if path.is_file() else []
     same = [sample for sample in samples if (sample.task, sample.prompt) == (samples[0].task, samples[0].prompt)]
     if not same:
         return {}

@@ -27,8 +27,9 @@ from cera_train.evaluation.held_out import shared_out
 from cera_train.model.loss import perplexity
 from cera_train.runs.card import push, write_card
 from cera_train.runs.folder import RunFolder
-from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE, write_grades
 from cera_train.runs.results import (
+    LOSSES_AFTER,
+    LOSSES_BEFORE,
     SAMPLES,
     SPECTRA,
     SPECTRUM,
@@ -38,6 +39,7 @@ from cera_train.runs.results import (
     describe_rank,
     figure,
     is_task_figure,
+    write_grades,
 )
 from cera_train.settings.run import Config
 from cera_train.settings.training import Resume

@@ -10,8 +10,7 @@ from datetime import date
 import pytest
 
 from cera_train.common.errors import UserError
-from cera_train.data import dates
-from cera_train.data.logistic_map import problem, problems
+from cera_train.data.computed import WAYS, date_row, date_rows, logistic_map_row, logistic_map_rows
 from cera_train.data.reasoning_gym import DRAWS, Split, draws, rows, split_of
 from cera_train.data.sources import check_data, open_sources
 from cera_train.settings.data import GENERATORS, DataConfig, LogisticMapConfig, ReasoningGymConfig
@@ -23,65 +22,51 @@ def starts_of(rows: list[dict[str, str]]) -> list[str]:
 
 def test_the_trajectory_is_the_papers_and_only_what_is_shown_is_rounded():
     # shared/PAPER.md, "State collapse": growth 3.5 from x0 = 0.4.
-    row = problem(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
+    row = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=4, steps=5))
     assert row["completion"] == " 0.8400, 0.4704, 0.8719, 0.3908, 0.8333"
-    rounded = problem(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
+    rounded = logistic_map_row(0.4, 3.5, LogisticMapConfig(decimals=1, steps=5))
     assert rounded["completion"] == " 0.8, 0.5, 0.9, 0.4, 0.8"  # from the rounded 0.8 the next would be 0.6
 
 
 def test_starts_are_split_by_the_seed_and_together_all():
-    train, evaluation = problems(LogisticMapConfig(), 20)
+    train, evaluation = logistic_map_rows(LogisticMapConfig(), 20)
     assert (len(train), len(evaluation)) == (79, 20)
     assert sorted(starts_of(train) + starts_of(evaluation)) == [f"0.{number:02}" for number in range(1, 100)]
-    assert {*starts_of(evaluation)} != {*starts_of(problems(LogisticMapConfig(seed=1), 20)[1])}
+    assert {*starts_of(evaluation)} != {*starts_of(logistic_map_rows(LogisticMapConfig(seed=1), 20)[1])}
     with pytest.raises(UserError, match=r"data\.eval_rows=99 leaves nothing to train on: there are 99"):
-        problems(LogisticMapConfig(), 99)
+        logistic_map_rows(LogisticMapConfig(), 99)
 
 
 def test_several_growths_have_a_row_each_from_every_start_and_hold_out_the_same_starts():
-    train, evaluation = problems(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
+    train, evaluation = logistic_map_rows(LogisticMapConfig(growth=[3.5, 3.7, 3.9]), 20)
     assert (len(train), len(evaluation)) == (3 * 92, 20)  # 7 starting points are held out, one of them at two growths
     assert not set(starts_of(train)) & set(starts_of(evaluation))
     assert [row["prompt"][13:23] for row in train[:4]] == [*("= 3.5 x (1", "= 3.7 x (1", "= 3.9 x (1", "= 3.5 x (1")]
-
-
-@pytest.mark.parametrize("growth", [4.1, [], True, 3.5699456])
-def test_a_growth_that_is_none_is_refused(growth):
-    with pytest.raises(UserError, match="growth=.* must be numbers above 0 and up to 4, of at most six digits"):
-        LogisticMapConfig(growth=growth)
 
 
 @pytest.mark.parametrize(
     ("day", "texts"),
     [
         (date(1988, 3, 1), ["the first of March 1988", "1 March 1988", "March 1, 1988", "1.3.88", "February 29, 1988"]),
-        (
-            date(1900, 12, 31),
-            ["thirty-first of D", "31 December 1900", "December 31, 1900", "31.12.00", "after December 30, 19"],
-        ),
-        (
-            date(1999, 5, 23),
-            ["twenty-third of", "23 May 1999", "May 23, 1999", "23.5.99", "the day after May 22, 1999"],
-        ),
+        (date(1900, 12, 31), ["thirty-first of D", "31 Dec", "December 31, 1900", "31.12.00", "after December 30, 19"]),
     ],
 )
 def test_a_date_is_asked_in_every_way(day, texts):
-    for way, text in zip(dates.WAYS, texts, strict=True):
-        row = dates.row(day, way)
+    for way, text in zip(WAYS, texts, strict=True):
+        row = date_row(day, way)
         assert text in row["prompt"]
         assert row["completion"] == f" {day}"
 
 
 def test_every_day_of_the_century_is_one_answer_and_evaluation_rows_stay_the_same():
-    train, evaluation = dates.rows(None, 50)
+    train, evaluation = date_rows(None, 50)
     days = sorted(row["completion"].strip() for row in (*train, *evaluation))
     assert (days[0], days[-1], len(days), len(set(days))) == ("1900-01-01", "1999-12-31", 36_524, 36_524)
-    assert dates.rows(640, 50) == (train[:640], evaluation)
+    assert date_rows(640, 50) == (train[:640], evaluation)
     assert train[:9] != sorted(train[:9], key=lambda row: row["completion"])
 
 
-SMALL = ReasoningGymConfig(generator="chain_sum", level=0)
-"""Sums and differences of two digits: 200 questions."""
+GYM = {"layout": "reasoning_gym", "train_rows": 6, "eval_rows": 3}
 
 ELSEWHERE = """
 import json, sys
@@ -98,10 +83,6 @@ def needs_package(request) -> None:
         pytest.importorskip("reasoning_gym")
 
 
-def gym_config(**settings) -> DataConfig:
-    return DataConfig(**{"layout": "reasoning_gym", "train_rows": 6, "eval_rows": 3} | settings)
-
-
 def questions(split: Split, count: int, **settings) -> list[str]:
     return [draw.question for draw in draws(ReasoningGymConfig(**settings), split, count, "count")]
 
@@ -111,14 +92,13 @@ def test_gym_questions_are_in_one_split_and_come_up_once_in_evaluation():
         questions(split, count, generator="chain_sum", level=0)
         for split, count in ((Split.train, 600), (Split.held_out, 15), (Split.test, 15))
     )
-    assert len(set(train)) < 200  # training repeats
+    assert len(set(train)) < 200  # there are 200 sums of two digits: training repeats
     assert len(set(held_out)) == len(set(test)) == 15
     assert not {*train} & {*held_out} | {*train} & {*test} | {*held_out} & {*test}
     assert {split_of(question.upper() + " ") for question in test} == {Split.test}
 
 
 def test_gym_seeds_and_splits_share_no_draw():
-    """A generator seeds its draw i with seed + i."""
     seeds = {draws(ReasoningGymConfig(seed=seed), split, 1, "count")[0].seed for seed in (0, 1, 999) for split in Split}
     assert len(seeds) == 9
     assert all(abs(one - other) >= DRAWS for one in seeds for other in seeds - {one})
@@ -139,24 +119,28 @@ def test_gym_rows_are_the_same_in_every_process():
     assert json.loads(printed) == [list(both) for both in here]
 
 
+GROWTHS = "growth=.* must be numbers above 0 and up to 4, of at most six digits"
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("kind", "settings", "message"),
     [
-        ({"generator": "chain_sums"}, "generator=chain_sums: expected generators that are tested here. Choose from s"),
-        ({"generator": []}, r"generator=\[\]: expected"),
-        ({"level": -1}, "level=-1 must not be negative"),
-        ({"seed": 1000}, "seed=1000 must be between 0 and 999"),
+        *((LogisticMapConfig, {"growth": growth}, GROWTHS) for growth in (4.1, [], True, 3.5699456)),
+        (ReasoningGymConfig, {"generator": "chain_sums"}, "generator=chain_sums: expected generators that are tested"),
+        (ReasoningGymConfig, {"generator": []}, r"generator=\[\]: expected"),
+        (ReasoningGymConfig, {"level": -1}, "level=-1 must not be negative"),
+        (ReasoningGymConfig, {"seed": 1000}, "seed=1000 must be between 0 and 999"),
     ],
 )
-def test_a_setting_is_refused_by_name(settings, message):
+def test_a_setting_is_refused_by_name(kind, settings, message):
     with pytest.raises(UserError, match=message):
-        ReasoningGymConfig(**settings)
+        kind(**settings)
 
 
 def test_gym_rows_that_there_are_not_are_refused():
     with pytest.raises(UserError, match=r"level=11 of chain_sum: it has levels 0 to 10"):
-        check_data(gym_config(reasoning_gym=ReasoningGymConfig(level=11)))
+        check_data(DataConfig(**GYM, reasoning_gym=ReasoningGymConfig(level=11)))
     with pytest.raises(UserError, match=r"data.eval_rows=400: chain_sum at level 0 has only \d+ different held-out qu"):
-        open_sources(gym_config(eval_rows=400, reasoning_gym=SMALL))
+        open_sources(DataConfig(**GYM | {"eval_rows": 400}, reasoning_gym=ReasoningGymConfig(level=0)))
     with pytest.raises(UserError, match="data.layout=reasoning_gym needs data.train_rows, such as 1000"):
-        gym_config(train_rows=None)
+        DataConfig(**GYM | {"train_rows": None})

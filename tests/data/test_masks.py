@@ -104,19 +104,22 @@ def test_a_conversation_without_an_answer_has_no_segments(tokenizer, turns):
         assert segments({"conversations": conversation}) == []
 
 
-def test_flags_and_turns_choose_what_is_supervised_and_change_no_token(tokenizer):
-    turns = CONVERSATION["conversations"]
-    for key, no in (("train", False), ("weight", 0.0)):
-        row = {"conversations": [*turns[:2], turns[2] | {key: no}, *turns[3:]]}
-        flagged = example_of(row, tokenizer, layout="conversations", turns="all")
-        last = example_of(CONVERSATION, tokenizer, layout="conversations", turns="last")
-        assert supervised_text(flagged, tokenizer) == supervised_text(last, tokenizer) == " 0.84</s>"
-        every = example_of(CONVERSATION, tokenizer, layout="conversations", turns="all")
-        assert flagged.input_ids == last.input_ids == every.input_ids
-        assert flagged.prompt_key == last.prompt_key != every.prompt_key
-        row = {"conversations": [*turns[:4], turns[4] | {key: no}]}
-        cut = example_of(row, tokenizer, layout="conversations", turns="all")
-        assert tokenizer.decode(cut.input_ids).endswith("Assistant: hello there</s>")
+@pytest.mark.parametrize(
+    ("row", "layout", "first", "last"),
+    [
+        (CONVERSATION, "conversations", " hello there</s>", " 0.84</s>"),
+        (CHAT, "messages", "hello there<|im_end|>", "0.84<|im_end|>"),
+    ],
+)
+def test_flags_and_turns_choose_what_is_supervised(tokenizer, row, layout, first, last):
+    def supervised(turns: list, wanted: str) -> str:
+        return supervised_text(example_of({layout: turns}, tokenizer, layout=layout, turns=wanted), tokenizer)
+
+    turns = row[layout]
+    assert [supervised(turns, wanted) for wanted in ("first", "last", "all")] == [first, last, f"{first}|{last}"]
+    for flag in ({"train": False}, {"weight": 0.0}):
+        assert supervised([*turns[:2], turns[2] | flag, *turns[3:]], "all") == last
+        assert supervised([*turns[:4], turns[4] | flag], "last") == first
 
 
 # --- layout messages -------------------------------------------------------------------------------------------------
@@ -150,16 +153,6 @@ def test_a_template_may_write_the_start_token_and_needs_no_end_token(tokenizer):
     unlisted = with_changes(tokenizer, extra_special_tokens=[])  # an end-of-turn token that the tokenizer does not list
     example = example_of(CHAT, unlisted, layout="messages")
     assert supervised_text(example, tokenizer) == "hello there<|im_end|>|0.84<|im_end|>"
-
-
-def test_flags_and_turns_choose_the_supervised_messages(tokenizer):
-    def supervised(messages: list, **settings) -> str:
-        return supervised_text(example_of({"messages": messages}, tokenizer, layout="messages", **settings), tokenizer)
-
-    first, last, messages = "hello there<|im_end|>", "0.84<|im_end|>", CHAT["messages"]
-    assert [supervised(messages, turns=turns) for turns in ("first", "last", "all")] == [first, last, f"{first}|{last}"]
-    assert supervised([*messages[:2], messages[2] | {"train": False}, *messages[3:]]) == last
-    assert supervised([*messages[:4], messages[4] | {"weight": 0}], turns="last") == first
 
 
 def test_the_last_answer_is_supervised_where_a_template_shortens_earlier_ones(tokenizer):

@@ -10,8 +10,7 @@ import pytest
 from examples import EVALUATION, TRAIN
 
 from cera_train.common.errors import UserError
-from cera_train.data.prepare import Example, prepare_data
-from cera_train.settings.data import LossOn
+from cera_train.data.prepare import prepare_data
 
 pytest_plugins = ["examples"]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -72,14 +71,8 @@ def test_what_is_cut_dropped_and_kept_is_counted(config_of, tokenizer):
     assert tokenizer.eos_token_id not in cut
     assert train.column("length") == [fits, fits]
     assert train.column("supervised") == [fits - prompt, fits - prompt]
-
-
-def test_a_row_without_a_token_of_its_answer_is_dropped_also_where_every_token_counts(config_of, tokenizer):
-    long = {"question": "what is the next value? " * 40, "answer": "0.84"}
-    config = config_of([*TRAIN, long], EVALUATION)
-    config.loss_on, config.max_length = LossOn.all, 60
-    train = prepare_data(config, tokenizer).train
-    assert (len(train), train.dropped) == (len(TRAIN), (0, 1))
+    every = prepare_data(config_of(rows, max_length=fits, loss_on="all"), tokenizer).train
+    assert (every.dropped, every.column("supervised")) == ((1, 1), [fits - 1, fits - 1])
 
 
 def test_a_prompt_in_both_splits_is_an_error_unless_allowed(config_of, tokenizer):
@@ -147,15 +140,3 @@ def test_another_tokenizer_gives_another_entry(config_of, tokenizer):
     assert len({split.digest for split in splits}) == 5
     rows = [split.column("input_ids") for split in splits]
     assert [each == rows[0] for each in rows] == [True, False, False, True, False]
-
-
-def test_what_a_cut_write_leaves_is_not_taken_for_rows(config_of, tokenizer, monkeypatch):
-    with monkeypatch.context() as patched:
-
-        def columns(example: Example) -> dict:
-            raise OSError(28, "No space left on device")
-
-        patched.setattr(Example, "columns", columns)
-        with pytest.raises(OSError, match="No space left on device"):
-            prepare_data(config_of(), tokenizer)
-    assert len(prepare_data(config_of(), tokenizer).train) == len(TRAIN)

@@ -23,7 +23,7 @@ from cera_train.distributed import launch
 from cera_train.distributed.accelerator import start_accelerator
 from cera_train.distributed.launch import error_of, processes_to_start
 from cera_train.distributed.processes import join_slurm_step
-from cera_train.runs.outcomes import read_losses
+from cera_train.runs.results import LOSSES_AFTER, TokenLosses
 from cera_train.settings.distributed import LaunchConfig
 from cera_train.settings.model import ModelConfig
 from cera_train.training.train import train
@@ -75,7 +75,7 @@ def test_any_number_of_processes_and_either_strategy_give_the_losses_of_one(tmp_
         assert all_losses_of(outputs / name) == pytest.approx(one, rel=1e-5), name
         for evaluation, expected in zip(evaluations_of(outputs / name), evaluations_of(outputs / "one"), strict=True):
             assert evaluation == pytest.approx(expected, rel=1e-4), name
-        measured, expected = read_losses(outputs / name), read_losses(outputs / "one")
+        measured, expected = (TokenLosses.read(outputs / each / LOSSES_AFTER) for each in (name, "one"))
         assert measured.tokens.tolist() == expected.tokens.tolist()
         assert measured.losses == pytest.approx(expected.losses, rel=1e-4, abs=1e-5), name
 

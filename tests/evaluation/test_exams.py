@@ -13,8 +13,7 @@ from tiny_runs import folder_of, train_and_die_after
 from cera_train.evaluation.evaluate import evaluate
 from cera_train.evaluation.exams import SAMPLE_ROOM, Exams, rows_exam
 from cera_train.runs.evaluation_folder import Generation
-from cera_train.runs.outcomes import GradedProblem, read_grades
-from cera_train.runs.results import SAMPLES
+from cera_train.runs.results import SAMPLES, GradedProblem, read_grades
 from cera_train.training import train as training
 from cera_train.training.train import train
 
@@ -68,8 +67,7 @@ def test_answers_and_figures_are_those_of_cera_eval(tiny_config, compose, capsys
     graded = read(folder / "grades.jsonl")
     assert [line["exact"] for line in samples] == [line["exact"] for line in graded]
     assert read_grades(folder_of(config), "logistic_map") == [
-        GradedProblem(line["problem"], [sum(line["matches"]) / len(line["matches"])], [line["ending"]])
-        for line in graded
+        GradedProblem(line["problem"], sum(line["matches"]) / len(line["matches"]), line["ending"]) for line in graded
     ]
     assert [result[name] for name in FIGURES] == [
         *(evaluated["exact/pass@1"], evaluated["step_accuracy/mean"], evaluated["state_collapse"])

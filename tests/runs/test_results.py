@@ -12,8 +12,16 @@ from safetensors.numpy import save_file
 from cera_train.common.errors import UserError
 from cera_train.runs.evaluation_folder import PerplexityResult
 from cera_train.runs.folder import Progress
-from cera_train.runs.outcomes import LOSSES_AFTER, GradedProblem, TokenLosses, read_grades, read_losses, write_grades
-from cera_train.runs.results import RunResult, figure, mean_spectrum
+from cera_train.runs.results import (
+    LOSSES_AFTER,
+    GradedProblem,
+    RunResult,
+    TokenLosses,
+    figure,
+    mean_spectrum,
+    read_grades,
+    write_grades,
+)
 
 
 def test_a_perplexity_that_is_infinite_is_null_on_disk_and_reads_back(tmp_path: Path) -> None:
@@ -55,54 +63,21 @@ def test_a_broken_result_is_named_in_one_line(tmp_path: Path, content: str, reas
     assert "\n" not in str(error.value)
 
 
-def losses_of(*rows: list[float]) -> TokenLosses:
-    tokens = numpy.array([len(row) for row in rows], numpy.int64)
-    return TokenLosses(tokens, numpy.array([loss for row in rows for loss in row], numpy.float32))
-
-
-TOKENS, LOSSES = numpy.array([2, 1]), numpy.ones(3, numpy.float32)
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"tokens": TOKENS},
-        {"tokens": TOKENS.astype(numpy.float32), "losses": LOSSES},
-        {"tokens": TOKENS, "losses": LOSSES.astype(numpy.float64)},
-        {"tokens": TOKENS, "losses": LOSSES[:2]},
-        {"tokens": numpy.array([4, -1]), "losses": LOSSES},
-    ],
-)
-def test_a_broken_file_of_losses_is_named(tmp_path: Path, tensors: dict) -> None:
-    save_file(tensors, path := tmp_path / LOSSES_AFTER)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: .* Restore it"):
-        read_losses(tmp_path)
+def test_a_broken_or_missing_file_of_losses_or_grades_is_named(tmp_path: Path) -> None:
+    path = tmp_path / LOSSES_AFTER
+    for tensors in ({"tokens": numpy.array([2, 1])}, {"a": numpy.ones(3)}):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: .* Restore it"):
+            TokenLosses.read(path)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))} is broken: "):
-        read_losses(tmp_path)
-
-
-def test_an_unfinished_run_has_no_outcomes_yet(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="losses_after.safetensors is missing: let the command that began the run finish"
-    ):
-        read_losses(tmp_path)
-    with pytest.raises(UserError, match=r"grades/gsm8k.jsonl is missing: train with train.tasks=\[gsm8k\]"):
+        TokenLosses.read(path)
+    with pytest.raises(UserError, match="gsm8k.jsonl is broken: No such file .* with this task in train.tasks"):
         read_grades(tmp_path, "gsm8k")
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"problem": "a", "scores": [1.0], "endings": []}',
-        '{"problem": "a", "scores": [1.0], "endings": ["no such"]}',
-        '{"problem": "a", "scores": ["1"], "endings": ["right"]}',
-        '{"problem": "a"',
-    ],
-)
-def test_a_broken_line_of_grades_is_named(tmp_path: Path, line: str) -> None:
-    write_grades(tmp_path, "gsm8k", [GradedProblem("b", [1.0], ["right"])])
+    write_grades(tmp_path, "gsm8k", [GradedProblem("b", 1.0, "right")])
     path = tmp_path / "grades" / "gsm8k.jsonl"
-    path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2 is broken"):
-        read_grades(tmp_path, "gsm8k")
+    valid = path.read_text()
+    for line in ('{"problem": "a", "score": "1", "ending": "right"}', '{"problem": "a"'):
+        path.write_text(f"{valid}{line}\n")
+        with pytest.raises(UserError, match=rf"^{re.escape(str(path))}:2 is broken"):
+            read_grades(tmp_path, "gsm8k")

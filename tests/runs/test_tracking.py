@@ -1,19 +1,17 @@
-"""Trackers mirror a run, several at once, and none that fails reaches it; no secret leaves. `hub.push` against a Hub on
-this machine."""
+"""Trackers mirror a run, several at once, and none that fails reaches it; no secret leaves. What `hub.push`
+uploads."""
 
-import base64
 import json
 import os
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from accelerate.tracking import GeneralTracker
 from conftest import TINY
+from huggingface_hub import RepoUrl
 
 from cera_train.common.errors import UserError
 from cera_train.common.trust import redact
@@ -133,46 +131,25 @@ def test_no_secret_reaches_the_folder_or_the_terminal(tiny_config, monkeypatch, 
 def hub(monkeypatch):
     """A Hub whose `files` are those of the last commit; with `refuses`, it knows nobody."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-            answer, status = {}, 200
-            if server.refuses:
-                answer, status = {"error": "who are you?"}, 401
-            elif self.path == "/api/repos/create":
-                server.created = json.loads(body)
-                answer = {"url": f"{url}/me/mine"}
-            elif self.path == "/api/models/me/mine/preupload/main":
-                files = json.loads(body)["files"]
-                answer = {"files": [file | {"uploadMode": "regular", "shouldIgnore": False} for file in files]}
-            elif self.path == "/api/models/me/mine/commit/main":
-                lines = [json.loads(line)["value"] for line in body.splitlines() if '"file"' in line[:20]]
-                server.files = {line["path"]: base64.b64decode(line["content"]) for line in lines}
-                answer = {
-                    "commitUrl": f"{url}/me/mine/commit/1",
-                    "commitOid": "1",
-                    "commitMessage": "",
-                    "success": True,
-                }
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    class Hub:
+        def __init__(self):
+            self.refuses, self.private, self.files = False, None, {}
 
-        def log_message(self, *_):
-            pass
+        def create_repo(self, name, private, exist_ok):
+            if self.refuses:
+                raise ConnectionError("who are you?")
+            self.private = private
+            return RepoUrl(f"https://huggingface.co/{name}")
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.refuses, server.files = False, {}
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+        def create_commit(self, name, operations, commit_message):
+            assert name == "me/mine"
+            for operation in operations:
+                with operation.as_file() as file:
+                    self.files[operation.path_in_repo] = file.read()
+
+    server = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: server)
+    return server
 
 
 def test_the_adapter_and_its_card_reach_the_hub_also_at_the_second_try(hub, tiny_config, tiny_folder, capsys):
@@ -187,7 +164,7 @@ def test_the_adapter_and_its_card_reach_the_hub_also_at_the_second_try(hub, tiny
     hub.refuses = False
     assert launch(config) == result
     assert "/me/mine" in capsys.readouterr().out
-    assert hub.created["visibility"] == "private"
+    assert hub.private
     weights = Path(result["folder"]) / "adapter" / "adapter_model.safetensors"
     assert hub.files[weights.name] == weights.read_bytes()
     assert {"README.md", "tokenizer.json"} <= hub.files.keys()

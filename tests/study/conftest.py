@@ -11,8 +11,7 @@ import pytest
 import yaml
 from hydra.core.plugins import Plugins
 
-from cera_train.runs.outcomes import LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
-from cera_train.runs.results import DIVERGED
+from cera_train.runs.results import DIVERGED, LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
 from cera_train.study.cells import Study, find_study
 from cera_train.sweep.folder import job_name
 from cera_train.sweep.record import JOBS, RECORD, SweepRecord
@@ -56,7 +55,7 @@ def leave_run(folder: Path, loss: float, seed: int, rows: str = "a", scores: flo
     TokenLosses(tokens, losses.astype("float32")).write(folder / LOSSES_AFTER)
     if scores is not None:
         right = [float(draw.random() < scores) for _ in range(80)]
-        problems = [GradedProblem(f"p{n}", [score], ["right" if score else "loop"]) for n, score in enumerate(right)]
+        problems = [GradedProblem(f"p{n}", score, "right" if score else "loop") for n, score in enumerate(right)]
         (folder / "grades").mkdir(exist_ok=True)
         write_grades(folder, "gsm8k", problems)
 

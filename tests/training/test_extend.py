@@ -11,7 +11,7 @@ from tiny_runs import Cut, adapter_bytes, folder_of, metrics_of, timeless_metric
 from cera_train.common.errors import UserError
 from cera_train.report.runs import read_runs
 from cera_train.runs.folder import COPIED_TO_END, MOVED_TO_END, RunFolder
-from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
+from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.runs.subject import find_adapter
 from cera_train.training.train import train
 

@@ -19,7 +19,7 @@ from tiny_runs import (
 )
 
 from cera_train.model.precision import Precision
-from cera_train.runs.outcomes import LOSSES_AFTER, LOSSES_BEFORE
+from cera_train.runs.results import LOSSES_AFTER, LOSSES_BEFORE
 from cera_train.settings.model import Dtype
 from cera_train.training.session import settle
 from cera_train.training.train import train

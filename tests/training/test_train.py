@@ -16,11 +16,10 @@ from tiny_runs import adapter_bytes, all_losses_of, folder_of, metrics_of, scale
 from transformers import AutoModelForCausalLM
 
 from cera_train.common.settings import to_plain
-from cera_train.data.logistic_map import problems
+from cera_train.data.computed import logistic_map_rows
 from cera_train.distributed.accelerator import check_distribution
 from cera_train.model.loss import perplexity
-from cera_train.runs.outcomes import LOSSES_BEFORE, TokenLosses, read_losses
-from cera_train.runs.results import DIVERGED
+from cera_train.runs.results import DIVERGED, LOSSES_AFTER, LOSSES_BEFORE, TokenLosses
 from cera_train.settings.distributed import Strategy
 from cera_train.training.session import settle
 from cera_train.training.train import train
@@ -82,7 +81,7 @@ def test_metrics_have_the_promised_names(finished):
     assert module.keys() == {"effective_rank", "manifold_dimension", "dead_units", "linear_share"}
     assert evaluation["eval/perplexity"] == result["eval/perplexity"]
     assert 1 < result["spectrum/effective_rank/max"] <= 4
-    before, after = TokenLosses.read(folder_of(config) / LOSSES_BEFORE), read_losses(folder_of(config))
+    before, after = (TokenLosses.read(folder_of(config) / name) for name in (LOSSES_BEFORE, LOSSES_AFTER))
     assert [perplexity(losses.mean) for losses in (before, after)] == [
         *(result["perplexity_before"], result["eval/perplexity"])
     ]
@@ -96,14 +95,14 @@ def test_the_final_adapter_gives_the_losses_of_every_held_out_token_through_plai
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, folder_of(config) / "adapter").eval()
     expected, tokens = [], []
-    for row in problems(config.data.logistic_map, 20)[1]:
+    for row in logistic_map_rows(config.data.logistic_map, 20)[1]:
         prompt = tokenizer(row["prompt"]).input_ids
         answer = [*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         with torch.no_grad():
             log_p = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         expected += [-log_p[place, token].item() for place, token in enumerate(answer)]
         tokens.append(len(answer))
-    losses = read_losses(folder_of(config))
+    losses = TokenLosses.read(folder_of(config) / LOSSES_AFTER)
     assert losses.tokens.tolist() == tokens
     assert losses.losses == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert perplexity(sum(expected) / len(expected)) == pytest.approx(result["eval/perplexity"], rel=1e-4)
@@ -156,7 +155,7 @@ def test_patience_stops_when_perplexity_no_longer_falls(tiny_config):
     result = train(config)
     assert result["updates"] < 100
     assert result["updates"] == result["best_update"] + 4
-    assert perplexity(read_losses(folder_of(config)).mean) == result["eval/perplexity"]
+    assert perplexity(TokenLosses.read(folder_of(config) / LOSSES_AFTER).mean) == result["eval/perplexity"]
 
 
 def test_best_is_the_adapter_of_the_lowest_perplexity(tiny_config):

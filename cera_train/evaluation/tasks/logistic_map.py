@@ -1,5 +1,5 @@
 """The logistic map x' = growth x (1 - x): the paper's case study of a model that has to keep moving. A problem gives x0
-and asks for the next iterates; data/logistic_map.py computes them."""
+and asks for the next iterates; data/computed.py has the rows."""
 
 import itertools
 import math
@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cera_train.data import logistic_map as training_rows
+from cera_train.data.computed import logistic_map_row, starting_points
 from cera_train.evaluation.tasks.task import AnswerTask, Metric, Task, mean, question_id
 from cera_train.runs.evaluation_folder import COLLAPSED, Generation, Grade, Problem
-from cera_train.settings.data import DataConfig, Layout, check_growths
+from cera_train.settings.data import DataConfig, Layout, as_list, check_growths
 from cera_train.settings.evaluation import TaskConfig
 
 EVAL_ROWS = 20
@@ -27,10 +27,10 @@ class LogisticMap(AnswerTask):
         parts = [part for _, part in data.parts() if part.layout == Layout.logistic_map] if data else []
         rows = parts[0] if parts else DataConfig(layout=Layout.logistic_map, eval_rows=EVAL_ROWS)
         settings = rows.logistic_map
-        _, starts = training_rows.starting_points(settings, rows.eval_rows)
+        _, starts = starting_points(settings, rows.eval_rows)
         for x0, growth in itertools.islice(itertools.product(starts, config.growths), config.limit):
-            row = training_rows.problem(x0, growth, settings)
-            trained = growth in settings.growths if parts else None
+            row = logistic_map_row(x0, growth, settings)
+            trained = growth in as_list(settings.growth) if parts else None
             prompt, details = row["prompt"], {"growth": growth, "decimals": settings.decimals, "trained": trained}
             yield Problem(question_id(prompt), prompt, prompt, row["completion"].strip(), **details)
 

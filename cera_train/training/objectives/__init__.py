@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cera_train.model.batches import MicroBatches
-from cera_train.runs.outcomes import TokenLosses
+from cera_train.runs.results import TokenLosses
 
 
 @dataclass

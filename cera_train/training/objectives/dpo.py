@@ -26,7 +26,7 @@ from cera_train.common.files import cache_dir, write_bytes
 from cera_train.common.terminal import announce
 from cera_train.evaluation.held_out import token_losses
 from cera_train.model.batches import MicroBatches
-from cera_train.runs.outcomes import TokenLosses
+from cera_train.runs.results import TokenLosses
 from cera_train.settings.training import DpoConfig, PreferenceLoss, Reference
 from cera_train.training.objectives import Drawn, Objective
 
