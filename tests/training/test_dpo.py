@@ -122,8 +122,10 @@ def test_the_loss_depends_on_no_micro_batch_and_is_that_of_the_formula(dpo, sess
         assert (gradient - taken_apart[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
-def test_a_run_learns_the_choice_and_goes_on_byte_for_byte(dpo):
-    whole, part = dpo("name=whole", "optimizer.lr=2e-2"), dpo("name=part", "optimizer.lr=2e-2")
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_run_learns_the_choice_and_goes_on_byte_for_byte(dpo, quantization):
+    words = ["optimizer.lr=2e-2", f"model.quantization={quantization}"]
+    whole, part = dpo("name=whole", *words), dpo("name=part", *words)
     whole.train.max_updates = 8
     result = train(whole)
     assert result["perplexity_before"] == pytest.approx(2, rel=1e-6)  # a coin's
