@@ -33,8 +33,7 @@ from cera_train.common.terminal import print_table
 from cera_train.data.prepare import Example, TokenizedData, TokenizedRows, table_of
 from cera_train.model import folder as model_files
 from cera_train.planning.count import quantised_linears, read_config
-from cera_train.planning.devices import GB
-from cera_train.planning.plan import RunPlan, make_plan
+from cera_train.planning.plan import GB, RunPlan, make_plan
 from cera_train.runs.folder import RunFolder
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import Config

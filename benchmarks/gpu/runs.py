@@ -106,7 +106,7 @@ def _room(place: Place) -> float:
         return float("inf")
     import torch
 
-    from cera_train.planning.devices import USABLE
+    from cera_train.planning.plan import USABLE
 
     return USABLE * torch.cuda.get_device_properties(0).total_memory
 

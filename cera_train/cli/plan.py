@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from cera_train.cli.start import announce_imports, errors_in_one_line, start_hydra, to_config, without_hydra
 from cera_train.settings.run import PlanRun
-from cera_train.sweep.folder import grid, job_composer
+from cera_train.sweep.grid import grid, job_composer
 
 PLAN = "cera-plan"
 
@@ -53,10 +53,10 @@ class PlanSweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         with errors_in_one_line(PLAN):
-            from cera_train.planning.table import print_sweep_plans
+            from cera_train.planning.table import name_jobs, print_plans
 
             if self.plans:
-                print_sweep_plans(self.plans)
+                print_plans("job", name_jobs(self.plans))
 
 
 class PlannedStudy(Sweeper):

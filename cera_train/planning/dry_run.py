@@ -2,8 +2,7 @@
 
 Base, adapter, loss, layout and optimizer are those of training. Counted are the bytes of all living storages, and
 floating-point operations by torch's formulas. The tensors lie on the CPU, where torch takes fake ones without a GPU;
-`choices_of_a_gpu` holds what a GPU does differently. A few layers run: every number is linear in the count of layers of
-a kind.
+`choices_of_a_gpu` holds what a GPU does differently.
 """
 
 from __future__ import annotations
@@ -12,12 +11,11 @@ import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -25,7 +23,6 @@ from torch.nn.attention import varlen  # noqa: F401 - registers _varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedModel
 from transformers.integrations import moe  # noqa: F401 - registers grouped_mm_fallback
 
 from cera_train.adapters.build import build, parameter_counts, parameter_groups
@@ -61,20 +58,25 @@ class MicroBatch:
         return self.rows * self.length
 
 
-class Cost(NamedTuple):
-    """What one micro-batch takes: the most bytes at once in each part of an update, and floating-point operations."""
+class Part(NamedTuple):
+    """A part of an update: the most bytes at once, and floating-point operations."""
 
-    forward_peak: float
-    backward_peak: float
-    step_peak: float
-    evaluation_peak: float
-    forward: float  # operations; the loss takes the gradient at a frozen head in its forward pass
-    backward: float
-    evaluation: float
+    peak: float
+    operations: int
+
+
+class Cost(NamedTuple):
+    """What one micro-batch takes."""
+
+    forward: Part  # the loss takes the gradient at a frozen head in its forward pass
+    backward: Part
+    step: Part
+    evaluation: Part
 
     @property
     def peak(self) -> float:
-        return max(self.forward_peak, self.backward_peak, self.step_peak)
+        """Bytes, in training."""
+        return max(self.forward.peak, self.backward.peak, self.step.peak)
 
 
 class DryRun:
@@ -87,20 +89,22 @@ class DryRun:
     def __init__(self, config: PlanRun) -> None:
         self.config, on_gpu, quantization = config, config.plan.on_gpu, config.model.quantization
         self.base = build_base(config.model)
-        sizes, quantised = stored_sizes(self.base, quantization), quantised_linears(self.base, quantization)
-        mixes = mixes_sequences(self.base)
+        sizes = stored_sizes(self.base, quantization)
+        if quantization == Quantization.int8:
+            for linear in quantised_linears(self.base, quantization):
+                linear.register_forward_hook(keep_input)
+        layers = [layer for layer in self.base.modules() if type(layer).__name__ in self.base._no_split_modules]
+        inside = sum(sizes[weight] for layer in layers for weight in layer.parameters())
+        self.gathered = sum(sizes.values()) - inside + 2 * inside / max(1, len(layers))
+        """Bytes of the weights that FSDP gathers while they compute: what is outside the layers, and two layers."""
+        layout = config.train.batch_layout
+        if layout == BatchLayout.auto and mixes_sequences(self.base):
+            layout = BatchLayout.padded
         with torch.device("meta"):
             self.model = build(self.base, config.adapter).train()
         self.trainable, self.total = parameter_counts(self.model)
-        self.layers = Layers(self.base)
-        inside = sum(sizes.get(weight, 0) for layer in self.layers.all for weight in layer.parameters())
-        self.gathered = sum(sizes.values()) - inside + 2 * inside / max(1, len(self.layers.all))
-        """Bytes of the weights that FSDP gathers while they compute: what is outside the layers, and two layers."""
         self.fake_mode, self.meter = FakeTensorMode(allow_non_fake_inputs=True), Meter()
         self._make_fake(sizes)
-        if quantization == Quantization.int8:
-            for linear in quantised:
-                linear.register_forward_hook(keep_input)
         self.trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         held, adapter = self.meter.alive, sum(allocated(weight.nbytes) for weight in self.trained)
         # Paged states lie in memory that CUDA manages: as many bytes, whose functions need a GPU.
@@ -116,10 +120,7 @@ class DryRun:
         self.loss = SupervisedLoss(
             self.model, self.base, lambda: torch.autocast("cpu", dtype, enabled=dtype is not None)
         )
-        layout = config.train.batch_layout
-        if mixes and layout == BatchLayout.auto:
-            layout = BatchLayout.padded
-        with self.running(), self.layers.only(self.layers.one_of_each):
+        with self.running():
             choose_layout(layout, self.loss, torch.device("cuda" if on_gpu else "cpu"))
             self._fill_gradients()
             self.optimizer.step()  # makes the optimizer's states
@@ -154,33 +155,23 @@ class DryRun:
         Args:
             accumulates: the update has other micro-batches, whose gradients are there.
         """
+        meter = self.meter
         with self.running():
-            return Cost(*self.layers.in_all(lambda: self._update(batch, accumulates)))
-
-    def _update(self, batch: MicroBatch, accumulates: bool) -> list[float]:
-        meter, inputs = self.meter, self._batch(batch)
-        if accumulates:
-            self._fill_gradients()
-        peaks, operations = [], []
-
-        def read() -> None:
-            peaks.append(meter.peak)
-            operations.append(meter.operations)
-            meter.peak, meter.operations = meter.alive, 0
-
-        read()
-        loss = self.loss.train()(inputs)
-        read()
-        loss.backward()
-        del loss
-        read()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        read()
-        with torch.no_grad():
-            self.loss.eval()(inputs)
-        read()
-        return [*peaks[1:], operations[1], operations[2], operations[4]]
+            inputs = self._batch(batch)
+            if accumulates:
+                self._fill_gradients()
+            meter.read()
+            loss = self.loss.train()(inputs)
+            forward = meter.read()
+            loss.backward()
+            del loss
+            backward = meter.read()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            step = meter.read()
+            with torch.no_grad():
+                self.loss.eval()(inputs)
+            return Cost(forward, backward, step, meter.read())
 
     def _fill_gradients(self) -> None:
         for weight in self.trained:
@@ -195,60 +186,6 @@ class DryRun:
         if self.loss.is_flat:
             return Batch(ids, mask, position_ids=places, sequence_lengths=[batch.length] * batch.rows)
         return Batch(ids, mask, attention_mask=places if batch.has_mask else None)
-
-
-class Layers:
-    """The layers of a decoder, by kind."""
-
-    def __init__(self, base: PreTrainedModel) -> None:
-        count = base.config.get_text_config().num_hidden_layers
-        lists = [
-            (parent, name, child)
-            for parent in base.modules()
-            for name, child in parent.named_children()
-            if isinstance(child, nn.ModuleList) and len(child) == count
-        ]
-        self.parent, self.name, self.all = lists[0] if lists else (base, "", [])
-        self.kinds = layer_kinds(self.all)
-        self.one_of_each = [self.kinds.index(kind) for kind in dict.fromkeys(self.kinds)]
-
-    @contextlib.contextmanager
-    def only(self, indices: list[int]) -> Iterator[None]:
-        """Leaves only these layers in the model, for the block."""
-        if self.all:
-            setattr(self.parent, self.name, nn.ModuleList([self.all[index] for index in indices]))
-        yield
-        if self.all:
-            setattr(self.parent, self.name, self.all)
-
-    def in_all(self, measure: Callable[[], list[float]]) -> list[float]:
-        """Numbers with every layer: one of each kind runs, and one more of a kind shows what each of them adds."""
-
-        def measure_with(indices: list[int]) -> np.ndarray:
-            with self.only(sorted(indices)):
-                return np.array(measure())
-
-        once = measure_with(self.one_of_each)
-        total = once
-        for index in self.one_of_each:
-            kind, count = self.kinds[index], self.kinds.count(self.kinds[index])
-            if count > 1:
-                second = self.kinds.index(kind, index + 1)
-                total = total + (count - 1) * (measure_with([*self.one_of_each, second]) - once)
-        return total.tolist()
-
-
-def layer_kinds(layers: Sequence[nn.Module]) -> list[Any]:
-    """What tells layers apart: their modules and shapes, and whether gradients end there, before it or after it."""
-    trained = [any(weight.requires_grad for weight in layer.parameters()) for layer in layers]
-    first = trained.index(True) if any(trained) else len(layers)
-
-    def structure(layer: nn.Module) -> tuple:
-        windows = [getattr(module, "sliding_window", None) for module in layer.modules()]
-        weights = [(name, tuple(weight.shape), weight.requires_grad) for name, weight in layer.named_parameters()]
-        return tuple(windows), tuple(weights)
-
-    return [((index > first) - (index < first), structure(layer)) for index, layer in enumerate(layers)]
 
 
 # --- what is counted -------------------------------------------------------------------------------------------------
@@ -282,6 +219,12 @@ class Meter(TorchDispatchMode):
             weakref.finalize(storage, self._free, key)
             self.alive += size
             self.peak = max(self.peak, self.alive)
+
+    def read(self) -> Part:
+        """What was counted since the last reading."""
+        part = Part(self.peak, self.operations)
+        self.peak, self.operations = self.alive, 0
+        return part
 
     def _free(self, key: int) -> None:
         self.alive -= self.sizes.pop(key)

@@ -5,7 +5,9 @@ No torch at module level: the size of the data is known, or refused, before torc
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -14,11 +16,10 @@ from cera_train.common.errors import UserError
 from cera_train.common.imports import heavy_imports
 from cera_train.model.precision import choose_precision
 from cera_train.planning.data_size import DataSize, TaskSize, data_size, task_size
-from cera_train.planning.devices import CPU_MFU, GPU_MFU, GPUS, USABLE, Device, this_cpu
 from cera_train.settings.distributed import Strategy
 from cera_train.settings.evaluation import GenerationConfig
 from cera_train.settings.model import Dtype
-from cera_train.settings.run import Config, PlanRun
+from cera_train.settings.run import Config, GpuKind, PlanRun
 from cera_train.settings.training import ObjectiveKind
 
 if TYPE_CHECKING:
@@ -43,6 +44,55 @@ assumption."""
 
 DECODING_SHARE = 0.5
 """Speed of a decoding step's products, over that of training: SmolLM2's on a CPU with 64 answers at once."""
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+GB = 1e9
+
+GPU_MFU, CPU_MFU = 0.4, 0.45
+"""Share of the peak speed that training reaches. On a GPU an assumption; on a CPU what SmolLM2-135M reached with CeRA
+(with LoRA 0.38: its dropout runs over the whole input of a projection)."""
+
+USABLE = 0.95
+"""Usable share of a GPU's memory: CUDA itself and the gaps of torch's allocator take the rest."""
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    memory: float  # bytes
+    flops: float  # peak operations a second
+    bandwidth: float  # bytes of memory that it reads in a second
+
+
+GPUS = {
+    GpuKind.h100: Device("H100", 80 * GB, 989e12, 3.35e12),
+    GpuKind.a100: Device("A100", 80 * GB, 312e12, 2.04e12),
+    GpuKind.l40s: Device("L40S", 48 * GB, 362e12, 0.86e12),
+    GpuKind.rtx4090: Device("RTX 4090", 24 * GB, 165e12, 1.01e12),
+}
+"""Memory, dense bf16 speed and bandwidth by the vendor's data sheets (SXM cards, the A100 of 80 GB)."""
+
+CPU_BANDWIDTH = 25e9
+"""On two cores, SmolLM2-135M answers with 42 tokens a second."""
+
+
+@functools.cache
+def this_cpu(is_16bit: bool) -> Device:
+    """This machine: its memory, and its peak speed at matrix products: one thread's at its best, times the threads.
+    Several at once would wait for other programs."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    matrix = torch.randn(512, 512, dtype=torch.bfloat16 if is_16bit else torch.float32)
+    measured = Timer("matrix @ matrix", globals={"matrix": matrix}).blocked_autorange(min_run_time=0.5)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    flops = torch.get_num_threads() * 2 * 512**3 / min(measured.times)
+    return Device("this CPU", memory, flops, CPU_BANDWIDTH)
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,7 +176,7 @@ def _plan(config: PlanRun) -> RunPlan:
             f"plan.gpus={config.plan.gpus} with plan.gpu=cpu: there is one CPU, and a run takes all its threads. "
             "Leave plan.gpus at 1."
         )
-    if config.model.dtype == Dtype.auto:  # every GPU in devices.py multiplies bf16
+    if config.model.dtype == Dtype.auto:  # every GPU here multiplies bf16
         dtype = Dtype.bfloat16 if on_gpu else choose_precision(Dtype.auto, cuda=False).dtype
         config = replace(config, model=replace(config.model, dtype=dtype))
     if config.train.objective == ObjectiveKind.grpo:
@@ -146,16 +196,16 @@ def _plan(config: PlanRun) -> RunPlan:
     largest, usual = micro_batches(config, data, run)
     rows = math.ceil(config.data.sequences * config.train.batch_size / config.plan.gpus)
     highest = run.cost(largest, accumulates=rows * data.tokens_per_row > config.train.micro_batch_tokens)
-    # Without a mask a token costs the same in every micro-batch.
-    cost, tokens = highest, largest.tokens
-    if usual.has_mask:
-        cost, tokens = run.cost(usual, accumulates=False), usual.tokens
     memory, evaluation_memory = memory_of(config, run, highest)
+    # Without a mask a token costs the same in every micro-batch.
+    batch, cost = (usual, run.cost(usual, accumulates=False)) if usual.has_mask else (largest, highest)
+    operations = {name: part.operations / batch.tokens for name, part in cost._asdict().items()}
     autocast = config.model.autocast_dtype(config.train.autocast, on_gpu)
     device = GPUS[config.plan.gpu] if on_gpu else this_cpu((autocast or config.model.dtype) != Dtype.float32)
     mfu = config.plan.mfu or (GPU_MFU if on_gpu else CPU_MFU)
-    step = LAYER_SECONDS * len(run.layers.all) + run.memory["weights"] / device.bandwidth
-    token = cost.evaluation / tokens / (device.flops * mfu)
+    layers = run.base.config.get_text_config().num_hidden_layers
+    step = LAYER_SECONDS * layers + run.memory["weights"] / device.bandwidth
+    token = operations["evaluation"] / (device.flops * mfu)
     return RunPlan(
         config=config,
         device=device,
@@ -169,9 +219,9 @@ def _plan(config: PlanRun) -> RunPlan:
         memory=memory,
         evaluation_memory=evaluation_memory,
         flops={
-            "forward": cost.forward / tokens * totals.tokens,
-            "backward": cost.backward / tokens * totals.tokens,
-            "evaluations": cost.evaluation / tokens * totals.eval_tokens,
+            "forward": operations["forward"] * totals.tokens,
+            "backward": operations["backward"] * totals.tokens,
+            "evaluations": operations["evaluation"] * totals.eval_tokens,
         },
         answer_seconds=totals.task_evaluations
         * sum(answer_seconds(task, config.plan.gpus, step, token) for task in tasks),
@@ -254,5 +304,5 @@ def memory_of(config: PlanRun, run: DryRun, cost: Cost) -> tuple[dict[str, float
 
         parts["libraries"] = PROCESS_BYTES + (CUDA_BUILD_BYTES if torch.version.cuda else 0)
         parts["heap's gaps"] = HEAP_SHARE * (cost.peak - held)
-    evaluation = sum(parts.values()) + cost.evaluation_peak - held
+    evaluation = sum(parts.values()) + cost.evaluation.peak - held
     return parts | {"gradients, activations": cost.peak - held}, evaluation

@@ -1,13 +1,12 @@
-"""Plans as tables in the terminal: one run, or the jobs of a sweep."""
+"""Plans in the terminal: of one run, of the jobs of a sweep, or of the cells of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from cera_train.common.settings import Changes, changes_of, flatten, to_plain
 from cera_train.common.terminal import counted, duration, gigabytes, print_line, print_table, targets
-from cera_train.planning.devices import GB, USABLE
-from cera_train.planning.plan import RunPlan
+from cera_train.planning.plan import GB, USABLE, RunPlan
 from cera_train.settings.model import Quantization
 from cera_train.settings.run import PlanRun
 
@@ -16,10 +15,7 @@ def print_plan(plan: RunPlan) -> None:
     adapter = plan.config.adapter
     places = [place for place in (targets(adapter.target_modules), adapter.adapted_experts) if place]
     print_line("plan", f"{plan.config.name}: {adapter.kind} r={adapter.r} on {' and '.join(places)}")
-    print_line("model", model_of(plan))
-    for line in describe_data(plan):
-        print_line(*line)
-    print_device(plan)
+    _print_basis([plan])
     totals, flops = plan.totals, plan.flops | {"in all": sum(plan.flops.values())}
     peaks = {"peak in training": sum(plan.memory.values()), "peak in evaluation": plan.evaluation_memory}
     time = {"an update": f"{plan.update_seconds:.3g} s"}
@@ -41,7 +37,6 @@ def print_plan(plan: RunPlan) -> None:
         "PFLOP": {name: f"{part / 1e15:,.{0 if part >= 1e17 else 3}f}" for name, part in flops.items()},
         "time and cost": time,
     }
-    print()
     rows = []
     for section, figures in sections.items():
         rows += [[section, ""], *([f"  {name}", text] for name, text in figures.items())]
@@ -52,17 +47,75 @@ def print_plan(plan: RunPlan) -> None:
         print_line("fits", f"{needs} of the {memory}")
     else:
         print_line("too large", f"{needs}, more than {USABLE:.0%} of the {memory}")
-    print_missing_price(plan)
+    _print_missing_price(plan)
 
 
-def model_of(plan: RunPlan) -> str:
+def print_plans(noun: str, groups: Mapping[str, Sequence[RunPlan]]) -> None:
+    """Prints the runs of each job or cell together, and the sum of all.
+
+    Args:
+        noun: what a group is.
+        groups: name -> its runs.
+    """
+    every = [plan for plans in groups.values() for plan in plans]
+    _print_basis(every)
+    rows = []
+    for name, plans in groups.items():
+        note = "" if plans[-1].fits else f"does not fit {plans[-1].device.name}"
+        rows.append([name, f"{plans[-1].trainable:,}", *_sums(plans), note])
+    rows.append([counted(len(groups), noun), "", *_sums(every), ""])
+    header = [noun, "trainable", "runs", "peak", "updates", "time", "GPU-hours", "cost", ""]
+    print_table(header, rows, right=range(1, 8))
+    print()
+    _print_missing_price(every[0])
+
+
+def name_jobs(plans: Sequence[RunPlan]) -> dict[str, list[RunPlan]]:
+    """The jobs of a sweep by what differs between them."""
+    settings = [flatten(to_plain(plan.config)) for plan in plans]
+    keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
+    keys = [key for key in keys if key.startswith("plan.") or changes_of(PlanRun, key) != Changes.nothing]
+    for path in ("model.path", "data.path"):  # tells its whole section apart
+        section = path.split(".")[0] + "."
+        keys = [key for key in keys if path not in keys or key == path or not key.startswith(section)]
+    named: dict[str, list[RunPlan]] = {}
+    for values, plan in zip(settings, plans, strict=True):
+        name = " ".join(f"{key}={values.get(key)}" for key in keys) or plan.config.name
+        named.setdefault(name, []).append(plan)
+    return named
+
+
+def _sums(plans: Sequence[RunPlan]) -> list[str]:
+    """The number of runs, their peak, updates, time, GPU-hours and cost."""
+    costs = [plan.cost for plan in plans]
+    return [
+        f"{len(plans):,}",
+        _size(max(plan.peak for plan in plans)),
+        f"{sum(plan.totals.updates for plan in plans):,}",
+        duration(sum(plan.seconds for plan in plans)),
+        f"{sum(plan.gpu_hours for plan in plans):,.2f}",
+        "" if None in costs else f"{sum(costs):,.2f}",
+    ]
+
+
+def _print_basis(plans: Sequence[RunPlan]) -> None:
+    """Prints every model, data set, task and device of these runs."""
+    lines = [("model", _describe_model(plan)) for plan in plans]
+    lines += [line for plan in plans for line in _describe_data(plan)]
+    lines += [("device", _describe_device(plan)) for plan in plans]
+    for line in dict.fromkeys(lines):
+        print_line(*line)
+    print()
+
+
+def _describe_model(plan: RunPlan) -> str:
     """The base and how its weights are stored."""
     model = plan.config.model
     precision = model.dtype if model.quantization == Quantization.none else f"{model.dtype}, {model.quantization}"
     return f"{model.path}, {precision}"
 
 
-def describe_data(plan: RunPlan) -> list[tuple[str, str]]:
+def _describe_data(plan: RunPlan) -> list[tuple[str, str]]:
     """The rows and the tasks of a run: labels and texts."""
     data, times = plan.data, plan.totals.task_evaluations
     rows = (
@@ -77,55 +130,19 @@ def describe_data(plan: RunPlan) -> list[tuple[str, str]]:
     return [("data", rows), *(("task", text) for text in tasks)]
 
 
-def print_device(plan: RunPlan) -> None:
+def _describe_device(plan: RunPlan) -> str:
     device, settings = plan.device, plan.config.plan
     assumed = "an assumption; set plan.mfu" if settings.on_gpu else "seen with SmolLM2-135M; set plan.mfu"
     speed = f"{device.flops / 1e12:,.0f} TFLOP/s" if device.flops >= 1e12 else f"{device.flops / 1e9:,.0f} GFLOP/s"
-    print_line(
-        "device",
+    return (
         f"{settings.gpus} x {device.name}, {device.memory / GB:.0f} GB, {speed} at best, "
-        f"{plan.mfu:.0%} of it in training ({'plan.mfu' if settings.mfu else assumed})",
+        f"{plan.mfu:.0%} of it in training ({'plan.mfu' if settings.mfu else assumed})"
     )
 
 
-def print_missing_price(plan: RunPlan) -> None:
+def _print_missing_price(plan: RunPlan) -> None:
     if plan.cost is None and plan.config.plan.on_gpu:
         print_line("cost", "set plan.price_per_hour to the price of one GPU")
-
-
-# --- a sweep ---------------------------------------------------------------------------------------------------------
-
-
-def print_sweep_plans(plans: list[RunPlan]) -> None:
-    """The jobs of a sweep, one a line by what differs, and their sum."""
-    settings = [flatten(to_plain(plan.config)) for plan in plans]
-    keys = [key for key in settings[0] if any(other.get(key) != settings[0][key] for other in settings)]
-    keys = [key for key in keys if changes_of(PlanRun, key) != Changes.nothing]
-    for path in ("model.path", "data.path"):  # tells its whole section apart
-        section = path.split(".")[0] + "."
-        keys = [key for key in keys if path not in keys or key == path or not key.startswith(section)]
-    rows = []
-    for values, plan in zip(settings, plans, strict=True):
-        job = " ".join(f"{key}={values.get(key)}" for key in keys) or plan.config.name
-        note = "" if plan.fits else f"does not fit {plan.device.name}"
-        rows.append([job, f"{plan.trainable:,}", *job_cells([plan]), note])
-    total = [counted(len(plans), "job"), "", *job_cells(plans), ""]
-    print_table(["job", "trainable", *JOB_HEADS, ""], [*rows, total], right=range(1, 7))
-
-
-JOB_HEADS = ("peak", "updates", "time", "GPU-hours", "cost")
-
-
-def job_cells(plans: Sequence[RunPlan]) -> list[str]:
-    """Peak, updates, time, GPU-hours and cost of all these together."""
-    costs = [plan.cost for plan in plans]
-    return [
-        _size(max(plan.peak for plan in plans)),
-        f"{sum(plan.totals.updates for plan in plans):,}",
-        duration(sum(plan.seconds for plan in plans)),
-        f"{sum(plan.gpu_hours for plan in plans):,.2f}",
-        "" if None in costs else f"{sum(costs):,.2f}",
-    ]
 
 
 def _size(size: float) -> str:

@@ -8,15 +8,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.settings import require
-from cera_train.common.terminal import counted, print_line, print_table
+from cera_train.common.terminal import print_line
 from cera_train.planning.plan import RunPlan, make_plan
-from cera_train.planning.table import JOB_HEADS, describe_data, job_cells, model_of, print_device, print_missing_price
+from cera_train.planning.table import print_plans
 from cera_train.settings.run import PlanRun
 from cera_train.settings.sweep import LOSS
-from cera_train.study.cells import Cell, Study, study_on_record
+from cera_train.study.cells import Study
 from cera_train.study.design import check_cells, study_of, study_record
 from cera_train.study.verdict import POWER, Variances, detectable
-from cera_train.sweep.folder import ComposeJob
+from cera_train.sweep.grid import ComposeJob
 
 
 def plan_study(config: DictConfig, compose: ComposeJob[PlanRun]) -> None:
@@ -29,43 +29,16 @@ def plan_study(config: DictConfig, compose: ComposeJob[PlanRun]) -> None:
     for outcome in spread:
         names = ", ".join(outcomes)
         require(outcome in outcomes, f"plan.spread: {outcome} is no outcome of this study: choose from {names}.")
-    study = study_on_record(Path(config.hydra.sweep.dir), study_record(config))
-    planned = []
-    for cell, _ in check_cells(config, study, compose):
+    study = Study(Path(config.hydra.sweep.dir), study_record(config))
+    print_line("study", study.config.question)
+    check_cells(config, study, compose)
+    planned: dict[str, list[RunPlan]] = {}
+    for cell in study.cells:
         candidates = [make_plan(compose(each.overrides)) for each in cell.candidates]
         candidates.sort(key=lambda plan: plan.seconds)  # the values that will be chosen are unknown: count the dearest
-        tuning = len(cell.tuning)
-        planned.append((cell, candidates * tuning + candidates[-1:] * (cell.seeds - tuning)))
-    print_line("study", study.config.question)
-    print_cells(planned)
-    print_power(study, [runs[-1] for _, runs in planned], spread)
-
-
-def print_cells(cells: Sequence[tuple[Cell, list[RunPlan]]]) -> None:
-    """The table of all cells with their sum.
-
-    Args:
-        cells: each with the plans of its runs, the dearest last.
-    """
-    lines = [("model", model_of(runs[-1])) for _, runs in cells]
-    lines += [line for _, runs in cells for line in describe_data(runs[-1])]
-    for line in dict.fromkeys(lines):
-        print_line(*line)
-    first = cells[0][1][-1]
-    print_device(first)
-    print()
-    rows = [
-        [
-            *(cell.name, f"{runs[-1].trainable:,}", f"{len(runs)}", *job_cells(runs)),
-            "" if runs[-1].fits else f"does not fit {runs[-1].device.name}",
-        ]
-        for cell, runs in cells
-    ]
-    every = [run for _, runs in cells for run in runs]
-    rows.append([counted(len(cells), "cell"), "", f"{len(every):,}", *job_cells(every), ""])
-    print_table(["cell", "trainable", "runs", *JOB_HEADS, ""], rows, right=range(1, 8))
-    print()
-    print_missing_price(first)
+        planned[cell.name] = candidates * len(cell.tuning) + candidates[-1:] * (study.config.seeds - len(cell.tuning))
+    print_plans("cell", planned)
+    print_power(study, [runs[-1] for runs in planned.values()], spread)
 
 
 def print_power(study: Study, plans: Sequence[RunPlan], spread: Mapping[str, Sequence[float]]) -> None:

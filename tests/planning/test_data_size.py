@@ -37,7 +37,7 @@ def test_computed_rows_are_counted(size):
     assert rows.is_even
     longer = size("+recipe=logistic_map", "data.logistic_map.steps=12")
     assert longer.tokens_per_row > 72
-    assert longer.source == "an estimate: a token for each word, digit and sign"
+    assert longer.source == "an estimate"
     several = size("data=logistic_map", "data.logistic_map.growth=[3.5,3.75,3.9]")
     assert (several.train_rows, several.eval_rows, several.is_even) == (3 * 92, 20, False)
     assert (size("data=dates").train_rows, size("data=dates", "data.train_rows=null").train_rows) == (640, 36_474)
@@ -57,11 +57,11 @@ def test_rows_and_tokens_are_bounded_by_the_settings(size):
     assert (bounded.train_rows, bounded.tokens_per_row, bounded.supervised) == (10, 16, 1.0)
 
 
-def test_local_rows_are_counted_and_their_characters_too(size, write_jsonl):
-    rows = write_jsonl("rows.jsonl", [{"prompt": "p" * 35, "completion": "c" * 105}] * 50)
+def test_local_rows_and_their_words_are_counted(size, write_jsonl):
+    rows = write_jsonl("rows.jsonl", [{"prompt": "p" * 80, "completion": "c" * 240}] * 50)
     counted = size("data=jsonl", f"data.train_files=[{rows}]", "data.eval_rows=10")
     assert (counted.train_rows, counted.eval_rows, counted.tokens_per_row) == (40, 10, 40)
-    assert (counted.supervised, counted.source) == (pytest.approx(0.75), "an estimate by characters")
+    assert (counted.supervised, counted.source) == (pytest.approx(0.75), "an estimate")
     empty = write_jsonl("empty.jsonl", [{"prompt": "p", "completion": ""}])
     with pytest.raises(ValueError, match=r"data.train_files=.*empty.jsonl.: no row to train on has"):
         size("data=jsonl", f"data.train_files=[{empty}]", f"data.eval_files=[{rows}]")
@@ -116,14 +116,14 @@ def test_a_task_of_the_hub_has_the_facts_of_its_rows(task):
     assert (few.problems, few.new_tokens) == (30, 512)
     assert (every.problems, round(every.prompt_tokens), every.source) == (1_319, 64, "by facts")
     hard = task("math_hard")
-    assert (hard.problems, hard.source) == (50, "an estimate")
+    assert (hard.problems, hard.source) == (50, "by facts")
 
 
 def test_problems_that_are_computed_or_in_files_are_counted(task, write_jsonl):
     assert task("logistic_map", "train.tasks_limit=15").problems == 15
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     local = task("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")
-    assert (local.problems, local.prompt_tokens) == (7, (28 + len("Question: \nAnswer:")) / 3.5)
+    assert (local.problems, local.prompt_tokens) == (7, 4 + len(["Question", ":", "\n", "Answer", ":"]))
 
 
 def test_a_task_of_unknown_size_needs_a_limit(task):

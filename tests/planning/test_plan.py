@@ -11,9 +11,8 @@ from architectures import ARCHITECTURES
 from conftest import needs_smollm2
 
 from cera_train.planning.data_size import TaskSize, data_size
-from cera_train.planning.devices import GPU_MFU
-from cera_train.planning.plan import DECODING_SHARE, answer_seconds, micro_batches, run_totals
-from cera_train.planning.table import print_plan, print_sweep_plans
+from cera_train.planning.plan import DECODING_SHARE, GPU_MFU, answer_seconds, micro_batches, run_totals
+from cera_train.planning.table import name_jobs, print_plan, print_plans
 
 MATH, QUICK = "+recipe=math_r64", "+recipe=logistic_map"
 
@@ -177,10 +176,10 @@ def test_a_plan_prints_every_part(plan, capsys, gpu):
 @pytest.mark.slow
 def test_a_sweep_adds_up_its_jobs(plan, capsys):
     jobs = [plan(QUICK, "plan.price_per_hour=2000", f"adapter.r={r}", f"name=r{r}") for r in (4, 8, 16)]
-    print_sweep_plans(jobs)
-    _, *lines, total = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        *(["adapter.r=4", "230,400"], ["adapter.r=8", "460,800"], ["adapter.r=16", "921,600"])
+    print_plans("job", name_jobs(jobs))
+    *_, total, _ = lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines if line.startswith("adapter.r=")] == [
+        *(["adapter.r=4", "230,400", "1"], ["adapter.r=8", "460,800", "1"], ["adapter.r=16", "921,600", "1"])
     ]
     assert total.split()[:2] == ["3", "jobs"]
     assert f"{sum(job.gpu_hours for job in jobs):,.2f}" in total
@@ -189,8 +188,9 @@ def test_a_sweep_adds_up_its_jobs(plan, capsys):
 
 @pytest.mark.slow
 def test_a_job_that_does_not_fit_is_marked(plan, capsys):
-    print_sweep_plans([plan(MATH, f"model={name}", "plan.gpu=rtx4090") for name in ("llama3_2_1b", "llama3_1_8b")])
-    _, small, large, _ = capsys.readouterr().out.splitlines()
+    jobs = [plan(MATH, f"model={name}", "plan.gpu=rtx4090") for name in ("llama3_2_1b", "llama3_1_8b")]
+    print_plans("job", name_jobs(jobs))
+    small, large = (line for line in capsys.readouterr().out.splitlines() if line.startswith("model.path="))
     assert "does not fit" not in small
     assert large.endswith("does not fit RTX 4090")
     # Jobs on other models are told apart by their paths alone.
