@@ -105,7 +105,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from cera_train.common.pages import COLORS, MARKERS
+    from cera_train.common.pages import COLORS
 
     figure, grid = pyplot.subplots(2, len(found), figsize=(3.1 * len(found), 5.2), layout="constrained", sharey="row")
     for (name, points), column in zip(found.items(), grid.T, strict=True):
@@ -117,7 +117,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                     [point[field] for point in own],
                     [point[key] * scale for point in own],
                     color=COLORS[kind],
-                    marker=MARKERS[kind],
+                    marker="o",
                     label={"cera": "CeRA", "lora": "LoRA"}[kind],
                 )
             axes.set_xscale("log", base=10 if field == "rows" else 2)

@@ -23,9 +23,8 @@ from cera_train.common.settings import require
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_one_of_several
 from cera_train.distributed.signals import SIGNALS, Interrupted, Interruption, signal_children
-from cera_train.sweep.folder import Job, job_name
-from cera_train.sweep.record import RECORD, SweepRecord
-from cera_train.sweep.table import State, job_status
+from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status
+from cera_train.sweep.grid import Job
 
 try:
     from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher, SlurmLauncher

@@ -56,7 +56,7 @@ def sweep_main() -> None:
 
 
 def sweep() -> None:
-    from cera_train.sweep.table import print_sweep
+    from cera_train.sweep.folder import print_sweep
 
     parser = parser_of(
         "cera-sweep", "Shows every job of a sweep, its state and `sweep.metric`, and the best, also while it runs."

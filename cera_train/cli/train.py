@@ -32,9 +32,8 @@ from cera_train.distributed.processes import is_main_process, is_one_of_several,
 from cera_train.runs.records import changes_result
 from cera_train.settings.run import Config
 from cera_train.study.design import StudySweeper, begin_study, is_study
-from cera_train.sweep.folder import Job, begin, check_inputs, job_composer, key_of, record_of
-from cera_train.sweep.record import RECORD
-from cera_train.sweep.table import print_sweep
+from cera_train.sweep.folder import RECORD, key_of, print_sweep
+from cera_train.sweep.grid import Job, begin, check_inputs, job_composer, record_of
 
 TRAIN = "cera-train"
 

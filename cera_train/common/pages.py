@@ -1,12 +1,12 @@
-"""A report of tables and pictures in HTML, Markdown and the terminal. Pictures are PNG files, and SVG inside the page,
-where they follow the reader's light or dark. Methods differ in colour (Okabe and Ito's palette, for colour-blind
-readers) and marker, runs of a method in marker and dash."""
+"""A report of tables and pictures in HTML, Markdown and the terminal. The HTML needs no file beside it. Pictures tell
+methods by colour (Okabe and Ito's palette, for colour-blind readers), and lines by marker."""
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
 import math
-import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,18 +24,20 @@ class Picture:
     title: str
     alt: str
     caption: str
-    draw: Callable[..., None]  # into matplotlib axes, one for each panel
+    draw: Callable[..., None]  # into matplotlib axes
     height: float = 3.1  # inches, without the legend
-    panels: int = 1  # side by side, with one y axis
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
     title: str
     rows: list[dict[str, str]]
-    """Header -> cell. The lines of a cell after its first are notes."""
+    """Header -> cell. The lines of a cell after its first are notes. Columns without any text are left out."""
     caption: str
-    in_terminal: bool = True
+
+    def __post_init__(self) -> None:
+        names = [name for name in self.rows[0] if any(row[name] for row in self.rows)] if self.rows else []
+        self.rows = [{name: row[name] for name in names} for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Page:
     notes: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """Writes report.html, which needs nothing beside it, and report.md with its pictures."""
+        """Writes report.html, and report.md with its pictures."""
         import jinja2
 
         environment = jinja2.Environment(
@@ -61,18 +63,21 @@ class Page:
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        environment.filters |= {"svg": inline_svg, "md": escape}
+        environment.filters["md"] = escape
         folder.mkdir(parents=True, exist_ok=True)
+        images = {}
         for picture in self.pictures:
-            write_bytes(folder / f"{picture.name}.png", render(picture, "png"))
+            png = render(picture)
+            write_bytes(folder / f"{picture.name}.png", png)
+            images[picture.name] = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         for name in ("report.md", "report.html"):
-            write_text(folder / name, environment.get_template(f"{name}.jinja").render(page=self))
+            write_text(folder / name, environment.get_template(f"{name}.jinja").render(page=self, images=images))
 
     def print(self, folder: Path) -> None:
         """Prints the tables, the notes and where `write` wrote the page."""
         wrap = textwrap.TextWrapper(terminal_width(), initial_indent="  - ", subsequent_indent="    ")
         for table in self.tables:
-            if table.rows and table.in_terminal:
+            if table.rows:
                 print_rows(table.rows)
         for note in self.notes:
             print(wrap.fill(clean(note)))
@@ -85,11 +90,6 @@ def escape(text: str) -> str:
     for mark in "\\`*_[]|#$~":
         text = text.replace(mark, f"\\{mark}")
     return text
-
-
-def without_empty_columns(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-    names = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
-    return [{name: row[name] for name in names} for row in rows]
 
 
 def print_rows(rows: Sequence[dict[str, str]]) -> None:
@@ -126,12 +126,7 @@ COLORS = {
     "base": "#5f6670",
     "other": "#7a5c00",
 }
-VARIABLES = {TEXT: "text", GRID: "line", BACKGROUND: "card"} | {color: name for name, color in COLORS.items()}
-"""The CSS variable of each colour."""
-MARKERS = {"cera": "o", "lora": "s", "rslora": "^", "dora": "D", "base": "v", "other": "h"}
-MORE_MARKERS = ["P", "X", "*", "p"]
-DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
-LINE = {"markersize": 5.5, "linewidth": 1.5}
+MARKERS = "os^DvhPX*p"
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), BACKGROUND),
@@ -142,56 +137,33 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
+    "lines.markersize": 5.5,
     "text.parse_math": False,  # a run may be named $x$
-    "svg.fonttype": "none",  # text stays text
 }
 
 
-def render(picture: Picture, file_format: str) -> bytes:
-    """The picture as `png` or `svg`, the same bytes for the same figures."""
+def render(picture: Picture) -> bytes:
+    """The picture as PNG."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": picture.name}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, picture.height), layout="constrained")
-        (axes,) = figure.subplots(1, picture.panels, sharey=True, squeeze=False)
-        picture.draw(*axes)
-        handles, labels = axes[0].get_legend_handles_labels()
+        axes = figure.subplots()
+        picture.draw(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        labels = [
+            label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 13]}…{label[-12:]}" for label in labels
+        ]
         columns = 2 if max(map(len, labels), default=0) <= LONGEST_LABEL // 2 else 1
         figure.set_figheight(picture.height + LEGEND_LINE * math.ceil(len(labels) / columns))
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
         stream = io.BytesIO()
-        metadata = {"Date": None} if file_format == "svg" else {"Software": None}
-        figure.savefig(stream, format=file_format, dpi=180, metadata=metadata)
+        figure.savefig(stream, format="png", dpi=180)
         return stream.getvalue()
 
 
-def inline_svg(picture: Picture) -> tuple[str, str]:
-    """The view box and the content of an SVG element that takes its colours and its font from the page around it."""
-    svg = render(picture, "svg").decode()
-    opening = re.search(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', svg)
-    content = svg[opening.end() : svg.rindex("</svg>")]
-    # The page has the style sheet, and the names of groups would repeat from picture to picture.
-    content = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", content, flags=re.DOTALL)
-    content = re.sub(r'<g id="[^"]*"', "<g", content)
-    for color, name in VARIABLES.items():
-        content = content.replace(color, f"var(--{name})")
-    return opening[1], content
-
-
 def styles_of(kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Arguments for `Axes.plot` that tell lines apart, from the kind of adapter of each line."""
-    styles: dict[str, dict[str, Any]] = {}
-    used = dict.fromkeys(COLORS, 0)
-    for name, kind in kinds.items():
-        color = kind if kind in COLORS else "other"
-        markers = [MARKERS[color], *MORE_MARKERS]
-        marker, dash = markers[used[color] % len(markers)], DASHES[used[color] % len(DASHES)]
-        styles[name] = LINE | {"color": COLORS[color], "marker": marker, "linestyle": dash}
-        used[color] += 1
-    return styles
-
-
-def shortened(text: str) -> str:
-    """A label for a legend."""
-    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 13]}…{text[-12:]}"
+    """Arguments for `Axes.plot` of every line, from the kind of its adapter."""
+    lines = zip(kinds.items(), itertools.cycle(MARKERS), strict=False)
+    return {name: {"color": COLORS.get(kind, COLORS["other"]), "marker": marker} for (name, kind), marker in lines}

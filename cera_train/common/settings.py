@@ -106,6 +106,13 @@ def to_plain(config: Any) -> dict[str, Any]:
     return map_values(lambda choice: choice.value, dataclasses.asdict(config), StrEnum)
 
 
+def word_of(value: Any) -> str:
+    """A value as one writes it on a command line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"[{','.join(map(word_of, value))}]" if isinstance(value, list) else str(value)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises UserError: `message` names the key and its value, what was expected, and the mend."""
     if not condition:

@@ -8,7 +8,7 @@ from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from cera_train.common.errors import UserError
-from cera_train.common.settings import Changes, changes_of
+from cera_train.common.settings import Changes, changes_of, word_of
 from cera_train.evaluation.statistics import ERROR_RATE, Difference, McNemar, holm, mcnemar, paired_bootstrap, sign_flip
 from cera_train.report.runs import Run, Settings, group_by
 from cera_train.settings.evaluation import EvalConfig
@@ -121,20 +121,11 @@ def differing_settings(settings: Mapping[str, Settings], schema: type = Config) 
     keys = dict.fromkeys(itertools.chain.from_iterable(settings.values()))
     rows = []
     for key in keys:
-        texts = {name: shown(each.get(key)) for name, each in settings.items()}
+        texts = {name: word_of(each.get(key)) for name, each in settings.items()}
         # A setting that means nothing to a method stays auto.
         if len({*texts.values()} - {"auto"}) > 1 and changes_of(schema, key) != Changes.nothing:
             rows.append({"setting": key, **texts})
     return rows
-
-
-def shown(value: Any) -> str:
-    """A setting as one writes it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def cautions(runs: Sequence[Run]) -> list[str]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cera_train.common.pages import Page, Table, without_empty_columns
+from cera_train.common.pages import Page, Table
 from cera_train.common.terminal import announce, counted, duration, gigabytes
 from cera_train.evaluation.tasks.task import Metric
 from cera_train.report.comparison import cautions, differing_settings, missing_pieces, paired_tests
@@ -36,9 +36,9 @@ def compare_runs(folders: Sequence[Path]) -> Page:
     trained = [run for run in runs if run.is_training]
     settings = differing_settings({run.name: run.settings for run in trained})
     tables = [
-        Table("Runs", run_rows(runs), CAPTION),
+        table_of(runs),
         Table("Paired tests", [test.row for test in tests], TESTS),
-        Table("Settings", settings, "In which the training runs differ.", in_terminal=False),
+        Table("Settings", settings, "In which the training runs differ."),
     ]
     title = runs[0].name if len(runs) == 1 else f"Comparison of {len(runs)} runs"
     commands = {run.name: run.environment.command_line or "not on record" for run in trained}
@@ -48,10 +48,10 @@ def compare_runs(folders: Sequence[Path]) -> Page:
 # --- the table of runs -----------------------------------------------------------------------------------------------
 
 
-def run_rows(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """The columns for which a run has a figure, or its recipe the paper's."""
+def table_of(runs: Sequence[Run]) -> Table:
+    """The figures that runs have, and those of the paper that their recipes name."""
     metrics = _task_metrics(runs)
-    return without_empty_columns([_row(run, metrics) for run in runs])
+    return Table("Runs", [_row(run, metrics) for run in runs], CAPTION)
 
 
 def _row(run: Run, metrics: Sequence[tuple[str, Metric]]) -> dict[str, str]:

@@ -8,7 +8,6 @@ judges the arm. With `study.tune_seeds=k` the first k seeds choose, and the othe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,7 @@ from omegaconf import OmegaConf
 
 from cera_train.runs.results import RunResult, read_grades
 from cera_train.settings.sweep import LOSS, StudyConfig
-from cera_train.sweep.folder import job_name, key_of
-from cera_train.sweep.record import RECORD, SweepRecord
-from cera_train.sweep.table import State, job_status
+from cera_train.sweep.folder import RECORD, State, SweepRecord, job_name, job_status, key_of
 
 ARM, SEED = "study.arm", "train.seed"
 
@@ -33,39 +30,20 @@ class Candidate:
     """Such as {"optimizer.lr": "0.001"}."""
     overrides: list[str]
     """The overrides of its run with seed 0."""
-    sweep: Path
-    swept: Sequence[str]
-    outcome: str
-    """The first of the study."""
 
     def overrides_of(self, seed: int) -> list[str]:
         return [f"{SEED}={seed}" if key_of(word) == SEED else word for word in self.overrides]
 
-    def run(self, seed: int) -> Path:
-        """The folder of a seed's run, there or not."""
-        return self.sweep / job_name(self.overrides_of(seed), self.swept)
 
-    def loss(self, seed: int) -> float | None:
-        """After the last update, the held-out loss, or the part of a task's score that is missed; infinite for a run
-        that diverged, None for one that has not ended."""
-        run = self.run(seed)
-        if (result := RunResult.find(run / "result.json")) is not None:
-            if self.outcome != LOSS:
-                return 1 - fmean(problem.score for problem in read_grades(run, self.outcome))
-            return math.log(result.perplexity) if result.perplexity else math.inf
-        return math.inf if job_status(self.sweep, run.name).state == State.diverged else None
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """An arm under a condition."""
 
+    study: Study
     arm: str
     choices: dict[str, str]
     """The condition, such as {"adapter.r": "16"}, without the settings that the arm has itself."""
     candidates: list[Candidate]
-    seeds: int
-    tune_seeds: int | None
 
     @property
     def condition(self) -> str:
@@ -79,16 +57,30 @@ class Cell:
     @property
     def tuning(self) -> range:
         """The seeds that run every value, and choose."""
-        return range(self.tune_seeds or self.seeds)
+        return range(self.study.config.tune_seeds or self.study.config.seeds)
 
     @property
     def judging(self) -> range:
-        return range(self.tune_seeds or 0, self.seeds)
+        return range(self.study.config.tune_seeds or 0, self.study.config.seeds)
+
+    def run(self, candidate: Candidate, seed: int) -> Path:
+        """The folder of a seed's run, there or not."""
+        return self.study.folder / job_name(candidate.overrides_of(seed), self.study.record.swept)
+
+    def loss(self, candidate: Candidate, seed: int) -> float | None:
+        """After the last update, the held-out loss, or the part of a task's score that is missed; infinite for a run
+        that diverged, None for one that has not ended."""
+        run, outcome = self.run(candidate, seed), self.study.config.outcomes[0]
+        if (result := RunResult.find(run / "result.json")) is not None:
+            if outcome != LOSS:
+                return 1 - fmean(problem.score for problem in read_grades(run, outcome))
+            return math.log(result.perplexity) if result.perplexity else math.inf
+        return math.inf if job_status(self.study.folder, run.name).state == State.diverged else None
 
     @cached_property
     def losses(self) -> list[list[float | None]]:
         """[candidates, tuning seeds]"""
-        return [[candidate.loss(seed) for seed in self.tuning] for candidate in self.candidates]
+        return [[self.loss(candidate, seed) for seed in self.tuning] for candidate in self.candidates]
 
     @cached_property
     def chosen(self) -> Candidate | None:
@@ -101,7 +93,7 @@ class Cell:
     @property
     def runs(self) -> list[Path]:
         """The folders of the runs that judge, there or not; empty where nothing is chosen."""
-        return [self.chosen.run(seed) for seed in self.judging] if self.chosen else []
+        return [self.run(self.chosen, seed) for seed in self.judging] if self.chosen else []
 
     def along(self, key: str) -> dict[float, float]:
         """The grid through the chosen values along one of them: value -> mean loss, by size; empty for words."""
@@ -168,22 +160,37 @@ class Cell:
         pairs += [(self.chosen, seed) for seed in self.judging if self.chosen and seed not in self.tuning]
         texts = []
         for candidate, seed in pairs:
-            if candidate.loss(seed) is None:
-                job = job_status(candidate.sweep, candidate.run(seed).name)
+            if self.loss(candidate, seed) is None:
+                job = job_status(self.study.folder, self.run(candidate, seed).name)
                 words = [*(f"{key}={value}" for key, value in candidate.values.items()), f"{SEED}={seed}"]
                 why = f"{job.state}: {job.error}" if job.error else job.state
                 texts.append(f"{', '.join([self.name, *words])} ({why})")
         return texts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Study:
-    """A study's folder."""
+    """A study's folder, which has, or will have, this record."""
 
     folder: Path
-    config: StudyConfig
-    cells: list[Cell]
-    """In the order of its grid."""
+    record: SweepRecord
+
+    @cached_property
+    def config(self) -> StudyConfig:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), self.record.study))
+
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """In the order of its grid."""
+        candidates: dict[tuple, list[Candidate]] = {}
+        for overrides in self.record.jobs.values():
+            words = dict(word.partition("=")[::2] for word in overrides)
+            if words[SEED] == "0":
+                own = {key_of(word) for word in self.config.arms[words[ARM]]}
+                place = words[ARM], *((key, words[key]) for key in self.config.conditions if key not in own)
+                values = {key: words[key] for key in self.config.tune}
+                candidates.setdefault(place, []).append(Candidate(values, overrides))
+        return [Cell(self, arm, dict(choices), values) for (arm, *choices), values in candidates.items()]
 
     @property
     def by_condition(self) -> dict[str, dict[str, Cell]]:
@@ -213,24 +220,4 @@ class Study:
 def find_study(folder: Path) -> Study | None:
     """The study in a folder; None where there is none."""
     record = SweepRecord.find(folder / RECORD)
-    return None if record is None or record.study is None else study_on_record(folder, record)
-
-
-def study_on_record(folder: Path, record: SweepRecord) -> Study:
-    """The study of a folder that has, or will have, this record."""
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), record.study))
-    candidates: dict[tuple, list[Candidate]] = {}
-    for overrides in record.jobs.values():
-        words = dict(word.partition("=")[::2] for word in overrides)
-        if words[SEED] == "0":
-            own = {key_of(word) for word in config.arms[words[ARM]]}
-            place = words[ARM], *((key, words[key]) for key in config.conditions if key not in own)
-            values = {key: words[key] for key in config.tune}
-            candidates.setdefault(place, []).append(
-                Candidate(values, overrides, folder, record.swept, config.outcomes[0])
-            )
-    cells = [
-        Cell(arm, dict(choices), values, config.seeds, config.tune_seeds)
-        for (arm, *choices), values in candidates.items()
-    ]
-    return Study(folder, config, cells)
+    return None if record is None or record.study is None else Study(folder, record)

@@ -17,16 +17,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from cera_train.common.files import locked
 from cera_train.common.imports import heavy_imports
-from cera_train.common.settings import require
+from cera_train.common.settings import require, word_of
 from cera_train.common.terminal import print_line
 from cera_train.distributed.processes import is_main_process
 from cera_train.settings.adapters import Activation, AdapterKind, Mix
 from cera_train.settings.run import Config
 from cera_train.settings.sweep import LOSS, Equal, StudyConfig
-from cera_train.study.cells import ARM, SEED, Cell, Study, study_on_record
-from cera_train.sweep.folder import WRITER, ComposeJob, begin, grid, jobs_by_name, key_of, record_of
-from cera_train.sweep.record import RECORD, SweepRecord
-from cera_train.sweep.table import job_status
+from cera_train.study.cells import ARM, SEED, Cell, Study
+from cera_train.sweep.folder import RECORD, SweepRecord, job_status, key_of
+from cera_train.sweep.grid import WRITER, ComposeJob, begin, grid, jobs_by_name, record_of
 
 PARAMETERS = 0.01
 """Share by which trainable parameters may differ and count as equal."""
@@ -64,30 +63,24 @@ def study_record(config: DictConfig) -> SweepRecord:
     return record_of(config, jobs, params).replace(study=OmegaConf.to_container(study))
 
 
-def word_of(value: Any) -> str:
-    """A value as one writes it on a command line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(word_of, value))}]"
-    return str(value)
-
-
 # --- what makes arms comparable --------------------------------------------------------------------------------------
 
 
-def check_cells(config: DictConfig, study: Study, compose: ComposeJob[Config]) -> list[tuple[Cell, Config]]:
-    """The cells of a study and a run of each.
-
-    Raises:
-        UserError: train.seed is set beside the study's own seeds, or arms do not compare.
-    """
+def check_cells(config: DictConfig, study: Study, compose: ComposeJob[Config]) -> None:
+    """Raises UserError where train.seed is set beside the study's own seeds, or arms do not compare. Names the gates
+    without a control."""
     seeds = [override for override in config.hydra.overrides.task if key_of(override) == SEED]
     require(not seeds, f"{', '.join(seeds)}: a study has the seeds from 0: study.seeds=N. Leave it out.")
     for condition, cells in study.by_condition.items():
         runs = {arm: compose(cell.candidates[0].overrides) for arm, cell in cells.items()}
-        check_arms(study.config, f" ({condition})" if condition else "", runs)
-    return [(cell, compose(cell.candidates[0].overrides)) for cell in study.cells]
+        place = f" ({condition})" if condition else ""
+        check_arms(study.config, place, runs)
+        if runs.keys() == study.config.arms.keys() and (arms := without_control(runs)):
+            print_line(
+                "control",
+                f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the scale: add the arm "
+                "half: [adapter=cera_identity]",
+            )
 
 
 def check_arms(study: StudyConfig, place: str, runs: dict[str, Config]) -> None:
@@ -179,18 +172,10 @@ def begin_study(config: DictConfig, compose: ComposeJob[Config]) -> None:
             "Leave one out.",
         )
     record = study_record(config)
-    planned = study_on_record(Path(config.hydra.sweep.dir), record)
-    pairs = check_cells(config, planned, compose)
-    for condition, cells in planned.by_condition.items():
-        runs = {cell.arm: run for cell, run in pairs if cells.get(cell.arm) is cell}
-        if runs.keys() == study.arms.keys() and (arms := without_control(runs)):
-            place = f" ({condition})" if condition else ""
-            print_line(
-                "control",
-                f"{', '.join(arms)}{place}: no arm has the gate's linear part alone, at half the scale: add the arm "
-                "half: [adapter=cera_identity]",
-            )
-    check_problems(run for cell, run in pairs if cell.missing())  # a finished cell reads its rows no more
+    planned = Study(Path(config.hydra.sweep.dir), record)
+    check_cells(config, planned, compose)
+    unfinished = [cell for cell in planned.cells if cell.missing()]  # a finished cell reads its rows no more
+    check_problems(compose(cell.candidates[0].overrides) for cell in unfinished)
     begin(config, compose, record)
 
 
@@ -220,7 +205,7 @@ class StudySweeper(Sweeper):
 
     @property
     def cells(self) -> list[Cell]:
-        return study_on_record(self.folder, SweepRecord.read(self.folder / RECORD)).cells
+        return Study(self.folder, SweepRecord.read(self.folder / RECORD)).cells
 
     def add(self, jobs: list[list[str]]) -> None:
         """Adds jobs to the record, and runs them."""

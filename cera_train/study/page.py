@@ -11,14 +11,13 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.files import finite, write_text
-from cera_train.common.pages import BACKGROUND, COLORS, TEXT, Page, Picture, Table, styles_of, without_empty_columns
+from cera_train.common.pages import BACKGROUND, COLORS, TEXT, Page, Picture, Table, styles_of
 from cera_train.common.settings import map_values
 from cera_train.common.terminal import announce, counted, duration
 from cera_train.runs.results import SPECTRUM_TERMS, Environment
 from cera_train.settings.sweep import LOSS
 from cera_train.study.cells import Cell, Study
-from cera_train.study.results import CellResult, Comparison, Slope, compare_cells, read_results, slopes
-from cera_train.sweep.record import RECORD, SweepRecord
+from cera_train.study.results import CellResult, Comparison, compare_cells, read_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,15 +44,12 @@ def write_study(study: Study, output: Path) -> Page:
     """
     results, outcomes, matters = read_results(study), study.config.outcomes, study.config.matters
     announce("comparing", counted(len(results), "cell"))
-    comparisons, trends = compare_cells(study, results), slopes(study, results)
-    name = study.folder.resolve().name
-    command = Environment(SweepRecord.read(study.folder / RECORD).command).command_line or "not on record"
+    comparisons, name = compare_cells(study, results), study.folder.resolve().name
+    command = Environment(study.record.command).command_line or "not on record"
     tables = [
         Table(
             "Verdicts",
-            without_empty_columns(
-                [_verdict_row(each, matters if each.outcome == outcomes[0] else None) for each in comparisons]
-            ),
+            [_verdict_row(each, matters if each.outcome == outcomes[0] else None) for each in comparisons],
             "Differences of a loss are in nats a token, of a score in points; the verdict is on the first-named arm. "
             "Edge: an arm is best at the end of its grid, which allows no verdict: add values beyond it, by "
             "study.extend=true. The interval holds for other seeds and problems. Holm corrects p over the contrasts of "
@@ -62,13 +58,8 @@ def write_study(study: Study, output: Path) -> Page:
         ),
         Table(
             "Cells",
-            without_empty_columns([_cell_row(result, outcomes) for result in results]),
+            [_cell_row(result, outcomes) for result in results],
             f"Means over seeds at the values of the lowest mean loss, ± a standard deviation. {SPECTRUM_TERMS}",
-        ),
-        Table(
-            "Slopes",
-            [_slope_row(slope, outcomes[0]) for slope in trends],
-            "Change of the outcome with every doubling of the rank. The interval holds for other seeds.",
         ),
     ]
     picture = _picture(outcomes[0], matters, [each for each in comparisons if each.outcome == outcomes[0]])
@@ -81,7 +72,6 @@ def write_study(study: Study, output: Path) -> Page:
         "config": dataclasses.asdict(study.config),
         "contrasts": list(map(dataclasses.asdict, comparisons)),
         "cells": [_cell_json(result, outcomes) for result in results],
-        "slopes": list(map(dataclasses.asdict, trends)),
         "machines": sorted({f"{each.machine}, {each.platform}, Python {each.python}" for each in environments}),
         "versions": {package: version for each in environments for package, version in (each.packages or {}).items()},
     }
@@ -95,13 +85,14 @@ def write_study(study: Study, output: Path) -> Page:
 
 def _verdict_row(comparison: Comparison, matters: float | None) -> dict[str, str]:
     outcome = comparison.outcome
+    interval = [_number(outcome, end, "+") for end in (comparison.lower, comparison.upper)]
     return {
         "contrast": f"{comparison.second} - {comparison.first}",
         "of": ", ".join(filter(None, [comparison.condition, outcome])),
         "verdict": comparison.verdict,
         "edge": "; ".join(comparison.edges),
         "difference": _number(outcome, comparison.difference, "+"),
-        "95 % interval": _interval(outcome, comparison.lower, comparison.upper),
+        "95 % interval": " to ".join(filter(None, interval)),
         "p after Holm": f"{comparison.p_holm:.2g}",
         "detectable": _number(outcome, comparison.detectable),
         "too small": "" if matters is None else "yes" if comparison.is_within(matters) else "no",
@@ -139,23 +130,11 @@ def _chosen(cell: Cell) -> str:
     return " ".join(f"{key}={value}" for key, value in cell.chosen.values.items()) + " (edge)" * bool(cell.edges)
 
 
-def _slope_row(slope: Slope, outcome: str) -> dict[str, str]:
-    return {
-        "arm": slope.name,
-        f"{outcome} per doubling": _number(outcome, slope.value, "+"),
-        "95 % interval": _interval(outcome, *slope.interval),
-    }
-
-
 def _number(outcome: str, value: float, sign: str = "") -> str:
     """Nats of a loss, points of a score."""
     if math.isinf(value):
         return ""
     return f"{value:{sign}.4f}" if outcome == LOSS else f"{100 * value:{sign}.1f}"
-
-
-def _interval(outcome: str, lower: float, upper: float) -> str:
-    return "" if math.isinf(lower) else f"{_number(outcome, lower, '+')} to {_number(outcome, upper, '+')}"
 
 
 # --- the picture -----------------------------------------------------------------------------------------------------

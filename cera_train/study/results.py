@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cera_train.common.errors import UserError
 from cera_train.common.settings import require
-from cera_train.evaluation.statistics import ERROR_RATE, holm
+from cera_train.evaluation.statistics import holm
 from cera_train.runs.evaluation_folder import ENDINGS
 from cera_train.runs.results import LOSSES_AFTER, Environment, RunResult, TokenLosses, read_grades
 from cera_train.settings.sweep import LOSS
@@ -21,9 +21,6 @@ from cera_train.study.verdict import Contrast, Verdict, contrast, detectable
 
 if TYPE_CHECKING:
     import numpy as np
-
-RANK = "adapter.r"
-
 
 # --- the runs of a cell ----------------------------------------------------------------------------------------------
 
@@ -116,7 +113,7 @@ def read_results(study: Study) -> list[CellResult]:
 
 
 def _read_cell(study: Study, cell: Cell) -> CellResult:
-    if not cell.chosen or any(math.isinf(cell.chosen.loss(seed)) for seed in cell.judging):
+    if not cell.chosen or any(math.isinf(cell.loss(cell.chosen, seed)) for seed in cell.judging):
         raise UserError(
             f"{study.folder}: {cell.name} diverged at every value of study.tune, or with a seed at the value chosen. "
             "Add smaller values, and repeat the command."
@@ -205,50 +202,3 @@ def compare_cells(study: Study, results: Sequence[CellResult]) -> list[Compariso
                 )
             )
     return comparisons
-
-
-# --- slopes ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Slope:
-    """The change of the primary outcome with every doubling of the rank: of an arm, or of a second arm - a first."""
-
-    name: str
-    by_seed: list[float]
-    value: float
-    interval: tuple[float, float]
-    """Student's 95 % interval over seeds, on the problems at hand; without bounds for one seed."""
-
-
-def slopes(study: Study, results: Sequence[CellResult]) -> list[Slope]:
-    """The least-squares slope of every arm against log2 of the rank, then the difference of every pair of arms; nothing
-    where the rank is no condition."""
-    import numpy as np
-
-    means_by_rank: dict[tuple[str, str], dict[int, list[float]]] = {}
-    for result in results:
-        if RANK in result.cell.choices:
-            choices = dict(result.cell.choices)
-            rank = int(choices.pop(RANK))
-            place = result.cell.arm, replace(result.cell, choices=choices).condition
-            means_by_rank.setdefault(place, {})[rank] = result.means(study.config.outcomes[0])
-    by_seed = {
-        place: np.polyfit(np.log2(list(by_rank)), list(by_rank.values()), 1)[0]
-        for place, by_rank in means_by_rank.items()
-        if len(by_rank) > 1
-    }
-    for first, second in study.config.pairs:
-        for arm, condition in list(by_seed):
-            if arm == second and (first, condition) in by_seed:
-                by_seed[f"{second} - {first}", condition] = by_seed[second, condition] - by_seed[first, condition]
-    return [_slope(", ".join(filter(None, place)), slope.tolist()) for place, slope in by_seed.items()]
-
-
-def _slope(name: str, by_seed: list[float]) -> Slope:
-    from scipy.stats import ttest_1samp
-
-    if len(by_seed) < 2:
-        return Slope(name, by_seed, by_seed[0], (-math.inf, math.inf))
-    low, high = ttest_1samp(by_seed, 0.0).confidence_interval(1 - ERROR_RATE)
-    return Slope(name, by_seed, fmean(by_seed), (float(low), float(high)))

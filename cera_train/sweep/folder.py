@@ -1,53 +1,37 @@
-"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies.
-
-A sweep has no state beside what its jobs left. Started again, each job finds its folder: the finished are skipped, the
-cut resume, the missing run. `config` is what Hydra composed for the sweep, with Hydra's section. Imports no torch.
-"""
+"""A sweep's folder: OUTPUT_DIR/NAME holds sweep.json and one folder a job, named by what varies, and the state of a job
+follows from what lies in it. Imports no torch."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import re
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, ClassVar
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-
-from cera_train.common.errors import UserError, errors_at
-from cera_train.common.files import folder_in_use, is_locked
-from cera_train.common.imports import heavy_imports
-from cera_train.common.settings import require_folder_name
-from cera_train.common.terminal import print_line
-from cera_train.common.trust import redact, redact_tree
-from cera_train.data.sources import check_data
-from cera_train.distributed.processes import is_main_process
-from cera_train.evaluation.tasks.task import load_problems, training_task
-from cera_train.model.folder import check_model
-from cera_train.runs.records import LENGTH, changes_result
-from cera_train.runs.results import DIVERGED
-from cera_train.runs.subject import find_start
+from cera_train.common.errors import UserError
+from cera_train.common.files import is_locked
+from cera_train.common.terminal import print_line, print_table
+from cera_train.common.trust import redact
+from cera_train.evaluation.tasks.task import task_figures
+from cera_train.runs.records import Record, changes_result
+from cera_train.runs.results import DIVERGED, METRICS, Environment, Metrics, RunResult, is_task_figure, read_metrics
 from cera_train.settings.evaluation import known_tasks
-from cera_train.settings.run import Config
-from cera_train.sweep.record import JOBS, RECORD, JobRecord, SweepRecord, sweep_metric
 
-WRITER = "sweep"
-"""Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by earlier results."""
+RECORD = "sweep.json"
+JOBS = ".jobs"
+"""Folder in the sweep's: NAME.json for every job that was started, written by the job itself."""
+
+START_AGAIN = "Remove it, and start the sweep again."
 
 LONGEST_NAME = 150
 """Characters. A file system takes 255, and files are written under a longer name first."""
 
-Run = TypeVar("Run")
-ComposeJob = Callable[[Iterable[str]], Run]
-"""compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
+SHORT_ERROR = 72
+"""Characters of an error in the table."""
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -89,216 +73,196 @@ def key_of(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-# --- the grid --------------------------------------------------------------------------------------------------------
+# --- records ---------------------------------------------------------------------------------------------------------
+
+PERPLEXITIES = ("eval/perplexity", "best_perplexity")
+"""Figures that compare on the same evaluation rows only."""
+
+HIGHER_IS_BETTER = {
+    **dict.fromkeys([*PERPLEXITIES, "seconds", "peak_memory_bytes", "trainable_parameters"], False),
+    "tokens_per_s": True,
+}
+"""The figures of result.json by which jobs compare, besides those of tasks."""
 
 
-def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Override]:
-    """The dimensions of a sweep: those of its file, then the arguments, which replace those of the same key."""
-    params = (config.hydra.sweeper.get("params") or {}) if params is None else params
-    arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
-    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
-    return list({override.get_key_element(): override for override in parsed}.values())
+class SweepMetric(Record):
+    """The figure by which jobs compare."""
+
+    key: str = PERPLEXITIES[0]
+    higher_is_better: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.key.removeprefix("eval/")
+
+    def shown(self, value: float) -> str:
+        return f"{value:.1%}" if is_task_figure(self.key) else f"{value:,.3f}"
+
+    def cost(self, value: float) -> float:
+        """A number that is lower for a better value."""
+        return -value if self.higher_is_better else value
 
 
-def _arguments(hydra_config: DictConfig) -> list[str]:
-    """The overrides as typed: each job resolves the ${...} in them."""
-    return OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+PERPLEXITY = SweepMetric()
 
 
-def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
-    """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the dimensions, key ->
-    values, in the place of `hydra.sweeper.params`."""
-    dimensions = _dimensions(config, params)
-    for override in dimensions:
-        if override.is_sweep_override() and not override.is_discrete_sweep():
-            raise UserError(
-                f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from needs a sweeper that "
-                "draws: hydra/sweeper=optuna."
-            )
-    (jobs,) = BasicSweeper.split_arguments(dimensions, None)
-    return jobs
+def sweep_metric(key: str, tasks: Mapping[str, Mapping[str, Any] | None]) -> SweepMetric:
+    """The metric of `sweep.metric`; raises UserError where no run of the sweep records it. `tasks` has the changes of
+    each of `train.tasks`, None where they are not known yet."""
+    known = dict(HIGHER_IS_BETTER)
+    for task, changes in tasks.items():
+        known |= task_figures(task, changes)
+    if key in known:
+        return SweepMetric(key, known[key])
+    task = key.partition("/")[0]
+    is_left_out = task not in tasks and task in known_tasks() and key in task_figures(task)
+    mend = f"add train.tasks=[{task}]" if is_left_out else f"choose one of {', '.join(known)}"
+    raise UserError(f"sweep.metric={key}: no job has this figure: {mend}.")
 
 
-def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> ComposeJob[Run]:
-    """compose(overrides) -> the checked config of a job, each composed once and passed through `check`."""
-    loader = GlobalHydra.instance().config_loader()
+class SweepRecord(Record):
+    """sweep.json: the last command, and its jobs as far as the sweeper knows them."""
 
-    @functools.cache
-    def compose(*overrides: str) -> Run:
-        return check(loader.load_sweep_config(config, list(overrides)))
+    mend: ClassVar[str] = START_AGAIN
 
-    return lambda overrides: compose(*overrides)
-
-
-def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config]) -> None:
-    """Composes jobs, name -> overrides, until every value has been in a possible one. A value that is impossible beside
-    some others fails in its jobs, and the rest of the sweep runs.
-
-    Raises:
-        Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all others, or chooses
-            files that cannot be read.
-    """
-    fine, failed = set[str](), dict[str, Exception]()
-    for name, values in jobs.items():
-        if fine.issuperset(values):
-            continue
-        try:
-            run = compose(values)
-            sweep_metric(run.sweep.metric, {task: run.train.changes_of_task(task) for task in run.train.tasks})
-        except UserError as error:
-            for value in values:
-                failed.setdefault(value, error)
-            continue
-        fine.update(values)
-        check_inputs(run, sweep / name)
-    for value, error in failed.items():
-        if value not in fine:
-            raise error
+    swept: list[str]  # keys that name the jobs
+    jobs: dict[str, list[str]]  # in the order of the grid: the overrides of each, by the name of its folder
+    fixed: list[str]  # settings that all jobs share
+    command: list[Any] | None = None
+    metric: SweepMetric = PERPLEXITY
+    study: dict[str, Any] | None = None  # its section
 
 
-def check_inputs(config: Config, folder: Path) -> None:
-    """Raises UserError for a model, rows, problems or a start that a run in this folder cannot read: torch takes
-    seconds to import, and a mistake is answered before."""
-    if config.train.extend or not (folder / "result.json").exists():  # a finished run reads them no more
-        check_model(config.model.path)
-        check_data(config.data)
-        for name in config.train.tasks:
-            task = training_task(name, config.train.changes_of_task(name))
-            if task.files:
-                with errors_at(f"train.tasks=[{name}]"):
-                    load_problems(task, config.data)
-    if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
-        with heavy_imports():  # of PEFT
-            find_start(config.adapter)
+class JobRecord(Record):
+    """NAME.json of a job."""
+
+    mend: ClassVar[str] = START_AGAIN
+
+    number: int
+    overrides: list[str]
+    error: str | None = None  # of its last start
 
 
-# --- the record ------------------------------------------------------------------------------------------------------
+# --- states ----------------------------------------------------------------------------------------------------------
 
 
-def record_of(
-    config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
-) -> SweepRecord:
-    """The content of sweep.json: which jobs there will be, as far as the sweeper knows them now.
-
-    Args:
-        jobs: the overrides of each, in the place of the grid's.
-        params: dimensions that name the jobs even where they have one value, in the place of `hydra.sweeper.params`.
-
-    Raises:
-        UserError: the folder differs from job to job, or is that of a run or of a sweep with other fixed settings.
-    """
-    for override in _arguments(config.hydra):
-        if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
-            raise UserError(
-                f"{override} is another for each job. In a sweep, name=... is the folder of all jobs, and each job's "
-                "folder in it is named by its choices: give one name, or leave it out."
-            )
-    require_folder_name(config.name)
-    folder = Path(config.hydra.sweep.dir)
-    if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
-    is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(".BasicSweeper")
-    jobs = (grid(config) if is_grid else []) if jobs is None else jobs
-    tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
-    metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
-
-    earlier = SweepRecord.find(folder / RECORD)
-    # A dimension of an earlier command still names the jobs where this one fixes it.
-    names_jobs = {*map(key_of, params or ()), *(earlier.swept if earlier else ())}
-    swept, fixed = set[str](), []
-    for dimension in _dimensions(config, params):
-        if dimension.is_sweep_override() or dimension.key_or_group in names_jobs:
-            swept.add(dimension.key_or_group)
-        else:
-            fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
-    fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
-    may_differ = {*swept, *(LENGTH if config.train.extend else ())}
-    if earlier is not None and any(key_of(choice) not in may_differ for choice in {*earlier.fixed} ^ {*fixed}):
-        raise UserError(
-            f"name={folder.name}: {folder} holds a sweep with other fixed settings "
-            f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its jobs are named by what "
-            "varies. Choose another name=..."
-        )
-    return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
-
-
-def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
-    """The overrides of each job by the name of its folder."""
-    return {job_name(job, swept): job for job in jobs}
-
-
-def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) -> None:
-    """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command holds."""
-    folder = Path(config.hydra.sweep.dir)
-    check_jobs(folder, record.jobs, compose)
-    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
-        raise folder_in_use(folder, WRITER)
-
-    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
-        config.hydra.sweeper.direction = "maximize" if record.metric.higher_is_better else "minimize"
-    # A name or recipe of a job must not move it elsewhere.
-    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
-    # Every process of a run writes it, the same each: none reads it before it is there.
-    folder.mkdir(parents=True, exist_ok=True)
-    record.write(folder / RECORD)
+class State(StrEnum):
+    finished = "finished"
+    diverged = "diverged"  # which is a result: the same command leaves it
+    failed = "failed"  # by its environment or its settings: the same command tries it again
+    running = "running"
+    stopped = "stopped"  # it began and did not end: the same command resumes it
+    waiting = "waiting"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One job, while it runs."""
+class JobStatus:
+    """How far one job is, by what lies in its folder."""
 
-    sweep: Path  # the sweep's folder
-    name: str  # the job's folder in it
-    overrides: list[str]
-    number: int
-    count: int  # jobs in all; 0: the sweeper decides as it goes
-
-    @classmethod
-    def current(cls, hydra_config: DictConfig) -> Job | None:
-        """The job that Hydra has just started, from `HydraConfig.get()`; None in a single run."""
-        if hydra_config.mode != RunMode.MULTIRUN:
-            return None
-        sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
-        record = SweepRecord.read(sweep / RECORD)
-        name, names = job_name(overrides, record.swept), list(record.jobs)
-        number = names.index(name) if name in names else hydra_config.job.num
-        return cls(sweep, name, overrides, number + 1, len(names))
+    name: str  # the name of its folder
+    choices: Sequence[str]
+    state: State
+    metric: SweepMetric
+    progress: str  # updates done, such as 5/20
+    value: float | None  # of the sweep's metric; an unfinished run's: that of its last evaluation
+    error: str | None
+    rows: str | None  # the digest of the rows on which a perplexity is taken
 
     @property
-    def record(self) -> Path:
-        return self.sweep / JOBS / f"{self.name}.json"
+    def is_over(self) -> bool:
+        """Whether the job has a result: the same command does not start it again."""
+        return self.state in (State.finished, State.diverged)
 
     @property
-    def log(self) -> Path:
-        """The job's output, where several run at once."""
-        return self.sweep / JOBS / f"{self.name}.log"
+    def outcome(self) -> str:
+        """A few words on the job beside its state: its figure, its error, or its progress."""
+        if self.state == State.finished and self.value is not None:
+            return f"{self.metric.label} {self.metric.shown(self.value)}"
+        return self.error or f"{self.progress or 'no'} updates"
 
-    @property
-    def title(self) -> str:
-        return f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}"
 
-    @property
-    def has_diverged(self) -> bool:
-        """Whether an earlier start diverged: a result, which stands until the folder is removed."""
-        return (self.sweep / self.name / DIVERGED).exists()
+def read_sweep(folder: Path) -> list[JobStatus]:
+    """Every job of a sweep: those of its last command in the order of its grid, then what earlier ones left."""
+    record = SweepRecord.find(folder / RECORD)
+    if record is None:
+        if (folder / "config.yaml").exists():
+            raise UserError(f"{folder} is the folder of a run, not of a sweep: cera-report {folder} shows it.")
+        what = "holds no sweep" if folder.is_dir() else "is not a folder"
+        raise UserError(
+            f"{folder} {what}: expected one that cera-train -m left (with {RECORD}), such as outputs/rank_lr."
+        )
+    started = {path.stem: JobRecord.read(path) for path in (folder / JOBS).glob("[!.]*.json")}
+    earlier = sorted(started.keys() - record.jobs.keys(), key=lambda name: (started[name].number, name))
+    overrides = record.jobs | {name: started[name].overrides for name in earlier}
+    # The name of a study's arm stands for its overrides.
+    of_arms = {key_of(word) for arm in (record.study or {"arms": {}})["arms"].values() for word in arm}
+    choices = {
+        name: [choice for choice in choices_of(words, record.swept) if key_of(choice) not in of_arms]
+        for name, words in overrides.items()
+    }
+    return [job_status(folder, name, choices[name], record.metric) for name in overrides]
 
-    def start(self) -> None:
-        """Prints the job's title and clears the error of an earlier start."""
-        if is_main_process():
-            (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
-            print()
-            print_line("job", self.title)
-            if self.has_diverged:
-                print_line("diverged", f"{self.sweep / self.name}, before this start; remove it to train it again")
-            else:
-                self._write(None)
 
-    def fail(self, error: str) -> None:
-        """Writes the job's error for the table. Where several processes fail, the first error stays."""
-        if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
-            self._write(error)
+def job_status(sweep: Path, name: str, choices: Sequence[str] = (), metric: SweepMetric = PERPLEXITY) -> JobStatus:
+    """How far a job of a sweep is."""
+    folder, record = sweep / name, sweep / JOBS / f"{name}.json"
+    result, started = RunResult.find(folder / "result.json"), JobRecord.find(record)
+    error = started and started.error
+    if error and result is not None and (folder / "result.json").stat().st_mtime > record.stat().st_mtime:
+        error = None  # it was run again by itself
+    if is_locked(folder):
+        state = State.running
+    elif result is None and (folder / DIVERGED).exists():
+        state = State.diverged
+    elif error:
+        state = State.failed
+    elif result is not None:
+        state = State.finished
+    else:
+        state = State.stopped if (folder / "config.yaml").exists() else State.waiting
+    metrics = Metrics() if result else read_metrics(folder / METRICS)
+    value = (result or metrics.so_far()).to_json().get(metric.key)
+    environment, progress = Environment.find(folder / "environment.json") or Environment(), ""
+    if environment.updates is not None:
+        progress = f"{result.updates if result else metrics.last_update:,}/{environment.updates:,}"
+    return JobStatus(name, choices, state, metric, progress, value, error, environment.held_out)
 
-    def _write(self, error: str | None) -> None:
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        JobRecord(self.number, self.overrides, error).write(self.record)
+
+def best_jobs(jobs: Sequence[JobStatus]) -> list[JobStatus]:
+    """The best finished job by the sweep's metric; by a perplexity, one for every choice of evaluation rows."""
+    best: dict[str | None, JobStatus] = {}
+    for job in jobs:
+        rows = job.rows if job.metric.key in PERPLEXITIES else None
+        if job.state != State.finished or job.value is None:
+            continue
+        if rows not in best or job.metric.cost(job.value) < job.metric.cost(best[rows].value):
+            best[rows] = job
+    return list(best.values())
+
+
+def print_sweep(folder: Path) -> bool:
+    """Prints a line for every job, how many are in which state, and the best. Returns whether every job of the last
+    command has ended, whatever earlier ones left."""
+    jobs = read_sweep(folder)
+    best, label = best_jobs(jobs), jobs[0].metric.label if jobs else PERPLEXITY.label
+    shared = set.intersection(*(set(job.choices) for job in jobs)) if len(jobs) > 1 else set()
+    print_line("sweep", f"{folder}{': ' + ' '.join(sorted(shared)) if shared else ''}")
+    print()
+    rows = []
+    for job in jobs:
+        name = ",".join(choice for choice in job.choices if choice not in shared) or job.name
+        note = "best" if job in best else ""
+        if job.error and job.state in (State.diverged, State.failed):
+            note = job.error if len(job.error) <= SHORT_ERROR else job.error[: SHORT_ERROR - 1] + "…"
+        rows.append([name, job.state, job.progress, "" if job.value is None else job.metric.shown(job.value), note])
+    print_table(["job", "state", "updates", label, ""], rows, right=(2, 3))
+    print()
+    counts = Counter(job.state for job in jobs)
+    print_line("jobs", ", ".join(f"{counts[state]:,} {state}" for state in State if counts[state]) or "none yet")
+    for job in best:
+        print_line("best", f"{folder / job.name}: {label} {job.metric.shown(job.value)}")
+    if counts[State.failed]:
+        print_line("errors", f"in full in {folder / JOBS}; the same command tries these jobs again")
+    names = SweepRecord.read(folder / RECORD).jobs
+    # Without names the sweeper decided as it went.
+    return all(job.is_over for job in jobs if job.name in names) if names else not counts[State.failed]

@@ -13,8 +13,7 @@ import yaml
 
 from cera_train.cli.mistakes import options
 from cera_train.common.files import config_dir
-from cera_train.common.settings import flatten, to_plain
-from cera_train.study.design import word_of
+from cera_train.common.settings import flatten, to_plain, word_of
 
 PUBLISHED = yaml.safe_load(Path(__file__).with_name("published_configs.yaml").read_text())
 FIRST = next(iter(PUBLISHED))

@@ -9,8 +9,7 @@ from typing import Any
 import yaml
 from several_processes import popen
 
-from cera_train.sweep.record import JOBS, RECORD
-from cera_train.sweep.table import State, read_sweep
+from cera_train.sweep.folder import JOBS, RECORD, State, read_sweep
 
 TINY = ["--config-dir", "conf", "-m", "+sweep=tiny"]
 """The sweep of the fixture sweep_here."""
@@ -27,7 +26,7 @@ def make_job(
     folder = sweep / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"train": {"max_updates": 20}}))
-    (folder / "environment.json").write_text(json.dumps({"rows": {"held_out": rows}}))
+    (folder / "environment.json").write_text(json.dumps({"rows": {"held_out": rows}, "updates": 20}))
     lines = [{"update": 0, "eval/perplexity": 9.0}, {"update": 5, "train/loss": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"update": 6, "tr')
     if perplexity is not None:

@@ -16,7 +16,7 @@ from conftest import TINY
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
 from cera_train.settings.run import Config
-from cera_train.sweep.table import State, read_sweep
+from cera_train.sweep.folder import State, read_sweep
 from cera_train.training.train import train
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue")

@@ -13,8 +13,7 @@ from hydra.core.plugins import Plugins
 
 from cera_train.runs.results import DIVERGED, LOSSES_AFTER, GradedProblem, TokenLosses, write_grades
 from cera_train.study.cells import Study, find_study
-from cera_train.sweep.folder import job_name
-from cera_train.sweep.record import JOBS, RECORD, SweepRecord
+from cera_train.sweep.folder import JOBS, RECORD, SweepRecord, job_name
 
 STUDY = {
     "question": "Which is better?",

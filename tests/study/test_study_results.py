@@ -4,13 +4,11 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-import scipy.stats
 
 from cera_train.common.errors import UserError
 from cera_train.study.page import write_study
-from cera_train.study.results import compare_cells, read_results, slopes
+from cera_train.study.results import compare_cells, read_results
 from cera_train.study.verdict import contrast
 
 
@@ -70,17 +68,6 @@ def test_what_a_value_between_those_of_the_grid_could_gain_widens_the_interval(m
     plain = contrast(first.values("loss"), second.values("loss"), first.runs[0].outcomes["loss"].weights)
     assert (comparison.lower, comparison.upper) == pytest.approx((plain.lower - between, plain.upper + between))
     assert plain.p_value < 0.05 < comparison.p_value
-
-
-def test_slopes_are_those_of_the_seeds_by_doubling(make_study):
-    study = make_study(loss_by_rank, **RANKS)
-    results = read_results(study)
-    lora, cera, gap = slopes(study, results)
-    by_rank = [own.means("loss") for own in results if own.cell.arm == "cera"]
-    assert cera.by_seed == pytest.approx([(b - a) / 2 for a, b in zip(*by_rank, strict=True)])
-    assert gap.by_seed == pytest.approx(np.array(cera.by_seed) - lora.by_seed)
-    interval = scipy.stats.ttest_1samp(gap.by_seed, 0).confidence_interval()
-    assert gap.interval == pytest.approx((interval.low, interval.high))
 
 
 def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, capsys):

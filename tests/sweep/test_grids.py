@@ -14,7 +14,8 @@ from cera_train.cli.start import register_configs
 from cera_train.common.files import config_dir
 from cera_train.planning.plan import RunPlan
 from cera_train.settings.run import Config
-from cera_train.sweep.folder import grid, job_name
+from cera_train.sweep.folder import job_name
+from cera_train.sweep.grid import grid
 
 SWEEPS = sorted(config_dir("conf").glob("sweep/*.yaml"))
 MEASURED = {"quickstart", "logistic_map", "grpo_gsm8k", "grpo_reasoning_gym", "sft"}

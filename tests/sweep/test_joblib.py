@@ -10,7 +10,7 @@ import pytest
 from made_sweeps import TINY, start, states
 from tiny_runs import adapter_bytes, losses_of, wait_until
 
-from cera_train.sweep.record import JOBS
+from cera_train.sweep.folder import JOBS
 
 JOBLIB = [*TINY, "hydra/launcher=joblib"]
 ENDLESS = ["adapter=cera", "adapter.activation=relu,silu,gelu", "train.max_updates=100000"]

@@ -10,8 +10,7 @@ from made_sweeps import TINY, content_of, start, states
 from tiny_runs import metrics_of, wait_until
 
 from cera_train.settings.run import Config
-from cera_train.sweep.record import JOBS, RECORD
-from cera_train.sweep.table import State
+from cera_train.sweep.folder import JOBS, RECORD, State
 
 
 @pytest.mark.slow

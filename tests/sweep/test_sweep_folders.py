@@ -14,9 +14,7 @@ from made_sweeps import FIXED, TINY, content_of, make_job, record_job, record_sw
 from cera_train.cli.mistakes import with_folder_quoted
 from cera_train.common.settings import fields_of
 from cera_train.settings.run import Config
-from cera_train.sweep.folder import LONGEST_NAME, choices_of, job_name
-from cera_train.sweep.record import JOBS, RECORD
-from cera_train.sweep.table import best_jobs, read_sweep
+from cera_train.sweep.folder import JOBS, LONGEST_NAME, RECORD, best_jobs, choices_of, job_name, read_sweep
 
 
 def test_a_job_is_named_by_what_varies_in_any_order():
@@ -224,7 +222,7 @@ def test_a_state_follows_from_what_lies_in_the_folder(tmp_path):
     jobs = {job.name: job for job in read_sweep(tmp_path)}
     assert list(jobs) == names  # in the order of the grid
     assert [job.state for job in jobs.values()] == ["finished", "stopped", "failed", "failed", "waiting"]
-    assert [(job.done, job.total) for job in jobs.values()] == [(20, 20), (5, 20), (5, 20), (None, None), (None, None)]
+    assert [job.progress for job in jobs.values()] == ["20/20", "5/20", "5/20", "", ""]
     assert [job.value for job in jobs.values()] == [2.5, 9.0, 9.0, None, None]
     assert jobs["adapter.r=8"].error == "the loss is not finite"
 

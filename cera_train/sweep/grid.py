@@ -1,0 +1,261 @@
+"""The jobs of a sweep: its grid, checked before the first job begins, and each job while it runs.
+
+A sweep has no state beside what its jobs left. Started again, each job finds its folder: the finished are skipped, the
+cut resume, the missing run. `config` is what Hydra composed for the sweep, with Hydra's section. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from cera_train.common.errors import UserError, errors_at
+from cera_train.common.files import folder_in_use, is_locked
+from cera_train.common.imports import heavy_imports
+from cera_train.common.settings import require_folder_name
+from cera_train.common.terminal import print_line
+from cera_train.common.trust import redact_tree
+from cera_train.data.sources import check_data
+from cera_train.distributed.processes import is_main_process
+from cera_train.evaluation.tasks.task import load_problems, training_task
+from cera_train.model.folder import check_model
+from cera_train.runs.records import LENGTH
+from cera_train.runs.results import DIVERGED
+from cera_train.runs.subject import find_start
+from cera_train.settings.evaluation import known_tasks
+from cera_train.settings.run import Config
+from cera_train.sweep.folder import JOBS, RECORD, JobRecord, SweepRecord, choices_of, job_name, key_of, sweep_metric
+
+WRITER = "sweep"
+"""Holder of the folder's lock, for messages. A study holds it while it runs: it chooses jobs by earlier results."""
+
+Run = TypeVar("Run")
+ComposeJob = Callable[[Iterable[str]], Run]
+"""compose(overrides) -> the checked config of a job; raises UserError for an impossible one."""
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def _dimensions(config: DictConfig, params: Mapping[str, str] | None) -> list[Override]:
+    """The dimensions of a sweep: those of its file, then the arguments, which replace those of the same key."""
+    params = (config.hydra.sweeper.get("params") or {}) if params is None else params
+    arguments = [*(f"{key}={values}" for key, values in params.items()), *_arguments(config.hydra)]
+    parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(arguments)
+    return list({override.get_key_element(): override for override in parsed}.values())
+
+
+def _arguments(hydra_config: DictConfig) -> list[str]:
+    """The overrides as typed: each job resolves the ${...} in them."""
+    return OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+
+
+def grid(config: DictConfig, params: Mapping[str, str] | None = None) -> list[list[str]]:
+    """The overrides of every job that Hydra's basic sweeper runs, in its order. `params` are the dimensions, key ->
+    values, in the place of `hydra.sweeper.params`."""
+    dimensions = _dimensions(config, params)
+    for override in dimensions:
+        if override.is_sweep_override() and not override.is_discrete_sweep():
+            raise UserError(
+                f"{override.input_line}: a grid takes single values, a,b,c. A range to draw from needs a sweeper that "
+                "draws: hydra/sweeper=optuna."
+            )
+    (jobs,) = BasicSweeper.split_arguments(dimensions, None)
+    return jobs
+
+
+def job_composer(config: DictConfig, check: Callable[[DictConfig], Run]) -> ComposeJob[Run]:
+    """compose(overrides) -> the checked config of a job, each composed once and passed through `check`."""
+    loader = GlobalHydra.instance().config_loader()
+
+    @functools.cache
+    def compose(*overrides: str) -> Run:
+        return check(loader.load_sweep_config(config, list(overrides)))
+
+    return lambda overrides: compose(*overrides)
+
+
+def check_jobs(sweep: Path, jobs: Mapping[str, list[str]], compose: ComposeJob[Config]) -> None:
+    """Composes jobs, name -> overrides, until every value has been in a possible one. A value that is impossible beside
+    some others fails in its jobs, and the rest of the sweep runs.
+
+    Raises:
+        Exception: a UserError or Hydra's, where a value cannot be composed, fails beside all others, or chooses
+            files that cannot be read.
+    """
+    fine, failed = set[str](), dict[str, Exception]()
+    for name, values in jobs.items():
+        if fine.issuperset(values):
+            continue
+        try:
+            run = compose(values)
+            sweep_metric(run.sweep.metric, {task: run.train.changes_of_task(task) for task in run.train.tasks})
+        except UserError as error:
+            for value in values:
+                failed.setdefault(value, error)
+            continue
+        fine.update(values)
+        check_inputs(run, sweep / name)
+    for value, error in failed.items():
+        if value not in fine:
+            raise error
+
+
+def check_inputs(config: Config, folder: Path) -> None:
+    """Raises UserError for a model, rows, problems or a start that a run in this folder cannot read: torch takes
+    seconds to import, and a mistake is answered before."""
+    if config.train.extend or not (folder / "result.json").exists():  # a finished run reads them no more
+        check_model(config.model.path)
+        check_data(config.data)
+        for name in config.train.tasks:
+            task = training_task(name, config.train.changes_of_task(name))
+            if task.files:
+                with errors_at(f"train.tasks=[{name}]"):
+                    load_problems(task, config.data)
+    if config.adapter.start_from is not None and not (folder / "config.yaml").exists():
+        with heavy_imports():  # of PEFT
+            find_start(config.adapter)
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def record_of(
+    config: DictConfig, jobs: list[list[str]] | None = None, params: Mapping[str, str] | None = None
+) -> SweepRecord:
+    """The content of sweep.json: which jobs there will be, as far as the sweeper knows them now.
+
+    Args:
+        jobs: the overrides of each, in the place of the grid's.
+        params: dimensions that name the jobs even where they have one value, in the place of `hydra.sweeper.params`.
+
+    Raises:
+        UserError: the folder differs from job to job, or is that of a run or of a sweep with other fixed settings.
+    """
+    for override in _arguments(config.hydra):
+        if key_of(override) in ("name", "output_dir") and re.search(r"\$\{|,|\(", override):
+            raise UserError(
+                f"{override} is another for each job. In a sweep, name=... is the folder of all jobs, and each job's "
+                "folder in it is named by its choices: give one name, or leave it out."
+            )
+    require_folder_name(config.name)
+    folder = Path(config.hydra.sweep.dir)
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is the folder of a run: choose another name=... for the sweep.")
+    is_grid = jobs is not None or config.hydra.sweeper._target_.endswith(".BasicSweeper")
+    jobs = (grid(config) if is_grid else []) if jobs is None else jobs
+    tasks = [name for name in known_tasks() if is_grid or name in config.train.tasks]
+    metric = sweep_metric(config.sweep.metric, dict.fromkeys(tasks))
+
+    earlier = SweepRecord.find(folder / RECORD)
+    # A dimension of an earlier command still names the jobs where this one fixes it.
+    names_jobs = {*map(key_of, params or ()), *(earlier.swept if earlier else ())}
+    swept, fixed = set[str](), []
+    for dimension in _dimensions(config, params):
+        if dimension.is_sweep_override() or dimension.key_or_group in names_jobs:
+            swept.add(dimension.key_or_group)
+        else:
+            fixed.append(f"{dimension.get_key_element()}={dimension.get_value_element_as_str()}")
+    fixed = redact_tree(choices_of(fixed, swept=("recipe", "study")))
+    may_differ = {*swept, *(LENGTH if config.train.extend else ())}
+    if earlier is not None and any(key_of(choice) not in may_differ for choice in {*earlier.fixed} ^ {*fixed}):
+        raise UserError(
+            f"name={folder.name}: {folder} holds a sweep with other fixed settings "
+            f"({' '.join(earlier.fixed) or 'none'}; here {' '.join(fixed) or 'none'}), and its jobs are named by what "
+            "varies. Choose another name=..."
+        )
+    return SweepRecord(sorted(swept), jobs_by_name(jobs, swept), fixed, sys.argv, metric)
+
+
+def jobs_by_name(jobs: Iterable[list[str]], swept: Collection[str]) -> dict[str, list[str]]:
+    """The overrides of each job by the name of its folder."""
+    return {job_name(job, swept): job for job in jobs}
+
+
+def begin(config: DictConfig, compose: ComposeJob[Config], record: SweepRecord) -> None:
+    """Writes sweep.json. First refuses what `check_jobs` refuses, and a folder that another command holds."""
+    folder = Path(config.hydra.sweep.dir)
+    check_jobs(folder, record.jobs, compose)
+    if is_main_process() and is_locked(folder):  # another process may find the lock of its own command
+        raise folder_in_use(folder, WRITER)
+
+    if "direction" in config.hydra.sweeper and not OmegaConf.is_list(config.hydra.sweeper.direction):  # Optuna's
+        config.hydra.sweeper.direction = "maximize" if record.metric.higher_is_better else "minimize"
+    # A name or recipe of a job must not move it elsewhere.
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    config.hydra.overrides.hydra.append(f"hydra.sweep.dir='{quoted}'")
+    # Every process of a run writes it, the same each: none reads it before it is there.
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write(folder / RECORD)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job, while it runs."""
+
+    sweep: Path  # the sweep's folder
+    name: str  # the job's folder in it
+    overrides: list[str]
+    number: int
+    count: int  # jobs in all; 0: the sweeper decides as it goes
+
+    @classmethod
+    def current(cls, hydra_config: DictConfig) -> Job | None:
+        """The job that Hydra has just started, from `HydraConfig.get()`; None in a single run."""
+        if hydra_config.mode != RunMode.MULTIRUN:
+            return None
+        sweep, overrides = Path(hydra_config.sweep.dir), _arguments(hydra_config)
+        record = SweepRecord.read(sweep / RECORD)
+        name, names = job_name(overrides, record.swept), list(record.jobs)
+        number = names.index(name) if name in names else hydra_config.job.num
+        return cls(sweep, name, overrides, number + 1, len(names))
+
+    @property
+    def record(self) -> Path:
+        return self.sweep / JOBS / f"{self.name}.json"
+
+    @property
+    def log(self) -> Path:
+        """The job's output, where several run at once."""
+        return self.sweep / JOBS / f"{self.name}.log"
+
+    @property
+    def title(self) -> str:
+        return f"{self.number}{f' of {self.count}' if self.count else ''}: {self.name}"
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether an earlier start diverged: a result, which stands until the folder is removed."""
+        return (self.sweep / self.name / DIVERGED).exists()
+
+    def start(self) -> None:
+        """Prints the job's title and clears the error of an earlier start."""
+        if is_main_process():
+            (self.sweep / "multirun.yaml").unlink(missing_ok=True)  # Hydra's record, in which secrets are not redacted
+            print()
+            print_line("job", self.title)
+            if self.has_diverged:
+                print_line("diverged", f"{self.sweep / self.name}, before this start; remove it to train it again")
+            else:
+                self._write(None)
+
+    def fail(self, error: str) -> None:
+        """Writes the job's error for the table. Where several processes fail, the first error stays."""
+        if is_main_process() or (record := JobRecord.find(self.record)) is None or not record.error:
+            self._write(error)
+
+    def _write(self, error: str | None) -> None:
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        JobRecord(self.number, self.overrides, error).write(self.record)
