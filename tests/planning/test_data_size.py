@@ -12,23 +12,12 @@ def size(compose):
     return lambda *overrides: data_size(compose(*overrides).data)
 
 
-@pytest.mark.parametrize(
-    ("split", "rows"),
-    [("train", 7473), ("train[:100]", 100), ("train[100:300]", 200), ("train[7000:]", 473), ("train[:10%]", 747)],
-)
-def test_a_split_is_sliced_as_datasets_does(size, split, rows):
-    assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
-
-
-@pytest.mark.parametrize("split", ["train+test", "train[x]"])
-def test_another_split_is_refused(size, split):
-    with pytest.raises(ValueError, match="data split 'train.*': cera-plan reads splits such as train or train"):
-        size("data=gsm8k", f"data.train_split='{split}'")
-
-
-def test_an_estimate_is_called_one(size):
-    assert size("+recipe=math_r64").source == "an estimate"
-    assert size("+recipe=gsm8k_r64").source == "by SmolLM2's tokenizer"
+def test_a_split_is_sliced_as_datasets_does_or_refused(size):
+    for split, rows in (("train", 7473), ("train[100:300]", 200), ("train[7000:]", 473), ("train[:10%]", 747)):
+        assert size("data=gsm8k", f"data.train_split='{split}'").train_rows == rows
+    for split in ("train+test", "train[x]"):
+        with pytest.raises(ValueError, match="data split 'train.*': cera-plan reads splits such as train or train"):
+            size("data=gsm8k", f"data.train_split='{split}'")
 
 
 def test_computed_rows_are_counted(size):
@@ -81,11 +70,9 @@ def test_rows_of_unknown_number_are_asked_for(compose):
         data_size(compose(*unknown).data)
     known = data_size(compose(*unknown, "data.train_rows=640", "data.eval_rows=10").data, tokens_per_row=100)
     assert (known.train_rows, known.tokens_per_row) == (640, 100)
-
-
-def test_a_data_set_of_conf_is_known_by_its_path(size):
     settings = ["data=jsonl", "data.path=openai/gsm8k", "data.prompt='{question}'", "data.completion=' {answer}'"]
-    assert size(*settings).train_rows == 7473
+    of_conf = data_size(compose(*settings).data)
+    assert (of_conf.train_rows, of_conf.source) == (7473, "by SmolLM2's tokenizer")
 
 
 @needs_shared_data
@@ -100,33 +87,18 @@ def test_the_facts_of_gsm8k_are_its_rows(compose):
     assert config.data.facts.supervised == pytest.approx(sum(rows.supervised) / sum(rows.lengths), abs=0.02)
 
 
-@pytest.fixture(scope="module")
-def task(compose):
-    """task("gsm8k", ...) -> its TaskSize in the recipe of the logistic map"""
-
+def test_problems_of_a_task_are_counted_or_known_or_need_a_limit(compose, write_jsonl):
     def task(name: str, *overrides: str):
         config = compose("+recipe=logistic_map", f"train.tasks=[{name}]", *overrides, command="plan")
         return task_size(name, config, data_size(config.data))
 
-    return task
-
-
-def test_a_task_of_the_hub_has_the_facts_of_its_rows(task):
     few, every = (task("gsm8k", f"train.tasks_limit={limit}") for limit in (30, 9999))
     assert (few.problems, few.new_tokens) == (30, 512)
     assert (every.problems, round(every.prompt_tokens), every.source) == (1_319, 64, "by facts")
-    hard = task("math_hard")
-    assert (hard.problems, hard.source) == (50, "by facts")
-
-
-def test_problems_that_are_computed_or_in_files_are_counted(task, write_jsonl):
     assert task("logistic_map", "train.tasks_limit=15").problems == 15
     path = write_jsonl("test.jsonl", [{"question": "a" * 28, "answer": "#### 1"}] * 7)
     local = task("gsm8k", f"train.task_settings={{gsm8k: {{files: ['{path}']}}}}")
     assert (local.problems, local.prompt_tokens) == (7, 4 + len(["Question", ":", "\n", "Answer", ":"]))
-
-
-def test_a_task_of_unknown_size_needs_a_limit(task):
     guessed = task("math500")
     assert (guessed.problems, guessed.prompt_tokens, guessed.source) == (50, 36, "a guess by the training rows")
     with pytest.raises(ValueError, match=r"train.tasks=\[math500\]: the number of its problems is unknown: set train"):

@@ -78,7 +78,7 @@ def test_the_page_has_verdicts_a_picture_and_numbers(make_study, run_command, ca
     page = Path("report/which/report.md").read_text()
     assert "| optimizer.lr=0.001 |" in page
     assert Path("report/which/differences.png").exists()
-    assert "<svg" in Path("report/which/report.html").read_text()
+    assert '<img src="data:image/png' in Path("report/which/report.html").read_text()
     results = json.loads(Path("report/which/study_results.json").read_text())
     assert [own["verdict"] for own in results["contrasts"]] == ["not shown", "better"]
     assert results["cells"][0]["losses"][0]["loss"] == pytest.approx([1.02, 1.021, 1.022])
